@@ -1,0 +1,104 @@
+"""An embedded Prefect: a server of this process's own, on loopback, with a throwaway database.
+
+Prefect's own ephemeral server outlives a SIGKILL of its parent, gives up after 20 s on a busy machine, and two of
+them fight over one SQLite file. This one ends when its standard input does, and shares nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+
+from tasks.errors import RequantError
+
+START = 180.0  # seconds
+SETTINGS = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
+    "PREFECT_SERVER_UI_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_CLI_COLORS": "false",
+}
+
+
+@contextlib.contextmanager
+def embedded_prefect() -> Iterator[None]:
+    """Run flows of this process against a server of its own; a PREFECT_API_URL that is set is used instead.
+
+    To be entered before Prefect is imported: it reads its settings at that moment.
+    """
+    if os.environ.get("PREFECT_API_URL"):
+        yield
+        return
+    home = Path(tempfile.mkdtemp(prefix="requant-prefect-"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    database = f"sqlite+aiosqlite:///{home / 'prefect.db'}"
+    environment = {**os.environ, **SETTINGS, "PREFECT_HOME": str(home)}
+    with (home / "server.log").open("wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "flows.embedded", str(port)],
+            env={**environment, "PREFECT_API_DATABASE_CONNECTION_URL": database},
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        os.environ.update(SETTINGS, PREFECT_HOME=str(home), PREFECT_API_URL=f"http://127.0.0.1:{port}/api")
+        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO")
+        import prefect  # noqa: F401  while the server starts: both take seconds
+
+        _wait(server, port, home)
+        yield
+    finally:
+        os.environ.pop("PREFECT_API_URL", None)
+        server.kill()
+        server.wait()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _wait(server: subprocess.Popen[bytes], port: int, home: Path) -> None:
+    deadline = time.monotonic() + START
+    while time.monotonic() < deadline and server.poll() is None:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"http://127.0.0.1:{port}/api/health", timeout=5).status_code == 200:
+                return
+        time.sleep(0.1)
+    last = (home / "server.log").read_text(errors="replace").strip().splitlines()[-1:]
+    raise RequantError(f"the embedded Prefect server did not start ({' '.join(last)}): set PREFECT_API_URL to a server")
+
+
+def _serve(port: int) -> None:
+    """The server process: serve until standard input ends."""
+    threading.Thread(target=_end_with_parent, args=(os.environ["PREFECT_HOME"],), daemon=True).start()
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    uvicorn.run(create_app(), host="127.0.0.1", port=port, log_level="error")
+
+
+def _end_with_parent(home: str) -> None:
+    with contextlib.suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    shutil.rmtree(home, ignore_errors=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))

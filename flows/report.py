@@ -1,0 +1,90 @@
+"""What a run says at its end: a JSON document, a markdown report, and what a person reads in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tasks.artifact import Manifest
+from tasks.gates import Gate
+from tasks.hub.card import gigabytes, table
+from tasks.hub.revision import Revision
+from tasks.recipe import Recipe
+from tasks.stage import StageResult
+
+
+@dataclass
+class Report:
+    """A run so far. `status` is published, validated, rejected (a gate failed) or failed."""
+
+    recipe: Recipe
+    status: str = "failed"
+    base: Revision | None = None
+    artifact: Manifest | None = None
+    path: Path | None = None
+    stages: list[StageResult] = field(default_factory=list)
+    gates: list[Gate] = field(default_factory=list)
+    benchmark: dict[str, Any] | None = None
+    published: dict[str, Any] | None = None
+    card: str | None = None
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `requant run --json`."""
+        return {
+            "status": self.status,
+            "base": {"repo_id": self.recipe.base.repo_id, "sha": self.base.sha if self.base else None},
+            "artifact": {
+                "digest": self.artifact.digest if self.artifact else None,
+                "path": str(self.path) if self.path else None,
+            },
+            "stages": [{"name": s.name, "state": s.state, "seconds": s.seconds} for s in self.stages],
+            "gates": [gate.to_json() for gate in self.gates],
+            "benchmark": self.benchmark,
+            "published": self.published,
+            "error": self.error,
+        }
+
+
+def headline(report: Report) -> str:
+    """What was made from what, in one line."""
+    base = f"{report.recipe.base.repo_id}@{report.base.sha[:7]}" if report.base else report.recipe.base.repo_id
+    if report.artifact is None:
+        return f"{base}: nothing made"
+    bits, group_size, _ = report.recipe.quantize.resolved
+    return (
+        f"{base} -> W{bits}A16 g{group_size}, {gigabytes(report.artifact.size)}, artifact {report.artifact.digest[:12]}"
+    )
+
+
+def stage_rows(report: Report) -> list[tuple[str, ...]]:
+    return [(s.name, s.state, f"{s.seconds:.1f}", gigabytes(s.manifest.size)) for s in report.stages]
+
+
+def gate_rows(gates: Iterable[Gate]) -> list[tuple[str, ...]]:
+    return [
+        (
+            gate.name,
+            "not measured" if gate.value is None else f"{gate.value:.4g}",
+            "none" if gate.limit is None else f"{gate.limit:.4g}",
+            "passed" if gate.passed else "FAILED",
+            gate.note,
+        )
+        for gate in gates
+    ]
+
+
+def markdown(report: Report) -> str:
+    """The report as the UI shows it."""
+    parts = [f"## {report.status}: {headline(report)}"]
+    if report.error:
+        parts.append(report.error)
+    if report.stages:
+        parts.append(table(("stage", "state", "seconds", "artifact"), stage_rows(report)))
+    if report.gates:
+        parts.append(table(("gate", "measured", "limit", "", "note"), gate_rows(report.gates)))
+    if report.published:
+        parts.append(f"Published: [{report.published['repo_id']}]({report.published['url']}) `{report.published['tag']}`")
+    return "\n\n".join(parts)

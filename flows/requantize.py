@@ -1,0 +1,98 @@
+"""The pipeline: download -> quantize -> mtp_fix -> validate -> benchmark -> publish."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+from flows.report import Report, markdown
+from tasks import benchmark as speed
+from tasks import validate as quality
+from tasks.artifact import Manifest
+from tasks.benchmark import benchmark_task
+from tasks.download import download_task
+from tasks.errors import RequantError
+from tasks.gates import compare
+from tasks.hub.revision import Revision, resolve
+from tasks.mtp_fix import mtp_fix_task
+from tasks.prefect_stage import options, plain_logs, say
+from tasks.publish import card_for, publish_task
+from tasks.quantize import quantize_task
+from tasks.recipe import Recipe
+from tasks.stage import StageResult
+from tasks.store import open_store
+from tasks.text import Text, find_text
+from tasks.validate import validate_task
+
+plain_logs()
+
+
+class RunFailed(RequantError):
+    """A run that ended early; `report` holds what was done before."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(report.error or "failed")
+        self.report = report
+
+
+@flow(name="requantize", persist_result=False)
+def requantize(recipe: Recipe) -> Report:
+    """Turn a base checkpoint into a quantized one, measure it, and publish it if it passes every gate."""
+    report = Report(recipe)
+    try:
+        _run(recipe, report)
+    except RequantError as error:
+        report.status, report.error = "failed", str(error)
+        raise RunFailed(report) from error
+    finally:
+        create_markdown_artifact(markdown(report), key="requant-report", description="What this run made and measured")
+    return report
+
+
+def _run(recipe: Recipe, report: Report) -> None:
+    store = open_store()
+    store.check()
+    base, calibration = resolve_task(recipe)
+    report.base = base
+
+    base_files = _done(download_task(base), report)
+    quantized = _done(quantize_task(recipe, base_files, calibration), report)
+    artifact = _done(mtp_fix_task(recipe, base_files, quantized), report)
+    report.artifact = artifact
+    _done(validate_task(recipe, base_files, artifact), report)
+    measured = quality.read_values(store, report.stages[-1])
+    report.gates = compare(measured, recipe.gates)
+    create_table_artifact([gate.to_json() for gate in report.gates], key="requant-gates")
+    _done(benchmark_task(recipe, artifact), report)
+    report.benchmark = speed.read_values(store, report.stages[-1])
+
+    if not all(gate.passed for gate in report.gates):
+        report.status = "rejected"
+        return
+    card = card_for(
+        store, recipe, base, base_files, artifact, report.gates, measured, report.benchmark, report.stages
+    )
+    report.card = card
+    report.status = "validated"
+    if recipe.publish is not None:
+        _done(publish_task(recipe, base, artifact, card), report)
+        report.published = report.stages[-1].provenance["published"]
+        report.status = "published"
+
+
+@task(**options("resolve", hours=1))
+def resolve_task(recipe: Recipe) -> tuple[Revision, Text]:
+    """Resolve the base and the calibration text to what they are at this moment."""
+    base = resolve(recipe.base.repo_id, recipe.base.revision)
+    say()(f"{recipe.base.repo_id}@{recipe.base.revision} is {base.sha}")
+    return base, find_text(recipe.quantize.calibration)
+
+
+def _done(outcome: Any, report: Report) -> Manifest:
+    """A stage's artifact. A task that ended in a named state hands over the state, any other its result."""
+    result: StageResult = outcome.data if hasattr(outcome, "is_completed") else outcome
+    report.stages.append(result)
+    say()(f"{result.name}: {result.state} in {result.seconds:.1f} s")
+    return result.manifest

@@ -1,0 +1,188 @@
+"""Failures on demand, and a log of the traffic.
+
+A fault says which requests it is for and what happens to them. The first that matches a request
+is applied, `times` times; several effects may be combined. See `Fault` for what there is.
+
+This is plain ASGI middleware around the whole application: bodies stay streams, and a cut leaves
+a response unfinished, upon which the server closes the connection under the client.
+"""
+
+import asyncio
+import json
+import re
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+ADMIN_PREFIX = "/_standin/"
+_METHODS_WITH_BODY = {"POST", "PUT", "PATCH"}
+
+
+class Fault(BaseModel):
+    """Which requests go wrong, and how.
+
+    path_regex: searched for in the decoded path and query.
+    method: only this method; otherwise any.
+    times: for how many requests; None for all.
+    skip: how many matching requests are let through first.
+    status: answer with this status at once, and `retry_after` as `Retry-After`.
+    delay: seconds before anything happens.
+    bytes_per_second: how fast the response body is sent.
+    cut_after_bytes: close the connection after so many bytes of the response body. 0 loses the
+        whole answer to a request that was carried out.
+    cut_request_after_bytes: close it after so many bytes of the request body, if that is read.
+    corrupt: flip one bit, of the request body of a POST or PUT, else of the response body.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    path_regex: str = ""
+    method: str | None = None
+    times: int | None = 1
+    skip: int = 0
+    status: int | None = None
+    retry_after: int | None = None
+    delay: float = 0
+    bytes_per_second: int | None = None
+    cut_after_bytes: int | None = None
+    cut_request_after_bytes: int | None = None
+    corrupt: bool = False
+
+    def takes(self, method: str, address: str) -> bool:
+        """Whether this request is one to spoil; counts it if so."""
+        if self.times == 0 or (self.method and self.method.upper() != method):
+            return False
+        if not re.search(self.path_regex, address):
+            return False
+        if self.skip:
+            self.skip -= 1
+            return False
+        if self.times is not None:
+            self.times -= 1
+        return True
+
+
+@dataclass
+class Exchange:
+    """One request and its answer, counted in bytes of their bodies. `status` 0: no answer."""
+
+    method: str
+    path: str
+    query: str
+    status: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+class ConnectionCut(Exception):
+    """Ends a request whose connection is to be closed."""
+
+
+class Disturbance:
+    """Middleware that logs every request and spoils those that a fault is for."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.faults: list[Fault] = []
+        self.traffic: list[Exchange] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].startswith(ADMIN_PREFIX):
+            await self.app(scope, receive, send)
+            return
+        exchange = Exchange(scope["method"], scope["path"], scope["query_string"].decode())
+        self.traffic.append(exchange)
+        address = f"{exchange.path}?{exchange.query}" if exchange.query else exchange.path
+        fault = next((each for each in self.faults if each.takes(exchange.method, address)), None)
+        channel = _Channel(exchange, fault or Fault(), receive, send)
+        await asyncio.sleep(channel.fault.delay)
+        if channel.fault.status:
+            await channel.refuse(channel.fault.status)
+            return
+        try:
+            await self.app(scope, channel.receive, channel.send)
+        except ConnectionCut:
+            await channel.abandon()
+
+
+class _Channel:
+    """The two directions of one request, with a fault in between."""
+
+    def __init__(self, exchange: Exchange, fault: Fault, receive: Receive, send: Send) -> None:
+        self.fault = fault
+        self._exchange = exchange
+        self._receive, self._send = receive, send
+        self._corrupts_request = fault.corrupt and exchange.method in _METHODS_WITH_BODY
+        self._corrupts_response = fault.corrupt and not self._corrupts_request
+        self._is_cut = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            body = message.get("body", b"")
+            self._exchange.bytes_in += len(body)
+            limit = self.fault.cut_request_after_bytes
+            if limit is not None and self._exchange.bytes_in >= limit:
+                self._is_cut = True
+                raise ConnectionCut
+            if body and self._corrupts_request:
+                self._corrupts_request = False
+                message["body"] = _flip_bit(body)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if self._is_cut:
+            raise ConnectionCut  # the application's answer to having been cut
+        if message["type"] == "http.response.start":
+            self._exchange.status = message["status"]
+            await self._send(message)
+            return
+        body = message.get("body", b"")
+        if body and self._corrupts_response:
+            self._corrupts_response = False
+            body = _flip_bit(body)
+        limit = self.fault.cut_after_bytes
+        if limit is not None and self._exchange.bytes_out + len(body) > limit:
+            await self._send_body(message, body[: limit - self._exchange.bytes_out], more=True)
+            raise ConnectionCut
+        await self._send_body(message, body, more=message.get("more_body", False))
+
+    async def _send_body(
+        self, message: MutableMapping[str, Any], body: bytes, *, more: bool
+    ) -> None:
+        rate = self.fault.bytes_per_second
+        step = max(1, rate // 10) if rate else len(body)
+        while rate and len(body) > step:
+            await self._send_piece(message, body[:step], more=True)
+            await asyncio.sleep(step / rate)
+            body = body[step:]
+        await self._send_piece(message, body, more=more)
+
+    async def _send_piece(
+        self, message: MutableMapping[str, Any], piece: bytes, *, more: bool
+    ) -> None:
+        self._exchange.bytes_out += len(piece)
+        await self._send({**message, "body": piece, "more_body": more})
+
+    async def refuse(self, status: int) -> None:
+        """Answer with an error instead of carrying the request out."""
+        headers = [(b"content-type", b"application/json")]
+        if self.fault.retry_after is not None:
+            headers.append((b"retry-after", str(self.fault.retry_after).encode()))
+        body = json.dumps({"error": "a fault of the stand-in"}).encode()
+        headers.append((b"content-length", str(len(body)).encode()))
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def abandon(self) -> None:
+        """Leave the response unfinished, which makes the server close the connection."""
+        if not self._exchange.status:
+            headers = [(b"content-length", b"1")]
+            await self._send({"type": "http.response.start", "status": 500, "headers": headers})
+
+
+def _flip_bit(data: bytes) -> bytes:
+    return bytes([data[0] ^ 1]) + data[1:]

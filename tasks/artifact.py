@@ -1,0 +1,128 @@
+"""Artifacts: immutable sets of files, named by what they hold.
+
+A digest covers the sorted (path, size, sha256) of every file and nothing else: no times, no versions, no
+settings. A stage key covers everything that decides what a stage will produce, so that it can be computed
+before the stage runs, on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tasks.errors import CheckpointError, StoreError
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+CHUNK = 8 << 20
+
+
+@dataclass(frozen=True, order=True)
+class File:
+    """One file of an artifact: its POSIX path below the artifact's root, its size in bytes, its sha256 in hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of one artifact, sorted by path."""
+
+    files: tuple[File, ...]
+
+    @classmethod
+    def of(cls, files: Iterable[File]) -> Manifest:
+        """Raises CheckpointError for a path that leaves the folder or stands there twice."""
+        ordered = tuple(sorted(files))
+        seen: set[str] = set()
+        for file in ordered:
+            check_relative(file.path)
+            if file.path in seen:
+                raise CheckpointError(f"{file.path} stands twice in one artifact: keep one of the two")
+            seen.add(file.path)
+        return cls(ordered)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over one line `path NUL size NUL sha256` a file, sorted by path."""
+        lines = (f"{f.path}\0{f.size}\0{f.sha256}\n" for f in self.files)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(f.size for f in self.files)
+
+    def __getitem__(self, path: str) -> File:
+        return self._by_path[path]
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._by_path
+
+    @cached_property
+    def _by_path(self) -> dict[str, File]:
+        return {f.path: f for f in self.files}
+
+    def to_json(self) -> str:
+        files = [{"path": f.path, "size": f.size, "sha256": f.sha256} for f in self.files]
+        return json.dumps({"digest": self.digest, "files": files}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Manifest:
+        """Raises StoreError unless the text is a manifest that agrees with its own digest."""
+        try:
+            document = json.loads(text)
+            files = [File(str(f["path"]), int(f["size"]), str(f["sha256"])) for f in document["files"]]
+            manifest = cls.of(files)
+            stated = document["digest"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise StoreError(f"a manifest in the store cannot be read ({error}): delete it and run again") from error
+        if manifest.digest != stated or not all(SHA256.fullmatch(f.sha256) for f in files):
+            raise StoreError("a manifest in the store contradicts its own digest: delete it and run again")
+        return manifest
+
+
+def check_relative(path: str) -> None:
+    """Refuse a path that could leave the folder it is joined to: absolute, `..`, backslash, NUL, empty."""
+    pure = PurePosixPath(path)
+    bad = not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path
+    if bad or str(pure) != path or len(path.encode()) > 1024:
+        raise CheckpointError(f"the file name {path[:80]!r} is not allowed: names must stay inside their folder")
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file in hex, read in chunks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_of(root: Path, path: str) -> File:
+    """Describe the file `path` below `root` by reading it once."""
+    full = root / path
+    return File(path, full.stat().st_size, sha256_of(full))
+
+
+def digest_of(document: Any) -> str:
+    """sha256 of a JSON document in canonical form (sorted keys, no white space)."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stage_key(
+    stage: str, version: int, *, reads: Mapping[str, str], settings: Mapping[str, Any], tools: Mapping[str, str]
+) -> str:
+    """Name what a stage will produce.
+
+    `reads` maps each input's name to a digest of its content, `settings` is the part of the recipe that the
+    stage reads, `tools` the declared (locked) versions of the tools that shape the result.
+    """
+    return digest_of(
+        {"stage": stage, "version": version, "reads": reads, "settings": settings, "tools": tools}
+    )

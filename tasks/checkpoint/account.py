@@ -1,0 +1,133 @@
+"""Accounts for every tensor and file of a quantized checkpoint against its base: packed, or bit-identical."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from tasks.checkpoint.assemble import QUANTIZATION, packed_parts
+from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.checkpoint.header import Tensor
+from tasks.checkpoint.mtp import without_layer_count
+from tasks.checkpoint.packing import REQUIRED, Scheme
+from tasks.errors import CheckpointError
+
+OWN_FILES = {"config.json", QUANTIZATION, "README.md", ".gitattributes", "requant.json"}
+# Exponent bits all set: infinite or not a number.
+EXPONENT = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
+
+
+@dataclass
+class Account:
+    """What was found; every list holds sentences, and all are empty for a sound checkpoint."""
+
+    packed: int = 0
+    kept: int = 0
+    head: int = 0
+    unaccounted: list[str] = field(default_factory=list)
+    altered: list[str] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+
+
+def account(quantized: Checkpoint, base: Checkpoint, *, with_head: bool) -> Account:
+    """Compare a quantized checkpoint with its base. Reads all tensors of both once, a chunk at a time."""
+    found = Account(unaccounted=list(quantized.problems))
+    quantization = quantized.config.get("quantization_config") or {}
+    parts = packed_parts(quantized.tensors.values())
+    head_names = set(base.head.names if base.head else ())
+    seen: set[str] = set()
+    for name, source in base.tensors.items():
+        module, _, last = name.rpartition(".")
+        if last == "weight" and module in parts and name not in quantized.tensors:
+            found.packed += 1
+            seen.update(t.name for t in parts[module].values())
+            _check_packed(found, module, source, parts[module], quantization)
+        elif name in quantized.tensors:
+            seen.add(name)
+            found.head += name in head_names
+            found.kept += name not in head_names
+            _check_kept(found, quantized.tensors[name], source)
+        elif with_head or name not in head_names:
+            found.unaccounted.append(f"{name} of the base is missing")
+    found.unaccounted += [f"{name} is not in the base" for name in quantized.tensors if name not in seen]
+    if not found.packed:
+        found.unaccounted.append("no tensor is quantized")
+    _check_config(found, quantized, base, with_head)
+    _check_files(found, quantized.folder, base.folder)
+    return found
+
+
+def _check_packed(found: Account, module: str, weight: Tensor, parts: dict[str, Tensor], quantization: dict) -> None:  # type: ignore[type-arg]
+    missing = [part for part in REQUIRED if part not in parts]
+    if missing or len(weight.shape) != 2:
+        found.unaccounted.append(f"{module} has no {', '.join(missing) or 'matrix in the base'}")
+        return
+    try:
+        expected = Scheme.of(quantization, module).shapes(*weight.shape)
+    except CheckpointError as error:
+        found.unaccounted.append(str(error))
+        return
+    wrong = [part for part, tensor in parts.items() if tensor.shape != expected[part]]
+    if wrong:
+        found.unaccounted.append(f"{module}.{wrong[0]} has shape {parts[wrong[0]].shape}, not {expected[wrong[0]]}")
+    if not all(_finite(chunk, parts["scales"].dtype) for chunk in parts["scales"].chunks()):
+        found.not_finite.append(f"{module}.scales")
+
+
+def _check_kept(found: Account, tensor: Tensor, source: Tensor) -> None:
+    if (tensor.dtype, tensor.shape) != (source.dtype, source.shape):
+        found.altered.append(f"{tensor.name} is {tensor.dtype} {tensor.shape}, in the base {source.dtype} {source.shape}")
+        return
+    same = finite = True
+    for ours, theirs in zip(tensor.chunks(), source.chunks(), strict=True):
+        same = same and ours == theirs
+        finite = finite and _finite(ours, tensor.dtype)
+    if not same:
+        found.altered.append(f"{tensor.name} differs from the base's")
+    if not finite:
+        found.not_finite.append(tensor.name)
+
+
+def _finite(chunk: bytes, dtype: str) -> bool:
+    if dtype not in EXPONENT:
+        return True
+    kind, mask = EXPONENT[dtype]
+    values = np.frombuffer(chunk, dtype=kind)
+    return not bool(np.any((values & np.array(mask, dtype=kind)) == mask))
+
+
+def _check_config(found: Account, quantized: Checkpoint, base: Checkpoint, with_head: bool) -> None:
+    expected = base.config if with_head or base.head is None else without_layer_count(base.config)
+    ours = {k: v for k, v in quantized.config.items() if k != "quantization_config"}
+    found.unaccounted += [
+        f"config.json differs from the base's in {key}"
+        for key in sorted({*ours, *expected})
+        if key != "quantization_config" and ours.get(key) != expected.get(key)
+    ]
+
+
+def _check_files(found: Account, ours: Path, base: Path) -> None:
+    """Every other file of the base must be there, byte for byte."""
+    for path in _other_files(base):
+        if not (ours / path).is_file():
+            found.files.append(f"{path} of the base is missing")
+        elif _digest(ours / path) != _digest(base / path):
+            found.files.append(f"{path} differs from the base's")
+
+
+def _other_files(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        weights = name.endswith((".safetensors", ".index.json"))
+        if path.is_file() and not weights and name not in OWN_FILES and not name.startswith("."):
+            yield name
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,93 @@
+"""Puts a quantized checkpoint together: auto-round's packed parts, and every other tensor verbatim from the base.
+
+auto-round re-types what it does not quantize and re-writes files, so only `qweight`, `qzeros`, `scales` and `g_idx`
+are taken from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tasks.artifact import File
+from tasks.checkpoint.checkpoint import INDEX, Checkpoint
+from tasks.checkpoint.header import Tensor
+from tasks.checkpoint.mtp import without_head_entries
+from tasks.checkpoint.packing import PARTS, REQUIRED, Scheme
+from tasks.checkpoint.writer import index_of, split_into_shards, write_json, write_shard
+from tasks.errors import CheckpointError
+
+QUANTIZATION = "quantization_config.json"
+
+
+def assemble(base: Checkpoint, packed: Checkpoint, bits: Mapping[str, int], out: Path) -> list[File]:
+    """Write weights, index, config.json and quantization_config.json of the quantized checkpoint, without the head.
+
+    `bits` is what auto-round says it did to each layer; every one with fewer than 16 must have its packed parts with
+    the shapes of its scheme, and nothing else may have any. Raises CheckpointError naming the first layer that is
+    not as it should be: nothing is left unaccounted for.
+    """
+    quantization = packed.config.get("quantization_config")
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{packed.folder} has no quantization_config: auto-round did not finish")
+    head = base.head
+    in_head = set(head.names if head else ())
+    quantization = without_head_entries(quantization, head)
+
+    parts = packed_parts(packed.tensors.values())
+    parts = {m: p for m, p in parts.items() if f"{m}.weight" not in in_head}
+    asked = {m for m, b in bits.items() if b < 16 and f"{m}.weight" not in in_head}
+    check_modules(base, parts, asked, quantization)
+
+    layout = split_into_shards(_in_base_order(base, parts, in_head))
+    files = [write_shard(out, shard, tensors) for shard, tensors in layout.items()]
+    files.append(write_json(out, INDEX, index_of(layout)))
+    files.append(write_json(out, "config.json", {**base.config, "quantization_config": quantization}))
+    files.append(write_json(out, QUANTIZATION, quantization))
+    return files
+
+
+def packed_parts(tensors: Iterable[Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Module name to its packed parts, for every module that has a `qweight`."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for tensor in tensors:
+        module, _, part = tensor.name.rpartition(".")
+        if part in PARTS:
+            parts.setdefault(module, {})[part] = tensor
+    return {module: found for module, found in parts.items() if "qweight" in found}
+
+
+def check_modules(
+    base: Checkpoint, parts: Mapping[str, Mapping[str, Tensor]], asked: Iterable[str], quantization: Mapping[str, Any]
+) -> None:
+    """Every module asked for has whole parts of the right shapes for a weight of the base, and no other has any."""
+    asked = set(asked)
+    if not asked:
+        raise CheckpointError("auto-round quantized no layer: the architecture has no blocks that it knows")
+    for module in sorted(asked | set(parts)):
+        if module not in parts:
+            raise CheckpointError(f"{module} was to be quantized and has no packed weight: see auto-round's log")
+        if module not in asked:
+            raise CheckpointError(f"{module} has a packed weight and was not to be quantized: see auto-round's log")
+        weight = base.tensors.get(f"{module}.weight")
+        if weight is None or len(weight.shape) != 2:
+            raise CheckpointError(f"{module} has a packed weight, but the base has no matrix {module}.weight")
+        expected = Scheme.of(quantization, module).shapes(*weight.shape)
+        for part in REQUIRED:
+            if part not in parts[module]:
+                raise CheckpointError(f"{module}.{part} is missing beside {module}.qweight")
+        for part, tensor in parts[module].items():
+            if tensor.shape != expected[part]:
+                raise CheckpointError(f"{module}.{part} has shape {tensor.shape}, its scheme needs {expected[part]}")
+
+
+def _in_base_order(base: Checkpoint, parts: Mapping[str, Mapping[str, Tensor]], skip: set[str]) -> Iterable[Tensor]:
+    for tensor in base.tensors.values():
+        if tensor.name in skip:
+            continue
+        module, _, last = tensor.name.rpartition(".")
+        if last == "weight" and module in parts:
+            yield from (parts[module][part] for part in PARTS if part in parts[module])
+        else:
+            yield tensor

@@ -1,0 +1,101 @@
+"""The MTP head: which tensors it is made of, and what the configs must say about it.
+
+Two layouts: `mtp.*` beside the main model (Qwen3.5, Qwen3.6, counted by `mtp_num_hidden_layers`), and decoder layers
+inlined behind the last one (DeepSeek, GLM: `model.layers.{num_hidden_layers + i}`, counted by
+`num_nextn_predict_layers`).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.checkpoint.header import Tensor
+
+LAYER_COUNTS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
+_LAYER = re.compile(r"^(?:.*\.)?layers\.(\d+)\.")
+FULL_PRECISION = {"bits": 16, "data_type": "fp"}  # auto-round's words for "not quantized"
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head's tensor names, sorted, and its layout: `mtp` or `inlined`."""
+
+    layout: str
+    names: tuple[str, ...]
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the head's linear modules as far as names tell: everything with a weight but norms."""
+        stems = {n.rsplit(".", 1)[0] for n in self.names if n.rsplit(".", 1)[1] in {"weight", "qweight"}}
+        return sorted(s for s in stems if "norm" not in s.rsplit(".", 1)[1])
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Module prefixes under which all of the head lies: `mtp`, or `model.layers.N` for each inlined layer."""
+        if self.layout == "mtp":
+            return sorted({n[: n.index("mtp") + 3] for n in self.names})
+        return sorted({m.group(0).rstrip(".") for n in self.names if (m := _LAYER.match(n))})
+
+
+def layer_count(text_config: Mapping[str, Any]) -> int:
+    """How many MTP layers the config promises; 0 if it says nothing."""
+    return max((int(text_config.get(key) or 0) for key in LAYER_COUNTS), default=0)
+
+
+def find_head(names: Iterable[str], text_config: Mapping[str, Any]) -> Head | None:
+    """The head among these tensor names, or None."""
+    names = list(names)
+    apart = sorted(n for n in names if re.match(r"^(?:model\.)?mtp\.", n))
+    if apart:
+        return Head("mtp", tuple(apart))
+    layers = text_config.get("num_hidden_layers")
+    if not isinstance(layers, int) or not layer_count(text_config):
+        return None
+    inlined = sorted(n for n in names if "visual" not in n and (m := _LAYER.match(n)) and int(m.group(1)) >= layers)
+    return Head("inlined", tuple(inlined)) if inlined else None
+
+
+def unquantized_entries(head: Head, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """`extra_config` entries that keep every engine from expecting packed weights in the head.
+
+    Exact names for vLLM's dense layers, a regex for its fused and expert layers (which ignore exact names) and for
+    SGLang, which matches with re.fullmatch.
+    """
+    linear = [m for m in head.modules if len(tensors[f"{m}.weight"].shape) >= 2]
+    patterns = [f".*{re.escape(p)}.*" if head.layout == "inlined" else ".*mtp.*" for p in head.prefixes]
+    return {key: dict(FULL_PRECISION) for key in (*sorted(set(patterns)), *linear)}
+
+
+def without_head_entries(quantization: Mapping[str, Any], head: Head | None) -> dict[str, Any]:
+    """A quantization config that says nothing of the head."""
+    document = copy.deepcopy(dict(quantization))
+    extra = document.get("extra_config")
+    if isinstance(extra, dict) and head is not None:
+        document["extra_config"] = {
+            key: value
+            for key, value in extra.items()
+            if not any(key == p or key.startswith(f"{p}.") for p in head.prefixes) and "mtp" not in key
+        }
+    return document
+
+
+def with_head_entries(quantization: Mapping[str, Any], head: Head, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A quantization config that says the whole head is not quantized."""
+    document = without_head_entries(quantization, head)
+    document["extra_config"] = {**document.get("extra_config", {}), **unquantized_entries(head, tensors)}
+    return document
+
+
+def without_layer_count(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model config that promises no head: every MTP layer count is 0."""
+    document = copy.deepcopy(dict(config))
+    parts = [document, *(v for v in document.values() if isinstance(v, dict))]
+    for part in parts:
+        for key in LAYER_COUNTS:
+            if key in part:
+                part[key] = 0
+    return document

@@ -1,0 +1,88 @@
+"""download: the files of one commit, by sha256.
+
+What the store already has is not fetched again, so a new revision that changed two shards moves two shards.
+"""
+
+from __future__ import annotations
+
+from tasks.prefect_stage import options, say, shown
+from tasks.store import Store, open_store
+from prefect import task
+from typing import Any
+import hashlib
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+
+from tasks.artifact import File, Manifest, file_of
+from tasks.errors import HubUnavailable
+from tasks.hub.client import hub_errors
+from tasks.hub.revision import HubFile, Revision
+from tasks.stage import Made, Stage, StageResult, run_stage
+
+STAGE = Stage("download", 1)
+PARALLEL = 4
+log = logging.getLogger(__name__)
+
+
+def download_key(base: Revision) -> str:
+    return STAGE.key(reads={"base": f"{base.repo_type}:{base.name}"}, settings={})
+
+
+def download(store: Store, base: Revision, say: Callable[[str], None] = log.info) -> StageResult:
+    """Bring every wanted file of a commit into the store. Raises HubError, HubUnavailable or DiskFull."""
+
+    def work(folder: Path) -> Made:
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            fetched = list(pool.map(lambda file: _have(store, base, file, folder, say), base.wanted))
+        moved = sum(file.size for file, was_here in fetched if not was_here)
+        manifest = Manifest.of(file for file, _ in fetched)
+        return Made(manifest, {"base": {"repo_id": base.repo_id, "sha": base.sha}, "bytes_moved": moved})
+
+    return run_stage(store, STAGE, download_key(base), work, say)
+
+
+def _have(
+    store: Store, base: Revision, file: HubFile, folder: Path, say: Callable[[str], None]
+) -> tuple[File, bool]:
+    """The file, and whether the store already had it."""
+    sha256 = file.sha256 or store.recall("git-blobs", file.blob_id)
+    if sha256 is not None:
+        known = File(file.path, file.size, sha256)
+        if store.has_blob(known):
+            return known, True
+    path = folder / file.path
+    with hub_errors(base.repo_id, base.sha):
+        hf_hub_download(
+            base.repo_id, file.path, revision=base.sha, repo_type=base.repo_type, local_dir=folder, library_name="requant"
+        )
+    got = file_of(folder, file.path)
+    intact = got.sha256 == file.sha256 if file.sha256 else _git_blob_id(path) == file.blob_id
+    if got.size != file.size or not intact:
+        path.unlink()
+        raise HubUnavailable(
+            f"{file.path} of {base.name} arrived altered ({got.size} of {file.size} bytes, sha256 {got.sha256[:12]}): "
+            "it was thrown away"
+        )
+    store.put_blob(path, got)
+    if not file.sha256:
+        store.remember("git-blobs", file.blob_id, got.sha256)
+    say(f"fetched {file.path}, {got.size:,} bytes")
+    return got, False
+
+
+def _git_blob_id(path: Path) -> str:
+    """What git calls a file's content: sha1 over `blob SIZE NUL` and the bytes."""
+    hasher = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+@task(**options("download", hours=12))
+def download_task(base: Revision) -> Any:
+    return shown(download(open_store(), base, say()))

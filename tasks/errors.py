@@ -1,0 +1,112 @@
+"""Every failure that Requant expects, each with a standard-library parent.
+
+The message is one sentence: what went wrong with which name and value, and what to do next.
+`retryable` says whether the same call may succeed later; retries read nothing else.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+
+class RequantError(Exception):
+    """Base of all expected failures: shown as a sentence, never as a traceback."""
+
+    retryable = False
+
+
+class RecipeError(RequantError, ValueError):
+    """The recipe, or a setting of the environment, cannot work as written (exit status 2)."""
+
+
+class CheckpointError(RequantError, ValueError):
+    """A checkpoint's files contradict each other or the format."""
+
+
+class StoreError(RequantError, OSError):
+    """The store answered, but cannot do what was asked."""
+
+
+class StoreUnreachable(StoreError, ConnectionError):
+    """The store did not answer: a lost connection, a time-out, a server error."""
+
+    retryable = True
+
+
+class CorruptBlob(StoreError):
+    """Bytes do not have the sha256 that names them."""
+
+
+class DiskFull(RequantError, OSError):
+    """No room left where a file was being written."""
+
+
+class HubError(RequantError, OSError):
+    """The Hub refused: no such repo or revision, no access, a stale parent commit."""
+
+
+class HubUnavailable(HubError, ConnectionError):
+    """The Hub failed in a way that passes: 5xx, 429, a cut connection."""
+
+    retryable = True
+
+
+class QuantizeFailed(RequantError, RuntimeError):
+    """The quantize child ended without a result, in a way that the same call repeats."""
+
+
+class QuantizeDied(QuantizeFailed):
+    """The quantize child was killed from outside: its finished blocks stay finished."""
+
+    retryable = True
+
+
+class OutOfMemory(QuantizeFailed, MemoryError):
+    """The quantize child ran out of memory at every rung of the ladder."""
+
+
+class StageTimeout(RequantError, TimeoutError):
+    """A stage took longer than it may."""
+
+
+class Interrupted(RequantError):
+    """The user ended the run (exit status 130)."""
+
+
+# ENOSPC: the disk is full; EDQUOT: the user's quota is; EFBIG: the process's file size limit is reached.
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def explain_os_error(error: OSError, path: str | os.PathLike[str] | None = None) -> RequantError | None:
+    """Turn an operating system error that users meet into a sentence; None for any other."""
+    where = os.fspath(path) if path is not None else (error.filename or "the working folder")
+    if error.errno in NO_ROOM:
+        return DiskFull(
+            f"no room left while writing {where} ({error.strerror}): free disk space there, "
+            "or set REQUANT_STORE and TMPDIR to a larger disk, and run again"
+        )
+    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return StoreError(
+            f"{where} cannot be used ({error.strerror}): give this user access to it, "
+            "or set REQUANT_STORE to another folder"
+        )
+    return None
+
+
+SECRET_VARIABLES = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+)
+
+
+def redact(text: str) -> str:
+    """Replace the values of secret environment variables by their names."""
+    for name in SECRET_VARIABLES:
+        value = os.environ.get(name)
+        if value and len(value) >= 4:
+            text = text.replace(value, f"<{name}>")
+    return text

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: revisions, files, the model card, staged publishing."""

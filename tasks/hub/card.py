@@ -1,0 +1,218 @@
+"""The model card: every number from what was measured, every command marked as run or not."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from tasks.gates import Gate
+from tasks.recipe import Recipe
+
+PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:/+-]{0,127}")
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+# Why tensors are not quantized: first match wins.
+REASONS = (
+    (r"(^|\.)mtp\.", "MTP head: packed, it drafts worse or does not load"),
+    (r"linear_attn\.in_proj_[ab]\b", "as many rows as heads: too few to pack in words"),
+    (r"(norm|layernorm|_norm)\b", "normalization: a vector, and sensitive"),
+    (r"conv1d|A_log|dt_bias", "state-space parameters: tiny, and sensitive"),
+    (r"embed_tokens|pos_embed", "embeddings: looked up, not multiplied"),
+    (r"lm_head", "output layer: one of the most sensitive"),
+    (r"(^|\.)(visual|vision)", "vision tower: text calibration says nothing of it"),
+    (r"(gate|router)\.weight", "router: small, and decides which expert runs"),
+    (r"\.bias$", "bias: a vector"),
+)
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is made of."""
+
+    recipe: Recipe
+    base_sha: str
+    base_bytes: int
+    digest: str
+    size: int
+    kept_names: tuple[str, ...]
+    measured: Mapping[str, Any]
+    gates: Iterable[Gate]
+    benchmark: Mapping[str, Any]
+    provenance: Mapping[str, Mapping[str, Any]]
+    base_card: str
+
+
+def make_card(facts: CardFacts) -> str:
+    """The README.md of the published repo."""
+    recipe, measured = facts.recipe, facts.measured
+    bits, group_size, sym = recipe.quantize.resolved
+    repo = recipe.publish.repo_id if recipe.publish else "this checkpoint"
+    base = recipe.base.repo_id
+    head = bool(measured["head_kept"])
+    parts = [
+        front_matter(facts),
+        f"# {repo.split('/')[-1]}",
+        f"[{base}](https://huggingface.co/{base}) at `{facts.base_sha[:7]}`, weights in {bits} bits (W{bits}A16, group "
+        f"size {group_size}, {'symmetric' if sym else 'asymmetric'}) by auto-round, "
+        f"{gigabytes(facts.base_bytes)} to {gigabytes(facts.size)} ({facts.base_bytes / facts.size:.2f} times smaller)."
+        + (" The MTP head is kept bit for bit." if head else "")
+        + " Made, measured and published by Requant.",
+        "## Serving",
+        "These commands were **not run** by the pipeline that made this card.",
+        _code(f"vllm serve {repo}" + (""" \\\n  --speculative-config '{"method":"mtp","num_speculative_tokens":1}'""" if head else "")),
+        _code(
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{repo}", device_map="auto")  # needs auto-round\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
+            "python",
+        ),
+        "## Quantization",
+        table(("setting", "value"), _settings(facts)),
+        "## What is not quantized, and why",
+        table(("tensors", "count", "why"), kept_groups(facts.kept_names)),
+        "## MTP head",
+        _head_text(facts, head),
+        "## Against the base",
+        f"Measured in torch on {measured['tokens']:,} tokens of a pinned text (Python), both models alike, packed weights "
+        "dequantized by their formula.",
+        table(("gate", "measured", "limit", ""), [_gate_row(g) for g in facts.gates]),
+        f"Perplexity {measured['perplexity']:.4f}, of the base {measured['base_perplexity']:.4f}.",
+        "## Speed",
+        _speed_text(facts.benchmark),
+        "## Limits",
+        "Quality was measured on one text, in one programming language, and against the base only: no task benchmark was "
+        "run. No engine was run. Weights are rounded: expect small differences from the base everywhere.",
+        "## Reproduce",
+        "With the recipe below as `recipe.yaml` and the versions in the table:",
+        _code("requant run recipe.yaml"),
+        _code(yaml.safe_dump(_recipe_document(recipe, facts.base_sha), sort_keys=False).rstrip(), "yaml"),
+        table(("stage", "seconds", "tools"), _provenance_rows(facts.provenance)),
+        f"Base commit `{facts.base_sha}`, artifact digest `{facts.digest}`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(facts: CardFacts) -> str:
+    """YAML for the Hub. Of the base's own only plain values of known keys are taken over."""
+    bits, _, _ = facts.recipe.quantize.resolved
+    document: dict[str, Any] = {
+        **inherited(facts.base_card),
+        "base_model": facts.recipe.base.repo_id,
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "quantized_by": "requant",
+        "tags": ["auto-round", f"int{bits}", f"w{bits}a16", *(["mtp"] if facts.measured["head_kept"] else [])],
+    }
+    return f"---\n{yaml.safe_dump(document, sort_keys=False)}---"
+
+
+def inherited(base_card: str) -> dict[str, Any]:
+    """license, language and pipeline_tag of a base's card, if they are plain words."""
+    match = re.match(r"---\r?\n(.{0,65536}?)\r?\n---", base_card, re.DOTALL)
+    try:
+        document = yaml.safe_load(match[1]) if match else None
+    except (yaml.YAMLError, RecursionError, ValueError):
+        document = None
+    if not isinstance(document, dict):
+        return {}
+    kept: dict[str, Any] = {}
+    for key in INHERITED:
+        value = document.get(key)
+        values = value if isinstance(value, list) else [value]
+        if values and all(isinstance(v, str) and PLAIN.fullmatch(v) for v in values):
+            kept[key] = value
+    return kept
+
+
+def kept_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Tensors that are not packed, numbers in their names folded to `*`, each group with its reason."""
+    groups: dict[str, int] = {}
+    for name in names:
+        folded = re.sub(r"\.\d+\.", ".*.", name)
+        groups[folded] = groups.get(folded, 0) + 1
+    return [(f"`{group}`", str(count), _reason(group)) for group, count in sorted(groups.items())]
+
+
+def _reason(name: str) -> str:
+    return next((why for pattern, why in REASONS if re.search(pattern, name)), "not a matrix of a decoder block")
+
+
+def _settings(facts: CardFacts) -> list[tuple[str, ...]]:
+    quantize = facts.recipe.quantize
+    bits, group_size, sym = quantize.resolved
+    used = facts.provenance.get("quantize", {}).get("settings", {})
+    return [
+        ("scheme", f"W{bits}A16, group size {group_size}, {'symmetric' if sym else 'asymmetric'}"),
+        ("format", quantize.format),
+        ("iterations", str(quantize.iters)),
+        ("calibration", f"{quantize.nsamples} samples of {quantize.seqlen} tokens of {quantize.calibration}"),
+        ("seed", str(quantize.seed)),
+        *((key, str(used[key])) for key in ("device", "torch_compile", "low_gpu_mem", "batch_size") if key in used),
+        ("quantized matrices", str(facts.measured["packed"])),
+        ("kept tensors", str(facts.measured["kept"] + facts.measured["head"])),
+    ]
+
+
+def _head_text(facts: CardFacts, head: bool) -> str:
+    if not head:
+        return "The result has no MTP head." if facts.recipe.mtp == "drop" else "The base has no MTP head."
+    measured = facts.measured
+    if measured["mtp_acceptance"] is None:
+        return "Bit for bit the base's, in a shard of its own. Its acceptance was not measured."
+    return (
+        f"Bit for bit the base's {measured['head']} tensors, in a shard of their own, excluded in both quantization "
+        f"configs. Teacher-forced acceptance of its first draft on the quantized model: {measured['mtp_acceptance']:.1%}; "
+        f"of the base: {measured['base_mtp_acceptance']:.1%}. Prose and code of a user's own will differ, and an engine "
+        "that drafts on its own greedy output accepts more."
+    )
+
+
+def _speed_text(benchmark: Mapping[str, Any]) -> str:
+    if benchmark.get("engine") == "none":
+        return "Not measured."
+    return (
+        f"{benchmark['engine']}: {benchmark['prefill_tokens_per_second']:.0f} tokens per second of prompt, "
+        f"{benchmark['tokens_per_second']:.1f} decoded. This is no engine's figure."
+    )
+
+
+def _gate_row(gate: Gate) -> tuple[str, ...]:
+    value = "not measured" if gate.value is None else f"{gate.value:.4g}"
+    limit = "none" if gate.limit is None else f"{gate.limit:.4g}"
+    return gate.name, value, limit, "passed" if gate.passed else "failed"
+
+
+def _recipe_document(recipe: Recipe, sha: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(recipe.model_dump_json(exclude_unset=True))
+    document["base"]["revision"] = sha
+    return document
+
+
+def _provenance_rows(provenance: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    return [
+        (stage, f"{record.get('seconds', 0):.1f}", ", ".join(f"{k} {v}" for k, v in record.get("tools", {}).items()))
+        for stage, record in provenance.items()
+    ]
+
+
+def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A markdown table; cells cannot break out of it."""
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"[\r\n]+", " ", text).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _code(text: str, language: str = "bash") -> str:
+    return f"```{language}\n{text}\n```"
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as people say them: GB of 10^9, MB below."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"

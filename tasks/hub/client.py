@@ -1,0 +1,90 @@
+"""One HfApi for everything, and its failures as sentences. HF_ENDPOINT and HF_TOKEN are honoured."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import httpx2
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from tasks.errors import HubError, HubUnavailable, redact
+
+PASSING = {408, 425, 429, 500, 502, 503, 504}
+
+
+def hub_api() -> HfApi:
+    return HfApi(library_name="requant")
+
+
+@contextlib.contextmanager
+def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
+    """Raise HubError or HubUnavailable, with a sentence, for whatever huggingface_hub raises inside."""
+    name = f"{repo_id}@{revision}" if revision else repo_id
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise _explain(error, repo_id, name) from error
+    except (LocalEntryNotFoundError, RuntimeError) as error:
+        # huggingface_hub masks failed HEAD requests as the one, and failed LFS uploads as the other.
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise _explain(error.__cause__, repo_id, name) from error
+        if isinstance(error.__cause__, httpx2.HTTPError) or isinstance(error, LocalEntryNotFoundError):
+            raise HubUnavailable(_unanswered(error.__cause__ or error)) from error
+        raise
+    except OSError as error:
+        if "Consistency check failed" in str(error):  # fewer bytes arrived than the Hub announced
+            raise HubUnavailable(f"{name}: {_first_line(error)}") from error
+        raise
+    except (HFValidationError, OfflineModeIsEnabled) as error:
+        raise HubError(f"{name} cannot be asked for: {_first_line(error)}") from error
+    except httpx2.HTTPError as error:
+        raise HubUnavailable(_unanswered(error)) from error
+
+
+def _unanswered(error: BaseException) -> str:
+    return f"the Hub at {constants.ENDPOINT} did not answer ({_first_line(error)}): check HF_ENDPOINT and the network"
+
+
+def _explain(error: HfHubHTTPError, repo_id: str, name: str) -> HubError:
+    status = error.response.status_code
+    if status in PASSING:
+        return HubUnavailable(f"the Hub at {constants.ENDPOINT} answers {status} for {name}: try again later")
+    if isinstance(error, GatedRepoError):
+        return HubError(
+            f"{repo_id} is gated and this account has no access: accept its terms at "
+            f"{constants.ENDPOINT}/{repo_id} and set HF_TOKEN to a token of that account"
+        )
+    if status == 401 and "credential" in str(error).lower():
+        return HubError(f"the Hub at {constants.ENDPOINT} refuses HF_TOKEN: set it to a valid token, or unset it")
+    if isinstance(error, RepositoryNotFoundError):
+        return HubError(
+            f"{repo_id} does not exist at {constants.ENDPOINT}, or is private: correct the repo_id, "
+            "or set HF_TOKEN to a token that may read it"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return HubError(f"{name} does not exist: use a branch, tag or commit of {repo_id}")
+    if isinstance(error, RemoteEntryNotFoundError):
+        return HubError(f"a file of {name} is gone from the Hub: resolve the revision again")
+    if status in {401, 403}:
+        return HubError(
+            f"this account may not do that with {repo_id} ({status}): set HF_TOKEN to a token with write access to it"
+        )
+    if status == 412:
+        return HubError(f"{repo_id} was changed by someone else meanwhile: look at it, then run again")
+    return HubError(f"the Hub refused {name} ({status}): {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    text = (getattr(error, "server_message", None) or str(error) or type(error).__name__).strip()
+    return redact(text.splitlines()[0][:300])

@@ -1,0 +1,144 @@
+"""Staged publishing: upload to a branch, verify what the Hub says it holds, move `main` in one commit, tag.
+
+Killed at any step, the next call goes on: the Hub keeps what was uploaded, `main` is the old model or the new one
+and never a part of it, and an artifact that `main` already holds makes no commit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, constants
+
+from tasks.artifact import File, Manifest
+from tasks.errors import HubError, HubUnavailable
+from tasks.hub.client import hub_api, hub_errors
+from tasks.hub.revision import HubFile, Revision, resolve
+
+CARD = "README.md"
+HUBS_OWN = {CARD, ".gitattributes"}
+log = logging.getLogger(__name__)
+Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
+
+
+@dataclass(frozen=True)
+class Release:
+    """What is on the Hub now, and whether this call changed it."""
+
+    repo_id: str
+    commit: str
+    tag: str
+    changed: bool
+
+    @property
+    def url(self) -> str:
+        return f"{constants.ENDPOINT}/{self.repo_id}"
+
+
+def release(
+    repo_id: str, folder: Path, manifest: Manifest, tag: str, message: str, *, private: bool, say: Callable[[str], None]
+) -> Release:
+    """Make `main` of `repo_id` hold exactly `manifest` and the card, whose files lie in `folder`.
+
+    Raises HubError (no right to write, changed by someone else meanwhile) or HubUnavailable.
+    """
+    api = hub_api()
+    with hub_errors(repo_id):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+    main = resolve(repo_id)
+    if holds(main, manifest, folder):
+        say(f"{repo_id} already holds this artifact")
+        changed = False
+    else:
+        branch = f"requant-{manifest.digest[:12]}"
+        staged = _stage(repo_id, branch, main, folder, manifest, message, say)
+        main = _move_main(repo_id, main, staged, folder, manifest, message)
+        changed = True
+    with hub_errors(repo_id):
+        # A tag is never moved: if it is there, an earlier run of this artifact got that far.
+        api.create_tag(repo_id, tag=tag, revision=main.sha, tag_message=message, exist_ok=True)
+        for reference in api.list_repo_refs(repo_id).branches:
+            if reference.name == f"requant-{manifest.digest[:12]}":
+                api.delete_branch(repo_id, branch=reference.name)
+    return Release(repo_id, main.sha, tag, changed)
+
+
+def _stage(
+    repo_id: str, branch: str, main: Revision, folder: Path, manifest: Manifest, message: str, say: Callable[[str], None]
+) -> Revision:
+    """Bring branch `branch` to exactly the manifest and the card, and check what the Hub says it holds."""
+    api = hub_api()
+    with hub_errors(repo_id, branch):
+        api.create_branch(repo_id, branch=branch, revision=main.sha, exist_ok=True)
+    before = resolve(repo_id, branch)
+    card = (folder / CARD).read_bytes()
+    operations: list[Operation] = [CommitOperationAdd(CARD, card)]
+    there = {f.path: f for f in before.files}
+    for file in manifest.files:
+        if file.path not in there or not same(there[file.path], file, folder):
+            operation = CommitOperationAdd(file.path, folder / file.path)
+            operation.upload_info.sha256 = bytes.fromhex(file.sha256)  # known: the client need not hash it again
+            operations.append(operation)
+    operations += [CommitOperationDelete(path) for path in _stale(before, manifest)]
+    say(f"uploading {len(operations)} changes to branch {branch} of {repo_id}")
+    with hub_errors(repo_id, branch):
+        api.create_commit(
+            repo_id, operations, commit_message=message, revision=branch, parent_commit=before.sha, num_threads=4
+        )
+    staged = resolve(repo_id, branch)
+    if not holds(staged, manifest, folder):
+        raise HubUnavailable(f"branch {branch} of {repo_id} does not hold what was uploaded: {main.sha[:7]} stays main")
+    return staged
+
+
+def _move_main(
+    repo_id: str, main: Revision, staged: Revision, folder: Path, manifest: Manifest, message: str
+) -> Revision:
+    """One commit on main with everything; large files are named by their sha256 and not sent again."""
+    operations: list[Operation] = []
+    for file in staged.files:
+        if file.path in manifest and file.sha256 is not None:
+            operations.append(CommitOperationCopy(file.path, file.path, src_revision=staged.sha))
+        elif file.path in manifest or file.path == CARD:
+            operations.append(CommitOperationAdd(file.path, (folder / file.path).read_bytes()))
+    operations += [CommitOperationDelete(path) for path in _stale(main, manifest)]
+    try:
+        with hub_errors(repo_id, "main"):
+            hub_api().create_commit(
+                repo_id, operations, commit_message=message, revision="main", parent_commit=main.sha
+            )
+    except HubError:
+        # The answer may have been lost after the commit was made.
+        if not holds(resolve(repo_id), manifest, folder):
+            raise
+    moved = resolve(repo_id)
+    if not holds(moved, manifest, folder):
+        raise HubError(f"main of {repo_id} was changed by someone else meanwhile: look at it, then run again")
+    return moved
+
+
+def holds(revision: Revision, manifest: Manifest, folder: Path) -> bool:
+    """Whether a revision has exactly the manifest's files, by the hashes that the Hub reports, card aside."""
+    there = {f.path: f for f in revision.files if f.path not in HUBS_OWN}
+    if set(there) != {f.path for f in manifest.files}:
+        return False
+    return all(same(there[file.path], file, folder) for file in manifest.files)
+
+
+def same(theirs: HubFile, ours: File, folder: Path) -> bool:
+    """Compare by sha256 where the Hub has one (LFS), else by git blob id."""
+    if theirs.sha256 is not None:
+        return theirs.sha256 == ours.sha256
+    if theirs.size != ours.size:
+        return False
+    header = f"blob {ours.size}\0".encode()
+    blob_id = hashlib.sha1(header + (folder / ours.path).read_bytes(), usedforsecurity=False).hexdigest()
+    return theirs.blob_id == blob_id
+
+
+def _stale(revision: Revision, manifest: Manifest) -> list[str]:
+    return [f.path for f in revision.files if f.path not in manifest and f.path not in HUBS_OWN]

@@ -1,0 +1,68 @@
+"""A revision of a repo, resolved to a commit with the list of its files."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from tasks.artifact import SHA256, check_relative
+from tasks.errors import HubError
+from tasks.hub.client import hub_api, hub_errors
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# Other frameworks' copies of the weights. Pickles are never fetched, so that none can be opened.
+NOT_FETCHED = (
+    "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.onnx_data",
+    "*.tflite", "*.npz", "*.npy", "*.ot", "*.mlmodel", "consolidated*.safetensors", "original/*", "onnx/*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file as the Hub lists it: size in bytes, git blob id, and the sha256 of an LFS file."""
+
+    path: str
+    size: int
+    blob_id: str
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Revision:
+    """A repo at one commit."""
+
+    repo_id: str
+    sha: str
+    files: tuple[HubFile, ...]
+    repo_type: Literal["model", "dataset"] = "model"
+
+    @property
+    def name(self) -> str:
+        return f"{self.repo_id}@{self.sha}"
+
+    @property
+    def wanted(self) -> list[HubFile]:
+        """The files that a checkpoint is made of, without other frameworks' weights."""
+        return [f for f in self.files if not any(fnmatch.fnmatch(f.path, pattern) for pattern in NOT_FETCHED)]
+
+
+def resolve(repo_id: str, revision: str = "main", repo_type: Literal["model", "dataset"] = "model") -> Revision:
+    """Ask the Hub for the commit of a branch, tag or commit, and its files, in one request.
+
+    Raises HubError (no such repo or revision, no access) or HubUnavailable.
+    """
+    with hub_errors(repo_id, revision):
+        info = hub_api().repo_info(repo_id, revision=revision, repo_type=repo_type, files_metadata=True)
+    sha = info.sha or ""
+    if not COMMIT.fullmatch(sha):
+        raise HubError(f"the Hub answers {sha!r} as the commit of {repo_id}@{revision}: that is not a commit")
+    files = []
+    for sibling in info.siblings or []:
+        check_relative(sibling.rfilename)
+        sha256 = sibling.lfs.sha256 if sibling.lfs else None
+        if sha256 is not None and not SHA256.fullmatch(sha256):
+            raise HubError(f"the Hub names no sha256 for {sibling.rfilename} of {repo_id}: {sha256!r}")
+        files.append(HubFile(sibling.rfilename, sibling.size or 0, sibling.blob_id or "", sha256))
+    return Revision(repo_id, sha, tuple(sorted(files, key=lambda f: f.path)), repo_type)

@@ -1,0 +1,79 @@
+"""mtp_fix: the head goes in as the recipe says, and the base's remaining files join.
+
+`keep` writes the head bit for bit from the base into a shard of its own. The quantized shards are not touched, nor
+even read: the new artifact names the same blobs. Cost follows the head.
+"""
+
+from __future__ import annotations
+
+from tasks.prefect_stage import options, say, shown
+from tasks.store import Store, open_store
+from prefect import task
+from typing import Any
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from tasks.artifact import File, Manifest
+from tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
+from tasks.checkpoint.head import HEAD_SHARD, HeadFiles, keep_head, shards_with_head, without_head
+from tasks.recipe import Recipe
+from tasks.stage import Made, Stage, StageResult, put_files, run_stage
+
+STAGE = Stage("mtp_fix", 1)
+REWRITTEN = ("README.md", ".gitattributes")  # the card is ours, and the Hub writes the other
+log = logging.getLogger(__name__)
+
+
+def mtp_fix_key(recipe: Recipe, base: Manifest, quantized: Manifest) -> str:
+    joined = Manifest.of(f for f in base.files if f.path not in REWRITTEN)
+    return STAGE.key(
+        reads={"base": joined.digest, "quantized": quantized.digest},
+        settings={"mtp": recipe.mtp},
+    )
+
+
+def mtp_fix(
+    store: Store, recipe: Recipe, base: Manifest, quantized: Manifest, say: Callable[[str], None] = log.info
+) -> StageResult:
+    """Complete a quantized checkpoint. Raises CheckpointError if base and config contradict each other."""
+
+    def work(folder: Path) -> Made:
+        store.hand_out(quantized, folder / "quantized", ["config.json", INDEX])
+        files = HeadFiles.read(folder / "quantized")
+        index = [INDEX] if INDEX in base else []
+        store.hand_out(base, folder / "base", ["config.json", *index])
+        shards = shards_with_head(folder / "base") if index else [SINGLE]
+        store.hand_out(base, folder / "base", shards)
+        source = Checkpoint.open_shards(folder / "base", shards)
+
+        out = folder / "out"
+        if recipe.mtp == "drop" or source.head is None:
+            written = without_head(files, source.head).write(out)
+        else:
+            written = keep_head(files, source, out)
+        put_files(store, out, written)
+        names = {f.path for f in written}
+        kept = [f for f in quantized.files if f.path not in names]
+        result = Manifest.of([*written, *kept, *_remaining(base, {*names, *(f.path for f in kept)})])
+        head = {
+            "asked": recipe.mtp,
+            "in_base": source.head is not None,
+            "layout": source.head.layout if source.head else None,
+            "tensors": len(source.head.names) if source.head else 0,
+            "bytes": next((f.size for f in written if f.path == HEAD_SHARD), 0),
+        }
+        return Made(result, {"mtp": head})
+
+    return run_stage(store, STAGE, mtp_fix_key(recipe, base, quantized), work, say)
+
+
+def _remaining(base: Manifest, there: set[str]) -> list[File]:
+    """Every file of the base that is neither weights nor written anew: verbatim."""
+    weights = (".safetensors", ".safetensors.index.json")
+    return [f for f in base.files if f.path not in REWRITTEN and f.path not in there and not f.path.endswith(weights)]
+
+
+@task(**options("mtp_fix", hours=4))
+def mtp_fix_task(recipe: Recipe, base: Manifest, quantized: Manifest) -> Any:
+    return shown(mtp_fix(open_store(), recipe, base, quantized, say()))

@@ -1,0 +1,99 @@
+"""How Prefect runs a stage: retries for failures that pass, logs without tracebacks or secrets, progress, the state.
+
+Nothing here decides what a stage does; without Prefect the stages are plain functions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from prefect import State, get_run_logger
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import Completed
+from prefect.tasks import Task, exponential_backoff
+
+from tasks.errors import RequantError, redact
+from tasks.stage import StageResult
+
+
+def passes(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether the same call may succeed later: errors say so themselves, and unexpected ones do not."""
+    error = getattr(state.data, "exception", None) or state.data
+    if not isinstance(error, BaseException):
+        try:
+            state.result()
+        except BaseException as raised:  # the state holds what the task raised
+            error = raised
+    return isinstance(error, RequantError) and error.retryable
+
+
+def options(stage: str, hours: float) -> dict[str, Any]:
+    """The options of a stage's task. Delays between tries: 2, 4, 8 and 16 s, each up to doubled at random."""
+    return {
+        "name": stage,
+        "tags": ["requant", stage],
+        "retries": 4,
+        "retry_delay_seconds": exponential_backoff(2),
+        "retry_jitter_factor": 1.0,
+        "retry_condition_fn": passes,
+        "timeout_seconds": hours * 3600,
+        "persist_result": False,
+        "cache_policy": NO_CACHE,
+    }
+
+
+def shown(result: StageResult) -> Any:
+    """The state a stage ends in: Completed, or Reused, which the UI shows by that name."""
+    return Completed(name="Reused", data=result) if result.state == "reused" else result
+
+
+def say() -> Callable[[str], None]:
+    """Log a line into the run at hand."""
+    log = get_run_logger()
+    return lambda text: log.info(redact(text))
+
+
+class BlockProgress:
+    """The quantize child's events as log lines and a Prefect progress artifact."""
+
+    def __init__(self) -> None:
+        self._say = say()
+        self._artifact = create_progress_artifact(0.0, key="quantize-progress", description="Blocks quantized")
+        self._block = ""
+        self._loss = ""
+        self._seconds = 0.0
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "block":
+            self._block, self._loss, self._seconds = event["name"], "", event["seconds"]
+        elif kind == "loss":
+            self._loss = f", loss {event['before']:.3g} to {event['after']:.3g}"
+        elif kind == "progress" and self._block:
+            seconds = event["seconds"] - self._seconds
+            self._say(f"block {event['done']} of {event['total']}: {self._block}, {seconds:.1f} s{self._loss}")
+            update_progress_artifact(self._artifact, 100.0 * event["done"] / event["total"])
+
+
+class Plain(logging.Filter):
+    """Takes the traceback off expected failures, and secrets out of every line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        if isinstance(error, RequantError):
+            record.exc_info = record.exc_text = None
+            record.msg, record.args = str(error), ()
+        record.msg, record.args = redact(record.getMessage()), ()
+        return True
+
+
+def plain_logs() -> None:
+    """Put the filter on Prefect's run loggers, once."""
+    for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine", "prefect"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(f, Plain) for f in logger.filters):
+            logger.addFilter(Plain())

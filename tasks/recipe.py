@@ -1,0 +1,250 @@
+"""The recipe: one YAML file that says what to make of which base, which gates it must pass and where it goes."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tasks.errors import RecipeError
+
+REPO_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$"
+SCHEME = re.compile(r"W(?P<bits>[2348])A16(?:G(?P<group_size>32|64))?")
+# auto-round's own named recipes (auto_round/cli/main.py, RECIPES, 0.16.1).
+PRESETS: dict[str, dict[str, Any]] = {
+    "auto-round": {"iters": 200, "nsamples": 128, "seqlen": 2048, "batch_size": 8},
+    "auto-round-best": {"iters": 1000, "nsamples": 512, "seqlen": 2048, "batch_size": 8},
+    "auto-round-light": {"iters": 50, "nsamples": 128, "seqlen": 2048, "batch_size": 8, "lr": 5e-3},
+}
+Choice = Literal["auto"] | bool
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Base(Section):
+    """The base: a Hub repo at a revision, resolved to a commit before anything else happens."""
+
+    repo_id: str = Field(pattern=REPO_ID, description="Hub repo of the base checkpoint")
+    revision: str = Field("main", min_length=1, max_length=255, description="Branch, tag or commit")
+
+
+class Quantize(Section):
+    """How auto-round quantizes. The defaults are its default recipe."""
+
+    scheme: str = Field("W4A16", description="auto-round scheme: W2A16, W3A16, W4A16, W8A16, or with G32, G64")
+    bits: Literal[2, 3, 4, 8] | None = Field(None, description="Overrides the scheme's bits")
+    group_size: Literal[-1, 32, 64, 128, 256, 512, 1024] | None = Field(
+        None, description="Inputs that share a scale; -1: all. Overrides the scheme's"
+    )
+    sym: bool | None = Field(None, description="Symmetric zero point. Overrides the scheme's (true)")
+    format: Literal["auto_round", "auto_round:auto_gptq", "auto_round:auto_awq"] = Field(
+        "auto_round", description="auto-round export format"
+    )
+    iters: int = Field(200, ge=0, le=10_000, description="Tuning steps a block; 0: round to nearest")
+    nsamples: int = Field(128, ge=1, le=100_000, description="Calibration samples")
+    seqlen: int = Field(2048, ge=16, le=131_072, description="Tokens a sample")
+    batch_size: int = Field(8, ge=1, le=1024, description="Samples a step")
+    lr: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Step size; by default 1 / iters")
+    seed: int = Field(42, ge=0, le=2**32 - 1)
+    calibration: str = Field(
+        "builtin:python", description="Hub data set id[@revision], a local .txt or .jsonl file, or builtin:python"
+    )
+    layers: dict[str, dict[str, Any]] = Field({}, description="Per-layer overrides: auto-round's layer_config")
+    torch_compile: Choice = "auto"
+    low_gpu_mem: Choice = "auto"
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+
+    @model_validator(mode="before")
+    @classmethod
+    def expand_preset(cls, values: Any) -> Any:
+        """`preset: auto-round-best` stands for that preset's keys; keys given beside it win."""
+        if not isinstance(values, dict) or "preset" not in values:
+            return values
+        values = dict(values)
+        preset = values.pop("preset")
+        if preset not in PRESETS:
+            raise ValueError(f"preset {preset!r} does not exist: use one of {', '.join(PRESETS)}")
+        return {**PRESETS[preset], **values}
+
+    @field_validator("scheme")
+    @classmethod
+    def known_scheme(cls, value: str) -> str:
+        if not SCHEME.fullmatch(value):
+            raise ValueError("use W2A16, W3A16, W4A16 or W8A16, optionally with G32 or G64 behind it")
+        return value
+
+    @model_validator(mode="after")
+    def possible(self) -> Quantize:
+        bits, _, sym = self.resolved
+        if self.format == "auto_round:auto_awq" and bits != 4:
+            raise ValueError(f"format {self.format} holds 4 bits only, not {bits}: use format auto_round")
+        if self.format == "auto_round:auto_gptq" and not sym:
+            raise ValueError("format auto_round:auto_gptq loses accuracy with sym false: use format auto_round")
+        if self.batch_size > self.nsamples:
+            raise ValueError(f"batch_size {self.batch_size} is larger than nsamples {self.nsamples}")
+        return self
+
+    @property
+    def resolved(self) -> tuple[int, int, bool]:
+        """(bits, group_size, sym) after overrides; a scheme has group size 128 and is symmetric unless it says so."""
+        match = SCHEME.fullmatch(self.scheme)
+        bits = self.bits or int(match["bits"] if match else 4)
+        group_size = self.group_size or int((match and match["group_size"]) or 128)
+        return bits, group_size, True if self.sym is None else self.sym
+
+
+class Gates(Section):
+    """Limits. What is null is measured and reported, and not compared. Structure is always compared."""
+
+    max_perplexity_increase: Annotated[float, Field(ge=-1, le=100)] | None = Field(
+        0.05, description="Perplexity over the base's, minus 1"
+    )
+    min_top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        0.85, description="Share of positions where both predict the same next token"
+    )
+    min_mtp_acceptance_ratio: Annotated[float, Field(ge=0, le=10)] | None = Field(
+        0.95, description="Draft acceptance over the base's"
+    )
+
+
+class Benchmark(Section):
+    """What measures speed. `torch` is transformers on the machine at hand, never an engine's figure."""
+
+    engine: str = Field("auto", description="auto, torch or none")
+    flags: dict[str, Any] = {}
+
+    @field_validator("engine")
+    @classmethod
+    def available(cls, value: str) -> str:
+        if value == "vllm" or value.startswith("url:"):
+            raise ValueError("this version measures in transformers only: use auto, torch or none")
+        if value not in {"auto", "torch", "none"}:
+            raise ValueError("use auto, torch or none")
+        return value
+
+
+class Publish(Section):
+    """Where the result goes."""
+
+    repo_id: str = Field(pattern=REPO_ID)
+    private: bool = True
+
+
+class Recipe(Section):
+    """What to make of which base."""
+
+    base: Base
+    quantize: Quantize = Quantize()
+    mtp: Literal["keep", "drop"] = Field("keep", description="The MTP head: keep (lossless, from the base) or drop")
+    allow_remote_code: bool = Field(False, description="Run Python files of the base's repo")
+    gates: Gates = Gates()
+    benchmark: Benchmark = Benchmark()
+    publish: Publish | None = None
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file; `overrides` are `a.b=c` with YAML values. A calibration file is relative to the recipe.
+
+    Raises RecipeError with one sentence that names the file or key, the value and what is allowed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RecipeError(f"the recipe {path} cannot be read ({reason}): name a YAML file") from error
+    try:
+        document = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        where = str(getattr(error, "problem_mark", None) or "").strip()
+        raise RecipeError(f"the recipe {path} is not YAML ({getattr(error, 'problem', error)} {where})") from error
+    if not isinstance(document, dict):
+        raise RecipeError(f"the recipe {path} is not a mapping: it needs at least base: {{repo_id: ...}}")
+    for override in overrides:
+        _set(document, override)
+    recipe = parse_recipe(document)
+    return _with_calibration_file(recipe, path.parent)
+
+
+def parse_recipe(document: Mapping[str, Any]) -> Recipe:
+    """Validate a recipe given as a mapping. Raises RecipeError with one sentence."""
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise RecipeError(_sentence(error, document)) from None
+
+
+def _with_calibration_file(recipe: Recipe, folder: Path) -> Recipe:
+    name = recipe.quantize.calibration
+    if name.startswith("builtin:") or not (name.endswith((".txt", ".jsonl")) or name.startswith((".", "/", "~"))):
+        return recipe
+    path = (folder / Path(name).expanduser()).resolve()
+    if not path.is_file():
+        raise RecipeError(f"quantize.calibration: the file {path} does not exist: correct the path in the recipe")
+    return recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"calibration": str(path)})})
+
+
+def _set(document: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {override!r} is not KEY=VALUE: write for instance --set quantize.iters=50")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {key}: the value {value!r} is not YAML") from error
+    *path, last = key.strip().split(".")
+    part: Any = document
+    for name in path:
+        part = part.setdefault(name, {}) if isinstance(part, dict) else None
+        if part is None:
+            raise RecipeError(f"--set {key}: {name} is not a group of keys")
+    if not isinstance(part, dict):
+        raise RecipeError(f"--set {key}: {path[-1]} is not a group of keys")
+    part[last] = parsed
+
+
+def _sentence(error: ValidationError, document: Mapping[str, Any]) -> str:
+    """The first problem of a validation as one sentence: key, value, what is allowed."""
+    problem = error.errors(include_url=False)[0]
+    location = [str(p) for p in problem["loc"] if p not in {"function-after[possible(), Quantize]"}]
+    key = ".".join(location)
+    kind, value = problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(known)}"
+        return f"{key} is not a key of a recipe: {hint}"
+    if kind == "missing":
+        return f"{key} is missing: every recipe needs it"
+    if kind == "value_error":
+        return f"{key}: {problem['ctx']['error']}" + (f", not {value!r}" if not isinstance(value, dict) else "")
+    allowed = problem["msg"][0].lower() + problem["msg"][1:]
+    if kind == "string_pattern_mismatch" and location[-1] == "repo_id":
+        allowed = "write a repo as owner/name"
+    location = [p for p in location if p in _all_keys() or p == location[0]]
+    return f"{'.'.join(location)}: {_short(value)} is not allowed: {allowed}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _keys_at(location: Sequence[str]) -> list[str]:
+    model: Any = Recipe
+    for name in location:
+        annotation = model.model_fields[name].annotation
+        model = annotation if isinstance(annotation, type) else Publish
+    keys = list(model.model_fields)
+    return [*keys, "preset"] if model is Quantize else keys
+
+
+def _all_keys() -> set[str]:
+    sections = (Recipe, Base, Quantize, Gates, Benchmark, Publish)
+    return {name for section in sections for name in section.model_fields}

@@ -1,0 +1,143 @@
+"""What every stage has in common: reuse, the lease, the record beside the result, and how Prefect runs it."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from tasks.artifact import File, Manifest, stage_key
+from tasks.errors import RequantError, explain_os_error
+from tasks.store import Store
+from tasks.store.lease import lease
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's name, and the version of its code: raise it when the same inputs give another result."""
+
+    name: str
+    version: int
+    tools: tuple[str, ...] = ()  # locked packages that shape the result
+
+    def key(self, reads: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+        """The stage key for these inputs (name to digest) and this part of the recipe."""
+        locked = {name: locked_version(name) for name in self.tools}
+        return stage_key(self.name, self.version, reads=reads, settings=settings, tools=locked)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a stage's work returns: the artifact, whose blobs are in the store, and what to record beside it."""
+
+    manifest: Manifest
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One stage of one run: its artifact, whether it `ran` or was `reused`, and the seconds that it took now."""
+
+    name: str
+    key: str
+    state: str
+    seconds: float
+    manifest: Manifest
+    provenance: dict[str, Any]
+
+
+def run_stage(
+    store: Store, stage: Stage, key: str, work: Callable[[Path], Made], say: Callable[[str], None] = log.info
+) -> StageResult:
+    """Reuse the artifact of `key`, or hold its lease and make it.
+
+    `work` gets a folder that survives a crash; the next run of the same key finds in it what was finished.
+    """
+    started, began = time.monotonic(), _now()
+    manifest = store.manifest(stage.name, key)
+    state = "reused"
+    if manifest is None:
+        with lease(store.backend, stage.name, key, on_wait=say):
+            manifest = store.manifest(stage.name, key)
+            if manifest is None:
+                state = "ran"
+                manifest = _make(store, stage, key, work, began, started)
+    seconds = round(time.monotonic() - started, 3)
+    return StageResult(stage.name, key, state, seconds, manifest, store.provenance(stage.name, key))
+
+
+def _make(
+    store: Store, stage: Stage, key: str, work: Callable[[Path], Made], began: str, started: float
+) -> Manifest:
+    folder = store.work_folder(stage.name, key)
+    try:
+        made = work(folder)
+    except OSError as error:
+        explained = None if isinstance(error, RequantError) else explain_os_error(error)
+        if explained is None:
+            raise
+        raise explained from error
+    provenance = {
+        **made.record,
+        "stage": stage.name,
+        "started": began,
+        "seconds": round(time.monotonic() - started, 3),
+        "tools": {name: installed_version(name) for name in stage.tools},
+        "machine": machine(),
+    }
+    manifest = store.keep(stage.name, key, made.manifest, provenance)
+    shutil.rmtree(folder, ignore_errors=True)
+    return manifest
+
+
+def put_files(store: Store, folder: Path, files: list[File]) -> list[File]:
+    """Move finished files from a work folder into the store."""
+    for file in files:
+        store.put_blob(folder / file.path, file)
+    return files
+
+
+@cache
+def _lock() -> dict[str, str]:
+    lines = resources.files("tasks").joinpath("lock.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+def locked_version(package: str) -> str:
+    """The declared version of a tool: what stage keys are made of, so that every machine computes the same key."""
+    return _lock()[package]
+
+
+def installed_version(package: str) -> str:
+    """What is really installed here, for the record; `absent` if it is not."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+@cache
+def machine() -> dict[str, Any]:
+    """The hardware, for the record."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "memory_bytes": pages,
+    }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

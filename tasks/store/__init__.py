@@ -1,0 +1,42 @@
+"""Object storage for artifacts: blobs named by their sha256, manifests named by their stage key.
+
+    store = open_store()                        # REQUANT_STORE: file:///dir or s3://bucket/prefix
+    store.check()                               # raises at once when it cannot be used
+    manifest = store.manifest("quantize", key)  # None, or an artifact whose blobs are all there
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tasks.errors import RecipeError
+from tasks.store.folder import FolderBackend
+from tasks.store.store import Store
+
+__all__ = ["Store", "cache_folder", "open_store"]
+
+
+def cache_folder() -> Path:
+    """Where Requant keeps what can be fetched or made again: `$XDG_CACHE_HOME/requant` or `~/.cache/requant`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "requant"
+
+
+def open_store(url: str | None = None) -> Store:
+    """Open the store at `url`, by default REQUANT_STORE, by default a folder in the user's cache.
+
+    Nothing is contacted yet. Raises RecipeError for a URL that is neither file:///dir nor s3://bucket/prefix.
+    """
+    url = url or os.environ.get("REQUANT_STORE") or (cache_folder() / "store").as_uri()
+    parts = urlsplit(url)
+    if parts.scheme == "file" and parts.path and parts.netloc in {"", "localhost"}:
+        folder = FolderBackend(Path(parts.path))
+        return Store(folder, near=folder)
+    if parts.scheme == "s3" and parts.netloc:
+        from tasks.store.s3 import S3Backend  # boto3 takes 0.4 s to import
+
+        return Store(
+            S3Backend(parts.netloc, parts.path.strip("/")), near=FolderBackend(cache_folder() / "near")
+        )
+    raise RecipeError(f"REQUANT_STORE={url!r} is not a store: use file:///an/absolute/folder or s3://bucket/prefix")

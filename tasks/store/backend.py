@@ -1,0 +1,52 @@
+"""What a place must be able to do to hold a store: eight operations on named objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+
+class Backend(Protocol):
+    """Objects by key (`a/b/c`). Every write is whole or absent; only `write_new` is conditional."""
+
+    @property
+    def url(self) -> str:
+        """The store's address, as REQUANT_STORE spells it."""
+        ...
+
+    def check(self) -> None:
+        """Find out at once, without retries, whether the place can be used. Raises StoreError."""
+        ...
+
+    def read(self, key: str) -> bytes | None:
+        """The whole object, or None."""
+        ...
+
+    def write(self, key: str, data: bytes) -> None:
+        """Create or replace a small object."""
+        ...
+
+    def write_new(self, key: str, data: bytes) -> bool:
+        """Create a small object; False, and nothing written, if there is one already. Atomic."""
+        ...
+
+    def size(self, key: str) -> int | None:
+        """The object's size in bytes, or None."""
+        ...
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Create an object from a local file of any size. The file may be moved or linked, not changed."""
+        ...
+
+    def get_file(self, key: str, path: Path) -> None:
+        """Fetch an object of any size into a new local file."""
+        ...
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """All keys below `prefix/`."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object; no error if there is none."""
+        ...

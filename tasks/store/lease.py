@@ -1,0 +1,148 @@
+"""Leases: two runs of one stage key do the work once, on any number of machines.
+
+A lease is an object `leases/<stage>/<key>/<generation>` that names its owner and counts heartbeats. Taking one is
+a conditional write of the next generation's name; the owner beats by rewriting its object. A lease that stops
+beating, or whose process on this machine is gone, is dead, and the next generation may be taken. No clocks of
+two machines are ever compared: an observer only watches whether the count moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+
+import psutil
+
+from tasks.errors import StoreError
+from tasks.store.backend import Backend
+
+log = logging.getLogger(__name__)
+
+BEAT = 10.0  # seconds between heartbeats
+DEAD_AFTER = 60.0  # seconds without one, as the observer sees it
+POLL = 1.0
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lease: machine, process, when that process started, and how often it has beaten."""
+
+    machine: str
+    pid: int
+    started: float
+    token: str
+    beats: int = 0
+
+    @classmethod
+    def this_process(cls) -> Owner:
+        pid = os.getpid()
+        return cls(_machine(), pid, psutil.Process(pid).create_time(), os.urandom(8).hex())
+
+    @property
+    def is_gone(self) -> bool:
+        """True only if it ran on this machine and certainly no longer does."""
+        if self.machine != _machine():
+            return False
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.started) > 1.0
+        except psutil.NoSuchProcess:
+            return True
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+
+@contextlib.contextmanager
+def lease(
+    backend: Backend, stage: str, key: str, on_wait: Callable[[str], None] = log.info, beat: float = BEAT
+) -> Iterator[None]:
+    """Hold the lease of a stage key. Blocks while another run holds it; `on_wait` is told once who that is.
+
+    After it is held, look for the artifact again: the run that held it before may have made it.
+    """
+    folder = f"leases/{stage}/{key}"
+    owner, generation = _take(backend, folder, on_wait)
+    stop = threading.Event()
+    heart = threading.Thread(
+        target=_beat, args=(backend, f"{folder}/{generation:06d}", owner, stop, beat), daemon=True
+    )
+    heart.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        heart.join()
+        for number in _generations(backend, folder):
+            if number <= generation:
+                backend.delete(f"{folder}/{number:06d}")
+
+
+def _take(backend: Backend, folder: str, on_wait: Callable[[str], None]) -> tuple[Owner, int]:
+    owner = Owner.this_process()
+    seen: bytes | None = None
+    seen_at = time.monotonic()
+    told = False
+    while True:
+        generation = max(_generations(backend, folder), default=0)
+        held = backend.read(f"{folder}/{generation:06d}") if generation else None
+        if generation and held is None:
+            continue  # released between the two reads
+        if held is not None:
+            if held != seen:
+                seen, seen_at = held, time.monotonic()
+            other = _owner(held)
+            dead = other is None or other.is_gone or time.monotonic() - seen_at > DEAD_AFTER
+            if not dead:
+                if not told and other is not None:
+                    on_wait(f"waiting for process {other.pid} on {other.machine.split('/')[0]}, which does this work")
+                    told = True
+                time.sleep(POLL)
+                continue
+        mine = f"{folder}/{generation + 1:06d}"
+        if backend.write_new(mine, owner.to_json()):
+            # Another run may have taken over, finished and released what was seen above, and a third begun anew.
+            newest = max(_generations(backend, folder), default=0)
+            before = backend.read(f"{folder}/{generation:06d}") if generation else None
+            if newest == generation + 1 and before == held:
+                return owner, newest
+            backend.delete(mine)
+            time.sleep(random.uniform(0, POLL))
+
+
+def _beat(backend: Backend, name: str, owner: Owner, stop: threading.Event, beat: float) -> None:
+    beats = 0
+    while not stop.wait(beat):
+        beats += 1
+        try:
+            backend.write(name, replace(owner, beats=beats).to_json())
+        except StoreError as error:
+            log.warning("heartbeat failed: %s", error)
+
+
+def _generations(backend: Backend, folder: str) -> list[int]:
+    names = (key.rsplit("/", 1)[1] for key in backend.keys(folder))
+    return [int(name) for name in names if name.isdigit()]
+
+
+def _owner(data: bytes) -> Owner | None:
+    try:
+        return Owner(**json.loads(data))
+    except (ValueError, TypeError):
+        return None
+
+
+def _machine() -> str:
+    """Host name and process namespace: a pid means something only inside one of those."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return f"{socket.gethostname()}/{namespace}"

@@ -1,0 +1,206 @@
+"""A store in an S3 bucket, through boto3.
+
+Works on servers that are not AWS (Ceph, Swift, MinIO and others): path-style addressing, no checksum trailers
+unless required, and PutObject with `IfNoneMatch='*'` as the only conditional write.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import boto3
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    HTTPClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+)
+
+from tasks.errors import StoreError, StoreUnreachable
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PATIENCE = 150.0  # seconds: a store lost in the middle of a run may come back; GPU hours are at stake
+TRANSFER = TransferConfig(
+    multipart_threshold=64 << 20, multipart_chunksize=32 << 20, max_concurrency=4, preferred_transfer_client="classic"
+)
+
+
+class S3Backend:
+    """Objects below `prefix` in `bucket`. The usual AWS variables apply (AWS_ENDPOINT_URL_S3 and others).
+
+    `patience` is how many seconds an operation is retried while the server cannot be reached or answers 5xx.
+    """
+
+    def __init__(self, bucket: str, prefix: str = "", patience: float = PATIENCE) -> None:
+        self.bucket = bucket
+        self.prefix = f"{prefix}/" if prefix else ""
+        self.patience = patience
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+    def check(self) -> None:
+        once = _client(connect_timeout=4, read_timeout=10, total_max_attempts=1)
+        try:
+            once.list_objects_v2(Bucket=self.bucket, MaxKeys=1, Prefix=self.prefix)
+        except (BotoCoreError, ClientError) as error:
+            raise self._explain(error) from error
+
+    def read(self, key: str) -> bytes | None:
+        def get() -> bytes:
+            body: bytes = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key)["Body"].read()
+            return body
+
+        return self._unless_missing(get)
+
+    def write(self, key: str, data: bytes) -> None:
+        self._patiently(lambda: self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data))
+
+    def write_new(self, key: str, data: bytes) -> bool:
+        def put() -> bool:
+            try:
+                self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data, IfNoneMatch="*")
+            except ClientError as error:
+                # 409: another conditional write of this key is under way, and one of them wins.
+                if _status(error) in {412, 409}:
+                    return False
+                raise
+            return True
+
+        written = self._patiently(put)
+        # A retried PutObject can lose against its own first attempt whose answer got lost.
+        return written or self.read(key) == data
+
+    def size(self, key: str) -> int | None:
+        return self._unless_missing(
+            lambda: int(self._client.head_object(Bucket=self.bucket, Key=self.prefix + key)["ContentLength"])
+        )
+
+    def put_file(self, key: str, path: Path) -> None:
+        self._patiently(
+            lambda: self._client.upload_file(str(path), self.bucket, self.prefix + key, Config=TRANSFER)
+        )
+
+    def get_file(self, key: str, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._patiently(
+            lambda: self._client.download_file(self.bucket, self.prefix + key, str(path), Config=TRANSFER)
+        )
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        token: dict[str, str] = {}
+        while True:
+            page = self._patiently(functools.partial(self._page, f"{self.prefix}{prefix}/", token))
+            for item in page.get("Contents", []):
+                yield item["Key"].removeprefix(self.prefix)
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def delete(self, key: str) -> None:
+        self._patiently(lambda: self._client.delete_object(Bucket=self.bucket, Key=self.prefix + key))
+
+    def _page(self, prefix: str, token: dict[str, str]) -> dict[str, Any]:
+        page: dict[str, Any] = self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, **token)
+        return page
+
+    @functools.cached_property
+    def _client(self) -> Any:
+        return _client(connect_timeout=10, read_timeout=60, total_max_attempts=3)
+
+    def _unless_missing(self, call: Callable[[], T]) -> T | None:
+        def unless() -> T | None:
+            try:
+                return call()
+            except ClientError as error:
+                if _code(error) in {"404", "NoSuchKey", "NotFound"}:
+                    return None
+                raise
+
+        return self._patiently(unless)
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        """Retry with exponential backoff and jitter for `patience` seconds, but only failures that pass."""
+        give_up = time.monotonic() + self.patience
+        delay = 0.5
+        while True:
+            try:
+                return call()
+            except Exception as error:  # boto3's transfers wrap what went wrong in classes of their own
+                explained = self._explain(error)
+                if explained is error:
+                    raise
+                if not isinstance(explained, StoreUnreachable) or time.monotonic() + delay > give_up:
+                    raise explained from error
+                log.warning("%s; trying again in %.1f s", explained, delay)
+                time.sleep(delay * random.uniform(0.75, 1.25))
+                delay = min(delay * 2, 20.0)
+
+    def _explain(self, error: Exception) -> Exception:
+        """The sentence for a boto3 failure; the error itself where it is not about S3."""
+        if isinstance(error, StoreError):
+            return error
+        inner = error.__cause__ or error.__context__
+        cause = inner if isinstance(inner, ClientError) else error
+        if isinstance(cause, ClientError):
+            code, status = _code(cause), _status(cause)
+            if code == "NoSuchBucket":
+                return StoreError(f"the bucket {self.bucket!r} does not exist: create it or correct REQUANT_STORE")
+            if status in {401, 403}:
+                return StoreError(
+                    f"the store {self.url} refuses these credentials ({code}): check AWS_ACCESS_KEY_ID, "
+                    "AWS_SECRET_ACCESS_KEY and the bucket's policy"
+                )
+            if status >= 500 or status in {408, 429} or code in {"SlowDown", "RequestTimeout"}:
+                return StoreUnreachable(f"the store {self.url} answers {status} {code}: try again when it is well")
+            return StoreError(f"the store {self.url} refused {cause.operation_name} ({status} {code})")
+        if isinstance(cause, (NoCredentialsError, PartialCredentialsError)):
+            return StoreError(
+                f"no AWS credentials for the store {self.url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
+        text = str(cause)
+        lost = isinstance(cause, (HTTPClientError, ConnectionError, TimeoutError)) or "onnection" in text
+        if lost or "RetriesExceeded" in type(cause).__name__:
+            return StoreUnreachable(
+                f"the store {self.url} cannot be reached ({text.splitlines()[0] if text else type(cause).__name__}): "
+                "check AWS_ENDPOINT_URL_S3 and that the server runs"
+            )
+        if isinstance(cause, BotoCoreError):
+            return StoreError(f"the store {self.url} cannot be used ({text}): check REQUANT_STORE and the AWS variables")
+        return error
+
+
+def _client(*, connect_timeout: int, read_timeout: int, total_max_attempts: int) -> Any:
+    """A boto3 S3 client; the type is Any because boto3 makes its classes at run time."""
+    return boto3.session.Session().client(
+        "s3",
+        config=Config(
+            connect_timeout=connect_timeout,
+            read_timeout=read_timeout,
+            retries={"mode": "standard", "total_max_attempts": total_max_attempts},
+            s3={"addressing_style": "path"},
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            max_pool_connections=16,
+        ),
+    )
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
