@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -21,11 +22,14 @@ from pathlib import Path
 import httpx
 
 from tasks.errors import RequantError
+from tasks.stage import installed_version
+from tasks.store import cache_folder
 
 START = 180.0  # seconds
 SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
+    "PREFECT_LOGGING_TO_API_ENABLED": "false",
     "PREFECT_SERVER_UI_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
@@ -47,12 +51,14 @@ def embedded_prefect() -> Iterator[None]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    database = f"sqlite+aiosqlite:///{home / 'prefect.db'}"
+    database, migrated = home / "prefect.db", cache_folder() / f"prefect-{installed_version('prefect')}.db"
+    if migrated.exists():  # creating the tables takes 8 s
+        shutil.copyfile(migrated, database)
     environment = {**os.environ, **SETTINGS, "PREFECT_HOME": str(home)}
     with (home / "server.log").open("wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "flows.embedded", str(port)],
-            env={**environment, "PREFECT_API_DATABASE_CONNECTION_URL": database},
+            env={**environment, "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{database}"},
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -64,12 +70,23 @@ def embedded_prefect() -> Iterator[None]:
         import prefect  # noqa: F401  while the server starts: both take seconds
 
         _wait(server, port, home)
+        if not migrated.exists():
+            _keep(database, migrated)
         yield
     finally:
         os.environ.pop("PREFECT_API_URL", None)
         server.kill()
         server.wait()
         shutil.rmtree(home, ignore_errors=True)
+
+
+def _keep(database: Path, migrated: Path) -> None:
+    """Keep a copy of the fresh database for the next start."""
+    migrated.parent.mkdir(parents=True, exist_ok=True)
+    temporary = migrated.with_name(f"{migrated.name}.{os.getpid()}")
+    with contextlib.closing(sqlite3.connect(database)) as source, contextlib.closing(sqlite3.connect(temporary)) as copy:
+        source.backup(copy)
+    os.replace(temporary, migrated)
 
 
 def _wait(server: subprocess.Popen[bytes], port: int, home: Path) -> None:

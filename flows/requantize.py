@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow, task
+from prefect import State, flow, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from flows.report import Report, markdown
@@ -92,7 +92,7 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Text]:
 
 def _done(outcome: Any, report: Report) -> Manifest:
     """A stage's artifact. A task that ended in a named state hands over the state, any other its result."""
-    result: StageResult = outcome.data if hasattr(outcome, "is_completed") else outcome
+    result: StageResult = outcome.result() if isinstance(outcome, State) else outcome
     report.stages.append(result)
     say()(f"{result.name}: {result.state} in {result.seconds:.1f} s")
     return result.manifest
