@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import click
 
 from tasks.artifact import Manifest
+from tasks.checkpoint.writer import write_file, write_json
 from tasks.errors import Interrupted, RecipeError, RequantError, explain_os_error, redact
 from tasks.store import open_store
 
@@ -51,7 +52,10 @@ def cli() -> None:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in quantize.iters=50.")
 @click.option("--checkout", type=click.Path(path_type=Path), help="Lay the result's files into this folder.")
-def run(recipe: Path, overrides: tuple[str, ...], checkout: Path | None) -> tuple[dict[str, Any], str, int]:
+@click.option("--report", "report_path", type=click.Path(path_type=Path), help="Write the JSON document here too.")
+def run(
+    recipe: Path, overrides: tuple[str, ...], checkout: Path | None, report_path: Path | None
+) -> tuple[dict[str, Any], str, int]:
     """Run the whole pipeline, here and now."""
     from tasks.recipe import load_recipe
 
@@ -68,6 +72,8 @@ def run(recipe: Path, overrides: tuple[str, ...], checkout: Path | None) -> tupl
         except RunFailed as failure:
             report = failure.report
     _lay_out(report, checkout)
+    if report_path is not None:
+        write_json(report_path.parent, report_path.name, report.to_json())
     return report.to_json(), render(report), 0 if report.status in {"published", "validated"} else 1
 
 
@@ -81,10 +87,8 @@ def _lay_out(report: Any, checkout: Path | None) -> None:
     else:
         folder = store.near.root / "checkouts" / report.artifact.digest
         report.path = store.hand_out(report.artifact, folder)
-    if report.card is not None and checkout is not None:
-        from tasks.checkpoint.writer import write_file
-
-        write_file(checkout, "README.md", [report.card.encode()])
+    if report.card is not None:
+        write_file(report.path, "README.md", [report.card.encode()])
 
 
 @command(cli, "validate")
@@ -137,7 +141,7 @@ def store_ls() -> tuple[dict[str, Any], str, int]:
     """List the artifacts."""
     opened = open_store()
     opened.check()
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "stage": entry.stage,
             "key": entry.key,
@@ -148,7 +152,7 @@ def store_ls() -> tuple[dict[str, Any], str, int]:
         }
         for entry in opened.entries()
     ]
-    rows.sort(key=lambda row: row["started"] or "")
+    rows.sort(key=lambda row: str(row["started"] or ""))
     text = "\n".join(f"{r['stage']:10} {r['digest'][:12]} {r['bytes']:>16,} {r['started']}" for r in rows)
     return {"store": opened.url, "artifacts": rows}, text or f"{opened.url} is empty", 0
 
@@ -230,3 +234,5 @@ def _fail(sentence: str, status: int) -> None:
     sys.exit(status)
 
 
+if __name__ == "__main__":
+    main()

@@ -84,7 +84,10 @@ def _keep(database: Path, migrated: Path) -> None:
     """Keep a copy of the fresh database for the next start."""
     migrated.parent.mkdir(parents=True, exist_ok=True)
     temporary = migrated.with_name(f"{migrated.name}.{os.getpid()}")
-    with contextlib.closing(sqlite3.connect(database)) as source, contextlib.closing(sqlite3.connect(temporary)) as copy:
+    with (
+        contextlib.closing(sqlite3.connect(database)) as source,
+        contextlib.closing(sqlite3.connect(temporary)) as copy,
+    ):
         source.backup(copy)
     os.replace(temporary, migrated)
 

@@ -86,5 +86,7 @@ def markdown(report: Report) -> str:
     if report.gates:
         parts.append(table(("gate", "measured", "limit", "", "note"), gate_rows(report.gates)))
     if report.published:
-        parts.append(f"Published: [{report.published['repo_id']}]({report.published['url']}) `{report.published['tag']}`")
+        parts.append(
+            f"Published: [{report.published['repo_id']}]({report.published['url']}) `{report.published['tag']}`"
+        )
     return "\n\n".join(parts)

@@ -71,9 +71,7 @@ def _run(recipe: Recipe, report: Report) -> None:
     if not all(gate.passed for gate in report.gates):
         report.status = "rejected"
         return
-    card = card_for(
-        store, recipe, base, base_files, artifact, report.gates, measured, report.benchmark, report.stages
-    )
+    card = card_for(store, recipe, base, base_files, artifact, report.gates, measured, report.benchmark, report.stages)
     report.card = card
     report.status = "validated"
     if recipe.publish is not None:

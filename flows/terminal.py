@@ -29,9 +29,12 @@ def render(report: Report) -> str:
             )
         if report.path:
             console.print(f"checkpoint  {report.path}", highlight=False, soft_wrap=True)
+        if report.path and report.card:
+            console.print(f"card        {report.path / 'README.md'}", highlight=False, soft_wrap=True)
         if report.published:
             done = "published" if report.published["changed"] else "already published"
-            console.print(f"card        {report.published['url']} ({done}, {report.published['tag']})", soft_wrap=True)
+            where = f"{report.published['url']} ({done}, tag {report.published['tag']})"
+            console.print(f"{'Hub':11} {where}", highlight=False, soft_wrap=True)
         if report.error:
             console.print(f"error       {report.error}", highlight=False, markup=False, soft_wrap=True)
     return capture.get()

@@ -123,6 +123,4 @@ def stage_key(
     `reads` maps each input's name to a digest of its content, `settings` is the part of the recipe that the
     stage reads, `tools` the declared (locked) versions of the tools that shape the result.
     """
-    return digest_of(
-        {"stage": stage, "version": version, "reads": reads, "settings": settings, "tools": tools}
-    )
+    return digest_of({"stage": stage, "version": version, "reads": reads, "settings": settings, "tools": tools})

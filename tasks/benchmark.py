@@ -6,9 +6,6 @@ loads there. It says nothing about an engine's speed, and its record says so.
 
 from __future__ import annotations
 
-from tasks.prefect_stage import options, say, shown
-from tasks.store import Store, open_store
-from prefect import task
 import json
 import logging
 import statistics
@@ -17,10 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from prefect import task
+
 from tasks.artifact import Manifest
 from tasks.checkpoint.writer import write_json
+from tasks.prefect_stage import options, say, shown
 from tasks.recipe import Recipe
 from tasks.stage import Made, Stage, StageResult, machine, put_files, run_stage
+from tasks.store import Store, open_store
 from tasks.text import EVALUATION
 
 STAGE = Stage("benchmark", 1, tools=("transformers", "auto-round"))
@@ -37,9 +38,7 @@ def benchmark_key(recipe: Recipe, artifact: Manifest) -> str:
     )
 
 
-def benchmark(
-    store: Store, recipe: Recipe, artifact: Manifest, say: Callable[[str], None] = log.info
-) -> StageResult:
+def benchmark(store: Store, recipe: Recipe, artifact: Manifest, say: Callable[[str], None] = log.info) -> StageResult:
     """Measure an artifact's speed; what was measured is in the artifact `benchmark.json`."""
 
     def work(folder: Path) -> Made:
@@ -58,15 +57,14 @@ def _engine(recipe: Recipe) -> str:
     return "torch" if recipe.benchmark.engine == "auto" else recipe.benchmark.engine
 
 
-def measure_speed(
-    folder: Path, *, remote_code: bool = False, say: Callable[[str], None] = log.info
-) -> dict[str, Any]:
+def measure_speed(folder: Path, *, remote_code: bool = False, say: Callable[[str], None] = log.info) -> dict[str, Any]:
     """Tokens per second of prompts of PREFILL tokens and of greedy decoding, batch 1, medians of REPEATS."""
     import torch
     import transformers
 
     from tasks.model import load_tokenizer, pick_device
 
+    logging.getLogger("autoround").setLevel(logging.ERROR)
     device = pick_device()
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
     auto = transformers.AutoModelForCausalLM

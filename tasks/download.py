@@ -5,23 +5,23 @@ What the store already has is not fetched again, so a new revision that changed 
 
 from __future__ import annotations
 
-from tasks.prefect_stage import options, say, shown
-from tasks.store import Store, open_store
-from prefect import task
-from typing import Any
 import hashlib
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download
+from prefect import task
 
 from tasks.artifact import File, Manifest, file_of
 from tasks.errors import HubUnavailable
 from tasks.hub.client import hub_errors
 from tasks.hub.revision import HubFile, Revision
+from tasks.prefect_stage import options, say, shown
 from tasks.stage import Made, Stage, StageResult, run_stage
+from tasks.store import Store, open_store
 
 STAGE = Stage("download", 1)
 PARALLEL = 4
@@ -45,9 +45,7 @@ def download(store: Store, base: Revision, say: Callable[[str], None] = log.info
     return run_stage(store, STAGE, download_key(base), work, say)
 
 
-def _have(
-    store: Store, base: Revision, file: HubFile, folder: Path, say: Callable[[str], None]
-) -> tuple[File, bool]:
+def _have(store: Store, base: Revision, file: HubFile, folder: Path, say: Callable[[str], None]) -> tuple[File, bool]:
     """The file, and whether the store already had it."""
     sha256 = file.sha256 or store.recall("git-blobs", file.blob_id)
     if sha256 is not None:
@@ -57,7 +55,12 @@ def _have(
     path = folder / file.path
     with hub_errors(base.repo_id, base.sha):
         hf_hub_download(
-            base.repo_id, file.path, revision=base.sha, repo_type=base.repo_type, local_dir=folder, library_name="requant"
+            base.repo_id,
+            file.path,
+            revision=base.sha,
+            repo_type=base.repo_type,
+            local_dir=folder,
+            library_name="requant",
         )
     got = file_of(folder, file.path)
     intact = got.sha256 == file.sha256 if file.sha256 else _git_blob_id(path) == file.blob_id

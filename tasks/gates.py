@@ -1,4 +1,4 @@
-"""Gates: measured values against the recipe's limits. Pure functions, so that a changed limit measures nothing again."""
+"""Gates: measured values against the recipe's limits. Pure functions: a changed limit measures nothing again."""
 
 from __future__ import annotations
 

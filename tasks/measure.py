@@ -77,8 +77,8 @@ def measure(
     head = MtpHead(checkpoint, model, dtype, device) if checkpoint.head and checkpoint.head.layout == "mtp" else None
     say(f"measuring {folder.name} on {tokens.size:,} tokens ({str(dtype).removeprefix('torch.')}, {device})")
     nll, top1, draft = [], [], []
-    for row in torch.from_numpy(tokens).long().split(1):
-        ids = row.to(device)
+    for row in tokens:
+        ids = torch.from_numpy(row[None]).long().to(device)
         hidden = text_model(model)(input_ids=ids, use_cache=False).last_hidden_state
         logits = model.get_output_embeddings()(hidden[:, :-1]).float()
         nll.append(torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="none").cpu().numpy())

@@ -23,6 +23,8 @@ from tasks.checkpoint.packing import Scheme, dequantize
 from tasks.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+transformers.logging.set_verbosity_error()  # it warns of every kernel that is not installed
+transformers.logging.disable_progress_bar()
 
 TORCH = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,

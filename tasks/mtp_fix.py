@@ -6,19 +6,20 @@ even read: the new artifact names the same blobs. Cost follows the head.
 
 from __future__ import annotations
 
-from tasks.prefect_stage import options, say, shown
-from tasks.store import Store, open_store
-from prefect import task
-from typing import Any
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from prefect import task
 
 from tasks.artifact import File, Manifest
 from tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from tasks.checkpoint.head import HEAD_SHARD, HeadFiles, keep_head, shards_with_head, without_head
+from tasks.prefect_stage import options, say, shown
 from tasks.recipe import Recipe
 from tasks.stage import Made, Stage, StageResult, put_files, run_stage
+from tasks.store import Store, open_store
 
 STAGE = Stage("mtp_fix", 1)
 REWRITTEN = ("README.md", ".gitattributes")  # the card is ours, and the Hub writes the other

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
+from uuid import UUID
 
 from prefect import State, get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -31,13 +32,13 @@ def passes(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     return isinstance(error, RequantError) and error.retryable
 
 
-def options(stage: str, hours: float) -> dict[str, Any]:
-    """The options of a stage's task. Delays between tries: 2, 4, 8 and 16 s, each up to doubled at random."""
+def options(stage: str, hours: float, retries: int = 3) -> dict[str, Any]:
+    """The options of a stage's task. Delays between tries: 1, 2, 4 s and so on, each up to doubled at random."""
     return {
         "name": stage,
         "tags": ["requant", stage],
-        "retries": 4,
-        "retry_delay_seconds": exponential_backoff(2),
+        "retries": retries,
+        "retry_delay_seconds": exponential_backoff(1),
         "retry_jitter_factor": 1.0,
         "retry_condition_fn": passes,
         "timeout_seconds": hours * 3600,
@@ -62,7 +63,9 @@ class BlockProgress:
 
     def __init__(self) -> None:
         self._say = say()
-        self._artifact = create_progress_artifact(0.0, key="quantize-progress", description="Blocks quantized")
+        artifact = create_progress_artifact(0.0, key="quantize-progress", description="Blocks quantized")
+        assert isinstance(artifact, UUID)  # and not a coroutine: stages run in a thread without an event loop
+        self._artifact = artifact
         self._block = ""
         self._loss = ""
         self._seconds = 0.0
@@ -87,8 +90,11 @@ class Plain(logging.Filter):
         if isinstance(error, RequantError):
             record.exc_info = record.exc_text = None
             record.msg, record.args = str(error), ()
+        if isinstance(record.args, tuple):
+            record.args = tuple(str(a) if isinstance(a, RequantError) else a for a in record.args)
         record.msg, record.args = redact(record.getMessage()), ()
-        return True
+        # The embedded server has no UI to look at.
+        return not record.msg.startswith("View at http://127.0.0.1")
 
 
 def plain_logs() -> None:

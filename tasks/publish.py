@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from tasks.prefect_stage import options, say, shown
-from tasks.store import Store, open_store
-from prefect import task
 import json
 import logging
 import time
@@ -12,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub import constants
+from prefect import task
 
 from tasks.artifact import Manifest, digest_of
 from tasks.checkpoint.checkpoint import INDEX
@@ -21,8 +19,10 @@ from tasks.gates import Gate
 from tasks.hub.card import CardFacts, make_card
 from tasks.hub.release import CARD, release
 from tasks.hub.revision import Revision
+from tasks.prefect_stage import options, say, shown
 from tasks.recipe import Recipe
 from tasks.stage import StageResult
+from tasks.store import Store, open_store
 from tasks.store.lease import lease
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,6 @@ def _weights(manifest: Manifest) -> int:
     return sum(f.size for f in manifest.files if f.path.endswith(".safetensors"))
 
 
-@task(**options("publish", hours=12))
+@task(**options("publish", hours=12, retries=8))
 def publish_task(recipe: Recipe, base: Revision, artifact: Manifest, card: str) -> Any:
     return shown(publish(open_store(), recipe, base, artifact, card, say()))

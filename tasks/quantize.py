@@ -6,9 +6,6 @@ started again with the next rung of a ladder of settings, from the block that fa
 
 from __future__ import annotations
 
-from tasks.prefect_stage import BlockProgress, options, say, shown
-from tasks.store import Store, open_store
-from prefect import task
 import contextlib
 import fnmatch
 import json
@@ -22,13 +19,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from prefect import task
+
 from tasks.artifact import Manifest
 from tasks.checkpoint.assemble import assemble
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.download import download
 from tasks.errors import SECRET_VARIABLES, OutOfMemory, QuantizeDied, QuantizeFailed, StageTimeout
+from tasks.prefect_stage import BlockProgress, options, say, shown
 from tasks.recipe import Recipe
 from tasks.stage import Made, Stage, StageResult, put_files, run_stage
+from tasks.store import Store, open_store
 from tasks.text import Text
 
 STAGE = Stage("quantize", 1, tools=("auto-round", "transformers"))
@@ -104,7 +105,7 @@ def ladder(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The job as asked, then settings that need less memory and give the same result but for float noise."""
     rung: dict[str, Any] = {**job, "gradient_accumulate_steps": 1}
     yield rung
-    if rung["low_gpu_mem"] != True:  # noqa: E712: it may be "auto"
+    if rung["low_gpu_mem"] is not True:  # it may be "auto"
         rung = {**rung, "low_gpu_mem": True}
         yield rung
     while rung["batch_size"] > 1:
@@ -140,7 +141,9 @@ def _down_the_ladder(
         if error["kind"] != "oom":
             raise QuantizeFailed(f"auto-round failed: {error['text']} (its log: {folder / 'log.txt'})")
         say(f"out of memory with batch size {rung['batch_size']}: going on with less")
-    raise OutOfMemory(f"out of memory even with one sample a step ({folder / 'log.txt'}): use a device with more memory")
+    raise OutOfMemory(
+        f"out of memory even with one sample a step ({folder / 'log.txt'}): use a device with more memory"
+    )
 
 
 def run_child(job: Mapping[str, Any], folder: Path, report: Report, timeout: float = TIMEOUT) -> dict[str, Any]:

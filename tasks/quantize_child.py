@@ -81,7 +81,7 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
     """Load, calibrate, tune, write. Returns what result.json holds."""
     import torch
     import transformers
-    from auto_round import AutoRound  # type: ignore[import-untyped]
+    from auto_round import AutoRound
 
     logging.getLogger("autoround").addHandler(LogEvents(events))
     device = job["device"] if job["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -208,7 +208,7 @@ def _make_resume_atomic() -> None:
     a block the inputs of the next one. (auto_round/utils/resume.py, 0.16.1.)
     """
     import torch
-    from auto_round.utils import resume  # type: ignore[import-untyped]
+    from auto_round.utils import resume
 
     state = resume.ResumeState
     state.q_input_path = property(lambda s: s.dir / f"q_input_{len(s.completed_blocks)}.pt", lambda s, v: None)
@@ -234,7 +234,7 @@ def _make_resume_atomic() -> None:
 
 def _report_blocks(events: Events) -> None:
     """Turn auto-round's progress bar into events: `block` when one starts, `progress` when one ends."""
-    from auto_round.compressors import orchestrator  # type: ignore[import-untyped]
+    from auto_round.compressors import orchestrator
 
     class Bar(orchestrator.tqdm):  # type: ignore[misc]
         def set_description(self, desc: str | None = None, refresh: bool = True) -> None:

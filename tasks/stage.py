@@ -77,9 +77,7 @@ def run_stage(
     return StageResult(stage.name, key, state, seconds, manifest, store.provenance(stage.name, key))
 
 
-def _make(
-    store: Store, stage: Stage, key: str, work: Callable[[Path], Made], began: str, started: float
-) -> Manifest:
+def _make(store: Store, stage: Stage, key: str, work: Callable[[Path], Made], began: str, started: float) -> Manifest:
     folder = store.work_folder(stage.name, key)
     try:
         made = work(folder)

@@ -5,14 +5,13 @@ Measuring is the stage and is kept. Comparing with the recipe's limits is `tasks
 
 from __future__ import annotations
 
-from tasks.prefect_stage import options, say, shown
-from tasks.store import Store, open_store
-from prefect import task
 import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from prefect import task
 
 from tasks.artifact import Manifest, sha256_of
 from tasks.checkpoint.account import account
@@ -20,8 +19,10 @@ from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.writer import write_file, write_json
 from tasks.gates import most_repeated
 from tasks.mtp_fix import REWRITTEN
+from tasks.prefect_stage import options, say, shown
 from tasks.recipe import Recipe
 from tasks.stage import Made, Stage, StageResult, put_files, run_stage
+from tasks.store import Store, open_store
 from tasks.text import EVALUATION
 
 STAGE = Stage("validate", 1, tools=("transformers",))

@@ -26,9 +26,7 @@ from infra.hub.tree import InvalidPath, MissingPath
 class HubError(Exception):
     """An answer other than success, with the headers that the client reads."""
 
-    def __init__(
-        self, status: int, message: str, code: str | None = None, *, commit: str | None = None
-    ) -> None:
+    def __init__(self, status: int, message: str, code: str | None = None, *, commit: str | None = None) -> None:
         super().__init__(message)
         self.status, self.message = status, message
         self.headers = {"X-Error-Message": message.encode("ascii", "replace").decode()}
@@ -116,9 +114,7 @@ ReadableRepository = Annotated[Repository, Depends(get_repository)]
 def get_open_repository(repository: ReadableRepository, caller: Caller) -> Repository:
     """A repository whose files the caller may read: one that is not behind a gate."""
     settings = repository.settings
-    if settings.gated is None or (
-        caller and (caller.owns(repository.id) or caller.name in settings.granted)
-    ):
+    if settings.gated is None or (caller and (caller.owns(repository.id) or caller.name in settings.granted)):
         return repository
     message = f"Access to {repository.id} is restricted and you are not in the authorized list."
     raise HubError(403 if caller else 401, message, "GatedRepo")

@@ -60,9 +60,7 @@ async def commit(
     header = next((line["value"] for line in lines if line["key"] == "header"), None)
     if header is None:
         raise HubError(400, "The commit has no header")
-    return await run_in_threadpool(
-        _commit, request, repository, revision, writer, create_pr, header, lines
-    )
+    return await run_in_threadpool(_commit, request, repository, revision, writer, create_pr, header, lines)
 
 
 def _commit(
@@ -84,9 +82,7 @@ def _commit(
             base = repository.resolve(parent or revision)
             tree = apply(repository.tree(base), operations)
             commit = repository.store_commit((base.id,), tree, title, description, writer.name)
-            discussion = open_discussion(
-                repository, writer, title, description, base=base, head=commit, status="open"
-            )
+            discussion = open_discussion(repository, writer, title, description, base=base, head=commit, status="open")
         answer["pullRequestUrl"] = f"{page}/discussions/{discussion['num']}"
     else:
         commit = repository.commit(

@@ -29,9 +29,7 @@ class BlobResponse(FileResponse):
 
 
 @router.api_route("/{namespace}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
-@router.api_route(
-    "/{kind}/{namespace}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"]
-)
+@router.api_route("/{kind}/{namespace}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
 def resolve(repository: OpenRepository, commit: ResolvedCommit, path: FilePath) -> BlobResponse:
     entry = repository.tree(commit).get(path)
     if entry is None:
@@ -80,9 +78,7 @@ def list_folder(
 
 
 @router.post("/api/{kind}/{namespace}/{name}/paths-info/{revision}")
-async def paths_info(
-    request: Request, repository: ReadableRepository, commit: ResolvedCommit
-) -> list[dict[str, Any]]:
+async def paths_info(request: Request, repository: ReadableRepository, commit: ResolvedCommit) -> list[dict[str, Any]]:
     """Describe the paths that exist among those in a form of `paths` and `expand`."""
     form = parse_qs((await request.body()).decode())
     tree = repository.tree(commit)
@@ -91,9 +87,7 @@ async def paths_info(
     return _describe(repository, commit, found, form.get("expand") in (["true"], ["True"]))
 
 
-def _describe(
-    repository: Repository, commit: Commit, paths: list[str], expand: bool
-) -> list[dict[str, Any]]:
+def _describe(repository: Repository, commit: Commit, paths: list[str], expand: bool) -> list[dict[str, Any]]:
     """Files and folders as the Hub lists them; with `expand`, also who changed them last."""
     tree = repository.tree(commit)
     rows = [_describe_path(tree, path) for path in paths]
@@ -124,9 +118,7 @@ def _last_changes(repository: Repository, commit: Commit, paths: list[str]) -> d
     changes: dict[str, Commit] = {}
     tree: Tree = repository.tree(commit)
     for step in repository.history(commit):
-        before: Tree = (
-            repository.tree(repository.load_commit(step.parents[0])) if step.parents else {}
-        )
+        before: Tree = repository.tree(repository.load_commit(step.parents[0])) if step.parents else {}
         for path in paths:
             if path not in changes and _state_of(tree, path) != _state_of(before, path):
                 changes[path] = step

@@ -59,9 +59,7 @@ def open_discussion(
 
 
 @router.post("")
-def create(
-    repository: OpenRepository, writer: Writer, body: Annotated[dict[str, Any], Body()]
-) -> dict[str, Any]:
+def create(repository: OpenRepository, writer: Writer, body: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
     main = repository.resolve("main") if body.get("pullRequest") else None
     discussion = open_discussion(
         repository,
@@ -129,9 +127,7 @@ def change_status(
 
 
 @router.post("/{number}/merge")
-def merge_pull_request(
-    repository: WritableRepository, writer: Writer, number: int
-) -> dict[str, Any]:
+def merge_pull_request(repository: WritableRepository, writer: Writer, number: int) -> dict[str, Any]:
     """Bring a pull request into `main`, as one commit."""
     with repository.lock:
         discussion = _load(repository, number)
@@ -164,9 +160,7 @@ def _described(repository: Repository, discussion: Discussion) -> dict[str, Any]
     return {**discussion, "repo": {"name": repository.id, "type": repository.kind[:-1]}}
 
 
-def _add_event(
-    discussion: Discussion, author: User, kind: str, data: dict[str, Any]
-) -> dict[str, Any]:
+def _add_event(discussion: Discussion, author: User, kind: str, data: dict[str, Any]) -> dict[str, Any]:
     event = {
         "id": f"{discussion['num']:016x}{len(discussion['events']):08x}",
         "type": kind,

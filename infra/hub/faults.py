@@ -150,9 +150,7 @@ class _Channel:
             raise ConnectionCut
         await self._send_body(message, body, more=message.get("more_body", False))
 
-    async def _send_body(
-        self, message: MutableMapping[str, Any], body: bytes, *, more: bool
-    ) -> None:
+    async def _send_body(self, message: MutableMapping[str, Any], body: bytes, *, more: bool) -> None:
         rate = self.fault.bytes_per_second
         step = max(1, rate // 10) if rate else len(body)
         while rate and len(body) > step:
@@ -161,9 +159,7 @@ class _Channel:
             body = body[step:]
         await self._send_piece(message, body, more=more)
 
-    async def _send_piece(
-        self, message: MutableMapping[str, Any], piece: bytes, *, more: bool
-    ) -> None:
+    async def _send_piece(self, message: MutableMapping[str, Any], piece: bytes, *, more: bool) -> None:
         self._exchange.bytes_out += len(piece)
         await self._send({**message, "body": piece, "more_body": more})
 

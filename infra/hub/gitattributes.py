@@ -13,9 +13,7 @@ _LARGE_FILES = """
 *.safetensors saved_model/**/* *.tar.* *.tar *.tflite *.tgz *.wasm *.xz *.zip *.zst *tfevents*
 tokenizer.json
 """
-DEFAULT_GITATTRIBUTES = "".join(
-    f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in _LARGE_FILES.split()
-)
+DEFAULT_GITATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in _LARGE_FILES.split())
 
 
 def lfs_patterns(repository: Repository, tree: Tree) -> list[str]:

@@ -78,10 +78,7 @@ class Hub:
     def users(self) -> dict[str, User]:
         path = self._state / "tokens.json"
         stored = json.loads(path.read_bytes()) if path.exists() else {}
-        return {
-            token: User(user["name"], tuple(user["orgs"]), user["role"])
-            for token, user in stored.items()
-        }
+        return {token: User(user["name"], tuple(user["orgs"]), user["role"]) for token, user in stored.items()}
 
     def add_token(self, token: str, user: User) -> None:
         with self._lock:
@@ -128,10 +125,7 @@ class Hub:
 
     def _folder(self, kind: str, repo_id: str) -> Path:
         namespace, _, name = repo_id.partition("/")
-        valid = all(
-            _NAME.fullmatch(part) and ".." not in part and "--" not in part
-            for part in (namespace, name)
-        )
+        valid = all(_NAME.fullmatch(part) and ".." not in part and "--" not in part for part in (namespace, name))
         if kind not in KINDS or not valid or name.endswith(".git"):
             raise InvalidRepoId(f"'{repo_id}' is not a valid repository id: use namespace/name")
         return self._state / "repos" / kind / namespace / name

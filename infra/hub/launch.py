@@ -170,13 +170,9 @@ class HubStandIn:
         body = {"gated": gated, "private": private, "granted": granted, "repo_type": repo_type}
         self._call("PUT", f"repos/{repo_id}", body)
 
-    def add_token(
-        self, token: str, user: str, *, orgs: Sequence[str] = (), role: str = "write"
-    ) -> None:
+    def add_token(self, token: str, user: str, *, orgs: Sequence[str] = (), role: str = "write") -> None:
         """Make a token valid. `role` is `write` or `read`."""
-        self._call(
-            "POST", "tokens", {"token": token, "user": user, "orgs": list(orgs), "role": role}
-        )
+        self._call("POST", "tokens", {"token": token, "user": user, "orgs": list(orgs), "role": role})
 
     def fault(
         self,

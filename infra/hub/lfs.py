@@ -35,8 +35,7 @@ def batch(
     """Say, for each object, where to send it; nothing for those that are already here."""
     multipart = "multipart" in body.get("transfers", ["basic"])
     objects = [
-        _instructions(request, hub, repository, wanted["oid"], wanted["size"], multipart)
-        for wanted in body["objects"]
+        _instructions(request, hub, repository, wanted["oid"], wanted["size"], multipart) for wanted in body["objects"]
     ]
     return {"transfer": "multipart" if multipart else "basic", "objects": objects}
 
@@ -130,9 +129,7 @@ def verify(repository: OpenRepository, writer: Writer, oid: str, body: JsonBody)
         raise HubError(404, f"LFS object {oid} is not here")
 
 
-def _addressed(
-    hub: Hub, kind: str, repo_id: str, oid: str, size: int, part: int, signature: str
-) -> Repository:
+def _addressed(hub: Hub, kind: str, repo_id: str, oid: str, size: int, part: int, signature: str) -> Repository:
     """The repository that a signed upload address is for."""
     repository = hub.find(kind, repo_id)
     expected = hub.sign(kind, repo_id, oid, size, part)
@@ -165,9 +162,7 @@ def _join(parts: Iterable[Path], path: Path) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _adopt(
-    repository: Repository, path: Path, oid: str, size: int, received: int, digest: str
-) -> None:
+def _adopt(repository: Repository, path: Path, oid: str, size: int, received: int, digest: str) -> None:
     """Make a received file an object, if it is the one that was announced."""
     if (received, digest) != (size, oid):
         message = f"Received {received} bytes with sha256 {digest}, not {size} bytes with {oid}"

@@ -32,9 +32,7 @@ def list_refs(repository: ReadableRepository, include_prs: bool = False) -> dict
 
 
 @router.get("/commits/{revision}")
-def list_commits(
-    request: Request, repository: ReadableRepository, commit: ResolvedCommit
-) -> JSONResponse:
+def list_commits(request: Request, repository: ReadableRepository, commit: ResolvedCommit) -> JSONResponse:
     page, headers = one_page(request, list(repository.history(commit)), COMMITS_PAGE)
     rows = [
         {

@@ -88,9 +88,7 @@ def info(repository: ReadableRepository, blobs: bool = False) -> dict[str, Any]:
 
 
 @router.get("/api/{kind}/{namespace}/{name}/revision/{revision}")
-def info_at(
-    repository: ReadableRepository, commit: ResolvedCommit, blobs: bool = False
-) -> dict[str, Any]:
+def info_at(repository: ReadableRepository, commit: ResolvedCommit, blobs: bool = False) -> dict[str, Any]:
     return _info(repository, commit, blobs)
 
 

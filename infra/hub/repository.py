@@ -218,9 +218,7 @@ class Repository:
             self.move_ref(ref, commit)
             return commit
 
-    def store_commit(
-        self, parents: tuple[str, ...], tree: Tree, title: str, description: str, author: str
-    ) -> Commit:
+    def store_commit(self, parents: tuple[str, ...], tree: Tree, title: str, description: str, author: str) -> Commit:
         """Write a commit that no ref leads to yet."""
         content = tree_id(tree)
         identity = json.dumps([parents, title, description, content]).encode()

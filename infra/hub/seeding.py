@@ -38,15 +38,9 @@ def seed(
         head = repository.resolve(ref)
         tree = repository.tree(head)
         attributes = folder / ".gitattributes"
-        patterns = (
-            parse_lfs_patterns(attributes.read_text())
-            if attributes.exists()
-            else lfs_patterns(repository, tree)
-        )
+        patterns = parse_lfs_patterns(attributes.read_text()) if attributes.exists() else lfs_patterns(repository, tree)
         files = {path: _keep(repository, folder, path, patterns) for path in _files(folder)}
-        operations: list[Operation] = [
-            Put(path, entry) for path, entry in files.items() if tree.get(path) != entry
-        ]
+        operations: list[Operation] = [Put(path, entry) for path, entry in files.items() if tree.get(path) != entry]
         if delete_missing:
             missing = tree.keys() - files.keys() - {".gitattributes"}
             operations += [Delete(path) for path in sorted(missing)]

@@ -21,9 +21,7 @@ def git_blob_id(data: bytes) -> str:
 
 def lfs_pointer(sha256: str, size: int) -> bytes:
     """The small text that git holds in place of a large file."""
-    return (
-        f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
-    ).encode()
+    return (f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n").encode()
 
 
 @dataclass(frozen=True)

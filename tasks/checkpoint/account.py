@@ -81,7 +81,9 @@ def _check_packed(found: Account, module: str, weight: Tensor, parts: dict[str, 
 
 def _check_kept(found: Account, tensor: Tensor, source: Tensor) -> None:
     if (tensor.dtype, tensor.shape) != (source.dtype, source.shape):
-        found.altered.append(f"{tensor.name} is {tensor.dtype} {tensor.shape}, in the base {source.dtype} {source.shape}")
+        found.altered.append(
+            f"{tensor.name} is {tensor.dtype} {tensor.shape}, in the base {source.dtype} {source.shape}"
+        )
         return
     same = finite = True
     for ours, theirs in zip(tensor.chunks(), source.chunks(), strict=True):

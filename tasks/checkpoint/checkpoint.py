@@ -57,7 +57,9 @@ class Checkpoint:
         elif (folder / SINGLE).exists():
             shards = (SINGLE,)
         else:
-            raise CheckpointError(f"{folder} has neither {INDEX} nor {SINGLE}: only safetensors checkpoints can be read")
+            raise CheckpointError(
+                f"{folder} has neither {INDEX} nor {SINGLE}: only safetensors checkpoints can be read"
+            )
 
         tensors: dict[str, Tensor] = {}
         for shard in shards:
@@ -88,11 +90,15 @@ class Checkpoint:
 
     def sound(self) -> Checkpoint:
         """This checkpoint, if it has no problems but a wrong total_size; else CheckpointError with the first."""
-        fatal = [p for p in self.problems if "total_size" not in p]
-        if fatal:
-            more = f" (and {len(fatal) - 1} more: see requant inspect)" if len(fatal) > 1 else ""
-            raise CheckpointError(f"{self.folder}: {fatal[0]}{more}")
+        if self.fatal:
+            more = f" (and {len(self.fatal) - 1} more: see requant inspect)" if len(self.fatal) > 1 else ""
+            raise CheckpointError(f"{self.folder}: {self.fatal[0]}{more}")
         return self
+
+    @property
+    def fatal(self) -> list[str]:
+        """The problems that keep a reader from loading it: all but a wrong total_size."""
+        return [p for p in self.problems if "total_size" not in p]
 
     @cached_property
     def head(self) -> Head | None:

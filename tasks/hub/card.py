@@ -63,7 +63,10 @@ def make_card(facts: CardFacts) -> str:
         + " Made, measured and published by Requant.",
         "## Serving",
         "These commands were **not run** by the pipeline that made this card.",
-        _code(f"vllm serve {repo}" + (""" \\\n  --speculative-config '{"method":"mtp","num_speculative_tokens":1}'""" if head else "")),
+        _code(
+            f"vllm serve {repo}"
+            + (""" \\\n  --speculative-config '{"method":"mtp","num_speculative_tokens":1}'""" if head else "")
+        ),
         _code(
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
             f'model = AutoModelForCausalLM.from_pretrained("{repo}", device_map="auto")  # needs auto-round\n'
@@ -77,15 +80,15 @@ def make_card(facts: CardFacts) -> str:
         "## MTP head",
         _head_text(facts, head),
         "## Against the base",
-        f"Measured in torch on {measured['tokens']:,} tokens of a pinned text (Python), both models alike, packed weights "
-        "dequantized by their formula.",
+        f"Measured in torch on {measured['tokens']:,} tokens of a pinned text (Python), both models alike, packed "
+        "weights dequantized by their formula.",
         table(("gate", "measured", "limit", ""), [_gate_row(g) for g in facts.gates]),
         f"Perplexity {measured['perplexity']:.4f}, of the base {measured['base_perplexity']:.4f}.",
         "## Speed",
         _speed_text(facts.benchmark),
         "## Limits",
-        "Quality was measured on one text, in one programming language, and against the base only: no task benchmark was "
-        "run. No engine was run. Weights are rounded: expect small differences from the base everywhere.",
+        "Quality was measured on one text, in one programming language, and against the base only: no task benchmark "
+        "was run. No engine was run. Weights are rounded: expect small differences from the base everywhere.",
         "## Reproduce",
         "With the recipe below as `recipe.yaml` and the versions in the table:",
         _code("requant run recipe.yaml"),
@@ -165,9 +168,9 @@ def _head_text(facts: CardFacts, head: bool) -> str:
         return "Bit for bit the base's, in a shard of its own. Its acceptance was not measured."
     return (
         f"Bit for bit the base's {measured['head']} tensors, in a shard of their own, excluded in both quantization "
-        f"configs. Teacher-forced acceptance of its first draft on the quantized model: {measured['mtp_acceptance']:.1%}; "
-        f"of the base: {measured['base_mtp_acceptance']:.1%}. Prose and code of a user's own will differ, and an engine "
-        "that drafts on its own greedy output accepts more."
+        "configs. Teacher-forced acceptance of its first draft on the quantized model: "
+        f"{measured['mtp_acceptance']:.1%}; of the base: {measured['base_mtp_acceptance']:.1%}. Other text will differ, "
+        "and an engine that drafts on its own greedy output accepts more."
     )
 
 

@@ -68,7 +68,13 @@ def release(
 
 
 def _stage(
-    repo_id: str, branch: str, main: Revision, folder: Path, manifest: Manifest, message: str, say: Callable[[str], None]
+    repo_id: str,
+    branch: str,
+    main: Revision,
+    folder: Path,
+    manifest: Manifest,
+    message: str,
+    say: Callable[[str], None],
 ) -> Revision:
     """Bring branch `branch` to exactly the manifest and the card, and check what the Hub says it holds."""
     api = hub_api()

@@ -54,7 +54,9 @@ def resolve(repo_id: str, revision: str = "main", repo_type: Literal["model", "d
     Raises HubError (no such repo or revision, no access) or HubUnavailable.
     """
     with hub_errors(repo_id, revision):
-        info = hub_api().repo_info(repo_id, revision=revision, repo_type=repo_type, files_metadata=True)
+        api = hub_api()
+        ask = api.dataset_info if repo_type == "dataset" else api.model_info
+        info = ask(repo_id, revision=revision, files_metadata=True)
     sha = info.sha or ""
     if not COMMIT.fullmatch(sha):
         raise HubError(f"the Hub answers {sha!r} as the commit of {repo_id}@{revision}: that is not a commit")

@@ -1,8 +1,8 @@
 """Object storage for artifacts: blobs named by their sha256, manifests named by their stage key.
 
-    store = open_store()                        # REQUANT_STORE: file:///dir or s3://bucket/prefix
-    store.check()                               # raises at once when it cannot be used
-    manifest = store.manifest("quantize", key)  # None, or an artifact whose blobs are all there
+store = open_store()                        # REQUANT_STORE: file:///dir or s3://bucket/prefix
+store.check()                               # raises at once when it cannot be used
+manifest = store.manifest("quantize", key)  # None, or an artifact whose blobs are all there
 """
 
 from __future__ import annotations
@@ -36,7 +36,5 @@ def open_store(url: str | None = None) -> Store:
     if parts.scheme == "s3" and parts.netloc:
         from tasks.store.s3 import S3Backend  # boto3 takes 0.4 s to import
 
-        return Store(
-            S3Backend(parts.netloc, parts.path.strip("/")), near=FolderBackend(cache_folder() / "near")
-        )
+        return Store(S3Backend(parts.netloc, parts.path.strip("/")), near=FolderBackend(cache_folder() / "near"))
     raise RecipeError(f"REQUANT_STORE={url!r} is not a store: use file:///an/absolute/folder or s3://bucket/prefix")

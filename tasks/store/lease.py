@@ -71,9 +71,7 @@ def lease(
     folder = f"leases/{stage}/{key}"
     owner, generation = _take(backend, folder, on_wait)
     stop = threading.Event()
-    heart = threading.Thread(
-        target=_beat, args=(backend, f"{folder}/{generation:06d}", owner, stop, beat), daemon=True
-    )
+    heart = threading.Thread(target=_beat, args=(backend, f"{folder}/{generation:06d}", owner, stop, beat), daemon=True)
     heart.start()
     try:
         yield

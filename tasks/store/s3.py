@@ -89,15 +89,11 @@ class S3Backend:
         )
 
     def put_file(self, key: str, path: Path) -> None:
-        self._patiently(
-            lambda: self._client.upload_file(str(path), self.bucket, self.prefix + key, Config=TRANSFER)
-        )
+        self._patiently(lambda: self._client.upload_file(str(path), self.bucket, self.prefix + key, Config=TRANSFER))
 
     def get_file(self, key: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._patiently(
-            lambda: self._client.download_file(self.bucket, self.prefix + key, str(path), Config=TRANSFER)
-        )
+        self._patiently(lambda: self._client.download_file(self.bucket, self.prefix + key, str(path), Config=TRANSFER))
 
     def keys(self, prefix: str) -> Iterator[str]:
         token: dict[str, str] = {}
@@ -178,7 +174,9 @@ class S3Backend:
                 "check AWS_ENDPOINT_URL_S3 and that the server runs"
             )
         if isinstance(cause, BotoCoreError):
-            return StoreError(f"the store {self.url} cannot be used ({text}): check REQUANT_STORE and the AWS variables")
+            return StoreError(
+                f"the store {self.url} cannot be used ({text}): check REQUANT_STORE and the AWS variables"
+            )
         return error
 
 

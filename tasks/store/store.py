@@ -117,7 +117,9 @@ class Store:
         path = self.near.path(key)
         if self.near.size(key) != file.size:
             if self.is_local:
-                raise StoreError(f"the store {self.url} has lost {file.path} ({file.sha256[:12]}): run again to make it")
+                raise StoreError(
+                    f"the store {self.url} has lost {file.path} ({file.sha256[:12]}): run again to make it"
+                )
             arriving = self.near.path(f"arriving/{file.sha256}-{os.getpid()}-{threading.get_ident()}")
             try:
                 self.backend.get_file(key, arriving)

@@ -202,9 +202,7 @@ def test_only_the_owner_writes(hub: HubStandIn, repo: str, anonymous: HfApi, oth
     assert status_of(lambda: other.delete_repo(repo)) == 403
 
 
-def test_a_private_repo_exists_for_its_owner_only(
-    api: HfApi, repo: str, anonymous: HfApi, other: HfApi
-) -> None:
+def test_a_private_repo_exists_for_its_owner_only(api: HfApi, repo: str, anonymous: HfApi, other: HfApi) -> None:
     api.update_repo_settings(repo, private=True)
     assert api.model_info(repo).private
     for stranger in (anonymous, other):
@@ -240,9 +238,7 @@ def test_a_dataset_and_a_model_of_one_name_are_two_repos(api: HfApi, tmp_path: P
     api.create_commit("me/both", operations, commit_message="Rows", repo_type="dataset")
     assert "data.parquet" in api.list_repo_files("me/both", repo_type="dataset")
     assert "data.parquet" not in api.list_repo_files("me/both")
-    downloaded = api.hf_hub_download(
-        "me/both", "data.parquet", repo_type="dataset", cache_dir=tmp_path
-    )
+    downloaded = api.hf_hub_download("me/both", "data.parquet", repo_type="dataset", cache_dir=tmp_path)
     assert Path(downloaded).read_bytes() == b"rows"
 
 
@@ -370,9 +366,7 @@ def test_ranges_of_a_file_are_served(hub: HubStandIn, folder: Path) -> None:
     assert httpx.get(url, headers={"Range": "bytes=300000-"}).status_code == 416
 
 
-def test_a_safetensors_header_is_read_without_the_tensors(
-    hub: HubStandIn, api: HfApi, tmp_path: Path
-) -> None:
+def test_a_safetensors_header_is_read_without_the_tensors(hub: HubStandIn, api: HfApi, tmp_path: Path) -> None:
     header = {"weight": {"dtype": "F32", "shape": [100_000], "data_offsets": [0, 400_000]}}
     encoded = json.dumps(header).encode()
     path = tmp_path / "folder" / "model.safetensors"
@@ -471,8 +465,7 @@ def test_files_are_copied_from_a_branch_without_moving_their_bytes(
     commit(api, repo, *operations, revision="staging/v1")
     hub.reset_traffic()
     copies = [
-        CommitOperationCopy(path, path, src_revision="staging/v1")
-        for path in ("model.safetensors", "config.json")
+        CommitOperationCopy(path, path, src_revision="staging/v1") for path in ("model.safetensors", "config.json")
     ]
     head = commit(api, repo, *copies)
     assert sum(exchange["bytes_in"] for exchange in hub.traffic()) < 2000
@@ -526,9 +519,7 @@ def test_a_pull_request_is_merged_in_one_commit(api: HfApi, other: HfApi, repo: 
 
 
 def test_a_pull_request_in_conflict_is_not_merged(api: HfApi, repo: str) -> None:
-    number = api.create_commit(
-        repo, [add("a", b"theirs")], commit_message="x", create_pr=True
-    ).pr_num
+    number = api.create_commit(repo, [add("a", b"theirs")], commit_message="x", create_pr=True).pr_num
     assert number is not None
     commit(api, repo, add("a", b"ours"))
     assert api.get_discussion_details(repo, number).conflicting_files == ["a"]
@@ -574,9 +565,7 @@ def test_a_server_error_is_tried_again(hub: HubStandIn, api: HfApi, repo: str) -
     assert statuses == [500, 500, 200, 429, 200, 200, 200, 200]
 
 
-def test_an_upload_that_is_cut_is_sent_again(
-    hub: HubStandIn, api: HfApi, repo: str, tmp_path: Path
-) -> None:
+def test_an_upload_that_is_cut_is_sent_again(hub: HubStandIn, api: HfApi, repo: str, tmp_path: Path) -> None:
     hub.fault("part=2", method="PUT", cut_request_after_bytes=1000)
     commit(api, repo, add("model.safetensors", WEIGHTS))
     parts = [exchange for exchange in hub.traffic() if exchange["method"] == "PUT"]
@@ -671,18 +660,14 @@ def test_one_state_folder_serves_one_stand_in(hub: HubStandIn) -> None:
         HubStandIn(hub.state).start()
 
 
-def test_the_same_folder_is_the_same_commit_everywhere(
-    hub: HubStandIn, folder: Path, tmp_path: Path
-) -> None:
+def test_the_same_folder_is_the_same_commit_everywhere(hub: HubStandIn, folder: Path, tmp_path: Path) -> None:
     first = hub.seed("base/same", folder)
     assert hub.seed("base/same", folder, message="Again") == first
     with HubStandIn(tmp_path / "elsewhere") as elsewhere:
         assert elsewhere.seed("base/same", folder) == first
 
 
-def test_a_seed_can_delete_and_can_go_to_a_branch(
-    hub: HubStandIn, api: HfApi, folder: Path
-) -> None:
+def test_a_seed_can_delete_and_can_go_to_a_branch(hub: HubStandIn, api: HfApi, folder: Path) -> None:
     first = hub.seed("base/seeds", folder)
     (folder / "config.json").unlink()
     second = hub.seed("base/seeds", folder, message="Less", revision="next", delete_missing=True)

@@ -1,0 +1,29 @@
+# make demo: the whole pipeline on a tiny model. make test, make lint: what CI runs. All set themselves up.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test lint format clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m infra.demo
+
+test: $(INSTALLED)
+	infra/s3/ceph install
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(INSTALLED): pyproject.toml constraints.txt
+	infra/venv $(PYTHON) .venv
+	touch $@
+
+clean:
+	rm -rf build .venv
