@@ -43,7 +43,7 @@ def requantize(recipe: Recipe) -> Report:
     report = Report(recipe)
     try:
         _run(recipe, report)
-    except RequantError as error:
+    except (RequantError, TimeoutError) as error:  # a task's own time limit is a plain TimeoutError
         report.status, report.error = "failed", str(error)
         raise RunFailed(report) from error
     finally:

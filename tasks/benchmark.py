@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -59,12 +60,12 @@ def _engine(recipe: Recipe) -> str:
 
 def measure_speed(folder: Path, *, remote_code: bool = False, say: Callable[[str], None] = log.info) -> dict[str, Any]:
     """Tokens per second of prompts of PREFILL tokens and of greedy decoding, batch 1, medians of REPEATS."""
+    os.environ.setdefault("AR_LOG_LEVEL", "ERROR")  # auto-round, which transformers imports here, reads it then
     import torch
     import transformers
 
     from tasks.model import load_tokenizer, pick_device
 
-    logging.getLogger("autoround").setLevel(logging.ERROR)
     device = pick_device()
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
     auto = transformers.AutoModelForCausalLM

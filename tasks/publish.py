@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any
@@ -81,6 +82,7 @@ def publish(
             private=recipe.publish.private,
             say=say,
         )
+        shutil.rmtree(folder, ignore_errors=True)
     seconds = round(time.monotonic() - started, 3)
     published = {**vars(released), "url": released.url}
     state = "ran" if released.changed else "reused"

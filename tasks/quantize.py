@@ -86,8 +86,14 @@ def quantize(
         packed = Checkpoint.open(Path(result["checkpoint"]))
         files = assemble(checkpoint, packed, result["bits"], folder / "assembled")
         put_files(store, folder / "assembled", files)
-        record = {"settings": result["settings"], "attempts": attempts, "blocks": blocks_of(folder / "events.jsonl")}
-        return Made(Manifest.of(files), {**record, "peak_gpu_bytes": result["peak_gpu_bytes"]})
+        record = {
+            "calibration": calibration.name,
+            "settings": result["settings"],
+            "attempts": attempts,
+            "blocks": blocks_of(folder / "events.jsonl"),
+            "peak_gpu_bytes": result["peak_gpu_bytes"],
+        }
+        return Made(Manifest.of(files), record)
 
     return run_stage(store, STAGE, quantize_key(recipe, base, calibration), work, say)
 

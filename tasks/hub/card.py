@@ -19,11 +19,11 @@ INHERITED = ("license", "license_name", "license_link", "language", "pipeline_ta
 REASONS = (
     (r"(^|\.)mtp\.", "MTP head: packed, it drafts worse or does not load"),
     (r"linear_attn\.in_proj_[ab]\b", "as many rows as heads: too few to pack in words"),
+    (r"(^|\.)(visual|vision)", "vision tower: text calibration says nothing of it"),
     (r"(norm|layernorm|_norm)\b", "normalization: a vector, and sensitive"),
     (r"conv1d|A_log|dt_bias", "state-space parameters: tiny, and sensitive"),
     (r"embed_tokens|pos_embed", "embeddings: looked up, not multiplied"),
     (r"lm_head", "output layer: one of the most sensitive"),
-    (r"(^|\.)(visual|vision)", "vision tower: text calibration says nothing of it"),
     (r"(gate|router)\.weight", "router: small, and decides which expert runs"),
     (r"\.bias$", "bias: a vector"),
 )
@@ -53,6 +53,8 @@ def make_card(facts: CardFacts) -> str:
     repo = recipe.publish.repo_id if recipe.publish else "this checkpoint"
     base = recipe.base.repo_id
     head = bool(measured["head_kept"])
+    vision = any(re.search(r"(^|\.)(visual|vision)", name) for name in facts.kept_names)
+    auto = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
     parts = [
         front_matter(facts),
         f"# {repo.split('/')[-1]}",
@@ -68,8 +70,8 @@ def make_card(facts: CardFacts) -> str:
             + (""" \\\n  --speculative-config '{"method":"mtp","num_speculative_tokens":1}'""" if head else "")
         ),
         _code(
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{repo}", device_map="auto")  # needs auto-round\n'
+            f"from transformers import {auto}, AutoTokenizer\n"
+            f'model = {auto}.from_pretrained("{repo}", device_map="auto")  # needs auto-round\n'
             f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
             "python",
         ),
@@ -132,10 +134,11 @@ def inherited(base_card: str) -> dict[str, Any]:
 
 
 def kept_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Tensors that are not packed, numbers in their names folded to `*`, each group with its reason."""
+    """Tensors that are not packed, each group with its reason. Numbers are folded to `*`, head and vision to one row."""
     groups: dict[str, int] = {}
     for name in names:
-        folded = re.sub(r"\.\d+\.", ".*.", name)
+        whole = re.match(r"(mtp|(?:model\.)?visual|(?:model\.)?vision_tower)\.", name)
+        folded = f"{whole[1]}.*" if whole else re.sub(r"\.\d+\.", ".*.", name)
         groups[folded] = groups.get(folded, 0) + 1
     return [(f"`{group}`", str(count), _reason(group)) for group, count in sorted(groups.items())]
 
@@ -169,8 +172,8 @@ def _head_text(facts: CardFacts, head: bool) -> str:
     return (
         f"Bit for bit the base's {measured['head']} tensors, in a shard of their own, excluded in both quantization "
         "configs. Teacher-forced acceptance of its first draft on the quantized model: "
-        f"{measured['mtp_acceptance']:.1%}; of the base: {measured['base_mtp_acceptance']:.1%}. Other text will differ, "
-        "and an engine that drafts on its own greedy output accepts more."
+        f"{measured['mtp_acceptance']:.1%}; of the base: {measured['base_mtp_acceptance']:.1%}. Other text differs, and "
+        "an engine that drafts on its own greedy output accepts more."
     )
 
 

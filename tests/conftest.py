@@ -1,0 +1,10 @@
+"""Nothing of the user's own settings reaches a test; the Hub client must know this before it is imported."""
+
+from __future__ import annotations
+
+import os
+
+for name in list(os.environ):
+    if name.startswith(("HF_", "HUGGING_FACE", "AWS_", "REQUANT_", "PREFECT_")):
+        del os.environ[name]
+os.environ.update(HF_HUB_DISABLE_XET="1", DO_NOT_TRACK="1")

@@ -1,0 +1,163 @@
+"""SIGKILL in each stage, then the same command again: the same artifact, nothing done twice, nothing half visible."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from huggingface_hub import HfApi
+
+from infra.hub.launch import HubStandIn
+from tasks.store import open_store
+from tasks.store.verify import verify
+from tests.integration.conftest import LAYERS, Outcome, Requant, finish, wait_for
+
+Finished = tuple[Requant, Outcome]
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def events(requant: Requant) -> list[dict[str, Any]]:
+    files = list(requant.store.glob("work/quantize-*/events.jsonl"))
+    lines = files[0].read_text().splitlines() if files else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def block_starts(requant: Requant) -> list[str]:
+    return [event["name"] for event in events(requant) if event["event"] == "block"]
+
+
+def children(folder: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            command = process.cmdline()
+        except psutil.Error:
+            continue
+        if "tasks.quantize_child" in command and any(part.startswith(str(folder)) for part in command):
+            found.append(process)
+    return found
+
+
+def assert_store_is_whole(requant: Requant) -> None:
+    checked, problems = verify(open_store(requant.environment["REQUANT_STORE"]), deep=True)
+    assert checked > 0 and problems == []
+
+
+def test_killed_while_downloading(requant: Requant, finished: Finished, hub: HubStandIn) -> None:
+    shutil.rmtree(requant.store)
+    hub.fault(r"/resolve/.*00001-of-00002\.safetensors", method="GET", times=1, bytes_per_second=40_000)
+    process = requant.start_run(publish=None)
+    name = finished[0].folder / "checkout" / "tokenizer.json"
+    wait_for(lambda: any(p.stat().st_size == name.stat().st_size for p in requant.store.glob("blobs/sha256/*/*")))
+    kill(process)
+    assert not list(requant.store.glob("artifacts/*/*"))
+    assert_no_weights = [p for p in requant.store.glob("blobs/sha256/*/*") if not p.name.startswith(".")]
+    assert all(p.name for p in assert_no_weights)
+    kept = len(assert_no_weights)
+    assert kept > 0
+    hub.reset_traffic()
+    outcome = requant.run(publish=None)
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.digest == finished[1].digest
+    fetched = [t for t in hub.traffic() if t["method"] == "GET" and "/resolve/" in t["path"]]
+    assert "tokenizer.json" not in {t["path"].rsplit("/", 1)[1] for t in fetched}
+    assert_store_is_whole(requant)
+
+
+def test_killed_between_blocks_it_repeats_at_most_one(requant: Requant, finished: Finished) -> None:
+    requant.forget("quantize", "mtp_fix", "validate", "measure")
+    process = requant.start_run(publish=None)
+    wait_for(lambda: len(block_starts(requant)) == LAYERS)  # all before the last are finished
+    kill(process)
+    wait_for(lambda: not children(requant.folder), 30)  # the child ends with its parent
+    assert not list(requant.store.glob("artifacts/quantize/*"))
+    before = block_starts(requant)
+    outcome = requant.run(publish=None)
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.digest == finished[1].digest
+    assert outcome.states["download"] == "reused" and outcome.states["quantize"] == "ran"
+    provenance = [json.loads(p.read_text()) for p in requant.store.glob("provenance/quantize/*")]
+    starts = [block["starts"] for record in provenance for block in record["blocks"]]
+    assert len(before) == LAYERS and sum(starts) <= LAYERS + 2  # the block under way, and at most one finished
+    assert_store_is_whole(requant)
+
+
+def test_a_killed_child_is_started_again_in_the_same_run(requant: Requant, finished: Finished) -> None:
+    requant.forget("quantize", "mtp_fix", "validate", "measure")
+    process = requant.start_run(publish=None)
+    wait_for(lambda: len(block_starts(requant)) == 2)
+    for child in children(requant.folder):
+        child.kill()
+    outcome = finish(process)
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.digest == finished[1].digest
+    assert "SIGKILL" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+@pytest.mark.parametrize("stage", ["mtp_fix", "validate", "benchmark"])
+def test_killed_in_a_later_stage(requant: Requant, finished: Finished, stage: str) -> None:
+    later = ["mtp_fix", "validate", "benchmark"]
+    requant.forget(*later[later.index(stage) :], "measure")
+    changes: dict[str, Any] = {"publish": None, "benchmark": {"engine": "torch" if stage == "benchmark" else "none"}}
+    process = requant.start_run(**changes)
+    wait_for(lambda: list(requant.store.glob(f"work/{stage}-*")) or process.poll() is not None, pause=0.0005)
+    kill(process)
+    finished_before = {p.parent.name for p in requant.store.glob("artifacts/*/*")}
+    assert_store_is_whole(requant)
+    outcome = requant.run(**changes)
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.digest == finished[1].digest
+    for name in {"download", "quantize", "mtp_fix", "validate"} & finished_before:
+        assert outcome.states[name] == "reused"
+    assert_store_is_whole(requant)
+
+
+def test_killed_at_any_step_of_publishing_main_is_old_or_new(
+    requant: Requant, finished: Finished, hub: HubStandIn
+) -> None:
+    api = HfApi(endpoint=hub.url, token=hub.token)
+    target = {"repo_id": "me/killed"}
+    steps = [
+        (r"/api/repos/create", "POST"),
+        (r"/branch/", "POST"),
+        (r"/info/lfs/objects/batch", "POST"),
+        (r"/commit/requant-", "POST"),
+        (r"/commit/main", "POST"),
+        (r"/tag/", "POST"),
+    ]
+    for path, method in steps:
+        hub.reset_traffic()
+        # The request is carried out, its answer is held back: the kill comes in between.
+        hub.fault(path, method=method, times=1, delay=4)
+        process = requant.start_run(publish=target)
+        wait_for(lambda: list(requant.store.glob("leases/publish/*/*")) or process.poll() is not None)
+        wait_for(lambda p=path: any(p.strip("/") in t["path"] for t in seen(hub)) or process.poll() is not None, 8, 0.05)
+        kill(process)
+        hub.clear_faults()
+        if api.repo_exists("me/killed"):
+            names = set(api.list_repo_files("me/killed"))
+            whole = {p.name for p in (finished[0].folder / "checkout").iterdir()} | {".gitattributes"}
+            assert names in ({".gitattributes"}, whole)
+    outcome = requant.run(publish=target)
+    assert outcome.status == 0, outcome.stderr
+    commits = [c.title for c in api.list_repo_commits("me/killed")]
+    assert len(commits) == 2  # the repo's first, and ours once
+    refs = api.list_repo_refs("me/killed")
+    assert [b.name for b in refs.branches] == ["main"]
+    assert [t.target_commit for t in refs.tags] == [outcome.document["published"]["commit"]]
+
+
+def seen(hub: HubStandIn) -> list[dict[str, Any]]:
+    return [dict(t) for t in hub.traffic()]

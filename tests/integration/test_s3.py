@@ -1,0 +1,177 @@
+"""The same on a real S3 server: same digests, no secrets anywhere, one good blob, patience."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from infra.hub.launch import HubStandIn
+from tasks.artifact import File, Manifest, file_of
+from tasks.errors import CorruptBlob, StoreError, StoreUnreachable
+from tasks.stage import Made, Stage, run_stage
+from tasks.store import Store
+from tasks.store.folder import FolderBackend
+from tasks.store.s3 import S3Backend
+from tasks.store.store import blob_key
+from tests.integration.conftest import ROOT, Outcome, Requant
+
+Finished = tuple[Requant, Outcome]
+CEPH = str(ROOT / "infra" / "s3" / "ceph")
+
+
+@pytest.fixture
+def s3(ceph: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> S3Backend:
+    for name, value in ceph.items():
+        monkeypatch.setenv(name, value)
+    return S3Backend("requant", request.node.name[:40], patience=30)
+
+
+@pytest.fixture
+def store(s3: S3Backend, tmp_path: Path) -> Store:
+    return Store(s3, FolderBackend(tmp_path / "near"))
+
+
+@pytest.fixture(scope="module")
+def on_s3(
+    tmp_path_factory: pytest.TempPathFactory, finished: Finished, ceph: dict[str, str], hub: HubStandIn
+) -> Iterator[tuple[Requant, Outcome]]:
+    """The finished run again, into S3, with a Hub token of its own."""
+    folder = tmp_path_factory.mktemp("on-s3")
+    hub.add_token("hf_marker_of_this_test", "me")
+    environment = {**finished[0].environment, **ceph, "HF_TOKEN": "hf_marker_of_this_test"}
+    environment["XDG_CACHE_HOME"] = str(folder / "cache")
+    requant = Requant(folder, environment, {**finished[0].recipe, "publish": {"repo_id": "me/from-s3"}})
+    yield requant, requant.run("--checkout", str(folder / "checkout"))
+
+
+def test_the_same_recipe_gives_the_same_digest_on_s3(on_s3: Finished, finished: Finished) -> None:
+    _, outcome = on_s3
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.digest == finished[1].digest
+    assert set(outcome.states.values()) == {"ran"}
+
+
+def test_another_machine_reuses_what_is_in_s3(on_s3: Finished, tmp_path: Path) -> None:
+    requant, first = on_s3
+    elsewhere = requant.variant(XDG_CACHE_HOME=str(tmp_path / "cache"))
+    outcome = elsewhere.run()
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.digest == first.digest
+    assert set(outcome.states.values()) == {"reused"}
+    assert outcome.document["artifact"]["path"] is None
+
+
+def test_no_secret_is_in_any_log_state_manifest_card_or_report(
+    on_s3: Finished, ceph: dict[str, str], hub: HubStandIn, prefect_home: Path
+) -> None:
+    requant, outcome = on_s3
+    markers = ["hf_marker_of_this_test", ceph["AWS_SECRET_ACCESS_KEY"], ceph["AWS_ACCESS_KEY_ID"]]
+    texts = {"stdout": outcome.stdout.encode(), "stderr": outcome.stderr.encode()}
+    for folder in (requant.folder, prefect_home, hub.state / "repos"):
+        texts |= {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    backend = S3Backend("requant", "store")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ceph.items():
+            patch.setenv(name, value)
+        texts |= {key: backend.read(key) or b"" for prefix in ("artifacts", "provenance") for key in backend.keys(prefix)}
+    assert len(texts) > 40
+    for where, text in texts.items():
+        for marker in markers:
+            assert marker.encode() not in text, where
+
+
+def test_sixteen_writers_of_one_blob_leave_one_good_blob(store: Store, tmp_path: Path) -> None:
+    data = os.urandom(3 << 20)
+    paths = [tmp_path / f"copy{i}" for i in range(16)]
+    for path in paths:
+        path.write_bytes(data)
+    file = File("blob", len(data), hashlib.sha256(data).hexdigest())
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda path: store.put_blob(path, file), paths))
+    assert list(store.backend.keys("blobs")) == [blob_key(file.sha256)]
+    assert store.backend.read(blob_key(file.sha256)) == data
+
+
+def test_of_sixteen_manifests_for_one_key_the_first_wins(store: Store) -> None:
+    manifests = [Manifest.of([File(f"{i}", 0, hashlib.sha256(b"").hexdigest())]) for i in range(16)]
+    empty = store.near.root / "empty"
+    empty.parent.mkdir(parents=True, exist_ok=True)
+    empty.write_bytes(b"")
+    store.put_blob(empty, File("empty", 0, hashlib.sha256(b"").hexdigest()))
+    with ThreadPoolExecutor(16) as pool:
+        kept = list(pool.map(lambda manifest: store.keep("stage", "key", manifest, {}).digest, manifests))
+    assert len(set(kept)) == 1
+    found = store.manifest("stage", "key")
+    assert found is not None and found.digest == kept[0]
+
+
+def test_a_blob_altered_in_s3_is_refused(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"right")
+    file = file_of(tmp_path, "file")
+    store.put_blob(tmp_path / "file", file)
+    store.backend.write(blob_key(file.sha256), b"wrong")
+    other = Store(store.backend, FolderBackend(tmp_path / "elsewhere"))
+    with pytest.raises(CorruptBlob, match="does not have the sha256"):
+        other.hand_out(Manifest.of([file]), tmp_path / "out")
+    assert not list((tmp_path / "elsewhere").rglob("blobs/*/*/*"))
+
+
+def test_two_machines_do_one_stage_once(s3: S3Backend, tmp_path: Path) -> None:
+    made: list[Path] = []
+
+    def work(folder: Path) -> Made:
+        made.append(folder)
+        time.sleep(1)
+        (folder / "result").write_text("done")
+        file = file_of(folder, "result")
+        Store(s3, FolderBackend(tmp_path / "any")).put_blob(folder / "result", file)
+        return Made(Manifest.of([file]))
+
+    stores = [Store(s3, FolderBackend(tmp_path / f"machine{i}")) for i in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda store: run_stage(store, Stage("stage", 1), "key", work), stores))
+    assert len(made) == 1
+    assert sorted(r.state for r in results) == ["ran", "reused"]
+    assert not list(s3.keys("leases"))
+
+
+def test_wrong_credentials_are_one_sentence_at_once(s3: S3Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StoreError, match="refuses these credentials") as caught:
+        s3.check()
+    assert not caught.value.retryable
+
+
+def test_a_missing_bucket_is_one_sentence_at_once(s3: S3Backend) -> None:
+    with pytest.raises(StoreError, match="bucket 'nowhere' does not exist"):
+        S3Backend("nowhere").check()
+
+
+def test_a_store_lost_in_the_middle_is_waited_for(ceph: dict[str, str], s3: S3Backend) -> None:
+    s3.write("before", b"1")
+    subprocess.run([CEPH, "down", ceph["CEPH_FOLDER"]], check=True, capture_output=True)
+    back = threading.Timer(4, lambda: subprocess.run([CEPH, "up", ceph["CEPH_FOLDER"]], capture_output=True))
+    back.start()
+    try:
+        s3.write("after", b"2")  # begins while the server is gone
+    finally:
+        back.join()
+    assert (s3.read("before"), s3.read("after")) == (b"1", b"2")
+
+
+def test_a_store_that_stays_lost_is_given_up_after_its_patience(s3: S3Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    lost = S3Backend("requant", patience=3)
+    started = time.monotonic()
+    with pytest.raises(StoreUnreachable, match="cannot be reached"):
+        lost.read("anything")
+    assert time.monotonic() - started > 1.5
+    assert S3Backend("requant").patience >= 120
