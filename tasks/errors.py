@@ -29,9 +29,10 @@ class StoreError(RequantError, OSError):
 
 
 class StoreUnreachable(StoreError, ConnectionError):
-    """The store did not answer: a lost connection, a time-out, a server error."""
+    """The store did not answer: a lost connection, a time-out, a server error.
 
-    retryable = True
+    Not retryable: the store itself has waited for it by then, two minutes in the middle of a run.
+    """
 
 
 class CorruptBlob(StoreError):

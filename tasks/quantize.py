@@ -22,10 +22,11 @@ from typing import Any
 from prefect import task
 
 from tasks.artifact import Manifest
-from tasks.checkpoint.assemble import assemble
+from tasks.checkpoint.assemble import assemble, packed_parts
 from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.checkpoint.head import check_head
 from tasks.download import download
-from tasks.errors import SECRET_VARIABLES, OutOfMemory, QuantizeDied, QuantizeFailed, StageTimeout
+from tasks.errors import SECRET_VARIABLES, CheckpointError, OutOfMemory, QuantizeDied, QuantizeFailed, StageTimeout
 from tasks.prefect_stage import BlockProgress, options, say, shown
 from tasks.recipe import Recipe
 from tasks.stage import Made, Stage, StageResult, put_files, run_stage
@@ -72,7 +73,7 @@ def quantize(
 
     def work(folder: Path) -> Made:
         model = store.hand_out(read_part(base), folder / "base")
-        checkpoint = Checkpoint.open(model).sound()
+        checkpoint = _open_base(model, recipe)
         head = checkpoint.head
         job = {
             **recipe.quantize.model_dump(exclude={"calibration"}),
@@ -96,6 +97,20 @@ def quantize(
         return Made(Manifest.of(files), record)
 
     return run_stage(store, STAGE, quantize_key(recipe, base, calibration), work, say)
+
+
+def _open_base(folder: Path, recipe: Recipe) -> Checkpoint:
+    """The base, if it can become what the recipe asks for: found out before hours of work."""
+    try:
+        checkpoint = Checkpoint.open(folder).sound()
+        if packed_parts(checkpoint.tensors.values()):
+            raise CheckpointError("it is already quantized: name the base that it was made of")
+        if recipe.mtp == "keep":
+            check_head(checkpoint)
+    except CheckpointError as error:
+        sentence = str(error).replace(f"{folder}{os.sep}", "").replace(str(folder), "it")
+        raise CheckpointError(f"the base {recipe.base.repo_id} cannot be used: {sentence}") from error
+    return checkpoint
 
 
 def _text_files(store: Store, text: Text, folder: Path) -> list[Path]:
@@ -144,6 +159,8 @@ def _down_the_ladder(
                 compiled = False
                 continue
             break
+        if error["kind"] == "refused":
+            raise QuantizeFailed(error["text"])
         if error["kind"] != "oom":
             raise QuantizeFailed(f"auto-round failed: {error['text']} (its log: {folder / 'log.txt'})")
         say(f"out of memory with batch size {rung['batch_size']}: going on with less")

@@ -27,6 +27,10 @@ from typing import Any
 LOSS = re.compile(r"loss iter 0: ([\d.e+-]+|nan|inf) -> iter \d+: ([\d.e+-]+|nan|inf)")
 
 
+class Refused(ValueError):
+    """The job cannot work as it is; the message is a sentence for the user."""
+
+
 class Events:
     """Appends to events.jsonl; every line is whole when its newline is there."""
 
@@ -64,12 +68,16 @@ def main(job_path: str, folder_path: str) -> int:
     os.environ["AR_WORK_SPACE"] = str(folder / "offload")
     try:
         result = quantize(job, folder, events)
+    except Refused as error:
+        events("error", kind="refused", text=str(error))
+        return 1
     except SystemExit as error:  # auto-round's answer to calibration that reached no layer
         events("error", kind="failed", text=f"auto-round gave up (exit {error.code}): see log.txt")
         return 1
     except Exception as error:
         logging.getLogger("requant").exception("quantization failed")
-        events("error", kind=_kind(error), text=f"{type(error).__name__}: {str(error)[:500]}")
+        first_line = next(iter(str(error).splitlines()), "")
+        events("error", kind=_kind(error), text=f"{type(error).__name__}: {first_line[:300]}")
         return 1
     temporary = folder / "result.json.part"
     temporary.write_text(json.dumps(result, indent=1))
@@ -100,7 +108,7 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
     events("settings", **settings)
 
     remote = {"trust_remote_code": job["allow_remote_code"]}
-    config = transformers.AutoConfig.from_pretrained(job["model"], **remote)
+    config = _load_config(job["model"], job["allow_remote_code"])
     loader = transformers.AutoModelForCausalLM
     if hasattr(config, "vision_config"):
         loader = transformers.AutoModelForImageTextToText
@@ -140,10 +148,22 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
     return {"checkpoint": str(written), "settings": settings, "bits": bits, "peak_gpu_bytes": peak}
 
 
+def _load_config(model: str, allow_remote_code: bool) -> Any:
+    import transformers
+
+    described = json.loads((Path(model) / "config.json").read_text())
+    kind = described.get("model_type")
+    if "auto_map" in described and not allow_remote_code and kind not in transformers.CONFIG_MAPPING:
+        raise Refused(f"the base's model type {kind!r} is Python code of its repo: set allow_remote_code to run it")
+    if "auto_map" not in described and kind not in transformers.CONFIG_MAPPING:
+        raise Refused(f"transformers {transformers.__version__} does not know the base's model type {kind!r}")
+    return transformers.AutoConfig.from_pretrained(model, trust_remote_code=allow_remote_code)
+
+
 def calibration_samples(tokenizer: Any, texts: list[str], nsamples: int, seqlen: int) -> list[Any]:
     """`nsamples` token tensors `[1, seqlen]` int64, cut at even distances from the texts read one after another.
 
-    Raises ValueError if the texts have fewer than `nsamples * seqlen` tokens: samples are never repeated or padded.
+    Raises Refused if the texts have fewer than `nsamples * seqlen` tokens: samples are never repeated or padded.
     """
     import torch
 
@@ -153,7 +173,7 @@ def calibration_samples(tokenizer: Any, texts: list[str], nsamples: int, seqlen:
         if len(ids) >= 4 * nsamples * seqlen:
             break
     if len(ids) < nsamples * seqlen:
-        raise ValueError(
+        raise Refused(
             f"the calibration text has {len(ids):,} tokens, and {nsamples} samples of {seqlen} need "
             f"{nsamples * seqlen:,}: lower quantize.nsamples or seqlen, or name a longer text"
         )
@@ -255,7 +275,7 @@ def _check_layer_names(layers: dict[str, Any], model: Any) -> None:
     names = [name for name, _ in model.named_modules()]
     for key in layers:
         if not any(key in name or re.search(key, name) for name in names):
-            raise ValueError(f"quantize.layers names {key!r}, which is in no layer of the model: correct the name")
+            raise Refused(f"quantize.layers names {key!r}, which is in no layer of the model: correct the name")
 
 
 def _kind(error: Exception) -> str:

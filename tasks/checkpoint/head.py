@@ -10,7 +10,6 @@ from typing import Any
 from tasks.artifact import File
 from tasks.checkpoint.assemble import QUANTIZATION
 from tasks.checkpoint.checkpoint import INDEX, Checkpoint, read_json
-from tasks.checkpoint.header import Tensor
 from tasks.checkpoint.mtp import (
     Head,
     find_head,
@@ -69,7 +68,7 @@ def keep_head(files: HeadFiles, base: Checkpoint, out: Path) -> list[File]:
     head = base.head
     if head is None:
         raise CheckpointError(f"{base.folder} has no MTP head: use mtp: drop")
-    _check_complete(head, base)
+    check_head(base)
     tensors = {name: base.tensors[name] for name in head.names}
     shard = write_shard(out, HEAD_SHARD, list(tensors.values()))
     bare = without_head(files, head, keep_count=True)
@@ -93,19 +92,15 @@ def _index(index: Mapping[str, Any], weight_map: Mapping[str, str], total: int) 
     return {**index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _check_complete(head: Head, base: Checkpoint) -> None:
-    promised = layer_count(base.text_config)
-    if head.layout == "mtp":
-        present = {n.split("layers.")[1].split(".")[0] for n in head.names if "layers." in n}
-    else:
-        present = set(head.prefixes)
+def check_head(base: Checkpoint) -> None:
+    """Raises CheckpointError if the config of a base promises more MTP layers than its tensors have, or fewer."""
+    head, promised = base.head, layer_count(base.text_config)
+    present: set[str] = set()
+    if head is not None:
+        inside = (name.split("layers.")[1].split(".")[0] for name in head.names if "layers." in name)
+        present = set(inside if head.layout == "mtp" else head.prefixes)
     if promised and len(present) != promised:
         raise CheckpointError(
-            f"the config of {base.folder} promises {promised} MTP layers and its tensors have {len(present)}: "
+            f"its config promises {promised} MTP layers and its tensors have {len(present)}: "
             "use a complete base, or mtp: drop"
         )
-
-
-def head_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The head's tensors by name; empty if there is none."""
-    return {name: checkpoint.tensors[name] for name in (checkpoint.head.names if checkpoint.head else ())}

@@ -134,7 +134,7 @@ def inherited(base_card: str) -> dict[str, Any]:
 
 
 def kept_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Tensors that are not packed, each group with its reason. Numbers are folded to `*`, head and vision to one row."""
+    """Tensors that are not packed, each group with its reason. Numbers fold to `*`, head and vision to a row."""
     groups: dict[str, int] = {}
     for name in names:
         whole = re.match(r"(mtp|(?:model\.)?visual|(?:model\.)?vision_tower)\.", name)
@@ -172,8 +172,8 @@ def _head_text(facts: CardFacts, head: bool) -> str:
     return (
         f"Bit for bit the base's {measured['head']} tensors, in a shard of their own, excluded in both quantization "
         "configs. Teacher-forced acceptance of its first draft on the quantized model: "
-        f"{measured['mtp_acceptance']:.1%}; of the base: {measured['base_mtp_acceptance']:.1%}. Other text differs, and "
-        "an engine that drafts on its own greedy output accepts more."
+        f"{measured['mtp_acceptance']:.1%}; of the base: {measured['base_mtp_acceptance']:.1%}. Other "
+        "text differs, and an engine that drafts on its own greedy output accepts more."
     )
 
 

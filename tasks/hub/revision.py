@@ -49,7 +49,7 @@ class Revision:
 
 
 def resolve(repo_id: str, revision: str = "main", repo_type: Literal["model", "dataset"] = "model") -> Revision:
-    """Ask the Hub for the commit of a branch, tag or commit, and its files, in one request.
+    """Ask the Hub for the commit of a branch, tag or commit, and its files, in one request (two for a gated one).
 
     Raises HubError (no such repo or revision, no access) or HubUnavailable.
     """
@@ -57,6 +57,8 @@ def resolve(repo_id: str, revision: str = "main", repo_type: Literal["model", "d
         api = hub_api()
         ask = api.dataset_info if repo_type == "dataset" else api.model_info
         info = ask(repo_id, revision=revision, files_metadata=True)
+        if info.gated:  # its list of files is public, its files are not
+            api.auth_check(repo_id, repo_type=repo_type)
     sha = info.sha or ""
     if not COMMIT.fullmatch(sha):
         raise HubError(f"the Hub answers {sha!r} as the commit of {repo_id}@{revision}: that is not a commit")

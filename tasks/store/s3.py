@@ -24,6 +24,7 @@ from botocore.exceptions import (
     NoCredentialsError,
     PartialCredentialsError,
 )
+from botocore.exceptions import ConnectionError as BotoConnectionError
 
 from tasks.errors import StoreError, StoreUnreachable
 
@@ -166,12 +167,11 @@ class S3Backend:
             return StoreError(
                 f"no AWS credentials for the store {self.url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
-        text = str(cause)
-        lost = isinstance(cause, (HTTPClientError, ConnectionError, TimeoutError)) or "onnection" in text
-        if lost or "RetriesExceeded" in type(cause).__name__:
+        text = str(cause).partition("?")[0].rstrip(":")
+        lost = isinstance(cause, (HTTPClientError, BotoConnectionError, ConnectionError, TimeoutError))
+        if lost or type(cause).__name__ in {"RetriesExceededError", "S3UploadFailedError"}:
             return StoreUnreachable(
-                f"the store {self.url} cannot be reached ({text.splitlines()[0] if text else type(cause).__name__}): "
-                "check AWS_ENDPOINT_URL_S3 and that the server runs"
+                f"the store {self.url} cannot be reached ({text}): check AWS_ENDPOINT_URL_S3 and that the server runs"
             )
         if isinstance(cause, BotoCoreError):
             return StoreError(

@@ -143,7 +143,9 @@ def test_killed_at_any_step_of_publishing_main_is_old_or_new(
         hub.fault(path, method=method, times=1, delay=4)
         process = requant.start_run(publish=target)
         wait_for(lambda: list(requant.store.glob("leases/publish/*/*")) or process.poll() is not None)
-        wait_for(lambda p=path: any(p.strip("/") in t["path"] for t in seen(hub)) or process.poll() is not None, 8, 0.05)
+        wait_for(
+            lambda p=path: any(p.strip("/") in t["path"] for t in seen(hub)) or process.poll() is not None, 8, 0.05
+        )
         kill(process)
         hub.clear_faults()
         if api.repo_exists("me/killed"):

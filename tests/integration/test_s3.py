@@ -81,7 +81,9 @@ def test_no_secret_is_in_any_log_state_manifest_card_or_report(
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ceph.items():
             patch.setenv(name, value)
-        texts |= {key: backend.read(key) or b"" for prefix in ("artifacts", "provenance") for key in backend.keys(prefix)}
+        texts |= {
+            key: backend.read(key) or b"" for prefix in ("artifacts", "provenance") for key in backend.keys(prefix)
+        }
     assert len(texts) > 40
     for where, text in texts.items():
         for marker in markers:
