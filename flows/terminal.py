@@ -26,6 +26,7 @@ def render(report: Report) -> str:
                 f"speed       {speed['prefill_tokens_per_second']:.0f} tokens/s prompt, "
                 f"{speed['tokens_per_second']:.1f} decoded ({speed['engine']})",
                 highlight=False,
+                soft_wrap=True,
             )
         if report.path:
             console.print(f"checkpoint  {report.path}", highlight=False, soft_wrap=True)

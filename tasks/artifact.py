@@ -19,7 +19,6 @@ from typing import Any
 from tasks.errors import CheckpointError, StoreError
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-CHUNK = 8 << 20
 
 
 @dataclass(frozen=True, order=True)
@@ -101,6 +100,15 @@ def sha256_of(path: Path) -> str:
     """The sha256 of a file in hex, read in chunks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def git_blob_id(path: Path) -> str:
+    """What git calls a file's content: sha1 over `blob SIZE NUL` and the bytes."""
+    hasher = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            hasher.update(chunk)
+    return hasher.hexdigest()
 
 
 def file_of(root: Path, path: str) -> File:

@@ -95,16 +95,11 @@ def _seconds(device: Any, model: Any, prompt: Any, new: int) -> float:
     """Wall time of one greedy generation of exactly `new` tokens."""
     import torch
 
+    from tasks.model import greedy
+
     started = time.perf_counter()
     with torch.inference_mode():
-        model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            min_new_tokens=new,
-            max_new_tokens=new,
-            pad_token_id=0,
-        )
+        greedy(model, prompt, new)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started

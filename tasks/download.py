@@ -5,7 +5,6 @@ What the store already has is not fetched again, so a new revision that changed 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from prefect import task
 
-from tasks.artifact import File, Manifest, file_of
+from tasks.artifact import File, Manifest, file_of, git_blob_id
 from tasks.errors import HubUnavailable
 from tasks.hub.client import hub_errors
 from tasks.hub.revision import HubFile, Revision
@@ -63,7 +62,7 @@ def _have(store: Store, base: Revision, file: HubFile, folder: Path, say: Callab
             library_name="requant",
         )
     got = file_of(folder, file.path)
-    intact = got.sha256 == file.sha256 if file.sha256 else _git_blob_id(path) == file.blob_id
+    intact = got.sha256 == file.sha256 if file.sha256 else git_blob_id(path) == file.blob_id
     if got.size != file.size or not intact:
         path.unlink()
         raise HubUnavailable(
@@ -75,15 +74,6 @@ def _have(store: Store, base: Revision, file: HubFile, folder: Path, say: Callab
         store.remember("git-blobs", file.blob_id, got.sha256)
     say(f"fetched {file.path}, {got.size:,} bytes")
     return got, False
-
-
-def _git_blob_id(path: Path) -> str:
-    """What git calls a file's content: sha1 over `blob SIZE NUL` and the bytes."""
-    hasher = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            hasher.update(chunk)
-    return hasher.hexdigest()
 
 
 @task(**options("download", hours=12))

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,7 @@ from safetensors.numpy import save as save_arrays
 
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.errors import CheckpointError
-from tasks.model import MtpHead, free, load_model, load_tokenizer, pick_device, pick_dtype, text_model
+from tasks.model import MtpHead, free, greedy, load_model, load_tokenizer, pick_device, pick_dtype, text_model
 
 VERSION = 1  # raise it when the same checkpoint and text give other values
 WINDOWS, LENGTH = 24, 512  # tokens measured on: 24 windows of 512, spread over the text
@@ -66,12 +65,14 @@ class Measurement:
 
 @torch.inference_mode()
 def measure(
-    folder: Path, text: Path, *, remote_code: bool = False, say: Callable[[str], None] = log.info
+    folder: Path, text: Path, base: Path, *, remote_code: bool = False, say: Callable[[str], None] = log.info
 ) -> Measurement:
-    """Run a checkpoint over a text, on the GPU if there is one. Raises CheckpointError if it cannot be loaded."""
+    """Run a checkpoint over a text, on the GPU if there is one, in the precision that is right for its base.
+
+    Raises CheckpointError if it cannot be loaded.
+    """
     checkpoint = Checkpoint.open(folder).sound()
-    device = pick_device()
-    dtype = pick_dtype(checkpoint, device)
+    device, dtype = precision(base)
     tokens = windows(folder, text, checkpoint, remote_code=remote_code)
     model = load_model(checkpoint, dtype, device, remote_code=remote_code)
     head = MtpHead(checkpoint, model, dtype, device) if checkpoint.head and checkpoint.head.layout == "mtp" else None
@@ -85,11 +86,17 @@ def measure(
         top1.append(logits[0].argmax(-1).int().cpu().numpy())
         if head is not None:
             draft.append(head(ids, hidden)[0].argmax(-1).int().cpu().numpy())
-    generated = generate(model, torch.from_numpy(tokens[:1, :PROMPT]).long().to(device))
+    generated = greedy(model, torch.from_numpy(tokens[:1, :PROMPT]).long().to(device), GENERATED)
     del model, head
     free(device)
     drafts = np.stack(draft) if draft else np.zeros((0, 0), np.int32)
-    return Measurement(tokens, np.stack(nll), np.stack(top1), drafts, generated)
+    return Measurement(tokens, np.stack(nll), np.stack(top1), drafts, generated.int().cpu().numpy())
+
+
+def precision(base: Path) -> tuple[torch.device, torch.dtype]:
+    """Where and in what a base is measured, and everything that is compared with it."""
+    device = pick_device()
+    return device, pick_dtype(Checkpoint.open(base), device)
 
 
 def windows(folder: Path, text: Path, checkpoint: Checkpoint, *, remote_code: bool = False) -> Ints:
@@ -105,18 +112,4 @@ def windows(folder: Path, text: Path, checkpoint: Checkpoint, *, remote_code: bo
     tokens: Ints = np.array([ids[i * stride : i * stride + length] for i in range(count)], dtype=np.int32)
     if int(tokens.max()) >= vocabulary:
         raise CheckpointError(f"the tokenizer of {folder} makes token {tokens.max()}, the model knows {vocabulary}")
-    return tokens
-
-
-def generate(model: Any, prompt: torch.Tensor) -> Ints:
-    """GENERATED tokens int32 after `prompt` int64 `[1, n]`, greedy, never ending early."""
-    output = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        min_new_tokens=GENERATED,
-        max_new_tokens=GENERATED,
-        pad_token_id=0,
-    )
-    tokens: Ints = output[0, prompt.shape[1] :].int().cpu().numpy()
     return tokens

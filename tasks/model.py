@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,12 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def pick_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU; float32 on a CPU, where it is as fast, unless only bfloat16 fits the memory."""
-    elements = sum(t.nbytes for t in checkpoint.tensors.values()) // 2
-    fits = 4 * elements < 0.6 * psutil.virtual_memory().available
+def pick_dtype(base: Checkpoint, device: torch.device) -> torch.dtype:
+    """What a base and everything made of it is measured in: bfloat16 on a GPU; float32 on a CPU, where it is as fast,
+    unless only bfloat16 fits the memory of this machine.
+    """
+    elements = sum(math.prod(t.shape) for t in base.tensors.values())
+    fits = 4 * elements < 0.6 * psutil.virtual_memory().total
     return torch.float32 if device.type == "cpu" and fits else torch.bfloat16
 
 
@@ -138,6 +141,20 @@ class MtpHead(nn.Module):
         drafted = self.layer(inputs_embeds=mixed, use_cache=False).last_hidden_state
         logits: torch.Tensor = self.main[0].get_output_embeddings()(drafted)
         return logits
+
+
+def greedy(model: Any, prompt: torch.Tensor, new: int) -> torch.Tensor:
+    """Exactly `new` tokens after `prompt` (int64 `[1, n]`), greedy, never ending early: int64 `[new]`."""
+    output = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        min_new_tokens=new,
+        max_new_tokens=new,
+        pad_token_id=0,
+    )
+    tokens: torch.Tensor = output[0, prompt.shape[1] :]
+    return tokens
 
 
 def free(device: torch.device) -> None:

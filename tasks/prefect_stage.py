@@ -82,6 +82,9 @@ class BlockProgress:
             update_progress_artifact(self._artifact, 100.0 * event["done"] / event["total"])
 
 
+ENDED_WELL = ("Finished in state Completed", "Finished in state Reused")
+
+
 class Plain(logging.Filter):
     """Takes the traceback off expected failures, and secrets out of every line."""
 
@@ -93,8 +96,8 @@ class Plain(logging.Filter):
         if isinstance(record.args, tuple):
             record.args = tuple(str(a) if isinstance(a, RequantError) else a for a in record.args)
         record.msg, record.args = redact(record.getMessage()), ()
-        # The embedded server has no UI to look at.
-        return not record.msg.startswith("View at http://127.0.0.1")
+        # The embedded server has no UI to look at, and what ended well says so itself.
+        return not record.msg.startswith(("View at http://127.0.0.1", *ENDED_WELL))
 
 
 def plain_logs() -> None:

@@ -52,7 +52,7 @@ def validate(
         ours = store.hand_out(artifact, folder / "artifact")
         theirs = store.hand_out(compared_part(base), folder / "base")
         arrays = [
-            measurement(store, manifest, path, recipe.allow_remote_code, say)
+            measurement(store, manifest, path, theirs, recipe.allow_remote_code, say)
             for manifest, path in ((compared_part(base), theirs), (artifact, ours))
         ]
         values = measured_values(ours, theirs, *arrays, keep_head=recipe.mtp == "keep")
@@ -64,15 +64,19 @@ def validate(
 
 
 def measurement(
-    store: Store, manifest: Manifest, folder: Path, remote_code: bool, say: Callable[[str], None] = log.info
+    store: Store, manifest: Manifest, folder: Path, base: Path, remote_code: bool, say: Callable[[str], None]
 ) -> bytes:
     """The measurement of one checkpoint, kept: a base is measured once for all that is made of it."""
-    from tasks.measure import VERSION, measure
+    from tasks.measure import VERSION, measure, precision
 
-    key = MEASURE.key(reads={"checkpoint": manifest.digest, "text": sha256_of(EVALUATION)}, settings={"code": VERSION})
+    device, dtype = precision(base)
+    key = MEASURE.key(
+        reads={"checkpoint": manifest.digest, "text": sha256_of(EVALUATION)},
+        settings={"code": VERSION, "device": device.type, "dtype": str(dtype)},
+    )
 
     def work(scratch: Path) -> Made:
-        found = measure(folder, EVALUATION, remote_code=remote_code, say=say)
+        found = measure(folder, EVALUATION, base, remote_code=remote_code, say=say)
         files = [write_file(scratch, ARRAYS, [found.to_bytes()])]
         put_files(store, scratch, files)
         return Made(Manifest.of(files), {"perplexity": found.perplexity, "acceptance": found.acceptance})
@@ -88,7 +92,7 @@ def validate_folders(ours: Path, theirs: Path, *, remote_code: bool = False) -> 
     keep_head = base.head is not None and (checkpoint.head is not None or _promises_head(checkpoint))
     if checkpoint.problems or account(checkpoint, base, with_head=keep_head).unaccounted:
         return structure_only(ours, theirs, keep_head=keep_head)
-    arrays = [measure(path, EVALUATION, remote_code=remote_code).to_bytes() for path in (theirs, ours)]
+    arrays = [measure(path, EVALUATION, theirs, remote_code=remote_code).to_bytes() for path in (theirs, ours)]
     return measured_values(ours, theirs, *arrays, keep_head=keep_head)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from tasks.artifact import sha256_of
 from tasks.checkpoint.assemble import QUANTIZATION, packed_parts
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.header import Tensor
@@ -118,7 +118,7 @@ def _check_files(found: Account, ours: Path, base: Path) -> None:
     for path in _other_files(base):
         if not (ours / path).is_file():
             found.files.append(f"{path} of the base is missing")
-        elif _digest(ours / path) != _digest(base / path):
+        elif sha256_of(ours / path) != sha256_of(base / path):
             found.files.append(f"{path} differs from the base's")
 
 
@@ -128,8 +128,3 @@ def _other_files(folder: Path) -> Iterator[str]:
         weights = name.endswith((".safetensors", ".index.json"))
         if path.is_file() and not weights and name not in OWN_FILES and not name.startswith("."):
             yield name
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

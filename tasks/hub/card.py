@@ -220,5 +220,8 @@ def _code(text: str, language: str = "bash") -> str:
 
 
 def gigabytes(size: int) -> str:
-    """Bytes as people say them: GB of 10^9, MB below."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+    """Bytes as people say them: GB of 10^9, MB and kB below."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size / 1e3:.1f} kB"

@@ -6,7 +6,6 @@ and never a part of it, and an artifact that `main` already holds makes no commi
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, constants
 
-from tasks.artifact import File, Manifest
+from tasks.artifact import File, Manifest, git_blob_id
 from tasks.errors import HubError, HubUnavailable
 from tasks.hub.client import hub_api, hub_errors
 from tasks.hub.revision import HubFile, Revision, resolve
@@ -139,11 +138,7 @@ def same(theirs: HubFile, ours: File, folder: Path) -> bool:
     """Compare by sha256 where the Hub has one (LFS), else by git blob id."""
     if theirs.sha256 is not None:
         return theirs.sha256 == ours.sha256
-    if theirs.size != ours.size:
-        return False
-    header = f"blob {ours.size}\0".encode()
-    blob_id = hashlib.sha1(header + (folder / ours.path).read_bytes(), usedforsecurity=False).hexdigest()
-    return theirs.blob_id == blob_id
+    return theirs.size == ours.size and theirs.blob_id == git_blob_id(folder / ours.path)
 
 
 def _stale(revision: Revision, manifest: Manifest) -> list[str]:
