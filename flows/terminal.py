@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flows.report import Report, gate_rows, headline, stage_rows
 from tasks.gates import Gate
@@ -26,16 +27,17 @@ def render(report: Report) -> str:
                 f"speed       {speed['prefill_tokens_per_second']:.0f} tokens/s prompt, "
                 f"{speed['tokens_per_second']:.1f} decoded ({speed['engine']})",
                 highlight=False,
+                markup=False,
                 soft_wrap=True,
             )
         if report.path:
-            console.print(f"checkpoint  {report.path}", highlight=False, soft_wrap=True)
+            console.print(f"checkpoint  {report.path}", highlight=False, markup=False, soft_wrap=True)
         if report.path and report.card:
-            console.print(f"card        {report.path / 'README.md'}", highlight=False, soft_wrap=True)
+            console.print(f"card        {report.path / 'README.md'}", highlight=False, markup=False, soft_wrap=True)
         if report.published:
             done = "published" if report.published["changed"] else "already published"
             where = f"{report.published['url']} ({done}, tag {report.published['tag']})"
-            console.print(f"{'Hub':11} {where}", highlight=False, soft_wrap=True)
+            console.print(f"{'Hub':11} {where}", highlight=False, markup=False, soft_wrap=True)
         if report.error:
             console.print(f"error       {report.error}", highlight=False, markup=False, soft_wrap=True)
     return capture.get()
@@ -54,5 +56,5 @@ def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
     for name in header:
         made.add_column(name, justify="right" if name in {"seconds", "measured", "limit"} else "left")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*(Text(cell) for cell in row))
     return made

@@ -81,7 +81,7 @@ class Manifest:
             files = [File(str(f["path"]), int(f["size"]), str(f["sha256"])) for f in document["files"]]
             manifest = cls.of(files)
             stated = document["digest"]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise StoreError(f"a manifest in the store cannot be read ({error}): delete it and run again") from error
         if manifest.digest != stated or not all(SHA256.fullmatch(f.sha256) for f in files):
             raise StoreError("a manifest in the store contradicts its own digest: delete it and run again")
@@ -91,8 +91,8 @@ class Manifest:
 def check_relative(path: str) -> None:
     """Refuse a path that could leave the folder it is joined to: absolute, `..`, backslash, NUL, empty."""
     pure = PurePosixPath(path)
-    bad = not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path
-    if bad or str(pure) != path or len(path.encode()) > 1024:
+    bad = path in {"", "."} or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path
+    if bad or str(pure) != path or len(path.encode("utf-8", "replace")) > 1024 or not path.isprintable():
         raise CheckpointError(f"the file name {path[:80]!r} is not allowed: names must stay inside their folder")
 
 

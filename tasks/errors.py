@@ -106,8 +106,8 @@ SECRET_VARIABLES = (
 
 def redact(text: str) -> str:
     """Replace the values of secret environment variables by their names."""
-    for name in SECRET_VARIABLES:
-        value = os.environ.get(name)
-        if value and len(value) >= 4:
+    secrets = [(os.environ.get(name) or "", name) for name in SECRET_VARIABLES]
+    for value, name in sorted(secrets, key=lambda secret: -len(secret[0])):  # one may begin with another
+        if len(value) >= 4:
             text = text.replace(value, f"<{name}>")
     return text

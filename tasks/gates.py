@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,7 +23,8 @@ class Gate:
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        value = self.value if self.value is not None and math.isfinite(self.value) else None  # JSON has no NaN
+        return {**asdict(self), "value": value}
 
 
 def compare(measured: dict[str, Any], gates: Gates) -> list[Gate]:

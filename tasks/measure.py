@@ -6,6 +6,7 @@ Measured the same way for a base and for what was made of it, and kept: gates co
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +96,9 @@ def measure(
 
 def precision(base: Path) -> tuple[torch.device, torch.dtype]:
     """Where and in what a base is measured, and everything that is compared with it."""
-    device = pick_device()
-    return device, pick_dtype(Checkpoint.open(base), device)
+    parameters = sum(math.prod(t.shape) for t in Checkpoint.open(base).tensors.values())
+    device = pick_device(parameters)
+    return device, pick_dtype(parameters, device)
 
 
 def windows(folder: Path, text: Path, checkpoint: Checkpoint, *, remote_code: bool = False) -> Ints:

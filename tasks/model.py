@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -34,16 +33,16 @@ TORCH = {
 }  # fmt: skip
 
 
-def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def pick_device(parameters: int = 0) -> torch.device:
+    """The GPU if there is one with room for that many parameters in bfloat16, else the CPU."""
+    if torch.cuda.is_available() and 2 * parameters < 0.85 * torch.cuda.mem_get_info()[0]:
+        return torch.device("cuda")
+    return torch.device("cpu")
 
 
-def pick_dtype(base: Checkpoint, device: torch.device) -> torch.dtype:
-    """What a base and everything made of it is measured in: bfloat16 on a GPU; float32 on a CPU, where it is as fast,
-    unless only bfloat16 fits the memory of this machine.
-    """
-    elements = sum(math.prod(t.shape) for t in base.tensors.values())
-    fits = 4 * elements < 0.6 * psutil.virtual_memory().total
+def pick_dtype(parameters: int, device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU; float32 on a CPU, where it is as fast, unless only bfloat16 fits this machine's memory."""
+    fits = 4 * parameters < 0.6 * psutil.virtual_memory().total
     return torch.float32 if device.type == "cpu" and fits else torch.bfloat16
 
 
@@ -64,10 +63,18 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
     head = set(checkpoint.head.names if checkpoint.head else ())
     state = state_dict((t for t in checkpoint.tensors.values() if t.name not in head), checkpoint.config, dtype)
     family = auto._model_mapping[type(config)]
-    model, info = family.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise CheckpointError(f"{checkpoint.folder} lacks {missing[0]} (and {len(missing) - 1} more)")
+    model, info = family.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused here, by name
+    )
+    for lacking, what in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape than its config says of")):
+        names = sorted(key if isinstance(key, str) else key[0] for key in info[lacking])
+        if names:
+            raise CheckpointError(f"{checkpoint.folder} {what} {names[0]} (and {len(names) - 1} more)")
     return model.to(device).eval()
 
 

@@ -95,7 +95,13 @@ class Plain(logging.Filter):
             record.msg, record.args = str(error), ()
         if isinstance(record.args, tuple):
             record.args = tuple(str(a) if isinstance(a, RequantError) else a for a in record.args)
-        record.msg, record.args = redact(record.getMessage()), ()
+        try:
+            message = record.getMessage()
+        except (TypeError, ValueError):  # arguments that do not fit the format
+            message = str(record.msg)
+        record.msg, record.args = redact(message), ()
+        if record.exc_info and not record.exc_text:
+            record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
         # The embedded server has no UI to look at, and what ended well says so itself.
         return not record.msg.startswith(("View at http://127.0.0.1", *ENDED_WELL))
 

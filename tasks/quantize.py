@@ -129,9 +129,9 @@ def ladder(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if rung["low_gpu_mem"] is not True:  # it may be "auto"
         rung = {**rung, "low_gpu_mem": True}
         yield rung
-    while rung["batch_size"] > 1:
-        batch = rung["batch_size"] // 2
-        rung = {**rung, "batch_size": batch, "gradient_accumulate_steps": max(job["batch_size"] // batch, 1)}
+    asked = job["batch_size"]
+    for batch in (size for size in range(asked // 2, 0, -1) if asked % size == 0):
+        rung = {**rung, "batch_size": batch, "gradient_accumulate_steps": asked // batch}
         yield rung
 
 
@@ -237,7 +237,11 @@ def read_events(path: Path, position: int) -> tuple[int, list[dict[str, Any]]]:
         stream.seek(position)
         data = stream.read()
     end = data.rfind(b"\n") + 1
-    return position + end, [json.loads(line) for line in data[:end].splitlines()]
+    events = []
+    for line in data[:end].splitlines():
+        with contextlib.suppress(ValueError):  # a line that a kill cut short
+            events.append(json.loads(line))
+    return position + end, events
 
 
 def blocks_of(events: Path) -> list[dict[str, Any]]:

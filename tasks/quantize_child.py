@@ -35,7 +35,10 @@ class Events:
     """Appends to events.jsonl; every line is whole when its newline is there."""
 
     def __init__(self, path: Path) -> None:
+        cut = path.exists() and not path.read_bytes().endswith(b"\n")
         self._stream = path.open("a", buffering=1)
+        if cut:  # by a kill in the middle of a line
+            self._stream.write("\n")
         self._started = time.monotonic()
 
     def __call__(self, event: str, **fields: Any) -> None:
@@ -186,14 +189,15 @@ def read_documents(paths: list[str]) -> Any:
     for path in paths:
         if path.endswith((".jsonl", ".json")):
             with open(path, encoding="utf-8") as stream:
-                for line in stream:
-                    if line.strip():
-                        yield json.loads(line)["text"]
+                is_list = stream.read(1) == "["
+                stream.seek(0)
+                rows = json.load(stream) if is_list else (json.loads(line) for line in stream if line.strip())
+                yield from (row["text"] for row in rows if row.get("text"))
         elif path.endswith(".parquet"):
             import pyarrow.parquet
 
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
-                yield from batch.column("text").to_pylist()
+                yield from (text for text in batch.column("text").to_pylist() if text)
         else:
             yield Path(path).read_text(encoding="utf-8")
 
@@ -203,20 +207,21 @@ def clean_unfinished(out: Path) -> None:
 
     auto-round finds its finished blocks again as `model-shard-*.safetensors`. Killed while it writes one, it leaves a
     cut file that it then fails to open; killed while it renames them at the very end, it no longer finds those that
-    have their final name.
+    have their final name already.
     """
     from tasks.checkpoint.header import read_header
     from tasks.errors import CheckpointError
 
-    shards = sorted(out.glob("*/model-shard-*.safetensors")) + sorted(out.glob("*/model-*-of-*.safetensors"))
-    for number, shard in enumerate(shards, 1):
+    renamed = {*out.glob("*/model-*-of-*.safetensors"), *out.glob("*/model.safetensors")}
+    for shard in sorted({*out.glob("*/model-shard-*.safetensors"), *renamed}):
         try:
             read_header(shard)
         except CheckpointError:
             shard.unlink()
             continue
-        if "-of-" in shard.name:
-            shard.rename(shard.with_name(f"model-shard-{number:05d}.safetensors"))
+        if shard in renamed:
+            taken = [int(path.stem.rsplit("-", 1)[1]) for path in shard.parent.glob("model-shard-*.safetensors")]
+            shard.rename(shard.with_name(f"model-shard-{max(taken, default=0) + 1:05d}.safetensors"))
     for index in out.glob("*/*.index.json"):
         index.unlink()
 
@@ -274,14 +279,18 @@ def _check_layer_names(layers: dict[str, Any], model: Any) -> None:
     """auto-round only warns of a name that matches nothing."""
     names = [name for name, _ in model.named_modules()]
     for key in layers:
-        if not any(key in name or re.search(key, name) for name in names):
+        try:
+            pattern = re.compile(key)
+        except re.error:
+            pattern = re.compile(re.escape(key))
+        if not any(key in name or pattern.search(name) for name in names):
             raise Refused(f"quantize.layers names {key!r}, which is in no layer of the model: correct the name")
 
 
 def _kind(error: Exception) -> str:
     """`oom` and `compile` can be cured by other settings, `failed` cannot."""
     text = f"{type(error).__module__}.{type(error).__name__}: {error}"
-    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+    if isinstance(error, MemoryError) or re.search(r"out of memory|allocate memory|_ALLOC_FAILED", text, re.IGNORECASE):
         return "oom"
     if "torch._dynamo" in text or "torch._inductor" in text or "triton" in text.lower():
         return "compile"

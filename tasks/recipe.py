@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tasks.errors import RecipeError
 
+# What PyYAML raises for text that is not YAML, or whose tags do not fit their values.
+NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, KeyError, IndexError, AttributeError, TypeError)
 REPO_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$"
 SCHEME = re.compile(r"W(?P<bits>[2348])A16(?:G(?P<group_size>32|64))?")
 # auto-round's own named recipes (auto_round/cli/main.py, RECIPES, 0.16.1).
@@ -26,6 +30,15 @@ Choice = Literal["auto"] | bool
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe hands on to others must be what JSON can hold."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError("use text, numbers, true, false, null, lists and mappings only") from None
+    return value
 
 
 class Base(Section):
@@ -56,7 +69,9 @@ class Quantize(Section):
     calibration: str = Field(
         "builtin:python", description="Hub data set id[@revision], a local .txt or .jsonl file, or builtin:python"
     )
-    layers: dict[str, dict[str, Any]] = Field({}, description="Per-layer overrides: auto-round's layer_config")
+    layers: Annotated[dict[str, dict[str, Any]], AfterValidator(_as_json)] = Field(
+        {}, description="Per-layer overrides: auto-round's layer_config"
+    )
     torch_compile: Choice = "auto"
     low_gpu_mem: Choice = "auto"
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -69,7 +84,7 @@ class Quantize(Section):
             return values
         values = dict(values)
         preset = values.pop("preset")
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(f"preset {preset!r} does not exist: use one of {', '.join(PRESETS)}")
         return {**PRESETS[preset], **values}
 
@@ -118,7 +133,7 @@ class Benchmark(Section):
     """What measures speed. `torch` is transformers on the machine at hand, never an engine's figure."""
 
     engine: str = Field("auto", description="auto, torch or none")
-    flags: dict[str, Any] = {}
+    flags: Annotated[dict[str, Any], AfterValidator(_as_json)] = {}
 
     @field_validator("engine")
     @classmethod
@@ -161,9 +176,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"the recipe {path} cannot be read ({reason}): name a YAML file") from error
     try:
         document = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        where = str(getattr(error, "problem_mark", None) or "").strip()
-        raise RecipeError(f"the recipe {path} is not YAML ({getattr(error, 'problem', error)} {where})") from error
+    except NOT_YAML as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())[:200]
+        raise RecipeError(f"the recipe {path} is not YAML ({problem}{where})") from error
     if not isinstance(document, dict):
         raise RecipeError(f"the recipe {path} is not a mapping: it needs at least base: {{repo_id: ...}}")
     for override in overrides:
@@ -184,8 +201,12 @@ def _with_calibration_file(recipe: Recipe, folder: Path) -> Recipe:
     name = recipe.quantize.calibration
     if name.startswith("builtin:") or not (name.endswith((".txt", ".jsonl")) or name.startswith((".", "/", "~"))):
         return recipe
-    path = (folder / Path(name).expanduser()).resolve()
-    if not path.is_file():
+    try:
+        path = (folder / Path(name).expanduser()).resolve()
+        found = path.is_file()
+    except (RuntimeError, ValueError):  # no such user; a NUL in the name
+        path, found = Path(name), False
+    if not found:
         raise RecipeError(f"quantize.calibration: the file {path} does not exist: correct the path in the recipe")
     return recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"calibration": str(path)})})
 
@@ -196,7 +217,7 @@ def _set(document: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override!r} is not KEY=VALUE: write for instance --set quantize.iters=50")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         raise RecipeError(f"--set {key}: the value {value!r} is not YAML") from error
     *path, last = key.strip().split(".")
     part: Any = document
@@ -213,7 +234,7 @@ def _sentence(error: ValidationError, document: Mapping[str, Any]) -> str:
     """The first problem of a validation as one sentence: key, value, what is allowed."""
     problem = error.errors(include_url=False)[0]
     location = [str(p) for p in problem["loc"] if p not in {"function-after[possible(), Quantize]"}]
-    key = ".".join(location)
+    key = _plain(".".join(location))
     kind, value = problem["type"], problem["input"]
     if kind == "extra_forbidden":
         known = _keys_at(location[:-1])
@@ -228,12 +249,18 @@ def _sentence(error: ValidationError, document: Mapping[str, Any]) -> str:
     if kind == "string_pattern_mismatch" and location[-1] == "repo_id":
         allowed = "write a repo as owner/name"
     location = [p for p in location if p in _all_keys() or p == location[0]]
-    return f"{'.'.join(location)}: {_short(value)} is not allowed: {allowed}"
+    return f"{_plain('.'.join(location))}: {_short(value)} is not allowed: {allowed}"
+
+
+def _plain(key: str) -> str:
+    """A key as one may print it, whatever it holds."""
+    return key if key.isprintable() and len(key) <= 120 else reprlib.repr(key)
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    short = reprlib.Repr()
+    short.maxlevel = short.maxlist = short.maxdict = 2
+    return short.repr(value)
 
 
 def _keys_at(location: Sequence[str]) -> list[str]:

@@ -89,8 +89,11 @@ def validate_folders(ours: Path, theirs: Path, *, remote_code: bool = False) -> 
     from tasks.measure import measure
 
     checkpoint, base = Checkpoint.open(ours), Checkpoint.open(theirs).sound()
+    quantized = checkpoint.tensors
     keep_head = base.head is not None and (checkpoint.head is not None or _promises_head(checkpoint))
-    if checkpoint.problems or account(checkpoint, base, with_head=keep_head).unaccounted:
+    found = account(checkpoint, base, with_head=keep_head)
+    retyped = any(name in quantized and quantized[name].shape != t.shape for name, t in base.tensors.items())
+    if checkpoint.fatal or found.unaccounted or retyped:
         return structure_only(ours, theirs, keep_head=keep_head)
     arrays = [measure(path, EVALUATION, theirs, remote_code=remote_code).to_bytes() for path in (theirs, ours)]
     return measured_values(ours, theirs, *arrays, keep_head=keep_head)

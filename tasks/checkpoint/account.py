@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from tasks.checkpoint.assemble import QUANTIZATION, packed_parts
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.header import Tensor
 from tasks.checkpoint.mtp import without_layer_count
-from tasks.checkpoint.packing import REQUIRED, Scheme
+from tasks.checkpoint.packing import Scheme, check_parts
 from tasks.errors import CheckpointError
 
 OWN_FILES = {"config.json", QUANTIZATION, "README.md", ".gitattributes", "requant.json"}
@@ -45,10 +46,14 @@ def account(quantized: Checkpoint, base: Checkpoint, *, with_head: bool) -> Acco
         module, _, last = name.rpartition(".")
         if last == "weight" and module in parts and name not in quantized.tensors:
             found.packed += 1
+            if name in head_names:
+                found.altered.append(f"{module} of the MTP head is packed")
             seen.update(t.name for t in parts[module].values())
             _check_packed(found, module, source, parts[module], quantization)
         elif name in quantized.tensors:
             seen.add(name)
+            if name in head_names and not with_head:
+                found.unaccounted.append(f"{name} is there, and the head was to be dropped")
             found.head += name in head_names
             found.kept += name not in head_names
             _check_kept(found, quantized.tensors[name], source)
@@ -62,20 +67,16 @@ def account(quantized: Checkpoint, base: Checkpoint, *, with_head: bool) -> Acco
     return found
 
 
-def _check_packed(found: Account, module: str, weight: Tensor, parts: dict[str, Tensor], quantization: dict) -> None:  # type: ignore[type-arg]
-    missing = [part for part in REQUIRED if part not in parts]
-    if missing or len(weight.shape) != 2:
-        found.unaccounted.append(f"{module} has no {', '.join(missing) or 'matrix in the base'}")
-        return
+def _check_packed(
+    found: Account, module: str, weight: Tensor, parts: Mapping[str, Tensor], quantization: Mapping[str, Any]
+) -> None:
     try:
-        expected = Scheme.of(quantization, module).shapes(*weight.shape)
+        wrong = check_parts(module, parts, Scheme.of(quantization, module), weight.shape)
     except CheckpointError as error:
-        found.unaccounted.append(str(error))
-        return
-    wrong = [part for part, tensor in parts.items() if tensor.shape != expected[part]]
+        wrong = str(error)
     if wrong:
-        found.unaccounted.append(f"{module}.{wrong[0]} has shape {parts[wrong[0]].shape}, not {expected[wrong[0]]}")
-    if not all(_finite(chunk, parts["scales"].dtype) for chunk in parts["scales"].chunks()):
+        found.unaccounted.append(wrong)
+    elif not all(_finite(chunk, parts["scales"].dtype) for chunk in parts["scales"].chunks()):
         found.not_finite.append(f"{module}.scales")
 
 

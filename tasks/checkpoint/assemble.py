@@ -14,7 +14,7 @@ from tasks.artifact import File
 from tasks.checkpoint.checkpoint import INDEX, Checkpoint
 from tasks.checkpoint.header import Tensor
 from tasks.checkpoint.mtp import without_head_entries
-from tasks.checkpoint.packing import PARTS, REQUIRED, Scheme
+from tasks.checkpoint.packing import PARTS, Scheme, check_parts
 from tasks.checkpoint.writer import index_of, split_into_shards, write_json, write_shard
 from tasks.errors import CheckpointError
 
@@ -73,13 +73,9 @@ def check_modules(
         weight = base.tensors.get(f"{module}.weight")
         if weight is None or len(weight.shape) != 2:
             raise CheckpointError(f"{module} has a packed weight, but the base has no matrix {module}.weight")
-        expected = Scheme.of(quantization, module).shapes(*weight.shape)
-        for part in REQUIRED:
-            if part not in parts[module]:
-                raise CheckpointError(f"{module}.{part} is missing beside {module}.qweight")
-        for part, tensor in parts[module].items():
-            if tensor.shape != expected[part]:
-                raise CheckpointError(f"{module}.{part} has shape {tensor.shape}, its scheme needs {expected[part]}")
+        wrong = check_parts(module, parts[module], Scheme.of(quantization, module), weight.shape)
+        if wrong:
+            raise CheckpointError(wrong)
 
 
 def _in_base_order(base: Checkpoint, parts: Mapping[str, Mapping[str, Tensor]], skip: set[str]) -> Iterable[Tensor]:

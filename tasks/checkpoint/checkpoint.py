@@ -17,6 +17,7 @@ from tasks.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_JSON = 64 << 20
+WRONG_TOTAL = "the index says total_size"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Checkpoint:
                 raise CheckpointError(f"{folder / INDEX} has no weight_map: restore the file")
             metadata = index.get("metadata")
             stated = metadata.get("total_size") if isinstance(metadata, dict) else None
-            total_size = int(stated) if isinstance(stated, int | float) else None
+            if isinstance(stated, int | float) and abs(stated) < 1 << 62:  # NaN is not
+                total_size = int(stated)
             shards = _shards(folder, weight_map)
             if (folder / SINGLE).exists() and SINGLE not in shards:
                 problems.append(f"{SINGLE} lies beside a sharded index: loaders prefer it and miss the other shards")
@@ -79,7 +81,7 @@ class Checkpoint:
             problems += [f"the index names {name}, which is not in {weight_map[name]}" for name in lost]
             held = sum(t.nbytes for t in tensors.values())
             if total_size is not None and total_size != held and not problems:
-                problems.append(f"the index says total_size {total_size}, the tensors have {held} bytes")
+                problems.append(f"{WRONG_TOTAL} {total_size}, the tensors have {held} bytes")
         return cls(folder, config, tensors, shards, total_size, problems)
 
     @classmethod
@@ -98,7 +100,7 @@ class Checkpoint:
     @property
     def fatal(self) -> list[str]:
         """The problems that keep a reader from loading it: all but a wrong total_size."""
-        return [p for p in self.problems if "total_size" not in p]
+        return [p for p in self.problems if not p.startswith(WRONG_TOTAL)]
 
     @cached_property
     def head(self) -> Head | None:

@@ -71,17 +71,24 @@ def expects_packed(quantization: Mapping[str, Any], module: str) -> bool:
     Exact key in `extra_config`, then a regex key (re.search, needs a metacharacter), then the block list: absent, it
     means everything. Source: vLLM 0.32, model_executor/layers/quantization/inc.py.
     """
-    extra = quantization.get("extra_config") or {}
+    extra = quantization.get("extra_config")
+    extra = extra if isinstance(extra, dict) else {}
     if module in extra:
-        return int(extra[module].get("bits", quantization.get("bits", 4))) < 16
+        return _packs(extra[module], quantization)
     for key, layer in extra.items():
         if re.search(r"[*+?^$()\[\]{}|\\]", key) and _matches(key, module):
-            return int(layer.get("bits", quantization.get("bits", 4))) < 16
+            return _packs(layer, quantization)
     blocks = quantization.get("block_name_to_quantize")
-    if not blocks:
-        return int(quantization.get("bits", 4)) < 16
     names = blocks.split(",") if isinstance(blocks, str) else blocks
-    return any(module.startswith(name) for name in names)
+    if not isinstance(names, list) or not names:
+        return _packs({}, quantization)
+    return any(isinstance(name, str) and module.startswith(name) for name in names)
+
+
+def _packs(layer: Any, quantization: Mapping[str, Any]) -> bool:
+    bits = layer.get("bits") if isinstance(layer, dict) else None
+    bits = quantization.get("bits", 4) if bits is None else bits
+    return isinstance(bits, int) and bits < 16
 
 
 def _matches(pattern: str, module: str) -> bool:

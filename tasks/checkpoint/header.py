@@ -7,7 +7,6 @@ https://huggingface.co/docs/safetensors/index#format
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,12 +72,16 @@ def read_header(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path.name} is not a whole safetensors file: its header length cannot be right")
         raw = stream.read(length)
     try:
-        document = json.loads(raw, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        text = raw.decode("utf-8")
+        document = json.loads(text, object_pairs_hook=_no_duplicates)
+        json.dumps(list(document), ensure_ascii=False).encode()  # names with lone surrogates are no text
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"the header of {path.name} cannot be read ({error}): download the file again") from error
     if not isinstance(document, dict):
         raise CheckpointError(f"the header of {path.name} is not a JSON object: download the file again")
-    document.pop("__metadata__", None)
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"the __metadata__ of {path.name} is not text by name: download the file again")
     tensors = [_tensor(path, name, entry, 8 + length) for name, entry in document.items()]
     tensors.sort(key=lambda t: (t.begin, t.end))
     position = 8 + length
@@ -99,12 +102,21 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> Tensor:
         bits = DTYPE_BITS[dtype]
         shape = entry["shape"]
         begin, end = entry["data_offsets"]
-        integers = all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, begin, end))
+        sound = type(shape) is list and all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, begin, end))
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"the entry of {name[:200]!r} in {path.name} is not a tensor's ({error!r})") from error
-    if not integers or (math.prod(shape) * bits + 7) // 8 != end - begin:
+    if not sound or _bits(shape, bits) != 8 * (end - begin):
         raise CheckpointError(f"the offsets of {name[:200]!r} in {path.name} do not match its shape and dtype")
     return Tensor(name, dtype, tuple(shape), path, data + begin, data + end)
+
+
+def _bits(shape: list[int], bits: int) -> int:
+    """The size of a tensor in bits, or -1 where it or any product on the way does not fit 64 bits."""
+    for side in shape:
+        bits *= side
+        if bits >= 1 << 64:
+            return -1
+    return bits
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

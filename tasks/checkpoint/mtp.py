@@ -16,7 +16,7 @@ from typing import Any
 from tasks.checkpoint.header import Tensor
 
 LAYER_COUNTS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
-_LAYER = re.compile(r"^(?:.*\.)?layers\.(\d+)\.")
+_LAYER = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.")
 FULL_PRECISION = {"bits": 16, "data_type": "fp"}  # auto-round's words for "not quantized"
 
 
@@ -30,8 +30,8 @@ class Head:
     @property
     def modules(self) -> list[str]:
         """Names of the head's linear modules as far as names tell: everything with a weight but norms."""
-        stems = {n.rsplit(".", 1)[0] for n in self.names if n.rsplit(".", 1)[1] in {"weight", "qweight"}}
-        return sorted(s for s in stems if "norm" not in s.rsplit(".", 1)[1])
+        stems = {n.rpartition(".")[0] for n in self.names if n.rpartition(".")[2] in {"weight", "qweight"}}
+        return sorted(s for s in stems if "norm" not in s.rpartition(".")[2])
 
     @property
     def prefixes(self) -> list[str]:
@@ -43,7 +43,8 @@ class Head:
 
 def layer_count(text_config: Mapping[str, Any]) -> int:
     """How many MTP layers the config promises; 0 if it says nothing."""
-    return max((int(text_config.get(key) or 0) for key in LAYER_COUNTS), default=0)
+    counts = (text_config.get(key) for key in LAYER_COUNTS)
+    return max((count for count in counts if type(count) is int), default=0)
 
 
 def find_head(names: Iterable[str], text_config: Mapping[str, Any]) -> Head | None:
@@ -55,7 +56,7 @@ def find_head(names: Iterable[str], text_config: Mapping[str, Any]) -> Head | No
     layers = text_config.get("num_hidden_layers")
     if not isinstance(layers, int) or not layer_count(text_config):
         return None
-    inlined = sorted(n for n in names if "visual" not in n and (m := _LAYER.match(n)) and int(m.group(1)) >= layers)
+    inlined = sorted(n for n in names if (m := _LAYER.match(n)) and int(m.group(1)) >= layers)
     return Head("inlined", tuple(inlined)) if inlined else None
 
 
@@ -78,7 +79,8 @@ def without_head_entries(quantization: Mapping[str, Any], head: Head | None) -> 
         document["extra_config"] = {
             key: value
             for key, value in extra.items()
-            if not any(key == p or key.startswith(f"{p}.") for p in head.prefixes) and "mtp" not in key
+            if not any(re.search(rf"{re.escape(p)}(?!\d)", key.replace("\\", "")) for p in head.prefixes)
+            and "mtp" not in key
         }
     return document
 

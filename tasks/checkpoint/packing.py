@@ -22,6 +22,7 @@ from tasks.errors import CheckpointError
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 REQUIRED = ("qweight", "qzeros", "scales")
+DTYPES = {"qweight": {"I32"}, "qzeros": {"I32"}, "g_idx": {"I32"}, "scales": {"F16", "BF16", "F32"}}
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 NUMPY = {"I32": "<i4", "F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "U8": "u1", "I8": "i1"}
 
@@ -43,12 +44,17 @@ class Scheme:
 
         Raises CheckpointError for a method or packing that is not known here.
         """
-        own = (quantization.get("extra_config") or {}).get(module, {})
-        bits = own.get("bits", quantization.get("bits"))
-        group_size = own.get("group_size", quantization.get("group_size"))
-        if not isinstance(bits, int) or not isinstance(group_size, int) or bits not in {2, 3, 4, 8}:
+        extra = quantization.get("extra_config") or {}
+        own = extra.get(module, {}) if isinstance(extra, dict) else None
+        if not isinstance(own, dict):
+            raise CheckpointError(f"the extra_config of the quantization config is no mapping for {module}")
+        bits: Any = own.get("bits", quantization.get("bits"))
+        group_size: Any = own.get("group_size", quantization.get("group_size"))
+        packing = _packing(quantization)
+        known = bits == 4 if packing == "awq" else bits in (2, 3, 4, 8)
+        if not known or type(group_size) is not int or not (group_size == -1 or group_size > 0):
             raise CheckpointError(f"the quantization config gives {module} bits={bits!r}, group_size={group_size!r}")
-        return cls(bits, group_size, _packing(quantization))
+        return cls(bits, group_size, packing)
 
     def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         """The shapes that the packed parts of a `[out, in]` weight must have."""
@@ -82,6 +88,22 @@ def _packing(quantization: Mapping[str, Any]) -> str:
     if packing not in known:
         raise CheckpointError(f"packing {packing!r} of quant_method {method!r} is not known to Requant")
     return known[packing]
+
+
+def check_parts(module: str, parts: Mapping[str, Tensor], scheme: Scheme, weight: tuple[int, ...]) -> str | None:
+    """What is wrong with a module's packed parts for a weight of shape `[out, in]`, as a sentence, or None."""
+    if len(weight) != 2:
+        return f"{module} is packed and no matrix in the base"
+    missing = [part for part in REQUIRED if part not in parts]
+    if missing:
+        return f"{module}.{missing[0]} is missing beside {module}.qweight"
+    expected = scheme.shapes(*weight)
+    for part, tensor in parts.items():
+        if tensor.shape != expected[part]:
+            return f"{module}.{part} has shape {tensor.shape}, its scheme needs {expected[part]}"
+        if tensor.dtype not in DTYPES[part]:
+            return f"{module}.{part} has dtype {tensor.dtype}, packed are {' or '.join(sorted(DTYPES[part]))}"
+    return None
 
 
 def to_numpy(tensor: Tensor) -> Array:
@@ -125,6 +147,8 @@ def dequantize(parts: Mapping[str, Tensor], scheme: Scheme) -> Floats:
     rows = values.shape[0]
     if "g_idx" in parts:
         group = to_numpy(parts["g_idx"])
+        if len(group) != rows or group.min() < 0 or group.max() >= len(scales):
+            raise CheckpointError(f"{parts['g_idx'].name} names groups that there are not")
     else:
         group = np.arange(rows) // (rows if scheme.group_size == -1 else scheme.group_size)
     weight: Floats = ((values - zeros[group]) * scales[group]).T.astype(np.float32)

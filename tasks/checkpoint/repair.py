@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.checkpoint.assemble import QUANTIZATION
-from tasks.checkpoint.checkpoint import SINGLE, Checkpoint, read_json
+from tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint, read_json
 from tasks.checkpoint.engines import draft_problem, missing_vision_files, verdicts
 from tasks.checkpoint.head import HEAD_SHARD, HeadFiles, keep_head, without_head
 from tasks.checkpoint.header import Tensor
@@ -27,6 +27,7 @@ def repair(folder: Path, base_folder: Path | None) -> dict[str, Any]:
 
     Raises CheckpointError without a base where one is needed, and if base and checkpoint do not fit each other.
     """
+    _finish_interrupted(folder)
     checkpoint = Checkpoint.open(folder).sound()
     if base_folder is None:
         return _without_base(checkpoint)
@@ -45,6 +46,14 @@ def repair(folder: Path, base_folder: Path | None) -> dict[str, Any]:
     elif not files:
         return _result(checkpoint, changed=False, restored=0)
     return _result(Checkpoint.open(folder), changed=True, restored=len(restored))
+
+
+def _finish_interrupted(folder: Path) -> None:
+    """Take away the single file of a checkpoint whose index, written by an earlier call, no longer names it."""
+    if (folder / INDEX).exists() and (folder / SINGLE).exists():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if isinstance(weight_map, dict) and HEAD_SHARD in weight_map.values() and SINGLE not in weight_map.values():
+            (folder / SINGLE).unlink()
 
 
 def _replace_head(checkpoint: Checkpoint, base: Checkpoint, head: Head) -> None:

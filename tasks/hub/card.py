@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from tasks.gates import Gate
-from tasks.recipe import Recipe
+from tasks.recipe import NOT_YAML, Recipe
 
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:/+-]{0,127}")
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -120,7 +120,7 @@ def inherited(base_card: str) -> dict[str, Any]:
     match = re.match(r"---\r?\n(.{0,65536}?)\r?\n---", base_card, re.DOTALL)
     try:
         document = yaml.safe_load(match[1]) if match else None
-    except (yaml.YAMLError, RecursionError, ValueError):
+    except NOT_YAML:
         document = None
     if not isinstance(document, dict):
         return {}
@@ -140,7 +140,8 @@ def kept_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
         whole = re.match(r"(mtp|(?:model\.)?visual|(?:model\.)?vision_tower)\.", name)
         folded = f"{whole[1]}.*" if whole else re.sub(r"\.\d+\.", ".*.", name)
         groups[folded] = groups.get(folded, 0) + 1
-    return [(f"`{group}`", str(count), _reason(group)) for group, count in sorted(groups.items())]
+    plain = {group: re.sub(r"[^\w.*-]", "?", group) for group in groups}
+    return [(f"`{plain[group]}`", str(count), _reason(group)) for group, count in sorted(groups.items())]
 
 
 def _reason(name: str) -> str:
@@ -155,7 +156,7 @@ def _settings(facts: CardFacts) -> list[tuple[str, ...]]:
         ("scheme", f"W{bits}A16, group size {group_size}, {'symmetric' if sym else 'asymmetric'}"),
         ("format", quantize.format),
         ("iterations", str(quantize.iters)),
-        ("calibration", f"{quantize.nsamples} samples of {quantize.seqlen} tokens of {quantize.calibration}"),
+        ("calibration", f"{quantize.nsamples} samples of {quantize.seqlen} tokens of {_public(quantize.calibration)}"),
         ("seed", str(quantize.seed)),
         *((key, str(used[key])) for key in ("device", "torch_compile", "low_gpu_mem", "batch_size") if key in used),
         ("quantized matrices", str(facts.measured["packed"])),
@@ -195,7 +196,14 @@ def _gate_row(gate: Gate) -> tuple[str, ...]:
 def _recipe_document(recipe: Recipe, sha: str) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(recipe.model_dump_json(exclude_unset=True))
     document["base"]["revision"] = sha
+    if "calibration" in document.get("quantize", {}):
+        document["quantize"]["calibration"] = _public(document["quantize"]["calibration"])
     return document
+
+
+def _public(calibration: str) -> str:
+    """A local file by its name alone: folders are nobody's business."""
+    return calibration.rsplit("/", 1)[1] if calibration.startswith("/") else calibration
 
 
 def _provenance_rows(provenance: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
@@ -212,7 +220,7 @@ def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return re.sub(r"[\r\n]+", " ", text).replace("|", "\\|").replace("<", "&lt;")
+    return re.sub(r"[\r\n]+", " ", text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
 def _code(text: str, language: str = "bash") -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from tasks.errors import RecipeError
 from tasks.store.folder import FolderBackend
@@ -31,7 +31,7 @@ def open_store(url: str | None = None) -> Store:
     url = url or os.environ.get("REQUANT_STORE") or (cache_folder() / "store").as_uri()
     parts = urlsplit(url)
     if parts.scheme == "file" and parts.path and parts.netloc in {"", "localhost"}:
-        folder = FolderBackend(Path(parts.path))
+        folder = FolderBackend(Path(unquote(parts.path)))
         return Store(folder, near=folder)
     if parts.scheme == "s3" and parts.netloc:
         from tasks.store.s3 import S3Backend  # boto3 takes 0.4 s to import

@@ -106,6 +106,7 @@ class FolderBackend:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
+            os.chmod(temporary, 0o444)
             yield temporary
             sync(target.parent)
         finally:

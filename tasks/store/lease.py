@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, replace
 
 import psutil
 
-from tasks.errors import StoreError
 from tasks.store.backend import Backend
 
 log = logging.getLogger(__name__)
@@ -121,7 +120,7 @@ def _beat(backend: Backend, name: str, owner: Owner, stop: threading.Event, beat
         beats += 1
         try:
             backend.write(name, replace(owner, beats=beats).to_json())
-        except StoreError as error:
+        except OSError as error:  # StoreError is one; a full disk another
             log.warning("heartbeat failed: %s", error)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -97,7 +98,8 @@ class Store:
         """Lay an artifact's files into `folder` as files of the user's own (reflinks or copies, writable)."""
         for file in manifest.files:
             target = folder / file.path
-            if target.is_file() and target.stat().st_size == file.size and sha256_of(target) == file.sha256:
+            own = target.is_file() and target.stat().st_nlink == 1 and os.access(target, os.W_OK)
+            if own and target.stat().st_size == file.size and sha256_of(target) == file.sha256:
                 continue
             temporary = target.with_name(f".{target.name}.{os.getpid()}")
             temporary.unlink(missing_ok=True)
@@ -150,29 +152,35 @@ class Store:
 
         One whose blobs were lost is replaced: nothing could have been reading it.
         """
-        name = f"artifacts/{stage}/{key}"
-        self.backend.write(f"provenance/{stage}/{key}", json.dumps(provenance, indent=1).encode())
+        name, beside = f"artifacts/{stage}/{key}", f"provenance/{stage}/{key}"
+        record = json.dumps(provenance, indent=1).encode()
+        if self.backend.size(name) is None:
+            self.backend.write(beside, record)  # first, so that no manifest is without one
         if self.backend.write_new(name, manifest.to_json().encode()):
             return manifest
         winner = self.manifest(stage, key)
         if winner is not None:
             return winner
+        self.backend.write(beside, record)
         self.backend.write(name, manifest.to_json().encode())
         return manifest
 
     def provenance(self, stage: str, key: str) -> dict[str, Any]:
         """What is recorded beside an artifact; empty if nothing is."""
         text = self.backend.read(f"provenance/{stage}/{key}")
-        document: dict[str, Any] = json.loads(text) if text else {}
-        return document
+        with contextlib.suppress(ValueError):
+            document = json.loads(text or b"{}")
+            if isinstance(document, dict):
+                return document
+        return {}
 
     def entries(self) -> Iterator[Entry]:
         """Every artifact whose manifest can be read."""
         for name in self.backend.keys("artifacts"):
             _, stage, key = name.split("/", 2)
-            text = self.backend.read(name)
-            if text is not None:
-                yield Entry(stage, key, Manifest.from_json(text), self.provenance(stage, key))
+            with contextlib.suppress(StoreError):
+                manifest = Manifest.from_json(self.backend.read(name) or b"")
+                yield Entry(stage, key, manifest, self.provenance(stage, key))
 
     # Small facts
 

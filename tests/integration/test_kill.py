@@ -142,10 +142,7 @@ def test_killed_at_any_step_of_publishing_main_is_old_or_new(
         # The request is carried out, its answer is held back: the kill comes in between.
         hub.fault(path, method=method, times=1, delay=4)
         process = requant.start_run(publish=target)
-        wait_for(lambda: list(requant.store.glob("leases/publish/*/*")) or process.poll() is not None)
-        wait_for(
-            lambda p=path: any(p.strip("/") in t["path"] for t in seen(hub)) or process.poll() is not None, 8, 0.05
-        )
+        wait_until_asked(hub, process, path.strip("/"))
         kill(process)
         hub.clear_faults()
         if api.repo_exists("me/killed"):
@@ -161,5 +158,6 @@ def test_killed_at_any_step_of_publishing_main_is_old_or_new(
     assert [t.target_commit for t in refs.tags] == [outcome.document["published"]["commit"]]
 
 
-def seen(hub: HubStandIn) -> list[dict[str, Any]]:
-    return [dict(t) for t in hub.traffic()]
+def wait_until_asked(hub: HubStandIn, process: subprocess.Popen[str], path: str) -> None:
+    """Wait until the Hub has been asked for something with this path, or the run has ended."""
+    wait_for(lambda: process.poll() is not None or any(path in entry["path"] for entry in hub.traffic()), pause=0.05)

@@ -1,0 +1,133 @@
+"""The other commands, on what a real run made, and what a run leaves in Prefect."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tasks.checkpoint.checkpoint import Checkpoint
+from tests.integration.conftest import LAYERS, Outcome, Requant
+
+Finished = tuple[Requant, Outcome]
+
+
+@pytest.fixture
+def checkout(finished: Finished, tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(finished[0].folder / "checkout", folder)
+    return folder
+
+
+def flip(folder: Path, name: str) -> None:
+    """Flip the lowest bit of a tensor's first value."""
+    tensor = Checkpoint.open(folder).tensors[name]
+    with tensor.path.open("r+b") as stream:
+        stream.seek(tensor.begin)
+        first = stream.read(1)[0]
+        stream.seek(tensor.begin)
+        stream.write(bytes([first ^ 1]))
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.iterdir())}
+
+
+def artifacts(api: str, key: str) -> list[dict[str, Any]]:
+    body = {"artifacts": {"key": {"any_": [key]}}, "limit": 200}
+    found: list[dict[str, Any]] = httpx.post(f"{api}/artifacts/filter", json=body).raise_for_status().json()
+    return found
+
+
+def test_prefect_has_progress_gates_and_report_of_a_run(finished: Finished, prefect_server: str) -> None:
+    assert any(a["data"] == 100.0 for a in artifacts(prefect_server, "quantize-progress"))
+    tables = [json.loads(a["data"]) for a in artifacts(prefect_server, "requant-gates")]
+    assert any({row["name"] for row in table} >= {"structure", "perplexity_increase"} for table in tables)
+    assert any(finished[1].digest[:12] in a["data"] for a in artifacts(prefect_server, "requant-report"))
+
+
+def test_a_reused_stage_says_so_in_prefect(requant: Requant, prefect_server: str) -> None:
+    requant.run(publish=None)
+    body = {"task_runs": {"state": {"name": {"any_": ["Reused"]}}}, "limit": 200}
+    runs = httpx.post(f"{prefect_server}/task_runs/filter", json=body).raise_for_status().json()
+    assert any(run["name"].startswith("quantize") for run in runs)
+
+
+def test_inspect_says_what_is_quantized_and_that_the_head_drafts(requant: Requant, checkout: Path) -> None:
+    outcome = requant("inspect", str(checkout), "--json")
+    assert outcome.status == 0, outcome.stderr
+    document = outcome.document
+    assert document["quantized"] == {"count": 6 * (LAYERS - 1) + 7, "bits": 4, "group_size": 32}
+    assert document["mtp"] == {"present": True, "layout": "mtp", "layers": 1, "precision": "BF16"}
+    assert document["engines"]["vllm"]["loads"] and document["engines"]["vllm"]["mtp"]
+    assert document["problems"] == []
+
+
+def test_inspect_of_a_folder_with_a_missing_shard_is_status_1(requant: Requant, checkout: Path) -> None:
+    (checkout / "model-mtp.safetensors").unlink()
+    outcome = requant("inspect", str(checkout), "--json")
+    assert outcome.status == 1
+    assert any("model-mtp.safetensors, which is missing" in problem for problem in outcome.document["problems"])
+
+
+def test_inspect_starts_neither_torch_nor_prefect(requant: Requant, checkout: Path) -> None:
+    lines = requant.variant(PYTHONPROFILEIMPORTTIME="1")("inspect", str(checkout)).stderr.splitlines()
+    imported = {line.rsplit("|", 1)[1].strip() for line in lines if line.startswith("import time:")}
+    assert "tasks.checkpoint.inspect" in imported
+    assert not imported & {"torch", "prefect", "auto_round", "transformers", "boto3"}
+
+
+def test_mtp_fix_restores_a_damaged_head_and_then_changes_nothing(requant: Requant, checkout: Path, base: Path) -> None:
+    before = {p.name: p.read_bytes() for p in checkout.iterdir()}
+    flip(checkout, "mtp.fc.weight")
+    first = requant("mtp-fix", str(checkout), "--base", str(base), "--json")
+    assert first.status == 0, first.stderr
+    assert first.document["changed"] and first.document["tensors_restored"] == 1
+    assert first.document["source"] == "base"
+    assert {p.name: p.read_bytes() for p in checkout.iterdir()} == before
+    after = snapshot(checkout)
+    second = requant("mtp-fix", str(checkout), "--base", "demo/pico", "--json")
+    assert second.status == 0, second.stderr
+    assert not second.document["changed"]
+    assert snapshot(checkout) == after
+
+
+def test_validate_passes_the_result_of_a_run(requant: Requant, checkout: Path, base: Path) -> None:
+    outcome = requant("validate", str(checkout), "--base", str(base), "--recipe", str(requant.write_recipe()), "--json")
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.document["passed"]
+    names = [gate["name"] for gate in outcome.document["gates"]]
+    assert "perplexity_increase" in names and "mtp_acceptance_ratio" in names
+
+
+def test_validate_fails_a_checkpoint_with_one_flipped_bit_and_a_nan(
+    requant: Requant, checkout: Path, base: Path
+) -> None:
+    flip(checkout, "model.visual.pos_embed.weight")
+    scales = next(t for n, t in Checkpoint.open(checkout).tensors.items() if n.endswith("down_proj.scales"))
+    with scales.path.open("r+b") as stream:
+        stream.seek(scales.begin)
+        stream.write(b"\x00\x7e")  # a float16 NaN
+    outcome = requant("validate", str(checkout), "--base", "demo/pico", "--json")
+    assert outcome.status == 1
+    failed = {g["name"]: g["note"] for g in outcome.document["gates"] if not g["passed"]}
+    assert "model.visual.pos_embed.weight differs" in failed["lossless"]
+    assert "down_proj.scales" in failed["finite"]
+
+
+def test_store_commands_list_verify_and_check_out(requant: Requant, finished: Finished) -> None:
+    listed = requant("store", "ls", "--json").document
+    digest = finished[1].digest
+    assert digest in [row["digest"] for row in listed["artifacts"] if row["stage"] == "mtp_fix"]
+    assert requant("store", "verify", "--deep").status == 0
+    out = requant("store", "checkout", digest[:12], str(requant.folder / "laid"), "--json").document
+    assert out["digest"] == digest
+    assert not Checkpoint.open(requant.folder / "laid").sound().problems
+    blob = next(p for p in requant.store.glob("blobs/sha256/*/*") if p.stat().st_size > 100_000)
+    blob.unlink()
+    broken = requant("store", "verify", "--json")
+    assert broken.status == 1 and blob.name[:12] in broken.document["problems"][0]

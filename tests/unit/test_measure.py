@@ -1,0 +1,300 @@
+"""Measuring pico checkpoints: packed weights count as what they stand for, the head drafts, nothing is random."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from tasks import measure as measuring
+from tasks.checkpoint.assemble import assemble
+from tasks.checkpoint.checkpoint import INDEX, Checkpoint
+from tasks.checkpoint.head import HeadFiles, keep_head, without_head
+from tasks.errors import CheckpointError
+from tasks.gates import compare
+from tasks.measure import Measurement, precision
+from tasks.measure import measure as measure_as
+from tasks.model import load_model, state_dict, to_torch
+from tasks.recipe import Gates
+from tasks.text import EVALUATION
+from tasks.validate import measured_values, validate_folders
+from tests.pico import TINY, pico_base
+from tests.unit.making import all_tensors, from_bf16, raw_tensors, rounded, safetensors_bytes, to_bf16, write_packed
+
+SHARD = "model-00001-of-00001.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short() -> Iterator[None]:
+    """Four windows of 48 tokens, and four generated ones; one thread, as more only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "WINDOWS", 4)
+        patch.setattr(measuring, "LENGTH", 48)
+        patch.setattr(measuring, "GENERATED", 4)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pico_base(tmp_path_factory.mktemp("pico") / "base", seed=1)
+
+
+def make(base: Path, folder: Path, *, head: bool = True) -> Path:
+    """The base quantized and completed."""
+    bits = write_packed(base, folder / "packed")
+    out = folder / "made"
+    source = Checkpoint.open(base)
+    assemble(source, Checkpoint.open(folder / "packed"), bits, out)
+    if head:
+        keep_head(HeadFiles.read(out), source, out)
+    else:
+        without_head(HeadFiles.read(out), source.head).write(out)
+    for path in TINY.iterdir():
+        if not path.name.startswith("model") and path.suffix != ".md" and path.name != "config.json":
+            (out / path.name).write_bytes(path.read_bytes())
+    return out
+
+
+@pytest.fixture(scope="module")
+def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(base, tmp_path_factory.mktemp("quantized"))
+
+
+def measure(folder: Path, text: Path) -> Measurement:
+    """Measure a checkpoint by itself, as a base is measured."""
+    return measure_as(folder, text, folder)
+
+
+@pytest.fixture(scope="module")
+def of_base(base: Path) -> Measurement:
+    return measure(base, EVALUATION)
+
+
+@pytest.fixture(scope="module")
+def of_made(made: Path, base: Path) -> Measurement:
+    return measure_as(made, EVALUATION, base)
+
+
+def edit(folder: Path, shard: str, **changes: Any) -> None:
+    """Replace tensors of one shard by values."""
+    tensors = raw_tensors(folder / shard)
+    for name, values in changes.items():
+        tensors[name] = ("BF16", tensors[name][1], to_bf16(values))
+    (folder / shard).write_bytes(safetensors_bytes(tensors))
+
+
+def test_a_checkpoint_is_measured_the_same_every_time(base: Path, of_base: Measurement) -> None:
+    one, two = of_base, measure(base, EVALUATION)
+    assert one.to_bytes() == two.to_bytes()
+    assert one.tokens.shape == (4, 48) and one.nll.shape == one.top1.shape == one.draft.shape == (4, 47)
+    assert one.generated.shape == (4,) and (one.tokens.dtype, one.nll.dtype) == (np.int32, np.float32)
+
+
+def test_a_model_of_random_weights_knows_as_little_as_it_can(of_base: Measurement) -> None:
+    found = of_base
+    assert 500 < found.perplexity < 20_000  # 2048 tokens, equally likely or worse
+    assert found.acceptance is not None and 0 <= found.acceptance < 0.5
+
+
+def test_the_losses_are_the_cross_entropy_of_the_next_token(base: Path, of_base: Measurement) -> None:
+    """Against a plain forward of the transformers model."""
+    found = of_base
+    model = load_model(Checkpoint.open(base), torch.float32, torch.device("cpu"))
+    ids = torch.from_numpy(found.tokens[:1]).long()
+    with torch.inference_mode():
+        logits = model(input_ids=ids).logits[0].float()
+    expected = -logits[:-1].log_softmax(-1)[torch.arange(47), ids[0, 1:]]
+    np.testing.assert_allclose(found.nll[0], expected.numpy(), rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(found.top1[0], logits[:-1].argmax(-1).numpy())
+    assert math.isclose(found.perplexity, math.exp(float(found.nll.mean())), rel_tol=1e-5)
+
+
+def test_packed_weights_are_measured_as_what_they_stand_for(
+    made: Path, of_base: Measurement, of_made: Measurement, tmp_path: Path
+) -> None:
+    """A copy of the base with the rounded weights in plain numbers measures the same as the packed checkpoint."""
+    plain = pico_base(tmp_path / "plain", seed=1, shards=1)
+    packed = {n.removesuffix(".qweight") for n in all_tensors(made) if n.endswith(".qweight")}
+    tensors = raw_tensors(plain / SHARD)
+    for module in packed:
+        _, shape, data = tensors[f"{module}.weight"]
+        meant = np.ascontiguousarray(rounded(from_bf16(data, shape))[1], "<f4")
+        tensors[f"{module}.weight"] = ("F32", shape, meant.tobytes())
+    (plain / SHARD).write_bytes(safetensors_bytes(tensors))
+    ours, theirs = of_made, measure(plain, EVALUATION)
+    np.testing.assert_allclose(ours.nll, theirs.nll, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(ours.draft, theirs.draft)
+    assert ours.nll.tobytes() != of_base.nll.tobytes()
+
+
+def test_a_checkpoint_is_measured_in_the_precision_of_its_base(
+    base: Path, made: Path, of_made: Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that holds the base only in half precision, both are measured in that."""
+    assert precision(base) == (torch.device("cpu"), torch.float32)
+    memory = psutil.virtual_memory()
+    half = sum(t.nbytes for t in Checkpoint.open(base).tensors.values())
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(total=2 * half))
+    assert precision(base)[1] == torch.bfloat16
+    coarse = measure_as(made, EVALUATION, base)
+    assert coarse.nll.tobytes() != of_made.nll.tobytes()
+    np.testing.assert_allclose(coarse.nll, of_made.nll, atol=1.0)
+
+
+def test_a_state_dict_has_one_weight_for_each_packed_module_and_nothing_packed(made: Path, base: Path) -> None:
+    checkpoint = Checkpoint.open(made)
+    state = state_dict(checkpoint.tensors.values(), checkpoint.config, torch.float32)
+    assert {n: tuple(t.shape) for n, t in state.items()} == {n: shape for n, (_, shape, _) in all_tensors(base).items()}
+    assert {t.dtype for t in state.values()} == {torch.float32}
+
+
+def test_a_tensor_is_the_same_in_torch(base: Path) -> None:
+    tensor = Checkpoint.open(base).tensors["model.visual.patch_embed.proj.weight"]
+    theirs = from_bf16(tensor.read(), tensor.shape)
+    assert to_torch(tensor).dtype == torch.bfloat16
+    np.testing.assert_array_equal(to_torch(tensor).float().numpy(), theirs)
+
+
+def test_a_damaged_head_changes_the_drafts_and_nothing_else(of_base: Measurement, tmp_path: Path) -> None:
+    damaged = pico_base(tmp_path / "damaged", seed=1, shards=1)
+    edit(damaged, SHARD, **{"mtp.fc.weight": np.zeros((64, 128))})
+    one, two = of_base, measure(damaged, EVALUATION)
+    np.testing.assert_array_equal(one.nll, two.nll)
+    assert (one.draft != two.draft).any()
+
+
+def test_a_checkpoint_without_a_head_has_no_acceptance(tmp_path: Path) -> None:
+    found = measure(pico_base(tmp_path / "base", head=False), EVALUATION)
+    assert found.acceptance is None and found.draft.size == 0
+    assert found.perplexity > 500
+
+
+def test_a_measurement_survives_being_written_and_read() -> None:
+    before = Measurement(
+        np.arange(6, dtype=np.int32).reshape(2, 3),
+        np.array([[1.0, 2.0], [3.0, 4.0]], np.float32),
+        np.array([[1, 2], [3, 4]], np.int32),
+        np.zeros((0, 0), np.int32),
+        np.array([5, 6], np.int32),
+    )
+    after = Measurement.from_bytes(before.to_bytes())
+    assert math.isclose(after.perplexity, math.exp(2.5)) and after.acceptance is None
+    for name in vars(before):
+        np.testing.assert_array_equal(vars(after)[name], vars(before)[name])
+
+
+def test_acceptance_compares_a_draft_with_the_choice_one_position_later() -> None:
+    """The draft at t is for token t + 2, which the main model chooses at t + 1."""
+    top1 = np.array([[10, 11, 12, 13]], np.int32)
+    empty = np.zeros((1, 4), np.float32)
+    tokens = np.zeros((1, 5), np.int32)
+    for draft, share in (([11, 12, 13, 99], 1.0), ([11, 99, 13, 99], 2 / 3), ([10, 11, 12, 13], 0.0)):
+        found = Measurement(tokens, empty, top1, np.array([draft], np.int32), np.zeros(1, np.int32))
+        assert found.acceptance == pytest.approx(share)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_its_name(tmp_path: Path) -> None:
+    folder = pico_base(tmp_path / "base", shards=1)
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    tensors = raw_tensors(folder / SHARD)
+    del tensors[name]
+    (folder / SHARD).write_bytes(safetensors_bytes(tensors))
+    index = json.loads((folder / INDEX).read_text())
+    del index["weight_map"][name]
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=name):
+        measure(folder, EVALUATION)
+
+
+def test_a_tensor_of_another_shape_than_the_config_says_is_refused(tmp_path: Path) -> None:
+    folder = pico_base(tmp_path / "base", shards=1)
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    tensors = raw_tensors(folder / SHARD)
+    dtype, (rows, columns), data = tensors[name]
+    tensors[name] = (dtype, (rows // 2, columns * 2), data)
+    (folder / SHARD).write_bytes(safetensors_bytes(tensors))
+    with pytest.raises(CheckpointError, match="up_proj"):
+        measure(folder, EVALUATION)
+
+
+def test_an_architecture_that_transformers_does_not_know_is_refused_by_the_file(tmp_path: Path) -> None:
+    folder = pico_base(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "no_such_model"}))
+    with pytest.raises(CheckpointError, match=r"config\.json|tokenizer"):
+        measure(folder, EVALUATION)
+
+
+def test_a_text_too_short_to_measure_on_is_refused(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("x = 1\n")
+    with pytest.raises(CheckpointError, match=r"tokens of short\.txt: too few to measure"):
+        measure(base, tmp_path / "short.txt")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    """Its tokens would index outside of the embedding."""
+    folder = pico_base(tmp_path / "base", shards=1)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 100
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"makes token \d+, the model knows 100"):
+        measure(folder, EVALUATION)
+
+
+def test_a_quantized_checkpoint_is_compared_with_its_base(
+    base: Path, made: Path, of_base: Measurement, of_made: Measurement
+) -> None:
+    one, two = of_base, of_made
+    values = measured_values(made, base, one.to_bytes(), two.to_bytes(), keep_head=True)
+    assert values["packed"] == 13 and values["head"] == 15 and values["head_kept"] is True
+    assert values["unaccounted"] == values["altered"] == values["not_finite"] == values["files"] == []
+    assert values["same_tokens"] == 1.0 and values["tokens"] == 192
+    assert values["perplexity_increase"] == pytest.approx(two.perplexity / one.perplexity - 1)
+    assert values["top1_agreement"] == pytest.approx(float((one.top1 == two.top1).mean()))
+    assert 0 < values["top1_agreement"] < 1
+    assert values["mtp_acceptance"] == two.acceptance and values["base_mtp_acceptance"] == one.acceptance
+
+
+def test_a_base_compared_with_itself_agrees_with_itself(base: Path, of_base: Measurement) -> None:
+    data = of_base.to_bytes()
+    values = measured_values(base, base, data, data, keep_head=True)
+    assert (values["perplexity_increase"], values["top1_agreement"], values["same_tokens"]) == (0.0, 1.0, 1.0)
+    assert values["unaccounted"] == ["no tensor is quantized"]
+
+
+def test_other_tokens_are_not_compared(base: Path, of_base: Measurement) -> None:
+    one = of_base
+    shorter = Measurement(one.tokens[:2], one.nll[:2], one.top1[:2], one.draft[:2], one.generated)
+    values = measured_values(base, base, one.to_bytes(), shorter.to_bytes(), keep_head=True)
+    assert (values["same_tokens"], values["top1_agreement"]) == (0.0, 0.0)
+
+
+def test_two_folders_are_measured_and_compared(base: Path, made: Path) -> None:
+    values = validate_folders(made, base)
+    gates = {g.name: g for g in compare(values, Gates())}
+    assert all(gates[name].passed for name in ("structure", "lossless", "finite", "files", "same_tokens"))
+    assert gates["perplexity_increase"].value is not None and gates["top1_agreement"].value is not None
+
+
+def test_a_checkpoint_whose_head_was_dropped_is_compared_without_it(base: Path, tmp_path: Path) -> None:
+    values = validate_folders(make(base, tmp_path, head=False), base)
+    assert values["head_kept"] is False and values["unaccounted"] == [] and values["mtp_acceptance"] is None
+    assert "mtp_acceptance_ratio" not in {g.name for g in compare(values, Gates())}
+
+
+def test_a_checkpoint_that_cannot_be_run_fails_its_gates_and_raises_nothing(base: Path, tmp_path: Path) -> None:
+    folder = make(base, tmp_path)
+    (folder / SHARD).unlink()
+    values = validate_folders(folder, base)
+    failed = {g.name for g in compare(values, Gates()) if not g.passed}
+    assert {"structure", "perplexity_increase", "top1_agreement", "mtp_acceptance_ratio"} <= failed

@@ -1,0 +1,55 @@
+"""The README cannot drift: its commands, recipe, paths and defaults are those of the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+import yaml
+
+from flows.cli import cli
+from tasks.recipe import Recipe, parse_recipe
+
+ROOT = Path(__file__).parent.parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_command_is_in_the_readme() -> None:
+    for name, command in cli.commands.items():
+        assert f"`requant {name} " in README
+        if isinstance(command, click.Group):
+            assert all(f"`{sub}`" in README or f"{name} {sub}`" in README for sub in command.commands)
+
+
+def test_the_recipe_in_the_readme_is_valid_and_names_every_key() -> None:
+    block = re.search(r"## The recipe\n\n```yaml\n(.*?)```", README, re.DOTALL)
+    assert block is not None
+    document = yaml.safe_load(block[1])
+    recipe = parse_recipe(document)
+    assert set(document) == set(Recipe.model_fields)
+    assert recipe.quantize == type(recipe.quantize)() and recipe.gates == type(recipe.gates)()
+
+
+def test_every_path_in_the_file_tree_exists() -> None:
+    tree = README.split("## Where things are")[1].split("```")[1]
+    folder = ""
+    for line in tree.strip().splitlines():
+        name = line.split()[0]
+        folder = name if not line.startswith(" ") else folder
+        assert (ROOT / (name if not line.startswith(" ") else folder + name)).exists(), name
+    for name in re.findall(r"\b[a-z_]+\.py\b", tree):
+        assert list(ROOT.glob(f"*/{name}")), name
+
+
+def test_recipes_in_the_project_are_valid() -> None:
+    paths = list((ROOT / "deployments" / "recipes").glob("*.yaml"))
+    assert len(paths) >= 2
+    for path in paths:
+        parse_recipe(yaml.safe_load(path.read_text()))
+
+
+def test_the_make_targets_that_the_readme_names_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert f"\n{target}:" in makefile

@@ -1,0 +1,115 @@
+"""What a run says at its end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flows.report import Report, gate_rows, headline, markdown
+from flows.terminal import gate_table, render
+from tasks.artifact import File, Manifest
+from tasks.gates import Gate
+from tasks.hub.revision import Revision
+from tasks.recipe import parse_recipe
+from tasks.stage import StageResult
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+ARTIFACT = Manifest.of([File("model.safetensors", 18_000_000_000, "a" * 64)])
+RECIPE = parse_recipe({"base": {"repo_id": "Qwen/Qwen3.6-27B"}})
+SPEED = {"engine": "transformers 5", "prefill_tokens_per_second": 1000.0, "tokens_per_second": 50.0}
+PUBLISHED = {"repo_id": "me/x", "commit": SHA, "tag": "v1", "changed": True, "url": "https://hub/me/x"}
+
+
+def finished(**changes: Any) -> Report:
+    values: dict[str, Any] = {
+        "status": "published",
+        "base": Revision("Qwen/Qwen3.6-27B", SHA, ()),
+        "artifact": ARTIFACT,
+        "path": Path("/out"),
+        "stages": [
+            StageResult("download", "k", "reused", 0.12, ARTIFACT, {}),
+            StageResult("quantize", "k", "ran", 75.5, ARTIFACT, {}),
+        ],
+        "gates": [
+            Gate("structure", 0.0, 0.0, True),
+            Gate("top1_agreement", None, 0.85, False, "could not be measured"),
+        ],
+        "benchmark": SPEED,
+        "published": PUBLISHED,
+    }
+    return Report(RECIPE, **{**values, **changes})
+
+
+def test_the_document_has_the_keys_of_the_contract() -> None:
+    document = json.loads(json.dumps(finished().to_json()))
+    contract = {"status", "base", "artifact", "stages", "gates", "benchmark", "published"}
+    assert contract <= set(document)
+    assert document["base"] == {"repo_id": "Qwen/Qwen3.6-27B", "sha": SHA}
+    assert document["artifact"] == {"digest": ARTIFACT.digest, "path": "/out"}
+    assert document["stages"] == [
+        {"name": "download", "state": "reused", "seconds": 0.12},
+        {"name": "quantize", "state": "ran", "seconds": 75.5},
+    ]
+    assert [{"name", "value", "limit", "passed"} <= set(gate) for gate in document["gates"]] == [True, True]
+    assert (document["benchmark"], document["published"], document["error"]) == (SPEED, PUBLISHED, None)
+
+
+def test_a_run_that_failed_early_has_the_same_keys() -> None:
+    failed = Report(RECIPE, error="no such repo").to_json()
+    assert set(failed) == set(finished().to_json())
+    assert (failed["status"], failed["error"]) == ("failed", "no such repo")
+    assert failed["base"] == {"repo_id": "Qwen/Qwen3.6-27B", "sha": None}
+    assert failed["artifact"] == {"digest": None, "path": None} and failed["stages"] == failed["gates"] == []
+
+
+def test_the_headline_says_what_was_made_of_what() -> None:
+    assert headline(finished()) == (
+        f"Qwen/Qwen3.6-27B@0123456 -> W4A16 g128, 18.00 GB, artifact {ARTIFACT.digest[:12]}"
+    )
+    assert headline(Report(RECIPE)) == "Qwen/Qwen3.6-27B: nothing made"
+
+
+def test_a_gate_is_a_row_with_its_note() -> None:
+    gates = [
+        Gate("a", 0.123456, 0.5, True),
+        Gate("b", None, None, True, "no limit asked for"),
+        Gate("c", 1.0, 0.0, False),
+    ]
+    assert gate_rows(gates) == [
+        ("a", "0.1235", "0.5", "passed", ""),
+        ("b", "not measured", "none", "passed", "no limit asked for"),
+        ("c", "1", "0", "FAILED", ""),
+    ]
+
+
+def test_the_report_in_the_ui_has_stages_gates_and_where_it_was_published() -> None:
+    text = markdown(finished())
+    assert text.startswith("## published: Qwen/Qwen3.6-27B@0123456 -> W4A16 g128")
+    assert "| quantize | ran | 75.5 | 18.00 GB |" in text
+    assert "| top1_agreement | not measured | 0.85 | FAILED | could not be measured |" in text
+    assert "Published: [me/x](https://hub/me/x) `v1`" in text
+
+
+def test_a_failed_run_is_reported_with_its_sentence() -> None:
+    assert markdown(Report(RECIPE, error="the disk is full")) == (
+        "## failed: Qwen/Qwen3.6-27B: nothing made\n\nthe disk is full"
+    )
+    assert "the disk is full" in render(Report(RECIPE, error="the disk is full"))
+
+
+def test_the_terminal_shows_everything_and_no_markup_of_its_own() -> None:
+    text = render(finished(error="[bold]not markup[/bold]"))
+    for part in ("PUBLISHED", "quantize", "75.5", "FAILED", "1000 tokens/s prompt", "/out", "https://hub/me/x", "v1"):
+        assert part in text
+    assert "[bold]not markup[/bold]" in text and "\x1b" not in text
+
+
+def test_a_note_in_brackets_is_shown_and_not_taken_for_markup() -> None:
+    """Sentences name tensors and shapes; rich must neither swallow nor choke on them."""
+    table = gate_table([Gate("structure", 1.0, 0.0, False, "x has shape [8, 128] and [/red] in it")])
+    assert "[8, 128] and [/red] in it" in table
+
+
+def test_a_path_in_brackets_is_shown_whole() -> None:
+    assert "/models/[final]/out" in render(finished(path=Path("/models/[final]/out")))
