@@ -20,9 +20,13 @@ import click
 
 from tasks.artifact import Manifest
 from tasks.checkpoint.writer import write_file, write_json
-from tasks.errors import Interrupted, RecipeError, RequantError, explain_os_error, redact
+from tasks.errors import RecipeError, RequantError, explain_os_error, redact
+from tasks.log import Plain
 from tasks.store import open_store
 
+NEW_FOLDER = click.Path(path_type=Path, file_okay=False)
+NEW_FILE = click.Path(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -51,8 +55,12 @@ def cli() -> None:
 @command(cli, "run")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in quantize.iters=50.")
-@click.option("--checkout", type=click.Path(path_type=Path), help="Lay the result's files into this folder.")
-@click.option("--report", "report_path", type=click.Path(path_type=Path), help="Write the JSON document here too.")
+@click.option(
+    "--checkout", type=click.Path(path_type=Path, file_okay=False), help="Lay the result's files into this folder."
+)
+@click.option(
+    "--report", "report_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the JSON document here too."
+)
 def run(
     recipe: Path, overrides: tuple[str, ...], checkout: Path | None, report_path: Path | None
 ) -> tuple[dict[str, Any], str, int]:
@@ -89,10 +97,12 @@ def _lay_out(report: Any, checkout: Path | None) -> None:
         report.path = store.hand_out(report.artifact, folder)
     if report.card is not None:
         write_file(report.path, "README.md", [report.card.encode()])
+    else:
+        (report.path / "README.md").unlink(missing_ok=True)  # an earlier run's
 
 
 @command(cli, "validate")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=FOLDER)
 @click.option("--base", required=True, help="The base: a folder, or repo_id[@revision].")
 @click.option("--recipe", type=click.Path(path_type=Path), help="Take the gates' limits from this recipe.")
 def validate(folder: Path, base: str, recipe: Path | None) -> tuple[dict[str, Any], str, int]:
@@ -102,15 +112,16 @@ def validate(folder: Path, base: str, recipe: Path | None) -> tuple[dict[str, An
     from tasks.recipe import Gates, load_recipe
     from tasks.validate import validate_folders
 
-    gates = load_recipe(recipe).gates if recipe else Gates()
-    results = compare(validate_folders(folder, _base_folder(base)), gates)
+    loaded = load_recipe(recipe) if recipe else None
+    gates, remote_code = (loaded.gates, loaded.allow_remote_code) if loaded else (Gates(), False)
+    results = compare(validate_folders(folder, _base_folder(base), remote_code=remote_code), gates)
     passed = all(gate.passed for gate in results)
     document = {"gates": [gate.to_json() for gate in results], "passed": passed}
     return document, gate_table(results), 0 if passed else 1
 
 
 @command(cli, "mtp-fix")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=FOLDER)
 @click.option("--base", help="The base: a folder, or repo_id[@revision].")
 def mtp_fix(folder: Path, base: str | None) -> tuple[dict[str, Any], str, int]:
     """Repair the MTP head of an existing checkpoint, in place."""
@@ -124,7 +135,10 @@ def mtp_fix(folder: Path, base: str | None) -> tuple[dict[str, Any], str, int]:
 @command(cli, "inspect")
 @click.argument("checkpoint")
 def inspect(checkpoint: str) -> tuple[dict[str, Any], str, int]:
-    """Say from headers and config alone what is quantized how, and whether MTP will work in each engine."""
+    """Say from headers and config alone what is quantized how, and whether MTP will work in each engine.
+
+    A Hub repo is brought into the store whole first.
+    """
     from tasks.checkpoint.inspect import as_text, inspect_checkpoint
 
     result = inspect_checkpoint(_base_folder(checkpoint))
@@ -206,7 +220,9 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Plain())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended well, as by Ctrl-C
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as done:
@@ -215,7 +231,7 @@ def main() -> None:
         _fail(error.format_message() + (f" ({error.ctx.command_path} --help)" if error.ctx else ""), 2)
     except RecipeError as error:
         _fail(str(error), 2)
-    except (KeyboardInterrupt, click.Abort, Interrupted):
+    except (KeyboardInterrupt, click.Abort):
         _fail("interrupted: what was finished is kept, and the same command goes on from there", 130)
     except RequantError as error:
         _fail(str(error), 1)

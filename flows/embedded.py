@@ -44,7 +44,13 @@ def embedded_prefect() -> Iterator[None]:
 
     To be entered before Prefect is imported: it reads its settings at that moment.
     """
-    if os.environ.get("PREFECT_API_URL"):
+    if url := os.environ.get("PREFECT_API_URL"):
+        try:
+            httpx.get(f"{url}/health", timeout=10)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise RequantError(
+                f"PREFECT_API_URL {url} does not answer ({error}): start that server or unset it"
+            ) from error
         yield
         return
     home = Path(tempfile.mkdtemp(prefix="requant-prefect-"))
@@ -58,7 +64,12 @@ def embedded_prefect() -> Iterator[None]:
     with (home / "server.log").open("wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "flows.embedded", str(port)],
-            env={**environment, "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{database}"},
+            cwd=home,  # not where a package of the user's may be called flows too
+            env={
+                **environment,
+                "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+                "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{database}",
+            },
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -71,7 +82,8 @@ def embedded_prefect() -> Iterator[None]:
 
         _wait(server, port, home)
         if not migrated.exists():
-            _keep(database, migrated)
+            with contextlib.suppress(OSError, sqlite3.Error):  # it only saves time
+                _keep(database, migrated)
         yield
     finally:
         os.environ.pop("PREFECT_API_URL", None)
@@ -84,12 +96,15 @@ def _keep(database: Path, migrated: Path) -> None:
     """Keep a copy of the fresh database for the next start."""
     migrated.parent.mkdir(parents=True, exist_ok=True)
     temporary = migrated.with_name(f"{migrated.name}.{os.getpid()}")
-    with (
-        contextlib.closing(sqlite3.connect(database)) as source,
-        contextlib.closing(sqlite3.connect(temporary)) as copy,
-    ):
-        source.backup(copy)
-    os.replace(temporary, migrated)
+    try:
+        with (
+            contextlib.closing(sqlite3.connect(database)) as source,
+            contextlib.closing(sqlite3.connect(temporary)) as copy,
+        ):
+            source.backup(copy)
+        os.replace(temporary, migrated)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _wait(server: subprocess.Popen[bytes], port: int, home: Path) -> None:

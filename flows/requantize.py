@@ -15,9 +15,11 @@ from tasks.benchmark import benchmark_task
 from tasks.download import download_task
 from tasks.errors import RequantError
 from tasks.gates import compare
+from tasks.hub.release import check_target
 from tasks.hub.revision import Revision, resolve
+from tasks.log import plain_logs
 from tasks.mtp_fix import mtp_fix_task
-from tasks.prefect_stage import options, plain_logs, say
+from tasks.prefect_stage import options, say
 from tasks.publish import card_for, publish_task
 from tasks.quantize import quantize_task
 from tasks.recipe import Recipe
@@ -65,12 +67,11 @@ def _run(recipe: Recipe, report: Report) -> None:
     measured = quality.read_values(store, report.stages[-1])
     report.gates = compare(measured, recipe.gates)
     create_table_artifact([gate.to_json() for gate in report.gates], key="requant-gates")
-    _done(benchmark_task(recipe, artifact), report)
-    report.benchmark = speed.read_values(store, report.stages[-1])
-
     if not all(gate.passed for gate in report.gates):
         report.status = "rejected"
         return
+    _done(benchmark_task(recipe, artifact), report)
+    report.benchmark = speed.read_values(store, report.stages[-1])
     card = card_for(store, recipe, base, base_files, artifact, report.gates, measured, report.benchmark, report.stages)
     report.card = card
     report.status = "validated"
@@ -85,6 +86,8 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Text]:
     """Resolve the base and the calibration text to what they are at this moment."""
     base = resolve(recipe.base.repo_id, recipe.base.revision)
     say()(f"{recipe.base.repo_id}@{recipe.base.revision} is {base.sha}")
+    if recipe.publish is not None:
+        check_target(recipe.publish.repo_id)
     return base, find_text(recipe.quantize.calibration)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ RECIPE = ROOT / "deployments" / "recipes" / "demo.yaml"
 def main() -> int:
     """Seed the stand-in with the tiny base, run the recipe, write build/demo/report.json."""
     BUILD.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(BUILD / "checkpoint", ignore_errors=True)
     with HubStandIn(BUILD / "hub") as hub:
         hub.seed("demo/tiny-qwen3_5-mtp", ROOT / "infra" / "models" / "tiny-qwen3_5-mtp")
         environment = {**os.environ, **hub.env, "REQUANT_STORE": (BUILD / "store").as_uri()}

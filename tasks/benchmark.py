@@ -19,6 +19,7 @@ from prefect import task
 
 from tasks.artifact import Manifest
 from tasks.checkpoint.writer import write_json
+from tasks.errors import CheckpointError
 from tasks.prefect_stage import options, say, shown
 from tasks.recipe import Recipe
 from tasks.stage import Made, Stage, StageResult, machine, put_files, run_stage
@@ -66,12 +67,17 @@ def measure_speed(folder: Path, *, remote_code: bool = False, say: Callable[[str
 
     from tasks.model import load_tokenizer, pick_device
 
-    device = pick_device()
+    device = pick_device(sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 2)
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
     auto = transformers.AutoModelForCausalLM
     if hasattr(config, "vision_config"):
         auto = transformers.AutoModelForImageTextToText
-    model = auto.from_pretrained(folder, device_map=str(device), dtype="auto", trust_remote_code=remote_code).eval()
+    try:
+        model = auto.from_pretrained(folder, device_map=str(device), dtype="auto", trust_remote_code=remote_code)
+    except (ValueError, ImportError, KeyError) as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise CheckpointError(f"transformers cannot load the result ({type(error).__name__}: {first})") from error
+    model.eval()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {machine()['cpus']} cores"
     say(f"timing {PREFILL} + {DECODE} tokens in transformers on {name}")
     ids = load_tokenizer(folder, remote_code=remote_code)(EVALUATION.read_text())["input_ids"]

@@ -15,6 +15,9 @@ class RequantError(Exception):
 
     retryable = False
 
+    def __str__(self) -> str:
+        return redact(super().__str__())
+
 
 class RecipeError(RequantError, ValueError):
     """The recipe, or a setting of the environment, cannot work as written (exit status 2)."""
@@ -69,10 +72,6 @@ class OutOfMemory(QuantizeFailed, MemoryError):
 
 class StageTimeout(RequantError, TimeoutError):
     """A stage took longer than it may."""
-
-
-class Interrupted(RequantError):
-    """The user ended the run (exit status 130)."""
 
 
 # ENOSPC: the disk is full; EDQUOT: the user's quota is; EFBIG: the process's file size limit is reached.

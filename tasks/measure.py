@@ -66,14 +66,16 @@ class Measurement:
 
 @torch.inference_mode()
 def measure(
-    folder: Path, text: Path, base: Path, *, remote_code: bool = False, say: Callable[[str], None] = log.info
+    folder: Path,
+    text: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    remote_code: bool = False,
+    say: Callable[[str], None] = log.info,
 ) -> Measurement:
-    """Run a checkpoint over a text, on the GPU if there is one, in the precision that is right for its base.
-
-    Raises CheckpointError if it cannot be loaded.
-    """
+    """Run a checkpoint over a text. Raises CheckpointError if it cannot be loaded."""
     checkpoint = Checkpoint.open(folder).sound()
-    device, dtype = precision(base)
     tokens = windows(folder, text, checkpoint, remote_code=remote_code)
     model = load_model(checkpoint, dtype, device, remote_code=remote_code)
     head = MtpHead(checkpoint, model, dtype, device) if checkpoint.head and checkpoint.head.layout == "mtp" else None

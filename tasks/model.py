@@ -62,7 +62,13 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
         auto = transformers.AutoModelForImageTextToText
     head = set(checkpoint.head.names if checkpoint.head else ())
     state = state_dict((t for t in checkpoint.tensors.values() if t.name not in head), checkpoint.config, dtype)
-    family = auto._model_mapping[type(config)]
+    try:
+        family = auto._model_mapping[type(config)]
+    except KeyError as error:
+        name = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
+        if not remote_code or name is None:
+            raise CheckpointError(f"transformers has no language model for {type(config).__name__}") from error
+        family = transformers.dynamic_module_utils.get_class_from_dynamic_module(name, str(checkpoint.folder))
     model, info = family.from_pretrained(
         None,
         config=config,

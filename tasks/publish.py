@@ -22,7 +22,7 @@ from tasks.hub.release import CARD, release
 from tasks.hub.revision import Revision
 from tasks.prefect_stage import options, say, shown
 from tasks.recipe import Recipe
-from tasks.stage import StageResult
+from tasks.stage import StageResult, machine_errors
 from tasks.store import Store, open_store
 from tasks.store.lease import lease
 
@@ -70,7 +70,7 @@ def publish(
     started = time.monotonic()
     repo_id = recipe.publish.repo_id
     key = digest_of({"endpoint": constants.ENDPOINT, "repo_id": repo_id})
-    with lease(store.backend, "publish", key, on_wait=say):
+    with machine_errors(), lease(store.backend, "publish", key, on_wait=say):
         folder = store.hand_out(artifact, store.work_folder("publish", artifact.digest))
         write_file(folder, CARD, [card.encode()])
         released = release(

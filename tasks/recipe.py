@@ -25,6 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "auto-round-best": {"iters": 1000, "nsamples": 512, "seqlen": 2048, "batch_size": 8},
     "auto-round-light": {"iters": 50, "nsamples": 128, "seqlen": 2048, "batch_size": 8, "lr": 5e-3},
 }
+BUILTIN = ("builtin:python",)  # texts of this package: tasks/texts
 Choice = Literal["auto"] | bool
 
 
@@ -102,6 +103,8 @@ class Quantize(Section):
             raise ValueError(f"format {self.format} holds 4 bits only, not {bits}: use format auto_round")
         if self.format == "auto_round:auto_gptq" and not sym:
             raise ValueError("format auto_round:auto_gptq loses accuracy with sym false: use format auto_round")
+        if self.calibration.startswith("builtin:") and self.calibration not in BUILTIN:
+            raise ValueError(f"calibration {self.calibration} does not exist: use {' or '.join(BUILTIN)}")
         if self.batch_size > self.nsamples:
             raise ValueError(f"batch_size {self.batch_size} is larger than nsamples {self.nsamples}")
         return self
@@ -162,6 +165,12 @@ class Recipe(Section):
     gates: Gates = Gates()
     benchmark: Benchmark = Benchmark()
     publish: Publish | None = None
+
+    @model_validator(mode="after")
+    def not_over_the_base(self) -> Recipe:
+        if self.publish is not None and self.publish.repo_id.lower() == self.base.repo_id.lower():
+            raise ValueError(f"publish.repo_id {self.publish.repo_id} is the base itself: name a repo of your own")
+        return self
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -244,7 +253,8 @@ def _sentence(error: ValidationError, document: Mapping[str, Any]) -> str:
     if kind == "missing":
         return f"{key} is missing: every recipe needs it"
     if kind == "value_error":
-        return f"{key}: {problem['ctx']['error']}" + (f", not {value!r}" if not isinstance(value, dict) else "")
+        named = f"{key}: " if key else ""
+        return f"{named}{problem['ctx']['error']}" + (f", not {value!r}" if not isinstance(value, dict) else "")
     allowed = problem["msg"][0].lower() + problem["msg"][1:]
     if kind == "string_pattern_mismatch" and location[-1] == "repo_id":
         allowed = "write a repo as owner/name"

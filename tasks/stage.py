@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata, resources
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.artifact import File, Manifest, stage_key
-from tasks.errors import RequantError, explain_os_error
+from tasks.errors import OutOfMemory, RequantError, explain_os_error
 from tasks.store import Store
 from tasks.store.lease import lease
 
@@ -65,27 +66,41 @@ def run_stage(
     `work` gets a folder that survives a crash; the next run of the same key finds in it what was finished.
     """
     started, began = time.monotonic(), _now()
-    manifest = store.manifest(stage.name, key)
-    state = "reused"
-    if manifest is None:
-        with lease(store.backend, stage.name, key, on_wait=say):
-            manifest = store.manifest(stage.name, key)
-            if manifest is None:
-                state = "ran"
-                manifest = _make(store, stage, key, work, began, started)
+    with machine_errors():
+        manifest = store.manifest(stage.name, key)
+        state = "reused"
+        if manifest is None:
+            with lease(store.backend, stage.name, key, on_wait=say):
+                manifest = store.manifest(stage.name, key)
+                if manifest is None:
+                    state = "ran"
+                    manifest = _make(store, stage, key, work, began, started)
     seconds = round(time.monotonic() - started, 3)
     return StageResult(stage.name, key, state, seconds, manifest, store.provenance(stage.name, key))
 
 
-def _make(store: Store, stage: Stage, key: str, work: Callable[[Path], Made], began: str, started: float) -> Manifest:
-    folder = store.work_folder(stage.name, key)
+@contextlib.contextmanager
+def machine_errors() -> Iterator[None]:
+    """Raise a sentence for what a machine runs out of inside: disk, rights, memory."""
     try:
-        made = work(folder)
+        yield
+    except RequantError:
+        raise
     except OSError as error:
-        explained = None if isinstance(error, RequantError) else explain_os_error(error)
+        explained = explain_os_error(error)
         if explained is None:
             raise
         raise explained from error
+    except (MemoryError, RuntimeError) as error:
+        if type(error).__name__ not in {"MemoryError", "OutOfMemoryError"}:  # torch's own is a RuntimeError
+            raise
+        first = next(iter(str(error).splitlines()), "no more memory")
+        raise OutOfMemory(f"out of memory ({first}): use a machine or a device with more of it") from error
+
+
+def _make(store: Store, stage: Stage, key: str, work: Callable[[Path], Made], began: str, started: float) -> Manifest:
+    folder = store.work_folder(stage.name, key)
+    made = work(folder)
     provenance = {
         **made.record,
         "stage": stage.name,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.artifact import sha256_of
+from tasks.artifact import digest_of, sha256_of
 from tasks.errors import RecipeError
 from tasks.hub.revision import Revision, resolve
+from tasks.recipe import BUILTIN
 
-BUILTIN = {"python": "python.txt"}
-EVALUATION = Path(__file__).parent / "texts" / "python-evaluation.txt"
+TEXTS = Path(__file__).parent / "texts"
+EVALUATION = TEXTS / "python-evaluation.txt"
 READABLE = (".parquet", ".jsonl", ".json", ".txt")
 MAX_DATASET = 4_000_000_000  # bytes: more is not for calibration
 
@@ -28,13 +29,13 @@ class Text:
 def find_text(name: str) -> Text:
     """Find a calibration text: `builtin:NAME`, a local file, or a Hub data set `id[@revision]`.
 
-    A data set is resolved to a commit, which is its digest. Raises RecipeError, HubError or HubUnavailable.
+    A data set is resolved to a commit; its digest is that of its data files. Raises RecipeError, HubError or
+    HubUnavailable.
     """
     if name.startswith("builtin:"):
-        file = BUILTIN.get(name.removeprefix("builtin:"))
-        if file is None:
-            raise RecipeError(f"quantize.calibration: {name} does not exist: use builtin:{', builtin:'.join(BUILTIN)}")
-        path = Path(__file__).parent / "texts" / file
+        if name not in BUILTIN:
+            raise RecipeError(f"quantize.calibration: {name} does not exist: use {' or '.join(BUILTIN)}")
+        path = TEXTS / f"{name.removeprefix('builtin:')}.txt"
         return Text(name, sha256_of(path), path=path)
     if Path(name).is_absolute():
         return Text(Path(name).name, sha256_of(Path(name)), path=Path(name))
@@ -47,4 +48,5 @@ def find_text(name: str) -> Text:
             f"of together at most {MAX_DATASET:,} bytes: name a smaller data set or a local file"
         )
     pinned = Revision(dataset.repo_id, dataset.sha, files, "dataset")
-    return Text(f"{repo_id}@{dataset.sha}", f"dataset:{pinned.name}", dataset=pinned)
+    held = digest_of([(f.path, f.size, f.sha256 or f.blob_id) for f in files])  # an edited README changes nothing
+    return Text(f"{repo_id}@{dataset.sha}", f"dataset:{held}", dataset=pinned)

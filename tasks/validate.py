@@ -9,12 +9,12 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import task
 
 from tasks.artifact import Manifest, sha256_of
-from tasks.checkpoint.account import account
+from tasks.checkpoint.account import Account, account
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.writer import write_file, write_json
 from tasks.gates import most_repeated
@@ -24,6 +24,11 @@ from tasks.recipe import Recipe
 from tasks.stage import Made, Stage, StageResult, put_files, run_stage
 from tasks.store import Store, open_store
 from tasks.text import EVALUATION
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a reused stage needs none of it
+    import torch
+
+    from tasks.measure import Measurement
 
 STAGE = Stage("validate", 1, tools=("transformers",))
 MEASURE = Stage("measure", 1, tools=("transformers",))
@@ -51,11 +56,17 @@ def validate(
     def work(folder: Path) -> Made:
         ours = store.hand_out(artifact, folder / "artifact")
         theirs = store.hand_out(compared_part(base), folder / "base")
-        arrays = [
-            measurement(store, manifest, path, theirs, recipe.allow_remote_code, say)
-            for manifest, path in ((compared_part(base), theirs), (artifact, ours))
-        ]
-        values = measured_values(ours, theirs, *arrays, keep_head=recipe.mtp == "keep")
+        from tasks.measure import Measurement, precision
+
+        device, dtype = precision(theirs)
+        of_base, of_ours = (
+            Measurement.from_bytes(measurement(store, m, p, device, dtype, recipe.allow_remote_code, say))
+            for m, p in ((compared_part(base), theirs), (artifact, ours))
+        )
+        source = Checkpoint.open(theirs).sound()
+        keep_head = recipe.mtp == "keep" and source.head is not None
+        found = account(Checkpoint.open(ours), source, with_head=keep_head)
+        values = measured_values(found, of_base, of_ours, keep_head=keep_head)
         files = [write_json(folder / "out", RESULT, values)]
         put_files(store, folder / "out", files)
         return Made(Manifest.of(files), {"measured": values})
@@ -64,19 +75,24 @@ def validate(
 
 
 def measurement(
-    store: Store, manifest: Manifest, folder: Path, base: Path, remote_code: bool, say: Callable[[str], None]
+    store: Store,
+    manifest: Manifest,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    remote_code: bool,
+    say: Callable[[str], None],
 ) -> bytes:
     """The measurement of one checkpoint, kept: a base is measured once for all that is made of it."""
-    from tasks.measure import VERSION, measure, precision
+    from tasks.measure import VERSION, measure
 
-    device, dtype = precision(base)
     key = MEASURE.key(
         reads={"checkpoint": manifest.digest, "text": sha256_of(EVALUATION)},
         settings={"code": VERSION, "device": device.type, "dtype": str(dtype)},
     )
 
     def work(scratch: Path) -> Made:
-        found = measure(folder, EVALUATION, base, remote_code=remote_code, say=say)
+        found = measure(folder, EVALUATION, device, dtype, remote_code=remote_code, say=say)
         files = [write_file(scratch, ARRAYS, [found.to_bytes()])]
         put_files(store, scratch, files)
         return Made(Manifest.of(files), {"perplexity": found.perplexity, "acceptance": found.acceptance})
@@ -86,17 +102,18 @@ def measurement(
 
 def validate_folders(ours: Path, theirs: Path, *, remote_code: bool = False) -> dict[str, Any]:
     """The same for two folders, without a store: what `requant validate` measures."""
-    from tasks.measure import measure
-
     checkpoint, base = Checkpoint.open(ours), Checkpoint.open(theirs).sound()
-    quantized = checkpoint.tensors
     keep_head = base.head is not None and (checkpoint.head is not None or _promises_head(checkpoint))
     found = account(checkpoint, base, with_head=keep_head)
-    retyped = any(name in quantized and quantized[name].shape != t.shape for name, t in base.tensors.items())
+    tensors = checkpoint.tensors
+    retyped = any(name in tensors and tensors[name].shape != t.shape for name, t in base.tensors.items())
     if checkpoint.fatal or found.unaccounted or retyped:
-        return structure_only(ours, theirs, keep_head=keep_head)
-    arrays = [measure(path, EVALUATION, theirs, remote_code=remote_code).to_bytes() for path in (theirs, ours)]
-    return measured_values(ours, theirs, *arrays, keep_head=keep_head)
+        return structure_only(found, keep_head=keep_head)
+    from tasks.measure import measure, precision
+
+    device, dtype = precision(theirs)
+    of_base, of_ours = (measure(p, EVALUATION, device, dtype, remote_code=remote_code) for p in (theirs, ours))
+    return measured_values(found, of_base, of_ours, keep_head=keep_head)
 
 
 def _promises_head(checkpoint: Checkpoint) -> bool:
@@ -105,26 +122,20 @@ def _promises_head(checkpoint: Checkpoint) -> bool:
     return layer_count(checkpoint.text_config) > 0
 
 
-def structure_only(ours: Path, theirs: Path, *, keep_head: bool) -> dict[str, Any]:
+def structure_only(found: Account, *, keep_head: bool) -> dict[str, Any]:
     """The values of a checkpoint whose tensors do not even fit its base: it cannot be run."""
-    base = Checkpoint.open(theirs)
-    found = account(Checkpoint.open(ours), base, with_head=keep_head)
     names = ("same_tokens", "perplexity_increase", "top1_agreement", "most_repeated_token", "mtp_acceptance_ratio")
-    return {**vars(found), "head_kept": keep_head and base.head is not None, **dict.fromkeys(names)}
+    return {**vars(found), "head_kept": keep_head, **dict.fromkeys(names)}
 
 
-def measured_values(ours: Path, theirs: Path, base: bytes, quantized: bytes, *, keep_head: bool) -> dict[str, Any]:
-    """Everything that gates and the card need, from the two folders and their two measurements."""
-    from tasks.measure import Measurement
-
-    of_base, of_ours = Measurement.from_bytes(base), Measurement.from_bytes(quantized)
+def measured_values(found: Account, of_base: Measurement, of_ours: Measurement, *, keep_head: bool) -> dict[str, Any]:
+    """Everything that gates and the card need, from the account of the files and the two measurements."""
     same = of_base.tokens.shape == of_ours.tokens.shape
-    values = structure_only(ours, theirs, keep_head=keep_head)
     ratio = None
     if of_base.acceptance and of_ours.acceptance is not None:
         ratio = of_ours.acceptance / of_base.acceptance
     return {
-        **values,
+        **structure_only(found, keep_head=keep_head),
         "same_tokens": float((of_base.tokens == of_ours.tokens).mean()) if same else 0.0,
         "tokens": int(of_base.tokens.size),
         "perplexity": of_ours.perplexity,

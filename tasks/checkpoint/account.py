@@ -17,7 +17,7 @@ from tasks.checkpoint.mtp import without_layer_count
 from tasks.checkpoint.packing import Scheme, check_parts
 from tasks.errors import CheckpointError
 
-OWN_FILES = {"config.json", QUANTIZATION, "README.md", ".gitattributes", "requant.json"}
+OWN_FILES = {"config.json", QUANTIZATION, "README.md", ".gitattributes"}
 # Exponent bits all set: infinite or not a number.
 EXPONENT = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
 

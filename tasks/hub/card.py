@@ -53,6 +53,7 @@ def make_card(facts: CardFacts) -> str:
     repo = recipe.publish.repo_id if recipe.publish else "this checkpoint"
     base = recipe.base.repo_id
     head = bool(measured["head_kept"])
+    pinned = str(facts.provenance.get("quantize", {}).get("calibration") or recipe.quantize.calibration)
     vision = any(re.search(r"(^|\.)(visual|vision)", name) for name in facts.kept_names)
     auto = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
     parts = [
@@ -94,7 +95,7 @@ def make_card(facts: CardFacts) -> str:
         "## Reproduce",
         "With the recipe below as `recipe.yaml` and the versions in the table:",
         _code("requant run recipe.yaml"),
-        _code(yaml.safe_dump(_recipe_document(recipe, facts.base_sha), sort_keys=False).rstrip(), "yaml"),
+        _code(yaml.safe_dump(_recipe_document(recipe, facts.base_sha, pinned), sort_keys=False).rstrip(), "yaml"),
         table(("stage", "seconds", "tools"), _provenance_rows(facts.provenance)),
         f"Base commit `{facts.base_sha}`, artifact digest `{facts.digest}`.",
     ]
@@ -193,11 +194,12 @@ def _gate_row(gate: Gate) -> tuple[str, ...]:
     return gate.name, value, limit, "passed" if gate.passed else "failed"
 
 
-def _recipe_document(recipe: Recipe, sha: str) -> dict[str, Any]:
+def _recipe_document(recipe: Recipe, sha: str, calibration: str) -> dict[str, Any]:
+    """The recipe with base and calibration pinned to what they were."""
     document: dict[str, Any] = json.loads(recipe.model_dump_json(exclude_unset=True))
     document["base"]["revision"] = sha
     if "calibration" in document.get("quantize", {}):
-        document["quantize"]["calibration"] = _public(document["quantize"]["calibration"])
+        document["quantize"]["calibration"] = _public(calibration)
     return document
 
 

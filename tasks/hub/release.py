@@ -7,11 +7,19 @@ and never a part of it, and an artifact that `main` already holds makes no commi
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, constants
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationCopy,
+    CommitOperationDelete,
+    constants,
+    hf_hub_download,
+)
+from huggingface_hub.errors import LocalTokenNotFoundError
 
 from tasks.artifact import File, Manifest, git_blob_id
 from tasks.errors import HubError, HubUnavailable
@@ -49,6 +57,7 @@ def release(
     with hub_errors(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
     main = resolve(repo_id)
+    _check_ours(main)
     if holds(main, manifest, folder):
         say(f"{repo_id} already holds this artifact")
         changed = False
@@ -64,6 +73,34 @@ def release(
             if reference.name == f"requant-{manifest.digest[:12]}":
                 api.delete_branch(repo_id, branch=reference.name)
     return Release(repo_id, main.sha, tag, changed)
+
+
+def check_target(repo_id: str) -> None:
+    """Find out in one request, before any work, whether this account may write there. Raises HubError."""
+    with hub_errors(repo_id):
+        try:
+            account = hub_api().whoami()
+        except LocalTokenNotFoundError as error:
+            raise HubError(f"publishing to {repo_id} needs HF_TOKEN: set it to a token that may write there") from error
+    names = {account.get("name"), *(org.get("name") for org in account.get("orgs") or [])}
+    role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
+    if ("/" in repo_id and repo_id.split("/")[0] not in names) or role == "read":
+        raise HubError(
+            f"HF_TOKEN is {account.get('name')}'s and may not write to {repo_id}: "
+            "set HF_TOKEN to a token that may, or correct publish.repo_id"
+        )
+
+
+def _check_ours(main: Revision) -> None:
+    """Refuse to replace a model that Requant did not make."""
+    if not any(file.path.endswith(".safetensors") for file in main.files):
+        return
+    with hub_errors(main.repo_id, main.sha), tempfile.TemporaryDirectory() as folder:
+        has_card = any(file.path == CARD for file in main.files)
+        path = hf_hub_download(main.repo_id, CARD, revision=main.sha, local_dir=folder) if has_card else None
+        card = Path(path).read_text(encoding="utf-8", errors="replace") if path else ""
+    if "quantized_by: requant" not in card:
+        raise HubError(f"{main.repo_id} holds a model that Requant did not make: publish to a repo of its own")
 
 
 def _stage(

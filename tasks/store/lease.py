@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import psutil
 
@@ -42,8 +43,7 @@ class Owner:
 
     @classmethod
     def this_process(cls) -> Owner:
-        pid = os.getpid()
-        return cls(_machine(), pid, psutil.Process(pid).create_time(), os.urandom(8).hex())
+        return cls(_machine(), os.getpid(), _start_of(os.getpid()), os.urandom(8).hex())
 
     @property
     def is_gone(self) -> bool:
@@ -51,8 +51,8 @@ class Owner:
         if self.machine != _machine():
             return False
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) > 1.0
-        except psutil.NoSuchProcess:
+            return _start_of(self.pid) != self.started
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             return True
 
     def to_json(self) -> bytes:
@@ -91,6 +91,7 @@ def _take(backend: Backend, folder: str, on_wait: Callable[[str], None]) -> tupl
         generation = max(_generations(backend, folder), default=0)
         held = backend.read(f"{folder}/{generation:06d}") if generation else None
         if generation and held is None:
+            time.sleep(0.05)
             continue  # released between the two reads
         if held is not None:
             if held != seen:
@@ -134,6 +135,14 @@ def _owner(data: bytes) -> Owner | None:
         return Owner(**json.loads(data))
     except (ValueError, TypeError):
         return None
+
+
+def _start_of(pid: int) -> float:
+    """When a process started, in ticks since boot (proc(5), field 22), which no change of the clock moves."""
+    if not Path("/proc/self/stat").exists():
+        return psutil.Process(pid).create_time()
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return float(stat.rpartition(")")[2].split()[19])
 
 
 def _machine() -> str:

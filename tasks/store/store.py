@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.artifact import SHA256, File, Manifest, check_relative, sha256_of
+from tasks.artifact import SHA256, File, Manifest, check_relative, digest_of, sha256_of
 from tasks.errors import CorruptBlob, StoreError
 from tasks.store.backend import Backend
 from tasks.store.folder import FolderBackend, clone, link
@@ -61,7 +61,8 @@ class Store:
     def work_folder(self, stage: str, key: str) -> Path:
         """A folder for the unfinished work of one stage key; it survives a crash, so that work can be resumed."""
         check_relative(f"{stage}/{key}")
-        folder = self.near.root / "work" / f"{stage}-{key[:16]}"
+        name = f"{stage}-{key[:16]}" if self.is_local else f"{stage}-{key[:16]}-{digest_of(self.url)[:8]}"
+        folder = self.near.root / "work" / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -108,11 +109,11 @@ class Store:
         return folder
 
     def _lay(self, file: File, folder: Path) -> None:
-        target = folder / file.path
-        if target.is_file() and target.stat().st_size == file.size:
+        target, source = folder / file.path, self._near_path(file)
+        if target.exists() and target.samefile(source):
             return  # from an earlier, interrupted run of the same stage key
         target.unlink(missing_ok=True)
-        link(self._near_path(file), target)
+        link(source, target)
 
     def _near_path(self, file: File) -> Path:
         key = blob_key(file.sha256)

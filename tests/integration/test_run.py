@@ -108,7 +108,7 @@ def test_a_changed_limit_measures_nothing_again_and_a_failed_gate_publishes_noth
     assert outcome.status == 1
     assert outcome.document["status"] == "rejected"
     assert outcome.document["published"] is None
-    assert outcome.states == dict.fromkeys(STAGES[:5], "reused")
+    assert outcome.states == dict.fromkeys(STAGES[:4], "reused")  # nor is its speed measured
     assert [g["name"] for g in outcome.document["gates"] if not g["passed"]] == ["top1_agreement"]
     assert not HfApi(endpoint=hub.url, token=hub.token).repo_exists("me/rejected")
 
@@ -179,3 +179,11 @@ def test_a_hub_data_set_calibrates_pinned_to_its_commit(requant: Requant, hub: H
     assert outcome.status == 0, outcome.stderr
     provenance = [json.loads(p.read_text()) for p in requant.store.glob("provenance/quantize/*")]
     assert f"demo/texts@{sha}" in [record["calibration"] for record in provenance]
+
+
+def test_a_model_that_requant_did_not_make_is_not_replaced(requant: Requant, hub: HubStandIn, base: Path) -> None:
+    sha = hub.seed("me/precious", base)
+    outcome = requant.run(publish={"repo_id": "me/precious"})
+    assert outcome.status == 1
+    assert "me/precious holds a model that Requant did not make" in outcome.document["error"]
+    assert HfApi(endpoint=hub.url, token=hub.token).model_info("me/precious").sha == sha

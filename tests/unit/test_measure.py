@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tasks import measure as measuring
+from tasks.checkpoint.account import Account, account
 from tasks.checkpoint.assemble import assemble
 from tasks.checkpoint.checkpoint import INDEX, Checkpoint
 from tasks.checkpoint.head import HeadFiles, keep_head, without_head
@@ -72,7 +73,11 @@ def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measure(folder: Path, text: Path) -> Measurement:
     """Measure a checkpoint by itself, as a base is measured."""
-    return measure_as(folder, text, folder)
+    return measure_as(folder, text, *precision(folder))
+
+
+def found(ours: Path, theirs: Path) -> Account:
+    return account(Checkpoint.open(ours), Checkpoint.open(theirs), with_head=True)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +87,7 @@ def of_base(base: Path) -> Measurement:
 
 @pytest.fixture(scope="module")
 def of_made(made: Path, base: Path) -> Measurement:
-    return measure_as(made, EVALUATION, base)
+    return measure_as(made, EVALUATION, *precision(base))
 
 
 def edit(folder: Path, shard: str, **changes: Any) -> None:
@@ -146,7 +151,7 @@ def test_a_checkpoint_is_measured_in_the_precision_of_its_base(
     half = sum(t.nbytes for t in Checkpoint.open(base).tensors.values())
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(total=2 * half))
     assert precision(base)[1] == torch.bfloat16
-    coarse = measure_as(made, EVALUATION, base)
+    coarse = measure_as(made, EVALUATION, *precision(base))
     assert coarse.nll.tobytes() != of_made.nll.tobytes()
     np.testing.assert_allclose(coarse.nll, of_made.nll, atol=1.0)
 
@@ -255,7 +260,7 @@ def test_a_quantized_checkpoint_is_compared_with_its_base(
     base: Path, made: Path, of_base: Measurement, of_made: Measurement
 ) -> None:
     one, two = of_base, of_made
-    values = measured_values(made, base, one.to_bytes(), two.to_bytes(), keep_head=True)
+    values = measured_values(found(made, base), one, two, keep_head=True)
     assert values["packed"] == 13 and values["head"] == 15 and values["head_kept"] is True
     assert values["unaccounted"] == values["altered"] == values["not_finite"] == values["files"] == []
     assert values["same_tokens"] == 1.0 and values["tokens"] == 192
@@ -266,8 +271,7 @@ def test_a_quantized_checkpoint_is_compared_with_its_base(
 
 
 def test_a_base_compared_with_itself_agrees_with_itself(base: Path, of_base: Measurement) -> None:
-    data = of_base.to_bytes()
-    values = measured_values(base, base, data, data, keep_head=True)
+    values = measured_values(found(base, base), of_base, of_base, keep_head=True)
     assert (values["perplexity_increase"], values["top1_agreement"], values["same_tokens"]) == (0.0, 1.0, 1.0)
     assert values["unaccounted"] == ["no tensor is quantized"]
 
@@ -275,7 +279,7 @@ def test_a_base_compared_with_itself_agrees_with_itself(base: Path, of_base: Mea
 def test_other_tokens_are_not_compared(base: Path, of_base: Measurement) -> None:
     one = of_base
     shorter = Measurement(one.tokens[:2], one.nll[:2], one.top1[:2], one.draft[:2], one.generated)
-    values = measured_values(base, base, one.to_bytes(), shorter.to_bytes(), keep_head=True)
+    values = measured_values(found(base, base), one, shorter, keep_head=True)
     assert (values["same_tokens"], values["top1_agreement"]) == (0.0, 0.0)
 
 

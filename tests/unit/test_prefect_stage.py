@@ -11,7 +11,8 @@ from prefect.states import Completed, Failed
 
 from tasks.artifact import Manifest
 from tasks.errors import SECRET_VARIABLES, CheckpointError, HubUnavailable, QuantizeDied, StoreUnreachable
-from tasks.prefect_stage import Plain, options, passes, plain_logs, shown
+from tasks.log import Plain, plain_logs
+from tasks.prefect_stage import options, passes, shown
 from tasks.stage import StageResult
 
 SECRET = "hf_AbCdEfGhIjKlMnOp"

@@ -333,3 +333,13 @@ def test_a_recipe_survives_json(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, f"{SMALL}quantize: {{preset: auto-round-light}}\npublish: {{repo_id: a/b}}\n"))
     document: dict[str, Any] = json.loads(recipe.model_dump_json())
     assert parse_recipe(document) == recipe
+
+
+def test_a_recipe_may_not_publish_over_its_own_base() -> None:
+    with pytest.raises(RecipeError, match=r"^publish.repo_id A/b is the base itself: name a repo of your own$"):
+        parse_recipe({"base": {"repo_id": "a/b"}, "publish": {"repo_id": "A/b"}})
+
+
+def test_a_builtin_text_that_does_not_exist_is_refused_before_any_work() -> None:
+    with pytest.raises(RecipeError, match="builtin:prose does not exist: use builtin:python"):
+        parse_recipe({"base": {"repo_id": "a/b"}, "quantize": {"calibration": "builtin:prose"}})
