@@ -87,7 +87,7 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Text]:
     base = resolve(recipe.base.repo_id, recipe.base.revision)
     say()(f"{recipe.base.repo_id}@{recipe.base.revision} is {base.sha}")
     if recipe.publish is not None:
-        check_target(recipe.publish.repo_id)
+        check_target(recipe.publish.repo_id, private=recipe.publish.private)
     return base, find_text(recipe.quantize.calibration)
 
 

@@ -75,20 +75,20 @@ def release(
     return Release(repo_id, main.sha, tag, changed)
 
 
-def check_target(repo_id: str) -> None:
-    """Find out in one request, before any work, whether this account may write there. Raises HubError."""
+def check_target(repo_id: str, *, private: bool) -> None:
+    """Find out before any work whether this account may write there. Raises HubError."""
+    api = hub_api()
     with hub_errors(repo_id):
         try:
-            account = hub_api().whoami()
+            account = api.whoami()
         except LocalTokenNotFoundError as error:
             raise HubError(f"publishing to {repo_id} needs HF_TOKEN: set it to a token that may write there") from error
-    names = {account.get("name"), *(org.get("name") for org in account.get("orgs") or [])}
-    role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
-    if ("/" in repo_id and repo_id.split("/")[0] not in names) or role == "read":
-        raise HubError(
-            f"HF_TOKEN is {account.get('name')}'s and may not write to {repo_id}: "
-            "set HF_TOKEN to a token that may, or correct publish.repo_id"
-        )
+        if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+            raise HubError(f"HF_TOKEN may only read: set it to a token that may write to {repo_id}")
+        names = {account.get("name"), *(org.get("name") for org in account.get("orgs") or [])}
+        if "/" in repo_id and repo_id.split("/")[0] not in names:
+            # Not every token lists what it may write to: the Hub itself must say.
+            api.create_repo(repo_id, private=private, exist_ok=True)
 
 
 def _check_ours(main: Revision) -> None:
