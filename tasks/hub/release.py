@@ -57,11 +57,11 @@ def release(
     with hub_errors(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
     main = resolve(repo_id)
-    _check_ours(main)
     if holds(main, manifest, folder):
         say(f"{repo_id} already holds this artifact")
         changed = False
     else:
+        _check_ours(main)
         branch = f"requant-{manifest.digest[:12]}"
         staged = _stage(repo_id, branch, main, folder, manifest, message, say)
         main = _move_main(repo_id, main, staged, folder, manifest, message)
