@@ -55,12 +55,8 @@ def cli() -> None:
 @command(cli, "run")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in quantize.iters=50.")
-@click.option(
-    "--checkout", type=click.Path(path_type=Path, file_okay=False), help="Lay the result's files into this folder."
-)
-@click.option(
-    "--report", "report_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the JSON document here too."
-)
+@click.option("--checkout", type=NEW_FOLDER, help="Lay the result's files into this folder.")
+@click.option("--report", "report_path", type=NEW_FILE, help="Write the JSON document here too.")
 def run(
     recipe: Path, overrides: tuple[str, ...], checkout: Path | None, report_path: Path | None
 ) -> tuple[dict[str, Any], str, int]:

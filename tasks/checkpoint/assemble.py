@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.artifact import File
-from tasks.checkpoint.checkpoint import INDEX, Checkpoint
+from tasks.checkpoint.checkpoint import INDEX, Checkpoint, read_json
 from tasks.checkpoint.header import Tensor
 from tasks.checkpoint.mtp import without_head_entries
 from tasks.checkpoint.packing import PARTS, Scheme, check_parts
@@ -46,6 +46,12 @@ def assemble(base: Checkpoint, packed: Checkpoint, bits: Mapping[str, int], out:
     files.append(write_json(out, "config.json", {**base.config, "quantization_config": quantization}))
     files.append(write_json(out, QUANTIZATION, quantization))
     return files
+
+
+def configs_agree(checkpoint: Checkpoint) -> bool:
+    """Whether a quantization_config.json, if there is one, says what config.json says."""
+    beside = checkpoint.folder / QUANTIZATION
+    return not beside.exists() or read_json(beside) == checkpoint.config.get("quantization_config")
 
 
 def packed_parts(tensors: Iterable[Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint.assemble import QUANTIZATION, packed_parts
-from tasks.checkpoint.checkpoint import Checkpoint, read_json
+from tasks.checkpoint.assemble import QUANTIZATION, configs_agree, packed_parts
+from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.engines import verdicts
 from tasks.checkpoint.mtp import layer_count
 
@@ -20,8 +20,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     packed = packed_parts(checkpoint.tensors.values())
     head = checkpoint.head
     problems = list(checkpoint.problems)
-    beside = folder / QUANTIZATION
-    if quantization and beside.exists() and read_json(beside) != quantization:
+    if quantization and not configs_agree(checkpoint):
         problems.append(f"{QUANTIZATION} and config.json disagree about the quantization")
     promised = layer_count(checkpoint.text_config)
     if promised and head is None:

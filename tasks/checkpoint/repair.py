@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint.assemble import QUANTIZATION
+from tasks.checkpoint.assemble import configs_agree
 from tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint, read_json
 from tasks.checkpoint.engines import draft_problem, missing_vision_files, verdicts
 from tasks.checkpoint.head import HEAD_SHARD, HeadFiles, keep_head, without_head
@@ -41,7 +41,7 @@ def repair(folder: Path, base_folder: Path | None) -> dict[str, Any]:
     for name in files:
         write_file(folder, name, [(base_folder / name).read_bytes()])
     restored = _differing(checkpoint, {n: base.tensors[n] for n in head.names})
-    if restored or draft_problem(checkpoint) or checkpoint.problems or not _configs_agree(checkpoint):
+    if restored or draft_problem(checkpoint) or checkpoint.problems or not configs_agree(checkpoint):
         _replace_head(checkpoint, base, head)
     elif not files:
         return _result(checkpoint, changed=False, restored=0)
@@ -75,11 +75,6 @@ def _replace_head(checkpoint: Checkpoint, base: Checkpoint, head: Head) -> None:
     for shard in stale:
         if shard != HEAD_SHARD:
             (folder / shard).unlink()
-
-
-def _configs_agree(checkpoint: Checkpoint) -> bool:
-    beside = checkpoint.folder / QUANTIZATION
-    return not beside.exists() or read_json(beside) == checkpoint.config.get("quantization_config")
 
 
 def _without_base(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -57,12 +57,12 @@ def release(
     with hub_errors(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
     main = resolve(repo_id)
+    branch = f"requant-{manifest.digest[:12]}"
     if holds(main, manifest, folder):
         say(f"{repo_id} already holds this artifact")
         changed = False
     else:
         _check_ours(main)
-        branch = f"requant-{manifest.digest[:12]}"
         staged = _stage(repo_id, branch, main, folder, manifest, message, say)
         main = _move_main(repo_id, main, staged, folder, manifest, message)
         changed = True
@@ -70,8 +70,8 @@ def release(
         # A tag is never moved: if it is there, an earlier run of this artifact got that far.
         api.create_tag(repo_id, tag=tag, revision=main.sha, tag_message=message, exist_ok=True)
         for reference in api.list_repo_refs(repo_id).branches:
-            if reference.name == f"requant-{manifest.digest[:12]}":
-                api.delete_branch(repo_id, branch=reference.name)
+            if reference.name == branch:
+                api.delete_branch(repo_id, branch=branch)
     return Release(repo_id, main.sha, tag, changed)
 
 
