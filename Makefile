@@ -1,9 +1,9 @@
-# make demo: the whole pipeline on a tiny model. make test, make lint: what CI runs. All set themselves up.
+# make demo: the whole pipeline on a tiny model. make test, test-engines, lint: what CI runs. All set themselves up.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-engines lint format bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m infra.demo
@@ -11,6 +11,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	infra/s3/ceph install
 	$(BIN)/python -m pytest
+
+test-engines: $(INSTALLED)
+	infra/engines/install build/vllm
+	$(BIN)/python -m pytest tests/engines
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -23,6 +27,7 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m infra.bench.overhead
+	$(BIN)/python -m infra.bench.surgery
 
 $(INSTALLED): pyproject.toml constraints.txt
 	infra/venv $(PYTHON) .venv

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 for name in list(os.environ):
-    if name.startswith(("HF_", "HUGGING_FACE", "AWS_", "REQUANT_", "PREFECT_")):
+    ours = name == "REQUANT_VLLM_PYTHON"
+    if name.startswith(("HF_", "HUGGING_FACE", "AWS_", "REQUANT_", "PREFECT_")) and not ours:
         del os.environ[name]
 os.environ.update(HF_HUB_DISABLE_XET="1", DO_NOT_TRACK="1")

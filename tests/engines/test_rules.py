@@ -1,0 +1,131 @@
+"""The rules for vLLM say what vLLM's own config classes say, over generated configs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.checkpoint.engines import vllm
+from tasks.checkpoint.engines.layers import Tree
+from tasks.checkpoint.engines.rule import Layer, Patterns, Refused, Renames
+from tasks.checkpoint.header import Tensor
+from tasks.checkpoint.modules import modules_of
+from tests.engines.cases import ARCHITECTURES, METHODS, generate
+
+COUNT = 6000
+ASK = Path(__file__).parent / "ask_vllm.py"
+
+
+def checkpoint_of(case: dict[str, Any]) -> Checkpoint:
+    tensors = {n: Tensor(n, dtype, (1, 1), Path("x"), 0, 0) for n, dtype in case["tensors"].items()}
+    return Checkpoint(Path("x"), {"architectures": [case["architecture"]]}, tensors, (), None)
+
+
+def tree_of(case: dict[str, Any]) -> Tree:
+    known = vllm.ARCHITECTURES[case["architecture"]]
+    fused = known.draft_fused if case["draft"] and known.draft_fused is not None else known.tree.fused
+    return Tree(known.tree.renames, fused, known.tree.plain)
+
+
+def layers_of(case: dict[str, Any]) -> list[Layer]:
+    weights = [Tensor(f"{name}.weight", "BF16", (1, 1), Path("x"), 0, 0) for name in case["modules"]]
+    layers = tree_of(case).layers(modules_of(weights).values())
+    legacy = [Layer(layer.name, layer.kind, "FusedMoE", layer.parts) for layer in layers if layer.kind == "experts"]
+    return layers + legacy
+
+
+def ours(case: dict[str, Any]) -> Any:
+    """The rules' answer in the words of ask_vllm.py."""
+    tree = tree_of(case)
+    config = {**case["config"], "quant_method": case["method"]}
+    try:
+        rule = vllm.read_rule(config, tree.renames, tree.fused, Patterns(), checkpoint_of(case))
+    except Refused as refusal:
+        return {"error": str(refusal)}
+    assert rule is not None
+    return [_answer(rule, layer) for layer in layers_of(case)]
+
+
+def _answer(rule: Any, layer: Layer) -> Any:
+    try:
+        scheme = rule.scheme(layer)
+    except Refused as refusal:
+        return {"error": str(refusal)}
+    group = list(scheme.group_size) if isinstance(scheme.group_size, tuple) else scheme.group_size
+    return [scheme.bits, group, scheme.sym] if scheme.quantized else "plain"
+
+
+def told(answer: Any) -> Any:
+    """An answer without the words of an error."""
+    return "error" if isinstance(answer, dict) else answer
+
+
+@pytest.fixture(scope="module")
+def answered(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any], Any]]:
+    """The cases with vLLM's answers; one start of vLLM for all."""
+    cases = generate(COUNT)
+    questions = [{**case, "layers": [vars(layer) for layer in layers_of(case)]} for case in cases]
+    path = tmp_path_factory.mktemp("ask") / "cases.json"
+    path.write_text(json.dumps({"architectures": ARCHITECTURES, "cases": questions}))
+    done = subprocess.run([vllm_python, ASK, path], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return list(zip(cases, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_rules_answer_as_vllm_does(method: str, answered: list[tuple[dict[str, Any], Any]]) -> None:
+    mine = [(case, answer) for case, answer in answered if case["method"] == method]
+    kinds: Counter[str] = Counter()
+    different = []
+    for case, answer in mine:
+        our = ours(case)
+        if isinstance(answer, dict) or isinstance(our, dict):
+            kinds["refused"] += 1
+            late = isinstance(answer, list) and any(told(a) == "error" for a in answer)  # at the first layer that asks
+            if told(our) != "error" or not (late or told(answer) == "error"):
+                different.append({"config": case["config"], "vllm": answer, "ours": our})
+            continue
+        for layer, theirs, own in zip(layers_of(case), answer, our, strict=True):
+            kinds["error" if isinstance(theirs, dict) else "plain" if theirs == "plain" else "quantized"] += 1
+            if told(theirs) != told(own):
+                different.append({
+                    "config": case["config"], "architecture": case["architecture"], "draft": case["draft"],
+                    "layer": layer.name, "vllm": theirs, "ours": own,
+                })  # fmt: skip
+    print(f"{method}: {len(mine)} configs, {dict(kinds)}, {len(different)} differences")
+    assert not different, json.dumps(different[:3], indent=1)
+    assert min(kinds["plain"], kinds["quantized"]) > 100 and kinds["error"] + kinds["refused"] > 10, kinds
+
+
+def test_the_tables_of_architectures_are_vllms(vllm_python: str, tmp_path: Path) -> None:
+    """Renamed prefixes and fused layers, of main and draft models, as vLLM's classes have them."""
+    script = tmp_path / "tables.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "out = os.fdopen(os.dup(1), 'w'); os.dup2(2, 1)\n"
+        "from vllm.model_executor.models.registry import ModelRegistry\n"
+        "found = {}\n"
+        "for name in sys.argv[1:]:\n"
+        "    cls = ModelRegistry._try_load_model_cls(name)\n"
+        "    mapper = getattr(cls, 'hf_to_vllm_mapper', None)\n"
+        "    prefixes = dict(mapper.get_rename_mapper().orig_to_new_prefix) if mapper else {}\n"
+        "    found[name] = [prefixes, getattr(cls, 'packed_modules_mapping', None)]\n"
+        "json.dump(found, out)\n"
+    )
+    names = [*ARCHITECTURES, *ARCHITECTURES.values()]
+    done = subprocess.run([vllm_python, script, *names], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    for main, draft in ARCHITECTURES.items():
+        known = vllm.ARCHITECTURES[main]
+        assert known.tree.renames == Renames(tuple(found[main][0].items()))
+        assert {k: list(v) for k, v in known.tree.fused.items()} == found[main][1]
+        assert found[draft][0] == {}
+        own = None if known.draft_fused is None else {k: list(v) for k, v in known.draft_fused.items()}
+        assert own == found[draft][1]

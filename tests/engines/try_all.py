@@ -1,0 +1,33 @@
+"""try_all.py DRAFT PROMPTS.json TOKENS MODEL_DIR[:vision]...: what vLLM does with each checkpoint, as a JSON list.
+
+Runs in vLLM's interpreter. DRAFT is infra/engines/draft.py. Each is started with MTP; where that fails, without it too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    spec = importlib.util.spec_from_file_location("draft", sys.argv[1])
+    assert spec is not None and spec.loader is not None
+    draft: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draft)
+    out = draft.quiet_stdout()
+    prompts, tokens = json.loads(Path(sys.argv[2]).read_text()), int(sys.argv[3])
+    found = []
+    for argument in sys.argv[4:]:
+        folder, vision = Path(argument.removesuffix(":vision")), argument.endswith(":vision")
+        with_mtp = draft.draft(folder, prompts, tokens, vision=vision)
+        without = draft.draft(folder, prompts, 1, mtp=False, vision=vision) if with_mtp["error"] else None
+        found.append({"with": with_mtp, "without": without})
+    json.dump(found, out)
+    out.close()
+
+
+if __name__ == "__main__":
+    main()
