@@ -6,13 +6,14 @@ https://huggingface.co/docs/safetensors/index#format
 
 from __future__ import annotations
 
-import json
-import struct
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from tasks.checkpoint.untrusted import parse, shown, without_collector
 from tasks.errors import CheckpointError
 
 # Bits per element: https://github.com/huggingface/safetensors, enum Dtype.
@@ -22,7 +23,7 @@ DTYPE_BITS = {
     "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # the reference reader's limit
-COPY_CHUNK = 16 << 20
+COPY_CHUNK = 1 << 20  # larger ones are new pages each time, and cost more than they save
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,29 @@ class Tensor:
             while left:
                 chunk = stream.read(min(left, COPY_CHUNK))
                 if not chunk:
-                    raise CheckpointError(f"{self.path.name} ends inside {self.name}: download the file again")
+                    raise CheckpointError(
+                        f"{shown(self.path.name)} ends inside {shown(self.name)}: download the file again"
+                    )
                 left -= len(chunk)
                 yield chunk
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a regular file, or of one that a link leads to. Raises CheckpointError for what is no file at all: a
+    pipe would be waited for, a device read for ever. FileNotFoundError stays one."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # links in a circle, a name too long, a file where a folder should be
+        raise unreadable(path, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{shown(str(path))} is not a regular file: restore it")
+    return status.st_size
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{shown(str(path))} cannot be read ({error.strerror}): restore it")
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -62,52 +83,85 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
     Raises CheckpointError, naming the file and the tensor, for anything that a reader could trip over: a length
     beyond the file, bad JSON, a name that stands twice, an unknown dtype, offsets that overlap, leave gaps or the
-    file, or do not match the shape.
+    file, or do not match the shape. What is accepted here, the reference reader accepts; it accepts more: fields that
+    the format does not know, keys twice in the metadata, nesting and numbers in what it ignores.
     """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-        if not 2 <= length <= min(size - 8, MAX_HEADER):
-            raise CheckpointError(f"{path.name} is not a whole safetensors file: its header length cannot be right")
-        raw = stream.read(length)
+    with without_collector():
+        return _read(path)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    file, size = shown(path.name), size_of(path)
+    raw = _read_header(path, size)
+    if raw is None:
+        raise CheckpointError(f"{file} is not a whole safetensors file: its header length cannot be right")
     try:
-        text = raw.decode("utf-8")
-        document = json.loads(text, object_pairs_hook=_no_duplicates)
-        json.dumps(list(document), ensure_ascii=False).encode()  # names with lone surrogates are no text
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"the header of {path.name} cannot be read ({error}): download the file again") from error
+        document, repeated = parse(raw)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the header of {file} cannot be read ({error}): download the file again") from error
+    if repeated:
+        raise CheckpointError(f"the header of {file} says {shown(repeated[0])} twice: download the file again")
     if not isinstance(document, dict):
-        raise CheckpointError(f"the header of {path.name} is not a JSON object: download the file again")
-    metadata = document.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"the __metadata__ of {path.name} is not text by name: download the file again")
-    tensors = [_tensor(path, name, entry, 8 + length) for name, entry in document.items()]
-    tensors.sort(key=lambda t: (t.begin, t.end))
-    position = 8 + length
+        raise CheckpointError(f"the header of {file} is not a JSON object: download the file again")
+    metadata = document.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise CheckpointError(f"the __metadata__ of {file} is not text by name: download the file again")
+    data = 8 + len(raw)
+    tensors = [_tensor(path, name, entry, data) for name, entry in document.items()]
+    tensors.sort(key=attrgetter("begin", "end"))
+    position = data
     for tensor in tensors:
         if tensor.begin != position:
-            raise CheckpointError(f"{tensor.name} in {path.name} does not begin where the tensor before it ends")
+            raise CheckpointError(
+                f"{shown(tensor.name)} in {file} does not begin where the one before it ends: download the file again"
+            )
         position = tensor.end
     if position != size:
-        raise CheckpointError(
-            f"{path.name} has {size} bytes where its header describes {position}: download the file again"
-        )
+        raise CheckpointError(f"{file} has {size} bytes where its header describes {position}: download the file again")
     return {tensor.name: tensor for tensor in tensors}
+
+
+def _read_header(path: Path, size: int) -> bytes | None:
+    """The bytes of the header, or None where its length cannot be right. What has no size is not read: files of the
+    kernel may wait for something to say."""
+    if size < 10:
+        return None
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= min(size - 8, MAX_HEADER):
+                return None
+            raw = stream.read(length)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return raw if len(raw) == length else None
 
 
 def _tensor(path: Path, name: str, entry: Any, data: int) -> Tensor:
     try:
-        dtype = entry["dtype"]
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         bits = DTYPE_BITS[dtype]
-        shape = entry["shape"]
-        begin, end = entry["data_offsets"]
-        sound = type(shape) is list and all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, begin, end))
+        numbers = (*shape, begin, end)
+        known = len(entry) == 3 and type(shape) is list and {*map(type, numbers)} == {int}
     except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"the entry of {name[:200]!r} in {path.name} is not a tensor's ({error!r})") from error
-    if not sound or _bits(shape, bits) != 8 * (end - begin):
-        raise CheckpointError(f"the offsets of {name[:200]!r} in {path.name} do not match its shape and dtype")
+        raise _no_tensor(path, name) from error
+    if not known:
+        raise _no_tensor(path, name)
+    if min(numbers) < 0 or max(numbers) >= 1 << 62 or _bits(shape, bits) != 8 * (end - begin):
+        raise CheckpointError(
+            f"the offsets of {shown(name)} in {shown(path.name)} do not match its shape and dtype: "
+            "download the file again"
+        )
     return Tensor(name, dtype, tuple(shape), path, data + begin, data + end)
+
+
+def _no_tensor(path: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"the entry of {shown(name)} in {shown(path.name)} is not a tensor's (a known dtype, a shape, two offsets): "
+        "download the file again"
+    )
 
 
 def _bits(shape: list[int], bits: int) -> int:
@@ -117,10 +171,3 @@ def _bits(shape: list[int], bits: int) -> int:
         if bits >= 1 << 64:
             return -1
     return bits
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        raise ValueError("a key stands twice")
-    return document

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tasks.checkpoint.checkpoint import INDEX, MAX_JSON, SINGLE, Checkpoint, read_json
+from tasks.checkpoint.checkpoint import INDEX, MAX_JSON, SINGLE, STALE, WRONG_TOTAL, Checkpoint, read_json
 from tasks.errors import CheckpointError
 from tests.pico import pico_base
-from tests.unit.making import all_tensors, write_checkpoint
+from tests.unit.making import all_tensors, safetensors_bytes, write_checkpoint
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 CONFIG = {"num_hidden_layers": 2}
@@ -63,7 +65,7 @@ def test_a_pico_base_is_sound_and_read_as_the_reference_reader_reads_it(tmp_path
 def test_a_missing_shard_is_a_problem_that_stops_work(folder: Path) -> None:
     (folder / TWO).unlink()
     checkpoint = Checkpoint.open(folder)
-    assert checkpoint.problems == [f"the index names {TWO}, which is missing"]
+    assert checkpoint.problems == [f"the index names {TWO}, which is missing: fetch it from the base or the Hub"]
     with pytest.raises(CheckpointError, match=f"names {TWO}, which is missing"):
         checkpoint.sound()
 
@@ -102,14 +104,16 @@ def test_a_single_file_beside_an_index_is_a_problem(folder: Path) -> None:
 def test_a_wrong_total_size_is_a_problem_that_does_not_stop_work(folder: Path, stated: int) -> None:
     edit_index(folder, metadata={"total_size": stated})
     checkpoint = Checkpoint.open(folder)
-    assert checkpoint.problems == [f"the index says total_size {stated}, the tensors have 20 bytes"]
+    assert checkpoint.problems == [
+        f"the index says total_size {stated}, the tensors have 20 bytes: run requant mtp-fix"
+    ]
     assert checkpoint.sound() is checkpoint
 
 
 def test_the_first_of_several_problems_is_told_with_their_number(folder: Path) -> None:
     (folder / ONE).unlink()
     (folder / TWO).unlink()
-    with pytest.raises(CheckpointError, match=rf"{ONE}, which is missing \(and 1 more"):
+    with pytest.raises(CheckpointError, match=rf"{ONE}, which is missing: .* \(and 1 more"):
         Checkpoint.open(folder).sound()
 
 
@@ -137,17 +141,144 @@ def test_an_index_without_a_weight_map_is_an_error(folder: Path, names: Any) -> 
         Checkpoint.open(folder)
 
 
-@pytest.mark.parametrize("shard", ["../x.safetensors", "/x.safetensors", "pytorch_model.bin", "", 5, None, ["a"], {}])
-def test_a_shard_outside_the_folder_or_of_another_format_is_refused(folder: Path, shard: Any) -> None:
+OUTSIDE = [
+    "../x.safetensors", "/x.safetensors", "sub/../../x.safetensors", "./x.safetensors", "..", ".", "x\0.safetensors",
+    "..\\x.safetensors", "x\n.safetensors", "\x1b[2J.safetensors", "\u202e.safetensors", "\ud800.safetensors",
+    "a" * 2000 + ".safetensors", "pytorch_model.bin", "config.json", "", 5, 1.5, True, None, ["a"], {},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shard", OUTSIDE, ids=ascii)
+def test_a_shard_outside_the_folder_or_of_another_format_is_a_problem_and_never_opened(
+    folder: Path, shard: Any
+) -> None:
+    (folder.parent / "x.safetensors").write_bytes(safetensors_bytes({"a": ("U8", (4,), b"evil")}))
     edit_index(folder, weight_map={**weight_map(folder), "a": shard})
-    with pytest.raises(CheckpointError):
-        Checkpoint.open(folder)
+    try:
+        checkpoint = Checkpoint.open(folder)
+    except CheckpointError as error:
+        assert "surrogates not allowed" in str(error)
+        return
+    assert checkpoint.shards == (ONE, TWO) and "a" not in checkpoint.tensors
+    assert all(problem.isprintable() and len(problem) < 600 for problem in checkpoint.problems)
+    with pytest.raises(CheckpointError, match="the index names"):
+        checkpoint.sound()
+
+
+def test_a_shard_in_a_folder_below_is_read(folder: Path) -> None:
+    (folder / "sub").mkdir()
+    (folder / ONE).rename(folder / "sub" / ONE)
+    edit_index(folder, weight_map={"a": f"sub/{ONE}", "b": f"sub/{ONE}", "c": TWO, "d": TWO})
+    assert Checkpoint.open(folder).sound().tensors["a"].read() == b"abcd"
+
+
+def test_what_lies_at_a_shards_name_and_is_no_file_is_a_problem(folder: Path) -> None:
+    for make in NO_FILES:
+        (folder / TWO).unlink(missing_ok=True)
+        make(folder / TWO)
+        checkpoint = Checkpoint.open(folder)
+        assert list(checkpoint.tensors) == ["a", "b"] and len(checkpoint.fatal) == 1
+        (folder / TWO).rmdir() if make is Path.mkdir else None
+
+
+def test_what_lies_at_a_json_files_name_and_is_no_file_is_an_error_that_names_it(folder: Path) -> None:
+    for name in ("config.json", INDEX):
+        whole = (folder / name).read_bytes()
+        for make in NO_FILES:
+            (folder / name).unlink(missing_ok=True)
+            make(folder / name)
+            with pytest.raises(CheckpointError, match=name):
+                Checkpoint.open(folder)
+            (folder / name).rmdir() if make is Path.mkdir else None
+        (folder / name).unlink()
+        (folder / name).write_bytes(whole)
+
+
+NO_FILES: list[Callable[[Path], None]] = [
+    Path.mkdir,
+    os.mkfifo,
+    lambda path: path.symlink_to("/dev/zero"),
+    lambda path: path.symlink_to("/dev/stdin"),
+    lambda path: path.symlink_to("/proc/self/mem"),  # a regular file without a size
+    lambda path: path.symlink_to("/proc/kmsg"),  # one that waits
+    lambda path: path.symlink_to(path.name),
+    lambda path: path.symlink_to("nowhere"),
+    lambda path: path.symlink_to("config.json/x"),
+    lambda path: path.symlink_to("x" * 255 + "/" + "x" * 255),
+    lambda path: path.symlink_to(".."),
+    lambda path: path.write_bytes(b""),
+]
+
+
+def test_a_link_to_a_shard_elsewhere_is_followed_as_in_the_hubs_cache(folder: Path) -> None:
+    (folder.parent / "blobs").mkdir()
+    (folder / ONE).rename(folder.parent / "blobs" / "1")
+    (folder / ONE).symlink_to("../blobs/1")
+    assert Checkpoint.open(folder).sound().tensors["a"].read() == b"abcd"
+
+
+def test_a_shard_that_the_index_does_not_name_is_a_problem_that_does_not_stop_work(folder: Path) -> None:
+    (folder / "old.safetensors").write_bytes(b"never opened")
+    (folder / "consolidated.safetensors").write_bytes(b"Mistral's own")
+    checkpoint = Checkpoint.open(folder).sound()
+    assert len(checkpoint.problems) == 1 and checkpoint.problems[0].startswith("old.safetensors is a shard")
+
+
+def test_a_broken_header_is_a_problem_and_the_other_shards_are_read(folder: Path) -> None:
+    (folder / ONE).write_bytes(b"\xff" * 100)
+    checkpoint = Checkpoint.open(folder)
+    assert list(checkpoint.tensors) == ["c", "d"]
+    assert len(checkpoint.fatal) == 1 and ONE in checkpoint.fatal[0]
+
+
+@pytest.mark.parametrize("name", [STALE, f"x {STALE}", WRONG_TOTAL])
+def test_a_tensors_name_cannot_make_a_problem_look_harmless(folder: Path, name: str) -> None:
+    (folder / ONE).write_bytes(safetensors_bytes({"a": ("U8", (4,), b"abcd"), name: ("BF16", (2,), b"1234")}))
+    edit_index(folder, weight_map={"a": ONE, "c": TWO, "d": TWO})
+    with pytest.raises(CheckpointError, match="not in the index"):
+        Checkpoint.open(folder).sound()
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_a_key_that_stands_twice_is_a_problem_that_stops_work_and_no_reader(folder: Path, name: str) -> None:
+    text = (folder / name).read_text()
+    (folder / name).write_text(text.replace("}", ', "x": 1, "x": 2}', 1) if name != INDEX else twice(text))
+    checkpoint = Checkpoint.open(folder)
+    assert len(checkpoint.problems) == 1 and checkpoint.fatal == [] and "twice" in checkpoint.problems[0]
+    assert set(checkpoint.tensors) == {"a", "b", "c", "d"}
+    with pytest.raises(CheckpointError, match=f"{name} says . twice"):
+        checkpoint.sound()
+
+
+def twice(index: str) -> str:
+    return index.replace('"a":', '"a": "evil.safetensors", "a":')
+
+
+def test_a_hundred_problems_of_a_kind_are_told_and_the_rest_is_counted(folder: Path) -> None:
+    names = {f"n{i}": TWO for i in range(150)} | {f"m{i}": f"{i}.safetensors" for i in range(250)}
+    edit_index(folder, weight_map={**weight_map(folder), **names})
+    problems = Checkpoint.open(folder).problems
+    assert len(problems) == 202
+    assert [p.split(":")[0] for p in problems if "more" in p] == [
+        "150 more problems are like this", "50 more problems are like this",
+    ]  # fmt: skip
+
+
+def test_names_that_would_move_the_cursor_are_escaped_and_cut_in_problems(folder: Path) -> None:
+    names = ["\x1b[2J\x1b[31mred", "two\nlines", "\0", "\u202eright to left", "\x9b31m", "n" * 100_000]
+    (folder / ONE).write_bytes(safetensors_bytes(dict.fromkeys(names, ("U8", (0,), b""))))
+    edit_index(folder, weight_map={**dict.fromkeys((n + "!" for n in names), ONE), "c": TWO, "d": TWO})
+    problems = Checkpoint.open(folder).problems
+    assert len(problems) == 12
+    assert all(problem.isprintable() and len(problem) < 600 for problem in problems)
 
 
 @pytest.mark.parametrize("name", ["config.json", INDEX])
 @pytest.mark.parametrize(
-    "text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"\0" * 9, b"[" * 200_000, b'{"a": ' + b"9" * 9999 + b"}"],
-    ids=range(8),
+    "text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"\0" * 9, b"[" * 200_000, b'{"a": ' + b"9" * 9999 + b"}",
+     b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", b'{"a": "\\ud800"}', b'{"\xed\xa0\x80": 1}', b"\xef\xbb\xbf{}",
+     "{}".encode("utf-16"), b"{}{}", b"{'a': 1}", b'{"a": 1,}', b'{"a": "\n"}'],
+    ids=range(17),
 )  # fmt: skip
 def test_a_damaged_json_file_is_an_error_that_names_it(folder: Path, name: str, text: bytes) -> None:
     (folder / name).write_bytes(text)
@@ -190,3 +321,15 @@ def test_a_part_of_a_checkpoint_can_be_opened_without_its_other_shards(folder: P
     (folder / ONE).unlink()
     part = Checkpoint.open_shards(folder, [TWO])
     assert {n: t.read() for n, t in part.tensors.items()} == {"c": b"ABCD", "d": b"12345678"}
+
+
+def test_a_folder_below_that_leads_outside_is_not_followed(folder: Path) -> None:
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    (folder / ONE).rename(outside / ONE)
+    (folder / "sub").symlink_to(outside)
+    edit_index(folder, weight_map={"a": f"sub/{ONE}", "b": f"sub/{ONE}", "c": TWO, "d": TWO})
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.shards == (TWO,) and list(checkpoint.tensors) == ["c", "d"]
+    with pytest.raises(CheckpointError, match=f"names sub/{ONE}, no file of this folder"):
+        checkpoint.sound()

@@ -1,0 +1,119 @@
+"""What is hostile by its size alone: made here, run in a process of its own with its time and memory taken."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tasks.checkpoint.checkpoint import INDEX, MAX_JSON
+from tasks.checkpoint.header import MAX_HEADER, read_header
+from tests.unit.making import safetensors_bytes, with_header
+from tests.unit.watching import ROOT, is_one_sentence, snapshot
+
+MILLION = 1_000_000
+SHARD = "model-00001-of-00001.safetensors"
+GIGABYTES_2 = 2 << 20  # in KiB, as wait4 counts
+
+
+def write_index(folder: Path, weight_map: dict[str, str]) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def sparse(path: Path, size: int) -> None:
+    path.touch()
+    os.truncate(path, size)
+
+
+def header_of(folder: Path, header: bytes) -> None:
+    (folder / SHARD).write_bytes(with_header(header))
+
+
+BIG: dict[str, Callable[[Path], object]] = {
+    "an index of a million names": lambda f: write_index(f, {f"model.layers.{i}": SHARD for i in range(MILLION)}),
+    "an index of a million shards": lambda f: write_index(f, {f"m{i}": f"{i}.safetensors" for i in range(MILLION)}),
+    "an index of a million ways out": lambda f: write_index(f, {f"m{i}": f"../{i}" for i in range(99_000)}),
+    "an index one byte too large": lambda f: sparse(f / INDEX, MAX_JSON + 1),
+    "an index of 64 MB of brackets": lambda f: (f / INDEX).write_bytes(b'{"weight_map":[' + b"[]," * (21 << 20)),
+    "an index of 64 MB of open lists": lambda f: (f / INDEX).write_bytes(b"[" * MAX_JSON),
+    "a config of a 10 MB number": lambda f: (f / "config.json").write_bytes(b'{"a":' + b"9" * 10_000_000 + b"}"),
+    "legal but large: a config of a 60 MB string": lambda f: (f / "config.json").write_bytes(
+        b'{"model_type":"%s"}' % (b"\\n" * (30 << 20))
+    ),
+    "a header of 100 MB of objects": lambda f: header_of(f, b'{"a":[' + b"{}," * 33_000_000),
+    "a header of 100 MB of open objects": lambda f: header_of(f, b'{"a":' * (MAX_HEADER // 5)),
+    "a header of 100 MB of one name": lambda f: header_of(f, b'{"%s":5}' % (b"n" * (MAX_HEADER - 10))),
+    "a header of 100 MB of zeroes": lambda f: header_of(f, b"\0" * MAX_HEADER),
+    "a header of 2^63 in a sparse terabyte": lambda f: (sparse(f / SHARD, 1 << 40), cut(f / SHARD)),
+}
+
+
+def cut(path: Path) -> None:
+    with path.open("r+b") as stream:
+        stream.write((1 << 63).to_bytes(8, "little"))
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_what_is_too_big_is_told_about_in_seconds_and_two_gigabytes(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"num_hidden_layers": 2}')
+    (folder / SHARD).write_bytes(safetensors_bytes({"a": ("U8", (4,), b"abcd")}))
+    write_index(folder, {"a": SHARD})
+    BIG[name](folder)
+    before = {path: found[:3] for path, found in snapshot(tmp_path).items()}
+    status, out, peak = run("inspect", str(folder), "--json")
+    document = json.loads(out)
+    problems = [document["error"]] if "error" in document else document["problems"]
+    assert status == bool(problems) and peak < GIGABYTES_2
+    assert len(problems) < 300 and all(map(is_one_sentence, problems))
+    assert problems or name.startswith("legal ")
+    assert {path: found[:3] for path, found in snapshot(tmp_path).items()} == before
+
+
+def run(*arguments: str) -> tuple[int, str, int]:
+    """Exit status, stdout and peak memory in KiB of `requant ARGUMENTS`; what takes a minute fails the test."""
+    code = "import resource, sys; from flows.cli import main\ntry: main()\nfinally: " + (
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, int(done.stderr.splitlines()[-1])
+
+
+def test_a_header_of_a_million_tensors_is_read_in_seconds(tmp_path: Path) -> None:
+    (tmp_path / SHARD).write_bytes(with_header(many(MILLION)))
+    code = (
+        "import resource, sys, pathlib; from tasks.checkpoint.header import read_header\n"
+        "print(len(read_header(pathlib.Path(sys.argv[1]))))\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF); print(used.ru_utime, used.ru_maxrss)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / SHARD)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    count, seconds, peak = done.stdout.split()
+    assert int(count) == MILLION and int(peak) < GIGABYTES_2
+    assert float(seconds) < 30  # about 7 on a core of its own
+
+
+def test_a_header_of_a_27b_model_is_read_in_milliseconds(tmp_path: Path) -> None:
+    path = tmp_path / SHARD
+    path.write_bytes(with_header(many(1500)))
+    times = []
+    for _ in range(5):
+        started = time.process_time()
+        assert len(read_header(path)) == 1500
+        times.append(time.process_time() - started)
+    assert min(times) < 0.2
+
+
+def many(count: int) -> bytes:
+    entry = b'"model.layers.%d.weight":{"dtype":"BF16","shape":[0,5120],"data_offsets":[0,0]}'
+    return b"{" + b",".join(entry % i for i in range(count)) + b"}"
