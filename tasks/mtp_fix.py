@@ -1,7 +1,7 @@
 """mtp_fix: the head goes in as the recipe says, and the base's remaining files join.
 
-`keep` writes the head bit for bit from the base into a shard of its own. The quantized shards are not touched, nor
-even read: the new artifact names the same blobs. Cost follows the head.
+`keep` writes the head bit for bit from the base into a shard of its own; `int8` and `int4` pack its layers. The
+quantized shards are not touched, nor even read: the new artifact names the same blobs. Cost follows the head.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tasks.recipe import Recipe
 from tasks.stage import Made, Stage, StageResult, put_files, run_stage
 from tasks.store import Store, open_store
 
-STAGE = Stage("mtp_fix", 1)
+STAGE = Stage("mtp_fix", 2)
 REWRITTEN = ("README.md", ".gitattributes")  # the card is ours, and the Hub writes the other
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def mtp_fix(
         if recipe.mtp == "drop" or source.head is None:
             written = without_head(files, source.head).write(out)
         else:
-            written = keep_head(files, source, out)
+            written = keep_head(files, source, out, recipe.mtp)
         put_files(store, out, written)
         names = {f.path for f in written}
         kept = [f for f in quantized.files if f.path not in names]

@@ -105,7 +105,7 @@ def _open_base(folder: Path, recipe: Recipe) -> Checkpoint:
         checkpoint = Checkpoint.open(folder).sound()
         if packed_parts(checkpoint.tensors.values()):
             raise CheckpointError("it is already quantized: name the base that it was made of")
-        if recipe.mtp == "keep":
+        if recipe.mtp != "drop":
             check_head(checkpoint)
     except CheckpointError as error:
         sentence = str(error).replace(f"{folder}{os.sep}", "").replace(str(folder), "it")

@@ -17,6 +17,7 @@ from tasks.errors import RecipeError
 
 # What PyYAML raises for text that is not YAML, or whose tags do not fit their values.
 NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, KeyError, IndexError, AttributeError, TypeError)
+PACKED_HEADS = ("int8", "int4")
 REPO_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$"
 SCHEME = re.compile(r"W(?P<bits>[2348])A16(?:G(?P<group_size>32|64))?")
 # auto-round's own named recipes (auto_round/cli/main.py, RECIPES, 0.16.1).
@@ -160,7 +161,9 @@ class Recipe(Section):
 
     base: Base
     quantize: Quantize = Quantize()
-    mtp: Literal["keep", "drop"] = Field("keep", description="The MTP head: keep (lossless, from the base) or drop")
+    mtp: Literal["keep", "int8", "int4", "drop"] = Field(
+        "keep", description="The MTP head: keep (lossless, from the base), its layers packed to int8 or int4, or drop"
+    )
     allow_remote_code: bool = Field(False, description="Run Python files of the base's repo")
     gates: Gates = Gates()
     benchmark: Benchmark = Benchmark()

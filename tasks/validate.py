@@ -20,7 +20,7 @@ from tasks.checkpoint.writer import write_file, write_json
 from tasks.gates import most_repeated
 from tasks.mtp_fix import REWRITTEN
 from tasks.prefect_stage import options, say, shown
-from tasks.recipe import Recipe
+from tasks.recipe import PACKED_HEADS, Recipe
 from tasks.stage import Made, Stage, StageResult, put_files, run_stage
 from tasks.store import Store, open_store
 from tasks.text import EVALUATION
@@ -64,8 +64,8 @@ def validate(
             for m, p in ((compared_part(base), theirs), (artifact, ours))
         )
         source = Checkpoint.open(theirs).sound()
-        keep_head = recipe.mtp == "keep" and source.head is not None
-        found = account(Checkpoint.open(ours), source, with_head=keep_head)
+        keep_head = recipe.mtp != "drop" and source.head is not None
+        found = account(Checkpoint.open(ours), source, with_head=keep_head, pack_head=recipe.mtp in PACKED_HEADS)
         values = measured_values(found, of_base, of_ours, keep_head=keep_head)
         files = [write_json(folder / "out", RESULT, values)]
         put_files(store, folder / "out", files)
@@ -100,11 +100,11 @@ def measurement(
     return store.read_blob(run_stage(store, MEASURE, key, work, say).manifest[ARRAYS])
 
 
-def validate_folders(ours: Path, theirs: Path, *, remote_code: bool = False) -> dict[str, Any]:
+def validate_folders(ours: Path, theirs: Path, *, remote_code: bool = False, pack_head: bool = False) -> dict[str, Any]:
     """The same for two folders, without a store: what `requant validate` measures."""
     checkpoint, base = Checkpoint.open(ours), Checkpoint.open(theirs).sound()
     keep_head = base.head is not None and (checkpoint.head is not None or _promises_head(checkpoint))
-    found = account(checkpoint, base, with_head=keep_head)
+    found = account(checkpoint, base, with_head=keep_head, pack_head=pack_head)
     tensors = checkpoint.tensors
     retyped = any(name in tensors and tensors[name].shape != t.shape for name, t in base.tensors.items())
     if checkpoint.fatal or found.unaccounted or retyped:

@@ -7,19 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tasks.artifact import sha256_of
-from tasks.checkpoint.assemble import QUANTIZATION, packed_parts
-from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.checkpoint.assemble import packed_parts
+from tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint
+from tasks.checkpoint.deep import finite
 from tasks.checkpoint.header import Tensor
 from tasks.checkpoint.mtp import without_layer_count
 from tasks.checkpoint.packing import Scheme, check_parts
 from tasks.errors import CheckpointError
 
 OWN_FILES = {"config.json", QUANTIZATION, "README.md", ".gitattributes"}
-# Exponent bits all set: infinite or not a number.
-EXPONENT = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
 
 
 @dataclass
@@ -35,8 +32,11 @@ class Account:
     files: list[str] = field(default_factory=list)
 
 
-def account(quantized: Checkpoint, base: Checkpoint, *, with_head: bool) -> Account:
-    """Compare a quantized checkpoint with its base. Reads all tensors of both once, a chunk at a time."""
+def account(quantized: Checkpoint, base: Checkpoint, *, with_head: bool, pack_head: bool = False) -> Account:
+    """Compare a quantized checkpoint with its base. Reads all tensors of both once, a chunk at a time.
+
+    `pack_head`: the head was asked for with packed layers, and has them.
+    """
     found = Account(unaccounted=list(quantized.problems))
     quantization = quantized.config.get("quantization_config") or {}
     parts = packed_parts(quantized.tensors.values())
@@ -46,7 +46,7 @@ def account(quantized: Checkpoint, base: Checkpoint, *, with_head: bool) -> Acco
         module, _, last = name.rpartition(".")
         if last == "weight" and module in parts and name not in quantized.tensors:
             found.packed += 1
-            if name in head_names:
+            if name in head_names and not pack_head:
                 found.altered.append(f"{module} of the MTP head is packed")
             seen.update(t.name for t in parts[module].values())
             _check_packed(found, module, source, parts[module], quantization)
@@ -76,7 +76,7 @@ def _check_packed(
         wrong = str(error)
     if wrong:
         found.unaccounted.append(wrong)
-    elif not all(_finite(chunk, parts["scales"].dtype) for chunk in parts["scales"].chunks()):
+    elif not all(finite(chunk, parts["scales"].dtype) for chunk in parts["scales"].chunks()):
         found.not_finite.append(f"{module}.scales")
 
 
@@ -86,22 +86,14 @@ def _check_kept(found: Account, tensor: Tensor, source: Tensor) -> None:
             f"{tensor.name} is {tensor.dtype} {tensor.shape}, in the base {source.dtype} {source.shape}"
         )
         return
-    same = finite = True
+    same = sound = True
     for ours, theirs in zip(tensor.chunks(), source.chunks(), strict=True):
         same = same and ours == theirs
-        finite = finite and _finite(ours, tensor.dtype)
+        sound = sound and finite(ours, tensor.dtype)
     if not same:
         found.altered.append(f"{tensor.name} differs from the base's")
-    if not finite:
+    if not sound:
         found.not_finite.append(tensor.name)
-
-
-def _finite(chunk: bytes, dtype: str) -> bool:
-    if dtype not in EXPONENT:
-        return True
-    kind, mask = EXPONENT[dtype]
-    values = np.frombuffer(chunk, dtype=kind)
-    return not bool(np.any((values & np.array(mask, dtype=kind)) == mask))
 
 
 def _check_config(found: Account, quantized: Checkpoint, base: Checkpoint, with_head: bool) -> None:

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tasks.artifact import File
-from tasks.checkpoint.checkpoint import INDEX, Checkpoint, read_json
+from tasks.checkpoint.checkpoint import INDEX, QUANTIZATION, Checkpoint, read_json
 from tasks.checkpoint.header import Tensor
 from tasks.checkpoint.mtp import without_head_entries
 from tasks.checkpoint.packing import PARTS, Scheme, check_parts
 from tasks.checkpoint.writer import index_of, split_into_shards, write_json, write_shard
 from tasks.errors import CheckpointError
-
-QUANTIZATION = "quantization_config.json"
 
 
 def assemble(base: Checkpoint, packed: Checkpoint, bits: Mapping[str, int], out: Path) -> list[File]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tasks.artifact import File
-from tasks.checkpoint.assemble import QUANTIZATION
-from tasks.checkpoint.checkpoint import INDEX, Checkpoint, read_json
+from tasks.checkpoint.checkpoint import INDEX, QUANTIZATION, Checkpoint, read_json
+from tasks.checkpoint.header import Tensor
+from tasks.checkpoint.modules import Module, modules_of
 from tasks.checkpoint.mtp import (
     Head,
     find_head,
@@ -18,10 +21,17 @@ from tasks.checkpoint.mtp import (
     without_head_entries,
     without_layer_count,
 )
-from tasks.checkpoint.writer import write_json, write_shard
+from tasks.checkpoint.packing import REQUIRED, Scheme, check_parts, dequantized_rows, float_rows, pack, to_bytes
+from tasks.checkpoint.writer import Computed, write_json, write_shard
 from tasks.errors import CheckpointError
 
 HEAD_SHARD = "model-mtp.safetensors"
+# Linear layers of a head that engines build without quantization: the fusion layer and the routers.
+PLAIN_LINEAR = re.compile(r"\.(fc|eh_proj|mlp\.gate|shared_expert_gate|embed_tokens|shared_head\.head)$")
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,16 +70,92 @@ def shards_with_head(base: Path) -> list[str]:
     return sorted(shards) if head else sorted(shards)[:1]
 
 
-def keep_head(files: HeadFiles, base: Checkpoint, out: Path) -> list[File]:
-    """Write the base's head, bit for bit, in a shard of its own, and index and configs that say so.
+def head_tensors(base: Checkpoint, precision: str = "keep", quantization: Mapping[str, Any] | None = None) -> Tensors:
+    """The base's head as a checkpoint with this quantization config is to hold it.
 
-    Raises CheckpointError if the base's config promises more layers than its tensors have.
+    `keep`: every tensor as it is. `int8`, `int4`: the linear layers of its decoder layers rounded to nearest and packed
+    with the checkpoint's group size and packing; the fusion layer, routers, fused experts and norms as they are, since
+    no engine reads those packed. Raises CheckpointError if the base has no complete head, or the packing none for it.
     """
     head = base.head
     if head is None:
         raise CheckpointError(f"{base.folder} has no MTP head: use mtp: drop")
     check_head(base)
-    tensors = {name: base.tensors[name] for name in head.names}
+    tensors: Tensors = {name: base.tensors[name] for name in head.names}
+    if precision == "keep":
+        return tensors
+    scheme = Scheme.of(quantization or {}, "")
+    if (quantization or {}).get("quant_method") != "auto-round" or scheme.group_size <= 0:
+        raise CheckpointError(
+            f"a head with {precision} needs a checkpoint of auto-round with a group size: keep it as it is"
+        )
+    scheme = replace(scheme, bits=int(precision.removeprefix("int")))
+    for module in head.modules:
+        weight = tensors.get(f"{module}.weight")
+        if weight is not None and "layers." in module and not PLAIN_LINEAR.search(module) and _divides(weight, scheme):
+            del tensors[weight.name]
+            tensors |= _packed(module, weight, scheme)
+    return tensors
+
+
+def _divides(weight: Tensor, scheme: Scheme) -> bool:
+    """Whether the sides of a weight fit the scheme's groups and words."""
+    matrix = len(weight.shape) == 2
+    return matrix and not weight.shape[1] % scheme.group_size and not any(side % 32 for side in weight.shape)
+
+
+def _packed(module: str, weight: Tensor, scheme: Scheme) -> Tensors:
+    @functools.cache
+    def parts() -> dict[str, Any]:
+        return pack(float_rows(weight), (weight.shape[0], weight.shape[1]), scheme)
+
+    shapes, tensors = scheme.shapes(*weight.shape), Tensors()
+    for part, dtype in (("qweight", "I32"), ("qzeros", "I32"), ("scales", "F16")):
+        name = f"{module}.{part}"
+        tensors[name] = Computed.of(name, dtype, shapes[part], functools.partial(_bytes_of, parts, part, dtype))
+    return tensors
+
+
+def _bytes_of(parts: Callable[[], dict[str, Any]], part: str, dtype: str) -> Iterator[bytes]:
+    yield to_bytes(parts()[part], dtype)
+
+
+def dequantized_head(checkpoint: Checkpoint) -> Tensors:
+    """A checkpoint's own head with its packed modules as plain weights of the config's dtype, nothing else changed.
+
+    Lossy: the weights are what the packing left of them. Zero points are read as the checkpoint's packing has them.
+    """
+    head = checkpoint.head
+    if head is None:
+        raise CheckpointError(f"{checkpoint.folder} has no MTP head")
+    dtype = DTYPES.get(str(checkpoint.text_config.get("dtype") or checkpoint.text_config.get("torch_dtype")), "BF16")
+    tensors = Tensors()
+    for module in modules_of(checkpoint.tensors[name] for name in head.names).values():
+        if module.storage == "plain":
+            tensors |= {tensor.name: tensor for tensor in module.parts.values()}
+            continue
+        if module.storage != "integer":
+            raise CheckpointError(f"{module.name} is stored as {module.storage}: name the base with --base instead")
+        scheme = Scheme.of(checkpoint.quantization, module.name)
+        missing = [part for part in REQUIRED if part not in module.parts]
+        shape = () if missing else scheme.weight_shape(module.parts)
+        wrong = check_parts(module.name, module.packed_parts, scheme, shape)
+        if wrong:
+            raise CheckpointError(f"{wrong}: name the base with --base instead")
+        compute = functools.partial(_dequantized, module, scheme, dtype)
+        tensors[f"{module.name}.weight"] = Computed.of(f"{module.name}.weight", dtype, shape, compute)
+        tensors |= {t.name: t for part, t in module.parts.items() if part == "bias"}
+    return tensors
+
+
+def _dequantized(module: Module, scheme: Scheme, dtype: str) -> Iterator[bytes]:
+    return (to_bytes(rows, dtype) for rows in dequantized_rows(module.packed_parts, scheme))
+
+
+def keep_head(files: HeadFiles, base: Checkpoint, out: Path, precision: str = "keep") -> list[File]:
+    """Write the base's head in a shard of its own, and index and configs that say so. Raises as `head_tensors`."""
+    tensors = head_tensors(base, precision, files.quantization)
+    head = Head(base.head.layout if base.head else "mtp", tuple(sorted(tensors)))
     shard = write_shard(out, HEAD_SHARD, list(tensors.values()))
     bare = without_head(files, head, keep_count=True)
     weight_map = {**bare.index["weight_map"], **dict.fromkeys(head.names, HEAD_SHARD)}

@@ -6,62 +6,84 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint.assemble import QUANTIZATION, configs_agree, packed_parts
 from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.engines import verdicts
-from tasks.checkpoint.mtp import layer_count
+from tasks.checkpoint.deep import deep_problems
+from tasks.checkpoint.engines import Judgement
+from tasks.checkpoint.inventory import head_document, inventory, storage_of
+from tasks.checkpoint.problems import problems_of
+from tasks.checkpoint.untrusted import shown
+
+MOST_GROUPS = 80  # are shown to a person
+MOST_PROBLEMS = 1000  # are told; a hostile index has a million
 
 
-def inspect_checkpoint(folder: Path) -> dict[str, Any]:
-    """The document of `requant inspect --json`. Raises CheckpointError if the folder is no checkpoint."""
+def inspect_checkpoint(folder: Path, *, deep: bool = False) -> dict[str, Any]:
+    """The document of `requant inspect --json`. Raises CheckpointError if the folder is no checkpoint.
+
+    `deep` reads the data too.
+    """
     checkpoint = Checkpoint.open(folder)
-    quantization = checkpoint.config.get("quantization_config")
-    quantization = quantization if isinstance(quantization, dict) else {}
-    packed = packed_parts(checkpoint.tensors.values())
-    head = checkpoint.head
-    problems = list(checkpoint.problems)
-    if quantization and not configs_agree(checkpoint):
-        problems.append(f"{QUANTIZATION} and config.json disagree about the quantization")
-    promised = layer_count(checkpoint.text_config)
-    if promised and head is None:
-        problems.append(f"config.json promises {promised} MTP layers, and there are no tensors of a head")
-    dtypes = sorted({checkpoint.tensors[name].dtype for name in (head.names if head else ())})
+    quantization = checkpoint.quantization
+    stored = Counter(storage_of(m, quantization) for m in checkpoint.modules.values() if m.quantized)
+    judgement = Judgement.of(checkpoint)
+    problems = problems_of(checkpoint, judgement)
+    if deep and not checkpoint.fatal:
+        problems += deep_problems(checkpoint)
+    if len(problems) > MOST_PROBLEMS:
+        problems = [*problems[:MOST_PROBLEMS], f"and {len(problems) - MOST_PROBLEMS} more problems"]
     return {
         "tensors": len(checkpoint.tensors),
         "bytes": checkpoint.nbytes,
         "dtypes": dict(Counter(t.dtype for t in checkpoint.tensors.values()).most_common()),
         "quantized": {
-            "count": len(packed),
-            "bits": quantization.get("bits"),
-            "group_size": quantization.get("group_size"),
+            "count": stored.total(),
+            **{key: _plain(quantization.get(key)) for key in ("bits", "group_size", "sym")},
+            "method": _plain(quantization.get("quant_method")),
+            "packing": _plain(quantization.get("packing_format")),
+            "storage": dict(stored.most_common()),
         },
-        "mtp": {
-            "present": head is not None,
-            "layout": head.layout if head else None,
-            "layers": promised if head else 0,
-            "precision": "+".join(dtypes) if dtypes else None,
-        },
-        "engines": verdicts(checkpoint),
+        "groups": [group.to_json() for group in inventory(checkpoint)],
+        "mtp": head_document(checkpoint),
+        "engines": judgement.verdicts,
         "problems": problems,
     }
 
 
 def as_text(name: str, result: dict[str, Any]) -> str:
-    """The same for a person."""
+    """The same for a person: what it is made of, the head, the engines, the problems."""
     quantized, mtp = result["quantized"], result["mtp"]
-    lines = [f"{name}: {result['tensors']:,} tensors, {result['bytes']:,} bytes"]
+    rows = [("modules", "count", "stored as", "bytes")]
+    rows += [(g["modules"], f"{g['count']:,}", g["storage"], f"{g['bytes']:,}") for g in result["groups"][:MOST_GROUPS]]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [f"{name}: {result['tensors']:,} tensors, {result['bytes']:,} bytes", ""]
+    lines += [f"{m:{widths[0]}}  {c:>{widths[1]}}  {s:{widths[2]}}  {b:>{widths[3]}}" for m, c, s, b in rows]
+    if len(result["groups"]) > MOST_GROUPS:
+        lines.append(f"and {len(result['groups']) - MOST_GROUPS} more groups (--json has them all)")
+    lines.append("")
     if quantized["count"]:
-        lines.append(
-            f"quantized     {quantized['count']} matrices, {quantized['bits']} bits, group {quantized['group_size']}"
-        )
+        how = ", ".join(f"{count:,} {storage}" for storage, count in quantized["storage"].items())
+        words = [f"{how}", f"group {quantized['group_size']}", str(quantized["packing"] or quantized["method"])]
+        lines.append(f"quantized     {', '.join(words)}")
     else:
         lines.append("quantized     nothing")
-    head = f"{mtp['layers']} layers, {mtp['layout']}, {mtp['precision']}" if mtp["present"] else "none"
-    lines.append(f"MTP head      {head}")
+    lines.append(f"MTP head      {_head_words(mtp)}")
     for engine, verdict in result["engines"].items():
-        words = (
-            f"{'loads' if verdict['loads'] else 'does not load'}, {'drafts' if verdict['mtp'] else 'does not draft'}"
-        )
-        lines.append(f"{engine:13} {words}: {verdict['reason']}")
+        words = [
+            "loads" if verdict["loads"] else "does not load",
+            "drafts" if verdict["mtp"] else "does not draft",
+        ]
+        lines.append(f"{engine:13} {', '.join(words)}: {verdict['reason']}")
     lines += [f"problem       {problem}" for problem in result["problems"]] or ["problems      none"]
     return "\n".join(lines)
+
+
+def _plain(value: Any) -> int | str | None:
+    """A value of a stranger's config that JSON can hold and a line can show."""
+    return shown(value) if isinstance(value, str) else value if isinstance(value, int) else None
+
+
+def _head_words(mtp: dict[str, Any]) -> str:
+    if not mtp["present"]:
+        return "none"
+    complete = "complete" if mtp["complete"] else f"lacks {', '.join(mtp['missing'][:3])}"
+    return f"{mtp['layers']} layers, {mtp['layout']}, {mtp['precision']}, {mtp['bytes']:,} bytes, {complete}"

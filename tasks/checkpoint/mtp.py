@@ -17,6 +17,7 @@ from tasks.checkpoint.header import Tensor
 
 LAYER_COUNTS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 _LAYER = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.")
+FUSED_EXPERTS = {"gate_up_proj", "down_proj"}  # 3-D parameters of an `experts` module
 FULL_PRECISION = {"bits": 16, "data_type": "fp"}  # auto-round's words for "not quantized"
 
 
@@ -66,13 +67,19 @@ def unquantized_entries(head: Head, tensors: Mapping[str, Tensor]) -> dict[str, 
     Exact names for vLLM's dense layers, a regex for its fused and expert layers (which ignore exact names) and for
     SGLang, which matches with re.fullmatch.
     """
-    linear = [m for m in head.modules if len(tensors[f"{m}.weight"].shape) >= 2]
-    patterns = [f".*{re.escape(p)}.*" if head.layout == "inlined" else ".*mtp.*" for p in head.prefixes]
-    return {key: dict(FULL_PRECISION) for key in (*sorted(set(patterns)), *linear)}
+    linear = [m for m in head.modules if f"{m}.weight" in tensors and len(tensors[f"{m}.weight"].shape) >= 2]
+    fused = {name.rpartition(".")[0] for name in head.names if name.rpartition(".")[2] in FUSED_EXPERTS}
+    return {key: dict(FULL_PRECISION) for key in (*_patterns(head), *linear, *sorted(fused))}
+
+
+def _patterns(head: Head) -> list[str]:
+    """Regexes for all of the head and nothing else."""
+    apart = [".*mtp.*"] if head.layout == "mtp" else []
+    return apart or [f".*{re.escape(prefix)}\\..*" for prefix in head.prefixes]
 
 
 def without_head_entries(quantization: Mapping[str, Any], head: Head | None) -> dict[str, Any]:
-    """A quantization config that says nothing of the head."""
+    """A quantization config whose `extra_config` says nothing of the head."""
     document = copy.deepcopy(dict(quantization))
     extra = document.get("extra_config")
     if isinstance(extra, dict) and head is not None:
@@ -86,10 +93,56 @@ def without_head_entries(quantization: Mapping[str, Any], head: Head | None) -> 
 
 
 def with_head_entries(quantization: Mapping[str, Any], head: Head, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A quantization config that says the whole head is not quantized."""
+    """A quantization config that says of the head what its tensors are: not quantized, or its own layers packed.
+
+    Each method has its own words for that: auto-round's `extra_config`; GPTQ's `dynamic`, whose `-:` rules turn
+    quantization off; compressed-tensors' `ignore`; AWQ's and FP8's `modules_to_not_convert`.
+    """
     document = without_head_entries(quantization, head)
-    document["extra_config"] = {**document.get("extra_config", {}), **unquantized_entries(head, tensors)}
+    method = str(document.get("quant_method", "")).lower()
+    if method == "gptq":
+        rules: dict[str, Any] = {f"-:{pattern}": {} for pattern in _patterns(head)}
+        document["dynamic"] = {**rules, **_mapping(document.get("dynamic"))}
+    elif method == "compressed-tensors":
+        document["ignore"] = _with(document.get("ignore"), [f"re:{pattern}" for pattern in _patterns(head)])
+    elif method in {"awq", "fp8", "fbgemm_fp8"}:
+        names = [*head.prefixes, *(m for m in head.modules if f"{m}.weight" in tensors)]
+        document["modules_to_not_convert"] = _with(document.get("modules_to_not_convert"), names)
+    else:
+        packed = packed_entries(head, tensors, document)
+        plain = unquantized_entries(head, tensors)
+        kept = {key: value for key, value in plain.items() if not packed or key not in _patterns(head)}
+        document["extra_config"] = {**_mapping(document.get("extra_config")), **kept, **packed}
     return document
+
+
+def packed_entries(
+    head: Head, tensors: Mapping[str, Tensor], quantization: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """`extra_config` entries for the packed layers of a head, told from the shapes of their parts."""
+    entries = {}
+    for module in head.modules:
+        packed, scales = tensors.get(f"{module}.qweight"), tensors.get(f"{module}.scales")
+        if packed is None or scales is None:
+            continue
+        along_input = packed.shape[1] == scales.shape[1]  # GPTQ; AWQ packs along the output
+        bits = 32 * packed.shape[0] // (scales.shape[0] * _group_size(quantization)) if along_input else 4
+        entries[module] = {"bits": bits, "group_size": quantization.get("group_size"), "sym": True, "data_type": "int"}
+    return entries
+
+
+def _group_size(quantization: Mapping[str, Any]) -> int:
+    size = quantization.get("group_size")
+    return size if type(size) is int and size > 0 else 1
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _with(value: Any, names: list[str]) -> list[Any]:
+    there = value if isinstance(value, list) else []
+    return [*there, *(name for name in names if name not in there)]
 
 
 def without_layer_count(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ AWQ packing (`auto_round:auto_awq`): `qweight` int32 `[in, out * b / 32]` packed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,9 @@ from tasks.errors import CheckpointError
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 REQUIRED = ("qweight", "qzeros", "scales")
 DTYPES = {"qweight": {"I32"}, "qzeros": {"I32"}, "g_idx": {"I32"}, "scales": {"F16", "BF16", "F32"}}
+CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+SMALLEST = 2.0**-20  # a scale that float16 still holds, for groups of zeros
+ROWS = 512  # of a weight at a time; a multiple of 32, so that stripes end where words do
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 NUMPY = {"I32": "<i4", "F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "U8": "u1", "I8": "i1"}
 
@@ -71,6 +74,13 @@ class Scheme:
             "g_idx": (in_features,),
         }
 
+    def weight_shape(self, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """The `[out, in]` that packed parts stand for, told from the shapes of `scales` and `qweight`."""
+        qweight, scales = parts["qweight"].shape, parts["scales"].shape
+        if len(qweight) != 2 or len(scales) != 2:
+            return ()
+        return scales[1], qweight[0] if self.packing == "awq" else qweight[0] * 32 // self.bits
+
 
 def _packing(quantization: Mapping[str, Any]) -> str:
     method = quantization.get("quant_method")
@@ -106,6 +116,74 @@ def check_parts(module: str, parts: Mapping[str, Tensor], scheme: Scheme, weight
     return None
 
 
+def pack(rows: Iterable[Floats], shape: tuple[int, int], scheme: Scheme) -> dict[str, Array]:
+    """Quantize a `[out, in]` weight by rounding to nearest, symmetrically, and pack it as its scheme says.
+
+    `rows` are float32 stripes of it, from the top. The scale of a group is its largest magnitude over the largest
+    integer; with 4 bits, CLIPPING of it, whichever has the least squared error. Raises CheckpointError where the sides
+    do not divide into groups and words.
+    """
+    out_features, in_features = shape
+    group = in_features if scheme.group_size == -1 else scheme.group_size
+    words = 32 // scheme.bits
+    if 32 % scheme.bits or in_features % group or in_features % words or out_features % words:
+        raise CheckpointError(f"a weight of {out_features} x {in_features} cannot be packed with {scheme}")
+    half = 1 << (scheme.bits - 1)
+    integers = np.empty((in_features, out_features), np.uint8)
+    scales = np.empty((in_features // group, out_features), np.float16)
+    begin = 0
+    for stripe in rows:
+        end = begin + len(stripe)
+        groups = stripe.reshape(-1, in_features // group, group)
+        scale = _scales(groups, half)
+        whole = np.clip(np.rint(groups / scale), -half, half - 1) + half
+        integers[:, begin:end] = whole.reshape(end - begin, -1).T
+        scales[:, begin:end] = scale[..., 0].T
+        begin = end
+    zeros = np.full(scales.shape, half - (scheme.packing == "gptq"), np.uint8)
+    if scheme.packing == "awq":
+        by_word = integers.reshape(in_features, -1, len(AWQ_ORDER))[..., np.array(AWQ_ORDER)]
+        qweight = _words(by_word.reshape(in_features, -1), scheme.bits, 1)
+    else:
+        qweight = _words(integers, scheme.bits, 0)
+    return {"qweight": qweight, "qzeros": _words(zeros, scheme.bits, 1), "scales": scales}
+
+
+def _scales(groups: Floats, half: int) -> Floats:
+    """The scale of each group `[rows, groups, 1]`, as float16 can hold it, with the least squared error."""
+    largest = np.abs(groups).max(-1, keepdims=True)
+    best = np.full(largest.shape, np.inf, np.float32)
+    scales: Floats = np.ones_like(largest)
+    for ratio in CLIPPING if half == 8 else (1.0,):
+        tried = np.maximum(largest * ratio / (half - 1), SMALLEST).astype(np.float16).astype(np.float32)
+        error = np.square(np.clip(np.rint(groups / tried), -half, half - 1) * tried - groups).sum(-1, keepdims=True)
+        scales[error < best] = tried[error < best]
+        best = np.minimum(error, best)
+    return scales
+
+
+def _words(values: Array, bits: int, axis: int) -> Array:
+    """Unsigned integers to int32 words along `axis`, lowest bits first; for widths that divide 32."""
+    each = 32 // bits
+    words = sum(
+        (values[number::each] if axis == 0 else values[:, number::each]).astype(np.uint32) << np.uint32(bits * number)
+        for number in range(each)
+    )
+    return np.ascontiguousarray(words).view(np.int32)
+
+
+def float_rows(tensor: Tensor) -> Iterator[Floats]:
+    """A matrix as float32 stripes of ROWS rows, read one after the other."""
+    count, width = tensor.shape
+    nbytes = tensor.nbytes // max(count, 1)
+    for begin in range(0, count, ROWS):
+        end = min(begin + ROWS, count)
+        part = replace(
+            tensor, shape=(end - begin, width), begin=tensor.begin + begin * nbytes, end=tensor.begin + end * nbytes
+        )
+        yield to_numpy(part).astype(np.float32)
+
+
 def to_numpy(tensor: Tensor) -> Array:
     """Read a tensor; BF16 becomes float32. Raises CheckpointError for a dtype that numpy has not."""
     if tensor.dtype == "BF16":
@@ -114,6 +192,15 @@ def to_numpy(tensor: Tensor) -> Array:
     if tensor.dtype not in NUMPY:
         raise CheckpointError(f"{tensor.name} has dtype {tensor.dtype}, which cannot be read here")
     return np.frombuffer(tensor.read(), dtype=NUMPY[tensor.dtype]).reshape(tensor.shape)
+
+
+def to_bytes(values: Array, dtype: str) -> bytes:
+    """The bytes of an array as a safetensors dtype; BF16 by rounding float32 to nearest even."""
+    if dtype != "BF16":
+        return np.ascontiguousarray(values, dtype=NUMPY[dtype]).tobytes()
+    bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype("<u2").tobytes()
 
 
 def unpack(words: Array, bits: int, axis: int) -> Array:
@@ -132,24 +219,42 @@ def unpack(words: Array, bits: int, axis: int) -> Array:
 
 def dequantize(parts: Mapping[str, Tensor], scheme: Scheme) -> Floats:
     """The float32 `[out, in]` weight that the packed parts stand for."""
+    stripes = list(dequantized_rows(parts, scheme))
+    weight: Floats = np.concatenate(stripes) if stripes else np.empty((0, 0), np.float32)
+    return weight
+
+
+def dequantized_rows(parts: Mapping[str, Tensor], scheme: Scheme) -> Iterator[Floats]:
+    """The same in stripes of ROWS rows, from the top: memory follows the packed parts."""
     qweight, qzeros = to_numpy(parts["qweight"]), to_numpy(parts["qzeros"])
-    scales = to_numpy(parts["scales"]).astype(np.float32)
-    if scheme.packing == "awq":
-        order = np.argsort(AWQ_ORDER)
-        values = unpack(qweight, scheme.bits, 1).reshape(qweight.shape[0], -1, 8)[..., order]
-        values = values.reshape(qweight.shape[0], -1)
-        zeros = unpack(qzeros, scheme.bits, 1).reshape(qzeros.shape[0], -1, 8)[..., order].reshape(qzeros.shape[0], -1)
-    else:
-        values = unpack(qweight, scheme.bits, 0)
-        zeros = unpack(qzeros, scheme.bits, 1)
+    scales = to_numpy(parts["scales"])
+    inputs = qweight.shape[0] if scheme.packing == "awq" else qweight.shape[0] * 32 // scheme.bits
+    group = _groups(parts, scheme, inputs, len(scales))
+    for begin in range(0, scales.shape[1], ROWS):
+        end = min(begin + ROWS, scales.shape[1])
+        words = slice(begin * scheme.bits // 32, end * scheme.bits // 32)
+        if scheme.packing == "awq":
+            values, zeros = (_in_order(unpack(a[:, words], scheme.bits, 1)) for a in (qweight, qzeros))
+        else:
+            values = unpack(qweight[:, begin:end], scheme.bits, 0)
+            zeros = unpack(qzeros[:, words], scheme.bits, 1)
         if scheme.packing == "gptq":
             zeros = (zeros + 1) & ((1 << scheme.bits) - 1)
-    rows = values.shape[0]
-    if "g_idx" in parts:
-        group = to_numpy(parts["g_idx"])
-        if len(group) != rows or group.min() < 0 or group.max() >= len(scales):
-            raise CheckpointError(f"{parts['g_idx'].name} names groups that there are not")
-    else:
-        group = np.arange(rows) // (rows if scheme.group_size == -1 else scheme.group_size)
-    weight: Floats = ((values - zeros[group]) * scales[group]).T.astype(np.float32)
-    return weight
+        weight: Floats = (values - zeros[group]).astype(np.float32)
+        weight *= scales[:, begin:end].astype(np.float32)[group]
+        yield np.ascontiguousarray(weight.T)
+
+
+def _groups(parts: Mapping[str, Tensor], scheme: Scheme, inputs: int, count: int) -> Array:
+    """The group of each input, of `count` groups."""
+    if "g_idx" not in parts:
+        return np.arange(inputs) // (inputs if scheme.group_size == -1 else scheme.group_size)
+    group = to_numpy(parts["g_idx"])
+    if len(group) != inputs or group.min() < 0 or group.max() >= count:
+        raise CheckpointError(f"{parts['g_idx'].name} names groups that there are not")
+    return group
+
+
+def _in_order(values: Array) -> Array:
+    """AWQ's integers along the output, as they were before packing."""
+    return values.reshape(len(values), -1, len(AWQ_ORDER))[..., np.argsort(AWQ_ORDER)].reshape(len(values), -1)

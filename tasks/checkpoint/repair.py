@@ -1,111 +1,291 @@
 """Repairs the MTP head of a checkpoint that was made elsewhere, in place.
 
-Shards that hold a part of the old head are rewritten without it; the base's head goes into a shard of its own; index
-and configs say so. New files are complete before the index names them, and no file is ever half-written.
+What the checkpoint should be is worked out first, from headers and the head's bytes alone; what differs is written and
+installed at one stroke. Nothing differs, nothing is touched.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint.assemble import configs_agree
-from tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint, read_json
-from tasks.checkpoint.engines import draft_problem, missing_vision_files, verdicts
-from tasks.checkpoint.head import HEAD_SHARD, HeadFiles, keep_head, without_head
+from tasks.checkpoint.checkpoint import BESIDE, INDEX, QUANTIZATION, SINGLE, Checkpoint, read_json
+from tasks.checkpoint.engines import draft_problem, verdicts
+from tasks.checkpoint.head import HEAD_SHARD, Tensors, dequantized_head, head_tensors
 from tasks.checkpoint.header import Tensor
-from tasks.checkpoint.mtp import Head
-from tasks.checkpoint.packing import REQUIRED
-from tasks.checkpoint.writer import index_of, write_file, write_shard
+from tasks.checkpoint.install import clear, finish, install, locked, staged
+from tasks.checkpoint.inventory import missing_parts
+from tasks.checkpoint.mtp import LAYER_COUNTS, find_head, with_head_entries
+from tasks.checkpoint.writer import index_of, place_shard, write_file, write_json
 from tasks.errors import CheckpointError
 
 RESTORED = "model-restored-{:05d}.safetensors"
+# Files that a tokenizer, a processor or generation reads; config, index and what a quantizer writes are no such files.
+AUXILIARY = (".json", ".txt", ".jinja", ".model", ".tiktoken")
+NOT_AUXILIARY = {"config.json", INDEX, *BESIDE}
 
 
-def repair(folder: Path, base_folder: Path | None) -> dict[str, Any]:
-    """Give `folder` the head of its base, bit for bit. Changes nothing if it has that already.
+@dataclass(frozen=True)
+class Base:
+    """Where the head comes from. `bring` makes the data of these tensors and files readable below the folder."""
 
-    Raises CheckpointError without a base where one is needed, and if base and checkpoint do not fit each other.
+    folder: Path
+    bring: Callable[[Iterable[Tensor], Iterable[str]], None] = lambda tensors, files: None
+
+
+@dataclass
+class Plan:
+    """What differs from what should be. `restored` are names of the head's tensors."""
+
+    shards: dict[str, list[Tensor]] = field(default_factory=dict)
+    linked: dict[str, str] = field(default_factory=dict)  # new name to old
+    documents: dict[str, dict[str, Any]] = field(default_factory=dict)
+    copied: dict[str, Path] = field(default_factory=dict)
+    removed: list[str] = field(default_factory=list)
+    restored: list[str] = field(default_factory=list)
+
+    @property
+    def written(self) -> list[str]:
+        return sorted([*self.shards, *self.linked, *self.documents, *self.copied])
+
+
+def repair(folder: Path, base: Base | None, *, precision: str = "keep", dry_run: bool = False) -> dict[str, Any]:
+    """Give `folder` the head of its base (bit for bit, or packed to `precision`: int8, int4), and index, configs and
+    auxiliary files that fit. Without a base, a packed head that no engine can load is dequantized, which loses what the
+    packing lost. Returns the document of `requant mtp-fix --json`.
+
+    Raises CheckpointError where a base is needed, and if base and checkpoint do not fit each other.
     """
-    _finish_interrupted(folder)
-    checkpoint = Checkpoint.open(folder).sound()
-    if base_folder is None:
-        return _without_base(checkpoint)
-    base = Checkpoint.open(base_folder).sound()
-    head = base.head
+    folder = folder.resolve()
+    with locked(folder):
+        if not dry_run:
+            finish(folder)
+        plan = plan_repair(folder, base, precision)
+        if not dry_run:
+            clear(folder)
+        if plan.written and not dry_run:
+            with staged(folder) as stage:
+                _write(plan, folder, stage)
+                install(stage, folder, plan.removed)
+    return {
+        "changed": bool(plan.written) and not dry_run,
+        "tensors_restored": len(plan.restored),
+        "source": "base" if base else "dequantized",
+        "writes": plan.written,
+        "removes": [name for name in plan.removed if name not in plan.written],
+        "engines": verdicts(Checkpoint.open(folder)),
+    }
+
+
+def plan_repair(folder: Path, base: Base | None, precision: str) -> Plan:
+    """What `repair` would do, from headers, configs and the bytes of the head."""
+    checkpoint = _readable(folder)
+    source = Checkpoint.open(base.folder).sound() if base else None
+    if source is not None:
+        _check_base(checkpoint, source)
+    wanted = _wanted_head(checkpoint, source, precision)
+    plan = Plan()
+    if base is not None and source is not None:
+        plan.copied = {n: base.folder / n for n in _auxiliary(base.folder) if not (folder / n).is_file()}
+        base.bring((source.tensors[n] for n in (source.head.names if source.head else ())), plan.copied)
+    old = _old_head(checkpoint, source)
+    plan.restored = _differing(checkpoint, wanted, old)
+    layout = _layout_of(checkpoint.tensors.values())
+    if plan.restored:
+        layout = _replace_head(plan, layout, wanted, old)
+    if plan.restored or (folder / INDEX).exists():
+        _put(plan, folder, INDEX, _index(folder, layout))
+    tensors = {tensor.name: tensor for shard in layout.values() for tensor in shard}
+    after = _put_configs(plan, replace(checkpoint, tensors=tensors, problems=[]), source)
+    missing = missing_parts(after, after.head) if after.head else []
+    if missing:
+        raise CheckpointError(f"{folder}: {missing[0]} is missing from the MTP head: name the base with --base")
+    return plan
+
+
+def _readable(folder: Path) -> Checkpoint:
+    """The checkpoint as its shards' headers have it. An index that contradicts them is a thing to repair, as long as
+    each tensor that it names is there once; anything else stops here."""
+    checkpoint = Checkpoint.open(folder)
+    if not checkpoint.fatal:
+        return checkpoint
+    if not (folder / INDEX).exists():
+        return checkpoint.sound()
+    weight_map = read_json(folder / INDEX)["weight_map"]
+    if not all(os.path.isfile(folder / shard) for shard in checkpoint.shards) or _lone_single(checkpoint):
+        return checkpoint.sound()
+    whole = Checkpoint.open_shards(folder, checkpoint.shards)
+    head = find_head(weight_map, checkpoint.text_config)
+    lost = set(weight_map) - set(whole.tensors) - set(head.names if head else ())
+    return checkpoint.sound() if lost or _twice(folder, checkpoint.shards, len(whole.tensors)) else whole
+
+
+def _lone_single(checkpoint: Checkpoint) -> bool:
+    return (checkpoint.folder / SINGLE).exists() and SINGLE not in checkpoint.shards
+
+
+def _twice(folder: Path, shards: Iterable[str], distinct: int) -> bool:
+    """Whether a tensor is in two shards: then only the index could tell which one counts."""
+    return sum(len(Checkpoint.open_shards(folder, [shard]).tensors) for shard in shards) != distinct
+
+
+def _check_base(checkpoint: Checkpoint, base: Checkpoint) -> None:
+    if base.head is None:
+        raise CheckpointError(f"the base {base.folder} has no MTP head: there is nothing to restore")
+    for key in ("hidden_size", "vocab_size", "num_hidden_layers"):
+        ours, theirs = checkpoint.text_config.get(key), base.text_config.get(key)
+        if ours != theirs:
+            raise CheckpointError(
+                f"{base.folder} is not the base of {checkpoint.folder}: {key} is {theirs} there and {ours} here"
+            )
+    for name, tensor in checkpoint.tensors.items():
+        there = base.tensors.get(name)
+        if there is not None and there.shape != tensor.shape:
+            raise CheckpointError(
+                f"{base.folder} is not the base of {checkpoint.folder}: {name} is {list(there.shape)} there and "
+                f"{list(tensor.shape)} here"
+            )
+
+
+def _wanted_head(checkpoint: Checkpoint, base: Checkpoint | None, precision: str) -> Tensors:
+    """The head as it should be; what is there already, where nothing is wrong with it."""
+    if base is not None:
+        return head_tensors(base, precision, checkpoint.quantization)
+    if precision != "keep":
+        raise CheckpointError(f"a head with {precision} is made from the base's: name it with --base")
+    head = checkpoint.head
     if head is None:
-        raise CheckpointError(f"the base {base_folder} has no MTP head: there is nothing to restore")
-    if base.text_config.get("hidden_size") != checkpoint.text_config.get("hidden_size"):
-        raise CheckpointError(f"{base_folder} is not the base of {folder}: their hidden_size differ")
-    files = [name for name in missing_vision_files(checkpoint) if (base_folder / name).is_file()]
-    for name in files:
-        write_file(folder, name, [(base_folder / name).read_bytes()])
-    restored = _differing(checkpoint, {n: base.tensors[n] for n in head.names})
-    if restored or draft_problem(checkpoint) or checkpoint.problems or not configs_agree(checkpoint):
-        _replace_head(checkpoint, base, head)
-    elif not files:
-        return _result(checkpoint, changed=False, restored=0)
-    return _result(Checkpoint.open(folder), changed=True, restored=len(restored))
+        raise CheckpointError(f"{checkpoint.folder} has no MTP head: name the base with --base to restore it")
+    if draft_problem(checkpoint) is None:
+        return {name: checkpoint.tensors[name] for name in head.names}
+    return dequantized_head(checkpoint)
 
 
-def _finish_interrupted(folder: Path) -> None:
-    """Take away the single file of a checkpoint whose index, written by an earlier call, no longer names it."""
-    if (folder / INDEX).exists() and (folder / SINGLE).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if isinstance(weight_map, dict) and HEAD_SHARD in weight_map.values() and SINGLE not in weight_map.values():
-            (folder / SINGLE).unlink()
+def _old_head(checkpoint: Checkpoint, base: Checkpoint | None) -> set[str]:
+    """Every tensor of the checkpoint below the head's prefixes, its own or the base's."""
+    prefixes = {p for each in (checkpoint, base) if each and each.head for p in each.head.prefixes}
+    return {name for name in checkpoint.tensors if any(name.startswith(f"{prefix}.") for prefix in prefixes)}
 
 
-def _replace_head(checkpoint: Checkpoint, base: Checkpoint, head: Head) -> None:
-    folder = checkpoint.folder
-    old = set(checkpoint.head.names if checkpoint.head else ())
-    layout: dict[str, list[Tensor]] = {}
-    for tensor in checkpoint.tensors.values():
-        layout.setdefault(tensor.path.name, []).append(tensor)
-    stale = [shard for shard, tensors in layout.items() if any(t.name in old for t in tensors) or shard == SINGLE]
-    body: dict[str, list[Tensor]] = {s: t for s, t in layout.items() if s not in stale}
-    for number, shard in enumerate(stale, 1):
-        rest = [t for t in layout[shard] if t.name not in old]
-        if rest:
-            name = _free_name(folder, number)
-            write_shard(folder, name, rest)
-            body[name] = rest
-    files = HeadFiles(checkpoint.config, index_of(body))
-    keep_head(without_head(files, head, keep_count=True), base, folder)
-    for shard in stale:
-        if shard != HEAD_SHARD:
-            (folder / shard).unlink()
-
-
-def _without_base(checkpoint: Checkpoint) -> dict[str, Any]:
-    problem = draft_problem(checkpoint)
-    if problem:
-        raise CheckpointError(f"{checkpoint.folder}: {problem}; name the base with --base to restore its head")
-    return _result(checkpoint, changed=False, restored=0)
-
-
-def _differing(checkpoint: Checkpoint, head: dict[str, Tensor]) -> list[str]:
-    """The head's tensors that the checkpoint has not, or not bit for bit, or has packed."""
+def _differing(checkpoint: Checkpoint, wanted: Tensors, old: set[str]) -> list[str]:
+    """The wanted tensors that the checkpoint has not, or not bit for bit; else those that it has too many."""
     differing = []
-    for name, tensor in head.items():
+    for name, tensor in wanted.items():
         ours = checkpoint.tensors.get(name)
         same = ours is not None and (ours.dtype, ours.shape) == (tensor.dtype, tensor.shape)
-        if not same or ours is None or any(a != b for a, b in zip(ours.chunks(), tensor.chunks(), strict=True)):
+        if not same or ours is None or (ours != tensor and not _same_bytes(ours, tensor)):
             differing.append(name)
-    packed = {n for n in (checkpoint.head.names if checkpoint.head else ()) if n.rsplit(".", 1)[1] in REQUIRED}
-    return differing or sorted(packed)
+    return differing or sorted(old - set(wanted))
 
 
-def _free_name(folder: Path, number: int) -> str:
-    while (folder / RESTORED.format(number)).exists():
-        number += 1
-    return RESTORED.format(number)
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    if one.nbytes != other.nbytes:
+        return False
+    ours, theirs = one.chunks(), other.chunks()
+    rest = b""
+    for chunk in ours:  # a computed tensor comes as one chunk
+        while len(rest) < len(chunk):
+            rest += next(theirs)
+        if rest[: len(chunk)] != chunk:
+            return False
+        rest = rest[len(chunk) :]
+    return True
 
 
-def _result(checkpoint: Checkpoint, *, changed: bool, restored: int) -> dict[str, Any]:
-    return {
-        "changed": changed,
-        "tensors_restored": restored,
-        "source": "base",
-        "engines": verdicts(checkpoint),
-    }
+def _layout_of(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
+    layout: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        layout.setdefault(tensor.path.name, []).append(tensor)
+    return layout
+
+
+def _replace_head(
+    plan: Plan, layout: dict[str, list[Tensor]], wanted: Tensors, old: set[str]
+) -> dict[str, list[Tensor]]:
+    """The layout with the wanted head in a shard of its own; shards that held a part of the old one lose it."""
+    after: dict[str, list[Tensor]] = {}
+    for shard, tensors in layout.items():
+        rest = [t for t in tensors if t.name not in old]
+        cut = len(rest) < len(tensors)
+        name = _free_name(layout, after) if cut or shard == SINGLE else shard
+        if rest:
+            after[name] = rest
+        if rest and cut:
+            plan.shards[name] = rest
+        elif rest and name != shard:
+            plan.linked[name] = shard
+        if name != shard and shard != HEAD_SHARD:
+            plan.removed.append(shard)
+    plan.shards[HEAD_SHARD] = after[HEAD_SHARD] = list(wanted.values())
+    return after
+
+
+def _free_name(*taken: Iterable[str]) -> str:
+    """A shard that loses tensors gets a new name, so that the old index stays true until the new one is there."""
+    used = {name for names in taken for name in names}
+    return next(name for number in itertools.count(1) if (name := RESTORED.format(number)) not in used)
+
+
+def _index(folder: Path, layout: dict[str, list[Tensor]]) -> dict[str, Any]:
+    """The index of a layout; what else stood in the old one stays."""
+    old = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
+    new = index_of(layout)
+    metadata = old.get("metadata")
+    new["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), **new["metadata"]}
+    return {**old, **new}
+
+
+def _put_configs(plan: Plan, checkpoint: Checkpoint, base: Checkpoint | None) -> Checkpoint:
+    """Configs that promise the head's layers and say how its tensors are stored, in words that the engines read.
+
+    Returns the checkpoint as it will be.
+    """
+    folder = checkpoint.folder
+    config = _with_layer_count(checkpoint.config, base) if base else checkpoint.config
+    checkpoint = replace(checkpoint, config=config)
+    quantization = checkpoint.quantization
+    head = checkpoint.head
+    if quantization:
+        if head is not None and (plan.restored or draft_problem(checkpoint) is not None):
+            quantization = with_head_entries(quantization, head, checkpoint.tensors)
+        config = {**config, "quantization_config": quantization}
+        by_auto_round = quantization.get("quant_method") == "auto-round"  # it writes both
+        if (folder / QUANTIZATION).exists() or (plan.restored and by_auto_round):
+            _put(plan, folder, QUANTIZATION, quantization)
+    _put(plan, folder, "config.json", config)
+    return replace(checkpoint, config=config)
+
+
+def _with_layer_count(config: dict[str, Any], base: Checkpoint) -> dict[str, Any]:
+    """The config with the base's number of MTP layers, where the base's config has it."""
+    counts = {key: base.text_config[key] for key in LAYER_COUNTS if key in base.text_config}
+    if isinstance(config.get("text_config"), dict) and base.text_config is not base.config:
+        return {**config, "text_config": {**config["text_config"], **counts}}
+    return {**config, **counts}
+
+
+def _put(plan: Plan, folder: Path, name: str, document: dict[str, Any]) -> None:
+    there = folder / name
+    if not there.exists() or json.dumps(read_json(there), sort_keys=True) != json.dumps(document, sort_keys=True):
+        plan.documents[name] = document
+
+
+def _auxiliary(folder: Path) -> list[str]:
+    files = [path.name for path in folder.iterdir() if path.is_file() and path.suffix in AUXILIARY]
+    return sorted(name for name in files if name not in NOT_AUXILIARY and not name.startswith("."))
+
+
+def _write(plan: Plan, folder: Path, stage: Path) -> None:
+    for shard, tensors in plan.shards.items():
+        place_shard(stage, shard, tensors)
+    for name, old in plan.linked.items():
+        (stage / name).hardlink_to((folder / old).resolve())
+    for name, document in plan.documents.items():
+        write_json(stage, name, document)
+    for name, path in plan.copied.items():
+        write_file(stage, name, [path.read_bytes()])

@@ -2,38 +2,74 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
+import math
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tasks.artifact import File
 from tasks.checkpoint.header import DTYPE_BITS, Tensor
+from tasks.errors import CheckpointError
 
 MAX_SHARD = 5_000_000_000  # bytes, as transformers splits
 
 
-def write_file(root: Path, path: str, pieces: Iterable[bytes]) -> File:
-    """Write `root/path` under a temporary name, sync, rename; on an exception nothing of it is left."""
-    target = root / path
+@dataclass(frozen=True)
+class Computed(Tensor):
+    """A tensor that lies in no file yet: its bytes are made when it is written. `path` is where it will lie."""
+
+    compute: Callable[[], Iterable[bytes]]
+
+    @classmethod
+    def of(cls, name: str, dtype: str, shape: tuple[int, ...], compute: Callable[[], Iterable[bytes]]) -> Computed:
+        nbytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
+        return cls(name, dtype, shape, Path(), 0, nbytes, compute)
+
+    def chunks(self) -> Iterator[bytes]:
+        made = 0
+        for data in self.compute():
+            made += len(data)
+            yield data
+        if made != self.nbytes:
+            raise ValueError(f"{self.name} was computed with {made} bytes, not {self.nbytes}")
+
+
+@contextlib.contextmanager
+def whole_file(target: Path) -> Iterator[BinaryIO]:
+    """A stream into a temporary file that is synced and gets its name at the end; on an exception nothing is left."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     target.parent.mkdir(parents=True, exist_ok=True)
-    hasher, size = hashlib.sha256(), 0
     try:
-        with temporary.open("wb") as stream:
-            for piece in pieces:
-                stream.write(piece)
-                hasher.update(piece)
-                size += len(piece)
-            stream.flush()
+        with temporary.open("wb", buffering=0) as stream:
+            yield stream
             os.fsync(stream.fileno())
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_file(root: Path, path: str, pieces: Iterable[bytes]) -> File:
+    """Write `root/path` whole or not at all, and describe it."""
+    hasher, size = hashlib.sha256(), 0
+    with whole_file(root / path) as stream:
+        for piece in pieces:
+            _write(stream, piece)
+            hasher.update(piece)
+            size += len(piece)
     return File(path, size, hasher.hexdigest())
+
+
+def _write(stream: BinaryIO, piece: bytes) -> None:
+    left = memoryview(piece)
+    while left:  # an unbuffered stream may take a part
+        left = left[stream.write(left) :]
 
 
 def write_json(root: Path, path: str, document: Any) -> File:
@@ -42,14 +78,31 @@ def write_json(root: Path, path: str, document: Any) -> File:
 
 
 def write_shard(root: Path, path: str, tensors: Sequence[Tensor]) -> File:
-    """Write one safetensors file from tensors that lie in other files. Memory stays at one chunk.
+    """Write one safetensors file from tensors that lie in other files. Memory stays at one chunk."""
+    ordered, header = _lay_out(tensors)
+    return write_file(root, path, itertools.chain([header], *(tensor.chunks() for tensor in ordered)))
+
+
+def place_shard(root: Path, path: str, tensors: Sequence[Tensor]) -> None:
+    """The same for a folder that no manifest describes: without a hash, and the kernel does the copying."""
+    ordered, header = _lay_out(tensors)
+    with whole_file(root / path) as stream:
+        _write(stream, header)
+        for tensor in ordered:
+            if isinstance(tensor, Computed) or not _copied_by_kernel(tensor, stream):
+                for chunk in tensor.chunks():
+                    _write(stream, chunk)
+
+
+def _lay_out(tensors: Sequence[Tensor]) -> tuple[list[Tensor], bytes]:
+    """The tensors in the order of their bytes, and what comes before these.
 
     Wide dtypes come first, so that every tensor is aligned to its element size: readers view the file's bytes.
     """
-    tensors = sorted(tensors, key=lambda t: -DTYPE_BITS[t.dtype])
+    ordered = sorted(tensors, key=lambda t: -DTYPE_BITS[t.dtype])
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for tensor in tensors:
+    for tensor in ordered:
         header[tensor.name] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
@@ -58,13 +111,24 @@ def write_shard(root: Path, path: str, tensors: Sequence[Tensor]) -> File:
         offset += tensor.nbytes
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)  # the data begins at a multiple of 8, as the reference writer has it
+    return ordered, struct.pack("<Q", len(raw)) + raw
 
-    def pieces() -> Iterable[bytes]:
-        yield struct.pack("<Q", len(raw)) + raw
-        for tensor in tensors:
-            yield from tensor.chunks()
 
-    return write_file(root, path, pieces())
+def _copied_by_kernel(tensor: Tensor, stream: BinaryIO) -> bool:
+    """Copy a tensor without its bytes passing through this process. False where that cannot be: nothing is written."""
+    position, left = tensor.begin, tensor.nbytes
+    with tensor.path.open("rb") as source:
+        while left:
+            try:
+                copied = os.copy_file_range(source.fileno(), stream.fileno(), left, position)
+            except (OSError, AttributeError):  # another file system, or another system
+                if left == tensor.nbytes:
+                    return False
+                raise
+            if not copied:
+                raise CheckpointError(f"{tensor.path.name} ends inside {tensor.name}: download the file again")
+            position, left = position + copied, left - copied
+    return True
 
 
 def split_into_shards(tensors: Iterable[Tensor], limit: int = MAX_SHARD) -> dict[str, list[Tensor]]:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from tasks.gates import Gate
-from tasks.recipe import NOT_YAML, Recipe
+from tasks.recipe import NOT_YAML, PACKED_HEADS, Recipe
 
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:/+-]{0,127}")
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -168,12 +168,19 @@ def _settings(facts: CardFacts) -> list[tuple[str, ...]]:
 def _head_text(facts: CardFacts, head: bool) -> str:
     if not head:
         return "The result has no MTP head." if facts.recipe.mtp == "drop" else "The base has no MTP head."
-    measured = facts.measured
+    measured, precision = facts.measured, facts.recipe.mtp
+    what = f"Bit for bit the base's {measured['head']} tensors, in a shard of their own, excluded in both quantization "
+    what += "configs."
+    if precision in PACKED_HEADS:
+        what = (
+            f"The layers of the head are the base's, rounded to nearest and packed to {precision.upper()}; its fusion "
+            f"layer, norms and whatever does not fit the packing, {measured['head']} tensors, are bit for bit "
+            "the base's."
+        )
     if measured["mtp_acceptance"] is None:
-        return "Bit for bit the base's, in a shard of its own. Its acceptance was not measured."
+        return f"{what} Its acceptance was not measured."
     return (
-        f"Bit for bit the base's {measured['head']} tensors, in a shard of their own, excluded in both quantization "
-        "configs. Teacher-forced acceptance of its first draft on the quantized model: "
+        f"{what} Teacher-forced acceptance of its first draft on the quantized model: "
         f"{measured['mtp_acceptance']:.1%}; of the base: {measured['base_mtp_acceptance']:.1%}. Other "
         "text differs, and an engine that drafts on its own greedy output accepts more."
     )

@@ -102,7 +102,13 @@ def packed_names(names: Any) -> list[str]:
     ]
 
 
+FULL = {"bits": 16, "data_type": "fp"}
+# Shapes that 32 does not divide stay 16 bit, and auto-round names them.
+NARROW = {f"model.language_model.layers.{n}.linear_attn.in_proj_{side}": FULL for n in range(3) for side in "ab"}
+
+
 def quantization_config(**more: Any) -> dict[str, Any]:
+    """auto-round's, for a pico model."""
     return {
         "quant_method": "auto-round",
         "packing_format": "auto_round:auto_gptq",
@@ -110,6 +116,7 @@ def quantization_config(**more: Any) -> dict[str, Any]:
         "group_size": GROUP,
         "sym": True,
         "block_name_to_quantize": "model.language_model.layers",
+        "extra_config": NARROW,
         **more,
     }
 

@@ -14,9 +14,17 @@ from tasks.checkpoint.checkpoint import INDEX, Checkpoint
 from tasks.checkpoint.head import HEAD_SHARD, HeadFiles, check_head, keep_head, shards_with_head, without_head
 from tasks.errors import CheckpointError
 from tests.pico import pico_base
-from tests.unit.making import all_tensors, file_from, quantization_config, raw_tensors, write_checkpoint, write_packed
+from tests.unit.making import (
+    FULL,
+    NARROW,
+    all_tensors,
+    file_from,
+    quantization_config,
+    raw_tensors,
+    write_checkpoint,
+    write_packed,
+)
 
-FULL = {"bits": 16, "data_type": "fp"}
 SHARD = "model-00001-of-00001.safetensors"
 
 
@@ -67,7 +75,7 @@ def test_both_configs_say_that_the_head_is_not_quantized(quantized: Path, base: 
     config = read(quantized / "config.json")
     modules = {n.removesuffix(".weight") for n in all_tensors(base) if n.startswith("mtp.") and "norm" not in n}
     assert len(modules) == 8
-    expected = quantization_config(extra_config=dict.fromkeys((".*mtp.*", *modules), FULL))
+    expected = quantization_config(extra_config=NARROW | dict.fromkeys((".*mtp.*", *modules), FULL))
     assert config.pop("quantization_config") == expected == read(quantized / "quantization_config.json")
     assert config == read(base / "config.json")
 
@@ -83,7 +91,7 @@ def test_only_four_files_are_written_and_described_as_they_lie_there(
 def test_the_layers_of_the_main_model_stay_quantized_as_they_were(quantized: Path, base: Path) -> None:
     kept(quantized, base)
     extra = read(quantized / "quantization_config.json")["extra_config"]
-    main = [n.removesuffix(".weight") for n in all_tensors(base) if not n.startswith("mtp.")]
+    main = {n.removesuffix(".weight") for n in all_tensors(base) if not n.startswith("mtp.")} - set(NARROW)
     assert not [m for m in main for key in extra if key == m or ("*" in key and re.search(key, m))]
 
 
@@ -168,7 +176,7 @@ BEHIND = {
 def inlined(folder: Path) -> tuple[Path, Path]:
     """A base with such a head, and a checkpoint made of it."""
     base = write_checkpoint(folder / "base", {"b1.safetensors": MAIN, "b2.safetensors": BEHIND}, TEXT)
-    quantization = quantization_config(block_name_to_quantize="model.layers")
+    quantization = quantization_config(block_name_to_quantize="model.layers", extra_config={})
     made = write_checkpoint(folder / "made", {SHARD: MAIN}, {**TEXT, "quantization_config": quantization})
     return base, made
 

@@ -94,9 +94,8 @@ def test_layers_are_counted_by_either_key() -> None:
 def test_the_entries_name_matrices_exactly_and_all_of_the_head_by_a_regex() -> None:
     head, tensors = head_and_tensors(APART)
     entries = unquantized_entries(head, tensors)
-    assert entries == dict.fromkeys(
-        (".*mtp.*", "mtp.fc", "mtp.layers.0.mlp.gate", "mtp.layers.0.self_attn.q_proj"), FULL
-    )
+    modules = ("mtp.fc", "mtp.layers.0.mlp.gate", "mtp.layers.0.mlp.experts", "mtp.layers.0.self_attn.q_proj")
+    assert entries == dict.fromkeys((".*mtp.*", *modules), FULL)
 
 
 @pytest.mark.parametrize("shapes", [APART, INLINED], ids=["apart", "inlined"])

@@ -1,0 +1,40 @@
+"""What every command of `requant` has: --json, one document on stdout, an exit status."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from tasks.errors import redact
+
+NEW_FOLDER = click.Path(path_type=Path, file_okay=False)
+NEW_FILE = click.Path(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def command(name: str) -> Callable[[F], click.Command]:
+    """A command that returns (document, text, exit status) and gets --json."""
+
+    def wrap(function: F) -> click.Command:
+        @functools.wraps(function)
+        def run(as_json: bool, **arguments: Any) -> None:
+            document, text, status = function(**arguments)
+            click.echo(redact(json.dumps(document, indent=1) if as_json else _visible(text)))
+            sys.exit(status)
+
+        option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else.")
+        return click.command(name)(option(run))
+
+    return wrap
+
+
+def _visible(text: str) -> str:
+    """Text for a terminal: whatever would move its cursor or hide a part, in a name from outside, is spelled out."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

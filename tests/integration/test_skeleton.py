@@ -1,0 +1,151 @@
+"""Repos looked at through Range requests, and heads fetched without the rest: `inspect` and `mtp-fix --base`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from infra.hub.launch import HubStandIn
+from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.errors import CheckpointError, HubError, HubUnavailable
+from tasks.hub.revision import resolve
+from tasks.hub.skeleton import fill, lay_out
+from tests.integration.conftest import Requant
+from tests.pico import TINY, pico_base
+from tests.unit.making import all_tensors
+
+REPO = "demo/tiny"
+
+
+@pytest.fixture(scope="module")
+def tiny(hub: HubStandIn) -> Path:
+    hub.seed(REPO, TINY)
+    return TINY
+
+
+@pytest.fixture(autouse=True)
+def endpoint(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants as constants
+
+    for name, value in hub.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+def sent(hub: HubStandIn) -> int:
+    return sum(exchange["bytes_out"] for exchange in hub.traffic())
+
+
+def test_a_skeleton_has_every_header_and_hardly_any_data(hub: HubStandIn, tiny: Path, tmp_path: Path) -> None:
+    hub.reset_traffic()
+    skeleton = Checkpoint.open(lay_out(resolve(REPO), tmp_path / "skeleton"))
+    whole = Checkpoint.open(tiny)
+    assert skeleton.problems == [] and skeleton.config == whole.config
+    assert {n: (t.dtype, t.shape, t.begin, t.end) for n, t in skeleton.tensors.items()} == {
+        n: (t.dtype, t.shape, t.begin, t.end) for n, t in whole.tensors.items()
+    }
+    assert sent(hub) < 60_000 < whole.nbytes
+    for path in tiny.iterdir():
+        assert (skeleton.folder / path.name).stat().st_size == path.stat().st_size
+
+
+def test_a_header_longer_than_the_first_guess_is_fetched_whole(
+    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.hub.skeleton.GUESS", 1000)
+    hub.seed("demo/long", pico_base(tmp_path / "base"))
+    skeleton = Checkpoint.open(lay_out(resolve("demo/long"), tmp_path / "skeleton"))
+    assert skeleton.problems == [] and len(skeleton.tensors) == len(all_tensors(tmp_path / "base"))
+
+
+def test_only_the_tensors_asked_for_are_filled_in(
+    hub: HubStandIn, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.hub.skeleton.NEIGHBOURS", 0)
+    monkeypatch.setattr("tasks.hub.skeleton.GUESS", 1000)
+    revision = resolve(REPO)
+    skeleton, whole = Checkpoint.open(lay_out(revision, tmp_path / "skeleton")), Checkpoint.open(tiny)
+    assert skeleton.head is not None
+    hub.reset_traffic()
+    fill(revision, skeleton.folder, [skeleton.tensors[name] for name in skeleton.head.names])
+    for name, tensor in whole.tensors.items():
+        assert (skeleton.tensors[name].read() == tensor.read()) is (name in skeleton.head.names)
+    held = sum(whole.tensors[name].nbytes for name in skeleton.head.names)
+    assert held <= sent(hub) < held + 200_000
+
+
+def test_a_lost_connection_and_server_errors_are_tried_again(hub: HubStandIn, tiny: Path, tmp_path: Path) -> None:
+    hub.fault(r"resolve/.*/config\.json", status=503)
+    hub.fault(r"resolve/.*index\.json", status=429, retry_after=0)
+    assert Checkpoint.open(lay_out(resolve(REPO), tmp_path / "skeleton")).problems == []
+
+
+def test_an_answer_cut_short_goes_on_where_it_ended(hub: HubStandIn, tiny: Path, tmp_path: Path) -> None:
+    hub.reset_traffic()
+    hub.fault(r"resolve/.*00002-of-00002\.safetensors", cut_after_bytes=3000, times=2)
+    assert Checkpoint.open(lay_out(resolve(REPO), tmp_path / "skeleton")).problems == []
+    assert sent(hub) < 60_000
+
+
+def test_answers_that_are_always_cut_are_an_error_and_no_header_of_zeros(
+    hub: HubStandIn, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.hub.skeleton.PAUSES", (0, 0))
+    hub.fault(r"resolve/.*00002-of-00002\.safetensors", cut_after_bytes=3000, times=None)
+    with pytest.raises(HubUnavailable, match="00002-of-00002"):
+        lay_out(resolve(REPO), tmp_path / "skeleton")
+
+
+def test_an_index_that_is_no_json_is_refused_with_its_name(hub: HubStandIn, tmp_path: Path) -> None:
+    base = pico_base(tmp_path / "base")
+    (base / "model.safetensors.index.json").write_text("{")
+    hub.seed("demo/broken", base)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
+        lay_out(resolve("demo/broken"), tmp_path / "skeleton")
+
+
+def test_a_repo_that_is_not_there_is_a_sentence(requant: Requant) -> None:
+    outcome = requant("inspect", "demo/nowhere", "--json")
+    assert outcome.status == 1 and "demo/nowhere does not exist" in outcome.document["error"]
+    with pytest.raises(HubError):
+        resolve("demo/nowhere")
+
+
+def test_inspect_of_a_repo_says_what_inspect_of_its_folder_says(requant: Requant, tiny: Path) -> None:
+    by_hub, by_folder = requant("inspect", REPO, "--json"), requant("inspect", str(tiny), "--json")
+    assert by_hub.status == by_folder.status == 0, by_hub.stderr
+    assert by_hub.document == by_folder.document
+    assert requant("inspect", f"{REPO}@main").status == 0
+
+
+def test_deep_inspection_of_a_repo_is_refused(requant: Requant, tiny: Path) -> None:
+    outcome = requant("inspect", REPO, "--deep")
+    assert outcome.status == 1 and "download it first" in outcome.stderr
+
+
+def test_mtp_fix_takes_the_head_of_a_repo_and_nothing_else(
+    requant: Requant, hub: HubStandIn, tiny: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "made"
+    shutil.copytree(tiny, folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shards = {shard for name, shard in index["weight_map"].items() if name.startswith("mtp.")}
+    head = {name: raw for name, raw in all_tensors(tiny).items() if name.startswith("mtp.")}
+    tensor = Checkpoint.open(folder).tensors["mtp.fc.weight"]
+    with tensor.path.open("r+b") as stream:
+        stream.seek(tensor.begin)
+        stream.write(bytes(100))
+    (folder / "tokenizer.json").unlink()
+    hub.reset_traffic()
+    outcome = requant("mtp-fix", str(folder), "--base", REPO, "--json")
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.document["changed"] and outcome.document["tensors_restored"] == 1
+    assert all_tensors(folder) == all_tensors(tiny)
+    assert {n: raw for n, raw in all_tensors(folder).items() if n.startswith("mtp.")} == head
+    assert (folder / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
+    limit = sum(len(raw[2]) for raw in head.values()) + (tiny / "tokenizer.json").stat().st_size + 200_000
+    assert sent(hub) < limit and shards
