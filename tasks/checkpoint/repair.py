@@ -6,21 +6,22 @@ installed at one stroke. Nothing differs, nothing is touched.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint.checkpoint import BESIDE, INDEX, QUANTIZATION, SINGLE, Checkpoint, read_json
+from tasks.checkpoint.checkpoint import BESIDE, INDEX, QUANTIZATION, SINGLE, Ambiguous, Checkpoint, read_json
 from tasks.checkpoint.engines import draft_problem, verdicts
 from tasks.checkpoint.head import HEAD_SHARD, Tensors, dequantized_head, head_tensors
-from tasks.checkpoint.header import Tensor
+from tasks.checkpoint.header import Tensor, read_header
 from tasks.checkpoint.install import clear, finish, install, locked, staged
 from tasks.checkpoint.inventory import missing_parts
 from tasks.checkpoint.mtp import LAYER_COUNTS, find_head, with_head_entries
+from tasks.checkpoint.untrusted import parse
 from tasks.checkpoint.writer import index_of, place_shard, write_file, write_json
 from tasks.errors import CheckpointError
 
@@ -100,6 +101,8 @@ def plan_repair(folder: Path, base: Base | None, precision: str) -> Plan:
         layout = _replace_head(plan, layout, wanted, old)
     if plan.restored or (folder / INDEX).exists():
         _put(plan, folder, INDEX, _index(folder, layout))
+        named = set(checkpoint.shards) - set(layout) - set(plan.removed)
+        plan.removed += sorted(shard for shard in named if os.path.lexists(folder / shard))
     tensors = {tensor.name: tensor for shard in layout.values() for tensor in shard}
     after = _put_configs(plan, replace(checkpoint, tensors=tensors, problems=[]), source)
     missing = missing_parts(after, after.head) if after.head else []
@@ -109,29 +112,29 @@ def plan_repair(folder: Path, base: Base | None, precision: str) -> Plan:
 
 
 def _readable(folder: Path) -> Checkpoint:
-    """The checkpoint as its shards' headers have it. An index that contradicts them is a thing to repair, as long as
-    each tensor that it names is there once; anything else stops here."""
+    """The checkpoint as its shards' headers have it.
+
+    An index that contradicts them is a thing to repair, and so is a lost or broken shard of the head, as long as each
+    other tensor that the index names is there once; anything else stops here.
+    """
     checkpoint = Checkpoint.open(folder)
+    ambiguous = [p for p in checkpoint.problems if isinstance(p, Ambiguous) and INDEX not in p]
+    if ambiguous or not (folder / INDEX).exists():
+        return checkpoint.sound()
     if not checkpoint.fatal:
         return checkpoint
-    if not (folder / INDEX).exists():
+    if (folder / SINGLE).exists() and SINGLE not in checkpoint.shards:
         return checkpoint.sound()
+    headers: dict[str, dict[str, Tensor]] = {}
+    for shard in checkpoint.shards:
+        with contextlib.suppress(CheckpointError, OSError):
+            headers[shard] = read_header(folder / shard)
+    tensors = {name: tensor for header in headers.values() for name, tensor in header.items()}
     weight_map = read_json(folder / INDEX)["weight_map"]
-    if not all(os.path.isfile(folder / shard) for shard in checkpoint.shards) or _lone_single(checkpoint):
-        return checkpoint.sound()
-    whole = Checkpoint.open_shards(folder, checkpoint.shards)
     head = find_head(weight_map, checkpoint.text_config)
-    lost = set(weight_map) - set(whole.tensors) - set(head.names if head else ())
-    return checkpoint.sound() if lost or _twice(folder, checkpoint.shards, len(whole.tensors)) else whole
-
-
-def _lone_single(checkpoint: Checkpoint) -> bool:
-    return (checkpoint.folder / SINGLE).exists() and SINGLE not in checkpoint.shards
-
-
-def _twice(folder: Path, shards: Iterable[str], distinct: int) -> bool:
-    """Whether a tensor is in two shards: then only the index could tell which one counts."""
-    return sum(len(Checkpoint.open_shards(folder, [shard]).tensors) for shard in shards) != distinct
+    lost = set(weight_map) - set(tensors) - set(head.names if head else ())
+    twice = len(tensors) < sum(len(header) for header in headers.values())  # only the index could tell which one counts
+    return checkpoint.sound() if lost or twice else replace(checkpoint, tensors=tensors, problems=[])
 
 
 def _check_base(checkpoint: Checkpoint, base: Checkpoint) -> None:
@@ -270,8 +273,7 @@ def _with_layer_count(config: dict[str, Any], base: Checkpoint) -> dict[str, Any
 
 
 def _put(plan: Plan, folder: Path, name: str, document: dict[str, Any]) -> None:
-    there = folder / name
-    if not there.exists() or json.dumps(read_json(there), sort_keys=True) != json.dumps(document, sort_keys=True):
+    if not (folder / name).exists() or parse((folder / name).read_bytes()) != (document, []):
         plan.documents[name] = document
 
 

@@ -61,8 +61,10 @@ def test_inspect_says_what_is_quantized_and_that_the_head_drafts(requant: Requan
     outcome = requant("inspect", str(checkout), "--json")
     assert outcome.status == 0, outcome.stderr
     document = outcome.document
-    assert document["quantized"] == {"count": 6 * (LAYERS - 1) + 7, "bits": 4, "group_size": 32}
-    assert document["mtp"] == {"present": True, "layout": "mtp", "layers": 1, "precision": "BF16"}
+    quantized = {key: document["quantized"][key] for key in ("count", "bits", "group_size")}
+    assert quantized == {"count": 6 * (LAYERS - 1) + 7, "bits": 4, "group_size": 32}
+    head = {key: document["mtp"][key] for key in ("present", "layout", "layers", "precision", "complete")}
+    assert head == {"present": True, "layout": "mtp", "layers": 1, "precision": "BF16", "complete": True}
     assert document["engines"]["vllm"]["loads"] and document["engines"]["vllm"]["mtp"]
     assert document["problems"] == []
 

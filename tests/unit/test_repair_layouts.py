@@ -197,6 +197,57 @@ def test_an_index_that_contradicts_the_shards_is_made_anew(tmp_path: Path) -> No
     assert Checkpoint.open(folder).problems == []
 
 
+@pytest.mark.parametrize("how", ["lost", "cut"])
+def test_a_head_whose_shard_is_lost_or_broken_comes_back(how: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "mtp")
+    folder = damaged(base, tmp_path / "made", "mtp")
+    repair(folder, Base(base))
+    before = all_tensors(folder)
+    raw = (folder / HEAD_SHARD).read_bytes()
+    (folder / HEAD_SHARD).unlink()
+    if how == "cut":
+        (folder / HEAD_SHARD).write_bytes(raw[: len(raw) // 2])
+    repair(folder, Base(base))
+    assert all_tensors(folder) == before and Checkpoint.open(folder).problems == []
+
+
+def test_a_broken_shard_of_the_head_under_another_name_is_taken_away(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "mtp")
+    folder = damaged(base, tmp_path / "made", "mtp")
+    repair(folder, Base(base))
+    index = json.loads((folder / INDEX).read_text())
+    other = "model-00009-of-00009.safetensors"
+    index["weight_map"] = {n: other if s == HEAD_SHARD else s for n, s in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+    (folder / HEAD_SHARD).unlink()
+    (folder / other).write_bytes(b"broken")
+    result = repair(folder, Base(base))
+    assert result["removes"] == [other] and not (folder / other).exists()
+    assert Checkpoint.open(folder).problems == []
+
+
+def test_an_index_in_which_a_name_stands_twice_is_written_anew(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "mtp")
+    folder = damaged(base, tmp_path / "made", "mtp")
+    repair(folder, Base(base))
+    text = (folder / INDEX).read_text()
+    (folder / INDEX).write_text(text.replace('"weight_map": {', '"weight_map": {"mtp.fc.weight": "x.safetensors",'))
+    assert Checkpoint.open(folder).problems != []
+    assert repair(folder, Base(base))["changed"] is True
+    assert Checkpoint.open(folder).problems == []
+
+
+def test_a_config_in_which_a_key_stands_twice_stops_the_repair(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "mtp")
+    folder = damaged(base, tmp_path / "made", "mtp")
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace("{", '{"hidden_size": 64, ', 1))
+    before = snapshot(folder)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        repair(folder, Base(base))
+    assert snapshot(folder) == before
+
+
 def test_a_lost_tensor_of_the_main_model_stops_the_repair(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "mtp")
     folder = damaged(base, tmp_path / "made", "mtp")
