@@ -19,6 +19,7 @@ from tests.engines.variants import VARIANTS, make
 from tests.pico import TINY
 from tests.unit.making import all_tensors, from_bf16, rounded, to_bf16
 
+CARD = "dequantized by the card's script"
 VANILLA, PACKED_FC, SOUND = "as auto-round leaves it", "fc packed, config silent", "head as in the base"
 
 
@@ -35,17 +36,16 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The variants of notes on real publications, each as it was found and a copy to be mended."""
     root = tmp_path_factory.mktemp("published")
     how = {name: VARIANTS[name] for name in (SOUND, VANILLA, PACKED_FC)}
-    how["dequantized by the card's script"] = {**VARIANTS[VANILLA], "edit": wrong_fc}
+    how[CARD] = {**VARIANTS[VANILLA], "edit": wrong_fc}
     found = {name: make(root / f"found-{number}", **options) for number, (name, options) in enumerate(how.items())}
     mended = {f"{name}, mended": make(root / f"mended-{n}", **options) for n, (name, options) in enumerate(how.items())}
     for folder in mended.values():
         repair(folder, Base(TINY))
     alone = make(root / "alone", **VARIANTS[PACKED_FC])
     repair(alone, None)
-    smaller = {precision: make(root / precision, **VARIANTS[VANILLA]) for precision in ("int8", "int4")}
-    for precision, folder in smaller.items():
-        repair(folder, Base(TINY), precision=precision)
-    return {**found, **mended, f"{PACKED_FC}, dequantized": alone, **smaller}
+    smaller = make(root / "int4", **VARIANTS[VANILLA])
+    repair(smaller, Base(TINY), precision="int4")
+    return {**found, **mended, f"{PACKED_FC}, dequantized": alone, "int4": smaller}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def drafted(vllm_python: str, published: dict[str, Path], tmp_path_factory: pyte
     """Greedy, one draft token, more than 5,000 drafted; one process for all that are to be compared."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.json"
     prompts.write_text(json.dumps(python_prompts()))
-    names = [name for name in published if name.endswith((", mended", ", dequantized")) or name in {"int8", "int4"}]
+    names = [name for name in published if name.endswith((", mended", ", dequantized")) or name in {CARD, "int4"}]
     script, draft = Path(__file__).parent / "try_all.py", ROOT / "infra" / "engines" / "draft.py"
     command = [vllm_python, script, draft, prompts, str(TOKENS), *(str(published[name]) for name in names)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
@@ -71,7 +71,7 @@ def test_each_is_diagnosed_as_what_it_is(published: dict[str, Path]) -> None:
     packed = inspect_checkpoint(published[PACKED_FC])
     assert packed["engines"]["vllm"] | {"reason": ""} == {"loads": True, "mtp": False, "reason": ""}
     assert any("mtp.fc.qweight is packed" in problem for problem in packed["problems"])
-    (wrong,) = inspect_checkpoint(published["dequantized by the card's script"], deep=True)["problems"]
+    (wrong,) = inspect_checkpoint(published[CARD], deep=True)["problems"]
     assert "mtp.fc.weight was dequantized from 4 bits with a zero point that is one off" in wrong
 
 
@@ -93,16 +93,17 @@ def test_every_mended_checkpoint_drafts_as_the_one_with_the_bases_head(drafted: 
             assert result["outputs"] == sound["outputs"]
 
 
-def test_a_head_dequantized_without_its_base_loses_little(drafted: dict[str, Any]) -> None:
+def test_a_head_dequantized_without_its_base_loses_little_and_by_the_cards_script_much(drafted: dict[str, Any]) -> None:
     """3 points: what packing the whole head costs here; with the zero point one off it costs 8."""
     sound, alone = drafted[f"{SOUND}, mended"], drafted[f"{PACKED_FC}, dequantized"]
     assert alone["error"] is None and alone["outputs"] == sound["outputs"]
     error = math.sqrt(2 * 0.1 * 0.9 / sound["drafted"])
     assert alone["acceptance"] > sound["acceptance"] - 0.03 - 2 * error
+    assert drafted[CARD]["acceptance"] < alone["acceptance"] - 2 * error
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_smaller_head_drafts_too(precision: str, drafted: dict[str, Any]) -> None:
-    sound, smaller = drafted[f"{SOUND}, mended"], drafted[precision]
+def test_a_smaller_head_drafts_too(drafted: dict[str, Any]) -> None:
+    """INT4: vLLM has no kernel for 8 bits on a CPU."""
+    sound, smaller = drafted[f"{SOUND}, mended"], drafted["int4"]
     assert smaller["error"] is None and smaller["outputs"] == sound["outputs"]
     assert smaller["acceptance"] > sound["acceptance"] - 0.04

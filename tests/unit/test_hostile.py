@@ -1,8 +1,8 @@
 """Every file of tests/corpus, and what is too big to keep, through the reader and through the command line.
 
 headers: whole shards; `legal-` are read as the reference reader reads them, `strict-` only Requant refuses, all others
-both. indexes and configs: in place of those of a checkpoint made here. `odd-` configs can be read and say nonsense,
-`mends-` indexes contradict shards that are whole, which is mtp-fix's work.
+both. indexes and configs: in place of those of a checkpoint made here. `odd-` ones can be read and say nonsense, or are
+mended but for a file that is left over; `mends-` indexes contradict shards that are whole, which is mtp-fix's work.
 """
 
 from __future__ import annotations
@@ -157,6 +157,8 @@ def test_a_checkpoint_with_a_kept_index_is_told_about_and_left_alone_or_mended(p
     bench.put(INDEX, path.read_bytes())
     if path.name.startswith("mends-"):
         bench.mends()
+    elif path.name.startswith("odd-"):
+        bench.survives()
     else:
         bench.refuses()
 
