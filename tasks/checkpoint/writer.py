@@ -10,6 +10,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +19,7 @@ from tasks.artifact import File
 from tasks.checkpoint.header import DTYPE_BITS, Tensor
 from tasks.errors import CheckpointError
 
+SLICE = 32 << 20  # bytes
 MAX_SHARD = 5_000_000_000  # bytes, as transformers splits
 
 
@@ -115,20 +117,38 @@ def _lay_out(tensors: Sequence[Tensor]) -> tuple[list[Tensor], bytes]:
 
 
 def _copied_by_kernel(tensor: Tensor, stream: BinaryIO) -> bool:
-    """Copy a tensor without its bytes passing through this process. False where that cannot be: nothing is written."""
-    position, left = tensor.begin, tensor.nbytes
-    with tensor.path.open("rb") as source:
-        while left:
+    """Copy a tensor without its bytes passing through this process. False where that cannot be: nothing is written.
+
+    Slice by slice; while one is copied, the one before goes to the disk and out of the page cache: a head must not push
+    out what a server on this machine has there, and on virtual machines new pages cost more than the copying.
+    """
+    position, target = tensor.begin, stream.fileno()
+    before: Future[None] | None = None
+    with ThreadPoolExecutor(1) as pool, tensor.path.open("rb") as source:
+        while position < tensor.end:
             try:
-                copied = os.copy_file_range(source.fileno(), stream.fileno(), left, position)
+                copied = os.copy_file_range(source.fileno(), target, min(SLICE, tensor.end - position), position)
             except (OSError, AttributeError):  # another file system, or another system
-                if left == tensor.nbytes:
+                if position == tensor.begin:
                     return False
                 raise
             if not copied:
                 raise CheckpointError(f"{tensor.path.name} ends inside {tensor.name}: download the file again")
-            position, left = position + copied, left - copied
+            if before is not None:
+                before.result()
+            if tensor.nbytes > SLICE:
+                before = pool.submit(_let_go, target, source.fileno(), position, copied)
+            position += copied
+        if before is not None:
+            before.result()
     return True
+
+
+def _let_go(target: int, source: int, position: int, count: int) -> None:
+    """Bring what was written to the disk, and drop it and what was read from the page cache."""
+    os.fdatasync(target)
+    os.posix_fadvise(target, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.posix_fadvise(source, position, count, os.POSIX_FADV_DONTNEED)
 
 
 def split_into_shards(tensors: Iterable[Tensor], limit: int = MAX_SHARD) -> dict[str, list[Tensor]]:
