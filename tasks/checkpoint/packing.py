@@ -204,17 +204,21 @@ def to_bytes(values: Array, dtype: str) -> bytes:
 
 
 def unpack(words: Array, bits: int, axis: int) -> Array:
-    """int32 words to unsigned integers along `axis`, lowest bits first. 3 bits run across word borders."""
-    words = np.moveaxis(words.view(np.uint32), axis, -1)
+    """int32 words to uint8 along `axis`, 0 or 1, lowest bits first. 3 bits run across word borders."""
+    words = words.view(np.uint32)
     if 32 % bits == 0:
-        shifts = np.arange(0, 32, bits, dtype=np.uint32)
-        values = (words[..., None] >> shifts) & np.uint32((1 << bits) - 1)
-        flat = values.reshape(*words.shape[:-1], -1)
-    else:
-        as_bits = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")
-        grouped = as_bits.reshape(*words.shape[:-1], -1, bits)
-        flat = (grouped << np.arange(bits, dtype=np.uint8)).sum(-1)
-    return np.moveaxis(flat, -1, axis).astype(np.int32)
+        each, shape = 32 // bits, list(words.shape)
+        shape[axis] *= each
+        values = np.empty(shape, np.uint8)
+        for number in range(each):
+            place = values[number::each] if axis == 0 else values[:, number::each]
+            place[...] = (words >> np.uint32(bits * number)) & np.uint32((1 << bits) - 1)
+        return values
+    words = np.moveaxis(words, axis, -1)
+    as_bits = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")
+    grouped = as_bits.reshape(*words.shape[:-1], -1, bits)
+    flat: Array = (grouped << np.arange(bits, dtype=np.uint8)).sum(-1).astype(np.uint8)
+    return np.moveaxis(flat, -1, axis)
 
 
 def dequantize(parts: Mapping[str, Tensor], scheme: Scheme) -> Floats:
@@ -240,13 +244,22 @@ def dequantized_rows(parts: Mapping[str, Tensor], scheme: Scheme) -> Iterator[Fl
             zeros = unpack(qzeros[:, words], scheme.bits, 1)
         if scheme.packing == "gptq":
             zeros = (zeros + 1) & ((1 << scheme.bits) - 1)
-        weight: Floats = (values - zeros[group]).astype(np.float32)
-        weight *= scales[:, begin:end].astype(np.float32)[group]
+        scale = scales[:, begin:end].astype(np.float32)
+        weight: Floats = values.astype(np.float32)
+        if group is None:  # equal groups, one after the other
+            by_group = weight.reshape(len(scale), -1, weight.shape[1])
+            by_group -= zeros[:, None].astype(np.float32)
+            by_group *= scale[:, None]
+        else:
+            weight -= zeros[group].astype(np.float32)
+            weight *= scale[group]
         yield np.ascontiguousarray(weight.T)
 
 
-def _groups(parts: Mapping[str, Tensor], scheme: Scheme, inputs: int, count: int) -> Array:
-    """The group of each input, of `count` groups."""
+def _groups(parts: Mapping[str, Tensor], scheme: Scheme, inputs: int, count: int) -> Array | None:
+    """The group of each input, of `count` groups; None where they are equal and in order."""
+    if "g_idx" not in parts and inputs == count * (inputs if scheme.group_size == -1 else scheme.group_size):
+        return None
     if "g_idx" not in parts:
         return np.arange(inputs) // (inputs if scheme.group_size == -1 else scheme.group_size)
     group = to_numpy(parts["g_idx"])
