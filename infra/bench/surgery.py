@@ -100,7 +100,7 @@ def surgery(scratch: Path, base: Path, quantized: Path) -> list[Run]:
                 copy = fresh_copy(quantized, scratch / "copy")
                 if state == "cold":
                     drop_from_cache([*base.iterdir(), *copy.iterdir()])
-                # Without a base, the processor file that auto-round forgot stays missing, and no engine loads the result.
+                # auto-round forgot a processor file: without a base it stays missing, and no engine loads the result.
                 run = measure([*command, str(copy)], scratch, statuses=(0, 1) if name == LOSSY else (0,))
                 run |= {"name": f"{name}, {state}", "round": number}
                 if state == "cold":
