@@ -30,7 +30,7 @@ BARE = """
 import json, sys, torch
 from auto_round import AutoRound
 from transformers import AutoModelForImageTextToText, AutoTokenizer
-from tasks.quantize_child import calibration_samples
+from tasks.quantizing.samples import calibration_samples
 job, out = json.loads(sys.argv[1]), sys.argv[2]
 model = AutoModelForImageTextToText.from_pretrained(job["model"], dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(job["model"])
