@@ -23,9 +23,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from tasks.quantizing.carry import clean_unfinished, make_resume_atomic
-from tasks.quantizing.events import Events, LogEvents, Refused, kind_of, report_blocks
-from tasks.quantizing.samples import calibration_samples
+from tasks.quantizing import carry
+from tasks.quantizing.events import Events, LogEvents, Refused, kind_of, report_blocks, report_output
+from tasks.quantizing.samples import calibration_samples, count_every_sample
 
 
 def main(job_path: str, folder_path: str) -> int:
@@ -73,7 +73,7 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
     if hasattr(config, "vision_config"):
         loader = transformers.AutoModelForImageTextToText
     model = loader.from_pretrained(job["model"], dtype="auto", use_safetensors=True, **remote)
-    chosen, reasons = choose(job, model, device, torch.cuda.mem_get_info(device)[0] if on_gpu else None)
+    chosen, reasons = choose(job, model, device, _gpu_bytes(device) if on_gpu else None)
     settings = {
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         **chosen,
@@ -86,18 +86,21 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
     clock = profile.Profile(Path(os.environ["REQUANT_PROFILE"])) if os.environ.get("REQUANT_PROFILE") else None
     if chosen["fast"]:
         settings["delta_rule"] = delta.replace_reference(model)
-        tune.install(chosen["torch_compile"], events, clock.step if clock else lambda: None)
+        tune.install(chosen["torch_compile"], chosen["offload"], events, clock.step if clock else lambda: None)
     events("settings", **settings)
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"], **remote)
     samples = calibration_samples(tokenizer, job["texts"], job["nsamples"], job["seqlen"])
     _check_layer_names(job["layers"], model)
 
     (folder / "resume").mkdir(exist_ok=True)
-    make_resume_atomic()
+    count_every_sample()
+    carry.trim(folder / "resume")
+    carry.install(events)
     report_blocks(events, job["seed"], clock.end_block if clock else lambda: None)
+    report_output(events)
     if clock:
         profile.install(clock)
-    clean_unfinished(folder / "out")
+    carry.clean_unfinished(folder / "out")
     rounder = AutoRound(
         model,
         tokenizer,
@@ -123,6 +126,17 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
     bits = {name: int(layer.get("bits", 16)) for name, layer in (rounder.layer_config or {}).items()}
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
     return {"checkpoint": str(written), "settings": settings, "bits": bits, "peak_gpu_bytes": peak}
+
+
+def _gpu_bytes(device: str) -> int:
+    """Bytes of the GPU that may be used: what is free, or REQUANT_GPU_GB of it where a card is shared."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    if limit := os.environ.get("REQUANT_GPU_GB"):
+        torch.cuda.set_per_process_memory_fraction(min(1.0, float(limit) * 1e9 / total), torch.device(device, 0))
+        free = min(free, int(float(limit) * 1e9))
+    return int(free)
 
 
 def _load_config(model: str, allow_remote_code: bool) -> Any:

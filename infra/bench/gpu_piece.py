@@ -19,7 +19,11 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = ROOT / "infra" / "models" / "tiny-qwen3_5-mtp"
-KINDS = {"linear": "linear_attention", "full": "full_attention"}
+KINDS = {
+    "linear": ["linear_attention"] * 2,
+    "full": ["full_attention"] * 2,
+    "mixed": ["linear_attention", "full_attention"],
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def build_model(folder: Path, kind: str, size: Size) -> Path:
         "num_attention_heads": size.heads, "num_key_value_heads": size.kv_heads,
         "linear_num_key_heads": size.key_heads, "linear_num_value_heads": size.value_heads,
         "linear_key_head_dim": size.linear_dim, "linear_value_head_dim": size.linear_dim,
-        "num_hidden_layers": size.blocks, "layer_types": [KINDS[kind]] * size.blocks,
+        "num_hidden_layers": size.blocks, "layer_types": (KINDS[kind] * size.blocks)[: size.blocks],
         "max_position_embeddings": max(4096, size.seqlen),
     }  # fmt: skip
     section = size.head_dim // 4 // 2
@@ -94,7 +98,7 @@ def auto_round(model_folder: Path, folder: Path, size: Size) -> dict[str, Any]:
     from auto_round import AutoRound
 
     from tasks.quantizing import profile
-    from tasks.quantizing.events import Events, LogEvents, report_blocks
+    from tasks.quantizing.events import Events, LogEvents, report_blocks, report_output
     from tasks.quantizing.samples import calibration_samples
 
     events = Events(folder / "events.jsonl")
@@ -102,6 +106,7 @@ def auto_round(model_folder: Path, folder: Path, size: Size) -> dict[str, Any]:
     if clock:
         profile.install(clock)
     report_blocks(events, None, clock.end_block if clock else lambda: None)
+    report_output(events)
     logging.getLogger("autoround").addHandler(LogEvents(events))
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
@@ -154,10 +159,7 @@ def main(kind: str, variant: str, folder: Path, size: Size, changes: dict[str, A
     folder.mkdir(parents=True, exist_ok=True)
     model = build_model(folder.parent / f"model-{kind}", kind, size)
     built = time.time()
-    if variant == "auto-round":
-        result = auto_round(model, folder, size)
-    else:
-        result = requant(model, folder, size, changes)
+    result = auto_round(model, folder, size) if variant == "auto-round" else requant(model, folder, size, changes)
     lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     blocks: list[dict[str, Any]] = []
     for event in lines:
@@ -166,7 +168,9 @@ def main(kind: str, variant: str, folder: Path, size: Size, changes: dict[str, A
         elif event["event"] == "loss":
             blocks[-1] |= {"loss_before": event["before"], "loss_after": event["after"]}
         elif event["event"] == "progress" and blocks:
-            blocks[-1]["seconds"] = round(event["seconds"] - blocks[-1]["began"], 3)
+            blocks[-1]["seconds"] = round(event["seconds"] - blocks[-1]["began"] - blocks[-1].get("spent", 0), 3)
+        elif event["event"] == "output":
+            blocks[-1] |= {"output_error": event["error"], "spent": event["spent"] if variant == "auto-round" else 0}
     result |= {"kind": kind, "variant": variant, "blocks": blocks, "size": asdict(size)}
     result |= {"built_seconds": round(built - started, 1), "whole_seconds": round(time.time() - built, 1)}
     temporary = folder / "result.json.part"

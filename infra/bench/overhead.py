@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.hub.launch import HubStandIn
-from tasks.quantize import ladder
+from tasks.quantizing.run import ladder
 from tasks.recipe import load_recipe
 from tasks.text import find_text
 

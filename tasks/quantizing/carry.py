@@ -1,10 +1,24 @@
-"""What a killed run goes on from: finished blocks' files, and the values that the next block starts with."""
+"""What a killed or moved run goes on from: the packed files of its finished blocks, and their rounded weights.
+
+auto-round keeps the values that the next block starts with: all samples' hidden states, twice, 5.4 GB a block at 27 B
+dimensions, written anew after each block. Here each finished block leaves its rounded weights once, a byte each
+(0.4 GB); a resumed run passes the samples through the finished blocks again, which takes a second or two a block and
+gives the same values bit for bit. Below `resume/group_N/`:
+
+    resume_manifest.json    auto-round's: the finished blocks, in order; written last
+    block-NNNNN.safetensors the rounded weights of one: a layer's `.q` int8 or int16 and `.scale`, or its `.weight`
+
+A file never changes once it has its name, so that it can be copied to another machine as it appears.
+"""
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
+
+MANIFEST = "resume_manifest.json"
 
 
 def clean_unfinished(out: Path) -> None:
@@ -31,32 +45,133 @@ def clean_unfinished(out: Path) -> None:
         index.unlink()
 
 
-def make_resume_atomic() -> None:
-    """Give each block's chain values file names of their own, renamed into place before the manifest names them.
+def block_file(folder: Path, index: int) -> Path:
+    return folder / f"block-{index:05d}.safetensors"
 
-    auto-round overwrites one file for all blocks and then the manifest: killed in between, a resumed run would feed
-    a block the inputs of the next one. (auto_round/utils/resume.py, 0.16.1.)
-    """
-    import torch
+
+def install(report: Any) -> None:
+    """Make auto-round keep and resume as this module does. `report` gets `resumed`: how many blocks are done."""
+    from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
+    from auto_round.compressors.orchestrator import CompressionOrchestrator
     from auto_round.utils import resume
 
-    state = resume.ResumeState
-    state.q_input_path = property(lambda s: s.dir / f"q_input_{len(s.completed_blocks)}.pt", lambda s, v: None)
-    state.input_ids_path = property(lambda s: s.dir / f"input_ids_{len(s.completed_blocks)}.pt", lambda s, v: None)
+    rounded: dict[str, Any] = {}
+    tuned, walked = SignRoundQuantizer.quantize_block, CompressionOrchestrator._quantize_blocks
+
+    def quantize_block(self: Any, block: Any, *args: Any, **kwargs: Any) -> Any:
+        result = tuned(self, block, *args, **kwargs)
+        rounded.clear()
+        rounded.update(rounded_weights(block))
+        return result
 
     def mark_block_done(self: Any, block_name: str, q_input: Any, input_ids: Any) -> None:
-        before = [self.q_input_path, self.input_ids_path]
+        write_block(block_file(self.dir, len(self.completed_blocks)), rounded)
         self.completed_blocks.append(block_name)
-        for value, path in ((q_input, self.q_input_path), (input_ids, self.input_ids_path)):
-            if value is not None:
-                with open(f"{path}.part", "wb") as stream:
-                    torch.save(resume._to_cpu_recursive(value), stream)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                os.replace(f"{path}.part", path)
         manifest = {"signature": self.signature, "completed_blocks": self.completed_blocks}
         resume._atomic_write_json(self.manifest_path, manifest)
-        for path in before:
-            path.unlink(missing_ok=True)
 
+    def quantize_blocks(self: Any, model: Any, inputs: Any, block_names: Any, *args: Any, **kwargs: Any) -> None:
+        state = kwargs.get("resume_state")
+        if state is not None and state.resume_index:
+            done = block_names[: state.resume_index]
+            report("resumed", blocks=len(done))
+            kwargs["q_input"], kwargs["resume_input_ids"] = pass_through(self, model, inputs, done, state.dir)
+        walked(self, model, inputs, block_names, *args, **kwargs)
+
+    state = resume.ResumeState
     state.mark_block_done = mark_block_done
+    # What is asked for before the samples are at hand; _quantize_blocks replaces it.
+    state.load_q_input, state.load_input_ids = lambda self: None, lambda self: []
+    SignRoundQuantizer.quantize_block = quantize_block
+    CompressionOrchestrator._quantize_blocks = quantize_blocks
+
+
+def rounded_weights(block: Any) -> dict[str, Any]:
+    """A quantized block's layers as integers and scales, on the CPU: `q * scale` in float32 is the weight.
+
+    A layer of which that is not exactly true is kept as its weight.
+    """
+    import torch
+
+    kept: dict[str, Any] = {}
+    for name, layer in block.named_modules():
+        scale, weight = getattr(layer, "scale", None), getattr(layer, "weight", None)
+        if not isinstance(scale, torch.Tensor) or weight is None:
+            continue
+        weight = weight.detach()
+        wide = scale.to(weight.device)
+        if scale.dim() == 2 and weight.dim() == 2 and weight.shape[1] % scale.shape[1] == 0:
+            q = (weight.float().view(*scale.shape, -1) / wide.float()[..., None]).round().view(weight.shape)
+            dtype = torch.int8 if float(q.abs().max()) < 128 else torch.int16
+            if torch.equal(weight_of(q.to(dtype), wide, weight.dtype), weight):
+                kept[f"{name}.q"], kept[f"{name}.scale"] = q.to(dtype).cpu(), scale.cpu().contiguous()
+                continue
+        kept[f"{name}.weight"] = weight.cpu().contiguous()
+    return kept
+
+
+def weight_of(q: Any, scale: Any, dtype: Any) -> Any:
+    """The weight that integers `[out, in]` and scales `[out, groups]` stand for, as auto-round computes it."""
+    return (q.float().view(*scale.shape, -1) * scale.float()[..., None]).view(q.shape).to(dtype)
+
+
+def write_block(path: Path, tensors: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    temporary = path.with_suffix(".part")
+    save_file(tensors, temporary)
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def trim(folder: Path) -> None:
+    """Forget what cannot be resumed: a manifest whose blocks' files are not all there."""
+    import json
+
+    for manifest in folder.glob(f"group_*/{MANIFEST}"):
+        try:
+            done = len(json.loads(manifest.read_text())["completed_blocks"])
+        except (ValueError, KeyError, TypeError):
+            done = 0
+        if not done or not all(block_file(manifest.parent, i).exists() for i in range(done)):
+            manifest.unlink()
+
+
+def pass_through(orchestrator: Any, model: Any, inputs: Any, names: list[str], folder: Path) -> tuple[Any, Any]:
+    """The samples behind the finished blocks `names`: (through the quantized ones, or None; through the base's).
+
+    The same passes, in the same batches, as when the blocks were tuned (`compress_block`, auto-round 0.16.1).
+    """
+    import torch
+    from auto_round.modeling.fused_moe.replace_modules import materialize_model_
+    from auto_round.utils import convert_module_to_hp_if_necessary, get_module, mv_module_from_gpu
+    from auto_round.utils.device_manager import device_manager
+    from safetensors.torch import load_file
+
+    composer = orchestrator.alg_composer
+    reference, others = orchestrator._preprocess_block_inputs(copy.copy(inputs))
+    quantized = None
+    for index, name in enumerate(names):
+        block = get_module(model, name)
+        streamed = getattr(orchestrator.model_context, "_disk_stream_index", None) is not None
+        if orchestrator.compress_context.low_cpu_mem_usage or streamed:
+            orchestrator._offloader.reload(model, name)
+        materialize_model_(block)
+        convert_module_to_hp_if_necessary(block, orchestrator.model_context.amp_dtype, device_manager.device)
+        block = composer.dispatch_block(block, reference, others)
+        with torch.no_grad():
+            before, reference = reference, composer.block_forward(block, reference, others)
+            if composer.block_quantizer.enable_quanted_input:
+                tensors = load_file(block_file(folder, index))
+                for key in (k for k in tensors if not k.endswith(".scale")):
+                    layer = block.get_submodule(key.rpartition(".")[0])
+                    value = tensors[key].to(layer.weight.device)
+                    if key.endswith(".q"):
+                        scale = tensors[key.removesuffix("q") + "scale"].to(layer.weight.device)
+                        value = weight_of(value, scale, layer.weight.dtype)
+                    layer.weight.data.copy_(value)
+                quantized = composer.block_forward(block, before if quantized is None else quantized, others)
+        mv_module_from_gpu(block)
+        block.to("meta")
+    return quantized, reference

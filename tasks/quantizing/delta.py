@@ -9,7 +9,8 @@ everything else is done for all chunks at once. Same function, same result but f
 Per head, in chunks of 64 tokens (Yang et al., Gated Delta Networks, 2024):
 
     T = (I + tril(beta k k^T * decay, -1))^-1     u = T (beta v)      w = T (beta k e^cum)
-    v'_t = u_t - w_t S_t       o_t = q_t e^cum S_t + (q k^T * decay) v'_t       S_t+1 = e^last S_t + (k e^(last-cum))^T v'_t
+    v'_t = u_t - w_t S_t       o_t = q_t e^cum S_t + (q k^T * decay) v'_t
+    S_t+1 = e^last S_t + (k e^(last-cum))^T v'_t
 """
 
 from __future__ import annotations
@@ -46,11 +47,10 @@ def unit_lower_inverse(lower: torch.Tensor) -> torch.Tensor:
     size = LEAF
     while size < n:
         for s in range(0, n, 2 * size):
-            a, b, e = slice(s, s + size), slice(s + size, s + 2 * size), min(s + 2 * size, n)
-            b = slice(s + size, e)
+            first, second = slice(s, s + size), slice(s + size, s + 2 * size)  # the last may be shorter, or empty
             if s + size < n:
-                corner = torch.bmm(result[:, b, b], torch.bmm(lower[:, b, a], result[:, a, a]))
-                result[:, b, a] = -corner
+                corner = torch.bmm(lower[:, second, first], result[:, first, first])
+                result[:, second, first] = -torch.bmm(result[:, second, second], corner)
         size *= 2
     return result
 

@@ -48,9 +48,7 @@ class LogEvents(logging.Handler):
             self.events("warning", text=text[:500])
 
 
-def report_blocks(
-    events: Events, seed: int | None = None, on_end: Callable[[], None] = lambda: None
-) -> None:
+def report_blocks(events: Events, seed: int | None = None, on_end: Callable[[], None] = lambda: None) -> None:
     """Turn auto-round's progress bar into events: `block` when one starts, `progress` when one ends.
 
     With `seed`, each block draws its samples from a seed of its own: in auto-round a block's order depends on all that
@@ -69,10 +67,36 @@ def report_blocks(
         def update(self, n: float | None = 1) -> bool | None:
             displayed: bool | None = super().update(n)
             on_end()
-            events("progress", done=self.n, total=self.total)
+            events("progress", done=self.n, total=self.total, peak_gpu_bytes=_peak())
             return displayed
 
     orchestrator.tqdm = Bar
+
+
+def report_output(events: Events) -> None:
+    """Tell of each block how far its output moved: `output` with the mean squared error over all samples.
+
+    auto-round's loss is the lowest of single batches, so that it says as much of the batch as of the block.
+    """
+    import torch
+    from auto_round.algorithms.composer import AlgorithmComposer
+    from auto_round.utils.device_manager import device_manager
+
+    original = AlgorithmComposer.compress_block
+
+    def compress_block(self: Any, *args: Any, **kwargs: Any) -> Any:
+        quantized, reference = original(self, *args, **kwargs)
+        if isinstance(quantized, list) and isinstance(reference, list):
+            began = time.monotonic()
+            device = torch.device(device_manager.device)
+            total = torch.zeros((), device=device)
+            for one, other in zip(quantized, reference, strict=True):
+                total += (one.to(device).float() - other.to(device).float()).square().mean()
+            error = float(total) / len(reference)
+            events("output", error=float(f"{error:.6g}"), spent=round(time.monotonic() - began, 3))
+        return quantized, reference
+
+    AlgorithmComposer.compress_block = compress_block
 
 
 def kind_of(error: Exception) -> str:
@@ -83,3 +107,10 @@ def kind_of(error: Exception) -> str:
     if "torch._dynamo" in text or "torch._inductor" in text or "triton" in text.lower():
         return "compile"
     return "failed"
+
+
+def _peak() -> int | None:
+    """The most GPU memory that was in use at once, in bytes."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

@@ -1,7 +1,7 @@
 """Where the time of a block goes: REQUANT_PROFILE=FOLDER makes the child write it there (and costs a few percent).
 
-    phases.jsonl       a line a block: seconds of each phase, seconds of compiling, graphs compiled so far
-    steps-N.txt        torch's profiler over three steps of the N-th block's tuning loop, by GPU time and by CPU time
+phases.jsonl       a line a block: seconds of each phase, seconds of compiling, graphs compiled so far
+steps-N.txt        torch's profiler over three steps of the N-th block's tuning loop, by GPU time and by CPU time
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ class Profile:
             averages = self._profiler.key_averages()
             tables = [averages.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=70)]
             if torch.cuda.is_available():
-                tables.insert(
-                    0, averages.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90)
-                )
+                tables.insert(0, averages.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90))
             text = f"{STEPS} steps in {spent:.3f} s, {1000 * spent / STEPS:.1f} ms a step\n" + "\n".join(tables)
             (self.folder / f"steps-{self.block + 1}.txt").write_text(text)
 

@@ -46,3 +46,19 @@ def read_documents(paths: list[str]) -> Any:
                 yield from (text for text in batch.column("text").to_pylist() if text)
         else:
             yield Path(path).read_text(encoding="utf-8")
+
+
+def count_every_sample() -> None:
+    """Make auto-round calibrate a vision-language base with all samples.
+
+    Its calibrator for such models (calibration/mllm.py, 0.16.1) counts a batch for each entry of a list of samples, so
+    that of 128 samples it takes the first 16 at batch size 8, without a word.
+    """
+    from auto_round.calibration.mllm import MLLMCalibrator
+
+    original = MLLMCalibrator.calib
+
+    def calib(self: Any, nsamples: int, bs: int) -> None:
+        original(self, nsamples, 1)
+
+    MLLMCalibrator.calib = calib

@@ -2,27 +2,33 @@
 
 What auto-round 0.16.1 does around the arithmetic, and what is done here instead (`make bench-gpu` shows both):
 
-- it gathers each batch on the CPU and copies it over from pageable memory: here the samples are on the GPU, or in pinned
-  memory and fetched one batch ahead;
+- it gathers each batch on the CPU and copies it over from pageable memory: here the samples are on the GPU, or in
+  pinned memory and fetched one batch ahead;
 - it copies the best parameters to the CPU each time the loss falls (1.5 GB at 27 B dimensions): here they stay;
 - it waits for each step's loss before it starts the backward pass: here the loss is read while that runs;
 - it compiles a block with wrappers that hold functions of their own, so that every block of a model is compiled anew:
   here a block's kind is compiled once;
-- it updates parameters one after another.
+- it updates parameters one after another;
+- with accumulation it sums squares instead of taking their mean, and the gradients of the scales, which pass through
+  float16, overflow: here a batch in pieces has the gradients of the whole batch.
 
-Everything else is auto-round's: its wrappers, its quantization function, its sampler, its schedule, its loss. Blocks that
-need more than this loop knows go to auto-round's own (`unfit` says why).
+Everything else is auto-round's: its wrappers, its quantization function, its sampler, its schedule, its loss. Blocks
+that need more than this loop knows go to auto-round's own (`unfit` says why).
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
+
+from tasks.quantizing.events import kind_of
 
 Report = Callable[..., None]
 SUPPORTED = (nn.Linear, Conv1D)
@@ -41,6 +47,8 @@ class FakeQuantized(nn.Module):
         self.quantizer = wrapper.weight_quant_func
         self.data_type, self.threshold = wrapper.data_type, wrapper.q_scale_thresh
         self.bits, self.group_size, self.scale_dtype = layer.bits, layer.group_size, layer.scale_dtype
+        self.weight: torch.Tensor
+        self.bias: torch.Tensor | None
         self.register_buffer("weight", layer.weight.detach())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
         self.register_buffer("low", wrapper.weight_min)
@@ -91,12 +99,17 @@ def unfit(quantizer: Any, block: nn.Module, inputs: Any, others: dict[str, Any])
     return None
 
 
-def install(compiled: bool, report: Report, after_step: Callable[[], None] = lambda: None) -> None:
-    """Make auto-round tune through this module. `report` is told of blocks that it cannot tune here."""
+def install(compiled: bool, offload: bool, report: Report, after_step: Callable[[], None] = lambda: None) -> None:
+    """Make auto-round tune through this module.
+
+    compiled: torch.compile one step of each kind of block; where that fails the kind is tuned without. offload: keep
+    what the backward pass needs in the CPU's memory. `report` gets the events `loop` and `fallback`.
+    """
     from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
 
     original = SignRoundQuantizer.quantize_block
-    step = torch.compile(masked_loss, dynamic=False) if compiled else masked_loss
+    fast = torch.compile(masked_loss, dynamic=False) if compiled else masked_loss
+    failed: set[tuple[str, ...]] = set()
 
     def quantize_block(
         self: Any, block: Any, fp_inputs: Any, input_others: Any, fp_outputs: Any, q_inputs: Any, block_ctx: Any,
@@ -109,20 +122,40 @@ def install(compiled: bool, report: Report, after_step: Callable[[], None] = lam
             return original(
                 self, block, fp_inputs, input_others, fp_outputs, q_inputs, block_ctx, input_ids=input_ids, **kwargs
             )
-        return tune(self, block, inputs, input_others, fp_outputs, input_ids, step, after_step)
+
+        def run(step: Callable[..., torch.Tensor]) -> dict[str, Any]:
+            return tune(self, block, inputs, input_others, fp_outputs, input_ids, step, offload, after_step)
+
+        kind = tuple(sorted({type(module).__name__ for module in block.modules()}))
+        if not compiled or kind in failed:
+            return run(masked_loss)
+        order = random.getstate()
+        try:
+            return run(fast)
+        except Exception as error:
+            if kind_of(error) != "compile":
+                raise
+            failed.add(kind)
+            first = next(iter(str(error).splitlines()), "")
+            report("fallback", text=f"torch.compile failed ({type(error).__name__}: {first[:200]}): tuned without it")
+        for name, module in list(block.named_modules()):
+            if hasattr(module, "orig_layer"):
+                _put(block, name, module.orig_layer)
+        random.setstate(order)
+        return run(masked_loss)
 
     SignRoundQuantizer.quantize_block = quantize_block
 
 
 def masked_loss(
-    block: nn.Module, others: dict[str, Any], target: torch.Tensor, mask: torch.Tensor | None, reduction: str
+    block: nn.Module, others: dict[str, Any], target: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Squared error of a block's output, float32, over the tokens that count. others: the block's arguments."""
+    """Mean squared error of a block's output, float32, over the tokens that count. others: the block's arguments."""
     output = block(**others)
     output = output[0] if isinstance(output, (tuple, list)) else output
     if mask is not None:
         output, target = output * mask, target * mask
-    return functional.mse_loss(output.float(), target.float(), reduction=reduction)
+    return functional.mse_loss(output.float(), target.float())
 
 
 def tune(
@@ -133,6 +166,7 @@ def tune(
     targets: list[torch.Tensor],
     input_ids: Any,
     step: Callable[..., torch.Tensor],
+    offload: bool,
     after_step: Callable[[], None],
 ) -> dict[str, Any]:
     """`SignRoundQuantizer.quantize_block` (0.16.1): leaves the block quantized, returns its best parameters."""
@@ -154,14 +188,12 @@ def tune(
     parameters = [p for _, group in groups for p in group]
     bounded = [p for w in wrappers.values() for key, p in w.params.items() if key in {"min_scale", "max_scale"}]
 
-    accumulate = quantizer.gradient_accumulate_steps
     batch = quantizer.calibration_context.batch_size
-    whole = min(len(inputs), batch * accumulate)
-    reduction = "mean" if accumulate == 1 else "sum"
+    whole = min(len(inputs), batch * quantizer.gradient_accumulate_steps)
     masks = _masks(quantizer, input_ids)
     samples = Samples(quantizer.block_forward, inputs, others, targets, masks, device)
     sampler = IndexSampler(len(inputs), whole)
-    count = 1 if accumulate == 1 or masks else sum(inputs[i].numel() for i in range(whole))
+    count = 1
     autocast = torch.autocast(
         device.type, dtype=quantizer.model_context.amp_dtype, enabled=bool(quantizer.model_context.amp)
     )
@@ -186,16 +218,16 @@ def tune(
                 arguments, target, mask = samples.get(piece)
                 after = pieces[number + 1] if number + 1 < len(pieces) else following[:batch]
                 samples.fetch(after)
-                with autocast:
-                    loss = step(block, arguments, target, mask, reduction)
+                with autocast, saved(offload, device):
+                    loss = step(block, arguments, target, mask) * (len(piece) / len(order))
                 losses.append(Loss(loss))
-                (loss * 1000).backward()
+                torch.autograd.backward(loss * 1000)
                 del loss
             total = sum(loss.read() for loss in losses) / max(count, 1)
             first = total if at == 0 else first
             if total < lowest or (at == 0 and total != total):
                 lowest, best_at = total, at
-                best = _copied(parameters, best)
+                best = _copied(parameters, best, offload)
             _update(groups, [rate[at] for rate in rates], bounded)
             after_step()
             order = following
@@ -215,6 +247,11 @@ def tune(
     return chosen
 
 
+def saved(offload: bool, device: torch.device) -> AbstractContextManager[Any]:
+    """Where a forward pass keeps what its backward pass needs."""
+    return torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda") if offload else nullcontext()
+
+
 class Loss:
     """A loss that is read while the GPU goes on: copied to pinned memory as soon as it is known."""
 
@@ -224,7 +261,7 @@ class Loss:
         if value.device.type == "cuda":
             self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
             self._value.copy_(value, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
         else:
             self._value = value.clone()
@@ -250,7 +287,8 @@ class Samples:
         self._stream: Any = None
         self._ahead: tuple[list[int], Any, Any] | None = None
         if device.type == "cuda" and inputs[0].device.type == "cpu":
-            self._stream = torch.cuda.Stream(device)
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._inputs, self._targets = ([tensor.pin_memory() for tensor in ts] for ts in (inputs, targets))
 
     def get(self, indices: list[int]) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | None]:
         """(the block's keyword arguments, target, mask) of these samples."""
@@ -269,7 +307,7 @@ class Samples:
             return
         with torch.cuda.stream(self._stream):
             gathered = self._gather(indices)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
         self._ahead = (indices, gathered, event)
 
@@ -343,20 +381,20 @@ def _rates(lr: float, iters: int) -> list[float]:
 def _update(groups: list[tuple[float, list[torch.Tensor]]], rates: list[float], bounded: list[torch.Tensor]) -> None:
     """One step of sign descent; the scales' coefficients stay in [0, 1], which auto-round sees to before each use."""
     for (_, parameters), rate in zip(groups, rates, strict=True):
-        moving = [p for p in parameters if p.grad is not None]
-        gradients = [p.grad for p in moving]
+        moving = [(p, p.grad) for p in parameters if p.grad is not None]
+        gradients = [gradient for _, gradient in moving]
         torch._foreach_sign_(gradients)
-        torch._foreach_add_(moving, gradients, alpha=-rate)
-        for parameter in moving:
+        torch._foreach_add_([p for p, _ in moving], gradients, alpha=-rate)
+        for parameter, _ in moving:
             parameter.grad = None
     torch._foreach_clamp_min_(bounded, 0.0)
     torch._foreach_clamp_max_(bounded, 1.0)
 
 
 @torch.no_grad()
-def _copied(parameters: list[torch.Tensor], into: list[torch.Tensor]) -> list[torch.Tensor]:
+def _copied(parameters: list[torch.Tensor], into: list[torch.Tensor], offload: bool) -> list[torch.Tensor]:
     if not into:
-        return [p.detach().clone() for p in parameters]
+        return [p.detach().to("cpu" if offload else p.device, copy=True) for p in parameters]
     torch._foreach_copy_(into, parameters)
     return into
 
@@ -369,4 +407,3 @@ def _masks(quantizer: Any, input_ids: Any) -> list[torch.Tensor] | None:
         quantizer._cached_valid_token_mask = quantizer._compute_valid_token_mask(input_ids)
     masks: list[torch.Tensor] | None = quantizer._cached_valid_token_mask
     return masks
-

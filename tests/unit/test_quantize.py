@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tasks.artifact import File, Manifest
-from tasks.quantize import blocks_of, ladder, quantize_key, read_events, read_part
+from tasks.quantize import quantize_key, read_part
+from tasks.quantizing.run import blocks_of, ladder, read_events
 from tasks.recipe import Recipe, parse_recipe
 from tasks.text import Text
 
