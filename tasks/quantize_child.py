@@ -91,6 +91,9 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"], **remote)
     samples = calibration_samples(tokenizer, job["texts"], job["nsamples"], job["seqlen"])
     _check_layer_names(job["layers"], model)
+    # Samples are never padded. auto-round makes up a mask for them and hands the first block's to every block: the
+    # padding mask of a linear-attention block, which a full-attention block then refuses.
+    unmasked = [{"input_ids": sample, "attention_mask": None} for sample in samples]
 
     (folder / "resume").mkdir(exist_ok=True)
     count_every_sample()
@@ -113,7 +116,7 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
         lr=job["lr"],
         seqlen=job["seqlen"],
         nsamples=job["nsamples"],
-        dataset=samples,
+        dataset=samples if hasattr(config, "vision_config") else unmasked,
         batch_size=job["batch_size"],
         gradient_accumulate_steps=job["gradient_accumulate_steps"],
         low_gpu_mem_usage=chosen["low_gpu_mem"],
