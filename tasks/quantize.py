@@ -22,10 +22,13 @@ from tasks.checkpoint.head import check_head
 from tasks.download import download
 from tasks.errors import CheckpointError
 from tasks.prefect_stage import BlockProgress, options, say, shown
+from tasks.quantizing import carry
+from tasks.quantizing.picture import losses_svg
 from tasks.quantizing.run import Report, blocks_of, down_the_ladder
 from tasks.recipe import Recipe
 from tasks.stage import Made, Stage, StageResult, put_files, run_stage
 from tasks.store import Store, open_store
+from tasks.store.resume import kept, restore, sweep
 from tasks.text import Text
 
 STAGE = Stage("quantize", 2, tools=("auto-round", "transformers"))
@@ -75,20 +78,29 @@ def quantize(
             "head": head.prefixes if head else [],
             "allow_remote_code": recipe.allow_remote_code,
         }
-        result, attempts = down_the_ladder(job, folder, report, say)
+        if restore(store, STAGE.name, key, folder, carry.worth_fetching):
+            say(f"going on from {carry.finished(folder)} blocks that another machine finished")
+        with kept(store, STAGE.name, key, folder, carry.portable):
+            result, attempts = down_the_ladder(job, folder, report, say)
         packed = Checkpoint.open(Path(result["checkpoint"]))
         files = assemble(checkpoint, packed, result["bits"], folder / "assembled")
         put_files(store, folder / "assembled", files)
+        blocks = blocks_of(folder / "events.jsonl")
         record = {
             "calibration": calibration.name,
             "settings": result["settings"],
             "attempts": attempts,
-            "blocks": blocks_of(folder / "events.jsonl"),
+            "blocks": blocks,
+            "losses_svg": losses_svg(blocks),
             "peak_gpu_bytes": result["peak_gpu_bytes"],
         }
         return Made(Manifest.of(files), record)
 
-    return run_stage(store, STAGE, quantize_key(recipe, base, calibration), work, say)
+    key = quantize_key(recipe, base, calibration)
+    result = run_stage(store, STAGE, key, work, say)
+    if result.state == "ran":
+        sweep(store, STAGE.name, key)
+    return result
 
 
 def _open_base(folder: Path, recipe: Recipe) -> Checkpoint:

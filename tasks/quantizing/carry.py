@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,45 @@ def trim(folder: Path) -> None:
             done = 0
         if not done or not all(block_file(manifest.parent, i).exists() for i in range(done)):
             manifest.unlink()
+
+
+def finished(folder: Path) -> int:
+    """How many blocks below a work folder a run can go on from."""
+    import json
+
+    count = 0
+    for manifest in folder.glob(f"resume/group_*/{MANIFEST}"):
+        try:
+            count += len(json.loads(manifest.read_text())["completed_blocks"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return count
+
+
+def portable(folder: Path) -> list[str]:
+    """The files of a work folder that another machine needs to go on, the manifests last.
+
+    A packed file counts only if it is older than the manifest: it was whole when its block was marked as done.
+    """
+    manifests = sorted(folder.glob(f"resume/group_*/{MANIFEST}"))
+    if not manifests:
+        return []
+    newest = max(path.stat().st_mtime_ns for path in manifests)
+    files = [*folder.glob("out/*/model-shard-*.safetensors"), *folder.glob("resume/group_*/block-*.safetensors")]
+    whole = sorted(path for path in files if path.stat().st_mtime_ns <= newest)
+    ladder = [path for path in (folder / "ladder.json",) if path.exists()]
+    return [path.relative_to(folder).as_posix() for path in [*whole, *ladder, *manifests]]
+
+
+def worth_fetching(folder: Path, paths: list[str]) -> bool:
+    """Whether what is offered has more finished blocks than the folder. What the folder has then gives way to it."""
+    offered = sum(Path(path).name.startswith("block-") for path in paths)
+    if offered <= finished(folder):
+        return False
+    for name in ("out", "resume"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "ladder.json").unlink(missing_ok=True)
+    return True
 
 
 def pass_through(orchestrator: Any, model: Any, inputs: Any, names: list[str], folder: Path) -> tuple[Any, Any]:

@@ -243,6 +243,12 @@ def blocks_of(events: Path) -> list[dict[str, Any]]:
             blocks[name] = {"name": name, "starts": starts + 1}
         elif event["event"] == "loss" and name is not None:
             blocks[name] |= {"loss_before": event["before"], "loss_after": event["after"]}
+        elif event["event"] == "output" and name is not None:
+            blocks[name]["output_error"] = event["error"]
+        elif event["event"] in {"loop", "fallback"} and name is not None:
+            blocks[name][event["event"]] = event.get("reason") or event.get("text")
         elif event["event"] == "progress" and name is not None:
             blocks[name]["seconds"] = round(event["seconds"] - began, 3)
+            if event.get("peak_gpu_bytes") is not None:
+                blocks[name]["peak_gpu_bytes"] = event["peak_gpu_bytes"]
     return list(blocks.values())
