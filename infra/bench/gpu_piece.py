@@ -105,7 +105,8 @@ def auto_round(model_folder: Path, folder: Path, size: Size) -> dict[str, Any]:
     clock = profile.Profile(Path(os.environ["REQUANT_PROFILE"])) if os.environ.get("REQUANT_PROFILE") else None
     if clock:
         profile.install(clock)
-    report_blocks(events, None, clock.end_block if clock else lambda: None)
+    # The seed only orders the samples, block by block as in our stage: the losses can be compared.
+    report_blocks(events, 42, clock.end_block if clock else lambda: None)
     report_output(events)
     logging.getLogger("autoround").addHandler(LogEvents(events))
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
