@@ -1,9 +1,10 @@
 # make demo: the whole pipeline on a tiny model. make test, test-engines, lint: what CI runs. All set themselves up.
+# make bench-gpu: what quantizing a 27 B model costs on this machine's GPU; MINUTES=9.5 does it in pieces.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-engines lint format bench clean
+.PHONY: demo test test-engines lint format bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m infra.demo
@@ -28,6 +29,9 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m infra.bench.overhead
 	$(BIN)/python -m infra.bench.surgery
+
+bench-gpu: $(INSTALLED)
+	MINUTES=$(MINUTES) $(BIN)/python -m infra.bench.gpu
 
 $(INSTALLED): pyproject.toml constraints.txt
 	infra/venv $(PYTHON) .venv

@@ -61,9 +61,10 @@ class QuantizeFailed(RequantError, RuntimeError):
 
 
 class QuantizeDied(QuantizeFailed):
-    """The quantize child was killed from outside: its finished blocks stay finished."""
+    """The quantize child was killed from outside: its finished blocks stay finished. `killed`: by SIGKILL."""
 
     retryable = True
+    killed = False
 
 
 class OutOfMemory(QuantizeFailed, MemoryError):

@@ -65,17 +65,56 @@ class BlockProgress:
         artifact = create_progress_artifact(0.0, key="quantize-progress", description="Blocks quantized")
         assert isinstance(artifact, UUID)  # and not a coroutine: stages run in a thread without an event loop
         self._artifact = artifact
-        self._block = ""
-        self._loss = ""
-        self._seconds = 0.0
+        self._lines = BlockLines()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
+        for line in self._lines(event):
+            self._say(line)
+        if event["event"] == "progress":
+            update_progress_artifact(self._artifact, 100.0 * event["done"] / event["total"])
+
+
+class BlockLines:
+    """The quantize child's events in words: block i of n, its seconds and losses, the time left, the memory taken."""
+
+    def __init__(self) -> None:
+        self._block, self._loss, self._began = "", "", 0.0
+        self._seconds: list[float] = []
+
+    def __call__(self, event: Mapping[str, Any]) -> list[str]:
         kind = event["event"]
-        if kind == "block":
-            self._block, self._loss, self._seconds = event["name"], "", event["seconds"]
+        if kind == "settings":
+            self._block, self._seconds = "", []
+        elif kind == "block":
+            self._block, self._loss, self._began = event["name"], "", event["seconds"]
         elif kind == "loss":
             self._loss = f", loss {event['before']:.3g} to {event['after']:.3g}"
+        elif kind == "resumed":
+            return [f"going on after {event['blocks']} finished blocks"]
+        elif kind == "fallback":
+            return [f"{self._block}: {event['text']}"]
         elif kind == "progress" and self._block:
-            seconds = event["seconds"] - self._seconds
-            self._say(f"block {event['done']} of {event['total']}: {self._block}, {seconds:.1f} s{self._loss}")
-            update_progress_artifact(self._artifact, 100.0 * event["done"] / event["total"])
+            self._seconds.append(event["seconds"] - self._began)
+            return [self._line(event)]
+        return []
+
+    def _line(self, event: Mapping[str, Any]) -> str:
+        line = f"block {event['done']} of {event['total']}: {self._block}, {self._seconds[-1]:.1f} s{self._loss}"
+        left = (event["total"] - event["done"]) * seconds_a_block(self._seconds)
+        if left:
+            line += f", about {duration(left)} left"
+        if event.get("peak_gpu_bytes"):
+            line += f", at most {event['peak_gpu_bytes'] / 1e9:.1f} GB of GPU memory"
+        return line
+
+
+def seconds_a_block(seconds: list[float]) -> float:
+    """What a block will take, from those done in this process; the first compiles, and counts only if it is alone."""
+    counted = seconds[1:] or seconds
+    return sum(counted) / len(counted) if counted else 0.0
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -74,6 +74,7 @@ class Quantize(Section):
     layers: Annotated[dict[str, dict[str, Any]], AfterValidator(_as_json)] = Field(
         {}, description="Per-layer overrides: auto-round's layer_config"
     )
+    fast: Choice = Field("auto", description="Our tuning loop in place of auto-round's: the same steps")
     torch_compile: Choice = "auto"
     low_gpu_mem: Choice = "auto"
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")

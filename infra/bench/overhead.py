@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.hub.launch import HubStandIn
-from tasks.quantize import ladder
+from tasks.quantizing.run import ladder
 from tasks.recipe import load_recipe
 from tasks.text import find_text
 
@@ -30,7 +30,7 @@ BARE = """
 import json, sys, torch
 from auto_round import AutoRound
 from transformers import AutoModelForImageTextToText, AutoTokenizer
-from tasks.quantize_child import calibration_samples
+from tasks.quantizing.samples import calibration_samples
 job, out = json.loads(sys.argv[1]), sys.argv[2]
 model = AutoModelForImageTextToText.from_pretrained(job["model"], dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(job["model"])

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tasks.artifact import File, Manifest
-from tasks.quantize import blocks_of, ladder, quantize_key, read_events, read_part
+from tasks.quantize import quantize_key, read_part
+from tasks.quantizing.run import blocks_of, ladder, read_events
 from tasks.recipe import Recipe, parse_recipe
 from tasks.text import Text
 
@@ -92,14 +93,14 @@ def test_a_preset_has_the_key_of_what_it_stands_for() -> None:
 def test_the_ladder_begins_as_asked_and_ends_with_one_sample_a_step() -> None:
     rungs = list(ladder({"batch_size": 8, "low_gpu_mem": "auto", "seed": 1}))
     assert [(r["batch_size"], r["gradient_accumulate_steps"], r["low_gpu_mem"]) for r in rungs] == [
-        (8, 1, "auto"), (8, 1, True), (4, 2, True), (2, 4, True), (1, 8, True),
+        (8, 1, "auto"), (8, 1, True), (4, 2, True), (2, 4, True), (1, 8, True), (1, 8, True),
     ]  # fmt: skip
     assert all(r["seed"] == 1 for r in rungs)
 
 
 def test_a_ladder_that_begins_low_has_no_rung_twice() -> None:
     rungs = list(ladder({"batch_size": 1, "low_gpu_mem": True}))
-    assert [(r["batch_size"], r["low_gpu_mem"]) for r in rungs] == [(1, True)]
+    assert [(r["batch_size"], r.get("offload", False)) for r in rungs] == [(1, False), (1, True)]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 6, 7, 8, 12, 15, 16, 100])

@@ -12,16 +12,10 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from tasks.quantize_child import (
-    Events,
-    LogEvents,
-    Refused,
-    _check_layer_names,
-    _kind,
-    calibration_samples,
-    clean_unfinished,
-    read_documents,
-)
+from tasks.quantize_child import _check_layer_names
+from tasks.quantizing.carry import clean_unfinished
+from tasks.quantizing.events import Events, LogEvents, Refused, kind_of
+from tasks.quantizing.samples import calibration_samples, read_documents
 from tests.unit.making import raw_tensors, safetensors_bytes
 
 
@@ -184,19 +178,19 @@ def test_nothing_to_clean_is_no_error(tmp_path: Path) -> None:
     (KeyError("text"), "failed"),
 ])  # fmt: skip
 def test_an_error_is_told_apart_by_what_cures_it(error: Exception, kind: str) -> None:
-    assert _kind(error) == kind
+    assert kind_of(error) == kind
 
 
 def test_running_out_of_a_cpus_memory_is_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
-    assert _kind(caught.value) == "oom"
+    assert kind_of(caught.value) == "oom"
 
 
 def test_an_error_of_dynamo_is_cured_by_not_compiling() -> None:
     from torch._dynamo.exc import Unsupported
 
-    assert _kind(Unsupported("call_function")) == "compile"
+    assert kind_of(Unsupported("call_function")) == "compile"
 
 
 def logged(folder: Path, *records: tuple[int, str]) -> list[dict[str, Any]]:

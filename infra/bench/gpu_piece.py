@@ -1,0 +1,183 @@
+"""One piece of `make bench-gpu`: one kind of block, one variant, in a process of its own.
+
+    python -m infra.bench.gpu_piece KIND VARIANT FOLDER     # prints nothing; writes FOLDER/result.json
+
+`auto-round` is AutoRound's own entry with the reference card's flags; `requant` is our quantize stage, with a store of
+its own. Both quantize the same model of two equal blocks, with the same samples.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+TINY = ROOT / "infra" / "models" / "tiny-qwen3_5-mtp"
+KINDS = {
+    "linear": ["linear_attention"] * 2,
+    "full": ["full_attention"] * 2,
+    "mixed": ["linear_attention", "full_attention"],
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a piece is made of. The defaults are Qwen3.6-27B's block and the reference card's settings."""
+
+    hidden: int = 5120
+    intermediate: int = 17408
+    heads: int = 24
+    kv_heads: int = 4
+    head_dim: int = 256
+    key_heads: int = 16
+    value_heads: int = 48
+    linear_dim: int = 128
+    blocks: int = 2
+    nsamples: int = 128
+    seqlen: int = 2048
+    iters: int = 200
+    batch_size: int = 8
+
+    def weights(self, kind: str) -> int:
+        """Weights of a block's large matrices."""
+        mlp = 3 * self.hidden * self.intermediate
+        if kind == "full":
+            return mlp + self.hidden * self.head_dim * (3 * self.heads + 2 * self.kv_heads)
+        keys, values = self.key_heads * self.linear_dim, self.value_heads * self.linear_dim
+        return mlp + self.hidden * (2 * keys + 3 * values)
+
+    def flops(self, kind: str) -> float:
+        """Arithmetic of tuning a block: forward, backward by weights and by inputs, each 2 a weight and token."""
+        return 6.0 * self.weights(kind) * self.batch_size * self.seqlen * self.iters
+
+
+def build_model(folder: Path, kind: str, size: Size) -> Path:
+    """A text-only Qwen3.5 of equal blocks with random weights (transformers' own initialization), saved once."""
+    import torch
+    import transformers
+
+    if (folder / "done").exists():
+        return folder
+    config = json.loads((TINY / "config.json").read_text())["text_config"]
+    for name in ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"):
+        config.pop(name, None)
+    config |= {
+        "hidden_size": size.hidden, "intermediate_size": size.intermediate, "head_dim": size.head_dim,
+        "num_attention_heads": size.heads, "num_key_value_heads": size.kv_heads,
+        "linear_num_key_heads": size.key_heads, "linear_num_value_heads": size.value_heads,
+        "linear_key_head_dim": size.linear_dim, "linear_value_head_dim": size.linear_dim,
+        "num_hidden_layers": size.blocks, "layer_types": (KINDS[kind] * size.blocks)[: size.blocks],
+        "max_position_embeddings": max(4096, size.seqlen),
+    }  # fmt: skip
+    section = size.head_dim // 4 // 2
+    config["rope_parameters"] |= {"mrope_section": [section - 2 * (section // 3), section // 3, section // 3]}
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        made = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**config), dtype=torch.bfloat16
+        )
+    made.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    del made
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    (folder / "done").touch()
+    return folder
+
+
+def auto_round(model_folder: Path, folder: Path, size: Size) -> dict[str, Any]:
+    """AutoRound(...).quantize_and_save as the reference card calls it: low_gpu_mem_usage, enable_torch_compile."""
+    import torch
+    import transformers
+    from auto_round import AutoRound
+
+    from tasks.quantizing import profile
+    from tasks.quantizing.events import Events, LogEvents, report_blocks, report_output
+    from tasks.quantizing.samples import calibration_samples
+
+    events = Events(folder / "events.jsonl")
+    clock = profile.Profile(Path(os.environ["REQUANT_PROFILE"])) if os.environ.get("REQUANT_PROFILE") else None
+    if clock:
+        profile.install(clock)
+    # The seed only orders the samples, block by block as in our stage: the losses can be compared.
+    report_blocks(events, 42, clock.end_block if clock else lambda: None)
+    report_output(events)
+    logging.getLogger("autoround").addHandler(LogEvents(events))
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    text = ROOT / "tasks" / "texts" / "python.txt"
+    rounder = AutoRound(
+        model,
+        tokenizer,
+        scheme="W4A16",
+        iters=size.iters,
+        seqlen=size.seqlen,
+        nsamples=size.nsamples,
+        dataset=calibration_samples(tokenizer, [str(text)], size.nsamples, size.seqlen),
+        batch_size=size.batch_size,
+        low_gpu_mem_usage=True,
+        enable_torch_compile=torch.cuda.is_available(),
+        device_map="cuda" if torch.cuda.is_available() else "cpu",
+        seed=42,
+    )
+    rounder.quantize_and_save(str(folder / "out"), format="auto_round")
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {"peak_gpu_bytes": peak, "settings": {"low_gpu_mem": True, "torch_compile": torch.cuda.is_available()}}
+
+
+def requant(model_folder: Path, folder: Path, size: Size, changes: dict[str, Any]) -> dict[str, Any]:
+    """Our quantize stage: a folder store, the model's files as its base."""
+    from tasks.artifact import Manifest, file_of
+    from tasks.quantize import quantize
+    from tasks.recipe import parse_recipe
+    from tasks.store import open_store
+    from tasks.text import find_text
+
+    store = open_store((folder / "store").as_uri())
+    base = Manifest.of(file_of(model_folder, p.name) for p in sorted(model_folder.iterdir()) if p.name != "done")
+    for file in base.files:
+        copy = folder / "base" / file.path
+        copy.parent.mkdir(exist_ok=True)
+        os.link(model_folder / file.path, copy)
+        store.put_blob(copy, file)
+    settings = {"nsamples": size.nsamples, "seqlen": size.seqlen, "iters": size.iters, "batch_size": size.batch_size}
+    recipe = parse_recipe({"base": {"repo_id": "bench/random"}, "mtp": "drop", "quantize": {**settings, **changes}})
+    text = find_text(recipe.quantize.calibration)
+    with (folder / "events.jsonl").open("a") as stream:
+        result = quantize(store, recipe, base, text, lambda event: print(json.dumps(event), file=stream, flush=True))
+    return {k: result.provenance[k] for k in ("peak_gpu_bytes", "settings", "attempts", "blocks", "seconds")}
+
+
+def main(kind: str, variant: str, folder: Path, size: Size, changes: dict[str, Any]) -> None:
+    """Run the piece and write result.json: per block its seconds and losses, the seconds before the first one."""
+    started = time.time()
+    folder.mkdir(parents=True, exist_ok=True)
+    model = build_model(folder.parent / f"model-{kind}", kind, size)
+    built = time.time()
+    result = auto_round(model, folder, size) if variant == "auto-round" else requant(model, folder, size, changes)
+    lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    blocks: list[dict[str, Any]] = []
+    for event in lines:
+        if event["event"] == "block":
+            blocks.append({"name": event["name"], "began": event["seconds"]})
+        elif event["event"] == "loss":
+            blocks[-1] |= {"loss_before": event["before"], "loss_after": event["after"]}
+        elif event["event"] == "progress" and blocks:
+            blocks[-1]["seconds"] = round(event["seconds"] - blocks[-1]["began"] - blocks[-1].get("spent", 0), 3)
+        elif event["event"] == "output":
+            blocks[-1] |= {"output_error": event["error"], "spent": event["spent"] if variant == "auto-round" else 0}
+    result |= {"kind": kind, "variant": variant, "blocks": blocks, "size": asdict(size)}
+    result |= {"built_seconds": round(built - started, 1), "whole_seconds": round(time.time() - built, 1)}
+    temporary = folder / "result.json.part"
+    temporary.write_text(json.dumps(result, indent=1))
+    temporary.rename(folder / "result.json")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), Size(**json.loads(sys.argv[4])), json.loads(sys.argv[5]))

@@ -1,0 +1,58 @@
+"""Settings that the recipe leaves to the machine (`auto`), chosen from the card and the model, each with its reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Bytes a weight of the block being tuned takes on the device: bf16 weight and its quantized copy, float32 rounding
+# values, their gradients and the best of them so far.
+TUNED_BYTES = 2 + 2 + 4 + 4 + 4
+# Bytes of activations that a step keeps for its backward pass, per token and unit of width (hidden + intermediate),
+# compiled or not: 16.5 measured on a compiled linear-attention block of 27 B dimensions (H200, torch 2.11), and room.
+ACTIVATION_BYTES = {True: 20, False: 60}
+ROUTED = ("expert", "router", "moe")
+GB = 1e9
+
+
+def choose(job: dict[str, Any], model: Any, device: str, free: int | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """(settings, reasons). model: the loaded model; free: bytes free on the GPU, None on a CPU."""
+    on_gpu = device.startswith("cuda")
+    routed = any(word in name.lower() for name, _ in model.named_modules() for word in ROUTED)
+    settings: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+
+    def settle(name: str, value: bool, reason: str) -> None:
+        asked = job.get(name, "auto")
+        settings[name] = value if asked == "auto" else asked
+        reasons[name] = reason if asked == "auto" else "asked for"
+
+    settle("fast", True, "auto-round's steps without its waits and copies")
+    settings["offload"] = bool(job.get("offload"))
+    if not on_gpu:
+        settle("torch_compile", False, "on a CPU compiling takes longer than it saves")
+        settle("low_gpu_mem", False, "there is no GPU")
+        return settings, reasons
+    if routed:
+        settle("torch_compile", False, "blocks with experts take another path for each batch: nothing to compile once")
+    else:
+        settle("torch_compile", True, "each kind of block is compiled once and serves all its blocks")
+    if settings["offload"]:
+        settings["torch_compile"] = False
+        reasons["torch_compile"] = "what a compiled step keeps cannot be moved to the CPU"
+    needed = resident_bytes(job, model, settings["torch_compile"])
+    fits = free is None or needed <= free
+    say = f"a step needs about {needed / GB:.0f} GB with its samples on the GPU, of {(free or 0) / GB:.0f} GB free"
+    settle("low_gpu_mem", not fits, say)
+    return settings, reasons
+
+
+def resident_bytes(job: dict[str, Any], model: Any, compiled: bool) -> int:
+    """What tuning the largest block takes with its inputs, the reference's outputs and their successors on the GPU."""
+    config = getattr(model.config, "text_config", model.config)
+    hidden = int(config.hidden_size)
+    tokens = job["nsamples"] * job["seqlen"]
+    blocks = [b for m in model.modules() if type(m).__name__ == "ModuleList" for b in m]
+    largest = max((sum(p.numel() for p in b.parameters()) for b in blocks), default=0)
+    width = hidden + int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    step = job["batch_size"] * job["seqlen"] * width * ACTIVATION_BYTES[compiled]
+    return int(3 * tokens * hidden * 2 + largest * TUNED_BYTES + step)

@@ -1,0 +1,412 @@
+"""auto-round's tuning loop of a block, rearranged for a GPU: the same steps on the same samples, without the waste.
+
+What auto-round 0.16.1 does around the arithmetic, and what is done here instead (`make bench-gpu` shows both):
+
+- it gathers each batch on the CPU and copies it over from pageable memory: here the samples are on the GPU, or in
+  pinned memory and fetched one batch ahead;
+- it copies the best parameters to the CPU each time the loss falls (1.5 GB at 27 B dimensions): here they stay;
+- it waits for each step's loss before it starts the backward pass: here the loss is read while that runs;
+- it compiles a block with wrappers that hold functions of their own, so that every block of a model is compiled anew:
+  here a block's kind is compiled once;
+- it updates parameters one after another;
+- with accumulation it sums squares instead of taking their mean, and the gradients of the scales, which pass through
+  float16, overflow: here a batch in pieces has the gradients of the whole batch.
+
+Everything else is auto-round's: its wrappers, its quantization function, its sampler, its schedule, its loss. Blocks
+that need more than this loop knows go to auto-round's own (`unfit` says why).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from tasks.quantizing.events import kind_of
+
+Report = Callable[..., None]
+SUPPORTED = (nn.Linear, Conv1D)
+OTHER_FORMATS = ("super_bits", "imatrix", "init_scale", "awq_clip_max")
+
+
+class FakeQuantized(nn.Module):
+    """A linear layer whose weight is quantized and dequantized on the way, by auto-round's own function.
+
+    Unlike auto-round's wrapper it holds tensors and constants only: two of one shape share one compiled graph.
+    """
+
+    def __init__(self, wrapper: Any) -> None:
+        super().__init__()
+        layer = wrapper.orig_layer
+        self.quantizer = wrapper.weight_quant_func
+        self.data_type, self.threshold = wrapper.data_type, wrapper.q_scale_thresh
+        self.bits, self.group_size, self.scale_dtype = layer.bits, layer.group_size, layer.scale_dtype
+        self.weight: torch.Tensor
+        self.bias: torch.Tensor | None
+        self.register_buffer("weight", layer.weight.detach())
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+        self.register_buffer("low", wrapper.weight_min)
+        self.register_buffer("high", wrapper.weight_max)
+        self.value, self.min_scale, self.max_scale = wrapper.value, wrapper.min_scale, wrapper.max_scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, _, _ = self.quantizer(
+            self.weight,
+            bits=self.bits,
+            group_size=self.group_size,
+            v=self.value,
+            min_scale=self.min_scale,
+            max_scale=self.max_scale,
+            scale_dtype=self.scale_dtype,
+            tensor_min=self.low,
+            tensor_max=self.high,
+            data_type=self.data_type,
+            q_scale_thresh=self.threshold,
+        )
+        return functional.linear(x, weight.to(self.weight.dtype), self.bias)
+
+
+def unfit(quantizer: Any, block: nn.Module, inputs: Any, others: dict[str, Any]) -> str | None:
+    """Why a block needs auto-round's own loop; None if it does not."""
+    config = quantizer.config
+    if type(quantizer).__name__ != "SignRoundQuantizer" or quantizer.momentum or quantizer.enable_norm_bias_tuning:
+        return "another algorithm than plain sign descent"
+    if quantizer.enable_lfq or quantizer.enable_alg_ext or quantizer.lr_scheduler is not None:
+        return "an extension of sign descent"
+    if quantizer.not_use_best_mse or quantizer.dynamic_max_gap > 0 or getattr(config, "enable_neuqi", False):
+        return "an early end, or a search before it"
+    if not isinstance(inputs, list) or quantizer.iters < 1 or others.get("positional_inputs") or "alibi" in others:
+        return "inputs that are not a list of samples"
+    for name, layer in block.named_modules():
+        if getattr(layer, "bits", 16) < 16 and type(layer) in SUPPORTED:
+            more = {
+                "hooks": layer._forward_hooks or layer._forward_pre_hooks,
+                "parameters of another format": [a for a in OTHER_FORMATS if getattr(layer, a, None) is not None],
+                f"the type {type(layer).__name__}": type(layer) is not nn.Linear,
+                f"data type {layer.data_type}": layer.data_type not in {"int", "int_sym", "int_asym"},
+                "quantized activations": layer.act_bits <= 8,
+                "no weight yet": layer.weight.device.type == "meta",
+            }
+            found = [what for what, there in more.items() if there]
+            if found:
+                return f"{name} with {found[0]}"
+    return None
+
+
+def install(compiled: bool, offload: bool, report: Report, after_step: Callable[[], None] = lambda: None) -> None:
+    """Make auto-round tune through this module.
+
+    compiled: torch.compile one step of each kind of block; where that fails the kind is tuned without. offload: keep
+    what the backward pass needs in the CPU's memory. `report` gets the events `loop` and `fallback`.
+    """
+    from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
+
+    original = SignRoundQuantizer.quantize_block
+    # By default inductor keeps the float16 scale in float32 inside a fused kernel: what is tuned would not be what is
+    # stored (torch 2.13 on a CPU: 0.04 % of the weights on another level; with this none, bit for bit).
+    exact: dict[str, Any] = {"emulate_precision_casts": True}
+    fast = torch.compile(masked_loss, dynamic=False, options=exact) if compiled else masked_loss
+    failed: set[tuple[str, ...]] = set()
+
+    def quantize_block(
+        self: Any, block: Any, fp_inputs: Any, input_others: Any, fp_outputs: Any, q_inputs: Any, block_ctx: Any,
+        input_ids: Any = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        inputs = q_inputs if q_inputs is not None and self.enable_quanted_input else fp_inputs
+        reason = unfit(self, block, inputs, input_others)
+        if reason is not None:
+            report("loop", loop="auto-round", reason=f"the block has {reason}")
+            return original(
+                self, block, fp_inputs, input_others, fp_outputs, q_inputs, block_ctx, input_ids=input_ids, **kwargs
+            )
+
+        def run(step: Callable[..., torch.Tensor]) -> dict[str, Any]:
+            return tune(self, block, inputs, input_others, fp_outputs, input_ids, step, offload, after_step)
+
+        kind = tuple(sorted({type(module).__name__ for module in block.modules()}))
+        if not compiled or kind in failed:
+            return run(masked_loss)
+        order = random.getstate()
+        try:
+            return run(fast)
+        except Exception as error:
+            if kind_of(error) != "compile":
+                raise
+            failed.add(kind)
+            first = next(iter(str(error).splitlines()), "")
+            report("fallback", text=f"torch.compile failed ({type(error).__name__}: {first[:200]}): tuned without it")
+        for name, module in list(block.named_modules()):
+            if hasattr(module, "orig_layer"):
+                _put(block, name, module.orig_layer)
+        random.setstate(order)
+        return run(masked_loss)
+
+    SignRoundQuantizer.quantize_block = quantize_block
+
+
+def masked_loss(
+    block: nn.Module, others: dict[str, Any], target: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Mean squared error of a block's output, float32, over the tokens that count. others: the block's arguments."""
+    output = block(**others)
+    output = output[0] if isinstance(output, (tuple, list)) else output
+    if mask is not None:
+        output, target = output * mask, target * mask
+    return functional.mse_loss(output.float(), target.float())
+
+
+def tune(
+    quantizer: Any,
+    block: nn.Module,
+    inputs: list[torch.Tensor],
+    others: dict[str, Any],
+    targets: list[torch.Tensor],
+    input_ids: Any,
+    step: Callable[..., torch.Tensor],
+    offload: bool,
+    after_step: Callable[[], None],
+) -> dict[str, Any]:
+    """`SignRoundQuantizer.quantize_block` (0.16.1): leaves the block quantized, returns its best parameters."""
+    from auto_round.compressors.utils import IndexSampler
+    from auto_round.logger import logger
+    from auto_round.utils.device_manager import device_manager
+    from auto_round.wrapper import unwrapper_block, wrapper_block
+
+    device = torch.device(device_manager.device)
+    names, kept = wrapper_block(
+        block, quantizer.enable_minmax_tuning, False, enable_torch_compile=False, device=device, enable_neuqi=False
+    )
+    wrappers = {name: module for name, module in block.named_modules() if hasattr(module, "orig_layer")}
+    groups = _groups(quantizer, wrappers.values())
+    if not groups:
+        unwrapper_block(block, {})
+        return {}
+    rates = [_rates(lr, quantizer.iters) for lr, _ in groups]
+    parameters = [p for _, group in groups for p in group]
+    bounded = [p for w in wrappers.values() for key, p in w.params.items() if key in {"min_scale", "max_scale"}]
+
+    batch = quantizer.calibration_context.batch_size
+    whole = min(len(inputs), batch * quantizer.gradient_accumulate_steps)
+    masks = _masks(quantizer, input_ids)
+    samples = Samples(quantizer.block_forward, inputs, others, targets, masks, device)
+    sampler = IndexSampler(len(inputs), whole)
+    count = 1
+    autocast = torch.autocast(
+        device.type, dtype=quantizer.model_context.amp_dtype, enabled=bool(quantizer.model_context.amp)
+    )
+
+    best: list[torch.Tensor] = []
+    first = lowest = float("inf")
+    best_at, at = 0, 0
+    for name, wrapper in wrappers.items():
+        _put(block, name, FakeQuantized(wrapper))
+    replaced = block.__dict__.get("forward")
+    if getattr(replaced, "__func__", None) is type(block).forward:  # left there by calibration: no other block has it
+        del block.forward
+    try:
+        order = sampler.next_batch()
+        for at in range(quantizer.iters):
+            losses = []
+            if masks:
+                count = int(sum(masks[i].count_nonzero() for i in order))
+            following = sampler.next_batch() if at + 1 < quantizer.iters else []
+            pieces = [order[s : s + batch] for s in range(0, len(order), batch)]
+            for number, piece in enumerate(pieces):
+                arguments, target, mask = samples.get(piece)
+                after = pieces[number + 1] if number + 1 < len(pieces) else following[:batch]
+                samples.fetch(after)
+                with autocast, saved(offload, device):
+                    loss = step(block, arguments, target, mask) * (len(piece) / len(order))
+                losses.append(Loss(loss))
+                torch.autograd.backward(loss * 1000)
+                del loss
+            total = sum(loss.read() for loss in losses) / max(count, 1)
+            first = total if at == 0 else first
+            if total < lowest or (at == 0 and total != total):
+                lowest, best_at = total, at
+                best = _copied(parameters, best, offload)
+            _update(groups, [rate[at] for rate in rates], bounded)
+            after_step()
+            order = following
+    finally:
+        if replaced is not None:
+            block.forward = replaced
+        for name, wrapper in wrappers.items():
+            _put(block, name, wrapper)
+    where = {id(p): value for p, value in zip(parameters, best, strict=True)}
+    chosen = {n: {key: where[id(p)] for key, p in w.params.items()} for n, w in wrappers.items()}
+    with torch.no_grad():
+        unwrapper_block(block, chosen)
+    logger.infoclean(
+        f"quantized {len(names)}/{len(names) + len(kept)} layers in the block, "
+        f"loss iter 0: {first:.3e} -> iter {best_at}: {lowest:.3e}"
+    )
+    return chosen
+
+
+def saved(offload: bool, device: torch.device) -> AbstractContextManager[Any]:
+    """Where a forward pass keeps what its backward pass needs."""
+    return torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda") if offload else nullcontext()
+
+
+class Loss:
+    """A loss that is read while the GPU goes on: copied to pinned memory as soon as it is known."""
+
+    def __init__(self, loss: torch.Tensor) -> None:
+        self._event: Any = None
+        value = loss.detach()
+        if value.device.type == "cuda":
+            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+        else:
+            self._value = value.clone()
+
+    def read(self) -> float:
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._value)
+
+
+class Samples:
+    """Batches of a block's inputs, arguments, targets and masks on the device, fetched one ahead where they are not.
+
+    `select` is auto-round's BlockForwardRunner, which knows which arguments are per sample.
+    """
+
+    def __init__(
+        self, select: Any, inputs: list[torch.Tensor], others: dict[str, Any], targets: list[torch.Tensor],
+        masks: list[torch.Tensor] | None, device: torch.device,
+    ) -> None:  # fmt: skip
+        self._select, self._inputs, self._targets, self._masks = select, inputs, targets, masks
+        self._others, self._device = others, device
+        self._stream: Any = None
+        self._ahead: tuple[list[int], Any, Any] | None = None
+        if device.type == "cuda" and inputs[0].device.type == "cpu":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._inputs, self._targets = ([tensor.pin_memory() for tensor in ts] for ts in (inputs, targets))
+
+    def get(self, indices: list[int]) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | None]:
+        """(the block's keyword arguments, target, mask) of these samples."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[0] != indices:
+            return self._gather(indices)
+        torch.cuda.current_stream(self._device).wait_event(ahead[2])
+        for tensor in _tensors(ahead[1]):
+            tensor.record_stream(torch.cuda.current_stream(self._device))
+        gathered: tuple[dict[str, Any], torch.Tensor, torch.Tensor | None] = ahead[1]
+        return gathered
+
+    def fetch(self, indices: list[int]) -> None:
+        """Begin to copy these samples, if they are not on the device."""
+        if self._stream is None or not indices:
+            return
+        with torch.cuda.stream(self._stream):
+            gathered = self._gather(indices)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._stream)
+        self._ahead = (indices, gathered, event)
+
+    def _gather(self, indices: list[int]) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | None]:
+        _, others = self._select._select_batch({}, self._others, torch.tensor(indices))
+        others.pop("positional_inputs", None)
+        mask = None
+        if self._masks:
+            mask = torch.cat([self._masks[i] for i in indices]).to(self._device).unsqueeze(-1)
+        arguments = {**_moved(others, self._device), "hidden_states": self._stacked(self._inputs, indices)}
+        return arguments, self._stacked(self._targets, indices), mask
+
+    def _stacked(self, tensors: list[torch.Tensor], indices: list[int]) -> torch.Tensor:
+        if tensors[0].device == self._device or self._device.type != "cuda":
+            return torch.cat([tensors[i] for i in indices]).to(self._device)
+        shape = (len(indices), *tensors[0].shape[1:])
+        target = torch.empty(shape, dtype=tensors[0].dtype, device=self._device)
+        for row, i in enumerate(indices):
+            target[row].copy_(tensors[i][0], non_blocking=True)
+        return target
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(v, device) for v in value)
+    return {k: _moved(v, device) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value] if value.device.type == "cuda" else []
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for v in values for tensor in _tensors(v)]
+
+
+def _put(block: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(block.get_submodule(parent), last, module)
+
+
+def _groups(quantizer: Any, wrappers: Any) -> list[tuple[float, list[torch.Tensor]]]:
+    """Parameters by their step size, as auto-round groups them."""
+    groups: dict[float, list[torch.Tensor]] = {}
+    for wrapper in wrappers:
+        bits = getattr(wrapper.orig_layer, "bits", None)
+        lr, minmax_lr = quantizer._config.compute_lr(bits), quantizer._config.compute_minmax_lr(bits)
+        for key, parameter in wrapper.params.items():
+            edge = "min" in key or "max" in key
+            chosen = (quantizer.minmax_lr if minmax_lr is None else minmax_lr) if edge else (
+                quantizer.lr if lr is None else lr
+            )  # fmt: skip
+            groups.setdefault(float(chosen), []).append(parameter)
+    return list(groups.items())
+
+
+def _rates(lr: float, iters: int) -> list[float]:
+    """The step size of each iteration: auto-round's schedule, torch's LinearLR over a float32 tensor."""
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": torch.tensor(lr)}], lr=torch.tensor(lr))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=iters)
+    rates = []
+    for _ in range(iters):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+@torch.no_grad()
+def _update(groups: list[tuple[float, list[torch.Tensor]]], rates: list[float], bounded: list[torch.Tensor]) -> None:
+    """One step of sign descent; the scales' coefficients stay in [0, 1], which auto-round sees to before each use."""
+    for (_, parameters), rate in zip(groups, rates, strict=True):
+        moving = [(p, p.grad) for p in parameters if p.grad is not None]
+        gradients = [gradient for _, gradient in moving]
+        torch._foreach_sign_(gradients)
+        torch._foreach_add_([p for p, _ in moving], gradients, alpha=-rate)
+        for parameter, _ in moving:
+            parameter.grad = None
+    torch._foreach_clamp_min_(bounded, 0.0)
+    torch._foreach_clamp_max_(bounded, 1.0)
+
+
+@torch.no_grad()
+def _copied(parameters: list[torch.Tensor], into: list[torch.Tensor], offload: bool) -> list[torch.Tensor]:
+    if not into:
+        return [p.detach().to("cpu" if offload else p.device, copy=True) for p in parameters]
+    torch._foreach_copy_(into, parameters)
+    return into
+
+
+def _masks(quantizer: Any, input_ids: Any) -> list[torch.Tensor] | None:
+    """Per sample `[1, s]` int64, 1 where a token counts; None if all do. Kept on the quantizer, as auto-round does."""
+    if input_ids is None:
+        return None
+    if not hasattr(quantizer, "_cached_valid_token_mask"):
+        quantizer._cached_valid_token_mask = quantizer._compute_valid_token_mask(input_ids)
+    masks: list[torch.Tensor] | None = quantizer._cached_valid_token_mask
+    return masks

@@ -1,0 +1,68 @@
+"""The quantize stage on other architectures, and its loop against auto-round's own. Real auto-round, on a CPU."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.artifact import Manifest, file_of
+from tasks.quantize import quantize
+from tasks.recipe import parse_recipe
+from tasks.stage import StageResult
+from tasks.store import open_store
+from tasks.text import find_text
+from tests.bases import other_base
+from tests.pico import pico_base
+
+
+def quantized(folder: Path, base: Path, **settings: Any) -> tuple[StageResult, Path]:
+    """Run the stage on a base with a store of its own; the result, and the checked-out artifact."""
+    store = open_store((folder / "store").as_uri())
+    files = [file_of(base, path.name) for path in sorted(base.iterdir())]
+    for file in files:
+        copy = shutil.copyfile(base / file.path, folder / "copy")
+        store.put_blob(Path(copy), file)
+    small = {"iters": 4, "nsamples": 8, "seqlen": 64, "batch_size": 4, "group_size": 32, **settings}
+    recipe = parse_recipe({"base": {"repo_id": "a/b"}, "mtp": "drop", "quantize": small})
+    result = quantize(store, recipe, Manifest.of(files), find_text("builtin:python"))
+    return result, store.checkout(result.manifest, folder / "checkout")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_5_text", "qwen3_5_moe_text", "without head"])
+def test_every_block_of_this_base_is_tuned(kind: str, tmp_path: Path) -> None:
+    base = pico_base(tmp_path / "base", head=False) if kind == "without head" else other_base(tmp_path / "base", kind)
+    result, _ = quantized(tmp_path, base)
+    blocks = result.provenance["blocks"]
+    assert len(blocks) == 2
+    for block in blocks:
+        assert block["loss_after"] <= block["loss_before"] and block["output_error"] > 0
+        assert "loop" not in block and "fallback" not in block
+    assert "<circle" in result.provenance["losses_svg"]
+    assert set(result.provenance["settings"]["reasons"]) == {"fast", "torch_compile", "low_gpu_mem"}
+
+
+def test_our_loop_ends_where_auto_rounds_does(tmp_path: Path) -> None:
+    """The same losses to float noise, on blocks without the delta rule to the last bit of the artifact."""
+    base = other_base(tmp_path / "base", "llama")
+    ends = []
+    for fast in (False, True):
+        folder = tmp_path / str(fast)
+        folder.mkdir()
+        ends.append(quantized(folder, base, fast=fast)[0])
+    assert ends[0].manifest.digest == ends[1].manifest.digest
+    losses = [[(b["loss_before"], b["loss_after"]) for b in end.provenance["blocks"]] for end in ends]
+    assert losses[0] == losses[1]
+
+
+def test_with_the_delta_rule_the_losses_are_the_same_to_float_noise(tmp_path: Path) -> None:
+    base = pico_base(tmp_path / "base", layers=3)
+    losses = []
+    for fast in (False, True):
+        folder = tmp_path / str(fast)
+        folder.mkdir()
+        blocks = quantized(folder, base, fast=fast)[0].provenance["blocks"]
+        losses.append([value for b in blocks for value in (b["loss_before"], b["loss_after"])])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)

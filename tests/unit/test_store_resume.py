@@ -1,0 +1,118 @@
+"""Unfinished work in the store: another machine carries on, and an artifact leaves nothing of it behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tasks.quantizing import carry
+from tasks.store.folder import FolderBackend
+from tasks.store.resume import kept, push, restore, sweep
+from tasks.store.store import Store
+
+
+class Remote(FolderBackend):
+    """A place that takes copies, as S3 does: the file that was sent stays where it is."""
+
+    def put_file(self, key: str, path: Path) -> None:
+        copy = path.with_name(f"{path.name}.sent")
+        shutil.copyfile(path, copy)
+        super().put_file(key, copy)
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Remote:
+    return Remote(tmp_path / "remote")
+
+
+def machine(remote: Remote, folder: Path) -> Store:
+    return Store(remote, near=FolderBackend(folder))
+
+
+def finish_block(folder: Path, number: int) -> None:
+    """What the child leaves after its `number`-th block (from 0), in the order in which it writes."""
+    shard = folder / "out" / "base-w4g128" / f"model-shard-{number + 1:05d}.safetensors"
+    group = folder / "resume" / "group_0"
+    for path in (shard, carry.block_file(group, number)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes([number]) * 100)
+    done = [f"layers.{i}" for i in range(number + 1)]
+    (group / carry.MANIFEST).write_text(json.dumps({"signature": "s", "completed_blocks": done}))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_another_machine_goes_on_from_the_finished_blocks(remote: Remote, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    with kept(machine(remote, tmp_path / "a"), "quantize", "k", one, carry.portable):
+        for number in range(3):
+            finish_block(one, number)
+        (one / "ladder.json").write_text('{"rung": 2}')
+    assert restore(machine(remote, tmp_path / "b"), "quantize", "k", two, carry.worth_fetching) == 8
+    assert files(two) == files(one) and carry.finished(two) == 3
+
+
+def test_files_are_copied_while_the_work_goes_on_and_once_only(remote: Remote, tmp_path: Path) -> None:
+    folder, sent = tmp_path / "work", dict[str, int]()
+    store = machine(remote, tmp_path / "near")
+    finish_block(folder, 0)
+    push(store, "quantize", "k", folder, carry.portable(folder), sent)
+    first = {key: remote.path(key).stat().st_mtime_ns for key in remote.keys("resume")}
+    time.sleep(0.01)
+    finish_block(folder, 1)
+    push(store, "quantize", "k", folder, carry.portable(folder), sent)
+    again = {key for key, at in first.items() if remote.path(key).stat().st_mtime_ns != at}
+    assert {key.rsplit("/", 1)[1] for key in again} <= {"index", carry.MANIFEST, "block-00000.safetensors",
+                                                        "model-shard-00001.safetensors"}  # fmt: skip
+    assert not {key for key in again if key.endswith("00000.safetensors") or key.endswith("00001.safetensors")}
+
+
+def test_a_shard_that_is_still_being_written_does_not_count(tmp_path: Path) -> None:
+    finish_block(tmp_path, 0)
+    time.sleep(0.01)
+    (tmp_path / "out" / "base-w4g128" / "model-shard-00002.safetensors").write_bytes(b"half")
+    assert not [path for path in carry.portable(tmp_path) if "shard-00002" in path]
+
+
+def test_a_machine_that_is_further_keeps_what_it_has(remote: Remote, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish_block(one, 0)
+    push(machine(remote, tmp_path / "a"), "quantize", "k", one, carry.portable(one), {})
+    for number in range(2):
+        finish_block(two, number)
+    before = files(two)
+    assert restore(machine(remote, tmp_path / "b"), "quantize", "k", two, carry.worth_fetching) == 0
+    assert files(two) == before
+
+
+def test_the_state_is_swept_once_the_artifact_is_there(remote: Remote, tmp_path: Path) -> None:
+    folder, store = tmp_path / "work", machine(remote, tmp_path / "near")
+    finish_block(folder, 0)
+    push(store, "quantize", "k", folder, carry.portable(folder), {})
+    push(store, "quantize", "other", folder, carry.portable(folder), {})
+    sweep(store, "quantize", "k")
+    assert not list(remote.keys("resume/quantize/k")) and list(remote.keys("resume/quantize/other"))
+
+
+def test_a_store_that_fails_does_not_stop_the_work(remote: Remote, tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    finish_block(folder, 0)
+    remote.root.write_text("not a folder")
+    with kept(machine(remote, tmp_path / "near"), "quantize", "k", folder, carry.portable):
+        pass
+
+
+def test_a_manifest_whose_blocks_are_not_all_there_is_forgotten(tmp_path: Path) -> None:
+    for number in range(2):
+        finish_block(tmp_path, number)
+    carry.trim(tmp_path / "resume")
+    assert carry.finished(tmp_path) == 2
+    carry.block_file(tmp_path / "resume" / "group_0", 0).unlink()
+    carry.trim(tmp_path / "resume")
+    assert carry.finished(tmp_path) == 0
