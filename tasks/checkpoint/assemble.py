@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tasks.artifact import File
-from tasks.checkpoint.checkpoint import INDEX, QUANTIZATION, Checkpoint, read_json
+from tasks.checkpoint.checkpoint import INDEX, QUANTIZATION, Checkpoint
 from tasks.checkpoint.header import Tensor
+from tasks.checkpoint.modules import modules_of
 from tasks.checkpoint.mtp import without_head_entries
 from tasks.checkpoint.packing import PARTS, Scheme, check_parts
 from tasks.checkpoint.writer import index_of, split_into_shards, write_json, write_shard
@@ -46,20 +47,9 @@ def assemble(base: Checkpoint, packed: Checkpoint, bits: Mapping[str, int], out:
     return files
 
 
-def configs_agree(checkpoint: Checkpoint) -> bool:
-    """Whether a quantization_config.json, if there is one, says what config.json says."""
-    beside = checkpoint.folder / QUANTIZATION
-    return not beside.exists() or read_json(beside) == checkpoint.config.get("quantization_config")
-
-
 def packed_parts(tensors: Iterable[Tensor]) -> dict[str, dict[str, Tensor]]:
     """Module name to its packed parts, for every module that has a `qweight`."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for tensor in tensors:
-        module, _, part = tensor.name.rpartition(".")
-        if part in PARTS:
-            parts.setdefault(module, {})[part] = tensor
-    return {module: found for module, found in parts.items() if "qweight" in found}
+    return {name: m.packed_parts for name, m in modules_of(tensors).items() if "qweight" in m.parts}
 
 
 def check_modules(

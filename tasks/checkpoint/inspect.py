@@ -9,7 +9,7 @@ from typing import Any
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.deep import deep_problems
 from tasks.checkpoint.engines import Judgement
-from tasks.checkpoint.inventory import head_document, inventory, storage_of
+from tasks.checkpoint.inventory import head_document, inventory, scheme_fields, storage_of
 from tasks.checkpoint.problems import problems_of
 from tasks.checkpoint.untrusted import shown
 
@@ -37,7 +37,7 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> dict[str, Any]:
         "dtypes": dict(Counter(t.dtype for t in checkpoint.tensors.values()).most_common()),
         "quantized": {
             "count": stored.total(),
-            **{key: _plain(quantization.get(key)) for key in ("bits", "group_size", "sym")},
+            **{key: _plain(value) for key, value in scheme_fields(quantization).items()},
             "method": _plain(quantization.get("quant_method")),
             "packing": _plain(quantization.get("packing_format")),
             "storage": dict(stored.most_common()),

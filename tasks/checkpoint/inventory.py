@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,18 +56,34 @@ def storage_of(module: Module, quantization: Mapping[str, Any]) -> str:
         except CheckpointError:
             return "packed"
     if module.storage == "compressed":
-        bits = compressed_bits(quantization)
+        bits = scheme_fields(quantization)["bits"]
         return f"INT{bits}" if bits and module.parts["weight_packed"].dtype == "I32" else "packed"
     return module.parts.get("weight", module.tensor).dtype
 
 
-def compressed_bits(quantization: Mapping[str, Any]) -> int | None:
-    """`num_bits` of a compressed-tensors config, if all its groups have the same."""
+def scheme_fields(quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """`bits`, `group_size` and `sym` as the config's method words them; None where it does not say, or says several."""
+    if quantization.get("quant_method") == "compressed-tensors":
+        weights = _weights_of_groups(quantization)
+        bits, size, sym = (_only(w.get(key) for w in weights) for key in ("num_bits", "group_size", "symmetric"))
+        return {"bits": bits, "group_size": size, "sym": sym}
+    bits = quantization.get("bits", quantization.get("w_bit"))
+    size, sym = quantization.get("group_size", quantization.get("q_group_size")), quantization.get("sym")
+    if sym is None and type(quantization.get("zero_point")) is bool:  # AWQ's word
+        sym = not quantization["zero_point"]
+    return {"bits": bits, "group_size": size, "sym": sym}
+
+
+def _weights_of_groups(quantization: Mapping[str, Any]) -> list[dict[str, Any]]:
     groups = quantization.get("config_groups")
     weights = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
-    bits = {w.get("num_bits") for w in weights if isinstance(w, dict)}
-    only = bits.pop() if len(bits) == 1 else None
-    return only if type(only) is int else None
+    return [w for w in weights if isinstance(w, dict)]
+
+
+def _only(values: Iterable[Any]) -> Any:
+    """The one value of them all, or None."""
+    plain = {value for value in values if isinstance(value, int | str)}
+    return plain.pop() if len(plain) == 1 else None
 
 
 def head_document(checkpoint: Checkpoint) -> dict[str, Any]:

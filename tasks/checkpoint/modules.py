@@ -5,7 +5,7 @@ What tells is the name of a part and its dtype, never a config: a config may lie
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tasks.checkpoint.header import Tensor
@@ -74,8 +74,3 @@ def modules_of(tensors: Iterable[Tensor]) -> dict[str, Module]:
         name, part = split_name(tensor.name)
         modules.setdefault(name, Module(name)).parts[part] = tensor
     return modules
-
-
-def quantized_modules(tensors: Iterable[Tensor]) -> Mapping[str, Module]:
-    """The modules among them whose weights are packed or scaled."""
-    return {name: module for name, module in modules_of(tensors).items() if module.quantized}

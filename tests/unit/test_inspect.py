@@ -12,7 +12,7 @@ import pytest
 
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.inspect import as_text, inspect_checkpoint
-from tasks.checkpoint.inventory import missing_parts
+from tasks.checkpoint.inventory import missing_parts, scheme_fields
 from tests.pico import pico_base
 from tests.unit.making import all_tensors, from_bf16, rounded, to_bf16, write_checkpoint
 from tests.unit.test_repair import elsewhere, fixed
@@ -276,3 +276,17 @@ def test_the_text_for_a_person_says_the_same(base: Path, tmp_path: Path) -> None
     text = as_text("x", inspect_checkpoint(folder))
     assert "14 INT4, group 32, auto_round:auto_gptq" in text and "1 layers, mtp, F32+INT4" in text
     assert "does not draft" in text and "problem       mtp.fc.qweight" in text
+
+
+@pytest.mark.parametrize(("quantization", "fields"), [
+    ({"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True}, (4, 128, True)),
+    ({"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True}, (4, 64, False)),
+    ({"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "zero_point": False}, (4, 128, True)),
+    ({"quant_method": "fp8", "fmt": "e4m3"}, (None, None, None)),
+    ({"quant_method": "compressed-tensors", "config_groups": {
+        "group_0": {"weights": {"num_bits": 4, "group_size": 32, "symmetric": True}}}}, (4, 32, True)),
+    ({"quant_method": "compressed-tensors", "config_groups": {
+        "a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}}}, (None, None, None)),
+], ids=lambda value: str(value)[:60])  # fmt: skip
+def test_the_scheme_is_told_in_one_way_for_every_method(quantization: dict[str, Any], fields: Any) -> None:
+    assert tuple(scheme_fields(quantization).values()) == fields
