@@ -86,4 +86,5 @@ def _head_words(mtp: dict[str, Any]) -> str:
     if not mtp["present"]:
         return "none"
     complete = "complete" if mtp["complete"] else f"lacks {', '.join(mtp['missing'][:3])}"
-    return f"{mtp['layers']} layers, {mtp['layout']}, {mtp['precision']}, {mtp['bytes']:,} bytes, {complete}"
+    experts = f", experts {mtp['experts']}" if mtp["experts"] else ""
+    return f"{mtp['layers']} layers, {mtp['layout']}{experts}, {mtp['precision']}, {mtp['bytes']:,} bytes, {complete}"

@@ -91,7 +91,8 @@ def head_document(checkpoint: Checkpoint) -> dict[str, Any]:
     head = checkpoint.head
     if head is None:
         nothing: dict[str, Any] = {"present": False, "layout": None, "layers": 0, "precision": None}
-        return {**nothing, "complete": False, "missing": [], "tensors": 0, "bytes": 0, "precisions": {}}
+        nothing |= {"experts": None, "complete": False, "missing": [], "tensors": 0, "bytes": 0}
+        return {**nothing, "precisions": {}, "modules": {}}
     modules = modules_of(checkpoint.tensors[name] for name in head.names)
     stored = {name: storage_of(module, checkpoint.quantization) for name, module in modules.items()}
     missing = missing_parts(checkpoint, head)
@@ -100,6 +101,7 @@ def head_document(checkpoint: Checkpoint) -> dict[str, Any]:
         "layout": head.layout,
         "layers": layer_count(checkpoint.text_config) or len(_layers(modules)),
         "precision": "+".join(sorted(set(stored.values()))),
+        "experts": _experts(modules),
         "complete": not missing,
         "missing": missing,
         "tensors": len(head.names),
@@ -149,6 +151,12 @@ def _fused(part: str) -> str:
     if not match:
         return part
     return "mlp.experts.down_proj" if match[2] == "down_proj" else "mlp.experts.gate_up_proj"
+
+
+def _experts(modules: Iterable[str]) -> str | None:
+    """Whether the experts of a head lie `fused` in 3-D tensors or `split`, each for itself; None where it has none."""
+    found = [match for name in modules if (match := FUSED.search(name))]
+    return ("split" if found[0][1] else "fused") if found else None
 
 
 def _layers(modules: Mapping[str, Module]) -> set[str]:

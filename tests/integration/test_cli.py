@@ -76,10 +76,11 @@ def test_inspect_of_a_folder_with_a_missing_shard_is_status_1(requant: Requant, 
     assert any("model-mtp.safetensors, which is missing" in problem for problem in outcome.document["problems"])
 
 
-def test_inspect_starts_neither_torch_nor_prefect(requant: Requant, checkout: Path) -> None:
-    lines = requant.variant(PYTHONPROFILEIMPORTTIME="1")("inspect", str(checkout)).stderr.splitlines()
+@pytest.mark.parametrize("command", ["inspect", "mtp-fix"])
+def test_looking_and_mending_start_neither_torch_nor_prefect(command: str, requant: Requant, checkout: Path) -> None:
+    lines = requant.variant(PYTHONPROFILEIMPORTTIME="1")(command, str(checkout)).stderr.splitlines()
     imported = {line.rsplit("|", 1)[1].strip() for line in lines if line.startswith("import time:")}
-    assert "tasks.checkpoint.inspect" in imported
+    assert "tasks.checkpoint.engines" in imported
     assert not imported & {"torch", "prefect", "auto_round", "transformers", "boto3"}
 
 

@@ -50,7 +50,10 @@ def test_a_packed_head_of_any_layout_and_packing_comes_back_bit_for_bit(
     assert head_of(folder, base) == head_of(base, base) == raw_tensors(folder / HEAD_SHARD)
     assert all_tensors(folder) == others | head_of(base, base)
     assert Checkpoint.open(folder).problems == []
-    assert inspect_checkpoint(folder)["mtp"]["complete"] is True
+    head = inspect_checkpoint(folder)["mtp"]
+    experts = {"mtp-moe": "fused", "mtp-moe-split": "split", "inlined-moe": "split"}
+    assert head["complete"] is True and head["experts"] == experts.get(layout)
+    assert head["layout"] == layout.removesuffix("-split").removesuffix("-moe")
     before = snapshot(folder)
     assert repair(folder, Base(base))["changed"] is False
     assert repair(folder, None)["changed"] is False
