@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -115,6 +116,15 @@ def file_of(root: Path, path: str) -> File:
     """Describe the file `path` below `root` by reading it once."""
     full = root / path
     return File(path, full.stat().st_size, sha256_of(full))
+
+
+def sync(path: Path) -> None:
+    """fsync a file, or a folder after a rename in it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def digest_of(document: Any) -> str:

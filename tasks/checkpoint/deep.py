@@ -12,7 +12,7 @@ import numpy as np
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.header import Tensor
 from tasks.checkpoint.modules import modules_of, split_name
-from tasks.checkpoint.packing import Floats, to_numpy
+from tasks.checkpoint.packing import float_rows
 
 # Exponent bits all set: infinite or not a number.
 EXPONENT = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
@@ -62,7 +62,10 @@ def _traces(weight: Tensor) -> Iterator[str]:
     """
     if weight.shape[1] % min(GROUPS) or weight.dtype not in EXPONENT:
         return
-    values: Floats = to_numpy(_first_rows(weight)).astype(np.float32)
+    first = next(float_rows(weight), None)
+    if first is None:
+        return
+    values = first[:ROWS]
     for size in sorted((size for size in GROUPS if not weight.shape[1] % size), reverse=True):
         groups = values.reshape(-1, size)
         groups = groups[np.any(groups != 0, axis=1)]
@@ -84,10 +87,3 @@ def _traces(weight: Tensor) -> Iterator[str]:
                 "restore it with requant mtp-fix --base"
             )
         return
-
-
-def _first_rows(weight: Tensor) -> Tensor:
-    rows = min(ROWS, weight.shape[0])
-    nbytes = weight.nbytes // max(weight.shape[0], 1) * rows
-    shape = (rows, weight.shape[1])
-    return Tensor(weight.name, weight.dtype, shape, weight.path, weight.begin, weight.begin + nbytes)

@@ -11,7 +11,7 @@ from typing import Any
 
 from tasks.artifact import File
 from tasks.checkpoint.checkpoint import INDEX, QUANTIZATION, Checkpoint, read_json
-from tasks.checkpoint.header import Tensor
+from tasks.checkpoint.header import CONFIG_DTYPES, Tensor
 from tasks.checkpoint.modules import Module, modules_of
 from tasks.checkpoint.mtp import (
     Head,
@@ -28,8 +28,6 @@ from tasks.errors import CheckpointError
 HEAD_SHARD = "model-mtp.safetensors"
 # Linear layers of a head that engines build without quantization: the fusion layer and the routers.
 PLAIN_LINEAR = re.compile(r"\.(fc|eh_proj|mlp\.gate|shared_expert_gate|embed_tokens|shared_head\.head)$")
-
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 Tensors = dict[str, Tensor]
 
@@ -128,7 +126,9 @@ def dequantized_head(checkpoint: Checkpoint) -> Tensors:
     head = checkpoint.head
     if head is None:
         raise CheckpointError(f"{checkpoint.folder} has no MTP head")
-    dtype = DTYPES.get(str(checkpoint.text_config.get("dtype") or checkpoint.text_config.get("torch_dtype")), "BF16")
+    dtype = CONFIG_DTYPES.get(
+        str(checkpoint.text_config.get("dtype") or checkpoint.text_config.get("torch_dtype")), "BF16"
+    )
     tensors = Tensors()
     for module in modules_of(checkpoint.tensors[name] for name in head.names).values():
         if module.storage == "plain":

@@ -22,6 +22,8 @@ DTYPE_BITS = {
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
     "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
+# What a config calls a dtype, to what a header calls it.
+CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 MAX_HEADER = 100_000_000  # the reference reader's limit
 COPY_CHUNK = 1 << 20  # larger ones are new pages each time, and cost more than they save
 

@@ -18,6 +18,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from tasks.artifact import sync
 from tasks.checkpoint.checkpoint import INDEX, PLAIN_NAME, read_json
 from tasks.errors import CheckpointError
 
@@ -56,7 +57,6 @@ def finish(folder: Path) -> None:
 def staged(folder: Path) -> Iterator[Path]:
     """An empty folder on the same file system, for what will be installed into `folder`; taken away at the end."""
     stage = stage_of(folder)
-    clear(folder)
     stage.mkdir()
     try:
         yield stage
@@ -108,7 +108,7 @@ def _exchange(stage: Path, folder: Path, removed: Sequence[str]) -> bool:
         if error.errno in IMPOSSIBLE:
             return False
         raise
-    _sync(folder.parent)
+    sync(folder.parent)
     return True
 
 
@@ -133,7 +133,7 @@ def _move_in(stage: Path, folder: Path, removed: Sequence[str]) -> None:
     (stage / REMOVED).write_text("\n".join(removed))
     for name in sorted(names, key=_turn):
         os.replace(stage / name, folder / name)
-    _sync(folder)
+    sync(folder)
     _remove(folder, removed)
 
 
@@ -155,11 +155,3 @@ def _stays(path: Path, there: Path) -> bool:
 def _turn(name: str) -> int:
     """Shards first, under names that are new; then the index, then the configs."""
     return 0 if name.endswith(".safetensors") else 1 if name == INDEX else 2
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

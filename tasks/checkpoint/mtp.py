@@ -74,8 +74,9 @@ def unquantized_entries(head: Head, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 def _patterns(head: Head) -> list[str]:
     """Regexes for all of the head and nothing else."""
-    apart = [".*mtp.*"] if head.layout == "mtp" else []
-    return apart or [f".*{re.escape(prefix)}\\..*" for prefix in head.prefixes]
+    if head.layout == "mtp":
+        return [".*mtp.*"]
+    return [f".*{re.escape(prefix)}\\..*" for prefix in head.prefixes]
 
 
 def without_head_entries(quantization: Mapping[str, Any], head: Head | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, read_json
 from tasks.checkpoint.engines import Judgement, missing_vision_files
+from tasks.checkpoint.header import CONFIG_DTYPES
 from tasks.checkpoint.inventory import missing_parts
 from tasks.checkpoint.modules import Module
 from tasks.checkpoint.mtp import layer_count
@@ -15,7 +16,6 @@ from tasks.checkpoint.packing import REQUIRED, Scheme, check_parts
 from tasks.checkpoint.untrusted import shown
 from tasks.errors import CheckpointError
 
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 FLOATING = {"BF16", "F16", "F32", "F64"}
 OTHER_TOWERS = re.compile(r"visual|vision|audio|image|projector")
 ROUTER = re.compile(r"(gate|router|score|bias)")  # kept wider than the rest by design
@@ -122,7 +122,7 @@ def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:
     """Matrices that were re-typed, as auto-round does on a CPU: the file grows, and nothing is the base's any more."""
     word = checkpoint.text_config.get("dtype") or checkpoint.text_config.get("torch_dtype")
     word = word or checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    declared = DTYPES.get(word) if isinstance(word, str) else None
+    declared = CONFIG_DTYPES.get(word) if isinstance(word, str) else None
     if declared is None:
         return
     other: dict[str, list[str]] = {}

@@ -191,7 +191,7 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
         return False
     ours, theirs = one.chunks(), other.chunks()
     rest = b""
-    for chunk in ours:  # a computed tensor comes as one chunk
+    for chunk in ours:  # the two need not come in chunks of one size
         while len(rest) < len(chunk):
             rest += next(theirs)
         if rest[: len(chunk)] != chunk:

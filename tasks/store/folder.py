@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tasks.artifact import check_relative
+from tasks.artifact import check_relative, sync
 from tasks.errors import StoreError, explain_os_error
 
 
@@ -140,12 +140,3 @@ def _reflinked(source: int, target: int) -> bool:
         return True
     except (ImportError, OSError):
         return False
-
-
-def sync(path: Path) -> None:
-    """fsync a file, or a folder after a rename in it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.pico import TINY
 from tests.unit.making import (
+    FULL,
     NARROW,
     all_tensors,
     from_bf16,
@@ -22,7 +23,6 @@ from tests.unit.making import (
 Raw = dict[str, tuple[str, tuple[int, ...], bytes]]
 BODY = "model.language_model.layers"
 IMAGE, VIDEO = "preprocessor_config.json", "video_preprocessor_config.json"
-FULL = {"bits": 16, "data_type": "fp"}
 HEAD_LINEARS = tuple(
     f"mtp.layers.0.{name}"
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",

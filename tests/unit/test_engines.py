@@ -20,6 +20,7 @@ from tasks.checkpoint.engines.rule import EXPERTS, LM_HEAD, Layer, Patterns, Ref
 from tasks.checkpoint.header import Tensor
 from tests.pico import pico_base
 from tests.unit.making import (
+    FULL,
     NARROW,
     all_tensors,
     from_bf16,
@@ -29,7 +30,6 @@ from tests.unit.making import (
     write_checkpoint,
 )
 
-FULL = {"bits": 16, "data_type": "fp"}
 BODY = "model.language_model.layers"
 PLAIN, INT4 = "plain", (4, 128, True)
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
