@@ -1,67 +1,39 @@
-"""What a checkpoint does on the pinned text: next-token losses and choices, drafts of the head, a greedy continuation.
+"""What a checkpoint does on the pinned text: next-token losses and choices, drafts of the head, greedy continuations,
+the vision tower on synthetic pixels, a text as long as fits.
 
-Measured the same way for a base and for what was made of it, and kept: gates compare two such records.
+Measured the same way for a base and for what was made of it, with one decoder block in memory at a time, and kept:
+gates compare two such records.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import re
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from safetensors.numpy import load as load_arrays
-from safetensors.numpy import save as save_arrays
 
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.errors import CheckpointError
-from tasks.model import MtpHead, free, greedy, load_model, load_tokenizer, pick_device, pick_dtype, text_model
+from tasks.measuring.blocks import Rows, run_blocks
+from tasks.measuring.decode import agreement, decode, decode_in_blocks, speculate
+from tasks.measuring.head import MtpHead
+from tasks.measuring.measurement import Floats, Ints, Measurement
+from tasks.measuring.vision import features
+from tasks.model import Skeleton, free, load_tokenizer, pick_device, pick_dtype, room
 
-VERSION = 1  # raise it when the same checkpoint and text give other values
+VERSION = 2  # raise it when the same checkpoint and text give other values
 WINDOWS, LENGTH = 24, 512  # tokens measured on: 24 windows of 512, spread over the text
-PROMPT, GENERATED = 32, 48  # tokens
+PROBE = 128  # tokens of the first window whose hidden states are kept at every block
+DRAFTS = 3  # as far as engines draft
+PROMPTS, PROMPT, GENERATED = 8, 32, 48  # greedy continuations, in tokens
+GENERATED_IN_BLOCKS = 8  # where every token costs a pass over all weights
+LONGEST = {"cpu": 4096, "cuda": 131_072}  # tokens of one text: more takes longer than everything else
 log = logging.getLogger(__name__)
-
-Ints = npt.NDArray[np.int32]
-Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Arrays by position. n windows of L tokens.
-
-    tokens int32 [n, L]; nll float32 [n, L-1], natural log, of token t+1 after the tokens up to t; top1 int32
-    [n, L-1], the choice at t; draft int32 [n, L-1], the head's choice for token t+2 (empty without a head);
-    generated int32 [GENERATED], greedy.
-    """
-
-    tokens: Ints
-    nll: Floats
-    top1: Ints
-    draft: Ints
-    generated: Ints
-
-    @property
-    def perplexity(self) -> float:
-        return float(np.exp(self.nll.mean(dtype=np.float64)))
-
-    @property
-    def acceptance(self) -> float | None:
-        """Share of drafted tokens that the main model would choose itself, given the true text before them."""
-        if not self.draft.size:
-            return None
-        return float((self.draft[:, :-1] == self.top1[:, 1:]).mean())
-
-    def to_bytes(self) -> bytes:
-        return save_arrays({k: np.ascontiguousarray(v) for k, v in vars(self).items()})
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Measurement:
-        return cls(**load_arrays(data))
 
 
 @torch.inference_mode()
@@ -77,30 +49,92 @@ def measure(
     """Run a checkpoint over a text. Raises CheckpointError if it cannot be loaded."""
     checkpoint = Checkpoint.open(folder).sound()
     tokens = windows(folder, text, checkpoint, remote_code=remote_code)
-    model = load_model(checkpoint, dtype, device, remote_code=remote_code)
-    head = MtpHead(checkpoint, model, dtype, device) if checkpoint.head and checkpoint.head.layout == "mtp" else None
+    skeleton = Skeleton(checkpoint, dtype, device, remote_code=remote_code)
     say(f"measuring {folder.name} on {tokens.size:,} tokens ({str(dtype).removeprefix('torch.')}, {device})")
-    nll, top1, draft = [], [], []
-    for row in tokens:
-        ids = torch.from_numpy(row[None]).long().to(device)
-        hidden = text_model(model)(input_ids=ids, use_cache=False).last_hidden_state
-        logits = model.get_output_embeddings()(hidden[:, :-1]).float()
-        nll.append(torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="none").cpu().numpy())
-        top1.append(logits[0].argmax(-1).int().cpu().numpy())
-        if head is not None:
-            draft.append(head(ids, hidden)[0].argmax(-1).int().cpu().numpy())
-    generated = greedy(model, torch.from_numpy(tokens[:1, :PROMPT]).long().to(device), GENERATED)
-    del model, head
+    skeleton.load_ends()
+    ids = torch.from_numpy(tokens).long().to(device)
+    rows, long = Rows.of(skeleton, ids), Rows.of(skeleton, _long_text(ids, longest(skeleton)))
+    probes = [rows.hidden[0][0, :PROBE].cpu()]
+    hidden, far = run_blocks(skeleton, [rows, long], lambda _: probes.append(rows.hidden[0][0, :PROBE].cpu()))
+    nll, top1 = _next_tokens(skeleton, ids, hidden)
+    finite = far[0].isfinite().all(-1)
+    finite[-PROBE:] &= skeleton.logits(far[0, -PROBE:]).isfinite().all(-1)
+    context = np.array([len(finite), int(finite.sum())], np.int32)
+    del far, long
+
+    head = MtpHead(checkpoint, skeleton) if checkpoint.head and checkpoint.head.layout == "mtp" else None
+    drafts = np.zeros((0, 0, 0), np.int32)
+    if head is not None:
+        each = [head.drafts(row, state, DRAFTS) for row, state in zip(ids, hidden, strict=True)]
+        drafts = torch.stack(each, dim=1).int().cpu().numpy()
+    generated, speculation, speculative = _continuations(skeleton, head, ids[:PROMPTS, :PROMPT])
+    seen = features(skeleton)
+    result = Measurement(
+        tokens, nll, top1, drafts, generated, speculation, speculative, context, hidden.cpu(), torch.stack(probes),
+        torch.empty(0) if seen is None else seen.cpu(),
+    )  # fmt: skip
+    del skeleton, head, hidden
     free(device)
-    drafts = np.stack(draft) if draft else np.zeros((0, 0), np.int32)
-    return Measurement(tokens, np.stack(nll), np.stack(top1), drafts, generated.int().cpu().numpy())
+    return result
 
 
 def precision(base: Path) -> tuple[torch.device, torch.dtype]:
     """Where and in what a base is measured, and everything that is compared with it."""
-    parameters = sum(math.prod(t.shape) for t in Checkpoint.open(base).tensors.values())
+    parameters = at_once(Checkpoint.open(base))
     device = pick_device(parameters)
     return device, pick_dtype(parameters, device)
+
+
+def at_once(base: Checkpoint) -> int:
+    """How many parameters are in memory at once: all that are in no block, and the largest block twice."""
+    sizes = Counter[str]()
+    for tensor in base.tensors.values():
+        block = re.search(r"(?:^|\.)layers\.\d+\.", tensor.name)
+        sizes[block.string[: block.end()] if block else ""] += math.prod(tensor.shape)
+    return sizes.pop("", 0) + 2 * max(sizes.values(), default=0)
+
+
+def longest(skeleton: Skeleton) -> int:
+    """Tokens of the longest text that fits: the model's own limit, a time that bears waiting for, half the memory."""
+    config = skeleton.text.config
+    width = 16 * config.hidden_size + 6 * int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    delta = getattr(config, "linear_num_value_heads", 0) * getattr(config, "linear_value_head_dim", 0)
+    each = width * skeleton.dtype.itemsize + 16 * 4 * delta  # the delta rule's reference code works in float32
+    limit = int(getattr(config, "max_position_embeddings", None) or LENGTH)
+    return int(max(1, min(limit, LONGEST.get(skeleton.device.type, LENGTH), room(skeleton.device) // 2 // each)))
+
+
+def _long_text(ids: torch.Tensor, length: int) -> torch.Tensor:
+    """The windows one after the other, again and again: `[1, length]`."""
+    flat = ids.flatten()
+    return flat.repeat(-(-length // len(flat)))[:length][None]
+
+
+def _next_tokens(skeleton: Skeleton, ids: torch.Tensor, hidden: torch.Tensor) -> tuple[Floats, Ints]:
+    nll, top1 = [], []
+    for row, state in zip(ids, hidden, strict=True):
+        logits = skeleton.logits(state[:-1])
+        nll.append(torch.nn.functional.cross_entropy(logits, row[1:], reduction="none").cpu().numpy())
+        top1.append(logits.argmax(-1).int().cpu().numpy())
+    return np.stack(nll), np.stack(top1)
+
+
+def _continuations(skeleton: Skeleton, head: MtpHead | None, prompts: torch.Tensor) -> tuple[Ints, Ints, Floats]:
+    """Greedy continuations; with the head, and all weights in memory, speculative ones too."""
+    nothing, unequal = np.zeros((0, 0), np.int32), np.zeros(0, np.float32)
+    if 1.5 * skeleton.nbytes > room(skeleton.device):
+        return decode_in_blocks(skeleton, prompts, GENERATED_IN_BLOCKS).int().cpu().numpy(), nothing, unequal
+    skeleton.hold()
+    plain = [decode(skeleton, prompt, GENERATED) for prompt in prompts]
+    generated = np.array([tokens for tokens, _ in plain], np.int32)
+    if head is None:
+        return generated, nothing, unequal
+    depth = DRAFTS if head.recycles else 1
+    found = [speculate(skeleton, head, prompt, GENERATED, depth) for prompt in prompts]
+    if skeleton.dtype == torch.float32:
+        pairs = zip(plain, found, strict=True)
+        unequal = np.array([agreement(*one, other.tokens) for one, other in pairs], np.float32)
+    return generated, np.array([[one.steps, *one.accepted] for one in found], np.int32), unequal
 
 
 def windows(folder: Path, text: Path, checkpoint: Checkpoint, *, remote_code: bool = False) -> Ints:

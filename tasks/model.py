@@ -5,24 +5,33 @@ So what is measured is what the files say, on any machine that can hold the mode
 
 from __future__ import annotations
 
-import copy
-import logging
-from collections.abc import Callable, Iterable
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
 
 from tasks.checkpoint.assemble import packed_parts
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.header import Tensor
-from tasks.checkpoint.packing import Scheme, dequantize
+from tasks.checkpoint.modules import split_name
+from tasks.checkpoint.packing import PARTS, Scheme, dequantize
 from tasks.errors import CheckpointError
 
-log = logging.getLogger(__name__)
 transformers.logging.set_verbosity_error()  # it warns of every kernel that is not installed
 transformers.logging.disable_progress_bar()
 
@@ -46,11 +55,161 @@ def pick_dtype(parameters: int, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and fits else torch.bfloat16
 
 
+def room(device: torch.device) -> int:
+    """Bytes of memory that are free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, remote_code: bool = False) -> Any:
-    """The transformers model of a checkpoint, quantized or not, without its head. Evaluation mode.
+    """The whole transformers model of a checkpoint, quantized or not, without its head. Evaluation mode.
 
     Raises CheckpointError for an architecture that transformers does not know, and for tensors that do not fit it.
     """
+    skeleton = Skeleton(checkpoint, dtype, device, remote_code=remote_code)
+    skeleton.hold()
+    return skeleton.model
+
+
+class Skeleton:
+    """A transformers model without weights, which come and go a decoder block at a time.
+
+    What lies outside of the blocks is loaded with `load_ends` (embeddings, final norm, output layer) and `load_rest` (a
+    vision tower) and stays. `blocks` are the decoder layers of the text model.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, remote_code: bool = False
+    ) -> None:
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        family, config = _family(checkpoint, remote_code)
+        with init_empty_weights(include_buffers=False):
+            self.model: Any = family._from_config(config, dtype=dtype)
+        self.model.eval()
+        for module in self.model.modules():  # inverse frequencies and the like, which no checkpoint holds
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = buffer if buffer is None else buffer.to(device)
+        self._paths = {module: name for name, module in self.model.named_modules()}
+        self.text: Any = text_model(self.model)
+        self.blocks: list[nn.Module] = list(getattr(self.text, "layers", ()))
+        if not self.blocks:
+            raise CheckpointError(f"{type(self.model).__name__} has no decoder layers that can be told apart")
+        self._how = LoadStateDictConfig(
+            dtype=dtype,
+            dtype_plan=self.model._get_dtype_plan(dtype),
+            device_map={"": device},
+            weight_mapping=get_model_conversion_mapping(self.model),
+        )
+        self._parts = self._tensors_by_part()
+        self._kept: set[int | str] = set()  # parts that stay
+
+    @contextlib.contextmanager
+    def loaded(self, number: int) -> Iterator[nn.Module]:
+        """A decoder block with its weights, for as long as the context lasts."""
+        block = self.blocks[number]
+        if number in self._kept:
+            yield block
+            return
+        self._load(number, [block])
+        try:
+            yield block
+        finally:
+            _empty(block)
+
+    def load_ends(self) -> None:
+        """Load embeddings, final norm and output layer."""
+        ends = (self.text.get_input_embeddings(), getattr(self.text, "norm", None), self.model.get_output_embeddings())
+        self._keep("ends", ends)
+
+    def load_rest(self) -> None:
+        """Load what belongs neither to the text model nor to its output layer."""
+        self._keep("rest", [module for _, module in self._beside()])
+
+    def hold(self) -> None:
+        """Load everything, and keep it."""
+        self.load_ends()
+        self.load_rest()
+        for number, block in enumerate(self.blocks):
+            self._keep(number, [block])
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Output layer over hidden states `[..., hidden]` after the final norm: float32 `[..., vocab]`.
+
+        With what transformers' families do to it: Gemma's soft cap, Granite's division and Cohere's factor.
+        """
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden).float()
+        config = self.text.config
+        if cap := getattr(config, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap
+        return logits / (getattr(config, "logits_scaling", None) or 1) * (getattr(config, "logit_scale", None) or 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights in this precision."""
+        return int(sum(p.numel() for p in self.model.parameters())) * self.dtype.itemsize
+
+    def _beside(self) -> list[tuple[str, nn.Module]]:
+        """What stands beside the text model in a multimodal one: paths and modules."""
+        if self.text is self.model.model:
+            return []
+        children = self.model.model.named_children()
+        return [(f"model.{name}", module) for name, module in children if module is not self.text]
+
+    def _tensors_by_part(self) -> dict[int | str, list[Tensor]]:
+        """The checkpoint's tensors by decoder block, `ends` and `rest`, by the names that transformers gives them."""
+        known, mapping = self.model.state_dict(), self._how.weight_mapping or []
+        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        path = self._paths[self.text]
+        siblings = tuple(f"{name}." for name, module in self._beside())
+        parts: dict[int | str, list[Tensor]] = {"ends": [], "rest": [], **{n: [] for n in range(len(self.blocks))}}
+        head = set(self.checkpoint.head.names if self.checkpoint.head else ())
+        for tensor in self.checkpoint.tensors.values():
+            if tensor.name in head:
+                continue
+            module, part = split_name(tensor.name)
+            name = f"{module}.weight" if part in PARTS else tensor.name
+            key, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, known)
+            if key not in known and name in known:
+                key = name
+            if match := re.match(rf"{re.escape(path)}\.layers\.(\d+)\.", key):
+                if int(match[1]) < len(self.blocks):
+                    parts[int(match[1])].append(tensor)
+            elif key.startswith(siblings):
+                parts["rest"].append(tensor)
+            else:
+                parts["ends"].append(tensor)
+        return parts
+
+    def _keep(self, part: int | str, modules: Iterable[nn.Module | None]) -> None:
+        if part not in self._kept:
+            self._load(part, modules)
+            self._kept.add(part)
+
+    def _load(self, part: int | str, modules: Iterable[nn.Module | None]) -> None:
+        """Load a part, after which these modules must be whole."""
+        folder = self.checkpoint.folder
+        state = state_dict(self._parts[part], self.checkpoint.config, self.dtype)
+        found, _ = convert_and_load_state_dict_in_model(self.model, state, self._how)
+        self.model.tie_weights()
+        for name, *_ in sorted(found.mismatched_keys, key=str):
+            raise CheckpointError(f"{folder} has another shape than its config says of {name}")
+        for name in sorted(found.conversion_errors):
+            raise CheckpointError(f"{folder}: transformers cannot convert {name}")
+        missing = [
+            f"{self._paths[module]}.{name}"
+            for module in modules
+            if module is not None
+            for name, parameter in module.named_parameters()
+            if parameter.is_meta
+        ]
+        if missing:
+            raise CheckpointError(f"{folder} lacks {missing[0]} (and {len(missing) - 1} more)")
+
+
+def _family(checkpoint: Checkpoint, remote_code: bool) -> tuple[Any, Any]:
+    """transformers' class for a checkpoint, with a language model head, and its config."""
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=remote_code)
     except (ValueError, OSError) as error:
@@ -60,28 +219,21 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
     auto = transformers.AutoModelForCausalLM
     if hasattr(config, "vision_config"):
         auto = transformers.AutoModelForImageTextToText
-    head = set(checkpoint.head.names if checkpoint.head else ())
-    state = state_dict((t for t in checkpoint.tensors.values() if t.name not in head), checkpoint.config, dtype)
     try:
-        family = auto._model_mapping[type(config)]
+        return auto._model_mapping[type(config)], config
     except KeyError as error:
         name = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
         if not remote_code or name is None:
             raise CheckpointError(f"transformers has no language model for {type(config).__name__}") from error
-        family = transformers.dynamic_module_utils.get_class_from_dynamic_module(name, str(checkpoint.folder))
-    model, info = family.from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=dtype,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are refused here, by name
-    )
-    for lacking, what in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape than its config says of")):
-        names = sorted(key if isinstance(key, str) else key[0] for key in info[lacking])
-        if names:
-            raise CheckpointError(f"{checkpoint.folder} {what} {names[0]} (and {len(names) - 1} more)")
-    return model.to(device).eval()
+        return transformers.dynamic_module_utils.get_class_from_dynamic_module(name, str(checkpoint.folder)), config
+
+
+def _empty(module: nn.Module) -> None:
+    """Take a module's weights away."""
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                child._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
 def state_dict(tensors: Iterable[Tensor], config: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -100,7 +252,11 @@ def state_dict(tensors: Iterable[Tensor], config: dict[str, Any], dtype: torch.d
 def to_torch(tensor: Tensor) -> torch.Tensor:
     if tensor.dtype not in TORCH:
         raise CheckpointError(f"{tensor.name} has dtype {tensor.dtype}, which torch cannot hold")
-    raw = torch.frombuffer(bytearray(tensor.read()), dtype=torch.uint8) if tensor.nbytes else torch.empty(0)
+    data, position = bytearray(tensor.nbytes), 0
+    for chunk in tensor.chunks():
+        data[position : position + len(chunk)] = chunk
+        position += len(chunk)
+    raw = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
     return raw.view(TORCH[tensor.dtype]).reshape(tensor.shape)
 
 
@@ -108,52 +264,6 @@ def text_model(model: Any) -> Any:
     """The decoder stack of a model: hidden states after its final norm come out of it."""
     inner = model.model
     return getattr(inner, "language_model", inner)
-
-
-class MtpHead(nn.Module):
-    """The first layer of a Qwen3.5/3.6 head: drafts x[t+2] from the main model's hidden[t] and x[t+1].
-
-    `fc(cat[norm_e(embed(x[t+1])), norm_h(hidden[t])])`, one full-attention decoder layer at position t, `mtp.norm`, and
-    the main model's lm_head. Source: vLLM 0.32, model_executor/models/qwen3_5_mtp.py. The decoder layer is
-    transformers' own, in a text model of one layer.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, model: Any, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        head = checkpoint.head
-        if head is None or head.layout != "mtp":
-            raise CheckpointError(f"the MTP head of {checkpoint.folder} has no layout that can be run here")
-        main = text_model(model)
-        config = copy.deepcopy(main.config)
-        config.num_hidden_layers = 1
-        config.layer_types = ["full_attention"]
-        config.vocab_size, config.pad_token_id = 1, None
-        state = state_dict((checkpoint.tensors[n] for n in head.names), checkpoint.config, dtype)
-        state = {name.removeprefix("mtp."): value for name, value in state.items()}
-        norm: Callable[..., nn.Module] = type(main.norm)
-        hidden = config.hidden_size
-        self.norm_embedding = norm(hidden, eps=config.rms_norm_eps)
-        self.norm_hidden = norm(hidden, eps=config.rms_norm_eps)
-        self.fc = nn.Linear(2 * hidden, hidden, bias=False)
-        self.norm_embedding.load_state_dict({"weight": state.pop("pre_fc_norm_embedding.weight")})
-        self.norm_hidden.load_state_dict({"weight": state.pop("pre_fc_norm_hidden.weight")})
-        self.fc.load_state_dict({"weight": state.pop("fc.weight")})
-        own = {k: v for k, v in state.items() if not k.startswith("layers.") or k.startswith("layers.0.")}
-        own["embed_tokens.weight"] = torch.zeros(1, hidden, dtype=dtype)
-        self.layer = type(main).from_pretrained(None, config=config, state_dict=own, dtype=dtype)
-        self.main = [model]  # in a list, so that it is not a submodule
-        self.to(device=device, dtype=dtype).eval()
-
-    def forward(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """tokens int64 `[batch, n]`, hidden `[batch, n, hidden]` of the main model -> logits `[batch, n - 1, vocab]`.
-
-        Row t drafts token t + 2.
-        """
-        embedded = text_model(self.main[0]).get_input_embeddings()(tokens[:, 1:])
-        mixed = self.fc(torch.cat([self.norm_embedding(embedded), self.norm_hidden(hidden[:, :-1])], dim=-1))
-        drafted = self.layer(inputs_embeds=mixed, use_cache=False).last_hidden_state
-        logits: torch.Tensor = self.main[0].get_output_embeddings()(drafted)
-        return logits
 
 
 def greedy(model: Any, prompt: torch.Tensor, new: int) -> torch.Tensor:

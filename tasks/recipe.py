@@ -126,11 +126,23 @@ class Gates(Section):
     max_perplexity_increase: Annotated[float, Field(ge=-1, le=100)] | None = Field(
         0.05, description="Perplexity over the base's, minus 1"
     )
+    max_kl_divergence: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        None, description="Mean KL divergence of next-token distributions from the base's, in nats"
+    )
     min_top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = Field(
         0.85, description="Share of positions where both predict the same next token"
     )
     min_mtp_acceptance_ratio: Annotated[float, Field(ge=0, le=10)] | None = Field(
         0.95, description="Draft acceptance over the base's"
+    )
+    max_block_error: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        0.5, description="Error of one decoder block's output, given the base's input, over what the block adds"
+    )
+    max_weight_slope_error: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        0.03, description="Slope of one packed matrix on the base's, from where rounding alone would put it"
+    )
+    max_weight_offset: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        0.25, description="Mean difference of one packed matrix from the base's, in steps of its scales"
     )
 
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from prefect import task
 
 from tasks.artifact import Manifest, sha256_of
 from tasks.checkpoint.account import Account, account
 from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.checkpoint.fidelity import fidelity
 from tasks.checkpoint.writer import write_file, write_json
 from tasks.gates import most_repeated
 from tasks.mtp_fix import REWRITTEN
@@ -28,9 +31,9 @@ from tasks.text import EVALUATION
 if TYPE_CHECKING:  # torch takes seconds to import, and a reused stage needs none of it
     import torch
 
-    from tasks.measure import Measurement
+    from tasks.measuring.measurement import Measurement
 
-STAGE = Stage("validate", 1, tools=("transformers",))
+STAGE = Stage("validate", 2, tools=("transformers",))
 MEASURE = Stage("measure", 1, tools=("transformers",))
 RESULT, ARRAYS = "validation.json", "measurement.safetensors"
 log = logging.getLogger(__name__)
@@ -56,17 +59,20 @@ def validate(
     def work(folder: Path) -> Made:
         ours = store.hand_out(artifact, folder / "artifact")
         theirs = store.hand_out(compared_part(base), folder / "base")
-        from tasks.measure import Measurement, precision
+        manifests = {ours: artifact, theirs: compared_part(base)}
 
-        device, dtype = precision(theirs)
-        of_base, of_ours = (
-            Measurement.from_bytes(measurement(store, m, p, device, dtype, recipe.allow_remote_code, say))
-            for m, p in ((compared_part(base), theirs), (artifact, ours))
+        def kept(path: Path, device: torch.device, dtype: torch.dtype) -> Measurement:
+            return measurement(store, manifests[path], path, device, dtype, recipe.allow_remote_code, say)
+
+        keep_head = recipe.mtp != "drop" and Checkpoint.open(theirs).head is not None
+        values = measured_values(
+            ours,
+            theirs,
+            kept,
+            keep_head=keep_head,
+            pack_head=recipe.mtp in PACKED_HEADS,
+            remote_code=recipe.allow_remote_code,
         )
-        source = Checkpoint.open(theirs).sound()
-        keep_head = recipe.mtp != "drop" and source.head is not None
-        found = account(Checkpoint.open(ours), source, with_head=keep_head, pack_head=recipe.mtp in PACKED_HEADS)
-        values = measured_values(found, of_base, of_ours, keep_head=keep_head)
         files = [write_json(folder / "out", RESULT, values)]
         put_files(store, folder / "out", files)
         return Made(Manifest.of(files), {"measured": values})
@@ -82,9 +88,10 @@ def measurement(
     dtype: torch.dtype,
     remote_code: bool,
     say: Callable[[str], None],
-) -> bytes:
+) -> Measurement:
     """The measurement of one checkpoint, kept: a base is measured once for all that is made of it."""
     from tasks.measure import VERSION, measure
+    from tasks.measuring.measurement import Measurement
 
     key = MEASURE.key(
         reads={"checkpoint": manifest.digest, "text": sha256_of(EVALUATION)},
@@ -97,23 +104,27 @@ def measurement(
         put_files(store, scratch, files)
         return Made(Manifest.of(files), {"perplexity": found.perplexity, "acceptance": found.acceptance})
 
-    return store.read_blob(run_stage(store, MEASURE, key, work, say).manifest[ARRAYS])
+    return Measurement.from_bytes(store.read_blob(run_stage(store, MEASURE, key, work, say).manifest[ARRAYS]))
 
 
-def validate_folders(ours: Path, theirs: Path, *, remote_code: bool = False, pack_head: bool = False) -> dict[str, Any]:
+def validate_folders(
+    ours: Path,
+    theirs: Path,
+    *,
+    remote_code: bool = False,
+    pack_head: bool = False,
+    say: Callable[[str], None] = log.info,
+) -> dict[str, Any]:
     """The same for two folders, without a store: what `requant validate` measures."""
     checkpoint, base = Checkpoint.open(ours), Checkpoint.open(theirs).sound()
-    keep_head = base.head is not None and (checkpoint.head is not None or _promises_head(checkpoint))
-    found = account(checkpoint, base, with_head=keep_head, pack_head=pack_head)
-    tensors = checkpoint.tensors
-    retyped = any(name in tensors and tensors[name].shape != t.shape for name, t in base.tensors.items())
-    if checkpoint.fatal or found.unaccounted or retyped:
-        return structure_only(found, keep_head=keep_head)
-    from tasks.measure import measure, precision
 
-    device, dtype = precision(theirs)
-    of_base, of_ours = (measure(p, EVALUATION, device, dtype, remote_code=remote_code) for p in (theirs, ours))
-    return measured_values(found, of_base, of_ours, keep_head=keep_head)
+    def measured(path: Path, device: torch.device, dtype: torch.dtype) -> Measurement:
+        from tasks.measure import measure
+
+        return measure(path, EVALUATION, device, dtype, remote_code=remote_code, say=say)
+
+    keep_head = base.head is not None and (checkpoint.head is not None or _promises_head(checkpoint))
+    return measured_values(ours, theirs, measured, keep_head=keep_head, pack_head=pack_head, remote_code=remote_code)
 
 
 def _promises_head(checkpoint: Checkpoint) -> bool:
@@ -122,30 +133,76 @@ def _promises_head(checkpoint: Checkpoint) -> bool:
     return layer_count(checkpoint.text_config) > 0
 
 
-def structure_only(found: Account, *, keep_head: bool) -> dict[str, Any]:
-    """The values of a checkpoint whose tensors do not even fit its base: it cannot be run."""
-    names = ("same_tokens", "perplexity_increase", "top1_agreement", "most_repeated_token", "mtp_acceptance_ratio")
-    return {**vars(found), "head_kept": keep_head, **dict.fromkeys(names)}
+def measured_values(
+    ours: Path,
+    theirs: Path,
+    measured: Callable[[Path, torch.device, torch.dtype], Measurement],
+    *,
+    keep_head: bool,
+    pack_head: bool,
+    remote_code: bool,
+) -> dict[str, Any]:
+    """Everything that gates, report and card need: first from the files, then from running both."""
+    checkpoint, base = Checkpoint.open(ours), Checkpoint.open(theirs).sound()
+    found = account(checkpoint, base, with_head=keep_head, pack_head=pack_head)
+    values = from_files(found, keep_head=keep_head, vision="vision_config" in base.config)
+    tensors = checkpoint.tensors
+    retyped = any(name in tensors and tensors[name].shape != t.shape for name, t in base.tensors.items())
+    if checkpoint.fatal or found.unaccounted or retyped:
+        return values
+    values["matrices"] = [asdict(matrix) for matrix in fidelity(checkpoint, base)]
+    from tasks.measure import precision
+    from tasks.measuring.compare import compare
+
+    device, dtype = precision(theirs)
+    of_base, of_ours = (measured(path, device, dtype) for path in (theirs, ours))
+    values |= side_by_side(of_base, of_ours)
+    if values["same_tokens"] == 1.0:
+        values |= compare(ours, theirs, of_ours, of_base, device, dtype, remote_code=remote_code)
+    return values
 
 
-def measured_values(found: Account, of_base: Measurement, of_ours: Measurement, *, keep_head: bool) -> dict[str, Any]:
-    """Everything that gates and the card need, from the account of the files and the two measurements."""
+def from_files(found: Account, *, keep_head: bool, vision: bool) -> dict[str, Any]:
+    """The values of the files alone. A checkpoint whose tensors do not even fit its base has no others: it cannot be
+    run."""
+    names = (
+        "matrices", "blocks", "same_tokens", "perplexity_increase", "kl_divergence", "top1_agreement",
+        "most_repeated_token", "long_context", "vision_difference", "mtp_acceptance_ratio", "speculative_agreement",
+    )  # fmt: skip
+    return {**vars(found), "head_kept": keep_head, "vision": vision, **dict.fromkeys(names)}
+
+
+def side_by_side(of_base: Measurement, of_ours: Measurement) -> dict[str, Any]:
+    """The figures of two measurements."""
+    from tasks.measuring.measurement import perplexity_increase
+
     same = of_base.tokens.shape == of_ours.tokens.shape
-    ratio = None
-    if of_base.acceptance and of_ours.acceptance is not None:
-        ratio = of_ours.acceptance / of_base.acceptance
+    increase, increase_interval = perplexity_increase(of_ours, of_base) if same else (None, None)
+    numbers = bool(np.isfinite(of_ours.nll).all())  # else it chooses nothing, and its drafts are as good as any
+    drafts = of_ours.acceptance if numbers else None
+    ratio = drafts / of_base.acceptance if drafts is not None and of_base.acceptance else None
+    length, finite = of_ours.context.tolist()
     return {
-        **structure_only(found, keep_head=keep_head),
         "same_tokens": float((of_base.tokens == of_ours.tokens).mean()) if same else 0.0,
         "tokens": int(of_base.tokens.size),
         "perplexity": of_ours.perplexity,
+        "perplexity_interval": of_ours.perplexity_interval,
         "base_perplexity": of_base.perplexity,
-        "perplexity_increase": of_ours.perplexity / of_base.perplexity - 1,
+        "base_perplexity_interval": of_base.perplexity_interval,
+        "perplexity_increase": increase,
+        "perplexity_increase_interval": increase_interval,
         "top1_agreement": float((of_base.top1 == of_ours.top1).mean()) if same else 0.0,
-        "most_repeated_token": most_repeated(of_ours.generated.tolist()),
+        "most_repeated_token": sum(map(most_repeated, of_ours.generated.tolist())) / len(of_ours.generated),
+        "long_context": finite / length,
+        "long_context_tokens": length,
         "mtp_acceptance": of_ours.acceptance,
         "base_mtp_acceptance": of_base.acceptance,
         "mtp_acceptance_ratio": ratio,
+        "mtp_acceptance_by_position": of_ours.acceptance_by_position,
+        "base_mtp_acceptance_by_position": of_base.acceptance_by_position,
+        "greedy_acceptance_by_position": of_ours.greedy_acceptance_by_position,
+        "base_greedy_acceptance_by_position": of_base.greedy_acceptance_by_position,
+        "speculative_agreement": float(of_ours.speculative.mean()) if numbers and of_ours.speculative.size else None,
     }
 
 

@@ -18,8 +18,9 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
            "shared_expert_intermediate_size": 64}  # fmt: skip
 
 
-def other_base(folder: Path, kind: str) -> Path:
-    """A base of `kind`: llama, qwen3, qwen3_5_text (hybrid, text only) or qwen3_5_moe_text (with experts)."""
+def other_base(folder: Path, kind: str, **changes: Any) -> Path:
+    """A base of `kind`: llama, qwen3, qwen3_5_text (hybrid, text only) or qwen3_5_moe_text (with experts); `changes` to
+    its config."""
     import torch
     import transformers
 
@@ -34,7 +35,7 @@ def other_base(folder: Path, kind: str) -> Path:
     if "moe" in kind:
         values |= EXPERTS
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **values)
+    config = transformers.AutoConfig.for_model(kind, **values | changes)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TINY / name, folder / name)

@@ -14,8 +14,14 @@ from tasks.checkpoint.deep import finite
 from tasks.checkpoint.header import Tensor
 from tasks.checkpoint.mtp import without_layer_count
 from tasks.checkpoint.packing import Scheme, check_parts
+from tasks.checkpoint.untrusted import shown
 from tasks.errors import CheckpointError
 
+# What says how long a text may be, and where its tokens are.
+CONTEXT = (
+    "max_position_embeddings", "original_max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta",
+    "partial_rotary_factor", "sliding_window", "layer_types",
+)  # fmt: skip
 OWN_FILES = {"config.json", QUANTIZATION, "README.md", ".gitattributes"}
 
 
@@ -30,6 +36,7 @@ class Account:
     altered: list[str] = field(default_factory=list)
     not_finite: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    context: list[str] = field(default_factory=list)
 
 
 def account(quantized: Checkpoint, base: Checkpoint, *, with_head: bool, pack_head: bool = False) -> Account:
@@ -104,6 +111,10 @@ def _check_config(found: Account, quantized: Checkpoint, base: Checkpoint, with_
         for key in sorted({*ours, *expected})
         if key != "quantization_config" and ours.get(key) != expected.get(key)
     ]
+    for key in CONTEXT:
+        mine, theirs = (checkpoint.text_config.get(key) for checkpoint in (quantized, base))
+        if mine != theirs:
+            found.context.append(f"config.json says {key} {shown(str(mine))}, the base's {shown(str(theirs))}")
 
 
 def _check_files(found: Account, ours: Path, base: Path) -> None:

@@ -154,3 +154,23 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> list[File]:
         path.write_bytes(data)
         made.append(File(name, len(data), hashlib.sha256(data).hexdigest()))
     return made
+
+
+def write_quantized(base: Path, folder: Path, *, head: bool = True) -> Path:
+    """A base quantized as the pipeline does it, with rounding in place of auto-round: `folder/made`."""
+    from tasks.checkpoint.assemble import assemble
+    from tasks.checkpoint.checkpoint import Checkpoint
+    from tasks.checkpoint.head import HeadFiles, keep_head, without_head
+
+    bits = write_packed(base, folder / "packed")
+    out = folder / "made"
+    source = Checkpoint.open(base)
+    assemble(source, Checkpoint.open(folder / "packed"), bits, out)
+    if head:
+        keep_head(HeadFiles.read(out), source, out)
+    else:
+        without_head(HeadFiles.read(out), source.head).write(out)
+    for path in base.iterdir():
+        if not path.name.startswith("model") and path.suffix != ".md" and path.name != "config.json":
+            (out / path.name).write_bytes(path.read_bytes())
+    return out

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tasks.gates import MOST_REPEATED, Gate, compare, most_repeated
+from tasks.gates import FIXED, MOST_REPEATED, Gate, compare, most_repeated, slope_error
 from tasks.recipe import Gates
 
 GOOD: dict[str, Any] = {
@@ -16,13 +16,36 @@ GOOD: dict[str, Any] = {
     "altered": [],
     "not_finite": [],
     "files": [],
+    "context": [],
+    "matrices": [
+        {"name": "a.weight", "bits": 4, "slope": 0.99, "offset": 0.01, "error": 0.1},
+        {"name": "b.weight", "bits": 2, "slope": 0.87, "offset": -0.06, "error": 0.4},
+    ],
+    "blocks": [
+        {"block": 0, "kind": "linear_attention", "error": 0.1, "drift": 0.05},
+        {"block": 1, "kind": "full_attention", "error": 0.2, "drift": 0.07},
+    ],
     "same_tokens": 1.0,
     "perplexity_increase": 0.01,
+    "kl_divergence": 0.02,
     "top1_agreement": 0.95,
     "most_repeated_token": 0.1,
+    "long_context": 1.0,
+    "vision": True,
+    "vision_difference": 0.0,
     "mtp_acceptance_ratio": 0.99,
+    "speculative_agreement": 1.0,
     "head_kept": True,
 }
+
+
+def matrix(**changes: Any) -> list[dict[str, Any]]:
+    """The good matrices, the last one changed."""
+    return [GOOD["matrices"][0], {**GOOD["matrices"][1], **changes}]
+
+
+def block(error: float) -> list[dict[str, Any]]:
+    return [GOOD["blocks"][0], {**GOOD["blocks"][1], "error": error}]
 
 
 def by_name(gates: list[Gate]) -> dict[str, Gate]:
@@ -36,8 +59,9 @@ def failed(limits: Gates | None = None, **changes: Any) -> set[str]:
 def test_a_good_checkpoint_passes_every_gate() -> None:
     assert failed() == set()
     assert set(by_name(compare(GOOD, Gates()))) == {
-        "structure", "lossless", "finite", "files", "same_tokens", "perplexity_increase", "top1_agreement",
-        "most_repeated_token", "mtp_acceptance_ratio",
+        "structure", "lossless", "finite", "files", "context", "weight_slope", "weight_offset", "same_tokens",
+        "block_error", "perplexity_increase", "kl_divergence", "top1_agreement", "most_repeated_token", "long_context",
+        "vision_output", "mtp_acceptance_ratio", "speculative_decoding",
     }  # fmt: skip
 
 
@@ -46,11 +70,18 @@ FAILURES: dict[str, tuple[str, Any]] = {
     "lossless": ("altered", ["a differs from the base's"]),
     "finite": ("not_finite", ["a"]),
     "files": ("files", ["tokenizer.json differs from the base's"]),
+    "context": ("context", ["config.json says rope_theta 1"]),
+    "weight_slope": ("matrices", matrix(slope=0.95)),
+    "weight_offset": ("matrices", matrix(offset=-0.3)),
+    "block_error": ("blocks", block(0.51)),
     "same_tokens": ("same_tokens", 0.999),
     "perplexity_increase": ("perplexity_increase", 0.0501),
     "top1_agreement": ("top1_agreement", 0.8499),
     "most_repeated_token": ("most_repeated_token", 0.91),
+    "long_context": ("long_context", 0.99),
+    "vision_output": ("vision_difference", 1e-6),
     "mtp_acceptance_ratio": ("mtp_acceptance_ratio", 0.9499),
+    "speculative_decoding": ("speculative_agreement", 0.99),
 }
 
 
@@ -65,10 +96,54 @@ def test_a_value_at_its_limit_passes() -> None:
     assert failed(most_repeated_token=MOST_REPEATED, **at) == set()
 
 
-@pytest.mark.parametrize("name", ["same_tokens", "perplexity_increase", "top1_agreement", "most_repeated_token"])
+UNMEASURED = {
+    "weight_slope": "matrices", "weight_offset": "matrices", "block_error": "blocks", "vision_output":
+    "vision_difference", **{name: name for name in ("same_tokens", "perplexity_increase", "top1_agreement",
+    "most_repeated_token", "long_context")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNMEASURED)
 def test_a_value_that_could_not_be_measured_does_not_pass(name: str) -> None:
-    gate = by_name(compare({**GOOD, name: None}, Gates()))[name]
+    gate = by_name(compare({**GOOD, UNMEASURED[name]: None}, Gates()))[name]
     assert not gate.passed and gate.value is None and "could not be measured" in gate.note
+    assert ("null" in gate.note) == (name not in FIXED), "only where a recipe can set it"
+
+
+def test_kl_divergence_has_a_limit_only_where_the_recipe_sets_one() -> None:
+    assert by_name(compare(GOOD, Gates()))["kl_divergence"].limit is None
+    assert failed(Gates(max_kl_divergence=0.01)) == {"kl_divergence"}
+
+
+def test_the_worst_matrix_and_block_are_named() -> None:
+    gates = by_name(compare({**GOOD, "matrices": matrix(slope=1.05, offset=1.0), "blocks": block(2.0)}, Gates()))
+    assert gates["weight_slope"].note == gates["weight_offset"].note == "b.weight"
+    assert gates["block_error"].note == "block 1" and gates["block_error"].value == 2.0
+
+
+@pytest.mark.parametrize("error", [0.0125, 0.11, 0.22])
+def test_a_slope_tells_scales_that_are_off_from_rounding(error: float) -> None:
+    """Rounding in 8, 4 and 3 bits passes; the same with scales that are 5 % off does not."""
+    noise = error**2
+    assert slope_error({"slope": 1 - noise, "error": error}) == 0
+    for factor in (0.95, 1.05):
+        off = {"slope": factor * (1 - noise), "error": (factor**2 * noise + (1 - factor) ** 2) ** 0.5}
+        assert slope_error(off) > 0.03
+
+
+def test_another_matrix_has_no_slope_at_all() -> None:
+    assert slope_error({"slope": 0.0, "error": 2**0.5}) == pytest.approx(0.5)
+
+
+def test_a_matrix_that_is_no_number_fails() -> None:
+    nan = matrix(slope=math.nan, offset=math.nan, error=math.nan)
+    assert failed(matrices=nan) == {"weight_slope", "weight_offset"}
+    assert failed(blocks=block(math.nan)) == {"block_error"}
+
+
+def test_what_a_model_has_not_is_not_compared() -> None:
+    assert "vision_output" not in by_name(compare({**GOOD, "vision": False, "vision_difference": None}, Gates()))
+    assert "speculative_decoding" not in by_name(compare({**GOOD, "speculative_agreement": None}, Gates()))
 
 
 def test_a_head_whose_acceptance_could_not_be_measured_does_not_pass_unless_nobody_asks() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +16,40 @@ import torch
 
 from tasks import measure as measuring
 from tasks.checkpoint.account import Account, account
-from tasks.checkpoint.assemble import assemble
 from tasks.checkpoint.checkpoint import INDEX, Checkpoint
-from tasks.checkpoint.head import HeadFiles, keep_head, without_head
 from tasks.errors import CheckpointError
 from tasks.gates import compare
-from tasks.measure import Measurement, precision
 from tasks.measure import measure as measure_as
+from tasks.measure import precision
+from tasks.measuring.compare import compare as compare_folders
+from tasks.measuring.measurement import Measurement
 from tasks.model import load_model, state_dict, to_torch
 from tasks.recipe import Gates
 from tasks.text import EVALUATION
-from tasks.validate import measured_values, validate_folders
-from tests.pico import TINY, pico_base
-from tests.unit.making import all_tensors, from_bf16, raw_tensors, rounded, safetensors_bytes, to_bf16, write_packed
+from tasks.validate import measured_values, side_by_side, validate_folders
+from tests.pico import pico_base
+from tests.unit.making import (
+    all_tensors,
+    from_bf16,
+    raw_tensors,
+    rounded,
+    safetensors_bytes,
+    to_bf16,
+    write_quantized,
+)
 
 SHARD = "model-00001-of-00001.safetensors"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _short() -> Iterator[None]:
-    """Four windows of 48 tokens, and four generated ones; one thread, as more only wait for each other."""
+    """Four windows of 48 tokens, two prompts, four generated tokens; one thread, as more only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring, "WINDOWS", 4)
-        patch.setattr(measuring, "LENGTH", 48)
-        patch.setattr(measuring, "GENERATED", 4)
+        for name, value in {"WINDOWS": 4, "LENGTH": 48, "PROBE": 16, "PROMPTS": 2, "GENERATED": 4}.items():
+            patch.setattr(measuring, name, value)
+        patch.setitem(measuring.LONGEST, "cpu", 96)
         yield
     torch.set_num_threads(threads)
 
@@ -50,25 +59,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pico_base(tmp_path_factory.mktemp("pico") / "base", seed=1)
 
 
-def make(base: Path, folder: Path, *, head: bool = True) -> Path:
-    """The base quantized and completed."""
-    bits = write_packed(base, folder / "packed")
-    out = folder / "made"
-    source = Checkpoint.open(base)
-    assemble(source, Checkpoint.open(folder / "packed"), bits, out)
-    if head:
-        keep_head(HeadFiles.read(out), source, out)
-    else:
-        without_head(HeadFiles.read(out), source.head).write(out)
-    for path in TINY.iterdir():
-        if not path.name.startswith("model") and path.suffix != ".md" and path.name != "config.json":
-            (out / path.name).write_bytes(path.read_bytes())
-    return out
-
-
 @pytest.fixture(scope="module")
 def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(base, tmp_path_factory.mktemp("quantized"))
+    return write_quantized(base, tmp_path_factory.mktemp("quantized"))
 
 
 def measure(folder: Path, text: Path) -> Measurement:
@@ -101,8 +94,11 @@ def edit(folder: Path, shard: str, **changes: Any) -> None:
 def test_a_checkpoint_is_measured_the_same_every_time(base: Path, of_base: Measurement) -> None:
     one, two = of_base, measure(base, EVALUATION)
     assert one.to_bytes() == two.to_bytes()
-    assert one.tokens.shape == (4, 48) and one.nll.shape == one.top1.shape == one.draft.shape == (4, 47)
-    assert one.generated.shape == (4,) and (one.tokens.dtype, one.nll.dtype) == (np.int32, np.float32)
+    assert one.tokens.shape == (4, 48) and one.nll.shape == one.top1.shape == (4, 47)
+    assert one.drafts.shape == (3, 4, 47) and one.generated.shape == (2, 4) and one.speculation.shape == (2, 4)
+    assert (one.tokens.dtype, one.nll.dtype) == (np.int32, np.float32)
+    assert one.hidden.shape == (4, 48, 64) and one.probes.shape == (3, 16, 64) and one.features.shape[1] == 64
+    assert one.context.tolist() == [96, 96]
 
 
 def test_a_model_of_random_weights_knows_as_little_as_it_can(of_base: Measurement) -> None:
@@ -138,7 +134,7 @@ def test_packed_weights_are_measured_as_what_they_stand_for(
     (plain / SHARD).write_bytes(safetensors_bytes(tensors))
     ours, theirs = of_made, measure(plain, EVALUATION)
     np.testing.assert_allclose(ours.nll, theirs.nll, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(ours.draft, theirs.draft)
+    np.testing.assert_array_equal(ours.drafts, theirs.drafts)
     assert ours.nll.tobytes() != of_base.nll.tobytes()
 
 
@@ -149,7 +145,7 @@ def test_a_checkpoint_is_measured_in_the_precision_of_its_base(
     assert precision(base) == (torch.device("cpu"), torch.float32)
     memory = psutil.virtual_memory()
     half = sum(t.nbytes for t in Checkpoint.open(base).tensors.values())
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(total=2 * half))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(total=half))
     assert precision(base)[1] == torch.bfloat16
     coarse = measure_as(made, EVALUATION, *precision(base))
     assert coarse.nll.tobytes() != of_made.nll.tobytes()
@@ -175,37 +171,13 @@ def test_a_damaged_head_changes_the_drafts_and_nothing_else(of_base: Measurement
     edit(damaged, SHARD, **{"mtp.fc.weight": np.zeros((64, 128))})
     one, two = of_base, measure(damaged, EVALUATION)
     np.testing.assert_array_equal(one.nll, two.nll)
-    assert (one.draft != two.draft).any()
+    assert (one.drafts != two.drafts).any()
 
 
 def test_a_checkpoint_without_a_head_has_no_acceptance(tmp_path: Path) -> None:
     found = measure(pico_base(tmp_path / "base", head=False), EVALUATION)
-    assert found.acceptance is None and found.draft.size == 0
+    assert found.acceptance is None and found.acceptance_by_position == [] and found.speculation.size == 0
     assert found.perplexity > 500
-
-
-def test_a_measurement_survives_being_written_and_read() -> None:
-    before = Measurement(
-        np.arange(6, dtype=np.int32).reshape(2, 3),
-        np.array([[1.0, 2.0], [3.0, 4.0]], np.float32),
-        np.array([[1, 2], [3, 4]], np.int32),
-        np.zeros((0, 0), np.int32),
-        np.array([5, 6], np.int32),
-    )
-    after = Measurement.from_bytes(before.to_bytes())
-    assert math.isclose(after.perplexity, math.exp(2.5)) and after.acceptance is None
-    for name in vars(before):
-        np.testing.assert_array_equal(vars(after)[name], vars(before)[name])
-
-
-def test_acceptance_compares_a_draft_with_the_choice_one_position_later() -> None:
-    """The draft at t is for token t + 2, which the main model chooses at t + 1."""
-    top1 = np.array([[10, 11, 12, 13]], np.int32)
-    empty = np.zeros((1, 4), np.float32)
-    tokens = np.zeros((1, 5), np.int32)
-    for draft, share in (([11, 12, 13, 99], 1.0), ([11, 99, 13, 99], 2 / 3), ([10, 11, 12, 13], 0.0)):
-        found = Measurement(tokens, empty, top1, np.array([draft], np.int32), np.zeros(1, np.int32))
-        assert found.acceptance == pytest.approx(share)
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_its_name(tmp_path: Path) -> None:
@@ -256,11 +228,18 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
         measure(folder, EVALUATION)
 
 
+def values_of(ours: Path, base: Path, *measurements: Measurement) -> dict[str, Any]:
+    """What validate says of a folder, its base and itself measured before: `(base, ours)`."""
+    kept = dict(zip((base, ours), measurements, strict=True))
+    how = {"keep_head": True, "pack_head": False, "remote_code": False}
+    return measured_values(ours, base, lambda path, device, dtype: kept[path], **how)
+
+
 def test_a_quantized_checkpoint_is_compared_with_its_base(
     base: Path, made: Path, of_base: Measurement, of_made: Measurement
 ) -> None:
     one, two = of_base, of_made
-    values = measured_values(found(made, base), one, two, keep_head=True)
+    values = values_of(made, base, one, two)
     assert values["packed"] == 13 and values["head"] == 15 and values["head_kept"] is True
     assert values["unaccounted"] == values["altered"] == values["not_finite"] == values["files"] == []
     assert values["same_tokens"] == 1.0 and values["tokens"] == 192
@@ -268,19 +247,59 @@ def test_a_quantized_checkpoint_is_compared_with_its_base(
     assert values["top1_agreement"] == pytest.approx(float((one.top1 == two.top1).mean()))
     assert 0 < values["top1_agreement"] < 1
     assert values["mtp_acceptance"] == two.acceptance and values["base_mtp_acceptance"] == one.acceptance
+    assert len(values["matrices"]) == 13 and [block["block"] for block in values["blocks"]] == [0, 1]
+    assert values["vision_difference"] == 0.0 and values["long_context"] == values["speculative_agreement"] == 1.0
+
+
+def test_the_divergence_is_that_of_the_whole_distributions(
+    base: Path, made: Path, of_base: Measurement, of_made: Measurement
+) -> None:
+    """Against plain forwards of both transformers models."""
+    ids = torch.from_numpy(of_base.tokens).long()
+    with torch.inference_mode():
+        theirs, ours = (
+            load_model(Checkpoint.open(path), torch.float32, torch.device("cpu"))(input_ids=ids).logits[:, :-1]
+            for path in (base, made)
+        )
+        expected = torch.nn.functional.kl_div(
+            ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none"
+        ).sum(-1)
+    values = values_of(made, base, of_base, of_made)
+    assert values["kl_divergence"] == pytest.approx(float(expected.mean()), rel=1e-3)
+    assert values["kl_divergence_p99"] == pytest.approx(float(expected.flatten().quantile(0.99)), rel=1e-2)
 
 
 def test_a_base_compared_with_itself_agrees_with_itself(base: Path, of_base: Measurement) -> None:
-    values = measured_values(found(base, base), of_base, of_base, keep_head=True)
+    values = side_by_side(of_base, of_base)
     assert (values["perplexity_increase"], values["top1_agreement"], values["same_tokens"]) == (0.0, 1.0, 1.0)
-    assert values["unaccounted"] == ["no tensor is quantized"]
+    assert values["perplexity_increase_interval"] == (0.0, 0.0)
+    more = compare_folders(base, base, of_base, of_base, *precision(base))
+    assert all(block["error"] < 1e-6 and block["drift"] == 0 for block in more["blocks"])
+    assert more["kl_divergence"] == pytest.approx(0, abs=1e-6) and more["vision_difference"] == 0.0
 
 
-def test_other_tokens_are_not_compared(base: Path, of_base: Measurement) -> None:
+def test_a_broken_block_is_seen_by_itself_and_by_what_comes_after_it(
+    base: Path, of_base: Measurement, tmp_path: Path
+) -> None:
+    """Its own error says which one it is; those behind it work well on what they would have been given."""
+    broken = pico_base(tmp_path / "broken", seed=1, shards=1)
+    edit(broken, SHARD, **{"model.language_model.layers.0.mlp.down_proj.weight": np.zeros((64, 128))})
+    blocks = compare_folders(broken, base, measure(broken, EVALUATION), of_base, *precision(base))["blocks"]
+    assert blocks[0]["error"] > 0.2 and blocks[1]["error"] < 1e-4
+    assert blocks[0]["drift"] > 0.05 and blocks[1]["drift"] > 0.05
+
+
+def test_other_tokens_are_not_compared(of_base: Measurement) -> None:
     one = of_base
-    shorter = Measurement(one.tokens[:2], one.nll[:2], one.top1[:2], one.draft[:2], one.generated)
-    values = measured_values(found(base, base), one, shorter, keep_head=True)
-    assert (values["same_tokens"], values["top1_agreement"]) == (0.0, 0.0)
+    shorter = replace(one, tokens=one.tokens[:2], nll=one.nll[:2], top1=one.top1[:2], drafts=one.drafts[:, :2])
+    values = side_by_side(one, shorter)
+    assert (values["same_tokens"], values["top1_agreement"], values["perplexity_increase"]) == (0.0, 0.0, None)
+
+
+def test_a_model_whose_predictions_are_no_numbers_has_no_acceptance(of_base: Measurement) -> None:
+    """It chooses token 0 everywhere, and so do its drafts."""
+    values = side_by_side(of_base, replace(of_base, nll=np.full_like(of_base.nll, np.nan)))
+    assert values["mtp_acceptance_ratio"] is None and values["speculative_agreement"] is None
 
 
 def test_two_folders_are_measured_and_compared(base: Path, made: Path) -> None:
@@ -291,13 +310,13 @@ def test_two_folders_are_measured_and_compared(base: Path, made: Path) -> None:
 
 
 def test_a_checkpoint_whose_head_was_dropped_is_compared_without_it(base: Path, tmp_path: Path) -> None:
-    values = validate_folders(make(base, tmp_path, head=False), base)
+    values = validate_folders(write_quantized(base, tmp_path, head=False), base)
     assert values["head_kept"] is False and values["unaccounted"] == [] and values["mtp_acceptance"] is None
     assert "mtp_acceptance_ratio" not in {g.name for g in compare(values, Gates())}
 
 
 def test_a_checkpoint_that_cannot_be_run_fails_its_gates_and_raises_nothing(base: Path, tmp_path: Path) -> None:
-    folder = make(base, tmp_path)
+    folder = write_quantized(base, tmp_path)
     (folder / SHARD).unlink()
     values = validate_folders(folder, base)
     failed = {g.name for g in compare(values, Gates()) if not g.passed}
