@@ -66,8 +66,8 @@ def slope_error(matrix: Mapping[str, Any]) -> float:
     """How far the slope of a packed matrix is from where rounding alone would put it.
 
     Of the best rounding <Q, W> is <Q, Q>, and so the slope 1 - error^2; a quarter of error^2 is left to the quantizer.
-    What auto-round makes of the test model in 2, 3, 4 and 8 bits stays below 0.011. Scales that are 5 % off show as 0.04
-    or more (in 2 bits they cannot be told from rounding), another matrix as 0.5.
+    What auto-round makes of the test model in 2, 3, 4 and 8 bits stays below 0.011. Scales that are 5 % off show as
+    0.04 or more (in 2 bits they cannot be told from rounding), another matrix as 0.5.
     """
     noise = float(matrix["error"]) ** 2
     off = abs(float(matrix["slope"]) + noise - 1) - noise / 4

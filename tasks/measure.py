@@ -24,7 +24,7 @@ from tasks.measuring.decode import agreement, decode, decode_in_blocks, speculat
 from tasks.measuring.head import MtpHead
 from tasks.measuring.measurement import Floats, Ints, Measurement
 from tasks.measuring.vision import features
-from tasks.model import Skeleton, free, load_tokenizer, pick_device, pick_dtype, room
+from tasks.model import Skeleton, few_threads, free, load_tokenizer, pick_device, pick_dtype, room
 
 VERSION = 2  # raise it when the same checkpoint and text give other values
 WINDOWS, LENGTH = 24, 512  # tokens measured on: 24 windows of 512, spread over the text
@@ -51,8 +51,16 @@ def measure(
     tokens = windows(folder, text, checkpoint, remote_code=remote_code)
     skeleton = Skeleton(checkpoint, dtype, device, remote_code=remote_code)
     say(f"measuring {folder.name} on {tokens.size:,} tokens ({str(dtype).removeprefix('torch.')}, {device})")
+    with few_threads(skeleton.nbytes):
+        result = _measure(skeleton, tokens)
+    del skeleton
+    free(device)
+    return result
+
+
+def _measure(skeleton: Skeleton, tokens: Ints) -> Measurement:
     skeleton.load_ends()
-    ids = torch.from_numpy(tokens).long().to(device)
+    ids = torch.from_numpy(tokens).long().to(skeleton.device)
     rows, long = Rows.of(skeleton, ids), Rows.of(skeleton, _long_text(ids, longest(skeleton)))
     probes = [rows.hidden[0][0, :PROBE].cpu()]
     hidden, far = run_blocks(skeleton, [rows, long], lambda _: probes.append(rows.hidden[0][0, :PROBE].cpu()))
@@ -62,20 +70,18 @@ def measure(
     context = np.array([len(finite), int(finite.sum())], np.int32)
     del far, long
 
-    head = MtpHead(checkpoint, skeleton) if checkpoint.head and checkpoint.head.layout == "mtp" else None
+    found = skeleton.checkpoint.head
+    head = MtpHead(skeleton.checkpoint, skeleton) if found and found.layout == "mtp" else None
     drafts = np.zeros((0, 0, 0), np.int32)
     if head is not None:
         each = [head.drafts(row, state, DRAFTS) for row, state in zip(ids, hidden, strict=True)]
         drafts = torch.stack(each, dim=1).int().cpu().numpy()
     generated, speculation, speculative = _continuations(skeleton, head, ids[:PROMPTS, :PROMPT])
     seen = features(skeleton)
-    result = Measurement(
+    return Measurement(
         tokens, nll, top1, drafts, generated, speculation, speculative, context, hidden.cpu(), torch.stack(probes),
         torch.empty(0) if seen is None else seen.cpu(),
     )  # fmt: skip
-    del skeleton, head, hidden
-    free(device)
-    return result
 
 
 def precision(base: Path) -> tuple[torch.device, torch.dtype]:

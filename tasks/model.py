@@ -6,6 +6,7 @@ So what is measured is what the files say, on any machine that can hold the mode
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ from tasks.checkpoint.modules import split_name
 from tasks.checkpoint.packing import PARTS, Scheme, dequantize
 from tasks.errors import CheckpointError
 
+SMALL = 64 << 20  # bytes
 transformers.logging.set_verbosity_error()  # it warns of every kernel that is not installed
 transformers.logging.disable_progress_bar()
 
@@ -44,9 +46,8 @@ TORCH = {
 
 def pick_device(parameters: int = 0) -> torch.device:
     """The GPU if there is one with room for that many parameters in bfloat16, else the CPU."""
-    if torch.cuda.is_available() and 2 * parameters < 0.85 * torch.cuda.mem_get_info()[0]:
-        return torch.device("cuda")
-    return torch.device("cpu")
+    gpu = torch.device("cuda")
+    return gpu if torch.cuda.is_available() and 2 * parameters < 0.85 * room(gpu) else torch.device("cpu")
 
 
 def pick_dtype(parameters: int, device: torch.device) -> torch.dtype:
@@ -56,10 +57,24 @@ def pick_dtype(parameters: int, device: torch.device) -> torch.dtype:
 
 
 def room(device: torch.device) -> int:
-    """Bytes of memory that are free on a device."""
+    """Bytes of memory that may be taken on a device: what is free, or REQUANT_GPU_GB of it where a card is shared."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        limit = float(os.environ.get("REQUANT_GPU_GB") or "inf") * 1e9
+        return int(min(free, limit)) - torch.cuda.memory_allocated(device)
     return int(psutil.virtual_memory().available)
+
+
+@contextlib.contextmanager
+def few_threads(nbytes: int) -> Iterator[None]:
+    """One thread for weights of a few megabytes: more gain nothing, and beside another process they wait for each other
+    ten times as long as they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if nbytes < SMALL else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, remote_code: bool = False) -> Any:

@@ -13,7 +13,7 @@ from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.header import Tensor
 from tasks.measuring.blocks import Rows
 from tasks.measuring.measurement import Measurement
-from tasks.model import Skeleton, free
+from tasks.model import Skeleton, few_threads, free
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ def compare(
     """
     skeleton = Skeleton(Checkpoint.open(ours), dtype, device, remote_code=remote_code)
     skeleton.load_ends()
-    result: dict[str, Any] = {"blocks": [asdict(block) for block in _blocks(skeleton, of_ours, of_base)]}
+    with few_threads(skeleton.nbytes):
+        found = _blocks(skeleton, of_ours, of_base)
+    result: dict[str, Any] = {"blocks": [asdict(block) for block in found]}
     source = Checkpoint.open(theirs)
     base = skeleton
     if not _same_output_layer(skeleton.checkpoint, source):

@@ -1,0 +1,182 @@
+"""What proving a checkpoint costs as models grow: `python -m infra.bench.proof [SIZE ...]`.
+
+Makes bases of 2, 20 and 200 million parameters with random weights, packs them by rounding, and measures each in a
+process of its own, as `requant validate` does: wall time, peak memory, and what each gate's measurement takes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from infra.bench.shapes import (
+    INDEX,
+    Dimensions,
+    Vision,
+    base_config,
+    base_tensors,
+    is_head,
+    packed_parts,
+    quantization_config,
+)
+from infra.bench.surgery import ROOT
+from tasks.checkpoint.packing import Scheme, pack
+
+SMALL = Vision(depth=2, width=64, intermediate=128, heads=2, positions=64)
+HEADS = {"heads": 2, "kv_heads": 2, "head_dim": 64, "linear_key_heads": 2, "linear_value_heads": 2, "vocab": 2048}
+SIZES = {
+    "2M": Dimensions(layers=4, hidden=128, intermediate=384, linear_head_dim=64, vision=SMALL, **HEADS),
+    "20M": Dimensions(layers=8, hidden=384, intermediate=1536, vision=SMALL, **{**HEADS, "heads": 6}),
+    "200M": Dimensions(
+        layers=16, hidden=1024, intermediate=3072, vision=SMALL,
+        **{**HEADS, "heads": 8, "head_dim": 128, "linear_key_heads": 8, "linear_value_heads": 8},
+    ),
+    "1B": Dimensions(
+        layers=8, hidden=3072, intermediate=8192, vision=SMALL,
+        **{**HEADS, "heads": 16, "head_dim": 256, "linear_key_heads": 16, "linear_value_heads": 32},
+    ),
+}  # fmt: skip
+# What is timed in the measuring process: where it lies, and the gates that it is for.
+PARTS = {
+    "tasks.validate.account": "structure, lossless, finite, files, context",
+    "tasks.validate.fidelity": "weight_slope, weight_offset",
+    "tasks.measure.run_blocks": "all that needs hidden states, long_context",
+    "tasks.measure._next_tokens": "perplexity_increase, top1_agreement",
+    "tasks.measuring.head.MtpHead.drafts": "mtp_acceptance_ratio",
+    "tasks.measure._continuations": "most_repeated_token, speculative_decoding",
+    "tasks.measure.features": "vision_output",
+    "tasks.measuring.compare._blocks": "block_error",
+    "tasks.measuring.compare._divergence": "kl_divergence",
+}
+
+
+def main(sizes: list[str]) -> None:
+    """Print a table, and all figures as JSON in build/bench-proof.json."""
+    figures = {}
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as scratch:
+            base, ours = write_pair(Path(scratch), SIZES[size])
+            command = [sys.executable, "-m", "infra.bench.proof", "--measure", str(ours), str(base)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        figures[size] = json.loads(done.stdout.splitlines()[-1])
+        sys.stdout.write(table(size, figures[size]))
+        sys.stdout.flush()
+    (ROOT / "build").mkdir(exist_ok=True)
+    (ROOT / "build" / "bench-proof.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def write_pair(folder: Path, dims: Dimensions) -> tuple[Path, Path]:
+    """A base with random weights, and the same with its blocks packed: W4A16, group 128."""
+    from infra.bench.shapes import _copy_other_files  # the tiny model's tokenizer
+
+    base, ours = folder / "base", folder / "ours"
+    random = torch.Generator().manual_seed(0)
+    tensors = {
+        name: (torch.randn(spec.shape, generator=random) * _spread(spec.shape)).bfloat16()
+        for name, spec in base_tensors(dims).items()
+    }
+    config = base_config(dims)
+    packed: dict[str, torch.Tensor] = {}
+    for name, value in tensors.items():
+        module = name.removesuffix(".weight")
+        within = ".layers." in name and not is_head(name) and value.dim() == 2
+        if within and all(side % 32 == 0 for side in value.shape) and value.shape[1] % 128 == 0:
+            parts = pack([value.float().numpy()], (value.shape[0], value.shape[1]), Scheme(4, 128))
+            assert parts.keys() == {n.rpartition(".")[2] for n in packed_parts(module, tuple(value.shape))}
+            packed |= {f"{module}.{part}": torch.from_numpy(array) for part, array in parts.items()}
+        else:
+            packed[name] = value
+    quantized = {**config, "quantization_config": quantization_config(dims)}
+    for path, weights, document in ((base, tensors, config), (ours, packed, quantized)):
+        path.mkdir()
+        _copy_other_files(path, skip=set())
+        shard = "model-00001-of-00001.safetensors"
+        save_file(weights, path / shard)
+        total = sum(t.nbytes for t in weights.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(weights, shard)}
+        (path / INDEX).write_text(json.dumps(index))
+        (path / "config.json").write_text(json.dumps(document))
+    return base, ours
+
+
+def _spread(shape: tuple[int, ...]) -> float:
+    return 0.02 if len(shape) == 1 else shape[-1] ** -0.5
+
+
+def measure(ours: Path, base: Path) -> dict[str, Any]:
+    """Measure a pair in this process: seconds, peak bytes and seconds by part."""
+    import importlib
+
+    from tasks import measure as measuring
+    from tasks import validate
+    from tasks.checkpoint.checkpoint import Checkpoint
+    from tasks.measuring import compare  # noqa: F401  its parts are timed
+
+    spent: dict[str, float] = defaultdict(float)
+    for path, gates in PARTS.items():
+        owner, _, name = path.rpartition(".")
+        module, _, kind = owner.rpartition(".") if owner.endswith("MtpHead") else (owner, "", "")
+        place: Any = importlib.import_module(module)
+        place = getattr(place, kind) if kind else place
+        setattr(place, name, _timed(getattr(place, name), spent, gates))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    began = time.monotonic()
+    values = validate.validate_folders(ours, base)
+    device, dtype = measuring.precision(base)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "seconds": round(time.monotonic() - began, 2),
+        "device": str(device),
+        "dtype": str(dtype),
+        "parameters": sum(math.prod(t.shape) for t in Checkpoint.open(base).tensors.values()),
+        "peak_bytes": peak,
+        "imports_bytes": before,
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        "parts": {gates: round(seconds, 2) for gates, seconds in spent.items()},
+        "perplexity_increase": values["perplexity_increase"],
+        "long_context_tokens": values["long_context_tokens"],
+    }
+
+
+def _timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            spent[name] += time.monotonic() - began
+
+    return timed
+
+
+def table(size: str, figures: dict[str, Any]) -> str:
+    peak = f"{figures['peak_bytes'] / 1e6:.0f} MB ({figures['imports_bytes'] / 1e6:.0f} MB of them imports)"
+    if figures["peak_gpu_bytes"]:
+        peak += f", GPU {figures['peak_gpu_bytes'] / 1e9:.2f} GB"
+    where = f"{figures['device']}, {figures['dtype'].removeprefix('torch.')}"
+    lines = [f"{size}: {figures['parameters'] / 1e6:.1f} M parameters, {where}: {figures['seconds']} s, {peak}"]
+    lines += [f"  {seconds:8.2f} s  {gates}" for gates, seconds in figures["parts"].items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(measure(Path(sys.argv[2]), Path(sys.argv[3]))))
+    else:
+        main(sys.argv[1:] or ["2M", "20M", "200M"])
