@@ -32,9 +32,9 @@ from infra.bench.shapes import (
     packed_parts,
     quantization_config,
 )
-from infra.bench.surgery import ROOT
 from tasks.checkpoint.packing import Scheme, pack
 
+ROOT = Path(__file__).parent.parent.parent
 SMALL = Vision(depth=2, width=64, intermediate=128, heads=2, positions=64)
 HEADS = {"heads": 2, "kv_heads": 2, "head_dim": 64, "linear_key_heads": 2, "linear_value_heads": 2, "vocab": 2048}
 SIZES = {
