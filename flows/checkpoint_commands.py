@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.command import FOLDER, command
+from flows.command import FOLDER, command, progress
 from tasks.errors import RequantError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def validate(folder: Path, base: str, recipe: Path | None) -> tuple[dict[str, An
     loaded = load_recipe(recipe) if recipe else None
     gates, remote_code = (loaded.gates, loaded.allow_remote_code) if loaded else (Gates(), False)
     packed = loaded is not None and loaded.mtp in PACKED_HEADS
-    values = validate_folders(folder, _whole(base), remote_code=remote_code, pack_head=packed)
+    values = validate_folders(folder, _whole(base), remote_code=remote_code, pack_head=packed, say=progress)
     results = compare(values, gates)
     passed = all(gate.passed for gate in results)
     document = {"gates": [gate.to_json() for gate in results], "passed": passed}

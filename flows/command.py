@@ -35,6 +35,11 @@ def command(name: str) -> Callable[[F], click.Command]:
     return wrap
 
 
+def progress(text: str) -> None:
+    """A line for whoever waits: on stderr, whatever goes to stdout."""
+    click.echo(redact(_visible(text)), err=True)
+
+
 def _visible(text: str) -> str:
     """Text for a terminal: whatever would move its cursor or hide a part, in a name from outside, is spelled out."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ DRAFTS = 3  # as far as engines draft
 PROMPTS, PROMPT, GENERATED = 8, 32, 48  # greedy continuations, in tokens
 GENERATED_IN_BLOCKS = 8  # where every token costs a pass over all weights
 LONGEST = {"cpu": 4096, "cuda": 131_072}  # tokens of one text: more takes longer than everything else
+TELL = 15.0  # seconds between two lines of progress
 log = logging.getLogger(__name__)
 
 
@@ -52,18 +54,27 @@ def measure(
     skeleton = Skeleton(checkpoint, dtype, device, remote_code=remote_code)
     say(f"measuring {folder.name} on {tokens.size:,} tokens ({str(dtype).removeprefix('torch.')}, {device})")
     with few_threads(skeleton.nbytes):
-        result = _measure(skeleton, tokens)
+        result = _measure(skeleton, tokens, say)
     del skeleton
     free(device)
     return result
 
 
-def _measure(skeleton: Skeleton, tokens: Ints) -> Measurement:
+def _measure(skeleton: Skeleton, tokens: Ints, say: Callable[[str], None]) -> Measurement:
     skeleton.load_ends()
     ids = torch.from_numpy(tokens).long().to(skeleton.device)
     rows, long = Rows.of(skeleton, ids), Rows.of(skeleton, _long_text(ids, longest(skeleton)))
     probes = [rows.hidden[0][0, :PROBE].cpu()]
-    hidden, far = run_blocks(skeleton, [rows, long], lambda _: probes.append(rows.hidden[0][0, :PROBE].cpu()))
+    told = time.monotonic()
+
+    def after(number: int) -> None:
+        nonlocal told
+        probes.append(rows.hidden[0][0, :PROBE].cpu())
+        if time.monotonic() - told > TELL:
+            told = time.monotonic()
+            say(f"measuring: block {number + 1} of {len(skeleton.blocks)}")
+
+    hidden, far = run_blocks(skeleton, [rows, long], after)
     nll, top1 = _next_tokens(skeleton, ids, hidden)
     finite = far[0].isfinite().all(-1)
     finite[-PROBE:] &= skeleton.logits(far[0, -PROBE:]).isfinite().all(-1)

@@ -33,7 +33,7 @@ from tasks.checkpoint.modules import split_name
 from tasks.checkpoint.packing import PARTS, Scheme, dequantize
 from tasks.errors import CheckpointError
 
-SMALL = 64 << 20  # bytes
+SMALL = 128 << 20  # bytes
 transformers.logging.set_verbosity_error()  # it warns of every kernel that is not installed
 transformers.logging.disable_progress_bar()
 
@@ -67,7 +67,7 @@ def room(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def few_threads(nbytes: int) -> Iterator[None]:
-    """One thread for weights of a few megabytes: more gain nothing, and beside another process they wait for each other
+    """One thread for weights of some megabytes: more gain little, and beside another process they wait for each other
     ten times as long as they work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if nbytes < SMALL else threads)

@@ -72,6 +72,7 @@ def validate(
             keep_head=keep_head,
             pack_head=recipe.mtp in PACKED_HEADS,
             remote_code=recipe.allow_remote_code,
+            say=say,
         )
         files = [write_json(folder / "out", RESULT, values)]
         put_files(store, folder / "out", files)
@@ -124,7 +125,9 @@ def validate_folders(
         return measure(path, EVALUATION, device, dtype, remote_code=remote_code, say=say)
 
     keep_head = base.head is not None and (checkpoint.head is not None or _promises_head(checkpoint))
-    return measured_values(ours, theirs, measured, keep_head=keep_head, pack_head=pack_head, remote_code=remote_code)
+    return measured_values(
+        ours, theirs, measured, keep_head=keep_head, pack_head=pack_head, remote_code=remote_code, say=say
+    )
 
 
 def _promises_head(checkpoint: Checkpoint) -> bool:
@@ -141,9 +144,11 @@ def measured_values(
     keep_head: bool,
     pack_head: bool,
     remote_code: bool,
+    say: Callable[[str], None] = log.info,
 ) -> dict[str, Any]:
     """Everything that gates, report and card need: first from the files, then from running both."""
     checkpoint, base = Checkpoint.open(ours), Checkpoint.open(theirs).sound()
+    say("comparing every tensor and file with the base's")
     found = account(checkpoint, base, with_head=keep_head, pack_head=pack_head)
     values = from_files(found, keep_head=keep_head, vision="vision_config" in base.config)
     tensors = checkpoint.tensors
