@@ -1,38 +1,43 @@
-"""Pictures of a run, from the values that its report holds: what was lost where, what is accepted, how fast it is."""
+"""Pictures of a run, from the values that its report holds: what was lost where, what is accepted, how fast it is.
+
+`draw.py` makes them, and alone of a run needs matplotlib.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from tasks.pictures.blocks import block_errors, losses, matrices
-from tasks.pictures.prompts import acceptance_by_position, acceptance_by_prompt, throughput
-from tasks.pictures.style import Picture, styled
+from tasks.checkpoint.writer import write_file
 
-__all__ = ["NAMES", "Picture", "draw"]
+FOLDER = "pictures"  # beside a card
+CARD_KINDS = ("png",)  # what a card shows
+# All that there can be, in the order in which they are worth looking at.
 NAMES = (
     "block-errors", "matrices", "losses", "acceptance-by-position", "acceptance-by-prompt", "throughput",
 )  # fmt: skip
 
 
-def draw(
-    measured: Mapping[str, Any] | None, benchmark: Mapping[str, Any] | None, blocks: Sequence[Mapping[str, Any]]
-) -> list[Picture]:
-    """The pictures that these values give, in the order in which they are worth looking at.
+@dataclass(frozen=True)
+class Picture:
+    """A picture by the stem of its files. `caption` says in a sentence, with numbers, what is to be seen."""
 
-    `measured` is what validate measured, `benchmark` what the benchmark did, `blocks` the quantize stage's record of
-    its blocks. A picture whose values are absent is not made.
-    """
-    measured, prompts = measured or {}, (benchmark or {}).get("prompts") or []
-    with styled():
-        made = [
-            block_errors(measured.get("blocks") or []),
-            matrices(measured.get("matrices") or []),
-            losses(blocks),
-            acceptance_by_position(
-                measured.get("mtp_acceptance_by_position"), measured.get("base_mtp_acceptance_by_position")
-            ),
-            acceptance_by_prompt(prompts),
-            throughput(prompts),
-        ]
-    return [picture for picture in made if picture is not None]
+    name: str
+    caption: str
+    svg: bytes
+    png: bytes
+
+
+def write_pictures(folder: Path, pictures: Iterable[Picture], kinds: Sequence[str] = ("svg", "png")) -> list[str]:
+    """Write them as `NAME.KIND`, and take away what an earlier run drew and this one did not. Returns the names."""
+    written = [
+        write_file(folder, f"{picture.name}.{kind}", [getattr(picture, kind)]).path
+        for picture in pictures
+        for kind in kinds
+    ]
+    for name in NAMES:
+        for kind in ("svg", "png"):
+            if f"{name}.{kind}" not in written:
+                (folder / f"{name}.{kind}").unlink(missing_ok=True)
+    return written

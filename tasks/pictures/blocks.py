@@ -10,13 +10,13 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from tasks.pictures import Picture
 from tasks.pictures.style import (
     BLUE,
     GREEN,
     GREY,
     INK,
     ORANGE,
-    Picture,
     canvas,
     every_block,
     legend,
@@ -57,7 +57,7 @@ def block_errors(blocks: Values) -> Picture | None:
             s=26,
             color=color,
             marker=marker,
-            label=short(kind.replace("_", " ")),
+            label=short(kind.replace("_", " "), 18),
             gid=f"error {short(kind)}",
         )
     axes.plot(at, drifts, color=GREY, linewidth=1.4, zorder=1, label="drift: all blocks up to it", gid="drift")
@@ -112,7 +112,7 @@ def matrices(values: Values) -> Picture | None:
     behind = 1 + max(block or 0 for _, _, block, _ in told)  # where the output layer and the head are drawn
     at = [behind if block is None else block for _, _, block, _ in told]
     errors, offs = [row[0] for row in told], [row[1] for row in told]
-    bits = [short(row[3].get("bits")) for row in told]
+    bits = [short(row[3].get("bits"), 6) for row in told]
     figure, (above, below) = canvas("Packed matrices against the base's", 4.2, rows=2)
     for width, color in zip(sorted(set(bits)), (BLUE, ORANGE, GREEN, GREY), strict=False):
         mine = [index for index, own in enumerate(bits) if own == width]
@@ -187,7 +187,7 @@ def _block_of(record: Mapping[str, Any]) -> int | None:
 
 def _module(record: Mapping[str, Any]) -> str:
     """A matrix by its name in its block."""
-    name = str(record.get("name"))
+    name = str(record.get("name")).removesuffix(".weight")
     match = BLOCK.match(name)
     return short(name[match.start(1) :] if match else name)
 

@@ -10,7 +10,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tasks.pictures.style import BLUE, GREEN, GREY, ORANGE, Picture, canvas, legend, number, percent, rendered, short
+from tasks.pictures import Picture
+from tasks.pictures.style import BLUE, GREEN, GREY, ORANGE, canvas, legend, number, percent, rendered, short
 
 Values = Sequence[Mapping[str, Any]]
 Sides = Mapping[str, tuple[str, Sequence[float]]]  # name to colour and values
@@ -34,7 +35,7 @@ def acceptance_by_position(ours: Sequence[float] | None, base: Sequence[float] |
 
 def acceptance_by_prompt(prompts: Values) -> Picture | None:
     """Of each prompt the share of drafts that the engine accepted, at each position."""
-    setting, found = _setting([p for p in prompts if p.get("mtp") and _accepted(p)])
+    setting, found = first_setting([p for p in prompts if p.get("mtp") and _accepted(p)])
     if not found:
         return None
     figure, axes = _rows(f"Drafts accepted, by prompt: {setting}", [_label(p) for p in found], 1)
@@ -59,7 +60,7 @@ def acceptance_by_prompt(prompts: Values) -> Picture | None:
 
 def throughput(prompts: Values) -> Picture | None:
     """Of each prompt the output tokens per second, with MTP and without."""
-    setting, found = _setting([p for p in prompts if number(p, "tokens_per_second") > 0 and "mtp" in p])
+    setting, found = first_setting([p for p in prompts if number(p, "tokens_per_second") > 0 and "mtp" in p])
     if not found:
         return None
     labels = list(dict.fromkeys(_label(p) for p in found))
@@ -114,7 +115,7 @@ def _rows(title: str, labels: Sequence[str], bars: int) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _setting(prompts: Values) -> tuple[str, Values]:
+def first_setting(prompts: Values) -> tuple[str, Values]:
     """The setting to show, in words, and its prompts: greedy before sampled, one request at a time before many."""
     settings = sorted({(str(p.get("sampling")), int(number(p, "concurrency"))) for p in prompts if _settled(p)})
     if not settings:

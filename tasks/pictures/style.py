@@ -11,13 +11,14 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from tasks.pictures import Picture
 
 INK, GREY, BLUE, ORANGE, GREEN = "#767d86", "#8b949e", "#3b82f6", "#d55e00", "#0f9d76"
 WIDTH = 6.25  # inches, of which SVG makes 600 pixels
@@ -42,16 +43,6 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 9.0,
     **dict.fromkeys((*COLORED, "ytick.color"), INK),
 }
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture by the stem of its files. `caption` says in a sentence, with numbers, what is to be seen."""
-
-    name: str
-    caption: str
-    svg: bytes
-    png: bytes
 
 
 def canvas(title: str, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
@@ -94,10 +85,10 @@ def number(record: Mapping[str, Any], key: str) -> float:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
 
 
-def short(text: object) -> str:
+def short(text: object, length: int = NAME) -> str:
     """A label: one line of printable characters, not too long."""
     plain = "".join(c if c.isprintable() else " " for c in str(text))
-    return plain if len(plain) <= NAME else f"{plain[: NAME - 1]}…"
+    return plain if len(plain) <= length else f"{plain[: length - 1]}…"
 
 
 def percent(value: float) -> str:

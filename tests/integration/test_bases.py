@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tasks.artifact import Manifest, file_of
-from tasks.pictures import draw
+from tasks.pictures.draw import draw
 from tasks.quantize import quantize
 from tasks.recipe import parse_recipe
 from tasks.stage import StageResult

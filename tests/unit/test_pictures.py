@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -15,7 +16,8 @@ import matplotlib
 import pytest
 from PIL import Image
 
-from tasks.pictures import NAMES, Picture, draw
+from tasks.pictures import NAMES, Picture, write_pictures
+from tasks.pictures.draw import draw
 
 SVG = "{http://www.w3.org/2000/svg}"
 LINK = "{http://www.w3.org/1999/xlink}href"
@@ -255,3 +257,14 @@ def test_a_hostile_name_is_text_and_nothing_else(name: str) -> None:
             assert not [key for key in element.attrib if key.startswith("on")]
             assert element.get(LINK, "#").startswith("#")
         assert picture.caption.isprintable() and len(picture.caption) < 400
+
+
+def test_files_of_an_earlier_run_go_and_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "throughput.png").write_bytes(b"old")
+    (tmp_path / "holiday.png").write_bytes(b"mine")
+    made = [picture for picture in everything() if picture.name in {"losses", "matrices"}]
+    assert write_pictures(tmp_path, made) == ["matrices.svg", "matrices.png", "losses.svg", "losses.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "matrices.svg", "matrices.png", "losses.svg", "losses.png", "holiday.png",
+    }  # fmt: skip
+    assert (tmp_path / "losses.png").read_bytes() == made[1].png
