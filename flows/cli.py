@@ -57,10 +57,12 @@ def run(
     recipe: Path, overrides: tuple[str, ...], checkout: Path | None, report_path: Path | None
 ) -> tuple[dict[str, Any], str, int]:
     """Run the whole pipeline, here and now."""
+    from tasks.evaluate import check_tasks
     from tasks.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     open_store()  # a wrong REQUANT_STORE is a wrong usage, found before anything starts
+    check_tasks(loaded.eval)
     from flows.embedded import embedded_prefect
 
     with embedded_prefect():

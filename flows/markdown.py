@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from flows.report import Report, gate_rows, headline, stage_rows
-from tasks.hub.card import plain, table
+from tasks.hub.card import TASKS, named, plain, table, task_rows
 from tasks.pictures import Picture
 
 WORST = 5  # blocks and matrices
@@ -30,6 +29,8 @@ def markdown(report: Report, link: Callable[[Picture], str]) -> str:
         parts += ["### Gates", table(("gate", "measured", "limit", "", "note"), gate_rows(report.gates))]
     if rows := quality_rows(report.measured or {}):
         parts += ["### Quality", table(("", "base", "quantized", "95 % of the time between"), rows)]
+    if rows := task_rows(report.measured or {}):
+        parts += ["### Tasks", table(TASKS, rows)]
     if rows := worst_rows(report.measured or {}):
         parts += ["### Worst layers", table(("", "error", "slope", "bits"), rows)]
     if report.benchmark and report.benchmark.get("engine") != "none":
@@ -50,14 +51,11 @@ def quality_rows(measured: Mapping[str, Any]) -> list[Row]:
         ("same next token", "", "top1_agreement", "", "{:.2%}"),
         ("first draft accepted", "base_mtp_acceptance", "mtp_acceptance", "", "{:.1%}"),
     ]
-    made = [
+    return [
         (name, *(_told(measured.get(key), form) for key in (base, ours)), _interval(measured.get(between), form))
         for name, base, ours, between, form in rows
         if measured.get(ours) is not None
     ]
-    for name, task in (measured.get("tasks") or {}).items():
-        made.append((f"{named(name)}, {task['metric']}", f"{task['base']:.4f}", f"{task['ours']:.4f}", ""))
-    return made
 
 
 def worst_rows(measured: Mapping[str, Any]) -> list[Row]:
@@ -126,9 +124,3 @@ def _interval(values: Any, form: str) -> str:
 def _size(value: Any, around: float = 0.0) -> float:
     """How far a value is from where it should be; what is no number is farther than any."""
     return abs(value - around) if isinstance(value, int | float) and value == value else float("inf")
-
-
-def named(name: object) -> str:
-    """A name from outside as code, which nothing in it can leave."""
-    safe = re.sub(r"[^\w .,:+*/()-]", "?", str(name))[:80].strip()
-    return f"`{safe or '?'}`"

@@ -16,6 +16,7 @@ from tasks.artifact import Manifest
 from tasks.benchmark import benchmark_task
 from tasks.download import download_task
 from tasks.errors import RequantError
+from tasks.evaluate import check_tasks
 from tasks.gates import compare
 from tasks.hub.release import check_target
 from tasks.hub.revision import Revision, resolve
@@ -101,6 +102,7 @@ def _run(recipe: Recipe, report: Report) -> None:
 @task(**options("resolve", hours=1))
 def resolve_task(recipe: Recipe) -> tuple[Revision, Text]:
     """Resolve the base and the calibration text to what they are at this moment."""
+    check_tasks(recipe.eval)
     base = resolve(recipe.base.repo_id, recipe.base.revision)
     say()(f"{recipe.base.repo_id}@{recipe.base.revision} is {base.sha}")
     if recipe.publish is not None:

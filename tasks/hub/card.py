@@ -28,6 +28,7 @@ REASONS = (
     (r"(gate|router)\.weight", "router: small, and decides which expert runs"),
     (r"\.bias$", "bias: a vector"),
 )
+TASKS = ("task", "metric", "base", "quantized", "recovery")
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,20 @@ def _speed_text(benchmark: Mapping[str, Any]) -> str:
     )
 
 
+def task_rows(measured: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The lm-eval tasks of validate's values, for a table headed TASKS."""
+    return [
+        (
+            named(name),
+            plain(task["metric"]),
+            f"{task['base']:.4g}",
+            f"{task['ours']:.4g}",
+            "none" if task["recovery"] is None else f"{task['recovery']:.1%}",
+        )
+        for name, task in (measured.get("tasks") or {}).items()
+    ]
+
+
 def _pictures(pictures: Sequence[Picture]) -> list[str]:
     shown = [f"![{plain(p.caption)}]({FOLDER}/{p.name}.png)\n\n{plain(p.caption)}" for p in pictures]
     return ["## Pictures", *shown] if shown else []
@@ -215,6 +230,8 @@ def _recipe_document(recipe: Recipe, sha: str, calibration: str) -> dict[str, An
     document["base"]["revision"] = sha
     if "calibration" in document.get("quantize", {}):
         document["quantize"]["calibration"] = _public(calibration)
+    if document.get("eval") and document["eval"].get("definitions"):
+        document["eval"]["definitions"] = _public(document["eval"]["definitions"])
     return document
 
 
@@ -243,6 +260,12 @@ def _cell(text: str) -> str:
 def plain(text: object) -> str:
     """A sentence without anything that markdown or HTML could read as more than text."""
     return re.sub(r"[^\w .,:;%()'+=-]", "?", str(text))
+
+
+def named(name: object) -> str:
+    """A name from outside as code, which nothing in it can leave."""
+    safe = re.sub(r"[^\w .,:+*/()-]", "?", str(name))[:80].strip()
+    return f"`{safe or '?'}`"
 
 
 def _code(text: str, language: str = "bash") -> str:
