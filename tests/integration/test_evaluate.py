@@ -37,6 +37,7 @@ output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_target: gold
 doc_to_choice: choices
+target_delimiter: ""
 test_split: test
 dataset_path: json
 dataset_kwargs: {data_files: {test: DATA}}
@@ -47,6 +48,7 @@ task: own_perplexity
 output_type: loglikelihood
 doc_to_text: !function helper.text
 doc_to_target: "{{good}}"
+target_delimiter: ""
 test_split: test
 dataset_path: json
 dataset_kwargs: {data_files: {test: DATA}}
