@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +31,7 @@ STAGE = Stage("evaluate", 1, tools=("lm_eval", "transformers"))
 RESULT = "scores.json"
 SEED = 1234  # of few-shot examples and bootstrap
 BOOTSTRAP = 1000  # draws, for the standard error of metrics that are no mean
+Scores = dict[str, dict[str, Any]]  # by task
 log = logging.getLogger(__name__)
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
@@ -68,7 +70,7 @@ def evaluated(
     device: torch.device,
     dtype: torch.dtype,
     say: Callable[[str], None] = log.info,
-) -> dict[str, Any]:
+) -> Scores:
     """The scores of one checkpoint, kept by what it holds, what is asked and the data sets' commits at this moment."""
     assert recipe.eval is not None
     settings = recipe.eval
@@ -85,13 +87,13 @@ def evaluated(
         put_files(store, scratch, files)
         return Made(Manifest.of(files), {"scores": scores, "data": data})
 
-    found: dict[str, Any] = json.loads(store.read_blob(run_stage(store, STAGE, key, work, say).manifest[RESULT]))
+    found: Scores = json.loads(store.read_blob(run_stage(store, STAGE, key, work, say).manifest[RESULT]))
     return found
 
 
 def evaluate(
     folder: Path, settings: Eval, device: torch.device, dtype: torch.dtype, *, remote_code: bool = False
-) -> dict[str, dict[str, Any]]:
+) -> Scores:
     """Scores by task: {metric, value, stderr, samples, higher_is_better}; the first metric of each task.
 
     A group that lm-eval aggregates is one task, any other and a tag are their members. Raises EvaluationFailed, or
@@ -132,7 +134,7 @@ def evaluate(
     return _scores(found)
 
 
-def _scores(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _scores(found: Mapping[str, Any]) -> Scores:
     """The first metric of each entry of lm-eval's results; members of an aggregated group are in their group."""
     scores = {}
     for name, entry in found["results"].items():
@@ -180,10 +182,13 @@ def recovery(base: Mapping[str, Mapping[str, Any]], ours: Mapping[str, Mapping[s
     return {"tasks": tasks, "worst_task_recovery": min(shares) if shares and None not in shares else None}
 
 
-def worst_task(measured: Mapping[str, Any]) -> str:
-    """The task that a gate's note names: one without a recovery, else the one with the least."""
-    tasks = measured.get("tasks") or {}
-    return min(tasks, key=lambda name: -1.0 if tasks[name]["recovery"] is None else tasks[name]["recovery"], default="")
+def whole(base: Path) -> tuple[torch.device, torch.dtype]:
+    """Where and in what a base, and what is made of it, is evaluated: all of it is in memory at once."""
+    from tasks.model import pick_device, pick_dtype
+
+    parameters = sum(math.prod(tensor.shape) for tensor in Checkpoint.open(base).tensors.values())
+    device = pick_device(parameters)
+    return device, pick_dtype(parameters, device)
 
 
 def data_sets(settings: Eval) -> dict[str, str]:

@@ -157,6 +157,18 @@ def test_a_data_set_of_the_hub_is_pinned_to_its_commit(
     assert data_sets(asked) == {"demo/questions": sha}
 
 
+def test_a_run_is_rejected_by_a_task_and_evaluates_nothing_again(requant: Requant, definitions: Path) -> None:
+    section = {"tasks": ["own_choice", "own_perplexity"], "definitions": str(definitions)}
+    changes = {"eval": section, "allow_remote_code": True, "publish": None}
+    outcome = requant.run(gates={"min_task_recovery": 10.0}, **changes)
+    assert outcome.status == 1 and outcome.document["status"] == "rejected", outcome.stderr
+    assert [g["name"] for g in outcome.document["gates"] if not g["passed"]] == ["task_recovery"]
+    assert set(outcome.document["measured"]["tasks"]) == {"own_choice", "own_perplexity"}
+    assert len(list(requant.store.glob("artifacts/evaluate/*"))) == 2
+    again = requant.run(gates={"min_task_recovery": None}, **changes)
+    assert again.status == 0 and again.states["validate"] == "reused", again.stderr
+
+
 def test_a_run_with_a_task_that_does_not_exist_starts_nothing(requant: Requant) -> None:
     outcome = requant.run(eval={"tasks": ["gsm9k"]})
     assert outcome.status == 2 and "lm-eval has no task gsm9k" in outcome.stderr

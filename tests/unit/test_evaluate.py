@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tasks.errors import RecipeError
-from tasks.evaluate import _leaves, _scores, asked, check_tasks, recovery, worst_task
+from tasks.evaluate import _leaves, _scores, asked, check_tasks, recovery
+from tasks.gates import worst_task
 from tasks.recipe import Eval, load_recipe, parse_recipe
 
 
@@ -22,7 +23,7 @@ def test_recovery_is_the_share_of_the_bases_score_and_the_worst_task_counts() ->
     found = recovery({"a": score(0.8), "b": score(0.5)}, {"a": score(0.84), "b": score(0.4)})
     assert found["tasks"]["a"]["recovery"] == pytest.approx(1.05)
     assert found["worst_task_recovery"] == found["tasks"]["b"]["recovery"] == pytest.approx(0.8)
-    assert worst_task(found) == "b"
+    assert worst_task(found["tasks"]) == "b"
     assert {"metric", "base", "ours", "recovery"} <= set(found["tasks"]["a"])
 
 
@@ -34,7 +35,7 @@ def test_where_less_is_better_recovery_is_the_bases_over_ours() -> None:
 def test_a_task_on_which_the_base_scores_nothing_shows_nothing() -> None:
     found = recovery({"a": score(0.8), "hard": score(0.0)}, {"a": score(0.8), "hard": score(0.0)})
     assert found["tasks"]["hard"]["recovery"] is None and found["worst_task_recovery"] is None
-    assert worst_task(found) == "hard"
+    assert worst_task(found["tasks"]) == "hard"
 
 
 def test_a_task_that_was_lost_altogether_has_recovery_zero() -> None:
