@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flows.report import Report, gate_rows, headline, stage_rows
+from tasks.gates import slope_error
 from tasks.hub.card import TASKS, named, plain, table, task_rows
 from tasks.pictures import Picture
 
@@ -59,9 +60,9 @@ def quality_rows(measured: Mapping[str, Any]) -> list[Row]:
 
 
 def worst_rows(measured: Mapping[str, Any]) -> list[Row]:
-    """The blocks with the largest error, and the matrices whose slope is farthest from 1."""
+    """The blocks with the largest error, and the matrices whose slope is farthest from where rounding would put it."""
     blocks = sorted(measured.get("blocks") or [], key=lambda block: -_size(block["error"]))
-    matrices = sorted(measured.get("matrices") or [], key=lambda matrix: -_size(matrix["slope"], 1.0))
+    matrices = sorted(measured.get("matrices") or [], key=lambda matrix: -_size(slope_error(matrix)))
     return [
         *((f"block {b['block']}, {named(b['kind'])}", _told(b["error"], "{:.2%}"), "", "") for b in blocks[:WORST]),
         *(
@@ -121,6 +122,6 @@ def _interval(values: Any, form: str) -> str:
     return " and ".join(form.format(value) for value in values or [])
 
 
-def _size(value: Any, around: float = 0.0) -> float:
-    """How far a value is from where it should be; what is no number is farther than any."""
-    return abs(value - around) if isinstance(value, int | float) and value == value else float("inf")
+def _size(value: Any) -> float:
+    """A value to sort by; what is no number is larger than any."""
+    return value if isinstance(value, int | float) and value == value else float("inf")

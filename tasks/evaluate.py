@@ -6,10 +6,12 @@ a checkpoint are kept, so a base is evaluated once for all that is made of it. N
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -107,20 +109,21 @@ def evaluate(
     model = load_model(Checkpoint.open(folder).sound(), dtype, device, remote_code=remote_code)
     tokenizer = load_tokenizer(folder, remote_code=remote_code)
     try:
-        found = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=settings.batch_size),
-            tasks=list(settings.tasks),
-            limit=settings.limit,
-            num_fewshot=settings.num_fewshot,
-            apply_chat_template=settings.chat_template,
-            task_manager=_manager(settings),
-            log_samples=False,
-            bootstrap_iters=BOOTSTRAP,
-            random_seed=SEED,
-            numpy_random_seed=SEED,
-            torch_random_seed=SEED,
-            fewshot_random_seed=SEED,
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout may be a document's
+            found = simple_evaluate(
+                HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=settings.batch_size),
+                tasks=list(settings.tasks),
+                limit=settings.limit,
+                num_fewshot=settings.num_fewshot,
+                apply_chat_template=settings.chat_template,
+                task_manager=_manager(settings),
+                log_samples=False,
+                bootstrap_iters=BOOTSTRAP,
+                random_seed=SEED,
+                numpy_random_seed=SEED,
+                torch_random_seed=SEED,
+                fewshot_random_seed=SEED,
+            )
     except (RequantError, MemoryError):
         raise
     except Exception as error:  # whatever a task, its data set or its metric raises

@@ -31,7 +31,7 @@ from tasks.pictures.style import (
 
 Values = Sequence[Mapping[str, Any]]
 LOUD = 3.0  # times the median of its kind: an error that gets a label
-OFF = 0.02  # a slope so far from the median one gets a label
+OFF = 0.02  # of a slope: gets a label
 LABELS = 3  # at most
 # The same colours for the same kinds in each picture, whatever comes first.
 KINDS = {"linear_attention": (BLUE, "o"), "full_attention": (ORANGE, "s")}
@@ -104,8 +104,9 @@ def _loud(blocks: Values, at: Sequence[int], errors: Sequence[float]) -> list[tu
 
 
 def matrices(values: Values) -> Picture | None:
-    """Of each packed matrix its relative error, and how far its slope `<Wq, W> / <W, W>` is from 1."""
-    told = [(number(v, "error"), number(v, "slope") - 1, _block_of(v), v) for v in values]
+    """Of each packed matrix its relative error, and how far its slope `<Wq, W> / <W, W>` is from where rounding alone
+    would put it, 1 - error^2 (tasks/gates.py)."""
+    told = [(e := number(v, "error"), number(v, "slope") + e**2 - 1, _block_of(v), v) for v in values]
     told = [row for row in told if row[0] > 0 and math.isfinite(row[1])]
     if not told:
         return None
@@ -131,7 +132,7 @@ def matrices(values: Values) -> Picture | None:
     below.axhline(0, color=INK, linewidth=0.8)
     below.set_ylim(-reach, reach)
     below.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.4g} %" if value else "0")
-    below.set_ylabel("slope less 1")
+    below.set_ylabel("slope, off by")
     every_block(below, at)
     above.grid(axis="x", visible=False)
     if behind in at:
@@ -142,19 +143,18 @@ def matrices(values: Values) -> Picture | None:
         _label(below, at[index], offs[index], f"{_module(told[index][3])}: {percent(offs[index])}", at)
     worst, far = errors.index(max(errors)), max(range(len(offs)), key=lambda i: abs(offs[i]))
     caption = (
-        f"Of each packed matrix Wq the relative error, at most {percent(errors[worst])} ({_module(told[worst][3])}), "
-        "and how far its slope along the base's, (Wq, W) over (W, W), is from 1: at most "
-        f"{percent(offs[far])} ({_module(told[far][3])})."
+        f"Of each packed matrix the relative error, at most {percent(errors[worst])} ({_module(told[worst][3])}), "
+        "and how far its slope on the base's is from where rounding alone would put it: at most "
+        f"{percent(abs(offs[far]))} ({_module(told[far][3])})."
     )
     return rendered("matrices", caption, figure)
 
 
 def _far(at: Sequence[int], offs: Sequence[float]) -> list[int]:
-    """The matrix of each block that is farthest from what is usual, where that is far; the farthest first."""
-    usual = statistics.median(offs)
-    ordered = sorted(range(len(offs)), key=lambda i: -abs(offs[i] - usual))
-    first = {at[i]: i for i in reversed(ordered) if abs(offs[i] - usual) > OFF}
-    return sorted(first.values(), key=lambda i: -abs(offs[i] - usual))[:LABELS]
+    """The matrix of each block that is farthest off, where that is far; the farthest first."""
+    ordered = sorted(range(len(offs)), key=lambda i: -abs(offs[i]))
+    first = {at[i]: i for i in reversed(ordered) if abs(offs[i]) > OFF}
+    return sorted(first.values(), key=lambda i: -abs(offs[i]))[:LABELS]
 
 
 def losses(blocks: Values) -> Picture | None:

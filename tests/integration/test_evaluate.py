@@ -161,7 +161,8 @@ def test_a_run_is_rejected_by_a_task_and_evaluates_nothing_again(requant: Requan
     section = {"tasks": ["own_choice", "own_perplexity"], "definitions": str(definitions)}
     changes = {"eval": section, "allow_remote_code": True, "publish": None}
     outcome = requant.run(gates={"min_task_recovery": 10.0}, **changes)
-    assert outcome.status == 1 and outcome.document["status"] == "rejected", outcome.stderr
+    assert outcome.status == 1, outcome.stderr
+    assert outcome.document["status"] == "rejected"
     assert [g["name"] for g in outcome.document["gates"] if not g["passed"]] == ["task_recovery"]
     assert set(outcome.document["measured"]["tasks"]) == {"own_choice", "own_perplexity"}
     assert len(list(requant.store.glob("artifacts/evaluate/*"))) == 2

@@ -134,12 +134,12 @@ def test_every_matrix_is_a_point_at_its_slope_and_the_far_one_is_named() -> None
     measured["matrices"].append({"name": "lm_head", "bits": 8, "slope": 1.0, "offset": 0.0, "error": 0.01})
     picture = one("matrices", measured)
     packed = measured["matrices"][:-1]
-    assert proportional([y for _, y in points(picture, "slope 4 bits")], [m["slope"] for m in packed])
+    assert proportional([y for _, y in points(picture, "slope 4 bits")], [m["slope"] + m["error"] ** 2 for m in packed])
     drawn = [y for _, y in points(picture, "error 4 bits")]
     assert proportional(drawn, [math.log(m["error"]) for m in packed])
     assert len(points(picture, "error 8 bits")) == len(points(picture, "slope 8 bits")) == 1
-    assert "7.mlp.down_proj: 5.0 %" in texts(picture) and "other" in texts(picture)
-    assert "at most 5.0 % (7.mlp.down_proj)" in picture.caption
+    assert "7.mlp.down_proj: 9.0 %" in texts(picture) and "other" in texts(picture)
+    assert "at most 9.0 % (7.mlp.down_proj)" in picture.caption
 
 
 def test_a_head_is_not_taken_for_the_first_block() -> None:
