@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
@@ -101,6 +102,7 @@ def evaluate(
     A group that lm-eval aggregates is one task, any other and a tag are their members. Raises EvaluationFailed, or
     HubUnavailable where a data set cannot be fetched at the moment.
     """
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # it would fork this process for each bootstrap
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 

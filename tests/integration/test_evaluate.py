@@ -59,6 +59,11 @@ LOST = CHOICE.replace("own_choice", "own_lost").replace("DATA", "/nowhere/at/all
 HUB = CHOICE.replace("own_choice", "own_hub").replace("dataset_path: json", "dataset_path: demo/questions")
 
 
+def marker(definitions: Path) -> Path:
+    """Written when the Python beside the definitions runs; outside, so that they stay what they were."""
+    return definitions.with_name(f"{definitions.name}-ran")
+
+
 @pytest.fixture(scope="module")
 def definitions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("definitions")
@@ -67,7 +72,7 @@ def definitions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in (("choice", CHOICE), ("ppl", PERPLEXITY), ("unsafe", UNSAFE), ("lost", LOST), ("hub", HUB)):
         (folder / f"{name}.yaml").write_text(text.replace("DATA", str(data)))
     (folder / "helper.py").write_text(
-        f"open({str(folder / 'ran')!r}, 'w').close()\n\n\ndef text(doc):\n    return doc['question']\n"
+        f"open({str(marker(folder))!r}, 'w').close()\n\n\ndef text(doc):\n    return doc['question']\n"
     )
     return folder
 
@@ -98,6 +103,7 @@ def test_a_trained_model_keeps_its_score_and_a_random_one_loses_it(definitions: 
     assert trained["own_choice"]["value"] == 1.0 and trained["own_choice"]["samples"] == 4
     assert trained["own_perplexity"]["metric"] == "perplexity" and not trained["own_perplexity"]["higher_is_better"]
     assert recovery(trained, trained)["worst_task_recovery"] == 1.0
+    assert marker(definitions).exists()
     lost = recovery(trained, random)
     assert lost["worst_task_recovery"] == lost["tasks"]["own_perplexity"]["recovery"] < 0.5
     assert lost["tasks"]["own_choice"]["recovery"] < 1
@@ -128,9 +134,9 @@ def test_a_checkpoint_is_evaluated_once(definitions: Path, tmp_path: Path) -> No
 
 
 def test_tasks_are_checked_before_any_work_and_without_running_them(definitions: Path) -> None:
-    (definitions / "ran").unlink(missing_ok=True)
+    marker(definitions).unlink(missing_ok=True)
     check_tasks(asking(definitions, "own_choice", "own_perplexity", "gsm8k", "mmlu").eval)
-    assert not (definitions / "ran").exists()
+    assert not marker(definitions).exists()
     with pytest.raises(RecipeError, match=r"^eval\.tasks: lm-eval has no task gsm9k: `lm_eval ls tasks`"):
         check_tasks(asking(definitions, "gsm9k").eval)
     for name in ("own_unsafe", "humaneval"):
