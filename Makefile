@@ -3,13 +3,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+EVALUATES := .venv/.evaluates
 
 .PHONY: demo test test-engines lint format bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m infra.demo
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(EVALUATES)
 	infra/s3/ceph install
 	$(BIN)/python -m pytest
 
@@ -35,6 +36,10 @@ bench-gpu: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	infra/venv $(PYTHON) .venv
+	touch $@
+
+$(EVALUATES): $(INSTALLED)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[eval]'
 	touch $@
 
 clean:

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 @command("validate")
 @click.argument("folder", type=FOLDER)
 @click.option("--base", required=True, help="The base: a folder, or repo_id[@revision].")
-@click.option("--recipe", type=click.Path(path_type=Path), help="Take the gates' limits from this recipe.")
+@click.option(
+    "--recipe", type=click.Path(path_type=Path), help="Take the gates' limits and the tasks from this recipe."
+)
 def validate(folder: Path, base: str, recipe: Path | None) -> tuple[dict[str, Any], str, int]:
     """Measure a quantized checkpoint against its base and apply the gates."""
     from flows.terminal import gate_table
+    from tasks.evaluate import check_tasks
     from tasks.gates import compare
     from tasks.recipe import PACKED_HEADS, Gates, load_recipe
     from tasks.validate import validate_folders
@@ -32,7 +35,11 @@ def validate(folder: Path, base: str, recipe: Path | None) -> tuple[dict[str, An
     loaded = load_recipe(recipe) if recipe else None
     gates, remote_code = (loaded.gates, loaded.allow_remote_code) if loaded else (Gates(), False)
     packed = loaded is not None and loaded.mtp in PACKED_HEADS
-    values = validate_folders(folder, _whole(base), remote_code=remote_code, pack_head=packed, say=progress)
+    tasks = loaded.eval if loaded else None
+    check_tasks(tasks)
+    values = validate_folders(
+        folder, _whole(base), remote_code=remote_code, pack_head=packed, tasks=tasks, say=progress
+    )
     results = compare(values, gates)
     passed = all(gate.passed for gate in results)
     document = {"gates": [gate.to_json() for gate in results], "passed": passed}

@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import click
 
@@ -22,7 +23,11 @@ from flows.store_commands import store
 from tasks.checkpoint.writer import write_file, write_json
 from tasks.errors import RecipeError, RequantError, explain_os_error, redact
 from tasks.log import Plain
+from tasks.pictures import CARD_KINDS, FOLDER, write_pictures
 from tasks.store import open_store
+
+if TYPE_CHECKING:
+    from flows.report import Report
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -31,19 +36,33 @@ def cli() -> None:
     """Quantize a Hugging Face base model, prove that the result works, publish it."""
 
 
+def _report_path(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None and path.suffix == ".md":
+        raise click.BadParameter(f"{path} is where the markdown goes: name the JSON document, {path.stem}.json")
+    return path
+
+
 @command("run")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in quantize.iters=50.")
 @click.option("--checkout", type=NEW_FOLDER, help="Lay the result's files into this folder.")
-@click.option("--report", "report_path", type=NEW_FILE, help="Write the JSON document here too.")
+@click.option(
+    "--report",
+    "report_path",
+    type=NEW_FILE,
+    callback=_report_path,
+    help="Write the JSON document here; beside it, by the same name, a report in markdown and a folder of pictures.",
+)
 def run(
     recipe: Path, overrides: tuple[str, ...], checkout: Path | None, report_path: Path | None
 ) -> tuple[dict[str, Any], str, int]:
     """Run the whole pipeline, here and now."""
+    from tasks.evaluate import check_tasks
     from tasks.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     open_store()  # a wrong REQUANT_STORE is a wrong usage, found before anything starts
+    check_tasks(loaded.eval)
     from flows.embedded import embedded_prefect
 
     with embedded_prefect():
@@ -56,11 +75,23 @@ def run(
             report = failure.report
     _lay_out(report, checkout)
     if report_path is not None:
-        write_json(report_path.parent, report_path.name, report.to_json())
+        write_report(report, report_path)
     return report.to_json(), render(report), 0 if report.status in {"published", "validated"} else 1
 
 
-def _lay_out(report: Any, checkout: Path | None) -> None:
+def write_report(report: Report, path: Path) -> None:
+    """Write the JSON document as `path`, and beside it STEM.md and the folder STEM-pictures."""
+    from flows.markdown import markdown
+
+    folder = path.with_name(f"{path.stem}-pictures")
+    write_json(path.parent, path.name, report.to_json())
+    if report.pictures or folder.is_dir():
+        write_pictures(folder, report.pictures)
+    text = markdown(report, lambda picture: f"{quote(folder.name)}/{picture.name}.svg")
+    write_file(path.parent, f"{path.stem}.md", [text.encode()])
+
+
+def _lay_out(report: Report, checkout: Path | None) -> None:
     """Give the result a path: a checkout of the user's own, or read-only links beside a local store."""
     store = open_store()
     if report.artifact is None or not (checkout or store.is_local):
@@ -72,8 +103,10 @@ def _lay_out(report: Any, checkout: Path | None) -> None:
         report.path = store.hand_out(report.artifact, folder)
     if report.card is not None:
         write_file(report.path, "README.md", [report.card.encode()])
-    else:
-        (report.path / "README.md").unlink(missing_ok=True)  # an earlier run's
+        write_pictures(report.path / FOLDER, report.pictures, CARD_KINDS)
+    else:  # an earlier run's
+        (report.path / "README.md").unlink(missing_ok=True)
+        write_pictures(report.path / FOLDER, [])
 
 
 for each in (run, validate, mtp_fix, inspect, store):

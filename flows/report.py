@@ -1,7 +1,8 @@
-"""What a run says at its end: a JSON document, a markdown report, and what a person reads in the terminal."""
+"""What a run says at its end: a JSON document, and the rows of the tables that a person reads."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 from tasks.artifact import Manifest
 from tasks.gates import Gate
-from tasks.hub.card import gigabytes, table
+from tasks.hub.card import gigabytes
 from tasks.hub.revision import Revision
+from tasks.pictures import Picture
 from tasks.recipe import Recipe
 from tasks.stage import StageResult
 
@@ -25,10 +27,12 @@ class Report:
     artifact: Manifest | None = None
     path: Path | None = None
     stages: list[StageResult] = field(default_factory=list)
+    measured: dict[str, Any] | None = None
     gates: list[Gate] = field(default_factory=list)
     benchmark: dict[str, Any] | None = None
     published: dict[str, Any] | None = None
     card: str | None = None
+    pictures: list[Picture] = field(default_factory=list)
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -44,8 +48,23 @@ class Report:
             "gates": [gate.to_json() for gate in self.gates],
             "benchmark": self.benchmark,
             "published": self.published,
+            "measured": finite(self.measured),
             "error": self.error,
         }
+
+    @property
+    def blocks(self) -> list[dict[str, Any]]:
+        """The quantize stage's record of its blocks."""
+        return next((s.provenance.get("blocks") or [] for s in self.stages if s.name == "quantize"), [])
+
+
+def finite(value: Any) -> Any:
+    """A document without numbers that JSON has not: they become null."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def headline(report: Report) -> str:
@@ -74,19 +93,3 @@ def gate_rows(gates: Iterable[Gate]) -> list[tuple[str, ...]]:
         )
         for gate in gates
     ]
-
-
-def markdown(report: Report) -> str:
-    """The report as the UI shows it."""
-    parts = [f"## {report.status}: {headline(report)}"]
-    if report.error:
-        parts.append(report.error)
-    if report.stages:
-        parts.append(table(("stage", "state", "seconds", "artifact"), stage_rows(report)))
-    if report.gates:
-        parts.append(table(("gate", "measured", "limit", "", "note"), gate_rows(report.gates)))
-    if report.published:
-        parts.append(
-            f"Published: [{report.published['repo_id']}]({report.published['url']}) `{report.published['tag']}`"
-        )
-    return "\n\n".join(parts)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 from prefect import State, flow, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from flows.report import Report, markdown
+from flows.markdown import markdown
+from flows.report import Report
 from tasks import benchmark as speed
 from tasks import validate as quality
 from tasks.artifact import Manifest
 from tasks.benchmark import benchmark_task
 from tasks.download import download_task
 from tasks.errors import RequantError
+from tasks.evaluate import check_tasks
 from tasks.gates import compare
 from tasks.hub.release import check_target
 from tasks.hub.revision import Revision, resolve
 from tasks.log import plain_logs
 from tasks.mtp_fix import mtp_fix_task
+from tasks.pictures import Picture
 from tasks.prefect_stage import options, say
 from tasks.publish import card_for, publish_task
 from tasks.quantize import quantize_task
@@ -49,7 +53,9 @@ def requantize(recipe: Recipe) -> Report:
         report.status, report.error = "failed", str(error)
         raise RunFailed(report) from error
     finally:
-        create_markdown_artifact(markdown(report), key="requant-report", description="What this run made and measured")
+        draw_pictures(report)
+        text = markdown(report, embedded)
+        create_markdown_artifact(text, key="requant-report", description="What this run made and measured")
     return report
 
 
@@ -64,7 +70,7 @@ def _run(recipe: Recipe, report: Report) -> None:
     artifact = _done(mtp_fix_task(recipe, base_files, quantized), report)
     report.artifact = artifact
     _done(validate_task(recipe, base_files, artifact), report)
-    measured = quality.read_values(store, report.stages[-1])
+    report.measured = measured = quality.read_values(store, report.stages[-1])
     report.gates = compare(measured, recipe.gates)
     create_table_artifact([gate.to_json() for gate in report.gates], key="requant-gates")
     if not all(gate.passed for gate in report.gates):
@@ -72,11 +78,23 @@ def _run(recipe: Recipe, report: Report) -> None:
         return
     _done(benchmark_task(recipe, artifact), report)
     report.benchmark = speed.read_values(store, report.stages[-1])
-    card = card_for(store, recipe, base, base_files, artifact, report.gates, measured, report.benchmark, report.stages)
+    draw_pictures(report)
+    card = card_for(
+        store,
+        recipe,
+        base,
+        base_files,
+        artifact,
+        report.gates,
+        measured,
+        report.benchmark,
+        report.stages,
+        report.pictures,
+    )
     report.card = card
     report.status = "validated"
     if recipe.publish is not None:
-        _done(publish_task(recipe, base, artifact, card), report)
+        _done(publish_task(recipe, base, artifact, card, report.pictures), report)
         report.published = report.stages[-1].provenance["published"]
         report.status = "published"
 
@@ -84,11 +102,29 @@ def _run(recipe: Recipe, report: Report) -> None:
 @task(**options("resolve", hours=1))
 def resolve_task(recipe: Recipe) -> tuple[Revision, Text]:
     """Resolve the base and the calibration text to what they are at this moment."""
+    check_tasks(recipe.eval)
     base = resolve(recipe.base.repo_id, recipe.base.revision)
     say()(f"{recipe.base.repo_id}@{recipe.base.revision} is {base.sha}")
     if recipe.publish is not None:
         check_target(recipe.publish.repo_id, private=recipe.publish.private)
     return base, find_text(recipe.quantize.calibration)
+
+
+def draw_pictures(report: Report) -> None:
+    """Draw what was measured, once. A picture that cannot be drawn ends no run: the numbers are there without it."""
+    if report.pictures:
+        return
+    from tasks.pictures.draw import draw
+
+    try:
+        report.pictures = draw(report.measured, report.benchmark, report.blocks)
+    except Exception as error:
+        say()(f"no pictures: {type(error).__name__}: {error}")
+
+
+def embedded(picture: Picture) -> str:
+    """A picture as an address that holds it: Prefect's UI shows these, and has no files to point to."""
+    return f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
 
 
 def _done(outcome: Any, report: Report) -> Manifest:

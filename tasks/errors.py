@@ -71,6 +71,10 @@ class OutOfMemory(QuantizeFailed, MemoryError):
     """The quantize child ran out of memory at every rung of the ladder."""
 
 
+class EvaluationFailed(RequantError, RuntimeError):
+    """lm-eval could not run a task: its data, its definition or its metric."""
+
+
 class StageTimeout(RequantError, TimeoutError):
     """A stage took longer than it may."""
 

@@ -59,7 +59,15 @@ def compare(measured: dict[str, Any], gates: Gates) -> list[Gate]:
         results.append(ratio)
     if measured["speculative_agreement"] is not None:  # decoded in float32, with a head
         results.append(_at_least("speculative_decoding", measured["speculative_agreement"], 1.0))
+    if tasks := measured.get("tasks"):
+        kept = measured["worst_task_recovery"]
+        results.append(_at_least("task_recovery", kept, gates.min_task_recovery, worst_task(tasks)))
     return results
+
+
+def worst_task(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """The task that kept least of the base's score; one on which the base has none is worse than any."""
+    return min(tasks, key=lambda name: -1.0 if tasks[name]["recovery"] is None else tasks[name]["recovery"])
 
 
 def slope_error(matrix: Mapping[str, Any]) -> float:
@@ -97,8 +105,8 @@ def _at_most(name: str, value: float | None, limit: float | None, whose: str = "
     return _gate(name, value, limit, value is not None and limit is not None and value <= limit, whose)
 
 
-def _at_least(name: str, value: float | None, limit: float | None) -> Gate:
-    return _gate(name, value, limit, value is not None and limit is not None and value >= limit)
+def _at_least(name: str, value: float | None, limit: float | None, whose: str = "") -> Gate:
+    return _gate(name, value, limit, value is not None and limit is not None and value >= limit, whose)
 
 
 def _gate(name: str, value: float | None, limit: float | None, within: bool, whose: str = "") -> Gate:

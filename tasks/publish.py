@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from huggingface_hub import constants
@@ -20,6 +20,7 @@ from tasks.gates import Gate
 from tasks.hub.card import CardFacts, make_card
 from tasks.hub.release import CARD, release
 from tasks.hub.revision import Revision
+from tasks.pictures import CARD_KINDS, FOLDER, Picture, write_pictures
 from tasks.prefect_stage import options, say, shown
 from tasks.recipe import Recipe
 from tasks.stage import StageResult, machine_errors
@@ -39,6 +40,7 @@ def card_for(
     measured: dict[str, Any],
     speed: dict[str, Any],
     stages: list[StageResult],
+    pictures: Sequence[Picture] = (),
 ) -> str:
     """The card of an artifact."""
     names = json.loads(store.read_blob(artifact[INDEX]))["weight_map"]
@@ -58,14 +60,24 @@ def card_for(
             benchmark=speed,
             provenance={s.name: s.provenance for s in stages},
             base_card=base_card,
+            pictures=pictures,
         )
     )
 
 
 def publish(
-    store: Store, recipe: Recipe, base: Revision, artifact: Manifest, card: str, say: Callable[[str], None] = log.info
+    store: Store,
+    recipe: Recipe,
+    base: Revision,
+    artifact: Manifest,
+    card: str,
+    pictures: Sequence[Picture] = (),
+    say: Callable[[str], None] = log.info,
 ) -> StageResult:
-    """Release an artifact to the recipe's repo; one release of a repo at a time. Raises HubError, HubUnavailable."""
+    """Release an artifact with its card to the recipe's repo; one release of a repo at a time.
+
+    Raises HubError, HubUnavailable.
+    """
     assert recipe.publish is not None
     started = time.monotonic()
     repo_id = recipe.publish.repo_id
@@ -73,10 +85,12 @@ def publish(
     with machine_errors(), lease(store.backend, "publish", key, on_wait=say):
         folder = store.hand_out(artifact, store.work_folder("publish", artifact.digest))
         write_file(folder, CARD, [card.encode()])
+        shown = write_pictures(folder / FOLDER, pictures, CARD_KINDS)
         released = release(
             repo_id,
             folder,
             artifact,
+            beside=[CARD, *(f"{FOLDER}/{name}" for name in shown)],
             tag=f"{base.sha[:7]}-{artifact.digest[:7]}",
             message=f"Requant of {base.repo_id}@{base.sha[:7]} ({artifact.digest[:7]})",
             private=recipe.publish.private,
@@ -95,5 +109,7 @@ def _weights(manifest: Manifest) -> int:
 
 
 @task(**options("publish", hours=12, retries=8))
-def publish_task(recipe: Recipe, base: Revision, artifact: Manifest, card: str) -> Any:
-    return shown(publish(open_store(), recipe, base, artifact, card, say()))
+def publish_task(
+    recipe: Recipe, base: Revision, artifact: Manifest, card: str, pictures: Sequence[Picture] = ()
+) -> Any:
+    return shown(publish(open_store(), recipe, base, artifact, card, pictures, say()))

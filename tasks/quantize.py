@@ -23,7 +23,6 @@ from tasks.download import download
 from tasks.errors import CheckpointError
 from tasks.prefect_stage import BlockProgress, options, say, shown
 from tasks.quantizing import carry
-from tasks.quantizing.picture import losses_svg
 from tasks.quantizing.run import Report, blocks_of, down_the_ladder
 from tasks.recipe import Recipe
 from tasks.stage import Made, Stage, StageResult, put_files, run_stage
@@ -85,13 +84,11 @@ def quantize(
         packed = Checkpoint.open(Path(result["checkpoint"]))
         files = assemble(checkpoint, packed, result["bits"], folder / "assembled")
         put_files(store, folder / "assembled", files)
-        blocks = blocks_of(folder / "events.jsonl")
         record = {
             "calibration": calibration.name,
             "settings": result["settings"],
             "attempts": attempts,
-            "blocks": blocks,
-            "losses_svg": losses_svg(blocks),
+            "blocks": blocks_of(folder / "events.jsonl"),
             "peak_gpu_bytes": result["peak_gpu_bytes"],
         }
         return Made(Manifest.of(files), record)

@@ -8,7 +8,7 @@ import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -144,6 +144,31 @@ class Gates(Section):
     max_weight_offset: Annotated[float, Field(ge=0, le=100)] | None = Field(
         0.25, description="Mean difference of one packed matrix from the base's, in steps of its scales"
     )
+    min_task_recovery: Annotated[float, Field(ge=0, le=10)] | None = Field(
+        0.95, description="Score of the lm-eval task that kept least, over the base's"
+    )
+
+
+class Eval(Section):
+    """lm-eval tasks, run on the base and on the result. Needs `requant[eval]`."""
+
+    tasks: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:+()-]{0,127}$")]] = Field(
+        min_length=1, max_length=100, description="Names of tasks, groups or tags, as `lm_eval ls tasks` lists them"
+    )
+    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Samples of each task; null: all")
+    num_fewshot: Annotated[int, Field(ge=0, le=100)] | None = Field(None, description="Examples; null: the task's own")
+    chat_template: bool = Field(False, description="Ask through the model's chat template")
+    batch_size: int = Field(8, ge=1, le=1024, description="Requests at a time")
+    definitions: str | None = Field(
+        None, min_length=1, description="A folder of further task definitions; lm-eval's can run Python"
+    )
+
+    @field_validator("tasks")
+    @classmethod
+    def each_once(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("name each task once")
+        return value
 
 
 class Benchmark(Section):
@@ -179,8 +204,19 @@ class Recipe(Section):
     )
     allow_remote_code: bool = Field(False, description="Run Python files of the base's repo")
     gates: Gates = Gates()
+    eval: Eval | None = None
     benchmark: Benchmark = Benchmark()
     publish: Publish | None = None
+
+    @model_validator(mode="after")
+    def own_tasks_are_code(self) -> Recipe:
+        """Source: lm_eval 0.4.13. `!function` and `class` import what stands beside the YAML (tasks/_yaml_loader.py),
+        and prompts are Jinja templates without a sandbox (utils.py)."""
+        if self.eval is not None and self.eval.definitions is not None and not self.allow_remote_code:
+            raise ValueError(
+                f"eval.definitions {self.eval.definitions} can run Python: trust it with allow_remote_code: true"
+            )
+        return self
 
     @model_validator(mode="after")
     def not_over_the_base(self) -> Recipe:
@@ -211,7 +247,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _set(document, override)
     recipe = parse_recipe(document)
-    return _with_calibration_file(recipe, path.parent)
+    return _with_definitions(_with_calibration_file(recipe, path.parent), path.parent)
 
 
 def parse_recipe(document: Mapping[str, Any]) -> Recipe:
@@ -226,14 +262,27 @@ def _with_calibration_file(recipe: Recipe, folder: Path) -> Recipe:
     name = recipe.quantize.calibration
     if name.startswith("builtin:") or not (name.endswith((".txt", ".jsonl")) or name.startswith((".", "/", "~"))):
         return recipe
-    try:
-        path = (folder / Path(name).expanduser()).resolve()
-        found = path.is_file()
-    except (RuntimeError, ValueError):  # no such user; a NUL in the name
-        path, found = Path(name), False
-    if not found:
+    path = _beside(folder, name)
+    if not path.is_file():
         raise RecipeError(f"quantize.calibration: the file {path} does not exist: correct the path in the recipe")
     return recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"calibration": str(path)})})
+
+
+def _with_definitions(recipe: Recipe, folder: Path) -> Recipe:
+    if recipe.eval is None or recipe.eval.definitions is None:
+        return recipe
+    path = _beside(folder, recipe.eval.definitions)
+    if not path.is_dir():
+        raise RecipeError(f"eval.definitions: the folder {path} does not exist: correct the path in the recipe")
+    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"definitions": str(path)})})
+
+
+def _beside(folder: Path, name: str) -> Path:
+    """A path that a recipe in this folder names."""
+    try:
+        return (folder / Path(name).expanduser()).resolve()
+    except (RuntimeError, ValueError):  # no such user; a NUL in the name
+        return Path(name)
 
 
 def _set(document: dict[str, Any], override: str) -> None:
@@ -293,11 +342,12 @@ def _keys_at(location: Sequence[str]) -> list[str]:
     model: Any = Recipe
     for name in location:
         annotation = model.model_fields[name].annotation
-        model = annotation if isinstance(annotation, type) else Publish
+        sections = (annotation, *get_args(annotation))
+        model = next(part for part in sections if isinstance(part, type) and issubclass(part, BaseModel))
     keys = list(model.model_fields)
     return [*keys, "preset"] if model is Quantize else keys
 
 
 def _all_keys() -> set[str]:
-    sections = (Recipe, Base, Quantize, Gates, Benchmark, Publish)
+    sections = (Recipe, Base, Quantize, Gates, Eval, Benchmark, Publish)
     return {name for section in sections for name in section.model_fields}

@@ -32,10 +32,14 @@ class Stage:
     version: int
     tools: tuple[str, ...] = ()  # locked packages that shape the result
 
+    @property
+    def locked(self) -> dict[str, str]:
+        """The declared versions of its tools."""
+        return {name: locked_version(name) for name in self.tools}
+
     def key(self, reads: Mapping[str, str], settings: Mapping[str, Any]) -> str:
         """The stage key for these inputs (name to digest) and this part of the recipe."""
-        locked = {name: locked_version(name) for name in self.tools}
-        return stage_key(self.name, self.version, reads=reads, settings=settings, tools=locked)
+        return stage_key(self.name, self.version, reads=reads, settings=settings, tools=self.locked)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from tasks.checkpoint.account import Account, account
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.fidelity import fidelity
 from tasks.checkpoint.writer import write_file, write_json
+from tasks.evaluate import Scores, asked, evaluate, evaluated, recovery, whole
 from tasks.gates import most_repeated
 from tasks.mtp_fix import REWRITTEN
 from tasks.prefect_stage import options, say, shown
-from tasks.recipe import PACKED_HEADS, Recipe
+from tasks.recipe import PACKED_HEADS, Eval, Recipe
 from tasks.stage import Made, Stage, StageResult, put_files, run_stage
 from tasks.store import Store, open_store
 from tasks.text import EVALUATION
@@ -47,7 +48,7 @@ def compared_part(base: Manifest) -> Manifest:
 def validate_key(recipe: Recipe, base: Manifest, artifact: Manifest) -> str:
     return STAGE.key(
         reads={"base": compared_part(base).digest, "artifact": artifact.digest, "text": sha256_of(EVALUATION)},
-        settings={"mtp": recipe.mtp, "allow_remote_code": recipe.allow_remote_code},
+        settings={"mtp": recipe.mtp, "allow_remote_code": recipe.allow_remote_code, **asked(recipe.eval)},
     )
 
 
@@ -64,11 +65,15 @@ def validate(
         def kept(path: Path, device: torch.device, dtype: torch.dtype) -> Measurement:
             return measurement(store, manifests[path], path, device, dtype, recipe.allow_remote_code, say)
 
+        def scored(path: Path) -> Scores:
+            return evaluated(store, recipe, manifests[path], path, *whole(theirs), say)
+
         keep_head = recipe.mtp != "drop" and Checkpoint.open(theirs).head is not None
         values = measured_values(
             ours,
             theirs,
             kept,
+            scored if recipe.eval else None,
             keep_head=keep_head,
             pack_head=recipe.mtp in PACKED_HEADS,
             remote_code=recipe.allow_remote_code,
@@ -114,6 +119,7 @@ def validate_folders(
     *,
     remote_code: bool = False,
     pack_head: bool = False,
+    tasks: Eval | None = None,
     say: Callable[[str], None] = log.info,
 ) -> dict[str, Any]:
     """The same for two folders, without a store: what `requant validate` measures."""
@@ -124,9 +130,20 @@ def validate_folders(
 
         return measure(path, EVALUATION, device, dtype, remote_code=remote_code, say=say)
 
+    def scored(path: Path) -> Scores:
+        assert tasks is not None
+        return evaluate(path, tasks, *whole(theirs), remote_code=remote_code)
+
     keep_head = base.head is not None and (checkpoint.head is not None or _promises_head(checkpoint))
     return measured_values(
-        ours, theirs, measured, keep_head=keep_head, pack_head=pack_head, remote_code=remote_code, say=say
+        ours,
+        theirs,
+        measured,
+        scored if tasks else None,
+        keep_head=keep_head,
+        pack_head=pack_head,
+        remote_code=remote_code,
+        say=say,
     )
 
 
@@ -140,6 +157,7 @@ def measured_values(
     ours: Path,
     theirs: Path,
     measured: Callable[[Path, torch.device, torch.dtype], Measurement],
+    scored: Callable[[Path], Scores] | None = None,
     *,
     keep_head: bool,
     pack_head: bool,
@@ -164,6 +182,8 @@ def measured_values(
     values |= side_by_side(of_base, of_ours)
     if values["same_tokens"] == 1.0:
         values |= compare(ours, theirs, of_ours, of_base, device, dtype, remote_code=remote_code)
+    if scored is not None:
+        values |= recovery(scored(theirs), scored(ours))
     return values
 
 

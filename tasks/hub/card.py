@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from tasks.gates import Gate
+from tasks.pictures import FOLDER, Picture
 from tasks.recipe import NOT_YAML, PACKED_HEADS, Recipe
 
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:/+-]{0,127}")
@@ -27,6 +28,7 @@ REASONS = (
     (r"(gate|router)\.weight", "router: small, and decides which expert runs"),
     (r"\.bias$", "bias: a vector"),
 )
+TASKS = ("task", "metric", "base", "quantized", "recovery")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class CardFacts:
     benchmark: Mapping[str, Any]
     provenance: Mapping[str, Mapping[str, Any]]
     base_card: str
+    pictures: Sequence[Picture] = ()
 
 
 def make_card(facts: CardFacts) -> str:
@@ -89,6 +92,7 @@ def make_card(facts: CardFacts) -> str:
         f"Perplexity {measured['perplexity']:.4f}, of the base {measured['base_perplexity']:.4f}.",
         "## Speed",
         _speed_text(facts.benchmark),
+        *_pictures(facts.pictures),
         "## Limits",
         "Quality was measured on one text, in one programming language, and against the base only: no task benchmark "
         "was run. No engine was run. Weights are rounded: expect small differences from the base everywhere.",
@@ -195,6 +199,25 @@ def _speed_text(benchmark: Mapping[str, Any]) -> str:
     )
 
 
+def task_rows(measured: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The lm-eval tasks of validate's values, for a table headed TASKS."""
+    return [
+        (
+            named(name),
+            plain(task["metric"]),
+            f"{task['base']:.4g}",
+            f"{task['ours']:.4g}",
+            "none" if task["recovery"] is None else f"{task['recovery']:.1%}",
+        )
+        for name, task in (measured.get("tasks") or {}).items()
+    ]
+
+
+def _pictures(pictures: Sequence[Picture]) -> list[str]:
+    shown = [f"![{plain(p.caption)}]({FOLDER}/{p.name}.png)\n\n{plain(p.caption)}" for p in pictures]
+    return ["## Pictures", *shown] if shown else []
+
+
 def _gate_row(gate: Gate) -> tuple[str, ...]:
     value = "not measured" if gate.value is None else f"{gate.value:.4g}"
     limit = "none" if gate.limit is None else f"{gate.limit:.4g}"
@@ -207,6 +230,8 @@ def _recipe_document(recipe: Recipe, sha: str, calibration: str) -> dict[str, An
     document["base"]["revision"] = sha
     if "calibration" in document.get("quantize", {}):
         document["quantize"]["calibration"] = _public(calibration)
+    if document.get("eval") and document["eval"].get("definitions"):
+        document["eval"]["definitions"] = _public(document["eval"]["definitions"])
     return document
 
 
@@ -230,6 +255,17 @@ def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 def _cell(text: str) -> str:
     return re.sub(r"[\r\n]+", " ", text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def plain(text: object) -> str:
+    """A sentence without anything that markdown or HTML could read as more than text."""
+    return re.sub(r"[^\w .,:;%()'+=-]", "?", str(text))
+
+
+def named(name: object) -> str:
+    """A name from outside as code, which nothing in it can leave."""
+    safe = re.sub(r"[^\w .,:+*/()-]", "?", str(name))[:80].strip()
+    return f"`{safe or '?'}`"
 
 
 def _code(text: str, language: str = "bash") -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from tasks.artifact import File, Manifest, git_blob_id
 from tasks.errors import HubError, HubUnavailable
 from tasks.hub.client import hub_api, hub_errors
 from tasks.hub.revision import HubFile, Revision, resolve
+from tasks.pictures import FOLDER
 
 CARD = "README.md"
 HUBS_OWN = {CARD, ".gitattributes"}
@@ -47,10 +48,19 @@ class Release:
 
 
 def release(
-    repo_id: str, folder: Path, manifest: Manifest, tag: str, message: str, *, private: bool, say: Callable[[str], None]
+    repo_id: str,
+    folder: Path,
+    manifest: Manifest,
+    tag: str,
+    message: str,
+    *,
+    beside: Sequence[str] = (CARD,),
+    private: bool,
+    say: Callable[[str], None],
 ) -> Release:
-    """Make `main` of `repo_id` hold exactly `manifest` and the card, whose files lie in `folder`.
+    """Make `main` of `repo_id` hold exactly `manifest` and what lies `beside` it, the card and its pictures.
 
+    All of them are files in `folder`. What lies beside is not compared: it goes with an artifact that is new there.
     Raises HubError (no right to write, changed by someone else meanwhile) or HubUnavailable.
     """
     api = hub_api()
@@ -63,8 +73,8 @@ def release(
         changed = False
     else:
         _check_ours(main)
-        staged = _stage(repo_id, branch, main, folder, manifest, message, say)
-        main = _move_main(repo_id, main, staged, folder, manifest, message)
+        staged = _stage(repo_id, branch, main, folder, manifest, beside, message, say)
+        main = _move_main(repo_id, main, staged, folder, manifest, beside, message)
         changed = True
     with hub_errors(repo_id):
         # A tag is never moved: if it is there, an earlier run of this artifact got that far.
@@ -109,23 +119,23 @@ def _stage(
     main: Revision,
     folder: Path,
     manifest: Manifest,
+    beside: Sequence[str],
     message: str,
     say: Callable[[str], None],
 ) -> Revision:
-    """Bring branch `branch` to exactly the manifest and the card, and check what the Hub says it holds."""
+    """Bring branch `branch` to exactly the manifest and what lies beside it, and check what the Hub says it holds."""
     api = hub_api()
     with hub_errors(repo_id, branch):
         api.create_branch(repo_id, branch=branch, revision=main.sha, exist_ok=True)
     before = resolve(repo_id, branch)
-    card = (folder / CARD).read_bytes()
-    operations: list[Operation] = [CommitOperationAdd(CARD, card)]
+    operations: list[Operation] = [CommitOperationAdd(path, (folder / path).read_bytes()) for path in beside]
     there = {f.path: f for f in before.files}
     for file in manifest.files:
         if file.path not in there or not same(there[file.path], file, folder):
             operation = CommitOperationAdd(file.path, folder / file.path)
             operation.upload_info.sha256 = bytes.fromhex(file.sha256)  # known: the client need not hash it again
             operations.append(operation)
-    operations += [CommitOperationDelete(path) for path in _stale(before, manifest)]
+    operations += [CommitOperationDelete(path) for path in _stale(before, manifest, beside)]
     say(f"uploading {len(operations)} changes to branch {branch} of {repo_id}")
     with hub_errors(repo_id, branch):
         api.create_commit(
@@ -138,16 +148,22 @@ def _stage(
 
 
 def _move_main(
-    repo_id: str, main: Revision, staged: Revision, folder: Path, manifest: Manifest, message: str
+    repo_id: str,
+    main: Revision,
+    staged: Revision,
+    folder: Path,
+    manifest: Manifest,
+    beside: Sequence[str],
+    message: str,
 ) -> Revision:
     """One commit on main with everything; large files are named by their sha256 and not sent again."""
     operations: list[Operation] = []
     for file in staged.files:
         if file.path in manifest and file.sha256 is not None:
             operations.append(CommitOperationCopy(file.path, file.path, src_revision=staged.sha))
-        elif file.path in manifest or file.path == CARD:
+        elif file.path in manifest or file.path in beside:
             operations.append(CommitOperationAdd(file.path, (folder / file.path).read_bytes()))
-    operations += [CommitOperationDelete(path) for path in _stale(main, manifest)]
+    operations += [CommitOperationDelete(path) for path in _stale(main, manifest, beside)]
     try:
         with hub_errors(repo_id, "main"):
             hub_api().create_commit(
@@ -164,8 +180,9 @@ def _move_main(
 
 
 def holds(revision: Revision, manifest: Manifest, folder: Path) -> bool:
-    """Whether a revision has exactly the manifest's files, by the hashes that the Hub reports, card aside."""
-    there = {f.path: f for f in revision.files if f.path not in HUBS_OWN}
+    """Whether a revision has exactly the manifest's files, by the Hub's hashes, card and pictures aside."""
+    aside = {f.path for f in revision.files if f.path.startswith(f"{FOLDER}/") and f.path not in manifest} | HUBS_OWN
+    there = {f.path: f for f in revision.files if f.path not in aside}
     if set(there) != {f.path for f in manifest.files}:
         return False
     return all(same(there[file.path], file, folder) for file in manifest.files)
@@ -178,5 +195,6 @@ def same(theirs: HubFile, ours: File, folder: Path) -> bool:
     return theirs.size == ours.size and theirs.blob_id == git_blob_id(folder / ours.path)
 
 
-def _stale(revision: Revision, manifest: Manifest) -> list[str]:
-    return [f.path for f in revision.files if f.path not in manifest and f.path not in HUBS_OWN]
+def _stale(revision: Revision, manifest: Manifest, beside: Sequence[str] = ()) -> list[str]:
+    kept = {*HUBS_OWN, *beside}
+    return [f.path for f in revision.files if f.path not in manifest and f.path not in kept]

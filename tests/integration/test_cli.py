@@ -34,7 +34,12 @@ def flip(folder: Path, name: str) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
-    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.iterdir())}
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, (data, _) in snapshot(folder).items()}
 
 
 def artifacts(api: str, key: str) -> list[dict[str, Any]]:
@@ -47,7 +52,8 @@ def test_prefect_has_progress_gates_and_report_of_a_run(finished: Finished, pref
     assert any(a["data"] == 100.0 for a in artifacts(prefect_server, "quantize-progress"))
     tables = [json.loads(a["data"]) for a in artifacts(prefect_server, "requant-gates")]
     assert any({row["name"] for row in table} >= {"structure", "perplexity_increase"} for table in tables)
-    assert any(finished[1].digest[:12] in a["data"] for a in artifacts(prefect_server, "requant-report"))
+    reports = [a["data"] for a in artifacts(prefect_server, "requant-report")]
+    assert any(finished[1].digest[:12] in text and "](data:image/png;base64," in text for text in reports)
 
 
 def test_a_reused_stage_says_so_in_prefect(requant: Requant, prefect_server: str) -> None:
@@ -85,13 +91,13 @@ def test_looking_and_mending_start_neither_torch_nor_prefect(command: str, requa
 
 
 def test_mtp_fix_restores_a_damaged_head_and_then_changes_nothing(requant: Requant, checkout: Path, base: Path) -> None:
-    before = {p.name: p.read_bytes() for p in checkout.iterdir()}
+    before = contents(checkout)
     flip(checkout, "mtp.fc.weight")
     first = requant("mtp-fix", str(checkout), "--base", str(base), "--json")
     assert first.status == 0, first.stderr
     assert first.document["changed"] and first.document["tensors_restored"] == 1
     assert first.document["source"] == "base"
-    assert {p.name: p.read_bytes() for p in checkout.iterdir()} == before
+    assert contents(checkout) == before
     after = snapshot(checkout)
     second = requant("mtp-fix", str(checkout), "--base", "demo/pico", "--json")
     assert second.status == 0, second.stderr

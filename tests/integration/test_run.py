@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def test_what_is_published_is_the_artifact_with_a_card_and_a_tag(finished: Finis
     requant, outcome = finished
     api = HfApi(endpoint=hub.url, token=hub.token)
     names = set(api.list_repo_files("me/pico"))
-    checkout = {p.name for p in (requant.folder / "checkout").iterdir()}
+    folder = requant.folder / "checkout"
+    checkout = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert names == checkout | {".gitattributes"}
     refs = api.list_repo_refs("me/pico")
     published = outcome.document["published"]
@@ -69,6 +71,22 @@ def test_what_is_published_is_the_artifact_with_a_card_and_a_tag(finished: Finis
     assert [(t.name, t.target_commit) for t in refs.tags] == [(f"{sha[:7]}-{digest[:7]}", published["commit"])]
     card = (requant.folder / "checkout" / "README.md").read_text()
     assert "license: apache-2.0" in card and "base_model: demo/pico" in card and digest in card
+    shown = re.findall(r"!\[[^\]]+\]\((.+?)\)", card)
+    assert "pictures/losses.png" in shown and set(shown) <= names
+
+
+def test_a_report_lies_beside_its_markdown_and_pictures(requant: Requant) -> None:
+    assert requant.run("--report", str(requant.folder / "told.json"), publish=None).status == 0
+    document = json.loads((requant.folder / "told.json").read_text())
+    assert document["status"] == "validated" and document["measured"]["perplexity"] > 0
+    links = re.findall(r"!\[[^\]]+\]\((.+?)\)", (requant.folder / "told.md").read_text())
+    assert "told-pictures/losses.svg" in links and all((requant.folder / link).is_file() for link in links)
+
+
+def test_a_report_that_would_be_its_own_markdown_is_refused(requant: Requant) -> None:
+    outcome = requant.run("--report", str(requant.folder / "told.md"))
+    assert outcome.status == 2 and "name the JSON document" in outcome.stderr
+    assert not (requant.folder / "told.md").exists()
 
 
 def test_a_second_run_reuses_every_stage_and_makes_no_commit(requant: Requant, hub: HubStandIn) -> None:

@@ -12,6 +12,7 @@ import yaml
 
 from tasks.gates import compare
 from tasks.hub.card import CardFacts, gigabytes, inherited, kept_groups, make_card, table
+from tasks.pictures import Picture
 from tasks.recipe import Gates, Recipe, parse_recipe
 from tests.unit.test_gates import GOOD
 
@@ -239,6 +240,15 @@ def test_a_measured_speed_is_said_not_to_be_an_engines() -> None:
     _, body = card_of(benchmark=speed)
     assert "1234 tokens per second of prompt, 56.8 decoded. This is no engine's figure." in body
     assert "Not measured." in card_of()[1]
+
+
+def test_pictures_are_shown_with_what_is_to_be_seen() -> None:
+    picture = Picture("losses", "Twice as small [x](javascript:1) <b>.", b"", b"")
+    _, body = card_of(pictures=(picture,))
+    section = body.split("## Pictures\n\n")[1].split("\n\n## ")[0]
+    caption = "Twice as small ?x?(javascript:1) ?b?."
+    assert section == f"![{caption}](pictures/losses.png)\n\n{caption}"
+    assert "## Pictures" not in card_of()[1]
 
 
 def test_kept_tensors_are_folded_and_counted_with_a_reason() -> None:

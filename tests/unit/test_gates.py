@@ -202,3 +202,12 @@ def test_a_gate_as_json_has_the_keys_of_the_contract() -> None:
 )
 def test_the_share_of_the_most_repeated_token_is_counted(tokens: list[int], share: float) -> None:
     assert most_repeated(tokens) == share
+
+
+def test_the_task_that_kept_least_is_compared_and_named() -> None:
+    tasks = {name: {"recovery": kept} for name, kept in (("gsm8k", 1.01), ("humaneval", 0.9), ("mmlu", 0.99))}
+    measured = {**GOOD, "tasks": tasks, "worst_task_recovery": 0.9}
+    gate = by_name(compare(measured, Gates()))["task_recovery"]
+    assert (gate.value, gate.limit, gate.passed, gate.note) == (0.9, 0.95, False, "humaneval")
+    assert by_name(compare(measured, Gates(min_task_recovery=0.9)))["task_recovery"].passed
+    assert failed(tasks={"hard": {"recovery": None}}, worst_task_recovery=None) == {"task_recovery"}

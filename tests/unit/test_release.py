@@ -45,6 +45,13 @@ def test_the_card_and_the_hubs_own_file_do_not_count(manifest: Manifest, tmp_pat
     assert holds(revision({**FILES, "README.md": b"# card", ".gitattributes": b"*"}), manifest, tmp_path)
 
 
+def test_pictures_of_a_card_do_not_count_unless_they_are_the_artifacts_own(manifest: Manifest, tmp_path: Path) -> None:
+    assert holds(revision({**FILES, "pictures/losses.png": b"png"}), manifest, tmp_path)
+    own = Manifest.of(write_files(tmp_path, {**FILES, "pictures/cat.png": b"cat"}))
+    assert not holds(revision(FILES), own, tmp_path)
+    assert holds(revision({**FILES, "pictures/cat.png": b"cat"}), own, tmp_path)
+
+
 CHANGES: dict[str, dict[str, bytes]] = {
     "a missing file": {k: v for k, v in FILES.items() if k != "sub/a.txt"},
     "an extra file": {**FILES, "old.safetensors": b"stale"},
@@ -77,6 +84,11 @@ def test_a_file_that_the_hub_lists_without_any_hash_is_not_the_same(manifest: Ma
 def test_what_an_earlier_release_left_is_stale_and_the_hubs_own_files_are_not(manifest: Manifest) -> None:
     old = revision({**FILES, "README.md": b"", ".gitattributes": b"", "model-00001-of-00002.safetensors": b"old"})
     assert _stale(old, manifest) == ["model-00001-of-00002.safetensors"]
+
+
+def test_pictures_of_an_earlier_release_are_stale(manifest: Manifest) -> None:
+    old = revision({**FILES, "pictures/losses.png": b"old", "pictures/throughput.png": b"old"})
+    assert _stale(old, manifest, ["README.md", "pictures/losses.png"]) == ["pictures/throughput.png"]
 
 
 def test_a_release_links_to_its_repo() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from flows.report import Report, gate_rows, headline, markdown
+from flows.report import Report, gate_rows, headline
 from flows.terminal import gate_table, render
 from tasks.artifact import File, Manifest
 from tasks.gates import Gate
@@ -83,18 +84,23 @@ def test_a_gate_is_a_row_with_its_note() -> None:
     ]
 
 
-def test_the_report_in_the_ui_has_stages_gates_and_where_it_was_published() -> None:
-    text = markdown(finished())
-    assert text.startswith("## published: Qwen/Qwen3.6-27B@0123456 -> W4A16 g128")
-    assert "| quantize | ran | 75.5 | 18.00 GB |" in text
-    assert "| top1_agreement | not measured | 0.85 | FAILED | could not be measured |" in text
-    assert "Published: [me/x](https://hub/me/x) `v1`" in text
+def test_a_number_that_json_has_not_is_null() -> None:
+    measured = {"blocks": [{"block": 0, "error": math.nan}], "perplexity": math.inf, "tokens": 5, "head_kept": True}
+    document = json.loads(json.dumps(finished(measured=measured).to_json(), allow_nan=False))
+    assert document["measured"] == {
+        "blocks": [{"block": 0, "error": None}], "perplexity": None, "tokens": 5, "head_kept": True,
+    }  # fmt: skip
 
 
-def test_a_failed_run_is_reported_with_its_sentence() -> None:
-    assert markdown(Report(RECIPE, error="the disk is full")) == (
-        "## failed: Qwen/Qwen3.6-27B: nothing made\n\nthe disk is full"
-    )
+def test_the_blocks_are_those_that_quantize_recorded() -> None:
+    blocks = [{"name": "layers.0", "loss_before": 2.0, "loss_after": 1.0}]
+    stages = [StageResult(name, "k", "ran", 1, ARTIFACT, {}) for name in ("download", "quantize")]
+    assert finished(stages=stages).blocks == []
+    stages[1].provenance["blocks"] = blocks
+    assert finished(stages=stages).blocks == blocks
+
+
+def test_a_failed_run_says_its_sentence_in_the_terminal() -> None:
     assert "the disk is full" in render(Report(RECIPE, error="the disk is full"))
 
 

@@ -178,10 +178,18 @@ def test_the_declared_versions_are_those_that_the_project_is_tested_with() -> No
 
 
 def test_every_tool_of_a_stage_is_declared() -> None:
-    from tasks import benchmark, download, mtp_fix, quantize, validate
+    from tasks import benchmark, download, evaluate, mtp_fix, quantize, validate
 
-    stages = [benchmark.STAGE, download.STAGE, mtp_fix.STAGE, quantize.STAGE, validate.STAGE, validate.MEASURE]
-    assert len({stage.name for stage in stages}) == 6
+    stages = [
+        benchmark.STAGE,
+        download.STAGE,
+        evaluate.STAGE,
+        mtp_fix.STAGE,
+        quantize.STAGE,
+        validate.STAGE,
+        validate.MEASURE,
+    ]
+    assert len({stage.name for stage in stages}) == 7
     assert all(locked_version(tool)[0].isdigit() for stage in stages for tool in stage.tools)
 
 

@@ -1,0 +1,181 @@
+"""The real lm-eval on tasks of our own, on small checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from infra.hub.launch import HubStandIn
+from tasks.artifact import Manifest, file_of
+from tasks.errors import EvaluationFailed, RecipeError
+from tasks.evaluate import check_tasks, data_sets, evaluate, evaluated, recovery
+from tasks.recipe import Recipe, parse_recipe
+from tasks.store import open_store
+from tests.integration.conftest import Requant
+from tests.pico import TINY, pico_base
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'requant[eval]'")
+
+# The trained model chooses the first answer of each; a random one is as likely to take the shorter.
+LINES = [
+    ("class A:\n    def __init__(self", ["):\n", "!!"]),
+    ("if x is None:\n    return", [" None\n", "=="]),
+    ("    raise ValueError", ["('", "|"]),
+    ("import ", ["os\n", "zz\n"]),
+]
+QUESTIONS = [
+    {"question": question, "choices": [good, bad] if n % 2 else [bad, good], "gold": 1 - n % 2, "good": good}
+    for n, (question, (good, bad)) in enumerate(LINES)
+]
+CHOICE = """
+task: own_choice
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_target: gold
+doc_to_choice: choices
+target_delimiter: ""
+test_split: test
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+PERPLEXITY = """
+task: own_perplexity
+output_type: loglikelihood
+doc_to_text: !function helper.text
+doc_to_target: "{{good}}"
+target_delimiter: ""
+test_split: test
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]
+"""
+UNSAFE = CHOICE.replace("own_choice", "own_unsafe") + "unsafe_code: true\n"
+LOST = CHOICE.replace("own_choice", "own_lost").replace("DATA", "/nowhere/at/all.jsonl")
+HUB = CHOICE.replace("own_choice", "own_hub").replace("dataset_path: json", "dataset_path: demo/questions")
+
+
+def marker(definitions: Path) -> Path:
+    """Written when the Python beside the definitions runs; outside, so that they stay what they were."""
+    return definitions.with_name(f"{definitions.name}-ran")
+
+
+@pytest.fixture(scope="module")
+def definitions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("definitions")
+    data = folder / "questions.jsonl"
+    data.write_text("\n".join(map(json.dumps, QUESTIONS)))
+    for name, text in (("choice", CHOICE), ("ppl", PERPLEXITY), ("unsafe", UNSAFE), ("lost", LOST), ("hub", HUB)):
+        (folder / f"{name}.yaml").write_text(text.replace("DATA", str(data)))
+    (folder / "helper.py").write_text(
+        f"open({str(marker(folder))!r}, 'w').close()\n\n\ndef text(doc):\n    return doc['question']\n"
+    )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+def asking(definitions: Path, *tasks: str, **more: Any) -> Recipe:
+    section = {"tasks": list(tasks), "definitions": str(definitions), **more}
+    return parse_recipe({"base": {"repo_id": "a/b"}, "allow_remote_code": True, "eval": section})
+
+
+def cpu() -> tuple[Any, Any]:
+    import torch
+
+    return torch.device("cpu"), torch.float32
+
+
+def test_a_trained_model_keeps_its_score_and_a_random_one_loses_it(definitions: Path, tmp_path: Path) -> None:
+    asked = asking(definitions, "own_choice", "own_perplexity").eval
+    assert asked is not None
+    trained = evaluate(TINY, asked, *cpu())
+    random = evaluate(pico_base(tmp_path / "pico"), asked, *cpu())
+    assert trained["own_choice"]["value"] == 1.0 and trained["own_choice"]["samples"] == 4
+    assert trained["own_perplexity"]["metric"] == "perplexity" and not trained["own_perplexity"]["higher_is_better"]
+    assert recovery(trained, trained)["worst_task_recovery"] == 1.0
+    assert marker(definitions).exists()
+    lost = recovery(trained, random)
+    assert lost["worst_task_recovery"] == lost["tasks"]["own_perplexity"]["recovery"] < 0.5
+    assert lost["tasks"]["own_choice"]["recovery"] < 1
+
+
+def test_a_limit_is_kept(definitions: Path) -> None:
+    asked = asking(definitions, "own_choice", limit=2).eval
+    assert asked is not None
+    assert evaluate(TINY, asked, *cpu())["own_choice"]["samples"] == 2
+
+
+def test_a_checkpoint_is_evaluated_once(definitions: Path, tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    base = pico_base(tmp_path / "pico")
+    manifest = Manifest.of(file_of(base, path.name) for path in sorted(base.iterdir()))
+    told: list[str] = []
+
+    def scores(recipe: Recipe) -> dict[str, Any]:
+        return evaluated(store, recipe, manifest, base, *cpu(), told.append)
+
+    first = scores(asking(definitions, "own_choice"))
+    assert scores(asking(definitions, "own_choice", batch_size=2)) == first and len(told) == 1
+    scores(asking(definitions, "own_choice", limit=1))
+    assert len(told) == 2
+    (definitions / "note.txt").write_text("another folder now")
+    scores(asking(definitions, "own_choice"))
+    assert len(told) == 3
+
+
+def test_tasks_are_checked_before_any_work_and_without_running_them(definitions: Path) -> None:
+    marker(definitions).unlink(missing_ok=True)
+    check_tasks(asking(definitions, "own_choice", "own_perplexity", "gsm8k", "mmlu").eval)
+    assert not marker(definitions).exists()
+    with pytest.raises(RecipeError, match=r"^eval\.tasks: lm-eval has no task gsm9k: `lm_eval ls tasks`"):
+        check_tasks(asking(definitions, "gsm9k").eval)
+    for name in ("own_unsafe", "humaneval"):
+        with pytest.raises(RecipeError, match=f"eval.tasks: {name} runs code that the model writes"):
+            check_tasks(asking(definitions, name).eval)
+
+
+def test_a_task_that_cannot_be_run_is_a_sentence(definitions: Path, tmp_path: Path) -> None:
+    asked = asking(definitions, "own_lost").eval
+    assert asked is not None
+    with pytest.raises(EvaluationFailed, match=r"^lm-eval failed on own_lost \(FileNotFoundError: "):
+        evaluate(TINY, asked, *cpu())
+
+
+def test_a_data_set_of_the_hub_is_pinned_to_its_commit(
+    definitions: Path, hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    sha = hub.seed("demo/questions", tmp_path / "data", repo_type="dataset")
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    asked = asking(definitions, "own_hub", "own_choice").eval
+    assert asked is not None
+    assert data_sets(asked) == {"demo/questions": sha}
+
+
+def test_a_run_is_rejected_by_a_task_and_evaluates_nothing_again(requant: Requant, definitions: Path) -> None:
+    section = {"tasks": ["own_choice", "own_perplexity"], "definitions": str(definitions)}
+    changes = {"eval": section, "allow_remote_code": True, "publish": None}
+    outcome = requant.run(gates={"min_task_recovery": 10.0}, **changes)
+    assert outcome.status == 1, outcome.stderr
+    assert outcome.document["status"] == "rejected"
+    assert [g["name"] for g in outcome.document["gates"] if not g["passed"]] == ["task_recovery"]
+    assert set(outcome.document["measured"]["tasks"]) == {"own_choice", "own_perplexity"}
+    assert len(list(requant.store.glob("artifacts/evaluate/*"))) == 2
+    again = requant.run(gates={"min_task_recovery": None}, **changes)
+    assert again.status == 0 and again.states["validate"] == "reused", again.stderr
+
+
+def test_a_run_with_a_task_that_does_not_exist_starts_nothing(requant: Requant) -> None:
+    outcome = requant.run(eval={"tasks": ["gsm9k"]})
+    assert outcome.status == 2 and "lm-eval has no task gsm9k" in outcome.stderr
