@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tasks.artifact import Manifest, file_of
-from tasks.quantize import quantize
-from tasks.recipe import parse_recipe
-from tasks.stage import StageResult
-from tasks.store import open_store
-from tasks.text import find_text
-from tests.bases import other_base
+from tests.bases import other_base, quantized
 from tests.pico import pico_base
-
-
-def quantized(folder: Path, base: Path, **settings: Any) -> tuple[StageResult, Path]:
-    """Run the stage on a base with a store of its own; the result, and the checked-out artifact."""
-    store = open_store((folder / "store").as_uri())
-    files = [file_of(base, path.name) for path in sorted(base.iterdir())]
-    for file in files:
-        copy = shutil.copyfile(base / file.path, folder / "copy")
-        store.put_blob(Path(copy), file)
-    small = {"iters": 4, "nsamples": 8, "seqlen": 64, "batch_size": 4, "group_size": 32, **settings}
-    recipe = parse_recipe({"base": {"repo_id": "a/b"}, "mtp": "drop", "quantize": small})
-    result = quantize(store, recipe, Manifest.of(files), find_text("builtin:python"))
-    return result, store.checkout(result.manifest, folder / "checkout")
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_5_text", "qwen3_5_moe_text", "without head"])
