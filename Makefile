@@ -1,11 +1,12 @@
 # make demo: the whole pipeline on a tiny model. make test, test-engines, lint: what CI runs. All set themselves up.
+# make test-gpu: tests of the quantize stage that need a GPU.
 # make bench-gpu: what quantizing a 27 B model costs on this machine's GPU; MINUTES=9.5 does it in pieces.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 EVALUATES := .venv/.evaluates
 
-.PHONY: demo test test-engines lint format bench bench-gpu clean
+.PHONY: demo test test-engines test-gpu lint format bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m infra.demo
@@ -17,6 +18,9 @@ test: $(INSTALLED) $(EVALUATES)
 test-engines: $(INSTALLED)
 	infra/engines/install build/vllm
 	$(BIN)/python -m pytest tests/engines
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest tests/gpu
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -28,6 +28,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from tasks.checkpoint.assemble import packed_parts
 from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.checkpoint.fp8 import plain_tensors
 from tasks.checkpoint.header import Tensor
 from tasks.checkpoint.modules import split_name
 from tasks.checkpoint.packing import PARTS, Scheme, dequantize
@@ -252,8 +253,8 @@ def _empty(module: nn.Module) -> None:
 
 
 def state_dict(tensors: Iterable[Tensor], config: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Tensors by name, packed modules as `[out, in]` weights; floating point ones as `dtype`."""
-    tensors = list(tensors)
+    """Tensors by name, packed and FP8 modules as `[out, in]` weights; floating point ones as `dtype`."""
+    tensors = plain_tensors(tensors, config)
     packed = packed_parts(tensors)
     taken = {t.name for parts in packed.values() for t in parts.values()}
     state = {t.name: to_torch(t) for t in tensors if t.name not in taken}

@@ -16,8 +16,9 @@ from typing import Any
 from prefect import task
 
 from tasks.artifact import Manifest
-from tasks.checkpoint.assemble import assemble, packed_parts
+from tasks.checkpoint.assemble import assemble
 from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.checkpoint.fp8 import is_fp8, plain, write_plain
 from tasks.checkpoint.head import check_head
 from tasks.download import download
 from tasks.errors import CheckpointError
@@ -69,6 +70,9 @@ def quantize(
         model = store.hand_out(read_part(base), folder / "base")
         checkpoint = _open_base(model, recipe)
         head = checkpoint.head
+        if is_fp8(checkpoint.tensors.values()):
+            say("the base is FP8: it is quantized from the BF16 weights that its scales give")
+            model, checkpoint = write_plain(checkpoint, folder / "plain"), plain(checkpoint)
         job = {
             **recipe.quantize.model_dump(exclude={"calibration"}),
             **dict(zip(("bits", "group_size", "sym"), recipe.quantize.resolved, strict=True)),
@@ -104,7 +108,7 @@ def _open_base(folder: Path, recipe: Recipe) -> Checkpoint:
     """The base, if it can become what the recipe asks for: found out before hours of work."""
     try:
         checkpoint = Checkpoint.open(folder).sound()
-        if packed_parts(checkpoint.tensors.values()):
+        if any(module.quantized for module in plain(checkpoint).modules.values()):
             raise CheckpointError("it is already quantized: name the base that it was made of")
         if recipe.mtp != "drop":
             check_head(checkpoint)

@@ -1,4 +1,7 @@
-"""Tiny bases of other architectures, with random weights, made by transformers; the tokenizer is the tiny model's."""
+"""Tiny bases of other architectures, with random weights, made by transformers, and the quantize stage run on a base.
+
+The tokenizer is the tiny model's.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tasks.artifact import Manifest, file_of
+from tasks.quantize import quantize
+from tasks.recipe import parse_recipe
+from tasks.stage import StageResult
+from tasks.store import open_store
+from tasks.text import find_text
 from tests.pico import TINY
 
 COMMON: dict[str, Any] = {
@@ -40,3 +49,16 @@ def other_base(folder: Path, kind: str, **changes: Any) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TINY / name, folder / name)
     return folder
+
+
+def quantized(folder: Path, base: Path, **settings: Any) -> tuple[StageResult, Path]:
+    """Run the stage on a base with a store of its own; the result, and the checked-out artifact."""
+    store = open_store((folder / "store").as_uri())
+    files = [file_of(base, path.name) for path in sorted(base.iterdir())]
+    for file in files:
+        copy = shutil.copyfile(base / file.path, folder / "copy")
+        store.put_blob(Path(copy), file)
+    small = {"iters": 4, "nsamples": 8, "seqlen": 64, "batch_size": 4, "group_size": 32, **settings}
+    recipe = parse_recipe({"base": {"repo_id": "a/b"}, "mtp": "drop", "quantize": small})
+    result = quantize(store, recipe, Manifest.of(files), find_text("builtin:python"))
+    return result, store.checkout(result.manifest, folder / "checkout")

@@ -127,7 +127,9 @@ def summary(
                 "cold_seconds": round(blocks[0]["seconds"], 1),
                 "steady_seconds": round(steady, 1),
                 "peak_gpu_bytes": results[kind, variant]["peak_gpu_bytes"],
+                "losses_before": [b["loss_before"] for b in blocks],
                 "losses": [b["loss_after"] for b in blocks],
+                "best_iterations": [b["best_iteration"] for b in blocks],
                 "output_errors": [b["output_error"] for b in blocks],
                 "settings": results[kind, variant]["settings"],
             }

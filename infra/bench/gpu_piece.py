@@ -1,6 +1,8 @@
 """One piece of `make bench-gpu`: one kind of block, one variant, in a process of its own.
 
-    python -m infra.bench.gpu_piece KIND VARIANT FOLDER     # prints nothing; writes FOLDER/result.json
+    python -m infra.bench.gpu_piece KIND VARIANT FOLDER SIZE CHANGES    # prints nothing; writes FOLDER/result.json
+
+SIZE and CHANGES are JSON: fields of `Size`, and settings of the recipe's `quantize` (of auto-round's only `seed`).
 
 `auto-round` is AutoRound's own entry with the reference card's flags; `requant` is our quantize stage, with a store of
 its own. Both quantize the same model of two equal blocks, with the same samples.
@@ -91,7 +93,7 @@ def build_model(folder: Path, kind: str, size: Size) -> Path:
     return folder
 
 
-def auto_round(model_folder: Path, folder: Path, size: Size) -> dict[str, Any]:
+def auto_round(model_folder: Path, folder: Path, size: Size, seed: int = 42) -> dict[str, Any]:
     """AutoRound(...).quantize_and_save as the reference card calls it: low_gpu_mem_usage, enable_torch_compile."""
     import torch
     import transformers
@@ -106,7 +108,7 @@ def auto_round(model_folder: Path, folder: Path, size: Size) -> dict[str, Any]:
     if clock:
         profile.install(clock)
     # The seed only orders the samples, block by block as in our stage: the losses can be compared.
-    report_blocks(events, 42, clock.end_block if clock else lambda: None)
+    report_blocks(events, seed, clock.end_block if clock else lambda: None)
     report_output(events)
     logging.getLogger("autoround").addHandler(LogEvents(events))
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
@@ -124,7 +126,7 @@ def auto_round(model_folder: Path, folder: Path, size: Size) -> dict[str, Any]:
         low_gpu_mem_usage=True,
         enable_torch_compile=torch.cuda.is_available(),
         device_map="cuda" if torch.cuda.is_available() else "cpu",
-        seed=42,
+        seed=seed,
     )
     rounder.quantize_and_save(str(folder / "out"), format="auto_round")
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
@@ -160,7 +162,10 @@ def main(kind: str, variant: str, folder: Path, size: Size, changes: dict[str, A
     folder.mkdir(parents=True, exist_ok=True)
     model = build_model(folder.parent / f"model-{kind}", kind, size)
     built = time.time()
-    result = auto_round(model, folder, size) if variant == "auto-round" else requant(model, folder, size, changes)
+    if variant == "auto-round":
+        result = auto_round(model, folder, size, **changes)
+    else:
+        result = requant(model, folder, size, changes)
     lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     blocks: list[dict[str, Any]] = []
     for event in lines:
@@ -168,6 +173,7 @@ def main(kind: str, variant: str, folder: Path, size: Size, changes: dict[str, A
             blocks.append({"name": event["name"], "began": event["seconds"]})
         elif event["event"] == "loss":
             blocks[-1] |= {"loss_before": event["before"], "loss_after": event["after"]}
+            blocks[-1] |= {"best_iteration": event["iteration"]}
         elif event["event"] == "progress" and blocks:
             blocks[-1]["seconds"] = round(event["seconds"] - blocks[-1]["began"] - blocks[-1].get("spent", 0), 3)
         elif event["event"] == "output":

@@ -11,6 +11,7 @@ from tasks.artifact import sha256_of
 from tasks.checkpoint.assemble import packed_parts
 from tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint
 from tasks.checkpoint.deep import finite
+from tasks.checkpoint.fp8 import plain
 from tasks.checkpoint.header import Tensor
 from tasks.checkpoint.mtp import without_layer_count
 from tasks.checkpoint.packing import Scheme, check_parts
@@ -42,8 +43,10 @@ class Account:
 def account(quantized: Checkpoint, base: Checkpoint, *, with_head: bool, pack_head: bool = False) -> Account:
     """Compare a quantized checkpoint with its base. Reads all tensors of both once, a chunk at a time.
 
+    What is FP8 in the base must be packed, or BF16 as the base's scales have it, and no scale may be left of it.
     `pack_head`: the head was asked for with packed layers, and has them.
     """
+    base = plain(base)
     found = Account(unaccounted=list(quantized.problems))
     quantization = quantized.config.get("quantization_config") or {}
     parts = packed_parts(quantized.tensors.values())

@@ -11,6 +11,7 @@ from typing import Any
 
 from tasks.artifact import File
 from tasks.checkpoint.checkpoint import INDEX, QUANTIZATION, Checkpoint, read_json
+from tasks.checkpoint.fp8 import plain
 from tasks.checkpoint.header import CONFIG_DTYPES, Tensor
 from tasks.checkpoint.modules import Module, modules_of
 from tasks.checkpoint.mtp import (
@@ -73,8 +74,11 @@ def head_tensors(base: Checkpoint, precision: str = "keep", quantization: Mappin
 
     `keep`: every tensor as it is. `int8`, `int4`: the linear layers of its decoder layers rounded to nearest and packed
     with the checkpoint's group size and packing; the fusion layer, routers, fused experts and norms as they are, since
-    no engine reads those packed. Raises CheckpointError if the base has no complete head, or the packing none for it.
+    no engine reads those packed. An FP8 head is BF16 in a checkpoint that is not FP8 itself. Raises CheckpointError if
+    the base has no complete head, or the packing none for it.
     """
+    if (quantization or {}).get("quant_method") != base.quantization.get("quant_method"):
+        base = plain(base)
     head = base.head
     if head is None:
         raise CheckpointError(f"{base.folder} has no MTP head: use mtp: drop")

@@ -16,7 +16,7 @@ COMPRESSED_PARTS = (
     "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale",
     "input_scale", "input_zero_point", "input_global_scale",
 )  # fmt: skip
-SCALED_PARTS = ("weight_scale_inv", "weight_scale_2")
+SCALED_PARTS = ("weight_scale_inv", "weight_scale_2", "activation_scale")
 PLAIN_PARTS = ("weight", "bias")
 PARTS = (*INTEGER_PARTS, *COMPRESSED_PARTS, *SCALED_PARTS, *PLAIN_PARTS)
 NARROW = {"I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4"}  # dtypes that need a scale beside them

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.checkpoint.header import Tensor
+from tasks.checkpoint.writer import Computed
 from tasks.errors import CheckpointError
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -174,6 +175,10 @@ def _words(values: Array, bits: int, axis: int) -> Array:
 
 def float_rows(tensor: Tensor) -> Iterator[Floats]:
     """A matrix as float32 stripes of ROWS rows, read one after the other."""
+    if isinstance(tensor, Computed):
+        for rows in tensor.compute():
+            yield _values(rows, tensor.dtype).astype(np.float32).reshape(-1, tensor.shape[1])
+        return
     count, width = tensor.shape
     nbytes = tensor.nbytes // max(count, 1)
     for begin in range(0, count, ROWS):
@@ -186,12 +191,15 @@ def float_rows(tensor: Tensor) -> Iterator[Floats]:
 
 def to_numpy(tensor: Tensor) -> Array:
     """Read a tensor; BF16 becomes float32. Raises CheckpointError for a dtype that numpy has not."""
-    if tensor.dtype == "BF16":
-        wide = np.frombuffer(tensor.read(), dtype="<u2").astype(np.uint32) << 16
-        return wide.view(np.float32).reshape(tensor.shape)
-    if tensor.dtype not in NUMPY:
+    if tensor.dtype != "BF16" and tensor.dtype not in NUMPY:
         raise CheckpointError(f"{tensor.name} has dtype {tensor.dtype}, which cannot be read here")
-    return np.frombuffer(tensor.read(), dtype=NUMPY[tensor.dtype]).reshape(tensor.shape)
+    return _values(tensor.read(), tensor.dtype).reshape(tensor.shape)
+
+
+def _values(raw: bytes, dtype: str) -> Array:
+    if dtype == "BF16":
+        return (np.frombuffer(raw, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(raw, dtype=NUMPY[dtype])
 
 
 def to_bytes(values: Array, dtype: str) -> bytes:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tasks.artifact import File
-from tasks.checkpoint.header import DTYPE_BITS, Tensor
+from tasks.checkpoint.header import COPY_CHUNK, DTYPE_BITS, Tensor
 from tasks.errors import CheckpointError
 
 SLICE = 32 << 20  # bytes
@@ -25,7 +25,8 @@ MAX_SHARD = 5_000_000_000  # bytes, as transformers splits
 
 @dataclass(frozen=True)
 class Computed(Tensor):
-    """A tensor that lies in no file yet: its bytes are made when it is written. `path` is where it will lie."""
+    """A tensor that lies in no file yet: `compute` makes its bytes, whole rows at a time, when they are read. They come
+    in chunks as a file's do. `path` is where it will lie."""
 
     compute: Callable[[], Iterable[bytes]]
 
@@ -35,10 +36,15 @@ class Computed(Tensor):
         return cls(name, dtype, shape, Path(), 0, nbytes, compute)
 
     def chunks(self) -> Iterator[bytes]:
-        made = 0
+        made, held = 0, bytearray()
         for data in self.compute():
             made += len(data)
-            yield data
+            held += data
+            while len(held) > COPY_CHUNK:
+                yield bytes(held[:COPY_CHUNK])
+                del held[:COPY_CHUNK]
+        if held:
+            yield bytes(held)
         if made != self.nbytes:
             raise ValueError(f"{self.name} was computed with {made} bytes, not {self.nbytes}")
 

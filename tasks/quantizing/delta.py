@@ -77,17 +77,17 @@ unit_lower_inverse.register_autograd(_inverse_backward, setup_context=_inverse_s
 def delta_scan(
     u: torch.Tensor, w: torch.Tensor, k: torch.Tensor, last: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Walk the chunks: u `[n, m, C, dv]`, w and k `[n, m, C, dk]`, last `[n, m]` float32 (decay over a chunk).
+    """Walk the chunks: u `[n, m, C, dv]` float32, w and k `[n, m, C, dk]`, last `[n, m]` float32 (decay over a chunk).
 
-    Returns v' like u, and the states before each chunk `[n, m, dk, dv]`, both in u's dtype. The state itself is
+    Returns v' with u's shape, and the states before each chunk `[n, m, dk, dv]`, both in w's dtype. The state itself is
     float32.
     """
     n, m, _, dv = u.shape
     state = torch.zeros(m, w.shape[-1], dv, dtype=torch.float32, device=u.device)
-    new, states = torch.empty_like(u), torch.empty(n, m, w.shape[-1], dv, dtype=u.dtype, device=u.device)
+    new, states = torch.empty_like(u, dtype=w.dtype), torch.empty(n, m, w.shape[-1], dv, dtype=w.dtype, device=u.device)
     for t in range(n):
         states[t].copy_(state)
-        torch.baddbmm(u[t], w[t], states[t], alpha=-1, out=new[t])
+        new[t].copy_(u[t] - torch.bmm(w[t], states[t]))
         state.mul_(last[t, :, None, None]).add_(torch.bmm(k[t].transpose(1, 2), new[t]))
     return new, states
 
@@ -95,7 +95,7 @@ def delta_scan(
 @delta_scan.register_fake
 def _(u: torch.Tensor, w: torch.Tensor, k: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     n, m, _, dv = u.shape
-    return torch.empty_like(u), u.new_empty(n, m, w.shape[-1], dv)
+    return torch.empty_like(u, dtype=w.dtype), w.new_empty(n, m, w.shape[-1], dv)
 
 
 @torch.library.custom_op("requant::delta_scan_backward", mutates_args=())
@@ -132,7 +132,7 @@ def _scan_backward(ctx: Any, grad_new: torch.Tensor, grad_states: torch.Tensor) 
     grad_w = -(whole @ states.transpose(2, 3))
     grad_k = new @ after.transpose(2, 3)
     grad_last = (after.float() * states.float()).sum((2, 3))
-    return whole, grad_w, grad_k, grad_last
+    return whole.float(), grad_w, grad_k, grad_last
 
 
 delta_scan.register_autograd(_scan_backward, setup_context=_scan_setup)
@@ -181,12 +181,11 @@ def chunk_gated_delta_rule(
     grown, last = cum.exp()[..., None], cum[..., -1]
 
     with torch.autocast(kind, enabled=False):
-        low = k.to(products)
-        system = ((k * bt).to(products) @ low.transpose(2, 3)).float() * decay
-        inside = ((q.to(products) @ low.transpose(2, 3)).float() * decay).to(products)
-        inverse = unit_lower_inverse(system.tril(-1).flatten(0, 1)).to(products).view(system.shape)
-        u = inverse @ (v * bt).to(products)
-        w = inverse @ (k * bt * grown).to(products)
+        system = ((k * bt).to(products) @ k.to(products).transpose(2, 3)).float() * decay
+        inside = ((q.to(products) @ k.to(products).transpose(2, 3)).float() * decay).to(products)
+        inverse = unit_lower_inverse(system.tril(-1).flatten(0, 1)).view(system.shape)
+        u = inverse @ (v * bt)  # in float32, as the reference solves for them
+        w = (inverse @ (k * bt * grown)).to(products)
         kept = (k * (last[..., None] - cum).exp()[..., None]).to(products)
         new, states = delta_scan(u, w, kept, last.exp())
         out = (q * grown).to(products) @ states + inside @ new

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-LOSS = re.compile(r"loss iter 0: ([\d.e+-]+|nan|inf) -> iter \d+: ([\d.e+-]+|nan|inf)")
+LOSS = re.compile(r"loss iter 0: ([\d.e+-]+|nan|inf) -> iter (\d+): ([\d.e+-]+|nan|inf)")
 
 
 class Refused(ValueError):
@@ -43,7 +43,7 @@ class LogEvents(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         if match := LOSS.search(text):
-            self.events("loss", before=float(match[1]), after=float(match[2]))
+            self.events("loss", before=float(match[1]), after=float(match[3]), iteration=int(match[2]))
         elif record.levelno >= logging.WARNING:
             self.events("warning", text=text[:500])
 

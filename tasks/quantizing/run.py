@@ -243,6 +243,7 @@ def blocks_of(events: Path) -> list[dict[str, Any]]:
             blocks[name] = {"name": name, "starts": starts + 1}
         elif event["event"] == "loss" and name is not None:
             blocks[name] |= {"loss_before": event["before"], "loss_after": event["after"]}
+            blocks[name] |= {"best_iteration": event["iteration"]} if "iteration" in event else {}
         elif event["event"] == "output" and name is not None:
             blocks[name]["output_error"] = event["error"]
         elif event["event"] in {"loop", "fallback"} and name is not None:

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tasks.artifact import Manifest, file_of
+from tasks.checkpoint.account import account
+from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.checkpoint.fp8 import write_plain
 from tasks.pictures.draw import draw
-from tasks.quantize import quantize
-from tasks.recipe import parse_recipe
-from tasks.stage import StageResult
-from tasks.store import open_store
-from tasks.text import find_text
-from tests.bases import other_base
+from tests.bases import other_base, quantized
+from tests.fp8_bases import as_fp8
 from tests.pico import pico_base
-
-
-def quantized(folder: Path, base: Path, **settings: Any) -> tuple[StageResult, Path]:
-    """Run the stage on a base with a store of its own; the result, and the checked-out artifact."""
-    store = open_store((folder / "store").as_uri())
-    files = [file_of(base, path.name) for path in sorted(base.iterdir())]
-    for file in files:
-        copy = shutil.copyfile(base / file.path, folder / "copy")
-        store.put_blob(Path(copy), file)
-    small = {"iters": 4, "nsamples": 8, "seqlen": 64, "batch_size": 4, "group_size": 32, **settings}
-    recipe = parse_recipe({"base": {"repo_id": "a/b"}, "mtp": "drop", "quantize": small})
-    result = quantize(store, recipe, Manifest.of(files), find_text("builtin:python"))
-    return result, store.checkout(result.manifest, folder / "checkout")
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_5_text", "qwen3_5_moe_text", "without head"])
@@ -67,3 +50,32 @@ def test_with_the_delta_rule_the_losses_are_the_same_to_float_noise(tmp_path: Pa
         blocks = quantized(folder, base, fast=fast)[0].provenance["blocks"]
         losses.append([value for b in blocks for value in (b["loss_before"], b["loss_after"])])
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("scales", ["blocks", "tensor"])
+def test_an_fp8_base_gives_what_its_bf16_weights_give(scales: str, tmp_path: Path) -> None:
+    """Some layers stay at 16 bit: they come out as BF16, and nothing of FP8 is left."""
+    base = as_fp8(
+        pico_base(tmp_path / "bf16", layers=3, head=False), tmp_path / "fp8", scales=scales, kept=("layers.1.mlp",)
+    )
+    layers = {"layers.0.mlp.down_proj": {"bits": 16, "data_type": "fp"}}
+    (tmp_path / "one").mkdir()
+    result, folder = quantized(tmp_path / "one", base, layers=layers)
+    made = Checkpoint.open(folder).sound()
+    assert {t.dtype for t in made.tensors.values()} == {"BF16", "I32", "F16"}
+    assert made.tensors["model.language_model.layers.0.mlp.down_proj.weight"].dtype == "BF16"
+    assert made.quantization["quant_method"] == "auto-round" and not any("scale_inv" in name for name in made.tensors)
+    found = account(made, Checkpoint.open(base), with_head=False)
+    assert found.packed and not (found.unaccounted or found.altered or found.not_finite)
+
+    (tmp_path / "two").mkdir()
+    same = write_plain(Checkpoint.open(base), tmp_path / "plain")
+    again, _ = quantized(tmp_path / "two", same, layers=layers)
+    weights = [{f.path: f.sha256 for f in r.manifest.files} for r in (result, again)]
+    assert weights[0] == weights[1]
+
+    tensor = made.tensors["model.language_model.layers.0.mlp.down_proj.weight"]
+    raw = bytearray(tensor.path.read_bytes())
+    raw[tensor.begin] ^= 1
+    tensor.path.write_bytes(raw)
+    assert account(Checkpoint.open(folder), Checkpoint.open(base), with_head=False).altered

@@ -14,6 +14,7 @@ from infra.hub.launch import HubStandIn
 from tasks.checkpoint.account import account
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.header import read_header
+from tests.fp8_bases import as_fp8
 from tests.integration.conftest import LAYERS, Outcome, Requant, finish
 from tests.pico import pico_base
 
@@ -186,6 +187,21 @@ def test_a_base_without_a_head_goes_through(requant: Requant, hub: HubStandIn, t
     assert outcome.status == 0, outcome.stderr
     assert "mtp_acceptance_ratio" not in [g["name"] for g in outcome.document["gates"]]
     assert Checkpoint.open(tmp_path / "out").sound().head is None
+
+
+def test_an_fp8_base_goes_through_with_its_head(requant: Requant, hub: HubStandIn, base: Path, tmp_path: Path) -> None:
+    fp8 = as_fp8(base, tmp_path / "fp8")
+    hub.seed("demo/pico-fp8", fp8)
+    outcome = requant.run("--checkout", str(tmp_path / "out"), base={"repo_id": "demo/pico-fp8"}, publish=None)
+    assert outcome.status == 0, outcome.stderr
+    made = Checkpoint.open(tmp_path / "out").sound()
+    found = account(made, Checkpoint.open(fp8), with_head=True)
+    assert (found.unaccounted, found.altered, found.not_finite, found.files) == ([], [], [], [])
+    assert {t.dtype for t in made.tensors.values()} == {"BF16", "I32", "F16"}
+    inspected = requant("inspect", str(tmp_path / "out"), "--json").document
+    assert inspected["mtp"]["precision"] == "BF16" and not inspected["problems"]
+    assert all(inspected["engines"][name]["loads"] for name in ("vllm", "sglang", "transformers"))
+    assert inspected["engines"]["vllm"]["mtp"] and inspected["engines"]["sglang"]["mtp"]
 
 
 def test_a_hub_data_set_calibrates_pinned_to_its_commit(requant: Requant, hub: HubStandIn, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -21,7 +23,7 @@ from tasks.store import Store
 from tasks.store.folder import FolderBackend
 from tasks.store.s3 import S3Backend
 from tasks.store.store import blob_key
-from tests.integration.conftest import ROOT, Outcome, Requant
+from tests.integration.conftest import LAYERS, ROOT, Outcome, Requant, wait_for
 
 Finished = tuple[Requant, Outcome]
 CEPH = str(ROOT / "infra" / "s3" / "ceph")
@@ -177,3 +179,28 @@ def test_a_store_that_stays_lost_is_given_up_after_its_patience(s3: S3Backend, m
         lost.read("anything")
     assert time.monotonic() - started > 1.5
     assert S3Backend("requant").patience >= 120
+
+
+def test_another_machine_goes_on_from_the_blocks_that_a_killed_one_had_finished(
+    requant: Requant, finished: Finished, ceph: dict[str, str], s3: S3Backend, tmp_path: Path
+) -> None:
+    """The unfinished work is in the store: the second machine has only that, and takes over the dead one's lease."""
+    environment = {"REQUANT_STORE": "s3://requant/carried", "OMP_NUM_THREADS": "1"}
+    carried = S3Backend("requant", "carried")
+    machines = [requant.variant(**ceph, **environment, XDG_CACHE_HOME=str(tmp_path / name)) for name in ("one", "two")]
+    process = machines[0].start_run(publish=None)
+    wait_for(
+        lambda: any("block-00000" in key for key in carried.keys("resume/quantize") if "/files/" in key), pause=0.1
+    )
+    wait_for(lambda: any(key.endswith("/index") for key in carried.keys("resume/quantize")), pause=0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not list(carried.keys("artifacts/quantize"))
+
+    outcome = machines[1].run(publish=None)
+    assert outcome.status == 0, outcome.stderr
+    assert "that another machine finished" in outcome.stderr
+    assert outcome.digest == finished[1].digest
+    assert not list(carried.keys("resume"))
+    (record,) = [json.loads(carried.read(key) or b"") for key in carried.keys("provenance/quantize")]
+    assert len(record["blocks"]) < LAYERS  # those that the first machine finished were not tuned again

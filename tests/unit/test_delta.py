@@ -52,15 +52,16 @@ def test_the_inverse_does_not_lose_what_powers_of_the_matrix_would() -> None:
     assert torch.equal(unit_lower_inverse(lower), expected.expand(3, 64, 64))
 
 
-def test_in_bfloat16_it_is_as_close_to_the_truth_as_the_reference() -> None:
-    given = {name: value.detach() for name, value in inputs((2, 192, 2, 4, 32)).items()}
-    truth = REFERENCE(**given, use_qk_l2norm_in_kernel=True)[0]
+@pytest.mark.parametrize("decay", [1.0, 0.05])
+def test_in_bfloat16_value_and_gradients_are_as_close_to_the_truth_as_the_references(decay: float) -> None:
+    """Noise in a gradient is noise in its sign, which is all that tuning uses."""
+    given = inputs((2, 320, 2, 4, 64))
+    given["g"] = (given["g"].detach() * decay).requires_grad_()
+    truth = run(REFERENCE, given)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, theirs = (
-            (rule(**given, use_qk_l2norm_in_kernel=True)[0] - truth).norm()
-            for rule in (chunk_gated_delta_rule, REFERENCE)
-        )
-    assert float(ours) <= 1.5 * float(theirs)
+        ours, theirs = run(chunk_gated_delta_rule, given), run(REFERENCE, given)
+    for one, other, true in zip(ours, theirs, truth, strict=True):
+        assert float((one - true).norm()) <= 1.2 * float((other - true).norm())
 
 
 def test_it_is_put_where_a_models_layers_are_defined(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,7 +204,7 @@ def logged(folder: Path, *records: tuple[int, str]) -> list[dict[str, Any]]:
 def test_the_loss_of_a_block_is_read_from_auto_rounds_log(tmp_path: Path) -> None:
     text = "quantized 6/8 layers in the block, loss iter 0: 0.001234 -> iter 187: 5.6e-05,'peak_ram': 1.2GB"
     (event,) = logged(tmp_path, (logging.INFO, text))
-    assert (event["event"], event["before"], event["after"]) == ("loss", 0.001234, 5.6e-05)
+    assert (event["event"], event["before"], event["after"], event["iteration"]) == ("loss", 0.001234, 5.6e-05, 187)
     assert event["seconds"] >= 0
 
 
