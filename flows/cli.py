@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from flows.bench_command import bench
 from flows.checkpoint_commands import inspect, mtp_fix, validate
 from flows.command import NEW_FILE, NEW_FOLDER, command
 from flows.store_commands import store
@@ -76,7 +77,7 @@ def _lay_out(report: Any, checkout: Path | None) -> None:
         (report.path / "README.md").unlink(missing_ok=True)  # an earlier run's
 
 
-for each in (run, validate, mtp_fix, inspect, store):
+for each in (run, validate, mtp_fix, inspect, bench, store):
     cli.add_command(each)
 
 

@@ -71,6 +71,10 @@ class OutOfMemory(QuantizeFailed, MemoryError):
     """The quantize child ran out of memory at every rung of the ladder."""
 
 
+class EngineFailed(RequantError, RuntimeError):
+    """An inference engine did not start, ended, or answered what it should not."""
+
+
 class StageTimeout(RequantError, TimeoutError):
     """A stage took longer than it may."""
 
@@ -101,6 +105,7 @@ SECRET_VARIABLES = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
+    "REQUANT_API_KEY",
 )
 
 
