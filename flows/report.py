@@ -9,7 +9,7 @@ from typing import Any
 
 from tasks.artifact import Manifest
 from tasks.gates import Gate
-from tasks.hub.card import gigabytes, table
+from tasks.hub.markdown import gigabytes, table
 from tasks.hub.revision import Revision
 from tasks.recipe import Recipe
 from tasks.stage import StageResult

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from flows.report import Report, gate_rows, headline, stage_rows
 from tasks.gates import Gate
-from tasks.hub.card import gigabytes
+from tasks.hub.markdown import gigabytes
 
 RIGHT = {"seconds", "measured", "limit", "at once", "tokens/s", "first token", "between, p99", "accepted"}
 

@@ -6,7 +6,6 @@ transformers on the machine at hand is timed, and the record says that this is n
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -16,16 +15,16 @@ from typing import Any
 from prefect import task
 
 from tasks.artifact import File, Manifest
-from tasks.checkpoint.checkpoint import Checkpoint, read_json
+from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.writer import write_file, write_json
 from tasks.errors import CheckpointError, redact
 from tasks.prefect_stage import options, say, shown
 from tasks.recipe import Benchmark, Recipe
 from tasks.serving import gpu
 from tasks.serving.client import SAMPLING
-from tasks.serving.flags import speculates, speculation
+from tasks.serving.flags import speculates, with_drafts, without_drafts
 from tasks.serving.measure import measure, summarized
-from tasks.serving.prompts import digest_of_prompts, prompts_of
+from tasks.serving.prompts import digest_of_prompts, has_chat_template, prompts_of
 from tasks.serving.vllm import find, server_at, vllm
 from tasks.stage import Made, Stage, StageResult, machine, put_files, run_stage
 from tasks.store import Store, open_store
@@ -96,7 +95,7 @@ def bench(
         "flags": asked.flags,
         "draft_tokens": asked.draft_tokens,
     }
-    chat = _has_chat_template(folder)
+    chat = has_chat_template({path.name for path in folder.iterdir()}, lambda name: (folder / name).read_bytes())
     prompts = prompts_of(asked.prompts, asked.max_tokens)
     if engine.startswith("url:"):
         server = server_at(engine.removeprefix("url:"), chat=chat)
@@ -108,7 +107,7 @@ def bench(
         name = "on" if drafting else "off"
         with vllm(
             folder,
-            _flags(asked, drafting),
+            with_drafts(asked.flags, asked.draft_tokens) if drafting else without_drafts(asked.flags),
             logs / f"vllm-mtp-{name}.log",
             chat=chat,
             remote_code=remote_code,
@@ -143,22 +142,6 @@ def _modes(mtp: str, checkpoint: Checkpoint, flags: Mapping[str, Any]) -> list[b
     if mtp != "off" and not drafts:
         raise CheckpointError(f"{checkpoint.folder} has no MTP head to draft with: measure it with --mtp off")
     return {"on": [True], "off": [False], "both": [False, True]}[mtp]
-
-
-def _flags(asked: Benchmark, drafting: bool) -> dict[str, Any]:
-    """The recipe's flags; one for speculation that it has itself stands for ours, and goes where nothing is drafted."""
-    without = {name: value for name, value in asked.flags.items() if not speculates(name)}
-    if not drafting:
-        return without
-    return asked.flags if len(without) < len(asked.flags) else {**asked.flags, **speculation(asked.draft_tokens)}
-
-
-def _has_chat_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
-        return True
-    with contextlib.suppress(CheckpointError):
-        return bool(read_json(folder / "tokenizer_config.json").get("chat_template"))
-    return False
 
 
 def read_values(store: Store, result: StageResult) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from tasks.hub.release import CARD, release
 from tasks.hub.revision import Revision
 from tasks.prefect_stage import options, say, shown
 from tasks.recipe import Recipe
+from tasks.serving.prompts import has_chat_template
 from tasks.stage import StageResult, machine_errors
 from tasks.store import Store, open_store
 from tasks.store.lease import lease
@@ -58,6 +59,7 @@ def card_for(
             benchmark=speed,
             provenance={s.name: s.provenance for s in stages},
             base_card=base_card,
+            chat=has_chat_template({f.path for f in artifact.files}, lambda name: store.read_blob(artifact[name])),
         )
     )
 

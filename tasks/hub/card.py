@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 from tasks.gates import Gate
+from tasks.hub.markdown import code, gigabytes, table
+from tasks.hub.serving import serving_parts, speed_parts
 from tasks.recipe import NOT_YAML, PACKED_HEADS, Recipe
 
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:/+-]{0,127}")
@@ -44,6 +46,7 @@ class CardFacts:
     benchmark: Mapping[str, Any]
     provenance: Mapping[str, Mapping[str, Any]]
     base_card: str
+    chat: bool = True  # it has a chat template
 
 
 def make_card(facts: CardFacts) -> str:
@@ -51,6 +54,7 @@ def make_card(facts: CardFacts) -> str:
     recipe, measured = facts.recipe, facts.measured
     bits, group_size, sym = recipe.quantize.resolved
     repo = recipe.publish.repo_id if recipe.publish else "this checkpoint"
+    model = recipe.publish.repo_id if recipe.publish else "."  # the folder that this card lies in
     base = recipe.base.repo_id
     head = bool(measured["head_kept"])
     pinned = str(facts.provenance.get("quantize", {}).get("calibration") or recipe.quantize.calibration)
@@ -65,17 +69,7 @@ def make_card(facts: CardFacts) -> str:
         + (" The MTP head is kept bit for bit." if head else "")
         + " Made, measured and published by Requant.",
         "## Serving",
-        "These commands were **not run** by the pipeline that made this card.",
-        _code(
-            f"vllm serve {repo}"
-            + (""" \\\n  --speculative-config '{"method":"mtp","num_speculative_tokens":1}'""" if head else "")
-        ),
-        _code(
-            f"from transformers import {auto}, AutoTokenizer\n"
-            f'model = {auto}.from_pretrained("{repo}", device_map="auto")  # needs auto-round\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
-            "python",
-        ),
+        *serving_parts(facts.benchmark, model, head=head, chat=facts.chat, auto=auto, asked=recipe.benchmark),
         "## Quantization",
         table(("setting", "value"), _settings(facts)),
         "## What is not quantized, and why",
@@ -88,14 +82,16 @@ def make_card(facts: CardFacts) -> str:
         table(("gate", "measured", "limit", ""), [_gate_row(g) for g in facts.gates]),
         f"Perplexity {measured['perplexity']:.4f}, of the base {measured['base_perplexity']:.4f}.",
         "## Speed",
-        _speed_text(facts.benchmark),
+        *speed_parts(facts.benchmark),
         "## Limits",
         "Quality was measured on one text, in one programming language, and against the base only: no task benchmark "
-        "was run. No engine was run. Weights are rounded: expect small differences from the base everywhere.",
+        "was run. "
+        + ("No engine was run. " if facts.benchmark.get("engine") in {"none", "torch"} else "")
+        + "Weights are rounded: expect small differences from the base everywhere.",
         "## Reproduce",
         "With the recipe below as `recipe.yaml` and the versions in the table:",
-        _code("requant run recipe.yaml"),
-        _code(yaml.safe_dump(_recipe_document(recipe, facts.base_sha, pinned), sort_keys=False).rstrip(), "yaml"),
+        code("requant run recipe.yaml"),
+        code(yaml.safe_dump(_recipe_document(recipe, facts.base_sha, pinned), sort_keys=False).rstrip(), "yaml"),
         table(("stage", "seconds", "tools"), _provenance_rows(facts.provenance)),
         f"Base commit `{facts.base_sha}`, artifact digest `{facts.digest}`.",
     ]
@@ -186,15 +182,6 @@ def _head_text(facts: CardFacts, head: bool) -> str:
     )
 
 
-def _speed_text(benchmark: Mapping[str, Any]) -> str:
-    if benchmark.get("engine") == "none":
-        return "Not measured."
-    return (
-        f"{benchmark['engine']}: {benchmark['prefill_tokens_per_second']:.0f} tokens per second of prompt, "
-        f"{benchmark['tokens_per_second']:.1f} decoded. This is no engine's figure."
-    )
-
-
 def _gate_row(gate: Gate) -> tuple[str, ...]:
     value = "not measured" if gate.value is None else f"{gate.value:.4g}"
     limit = "none" if gate.limit is None else f"{gate.limit:.4g}"
@@ -207,6 +194,8 @@ def _recipe_document(recipe: Recipe, sha: str, calibration: str) -> dict[str, An
     document["base"]["revision"] = sha
     if "calibration" in document.get("quantize", {}):
         document["quantize"]["calibration"] = _public(calibration)
+    if document.get("benchmark", {}).get("engine", "").startswith("url:"):
+        document["benchmark"].pop("engine")  # somebody's server
     return document
 
 
@@ -220,25 +209,3 @@ def _provenance_rows(provenance: Mapping[str, Mapping[str, Any]]) -> list[tuple[
         (stage, f"{record.get('seconds', 0):.1f}", ", ".join(f"{k} {v}" for k, v in record.get("tools", {}).items()))
         for stage, record in provenance.items()
     ]
-
-
-def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """A markdown table; cells cannot break out of it."""
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return re.sub(r"[\r\n]+", " ", text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
-
-
-def _code(text: str, language: str = "bash") -> str:
-    return f"```{language}\n{text}\n```"
-
-
-def gigabytes(size: int) -> str:
-    """Bytes as people say them: GB of 10^9, MB and kB below."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.2f} {name}"
-    return f"{size / 1e3:.1f} kB"

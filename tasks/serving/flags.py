@@ -77,9 +77,15 @@ def speculates(name: str) -> bool:
     return name.split(".")[0].replace("_", "-") in SPECULATIVE
 
 
-def speculation(draft_tokens: int) -> dict[str, Any]:
-    """The flag that makes an engine draft with the checkpoint's MTP head."""
-    return {SPECULATION: {"method": "mtp", "num_speculative_tokens": draft_tokens}}
+def with_drafts(flags: Mapping[str, Any], draft_tokens: int) -> dict[str, Any]:
+    """The flags with the one that makes vLLM draft with the MTP head, unless they have one of their own."""
+    if any(map(speculates, flags)):
+        return dict(flags)
+    return {**flags, SPECULATION: {"method": "mtp", "num_speculative_tokens": draft_tokens}}
+
+
+def without_drafts(flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if not speculates(name)}
 
 
 def command_line(words: Sequence[str], model: str) -> str:

@@ -72,12 +72,15 @@ def _quantile(ordered: Sequence[float], share: float) -> float | None:
     return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 6)
 
 
-def summary(rows: Iterable[Mapping[str, Any]], *, mtp: bool) -> dict[str, Any] | None:
-    """What rows with or without MTP say together, greedy and one at a time; None where there are none.
+def summary(
+    rows: Iterable[Mapping[str, Any]], *, mtp: bool, sampling: str = "greedy", concurrency: int = 1
+) -> dict[str, Any] | None:
+    """What rows with or without MTP say together, by default greedy and one at a time; None where there are none.
 
     Tokens per second are all tokens over all time, so that a long answer counts as what it is.
     """
-    chosen = [r for r in rows if r["mtp"] == mtp and r["sampling"] == "greedy" and r["concurrency"] == 1]
+    wanted = (mtp, sampling, concurrency)
+    chosen = [r for r in rows if (r["mtp"], r["sampling"], r["concurrency"]) == wanted]
     if not chosen:
         return None
     tokens = sum(r["tokens"] for r in chosen)

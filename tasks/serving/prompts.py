@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -50,6 +50,17 @@ def python_prompts(count: int, length: int = CODE_LENGTH) -> list[str]:
         raise ValueError(f"the text has only {len(starts)} functions and classes")
     chosen = [starts[number * len(starts) // count] for number in range(count)]
     return [text[start : start + length] for start in chosen]
+
+
+def has_chat_template(files: Collection[str], read: Callable[[str], bytes]) -> bool:
+    """Whether a checkpoint says how messages are put into words: in a file of its own, or in its tokenizer's."""
+    if {"chat_template.jinja", "chat_template.json"} & set(files):
+        return True
+    try:
+        document = json.loads(read("tokenizer_config.json")) if "tokenizer_config.json" in files else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and bool(document.get("chat_template"))
 
 
 @cache

@@ -1,0 +1,28 @@
+"""Markdown that what it holds cannot break."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+
+def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A markdown table; cells cannot break out of it."""
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"[\r\n]+", " ", text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def code(text: str, language: str = "bash") -> str:
+    return f"```{language}\n{text}\n```"
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as people say them: GB of 10^9, MB and kB below."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size / 1e3:.1f} kB"
