@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 import click
 
+from flows.bench_command import bench
 from flows.checkpoint_commands import inspect, mtp_fix, validate
 from flows.command import NEW_FILE, NEW_FOLDER, command
 from flows.store_commands import store
@@ -109,7 +110,7 @@ def _lay_out(report: Report, checkout: Path | None) -> None:
         write_pictures(report.path / FOLDER, [])
 
 
-for each in (run, validate, mtp_fix, inspect, store):
+for each in (run, validate, mtp_fix, inspect, bench, store):
     cli.add_command(each)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from flows.report import Report, gate_rows, headline, stage_rows
 from tasks.gates import slope_error
-from tasks.hub.card import TASKS, named, plain, table, task_rows
+from tasks.hub.markdown import named, plain, table
+from tasks.hub.quality import HEAD, QUALITY, TASKS, head_rows, quality_rows, task_rows, told
 from tasks.pictures import Picture
 
 WORST = 5  # blocks and matrices
@@ -29,7 +30,9 @@ def markdown(report: Report, link: Callable[[Picture], str]) -> str:
     if report.gates:
         parts += ["### Gates", table(("gate", "measured", "limit", "", "note"), gate_rows(report.gates))]
     if rows := quality_rows(report.measured or {}):
-        parts += ["### Quality", table(("", "base", "quantized", "95 % of the time between"), rows)]
+        parts += ["### Quality", table(QUALITY, rows)]
+    if rows := head_rows(report.measured or {}):
+        parts += ["### Drafts taken", table(HEAD, rows)]
     if rows := task_rows(report.measured or {}):
         parts += ["### Tasks", table(TASKS, rows)]
     if rows := worst_rows(report.measured or {}):
@@ -43,30 +46,14 @@ def markdown(report: Report, link: Callable[[Picture], str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def quality_rows(measured: Mapping[str, Any]) -> list[Row]:
-    """What was measured of both, side by side, with the interval of ours where there is one."""
-    rows = [
-        ("perplexity", "base_perplexity", "perplexity", "perplexity_interval", "{:.4f}"),
-        ("perplexity over the base's, minus 1", "", "perplexity_increase", "perplexity_increase_interval", "{:.2%}"),
-        ("KL divergence, nats", "", "kl_divergence", "", "{:.4f}"),
-        ("same next token", "", "top1_agreement", "", "{:.2%}"),
-        ("first draft accepted", "base_mtp_acceptance", "mtp_acceptance", "", "{:.1%}"),
-    ]
-    return [
-        (name, *(_told(measured.get(key), form) for key in (base, ours)), _interval(measured.get(between), form))
-        for name, base, ours, between, form in rows
-        if measured.get(ours) is not None
-    ]
-
-
 def worst_rows(measured: Mapping[str, Any]) -> list[Row]:
     """The blocks with the largest error, and the matrices whose slope is farthest from where rounding would put it."""
     blocks = sorted(measured.get("blocks") or [], key=lambda block: -_size(block["error"]))
     matrices = sorted(measured.get("matrices") or [], key=lambda matrix: -_size(slope_error(matrix)))
     return [
-        *((f"block {b['block']}, {named(b['kind'])}", _told(b["error"], "{:.2%}"), "", "") for b in blocks[:WORST]),
+        *((f"block {b['block']}, {named(b['kind'])}", told(b["error"], "{:.2%}"), "", "") for b in blocks[:WORST]),
         *(
-            (named(m["name"]), _told(m["error"], "{:.2%}"), _told(m["slope"], "{:.4f}"), str(m["bits"]))
+            (named(m["name"]), told(m["error"], "{:.2%}"), told(m["slope"], "{:.4f}"), str(m["bits"]))
             for m in matrices[:WORST]
         ),
     ]
@@ -76,10 +63,13 @@ def _speed(benchmark: Mapping[str, Any]) -> list[str]:
     """The medians of each setting, and each prompt of the first."""
     from tasks.pictures.prompts import first_setting
 
+    where = plain(
+        f"{benchmark['version']} on {benchmark['hardware']}" if "version" in benchmark else benchmark["engine"]
+    )
     prompts = [p for p in benchmark.get("prompts") or [] if "mtp" in p and "sampling" in p]
     if not prompts:
         said = f"{benchmark['prefill_tokens_per_second']:.0f} tokens per second of prompt"
-        return [f"{plain(benchmark['engine'])}: {said}, {benchmark['tokens_per_second']:.1f} decoded."]
+        return [f"{where}: {said}, {benchmark['tokens_per_second']:.1f} decoded."]
     head = ("tokens/s", "first token, s", "between tokens, ms: median", "99 %", "drafts accepted")
     settings: dict[tuple[str, int, bool], list[Mapping[str, Any]]] = {}
     for p in prompts:
@@ -91,7 +81,7 @@ def _speed(benchmark: Mapping[str, Any]) -> list[str]:
     words, first = first_setting(prompts)
     by_prompt = [(f"{named(p['set'])} {named(p['name'])}", "on" if p["mtp"] else "off", *_figures([p])) for p in first]
     return [
-        f"{plain(benchmark['engine'])}; medians over the prompts:",
+        f"{where}; medians over the prompts:",
         table(("sampling", "requests at once", "MTP", *head), by_setting),
         f"Each prompt, {plain(words)}:",
         table(("prompt", "MTP", *head), by_prompt),
@@ -112,14 +102,6 @@ def _figures(prompts: list[Mapping[str, Any]]) -> Row:
 def _median(values: list[Any], form: str) -> str:
     numbers = [value for value in values if value is not None]
     return form.format(statistics.median(numbers)) if numbers else ""
-
-
-def _told(value: Any, form: str) -> str:
-    return "" if value is None else form.format(value)
-
-
-def _interval(values: Any, form: str) -> str:
-    return " and ".join(form.format(value) for value in values or [])
 
 
 def _size(value: Any) -> float:

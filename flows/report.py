@@ -10,7 +10,7 @@ from typing import Any
 
 from tasks.artifact import Manifest
 from tasks.gates import Gate
-from tasks.hub.card import gigabytes
+from tasks.hub.markdown import gigabytes
 from tasks.hub.revision import Revision
 from tasks.pictures import Picture
 from tasks.recipe import Recipe

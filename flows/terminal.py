@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -10,6 +11,9 @@ from rich.text import Text
 
 from flows.report import Report, gate_rows, headline, stage_rows
 from tasks.gates import Gate
+from tasks.hub.markdown import gigabytes
+
+RIGHT = {"seconds", "measured", "limit", "at once", "tokens/s", "first token", "between, p99", "accepted"}
 
 
 def render(report: Report) -> str:
@@ -22,14 +26,8 @@ def render(report: Report) -> str:
         if report.gates:
             console.print(_table(("gate", "measured", "limit", "", ""), gate_rows(report.gates)))
         if report.benchmark and report.benchmark["engine"] != "none":
-            speed = report.benchmark
-            console.print(
-                f"speed       {speed['prefill_tokens_per_second']:.0f} tokens/s prompt, "
-                f"{speed['tokens_per_second']:.1f} decoded ({speed['engine']})",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            speed = f"speed       {speed_line(report.benchmark)}"
+            console.print(speed, highlight=False, markup=False, soft_wrap=True)
         if report.path:
             console.print(f"checkpoint  {report.path}", highlight=False, markup=False, soft_wrap=True)
         if report.path and report.card:
@@ -51,10 +49,57 @@ def gate_table(gates: Iterable[Gate]) -> str:
     return capture.get()
 
 
+def bench_text(document: Mapping[str, Any], name: str) -> str:
+    """A benchmark: a row for each prompt, what they come to, and where the engine's log is."""
+    console = Console(width=110, no_color=True, force_terminal=False)
+    with console.capture() as capture:
+        console.print(f"\n{name}  {speed_line(document)}", highlight=False, markup=False, soft_wrap=True)
+        header = ("prompt", "sampling", "at once", "MTP", "tokens/s", "first token", "between, p99", "accepted")
+        console.print(_table(header, map(_bench_row, document["prompts"])))
+        for key, word in (("off", "MTP off"), ("on", "MTP on")):
+            if one := document.get("mtp", {}).get(key):
+                drafted = "" if one["acceptance"] is None else f", {one['acceptance']:.1%} of drafts accepted"
+                line = f"{word:9} {one['tokens_per_second']:.1f} tokens/s, greedy, one request at a time{drafted}"
+                console.print(line, highlight=False, markup=False)
+        if speedup := document.get("mtp", {}).get("speedup"):
+            console.print(f"speed-up  {speedup:.2f} times", highlight=False, markup=False)
+        if peak := document.get("peak_gpu_bytes"):
+            console.print(f"GPU       {gigabytes(peak)}", highlight=False, markup=False)
+        for path in document.get("logs", ()):
+            console.print(f"log       {path}", highlight=False, markup=False, soft_wrap=True)
+    return capture.get()
+
+
+def speed_line(benchmark: Mapping[str, Any]) -> str:
+    """A benchmark in one line."""
+    engine = ", ".join(str(benchmark[key]) for key in ("version", "hardware") if key in benchmark)
+    line = f"{benchmark['tokens_per_second']:.1f} tokens/s"
+    if benchmark["acceptance"] is not None:
+        line += f", {benchmark['acceptance']:.1%} of drafts accepted"
+    speedup = benchmark.get("mtp", {}).get("speedup")
+    if speedup is not None:
+        line += f", {speedup:.2f} times as fast as without MTP"
+    return f"{line} ({engine or benchmark['engine']})"
+
+
+def _bench_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    gaps = row["inter_token_seconds"]
+    return (
+        f"{row['set']}/{row['name']}",
+        row["sampling"],
+        str(row["concurrency"]),
+        "on" if row["mtp"] else "off",
+        f"{row['tokens_per_second']:.1f}",
+        f"{row['first_token_seconds'] * 1000:.0f} ms",
+        " ".join("-" if gaps[key] is None else f"{gaps[key] * 1000:.1f}" for key in ("median", "p99")) + " ms",
+        "-" if row["acceptance"] is None else f"{row['acceptance']:.1%}",
+    )
+
+
 def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
     made = Table(box=None, pad_edge=False)
     for name in header:
-        made.add_column(name, justify="right" if name in {"seconds", "measured", "limit"} else "left")
+        made.add_column(name, justify="right" if name in RIGHT else "left")
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     return made

@@ -1,114 +1,147 @@
-"""benchmark: prefill and decode speed of the checkpoint in transformers, on the machine at hand.
+"""benchmark: how fast the checkpoint is in an inference engine, and how many of its drafts are accepted.
 
-It loads the checkpoint as a user of transformers would, with auto-round's own kernels, and so also shows that it
-loads there. It says nothing about an engine's speed, and its record says so.
+vLLM is started with MTP and without; a server that runs already is asked as it is; where there is no engine,
+transformers on the machine at hand is timed, and the record says that this is no engine's figure.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 
-from tasks.artifact import Manifest
-from tasks.checkpoint.writer import write_json
-from tasks.errors import CheckpointError
+from tasks.artifact import File, Manifest
+from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.checkpoint.writer import write_file, write_json
+from tasks.errors import CheckpointError, redact
 from tasks.prefect_stage import options, say, shown
-from tasks.recipe import Recipe
+from tasks.recipe import Benchmark, Recipe
+from tasks.serving import gpu
+from tasks.serving.client import SAMPLING
+from tasks.serving.flags import speculates, with_drafts, without_drafts
+from tasks.serving.measure import measure, summarized
+from tasks.serving.prompts import digest_of_prompts, has_chat_template, prompts_of
+from tasks.serving.vllm import find, server_at, vllm
 from tasks.stage import Made, Stage, StageResult, machine, put_files, run_stage
 from tasks.store import Store, open_store
-from tasks.text import EVALUATION
 
-STAGE = Stage("benchmark", 1, tools=("transformers", "auto-round"))
+STAGE = Stage("benchmark", 2, tools=("transformers", "auto-round"))
 RESULT = "benchmark.json"
-PREFILL, DECODE = 128, 32  # tokens
-REPEATS = 3
+KEPT_LOG = 4 << 20  # bytes of an engine's log, its end
 log = logging.getLogger(__name__)
+Say = Callable[[str], None]
 
 
 def benchmark_key(recipe: Recipe, artifact: Manifest) -> str:
+    asked = recipe.benchmark
+    settings = {"engine": "none"} if asked.engine == "none" else asked.model_dump()
     return STAGE.key(
-        reads={"artifact": artifact.digest},
-        settings={"engine": _engine(recipe), "allow_remote_code": recipe.allow_remote_code},
+        reads={"artifact": artifact.digest, "prompts": digest_of_prompts(prompts_of(asked.prompts, asked.max_tokens))},
+        settings={**settings, "allow_remote_code": recipe.allow_remote_code},
     )
 
 
-def benchmark(store: Store, recipe: Recipe, artifact: Manifest, say: Callable[[str], None] = log.info) -> StageResult:
-    """Measure an artifact's speed; what was measured is in the artifact `benchmark.json`."""
+def benchmark(store: Store, recipe: Recipe, artifact: Manifest, say: Say = log.info) -> StageResult:
+    """Measure an artifact's speed; what was measured is in the artifact `benchmark.json`, the engine's logs beside it.
+
+    Raises EngineFailed, RecipeError, CheckpointError.
+    """
 
     def work(folder: Path) -> Made:
-        values: dict[str, Any] = {"engine": "none"}
-        if _engine(recipe) != "none":
-            store.hand_out(artifact, folder / "artifact")
-            values = measure_speed(folder / "artifact", remote_code=recipe.allow_remote_code, say=say)
-        files = [write_json(folder / "out", RESULT, values)]
+        logs = folder / "logs"
+        ours = store.hand_out(artifact, folder / "artifact")
+        values = bench(ours, recipe.benchmark, logs, remote_code=recipe.allow_remote_code, say=say)
+        kept = [_keep_log(path, folder / "out") for path in sorted(logs.glob("*.log"))]
+        values = {**values, "logs": [file.path for file in kept]}
+        files = [write_json(folder / "out", RESULT, values), *kept]
         put_files(store, folder / "out", files)
         return Made(Manifest.of(files), {"measured": values})
 
     return run_stage(store, STAGE, benchmark_key(recipe, artifact), work, say)
 
 
-def _engine(recipe: Recipe) -> str:
-    return "torch" if recipe.benchmark.engine == "auto" else recipe.benchmark.engine
+def _keep_log(path: Path, out: Path) -> File:
+    text = path.read_bytes()[-KEPT_LOG:].decode("utf-8", "replace")
+    return write_file(out, path.name, [redact(text).encode()])
 
 
-def measure_speed(folder: Path, *, remote_code: bool = False, say: Callable[[str], None] = log.info) -> dict[str, Any]:
-    """Tokens per second of prompts of PREFILL tokens and of greedy decoding, batch 1, medians of REPEATS."""
-    os.environ.setdefault("AR_LOG_LEVEL", "ERROR")  # auto-round, which transformers imports here, reads it then
-    import torch
-    import transformers
+def bench(
+    folder: Path,
+    asked: Benchmark,
+    logs: Path,
+    *,
+    mtp: str = "auto",
+    remote_code: bool = False,
+    say: Say = log.info,
+) -> dict[str, Any]:
+    """Measure a checkpoint. `mtp`: on, off, both, or auto, which is both where there is a head; for vLLM only.
 
-    from tasks.model import load_tokenizer, pick_device
-
-    device = pick_device(sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 2)
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
-    auto = transformers.AutoModelForCausalLM
-    if hasattr(config, "vision_config"):
-        auto = transformers.AutoModelForImageTextToText
-    try:
-        model = auto.from_pretrained(folder, device_map=str(device), dtype="auto", trust_remote_code=remote_code)
-    except (ValueError, ImportError, KeyError) as error:
-        first = next(iter(str(error).splitlines()), "")
-        raise CheckpointError(f"transformers cannot load the result ({type(error).__name__}: {first})") from error
-    model.eval()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {machine()['cpus']} cores"
-    say(f"timing {PREFILL} + {DECODE} tokens in transformers on {name}")
-    ids = load_tokenizer(folder, remote_code=remote_code)(EVALUATION.read_text())["input_ids"]
-    prompts = []
-    for number in range(REPEATS + 1):
-        prompt = torch.tensor([ids[number * PREFILL : (number + 1) * PREFILL]], device=device)
-        seconds = [_seconds(device, model, prompt, new) for new in (1, 1 + DECODE)]
-        decode = max(seconds[1] - seconds[0], 1e-9)
-        prompts.append({"prefill": PREFILL / seconds[0], "decode": DECODE / decode, "first_token_s": seconds[0]})
-    warm = prompts[1:]
+    Logs of an engine that is started go into the folder `logs`. Raises EngineFailed, RecipeError, CheckpointError.
+    """
+    engine = asked.engine if asked.engine != "auto" else "vllm" if find() else "torch"
+    if engine == "none":
+        return {"engine": engine, "prompts": [], "tokens_per_second": None, "acceptance": None}
+    checkpoint = Checkpoint.open(folder)
+    say(f"measuring {folder.name} in {engine}")
+    if engine == "torch":
+        return {"engine": engine, **measure_in_torch(folder, remote_code, say)}
+    settings = {
+        "sampling": SAMPLING,
+        "concurrency": sorted({1, asked.concurrency}),
+        "flags": asked.flags,
+        "draft_tokens": asked.draft_tokens,
+    }
+    chat = has_chat_template({path.name for path in folder.iterdir()}, lambda name: (folder / name).read_bytes())
+    prompts = prompts_of(asked.prompts, asked.max_tokens)
+    if engine.startswith("url:"):
+        server = server_at(engine.removeprefix("url:"), chat=chat)
+        rows = measure(server, prompts, asked.concurrency, None, say)
+        return {"engine": engine, "model": server.model, **summarized(rows), **settings, "commands": []}
+    modes = _modes(mtp, checkpoint, asked.flags)
+    rows, commands, peaks, version = [], [], {}, ""
+    for drafting in modes:
+        name = "on" if drafting else "off"
+        with vllm(
+            folder,
+            with_drafts(asked.flags, asked.draft_tokens) if drafting else without_drafts(asked.flags),
+            logs / f"vllm-mtp-{name}.log",
+            chat=chat,
+            remote_code=remote_code,
+            say=say,
+        ) as running:
+            rows += measure(running.server, prompts, asked.concurrency, drafting, say)
+            running.look_at_memory()
+            version, peaks[name] = running.version, running.peak_gpu_bytes
+            commands.append({"mtp": drafting, "words": running.command})
     return {
-        "engine": f"transformers {transformers.__version__}, batch 1, no speculative decoding, on {name}",
-        "prompts": [{k: round(v, 4) for k, v in p.items()} for p in warm],
-        "prefill_tokens_per_second": round(statistics.median(p["prefill"] for p in warm), 2),
-        "tokens_per_second": round(statistics.median(p["decode"] for p in warm), 2),
-        "acceptance": None,
+        "engine": engine,
+        "version": f"vLLM {version}",
+        "hardware": ", ".join(gpu.names()) or f"CPU, {machine()['cpus']} cores",
+        **summarized(rows),
+        **settings,
+        "commands": commands,
+        "peak_gpu_bytes": max((peak for peak in peaks.values() if peak), default=None),
     }
 
 
-def _seconds(device: Any, model: Any, prompt: Any, new: int) -> float:
-    """Wall time of one greedy generation of exactly `new` tokens."""
-    import torch
+def measure_in_torch(folder: Path, remote_code: bool, say: Say) -> dict[str, Any]:
+    from tasks.serving import in_torch  # torch takes seconds to import, and an engine needs none of it
 
-    from tasks.model import greedy
+    return in_torch.measure_in_torch(folder, remote_code=remote_code, say=say)
 
-    started = time.perf_counter()
-    with torch.inference_mode():
-        greedy(model, prompt, new)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+
+def _modes(mtp: str, checkpoint: Checkpoint, flags: Mapping[str, Any]) -> list[bool]:
+    """With drafts or without: which of the two, in which order."""
+    drafts = checkpoint.head is not None or any(map(speculates, flags))
+    if mtp == "auto":
+        mtp = "both" if drafts else "off"
+    if mtp != "off" and not drafts:
+        raise CheckpointError(f"{checkpoint.folder} has no MTP head to draft with: measure it with --mtp off")
+    return {"on": [True], "off": [False], "both": [False, True]}[mtp]
 
 
 def read_values(store: Store, result: StageResult) -> dict[str, Any]:

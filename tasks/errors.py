@@ -75,6 +75,10 @@ class EvaluationFailed(RequantError, RuntimeError):
     """lm-eval could not run a task: its data, its definition or its metric."""
 
 
+class EngineFailed(RequantError, RuntimeError):
+    """An inference engine did not start, ended, or answered what it should not."""
+
+
 class StageTimeout(RequantError, TimeoutError):
     """A stage took longer than it may."""
 
@@ -105,6 +109,7 @@ SECRET_VARIABLES = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
+    "REQUANT_API_KEY",
 )
 
 

@@ -23,6 +23,7 @@ from tasks.hub.revision import Revision
 from tasks.pictures import CARD_KINDS, FOLDER, Picture, write_pictures
 from tasks.prefect_stage import options, say, shown
 from tasks.recipe import Recipe
+from tasks.serving.prompts import has_chat_template
 from tasks.stage import StageResult, machine_errors
 from tasks.store import Store, open_store
 from tasks.store.lease import lease
@@ -61,6 +62,7 @@ def card_for(
             provenance={s.name: s.provenance for s in stages},
             base_card=base_card,
             pictures=pictures,
+            chat=has_chat_template({f.path for f in artifact.files}, lambda name: store.read_blob(artifact[name])),
         )
     )
 

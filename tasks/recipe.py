@@ -14,6 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tasks.errors import RecipeError
+from tasks.serving.flags import check_flags
 
 # What PyYAML raises for text that is not YAML, or whose tags do not fit their values.
 NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, KeyError, IndexError, AttributeError, TypeError)
@@ -27,6 +28,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "auto-round-light": {"iters": 50, "nsamples": 128, "seqlen": 2048, "batch_size": 8, "lr": 5e-3},
 }
 BUILTIN = ("builtin:python",)  # texts of this package: tasks/texts
+ENGINES = ("auto", "vllm", "torch", "none")
+ENGINE_URL = re.compile(r"url:https?://[A-Za-z0-9.-]{1,253}(:\d{1,5})?(/[A-Za-z0-9._~/-]{0,200})?")
 Choice = Literal["auto"] | bool
 
 
@@ -174,16 +177,30 @@ class Eval(Section):
 class Benchmark(Section):
     """What measures speed. `torch` is transformers on the machine at hand, never an engine's figure."""
 
-    engine: str = Field("auto", description="auto, torch or none")
-    flags: Annotated[dict[str, Any], AfterValidator(_as_json)] = {}
+    engine: str = Field(
+        "auto", description="auto (vllm where there is one, else torch), vllm, url:http://..., torch, none"
+    )
+    flags: Annotated[dict[str, Any], AfterValidator(_as_json)] = Field(
+        {}, description="The engine's own, as it spells them"
+    )
+    prompts: list[Literal["card", "code", "prose", "chat"]] = Field(
+        ["card"], min_length=1, description="Prompt sets: tasks/prompts"
+    )
+    concurrency: int = Field(4, ge=1, le=256, description="Requests at once, beside one at a time")
+    draft_tokens: int = Field(1, ge=1, le=8, description="Tokens that the MTP head drafts at once")
+    max_tokens: Annotated[int, Field(ge=1, le=32_768)] | None = Field(None, description="At most so many a prompt")
 
     @field_validator("engine")
     @classmethod
-    def available(cls, value: str) -> str:
-        if value == "vllm" or value.startswith("url:"):
-            raise ValueError("this version measures in transformers only: use auto, torch or none")
-        if value not in {"auto", "torch", "none"}:
-            raise ValueError("use auto, torch or none")
+    def known_engine(cls, value: str) -> str:
+        if value not in ENGINES and not ENGINE_URL.fullmatch(value):
+            raise ValueError(f"use {', '.join(ENGINES)}, or url:http://HOST:PORT of a server without a password in it")
+        return value
+
+    @field_validator("flags")
+    @classmethod
+    def possible_flags(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_flags(value)
         return value
 
 

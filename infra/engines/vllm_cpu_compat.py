@@ -1,9 +1,11 @@
 """Makes the CPU wheel of vLLM run on a plain x86-64 machine. Loaded at interpreter start through a .pth file.
 
-Two gaps are closed, nothing else of vLLM is touched: its config parsing, weight loading, speculative decoding and
+Three gaps are closed, nothing else of vLLM is touched: its config parsing, weight loading, speculative decoding and
 server are its own.
 - torchvision has no CPU build on the registry, and its import needs two operator schemas that only its C++ part has;
-- the wheel's AVX2 build has no int4 GEMM: that one kernel is replaced by an exact dequantize + matmul.
+- the wheel's AVX2 build has no int4 GEMM: that one kernel is replaced by an exact dequantize + matmul;
+- sampling with speculation: the kernel that gives each drafted token its request's temperature, top_k and top_p writes
+  into a copy, so that everything is sampled at random values. Greedy decoding does not use it.
 """
 
 from __future__ import annotations
@@ -14,26 +16,28 @@ import sys
 from typing import Any
 
 INT4_KERNEL = "vllm.model_executor.kernels.linear.mixed_precision.cpu"
+SAMPLING_KERNELS = "vllm.utils.cpu_triton_utils"
 
 
 class _Hook(importlib.abc.MetaPathFinder):
     def __init__(self) -> None:
         self.torchvision_done = False
-        self.looking_up_kernel = False
+        self.looking_up = False
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name == "torchvision" and not self.torchvision_done:
             self.torchvision_done = True
             _declare_torchvision_ops(self)
-        if name == INT4_KERNEL and not self.looking_up_kernel:
-            self.looking_up_kernel = True
+        patch = PATCHES.get(name)
+        if patch is not None and not self.looking_up:
+            self.looking_up = True
             spec: Any = importlib.util.find_spec(name)
-            self.looking_up_kernel = False
+            self.looking_up = False
             run = spec.loader.exec_module
 
             def exec_and_patch(module: Any) -> None:
                 run(module)
-                _replace_int4_kernel(module)
+                patch(module)
 
             spec.loader.exec_module = exec_and_patch
             return spec
@@ -72,4 +76,16 @@ def _replace_int4_kernel(module: Any) -> None:
     kernel.apply_weights = apply_weights
 
 
+def _replace_expand_kernel(module: Any) -> None:
+    import torch
+
+    def expand(output: Any, values: Any, ends: Any, replace_from: Any, replace_to: Any, *_: Any, **__: Any) -> None:
+        counts = torch.diff(ends, prepend=ends.new_zeros(1))
+        replaced = torch.where(values == replace_from, torch.full_like(values, replace_to), values)
+        output.copy_(torch.repeat_interleave(replaced, counts))
+
+    module._expand_kernel_impl = expand
+
+
+PATCHES = {INT4_KERNEL: _replace_int4_kernel, SAMPLING_KERNELS: _replace_expand_kernel}
 sys.meta_path.insert(0, _Hook())

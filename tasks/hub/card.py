@@ -11,6 +11,9 @@ from typing import Any
 import yaml
 
 from tasks.gates import Gate
+from tasks.hub.markdown import code, gigabytes, plain, table
+from tasks.hub.quality import HEAD, QUALITY, TASKS, head_rows, quality_rows, task_rows
+from tasks.hub.serving import serving_parts, speed_parts
 from tasks.pictures import FOLDER, Picture
 from tasks.recipe import NOT_YAML, PACKED_HEADS, Recipe
 
@@ -28,7 +31,6 @@ REASONS = (
     (r"(gate|router)\.weight", "router: small, and decides which expert runs"),
     (r"\.bias$", "bias: a vector"),
 )
-TASKS = ("task", "metric", "base", "quantized", "recovery")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class CardFacts:
     provenance: Mapping[str, Mapping[str, Any]]
     base_card: str
     pictures: Sequence[Picture] = ()
+    chat: bool = True  # it has a chat template
 
 
 def make_card(facts: CardFacts) -> str:
@@ -54,6 +57,7 @@ def make_card(facts: CardFacts) -> str:
     recipe, measured = facts.recipe, facts.measured
     bits, group_size, sym = recipe.quantize.resolved
     repo = recipe.publish.repo_id if recipe.publish else "this checkpoint"
+    model = recipe.publish.repo_id if recipe.publish else "."  # the folder that this card lies in
     base = recipe.base.repo_id
     head = bool(measured["head_kept"])
     pinned = str(facts.provenance.get("quantize", {}).get("calibration") or recipe.quantize.calibration)
@@ -68,38 +72,32 @@ def make_card(facts: CardFacts) -> str:
         + (" The MTP head is kept bit for bit." if head else "")
         + " Made, measured and published by Requant.",
         "## Serving",
-        "These commands were **not run** by the pipeline that made this card.",
-        _code(
-            f"vllm serve {repo}"
-            + (""" \\\n  --speculative-config '{"method":"mtp","num_speculative_tokens":1}'""" if head else "")
-        ),
-        _code(
-            f"from transformers import {auto}, AutoTokenizer\n"
-            f'model = {auto}.from_pretrained("{repo}", device_map="auto")  # needs auto-round\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
-            "python",
-        ),
+        *serving_parts(facts.benchmark, model, head=head, chat=facts.chat, auto=auto, asked=recipe.benchmark),
         "## Quantization",
         table(("setting", "value"), _settings(facts)),
         "## What is not quantized, and why",
         table(("tensors", "count", "why"), kept_groups(facts.kept_names)),
         "## MTP head",
-        _head_text(facts, head),
+        *_head_text(facts, head),
         "## Against the base",
         f"Measured in torch on {measured['tokens']:,} tokens of a pinned text (Python), both models alike, packed "
         "weights dequantized by their formula.",
+        table(QUALITY, quality_rows(measured)),
+        *_tasks_text(measured),
+        "Every gate that it had to pass:",
         table(("gate", "measured", "limit", ""), [_gate_row(g) for g in facts.gates]),
-        f"Perplexity {measured['perplexity']:.4f}, of the base {measured['base_perplexity']:.4f}.",
         "## Speed",
-        _speed_text(facts.benchmark),
+        *speed_parts(facts.benchmark),
         *_pictures(facts.pictures),
         "## Limits",
-        "Quality was measured on one text, in one programming language, and against the base only: no task benchmark "
-        "was run. No engine was run. Weights are rounded: expect small differences from the base everywhere.",
+        "Quality was measured on one text, in one programming language, and against the base only. "
+        + ("" if measured.get("tasks") else "No task benchmark was run. ")
+        + ("No engine was run. " if facts.benchmark.get("engine") in {"none", "torch"} else "")
+        + "Weights are rounded: expect small differences from the base everywhere.",
         "## Reproduce",
         "With the recipe below as `recipe.yaml` and the versions in the table:",
-        _code("requant run recipe.yaml"),
-        _code(yaml.safe_dump(_recipe_document(recipe, facts.base_sha, pinned), sort_keys=False).rstrip(), "yaml"),
+        code("requant run recipe.yaml"),
+        code(yaml.safe_dump(_recipe_document(recipe, facts.base_sha, pinned), sort_keys=False).rstrip(), "yaml"),
         table(("stage", "seconds", "tools"), _provenance_rows(facts.provenance)),
         f"Base commit `{facts.base_sha}`, artifact digest `{facts.digest}`.",
     ]
@@ -169,9 +167,14 @@ def _settings(facts: CardFacts) -> list[tuple[str, ...]]:
     ]
 
 
-def _head_text(facts: CardFacts, head: bool) -> str:
+def _tasks_text(measured: Mapping[str, Any]) -> list[str]:
+    rows = task_rows(measured)
+    return ["Tasks of lm-eval, the base beside the result:", table(TASKS, rows)] if rows else []
+
+
+def _head_text(facts: CardFacts, head: bool) -> list[str]:
     if not head:
-        return "The result has no MTP head." if facts.recipe.mtp == "drop" else "The base has no MTP head."
+        return ["The result has no MTP head." if facts.recipe.mtp == "drop" else "The base has no MTP head."]
     measured, precision = facts.measured, facts.recipe.mtp
     what = f"Bit for bit the base's {measured['head']} tensors, in a shard of their own, excluded in both quantization "
     what += "configs."
@@ -182,34 +185,12 @@ def _head_text(facts: CardFacts, head: bool) -> str:
             "the base's."
         )
     if measured["mtp_acceptance"] is None:
-        return f"{what} Its acceptance was not measured."
-    return (
-        f"{what} Teacher-forced acceptance of its first draft on the quantized model: "
-        f"{measured['mtp_acceptance']:.1%}; of the base: {measured['base_mtp_acceptance']:.1%}. Other "
-        "text differs, and an engine that drafts on its own greedy output accepts more."
-    )
-
-
-def _speed_text(benchmark: Mapping[str, Any]) -> str:
-    if benchmark.get("engine") == "none":
-        return "Not measured."
-    return (
-        f"{benchmark['engine']}: {benchmark['prefill_tokens_per_second']:.0f} tokens per second of prompt, "
-        f"{benchmark['tokens_per_second']:.1f} decoded. This is no engine's figure."
-    )
-
-
-def task_rows(measured: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The lm-eval tasks of validate's values, for a table headed TASKS."""
+        return [f"{what} Its acceptance was not measured."]
     return [
-        (
-            named(name),
-            plain(task["metric"]),
-            f"{task['base']:.4g}",
-            f"{task['ours']:.4g}",
-            "none" if task["recovery"] is None else f"{task['recovery']:.1%}",
-        )
-        for name, task in (measured.get("tasks") or {}).items()
+        what,
+        "Share of steps that take each draft and all before it, measured in torch: after the pinned text as it stands, "
+        "and decoding greedily after its beginnings, where the model writes what is easy for it. Other text differs.",
+        table(HEAD, head_rows(measured)),
     ]
 
 
@@ -232,6 +213,8 @@ def _recipe_document(recipe: Recipe, sha: str, calibration: str) -> dict[str, An
         document["quantize"]["calibration"] = _public(calibration)
     if document.get("eval") and document["eval"].get("definitions"):
         document["eval"]["definitions"] = _public(document["eval"]["definitions"])
+    if document.get("benchmark", {}).get("engine", "").startswith("url:"):
+        document["benchmark"].pop("engine")  # somebody's server
     return document
 
 
@@ -245,36 +228,3 @@ def _provenance_rows(provenance: Mapping[str, Mapping[str, Any]]) -> list[tuple[
         (stage, f"{record.get('seconds', 0):.1f}", ", ".join(f"{k} {v}" for k, v in record.get("tools", {}).items()))
         for stage, record in provenance.items()
     ]
-
-
-def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """A markdown table; cells cannot break out of it."""
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return re.sub(r"[\r\n]+", " ", text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
-
-
-def plain(text: object) -> str:
-    """A sentence without anything that markdown or HTML could read as more than text."""
-    return re.sub(r"[^\w .,:;%()'+=-]", "?", str(text))
-
-
-def named(name: object) -> str:
-    """A name from outside as code, which nothing in it can leave."""
-    safe = re.sub(r"[^\w .,:+*/()-]", "?", str(name))[:80].strip()
-    return f"`{safe or '?'}`"
-
-
-def _code(text: str, language: str = "bash") -> str:
-    return f"```{language}\n{text}\n```"
-
-
-def gigabytes(size: int) -> str:
-    """Bytes as people say them: GB of 10^9, MB and kB below."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.2f} {name}"
-    return f"{size / 1e3:.1f} kB"

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infra.engines.prompts import TOKENS, python_prompts
+from infra.engines.prompts import COUNT, TOKENS
 from tasks.checkpoint.inspect import inspect_checkpoint
 from tasks.checkpoint.repair import Base, repair
+from tasks.serving.prompts import python_prompts
 from tests.engines.conftest import ROOT
 from tests.engines.variants import VARIANTS, make
 from tests.pico import TINY
@@ -52,7 +53,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def drafted(vllm_python: str, published: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Greedy, one draft token, more than 5,000 drafted; one process for all that are to be compared."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.json"
-    prompts.write_text(json.dumps(python_prompts()))
+    prompts.write_text(json.dumps(python_prompts(COUNT)))
     names = [name for name in published if name.endswith((", mended", ", dequantized")) or name in {CARD, "int4"}]
     script, draft = Path(__file__).parent / "try_all.py", ROOT / "infra" / "engines" / "draft.py"
     command = [vllm_python, script, draft, prompts, str(TOKENS), *(str(published[name]) for name in names)]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from infra.engines.prompts import python_prompts
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.engines import verdicts
+from tasks.serving.prompts import python_prompts
 from tests.engines.conftest import ROOT
 from tests.engines.variants import VARIANTS, make
 

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from tasks.gates import compare
-from tasks.hub.card import CardFacts, gigabytes, inherited, kept_groups, make_card, table
+from tasks.hub.card import CardFacts, inherited, kept_groups, make_card
+from tasks.hub.markdown import gigabytes, table
 from tasks.pictures import Picture
 from tasks.recipe import Gates, Recipe, parse_recipe
 from tests.unit.test_gates import GOOD
