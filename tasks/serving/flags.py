@@ -31,6 +31,8 @@ CODE = (
     "log-config-file", "kv-transfer-config", "ec-transfer-config", "weight-transfer-config",
 )  # fmt: skip
 
+WHOLE = "reasoning-parser"  # a flag itself, and the beginning of one that is refused
+
 
 def check_flags(flags: Mapping[str, Any]) -> None:
     """Raise ValueError, with a sentence, for what is no flag of an engine or is not a recipe's to set."""
@@ -44,7 +46,7 @@ def check_flags(flags: Mapping[str, Any]) -> None:
         seen[plain] = name
         first = plain.removeprefix("no-").split(".")[0]
         for taken, why in (*OURS.items(), *((code, "it names Python code to run") for code in CODE)):
-            if taken.startswith(first):  # engines complete what is cut short
+            if taken.startswith(first) and first != WHOLE:  # engines complete what is cut short
                 raise ValueError(f"{name} cannot be set here: {why}")
         for item in value if isinstance(value, list) else [value]:
             _check_value(name, item)

@@ -6,9 +6,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+from infra.hub.launch import HubStandIn
+
+if TYPE_CHECKING:
+    from tests.engines.pipeline import Made
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -20,3 +27,13 @@ def vllm_python() -> str:
     if not path.exists():
         pytest.skip(f"no vLLM: run infra/engines/install {ROOT / 'build' / 'vllm'}")
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def made(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    """The whole pipeline's result, its Hub still there."""
+    from tests.engines.pipeline import run_pipeline
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    with HubStandIn(folder / "hub", user="me") as hub:
+        yield run_pipeline(folder, hub, vllm_python)

@@ -1,4 +1,4 @@
-"""try_all.py DRAFT PROMPTS.json TOKENS MODEL_DIR[:vision]...: what vLLM does with each checkpoint, as a JSON list.
+"""try_all.py DRAFT PROMPTS.json TOKENS MODEL_DIR[:vision|:half]...: what vLLM does with each, as a JSON list.
 
 Runs in vLLM's interpreter. DRAFT is infra/engines/draft.py. Each is started with MTP; where that fails, without it too.
 """
@@ -21,9 +21,10 @@ def main() -> None:
     prompts, tokens = json.loads(Path(sys.argv[2]).read_text()), int(sys.argv[3])
     found = []
     for argument in sys.argv[4:]:
-        folder, vision = Path(argument.removesuffix(":vision")), argument.endswith(":vision")
-        with_mtp = draft.draft(folder, prompts, tokens, vision=vision)
-        without = draft.draft(folder, prompts, 1, mtp=False, vision=vision) if with_mtp["error"] else None
+        path, _, how = argument.partition(":")
+        options = {"vision": how == "vision", "dtype": "half" if how == "half" else "bfloat16"}
+        with_mtp = draft.draft(Path(path), prompts, tokens, **options)
+        without = draft.draft(Path(path), prompts, 1, mtp=False, **options) if with_mtp["error"] else None
         found.append({"with": with_mtp, "without": without})
     json.dump(found, out)
     out.close()

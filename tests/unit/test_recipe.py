@@ -142,7 +142,13 @@ WRONG = {
     "allow_remote_code": ["1", "'true'"],
     "gates.max_perplexity_increase": ["'5%'", ".nan", "-2", "true"],
     "gates.min_top1_agreement": ["1.1", "-0.1", "85"],
-    "benchmark.engine": ["fast", "1", "vllm", "url:http://127.0.0.1:8000"],
+    "benchmark.engine": [
+        "fast", "1", "'url:'", "url:ftp://a", "url:http://me:secret@host", "'url:http://a b'", "'url:http://a/?key=1'",
+    ],
+    "benchmark.prompts": ["card", "[]"],
+    "benchmark.concurrency": ["0", "'4'", "1000"],
+    "benchmark.draft_tokens": ["0", "9"],
+    "benchmark.max_tokens": ["0", "1.5"],
     "publish.repo_id": ["a b", "5"],
     "publish.private": ["1", "'no'"],
     "publish": ["[]", "me/out"],
@@ -161,7 +167,7 @@ def test_what_is_allowed_is_said(tmp_path: Path) -> None:
     assert "2, 3, 4 or 8" in sentence(tmp_path, with_key("quantize.bits", "5"))
     assert "owner/name" in sentence(tmp_path, with_key("base.repo_id", "a/b/c"))
     assert "W4A16" in sentence(tmp_path, with_key("quantize.scheme", "W5A16"))
-    assert "auto, torch or none" in sentence(tmp_path, with_key("benchmark.engine", "vllm"))
+    assert "auto, vllm, torch, none, or url:http" in sentence(tmp_path, with_key("benchmark.engine", "sglang"))
 
 
 def test_a_recipe_without_a_base_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tasks.stage import StageResult
 SHA = "0123456789abcdef0123456789abcdef01234567"
 ARTIFACT = Manifest.of([File("model.safetensors", 18_000_000_000, "a" * 64)])
 RECIPE = parse_recipe({"base": {"repo_id": "Qwen/Qwen3.6-27B"}})
-SPEED = {"engine": "transformers 5", "prefill_tokens_per_second": 1000.0, "tokens_per_second": 50.0}
+SPEED = {"engine": "torch", "version": "transformers 5", "tokens_per_second": 50.0, "acceptance": None}
 PUBLISHED = {"repo_id": "me/x", "commit": SHA, "tag": "v1", "changed": True, "url": "https://hub/me/x"}
 
 
@@ -106,7 +106,16 @@ def test_a_failed_run_says_its_sentence_in_the_terminal() -> None:
 
 def test_the_terminal_shows_everything_and_no_markup_of_its_own() -> None:
     text = render(finished(error="[bold]not markup[/bold]"))
-    for part in ("PUBLISHED", "quantize", "75.5", "FAILED", "1000 tokens/s prompt", "/out", "https://hub/me/x", "v1"):
+    for part in (
+        "PUBLISHED",
+        "quantize",
+        "75.5",
+        "FAILED",
+        "50.0 tokens/s (transformers 5)",
+        "/out",
+        "https://hub/me/x",
+        "v1",
+    ):
         assert part in text
     assert "[bold]not markup[/bold]" in text and "\x1b" not in text
 

@@ -1,0 +1,98 @@
+"""A server that speaks OpenAI's API as vLLM does, without a model: two tokens a piece, three of four drafts accepted.
+
+`python stand_in_engine.py --model DIR --port N [--die-with WORDS] [--never-ready] [--slow]`. It has a worker in a
+session of its own, as engines have. Both write their process ids into the folder that ENGINE_PIDS names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+COUNTS = {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0}
+SLOW = 0.0
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        answers: dict[str, str] = {
+            "/health": "",
+            "/version": json.dumps({"version": "0.0.1"}),
+            "/v1/models": json.dumps({"data": [{"id": "stand-in"}]}),
+            "/metrics": "".join(f'vllm:spec_decode_num_{k}_total{{engine="0"}} {v}\n' for k, v in COUNTS.items())
+            + f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{position="0"}} {COUNTS["accepted_tokens"]}\n',
+        }
+        self._send(200 if self.path in answers else 404, answers.get(self.path, "").encode())
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        chat = self.path.endswith("chat/completions")
+        if chat:  # the first piece says who speaks
+            self._event(
+                {"choices": [{"delta": {"role": "assistant", "content": ""}}], "usage": {"completion_tokens": 0}}
+            )
+        for made in range(2, asked["max_tokens"] + 1, 2):
+            time.sleep(0.001 + SLOW)
+            COUNTS["drafts"] += 4
+            COUNTS["draft_tokens"] += 4
+            COUNTS["accepted_tokens"] += 3
+            choice: dict[str, Any] = {"delta": {"content": "x "}} if chat else {"text": "x "}
+            self._event({"choices": [choice], "usage": {"completion_tokens": made}})
+        self._event({"choices": [], "usage": {"completion_tokens": asked["max_tokens"] // 2 * 2}})
+        self._chunk(b"data: [DONE]\n\n")
+        self._chunk(b"")
+
+    def _event(self, document: dict[str, Any]) -> None:
+        self._chunk(f"data: {json.dumps(document)}\n\n".encode())
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.flush()
+
+    def _send(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+def main() -> None:
+    global SLOW
+    parser = argparse.ArgumentParser()
+    for name in ("--model", "--served-model-name", "--host", "--speculative-config", "--die-with"):
+        parser.add_argument(name)
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--never-ready", action="store_true")
+    parser.add_argument("--slow", action="store_true")
+    asked = parser.parse_args()
+    if asked.die_with:
+        sys.exit(asked.die_with)
+    SLOW = 0.5 if asked.slow else 0.0
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # an engine that does not listen
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    folder = Path(os.environ["ENGINE_PIDS"])
+    for pid in (os.getpid(), worker.pid):
+        (folder / str(pid)).touch()
+    if asked.never_ready:
+        time.sleep(600)
+    ThreadingHTTPServer(("127.0.0.1", asked.port), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()
