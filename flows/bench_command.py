@@ -11,7 +11,8 @@ import yaml
 
 from flows.command import FOLDER, command
 from tasks.errors import RecipeError
-from tasks.recipe import NOT_YAML, Benchmark, load_recipe, parse_recipe
+from tasks.recipe import NOT_YAML, Benchmark
+from tasks.recipe_file import load_recipe, parse_recipe
 
 
 @command("bench")

@@ -29,7 +29,8 @@ def validate(folder: Path, base: str, recipe: Path | None) -> tuple[dict[str, An
     from flows.terminal import gate_table
     from tasks.evaluate import check_tasks
     from tasks.gates import compare
-    from tasks.recipe import PACKED_HEADS, Gates, load_recipe
+    from tasks.recipe import PACKED_HEADS, Gates
+    from tasks.recipe_file import load_recipe
     from tasks.validate import validate_folders
 
     loaded = load_recipe(recipe) if recipe else None

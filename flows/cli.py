@@ -59,7 +59,7 @@ def run(
 ) -> tuple[dict[str, Any], str, int]:
     """Run the whole pipeline, here and now."""
     from tasks.evaluate import check_tasks
-    from tasks.recipe import load_recipe
+    from tasks.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     open_store()  # a wrong REQUANT_STORE is a wrong usage, found before anything starts

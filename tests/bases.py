@@ -12,7 +12,7 @@ from typing import Any
 
 from tasks.artifact import Manifest, file_of
 from tasks.quantize import quantize
-from tasks.recipe import parse_recipe
+from tasks.recipe_file import parse_recipe
 from tasks.stage import StageResult
 from tasks.store import open_store
 from tasks.text import find_text

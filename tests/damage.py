@@ -168,7 +168,7 @@ def damaged(folder: Path, into: Path, name: str) -> Path:
 
 def main(checkpoint: Path, base: Path) -> None:
     from tasks.gates import compare
-    from tasks.recipe import load_recipe
+    from tasks.recipe_file import load_recipe
     from tasks.validate import validate_folders
 
     gates = load_recipe(Path("deployments/recipes/demo.yaml")).gates

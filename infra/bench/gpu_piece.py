@@ -137,7 +137,7 @@ def requant(model_folder: Path, folder: Path, size: Size, changes: dict[str, Any
     """Our quantize stage: a folder store, the model's files as its base."""
     from tasks.artifact import Manifest, file_of
     from tasks.quantize import quantize
-    from tasks.recipe import parse_recipe
+    from tasks.recipe_file import parse_recipe
     from tasks.store import open_store
     from tasks.text import find_text
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from infra.hub.launch import HubStandIn
 from tasks.quantizing.run import ladder
-from tasks.recipe import load_recipe
+from tasks.recipe_file import load_recipe
 from tasks.text import find_text
 
 ROOT = Path(__file__).parent.parent.parent

@@ -13,7 +13,8 @@ from infra.hub.launch import HubStandIn
 from tasks.artifact import Manifest, file_of
 from tasks.errors import EvaluationFailed, RecipeError
 from tasks.evaluate import check_tasks, data_sets, evaluate, evaluated, recovery
-from tasks.recipe import Recipe, parse_recipe
+from tasks.recipe import Recipe
+from tasks.recipe_file import parse_recipe
 from tasks.store import open_store
 from tests.integration.conftest import Requant
 from tests.pico import TINY, pico_base

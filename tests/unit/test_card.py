@@ -14,7 +14,8 @@ from tasks.gates import compare
 from tasks.hub.card import CardFacts, inherited, kept_groups, make_card
 from tasks.hub.markdown import gigabytes, table
 from tasks.pictures import Picture
-from tasks.recipe import Gates, Recipe, parse_recipe
+from tasks.recipe import Gates, Recipe
+from tasks.recipe_file import parse_recipe
 from tests.unit.test_gates import GOOD
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -25,7 +26,13 @@ MEASURED: dict[str, Any] = {
     "head": 15,
     "tokens": 12288,
     "perplexity": 3.14159,
+    "perplexity_interval": [3.0, 3.3],
     "base_perplexity": 3.0,
+    "perplexity_increase_interval": [0.005, 0.015],
+    "mtp_acceptance_by_position": [0.871, 0.7],
+    "base_mtp_acceptance_by_position": [0.894, 0.72],
+    "greedy_acceptance_by_position": [0.91],
+    "base_greedy_acceptance_by_position": [],
     "mtp_acceptance": 0.871,
     "base_mtp_acceptance": 0.894,
 }
@@ -194,7 +201,8 @@ def test_a_tensors_name_cannot_break_out_of_its_cell(name: str) -> None:
 
 def test_every_measured_value_is_in_the_card() -> None:
     _, body = card_of()
-    assert "Perplexity 3.1416, of the base 3.0000." in body
+    assert "| perplexity | 3.0000 | 3.1416 | 3.0000 and 3.3000 |" in body
+    assert "| 1 | 89.4% | 87.1% |  | 91.0% |" in body and "| 2 | 72.0% | 70.0% |  |  |" in body
     assert "54.00 GB to 18.00 GB (3.00 times smaller)" in body
     assert "87.1%" in body and "89.4%" in body and "12,288 tokens" in body
     assert "| perplexity_increase | 0.01 | 0.05 | passed |" in body

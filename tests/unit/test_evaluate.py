@@ -12,7 +12,8 @@ import pytest
 from tasks.errors import RecipeError
 from tasks.evaluate import _leaves, _scores, asked, check_tasks, recovery
 from tasks.gates import worst_task
-from tasks.recipe import Eval, load_recipe, parse_recipe
+from tasks.recipe import Eval
+from tasks.recipe_file import load_recipe, parse_recipe
 
 
 def score(value: float, *, more: bool = True) -> dict[str, Any]:

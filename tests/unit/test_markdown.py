@@ -113,7 +113,7 @@ def test_speed_has_the_medians_of_each_setting_and_each_prompt_of_the_first() ->
 
 
 def test_transformers_alone_is_a_sentence_and_no_engine_nothing() -> None:
-    assert "transformers 5: 1000 tokens per second of prompt, 50.0 decoded." in told(finished())
+    assert "transformers 5 on CPU, 2 cores: 1000 tokens per second of prompt, 50.0 decoded." in told(finished())
     assert "Speed" not in told(finished(benchmark={"engine": "none"}))
 
 

@@ -14,7 +14,8 @@ from tasks.checkpoint.assemble import assemble
 from tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from tasks.checkpoint.head import HEAD_SHARD
 from tasks.mtp_fix import mtp_fix, mtp_fix_key
-from tasks.recipe import Recipe, parse_recipe
+from tasks.recipe import Recipe
+from tasks.recipe_file import parse_recipe
 from tasks.store import Store
 from tasks.store.folder import FolderBackend
 from tests.pico import pico_base

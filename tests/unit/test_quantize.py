@@ -12,7 +12,8 @@ import pytest
 from tasks.artifact import File, Manifest
 from tasks.quantize import quantize_key, read_part
 from tasks.quantizing.run import blocks_of, ladder, read_events
-from tasks.recipe import Recipe, parse_recipe
+from tasks.recipe import Recipe
+from tasks.recipe_file import parse_recipe
 from tasks.text import Text
 
 A, B = "a" * 64, "b" * 64

@@ -9,7 +9,10 @@ import click
 import yaml
 
 from flows.cli import cli
-from tasks.recipe import Recipe, parse_recipe
+from tasks.gates import compare
+from tasks.recipe import Gates, Recipe
+from tasks.recipe_file import parse_recipe
+from tests.unit.test_gates import GOOD
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
@@ -53,3 +56,10 @@ def test_the_make_targets_that_the_readme_names_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
         assert f"\n{target}:" in makefile
+
+
+def test_every_gate_and_every_limit_is_in_the_readme() -> None:
+    section = README.split("## The gates")[1].split("\n## ")[0]
+    named = set(re.findall(r"`([a-z_0-9]+)`", section))
+    assert {gate.name for gate in compare({**GOOD, "worst_task_recovery": 1.0, "tasks": {}}, Gates())} <= named
+    assert set(Gates.model_fields) <= named

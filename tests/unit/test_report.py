@@ -12,13 +12,16 @@ from flows.terminal import gate_table, render
 from tasks.artifact import File, Manifest
 from tasks.gates import Gate
 from tasks.hub.revision import Revision
-from tasks.recipe import parse_recipe
+from tasks.recipe_file import parse_recipe
 from tasks.stage import StageResult
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 ARTIFACT = Manifest.of([File("model.safetensors", 18_000_000_000, "a" * 64)])
 RECIPE = parse_recipe({"base": {"repo_id": "Qwen/Qwen3.6-27B"}})
-SPEED = {"engine": "torch", "version": "transformers 5", "tokens_per_second": 50.0, "acceptance": None}
+SPEED = {
+    "engine": "torch", "version": "transformers 5", "hardware": "CPU, 2 cores", "prefill_tokens_per_second": 1000.0,
+    "tokens_per_second": 50.0, "acceptance": None, "prompts": [],
+}  # fmt: skip
 PUBLISHED = {"repo_id": "me/x", "commit": SHA, "tag": "v1", "changed": True, "url": "https://hub/me/x"}
 
 
@@ -111,7 +114,7 @@ def test_the_terminal_shows_everything_and_no_markup_of_its_own() -> None:
         "quantize",
         "75.5",
         "FAILED",
-        "50.0 tokens/s (transformers 5)",
+        "50.0 tokens/s (transformers 5",
         "/out",
         "https://hub/me/x",
         "v1",

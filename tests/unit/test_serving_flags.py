@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import RecipeError
-from tasks.recipe import parse_recipe
+from tasks.recipe_file import parse_recipe
 from tasks.serving.flags import MODEL, arguments, check_flags, command_line, with_drafts, without_drafts
 
 GOOD: dict[str, tuple[Any, list[str]]] = {

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from tasks.artifact import File, Manifest
-from tasks.recipe import Recipe, parse_recipe
+from tasks.recipe import Recipe
+from tasks.recipe_file import parse_recipe
 from tasks.validate import compared_part, validate_key
 
 A, B = "a" * 64, "b" * 64
