@@ -145,7 +145,8 @@ def test_killed_at_any_step_of_publishing_main_is_old_or_new(
         hub.clear_faults()
         if api.repo_exists("me/killed"):
             names = set(api.list_repo_files("me/killed"))
-            whole = {p.name for p in (finished[0].folder / "checkout").iterdir()} | {".gitattributes"}
+            made = finished[0].folder / "checkout"
+            whole = {p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()} | {".gitattributes"}
             assert names in ({".gitattributes"}, whole)
     outcome = requant.run(publish=target)
     assert outcome.status == 0, outcome.stderr

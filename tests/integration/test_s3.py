@@ -185,9 +185,9 @@ def test_another_machine_goes_on_from_the_blocks_that_a_killed_one_had_finished(
     requant: Requant, finished: Finished, ceph: dict[str, str], s3: S3Backend, tmp_path: Path
 ) -> None:
     """The unfinished work is in the store: the second machine has only that, and takes over the dead one's lease."""
-    environment = {"REQUANT_STORE": "s3://requant/carried", "OMP_NUM_THREADS": "1"}
+    environment = {**ceph, "REQUANT_STORE": "s3://requant/carried"}
     carried = S3Backend("requant", "carried")
-    machines = [requant.variant(**ceph, **environment, XDG_CACHE_HOME=str(tmp_path / name)) for name in ("one", "two")]
+    machines = [requant.variant(**environment, XDG_CACHE_HOME=str(tmp_path / name)) for name in ("one", "two")]
     process = machines[0].start_run(publish=None)
     wait_for(
         lambda: any("block-00000" in key for key in carried.keys("resume/quantize") if "/files/" in key), pause=0.1
