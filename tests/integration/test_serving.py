@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import psutil
 import pytest
 
 from tasks.errors import EngineFailed
-from tasks.serving.process import running
+from tasks.serving.process import free_port, running
 from tasks.serving.vllm import vllm
 from tests.pico import pico_base
 
@@ -137,3 +138,18 @@ def test_a_failed_start_is_explained_by_the_lines_that_say_why(name: str, tmp_pa
     assert str(failure.value).startswith("vLLM did not start, exit status 1: ")
     assert cause in str(failure.value) and str(log) in str(failure.value)
     assert "Engine core initialization failed" not in str(failure.value) and "ImportError" not in str(failure.value)
+
+
+def test_a_server_that_runs_already_is_asked_and_left_alone(tmp_path: Path, stand_in: Path) -> None:
+    port = free_port()
+    command = [sys.executable, str(ENGINE), "--port", str(port)]
+    with running(command, tmp_path / "log", os.environ):
+        wait_for(lambda: len(alive(stand_in)) == 2)
+        asked = ["--engine", f"url:http://127.0.0.1:{port}", "--max-tokens", "8", "--concurrency", "1"]
+        wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        stdout, stderr = start_bench(tmp_path, *asked).communicate(timeout=60)
+        document = json.loads(stdout)
+        assert document["engine"] == asked[1] and document["model"] == "stand-in", stderr
+        assert document["acceptance"] == 0.75 and document["mtp"]["off"] is None  # it drafts: its counters say so
+        assert document["commands"] == document["logs"] == []
+        assert len(alive(stand_in)) == 2

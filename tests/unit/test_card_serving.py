@@ -1,0 +1,62 @@
+"""The card's words on serving and speed: what ran is what is printed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.unit.test_card import card_of, recipe
+
+
+def row(mtp: bool, speed: float, **changes: Any) -> dict[str, Any]:
+    drafted = {"drafted_tokens": 50, "accepted_tokens": 40, "acceptance": 0.8} if mtp else {"acceptance": None}
+    return {
+        "set": "card", "name": "a|b", "mtp": mtp, "sampling": "greedy", "concurrency": 1, "tokens": 100,
+        "tokens_per_second": speed, "first_token_seconds": 0.1, "inter_token_seconds": {"median": 0.01, "p99": None},
+        **drafted, **changes,
+    }  # fmt: skip
+
+
+MEASURED_IN_VLLM: dict[str, Any] = {
+    "engine": "vllm",
+    "version": "vLLM 0.32.0",
+    "hardware": "NVIDIA H100",
+    "draft_tokens": 1,
+    "sampling": {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 0.7}},
+    "prompts": [row(False, 50.0), row(True, 100.0), row(False, 40.0, sampling="sampled")],
+    "commands": [
+        {"mtp": False, "words": ["vllm", "serve", "MODEL", "--dtype", "half"]},
+        {"mtp": True, "words": ["vllm", "serve", "MODEL", "--dtype", "half", "--speculative-config", '{"a":1}']},
+    ],
+}
+
+
+def test_the_serving_command_is_the_one_that_ran() -> None:
+    _, body = card_of(benchmark=MEASURED_IN_VLLM)
+    assert "```bash\nvllm serve me/q-int4 \\\n  --dtype half \\\n  --speculative-config '{\"a\":1}'\n```" in body
+    assert "**run** by the pipeline that made this card (vLLM 0.32.0, NVIDIA H100)" in body
+    assert "No engine was run" not in body
+
+
+def test_a_recipes_flags_are_in_a_command_that_was_not_run_too() -> None:
+    flags = {"kv-cache-dtype": "fp8", "enforce-eager": True}
+    _, body = card_of(recipe=recipe(benchmark={"flags": flags, "draft_tokens": 2}))
+    assert "--kv-cache-dtype fp8 \\\n  --enforce-eager \\\n  --speculative-config" in body
+    assert '"num_speculative_tokens":2' in body and "**not run**" in body and "No engine was run." in body
+
+
+def test_speed_is_told_with_mtp_and_without() -> None:
+    _, body = card_of(benchmark=MEASURED_IN_VLLM)
+    assert "| greedy, one at a time | 50.0 | 100.0 | 2.00 | 80.0% |" in body
+    assert "| sampled, one at a time | 40.0 | - | - | - |" in body
+    assert "| card: a\\|b | 100 | 50.0 | 100.0 | 80.0% |" in body
+
+
+def test_an_unpublished_card_speaks_of_the_folder_that_it_lies_in() -> None:
+    _, body = card_of(recipe=recipe(publish=None))
+    assert "vllm serve . \\\n" in body and 'from_pretrained(".", ' in body
+
+
+def test_somebodys_server_is_not_named() -> None:
+    asked = recipe(benchmark={"engine": "url:http://gpu7.customer.example:8000", "concurrency": 2})
+    _, body = card_of(recipe=asked)
+    assert "customer" not in body and "concurrency: 2" in body
