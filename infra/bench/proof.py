@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -132,11 +131,11 @@ def measure(ours: Path, base: Path) -> dict[str, Any]:
         place: Any = importlib.import_module(module)
         place = getattr(place, kind) if kind else place
         setattr(place, name, _timed(getattr(place, name), spent, gates))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak_bytes()
     began = time.monotonic()
     values = validate.validate_folders(ours, base)
     device, dtype = measuring.precision(base)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     return {
         "seconds": round(time.monotonic() - began, 2),
         "device": str(device),
@@ -149,6 +148,12 @@ def measure(ours: Path, base: Path) -> dict[str, Any]:
         "perplexity_increase": values["perplexity_increase"],
         "long_context_tokens": values["long_context_tokens"],
     }
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held. Not getrusage: that begins with what the parent held."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def _timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> Callable[..., Any]:
