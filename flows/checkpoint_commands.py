@@ -29,18 +29,28 @@ def validate(folder: Path, base: str, recipe: Path | None) -> tuple[dict[str, An
     from flows.terminal import gate_table
     from tasks.evaluate import check_tasks
     from tasks.gates import compare
-    from tasks.recipe import PACKED_HEADS, Gates
+    from tasks.recipe import PACKED_HEADS, Gates, Validation
     from tasks.recipe_file import load_recipe
-    from tasks.validate import validate_folders
+    from tasks.store import open_store
+    from tasks.text import find_text
+    from tasks.validate import one_file, validate_folders
 
     loaded = load_recipe(recipe) if recipe else None
     gates, remote_code = (loaded.gates, loaded.allow_remote_code) if loaded else (Gates(), False)
     packed = loaded is not None and loaded.mtp in PACKED_HEADS
     tasks = loaded.eval if loaded else None
     check_tasks(tasks)
-    values = validate_folders(
-        folder, _whole(base), remote_code=remote_code, pack_head=packed, tasks=tasks, say=progress
-    )
+    text = find_text((loaded.validation if loaded else Validation()).text, "validation.text")
+    with tempfile.TemporaryDirectory(prefix="requant-") as scratch:
+        values = validate_folders(
+            folder,
+            _whole(base),
+            one_file(open_store(), text, Path(scratch)),
+            remote_code=remote_code,
+            pack_head=packed,
+            tasks=tasks,
+            say=progress,
+        )
     results = compare(values, gates)
     passed = all(gate.passed for gate in results)
     document = {"gates": [gate.to_json() for gate in results], "passed": passed}

@@ -62,14 +62,14 @@ def requantize(recipe: Recipe) -> Report:
 def _run(recipe: Recipe, report: Report) -> None:
     store = open_store()
     store.check()
-    base, calibration = resolve_task(recipe)
+    base, calibration, text = resolve_task(recipe)
     report.base = base
 
     base_files = _done(download_task(base), report)
     quantized = _done(quantize_task(recipe, base_files, calibration), report)
     artifact = _done(mtp_fix_task(recipe, base_files, quantized), report)
     report.artifact = artifact
-    _done(validate_task(recipe, base_files, artifact), report)
+    _done(validate_task(recipe, base_files, artifact, text), report)
     report.measured = measured = quality.read_values(store, report.stages[-1])
     report.gates = compare(measured, recipe.gates)
     create_table_artifact([gate.to_json() for gate in report.gates], key="requant-gates")
@@ -100,14 +100,14 @@ def _run(recipe: Recipe, report: Report) -> None:
 
 
 @task(**options("resolve", hours=1))
-def resolve_task(recipe: Recipe) -> tuple[Revision, Text]:
-    """Resolve the base and the calibration text to what they are at this moment."""
+def resolve_task(recipe: Recipe) -> tuple[Revision, Text, Text]:
+    """Resolve the base and the texts, to calibrate and to measure, to what they are at this moment."""
     check_tasks(recipe.eval)
     base = resolve(recipe.base.repo_id, recipe.base.revision)
     say()(f"{recipe.base.repo_id}@{recipe.base.revision} is {base.sha}")
     if recipe.publish is not None:
         check_target(recipe.publish.repo_id, private=recipe.publish.private)
-    return base, find_text(recipe.quantize.calibration)
+    return base, find_text(recipe.quantize.calibration), find_text(recipe.validation.text, "validation.text")
 
 
 def draw_pictures(report: Report) -> None:

@@ -21,6 +21,7 @@ from tasks.hub.revision import HubFile, Revision
 from tasks.prefect_stage import options, say, shown
 from tasks.stage import Made, Stage, StageResult, run_stage
 from tasks.store import Store, open_store
+from tasks.text import Text
 
 STAGE = Stage("download", 1)
 PARALLEL = 4
@@ -74,6 +75,16 @@ def _have(store: Store, base: Revision, file: HubFile, folder: Path, say: Callab
         store.remember("git-blobs", file.blob_id, got.sha256)
     say(f"fetched {file.path}, {got.size:,} bytes")
     return got, False
+
+
+def text_files(store: Store, text: Text, folder: Path) -> list[Path]:
+    """The files of a text; a data set's are brought into the store, and laid into `folder`."""
+    if text.path is not None:
+        return [text.path]
+    assert text.dataset is not None
+    manifest = download(store, text.dataset).manifest
+    store.hand_out(manifest, folder)
+    return [folder / file.path for file in manifest.files]
 
 
 @task(**options("download", hours=12))

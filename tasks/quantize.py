@@ -20,7 +20,7 @@ from tasks.checkpoint.assemble import assemble
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.fp8 import is_fp8, plain, write_plain
 from tasks.checkpoint.head import check_head
-from tasks.download import download
+from tasks.download import text_files
 from tasks.errors import CheckpointError
 from tasks.prefect_stage import BlockProgress, options, say, shown
 from tasks.quantizing import carry
@@ -31,7 +31,7 @@ from tasks.store import Store, open_store
 from tasks.store.resume import kept, restore, sweep
 from tasks.text import Text
 
-STAGE = Stage("quantize", 2, tools=("auto-round", "transformers"))
+STAGE = Stage("quantize", 3, tools=("auto-round", "transformers"))
 # What the quantized weights depend on. Everything else of the base joins at the next stage, so that a new chat
 # template or README costs no GPU hours.
 READ = (
@@ -77,7 +77,7 @@ def quantize(
             **recipe.quantize.model_dump(exclude={"calibration"}),
             **dict(zip(("bits", "group_size", "sym"), recipe.quantize.resolved, strict=True)),
             "model": str(model),
-            "texts": [str(path) for path in _text_files(store, calibration, folder)],
+            "texts": [str(path) for path in text_files(store, calibration, folder / "calibration")],
             "head": head.prefixes if head else [],
             "allow_remote_code": recipe.allow_remote_code,
         }
@@ -116,15 +116,6 @@ def _open_base(folder: Path, recipe: Recipe) -> Checkpoint:
         sentence = str(error).replace(f"{folder}{os.sep}", "").replace(str(folder), "it")
         raise CheckpointError(f"the base {recipe.base.repo_id} cannot be used: {sentence}") from error
     return checkpoint
-
-
-def _text_files(store: Store, text: Text, folder: Path) -> list[Path]:
-    if text.path is not None:
-        return [text.path]
-    assert text.dataset is not None
-    manifest = download(store, text.dataset).manifest
-    store.hand_out(manifest, folder / "calibration")
-    return [folder / "calibration" / file.path for file in manifest.files]
 
 
 @task(**options("quantize", hours=48))

@@ -22,7 +22,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "auto-round-best": {"iters": 1000, "nsamples": 512, "seqlen": 2048, "batch_size": 8},
     "auto-round-light": {"iters": 50, "nsamples": 128, "seqlen": 2048, "batch_size": 8, "lr": 5e-3},
 }
-BUILTIN = ("builtin:python",)  # texts of this package: tasks/texts
+# Texts of this package, in tasks/texts: to calibrate with, and to measure on. They share nothing.
+BUILTIN = ("builtin:python",)
+BUILTIN_EVALUATION = ("builtin:python-evaluation",)
 ENGINES = ("auto", "vllm", "torch", "none")
 ENGINE_URL = re.compile(r"url:https?://[A-Za-z0-9.-]{1,253}(:\d{1,5})?(/[A-Za-z0-9._~/-]{0,200})?")
 Choice = Literal["auto"] | bool
@@ -116,6 +118,23 @@ class Quantize(Section):
         bits = self.bits or int(match["bits"] if match else 4)
         group_size = self.group_size or int((match and match["group_size"]) or 128)
         return bits, group_size, True if self.sym is None else self.sym
+
+
+class Validation(Section):
+    """What the result and its base are measured on."""
+
+    text: str = Field(
+        BUILTIN_EVALUATION[0],
+        min_length=1,
+        description="Hub data set id[@revision], a local .txt or .jsonl file, or builtin:python-evaluation",
+    )
+
+    @field_validator("text")
+    @classmethod
+    def known_text(cls, value: str) -> str:
+        if value.startswith("builtin:") and value not in BUILTIN_EVALUATION:
+            raise ValueError(f"{value} does not exist: use {' or '.join(BUILTIN_EVALUATION)}")
+        return value
 
 
 class Gates(Section):
@@ -215,6 +234,7 @@ class Recipe(Section):
         "keep", description="The MTP head: keep (lossless, from the base), its layers packed to int8 or int4, or drop"
     )
     allow_remote_code: bool = Field(False, description="Run Python files of the base's repo")
+    validation: Validation = Validation()
     gates: Gates = Gates()
     eval: Eval | None = None
     benchmark: Benchmark = Benchmark()

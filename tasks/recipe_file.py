@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from tasks.errors import RecipeError
-from tasks.recipe import NOT_YAML, Base, Benchmark, Eval, Gates, Publish, Quantize, Recipe
+from tasks.recipe import NOT_YAML, Base, Benchmark, Eval, Gates, Publish, Quantize, Recipe, Validation
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -37,7 +37,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _set(document, override)
     recipe = parse_recipe(document)
-    return _with_definitions(_with_calibration_file(recipe, path.parent), path.parent)
+    recipe = _with_text_file(recipe, "quantize", "calibration", path.parent)
+    recipe = _with_text_file(recipe, "validation", "text", path.parent)
+    return _with_definitions(recipe, path.parent)
 
 
 def parse_recipe(document: Mapping[str, Any]) -> Recipe:
@@ -48,14 +50,16 @@ def parse_recipe(document: Mapping[str, Any]) -> Recipe:
         raise RecipeError(_sentence(error, document)) from None
 
 
-def _with_calibration_file(recipe: Recipe, folder: Path) -> Recipe:
-    name = recipe.quantize.calibration
+def _with_text_file(recipe: Recipe, section: str, key: str, folder: Path) -> Recipe:
+    """The recipe with a text that is a local file by its whole path: it is relative to the recipe."""
+    part = getattr(recipe, section)
+    name = getattr(part, key)
     if name.startswith("builtin:") or not (name.endswith((".txt", ".jsonl")) or name.startswith((".", "/", "~"))):
         return recipe
     path = _beside(folder, name)
     if not path.is_file():
-        raise RecipeError(f"quantize.calibration: the file {path} does not exist: correct the path in the recipe")
-    return recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"calibration": str(path)})})
+        raise RecipeError(f"{section}.{key}: the file {path} does not exist: correct the path in the recipe")
+    return recipe.model_copy(update={section: part.model_copy(update={key: str(path)})})
 
 
 def _with_definitions(recipe: Recipe, folder: Path) -> Recipe:
@@ -139,5 +143,5 @@ def _keys_at(location: Sequence[str]) -> list[str]:
 
 
 def _all_keys() -> set[str]:
-    sections = (Recipe, Base, Quantize, Gates, Eval, Benchmark, Publish)
+    sections = (Recipe, Base, Quantize, Validation, Gates, Eval, Benchmark, Publish)
     return {name for section in sections for name in section.model_fields}

@@ -8,7 +8,7 @@ from pathlib import Path
 from tasks.artifact import digest_of, sha256_of
 from tasks.errors import RecipeError
 from tasks.hub.revision import Revision, resolve
-from tasks.recipe import BUILTIN
+from tasks.recipe import BUILTIN, BUILTIN_EVALUATION
 
 TEXTS = Path(__file__).parent / "texts"
 EVALUATION = TEXTS / "python-evaluation.txt"
@@ -26,15 +26,15 @@ class Text:
     dataset: Revision | None = None
 
 
-def find_text(name: str) -> Text:
-    """Find a calibration text: `builtin:NAME`, a local file, or a Hub data set `id[@revision]`.
+def find_text(name: str, key: str = "quantize.calibration") -> Text:
+    """Find the text that a recipe's `key` names: `builtin:NAME`, a local file, or a Hub data set `id[@revision]`.
 
     A data set is resolved to a commit; its digest is that of its data files. Raises RecipeError, HubError or
     HubUnavailable.
     """
     if name.startswith("builtin:"):
-        if name not in BUILTIN:
-            raise RecipeError(f"quantize.calibration: {name} does not exist: use {' or '.join(BUILTIN)}")
+        if name not in BUILTIN + BUILTIN_EVALUATION:
+            raise RecipeError(f"{key}: {name} does not exist: use {' or '.join(BUILTIN + BUILTIN_EVALUATION)}")
         path = TEXTS / f"{name.removeprefix('builtin:')}.txt"
         return Text(name, sha256_of(path), path=path)
     if Path(name).is_absolute():
@@ -44,7 +44,7 @@ def find_text(name: str) -> Text:
     files = tuple(f for f in dataset.files if f.path.endswith(READABLE) and not f.path.startswith("."))
     if not files or sum(f.size for f in files) > MAX_DATASET:
         raise RecipeError(
-            f"quantize.calibration: {name} has no readable data files ({', '.join(READABLE)}) "
+            f"{key}: {name} has no readable data files ({', '.join(READABLE)}) "
             f"of together at most {MAX_DATASET:,} bytes: name a smaller data set or a local file"
         )
     pinned = Revision(dataset.repo_id, dataset.sha, files, "dataset")

@@ -15,19 +15,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from prefect import task
 
-from tasks.artifact import Manifest, sha256_of
+from tasks.artifact import Manifest
 from tasks.checkpoint.account import Account, account
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.fidelity import fidelity
 from tasks.checkpoint.writer import write_file, write_json
+from tasks.download import text_files
+from tasks.errors import RecipeError, RequantError
 from tasks.evaluate import Scores, asked, evaluate, evaluated, recovery, whole
 from tasks.gates import most_repeated
 from tasks.mtp_fix import REWRITTEN
 from tasks.prefect_stage import options, say, shown
+from tasks.quantizing.samples import read_documents
 from tasks.recipe import PACKED_HEADS, Eval, Recipe
 from tasks.stage import Made, Stage, StageResult, put_files, run_stage
 from tasks.store import Store, open_store
-from tasks.text import EVALUATION
+from tasks.text import EVALUATION, Text
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a reused stage needs none of it
     import torch
@@ -36,6 +39,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a reused stage needs non
 
 STAGE = Stage("validate", 2, tools=("transformers",))
 MEASURE = Stage("measure", 1, tools=("transformers",))
+CHARACTERS = 4_000_000  # of a data set that are looked at: the windows are spread over them
 RESULT, ARRAYS = "validation.json", "measurement.safetensors"
 log = logging.getLogger(__name__)
 
@@ -45,17 +49,22 @@ def compared_part(base: Manifest) -> Manifest:
     return Manifest.of(f for f in base.files if f.path not in REWRITTEN)
 
 
-def validate_key(recipe: Recipe, base: Manifest, artifact: Manifest) -> str:
+def validate_key(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text) -> str:
     return STAGE.key(
-        reads={"base": compared_part(base).digest, "artifact": artifact.digest, "text": sha256_of(EVALUATION)},
+        reads={"base": compared_part(base).digest, "artifact": artifact.digest, "text": text.digest},
         settings={"mtp": recipe.mtp, "allow_remote_code": recipe.allow_remote_code, **asked(recipe.eval)},
     )
 
 
 def validate(
-    store: Store, recipe: Recipe, base: Manifest, artifact: Manifest, say: Callable[[str], None] = log.info
+    store: Store,
+    recipe: Recipe,
+    base: Manifest,
+    artifact: Manifest,
+    text: Text,
+    say: Callable[[str], None] = log.info,
 ) -> StageResult:
-    """Measure an artifact against its base; what was measured is in the artifact `validation.json`."""
+    """Measure an artifact against its base on a text; what was measured is in the artifact `validation.json`."""
 
     def work(folder: Path) -> Made:
         ours = store.hand_out(artifact, folder / "artifact")
@@ -63,7 +72,7 @@ def validate(
         manifests = {ours: artifact, theirs: compared_part(base)}
 
         def kept(path: Path, device: torch.device, dtype: torch.dtype) -> Measurement:
-            return measurement(store, manifests[path], path, device, dtype, recipe.allow_remote_code, say)
+            return measurement(store, manifests[path], path, text, device, dtype, recipe.allow_remote_code, say)
 
         def scored(path: Path) -> Scores:
             return evaluated(store, recipe, manifests[path], path, *whole(theirs), say)
@@ -79,17 +88,18 @@ def validate(
             remote_code=recipe.allow_remote_code,
             say=say,
         )
-        files = [write_json(folder / "out", RESULT, values)]
+        files = [write_json(folder / "out", RESULT, {"text": text.name, **values})]
         put_files(store, folder / "out", files)
         return Made(Manifest.of(files), {"measured": values})
 
-    return run_stage(store, STAGE, validate_key(recipe, base, artifact), work, say)
+    return run_stage(store, STAGE, validate_key(recipe, base, artifact, text), work, say)
 
 
 def measurement(
     store: Store,
     manifest: Manifest,
     folder: Path,
+    text: Text,
     device: torch.device,
     dtype: torch.dtype,
     remote_code: bool,
@@ -100,12 +110,13 @@ def measurement(
     from tasks.measuring.measurement import Measurement
 
     key = MEASURE.key(
-        reads={"checkpoint": manifest.digest, "text": sha256_of(EVALUATION)},
+        reads={"checkpoint": manifest.digest, "text": text.digest},
         settings={"code": VERSION, "device": device.type, "dtype": str(dtype)},
     )
 
     def work(scratch: Path) -> Made:
-        found = measure(folder, EVALUATION, device, dtype, remote_code=remote_code, say=say)
+        words = one_file(store, text, scratch)
+        found = measure(folder, words, device, dtype, remote_code=remote_code, say=say)
         files = [write_file(scratch, ARRAYS, [found.to_bytes()])]
         put_files(store, scratch, files)
         return Made(Manifest.of(files), {"perplexity": found.perplexity, "acceptance": found.acceptance})
@@ -113,9 +124,32 @@ def measurement(
     return Measurement.from_bytes(store.read_blob(run_stage(store, MEASURE, key, work, say).manifest[ARRAYS]))
 
 
+def one_file(store: Store, text: Text, folder: Path) -> Path:
+    """A text as one file to measure on: of a data set its first CHARACTERS. Raises RecipeError where there is none."""
+    if text.path is not None and text.path.suffix == ".txt":
+        return text.path
+    documents, size, said = [], 0, "none at all"
+    try:
+        for document in read_documents([str(path) for path in text_files(store, text, folder / "text")]):
+            documents.append(document)
+            size += len(document)
+            if size >= CHARACTERS:
+                break
+    except RequantError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # JSON's and Arrow's own are among them
+        documents, said = [], f"{type(error).__name__}: {error}".splitlines()[0]
+    if not documents:
+        raise RecipeError(f"validation.text: {text.name} has no rows with a text in `text` ({said[:200]})")
+    name = "text.txt"
+    write_file(folder, name, ["\n\n".join(documents)[:CHARACTERS].encode()])
+    return folder / name
+
+
 def validate_folders(
     ours: Path,
     theirs: Path,
+    text: Path = EVALUATION,
     *,
     remote_code: bool = False,
     pack_head: bool = False,
@@ -128,7 +162,7 @@ def validate_folders(
     def measured(path: Path, device: torch.device, dtype: torch.dtype) -> Measurement:
         from tasks.measure import measure
 
-        return measure(path, EVALUATION, device, dtype, remote_code=remote_code, say=say)
+        return measure(path, text, device, dtype, remote_code=remote_code, say=say)
 
     def scored(path: Path) -> Scores:
         assert tasks is not None
@@ -238,5 +272,5 @@ def read_values(store: Store, result: StageResult) -> dict[str, Any]:
 
 
 @task(**options("validate", hours=12))
-def validate_task(recipe: Recipe, base: Manifest, artifact: Manifest) -> Any:
-    return shown(validate(open_store(), recipe, base, artifact, say()))
+def validate_task(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text) -> Any:
+    return shown(validate(open_store(), recipe, base, artifact, text, say()))

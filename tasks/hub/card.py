@@ -80,7 +80,7 @@ def make_card(facts: CardFacts) -> str:
         "## MTP head",
         *_head_text(facts, head),
         "## Against the base",
-        f"Measured in torch on {measured['tokens']:,} tokens of a pinned text (Python), both models alike, packed "
+        f"Measured in torch on {measured['tokens']:,} tokens of {_public(measured['text'])}, both models alike, packed "
         "weights dequantized by their formula.",
         table(QUALITY, quality_rows(measured)),
         *_tasks_text(measured),
@@ -90,7 +90,7 @@ def make_card(facts: CardFacts) -> str:
         *speed_parts(facts.benchmark),
         *_pictures(facts.pictures),
         "## Limits",
-        "Quality was measured on one text, in one programming language, and against the base only. "
+        "Quality was measured on one text and against the base only. "
         + ("" if measured.get("tasks") else "No task benchmark was run. ")
         + ("No engine was run. " if facts.benchmark.get("engine") in {"none", "torch"} else "")
         + "Weights are rounded: expect small differences from the base everywhere.",

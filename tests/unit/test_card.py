@@ -25,6 +25,7 @@ MEASURED: dict[str, Any] = {
     "kept": 40,
     "head": 15,
     "tokens": 12288,
+    "text": "builtin:python-evaluation",
     "perplexity": 3.14159,
     "perplexity_interval": [3.0, 3.3],
     "base_perplexity": 3.0,

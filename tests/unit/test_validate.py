@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tasks.artifact import File, Manifest
+from tasks.errors import RecipeError
 from tasks.recipe import Recipe
 from tasks.recipe_file import parse_recipe
-from tasks.validate import compared_part, validate_key
+from tasks.store import open_store
+from tasks.text import Text
+from tasks.validate import compared_part, one_file, validate_key
 
 A, B = "a" * 64, "b" * 64
 BASE = Manifest.of(File(p, 1, A) for p in ("config.json", "model.safetensors", "README.md", ".gitattributes"))
+TEXT = Text("builtin:python-evaluation", A)
 MADE = Manifest.of([File("model.safetensors", 2, B)])
 
 
@@ -24,24 +32,45 @@ def changed(path: str) -> Manifest:
 
 
 def test_a_changed_limit_measures_nothing_again() -> None:
-    key = validate_key(recipe(), BASE, MADE)
+    key = validate_key(recipe(), BASE, MADE, TEXT)
     others = ({"gates": {"min_top1_agreement": 0.1}}, {"publish": {"repo_id": "me/x"}}, {"quantize": {"iters": 1}})
-    assert all(validate_key(recipe(**other), BASE, MADE) == key for other in others)
+    assert all(validate_key(recipe(**other), BASE, MADE, TEXT) == key for other in others)
 
 
 def test_a_changed_card_of_the_base_measures_nothing_again() -> None:
-    key = validate_key(recipe(), BASE, MADE)
-    assert validate_key(recipe(), changed("README.md"), MADE) == key
+    key = validate_key(recipe(), BASE, MADE, TEXT)
+    assert validate_key(recipe(), changed("README.md"), MADE, TEXT) == key
     assert {f.path for f in compared_part(BASE).files} == {"config.json", "model.safetensors"}
 
 
 def test_a_changed_base_artifact_or_head_is_measured() -> None:
     keys = {
-        validate_key(recipe(), BASE, MADE),
-        validate_key(recipe(), changed("model.safetensors"), MADE),
-        validate_key(recipe(), changed("config.json"), MADE),
-        validate_key(recipe(), BASE, BASE),
-        validate_key(recipe(mtp="drop"), BASE, MADE),
-        validate_key(recipe(allow_remote_code=True), BASE, MADE),
+        validate_key(recipe(), BASE, MADE, TEXT),
+        validate_key(recipe(), changed("model.safetensors"), MADE, TEXT),
+        validate_key(recipe(), changed("config.json"), MADE, TEXT),
+        validate_key(recipe(), BASE, BASE, TEXT),
+        validate_key(recipe(mtp="drop"), BASE, MADE, TEXT),
+        validate_key(recipe(allow_remote_code=True), BASE, MADE, TEXT),
+        validate_key(recipe(), BASE, MADE, replace(TEXT, digest=B)),
     }
-    assert len(keys) == 6
+    assert len(keys) == 7
+
+
+def test_a_text_of_many_documents_is_measured_on_as_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REQUANT_STORE", (tmp_path / "store").as_uri())
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": word * 3, "id": 1}) + "\n" for word in ("ab", "", "cd")))
+    path = one_file(open_store(), Text("rows.jsonl", A, path=rows), tmp_path / "work")
+    assert path.read_text() == "ababab\n\ncdcdcd"
+    plain = tmp_path / "plain.txt"
+    assert one_file(open_store(), Text("plain.txt", A, path=plain), tmp_path / "work") == plain
+
+
+@pytest.mark.parametrize("content", ['{"words": "ab"}\n', "[1, 2]", "{", '{"text": 5}\n', "\x00"])
+def test_rows_without_a_text_are_refused_with_a_sentence(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REQUANT_STORE", (tmp_path / "store").as_uri())
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(RecipeError, match=r"validation\.text: rows\.jsonl has no rows with a text"):
+        one_file(open_store(), Text("rows.jsonl", A, path=tmp_path / "rows.jsonl"), tmp_path / "work")
