@@ -215,6 +215,20 @@ def test_a_hub_data_set_calibrates_pinned_to_its_commit(requant: Requant, hub: H
     assert f"demo/texts@{sha}" in [record["calibration"] for record in provenance]
 
 
+def test_quality_is_measured_on_a_hub_data_set_pinned_to_its_commit(
+    requant: Requant, hub: HubStandIn, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    lines = [json.dumps({"text": f"class Number{i}:\n    value = {i}\n" * 20}) for i in range(20)]
+    (tmp_path / "data" / "test.jsonl").write_text("\n".join(lines))
+    sha = hub.seed("demo/measured", tmp_path / "data", repo_type="dataset")
+    outcome = requant.run(validation={"text": "demo/measured@main"}, publish=None)
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.states["quantize"] == "reused" and outcome.states["validate"] == "ran"
+    measured = outcome.document["measured"]
+    assert measured["text"] == f"demo/measured@{sha}" and measured["same_tokens"] == 1.0
+
+
 def test_a_model_that_requant_did_not_make_is_not_replaced(requant: Requant, hub: HubStandIn, base: Path) -> None:
     sha = hub.seed("me/precious", base)
     outcome = requant.run(publish={"repo_id": "me/precious"})
