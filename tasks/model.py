@@ -282,20 +282,6 @@ def text_model(model: Any) -> Any:
     return getattr(inner, "language_model", inner)
 
 
-def greedy(model: Any, prompt: torch.Tensor, new: int) -> torch.Tensor:
-    """Exactly `new` tokens after `prompt` (int64 `[1, n]`), greedy, never ending early: int64 `[new]`."""
-    output = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        min_new_tokens=new,
-        max_new_tokens=new,
-        pad_token_id=0,
-    )
-    tokens: torch.Tensor = output[0, prompt.shape[1] :]
-    return tokens
-
-
 def free(device: torch.device) -> None:
     """Give back what a dropped model held."""
     if device.type == "cuda":

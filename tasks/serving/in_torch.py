@@ -81,11 +81,21 @@ def _seconds(device: Any, model: Any, prompt: Any, new: int) -> float:
     """Wall time of one greedy generation of exactly `new` tokens."""
     import torch
 
-    from tasks.model import greedy
-
     started = time.perf_counter()
     with torch.inference_mode():
-        greedy(model, prompt, new)
+        _greedy(model, prompt, new)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
+
+
+def _greedy(model: Any, prompt: Any, new: int) -> None:
+    """Exactly `new` tokens after `prompt` (int64 `[1, n]`), greedy, never ending early."""
+    model.generate(
+        input_ids=prompt,
+        attention_mask=prompt.new_ones(prompt.shape),
+        do_sample=False,
+        min_new_tokens=new,
+        max_new_tokens=new,
+        pad_token_id=0,
+    )
