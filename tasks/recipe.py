@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from tasks.artifact import digest_of
 from tasks.serving.flags import check_flags
 
 # What PyYAML raises for text that is not YAML, or whose tags do not fit their values.
@@ -255,3 +256,8 @@ class Recipe(Section):
         if self.publish is not None and self.publish.repo_id.lower() == self.base.repo_id.lower():
             raise ValueError(f"publish.repo_id {self.publish.repo_id} is the base itself: name a repo of your own")
         return self
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all that the recipe says, defaults too: how runs of one recipe know each other."""
+        return digest_of(self.model_dump(mode="json"))

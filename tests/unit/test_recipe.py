@@ -352,3 +352,10 @@ def test_a_recipe_may_not_publish_over_its_own_base() -> None:
 def test_a_builtin_text_that_does_not_exist_is_refused_before_any_work() -> None:
     with pytest.raises(RecipeError, match="builtin:prose does not exist: use builtin:python"):
         parse_recipe({"base": {"repo_id": "a/b"}, "quantize": {"calibration": "builtin:prose"}})
+
+
+def test_recipes_that_say_the_same_have_one_digest_however_they_are_written() -> None:
+    short = parse_recipe({"base": {"repo_id": "a/b"}})
+    spelled = parse_recipe({"base": {"repo_id": "a/b", "revision": "main"}, "quantize": {"iters": 200}})
+    other = parse_recipe({"base": {"repo_id": "a/b"}, "quantize": {"iters": 50}})
+    assert short.digest == spelled.digest != other.digest
