@@ -20,6 +20,7 @@ import click
 from flows.bench_command import bench
 from flows.checkpoint_commands import inspect, mtp_fix, validate
 from flows.command import NEW_FILE, NEW_FOLDER, command
+from flows.deploy_command import deploy
 from flows.store_commands import store
 from tasks.checkpoint.writer import write_file, write_json
 from tasks.errors import RecipeError, RequantError, explain_os_error, redact
@@ -70,10 +71,10 @@ def run(
         from flows.requantize import RunFailed, requantize
         from flows.terminal import render
 
-        try:
-            report = requantize(loaded)
-        except RunFailed as failure:
-            report = failure.report
+        outcome = requantize(loaded, return_state=True).result(raise_on_failure=False)
+        if isinstance(outcome, BaseException) and not isinstance(outcome, RunFailed):
+            raise outcome
+        report = outcome.report if isinstance(outcome, RunFailed) else outcome
     _lay_out(report, checkout)
     if report_path is not None:
         write_report(report, report_path)
@@ -110,7 +111,7 @@ def _lay_out(report: Report, checkout: Path | None) -> None:
         write_pictures(report.path / FOLDER, [])
 
 
-for each in (run, validate, mtp_fix, inspect, bench, store):
+for each in (run, validate, mtp_fix, inspect, bench, deploy, store):
     cli.add_command(each)
 
 

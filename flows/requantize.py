@@ -5,14 +5,16 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from prefect import State, flow, task
+from prefect import State, flow, runtime, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.states import Completed, Failed
 
+from flows.gpu import RESTARTS, cancel_children, on_gpu, pinned, where
 from flows.markdown import markdown
-from flows.report import Report
+from flows.report import Report, headline, run_name
 from tasks import benchmark as speed
+from tasks import quantize as quantizing
 from tasks import validate as quality
-from tasks.artifact import Manifest
 from tasks.benchmark import benchmark_task
 from tasks.download import download_task
 from tasks.errors import RequantError
@@ -27,6 +29,7 @@ from tasks.prefect_stage import options, say
 from tasks.publish import card_for, publish_task
 from tasks.quantize import quantize_task
 from tasks.recipe import Recipe
+from tasks.recipe_file import recipe_of
 from tasks.stage import StageResult
 from tasks.store import open_store
 from tasks.text import Text, find_text
@@ -43,9 +46,23 @@ class RunFailed(RequantError):
         self.report = report
 
 
-@flow(name="requantize", persist_result=False)
-def requantize(recipe: Recipe) -> Report:
+def _name() -> str:
+    """What a list of runs shows of each."""
+    return run_name(runtime.flow_run.parameters.get("recipe"))
+
+
+@flow(
+    name="requantize",
+    flow_run_name=_name,
+    validate_parameters=False,  # recipe_of says in a sentence what is wrong
+    persist_result=False,
+    on_cancellation=[cancel_children],
+)
+def requantize(recipe: Recipe) -> State[Report]:
     """Turn a base checkpoint into a quantized one, measure it, and publish it if it passes every gate."""
+    recipe = recipe_of(recipe)
+    if (runtime.flow_run.run_count or 0) > RESTARTS:
+        raise RequantError(f"this run was begun anew {RESTARTS} times: look for what kills it, then start another one")
     report = Report(recipe)
     try:
         _run(recipe, report)
@@ -56,7 +73,15 @@ def requantize(recipe: Recipe) -> Report:
         draw_pictures(report)
         text = markdown(report, embedded)
         create_markdown_artifact(text, key="requant-report", description="What this run made and measured")
-    return report
+    return _ended(report)
+
+
+def _ended(report: Report) -> State[Report]:
+    """The run's last state, by the name of what came of it: what a list of runs shows first."""
+    if report.status == "rejected":
+        failed = ", ".join(gate.name for gate in report.gates if not gate.passed)
+        return Failed(name="Rejected", message=f"nothing was published: {failed} failed", data=report)
+    return Completed(name=report.status.capitalize(), message=headline(report), data=report)
 
 
 def _run(recipe: Recipe, report: Report) -> None:
@@ -65,25 +90,23 @@ def _run(recipe: Recipe, report: Report) -> None:
     base, calibration, text = resolve_task(recipe)
     report.base = base
 
-    base_files = _done(download_task(base), report)
-    quantized = _done(quantize_task(recipe, base_files, calibration), report)
-    artifact = _done(mtp_fix_task(recipe, base_files, quantized), report)
-    report.artifact = artifact
-    _done(validate_task(recipe, base_files, artifact, text), report)
-    report.measured = measured = quality.read_values(store, report.stages[-1])
+    downloaded = _done(download_task(base), report)
+    quantized = _done(_quantize(recipe, downloaded, calibration), report)
+    fixed = _done(mtp_fix_task(recipe, downloaded.manifest, quantized.manifest), report)
+    artifact = report.artifact = fixed.manifest
+    report.measured = measured = quality.read_values(store, _done(_validate(recipe, downloaded, fixed, text), report))
     report.gates = compare(measured, recipe.gates)
     create_table_artifact([gate.to_json() for gate in report.gates], key="requant-gates")
     if not all(gate.passed for gate in report.gates):
         report.status = "rejected"
         return
-    _done(benchmark_task(recipe, artifact), report)
-    report.benchmark = speed.read_values(store, report.stages[-1])
+    report.benchmark = speed.read_values(store, _done(_benchmark(recipe, downloaded, fixed), report))
     draw_pictures(report)
-    card = card_for(
+    report.card = card_for(
         store,
         recipe,
         base,
-        base_files,
+        downloaded.manifest,
         artifact,
         report.gates,
         measured,
@@ -91,12 +114,31 @@ def _run(recipe: Recipe, report: Report) -> None:
         report.stages,
         report.pictures,
     )
-    report.card = card
     report.status = "validated"
     if recipe.publish is not None:
-        _done(publish_task(recipe, base, artifact, card, report.pictures), report)
-        report.published = report.stages[-1].provenance["published"]
+        published = _done(publish_task(recipe, base, artifact, report.card, report.pictures), report)
+        report.published = published.provenance["published"]
         report.status = "published"
+
+
+def _quantize(recipe: Recipe, base: StageResult, calibration: Text) -> Any:
+    if where("quantize", recipe, base.manifest) == "here":
+        return quantize_task(recipe, base.manifest, calibration)
+    key = quantizing.quantize_key(recipe, base.manifest, calibration)
+    return on_gpu(quantizing.STAGE, key, recipe, base=base.key, calibration=pinned(calibration))
+
+
+def _validate(recipe: Recipe, base: StageResult, fixed: StageResult, text: Text) -> Any:
+    if where("validate", recipe, base.manifest) == "here":
+        return validate_task(recipe, base.manifest, fixed.manifest, text)
+    key = quality.validate_key(recipe, base.manifest, fixed.manifest, text)
+    return on_gpu(quality.STAGE, key, recipe, base=base.key, artifact=fixed.key, text=pinned(text))
+
+
+def _benchmark(recipe: Recipe, base: StageResult, fixed: StageResult) -> Any:
+    if where("benchmark", recipe, base.manifest) == "here":
+        return benchmark_task(recipe, fixed.manifest)
+    return on_gpu(speed.STAGE, speed.benchmark_key(recipe, fixed.manifest), recipe, artifact=fixed.key)
 
 
 @task(**options("resolve", hours=1))
@@ -127,9 +169,9 @@ def embedded(picture: Picture) -> str:
     return f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
 
 
-def _done(outcome: Any, report: Report) -> Manifest:
-    """A stage's artifact. A task that ended in a named state hands over the state, any other its result."""
+def _done(outcome: Any, report: Report) -> StageResult:
+    """A stage's result. A task that ended in a named state hands over the state, any other its result."""
     result: StageResult = outcome.result() if isinstance(outcome, State) else outcome
     report.stages.append(result)
     say()(f"{result.name}: {result.state} in {result.seconds:.1f} s")
-    return result.manifest
+    return result

@@ -7,7 +7,7 @@ import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 from tasks.artifact import digest_of
 from tasks.serving.flags import check_flags
@@ -28,11 +28,19 @@ BUILTIN = ("builtin:python",)
 BUILTIN_EVALUATION = ("builtin:python-evaluation",)
 ENGINES = ("auto", "vllm", "torch", "none")
 ENGINE_URL = re.compile(r"url:https?://[A-Za-z0-9.-]{1,253}(:\d{1,5})?(/[A-Za-z0-9._~/-]{0,200})?")
-Choice = Literal["auto"] | bool
+# A form shows one list, not a choice of types.
+Choice = Annotated[Literal["auto"] | bool, WithJsonSchema({"enum": ["auto", True, False]})]
+
+
+def _as_form(schema: dict[str, Any]) -> None:
+    """What Prefect's form needs beside the schema: the order of the fields, and a title for each group that may be absent."""
+    for position, (name, field) in enumerate(schema.get("properties", {}).items()):
+        field["position"] = position
+        field.setdefault("title", name.replace("_", " ").capitalize())
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, json_schema_extra=_as_form)
 
 
 def _as_json(value: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +62,11 @@ class Base(Section):
 class Quantize(Section):
     """How auto-round quantizes. The defaults are its default recipe."""
 
-    scheme: str = Field("W4A16", description="auto-round scheme: W2A16, W3A16, W4A16, W8A16, or with G32, G64")
+    scheme: str = Field(
+        "W4A16",
+        description="auto-round scheme: W2A16, W3A16, W4A16, W8A16, or with G32, G64",
+        json_schema_extra={"enum": [f"W{bits}A16{group}" for bits in (4, 8, 3, 2) for group in ("", "G64", "G32")]},
+    )
     bits: Literal[2, 3, 4, 8] | None = Field(None, description="Overrides the scheme's bits")
     group_size: Literal[-1, 32, 64, 128, 256, 512, 1024] | None = Field(
         None, description="Inputs that share a scale; -1: all. Overrides the scheme's"
@@ -68,7 +80,7 @@ class Quantize(Section):
     seqlen: int = Field(2048, ge=16, le=131_072, description="Tokens a sample")
     batch_size: int = Field(8, ge=1, le=1024, description="Samples a step")
     lr: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Step size; by default 1 / iters")
-    seed: int = Field(42, ge=0, le=2**32 - 1)
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="Of the samples' order")
     calibration: str = Field(
         "builtin:python", description="Hub data set id[@revision], a local .txt or .jsonl file, or builtin:python"
     )
@@ -76,9 +88,9 @@ class Quantize(Section):
         {}, description="Per-layer overrides: auto-round's layer_config"
     )
     fast: Choice = Field("auto", description="Our tuning loop in place of auto-round's: the same steps")
-    torch_compile: Choice = "auto"
-    low_gpu_mem: Choice = "auto"
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    torch_compile: Choice = Field("auto", description="Compile each kind of block once")
+    low_gpu_mem: Choice = Field("auto", description="Samples in the CPU's memory")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
 
     @model_validator(mode="before")
     @classmethod
@@ -193,7 +205,9 @@ class Benchmark(Section):
     """What measures speed. `torch` is transformers on the machine at hand, never an engine's figure."""
 
     engine: str = Field(
-        "auto", description="auto (vllm where there is one, else torch), vllm, url:http://..., torch, none"
+        "auto",
+        description="auto (vllm where there is one, else torch), vllm, url:http://..., torch, none",
+        json_schema_extra={"pattern": rf"^({'|'.join(ENGINES)}|{ENGINE_URL.pattern})$"},
     )
     flags: Annotated[dict[str, Any], AfterValidator(_as_json)] = Field(
         {}, description="The engine's own, as it spells them"
@@ -222,8 +236,8 @@ class Benchmark(Section):
 class Publish(Section):
     """Where the result goes."""
 
-    repo_id: str = Field(pattern=REPO_ID)
-    private: bool = True
+    repo_id: str = Field(pattern=REPO_ID, description="Hub repo of the result")
+    private: bool = Field(True, description="Seen by its owner only")
 
 
 class Recipe(Section):

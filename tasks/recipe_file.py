@@ -50,6 +50,15 @@ def parse_recipe(document: Mapping[str, Any]) -> Recipe:
         raise RecipeError(_sentence(error, document)) from None
 
 
+def recipe_of(given: Recipe | Mapping[str, Any]) -> Recipe:
+    """The recipe that a run of a deployment was given: what Prefect hands on is JSON. Raises RecipeError."""
+    if isinstance(given, Recipe):
+        return given
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"the recipe {_short(given)} is not a mapping: it needs at least base: {{repo_id: ...}}")
+    return parse_recipe(given)
+
+
 def _with_text_file(recipe: Recipe, section: str, key: str, folder: Path) -> Recipe:
     """The recipe with a text that is a local file by its whole path: it is relative to the recipe."""
     part = getattr(recipe, section)

@@ -1,0 +1,211 @@
+"""The stages that want a GPU, as flows of their own: deployments of the `gpu` work pool, which hold a GPU while they run.
+
+A run that a worker started has them done there, and waits. `requant run` does every stage in its own process. What
+they hand on is in the store: a flow gets the names of what it reads, and the stage key that its work must have.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect import flow, runtime, task
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
+from prefect.client.schemas.objects import Flow, FlowRun, State, StateType
+from prefect.deployments import run_deployment
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.states import Cancelled, Cancelling, Scheduled
+
+from tasks import benchmark as speed
+from tasks import quantize as quantizing
+from tasks import validate as quality
+from tasks.artifact import Manifest
+from tasks.errors import RecipeError, RequantError, StoreError
+from tasks.log import plain_logs
+from tasks.prefect_stage import options, say, shown
+from tasks.recipe import Recipe
+from tasks.recipe_file import recipe_of
+from tasks.stage import Stage, StageResult
+from tasks.store import Store, open_store
+from tasks.text import Text, find_text
+
+plain_logs()
+POLL = 2.0  # seconds
+RESTARTS = 10  # of one run whose process was killed
+LARGE = 4_000_000_000  # bytes of weights that a CPU measures in minutes
+
+
+class StageFailed(RequantError, RuntimeError):
+    """A stage failed on the worker that did it; the sentence is its own."""
+
+
+# The flows of the gpu pool
+
+
+@flow(name="quantize", validate_parameters=False, persist_result=False)
+def quantize(recipe: Recipe, base: str, calibration: str, key: str) -> None:
+    """Quantize the base whose download has the stage key `base`."""
+    recipe, store, text = recipe_of(recipe), _store(), find_text(calibration)
+    files = _made(store, "download", base)
+    _expect(key, quantizing.quantize_key(recipe, files, text))
+    quantizing.quantize_task(recipe, files, text)
+
+
+@flow(name="validate", validate_parameters=False, persist_result=False)
+def validate(recipe: Recipe, base: str, artifact: str, text: str, key: str) -> None:
+    """Measure the artifact of the mtp_fix key `artifact` against its base."""
+    recipe, store, found = recipe_of(recipe), _store(), find_text(text, "validation.text")
+    files, made = _made(store, "download", base), _made(store, "mtp_fix", artifact)
+    _expect(key, quality.validate_key(recipe, files, made, found))
+    quality.validate_task(recipe, files, made, found)
+
+
+@flow(name="benchmark", validate_parameters=False, persist_result=False)
+def benchmark(recipe: Recipe, artifact: str, key: str) -> None:
+    """Measure the speed of the artifact of the mtp_fix key `artifact`."""
+    recipe, store = recipe_of(recipe), _store()
+    made = _made(store, "mtp_fix", artifact)
+    _expect(key, speed.benchmark_key(recipe, made))
+    speed.benchmark_task(recipe, made)
+
+
+def _store() -> Store:
+    store = open_store()
+    store.check()
+    return store
+
+
+def _made(store: Store, stage: str, key: str) -> Manifest:
+    manifest = store.manifest(stage, key)
+    if manifest is None:
+        raise StoreError(f"the store {store.url} has no {stage} {key[:12]}: set REQUANT_STORE alike on every worker")
+    return manifest
+
+
+def _expect(asked: str, ours: str) -> None:
+    """Two versions of Requant would name their work differently, and each wait for the other's."""
+    if asked != ours:
+        raise RecipeError(
+            f"this worker would make {ours[:12]} where {asked[:12]} is asked for: install the same version of Requant "
+            "on every worker"
+        )
+
+
+# What the run that asks does
+
+
+def where(stage: str, recipe: Recipe, base: Manifest) -> str:
+    """`gpu` if a stage is to be done by a worker of the gpu pool, else `here`: quantize always, and what a CPU cannot
+    measure in minutes. A run that no worker started has no pools.
+    """
+    if runtime.deployment.id is None:
+        return "here"
+    large = sum(file.size for file in base.files if file.path.endswith(".safetensors")) >= LARGE
+    runs_engine = recipe.benchmark.engine in {"auto", "vllm", "torch"}
+    wanted = {"quantize": True, "validate": large, "benchmark": large and runs_engine}
+    return "gpu" if wanted[stage] else "here"
+
+
+def on_gpu(stage: Stage, key: str, recipe: Recipe, **reads: str) -> Any:
+    """Have a stage done by a worker of the gpu pool; none is asked if the store has its artifact."""
+    parameters = {"recipe": recipe.model_dump(mode="json"), **reads, "key": key}
+    return task(_on_gpu, **options(stage.name, hours=72))(stage, key, parameters)
+
+
+def _on_gpu(stage: Stage, key: str, parameters: dict[str, Any]) -> Any:
+    started, store = time.monotonic(), open_store()
+    manifest = store.manifest(stage.name, key)
+    state = "reused"
+    if manifest is None:
+        state = "ran"
+        _run_there(stage.name, key, parameters)
+        manifest = _made(store, stage.name, key)
+    seconds = round(time.monotonic() - started, 3)
+    return shown(StageResult(stage.name, key, state, seconds, manifest, store.provenance(stage.name, key)))
+
+
+def _run_there(name: str, key: str, parameters: dict[str, Any]) -> None:
+    """Start the flow run, or find the one that an earlier life of this run started, and wait for its end."""
+    run = _begin(name, key, parameters)
+    say()(f"{name}: waiting for run {run.name} of the gpu pool")
+    restarts = 0
+    while True:
+        state = _state(run.id)
+        if state.is_completed():
+            return
+        if state.is_crashed() and restarts < RESTARTS:
+            restarts += 1
+            say()(f"{name}: run {run.name} was killed ({state.message}); it goes on from its last finished block")
+            restart(run.id)
+        elif state.is_final():
+            raise StageFailed(sentence_of(state) or f"{name} ended {state.name} on the gpu pool")
+        time.sleep(POLL)
+
+
+def _begin(name: str, key: str, parameters: dict[str, Any]) -> FlowRun:
+    """The run of this stage for this run: a new one where an earlier one failed and the user tries again."""
+    for attempt in range(100):
+        run = run_deployment(
+            f"{name}/{name}",
+            parameters=parameters,
+            timeout=0,
+            idempotency_key=f"{runtime.flow_run.id}:{key}:{attempt}",
+        )
+        assert isinstance(run, FlowRun)
+        state = _state(run.id)
+        if not state.is_final() or state.is_completed() or state.is_crashed():
+            return run
+    raise StageFailed(f"{name} was tried too often in this run: start another one")
+
+
+def restart(run_id: UUID) -> None:
+    """What the UI's retry button does: the same run once more."""
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(run_id, Scheduled(name="AwaitingRetry"), force=True)
+
+
+def _state(run_id: UUID) -> State[Any]:
+    """A run's state. A server that is away for a while is waited for: the work goes on without it."""
+    told = False
+    while True:
+        try:
+            with get_client(sync_client=True) as client:
+                state = client.read_flow_run(run_id).state
+            assert state is not None
+            return state
+        except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+            if not told:
+                say()(f"the Prefect server does not answer ({type(error).__name__}): waiting for it")
+                told = True
+            time.sleep(POLL)
+
+
+def sentence_of(state: State[Any]) -> str | None:
+    """What a failed run says, without the words that Prefect puts in front of it."""
+    message = state.message or ""
+    return message.removeprefix("Flow run encountered an exception: ").strip() or None
+
+
+def cancel_children(flow: Flow, run: FlowRun, state: State[Any]) -> None:
+    """Cancel what a cancelled run has asked of other workers: Prefect does not pass a cancellation on."""
+    with get_client(sync_client=True) as client:
+        children = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run.id]))
+        )
+        for child in children:
+            _cancel(client, child)
+
+
+def _cancel(client: SyncPrefectClient, run: FlowRun) -> None:
+    if run.state is None or run.state.is_final():
+        return
+    began = run.state.type in {StateType.RUNNING, StateType.PENDING, StateType.CANCELLING}
+    client.set_flow_run_state(run.id, Cancelling() if began else Cancelled())
+
+
+def pinned(text: Text) -> str:
+    """A text by a name that another worker finds too."""
+    return str(text.path) if text.path is not None and not text.name.startswith("builtin:") else text.name

@@ -1,0 +1,1 @@
+"""The whole of Requant on one machine, without containers: `make up`, `make down`."""
