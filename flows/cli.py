@@ -71,10 +71,10 @@ def run(
         from flows.requantize import RunFailed, requantize
         from flows.terminal import render
 
-        outcome = requantize(loaded, return_state=True).result(raise_on_failure=False)
+        outcome: Any = requantize(loaded, return_state=True).result(raise_on_failure=False)
         if isinstance(outcome, BaseException) and not isinstance(outcome, RunFailed):
             raise outcome
-        report = outcome.report if isinstance(outcome, RunFailed) else outcome
+        report: Report = outcome.report if isinstance(outcome, RunFailed) else outcome
     _lay_out(report, checkout)
     if report_path is not None:
         write_report(report, report_path)

@@ -1,4 +1,4 @@
-"""The stages that want a GPU, as flows of their own: deployments of the `gpu` work pool, which hold a GPU while they run.
+"""The stages that want a GPU, as flows of their own: deployments of the `gpu` work pool, which hold it while they run.
 
 A run that a worker started has them done there, and waits. `requant run` does every stage in its own process. What
 they hand on is in the store: a flow gets the names of what it reads, and the stage key that its work must have.
@@ -7,6 +7,7 @@ they hand on is in the store: a flow gets the names of what it reads, and the st
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 from uuid import UUID
 
@@ -14,10 +15,10 @@ import httpx
 from prefect import flow, runtime, task
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
-from prefect.client.schemas.objects import Flow, FlowRun, State, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.states import Cancelled, Cancelling, Scheduled
+from prefect.states import Cancelled, Cancelling, Completed, Failed, Scheduled
 
 from tasks import benchmark as speed
 from tasks import quantize as quantizing
@@ -42,34 +43,69 @@ class StageFailed(RequantError, RuntimeError):
     """A stage failed on the worker that did it; the sentence is its own."""
 
 
+def run_name() -> str:
+    """What a list of runs shows of each, from its recipe as it was given, sound or not."""
+    recipe = runtime.flow_run.parameters.get("recipe")
+    given = recipe.model_dump() if isinstance(recipe, Recipe) else recipe if isinstance(recipe, Mapping) else {}
+    base, quantize = (part if isinstance(part := given.get(key), Mapping) else {} for key in ("base", "quantize"))
+    repo = str(base.get("repo_id") or "a base without a name").split("/")[-1]
+    return f"{repo} {quantize.get('scheme') or 'W4A16'}"[:200]
+
+
+OPTIONS: dict[str, Any] = {
+    "flow_run_name": run_name,
+    "validate_parameters": False,  # recipe_of says in a sentence what is wrong
+    "persist_result": False,
+}
 # The flows of the gpu pool
 
 
-@flow(name="quantize", validate_parameters=False, persist_result=False)
-def quantize(recipe: Recipe, base: str, calibration: str, key: str) -> None:
+@flow(name="quantize", **OPTIONS)
+def quantize(recipe: Recipe, base: str, calibration: str, key: str) -> State[Any]:
     """Quantize the base whose download has the stage key `base`."""
-    recipe, store, text = recipe_of(recipe), _store(), find_text(calibration)
-    files = _made(store, "download", base)
-    _expect(key, quantizing.quantize_key(recipe, files, text))
-    quantizing.quantize_task(recipe, files, text)
+
+    def work() -> Any:
+        asked, store, text = recipe_of(recipe), _store(), find_text(calibration)
+        files = _made(store, "download", base)
+        _expect(key, quantizing.quantize_key(asked, files, text))
+        return quantizing.quantize_task(asked, files, text)
+
+    return ended(work)
 
 
-@flow(name="validate", validate_parameters=False, persist_result=False)
-def validate(recipe: Recipe, base: str, artifact: str, text: str, key: str) -> None:
+@flow(name="validate", **OPTIONS)
+def validate(recipe: Recipe, base: str, artifact: str, text: str, key: str) -> State[Any]:
     """Measure the artifact of the mtp_fix key `artifact` against its base."""
-    recipe, store, found = recipe_of(recipe), _store(), find_text(text, "validation.text")
-    files, made = _made(store, "download", base), _made(store, "mtp_fix", artifact)
-    _expect(key, quality.validate_key(recipe, files, made, found))
-    quality.validate_task(recipe, files, made, found)
+
+    def work() -> Any:
+        asked, store, found = recipe_of(recipe), _store(), find_text(text, "validation.text")
+        files, made = _made(store, "download", base), _made(store, "mtp_fix", artifact)
+        _expect(key, quality.validate_key(asked, files, made, found))
+        return quality.validate_task(asked, files, made, found)
+
+    return ended(work)
 
 
-@flow(name="benchmark", validate_parameters=False, persist_result=False)
-def benchmark(recipe: Recipe, artifact: str, key: str) -> None:
+@flow(name="benchmark", **OPTIONS)
+def benchmark(recipe: Recipe, artifact: str, key: str) -> State[Any]:
     """Measure the speed of the artifact of the mtp_fix key `artifact`."""
-    recipe, store = recipe_of(recipe), _store()
-    made = _made(store, "mtp_fix", artifact)
-    _expect(key, speed.benchmark_key(recipe, made))
-    speed.benchmark_task(recipe, made)
+
+    def work() -> Any:
+        asked, store = recipe_of(recipe), _store()
+        made = _made(store, "mtp_fix", artifact)
+        _expect(key, speed.benchmark_key(asked, made))
+        return speed.benchmark_task(asked, made)
+
+    return ended(work)
+
+
+def ended(work: Callable[[], Any]) -> State[Any]:
+    """Do the work of a flow; its last state. An expected failure is a sentence, without the words that Prefect adds."""
+    try:
+        work()
+    except (RequantError, TimeoutError) as error:  # a task's own time limit is a plain TimeoutError
+        return Failed(message=str(error), data=error)
+    return Completed()
 
 
 def _store() -> Store:
@@ -141,7 +177,7 @@ def _run_there(name: str, key: str, parameters: dict[str, Any]) -> None:
             say()(f"{name}: run {run.name} was killed ({state.message}); it goes on from its last finished block")
             restart(run.id)
         elif state.is_final():
-            raise StageFailed(sentence_of(state) or f"{name} ended {state.name} on the gpu pool")
+            raise StageFailed(state.message or f"{name} ended {state.name} on the gpu pool")
         time.sleep(POLL)
 
 
@@ -183,17 +219,11 @@ def _state(run_id: UUID) -> State[Any]:
             time.sleep(POLL)
 
 
-def sentence_of(state: State[Any]) -> str | None:
-    """What a failed run says, without the words that Prefect puts in front of it."""
-    message = state.message or ""
-    return message.removeprefix("Flow run encountered an exception: ").strip() or None
-
-
-def cancel_children(flow: Flow, run: FlowRun, state: State[Any]) -> None:
+def cancel_children(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
     """Cancel what a cancelled run has asked of other workers: Prefect does not pass a cancellation on."""
     with get_client(sync_client=True) as client:
         children = client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run.id]))
+            flow_run_filter=FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run.id]))
         )
         for child in children:
             _cancel(client, child)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,14 +76,6 @@ def headline(report: Report) -> str:
     return (
         f"{base} -> W{bits}A16 g{group_size}, {gigabytes(report.artifact.size)}, artifact {report.artifact.digest[:12]}"
     )
-
-
-def run_name(recipe: Any) -> str:
-    """A run's name, from its recipe as it was given, sound or not."""
-    given = recipe.model_dump() if isinstance(recipe, Recipe) else recipe if isinstance(recipe, Mapping) else {}
-    base, quantize = (given.get(key) if isinstance(given.get(key), Mapping) else {} for key in ("base", "quantize"))
-    repo = str(base.get("repo_id") or "a base without a name").split("/")[-1]
-    return f"{repo} {quantize.get('scheme') or 'W4A16'}"[:200]
 
 
 def stage_rows(report: Report) -> list[tuple[str, ...]]:

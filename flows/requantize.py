@@ -9,17 +9,17 @@ from prefect import State, flow, runtime, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import Completed, Failed
 
-from flows.gpu import RESTARTS, cancel_children, on_gpu, pinned, where
+from flows.gpu import OPTIONS, RESTARTS, cancel_children, on_gpu, pinned, where
 from flows.markdown import markdown
-from flows.report import Report, headline, run_name
+from flows.report import Report, gate_rows, headline
 from tasks import benchmark as speed
 from tasks import quantize as quantizing
 from tasks import validate as quality
 from tasks.benchmark import benchmark_task
 from tasks.download import download_task
-from tasks.errors import RequantError
+from tasks.errors import RecipeError, RequantError
 from tasks.evaluate import check_tasks
-from tasks.gates import compare
+from tasks.gates import Gate, compare
 from tasks.hub.release import check_target
 from tasks.hub.revision import Revision, resolve
 from tasks.log import plain_logs
@@ -46,29 +46,22 @@ class RunFailed(RequantError):
         self.report = report
 
 
-def _name() -> str:
-    """What a list of runs shows of each."""
-    return run_name(runtime.flow_run.parameters.get("recipe"))
+@flow(name="requantize", on_cancellation=[cancel_children], **OPTIONS)
+def requantize(recipe: Recipe) -> State[Any]:
+    """Turn a base checkpoint into a quantized one, measure it, and publish it if it passes every gate.
 
-
-@flow(
-    name="requantize",
-    flow_run_name=_name,
-    validate_parameters=False,  # recipe_of says in a sentence what is wrong
-    persist_result=False,
-    on_cancellation=[cancel_children],
-)
-def requantize(recipe: Recipe) -> State[Report]:
-    """Turn a base checkpoint into a quantized one, measure it, and publish it if it passes every gate."""
-    recipe = recipe_of(recipe)
-    if (runtime.flow_run.run_count or 0) > RESTARTS:
-        raise RequantError(f"this run was begun anew {RESTARTS} times: look for what kills it, then start another one")
-    report = Report(recipe)
+    The last state holds a Report, or RunFailed with one; its name is what came of the run, its message says why.
+    """
     try:
-        _run(recipe, report)
+        report = Report(recipe_of(recipe))
+    except RecipeError as error:
+        return Failed(message=str(error), data=error)
+    try:
+        if (runtime.flow_run.run_count or 0) > RESTARTS:
+            raise RequantError(f"begun anew {RESTARTS} times: look for what kills this run, then start another one")
+        _run(report.recipe, report)
     except (RequantError, TimeoutError) as error:  # a task's own time limit is a plain TimeoutError
         report.status, report.error = "failed", str(error)
-        raise RunFailed(report) from error
     finally:
         draw_pictures(report)
         text = markdown(report, embedded)
@@ -76,8 +69,9 @@ def requantize(recipe: Recipe) -> State[Report]:
     return _ended(report)
 
 
-def _ended(report: Report) -> State[Report]:
-    """The run's last state, by the name of what came of it: what a list of runs shows first."""
+def _ended(report: Report) -> State[Any]:
+    if report.error is not None:
+        return Failed(message=report.error, data=RunFailed(report))
     if report.status == "rejected":
         failed = ", ".join(gate.name for gate in report.gates if not gate.passed)
         return Failed(name="Rejected", message=f"nothing was published: {failed} failed", data=report)
@@ -96,7 +90,7 @@ def _run(recipe: Recipe, report: Report) -> None:
     artifact = report.artifact = fixed.manifest
     report.measured = measured = quality.read_values(store, _done(_validate(recipe, downloaded, fixed, text), report))
     report.gates = compare(measured, recipe.gates)
-    create_table_artifact([gate.to_json() for gate in report.gates], key="requant-gates")
+    show_gates(report.gates)
     if not all(gate.passed for gate in report.gates):
         report.status = "rejected"
         return
@@ -150,6 +144,17 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Text, Text]:
     if recipe.publish is not None:
         check_target(recipe.publish.repo_id, private=recipe.publish.private)
     return base, find_text(recipe.quantize.calibration), find_text(recipe.validation.text, "validation.text")
+
+
+def show_gates(gates: list[Gate]) -> None:
+    """The gates as a table in Prefect's UI: what failed comes first."""
+    rows = gate_rows(sorted(gates, key=lambda gate: gate.passed))
+    failed = sum(not gate.passed for gate in gates)
+    create_table_artifact(
+        [dict(zip(("gate", "measured", "limit", "result", "note"), row, strict=True)) for row in rows],
+        key="requant-gates",
+        description=f"{failed} of {len(gates)} gates failed" if failed else f"All {len(gates)} gates passed",
+    )
 
 
 def draw_pictures(report: Report) -> None:

@@ -33,7 +33,7 @@ Choice = Annotated[Literal["auto"] | bool, WithJsonSchema({"enum": ["auto", True
 
 
 def _as_form(schema: dict[str, Any]) -> None:
-    """What Prefect's form needs beside the schema: the order of the fields, and a title for each group that may be absent."""
+    """What Prefect's form needs beside the schema: the order of the fields, a title for a group that may be absent."""
     for position, (name, field) in enumerate(schema.get("properties", {}).items()):
         field["position"] = position
         field.setdefault("title", name.replace("_", " ").capitalize())

@@ -21,7 +21,7 @@ CEPH = ROOT / "infra" / "s3" / "ceph"
 
 
 def up(folder: Path, gpus: int = 1, say: Callable[[str], None] = print) -> Settings:
-    """Start what is not running, in order, each after what it needs answers. Raises RuntimeError, CalledProcessError."""
+    """Start what is not running, in order. Raises RuntimeError, CalledProcessError."""
     settings = Settings.of(folder)
     postgres.install()
     say("S3 server (Ceph)")

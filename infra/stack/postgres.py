@@ -73,7 +73,7 @@ def run_sql(settings: Settings, sql: str, database: str = "postgres") -> str:
 
 
 def as_user() -> list[str]:
-    """Words before a command of PostgreSQL's. The capability lets it reach a folder below one that only root may enter."""
+    """Words before a command of PostgreSQL's. The capability lets it pass a folder that only root may enter."""
     if os.geteuid() != 0:
         return []
     capability = "+dac_override"

@@ -55,7 +55,7 @@ def worker(pool: str, name: str, limit: int) -> list[str]:
 
 
 class Supervisor:
-    """supervisord of one stack. Secrets are in its environment, which its services inherit, and in no file of its own."""
+    """supervisord of one stack. Secrets are in its environment, which its services inherit, not in its files."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
