@@ -11,11 +11,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from infra.stack import postgres
 from infra.stack.settings import Settings
 from tasks.checkpoint.writer import write_file
 
 ROOT = Path(__file__).resolve().parents[2]
+STOP = 180.0  # seconds
 DEMO = ("demo/tiny-qwen3_5-mtp", ROOT / "infra" / "models" / "tiny-qwen3_5-mtp")
 
 
@@ -41,7 +44,7 @@ def services(settings: Settings, gpus: int = 1) -> list[Service]:
         Service("postgres", postgres.command(settings), signal="INT"),  # a fast shutdown
         Service("hub", hub),
         Service("prefect-server", server),
-        Service("worker-cpu", worker("cpu", "cpu", limit=8)),
+        Service("worker-cpu", worker("cpu", "cpu", limit=4)),
         *(
             Service(f"worker-gpu-{index}", ["env", f"CUDA_VISIBLE_DEVICES={index}", *worker("gpu", f"gpu-{index}", 1)])
             for index in range(gpus)
@@ -85,9 +88,11 @@ class Supervisor:
         return int(self._ask("pid", name).stdout)
 
     def stop(self) -> None:
-        """End every service, last started first, then supervisord."""
+        """End every service, last started first, then supervisord, and wait for it. Raises psutil.TimeoutExpired."""
         if self.running():
+            process = psutil.Process(int(self._ask("pid").stdout))
             self._ask("shutdown")
+            process.wait(STOP)
 
     def last_words(self, name: str) -> str:
         log = self.settings.folder / "log" / f"{name}.log"

@@ -77,6 +77,8 @@ def install(report: Any) -> None:
             done = block_names[: state.resume_index]
             report("resumed", blocks=len(done))
             kwargs["q_input"], kwargs["resume_input_ids"] = pass_through(self, model, inputs, done, state.dir)
+            if kwargs.get("pbar") is not None:
+                kwargs["pbar"].n -= 1  # auto-round counts once more before it begins the first of the others
         walked(self, model, inputs, block_names, *args, **kwargs)
 
     signed = resume.compute_run_signature

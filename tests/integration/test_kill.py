@@ -88,6 +88,7 @@ def test_killed_between_blocks_it_repeats_at_most_one(requant: Requant, finished
     provenance = [json.loads(p.read_text()) for p in requant.store.glob("provenance/quantize/*")]
     starts = [block["starts"] for record in provenance for block in record["blocks"]]
     assert len(before) == LAYERS and sum(starts) <= LAYERS + 2  # the block under way, and at most one finished
+    assert f"block {LAYERS} of {LAYERS}" in outcome.stderr and f"block {LAYERS + 1}" not in outcome.stderr
     assert_store_is_whole(requant)
 
 

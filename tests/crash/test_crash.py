@@ -1,0 +1,106 @@
+"""SIGKILL of everything that a run rests on, in the middle of a run: it ends published, once, and little is done again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.stack import LAYERS, Stack, kill, wait_for
+
+Recipe = dict[str, Any]
+
+
+def in_the_middle(stack: Stack, recipe: Recipe) -> str:
+    """A new run whose second block is done."""
+    run = stack.start(recipe)
+    wait_for(lambda: 2 in stack.blocks(run), 300, "the second block")
+    return run
+
+
+def assert_ended_well(stack: Stack, run: str, recipe: Recipe) -> None:
+    ended = stack.finish(run)
+    assert ended["state"]["name"] == "Published", ended["state"]["message"]
+    assert len(stack.releases(recipe)) == 1
+    assert sorted(set(stack.blocks(run))) == list(range(1, LAYERS + 1))
+    assert len(stack.blocks(run)) <= LAYERS + 1, stack.blocks(run)
+    assert stack.unfinished() == []
+
+
+def test_a_killed_quantize_child_goes_on_from_its_last_finished_block(stack: Stack) -> None:
+    recipe = stack.recipe()
+    run = in_the_middle(stack, recipe)
+    child = stack.child()
+    assert child is not None
+    kill([child])
+    assert_ended_well(stack, run, recipe)
+
+
+@pytest.mark.parametrize("service", ["worker-gpu-0", "worker-cpu"])
+def test_a_killed_worker_is_started_again_and_its_run_goes_on(stack: Stack, service: str) -> None:
+    recipe = stack.recipe()
+    run = in_the_middle(stack, recipe)
+    kill(stack.tree(service))
+    assert_ended_well(stack, run, recipe)
+
+
+@pytest.mark.parametrize("service", ["prefect-server", "postgres"])
+def test_a_killed_server_is_started_again_and_the_run_goes_on(stack: Stack, service: str) -> None:
+    recipe = stack.recipe()
+    run = in_the_middle(stack, recipe)
+    kill(stack.tree(service))
+    assert_ended_well(stack, run, recipe)
+
+
+def test_a_store_that_is_away_for_a_minute_is_waited_for(stack: Stack) -> None:
+    recipe = stack.recipe()
+    run = in_the_middle(stack, recipe)
+    with stack.without_s3():
+        time.sleep(60)
+    assert_ended_well(stack, run, recipe)
+
+
+def test_a_cancelled_run_ends_its_child_and_the_process_on_the_gpu_worker(stack: Stack) -> None:
+    run = in_the_middle(stack, stack.recipe(iters=3000))
+    (child,) = stack.children(run)
+    began = time.monotonic()
+    stack.ask("POST", f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    wait_for(lambda: stack.child() is None, 60, "the process to end")
+    assert stack.finish(run)["state"]["name"] == stack.finish(child["id"])["state"]["name"] == "Cancelled"
+    print(f"cancelled in {time.monotonic() - began:.1f} s")
+    assert stack.unfinished() == []
+
+
+def test_two_runs_of_one_recipe_on_two_workers_do_the_work_once(stack: Stack) -> None:
+    recipe = stack.recipe()
+    second = subprocess.Popen(
+        [sys.executable, "-m", "prefect", "worker", "start", "--pool", "gpu", "--name", "gpu-second", "--limit", "1"],
+        env=stack.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        runs = [stack.start(recipe), stack.start(recipe)]
+        for run in runs:
+            assert stack.finish(run)["state"]["name"] == "Published"
+    finally:
+        kill([psutil.Process(second.pid)])
+        second.wait()
+    assert sorted(stack.blocks(runs[0]) + stack.blocks(runs[1])) == list(range(1, LAYERS + 1))
+    assert len(stack.releases(recipe)) == 1
+
+
+def test_twenty_runs_wait_for_one_gpu_worker_and_all_finish_one_at_a_time(stack: Stack) -> None:
+    recipes = [stack.recipe(iters=0) for _ in range(20)]
+    runs = [stack.start(recipe) for recipe in recipes]
+    most = 0
+    while any(stack.run(run)["state"]["type"] in {"SCHEDULED", "PENDING", "RUNNING"} for run in runs):
+        filters = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}, "flows": {"name": {"any_": ["quantize"]}}}
+        most = max(most, len(stack.ask("POST", "flow_runs/filter", filters)))
+        time.sleep(1)
+    assert [stack.state(run) for run in runs] == ["Published"] * 20
+    assert most == 1
