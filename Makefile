@@ -1,15 +1,24 @@
 # make demo: the whole pipeline on a tiny model. make test, test-engines, lint: what CI runs. All set themselves up.
+# make up, make down: Prefect with PostgreSQL, workers, S3 and a Hub stand-in on this machine. make test-ui: its pages in a
+# browser. make test-crash: everything killed in the middle of a run.
 # make test-gpu: tests of the quantize stage that need a GPU.
 # make bench-gpu: what quantizing a 27 B model costs on this machine's GPU; MINUTES=9.5 does it in pieces.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 EVALUATES := .venv/.evaluates
+SERVES := .venv/.serves
 
-.PHONY: demo test test-engines test-gpu lint format bench bench-gpu clean
+.PHONY: demo up down test test-engines test-gpu test-ui test-crash lint format bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m infra.demo
+
+up: $(SERVES)
+	$(BIN)/python -m infra.stack up
+
+down:
+	$(BIN)/python -m infra.stack down
 
 test: $(INSTALLED) $(EVALUATES)
 	infra/s3/ceph install
@@ -18,6 +27,13 @@ test: $(INSTALLED) $(EVALUATES)
 test-engines: $(INSTALLED)
 	infra/engines/install build/vllm
 	$(BIN)/python -m pytest tests/engines
+
+test-ui: $(SERVES)
+	command -v chromium >/dev/null || apt-get install -y -q --no-install-recommends chromium
+	$(BIN)/python -m pytest tests/ui
+
+test-crash: $(SERVES)
+	$(BIN)/python -m pytest tests/crash
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest tests/gpu
@@ -44,6 +60,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(EVALUATES): $(INSTALLED)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[eval]'
+	touch $@
+
+$(SERVES): $(INSTALLED)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[serve]'
 	touch $@
 
 clean:

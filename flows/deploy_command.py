@@ -57,7 +57,7 @@ def with_recipes(document: dict[str, Any], folder: Path) -> dict[str, Any]:
         named = copy.deepcopy(whole)
         named["name"] = path.stem
         named["description"] = f"{recipe.base.repo_id}: {whole['description']}"
-        named["parameters"] = {"recipe": recipe.model_dump(mode="json", exclude_none=True)}
+        named["parameters"] = {"recipe": recipe.model_dump(mode="json")}
         document["deployments"].append(named)
     return document
 

@@ -1,0 +1,38 @@
+"""A stack and a browser for the tests of Prefect's UI: make test-ui. What they see is kept in build/ui."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+from tests.stack import Stack, running_stack
+
+SHOTS = Path(__file__).parent.parent.parent / "build" / "ui"
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with running_stack(tmp_path_factory.mktemp("stack") / "stack") as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def page(stack: Stack) -> Iterator[Page]:
+    """A browser that has logged in."""
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    assert program, "no browser: apt-get install chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(60_000)
+        page.goto(f"{stack.settings.ui}/v2/login")
+        page.locator("input").fill(stack.settings.login)
+        page.get_by_role("button", name="Login").click()
+        page.wait_for_url("**/dashboard**")
+        yield page
+        browser.close()

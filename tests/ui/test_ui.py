@@ -1,0 +1,95 @@
+"""The way of a person: choose a recipe, fill the form, start a run, watch it, read what came of it."""
+
+from __future__ import annotations
+
+from playwright.sync_api import Page, expect
+
+from tests.stack import BASE, Stack, wait_for
+from tests.ui.conftest import SHOTS
+
+
+def shot(page: Page, name: str) -> None:
+    page.wait_for_timeout(1500)  # charts are drawn after all else
+    page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
+
+
+def open_form(page: Page, stack: Stack, deployment: str) -> None:
+    page.goto(f"{stack.settings.ui}/v2/deployments")
+    page.get_by_role("link", name=deployment, exact=True).first.click()
+    shot(page, f"deployment-{deployment}")
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_text("Custom run", exact=True).click()
+    expect(page.get_by_role("button", name="Submit")).to_be_visible()
+
+
+def newest(stack: Stack, deployment: str, before: set[str]) -> str:
+    runs = stack.ask("POST", "flow_runs/filter", {"deployments": {"name": {"any_": [deployment]}}})
+    return next((str(run["id"]) for run in runs if run["id"] not in before), "")
+
+
+def submit(page: Page, stack: Stack, deployment: str) -> str:
+    """Press the button; the run that it started."""
+    before = {
+        run["id"] for run in stack.ask("POST", "flow_runs/filter", {"deployments": {"name": {"any_": [deployment]}}})
+    }
+    page.get_by_role("button", name="Submit").click()
+    return str(wait_for(lambda: newest(stack, deployment, before), 30, "the run"))
+
+
+def open_run(page: Page, stack: Stack, run: str, tab: str) -> None:
+    page.goto(f"{stack.settings.ui}/v2/runs/flow-run/{run}?tab={tab}")
+
+
+def test_a_recipe_is_chosen_by_name_run_and_its_gates_report_and_pictures_are_seen(page: Page, stack: Stack) -> None:
+    open_form(page, stack, "demo")
+    expect(page.get_by_label("Repo Id").first).to_have_value("demo/tiny-qwen3_5-mtp")
+    shot(page, "form-demo")
+    run = submit(page, stack, "demo")
+
+    child = wait_for(lambda: stack.children(run), 120, "the quantize run")[0]["id"]
+    wait_for(lambda: stack.logs(child) and any("block 1 of" in line for line in stack.logs(child)), 300, "a block")
+    open_run(page, stack, run, "Logs")
+    expect(page.get_by_text("quantize: waiting for run")).to_be_visible()
+    shot(page, "running")
+    open_run(page, stack, child, "Artifacts")
+    expect(page.get_by_text("quantize-progress")).to_be_visible()
+    shot(page, "progress")
+
+    assert stack.finish(run)["state"]["name"] == "Published"
+    open_run(page, stack, run, "Artifacts")
+    expect(page.get_by_text("Published").first).to_be_visible()
+    expect(page.get_by_text("All 17 gates passed")).to_be_visible()
+    shot(page, "finished")
+    page.get_by_text("requant-gates").click()
+    expect(page.get_by_text("weight_slope")).to_be_visible()
+    shot(page, "gates")
+    open_run(page, stack, run, "Artifacts")
+    page.get_by_text("requant-report").click()
+    expect(page.get_by_role("heading", name="Gates")).to_be_visible()
+    pictures = page.locator("img[src^='data:image/png']")
+    expect(pictures.first).to_be_visible()
+    assert pictures.count() >= 4
+    assert all(pictures.nth(i).evaluate("image => image.naturalWidth") > 100 for i in range(pictures.count()))
+    shot(page, "report")
+    page.goto(f"{stack.settings.ui}/v2/runs")
+    expect(page.get_by_text("tiny-qwen3_5-mtp W4A16").first).to_be_visible()
+    shot(page, "runs")
+
+
+def test_a_wrong_value_is_refused_by_the_form(page: Page, stack: Stack) -> None:
+    open_form(page, stack, "requantize")
+    page.get_by_label("Repo Id").first.fill("not a repo")
+    page.get_by_role("button", name="Submit").click()
+    expect(page.get_by_text("does not match").first).to_be_visible()
+    shot(page, "refused")
+
+
+def test_a_recipe_that_no_form_can_see_through_ends_with_a_sentence(page: Page, stack: Stack) -> None:
+    open_form(page, stack, "requantize")
+    page.get_by_label("Repo Id").first.fill(BASE)
+    page.get_by_label("Nsamples").fill("4")
+    run = submit(page, stack, "requantize")
+    assert stack.finish(run)["state"]["name"] == "Failed"
+    open_run(page, stack, run, "Details")
+    expect(page.get_by_text("quantize: batch_size 8 is larger than nsamples 4").first).to_be_visible()
+    shot(page, "failed")
