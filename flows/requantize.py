@@ -20,6 +20,7 @@ from tasks.evaluate import check_tasks
 from tasks.gates import compare
 from tasks.hub.release import check_target
 from tasks.hub.revision import Revision, resolve
+from tasks.last_run import remember_run
 from tasks.log import plain_logs
 from tasks.mtp_fix import mtp_fix_task
 from tasks.pictures import Picture
@@ -49,6 +50,8 @@ def requantize(recipe: Recipe) -> Report:
     report = Report(recipe)
     try:
         _run(recipe, report)
+        assert report.base is not None
+        remember_run(open_store(), recipe, report.base, report.status)
     except (RequantError, TimeoutError) as error:  # a task's own time limit is a plain TimeoutError
         report.status, report.error = "failed", str(error)
         raise RunFailed(report) from error

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from tasks.artifact import SHA256, check_relative
+from tasks.artifact import SHA256, check_relative, digest_of
 from tasks.errors import HubError
 from tasks.hub.client import hub_api, hub_errors
 
@@ -17,6 +17,7 @@ NOT_FETCHED = (
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.onnx_data",
     "*.tflite", "*.npz", "*.npy", "*.ot", "*.mlmodel", "consolidated*.safetensors", "original/*", "onnx/*",
 )  # fmt: skip
+REWRITTEN = ("README.md", ".gitattributes")  # of a result: the card is ours, and the Hub writes the other
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,14 @@ class Revision:
     def wanted(self) -> list[HubFile]:
         """The files that a checkpoint is made of, without other frameworks' weights."""
         return [f for f in self.files if not any(fnmatch.fnmatch(f.path, pattern) for pattern in NOT_FETCHED)]
+
+    @property
+    def content(self) -> str:
+        """sha256 over what a result depends on: path, size and hash of every wanted file but those REWRITTEN.
+
+        Known from the Hub's list alone. Two commits with one content differ in nothing that matters.
+        """
+        return digest_of([[f.path, f.size, f.sha256 or f.blob_id] for f in self.wanted if f.path not in REWRITTEN])
 
 
 def resolve(repo_id: str, revision: str = "main", repo_type: Literal["model", "dataset"] = "model") -> Revision:
