@@ -30,12 +30,13 @@ def start_here(store: Store, due: Sequence[Due]) -> Iterator[Started | Problem]:
     from flows.requantize import RunFailed, requantize  # torch and all
 
     for each in due:
-        try:
-            report = requantize(each.recipe)
-        except RunFailed as failure:
-            yield Problem(each.name, str(failure))
+        outcome = requantize(each.recipe, return_state=True).result(raise_on_failure=False)
+        if isinstance(outcome, RunFailed):
+            yield Problem(each.name, str(outcome))
+        elif isinstance(outcome, BaseException):
+            raise outcome
         else:
-            yield Started(each.name, each.base, None, report.status)
+            yield Started(each.name, each.base, None, outcome.status)
 
 
 def start_on_server(store: Store, due: Sequence[Due]) -> Iterator[Started | Problem]:
