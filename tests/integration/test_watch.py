@@ -178,6 +178,19 @@ def test_a_base_that_is_gone_and_a_recipe_that_is_wrong_stop_no_other(
     assert "demo/gone does not exist" in errors["a-gone.yaml"] and "did you mean quantize?" in errors["b-wrong.yaml"]
 
 
+def test_the_flow_ends_in_a_state_that_says_so_and_has_a_table_of_what_it_did(
+    deployment: Requant, hub: HubStandIn, base_folder: Path, prefect_server: str
+) -> None:
+    """The recipes of the test before: one started already, two with problems."""
+    code = "import sys; from flows.watch import watch; print(watch(sys.argv[1], return_state=True).name)"
+    command = [sys.executable, "-c", code, str(deployment.folder / "beside" / "recipes")]
+    done = subprocess.run(command, cwd=ROOT, env=deployment.environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split()[-1] == "Problems", done.stderr
+    body = {"artifacts": {"key": {"any_": ["requant-watch"]}}}
+    (table,) = httpx.post(f"{prefect_server}/artifacts/filter", json=body).raise_for_status().json()
+    assert "demo/gone" in table["data"] and "c-good" not in table["data"]
+
+
 def test_unknown_repos_and_other_events_start_nothing(
     deployment: Requant, relay: httpx.Client, hub: HubStandIn, prefect_server: str
 ) -> None:
@@ -203,6 +216,12 @@ def test_without_a_server_what_is_due_is_run_here_and_then_no_more(
     assert first.status == second.status == 0, first.stderr + second.stderr
     assert [(s["status"], s["run"]) for s in first.document["started"]] == [("validated", None)]
     assert second.document == {"checked": 1, "started": [], "problems": []}
+
+    strict = {**recipe_for("demo/here", None), "gates": {"min_mtp_acceptance_ratio": 9.0}}
+    write_recipe(requant, "strict.yaml", strict)
+    first, second = watch(requant), watch(requant)
+    assert (first.status, [s["status"] for s in first.document["started"]]) == (1, ["rejected"])
+    assert (second.status, second.document["started"]) == (0, [])
 
 
 def test_a_server_that_does_not_answer_is_a_sentence(
