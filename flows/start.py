@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import time
 from collections.abc import Iterator, Sequence
+from typing import Any
+from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempotencyKey
 from prefect.client.schemas.objects import FlowRun
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound
 
 from flows.tracked import Due, Problem, Started
 from tasks.errors import RequantError
@@ -22,7 +25,7 @@ DEPLOYMENT = "requantize/requantize"
 ATTEMPTS = 3  # runs of one commit and recipe, of which a later one is started when those before it failed
 PAUSE = datetime.timedelta(minutes=10)  # before that: what restarts crashed runs gets its turn first
 BATCH = 60  # recipes a request: each has ATTEMPTS keys, and the server answers with 200 runs at most
-REFUSES_ONE = {400, 409, 422}  # for its parameters; any other refusal is of all
+TRIES = 5  # to have the server take a run
 
 
 def start_here(store: Store, due: Sequence[Due]) -> Iterator[Started | Problem]:
@@ -50,26 +53,50 @@ def start_on_server(store: Store, due: Sequence[Due]) -> Iterator[Started | Prob
         for begin in range(0, len(due), BATCH):
             keys = {each.name: run_keys(store, each) for each in due[begin : begin + BATCH]}
             runs = _runs(client, [key for those in keys.values() for key in those])
+            wanted: list[tuple[Due, str]] = []
             for each in due[begin : begin + BATCH]:
                 before = [runs[key] for key in keys[each.name] if key in runs]
                 try:
-                    if not another(before, store, each):
-                        continue
-                    run = client.create_flow_run_from_deployment(
-                        deployment.id,
-                        parameters={"recipe": each.recipe.model_dump(mode="json")},
-                        idempotency_key=keys[each.name][len(before)],
-                        name=f"{each.base.repo_id}@{each.base.sha[:7]}",
-                        tags=["watch"],
-                    )
+                    if another(before, store, each):
+                        wanted.append((each, keys[each.name][len(before)]))
                 except RequantError as error:
                     yield Problem(each.name, str(error))
-                except PrefectHTTPStatusError as error:
-                    if error.response.status_code not in REFUSES_ONE:
-                        raise
-                    yield Problem(each.name, f"the Prefect server refuses its run: {_detail(error)}")
-                else:
-                    yield Started(each.name, each.base, str(run.id), "scheduled")
+            yield from _create(client, deployment.id, wanted)
+
+
+def _create(client: SyncPrefectClient, deployment: UUID, wanted: list[tuple[Due, str]]) -> Iterator[Started | Problem]:
+    """Create the runs, all in one request: 24 ms of the server's time each, where one at a time takes it 60.
+
+    What it does not take (SQLite is locked, say) is asked for again. Recipes have been checked, and their runs check
+    them once more: the server need not.
+    """
+    for attempt in range(TRIES):
+        if not wanted:
+            return
+        bodies = [
+            {
+                "parameters": {"recipe": each.recipe.model_dump(mode="json")},
+                "idempotency_key": key,
+                "name": f"{each.base.repo_id}@{each.base.sha[:7]}",
+                "tags": ["watch"],
+                "enforce_parameter_schema": False,
+            }
+            for each, key in wanted
+        ]
+        route: Any = f"/deployments/{deployment}/create_flow_run/bulk"  # the client has no method for it yet
+        answer = client.request("POST", route, json=bodies)
+        results = answer.raise_for_status().json()["results"]
+        failed = []
+        for (each, key), result in zip(wanted, results, strict=True):
+            if result["status"] == "CREATED":
+                yield Started(each.name, each.base, result["flow_run_id"], "scheduled")
+            elif attempt + 1 < TRIES:
+                failed.append((each, key))
+            else:
+                sentence = str(result["error"]).splitlines()[0][:300]
+                yield Problem(each.name, f"the Prefect server does not take its run ({sentence}): see its log")
+        wanted = failed
+        time.sleep(1.0 if failed else 0.0)
 
 
 def run_keys(store: Store, due: Due) -> list[str]:
