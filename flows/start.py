@@ -33,7 +33,7 @@ def start_here(store: Store, due: Sequence[Due]) -> Iterator[Started | Problem]:
     from flows.requantize import RunFailed, requantize  # torch and all
 
     for each in due:
-        outcome = requantize(each.recipe, return_state=True).result(raise_on_failure=False)
+        outcome: Any = requantize(each.recipe, return_state=True).result(raise_on_failure=False)
         if isinstance(outcome, RunFailed):
             yield Problem(each.name, str(outcome))
         elif isinstance(outcome, BaseException):
