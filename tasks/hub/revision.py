@@ -11,6 +11,7 @@ from tasks.artifact import SHA256, check_relative, digest_of
 from tasks.errors import HubError
 from tasks.hub.client import hub_api, hub_errors
 
+TIMEOUT = 60.0  # seconds without a byte of an answer; huggingface_hub would wait for ever
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Other frameworks' copies of the weights. Pickles are never fetched, so that none can be opened.
 NOT_FETCHED = (
@@ -65,7 +66,7 @@ def resolve(repo_id: str, revision: str = "main", repo_type: Literal["model", "d
     with hub_errors(repo_id, revision):
         api = hub_api()
         ask = api.dataset_info if repo_type == "dataset" else api.model_info
-        info = ask(repo_id, revision=revision, files_metadata=True)
+        info = ask(repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT)
         if info.gated:  # its list of files is public, its files are not
             api.auth_check(repo_id, repo_type=repo_type)
     sha = info.sha or ""
