@@ -50,6 +50,7 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m infra.bench.overhead
 	$(BIN)/python -m infra.bench.surgery
+	$(BIN)/python -m infra.bench.watch
 
 bench-gpu: $(INSTALLED)
 	MINUTES=$(MINUTES) $(BIN)/python -m infra.bench.gpu

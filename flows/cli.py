@@ -22,6 +22,7 @@ from flows.checkpoint_commands import inspect, mtp_fix, validate
 from flows.command import NEW_FILE, NEW_FOLDER, command
 from flows.deploy_command import deploy
 from flows.store_commands import store
+from flows.watch_command import watch
 from tasks.checkpoint.writer import write_file, write_json
 from tasks.errors import RecipeError, RequantError, explain_os_error, redact
 from tasks.log import Plain
@@ -111,7 +112,7 @@ def _lay_out(report: Report, checkout: Path | None) -> None:
         write_pictures(report.path / FOLDER, [])
 
 
-for each in (run, validate, mtp_fix, inspect, bench, deploy, store):
+for each in (run, validate, mtp_fix, inspect, bench, watch, deploy, store):
     cli.add_command(each)
 
 

@@ -45,7 +45,7 @@ def deploy(folder: Path) -> tuple[dict[str, Any], str, int]:
 
 
 def with_recipes(document: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """prefect.yaml with one more deployment of requantize for each recipe: by its name, its values filled in.
+    """prefect.yaml with one more deployment of requantize for each recipe in a folder: by its name, its values filled in.
 
     Raises RecipeError for a recipe that is wrong.
     """
@@ -59,6 +59,9 @@ def with_recipes(document: dict[str, Any], folder: Path) -> dict[str, Any]:
         named["description"] = f"{recipe.base.repo_id}: {whole['description']}"
         named["parameters"] = {"recipe": recipe.model_dump(mode="json")}
         document["deployments"].append(named)
+    for each in document["deployments"]:
+        if each["name"] == "watch":
+            each["parameters"] = {"folder": str(folder.resolve())}  # a worker does not run where this command does
     return document
 
 

@@ -22,6 +22,7 @@ from tasks.evaluate import check_tasks
 from tasks.gates import Gate, compare
 from tasks.hub.release import check_target
 from tasks.hub.revision import Revision, resolve
+from tasks.last_run import remember_run
 from tasks.log import plain_logs
 from tasks.mtp_fix import mtp_fix_task
 from tasks.pictures import Picture
@@ -60,6 +61,8 @@ def requantize(recipe: Recipe) -> State[Any]:
         if (runtime.flow_run.run_count or 0) > RESTARTS:
             raise RequantError(f"begun anew {RESTARTS} times: look for what kills this run, then start another one")
         _run(report.recipe, report)
+        assert report.base is not None
+        remember_run(open_store(), report.recipe, report.base, report.status)
     except (RequantError, TimeoutError) as error:  # a task's own time limit is a plain TimeoutError
         report.status, report.error = "failed", str(error)
     finally:

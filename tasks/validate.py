@@ -24,7 +24,7 @@ from tasks.download import text_files
 from tasks.errors import RecipeError, RequantError
 from tasks.evaluate import Scores, asked, evaluate, evaluated, recovery, whole
 from tasks.gates import most_repeated
-from tasks.mtp_fix import REWRITTEN
+from tasks.hub.revision import REWRITTEN
 from tasks.prefect_stage import options, say, shown
 from tasks.quantizing.samples import read_documents
 from tasks.recipe import PACKED_HEADS, Eval, Recipe

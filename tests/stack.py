@@ -156,6 +156,8 @@ def running_stack(folder: Path) -> Iterator[Stack]:
     stack = Stack(up(folder, say=lambda text: None))
     try:
         pico_base(folder / "base", layers=LAYERS)
+        watch = stack.ask("GET", "deployments/name/watch/watch")["id"]
+        stack.ask("PATCH", f"deployments/{watch}", {"paused": True})  # its runs are no part of what tests count
         stack.hub.create_repo(BASE)
         stack.hub.upload_folder(repo_id=BASE, folder_path=folder / "base")
         yield stack

@@ -7,16 +7,18 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from tasks.artifact import SHA256, check_relative
+from tasks.artifact import SHA256, check_relative, digest_of
 from tasks.errors import HubError
 from tasks.hub.client import hub_api, hub_errors
 
+TIMEOUT = 60.0  # seconds without a byte of an answer; huggingface_hub would wait for ever
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Other frameworks' copies of the weights. Pickles are never fetched, so that none can be opened.
 NOT_FETCHED = (
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.onnx_data",
     "*.tflite", "*.npz", "*.npy", "*.ot", "*.mlmodel", "consolidated*.safetensors", "original/*", "onnx/*",
 )  # fmt: skip
+REWRITTEN = ("README.md", ".gitattributes")  # of a result: the card is ours, and the Hub writes the other
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,14 @@ class Revision:
         """The files that a checkpoint is made of, without other frameworks' weights."""
         return [f for f in self.files if not any(fnmatch.fnmatch(f.path, pattern) for pattern in NOT_FETCHED)]
 
+    @property
+    def content(self) -> str:
+        """sha256 over what a result depends on: path, size and hash of every wanted file but those REWRITTEN.
+
+        Known from the Hub's list alone. Two commits with one content differ in nothing that matters.
+        """
+        return digest_of([[f.path, f.size, f.sha256 or f.blob_id] for f in self.wanted if f.path not in REWRITTEN])
+
 
 def resolve(repo_id: str, revision: str = "main", repo_type: Literal["model", "dataset"] = "model") -> Revision:
     """Ask the Hub for the commit of a branch, tag or commit, and its files, in one request (two for a gated one).
@@ -56,7 +66,7 @@ def resolve(repo_id: str, revision: str = "main", repo_type: Literal["model", "d
     with hub_errors(repo_id, revision):
         api = hub_api()
         ask = api.dataset_info if repo_type == "dataset" else api.model_info
-        info = ask(repo_id, revision=revision, files_metadata=True)
+        info = ask(repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT)
         if info.gated:  # its list of files is public, its files are not
             api.auth_check(repo_id, repo_type=repo_type)
     sha = info.sha or ""

@@ -189,6 +189,12 @@ class Store:
         """Keep a small fact, such as the sha256 of a git blob."""
         self.backend.write(f"facts/{kind}/{name}", value.encode())
 
+    def remember_first(self, kind: str, name: str, value: str) -> str:
+        """Keep a small fact unless there is one already; the one that is kept, whoever asks at the same moment."""
+        if self.backend.write_new(f"facts/{kind}/{name}", value.encode()):
+            return value
+        return self.recall(kind, name) or value
+
     def recall(self, kind: str, name: str) -> str | None:
         value = self.backend.read(f"facts/{kind}/{name}")
         return value.decode() if value is not None else None

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import socket
 
-from tasks.hub.revision import COMMIT, HubFile, Revision
+import pytest
+from huggingface_hub import constants
+
+from tasks.errors import HubUnavailable
+from tasks.hub import revision
+from tasks.hub.revision import COMMIT, HubFile, Revision, resolve
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -38,3 +43,11 @@ def test_a_revision_is_named_by_repo_and_commit() -> None:
 @pytest.mark.parametrize("text", ["main", SHA[:39], SHA + "0", SHA.upper(), SHA + "\n", ""])
 def test_a_branch_is_not_a_commit(text: str) -> None:
     assert COMMIT.fullmatch(text) is None
+
+
+def test_a_hub_that_takes_a_request_and_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(revision, "TIMEOUT", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(HubUnavailable, match="did not answer"):
+            resolve("a/b")

@@ -1,0 +1,34 @@
+"""New base revisions -> requantize runs: one for each new commit and recipe, however often it is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+from prefect.states import Completed
+
+from flows.start import start_on_server
+from flows.tracked import RECIPES, watch_pass
+from tasks.log import plain_logs
+from tasks.prefect_stage import say
+
+plain_logs()
+
+
+@flow(name="watch", persist_result=False)
+def watch(folder: str = str(RECIPES)) -> Any:
+    """Compare the base of every recipe in a folder with what the recipe was last run on, and start what is due.
+
+    A base that cannot be looked at stops no other: the run then ends in the state Problems, and its table names them.
+    """
+    done = watch_pass(Path(folder), start_on_server)
+    document = done.to_json()
+    say()(done.text)
+    create_table_artifact(
+        [*document["started"], *document["problems"]], key="requant-watch", description=f"Of {done.checked} recipes"
+    )
+    if done.problems:
+        return Completed(name="Problems", message=f"{len(done.problems)} of {done.checked} recipes", data=document)
+    return document

@@ -1,0 +1,120 @@
+"""One pass of the watch over 1,000 bases on a Hub that is 50 ms away: `make bench`.
+
+`requant watch --once` as a process, against the stand-in: with nothing to do, with refusals on the way (429), and with
+every base new, on an embedded Prefect server. Prints seconds and requests; build/bench-watch.json has them too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from flows.embedded import embedded_prefect
+from infra.hub.hub import Hub
+from infra.hub.launch import HubStandIn
+from infra.hub.seeding import seed
+
+ROOT = Path(__file__).parent.parent.parent
+BASES, LATENCY = 1000, 0.05  # seconds
+REFUSALS, RETRY_AFTER = 20, 3
+
+
+def main() -> None:
+    """Seed, measure, print."""
+    figures: dict[str, Any] = {}
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # the stand-in syncs every file that it is given
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        root = Path(folder)
+        sys.stderr.write(f"seeding {BASES} repos\n")
+        make_bases(root)
+        with HubStandIn(root / "hub") as hub:
+            os.environ.update(hub.env)
+            known, empty = (root / "known").as_uri(), (root / "empty").as_uri()
+            os.environ["REQUANT_STORE"] = known
+            mark_all_done(root / "recipes")
+            hub.fault(delay=LATENCY, times=None)
+            figures["nothing new"] = one_pass(hub, root, {"REQUANT_STORE": known})
+            hub.clear_faults()
+            hub.fault("/api/models/", status=429, retry_after=RETRY_AFTER, times=REFUSALS, skip=300)
+            hub.fault(delay=LATENCY, times=None)
+            figures[f"{REFUSALS} refused, for {RETRY_AFTER} s"] = one_pass(hub, root, {"REQUANT_STORE": known})
+            with embedded_prefect():
+                deploy()
+                figures["all new"] = one_pass(hub, root, {"REQUANT_STORE": empty})
+                figures["all asked for already"] = one_pass(hub, root, {"REQUANT_STORE": empty})
+    for name, row in figures.items():
+        answers = ", ".join(f"{count} x {status}" for status, count in row["answers"].items())
+        sys.stdout.write(f"{name:24} {row['seconds']:6.1f} s  {row['started']:5} started  Hub: {answers}\n")
+    out = ROOT / "build" / "bench-watch.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(figures, indent=1))
+
+
+def make_bases(root: Path) -> None:
+    """1,000 small repos, written where the stand-in will find them, and a recipe for each."""
+    hub = Hub(root / "hub")
+    (root / "recipes").mkdir()
+
+    def make(number: int) -> None:
+        content = root / "content" / str(number)
+        content.mkdir(parents=True)
+        for name in ("README.md", "config.json", "tokenizer.json", "model.safetensors"):
+            (content / name).write_text(f"{name} of {number}")
+        seed(hub, "models", f"bases/model-{number}", content, message="Seed")
+        (root / "recipes" / f"{number:04}.yaml").write_text(f"base: {{repo_id: bases/model-{number}}}\n")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(make, range(BASES)))
+
+
+def mark_all_done(recipes: Path) -> None:
+    """Record in the store of REQUANT_STORE what finished runs of all recipes would have recorded."""
+    from flows.tracked import load_tracked, look  # the Hub client reads HF_ENDPOINT when it is imported
+    from tasks.hub.pace import Pace
+    from tasks.last_run import remember_run
+    from tasks.store import open_store
+
+    store = open_store()
+    with Pace() as pace:
+        due, problems = look(store, load_tracked(recipes)[0], pace)
+    assert len(due) == BASES, problems[:3]
+    for each in due:
+        remember_run(store, each.recipe, each.base, "published")
+
+
+def one_pass(hub: HubStandIn, root: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Seconds of wall time of one `requant watch --once`, what it started, and what the Hub answered."""
+    hub.reset_traffic()
+    command = [sys.executable, "-m", "flows.cli", "watch", "--once", "--json", "--recipes", str(root / "recipes")]
+    began = time.perf_counter()
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, check=True, text=True, stdout=subprocess.PIPE
+    )
+    seconds = time.perf_counter() - began
+    document = json.loads(done.stdout)
+    assert document["checked"] == BASES and not document["problems"], document["problems"][:3]
+    # huggingface_hub asks for other things too, once a day: which agents there are, for its User-Agent.
+    answers = Counter(str(each["status"]) for each in hub.traffic() if each["path"].startswith("/api/models/"))
+    return {"seconds": round(seconds, 2), "started": len(document["started"]), "answers": dict(answers)}
+
+
+def deploy() -> None:
+    """The deployment that the watch starts runs of; no worker takes them."""
+    for arguments in (
+        ["work-pool", "create", "cpu", "--type", "process"],
+        ["deploy", "flows/requantize.py:requantize", "--name", "requantize", "--pool", "cpu"],
+    ):
+        command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""New commits become runs: watch and webhook against a real Prefect server, the Hub stand-in, and a real run."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from infra.hub.launch import HubStandIn
+from tasks.recipe_file import parse_recipe
+from tests.integration.conftest import ROOT, Outcome, Requant, finish, recipe_for, wait_for
+
+BASE = "demo/watched"
+SECRET = "a-secret-of-the-webhook"
+PAYLOAD = {
+    "event": {"action": "update", "scope": "repo.content"},
+    "repo": {"type": "model", "name": BASE, "id": "0", "private": False, "head_sha": "f" * 40},
+    "updatedRefs": [{"ref": "refs/heads/main", "oldSha": "0" * 40, "newSha": "f" * 40}],
+    "webhook": {"id": "1", "version": 3},
+}
+
+
+def prefect(requant: Requant, *arguments: str) -> None:
+    command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=requant.environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def deployment(prefect_server: str, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Requant:
+    """The deployment that watches start runs of, on a pool without a worker: runs wait to be looked at."""
+    folder = tmp_path_factory.mktemp("watch")
+    requant = Requant(folder, {**environment, "REQUANT_STORE": (folder / "store").as_uri()})
+    prefect(requant, "work-pool", "create", "watched", "--type", "process")
+    prefect(requant, "deploy", "flows/requantize.py:requantize", "--name", "requantize", "--pool", "watched")
+    return requant
+
+
+@pytest.fixture(scope="module")
+def relay(deployment: Requant) -> Iterator[httpx.Client]:
+    """The webhook relay, as a process, over the same recipes."""
+    recipes = deployment.folder / "recipes"
+    recipes.mkdir(exist_ok=True)
+    environment = {**deployment.environment, "REQUANT_WEBHOOK_SECRET": SECRET}
+    log = deployment.folder / "relay.log"
+    command = [sys.executable, "-m", "infra.webhook", "--recipes", str(recipes), "--port", "18787"]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
+    try:
+        with httpx.Client(base_url="http://127.0.0.1:18787", headers={"X-Webhook-Secret": SECRET}) as client:
+            wait_for(lambda: answers(client), 60, 0.1)
+            yield client
+    finally:
+        process.terminate()
+        process.wait(30)
+    assert SECRET not in log.read_text()
+
+
+def answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def base_folder(base: Path, hub: HubStandIn, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("watched") / "base"
+    shutil.copytree(base, folder)
+    hub.seed(BASE, folder)
+    return folder
+
+
+def write_recipe(requant: Requant, name: str, recipe: dict[str, Any]) -> None:
+    folder = requant.folder / "recipes"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(yaml.safe_dump(recipe))
+
+
+def watch(requant: Requant) -> Outcome:
+    return requant("watch", "--once", "--recipes", str(requant.folder / "recipes"), "--json")
+
+
+def runs(api: str, tag: str = "watch") -> list[dict[str, Any]]:
+    body = {"flow_runs": {"tags": {"all_": [tag]}}, "sort": "START_TIME_ASC", "limit": 200}
+    found: list[dict[str, Any]] = httpx.post(f"{api}/flow_runs/filter", json=body).raise_for_status().json()
+    return found
+
+
+def end(api: str, run: dict[str, Any], state: str) -> None:
+    body = {"state": {"type": state, "message": "as the test says"}, "force": True}
+    httpx.post(f"{api}/flow_runs/{run['id']}/set_state", json=body).raise_for_status()
+
+
+def quiet(log: Path) -> bool:
+    """Whether the relay has nothing under way: every pass ends with a line, and takes less than a second."""
+    return time.time() - log.stat().st_mtime > 2
+
+
+def ask_all_at_once(requant: Requant, relay: httpx.Client) -> None:
+    """Three watches and twenty payloads, together."""
+    folder = str(requant.folder / "recipes")
+    watches = [requant.start("watch", "--once", "--recipes", folder, "--json") for _ in range(3)]
+    with ThreadPoolExecutor(10) as pool:
+        for answer in pool.map(lambda _: relay.post("/hub", json=PAYLOAD), range(20)):
+            assert (answer.status_code, answer.json()) == (202, {"status": "accepted"})
+    for process in watches:
+        outcome = finish(process)
+        assert outcome.status == 0, outcome.stderr
+        assert outcome.document["checked"] == 1
+    wait_for(lambda: quiet(requant.folder / "relay.log"), 60, 0.1)
+
+
+def test_a_commit_is_run_once_a_readme_not_at_all_and_a_changed_shard_once_more(
+    deployment: Requant, relay: httpx.Client, base_folder: Path, hub: HubStandIn, prefect_server: str
+) -> None:
+    write_recipe(deployment, "watched.yaml", recipe_for(BASE, None))
+    sha = hub.seed(BASE, base_folder)
+    ask_all_at_once(deployment, relay)
+    (first,) = runs(prefect_server)
+    assert first["idempotency_key"] == f"{BASE}@{sha}:{parse_recipe(first['parameters']['recipe']).digest}"
+
+    (base_folder / "README.md").write_text("---\nlicense: mit\n---\nnew words, while the run waits\n")
+    hub.seed(BASE, base_folder)
+    ask_all_at_once(deployment, relay)
+    assert len(runs(prefect_server)) == 1
+
+    done = deployment("run", str(deployment.folder / "recipes" / "watched.yaml"), "--json")
+    assert done.status == 0, done.stderr
+    end(prefect_server, first, "COMPLETED")  # as the worker would have ended it after the same work
+    (base_folder / "README.md").write_text("---\nlicense: mit\n---\nnew words, after the run\n")
+    hub.seed(BASE, base_folder)
+    ask_all_at_once(deployment, relay)
+    assert len(runs(prefect_server)) == 1
+
+    shard = next(base_folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
+    sha = hub.seed(BASE, base_folder)
+    ask_all_at_once(deployment, relay)
+    keys = [run["idempotency_key"] for run in runs(prefect_server)]
+    assert len(keys) == 2 and any(key.startswith(f"{BASE}@{sha}:") for key in keys)
+
+
+def test_a_run_that_was_cancelled_or_failed_just_now_is_left_alone(
+    deployment: Requant, relay: httpx.Client, prefect_server: str
+) -> None:
+    before = runs(prefect_server)
+    (waiting,) = (run for run in before if run["state"]["type"] == "SCHEDULED")
+    for state in ("FAILED", "CANCELLED"):
+        end(prefect_server, waiting, state)
+        outcome = watch(deployment)
+        assert outcome.status == 0 and outcome.document == {"checked": 1, "started": [], "problems": []}
+    assert len(runs(prefect_server)) == len(before)
+
+
+def test_a_base_that_is_gone_and_a_recipe_that_is_wrong_stop_no_other(
+    deployment: Requant, hub: HubStandIn, base_folder: Path, prefect_server: str
+) -> None:
+    hub.seed("demo/beside", base_folder)
+    requant = Requant(deployment.folder / "beside", deployment.environment)
+    write_recipe(requant, "a-gone.yaml", recipe_for("demo/gone", None))
+    write_recipe(requant, "b-wrong.yaml", {"base": {"repo_id": "demo/beside"}, "quantise": {}})
+    write_recipe(requant, "c-good.yaml", recipe_for("demo/beside", None))
+    outcome = watch(requant)
+    assert outcome.status == 1
+    assert outcome.document["checked"] == 3
+    (started,) = outcome.document["started"]
+    assert (started["recipe"], started["status"]) == ("c-good.yaml", "scheduled")
+    assert {run["id"] for run in runs(prefect_server)} >= {started["run"]}
+    errors = {problem["recipe"]: problem["error"] for problem in outcome.document["problems"]}
+    assert "demo/gone does not exist" in errors["a-gone.yaml"] and "did you mean quantize?" in errors["b-wrong.yaml"]
+
+
+def test_the_flow_ends_in_a_state_that_says_so_and_has_a_table_of_what_it_did(
+    deployment: Requant, hub: HubStandIn, base_folder: Path, prefect_server: str
+) -> None:
+    """The recipes of the test before: one started already, two with problems."""
+    code = "import sys; from flows.watch import watch; print(watch(sys.argv[1], return_state=True).name)"
+    command = [sys.executable, "-c", code, str(deployment.folder / "beside" / "recipes")]
+    done = subprocess.run(command, cwd=ROOT, env=deployment.environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split()[-1] == "Problems", done.stderr
+    body = {"artifacts": {"key": {"any_": ["requant-watch"]}}}
+    (table,) = httpx.post(f"{prefect_server}/artifacts/filter", json=body).raise_for_status().json()
+    assert "demo/gone" in table["data"] and "c-good" not in table["data"]
+
+
+def test_unknown_repos_and_other_events_start_nothing(
+    deployment: Requant, relay: httpx.Client, hub: HubStandIn, prefect_server: str
+) -> None:
+    before = len(runs(prefect_server))
+    hub.reset_traffic()
+    unknown = {**PAYLOAD, "repo": {**PAYLOAD["repo"], "name": "somebody/else"}}  # type: ignore[dict-item]
+    assert relay.post("/hub", json=unknown).json() == {"status": "accepted"}
+    comment = {**PAYLOAD, "event": {"action": "create", "scope": "discussion.comment"}}
+    assert relay.post("/hub", json=comment).json() == {"status": "ignored"}
+    wait_for(lambda: quiet(deployment.folder / "relay.log"), 60, 0.1)
+    assert len(runs(prefect_server)) == before and hub.traffic() == []
+
+
+def test_without_a_server_what_is_due_is_run_here_and_then_no_more(
+    deployment: Requant, hub: HubStandIn, base_folder: Path, tmp_path: Path
+) -> None:
+    hub.seed("demo/here", base_folder)
+    environment = {**deployment.environment, "REQUANT_STORE": (tmp_path / "store").as_uri()}
+    del environment["PREFECT_API_URL"]
+    requant = Requant(tmp_path, environment)
+    write_recipe(requant, "here.yaml", recipe_for("demo/here", None))
+    first, second = watch(requant), watch(requant)
+    assert first.status == second.status == 0, first.stderr + second.stderr
+    assert [(s["status"], s["run"]) for s in first.document["started"]] == [("validated", None)]
+    assert second.document == {"checked": 1, "started": [], "problems": []}
+
+    strict = {**recipe_for("demo/here", None), "gates": {"min_mtp_acceptance_ratio": 9.0}}
+    write_recipe(requant, "strict.yaml", strict)
+    first, second = watch(requant), watch(requant)
+    assert (first.status, [s["status"] for s in first.document["started"]]) == (1, ["rejected"])
+    assert (second.status, second.document["started"]) == (0, [])
+
+
+def test_a_server_that_does_not_answer_is_a_sentence(
+    deployment: Requant, hub: HubStandIn, base_folder: Path, tmp_path: Path
+) -> None:
+    gone = deployment.variant(PREFECT_API_URL="http://127.0.0.1:9/api")
+    gone.folder = tmp_path
+    hub.seed("demo/here", base_folder)
+    write_recipe(gone, "here.yaml", recipe_for("demo/here", None))
+    outcome = watch(gone)
+    assert outcome.status == 1 and "PREFECT_API_URL" in outcome.stderr and "Traceback" not in outcome.stderr

@@ -1,0 +1,129 @@
+"""Asking the Hub as often as it allows, against a server that counts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from huggingface_hub.utils import get_session, hf_raise_for_status
+
+from tasks.errors import HubError, HubUnavailable
+from tasks.hub.client import hub_errors
+from tasks.hub.pace import PARALLEL, Pace
+
+Answer = tuple[int, dict[str, str]]
+
+
+@contextmanager
+def answering(answers: Callable[[int], Answer]) -> Iterator[tuple[str, list[float]]]:
+    """A server that answers the nth request with answers(n); its address, and when each request came."""
+    times: list[float] = []
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            with lock:
+                times.append(time.monotonic())
+                status, headers = answers(len(times))
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": "0"}.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", times
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def get(url: str) -> int:
+    with hub_errors("a/b"):
+        response = get_session().get(url)
+        hf_raise_for_status(response)
+    return response.status_code
+
+
+def test_a_refusal_with_retry_after_is_waited_out_and_the_question_asked_again() -> None:
+    with answering(lambda n: (429, {"Retry-After": "1"}) if n == 1 else (200, {})) as (url, times), Pace() as pace:
+        assert pace.ask(lambda: get(url)) == 200
+    assert times[1] - times[0] >= 1 and (pace.requests, pace.refused) == (2, 1)
+
+
+def test_a_refusal_with_a_window_is_waited_out() -> None:
+    refusal = (429, {"RateLimit": '"api";r=0;t=2', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'})
+    with answering(lambda n: refusal if n == 1 else (200, {})) as (url, times), Pace() as pace:
+        pace.ask(lambda: get(url))
+    assert times[1] - times[0] >= 2
+
+
+def test_a_window_that_ends_is_not_run_into() -> None:
+    """The server allows 60 requests in each window of 2 s, and would refuse more: it refuses none."""
+    limit, seconds = 60, 2
+    began, taken = time.monotonic(), 0
+
+    def answers(number: int) -> Answer:
+        nonlocal began, taken
+        now = time.monotonic()
+        if now >= began + seconds:
+            began, taken = now, 0
+        taken += 1
+        left = math.ceil(began + seconds - now)
+        return 200 if taken <= limit else 429, {"RateLimit": f'"api";r={max(0, limit - taken)};t={left}'}
+
+    with answering(answers) as (url, times), Pace() as pace, ThreadPoolExecutor(PARALLEL) as pool:
+        list(pool.map(lambda _: pace.ask(lambda: get(url)), range(90)))
+    assert (len(times), pace.refused) == (90, 0)
+    assert max(b - a for a, b in itertools.pairwise(times)) > 0.2
+
+
+def test_all_threads_wait_when_one_is_refused() -> None:
+    fifth = answering(lambda n: (429, {"Retry-After": "1"}) if n == 5 else (200, {}))
+    with fifth as (url, times), Pace() as pace, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: pace.ask(lambda: get(url)), range(40)))
+    assert len(times) == 41 and sum(t - times[4] > 0.9 for t in times) >= 41 - 5 - 4
+
+
+def test_more_than_there_is_patience_for_is_an_error_at_once() -> None:
+    with answering(lambda n: (429, {"Retry-After": "600"})) as (url, times), Pace(patience=5) as pace:
+        began = time.monotonic()
+        with pytest.raises(HubUnavailable, match="wants no requests for another 600 s"):
+            pace.ask(lambda: get(url))
+        assert time.monotonic() - began < 2 and len(times) == 1
+
+
+def test_who_waits_is_woken_when_the_pass_is_interrupted() -> None:
+    always = answering(lambda n: (429, {"Retry-After": "60"}))
+    with always as (url, _), ThreadPoolExecutor(1) as pool, Pace() as pace:
+        waiting = pool.submit(pace.ask, lambda: get(url))
+        while not pace.refused:
+            time.sleep(0.01)
+        pace.stop()
+        with pytest.raises(HubUnavailable, match="stopped"):
+            waiting.result(5)
+
+
+@pytest.mark.parametrize("status", [404, 500, 503])
+def test_another_failure_is_not_asked_again(status: int) -> None:
+    with answering(lambda n: (status, {})) as (url, times), Pace() as pace, pytest.raises(HubError):
+        pace.ask(lambda: get(url))
+    assert len(times) == 1
+
+
+def test_nothing_is_heard_after_the_end() -> None:
+    with answering(lambda n: (200, {})) as (url, _):
+        with Pace() as pace:
+            pace.ask(lambda: get(url))
+        get(url)
+    assert pace.requests == 1
