@@ -45,7 +45,7 @@ def deploy(folder: Path) -> tuple[dict[str, Any], str, int]:
 
 
 def with_recipes(document: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """prefect.yaml with one more deployment of requantize for each recipe in a folder: by its name, its values filled in.
+    """prefect.yaml with one more deployment of requantize for each recipe of a folder: its name, its values filled in.
 
     Raises RecipeError for a recipe that is wrong.
     """

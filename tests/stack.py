@@ -1,4 +1,4 @@
-"""A stack (infra.stack) that tests start, look into and break: runs by Prefect's own HTTP API, processes by their services."""
+"""A stack (infra.stack) that tests start, look into and break: runs by Prefect's HTTP API, processes by service."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Stack:
     # Runs
 
     def recipe(self, **quantize: Any) -> dict[str, Any]:
-        """A recipe that no other test's run shares, published to a repo of its own. Random weights pass no quality gate."""
+        """A recipe that no other run shares, published to a repo of its own. Random weights pass no quality gate."""
         number = next(self.numbers)
         tuning = {"iters": 150, "nsamples": 8, "seqlen": 64, "batch_size": 8, "group_size": 32, "seed": number}
         gates = ("max_perplexity_increase", "min_top1_agreement", "min_mtp_acceptance_ratio")

@@ -1,4 +1,4 @@
-"""SIGKILL of everything that a run rests on, in the middle of a run: it ends published, once, and little is done again."""
+"""SIGKILL of all that a run rests on, in the middle of it: it ends published, once, and little is done again."""
 
 from __future__ import annotations
 
