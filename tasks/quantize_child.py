@@ -65,6 +65,8 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
     from tasks.quantizing.choose import choose
 
     logging.getLogger("autoround").addHandler(LogEvents(events))
+    if os.environ.get("REQUANT_DETERMINISTIC"):
+        _same_bits_every_time()
     device = job["device"] if job["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = device.startswith("cuda")
     remote = {"trust_remote_code": job["allow_remote_code"]}
@@ -129,6 +131,15 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
     bits = {name: int(layer.get("bits", 16)) for name, layer in (rounder.layer_config or {}).items()}
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
     return {"checkpoint": str(written), "settings": settings, "bits": bits, "peak_gpu_bytes": peak}
+
+
+def _same_bits_every_time() -> None:
+    """On a GPU the gradients of attention are else summed in the order in which they come."""
+    import torch
+
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when the first matrix product is made
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
 
 
 def _gpu_bytes(device: str) -> int:

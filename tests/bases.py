@@ -12,10 +12,11 @@ from typing import Any
 
 from tasks.artifact import Manifest, file_of
 from tasks.quantize import quantize
+from tasks.recipe import Recipe
 from tasks.recipe_file import parse_recipe
 from tasks.stage import StageResult
-from tasks.store import open_store
-from tasks.text import find_text
+from tasks.store import Store, open_store
+from tasks.text import Text, find_text
 from tests.pico import TINY
 
 COMMON: dict[str, Any] = {
@@ -51,8 +52,8 @@ def other_base(folder: Path, kind: str, **changes: Any) -> Path:
     return folder
 
 
-def quantized(folder: Path, base: Path, **settings: Any) -> tuple[StageResult, Path]:
-    """Run the stage on a base with a store of its own; the result, and the checked-out artifact."""
+def prepared(folder: Path, base: Path, **settings: Any) -> tuple[Store, Recipe, Manifest, Text]:
+    """What the quantize stage needs to quantize a base, with a store of its own: `quantize(*prepared(...))`."""
     store = open_store((folder / "store").as_uri())
     files = [file_of(base, path.name) for path in sorted(base.iterdir())]
     for file in files:
@@ -60,5 +61,11 @@ def quantized(folder: Path, base: Path, **settings: Any) -> tuple[StageResult, P
         store.put_blob(Path(copy), file)
     small = {"iters": 4, "nsamples": 8, "seqlen": 64, "batch_size": 4, "group_size": 32, **settings}
     recipe = parse_recipe({"base": {"repo_id": "a/b"}, "mtp": "drop", "quantize": small})
-    result = quantize(store, recipe, Manifest.of(files), find_text("builtin:python"))
+    return store, recipe, Manifest.of(files), find_text("builtin:python")
+
+
+def quantized(folder: Path, base: Path, **settings: Any) -> tuple[StageResult, Path]:
+    """Run the stage on a base; the result, and the checked-out artifact."""
+    store, *rest = prepared(folder, base, **settings)
+    result = quantize(store, *rest)
     return result, store.checkout(result.manifest, folder / "checkout")

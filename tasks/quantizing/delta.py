@@ -102,14 +102,15 @@ def _(u: torch.Tensor, w: torch.Tensor, k: torch.Tensor, last: torch.Tensor) -> 
 def delta_scan_backward(
     w: torch.Tensor, k: torch.Tensor, last: torch.Tensor, grad_new: torch.Tensor, grad_states: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The walk back. Returns the gradients by each v' (whole) and by the state after each chunk."""
+    """The walk back. Returns the gradients by each v' (whole), float32, and by the state after each chunk."""
     n = w.shape[0]
     state = torch.zeros(grad_states.shape[1:], dtype=torch.float32, device=w.device)
-    after, whole = torch.empty_like(grad_states), torch.empty_like(grad_new)
+    after, whole = torch.empty_like(grad_states), torch.empty_like(grad_new, dtype=torch.float32)
     for t in range(n - 1, -1, -1):
         after[t].copy_(state)
-        torch.baddbmm(grad_new[t], k[t], after[t], out=whole[t])
-        state.mul_(last[t, :, None, None]).add_(torch.baddbmm(grad_states[t], w[t].transpose(1, 2), whole[t], alpha=-1))
+        whole[t].copy_(grad_new[t]).add_(torch.bmm(k[t], after[t]))
+        step = torch.bmm(w[t].transpose(1, 2), whole[t].to(w.dtype))
+        state.mul_(last[t, :, None, None]).add_(grad_states[t]).sub_(step)
     return whole, after
 
 
@@ -117,7 +118,7 @@ def delta_scan_backward(
 def _(
     w: torch.Tensor, k: torch.Tensor, last: torch.Tensor, grad_new: torch.Tensor, grad_states: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(grad_new), torch.empty_like(grad_states)
+    return torch.empty_like(grad_new, dtype=torch.float32), torch.empty_like(grad_states)
 
 
 def _scan_setup(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -129,10 +130,10 @@ def _scan_setup(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.
 def _scan_backward(ctx: Any, grad_new: torch.Tensor, grad_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
     w, k, last, new, states = ctx.saved_tensors
     whole, after = delta_scan_backward(w, k, last, grad_new.contiguous(), grad_states.contiguous())
-    grad_w = -(whole @ states.transpose(2, 3))
+    grad_w = -(whole.to(w.dtype) @ states.transpose(2, 3))
     grad_k = new @ after.transpose(2, 3)
     grad_last = (after.float() * states.float()).sum((2, 3))
-    return whole.float(), grad_w, grad_k, grad_last
+    return whole, grad_w, grad_k, grad_last
 
 
 delta_scan.register_autograd(_scan_backward, setup_context=_scan_setup)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,27 +13,65 @@ from tasks.checkpoint.checkpoint import Checkpoint
 from tests.bases import quantized
 
 torch = pytest.importorskip("torch")
-CAP_GB = 2.0  # a batch of 8 needs about 3 GB to tune a block of this size, a single sample 1.4 GB
-SIZE = Size(hidden=2048, intermediate=8192, heads=8, kv_heads=2, key_heads=8, value_heads=16, nsamples=32, iters=12)
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+# Long samples and small weights: what a step keeps for its backward pass is most of what it takes.
+SIZE = Size(
+    hidden=1024, intermediate=4096, heads=4, kv_heads=2, key_heads=4, value_heads=8, nsamples=8, seqlen=4096, iters=6
+)
+# With these dimensions and a compiled step a batch of 8 needs about 3 GB, a single sample 1.4 GB.
+WIDE = Size(hidden=2048, intermediate=8192, heads=8, kv_heads=2, key_heads=8, value_heads=16, nsamples=32, iters=12)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("compiled", [True, False])
-def test_out_of_memory_ends_with_a_sound_artifact_and_says_what_it_took(
-    compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("REQUANT_GPU_GB", str(CAP_GB))
-    base = build_model(tmp_path / "base", "mixed", SIZE)
-    settings = {name: getattr(SIZE, name) for name in ("iters", "nsamples", "seqlen", "batch_size")}
-    result, folder = quantized(tmp_path, base, **settings, group_size=128, torch_compile=compiled)
+def settings(size: Size, **changes: Any) -> dict[str, Any]:
+    names = ("iters", "nsamples", "seqlen", "batch_size")
+    return {**{name: getattr(size, name) for name in names}, "group_size": 128, **changes}
 
-    attempts = result.provenance["attempts"]
-    print(attempts, result.provenance["blocks"], result.provenance["peak_gpu_bytes"], sep="\n")
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("base") / "base", "mixed", SIZE)
+
+
+@pytest.fixture(scope="module")
+def single(base: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """Bytes that tuning with one sample a step takes where there is enough of everything, not compiled."""
+    with_one = settings(SIZE, batch_size=1, low_gpu_mem=True, torch_compile=False)
+    peak = quantized(tmp_path_factory.mktemp("single"), base, **with_one)[0].provenance["peak_gpu_bytes"]
+    assert isinstance(peak, int)
+    return peak
+
+
+def descend(cap: float, folder: Path, base: Path, patch: pytest.MonkeyPatch, **asked: Any) -> list[dict[str, Any]]:
+    """Quantize with so many bytes of the GPU: the attempts. The artifact is sound, and the provenance says it all."""
+    patch.setenv("REQUANT_GPU_GB", str(cap / 1e9))
+    result, made = quantized(folder, base, **asked)
+    attempts: list[dict[str, Any]] = result.provenance["attempts"]
+    print(f"at most {cap / 1e9:.2f} GB", *attempts, *result.provenance["blocks"], sep="\n")
     assert [a["ended"] for a in attempts] == ["oom"] * (len(attempts) - 1) + ["done"] and len(attempts) > 1
-    assert attempts[-1]["batch_size"] < SIZE.batch_size
-    assert all(a["batch_size"] * a["gradient_accumulate_steps"] == SIZE.batch_size for a in attempts)
+    assert all(a["batch_size"] * a["gradient_accumulate_steps"] == asked["batch_size"] for a in attempts)
     assert all(b["loss_after"] <= b["loss_before"] for b in result.provenance["blocks"])
-    assert result.provenance["peak_gpu_bytes"] <= CAP_GB * 1e9
-
-    found = account(Checkpoint.open(folder), Checkpoint.open(base), with_head=False)
+    assert result.provenance["peak_gpu_bytes"] <= cap
+    found = account(Checkpoint.open(made), Checkpoint.open(base), with_head=False)
     assert found.packed and not (found.unaccounted or found.altered or found.not_finite)
+    return attempts
+
+
+def test_out_of_memory_it_goes_down_to_single_samples(
+    base: Path, single: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = descend(1.3 * single, tmp_path, base, monkeypatch, **settings(SIZE, torch_compile=False))
+    assert [a["batch_size"] for a in attempts] == [8, 4, 2, 1]
+    assert not any(a.get("offload") for a in attempts)
+
+
+def test_where_a_single_sample_does_not_fit_activations_go_to_the_cpus_memory(
+    base: Path, single: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = descend(0.8 * single, tmp_path, base, monkeypatch, **settings(SIZE, torch_compile=False))
+    assert [(a["batch_size"], a.get("offload", False)) for a in attempts[-2:]] == [(1, False), (1, True)]
+
+
+def test_a_compiled_step_goes_down_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = build_model(tmp_path / "base", "mixed", WIDE)
+    attempts = descend(2.0e9, tmp_path, base, monkeypatch, **settings(WIDE, torch_compile=True))
+    assert attempts[-1]["batch_size"] < WIDE.batch_size

@@ -24,11 +24,12 @@ def inputs(shape: tuple[int, int, int, int, int], alike: bool = False) -> dict[s
     return {name: value.requires_grad_() for name, value in given.items()}
 
 
-def run(rule: Any, given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The output, and the gradient by each input of a fixed function of it."""
+def run(rule: Any, given: dict[str, torch.Tensor], autocast: bool = False) -> list[torch.Tensor]:
+    """The output, and the gradient by each input of a fixed function of it. Only the forward pass is autocast."""
     for value in given.values():
         value.grad = None
-    output, state = rule(**given, use_qk_l2norm_in_kernel=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        output, state = rule(**given, use_qk_l2norm_in_kernel=True)
     assert state is None
     weights = torch.sin(torch.arange(output.numel()).float()).view_as(output)
     torch.autograd.backward((output * weights).sum())
@@ -58,10 +59,9 @@ def test_in_bfloat16_value_and_gradients_are_as_close_to_the_truth_as_the_refere
     given = inputs((2, 320, 2, 4, 64))
     given["g"] = (given["g"].detach() * decay).requires_grad_()
     truth = run(REFERENCE, given)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, theirs = run(chunk_gated_delta_rule, given), run(REFERENCE, given)
+    ours, theirs = run(chunk_gated_delta_rule, given, autocast=True), run(REFERENCE, given, autocast=True)
     for one, other, true in zip(ours, theirs, truth, strict=True):
-        assert float((one - true).norm()) <= 1.2 * float((other - true).norm())
+        assert float((one - true).norm()) <= 1.01 * float((other - true).norm())
 
 
 def test_it_is_put_where_a_models_layers_are_defined(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,61 @@
+"""Quality measured on a GPU that cannot hold the weights: a block at a time, to the values of a GPU that can."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tasks import measure as measuring
+from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.gates import compare
+from tasks.measure import measure, precision
+from tasks.recipe import Gates
+from tasks.text import EVALUATION
+from tasks.validate import validate_folders
+from tests.pico import pico_base
+from tests.unit.making import write_quantized
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+LAYERS, INTERMEDIATE, CAP = 20, 32768, 160_000_000  # 250 MB of weights, 13 MB a block
+ALWAYS = {"structure", "lossless", "finite", "files", "context", "same_tokens", "long_context", "vision_output"}
+
+
+def test_block_by_block_on_a_gpu_the_values_are_those_of_all_weights_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"LENGTH": 256, "PROMPTS": 2, "GENERATED": 12}.items():
+        monkeypatch.setattr(measuring, name, value)
+    monkeypatch.setitem(measuring.LONGEST, "cuda", 2048)  # a longer text takes longer than all else
+    base = pico_base(tmp_path / "base", layers=LAYERS, intermediate=INTERMEDIATE)
+    made = write_quantized(base, tmp_path)
+    assert sum(t.nbytes for t in Checkpoint.open(base).tensors.values()) > 1.5 * CAP
+    whole = measure(base, EVALUATION, *precision(base))
+    assert whole.generated.shape == (2, 12) and whole.speculation.size
+
+    monkeypatch.setenv("REQUANT_GPU_GB", str(CAP / 1e9))
+    assert precision(base) == (torch.device("cuda"), torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    began = time.monotonic()
+    streamed = measure(base, EVALUATION, *precision(base))
+    print(f"base: {time.monotonic() - began:.1f} s, {torch.cuda.max_memory_allocated():,} bytes at most")
+    assert streamed.generated.shape == (2, 8) and not streamed.speculation.size
+    for name in ("tokens", "nll", "top1", "drafts"):
+        np.testing.assert_array_equal(getattr(streamed, name), getattr(whole, name))
+    np.testing.assert_array_equal(streamed.generated[:, 0], whole.generated[:, 0])
+
+    began = time.monotonic()
+    values = validate_folders(made, base)
+    peak = torch.cuda.max_memory_allocated()
+    print(f"both, compared: {time.monotonic() - began:.1f} s, {peak:,} bytes at most")
+    assert peak <= CAP
+    gates = compare(values, Gates())
+    print(*(gate.to_json() for gate in gates), sep="\n")
+    passed = {gate.name for gate in gates if gate.passed}
+    assert passed >= ALWAYS
+    assert len(values["blocks"]) == LAYERS and all(0 < block["error"] < 1 for block in values["blocks"])
+    assert all(math.isfinite(values[name]) for name in ("perplexity_increase", "kl_divergence", "mtp_acceptance"))
