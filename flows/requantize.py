@@ -28,7 +28,8 @@ from tasks.publish import card_for, publish_task
 from tasks.quantize import quantize_task
 from tasks.recipe import Recipe
 from tasks.stage import StageResult
-from tasks.store import open_store
+from tasks.store import Store, open_store
+from tasks.store.runs import recorded
 from tasks.text import Text, find_text
 from tasks.validate import validate_task
 
@@ -62,6 +63,11 @@ def requantize(recipe: Recipe) -> Report:
 def _run(recipe: Recipe, report: Report) -> None:
     store = open_store()
     store.check()
+    with recorded(store, lambda: report.run):
+        _stages(store, recipe, report)
+
+
+def _stages(store: Store, recipe: Recipe, report: Report) -> None:
     base, calibration, text = resolve_task(recipe)
     report.base = base
 

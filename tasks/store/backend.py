@@ -1,10 +1,20 @@
-"""What a place must be able to do to hold a store: eight operations on named objects."""
+"""What a place must be able to do to hold a store: a few operations on named objects."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Item:
+    """One object as a listing shows it: its size in bytes, when it was last written in seconds of the store's clock."""
+
+    key: str
+    size: int
+    modified: float
 
 
 class Backend(Protocol):
@@ -45,6 +55,22 @@ class Backend(Protocol):
 
     def keys(self, prefix: str) -> Iterator[str]:
         """All keys below `prefix/`."""
+        ...
+
+    def items(self, prefix: str) -> Iterator[Item]:
+        """All objects below `prefix/`."""
+        ...
+
+    def now(self) -> float:
+        """The time by the clock that `Item.modified` is of: no machine's own clock is compared with it."""
+        ...
+
+    def leftovers(self, before: float) -> Iterator[str]:
+        """What writers that were killed left, last written `before`: temporary files, unfinished multipart uploads."""
+        ...
+
+    def discard(self, leftover: str) -> None:
+        """Remove what `leftovers` named; no error if it is gone."""
         ...
 
     def delete(self, key: str) -> None:

@@ -16,12 +16,13 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
 
+from tasks.errors import StoreError
 from tasks.store.backend import Backend
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Owner:
     started: float
     token: str
     beats: int = 0
+    needs: Sequence[str] = ()  # the sha256 of blobs that its work relies on: gc leaves them alone
 
     @classmethod
     def this_process(cls) -> Owner:
@@ -59,21 +61,50 @@ class Owner:
         return json.dumps(asdict(self)).encode()
 
 
+class Held:
+    """A lease in hand."""
+
+    def __init__(self, backend: Backend, name: str, owner: Owner, needs: Callable[[], Iterable[str]]) -> None:
+        self._backend, self._name, self._owner, self._needs = backend, name, owner, needs
+        self._writing = threading.Lock()
+        self._renewed = time.monotonic()
+
+    def renew(self) -> None:
+        """One heartbeat, at once: from now on everyone can read what is needed."""
+        with self._writing:
+            asked = time.monotonic()
+            self._owner = replace(self._owner, beats=self._owner.beats + 1, needs=sorted(self._needs()))
+            self._backend.write(self._name, self._owner.to_json())
+            self._renewed = asked
+
+    def insist(self) -> None:
+        """Raises StoreError if others may take this process for dead by now, as when it was suspended."""
+        if time.monotonic() - self._renewed > DEAD_AFTER / 2:
+            raise StoreError(f"the lease {self._name} was not renewed in time: run again")
+
+
 @contextlib.contextmanager
 def lease(
-    backend: Backend, stage: str, key: str, on_wait: Callable[[str], None] = log.info, beat: float = BEAT
-) -> Iterator[None]:
+    backend: Backend,
+    stage: str,
+    key: str,
+    on_wait: Callable[[str], None] = log.info,
+    beat: float | None = None,
+    needs: Callable[[], Iterable[str]] = tuple,
+) -> Iterator[Held]:
     """Hold the lease of a stage key. Blocks while another run holds it; `on_wait` is told once who that is.
 
-    After it is held, look for the artifact again: the run that held it before may have made it.
+    After it is held, look for the artifact again: the run that held it before may have made it. `needs` says at each
+    heartbeat which blobs the work relies on.
     """
     folder = f"leases/{stage}/{key}"
     owner, generation = _take(backend, folder, on_wait)
+    held = Held(backend, f"{folder}/{generation:06d}", owner, needs)
     stop = threading.Event()
-    heart = threading.Thread(target=_beat, args=(backend, f"{folder}/{generation:06d}", owner, stop, beat), daemon=True)
+    heart = threading.Thread(target=_beat, args=(held, stop, BEAT if beat is None else beat), daemon=True)
     heart.start()
     try:
-        yield
+        yield held
     finally:
         stop.set()
         heart.join()
@@ -96,7 +127,7 @@ def _take(backend: Backend, folder: str, on_wait: Callable[[str], None]) -> tupl
         if held is not None:
             if held != seen:
                 seen, seen_at = held, time.monotonic()
-            other = _owner(held)
+            other = owner_of(held)
             dead = other is None or other.is_gone or time.monotonic() - seen_at > DEAD_AFTER
             if not dead:
                 if not told and other is not None:
@@ -115,12 +146,10 @@ def _take(backend: Backend, folder: str, on_wait: Callable[[str], None]) -> tupl
             time.sleep(random.uniform(0, POLL))
 
 
-def _beat(backend: Backend, name: str, owner: Owner, stop: threading.Event, beat: float) -> None:
-    beats = 0
+def _beat(held: Held, stop: threading.Event, beat: float) -> None:
     while not stop.wait(beat):
-        beats += 1
         try:
-            backend.write(name, replace(owner, beats=beats).to_json())
+            held.renew()
         except OSError as error:  # StoreError is one; a full disk another
             log.warning("heartbeat failed: %s", error)
 
@@ -130,7 +159,8 @@ def _generations(backend: Backend, folder: str) -> list[int]:
     return [int(name) for name in names if name.isdigit()]
 
 
-def _owner(data: bytes) -> Owner | None:
+def owner_of(data: bytes) -> Owner | None:
+    """Whose lease it is; None for what nobody of ours wrote, which counts as dead."""
     try:
         return Owner(**json.loads(data))
     except (ValueError, TypeError):

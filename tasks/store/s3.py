@@ -11,6 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,12 +27,16 @@ from botocore.exceptions import (
 )
 from botocore.exceptions import ConnectionError as BotoConnectionError
 
+from tasks.artifact import check_relative
 from tasks.errors import StoreError, StoreUnreachable
+from tasks.store.backend import Item
+from tasks.store.s3_settings import write_settings
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PATIENCE = 150.0  # seconds: a store lost in the middle of a run may come back; GPU hours are at stake
+UPLOADED = ("blobs/", "resume/")  # what is sent in parts; another's upload below the same prefix is not ours to end
 TRANSFER = TransferConfig(
     multipart_threshold=64 << 20, multipart_chunksize=32 << 20, max_concurrency=4, preferred_transfer_client="classic"
 )
@@ -40,6 +45,7 @@ TRANSFER = TransferConfig(
 class S3Backend:
     """Objects below `prefix` in `bucket`. The usual AWS variables apply (AWS_ENDPOINT_URL_S3 and others).
 
+    How objects are written: s3_settings.py. Raises RecipeError for a setting that cannot be.
     `patience` is how many seconds an operation is retried while the server cannot be reached or answers 5xx.
     """
 
@@ -47,6 +53,7 @@ class S3Backend:
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
         self.patience = patience
+        self._every, self._files = write_settings()  # arguments of every write; of a file's beside those
 
     @property
     def url(self) -> str:
@@ -61,18 +68,18 @@ class S3Backend:
 
     def read(self, key: str) -> bytes | None:
         def get() -> bytes:
-            body: bytes = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key)["Body"].read()
+            body: bytes = self._client.get_object(Bucket=self.bucket, Key=self._name(key))["Body"].read()
             return body
 
         return self._unless_missing(get)
 
     def write(self, key: str, data: bytes) -> None:
-        self._patiently(lambda: self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data))
+        self._patiently(lambda: self._put(key, data))
 
     def write_new(self, key: str, data: bytes) -> bool:
         def put() -> bool:
             try:
-                self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data, IfNoneMatch="*")
+                self._put(key, data, IfNoneMatch="*")
             except ClientError as error:
                 # 409: another conditional write of this key is under way, and one of them wins.
                 if _status(error) in {412, 409}:
@@ -86,31 +93,70 @@ class S3Backend:
 
     def size(self, key: str) -> int | None:
         return self._unless_missing(
-            lambda: int(self._client.head_object(Bucket=self.bucket, Key=self.prefix + key)["ContentLength"])
+            lambda: int(self._client.head_object(Bucket=self.bucket, Key=self._name(key))["ContentLength"])
         )
 
     def put_file(self, key: str, path: Path) -> None:
-        self._patiently(lambda: self._client.upload_file(str(path), self.bucket, self.prefix + key, Config=TRANSFER))
+        how = {"ExtraArgs": {**self._every, **self._files}, "Config": TRANSFER}
+        self._patiently(lambda: self._client.upload_file(str(path), self.bucket, self._name(key), **how))
 
     def get_file(self, key: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._patiently(lambda: self._client.download_file(self.bucket, self.prefix + key, str(path), Config=TRANSFER))
+        self._patiently(lambda: self._client.download_file(self.bucket, self._name(key), str(path), Config=TRANSFER))
 
     def keys(self, prefix: str) -> Iterator[str]:
+        return (item.key for item in self.items(prefix))
+
+    def items(self, prefix: str) -> Iterator[Item]:
         token: dict[str, str] = {}
         while True:
             page = self._patiently(functools.partial(self._page, f"{self.prefix}{prefix}/", token))
             for item in page.get("Contents", []):
-                yield item["Key"].removeprefix(self.prefix)
+                key = item["Key"].removeprefix(self.prefix)
+                yield Item(key, item["Size"], item["LastModified"].timestamp())
             if not page.get("IsTruncated"):
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def delete(self, key: str) -> None:
-        self._patiently(lambda: self._client.delete_object(Bucket=self.bucket, Key=self.prefix + key))
+    def now(self) -> float:
+        page = self._patiently(functools.partial(self._page, self.prefix, {}, 1))
+        date: str = page["ResponseMetadata"]["HTTPHeaders"]["date"]
+        return parsedate_to_datetime(date).timestamp()
 
-    def _page(self, prefix: str, token: dict[str, str]) -> dict[str, Any]:
-        page: dict[str, Any] = self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, **token)
+    def leftovers(self, before: float) -> Iterator[str]:
+        marker: dict[str, str] = {}
+        while True:
+            page = self._patiently(functools.partial(self._uploads, marker))
+            for upload in page.get("Uploads", []):
+                key = upload["Key"].removeprefix(self.prefix)
+                if upload["Initiated"].timestamp() < before and key.startswith(UPLOADED):
+                    yield f"{key}?{upload['UploadId']}"
+            if not page.get("IsTruncated"):
+                return
+            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def discard(self, leftover: str) -> None:
+        key, _, upload = leftover.rpartition("?")
+        name = {"Bucket": self.bucket, "Key": self._name(key), "UploadId": upload}
+        self._unless_missing(lambda: self._client.abort_multipart_upload(**name))
+
+    def delete(self, key: str) -> None:
+        self._patiently(lambda: self._client.delete_object(Bucket=self.bucket, Key=self._name(key)))
+
+    def _name(self, key: str) -> str:
+        """The object's full key. Names from outside stay below the prefix, also where a proxy resolves `..`."""
+        check_relative(key)
+        return self.prefix + key
+
+    def _put(self, key: str, data: bytes, **condition: str) -> None:
+        self._client.put_object(Bucket=self.bucket, Key=self._name(key), Body=data, **self._every, **condition)
+
+    def _page(self, prefix: str, token: dict[str, str], most: int = 1000) -> dict[str, Any]:
+        page: dict[str, Any] = self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=most, **token)
+        return page
+
+    def _uploads(self, marker: dict[str, str]) -> dict[str, Any]:
+        page: dict[str, Any] = self._client.list_multipart_uploads(Bucket=self.bucket, Prefix=self.prefix, **marker)
         return page
 
     @functools.cached_property
@@ -122,7 +168,7 @@ class S3Backend:
             try:
                 return call()
             except ClientError as error:
-                if _code(error) in {"404", "NoSuchKey", "NotFound"}:
+                if _code(error) in {"404", "NoSuchKey", "NoSuchUpload", "NotFound"}:
                     return None
                 raise
 
