@@ -1,8 +1,8 @@
 """Eight processes put, get, list and collect at random in one store, and are killed at random: `make torture`.
 
-Runs on a directory and on a bucket (Ceph), SECONDS each. Afterwards every manifest's blobs must be whole, in every byte,
-and no run that was alive may have missed anything that it relied on; then one more gc must leave nothing behind. Prints
-JSON; exit status 1 if there was a problem.
+Runs on a directory and on a bucket (Ceph), SECONDS each. Afterwards every manifest's blobs must be whole, in every
+byte, and no run that was alive may have missed anything that it relied on; then one more gc must leave nothing behind.
+Prints JSON; exit status 1 if there was a problem.
 
 Everything is quicker than in life so that it happens often: a grace period of 6 s, heartbeats of half a second. A run
 pauses between its stages for longer than the grace period, as one does that quantizes for days.
@@ -201,7 +201,7 @@ def run(store: Store, chance: random.Random, scratch: Path) -> dict[str, Any]:
 
 
 def worker(store: Store, key: str, before: list[Manifest], pauses: random.Random) -> Callable[[Path], Made]:
-    """The work of a stage: blobs that are chosen by its key, those that the store has not written, and some inherited."""
+    """The work of a stage: blobs chosen by its key, written unless the store has them, and some inherited."""
 
     def make(folder: Path) -> Made:
         chance = random.Random(key)
@@ -258,8 +258,14 @@ def look(store: Store, chance: random.Random, scratch: Path) -> dict[str, Any]:
 
 def gc(store: Store, chance: random.Random, scratch: Path) -> dict[str, Any]:
     """Collect by one of the rules."""
-    rule = chance.choice([{}, {"keep_last": 1}, {"older_than": GRACE * 1.5}, {"max_size": 20_000_000}, {"max_size": 0}])
-    plan = collect(store, Policy(**rule, grace=GRACE, unfinished=GRACE * 2))
+    rules: list[dict[str, Any]] = [
+        {},
+        {"keep_last": 1},
+        {"older_than": GRACE * 1.5},
+        {"max_size": 20_000_000},
+        {"max_size": 0},
+    ]
+    plan = collect(store, Policy(**chance.choice(rules), grace=GRACE, unfinished=GRACE * 2))
     return {"did": "gc", "artifacts": len(plan.artifacts), "blobs": len(plan.blobs)}
 
 

@@ -76,7 +76,7 @@ class FolderBackend:
     def put_file(self, key: str, path: Path) -> None:
         target = self.path(key)
         make_folder(target.parent)
-        temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}.{os.urandom(4).hex()}")
+        temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}.{os.urandom(4).hex()}")
         try:
             try:
                 os.rename(path, temporary)
@@ -176,7 +176,7 @@ def _refuse_world_writable(folder: Path) -> None:
 
 def link(source: Path, target: Path) -> None:
     """Hand out a read-only file: a hard link (the same 0444 file), or a copy across file systems."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     try:
         os.link(source, target)
     except OSError:
@@ -186,7 +186,7 @@ def link(source: Path, target: Path) -> None:
 
 def clone(source: Path, target: Path) -> None:
     """Copy a file's bytes into a new file of its own, sharing the blocks where the file system can (reflink)."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     with source.open("rb") as reader, target.open("xb") as writer:
         if not _reflinked(reader.fileno(), writer.fileno()):
             shutil.copyfileobj(reader, writer, 16 << 20)

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tasks.store.folder import inside
 from tasks.store.store import Store
 
 CACHED = 30 * 24 * 3600.0  # seconds after which a blob that was not used here is fetched again when it is
@@ -42,13 +43,13 @@ def found_near(
     now = store.near.now()
     found: list[Found] = []
     at_work = tuple(f"{stage}-{key[:16]}" for stage, key in working)
-    for folder in _entries(root / "work"):
+    for folder in _entries(root, "work"):
         if not folder.name.startswith(at_work) and _last_change(folder) < now - unfinished:
             found.append(Found(folder, _bytes(folder)))
-    for folder in _entries(root / "checkouts"):
+    for folder in _entries(root, "checkouts"):
         if folder.name not in digests and folder.lstat().st_mtime < now - grace:
             found.append(Found(folder, _bytes(folder)))
-    for path in _entries(root / "arriving"):
+    for path in _entries(root, "arriving"):
         if _last_change(path) < now - grace:
             found.append(Found(path, _bytes(path)))
     if not store.is_local:
@@ -61,14 +62,15 @@ def found_near(
     return found
 
 
-def _entries(folder: Path) -> list[Path]:
+def _entries(root: Path, name: str) -> list[Path]:
+    folder = inside(root, name)
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def _tree(path: Path) -> Iterator[os.stat_result]:
     """A file or folder and everything below it, as far as it is still there."""
     names = [str(path)]
-    for folder, folders, files in os.walk(path):
+    for folder, folders, files in () if path.is_symlink() else os.walk(path):
         names += (os.path.join(folder, name) for name in (*folders, *files))
     for name in names:
         with contextlib.suppress(FileNotFoundError):

@@ -15,7 +15,7 @@ from typing import Any
 from tasks.artifact import SHA256, File, Manifest, check_relative, digest_of, sha256_of
 from tasks.errors import Collected, CorruptBlob, StoreError
 from tasks.store.backend import Backend
-from tasks.store.folder import FolderBackend, clone, inside, link
+from tasks.store.folder import FolderBackend, clone, inside, link, make_folder
 from tasks.store.lease import Held, lease
 
 log = logging.getLogger(__name__)
@@ -59,8 +59,8 @@ class Store:
         """A folder for the unfinished work of one stage key; it survives a crash, so that work can be resumed."""
         check_relative(f"{stage}/{key}")
         name = f"{stage}-{key[:16]}" if self.is_local else f"{stage}-{key[:16]}-{digest_of(self.url)[:8]}"
-        folder = self.near.root / "work" / name
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = inside(self.near.root, f"work/{name}")
+        make_folder(folder)
         return folder
 
     # What gc must leave alone
@@ -168,6 +168,7 @@ class Store:
                     f"the store {self.url} has lost {file.path} ({file.sha256[:12]}): run again to make it"
                 )
             arriving = self.near.path(f"arriving/{file.sha256}-{os.getpid()}-{threading.get_ident()}")
+            make_folder(arriving.parent)
             try:
                 self.backend.get_file(key, arriving)
                 if sha256_of(arriving) != file.sha256:
