@@ -1,12 +1,13 @@
 # make demo: the whole pipeline on a tiny model. make test, test-engines, lint: what CI runs. All set themselves up.
 # make test-gpu: tests of the quantize stage that need a GPU.
+# make torture: eight processes put, get, list and collect in one store and are killed at random; SECONDS=120 each way.
 # make bench-gpu: what quantizing a 27 B model costs on this machine's GPU; MINUTES=9.5 does it in pieces.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 EVALUATES := .venv/.evaluates
 
-.PHONY: demo test test-engines test-gpu lint format bench bench-gpu clean
+.PHONY: demo test test-engines test-gpu lint format bench bench-gpu torture clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m infra.demo
@@ -34,6 +35,10 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m infra.bench.overhead
 	$(BIN)/python -m infra.bench.surgery
+
+torture: $(INSTALLED)
+	infra/s3/ceph install
+	SECONDS=$(SECONDS) $(BIN)/python -m infra.bench.store_torture
 
 bench-gpu: $(INSTALLED)
 	MINUTES=$(MINUTES) $(BIN)/python -m infra.bench.gpu

@@ -52,8 +52,8 @@ class Manifest:
             folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", file.path).casefold())
             if folded in seen:
                 raise CheckpointError(
-                    f"{file.path} stands twice in one artifact, or is one file with {seen[folded]} on file systems that "
-                    "ignore case: keep one of the two"
+                    f"{file.path} stands twice in one artifact (where case is ignored, it is {seen[folded]}): "
+                    "keep one of the two"
                 )
             seen[folded] = file.path
         return cls(ordered)
