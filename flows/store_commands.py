@@ -120,8 +120,8 @@ def store_gc(
     """
     from tasks.store.gc import Policy, collect
 
-    if grace < 60:
-        raise click.BadParameter("the grace period must be longer than any upload: at least 60s", param_hint="--grace")
+    if grace < 600:
+        raise click.BadParameter("the grace period must be longer than any upload: at least 10m", param_hint="--grace")
     opened = _opened()
     policy = Policy(keep_last, older_than, None if max_size is None else int(max_size), grace)
     plan = collect(opened, policy, dry_run=dry_run)

@@ -1,7 +1,7 @@
 """How long `requant store ls` and a dry gc take over many artifacts: `python -m infra.bench.store_list [STORE]`.
 
-Fills the store at STORE (by default a bucket of a Ceph of its own) with ARTIFACTS artifacts of 20 files, of which only the
-manifests, records and uses are there, and prints JSON: seconds, medians of three, with the reads one by one beside them.
+Fills the store at STORE (by default a bucket of a Ceph of its own) with ARTIFACTS artifacts of 20 files, of which only
+the manifests, records and uses are there, and prints JSON: seconds, medians of three, and reads one by one beside them.
 """
 
 from __future__ import annotations

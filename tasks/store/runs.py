@@ -78,4 +78,4 @@ def recorded(store: Store, describe: Callable[[], Run | None]) -> Iterator[None]
         yield
     finally:
         stop.set()
-        thread.join()
+        thread.join(10)  # a store that is lost holds up no run that ends

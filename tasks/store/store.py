@@ -1,4 +1,14 @@
-"""The store: artifacts on top of a backend, with a near folder where stages work on real files."""
+"""The store: artifacts on top of a backend, with a near folder where stages work on real files.
+
+| below the prefix | is |
+|---|---|
+| `blobs/sha256/..` | files, by their content |
+| `artifacts/STAGE/KEY` `provenance/STAGE/KEY` | manifests, and what is recorded beside each |
+| `uses/STAGE/KEY` | empty; its age is the time since the artifact was last reused |
+| `runs/RECIPE/COMMIT` | which artifacts a run uses (runs.py) |
+| `leases/..` `resume/..` | who works on what, and what is finished of it (lease.py, resume.py) |
+| `facts/..` | small facts, such as the sha256 of a git blob |
+"""
 
 from __future__ import annotations
 

@@ -69,7 +69,8 @@ def _good(store: Store, file: File, deep: bool) -> bool:
 def _sha256_in_store(store: Store, file: File) -> str:
     if store.is_local:
         return sha256_of(store.near.path(blob_key(file.sha256)))
-    with tempfile.TemporaryDirectory(dir=store.near.root) as folder:
+    make_folder(arriving := store.near.root / "arriving")
+    with tempfile.TemporaryDirectory(dir=arriving) as folder:
         copy = Path(folder) / "blob"
         store.backend.get_file(blob_key(file.sha256), copy)
         return sha256_of(copy)
