@@ -167,7 +167,8 @@ def _records(store: Store, catalog: Catalog, gone: set[Name], young: float) -> l
                 go.append(item.key)
     stays = catalog.entries.keys() - gone
     go += [run.key for run in catalog.runs if run.seen < young and stays.isdisjoint(run.artifacts)]
-    go += [item.key for item in store.backend.items("leases") if item.modified < young]
+    ours = "/".join(("leases", *GC, ""))
+    go += [i.key for i in store.backend.items("leases") if i.modified < young and not i.key.startswith(ours)]
     return go
 
 

@@ -113,10 +113,44 @@ def lease(
                 backend.delete(f"{folder}/{number:06d}")
 
 
+def outlive(backend: Backend, stage: str, key: str) -> bool:
+    """Wait until whoever holds a lease at this moment does no longer; whether there was a wait.
+
+    Others may hold it by then: they began after this call did. A dead owner's lease is taken over, and released.
+    """
+    folder = f"leases/{stage}/{key}"
+    watch, first, waited = _Watch(), None, False
+    while generation := max(_generations(backend, folder), default=0):
+        waited = True
+        held = backend.read(f"{folder}/{generation:06d}")
+        owner = owner_of(held or b"")
+        first = first or owner
+        if owner is not None and first is not None and owner.token != first.token:
+            break
+        if held is not None and watch.says_dead(held):
+            with lease(backend, stage, key):
+                break
+        time.sleep(POLL)
+    return waited
+
+
+class _Watch:
+    """Tells a dead owner from a living one, by looking at a lease again and again."""
+
+    def __init__(self) -> None:
+        self._seen: bytes | None = None
+        self._since = time.monotonic()
+
+    def says_dead(self, held: bytes) -> bool:
+        if held != self._seen:
+            self._seen, self._since = held, time.monotonic()
+        owner = owner_of(held)
+        return owner is None or owner.is_gone or time.monotonic() - self._since > DEAD_AFTER
+
+
 def _take(backend: Backend, folder: str, on_wait: Callable[[str], None]) -> tuple[Owner, int]:
     owner = Owner.this_process()
-    seen: bytes | None = None
-    seen_at = time.monotonic()
+    watch = _Watch()
     told = False
     while True:
         generation = max(_generations(backend, folder), default=0)
@@ -124,17 +158,13 @@ def _take(backend: Backend, folder: str, on_wait: Callable[[str], None]) -> tupl
         if generation and held is None:
             time.sleep(0.05)
             continue  # released between the two reads
-        if held is not None:
-            if held != seen:
-                seen, seen_at = held, time.monotonic()
+        if held is not None and not watch.says_dead(held):
             other = owner_of(held)
-            dead = other is None or other.is_gone or time.monotonic() - seen_at > DEAD_AFTER
-            if not dead:
-                if not told and other is not None:
-                    on_wait(f"waiting for process {other.pid} on {other.machine.split('/')[0]}, which does this work")
-                    told = True
-                time.sleep(POLL)
-                continue
+            if not told and other is not None:
+                on_wait(f"waiting for process {other.pid} on {other.machine.split('/')[0]}, which does this work")
+                told = True
+            time.sleep(POLL)
+            continue
         mine = f"{folder}/{generation + 1:06d}"
         if backend.write_new(mine, owner.to_json()):
             # Another run may have taken over, finished and released what was seen above, and a third begun anew.

@@ -26,7 +26,7 @@ from tasks.artifact import SHA256, File, Manifest, check_relative, digest_of, sh
 from tasks.errors import Collected, CorruptBlob, StoreError
 from tasks.store.backend import Backend
 from tasks.store.folder import FolderBackend, clone, inside, link, make_folder
-from tasks.store.lease import Held, lease
+from tasks.store.lease import Held, lease, outlive
 
 log = logging.getLogger(__name__)
 PARALLEL = 8
@@ -82,6 +82,8 @@ class Store:
             with self._needing:
                 self._held.append(held)
             try:
+                if self._needs:  # of leases before
+                    held.renew()
                 self.settle()  # a gc that has not seen this lease may be deleting the folder of its work
                 yield
             finally:
@@ -106,11 +108,8 @@ class Store:
                     raise
 
     def settle(self) -> bool:
-        """Wait until nothing is being deleted; whether there was a wait. A gc that was killed is ended by that."""
-        if not any(True for _ in self.backend.keys("/".join(("leases", *GC)))):
-            return False
-        with lease(self.backend, *GC):
-            return True
+        """Wait for the end of a gc that may have read the store before; whether there was a wait."""
+        return outlive(self.backend, *GC)
 
     # Blobs
 
@@ -233,7 +232,10 @@ class Store:
                 return winner
             self.backend.write(beside, record)
             self.backend.write(name, manifest.to_json().encode())
-        self.settle()
+        if (
+            self.settle() and self.backend.size(name) is None
+        ):  # gc took an old manifest of this key, and this one for it
+            self.backend.write(name, manifest.to_json().encode())
         if not self._is_whole(manifest):
             self.backend.delete(name)
             raise Collected(f"blobs of the {stage} stage were collected before its manifest was there: run again")

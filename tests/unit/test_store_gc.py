@@ -17,7 +17,7 @@ from tasks.store import lease as leases
 from tasks.store.catalog import read_catalog
 from tasks.store.folder import FolderBackend
 from tasks.store.gc import GRACE, Plan, Policy, collect
-from tasks.store.lease import Owner, lease
+from tasks.store.lease import Owner, lease, owner_of
 from tasks.store.runs import Run
 from tasks.store.store import GC, blob_key
 from tasks.store.verify import verify
@@ -208,6 +208,43 @@ def test_a_manifest_whose_blobs_were_collected_before_it_was_there_is_not_kept(s
     with pytest.raises(Collected, match="run again") as caught:
         store.keep("quantize", "key", manifest, {})
     assert caught.value.retryable and not list(store.backend.keys("artifacts"))
+
+
+def test_a_manifest_that_gc_took_for_the_old_one_of_its_key_is_written_again(store: Store) -> None:
+    store.keep("quantize", "key", manifest := put(store, {"a": b"1"}), {})
+    store.backend.delete(blob_key(manifest["a"].sha256))
+    fresh = put(store, {"a": b"2"})
+    with lease(store.backend, *GC):
+        thread = threading.Thread(target=lambda: store.keep("quantize", "key", fresh, {}))
+        thread.start()
+        while store.backend.read("artifacts/quantize/key") != fresh.to_json().encode():
+            time.sleep(0.01)
+        store.backend.delete("artifacts/quantize/key")
+    thread.join(10)
+    assert store.manifest("quantize", "key") == fresh
+
+
+def test_a_later_lease_names_what_was_needed_before_it(store: Store) -> None:
+    manifest = put(store, {"a": b"1"})
+    with store.lease("measure", "one"):
+        store.need(manifest.files)
+    with store.lease("measure", "two"):
+        store.need(manifest.files)
+        (key,) = store.backend.keys("leases")
+        owner = owner_of(store.backend.read(key) or b"")
+        assert owner is not None and list(owner.needs) == [manifest["a"].sha256]
+
+
+def test_nobody_waits_for_a_gc_that_began_later(store: Store) -> None:
+    """Several collect one after the other: who waits for the first is not held up by the others."""
+    ended: list[bool] = []
+    with lease(store.backend, *GC):
+        thread = threading.Thread(target=lambda: ended.append(store.settle()))
+        thread.start()
+        time.sleep(0.2)
+    with lease(store.backend, *GC):
+        thread.join(10)
+        assert ended == [True]
 
 
 def test_a_gc_that_was_killed_holds_nobody_up(store: Store) -> None:
