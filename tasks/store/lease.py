@@ -119,19 +119,19 @@ def outlive(backend: Backend, stage: str, key: str) -> bool:
     Others may hold it by then: they began after this call did. A dead owner's lease is taken over, and released.
     """
     folder = f"leases/{stage}/{key}"
-    watch, first, waited = _Watch(), None, False
-    while generation := max(_generations(backend, folder), default=0):
-        waited = True
-        held = backend.read(f"{folder}/{generation:06d}")
-        owner = owner_of(held or b"")
-        first = first or owner
-        if owner is not None and first is not None and owner.token != first.token:
-            break
-        if held is not None and watch.says_dead(held):
+    watch = _Watch()
+    first: set[str] | None = None  # the tokens seen at first, of a generation that is being given up too
+    while generations := sorted(_generations(backend, folder)):
+        texts = [backend.read(f"{folder}/{generation:06d}") for generation in generations]
+        tokens = {owner.token for text in texts if text is not None and (owner := owner_of(text))}
+        first = tokens if first is None else first & tokens
+        if texts[-1] is not None and watch.says_dead(texts[-1]):
             with lease(backend, stage, key):
-                break
+                return True
+        if tokens and not first:
+            return True
         time.sleep(POLL)
-    return waited
+    return first is not None
 
 
 class _Watch:
