@@ -17,12 +17,13 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from tasks.artifact import SHA256
 from tasks.errors import StoreError
 from tasks.store.backend import Item
 from tasks.store.catalog import Catalog, Entry, Name, read_all, read_catalog
 from tasks.store.lease import Held, lease, owner_of
 from tasks.store.near import Found, found_near
-from tasks.store.store import GC, Store
+from tasks.store.store import GC, Store, blob_key
 
 GRACE = 24 * 3600.0  # seconds: longer than any upload, and than the pauses of any run between two of its stages
 UNFINISHED = 7 * 24 * 3600.0  # seconds after which nobody goes on with unfinished work
@@ -85,7 +86,8 @@ def make_plan(store: Store, policy: Policy) -> Plan:
         raise StoreError(f"artifacts/{stage}/{key}: {why.partition(':')[0]}: run requant store verify --repair first")
     young = catalog.now - policy.grace
     live = _live(store, young)
-    sizes = {item.key.rpartition("/")[2]: item for item in store.backend.items("blobs")}
+    found = ((item.key.rpartition("/")[2], item) for item in store.backend.items("blobs"))
+    sizes = {name: item for name, item in found if SHA256.fullmatch(name) and item.key == blob_key(name)}
     plan = Plan(artifacts=chosen(catalog, policy, live, {sha256: item.size for sha256, item in sizes.items()}))
     gone = {entry.name for entry in plan.artifacts}
     stays = {name: entry for name, entry in catalog.entries.items() if name not in gone}

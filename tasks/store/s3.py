@@ -28,7 +28,7 @@ from botocore.exceptions import (
 from botocore.exceptions import ConnectionError as BotoConnectionError
 
 from tasks.artifact import check_relative
-from tasks.errors import StoreError, StoreUnreachable
+from tasks.errors import CheckpointError, StoreError, StoreUnreachable
 from tasks.store.backend import Item
 from tasks.store.s3_settings import write_settings
 
@@ -113,7 +113,8 @@ class S3Backend:
             page = self._patiently(functools.partial(self._page, f"{self.prefix}{prefix}/", token))
             for item in page.get("Contents", []):
                 key = item["Key"].removeprefix(self.prefix)
-                yield Item(key, item["Size"], item["LastModified"].timestamp())
+                if _is_ours(key):
+                    yield Item(key, item["Size"], item["LastModified"].timestamp())
             if not page.get("IsTruncated"):
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
@@ -129,7 +130,7 @@ class S3Backend:
             page = self._patiently(functools.partial(self._uploads, marker))
             for upload in page.get("Uploads", []):
                 key = upload["Key"].removeprefix(self.prefix)
-                if upload["Initiated"].timestamp() < before and key.startswith(UPLOADED):
+                if upload["Initiated"].timestamp() < before and key.startswith(UPLOADED) and _is_ours(key):
                     yield f"{key}?{upload['UploadId']}"
             if not page.get("IsTruncated"):
                 return
@@ -224,6 +225,15 @@ class S3Backend:
                 f"the store {self.url} cannot be used ({text}): check REQUANT_STORE and the AWS variables"
             )
         return error
+
+
+def _is_ours(key: str) -> bool:
+    """Whether we may have written it: what others put below the prefix, by names that we never use, is passed over."""
+    try:
+        check_relative(key)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _client(*, connect_timeout: int, read_timeout: int, total_max_attempts: int) -> Any:

@@ -80,6 +80,19 @@ def test_our_uploads_that_were_cut_off_are_ended_and_no_others(store: Store) -> 
     assert {upload["Key"] for upload in left} >= set(others) and ours not in {upload["Key"] for upload in left}
 
 
+def test_what_others_put_below_the_prefix_is_passed_over(store: Store) -> None:
+    prefix = store.backend.url.partition("requant/")[2]
+    theirs = [
+        f"{prefix}/{key}" for key in ("blobs//twice", "blobs/../up", "blobs/notes.txt", "artifacts/a/../b", "work")
+    ]
+    for key in theirs:
+        client().put_object(Bucket="requant", Key=key, Body=b"x")
+    assert read_catalog(store).entries == {}
+    assert collect(store, Policy(grace=-2, unfinished=-2)).is_empty
+    listed = client().list_objects_v2(Bucket="requant", Prefix=f"{prefix}/")["Contents"]
+    assert {item["Key"] for item in listed} == set(theirs)
+
+
 def test_the_upload_of_a_blob_that_a_lease_needs_goes_on(store: Store, tmp_path: Path) -> None:
     manifest = keep(store, tmp_path / "scratch", "a", b"x")
     key = blob_key(manifest["file"].sha256)

@@ -92,6 +92,6 @@ def called() -> set[str]:
     """The S3 operations that the store's code calls: methods of a boto3 client, by their names."""
     client = boto3.client("s3", region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="x")
     operations = {name for name in dir(client) if not name.startswith("_")} - {"exceptions", "meta", "close"}
-    trees = [ast.parse(path.read_text()) for path in (ROOT / "tasks" / "store").glob("s3*.py")]
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "tasks" / "store").glob("*.py")]
     attributes = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     return attributes & operations
