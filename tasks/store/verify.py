@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,35 +35,48 @@ class Verified:
 
 def verify(store: Store, *, deep: bool = False, repair: bool = False) -> Verified:
     """Look at every blob that a manifest names: is it there in its size or, `deep`, in every byte."""
-    found = Verified()
     catalog = read_catalog(store)
-    bad = _bad_blobs(store, catalog, deep, found)
-    if repair and (bad or catalog.damaged):
-        with lease(store.backend, *GC):
-            found.repairs = list(_mend(store, deep, set(bad)))
-    return found
-
-
-def _bad_blobs(store: Store, catalog: Catalog, deep: bool, found: Verified) -> list[str]:
-    """The sha256 of blobs that are not whole, each with its sentences in `found`."""
-    names = sorted(catalog.entries)
-    files = {file.sha256: file for name in names for file in catalog.entries[name].manifest.files}
-    with ThreadPoolExecutor(HASHERS if deep else PARALLEL) as pool:
-        good = dict(zip(files, pool.map(lambda file: _good(store, file, deep), files.values()), strict=True))
-    for stage, key in names:
-        for file in catalog.entries[stage, key].manifest.files:
-            if not good[file.sha256]:
+    blobs = _blobs(catalog)
+    found = Verified(len(blobs))
+    bad = _bad(store, blobs.values(), deep)
+    if bad:  # or on its way out: gc takes an artifact's manifest first
+        store.settle()
+        catalog = read_catalog(store)
+        bad = _bad(store, (file for sha256, file in _blobs(catalog).items() if sha256 in bad), deep)
+    for (stage, key), entry in sorted(catalog.entries.items()):
+        for file in entry.manifest.files:
+            if file.sha256 in bad:
                 text = f"{file.path} ({file.sha256[:12]}) is missing or damaged"
                 found.problems.append(f"artifacts/{stage}/{key}: {text}")
     found.problems += [f"artifacts/{stage}/{key}: {why}" for (stage, key), why in sorted(catalog.damaged.items())]
-    found.checked = len(files)
-    return [sha256 for sha256, whole in good.items() if not whole]
+    if repair and found.problems:
+        with lease(store.backend, *GC):
+            found.repairs = list(_mend(store, deep, bad))
+    return found
 
 
-def _good(store: Store, file: File, deep: bool) -> bool:
+def _blobs(catalog: Catalog) -> dict[str, File]:
+    """The blobs that manifests name, each once, by their sha256."""
+    return {file.sha256: file for _, entry in sorted(catalog.entries.items()) for file in entry.manifest.files}
+
+
+def _bad(store: Store, files: Iterable[File], deep: bool) -> set[str]:
+    """The sha256 of blobs that are not whole."""
+    looked_at = list(files)
+    with ThreadPoolExecutor(HASHERS if deep else PARALLEL) as pool:
+        whole = pool.map(lambda file: _is_good(store, file, deep), looked_at)
+        return {file.sha256 for file, good in zip(looked_at, whole, strict=True) if not good}
+
+
+def _is_good(store: Store, file: File, deep: bool) -> bool:
     if not store.sees_blob(file):
         return False
-    return not deep or _sha256_in_store(store, file) == file.sha256
+    try:
+        return not deep or _sha256_in_store(store, file) == file.sha256
+    except OSError:  # StoreError is one
+        if store.sees_blob(file):
+            raise
+        return False  # it went meanwhile
 
 
 def _sha256_in_store(store: Store, file: File) -> str:
@@ -79,10 +92,10 @@ def _sha256_in_store(store: Store, file: File) -> str:
 def _mend(store: Store, deep: bool, bad: set[str]) -> Iterator[str]:
     """Mend what is still bad now that nobody deletes beside us; a sentence for each thing done."""
     catalog = read_catalog(store)
+    blobs = _blobs(catalog)
     lost: set[str] = set()
-    for file in {f.sha256: f for e in catalog.entries.values() for f in e.manifest.files if f.sha256 in bad}.values():
-        if _good(store, file, deep):
-            continue
+    for sha256 in sorted(_bad(store, (file for sha256, file in blobs.items() if sha256 in bad), deep)):
+        file = blobs[sha256]
         key = blob_key(file.sha256)
         if copy := _whole_copy(store, catalog, file):
             _put_back(store, key, copy)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ import pytest
 from tasks.artifact import Manifest
 from tasks.store import Store
 from tasks.store.folder import FolderBackend
-from tasks.store.store import blob_key
-from tasks.store.verify import verify
+from tasks.store.lease import lease
+from tasks.store.store import GC, blob_key
+from tasks.store.verify import Verified, verify
 from tests.unit.making import write_files
 
 KEY = "a" * 64
@@ -134,3 +137,16 @@ def test_names_that_nobody_of_ours_wrote_are_left_alone(store: Store) -> None:
         store.backend.write(path, b"?")
     assert verify(store, repair=True).problems == []
     assert len(list(store.backend.keys("artifacts"))) == 3
+
+
+def test_what_gc_is_deleting_at_the_moment_is_no_problem(store: Store, tmp_path: Path) -> None:
+    manifest = keep(store, tmp_path / "one", {"a": b"aaaa"})
+    found: list[Verified] = []
+    with lease(store.backend, *GC):
+        store.backend.delete(blob_key(manifest["a"].sha256))
+        thread = threading.Thread(target=lambda: found.append(verify(store)))
+        thread.start()
+        time.sleep(0.3)
+        store.backend.delete(f"artifacts/quantize/{KEY}")
+    thread.join(10)
+    assert (found[0].checked, found[0].problems) == (1, [])
