@@ -10,6 +10,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata, resources
@@ -22,6 +23,7 @@ from tasks.store import Store
 from tasks.store.lease import lease
 
 log = logging.getLogger(__name__)
+PUTS = 4
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,9 @@ def _make(store: Store, stage: Stage, key: str, work: Callable[[Path], Made], be
 
 
 def put_files(store: Store, folder: Path, files: list[File]) -> list[File]:
-    """Move finished files from a work folder into the store."""
-    for file in files:
-        store.put_blob(folder / file.path, file)
+    """Move finished files from a work folder into the store, several at once."""
+    with ThreadPoolExecutor(PUTS) as pool:
+        list(pool.map(lambda file: store.put_blob(folder / file.path, file), files))
     return files
 
 

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tasks.artifact import check_relative, sync
+from tasks.artifact import check_relative, sha256_of, sync
 from tasks.errors import StoreError, explain_os_error
 
 
@@ -66,7 +66,7 @@ class FolderBackend:
         except FileNotFoundError:
             return None
 
-    def put_file(self, key: str, path: Path) -> None:
+    def put_file(self, key: str, path: Path, sha256: str | None = None) -> None:
         target = self.path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}")
@@ -82,8 +82,9 @@ class FolderBackend:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path) -> str:
         clone(self.path(key), path)
+        return sha256_of(path)
 
     def keys(self, prefix: str) -> Iterator[str]:
         for folder, folders, names in os.walk(self.root / prefix):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from tasks.artifact import File, Manifest, sha256_of
+from tasks.artifact import File, Manifest
 from tasks.errors import StoreError
 from tasks.store.store import Store, blob_key
 
@@ -35,5 +35,4 @@ def _good(store: Store, file: File, deep: bool) -> bool:
         return True
     with tempfile.TemporaryDirectory(dir=store.near.root) as folder:
         copy = Path(folder) / "blob"
-        store.backend.get_file(blob_key(file.sha256), copy)
-        return sha256_of(copy) == file.sha256
+        return store.backend.get_file(blob_key(file.sha256), copy) == file.sha256
