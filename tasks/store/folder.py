@@ -127,9 +127,9 @@ def link(source: Path, target: Path) -> None:
 def clone(source: Path, target: Path) -> None:
     """Copy a file's bytes into a new file of its own, sharing the blocks where the file system can (reflink)."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as reader, target.open("xb") as writer:
+    with source.open("rb", buffering=0) as reader, target.open("xb") as writer:
         if not _reflinked(reader.fileno(), writer.fileno()):
-            shutil.copyfileobj(reader, writer, 16 << 20)
+            shutil.copyfileobj(reader, writer, 256 << 10)  # stays in the cache: larger pieces take four times as long
 
 
 def _reflinked(source: int, target: int) -> bool:
