@@ -2,12 +2,13 @@
 # make test-gpu: tests of the quantize stage that need a GPU.
 # make torture: eight processes put, get, list and collect in one store and are killed at random; SECONDS=120 each way.
 # make bench-gpu: what quantizing a 27 B model costs on this machine's GPU; MINUTES=9.5 does it in pieces.
+# make bench-store: put and get on a local Ceph beside awscli, s3fs and boto3: 20 minutes; SIZE=256 REPEATS=2 is a short one.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 EVALUATES := .venv/.evaluates
 
-.PHONY: demo test test-engines test-gpu lint format bench bench-gpu torture clean
+.PHONY: demo test test-engines test-gpu lint format bench bench-gpu bench-store torture clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m infra.demo
@@ -42,6 +43,10 @@ torture: $(INSTALLED)
 
 bench-gpu: $(INSTALLED)
 	MINUTES=$(MINUTES) $(BIN)/python -m infra.bench.gpu
+
+bench-store: $(INSTALLED)
+	infra/s3/ceph install
+	SIZE=$(SIZE) REPEATS=$(REPEATS) MINUTES=$(MINUTES) $(BIN)/python -m infra.bench.store
 
 $(INSTALLED): pyproject.toml constraints.txt
 	infra/venv $(PYTHON) .venv

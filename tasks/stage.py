@@ -10,6 +10,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata, resources
@@ -21,6 +22,7 @@ from tasks.errors import OutOfMemory, RequantError, explain_os_error
 from tasks.store import Store
 
 log = logging.getLogger(__name__)
+PUTS = 4
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,10 @@ def _make(store: Store, stage: Stage, key: str, work: Callable[[Path], Made], be
 
 
 def put_files(store: Store, folder: Path, files: list[File]) -> list[File]:
-    """Move finished files from a work folder into the store."""
+    """Move finished files from a work folder into the store, several at once."""
     store.need(files)
-    for file in files:
-        store.put_blob(folder / file.path, file)
+    with ThreadPoolExecutor(PUTS) as pool:
+        list(pool.map(lambda file: store.put_blob(folder / file.path, file), files))
     return files
 
 

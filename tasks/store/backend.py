@@ -45,12 +45,15 @@ class Backend(Protocol):
         """The object's size in bytes, or None."""
         ...
 
-    def put_file(self, key: str, path: Path) -> None:
-        """Create an object from a local file of any size. The file may be moved or linked, not changed."""
+    def put_file(self, key: str, path: Path, sha256: str | None = None) -> None:
+        """Create an object from a local file of any size. The file may be moved or linked, not changed.
+
+        Where bytes are sent, raises CorruptBlob if they do not have this sha256.
+        """
         ...
 
-    def get_file(self, key: str, path: Path) -> None:
-        """Fetch an object of any size into a new local file."""
+    def get_file(self, key: str, path: Path) -> str:
+        """Fetch an object of any size into a new local file; the sha256 of what came."""
         ...
 
     def keys(self, prefix: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.artifact import File, sha256_of
+from tasks.artifact import File
 from tasks.errors import CorruptBlob, RequantError
 from tasks.store.catalog import Catalog, Entry
 from tasks.store.folder import make_folder
@@ -67,13 +67,12 @@ def _copy_blob(source: Store, target: Store, file: File) -> File:
     make_folder(arriving.parent)
     arriving.unlink(missing_ok=True)
     try:
-        source.backend.get_file(key, arriving)
-        if arriving.stat().st_size != file.size or sha256_of(arriving) != file.sha256:
+        if source.backend.get_file(key, arriving) != file.sha256:
             raise CorruptBlob(
                 f"{file.path} in {source.url} does not have the sha256 {file.sha256[:12]} that names it: "
                 "run `requant store verify --deep --repair` there"
             )
-        target.backend.put_file(key, arriving)
+        target.backend.put_file(key, arriving, file.sha256)
     finally:
         arriving.unlink(missing_ok=True)
     return file

@@ -7,6 +7,7 @@ unless required, and PutObject with `IfNoneMatch='*'` as the only conditional wr
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import random
 import time
@@ -16,43 +17,51 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import boto3
-from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     HTTPClientError,
+    IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
 )
 from botocore.exceptions import ConnectionError as BotoConnectionError
+from botocore.parsers import ResponseParserError
 
 from tasks.artifact import check_relative
 from tasks.errors import CheckpointError, StoreError, StoreUnreachable
 from tasks.store.backend import Item
 from tasks.store.s3_settings import write_settings
+from tasks.store.transfer import REFUSED_HASH, Transfer, error_code, sign_by_name
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PATIENCE = 150.0  # seconds: a store lost in the middle of a run may come back; GPU hours are at stake
 UPLOADED = ("blobs/", "resume/")  # what is sent in parts; another's upload below the same prefix is not ours to end
-TRANSFER = TransferConfig(
-    multipart_threshold=64 << 20, multipart_chunksize=32 << 20, max_concurrency=4, preferred_transfer_client="classic"
-)
+LOST = (  # no answer, half of one, or one that makes no sense
+    HTTPClientError, BotoConnectionError, IncompleteReadError, ResponseParserError, ConnectionError, TimeoutError,
+)  # fmt: skip
+PASSING = {"SlowDown", "RequestTimeout", "IncompleteBody", *REFUSED_HASH}  # of the refusals
+READ_TIMEOUT = 60.0  # seconds without a byte: a longer stall is a lost connection
 
 
 class S3Backend:
     """Objects below `prefix` in `bucket`. The usual AWS variables apply (AWS_ENDPOINT_URL_S3 and others).
 
     How objects are written: s3_settings.py. Raises RecipeError for a setting that cannot be.
-    `patience` is how many seconds an operation is retried while the server cannot be reached or answers 5xx.
+    `patience` is how many seconds an operation is retried while the server cannot be reached, stalls for
+    `read_timeout` or answers 5xx.
     """
 
-    def __init__(self, bucket: str, prefix: str = "", patience: float = PATIENCE) -> None:
+    def __init__(
+        self, bucket: str, prefix: str = "", patience: float = PATIENCE, read_timeout: float = READ_TIMEOUT
+    ) -> None:
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
         self.patience = patience
+        self.read_timeout = read_timeout
         self._every, self._files = write_settings()  # arguments of every write; of a file's beside those
 
     @property
@@ -67,11 +76,19 @@ class S3Backend:
             raise self._explain(error) from error
 
     def read(self, key: str) -> bytes | None:
-        def get() -> bytes:
-            body: bytes = self._client.get_object(Bucket=self.bucket, Key=self._name(key))["Body"].read()
+        def get() -> tuple[bytes, bool]:
+            answer = self._client.get_object(Bucket=self.bucket, Key=self._name(key))
+            body: bytes = answer["Body"].read()
+            return body, hashlib.md5(body, usedforsecurity=False).hexdigest() in answer["ETag"]
+
+        def get_intact() -> bytes:
+            body, intact = get()
+            # Not every server's ETag is an MD5: what comes twice is what is there.
+            if not intact and get()[0] != body:
+                raise StoreUnreachable(f"{key} from the store {self.url} arrived altered: check the network to it")
             return body
 
-        return self._unless_missing(get)
+        return self._unless_missing(get_intact)
 
     def write(self, key: str, data: bytes) -> None:
         self._patiently(lambda: self._put(key, data))
@@ -96,13 +113,12 @@ class S3Backend:
             lambda: int(self._client.head_object(Bucket=self.bucket, Key=self._name(key))["ContentLength"])
         )
 
-    def put_file(self, key: str, path: Path) -> None:
-        how = {"ExtraArgs": {**self._every, **self._files}, "Config": TRANSFER}
-        self._patiently(lambda: self._client.upload_file(str(path), self.bucket, self._name(key), **how))
+    def put_file(self, key: str, path: Path, sha256: str | None = None) -> None:
+        self._transfer.send(self._name(key), path, sha256, **self._every, **self._files)
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._patiently(lambda: self._client.download_file(self.bucket, self._name(key), str(path), Config=TRANSFER))
+        return self._transfer.fetch(self._name(key), path)
 
     def keys(self, prefix: str) -> Iterator[str]:
         return (item.key for item in self.items(prefix))
@@ -162,14 +178,18 @@ class S3Backend:
 
     @functools.cached_property
     def _client(self) -> Any:
-        return _client(connect_timeout=10, read_timeout=60, total_max_attempts=3)
+        return _client(connect_timeout=10, read_timeout=self.read_timeout, total_max_attempts=3)
+
+    @functools.cached_property
+    def _transfer(self) -> Transfer:
+        return Transfer(self._client, self.bucket, self._patiently)
 
     def _unless_missing(self, call: Callable[[], T]) -> T | None:
         def unless() -> T | None:
             try:
                 return call()
             except ClientError as error:
-                if _code(error) in {"404", "NoSuchKey", "NoSuchUpload", "NotFound"}:
+                if error_code(error) in {"404", "NoSuchKey", "NoSuchUpload", "NotFound"}:
                     return None
                 raise
 
@@ -182,11 +202,11 @@ class S3Backend:
         while True:
             try:
                 return call()
-            except Exception as error:  # boto3's transfers wrap what went wrong in classes of their own
+            except Exception as error:
                 explained = self._explain(error)
-                if explained is error:
-                    raise
                 if not isinstance(explained, StoreUnreachable) or time.monotonic() + delay > give_up:
+                    if explained is error:
+                        raise
                     raise explained from error
                 log.warning("%s; trying again in %.1f s", explained, delay)
                 time.sleep(delay * random.uniform(0.75, 1.25))
@@ -196,31 +216,30 @@ class S3Backend:
         """The sentence for a boto3 failure; the error itself where it is not about S3."""
         if isinstance(error, StoreError):
             return error
-        inner = error.__cause__ or error.__context__
-        cause = inner if isinstance(inner, ClientError) else error
-        if isinstance(cause, ClientError):
-            code, status = _code(cause), _status(cause)
+        if isinstance(error, ClientError):
+            code, status = error_code(error), _status(error)
             if code == "NoSuchBucket":
                 return StoreError(f"the bucket {self.bucket!r} does not exist: create it or correct REQUANT_STORE")
+            if code == "RequestTimeTooSkewed":
+                return StoreError(f"the clocks of this machine and of the store {self.url} differ: set this machine's")
             if status in {401, 403}:
                 return StoreError(
                     f"the store {self.url} refuses these credentials ({code}): check AWS_ACCESS_KEY_ID, "
                     "AWS_SECRET_ACCESS_KEY and the bucket's policy"
                 )
-            if status >= 500 or status in {408, 429} or code in {"SlowDown", "RequestTimeout"}:
+            if status >= 500 or status in {408, 429} or code in PASSING:
                 return StoreUnreachable(f"the store {self.url} answers {status} {code}: try again when it is well")
-            return StoreError(f"the store {self.url} refused {cause.operation_name} ({status} {code})")
-        if isinstance(cause, (NoCredentialsError, PartialCredentialsError)):
+            return StoreError(f"the store {self.url} refused {error.operation_name} ({status} {code})")
+        if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
             return StoreError(
                 f"no AWS credentials for the store {self.url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
-        text = str(cause).partition("?")[0].rstrip(":")
-        lost = isinstance(cause, (HTTPClientError, BotoConnectionError, ConnectionError, TimeoutError))
-        if lost or type(cause).__name__ in {"RetriesExceededError", "S3UploadFailedError"}:
+        text = (str(error).splitlines() or [type(error).__name__])[0].partition("?")[0].rstrip(":")
+        if isinstance(error, LOST):
             return StoreUnreachable(
                 f"the store {self.url} cannot be reached ({text}): check AWS_ENDPOINT_URL_S3 and that the server runs"
             )
-        if isinstance(cause, BotoCoreError):
+        if isinstance(error, BotoCoreError):
             return StoreError(
                 f"the store {self.url} cannot be used ({text}): check REQUANT_STORE and the AWS variables"
             )
@@ -236,9 +255,9 @@ def _is_ours(key: str) -> bool:
     return True
 
 
-def _client(*, connect_timeout: int, read_timeout: int, total_max_attempts: int) -> Any:
+def _client(*, connect_timeout: float, read_timeout: float, total_max_attempts: int) -> Any:
     """A boto3 S3 client; the type is Any because boto3 makes its classes at run time."""
-    return boto3.session.Session().client(
+    client = boto3.session.Session().client(
         "s3",
         config=Config(
             connect_timeout=connect_timeout,
@@ -247,13 +266,11 @@ def _client(*, connect_timeout: int, read_timeout: int, total_max_attempts: int)
             s3={"addressing_style": "path"},
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
-            max_pool_connections=16,
+            max_pool_connections=32,
         ),
     )
-
-
-def _code(error: ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
+    sign_by_name(client)
+    return client
 
 
 def _status(error: ClientError) -> int:

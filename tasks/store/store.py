@@ -132,7 +132,7 @@ class Store:
             raise CorruptBlob(f"{path} changed while it was being stored: run again")
         self.need([file])
         if not self.is_local and not self.has_blob(file):
-            self.backend.put_file(key, path)
+            self.backend.put_file(key, path, file.sha256)
         if self.near.size(key) != file.size:
             self.near.put_file(key, path)
 
@@ -179,8 +179,7 @@ class Store:
             arriving = self.near.path(f"arriving/{file.sha256}-{os.getpid()}-{threading.get_ident()}")
             make_folder(arriving.parent)
             try:
-                self.backend.get_file(key, arriving)
-                if sha256_of(arriving) != file.sha256:
+                if self._fetch(key, arriving) != file.sha256 and self._fetch(key, arriving) != file.sha256:
                     raise CorruptBlob(
                         f"{file.path} from {self.url} does not have the sha256 {file.sha256[:12]} that names it: "
                         "run `requant store verify`"
@@ -192,6 +191,10 @@ class Store:
             with contextlib.suppress(OSError):
                 os.utime(path)  # used now: gc takes here what has not been used for long
         return path
+
+    def _fetch(self, key: str, path: Path) -> str:
+        path.unlink(missing_ok=True)
+        return self.backend.get_file(key, path)
 
     # Artifacts
 

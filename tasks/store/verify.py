@@ -85,8 +85,7 @@ def _sha256_in_store(store: Store, file: File) -> str:
     make_folder(arriving := store.near.root / "arriving")
     with tempfile.TemporaryDirectory(dir=arriving) as folder:
         copy = Path(folder) / "blob"
-        store.backend.get_file(blob_key(file.sha256), copy)
-        return sha256_of(copy)
+        return store.backend.get_file(blob_key(file.sha256), copy)
 
 
 def _mend(store: Store, deep: bool, bad: set[str]) -> Iterator[str]:

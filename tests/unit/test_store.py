@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.artifact import File, Manifest
+from tasks.artifact import File, Manifest, sha256_of
 from tasks.errors import CorruptBlob, RecipeError, StoreError
 from tasks.store import Store, open_store
 from tasks.store.backend import Item
@@ -46,13 +46,14 @@ class Remote:
     def size(self, key: str) -> int | None:
         return len(self.objects[key]) if key in self.objects else None
 
-    def put_file(self, key: str, path: Path) -> None:
+    def put_file(self, key: str, path: Path, sha256: str | None = None) -> None:
         self.objects[key] = path.read_bytes()
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path) -> str:
         self.fetched.append(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(self.on_the_way(self.objects[key]))
+        return sha256_of(path)
 
     def keys(self, prefix: str) -> Iterator[str]:
         yield from sorted(key for key in self.objects if key.startswith(f"{prefix}/"))
