@@ -68,11 +68,11 @@ def test_a_copy_that_was_cut_off_goes_on_and_shows_nothing_before(
     keep(source, tmp_path / "s", KEYS[0], {"a": b"1", "b": b"22", "c": b"333"})
     put, left = target.near.put_file, [2]
 
-    def dying(key: str, path: Path) -> None:
+    def dying(key: str, path: Path, *more: str) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        put(key, path)
+        put(key, path, *more)
 
     monkeypatch.setattr(target.near, "put_file", dying)
     with pytest.raises(KeyboardInterrupt):

@@ -23,7 +23,7 @@ KEY = "k" * 64
 class Remote(FolderBackend):
     """A place elsewhere: the file that was sent stays where it is."""
 
-    def put_file(self, key: str, path: Path) -> None:
+    def put_file(self, key: str, path: Path, *more: str) -> None:
         copy = path.with_name(f"{path.name}.sent")
         shutil.copyfile(path, copy)
         super().put_file(key, copy)
