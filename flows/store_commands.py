@@ -6,13 +6,16 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from flows.command import NEW_FOLDER, command, progress
 from flows.store_tables import artifact_table, gc_text
 from tasks.store import Store, open_store
+
+if TYPE_CHECKING:
+    from tasks.store.catalog import Catalog, Entry
 
 
 class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic in click's types alone
@@ -58,7 +61,7 @@ def store_ls() -> tuple[dict[str, Any], str, int]:
     return {"store": opened.url, "artifacts": rows, "damaged": damaged}, "\n".join([text.rstrip(), *damaged]), 0
 
 
-def artifact_row(catalog: Any, entry: Any) -> dict[str, Any]:
+def artifact_row(catalog: Catalog, entry: Entry) -> dict[str, Any]:
     """One artifact as a row of `ls`; ages in seconds by the store's clock."""
     runs = catalog.users.get(entry.name, [])
     recorded = entry.provenance.get("base")

@@ -4,6 +4,8 @@ A lease is an object `leases/<stage>/<key>/<generation>` that names its owner an
 a conditional write of the next generation's name; the owner beats by rewriting its object. A lease that stops
 beating, or whose process on this machine is gone, is dead, and the next generation may be taken. No clocks of
 two machines are ever compared: an observer only watches whether the count moves.
+
+A lease also names the blobs that its owner's work relies on, which gc leaves alone (gc.py).
 """
 
 from __future__ import annotations
