@@ -58,7 +58,19 @@ class _Named(io.FileIO):
         self.sha256 = sha256
 
     def read(self, size: int | None = -1, /) -> bytes:
-        return super().read(max(size or -1, CHUNK)) or b""  # http.client asks for 16 KB at a time
+        return super().read(_at_least_a_chunk(size)) or b""
+
+
+class _Part(io.BytesIO):
+    """Bytes that are sent in pieces: sent at once, all of them would have to leave within one time-out of the socket."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(_at_least_a_chunk(size))
+
+
+def _at_least_a_chunk(size: int | None) -> int:
+    """http.client asks for 16 KB at a time."""
+    return max(size, CHUNK) if size is not None and size >= 0 else -1
 
 
 def sign_by_name(client: Any) -> None:
@@ -140,7 +152,7 @@ class Transfer:
         return data
 
     def _send_part(self, where: dict[str, str], number: int, data: bytes) -> dict[str, Any]:
-        answer = self._patiently(lambda: self._client.upload_part(**where, PartNumber=number, Body=data))
+        answer = self._patiently(lambda: self._client.upload_part(**where, PartNumber=number, Body=_Part(data)))
         return {"PartNumber": number, "ETag": answer["ETag"]}
 
     def _complete(self, where: dict[str, str], parts: list[dict[str, Any]], size: int) -> None:
