@@ -135,14 +135,14 @@ def _local(scratch: Path, manifest: Manifest) -> Times:
         shutil.copytree(scratch / "files", folder, copy_function=os.link)
         for operation, verb, where in (
             ("put", "put", folder),
-            ("get", "get", scratch / "o"),
-            ("copy", "copy", scratch / "c"),
+            ("get", "get", scratch / "got"),
+            ("copy", "copy", scratch / "copy"),
         ):
-            times[operation]["requant"].append(
-                _timed(ours(verb, where, store.as_uri(), scratch / "manifest.json"), scratch)
-            )
-            shutil.rmtree(where)
-            times[operation]["cp"].append(_timed(["cp", "-r", str(scratch / "files"), str(where)], scratch))
+            mine = ours(verb, where, store.as_uri(), scratch / "manifest.json")
+            theirs = ["cp", "-r", str(scratch / "files"), str(scratch / "cp")]
+            for who, command in (("requant", mine), ("cp", theirs))[:: -1 if number % 2 else 1]:
+                times[operation][who].append(_timed(command, scratch))
+                shutil.rmtree(scratch / "cp", ignore_errors=True)
             shutil.rmtree(where)
         shutil.rmtree(store)
     return times

@@ -9,9 +9,10 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from tasks.artifact import check_relative, sha256_of, sync
-from tasks.errors import StoreError, explain_os_error
+from tasks.errors import NO_ROOM, StoreError, explain_os_error
 from tasks.store.backend import Item
 
 # The folders of a store that hold objects; `work`, `arriving` and `checkouts` beside them hold files of one machine.
@@ -190,7 +191,18 @@ def clone(source: Path, target: Path) -> None:
     make_folder(target.parent)
     with source.open("rb", buffering=0) as reader, target.open("xb") as writer:
         if not _reflinked(reader.fileno(), writer.fileno()):
-            shutil.copyfileobj(reader, writer, 256 << 10)  # stays in the cache: larger pieces take four times as long
+            _copy(reader, writer)
+
+
+def _copy(reader: BinaryIO, writer: BinaryIO) -> None:
+    """Inside the kernel where it can, as cp does."""
+    try:
+        while os.copy_file_range(reader.fileno(), writer.fileno(), 1 << 30):
+            pass
+    except (AttributeError, OSError) as error:
+        if getattr(error, "errno", None) in NO_ROOM:
+            raise
+        shutil.copyfileobj(reader, writer, 256 << 10)  # stays in the cache: larger pieces take four times as long
 
 
 def _reflinked(source: int, target: int) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import boto3
+import botocore.auth
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -44,6 +45,7 @@ LOST = (  # no answer, half of one, or one that makes no sense
     HTTPClientError, BotoConnectionError, IncompleteReadError, ResponseParserError, ConnectionError, TimeoutError,
 )  # fmt: skip
 PASSING = {"SlowDown", "RequestTimeout", "IncompleteBody", *REFUSED_HASH}  # of the refusals
+MOST_SKEW = 15 * 60
 READ_TIMEOUT = 60.0  # seconds without a byte: a longer stall is a lost connection
 
 
@@ -220,7 +222,7 @@ class S3Backend:
             code, status = error_code(error), _status(error)
             if code == "NoSuchBucket":
                 return StoreError(f"the bucket {self.bucket!r} does not exist: create it or correct REQUANT_STORE")
-            if code == "RequestTimeTooSkewed":
+            if code == "RequestTimeTooSkewed" or (status == 403 and _is_skewed(error)):
                 return StoreError(f"the clocks of this machine and of the store {self.url} differ: set this machine's")
             if status in {401, 403}:
                 return StoreError(
@@ -271,6 +273,17 @@ def _client(*, connect_timeout: float, read_timeout: float, total_max_attempts: 
     )
     sign_by_name(client)
     return client
+
+
+def _is_skewed(error: ClientError) -> bool:
+    """Whether the server's clock is further from ours than S3 allows; an answer to HEAD has no body to say so."""
+    date = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
+    try:
+        theirs = parsedate_to_datetime(date).timestamp()
+    except ValueError:
+        return False
+    ours: float = botocore.auth.get_current_datetime(remove_tzinfo=False).timestamp()  # the clock that we sign with
+    return abs(theirs - ours) > MOST_SKEW
 
 
 def _status(error: ClientError) -> int:

@@ -9,10 +9,11 @@ page cache behind them. What is cut goes on where it stopped: a range at its las
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
-import threading
+import queue
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -58,7 +59,41 @@ class _Named(io.FileIO):
         self.sha256 = sha256
 
     def read(self, size: int | None = -1, /) -> bytes:
-        return super().read(max(size or -1, CHUNK)) or b""  # http.client asks for 16 KB at a time
+        return super().read(_at_least_a_chunk(size)) or b""
+
+
+class _Part(io.RawIOBase):
+    """A part in memory, sent in pieces: at once, all of it would have to leave within one time-out of the socket."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data, self._at = data, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._at = offset + (0, self._at, len(self._data))[whence]
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        piece = self._data[self._at : self._at + len(buffer)]
+        buffer[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(_at_least_a_chunk(size)) or b""
+
+
+def _at_least_a_chunk(size: int | None) -> int:
+    """http.client asks for 16 KB at a time."""
+    return max(size, CHUNK) if size is not None and size >= 0 else -1
 
 
 def sign_by_name(client: Any) -> None:
@@ -78,7 +113,9 @@ class Transfer:
         self._client, self._bucket, self._patiently = client, bucket, patiently
         self._senders = ThreadPoolExecutor(PARTS, "send")
         self._fetchers = ThreadPoolExecutor(PARTS, "fetch")
-        self._in_memory = threading.Semaphore(PARTS + 1)
+        self._buffers: queue.LifoQueue[bytearray] = queue.LifoQueue()
+        for _ in range(PARTS + 1):
+            self._buffers.put(bytearray())  # grows when it is used first, and is kept
 
     def send(self, key: str, path: Path, sha256: str | None = None, **settings: Any) -> None:
         """Upload a file. Raises CorruptBlob if it does not have this sha256.
@@ -110,12 +147,19 @@ class Transfer:
         whole = hashlib.sha256()
         try:
             with path.open("rb", buffering=0) as stream:
-                while data := self._next_part(stream, part):
-                    sent.append(self._senders.submit(self._send_part, where, len(sent) + 1, data))
-                    sent[-1].add_done_callback(lambda _: self._in_memory.release())
-                    whole.update(data)
-                    del data
-                    if len(sent) > 2 * PARTS:
+                for number in range(1, -(-size // part) + 1):
+                    buffer = self._buffers.get()
+                    try:
+                        if len(buffer) < part:
+                            buffer = bytearray(part)
+                        data = memoryview(buffer)[: stream.readinto(buffer)]
+                        whole.update(data)
+                        sent.append(self._senders.submit(self._send_part, where, number, data))
+                    except BaseException:
+                        self._buffers.put(buffer)
+                        raise
+                    sent[-1].add_done_callback(functools.partial(self._give_back, buffer))
+                    if number > 2 * PARTS:
                         sent[-2 * PARTS].result()  # what fails for good is known before all is read
             parts = [future.result() for future in sent]
             if sha256 is not None and whole.hexdigest() != sha256:
@@ -128,19 +172,11 @@ class Transfer:
                 self._client.abort_multipart_upload(**where)
             raise
 
-    def _next_part(self, stream: io.FileIO, most: int) -> bytes:
-        """Read a part, once there is room for one in memory."""
-        self._in_memory.acquire()
-        data = b""
-        try:
-            data = stream.read(most)
-        finally:
-            if not data:
-                self._in_memory.release()
-        return data
+    def _give_back(self, buffer: bytearray, _: Future[dict[str, Any]]) -> None:
+        self._buffers.put(buffer)
 
-    def _send_part(self, where: dict[str, str], number: int, data: bytes) -> dict[str, Any]:
-        answer = self._patiently(lambda: self._client.upload_part(**where, PartNumber=number, Body=data))
+    def _send_part(self, where: dict[str, str], number: int, data: memoryview) -> dict[str, Any]:
+        answer = self._patiently(lambda: self._client.upload_part(**where, PartNumber=number, Body=_Part(data)))
         return {"PartNumber": number, "ETag": answer["ETag"]}
 
     def _complete(self, where: dict[str, str], parts: list[dict[str, Any]], size: int) -> None:
