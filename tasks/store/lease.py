@@ -115,8 +115,8 @@ def lease(
                 backend.delete(f"{folder}/{number:06d}")
 
 
-def outlive(backend: Backend, stage: str, key: str) -> bool:
-    """Wait until whoever holds a lease at this moment does no longer; whether there was a wait.
+def outlive(backend: Backend, stage: str, key: str) -> None:
+    """Wait until whoever holds a lease at this moment does no longer.
 
     Others may hold it by then: they began after this call did. A dead owner's lease is taken over, and released.
     """
@@ -129,11 +129,10 @@ def outlive(backend: Backend, stage: str, key: str) -> bool:
         first = tokens if first is None else first & tokens
         if texts[-1] is not None and watch.says_dead(texts[-1]):
             with lease(backend, stage, key):
-                return True
+                return
         if tokens and not first:
-            return True
+            return
         time.sleep(POLL)
-    return first is not None
 
 
 class _Watch:

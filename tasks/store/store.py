@@ -107,9 +107,9 @@ class Store:
                     self._needs = before  # to be said again
                     raise
 
-    def settle(self) -> bool:
-        """Wait for the end of a gc that may have read the store before; whether there was a wait."""
-        return outlive(self.backend, *GC)
+    def settle(self) -> None:
+        """Wait for the end of a gc that may have read the store before. What was looked at until now may be gone."""
+        outlive(self.backend, *GC)
 
     # Blobs
 
@@ -208,12 +208,11 @@ class Store:
 
     def find(self, stage: str, key: str) -> Manifest | None:
         """Like `manifest`, for one that will be used: its age counts from now, so gc leaves it alone for a while."""
-        manifest = self.manifest(stage, key)
-        if manifest is not None:
-            self.backend.write(f"uses/{stage}/{key}", b"")
-            if self.settle():
-                manifest = self.manifest(stage, key)
-        return manifest
+        if self.backend.size(f"artifacts/{stage}/{key}") is None:
+            return None
+        self.backend.write(f"uses/{stage}/{key}", b"")
+        self.settle()
+        return self.manifest(stage, key)
 
     def _is_whole(self, manifest: Manifest) -> bool:
         with ThreadPoolExecutor(PARALLEL) as pool:
@@ -235,9 +234,8 @@ class Store:
                 return winner
             self.backend.write(beside, record)
             self.backend.write(name, manifest.to_json().encode())
-        if (
-            self.settle() and self.backend.size(name) is None
-        ):  # gc took an old manifest of this key, and this one for it
+        self.settle()
+        if self.backend.size(name) is None:  # gc took it for an old one of its key
             self.backend.write(name, manifest.to_json().encode())
         if not self._is_whole(manifest):
             self.backend.delete(name)

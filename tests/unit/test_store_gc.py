@@ -210,18 +210,35 @@ def test_a_manifest_whose_blobs_were_collected_before_it_was_there_is_not_kept(s
     assert caught.value.retryable and not list(store.backend.keys("artifacts"))
 
 
-def test_a_manifest_that_gc_took_for_the_old_one_of_its_key_is_written_again(store: Store) -> None:
-    store.keep("quantize", "key", manifest := put(store, {"a": b"1"}), {})
-    store.backend.delete(blob_key(manifest["a"].sha256))
-    fresh = put(store, {"a": b"2"})
-    with lease(store.backend, *GC):
-        thread = threading.Thread(target=lambda: store.keep("quantize", "key", fresh, {}))
-        thread.start()
-        while store.backend.read("artifacts/quantize/key") != fresh.to_json().encode():
-            time.sleep(0.01)
+def test_an_artifact_that_went_just_before_its_use_was_written_is_not_found(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gc that was over before anyone looked for it."""
+    keep(store, "old", {"a": b"1"})
+    write = store.backend.write
+
+    def write_late(key: str, data: bytes) -> None:
+        store.backend.delete("artifacts/quantize/old")
+        write(key, data)
+
+    monkeypatch.setattr(store.backend, "write", write_late)
+    assert store.find("quantize", "old") is None
+
+
+def test_a_manifest_that_gc_took_for_an_old_one_of_its_key_is_written_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And that was over before anyone looked for it."""
+    manifest = put(store, {"a": b"1"})
+    settle = store.settle
+
+    def late() -> None:
         store.backend.delete("artifacts/quantize/key")
-    thread.join(10)
-    assert store.manifest("quantize", "key") == fresh
+        settle()
+
+    monkeypatch.setattr(store, "settle", late)
+    store.keep("quantize", "key", manifest, {})
+    assert store.manifest("quantize", "key") == manifest
 
 
 def test_a_later_lease_names_what_was_needed_before_it(store: Store) -> None:
@@ -237,14 +254,13 @@ def test_a_later_lease_names_what_was_needed_before_it(store: Store) -> None:
 
 def test_nobody_waits_for_a_gc_that_began_later(store: Store) -> None:
     """Several collect one after the other: who waits for the first is not held up by the others."""
-    ended: list[bool] = []
     with lease(store.backend, *GC):
-        thread = threading.Thread(target=lambda: ended.append(store.settle()))
+        thread = threading.Thread(target=store.settle)
         thread.start()
         time.sleep(0.2)
     with lease(store.backend, *GC):
         thread.join(10)
-        assert ended == [True]
+        assert not thread.is_alive()
 
 
 def test_a_gc_that_was_killed_holds_nobody_up(store: Store) -> None:
