@@ -2,14 +2,16 @@
 # make up, make down: Prefect with PostgreSQL, workers, S3 and a Hub stand-in on this machine. make test-ui: its pages in a
 # browser. make test-crash: everything killed in the middle of a run.
 # make test-gpu: tests of the quantize stage that need a GPU.
+# make torture: eight processes put, get, list and collect in one store and are killed at random; SECONDS=120 each way.
 # make bench-gpu: what quantizing a 27 B model costs on this machine's GPU; MINUTES=9.5 does it in pieces.
+# make bench-store: put and get on a local Ceph beside awscli, s3fs and boto3: 20 minutes; SIZE=256 REPEATS=2 is a short one.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 EVALUATES := .venv/.evaluates
 SERVES := .venv/.serves
 
-.PHONY: demo up down test test-engines test-gpu test-ui test-crash lint format bench bench-gpu clean
+.PHONY: demo up down test test-engines test-gpu test-ui test-crash lint format bench bench-gpu bench-store torture clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m infra.demo
@@ -52,8 +54,16 @@ bench: $(INSTALLED)
 	$(BIN)/python -m infra.bench.surgery
 	$(BIN)/python -m infra.bench.watch
 
+torture: $(INSTALLED)
+	infra/s3/ceph install
+	SECONDS=$(SECONDS) $(BIN)/python -m infra.bench.store_torture
+
 bench-gpu: $(INSTALLED)
 	MINUTES=$(MINUTES) $(BIN)/python -m infra.bench.gpu
+
+bench-store: $(INSTALLED)
+	infra/s3/ceph install
+	SIZE=$(SIZE) REPEATS=$(REPEATS) MINUTES=$(MINUTES) $(BIN)/python -m infra.bench.store
 
 $(INSTALLED): pyproject.toml constraints.txt
 	infra/venv $(PYTHON) .venv

@@ -15,6 +15,7 @@ from tasks.hub.revision import Revision
 from tasks.pictures import Picture
 from tasks.recipe import Recipe
 from tasks.stage import StageResult
+from tasks.store.runs import Run
 
 
 @dataclass
@@ -51,6 +52,16 @@ class Report:
             "measured": finite(self.measured),
             "error": self.error,
         }
+
+    @property
+    def run(self) -> Run | None:
+        """What the store keeps of it: which artifacts are in use, by which recipe on which base."""
+        if self.base is None or not self.stages:
+            return None
+        bits, group_size, _ = self.recipe.quantize.resolved
+        makes = self.recipe.publish.repo_id if self.recipe.publish else f"W{bits}A16 g{group_size}"
+        artifacts = tuple((stage.name, stage.key) for stage in self.stages)
+        return Run(self.recipe.digest[:16], f"{self.base.repo_id}@{self.base.sha}", makes, artifacts)
 
     @property
     def blocks(self) -> list[dict[str, Any]]:

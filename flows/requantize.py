@@ -32,7 +32,8 @@ from tasks.quantize import quantize_task
 from tasks.recipe import Recipe
 from tasks.recipe_file import recipe_of
 from tasks.stage import StageResult
-from tasks.store import open_store
+from tasks.store import Store, open_store
+from tasks.store.runs import recorded
 from tasks.text import Text, find_text
 from tasks.validate import validate_task
 
@@ -84,6 +85,11 @@ def _ended(report: Report) -> State[Any]:
 def _run(recipe: Recipe, report: Report) -> None:
     store = open_store()
     store.check()
+    with recorded(store, lambda: report.run):
+        _stages(store, recipe, report)
+
+
+def _stages(store: Store, recipe: Recipe, report: Report) -> None:
     base, calibration, text = resolve_task(recipe)
     report.base = base
 

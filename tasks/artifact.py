@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,14 +40,22 @@ class Manifest:
 
     @classmethod
     def of(cls, files: Iterable[File]) -> Manifest:
-        """Raises CheckpointError for a path that leaves the folder or stands there twice."""
+        """Raises CheckpointError for a path that leaves the folder or stands there twice.
+
+        Paths that differ only in case or in how an accent is spelled are one file on many file systems, where the
+        second would silently take the place of the first.
+        """
         ordered = tuple(sorted(files))
-        seen: set[str] = set()
+        seen: dict[str, str] = {}
         for file in ordered:
             check_relative(file.path)
-            if file.path in seen:
-                raise CheckpointError(f"{file.path} stands twice in one artifact: keep one of the two")
-            seen.add(file.path)
+            folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", file.path).casefold())
+            if folded in seen:
+                raise CheckpointError(
+                    f"{file.path} stands twice in one artifact (where case is ignored, it is {seen[folded]}): "
+                    "keep one of the two"
+                )
+            seen[folded] = file.path
         return cls(ordered)
 
     @cached_property
@@ -90,11 +99,18 @@ class Manifest:
 
 
 def check_relative(path: str) -> None:
-    """Refuse a path that could leave the folder it is joined to: absolute, `..`, backslash, NUL, empty."""
+    """Refuse a path that could leave the folder it is joined to (absolute, `..`, backslash, NUL, empty) or has no room.
+
+    A path has at most 1024 bytes (the limit of S3 keys, without their prefix) and a name 255 (that of file systems).
+    """
     pure = PurePosixPath(path)
     bad = path in {"", "."} or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path
-    if bad or str(pure) != path or len(path.encode("utf-8", "replace")) > 1024 or not path.isprintable():
-        raise CheckpointError(f"the file name {path[:80]!r} is not allowed: names must stay inside their folder")
+    lengths = [len(part.encode("utf-8", "replace")) for part in (path, *pure.parts)]
+    if bad or str(pure) != path or lengths[0] > 1024 or max(lengths[1:]) > 255 or not path.isprintable():
+        raise CheckpointError(
+            f"the file name {path[:80]!r} is not allowed: names must stay inside their folder "
+            "and have at most 255 bytes, paths 1024"
+        )
 
 
 def sha256_of(path: Path) -> str:

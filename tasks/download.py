@@ -1,6 +1,7 @@
 """download: the files of one commit, by sha256.
 
-What the store already has is not fetched again, so a new revision that changed two shards moves two shards.
+What the store already has is not fetched again, so a new revision that changed two shards moves two shards. A file
+comes straight to where its blob will be, on one disk and once; a killed download goes on in the middle of a file.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
 from prefect import task
 
-from tasks.artifact import File, Manifest, file_of, git_blob_id
+from tasks.artifact import File, Manifest, git_blob_id
 from tasks.errors import HubUnavailable
-from tasks.hub.client import hub_errors
+from tasks.hub.fetch import fetch
 from tasks.hub.revision import HubFile, Revision
 from tasks.prefect_stage import options, say, shown
 from tasks.stage import Made, Stage, StageResult, run_stage
@@ -47,34 +47,39 @@ def download(store: Store, base: Revision, say: Callable[[str], None] = log.info
 
 def _have(store: Store, base: Revision, file: HubFile, folder: Path, say: Callable[[str], None]) -> tuple[File, bool]:
     """The file, and whether the store already had it."""
-    sha256 = file.sha256 or store.recall("git-blobs", file.blob_id)
-    if sha256 is not None:
-        known = File(file.path, file.size, sha256)
-        if store.has_blob(known):
-            return known, True
+    known = _known(store, file)
+    if known is not None:
+        return known, True
     path = folder / file.path
-    with hub_errors(base.repo_id, base.sha):
-        hf_hub_download(
-            base.repo_id,
-            file.path,
-            revision=base.sha,
-            repo_type=base.repo_type,
-            local_dir=folder,
-            library_name="requant",
-        )
-    got = file_of(folder, file.path)
-    intact = got.sha256 == file.sha256 if file.sha256 else git_blob_id(path) == file.blob_id
-    if got.size != file.size or not intact:
+    got = File(file.path, file.size, fetch(base, file, path, say))
+    if (got.sha256 != file.sha256) if file.sha256 else (git_blob_id(path) != file.blob_id):
         path.unlink()
         raise HubUnavailable(
-            f"{file.path} of {base.name} arrived altered ({got.size} of {file.size} bytes, sha256 {got.sha256[:12]}): "
-            "it was thrown away"
+            f"{file.path} of {base.name} arrived altered (sha256 {got.sha256[:12]}): it was thrown away, try again"
         )
     store.put_blob(path, got)
     if not file.sha256:
         store.remember("git-blobs", file.blob_id, got.sha256)
     say(f"fetched {file.path}, {got.size:,} bytes")
     return got, False
+
+
+def _known(store: Store, file: HubFile) -> File | None:
+    """The file if the store has it."""
+    sha256 = file.sha256 or store.recall("git-blobs", file.blob_id)
+    known = File(file.path, file.size, sha256) if sha256 is not None else None
+    return known if known is not None and store.has_blob(known) else None
+
+
+def peak_disk(base: Revision, store: Store) -> int:
+    """Bytes of disk that a download takes at its peak, below `store.near`: what the store lacks, once.
+
+    A file arrives in the work folder and is renamed to its blob. With S3 it is uploaded from there before, and stays on
+    this machine for the stages to read: only a machine that runs no other stage could do without.
+    """
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        here = pool.map(lambda file: _known(store, file) is not None, base.wanted)
+        return sum(file.size for file, is_here in zip(base.wanted, here, strict=True) if not is_here)
 
 
 def text_files(store: Store, text: Text, folder: Path) -> list[Path]:

@@ -42,6 +42,12 @@ class CorruptBlob(StoreError):
     """Bytes do not have the sha256 that names them."""
 
 
+class Collected(StoreError):
+    """Garbage collection took what was being put together: it can be made again."""
+
+    retryable = True
+
+
 class DiskFull(RequantError, OSError):
     """No room left where a file was being written."""
 

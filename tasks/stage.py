@@ -10,6 +10,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata, resources
@@ -19,9 +20,9 @@ from typing import Any
 from tasks.artifact import File, Manifest, stage_key
 from tasks.errors import OutOfMemory, RequantError, explain_os_error
 from tasks.store import Store
-from tasks.store.lease import lease
 
 log = logging.getLogger(__name__)
+PUTS = 4
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,15 @@ def run_stage(
     """
     started, began = time.monotonic(), _now()
     with machine_errors():
-        manifest = store.manifest(stage.name, key)
+        manifest = store.find(stage.name, key)
         state = "reused"
         if manifest is None:
-            with lease(store.backend, stage.name, key, on_wait=say):
-                manifest = store.manifest(stage.name, key)
+            with store.lease(stage.name, key, on_wait=say):
+                manifest = store.find(stage.name, key)
                 if manifest is None:
                     state = "ran"
                     manifest = _make(store, stage, key, work, began, started)
+    store.used.append((stage.name, key))
     seconds = round(time.monotonic() - started, 3)
     return StageResult(stage.name, key, state, seconds, manifest, store.provenance(stage.name, key))
 
@@ -104,6 +106,7 @@ def machine_errors() -> Iterator[None]:
 
 def _make(store: Store, stage: Stage, key: str, work: Callable[[Path], Made], began: str, started: float) -> Manifest:
     folder = store.work_folder(stage.name, key)
+    inner = len(store.used)
     made = work(folder)
     provenance = {
         **made.record,
@@ -112,6 +115,7 @@ def _make(store: Store, stage: Stage, key: str, work: Callable[[Path], Made], be
         "seconds": round(time.monotonic() - started, 3),
         "tools": {name: installed_version(name) for name in stage.tools},
         "machine": machine(),
+        "used": sorted(set(store.used[inner:])),  # what stages inside this one made or reused: gc keeps them with it
     }
     manifest = store.keep(stage.name, key, made.manifest, provenance)
     shutil.rmtree(folder, ignore_errors=True)
@@ -119,9 +123,10 @@ def _make(store: Store, stage: Stage, key: str, work: Callable[[Path], Made], be
 
 
 def put_files(store: Store, folder: Path, files: list[File]) -> list[File]:
-    """Move finished files from a work folder into the store."""
-    for file in files:
-        store.put_blob(folder / file.path, file)
+    """Move finished files from a work folder into the store, several at once."""
+    store.need(files)
+    with ThreadPoolExecutor(PUTS) as pool:
+        list(pool.map(lambda file: store.put_blob(folder / file.path, file), files))
     return files
 
 

@@ -1,4 +1,7 @@
-"""One HfApi for everything, and its failures as sentences. HF_ENDPOINT and HF_TOKEN are honoured."""
+"""One HfApi for everything, its failures as sentences, no request without a time-out.
+
+HF_ENDPOINT and HF_TOKEN are honoured.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import contextlib
 from collections.abc import Iterator
 
 import httpx2
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, set_client_factory
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -17,10 +20,21 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils._http import default_client_factory
 
 from tasks.errors import HubError, HubUnavailable, redact
 
 PASSING = {408, 425, 429, 500, 502, 503, 504}
+STALLED = 60.0  # seconds without a byte of an answer; huggingface_hub itself waits for ever for uploads and commits
+
+
+def _client() -> httpx2.Client:
+    client = default_client_factory()
+    client.timeout = httpx2.Timeout(STALLED, connect=10.0)
+    return client
+
+
+set_client_factory(_client)
 
 
 def hub_api() -> HfApi:

@@ -1,10 +1,20 @@
-"""What a place must be able to do to hold a store: eight operations on named objects."""
+"""What a place must be able to do to hold a store: a few operations on named objects."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Item:
+    """One object as a listing shows it: its size in bytes, when it was last written in seconds of the store's clock."""
+
+    key: str
+    size: int
+    modified: float
 
 
 class Backend(Protocol):
@@ -35,16 +45,35 @@ class Backend(Protocol):
         """The object's size in bytes, or None."""
         ...
 
-    def put_file(self, key: str, path: Path) -> None:
-        """Create an object from a local file of any size. The file may be moved or linked, not changed."""
+    def put_file(self, key: str, path: Path, sha256: str | None = None) -> None:
+        """Create an object from a local file of any size. The file may be moved or linked, not changed.
+
+        Where bytes are sent, raises CorruptBlob if they do not have this sha256.
+        """
         ...
 
-    def get_file(self, key: str, path: Path) -> None:
-        """Fetch an object of any size into a new local file."""
+    def get_file(self, key: str, path: Path) -> str:
+        """Fetch an object of any size into a new local file; the sha256 of what came."""
         ...
 
     def keys(self, prefix: str) -> Iterator[str]:
         """All keys below `prefix/`."""
+        ...
+
+    def items(self, prefix: str) -> Iterator[Item]:
+        """All objects below `prefix/`."""
+        ...
+
+    def now(self) -> float:
+        """The time by the clock that `Item.modified` is of: no machine's own clock is compared with it."""
+        ...
+
+    def leftovers(self, before: float) -> Iterator[str]:
+        """What writers that were killed left, last written `before`: temporary files, unfinished multipart uploads."""
+        ...
+
+    def discard(self, leftover: str) -> None:
+        """Remove what `leftovers` named; no error if it is gone."""
         ...
 
     def delete(self, key: str) -> None:

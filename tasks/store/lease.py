@@ -4,6 +4,8 @@ A lease is an object `leases/<stage>/<key>/<generation>` that names its owner an
 a conditional write of the next generation's name; the owner beats by rewriting its object. A lease that stops
 beating, or whose process on this machine is gone, is dead, and the next generation may be taken. No clocks of
 two machines are ever compared: an observer only watches whether the count moves.
+
+A lease also names the blobs that its owner's work relies on, which gc leaves alone (gc.py).
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
 
+from tasks.errors import StoreError
 from tasks.store.backend import Backend
 
 log = logging.getLogger(__name__)
@@ -40,6 +43,7 @@ class Owner:
     started: float
     token: str
     beats: int = 0
+    needs: Sequence[str] = ()  # the sha256 of blobs that its work relies on: gc leaves them alone
 
     @classmethod
     def this_process(cls) -> Owner:
@@ -59,21 +63,50 @@ class Owner:
         return json.dumps(asdict(self)).encode()
 
 
+class Held:
+    """A lease in hand."""
+
+    def __init__(self, backend: Backend, name: str, owner: Owner, needs: Callable[[], Iterable[str]]) -> None:
+        self._backend, self._name, self._owner, self._needs = backend, name, owner, needs
+        self._writing = threading.Lock()
+        self._renewed = time.monotonic()
+
+    def renew(self) -> None:
+        """One heartbeat, at once: from now on everyone can read what is needed."""
+        with self._writing:
+            asked = time.monotonic()
+            self._owner = replace(self._owner, beats=self._owner.beats + 1, needs=sorted(self._needs()))
+            self._backend.write(self._name, self._owner.to_json())
+            self._renewed = asked
+
+    def insist(self) -> None:
+        """Raises StoreError if others may take this process for dead by now, as when it was suspended."""
+        if time.monotonic() - self._renewed > DEAD_AFTER / 2:
+            raise StoreError(f"the lease {self._name} was not renewed in time: run again")
+
+
 @contextlib.contextmanager
 def lease(
-    backend: Backend, stage: str, key: str, on_wait: Callable[[str], None] = log.info, beat: float = BEAT
-) -> Iterator[None]:
+    backend: Backend,
+    stage: str,
+    key: str,
+    on_wait: Callable[[str], None] = log.info,
+    beat: float | None = None,
+    needs: Callable[[], Iterable[str]] = tuple,
+) -> Iterator[Held]:
     """Hold the lease of a stage key. Blocks while another run holds it; `on_wait` is told once who that is.
 
-    After it is held, look for the artifact again: the run that held it before may have made it.
+    After it is held, look for the artifact again: the run that held it before may have made it. `needs` says at each
+    heartbeat which blobs the work relies on.
     """
     folder = f"leases/{stage}/{key}"
     owner, generation = _take(backend, folder, on_wait)
+    held = Held(backend, f"{folder}/{generation:06d}", owner, needs)
     stop = threading.Event()
-    heart = threading.Thread(target=_beat, args=(backend, f"{folder}/{generation:06d}", owner, stop, beat), daemon=True)
+    heart = threading.Thread(target=_beat, args=(held, stop, BEAT if beat is None else beat), daemon=True)
     heart.start()
     try:
-        yield
+        yield held
     finally:
         stop.set()
         heart.join()
@@ -82,10 +115,43 @@ def lease(
                 backend.delete(f"{folder}/{number:06d}")
 
 
+def outlive(backend: Backend, stage: str, key: str) -> None:
+    """Wait until whoever holds a lease at this moment does no longer.
+
+    Others may hold it by then: they began after this call did. A dead owner's lease is taken over, and released.
+    """
+    folder = f"leases/{stage}/{key}"
+    watch = _Watch()
+    first: set[str] | None = None  # the tokens seen at first, of a generation that is being given up too
+    while generations := sorted(_generations(backend, folder)):
+        texts = [backend.read(f"{folder}/{generation:06d}") for generation in generations]
+        tokens = {owner.token for text in texts if text is not None and (owner := owner_of(text))}
+        first = tokens if first is None else first & tokens
+        if texts[-1] is not None and watch.says_dead(texts[-1]):
+            with lease(backend, stage, key):
+                return
+        if tokens and not first:
+            return
+        time.sleep(POLL)
+
+
+class _Watch:
+    """Tells a dead owner from a living one, by looking at a lease again and again."""
+
+    def __init__(self) -> None:
+        self._seen: bytes | None = None
+        self._since = time.monotonic()
+
+    def says_dead(self, held: bytes) -> bool:
+        if held != self._seen:
+            self._seen, self._since = held, time.monotonic()
+        owner = owner_of(held)
+        return owner is None or owner.is_gone or time.monotonic() - self._since > DEAD_AFTER
+
+
 def _take(backend: Backend, folder: str, on_wait: Callable[[str], None]) -> tuple[Owner, int]:
     owner = Owner.this_process()
-    seen: bytes | None = None
-    seen_at = time.monotonic()
+    watch = _Watch()
     told = False
     while True:
         generation = max(_generations(backend, folder), default=0)
@@ -93,17 +159,13 @@ def _take(backend: Backend, folder: str, on_wait: Callable[[str], None]) -> tupl
         if generation and held is None:
             time.sleep(0.05)
             continue  # released between the two reads
-        if held is not None:
-            if held != seen:
-                seen, seen_at = held, time.monotonic()
-            other = _owner(held)
-            dead = other is None or other.is_gone or time.monotonic() - seen_at > DEAD_AFTER
-            if not dead:
-                if not told and other is not None:
-                    on_wait(f"waiting for process {other.pid} on {other.machine.split('/')[0]}, which does this work")
-                    told = True
-                time.sleep(POLL)
-                continue
+        if held is not None and not watch.says_dead(held):
+            other = owner_of(held)
+            if not told and other is not None:
+                on_wait(f"waiting for process {other.pid} on {other.machine.split('/')[0]}, which does this work")
+                told = True
+            time.sleep(POLL)
+            continue
         mine = f"{folder}/{generation + 1:06d}"
         if backend.write_new(mine, owner.to_json()):
             # Another run may have taken over, finished and released what was seen above, and a third begun anew.
@@ -115,12 +177,10 @@ def _take(backend: Backend, folder: str, on_wait: Callable[[str], None]) -> tupl
             time.sleep(random.uniform(0, POLL))
 
 
-def _beat(backend: Backend, name: str, owner: Owner, stop: threading.Event, beat: float) -> None:
-    beats = 0
+def _beat(held: Held, stop: threading.Event, beat: float) -> None:
     while not stop.wait(beat):
-        beats += 1
         try:
-            backend.write(name, replace(owner, beats=beats).to_json())
+            held.renew()
         except OSError as error:  # StoreError is one; a full disk another
             log.warning("heartbeat failed: %s", error)
 
@@ -130,7 +190,8 @@ def _generations(backend: Backend, folder: str) -> list[int]:
     return [int(name) for name in names if name.isdigit()]
 
 
-def _owner(data: bytes) -> Owner | None:
+def owner_of(data: bytes) -> Owner | None:
+    """Whose lease it is; None for what nobody of ours wrote, which counts as dead."""
     try:
         return Owner(**json.loads(data))
     except (ValueError, TypeError):

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tasks.artifact import check_relative
+from tasks.store.folder import inside
 from tasks.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,7 @@ def restore(store: Store, stage: str, key: str, folder: Path, worth: Callable[[P
         return 0
     fetched = 0
     for path, size in sizes.items():
-        check_relative(path)
-        target = folder / path
+        target = inside(folder, path)
         if target.exists() and target.stat().st_size == size:
             continue
         target.unlink(missing_ok=True)

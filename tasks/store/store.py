@@ -1,23 +1,36 @@
-"""The store: artifacts on top of a backend, with a near folder where stages work on real files."""
+"""The store: artifacts on top of a backend, with a near folder where stages work on real files.
+
+| below the prefix | is |
+|---|---|
+| `blobs/sha256/..` | files, by their content |
+| `artifacts/STAGE/KEY` `provenance/STAGE/KEY` | manifests, and what is recorded beside each |
+| `uses/STAGE/KEY` | empty; its age is the time since the artifact was last reused |
+| `runs/RECIPE/COMMIT` | which artifacts a run uses (runs.py) |
+| `leases/..` `resume/..` | who works on what, and what is finished of it (lease.py, resume.py) |
+| `facts/..` | small facts, such as the sha256 of a git blob |
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tasks.artifact import SHA256, File, Manifest, check_relative, digest_of, sha256_of
-from tasks.errors import CorruptBlob, StoreError
+from tasks.errors import Collected, CorruptBlob, StoreError
 from tasks.store.backend import Backend
-from tasks.store.folder import FolderBackend, clone, link
+from tasks.store.folder import FolderBackend, clone, inside, link, make_folder
+from tasks.store.lease import Held, lease, outlive
 
+log = logging.getLogger(__name__)
 PARALLEL = 8
+GC = ("gc", "store")  # the lease that is held while anything is deleted (gc.py says how that excludes others)
 
 
 def blob_key(sha256: str) -> str:
@@ -27,22 +40,16 @@ def blob_key(sha256: str) -> str:
     return f"blobs/sha256/{sha256[:2]}/{sha256}"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One artifact in the store, as `requant store ls` shows it."""
-
-    stage: str
-    key: str
-    manifest: Manifest
-    provenance: dict[str, Any]
-
-
 class Store:
     """Blobs and manifests. `near` holds the blobs that are on this machine; for a local store it is the store."""
 
     def __init__(self, backend: Backend, near: FolderBackend) -> None:
         self.backend = backend
         self.near = near
+        self.used: list[tuple[str, str]] = []  # the artifacts that were made or reused through this object
+        self._held: list[Held] = []
+        self._needs: frozenset[str] = frozenset()
+        self._needing = threading.RLock()
 
     @property
     def url(self) -> str:
@@ -62,13 +69,57 @@ class Store:
         """A folder for the unfinished work of one stage key; it survives a crash, so that work can be resumed."""
         check_relative(f"{stage}/{key}")
         name = f"{stage}-{key[:16]}" if self.is_local else f"{stage}-{key[:16]}-{digest_of(self.url)[:8]}"
-        folder = self.near.root / "work" / name
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = inside(self.near.root, f"work/{name}")
+        make_folder(folder)
         return folder
+
+    # What gc must leave alone
+
+    @contextlib.contextmanager
+    def lease(self, stage: str, key: str, on_wait: Callable[[str], None] = log.info) -> Iterator[None]:
+        """Hold the lease of a stage key; while it is held, everyone can read in it which blobs are needed."""
+        with lease(self.backend, stage, key, on_wait, needs=lambda: self._needs) as held:
+            with self._needing:
+                self._held.append(held)
+            try:
+                if self._needs:  # of leases before
+                    held.renew()
+                self.settle()  # a gc that has not seen this lease may be deleting the folder of its work
+                yield
+            finally:
+                with self._needing:
+                    self._held.remove(held)
+
+    def need(self, files: Iterable[File]) -> None:
+        """Say in the leases at hand that these blobs are relied on. Those that are there afterwards stay there.
+
+        Without a lease nothing is said: what is looked at then may go at any time.
+        """
+        with self._needing:
+            needs = self._needs | {file.sha256 for file in files}
+            if self._held and needs != self._needs:
+                before, self._needs = self._needs, needs
+                try:
+                    for held in self._held:
+                        held.renew()
+                    self.settle()
+                except BaseException:
+                    self._needs = before  # to be said again
+                    raise
+
+    def settle(self) -> None:
+        """Wait for the end of a gc that may have read the store before. What was looked at until now may be gone."""
+        outlive(self.backend, *GC)
 
     # Blobs
 
     def has_blob(self, file: File) -> bool:
+        """Whether the blob is there; inside a lease, it stays."""
+        self.need([file])
+        return self.sees_blob(file)
+
+    def sees_blob(self, file: File) -> bool:
+        """Whether the blob is there at this moment."""
         return self.backend.size(blob_key(file.sha256)) == file.size
 
     def put_blob(self, path: Path, file: File) -> None:
@@ -79,8 +130,9 @@ class Store:
         key = blob_key(file.sha256)
         if path.stat().st_size != file.size:
             raise CorruptBlob(f"{path} changed while it was being stored: run again")
+        self.need([file])
         if not self.is_local and not self.has_blob(file):
-            self.backend.put_file(key, path)
+            self.backend.put_file(key, path, file.sha256)
         if self.near.size(key) != file.size:
             self.near.put_file(key, path)
 
@@ -91,6 +143,7 @@ class Store:
     def hand_out(self, manifest: Manifest, folder: Path, paths: Iterable[str] | None = None) -> Path:
         """Lay an artifact's files (or only `paths`) into `folder` as read-only files, for a stage to read."""
         wanted = [manifest[p] for p in paths] if paths is not None else list(manifest.files)
+        self.need(wanted)
         with ThreadPoolExecutor(PARALLEL) as pool:
             list(pool.map(lambda file: self._lay(file, folder), wanted))
         return folder
@@ -98,7 +151,7 @@ class Store:
     def checkout(self, manifest: Manifest, folder: Path) -> Path:
         """Lay an artifact's files into `folder` as files of the user's own (reflinks or copies, writable)."""
         for file in manifest.files:
-            target = folder / file.path
+            target = inside(folder, file.path)
             own = target.is_file() and target.stat().st_nlink == 1 and os.access(target, os.W_OK)
             if own and target.stat().st_size == file.size and sha256_of(target) == file.sha256:
                 continue
@@ -109,7 +162,7 @@ class Store:
         return folder
 
     def _lay(self, file: File, folder: Path) -> None:
-        target, source = folder / file.path, self._near_path(file)
+        target, source = inside(folder, file.path), self._near_path(file)
         if target.exists() and target.samefile(source):
             return  # from an earlier, interrupted run of the same stage key
         target.unlink(missing_ok=True)
@@ -124,9 +177,9 @@ class Store:
                     f"the store {self.url} has lost {file.path} ({file.sha256[:12]}): run again to make it"
                 )
             arriving = self.near.path(f"arriving/{file.sha256}-{os.getpid()}-{threading.get_ident()}")
+            make_folder(arriving.parent)
             try:
-                self.backend.get_file(key, arriving)
-                if sha256_of(arriving) != file.sha256:
+                if self._fetch(key, arriving) != file.sha256 and self._fetch(key, arriving) != file.sha256:
                     raise CorruptBlob(
                         f"{file.path} from {self.url} does not have the sha256 {file.sha256[:12]} that names it: "
                         "run `requant store verify`"
@@ -134,7 +187,14 @@ class Store:
                 self.near.put_file(key, arriving)
             finally:
                 arriving.unlink(missing_ok=True)
+        elif not self.is_local:
+            with contextlib.suppress(OSError):
+                os.utime(path)  # used now: gc takes here what has not been used for long
         return path
+
+    def _fetch(self, key: str, path: Path) -> str:
+        path.unlink(missing_ok=True)
+        return self.backend.get_file(key, path)
 
     # Artifacts
 
@@ -144,26 +204,42 @@ class Store:
         if text is None:
             return None
         manifest = Manifest.from_json(text)
+        return manifest if self._is_whole(manifest) else None
+
+    def find(self, stage: str, key: str) -> Manifest | None:
+        """Like `manifest`, for one that will be used: its age counts from now, so gc leaves it alone for a while."""
+        if self.backend.size(f"artifacts/{stage}/{key}") is None:
+            return None
+        self.backend.write(f"uses/{stage}/{key}", b"")
+        self.settle()
+        return self.manifest(stage, key)
+
+    def _is_whole(self, manifest: Manifest) -> bool:
         with ThreadPoolExecutor(PARALLEL) as pool:
-            whole = all(pool.map(self.has_blob, manifest.files))
-        return manifest if whole else None
+            return all(pool.map(self.sees_blob, manifest.files))
 
     def keep(self, stage: str, key: str, manifest: Manifest, provenance: dict[str, Any]) -> Manifest:
         """Make an artifact visible. All its blobs must be there. The first manifest for a key wins.
 
-        One whose blobs were lost is replaced: nothing could have been reading it.
+        One whose blobs were lost is replaced: nothing could have been reading it. Raises Collected if gc took a blob
+        before the manifest named it, which needs a process that was suspended for longer than gc's grace period.
         """
         name, beside = f"artifacts/{stage}/{key}", f"provenance/{stage}/{key}"
         record = json.dumps(provenance, indent=1).encode()
         if self.backend.size(name) is None:
             self.backend.write(beside, record)  # first, so that no manifest is without one
-        if self.backend.write_new(name, manifest.to_json().encode()):
-            return manifest
-        winner = self.manifest(stage, key)
-        if winner is not None:
-            return winner
-        self.backend.write(beside, record)
-        self.backend.write(name, manifest.to_json().encode())
+        if not self.backend.write_new(name, manifest.to_json().encode()):
+            winner = self.find(stage, key)
+            if winner is not None:
+                return winner
+            self.backend.write(beside, record)
+            self.backend.write(name, manifest.to_json().encode())
+        self.settle()
+        if self.backend.size(name) is None:  # gc took it for an old one of its key
+            self.backend.write(name, manifest.to_json().encode())
+        if not self._is_whole(manifest):
+            self.backend.delete(name)
+            raise Collected(f"blobs of the {stage} stage were collected before its manifest was there: run again")
         return manifest
 
     def provenance(self, stage: str, key: str) -> dict[str, Any]:
@@ -174,14 +250,6 @@ class Store:
             if isinstance(document, dict):
                 return document
         return {}
-
-    def entries(self) -> Iterator[Entry]:
-        """Every artifact whose manifest can be read."""
-        for name in self.backend.keys("artifacts"):
-            _, stage, key = name.split("/", 2)
-            with contextlib.suppress(StoreError):
-                manifest = Manifest.from_json(self.backend.read(name) or b"")
-                yield Entry(stage, key, manifest, self.provenance(stage, key))
 
     # Small facts
 

@@ -50,8 +50,8 @@ def children(folder: Path) -> list[psutil.Process]:
 
 
 def assert_store_is_whole(requant: Requant) -> None:
-    checked, problems = verify(open_store(requant.environment["REQUANT_STORE"]), deep=True)
-    assert checked > 0 and problems == []
+    found = verify(open_store(requant.environment["REQUANT_STORE"]), deep=True)
+    assert found.checked > 0 and found.problems == []
 
 
 def test_killed_while_downloading(requant: Requant, finished: Finished, hub: HubStandIn) -> None:

@@ -40,6 +40,12 @@ def open_run(page: Page, stack: Stack, run: str, tab: str) -> None:
     page.goto(f"{stack.settings.ui}/v2/runs/flow-run/{run}?tab={tab}")
 
 
+def open_artifact(page: Page, stack: Stack, run: str, key: str) -> None:
+    filters = {"artifacts": {"flow_run_id": {"any_": [run]}, "key": {"any_": [key]}}}
+    (artifact,) = stack.ask("POST", "artifacts/filter", filters)
+    page.goto(f"{stack.settings.ui}/v2/artifacts/artifact/{artifact['id']}")
+
+
 def test_a_recipe_is_chosen_by_name_run_and_its_gates_report_and_pictures_are_seen(page: Page, stack: Stack) -> None:
     open_form(page, stack, "demo")
     expect(page.get_by_label("Repo Id").first).to_have_value("demo/tiny-qwen3_5-mtp")
@@ -60,11 +66,10 @@ def test_a_recipe_is_chosen_by_name_run_and_its_gates_report_and_pictures_are_se
     expect(page.get_by_text("Published").first).to_be_visible()
     expect(page.get_by_text("All 17 gates passed")).to_be_visible()
     shot(page, "finished")
-    page.get_by_text("requant-gates").click()
+    open_artifact(page, stack, run, "requant-gates")
     expect(page.get_by_text("weight_slope")).to_be_visible()
     shot(page, "gates")
-    open_run(page, stack, run, "Artifacts")
-    page.get_by_text("requant-report").click()
+    open_artifact(page, stack, run, "requant-report")
     expect(page.get_by_role("heading", name="Gates")).to_be_visible()
     pictures = page.locator("img[src^='data:image/png']")
     expect(pictures.first).to_be_visible()

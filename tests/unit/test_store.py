@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tasks.artifact import File, Manifest
+from tasks.artifact import File, Manifest, sha256_of
 from tasks.errors import CorruptBlob, RecipeError, StoreError
 from tasks.store import Store, open_store
+from tasks.store.backend import Item
+from tasks.store.catalog import read_catalog
 from tasks.store.folder import FolderBackend
 from tasks.store.store import blob_key
-from tasks.store.verify import verify
 from tests.unit.making import write_files
 
 KEY = "a" * 64
@@ -45,16 +46,29 @@ class Remote:
     def size(self, key: str) -> int | None:
         return len(self.objects[key]) if key in self.objects else None
 
-    def put_file(self, key: str, path: Path) -> None:
+    def put_file(self, key: str, path: Path, sha256: str | None = None) -> None:
         self.objects[key] = path.read_bytes()
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path) -> str:
         self.fetched.append(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(self.on_the_way(self.objects[key]))
+        return sha256_of(path)
 
     def keys(self, prefix: str) -> Iterator[str]:
         yield from sorted(key for key in self.objects if key.startswith(f"{prefix}/"))
+
+    def items(self, prefix: str) -> Iterator[Item]:
+        yield from (Item(key, len(self.objects[key]), 0.0) for key in self.keys(prefix))
+
+    def now(self) -> float:
+        return 0.0
+
+    def leftovers(self, before: float) -> Iterator[str]:
+        yield from ()
+
+    def discard(self, leftover: str) -> None:
+        pass
 
     def delete(self, key: str) -> None:
         self.objects.pop(key, None)
@@ -156,7 +170,9 @@ def test_the_list_of_artifacts_leaves_out_what_cannot_be_read(store: Store, tmp_
     manifest = kept(store, tmp_path / "one", {"a": b"1"})
     kept(store, tmp_path / "two", {"a": b"2"}, "b" * 64)
     store.backend.write(f"artifacts/quantize/{'b' * 64}", b"{")
-    assert [(e.stage, e.key, e.manifest) for e in store.entries()] == [("quantize", KEY, manifest)]
+    catalog = read_catalog(store)
+    assert [(e.stage, e.key, e.manifest) for e in catalog.entries.values()] == [("quantize", KEY, manifest)]
+    assert "cannot be read" in catalog.damaged["quantize", "b" * 64]
 
 
 def test_16_threads_can_put_one_blob(store: Store, tmp_path: Path) -> None:
@@ -314,22 +330,6 @@ def test_small_facts_are_remembered(store: Store) -> None:
     assert store.recall("git-blobs", "0" * 40) is None
     store.remember("git-blobs", "0" * 40, KEY)
     assert store.recall("git-blobs", "0" * 40) == KEY
-
-
-def test_verify_counts_sound_blobs_and_names_missing_cut_and_altered_ones(store: Store, tmp_path: Path) -> None:
-    manifest = kept(store, tmp_path / "one", {"a": b"aaaa", "b": b"bbbb", "c": b"cccc", "copy": b"aaaa"})
-    assert verify(store, deep=True) == (3, [])
-    store.backend.delete(blob_key(manifest["b"].sha256))
-    path = store.near.path(blob_key(manifest["c"].sha256))
-    path.chmod(0o644)
-    path.write_bytes(b"CCCC")
-    missing, altered = (
-        f"artifacts/quantize/{KEY}: {n} ({manifest[n].sha256[:12]}) is missing or damaged" for n in "bc"
-    )
-    assert verify(store) == (3, [missing])
-    assert verify(store, deep=True) == (3, [missing, altered])
-    store.backend.write(f"artifacts/quantize/{'b' * 64}", b"{")
-    assert verify(store)[1][1].startswith(f"artifacts/quantize/{'b' * 64}: a manifest in the store")
 
 
 def test_a_local_store_is_opened_from_its_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from tasks.store.store import Store
 class Remote(FolderBackend):
     """A place that takes copies, as S3 does: the file that was sent stays where it is."""
 
-    def put_file(self, key: str, path: Path) -> None:
+    def put_file(self, key: str, path: Path, sha256: str | None = None) -> None:
         copy = path.with_name(f"{path.name}.sent")
         shutil.copyfile(path, copy)
         super().put_file(key, copy)

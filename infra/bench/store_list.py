@@ -1,0 +1,69 @@
+"""How long `requant store ls` and a dry gc take over many artifacts: `python -m infra.bench.store_list [STORE]`.
+
+Fills the store at STORE (by default a bucket of a Ceph of its own) with ARTIFACTS artifacts of 20 files, of which only
+the manifests, records and uses are there, and prints JSON: seconds, medians of three, and reads one by one beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from infra.bench.store_torture import bucket
+from tasks.artifact import File, Manifest, digest_of
+from tasks.store import catalog, open_store
+from tasks.store.gc import Policy, make_plan
+from tasks.store.store import Store
+
+ARTIFACTS, FILES, ROUNDS = 1000, 20, 3
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        measure(open_store(sys.argv[1]))
+        return
+    with tempfile.TemporaryDirectory() as folder, bucket(Path(folder) / "ceph"):
+        measure(open_store("s3://requant/list"))
+
+
+def measure(store: Store) -> None:
+    """Fill the store, time it, print."""
+    store.check()
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda number: write(store, number), range(ARTIFACTS)))
+    seconds = {
+        "list": median(lambda: catalog.read_catalog(store)),
+        "gc, dry": median(lambda: make_plan(store, Policy(keep_last=2))),
+    }
+    catalog.READERS = 1
+    seconds["list, one read at a time"] = median(lambda: catalog.read_catalog(store))
+    print(json.dumps({"store": store.url, "artifacts": ARTIFACTS, "seconds": seconds}, indent=1))
+
+
+def write(store: Store, number: int) -> None:
+    """One artifact without its blobs: listing does not look at them."""
+    files = [File(f"model-{i:05d}.safetensors", 10**9, digest_of([number, i])) for i in range(FILES)]
+    key = digest_of(number)
+    record = {"stage": "quantize", "seconds": 1.0, "blocks": [{"name": f"layers.{i}", "loss": 0.1} for i in range(64)]}
+    store.backend.write(f"provenance/quantize/{key}", json.dumps(record).encode())
+    store.backend.write(f"uses/quantize/{key}", b"")
+    store.backend.write(f"artifacts/quantize/{key}", Manifest.of(files).to_json().encode())
+
+
+def median(call: Callable[[], object]) -> float:
+    times = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return round(statistics.median(times), 2)
+
+
+if __name__ == "__main__":
+    main()

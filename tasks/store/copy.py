@@ -1,0 +1,83 @@
+"""Artifacts move between stores: blob by blob, each checked by its sha256 on the way, the manifest last.
+
+Killed, the same command goes on: blobs that have arrived are not sent again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tasks.artifact import File
+from tasks.errors import CorruptBlob, RequantError
+from tasks.store.catalog import Catalog, Entry
+from tasks.store.folder import make_folder
+from tasks.store.store import Store, blob_key
+
+PARALLEL = 4
+
+
+@dataclass(frozen=True)
+class Copied:
+    """An artifact that is in both stores now; the bytes of it that had to move."""
+
+    entry: Entry
+    bytes: int
+
+
+def find_entries(catalog: Catalog, name: str) -> list[Entry]:
+    """The artifacts whose digest or stage key begins with `name`: several only if they hold the same files.
+
+    Raises RequantError if none or several different ones are found.
+    """
+    found = [e for e in catalog.entries.values() if e.manifest.digest.startswith(name) or e.key.startswith(name)]
+    digests = {entry.manifest.digest for entry in found}
+    if len(digests) != 1:
+        raise RequantError(f"{len(digests)} artifacts have a digest or key that begins with {name!r}: requant store ls")
+    return found
+
+
+def copy(
+    source: Store, target: Store, entries: Iterable[Entry], say: Callable[[str], None] = lambda text: None
+) -> list[Copied]:
+    """Copy artifacts with their records. Raises CorruptBlob for a blob that is not what its name says."""
+    copied = []
+    for entry in entries:
+        name = os.urandom(8).hex()  # gc of either store leaves alone what a lease names
+        with source.lease("export", name), target.lease("import", name):
+            source.need(entry.manifest.files)
+            target.need(entry.manifest.files)
+            files = {file.sha256: file for file in entry.manifest.files}
+            missing = [file for file in files.values() if not target.has_blob(file)]
+            with ThreadPoolExecutor(PARALLEL) as pool:
+                for file in pool.map(lambda file: _copy_blob(source, target, file), missing):
+                    say(f"{file.path}, {file.size:,} bytes")
+            beside = {**entry.provenance, "copied_from": source.url}
+            target.keep(entry.stage, entry.key, entry.manifest, beside)
+        copied.append(Copied(entry, sum(file.size for file in missing)))
+    return copied
+
+
+def _copy_blob(source: Store, target: Store, file: File) -> File:
+    key = blob_key(file.sha256)
+    arriving = target.near.path(f"arriving/copy-{file.sha256}-{os.getpid()}")
+    make_folder(arriving.parent)
+    arriving.unlink(missing_ok=True)
+    try:
+        if source.backend.get_file(key, arriving) != file.sha256:
+            raise CorruptBlob(
+                f"{file.path} in {source.url} does not have the sha256 {file.sha256[:12]} that names it: "
+                "run `requant store verify --deep --repair` there"
+            )
+        target.backend.put_file(key, arriving, file.sha256)
+    finally:
+        arriving.unlink(missing_ok=True)
+    return file
+
+
+def store_at(place: str) -> str:
+    """The address of the store at `place`: file:///dir, s3://bucket/prefix, or a folder as the user types it."""
+    return place if "://" in place else Path(place).expanduser().resolve().as_uri()

@@ -1,0 +1,44 @@
+"""How objects are written to S3: encryption by the server, and the storage class of files.
+
+| variable | values |
+|---|---|
+| REQUANT_S3_SSE | AES256, aws:kms, aws:kms:dsse; unset: what the bucket does by itself |
+| REQUANT_S3_SSE_KMS_KEY_ID | the KMS key, with aws:kms or aws:kms:dsse; unset: the account's own |
+| REQUANT_S3_STORAGE_CLASS | of blobs and of resumable work; small objects stay in the bucket's own class |
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+from tasks.errors import RecipeError
+
+ENCRYPTION = ("AES256", "aws:kms", "aws:kms:dsse")
+# Those that are read at once: GLACIER and DEEP_ARCHIVE must be restored first, which takes hours.
+CLASSES = (
+    "STANDARD", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER_IR", "REDUCED_REDUNDANCY",
+    "EXPRESS_ONEZONE", "OUTPOSTS",
+)  # fmt: skip
+
+
+def write_settings(environment: Mapping[str, str] = os.environ) -> tuple[dict[str, str], dict[str, str]]:
+    """Arguments of PutObject: those of every object, and those of files beside them. Raises RecipeError."""
+    encryption = environment.get("REQUANT_S3_SSE", "")
+    key = environment.get("REQUANT_S3_SSE_KMS_KEY_ID", "")
+    storage = environment.get("REQUANT_S3_STORAGE_CLASS", "")
+    if encryption and encryption not in ENCRYPTION:
+        raise RecipeError(f"REQUANT_S3_SSE={encryption!r} is not known: use one of {', '.join(ENCRYPTION)}")
+    if key and not encryption.startswith("aws:kms"):
+        raise RecipeError("REQUANT_S3_SSE_KMS_KEY_ID names a key that nothing uses: set REQUANT_S3_SSE=aws:kms too")
+    if key and not re.fullmatch(r"[\w:/.-]{1,2048}", key, re.ASCII):
+        raise RecipeError(f"REQUANT_S3_SSE_KMS_KEY_ID={key[:80]!r} is no KMS key: use its id, alias or ARN")
+    if storage and storage not in CLASSES:
+        raise RecipeError(
+            f"REQUANT_S3_STORAGE_CLASS={storage!r} cannot be read at once or is not known: "
+            f"use one of {', '.join(CLASSES)}"
+        )
+    every = {"ServerSideEncryption": encryption, "SSEKMSKeyId": key}
+    files = {"StorageClass": storage}
+    return {k: v for k, v in every.items() if v}, {k: v for k, v in files.items() if v}
