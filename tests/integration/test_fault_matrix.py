@@ -37,6 +37,7 @@ def matrix(ceph: dict[str, str], hub: HubStandIn, tmp_path_factory: pytest.TempP
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     outcomes: Matrix = {(each["operation"], each["fault"]): each for each in json.loads(done.stdout)}
+    assert set(outcomes) == set(CASES)
     for (name, fault), each in sorted(outcomes.items()):
         print(f"| {name} | {fault} | {each['result']} | {each['struck']} | {each['calls']} | {each['seconds']} |")
     return outcomes
