@@ -1,4 +1,5 @@
 # make demo: the whole pipeline on a tiny model. make test, test-engines, lint: what CI runs. All set themselves up.
+# make plan-27b: the plan of the 27 B recipe as JSON, against a stand-in that has its base's headers. Nothing else on stdout.
 # make test-gpu: tests of the quantize stage that need a GPU.
 # make bench-gpu: what quantizing a 27 B model costs on this machine's GPU; MINUTES=9.5 does it in pieces.
 PYTHON ?= python3
@@ -6,10 +7,14 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 EVALUATES := .venv/.evaluates
 
-.PHONY: demo test test-engines test-gpu lint format bench bench-gpu clean
+.PHONY: demo plan-27b test test-engines test-gpu lint format bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m infra.demo
+
+plan-27b:
+	@$(MAKE) --no-print-directory $(INSTALLED) >&2
+	@$(BIN)/python -m infra.plan $(BIN)/python -m flows.cli plan deployments/recipes/qwen3.6-27b-int4.yaml --elsewhere --json
 
 test: $(INSTALLED) $(EVALUATES)
 	infra/s3/ceph install

@@ -20,6 +20,7 @@ import click
 from flows.bench_command import bench
 from flows.checkpoint_commands import inspect, mtp_fix, validate
 from flows.command import NEW_FILE, NEW_FOLDER, command
+from flows.plan_command import plan
 from flows.store_commands import store
 from tasks.checkpoint.writer import write_file, write_json
 from tasks.errors import RecipeError, RequantError, explain_os_error, redact
@@ -110,7 +111,7 @@ def _lay_out(report: Report, checkout: Path | None) -> None:
         write_pictures(report.path / FOLDER, [])
 
 
-for each in (run, validate, mtp_fix, inspect, bench, store):
+for each in (run, plan, validate, mtp_fix, inspect, bench, store):
     cli.add_command(each)
 
 

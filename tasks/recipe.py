@@ -269,5 +269,5 @@ class Recipe(Section):
 
     @property
     def digest(self) -> str:
-        """sha256 of all that the recipe says, defaults too, but of the hardware: how runs of one recipe know each other."""
+        """sha256 of all that the recipe says, defaults too, but the hardware: how runs of a recipe know each other."""
         return digest_of(self.model_dump(mode="json", exclude={"hardware"}))

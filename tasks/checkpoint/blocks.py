@@ -29,3 +29,13 @@ def block_sizes(base: Checkpoint) -> dict[str, int]:
         if block is not None and tensor.name not in head:
             sizes[block] += math.prod(tensor.shape)
     return dict(sizes)
+
+
+def at_once(base: Checkpoint) -> int:
+    """How many parameters are in memory at once where blocks come one after the other: all that are in no block, and
+    the largest block twice."""
+    sizes = Counter[str]()
+    for tensor in base.tensors.values():
+        block = re.search(r"(?:^|\.)layers\.\d+\.", tensor.name)
+        sizes[block.string[: block.end()] if block else ""] += math.prod(tensor.shape)
+    return sizes.pop("", 0) + 2 * max(sizes.values(), default=0)

@@ -92,7 +92,7 @@ def choose_layers(base: Checkpoint, asked: Quantize) -> Choice:
 
 
 def packing_format(export: str, bits: int, sym: bool, widths: set[int]) -> str:
-    """How auto-round packs for an export format: `auto_round` leaves it to the bits, of single layers too (`widths`)."""
+    """How auto-round packs for an export format: `auto_round` leaves it to the bits, `widths` those of all layers."""
     if export != "auto_round":
         return export
     if sym:

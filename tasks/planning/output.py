@@ -29,8 +29,10 @@ Parts = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Output:
-    """What quantize and mtp_fix will write. `before_head` are the bytes of quantize's files, `sizes` of all."""
+    """What quantize and mtp_fix will write. `before_head` are the bytes of quantize's files, `sizes` of all. `base` is
+    `source`, or the BF16 weights that an FP8 one stands for."""
 
+    source: Checkpoint
     base: Checkpoint
     choice: Choice
     checkpoint: Checkpoint
@@ -65,9 +67,7 @@ class Output:
         rows = []
         for group, count, why in kept_groups(self.kept_names):
             told = any(re.search(pattern, group.strip("`")) for pattern, _ in REASONS)
-            rows.append(
-                {"tensors": group.strip("`"), "count": int(count), "why": why if told else own.get(group, why)}
-            )
+            rows.append({"tensors": group.strip("`"), "count": int(count), "why": why if told else own.get(group, why)})
         return rows
 
     def packed(self) -> list[dict[str, Any]]:
@@ -96,7 +96,9 @@ def plan_output(source: Checkpoint, recipe: Recipe, other_files: Mapping[str, in
     tensors = {tensor.name: tensor for shard in shards.values() for tensor in shard}
     total = joined.documents[INDEX]["metadata"]["total_size"]
     result = Checkpoint(source.folder, joined.documents["config.json"], tensors, tuple(shards), total)
-    return Output(base, choice, result, made.sizes, sizes, [*choice.problems, *problems], [*choice.notes, *notes])
+    return Output(
+        source, base, choice, result, made.sizes, sizes, [*choice.problems, *problems], [*choice.notes, *notes]
+    )
 
 
 def head_bytes(output: Output) -> int:
@@ -124,7 +126,9 @@ def _packed_parts(
         shapes = scheme.shapes(out_features, in_features)
         parts[module] = {p: Computed.of(f"{module}.{p}", dtype, shapes[p], tuple) for p, dtype in PACKED.items()}
     if not parts:
-        problems.append("no layer would be quantized: the base has no decoder blocks with linear layers, or all are kept")
+        problems.append(
+            "no layer would be quantized: the base has no decoder blocks with linear layers, or all are kept"
+        )
     if uneven and (len(uneven) == len(parts) or awq):
         module, width = next(iter(uneven.items()))
         size = quantization["group_size"]
