@@ -18,24 +18,29 @@ NEEDS = ("stage", "memory", "GPU memory", "low_gpu_mem: memory", "GPU memory the
 TENSORS = ("tensors", "count", "", "why")
 
 
+def subject(document: Document) -> str:
+    """The base, by name and commit."""
+    base = document["base"]
+    return f"{base['repo_id']}@{base['sha'][:7] if base['sha'] else base['revision']}"
+
+
 def headline(document: Document) -> str:
-    """What would be made from what, in one line."""
+    """What would be made of it, in one line."""
     base, output = document["base"], document["output"]
-    name = f"{base['repo_id']}@{base['sha'][:7] if base['sha'] else base['revision']}"
     if output["bytes"] is None:
-        return f"{name}: nothing can be made"
+        return "nothing can be made of it"
     scheme, packing = output["scheme"], output["packing"]
     group = "whole rows" if scheme["group_size"] == -1 else f"group {scheme['group_size']}"
-    sizes = f"{gigabytes(base['bytes'])} -> {gigabytes(output['bytes'])}"
+    sizes = f"{gigabytes(base['bytes'])} become {gigabytes(output['bytes'])}"
     counts = f"{output['quantized_tensors']} matrices packed, {output['kept_tensors']} tensors kept"
-    return f"{name}: {sizes}, W{scheme['bits']}A16, {group}, {packing}: {counts}"
+    return f"{sizes}, W{scheme['bits']}A16, {group}, {packing}: {counts}"
 
 
 def render(document: Document) -> str:
     """The plan in a terminal."""
     console = Console(width=130, no_color=True, force_terminal=False)
     with console.capture() as capture:
-        console.print(f"\n{headline(document)}\n", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"\n{subject(document)}: {headline(document)}\n", highlight=False, markup=False, soft_wrap=True)
         if document["stages"]:
             for header, rows in ((STAGES, stage_rows), (NEEDS, need_rows), (TENSORS, tensor_rows)):
                 console.print(table_of(header, rows(document)), "")
@@ -46,14 +51,20 @@ def render(document: Document) -> str:
 
 def markdown(document: Document, title: str) -> str:
     """The plan as markdown. Names and sentences come from outside: nothing in them is more than text."""
-    parts = [f"### {plain(title)}: {'stopped' if document['problems'] else 'would run'}", plain(headline(document))]
+    verdict = "would be stopped" if document["problems"] else "would run"
+    parts = [f"### {plain(title)}: {verdict}", f"{named(subject(document))}: {plain(headline(document))}"]
     if document["stages"]:
         parts.append(table(STAGES, stage_rows(document)))
         parts.append(table(NEEDS, need_rows(document)))
         rows = [(named(row[0]), *row[1:]) for row in tensor_rows(document)]
         parts.append(f"<details><summary>tensors</summary>\n\n{table(TENSORS, rows)}\n\n</details>")
-    parts += [f"- **{word}**: {plain(sentence)}" for word, sentence in sentences(document)]
+    parts.append("\n".join(f"- {word}: {_verbatim(sentence)}" for word, sentence in sentences(document)))
     return "\n\n".join(parts) + "\n"
+
+
+def _verbatim(sentence: str) -> str:
+    """A sentence as code, which nothing in it can leave."""
+    return "`" + "".join(c if c.isprintable() and c != "`" else " " for c in sentence) + "`"
 
 
 def stage_rows(document: Document) -> list[Row]:

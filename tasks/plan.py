@@ -112,7 +112,7 @@ def _done(
 
     files = look("download", download_key(base))
     if files is None and next(iter(store.backend.keys("artifacts/quantize")), None) is not None:
-        files = base_manifest(base, hashes)  # the same weights may have come from another commit
+        files = base_manifest(base, hashes, REWRITTEN)  # the same weights may have come from another commit
     quantized = look("quantize", quantize_key(recipe, files, calibration)) if files else None
     artifact = look("mtp_fix", mtp_fix_key(recipe, files, quantized)) if files and quantized else None
     if files and artifact:

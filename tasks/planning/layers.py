@@ -1,7 +1,7 @@
 """Which layers auto-round packs, and the quantization config that it writes: its rule, from names and shapes.
 
 Source: auto_round 0.16.1, compressors/layer_config_resolver.py, export/export_to_autoround/export.py, export/utils.py
-and special_model_handler.py. Compared with what it really does by tests/unit/test_plan_layers.py.
+and special_model_handler.py. Compared with what it really does by tests/integration/test_plan_auto_round.py.
 """
 
 from __future__ import annotations
@@ -71,10 +71,11 @@ def choose_layers(base: Checkpoint, asked: Quantize) -> Choice:
     if any("expert" in name for name in linear):
         gates = (n for n in linear_names(base.tensors.values()) if ROUTER.search(n) and f"{n}.weight" not in head)
         extra |= {standard_regex(n): {"bits": 16, "data_type": "float"} for n in gates}
+    packs_head = packing == "auto_round:auto_gptq" and _packs_head(base, patterns)
     document = {
         "autoround_version": locked_version("auto-round"),
         "bits": bits,
-        "block_name_to_quantize": _containers(linear, _packs_head(base, patterns)),
+        "block_name_to_quantize": _containers(linear, packs_head),
         "data_type": "int",
         **({"enable_quanted_input": False} if not asked.iters else {}),
         "extra_config": {key: dict(sorted(value.items())) for key, value in sorted(extra.items()) if value},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,9 +23,11 @@ def hashes_of(store: Store, base: Revision) -> Hashes:
     return {f.path: f.sha256 or store.recall("git-blobs", f.blob_id) for f in base.wanted}
 
 
-def base_manifest(base: Revision, hashes: Hashes) -> Manifest | None:
-    """The base's files by sha256, as download would list them; None where one without is too large to fetch."""
-    unknown = [file for file in base.wanted if hashes[file.path] is None]
+def base_manifest(base: Revision, hashes: Hashes, unread: Container[str]) -> Manifest | None:
+    """The base's files by sha256, as download would list them, but those that no later stage reads; None where one
+    whose sha256 is not known is too large to fetch."""
+    wanted = [file for file in base.wanted if file.path not in unread]
+    unknown = [file for file in wanted if hashes[file.path] is None]
     if any(file.size > FETCHED_WHOLE for file in unknown):
         return None
     with TemporaryDirectory(prefix="requant-") as temporary:
@@ -34,7 +37,7 @@ def base_manifest(base: Revision, hashes: Hashes) -> Manifest | None:
             (folder / file.path).touch()
         fetch_files(base, folder, (file.path for file in unknown))
         found = {file.path: file_of(folder, file.path).sha256 for file in unknown}
-    return Manifest.of(File(f.path, f.size, hashes[f.path] or found[f.path]) for f in base.wanted)
+    return Manifest.of(File(f.path, f.size, hashes[f.path] or found[f.path]) for f in wanted)
 
 
 def near_file(store: Store, file: HubFile, hashes: Hashes) -> Path | None:
