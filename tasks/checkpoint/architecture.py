@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tasks.checkpoint.untrusted import shown
+
 # Weights of these lie transposed (transformers' Conv1D): packed, they are no longer the base's matrices.
 TRANSPOSED = {"gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer"}
 
@@ -18,14 +20,15 @@ def architecture_problem(
 ) -> str | None:
     """Why a base of this config cannot be loaded, or None. known: the model types of transformers."""
     kind = config.get("model_type")
-    if kind in TRANSPOSED:
-        return f"the base's model type {kind!r} stores its matrices transposed: they cannot be packed"
+    named = shown(repr(kind))
+    if isinstance(kind, str) and kind in TRANSPOSED:
+        return f"the base's model type {named} stores its matrices transposed: they cannot be packed"
     if isinstance(kind, str) and kind in known:
         return None
     if "auto_map" not in config:
-        return f"transformers does not know the base's model type {kind!r}: a newer one may, or another base"
+        return f"transformers does not know the base's model type {named}: a newer one may, or another base"
     if not allow_remote_code:
-        return f"the base's model type {kind!r} is Python code of its repo: set allow_remote_code to run it"
+        return f"the base's model type {named} is Python code of its repo: set allow_remote_code to run it"
     return None
 
 

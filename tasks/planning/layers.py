@@ -51,7 +51,7 @@ def choose_layers(base: Checkpoint, asked: Quantize) -> Choice:
     linear = {name: tensor for name, tensor in linear_layers(base.tensors.values()) if tensor.name not in head}
     odd = {name for name, tensor in linear.items() if any(side % 32 for side in tensor.shape)}
     notes: list[str] = []
-    layers = {key: _setting(value, sym) for key, value in asked.layers.items()}
+    layers = {key: _setting(value, sym) for key, value in asked.layers.items() if _is_pattern(key)}
     if base.config.get("tie_word_embeddings") or base.text_config.get("tie_word_embeddings"):
         layers.pop("lm_head", None)
     own, patterns = _overrides(layers, linear, odd, notes)
@@ -124,6 +124,14 @@ def standard_regex(key: str) -> str:
     return pattern if pattern.endswith(("$", ".*")) else f"{pattern}.*"
 
 
+def _is_pattern(key: str) -> bool:
+    try:
+        re.compile(standard_regex(key))
+    except re.error:
+        return False
+    return True
+
+
 def _overrides(
     layers: Mapping[str, dict[str, Any]], linear: Mapping[str, Tensor], odd: set[str], notes: list[str]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
@@ -187,6 +195,8 @@ def _impossible(asked: Quantize, packing: str, widths: set[int]) -> list[str]:
     """Settings of single layers that auto-round refuses, hours later or at once."""
     problems = []
     for key, value in asked.layers.items():
+        if not _is_pattern(key):
+            problems.append(f"quantize.layers {key!r} is no regular expression: write a layer's name, or a part of it")
         if value.get("bits") == 8 and value.get("sym") is False:
             problems.append(f"quantize.layers {key!r}: 8 bits with sym false cannot be served: leave sym out")
         if str(value.get("data_type", "int")) != "int" and value.get("bits", 4) < 16:

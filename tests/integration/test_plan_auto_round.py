@@ -15,7 +15,8 @@ from tasks.checkpoint.packing import Scheme
 from tasks.planning.layers import choose_layers
 from tasks.planning.output import plan_output
 from tasks.recipe import Base, Quantize, Recipe
-from tests.integration.auto_round_itself import pack_with_auto_round, text_base
+from tests.bases import other_base
+from tests.integration.auto_round_itself import pack_with_auto_round
 from tests.pico import pico_base
 
 BLOCKS = "model.language_model.layers"
@@ -42,12 +43,10 @@ def test_the_plan_packs_what_auto_round_packs_and_writes_its_config(changes: dic
     check(base, Quantize(**{"group_size": 32, "iters": 0, "nsamples": 2, "seqlen": 32, "batch_size": 2} | changes))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3_moe", "opt"])
-@pytest.mark.parametrize("layers", [{}, {"lm_head": {"bits": 8}}], ids=["", "lm_head"])
-def test_the_plan_knows_other_architectures_their_heads_and_routers(
-    kind: str, layers: dict[str, Any], tmp_path: Path
-) -> None:
-    base = text_base(tmp_path / kind, kind)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_5_moe_text"])
+def test_the_plan_knows_other_architectures_their_routers_and_a_packed_lm_head(kind: str, tmp_path: Path) -> None:
+    base = other_base(tmp_path / kind, kind, tie_word_embeddings=kind == "llama")
+    layers = {} if "moe" in kind else {"lm_head": {"bits": 8}}
     check(base, Quantize(group_size=32, iters=0, nsamples=2, seqlen=32, batch_size=2, layers=layers))
 
 

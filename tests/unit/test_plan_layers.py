@@ -33,6 +33,7 @@ def test_a_pattern_that_names_a_layer_that_cannot_be_packed_is_told(tmp_path: Pa
         ({"layers": {"up_proj": {"bits": 8}}, "format": "auto_round:auto_awq"}, "holds 4 bits only, not 8"),
         ({"group_size": 128, "format": "auto_round:auto_awq"}, "group_size 128 divides not the input of"),
         ({"group_size": 256}, "group_size 256 divides the input of no layer (64 wide)"),
+        ({"layers": {"mlp.(up": {"bits": 8}}}, "is no regular expression"),
         ({"layers": {BLOCKS: {"bits": 16}}}, "no layer would be quantized"),
     ],
 )
