@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.checkpoint.blocks import at_once, block_sizes
+from tasks.hub.markdown import gigabytes
 from tasks.planning.output import Output, head_bytes
 from tasks.quantizing.choose import ROUTED, sample_bytes, step_bytes
 from tasks.recipe import Recipe
@@ -61,8 +62,8 @@ def disk_problem(needed: int, folder: Path) -> str | None:
     if needed <= free:
         return None
     return (
-        f"the run needs {needed / 1e9:.1f} GB of disk below {folder}, and {free / 1e9:.1f} GB are free: "
-        "free more, or set REQUANT_STORE and XDG_CACHE_HOME to a larger disk"
+        f"the run needs {gigabytes(needed)} of disk below {folder}, and {gigabytes(free)} are free: "
+        "free disk space there, or set REQUANT_STORE and XDG_CACHE_HOME to a larger disk"
     )
 
 

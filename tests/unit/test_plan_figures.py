@@ -105,7 +105,7 @@ def test_too_little_disk_is_a_problem_with_both_numbers(tmp_path: Path, monkeypa
     monkeypatch.setattr(needing.shutil, "disk_usage", lambda path: Usage)
     assert disk_problem(4_000_000_000, tmp_path / "not" / "there") is None
     sentence = disk_problem(6_000_000_000, tmp_path / "not" / "there")
-    assert sentence is not None and "needs 6.0 GB" in sentence and "5.0 GB are free" in sentence
+    assert sentence is not None and "needs 6.00 GB" in sentence and "5.00 GB are free" in sentence
 
 
 def test_files_and_fields_that_changed_are_told() -> None:
