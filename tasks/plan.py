@@ -6,6 +6,7 @@ no weight and changes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from tasks.errors import CheckpointError, HubError, HubUnavailable, Refused
 from tasks.hub.revision import Revision, resolve
 from tasks.hub.skeleton import fetch_files, lay_out
 from tasks.mtp_fix import REWRITTEN, mtp_fix_key
-from tasks.planning.changes import at_last_done, changed_fields, changed_files, changed_tensors, last_done
+from tasks.planning.changes import changed_fields, changed_files, changed_tensors, last_done
 from tasks.planning.figures import Figure, hardware, quantize_figure, stage_figure
 from tasks.planning.moves import Hashes, base_manifest, hashes_of, near_file, to_download, to_upload
 from tasks.planning.needs import Needs, disk_problem, needs
@@ -64,20 +65,20 @@ def plan_of(
     store: Store, recipe: Recipe, base: Revision, calibration: Text, text: Text, *, elsewhere: bool = False
 ) -> dict[str, Any]:
     """The plan for a base and texts that are resolved."""
-    hashes = hashes_of(store, base)
+    hashes, problems = hashes_of(store, base), list[str]()
     with TemporaryDirectory(prefix="requant-") as temporary:
         try:
             folder = lay_out(base, Path(temporary), lambda file: near_file(store, file, hashes))
-            if any(file.path == PROCESSOR and hashes[PROCESSOR] is None for file in base.wanted):
-                fetch_files(base, folder, [PROCESSOR])
+            if (folder / PROCESSOR).is_file() and not (folder / PROCESSOR).is_symlink():
+                fetch_files(base, folder, [PROCESSOR])  # whether an engine will load depends on what it says
             source = Checkpoint.open(folder)
-            problems = list(refusals(source, recipe))
+            problems += refusals(source, recipe)
             check_base(source, recipe)
             joining = {f.path: f.size for f in base.wanted if _joins(f.path)}
             output = plan_output(source, recipe, joining)
         except CheckpointError as error:
             sentence = str(error).replace(f"{temporary}/", "").replace(temporary, "the base")
-            return _document(recipe, base, problems=[sentence])
+            return _document(recipe, base, problems=[*problems, sentence])
         done = _done(store, recipe, base, hashes, calibration, text)
         changes = _changes(store, base, hashes, source)
         stages = _stages(store, recipe, base, hashes, done, output)
@@ -85,7 +86,8 @@ def plan_of(
         far = sum(f.size for f in base.wanted if near_file(store, f, hashes) is None)
         needed = needs(output, recipe, far if to_run - {"publish"} else 0, to_run)
         problems += output.problems
-        too_little = None if elsewhere else disk_problem(needed.disk, store.near.root)
+        # With a store that machines share, the one that quantizes may be another than this.
+        too_little = disk_problem(needed.disk, store.near.root) if store.is_local and not elsewhere else None
         problems += [too_little] if too_little else []
         return _document(recipe, base, source, output, stages, needed, changes, problems)
 
@@ -166,13 +168,14 @@ def _changes(store: Store, base: Revision, hashes: Hashes, source: Checkpoint) -
     sha, manifest = found
     files = changed_files(manifest, base, hashes)
     document: dict[str, Any] = {"since": sha, "files": files, "tensors": None, "config": []}
-    before = at_last_done(base.repo_id, sha) if any(files.values()) else None
-    if before is not None:
-        known: Hashes = {file.path: file.sha256 for file in manifest.files}
-        with TemporaryDirectory(prefix="requant-") as temporary:
-            folder = lay_out(before, Path(temporary), lambda file: near_file(store, file, known))
-            document["tensors"] = changed_tensors(Checkpoint.open(folder), source, files["changed"])
-            document["config"] = changed_fields(read_json(folder / "config.json"), source.config)
+    if not any(files.values()):
+        return document
+    known: Hashes = {file.path: file.sha256 for file in manifest.files}
+    with TemporaryDirectory(prefix="requant-") as temporary, contextlib.suppress(CheckpointError, HubError):
+        # The Hub may not have that commit any more.
+        folder = lay_out(resolve(base.repo_id, sha), Path(temporary), lambda file: near_file(store, file, known))
+        document["config"] = changed_fields(read_json(folder / "config.json"), source.config)
+        document["tensors"] = changed_tensors(Checkpoint.open(folder), source, files["changed"])
     return document
 
 
@@ -211,9 +214,13 @@ def _document(
             "cost": round(sum(costs), 2) if costs else None,
         },
         "changes": changes,
-        "notes": output.notes if output else [],
+        "notes": [*(output.notes if output else []), *_notes(recipe)],
         "problems": problems or [],
     }
+
+
+def _notes(recipe: Recipe) -> list[str]:
+    return ["how long the tasks of eval take is not foretold: validate will take longer"] if recipe.eval else []
 
 
 def _output(recipe: Recipe, output: Output | None) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from tasks.artifact import Manifest
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.header import Tensor
 from tasks.checkpoint.untrusted import shown
-from tasks.errors import RequantError
-from tasks.hub.revision import Revision, resolve
+from tasks.hub.revision import Revision
 from tasks.store import Store
 
 MOST = 100  # entries of one list
@@ -62,14 +61,6 @@ def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[di
     old, new = dict(_flat(before)), dict(_flat(now))
     differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     return [{"field": shown(k), "before": old.get(k), "now": new.get(k)} for k in differing[:MOST]]
-
-
-def at_last_done(repo_id: str, sha: str) -> Revision | None:
-    """That commit as the Hub still has it, or None."""
-    try:
-        return resolve(repo_id, sha)
-    except RequantError:
-        return None
 
 
 def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,15 +58,25 @@ def needs(output: Output, recipe: Recipe, missing: int, to_run: set[str]) -> Nee
 
 
 def disk_problem(needed: int, folder: Path) -> str | None:
-    """What is wrong if that much is not free where the store works on this machine."""
+    """What is wrong if that much is not free where the store works on this machine. What an interrupted run has left
+    in its work folders counts as free: the next one goes on from it."""
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(there).free + sum(map(_own_bytes, (folder / "work").rglob("*")))
     if needed <= free:
         return None
     return (
         f"the run needs {gigabytes(needed)} of disk below {folder}, and {gigabytes(free)} are free: "
         "free disk space there, or set REQUANT_STORE and XDG_CACHE_HOME to a larger disk"
     )
+
+
+def _own_bytes(path: Path) -> int:
+    """Bytes that a file takes for itself: none if it is a link, or gone by now."""
+    with contextlib.suppress(OSError):
+        status = path.lstat()
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            return 512 * status.st_blocks
+    return 0
 
 
 def _quantize(output: Output, recipe: Recipe) -> dict[str, int]:

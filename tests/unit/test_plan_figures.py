@@ -106,6 +106,10 @@ def test_too_little_disk_is_a_problem_with_both_numbers(tmp_path: Path, monkeypa
     assert disk_problem(4_000_000_000, tmp_path / "not" / "there") is None
     sentence = disk_problem(6_000_000_000, tmp_path / "not" / "there")
     assert sentence is not None and "needs 6.00 GB" in sentence and "5.00 GB are free" in sentence
+    (tmp_path / "work" / "quantize-0").mkdir(parents=True)
+    (tmp_path / "work" / "quantize-0" / "resume").write_bytes(b"0" * 100_000)
+    assert disk_problem(5_000_050_000, tmp_path) is None  # an interrupted run goes on from what it left
+    assert disk_problem(5_000_200_000, tmp_path) is not None
 
 
 def test_files_and_fields_that_changed_are_told() -> None:
