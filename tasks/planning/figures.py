@@ -26,10 +26,10 @@ RECORDS = 200  # of a stage that are looked at
 TABLE = ((8e9, 12, 19), (14e9, 23, 33), (70e9, 120, 140))
 TABLE_GPU = "A100 80GB"
 DEFAULT = {"iters": 200, "nsamples": 128, "seqlen": 2048, "batch_size": 8}
-# Bytes a second where nothing was measured: of a network, of a disk, of both models passing through. An engine starts
-# twice and answers every prompt, which takes a minute at least.
+# Bytes a second where nothing was measured: of a network, of a disk, of both models passing through; and seconds that
+# it takes at least: torch is imported, an engine starts twice and answers every prompt.
 ASSUMED = {"download": 100e6, "mtp_fix": 200e6, "validate": 100e6, "benchmark": 25e6, "publish": 50e6}
-ENGINE_SECONDS = 60.0
+LEAST = {"validate": 10.0, "benchmark": 60.0}
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def stage_figure(store: Store, stage: str, recipe: Recipe, nbytes: int) -> Figur
         return Figure(seconds, f"an earlier run on {device_of(nearest)}, {nearest['started'][:10]}")
     if stage == "benchmark" and recipe.benchmark.engine == "none":
         return Figure(0.0, "nothing is measured")
-    least = ENGINE_SECONDS if stage == "benchmark" else 0.0
-    return Figure(least + nbytes / ASSUMED[stage], f"assumed: {ASSUMED[stage] / 1e6:.0f} MB/s")
+    seconds = LEAST.get(stage, 0.0) + nbytes / ASSUMED[stage]
+    return Figure(seconds, f"assumed: {ASSUMED[stage] / 1e6:.0f} MB/s")
 
 
 def hardware(recipe: Recipe) -> str | None:
