@@ -21,7 +21,7 @@ FULL = {"bits": 16, "data_type": "fp"}
 KEYS = ("bits", "group_size", "sym", "data_type")
 # Matrices in decoder blocks that are no Linear: routers, and what is looked up.
 NO_LINEAR = re.compile(r"(^|\.)(gate|router|[a-z_]*embed[a-z_]*|[a-z_]*norm|wte|wpe)$")
-ROUTER = re.compile(r"\.(gate|shared_expert_gate)$")
+ROUTER = re.compile(r"\.gate$")  # in a model with experts: kept by a pattern of its own
 # What auto-round writes of a layer outside the blocks, beside KEYS.
 OUTSIDE = {
     "act_bits": 16, "act_data_type": "float", "act_dynamic": True, "act_sym": True, "rotation_config": None,
