@@ -1,6 +1,7 @@
 # make demo: the whole pipeline on a tiny model. make test, test-engines, lint: what CI runs. All set themselves up.
 # make up, make down: Prefect with PostgreSQL, workers, S3 and a Hub stand-in on this machine. make test-ui: its pages in a
 # browser. make test-crash: everything killed in the middle of a run.
+# make plan-27b: the plan of the 27 B recipe as JSON, against a stand-in that has its base's headers. Nothing else on stdout.
 # make test-gpu: tests of the quantize stage that need a GPU.
 # make torture: eight processes put, get, list and collect in one store and are killed at random; SECONDS=120 each way.
 # make bench-gpu: what quantizing a 27 B model costs on this machine's GPU; MINUTES=9.5 does it in pieces.
@@ -11,7 +12,7 @@ INSTALLED := .venv/.installed
 EVALUATES := .venv/.evaluates
 SERVES := .venv/.serves
 
-.PHONY: demo up down test test-engines test-gpu test-ui test-crash lint format bench bench-gpu bench-store torture clean
+.PHONY: demo plan-27b up down test test-engines test-gpu test-ui test-crash lint format bench bench-gpu bench-store torture clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m infra.demo
@@ -21,6 +22,10 @@ up: $(SERVES)
 
 down:
 	$(BIN)/python -m infra.stack down
+
+plan-27b:
+	@$(MAKE) --no-print-directory $(INSTALLED) >&2
+	@$(BIN)/python -m infra.plan $(BIN)/python -m flows.cli plan deployments/recipes/qwen3.6-27b-int4.yaml --elsewhere --json
 
 test: $(INSTALLED) $(EVALUATES)
 	infra/s3/ceph install

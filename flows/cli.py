@@ -21,6 +21,7 @@ from flows.bench_command import bench
 from flows.checkpoint_commands import inspect, mtp_fix, validate
 from flows.command import NEW_FILE, NEW_FOLDER, command
 from flows.deploy_command import deploy
+from flows.plan_command import plan
 from flows.store_commands import store
 from flows.watch_command import watch
 from tasks.checkpoint.writer import write_file, write_json
@@ -112,7 +113,7 @@ def _lay_out(report: Report, checkout: Path | None) -> None:
         write_pictures(report.path / FOLDER, [])
 
 
-for each in (run, validate, mtp_fix, inspect, bench, watch, deploy, store):
+for each in (run, plan, validate, mtp_fix, inspect, bench, watch, deploy, store):
     cli.add_command(each)
 
 

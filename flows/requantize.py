@@ -26,6 +26,7 @@ from tasks.last_run import remember_run
 from tasks.log import plain_logs
 from tasks.mtp_fix import mtp_fix_task
 from tasks.pictures import Picture
+from tasks.plan import preflight
 from tasks.prefect_stage import options, say
 from tasks.publish import card_for, publish_task
 from tasks.quantize import quantize_task
@@ -92,6 +93,7 @@ def _run(recipe: Recipe, report: Report) -> None:
 def _stages(store: Store, recipe: Recipe, report: Report) -> None:
     base, calibration, text = resolve_task(recipe)
     report.base = base
+    preflight_task(recipe, base, calibration, text)
 
     downloaded = _done(download_task(base), report)
     quantized = _done(_quantize(recipe, downloaded, calibration), report)
@@ -153,6 +155,12 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Text, Text]:
     if recipe.publish is not None:
         check_target(recipe.publish.repo_id, private=recipe.publish.private)
     return base, find_text(recipe.quantize.calibration), find_text(recipe.validation.text, "validation.text")
+
+
+@task(**options("preflight", hours=1))
+def preflight_task(recipe: Recipe, base: Revision, calibration: Text, text: Text) -> None:
+    """Find out before the first byte whether the run can end well: what `requant plan` says."""
+    preflight(open_store(), recipe, base, calibration, text)
 
 
 def show_gates(gates: list[Gate]) -> None:

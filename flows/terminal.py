@@ -13,7 +13,10 @@ from flows.report import Report, gate_rows, headline, stage_rows
 from tasks.gates import Gate
 from tasks.hub.markdown import gigabytes
 
-RIGHT = {"seconds", "measured", "limit", "at once", "tokens/s", "first token", "between, p99", "accepted"}
+RIGHT = {
+    "seconds", "measured", "limit", "at once", "tokens/s", "first token", "between, p99", "accepted", "bytes", "time",
+    "cost", "count", "memory", "GPU memory", "low_gpu_mem: memory", "GPU memory there",
+}  # fmt: skip
 
 
 def render(report: Report) -> str:
@@ -22,9 +25,9 @@ def render(report: Report) -> str:
     with console.capture() as capture:
         console.print(f"\n{report.status.upper()}  {headline(report)}", highlight=False, markup=False)
         if report.stages:
-            console.print(_table(("stage", "state", "seconds", "artifact"), stage_rows(report)))
+            console.print(table_of(("stage", "state", "seconds", "artifact"), stage_rows(report)))
         if report.gates:
-            console.print(_table(("gate", "measured", "limit", "", ""), gate_rows(report.gates)))
+            console.print(table_of(("gate", "measured", "limit", "", ""), gate_rows(report.gates)))
         if report.benchmark and report.benchmark["engine"] != "none":
             speed = f"speed       {speed_line(report.benchmark)}"
             console.print(speed, highlight=False, markup=False, soft_wrap=True)
@@ -45,7 +48,7 @@ def gate_table(gates: Iterable[Gate]) -> str:
     """The gates alone."""
     console = Console(width=110, no_color=True, force_terminal=False)
     with console.capture() as capture:
-        console.print(_table(("gate", "measured", "limit", "", ""), gate_rows(gates)))
+        console.print(table_of(("gate", "measured", "limit", "", ""), gate_rows(gates)))
     return capture.get()
 
 
@@ -55,7 +58,7 @@ def bench_text(document: Mapping[str, Any], name: str) -> str:
     with console.capture() as capture:
         console.print(f"\n{name}  {speed_line(document)}", highlight=False, markup=False, soft_wrap=True)
         header = ("prompt", "sampling", "at once", "MTP", "tokens/s", "first token", "between, p99", "accepted")
-        console.print(_table(header, map(_bench_row, document["prompts"])))
+        console.print(table_of(header, map(_bench_row, document["prompts"])))
         for key, word in (("off", "MTP off"), ("on", "MTP on")):
             if one := document.get("mtp", {}).get(key):
                 drafted = "" if one["acceptance"] is None else f", {one['acceptance']:.1%} of drafts accepted"
@@ -96,7 +99,8 @@ def _bench_row(row: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
+def table_of(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
+    """A table without lines."""
     made = Table(box=None, pad_edge=False)
     for name in header:
         made.add_column(name, justify="right" if name in RIGHT else "left")

@@ -59,7 +59,7 @@ def benchmark(store: Store, recipe: Recipe, artifact: Manifest, say: Say = log.i
         values = {**values, "logs": [file.path for file in kept]}
         files = [write_json(folder / "out", RESULT, values), *kept]
         put_files(store, folder / "out", files)
-        return Made(Manifest.of(files), {"measured": values})
+        return Made(Manifest.of(files), {"measured": values, "bytes_read": artifact.size})
 
     return run_stage(store, STAGE, benchmark_key(recipe, artifact), work, say)
 

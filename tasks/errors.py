@@ -62,6 +62,10 @@ class HubUnavailable(HubError, ConnectionError):
     retryable = True
 
 
+class Refused(RequantError, ValueError):
+    """A run that could not end well was not begun: the plan's sentence."""
+
+
 class QuantizeFailed(RequantError, RuntimeError):
     """The quantize child ended without a result, in a way that the same call repeats."""
 

@@ -8,16 +8,14 @@ gates compare two such records.
 from __future__ import annotations
 
 import logging
-import math
-import re
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from tasks.checkpoint.blocks import at_once
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.errors import CheckpointError
 from tasks.measuring.blocks import Rows, run_blocks
@@ -100,15 +98,6 @@ def precision(base: Path) -> tuple[torch.device, torch.dtype]:
     parameters = at_once(Checkpoint.open(base))
     device = pick_device(parameters)
     return device, pick_dtype(parameters, device)
-
-
-def at_once(base: Checkpoint) -> int:
-    """How many parameters are in memory at once: all that are in no block, and the largest block twice."""
-    sizes = Counter[str]()
-    for tensor in base.tensors.values():
-        block = re.search(r"(?:^|\.)layers\.\d+\.", tensor.name)
-        sizes[block.string[: block.end()] if block else ""] += math.prod(tensor.shape)
-    return sizes.pop("", 0) + 2 * max(sizes.values(), default=0)
 
 
 def longest(skeleton: Skeleton) -> int:

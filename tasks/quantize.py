@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-import os
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,8 @@ from tasks.artifact import Manifest
 from tasks.checkpoint.assemble import assemble
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.fp8 import is_fp8, plain, write_plain
-from tasks.checkpoint.head import check_head
 from tasks.download import text_files
-from tasks.errors import CheckpointError
+from tasks.planning.refusals import check_base
 from tasks.prefect_stage import BlockProgress, options, say, shown
 from tasks.quantizing import carry
 from tasks.quantizing.run import Report, blocks_of, down_the_ladder
@@ -68,7 +67,8 @@ def quantize(
 
     def work(folder: Path) -> Made:
         model = store.hand_out(read_part(base), folder / "base")
-        checkpoint = _open_base(model, recipe)
+        checkpoint = Checkpoint.open(model)
+        check_base(checkpoint, recipe)
         head = checkpoint.head
         if is_fp8(checkpoint.tensors.values()):
             say("the base is FP8: it is quantized from the BF16 weights that its scales give")
@@ -91,6 +91,7 @@ def quantize(
         record = {
             "calibration": calibration.name,
             "settings": result["settings"],
+            "work": _work(job, checkpoint, result["bits"]),
             "attempts": attempts,
             "blocks": blocks_of(folder / "events.jsonl"),
             "peak_gpu_bytes": result["peak_gpu_bytes"],
@@ -104,18 +105,11 @@ def quantize(
     return result
 
 
-def _open_base(folder: Path, recipe: Recipe) -> Checkpoint:
-    """The base, if it can become what the recipe asks for: found out before hours of work."""
-    try:
-        checkpoint = Checkpoint.open(folder).sound()
-        if any(module.quantized for module in plain(checkpoint).modules.values()):
-            raise CheckpointError("it is already quantized: name the base that it was made of")
-        if recipe.mtp != "drop":
-            check_head(checkpoint)
-    except CheckpointError as error:
-        sentence = str(error).replace(f"{folder}{os.sep}", "").replace(str(folder), "it")
-        raise CheckpointError(f"the base {recipe.base.repo_id} cannot be used: {sentence}") from error
-    return checkpoint
+def _work(job: dict[str, Any], base: Checkpoint, bits: dict[str, int]) -> dict[str, Any]:
+    """How much was done, so that a plan can say how long the next one takes."""
+    shapes = (base.tensors[f"{m}.weight"].shape for m, b in bits.items() if b < 16 and f"{m}.weight" in base.tensors)
+    asked = {key: job[key] for key in ("iters", "nsamples", "seqlen", "batch_size", "fast")}
+    return {"parameters": sum(map(math.prod, shapes)), **asked}
 
 
 @task(**options("quantize", hours=48))

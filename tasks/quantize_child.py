@@ -17,13 +17,14 @@ import contextlib
 import json
 import logging
 import os
-import re
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+from tasks.checkpoint.architecture import architecture_problem
 from tasks.quantizing import carry
+from tasks.quantizing.choose import choose, unknown_layer
 from tasks.quantizing.events import Events, LogEvents, Refused, kind_of, report_blocks, report_output
 from tasks.quantizing.samples import calibration_samples, count_every_sample
 
@@ -62,7 +63,6 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
     from auto_round import AutoRound
 
     from tasks.quantizing import delta, profile, tune
-    from tasks.quantizing.choose import choose
 
     logging.getLogger("autoround").addHandler(LogEvents(events))
     if os.environ.get("REQUANT_DETERMINISTIC"):
@@ -157,24 +157,16 @@ def _load_config(model: str, allow_remote_code: bool) -> Any:
     import transformers
 
     described = json.loads((Path(model) / "config.json").read_text())
-    kind = described.get("model_type")
-    if "auto_map" in described and not allow_remote_code and kind not in transformers.CONFIG_MAPPING:
-        raise Refused(f"the base's model type {kind!r} is Python code of its repo: set allow_remote_code to run it")
-    if "auto_map" not in described and kind not in transformers.CONFIG_MAPPING:
-        raise Refused(f"transformers {transformers.__version__} does not know the base's model type {kind!r}")
+    problem = architecture_problem(described, transformers.CONFIG_MAPPING, allow_remote_code=allow_remote_code)
+    if problem:
+        raise Refused(f"{problem} (transformers {transformers.__version__})")
     return transformers.AutoConfig.from_pretrained(model, trust_remote_code=allow_remote_code)
 
 
 def _check_layer_names(layers: dict[str, Any], model: Any) -> None:
-    """auto-round only warns of a name that matches nothing."""
-    names = [name for name, _ in model.named_modules()]
-    for key in layers:
-        try:
-            pattern = re.compile(key)
-        except re.error:
-            pattern = re.compile(re.escape(key))
-        if not any(key in name or pattern.search(name) for name in names):
-            raise Refused(f"quantize.layers names {key!r}, which is in no layer of the model: correct the name")
+    problem = unknown_layer(layers, (name for name, _ in model.named_modules()))
+    if problem:
+        raise Refused(problem)
 
 
 def _end_with_parent() -> None:

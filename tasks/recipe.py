@@ -118,6 +118,8 @@ class Quantize(Section):
             raise ValueError(f"format {self.format} holds 4 bits only, not {bits}: use format auto_round")
         if self.format == "auto_round:auto_gptq" and not sym:
             raise ValueError("format auto_round:auto_gptq loses accuracy with sym false: use format auto_round")
+        if bits == 8 and not sym:
+            raise ValueError("8 bits with sym false: no format that engines serve holds that: leave sym out")
         if self.calibration.startswith("builtin:") and self.calibration not in BUILTIN:
             raise ValueError(f"calibration {self.calibration} does not exist: use {' or '.join(BUILTIN)}")
         if self.batch_size > self.nsamples:
@@ -240,6 +242,13 @@ class Publish(Section):
     private: bool = Field(True, description="Seen by its owner only")
 
 
+class Hardware(Section):
+    """What it runs on, for the plan: how long it takes there, and what it costs. Changes no result, so no stage key."""
+
+    gpu: str | None = Field(None, min_length=1, max_length=100, description="Name of the GPU, as NVIDIA H100 80GB HBM3")
+    price_per_hour: Annotated[float, Field(ge=0, le=10_000)] | None = Field(None, description="In any currency")
+
+
 class Recipe(Section):
     """What to make of which base."""
 
@@ -254,6 +263,7 @@ class Recipe(Section):
     eval: Eval | None = None
     benchmark: Benchmark = Benchmark()
     publish: Publish | None = None
+    hardware: Hardware | None = None
 
     @model_validator(mode="after")
     def own_tasks_are_code(self) -> Recipe:
@@ -273,5 +283,5 @@ class Recipe(Section):
 
     @property
     def digest(self) -> str:
-        """sha256 of all that the recipe says, defaults too: how runs of one recipe know each other."""
-        return digest_of(self.model_dump(mode="json"))
+        """sha256 of all that the recipe says, defaults too, but the hardware: how runs of a recipe know each other."""
+        return digest_of(self.model_dump(mode="json", exclude={"hardware"}))

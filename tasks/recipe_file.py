@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from tasks.errors import RecipeError
-from tasks.recipe import NOT_YAML, Base, Benchmark, Eval, Gates, Publish, Quantize, Recipe, Validation
+from tasks.recipe import NOT_YAML, Base, Benchmark, Eval, Gates, Hardware, Publish, Quantize, Recipe, Validation
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -152,5 +152,5 @@ def _keys_at(location: Sequence[str]) -> list[str]:
 
 
 def _all_keys() -> set[str]:
-    sections = (Recipe, Base, Quantize, Validation, Gates, Eval, Benchmark, Publish)
+    sections = (Recipe, Base, Quantize, Validation, Gates, Eval, Benchmark, Publish, Hardware)
     return {name for section in sections for name in section.model_fields}

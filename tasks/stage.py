@@ -19,6 +19,7 @@ from typing import Any
 
 from tasks.artifact import File, Manifest, stage_key
 from tasks.errors import OutOfMemory, RequantError, explain_os_error
+from tasks.serving import gpu
 from tasks.store import Store
 
 log = logging.getLogger(__name__)
@@ -158,6 +159,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
         "memory_bytes": pages,
+        "gpus": gpu.names(),
     }
 
 

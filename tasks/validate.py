@@ -90,7 +90,7 @@ def validate(
         )
         files = [write_json(folder / "out", RESULT, {"text": text.name, **values})]
         put_files(store, folder / "out", files)
-        return Made(Manifest.of(files), {"measured": values})
+        return Made(Manifest.of(files), {"measured": values, "bytes_read": base.size + artifact.size})
 
     return run_stage(store, STAGE, validate_key(recipe, base, artifact, text), work, say)
 

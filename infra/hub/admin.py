@@ -2,7 +2,7 @@
 
     POST   /_standin/tokens     {token, user, orgs?, role?: write|read}
     POST   /_standin/seed       {repo_id, folder, repo_type?, message?, revision?,
-                                 delete_missing?} -> {commit}
+                                 delete_missing?, headers_only?} -> {commit}
     PUT    /_standin/repos/{id} {repo_type?, private?, gated?, granted?}
     POST   /_standin/faults     a fault, see `infra.hub.faults.Fault`
     DELETE /_standin/faults
@@ -44,6 +44,7 @@ class SeedBody(_Body):
     message: str = "Seed"
     revision: str = "main"
     delete_missing: bool = False
+    headers_only: bool = False
 
 
 class RepositoryBody(_Body):
@@ -84,6 +85,7 @@ def seed_folder(hub: HubState, body: SeedBody) -> dict[str, str]:
             message=body.message,
             revision=body.revision,
             delete_missing=body.delete_missing,
+            headers_only=body.headers_only,
         )
     except NotADirectoryError as error:
         raise HubError(400, str(error)) from error

@@ -1,10 +1,12 @@
 """What a revision holds: listings, and the files themselves."""
 
+import re
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
 
 from infra.hub.access import (
     FilePath,
@@ -20,6 +22,7 @@ from infra.hub.tree import Entry, Tree, folder_id, folders
 
 router = APIRouter()
 EXPANDED_PAGE = 50
+LARGEST_RANGE = 2**24
 
 
 class BlobResponse(FileResponse):
@@ -30,7 +33,7 @@ class BlobResponse(FileResponse):
 
 @router.api_route("/{namespace}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
 @router.api_route("/{kind}/{namespace}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
-def resolve(repository: OpenRepository, commit: ResolvedCommit, path: FilePath) -> BlobResponse:
+def resolve(request: Request, repository: OpenRepository, commit: ResolvedCommit, path: FilePath) -> Response:
     entry = repository.tree(commit).get(path)
     if entry is None:
         raise HubError(404, "Entry not found", "EntryNotFound", commit=commit.id)
@@ -38,7 +41,26 @@ def resolve(repository: OpenRepository, commit: ResolvedCommit, path: FilePath) 
     if entry.sha256:
         headers |= {"X-Linked-Etag": f'"{entry.sha256}"', "X-Linked-Size": str(entry.size)}
     media_type = "application/octet-stream" if entry.sha256 else "text/plain; charset=utf-8"
-    return BlobResponse(repository.object_path(entry), headers=headers, media_type=media_type)
+    stored = repository.object_path(entry)
+    if stored.stat().st_size < entry.size:
+        return _from_header(request, stored, entry.size, headers)
+    return BlobResponse(stored, headers=headers, media_type=media_type)
+
+
+def _from_header(request: Request, stored: Path, size: int, headers: dict[str, str]) -> Response:
+    """A range of a file of which only the header is kept: the rest are zeros, and nobody gets it whole."""
+    headers |= {"Accept-Ranges": "bytes", "Content-Length": str(size)}
+    if request.method == "HEAD":
+        return Response(headers=headers)
+    match = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
+    if match is None:
+        raise HubError(400, "Only the header of this file is here: ask for a range of it")
+    begin, end = int(match[1]), min(int(match[2]) + 1, size)
+    if not begin < end <= begin + LARGEST_RANGE:
+        raise HubError(416, f"Ranges of at most {LARGEST_RANGE} bytes of this file are served")
+    kept = stored.read_bytes()[begin:end]
+    headers |= {"Content-Length": str(end - begin), "Content-Range": f"bytes {begin}-{end - 1}/{size}"}
+    return Response(kept.ljust(end - begin, b"\0"), 206, headers, "application/octet-stream")
 
 
 @router.get("/api/{kind}/{namespace}/{name}/tree/{revision}")

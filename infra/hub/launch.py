@@ -144,8 +144,10 @@ class HubStandIn:
         revision: str = "main",
         repo_type: str = "model",
         delete_missing: bool = False,
+        headers_only: bool = False,
     ) -> str:
-        """Commit a folder to a branch, if it differs; the id of the branch's commit."""
+        """Commit a folder to a branch, if it differs; the id of the branch's commit. `headers_only`: of safetensors
+        files nothing but the header is kept, and zeros are served behind it, by Range only."""
         body = {
             "repo_id": repo_id,
             "folder": str(Path(folder).resolve()),
@@ -153,6 +155,7 @@ class HubStandIn:
             "revision": revision,
             "repo_type": repo_type,
             "delete_missing": delete_missing,
+            "headers_only": headers_only,
         }
         commit: str = self._call("POST", "seed", body)["commit"]
         return commit

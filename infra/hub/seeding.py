@@ -22,11 +22,13 @@ def seed(
     message: str,
     revision: str = "main",
     delete_missing: bool = False,
+    headers_only: bool = False,
 ) -> Commit:
     """Make a branch hold what a folder holds; a new commit only if it does not yet.
 
     The repository and the branch are created when needed. With `delete_missing`, files that the
-    folder lacks are deleted, except `.gitattributes`.
+    folder lacks are deleted, except `.gitattributes`. With `headers_only`, safetensors files are known
+    by their size, and nothing but their headers is kept: the folder's may be sparse, of any size.
     """
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder")
@@ -39,7 +41,7 @@ def seed(
         tree = repository.tree(head)
         attributes = folder / ".gitattributes"
         patterns = parse_lfs_patterns(attributes.read_text()) if attributes.exists() else lfs_patterns(repository, tree)
-        files = {path: _keep(repository, folder, path, patterns) for path in _files(folder)}
+        files = {path: _keep(repository, folder, path, patterns, headers_only) for path in _files(folder)}
         operations: list[Operation] = [Put(path, entry) for path, entry in files.items() if tree.get(path) != entry]
         if delete_missing:
             missing = tree.keys() - files.keys() - {".gitattributes"}
@@ -59,10 +61,14 @@ def _files(folder: Path) -> list[str]:
     return found
 
 
-def _keep(repository: Repository, folder: Path, path: str, patterns: list[str]) -> Entry:
+def _keep(repository: Repository, folder: Path, path: str, patterns: list[str], headers_only: bool) -> Entry:
     """Store one file of a folder, unless the repository holds it already."""
     source = folder / path
     size = source.stat().st_size
+    if headers_only and source.suffix == ".safetensors":
+        with source.open("rb") as file:
+            length = file.read(8)
+            return repository.put_header(length + file.read(int.from_bytes(length, "little")), size)
     if not goes_to_lfs(path, size, patterns):
         return repository.put_blob(source.read_bytes())
     with source.open("rb") as file:

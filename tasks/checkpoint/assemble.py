@@ -16,7 +16,7 @@ from tasks.checkpoint.header import Tensor
 from tasks.checkpoint.modules import modules_of
 from tasks.checkpoint.mtp import without_head_entries
 from tasks.checkpoint.packing import PARTS, Scheme, check_parts
-from tasks.checkpoint.writer import index_of, split_into_shards, write_json, write_shard
+from tasks.checkpoint.writer import Layout, index_of, split_into_shards
 from tasks.errors import CheckpointError
 
 
@@ -39,12 +39,19 @@ def assemble(base: Checkpoint, packed: Checkpoint, bits: Mapping[str, int], out:
     asked = {m for m, b in bits.items() if b < 16 and f"{m}.weight" not in in_head}
     check_modules(base, parts, asked, quantization)
 
-    layout = split_into_shards(_in_base_order(base, parts, in_head))
-    files = [write_shard(out, shard, tensors) for shard, tensors in layout.items()]
-    files.append(write_json(out, INDEX, index_of(layout)))
-    files.append(write_json(out, "config.json", {**base.config, "quantization_config": quantization}))
-    files.append(write_json(out, QUANTIZATION, quantization))
-    return files
+    return lay_out(base, parts, quantization).write(out)
+
+
+def lay_out(base: Checkpoint, parts: Mapping[str, Mapping[str, Tensor]], quantization: Mapping[str, Any]) -> Layout:
+    """The quantized checkpoint without the head: packed parts by module, everything else as in the base."""
+    in_head = set(base.head.names if base.head else ())
+    shards = split_into_shards(_in_base_order(base, parts, in_head))
+    documents = {
+        INDEX: index_of(shards),
+        "config.json": {**base.config, "quantization_config": quantization},
+        QUANTIZATION: quantization,
+    }
+    return Layout(shards, documents)
 
 
 def packed_parts(tensors: Iterable[Tensor]) -> dict[str, dict[str, Tensor]]:

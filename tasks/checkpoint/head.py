@@ -23,7 +23,7 @@ from tasks.checkpoint.mtp import (
     without_layer_count,
 )
 from tasks.checkpoint.packing import REQUIRED, Scheme, check_parts, dequantized_rows, float_rows, pack, to_bytes
-from tasks.checkpoint.writer import Computed, write_json, write_shard
+from tasks.checkpoint.writer import Computed, Layout
 from tasks.errors import CheckpointError
 
 HEAD_SHARD = "model-mtp.safetensors"
@@ -52,12 +52,14 @@ class HeadFiles:
     def with_quantization(self, quantization: Mapping[str, Any]) -> HeadFiles:
         return replace(self, config={**self.config, "quantization_config": dict(quantization)})
 
+    @property
+    def documents(self) -> dict[str, Any]:
+        """The three by name, config.json and quantization_config.json saying the same."""
+        documents = {INDEX: self.index, "config.json": self.config}
+        return documents | ({QUANTIZATION: self.quantization} if self.quantization else {})
+
     def write(self, out: Path) -> list[File]:
-        """Write the three, config.json and quantization_config.json saying the same."""
-        files = [write_json(out, INDEX, self.index), write_json(out, "config.json", self.config)]
-        if self.quantization:
-            files.append(write_json(out, QUANTIZATION, self.quantization))
-        return files
+        return Layout({}, self.documents).write(out)
 
 
 def shards_with_head(base: Path) -> list[str]:
@@ -158,16 +160,20 @@ def _dequantized(module: Module, scheme: Scheme, dtype: str) -> Iterator[bytes]:
 
 def keep_head(files: HeadFiles, base: Checkpoint, out: Path, precision: str = "keep") -> list[File]:
     """Write the base's head in a shard of its own, and index and configs that say so. Raises as `head_tensors`."""
+    return with_head(files, base, precision).write(out)
+
+
+def with_head(files: HeadFiles, base: Checkpoint, precision: str = "keep") -> Layout:
+    """What `keep_head` writes."""
     tensors = head_tensors(base, precision, files.quantization)
     head = Head(base.head.layout if base.head else "mtp", tuple(sorted(tensors)))
-    shard = write_shard(out, HEAD_SHARD, list(tensors.values()))
     bare = without_head(files, head, keep_count=True)
     weight_map = {**bare.index["weight_map"], **dict.fromkeys(head.names, HEAD_SHARD)}
     total = bare.index["metadata"]["total_size"] + sum(t.nbytes for t in tensors.values())
     complete = replace(bare, index=_index(bare.index, weight_map, total))
     if files.quantization:
         complete = complete.with_quantization(with_head_entries(files.quantization, head, tensors))
-    return [shard, *complete.write(out)]
+    return Layout({HEAD_SHARD: list(tensors.values())}, complete.documents)
 
 
 def without_head(files: HeadFiles, head: Head | None, *, keep_count: bool = False) -> HeadFiles:

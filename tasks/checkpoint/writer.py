@@ -80,15 +80,45 @@ def _write(stream: BinaryIO, piece: bytes) -> None:
         left = left[stream.write(left) :]
 
 
+def json_bytes(document: Any) -> bytes:
+    """JSON the way the Hub's repos have it: two spaces, a newline at the end, order kept."""
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(root: Path, path: str, document: Any) -> File:
-    """Write JSON the way the Hub's repos have it: two spaces, a newline at the end, order kept."""
-    return write_file(root, path, [(json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()])
+    return write_file(root, path, [json_bytes(document)])
 
 
 def write_shard(root: Path, path: str, tensors: Sequence[Tensor]) -> File:
     """Write one safetensors file from tensors that lie in other files. Memory stays at one chunk."""
     ordered, header = _lay_out(tensors)
     return write_file(root, path, itertools.chain([header], *(tensor.chunks() for tensor in ordered)))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Files of a checkpoint before they are written: shards with their tensors, JSON documents by name.
+
+    Made from headers alone, so that a plan knows every byte of what a run will write.
+    """
+
+    shards: Mapping[str, Sequence[Tensor]]
+    documents: Mapping[str, Any]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, as it will be written."""
+        shards = {path: len(_lay_out(tensors)[1]) + _nbytes(tensors) for path, tensors in self.shards.items()}
+        return shards | {path: len(json_bytes(document)) for path, document in self.documents.items()}
+
+    def write(self, out: Path) -> list[File]:
+        """Write and describe them."""
+        shards = [write_shard(out, path, tensors) for path, tensors in self.shards.items()]
+        return shards + [write_json(out, path, document) for path, document in self.documents.items()]
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def place_shard(root: Path, path: str, tensors: Sequence[Tensor]) -> None:
@@ -177,5 +207,5 @@ def split_into_shards(tensors: Iterable[Tensor], limit: int = MAX_SHARD) -> dict
 def index_of(layout: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
     """The index document for a layout, with the true total_size (bytes of data, headers not counted)."""
     weight_map = {t.name: shard for shard, tensors in layout.items() for t in tensors}
-    total = sum(t.nbytes for tensors in layout.values() for t in tensors)
+    total = sum(map(_nbytes, layout.values()))
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

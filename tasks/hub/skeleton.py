@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from tasks.checkpoint.checkpoint import BESIDE, INDEX, MAX_JSON, SINGLE
 from tasks.checkpoint.header import MAX_HEADER, Tensor
 from tasks.errors import CheckpointError, HubUnavailable
 from tasks.hub.client import hub_errors
-from tasks.hub.revision import Revision
+from tasks.hub.revision import HubFile, Revision
 
 GUESS = 16 << 10  # bytes: holds the header of most shards, so that one request is enough
 PARALLEL = 8
@@ -30,16 +30,23 @@ PAUSES = (0.5, 1, 2, 4, 0)  # seconds after an answer that was cut short
 NEIGHBOURS = 1 << 20  # bytes: a gap between wanted tensors that is cheaper to fetch than to ask around
 
 
-def lay_out(revision: Revision, folder: Path) -> Path:
-    """Lay a repo out as a skeleton. Raises HubError, HubUnavailable, CheckpointError for an index that is no JSON."""
-    sizes = {file.path: file.size for file in revision.wanted}
-    for path, size in sizes.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        with (folder / path).open("wb") as stream:
-            stream.truncate(size)
-    for path in ("config.json", INDEX, *BESIDE):
-        if 0 < sizes.get(path, 0) <= MAX_JSON:
-            _fetch(revision, folder, path, 0, sizes[path])
+def lay_out(revision: Revision, folder: Path, near: Callable[[HubFile], Path | None] = lambda file: None) -> Path:
+    """Lay a repo out as a skeleton. `near` says where a file of it lies already: a link leads there, and nothing of it
+    is asked for; such a skeleton is for reading alone.
+
+    Raises HubError, HubUnavailable, CheckpointError for an index that is no JSON.
+    """
+    sizes = {}
+    for file in revision.wanted:
+        (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+        here = near(file)
+        if here is not None:
+            (folder / file.path).symlink_to(here)
+            continue
+        sizes[file.path] = file.size
+        with (folder / file.path).open("wb") as stream:
+            stream.truncate(file.size)
+    fetch_files(revision, folder, (p for p in ("config.json", INDEX, *BESIDE) if 0 < sizes.get(p, 0) <= MAX_JSON))
     shards = [shard for shard in _shards(folder) if sizes.get(shard, 0) >= 8]
     with ThreadPoolExecutor(PARALLEL) as pool:
         list(pool.map(lambda shard: _fetch_header(revision, folder, shard, sizes[shard]), shards))

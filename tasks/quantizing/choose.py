@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Bytes a weight of the block being tuned takes on the device: bf16 weight and its quantized copy, float32 rounding
@@ -50,9 +52,33 @@ def resident_bytes(job: dict[str, Any], model: Any, compiled: bool) -> int:
     """What tuning the largest block takes with its inputs, the reference's outputs and their successors on the GPU."""
     config = getattr(model.config, "text_config", model.config)
     hidden = int(config.hidden_size)
-    tokens = job["nsamples"] * job["seqlen"]
     blocks = [b for m in model.modules() if type(m).__name__ == "ModuleList" for b in m]
     largest = max((sum(p.numel() for p in b.parameters()) for b in blocks), default=0)
     width = hidden + int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    step = job["batch_size"] * job["seqlen"] * width * ACTIVATION_BYTES[compiled]
-    return int(3 * tokens * hidden * 2 + largest * TUNED_BYTES + step)
+    return sample_bytes(job, hidden) + step_bytes(job, largest, width, compiled)
+
+
+def sample_bytes(job: Mapping[str, Any], hidden: int) -> int:
+    """A block's inputs, the reference's outputs and their successors, BF16: on the GPU, or in memory (low_gpu_mem)."""
+    return 3 * int(job["nsamples"]) * int(job["seqlen"]) * hidden * 2
+
+
+def step_bytes(job: Mapping[str, Any], largest: int, width: int, compiled: bool) -> int:
+    """A step of tuning: the largest block's weights with what is tuned of them, and activations.
+
+    largest: parameters of that block; width: hidden and intermediate size together.
+    """
+    return largest * TUNED_BYTES + int(job["batch_size"]) * int(job["seqlen"]) * width * ACTIVATION_BYTES[compiled]
+
+
+def unknown_layer(layers: Iterable[str], names: Iterable[str]) -> str | None:
+    """What is wrong with a name in the recipe's `layers` that matches no module: auto-round only warns of it."""
+    names = list(names)
+    for key in layers:
+        try:
+            pattern = re.compile(key)
+        except re.error:
+            pattern = re.compile(re.escape(key))
+        if not any(key in name or pattern.search(name) for name in names):
+            return f"quantize.layers names {key!r}, which is in no layer of the model: correct the name"
+    return None

@@ -53,7 +53,8 @@ def test_a_connection_cut_twice_in_a_shard_is_fetched_to_the_end(
 
 def test_a_file_altered_on_the_way_is_never_an_artifact(requant: Requant, finished: Finished, hub: HubStandIn) -> None:
     forget_base(requant)
-    hub.fault(r"/resolve/.*00001-of-00002\.safetensors", method="GET", times=1, corrupt=True)
+    # The first answer is the header that the preflight reads.
+    hub.fault(r"/resolve/.*00001-of-00002\.safetensors", method="GET", skip=1, times=1, corrupt=True)
     outcome = requant.run(publish=None)
     assert outcome.status == 0, outcome.stderr
     assert "arrived altered" in outcome.stderr
@@ -105,8 +106,11 @@ def test_a_store_that_cannot_be_reached_at_the_start(requant: Requant) -> None:
     assert "Retry" not in outcome.stderr and "trying again" not in outcome.stderr
 
 
-def test_a_full_disk(requant: Requant, tmp_path: Path) -> None:
+def test_a_disk_too_small_is_refused_before_anything_is_fetched(
+    requant: Requant, hub: HubStandIn, tmp_path: Path
+) -> None:
     """A real one: a file system of 600 kB, into which the base's shards do not fit."""
+    hub.reset_traffic()
     small = tmp_path / "small"
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(small)], check=True)
@@ -114,8 +118,9 @@ def test_a_full_disk(requant: Requant, tmp_path: Path) -> None:
         outcome = requant.variant(REQUANT_STORE=(small / "store").as_uri()).run()
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
-    assert_one_sentence(outcome, "no room left", "free disk space")
+    assert_one_sentence(outcome, "of disk below", "are free", "free disk space")
     assert "Retry" not in outcome.stderr
+    assert not [t for t in hub.traffic() if t["path"].endswith(".safetensors") and t["status"] != 206]
 
 
 @pytest.mark.parametrize(

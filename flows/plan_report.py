@@ -1,0 +1,126 @@
+"""A plan for a person: a table in a terminal, markdown for a pull request and for Prefect's UI."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from flows.terminal import table_of
+from tasks.hub.markdown import gigabytes, named, plain, table
+from tasks.prefect_stage import duration
+
+Document = Mapping[str, Any]
+Row = tuple[str, ...]
+STAGES = ("stage", "state", "bytes", "time", "cost", "figure from")
+NEEDS = ("stage", "memory", "GPU memory", "low_gpu_mem: memory", "GPU memory there")
+TENSORS = ("tensors", "count", "", "why")
+
+
+def subject(document: Document) -> str:
+    """The base, by name and commit."""
+    base = document["base"]
+    return f"{base['repo_id']}@{base['sha'][:7] if base['sha'] else base['revision']}"
+
+
+def headline(document: Document) -> str:
+    """What would be made of it, in one line."""
+    base, output = document["base"], document["output"]
+    if output["bytes"] is None:
+        return "nothing can be made of it"
+    scheme, packing = output["scheme"], output["packing"]
+    group = "whole rows" if scheme["group_size"] == -1 else f"group {scheme['group_size']}"
+    sizes = f"{gigabytes(base['bytes'])} become {gigabytes(output['bytes'])}"
+    counts = f"{output['quantized_tensors']} matrices packed, {output['kept_tensors']} tensors kept"
+    return f"{sizes}, W{scheme['bits']}A16, {group}, {packing}: {counts}"
+
+
+def render(document: Document) -> str:
+    """The plan in a terminal."""
+    console = Console(width=130, no_color=True, force_terminal=False)
+    with console.capture() as capture:
+        console.print(f"\n{subject(document)}: {headline(document)}\n", highlight=False, markup=False, soft_wrap=True)
+        if document["stages"]:
+            for header, rows in ((STAGES, stage_rows), (NEEDS, need_rows), (TENSORS, tensor_rows)):
+                console.print(table_of(header, rows(document)), "")
+        for word, sentence in sentences(document):
+            console.print(f"{word:12} {sentence}", highlight=False, markup=False, soft_wrap=True)
+    return capture.get()
+
+
+def markdown(document: Document, title: str) -> str:
+    """The plan as markdown. Names and sentences come from outside: nothing in them is more than text."""
+    verdict = "would be stopped" if document["problems"] else "would run"
+    parts = [f"### {plain(title)}: {verdict}", f"{named(subject(document))}: {plain(headline(document))}"]
+    if document["stages"]:
+        parts.append(table(STAGES, stage_rows(document)))
+        parts.append(table(NEEDS, need_rows(document)))
+        rows = [(named(row[0]), *row[1:]) for row in tensor_rows(document)]
+        parts.append(f"<details><summary>tensors</summary>\n\n{table(TENSORS, rows)}\n\n</details>")
+    parts.append("\n".join(f"- {word}: {_verbatim(sentence)}" for word, sentence in sentences(document)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _verbatim(sentence: str) -> str:
+    """A sentence as code, which nothing in it can leave."""
+    return "`" + "".join(c if c.isprintable() and c != "`" else " " for c in sentence) + "`"
+
+
+def stage_rows(document: Document) -> list[Row]:
+    rows = [
+        (
+            stage["name"],
+            stage["state"],
+            gigabytes(stage["bytes"]) if stage["state"] == "run" else "",
+            duration(stage["seconds"]) if stage["state"] == "run" else "",
+            "" if stage["cost"] is None else f"{stage['cost']:.2f}",
+            stage["figure"],
+        )
+        for stage in document["stages"]
+    ]
+    whole = document["hardware"]
+    cost = "" if whole["cost"] is None else f"{whole['cost']:.2f}"
+    return [*rows, ("all", "", "", duration(whole["seconds"]), cost, f"on {whole['gpu']}" if whole["gpu"] else "")]
+
+
+def need_rows(document: Document) -> list[Row]:
+    keys = ("ram_bytes", "vram_bytes", "low_ram_bytes", "low_vram_bytes")
+    return [(name, *(gigabytes(need[key]) for key in keys)) for name, need in document["needs"]["stages"].items()]
+
+
+def tensor_rows(document: Document) -> list[Row]:
+    output = document["output"]
+    packed = [
+        (group["modules"], str(group["count"]), group["storage"], gigabytes(group["bytes"]))
+        for group in output["quantized"]
+    ]
+    return packed + [(kept["tensors"], str(kept["count"]), "kept", kept["why"]) for kept in output["kept"]]
+
+
+def sentences(document: Document) -> list[tuple[str, str]]:
+    """What no table holds, each with the word that it stands under."""
+    found: list[tuple[str, str]] = []
+    needs, transfer = document["needs"], document["transfer"]
+    if document["stages"]:
+        moved = f"{gigabytes(transfer['download_bytes'])} down, {gigabytes(transfer['upload_bytes'])} up"
+        found.append(("moves", f"{moved}; {gigabytes(needs['disk_bytes'])} of disk below the store"))
+    for engine, verdict in document["engines"].items():
+        loads = "loads" if verdict["loads"] else "does not load"
+        drafts = "drafts" if verdict["mtp"] else "does not draft"
+        found.append((engine, f"{loads}, {drafts}: {verdict['reason']}"))
+    found += [("changed", line) for line in _changes(document["changes"])]
+    found += [("note", note) for note in document["notes"]]
+    return found + ([("problem", problem) for problem in document["problems"]] or [("problems", "none")])
+
+
+def _changes(changes: Document | None) -> list[str]:
+    if changes is None:
+        return []
+    counts = ", ".join(f"{len(names)} {word}" for word, names in changes["files"].items())
+    lines = [f"files since {changes['since'][:7]}: {counts}"]
+    if changes["tensors"] is not None:
+        tensors = changes["tensors"]
+        words = ", ".join(f"{len(tensors[word])} {word}" for word in ("added", "removed", "retyped"))
+        lines.append(f"tensors: {words}, {tensors['in_changed_shards']} in shards that changed")
+    return lines + [f"config.json: {c['field']} was {c['before']}, is {c['now']}" for c in changes["config"]]

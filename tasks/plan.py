@@ -1,0 +1,241 @@
+"""plan: everything that can be known of a run before weights move, from headers, configs and the store.
+
+`plan` is what `requant plan` prints; `preflight` is the same at the beginning of a run, which it stops. A plan fetches
+no weight and changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tasks.artifact import Manifest
+from tasks.benchmark import benchmark_key
+from tasks.checkpoint.checkpoint import Checkpoint, read_json
+from tasks.checkpoint.engines import PROCESSOR
+from tasks.download import download_key
+from tasks.errors import CheckpointError, HubError, HubUnavailable, Refused
+from tasks.hub.revision import Revision, resolve
+from tasks.hub.skeleton import fetch_files, lay_out
+from tasks.mtp_fix import REWRITTEN, mtp_fix_key
+from tasks.planning.changes import changed_fields, changed_files, changed_tensors, last_done
+from tasks.planning.figures import Figure, hardware, quantize_figure, stage_figure
+from tasks.planning.moves import Hashes, base_manifest, hashes_of, near_file, to_download, to_upload
+from tasks.planning.needs import Needs, disk_problem, needs
+from tasks.planning.output import Output, blocks_of, head_bytes, plan_output
+from tasks.planning.refusals import check_base, refusals
+from tasks.quantize import quantize_key
+from tasks.recipe import Recipe
+from tasks.store import Store
+from tasks.text import Text, find_text
+from tasks.validate import validate_key
+
+ON_GPU = {"quantize", "validate", "benchmark"}  # what a GPU is rented for
+LINEAR = re.compile(r"\.linear_attn\.")
+
+
+def plan(store: Store, recipe: Recipe, *, elsewhere: bool = False) -> dict[str, Any]:
+    """The document of `requant plan --json`. `elsewhere`: the run will be on another machine, whose disk is not this.
+
+    Raises HubUnavailable, StoreUnreachable, RecipeError for a text that is not there.
+    """
+    try:
+        base = resolve(recipe.base.repo_id, recipe.base.revision)
+        calibration = find_text(recipe.quantize.calibration)
+        text = find_text(recipe.validation.text, "validation.text")
+    except HubUnavailable:
+        raise
+    except HubError as error:
+        return _document(recipe, None, problems=[str(error)])
+    return plan_of(store, recipe, base, calibration, text, elsewhere=elsewhere)
+
+
+def preflight(store: Store, recipe: Recipe, base: Revision, calibration: Text, text: Text) -> None:
+    """Find out before the first byte whether a run can end well. Raises Refused with the plan's sentences."""
+    problems = plan_of(store, recipe, base, calibration, text)["problems"]
+    if problems:
+        raise Refused("; ".join(problems))
+
+
+def plan_of(
+    store: Store, recipe: Recipe, base: Revision, calibration: Text, text: Text, *, elsewhere: bool = False
+) -> dict[str, Any]:
+    """The plan for a base and texts that are resolved."""
+    hashes, problems = hashes_of(store, base), list[str]()
+    with TemporaryDirectory(prefix="requant-") as temporary:
+        try:
+            folder = lay_out(base, Path(temporary), lambda file: near_file(store, file, hashes))
+            if (folder / PROCESSOR).is_file() and not (folder / PROCESSOR).is_symlink():
+                fetch_files(base, folder, [PROCESSOR])  # whether an engine will load depends on what it says
+            source = Checkpoint.open(folder)
+            problems += refusals(source, recipe)
+            check_base(source, recipe)
+            joining = {f.path: f.size for f in base.wanted if _joins(f.path)}
+            output = plan_output(source, recipe, joining)
+        except CheckpointError as error:
+            sentence = str(error).replace(f"{temporary}/", "").replace(temporary, "the base")
+            return _document(recipe, base, problems=[*problems, sentence])
+        done = _done(store, recipe, base, hashes, calibration, text)
+        changes = _changes(store, base, hashes, source)
+        stages = _stages(store, recipe, base, hashes, done, output)
+        to_run = {stage["name"] for stage in stages if stage["state"] == "run"}
+        far = sum(f.size for f in base.wanted if near_file(store, f, hashes) is None)
+        needed = needs(output, recipe, far if to_run - {"publish"} else 0, to_run)
+        problems += output.problems
+        # With a store that machines share, the one that quantizes may be another than this.
+        too_little = disk_problem(needed.disk, store.near.root) if store.is_local and not elsewhere else None
+        problems += [too_little] if too_little else []
+        return _document(recipe, base, source, output, stages, needed, changes, problems)
+
+
+def _joins(path: str) -> bool:
+    """Whether a file of the base is one of the result's as it is."""
+    return path not in REWRITTEN and not path.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _done(
+    store: Store, recipe: Recipe, base: Revision, hashes: Hashes, calibration: Text, text: Text
+) -> dict[str, Manifest]:
+    """The artifacts of the stages that the store has, followed by the keys that a run computes.
+
+    Fetches small files of the base where only they tell, and never a weight.
+    """
+    done: dict[str, Manifest] = {}
+
+    def look(stage: str, key: str) -> Manifest | None:
+        found = store.manifest(stage, key)
+        if found is not None:
+            done[stage] = found
+        return found
+
+    files = look("download", download_key(base))
+    if files is None and next(iter(store.backend.keys("artifacts/quantize")), None) is not None:
+        files = base_manifest(base, hashes, REWRITTEN)  # the same weights may have come from another commit
+    quantized = look("quantize", quantize_key(recipe, files, calibration)) if files else None
+    artifact = look("mtp_fix", mtp_fix_key(recipe, files, quantized)) if files and quantized else None
+    if files and artifact:
+        look("validate", validate_key(recipe, files, artifact, text))
+        look("benchmark", benchmark_key(recipe, artifact))
+    return done
+
+
+def _stages(
+    store: Store, recipe: Recipe, base: Revision, hashes: Hashes, done: Mapping[str, Manifest], output: Output
+) -> list[dict[str, Any]]:
+    """Each stage: whether the store has it, the bytes that it moves, its seconds and where that figure is from."""
+    total = sum(file.size for file in base.wanted)
+    made = sum(output.sizes.values())
+    quantized = sum(output.before_head.values())
+    moves = {
+        "download": to_download(store, base, hashes),
+        "quantize": quantized,
+        "mtp_fix": head_bytes(output),
+        "validate": total + made,
+        "benchmark": made,
+    }
+    if recipe.publish is not None:
+        moves["publish"] = to_upload(recipe, done.get("mtp_fix"), made)
+    linear = {m.partition(".linear_attn.")[0] for m in output.choice.packed if LINEAR.search(m)}
+    rows = []
+    for name, nbytes in moves.items():
+        reused = name in done or (name == "publish" and not nbytes)
+        if reused:
+            nbytes, figure = 0, Figure(0.0, "the store has it" if name != "publish" else "the Hub has it")
+        elif name == "quantize":
+            figure = quantize_figure(store, recipe, blocks_of(output), linear)
+        else:
+            figure = stage_figure(store, name, recipe, nbytes)
+        row: dict[str, Any] = {"name": name, "state": "reused" if reused else "run", "bytes": nbytes}
+        row |= {"seconds": round(figure.seconds, 1), "cost": _cost(recipe, name, figure.seconds)}
+        rows.append({**row, "figure": figure.source})
+    return rows
+
+
+def _cost(recipe: Recipe, stage: str, seconds: float) -> float | None:
+    price = recipe.hardware.price_per_hour if recipe.hardware else None
+    return round(seconds / 3600 * price, 4) if price is not None and stage in ON_GPU else None
+
+
+def _changes(store: Store, base: Revision, hashes: Hashes, source: Checkpoint) -> dict[str, Any] | None:
+    """What this commit changed against the last one done; None where none was."""
+    found = last_done(store, base)
+    if found is None:
+        return None
+    sha, manifest = found
+    files = changed_files(manifest, base, hashes)
+    document: dict[str, Any] = {"since": sha, "files": files, "tensors": None, "config": []}
+    if not any(files.values()):
+        return document
+    known: Hashes = {file.path: file.sha256 for file in manifest.files}
+    with TemporaryDirectory(prefix="requant-") as temporary, contextlib.suppress(CheckpointError, HubError):
+        # The Hub may not have that commit any more.
+        folder = lay_out(resolve(base.repo_id, sha), Path(temporary), lambda file: near_file(store, file, known))
+        document["config"] = changed_fields(read_json(folder / "config.json"), source.config)
+        document["tensors"] = changed_tensors(Checkpoint.open(folder), source, files["changed"])
+    return document
+
+
+def _document(
+    recipe: Recipe,
+    base: Revision | None,
+    source: Checkpoint | None = None,
+    output: Output | None = None,
+    stages: list[dict[str, Any]] | None = None,
+    needed: Needs | None = None,
+    changes: dict[str, Any] | None = None,
+    problems: list[str] | None = None,
+) -> dict[str, Any]:
+    stages = stages or []
+    costs = [stage["cost"] for stage in stages if stage["cost"] is not None]
+    return {
+        "base": {
+            "repo_id": recipe.base.repo_id,
+            "revision": recipe.base.revision,
+            "sha": base.sha if base else None,
+            "bytes": sum(file.size for file in base.wanted) if base else None,
+            "tensors": len(source.tensors) if source else None,
+        },
+        "stages": stages,
+        "output": _output(recipe, output),
+        "needs": needed.to_json() if needed else {"disk_bytes": None, "ram_bytes": None, "vram_bytes": None},
+        "transfer": {
+            "download_bytes": sum(s["bytes"] for s in stages if s["name"] == "download"),
+            "upload_bytes": sum(s["bytes"] for s in stages if s["name"] == "publish"),
+        },
+        "engines": output.engines() if output else {},
+        "hardware": {
+            "gpu": hardware(recipe),
+            "seconds": round(sum(stage["seconds"] for stage in stages), 1),
+            "price_per_hour": recipe.hardware.price_per_hour if recipe.hardware else None,
+            "cost": round(sum(costs), 2) if costs else None,
+        },
+        "changes": changes,
+        "notes": [*(output.notes if output else []), *_notes(recipe)],
+        "problems": problems or [],
+    }
+
+
+def _notes(recipe: Recipe) -> list[str]:
+    return ["how long the tasks of eval take is not foretold: validate will take longer"] if recipe.eval else []
+
+
+def _output(recipe: Recipe, output: Output | None) -> dict[str, Any]:
+    if output is None:
+        return {"bytes": None, "quantized_tensors": None, "kept_tensors": None}
+    bits, group_size, sym = recipe.quantize.resolved
+    return {
+        "bytes": sum(output.sizes.values()),
+        "weights_bytes": sum(output.weights.values()),
+        "quantized_tensors": len(output.choice.packed),
+        "kept_tensors": len(output.kept_names),
+        "scheme": {"bits": bits, "group_size": group_size, "sym": sym},
+        "packing": output.choice.quantization["packing_format"],
+        "shards": output.weights,
+        "files": output.sizes,
+        "quantized": output.packed(),
+        "kept": output.kept(),
+    }

@@ -1,0 +1,151 @@
+"""The checkpoint that comes out, to the byte: laid out by the code that writes it, from the base's headers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tasks.checkpoint.assemble import lay_out
+from tasks.checkpoint.blocks import block_of
+from tasks.checkpoint.checkpoint import INDEX, Checkpoint
+from tasks.checkpoint.engines import verdicts
+from tasks.checkpoint.fp8 import plain
+from tasks.checkpoint.head import HEAD_SHARD, HeadFiles, with_head, without_head
+from tasks.checkpoint.header import Tensor
+from tasks.checkpoint.inventory import inventory
+from tasks.checkpoint.mtp import without_head_entries
+from tasks.checkpoint.packing import Scheme
+from tasks.checkpoint.writer import Computed, Layout
+from tasks.errors import CheckpointError
+from tasks.hub.card import REASONS, kept_groups
+from tasks.planning.layers import Choice, choose_layers
+from tasks.recipe import Recipe
+
+PACKED = {"qweight": "I32", "qzeros": "I32", "scales": "F16"}
+Parts = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What quantize and mtp_fix will write. `before_head` are the bytes of quantize's files, `sizes` of all. `base` is
+    `source`, or the BF16 weights that an FP8 one stands for."""
+
+    source: Checkpoint
+    base: Checkpoint
+    choice: Choice
+    checkpoint: Checkpoint
+    before_head: dict[str, int]
+    sizes: dict[str, int]
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def weights(self) -> dict[str, int]:
+        """Bytes of each shard."""
+        return {path: size for path, size in self.sizes.items() if path.endswith(".safetensors")}
+
+    @property
+    def kept_names(self) -> list[str]:
+        """Tensors that are the base's, as it has them."""
+        return [name for name in self.checkpoint.tensors if name in self.base.tensors]
+
+    @property
+    def packed_parameters(self) -> int:
+        """Weights that are tuned and packed, the head's aside."""
+        shapes = (self.base.tensors[f"{module}.weight"].shape for module in self.choice.packed)
+        return sum(rows * columns for rows, columns in shapes)
+
+    def engines(self) -> dict[str, dict[str, Any]]:
+        """Whether each engine will load the result, and draft."""
+        return verdicts(self.checkpoint)
+
+    def kept(self) -> list[dict[str, Any]]:
+        """The tensors that are not packed, in the card's groups, each with the card's reason, or auto-round's own."""
+        own = {kept_groups([f"{name}.weight"])[0][0]: why for name, why in self.choice.why.items()}
+        rows = []
+        for group, count, why in kept_groups(self.kept_names):
+            told = any(re.search(pattern, group.strip("`")) for pattern, _ in REASONS)
+            rows.append({"tensors": group.strip("`"), "count": int(count), "why": why if told else own.get(group, why)})
+        return rows
+
+    def packed(self) -> list[dict[str, Any]]:
+        """The packed modules in groups: how many, how wide, bytes."""
+        return [group.to_json() for group in inventory(self.checkpoint) if group.storage.startswith("INT")]
+
+
+def plan_output(source: Checkpoint, recipe: Recipe, other_files: Mapping[str, int]) -> Output:
+    """Lay out what a recipe makes of a base. `other_files`: bytes of the base's files that join verbatim.
+
+    What cannot be packed as asked is in `problems`. Raises CheckpointError where nothing can be laid out: FP8 without
+    its scales, a head that is not whole.
+    """
+    base = plain(source)
+    choice = choose_layers(base, recipe.quantize)
+    quantization = without_head_entries(choice.quantization, base.head)
+    parts, problems, notes = _packed_parts(base, choice, quantization)
+    made = lay_out(base, parts, quantization)
+    files = HeadFiles(made.documents["config.json"], made.documents[INDEX])
+    if recipe.mtp == "drop" or base.head is None:
+        joined = Layout({}, without_head(files, base.head).documents)
+    else:
+        joined = with_head(files, source, recipe.mtp)
+    sizes = {**other_files, **made.sizes, **joined.sizes}
+    shards = {**made.shards, **joined.shards}
+    tensors = {tensor.name: tensor for shard in shards.values() for tensor in shard}
+    total = joined.documents[INDEX]["metadata"]["total_size"]
+    result = Checkpoint(source.folder, joined.documents["config.json"], tensors, tuple(shards), total)
+    return Output(
+        source, base, choice, result, made.sizes, sizes, [*choice.problems, *problems], [*choice.notes, *notes]
+    )
+
+
+def head_bytes(output: Output) -> int:
+    """Bytes of the shard that holds the head."""
+    return output.sizes.get(HEAD_SHARD, 0)
+
+
+def _packed_parts(
+    base: Checkpoint, choice: Choice, quantization: Mapping[str, Any]
+) -> tuple[Parts, list[str], list[str]]:
+    """The packed parts of each chosen module, and what is wrong with its scheme."""
+    parts: Parts = {}
+    problems: list[str] = []
+    uneven: dict[str, int] = {}
+    awq = False
+    for module in choice.packed:
+        out_features, in_features = base.tensors[f"{module}.weight"].shape
+        try:
+            scheme = Scheme.of(quantization, module)
+        except CheckpointError as error:
+            return {}, [f"{error}: change quantize.layers"], []
+        awq = awq or scheme.packing == "awq"
+        if scheme.group_size > 0 and in_features % scheme.group_size:
+            uneven[module] = in_features
+        shapes = scheme.shapes(out_features, in_features)
+        parts[module] = {p: Computed.of(f"{module}.{p}", dtype, shapes[p], tuple) for p, dtype in PACKED.items()}
+    if not parts:
+        problems.append(
+            "no layer would be quantized: the base has no decoder blocks with linear layers, or all are kept"
+        )
+    if uneven and (len(uneven) == len(parts) or awq):
+        module, width = next(iter(uneven.items()))
+        size = quantization["group_size"]
+        where = "the input of no layer" if len(uneven) == len(parts) else f"not the input of {module}"
+        problems.append(f"quantize.group_size {size} divides {where} ({width} wide): use one that does, or -1")
+    notes = []
+    if uneven and not problems:
+        groups = ", ".join(group.strip("`") for group, _, _ in kept_groups(uneven))
+        notes.append(f"the group size does not divide the inputs of {groups}: their last group is smaller")
+    return parts, problems, notes
+
+
+def blocks_of(output: Output) -> dict[str, int]:
+    """Packed weights by decoder block."""
+    sizes: dict[str, int] = {}
+    for module in output.choice.packed:
+        rows, columns = output.base.tensors[f"{module}.weight"].shape
+        block = block_of(module) or ""
+        sizes[block] = sizes.get(block, 0) + rows * columns
+    return sizes

@@ -1,0 +1,253 @@
+"""`requant plan` against a Hub: what it fetches, what it foretells, what it refuses; and the same before a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.bench.shapes import write_base
+from infra.hub.launch import Exchange, HubStandIn
+from tests.bases import other_base
+from tests.integration.conftest import ROOT, Outcome, Requant
+from tests.integration.test_cli import artifacts
+from tests.pico import pico_base
+from tests.unit.making import write_quantized
+
+Finished = tuple[Requant, Outcome]
+STAGES = ["download", "quantize", "mtp_fix", "validate", "benchmark"]
+RECIPE_27B = ROOT / "deployments" / "recipes" / "qwen3.6-27b-int4.yaml"
+
+
+def weights(traffic: list[Exchange]) -> list[Exchange]:
+    return [each for each in traffic if each["path"].endswith(".safetensors")]
+
+
+@pytest.fixture(scope="module")
+def planned(hub: HubStandIn, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The plan of the 27 B recipe, and what was asked of the Hub for it."""
+    folder = tmp_path_factory.mktemp("27b")
+    hub.seed("Qwen/Qwen3.6-27B", write_base(folder / "base", data=False), headers_only=True)
+    (folder / "texts").mkdir()
+    (folder / "texts" / "train.txt").write_text("text")
+    hub.seed("NeelNanda/pile-10k", folder / "texts", repo_type="dataset")
+    hub.reset_traffic()
+    requant = Requant(folder, {**environment, "REQUANT_STORE": (folder / "store").as_uri()})
+    outcome = requant("plan", str(RECIPE_27B), "--elsewhere", "--json", "--markdown", str(folder / "plan.md"))
+    assert outcome.status == 0, outcome.stderr
+    text = (folder / "plan.md").read_text()
+    return {"document": outcome.document, "traffic": hub.traffic(), "store": folder / "store", "markdown": text}
+
+
+def test_the_27b_plan_has_the_contracts_keys_and_the_known_size(planned: dict[str, Any]) -> None:
+    document = planned["document"]
+    assert list(document)[:4] == ["base", "stages", "output", "needs"] and document["problems"] == []
+    assert [s["name"] for s in document["stages"]] == [*STAGES, "publish"]
+    assert all({"name", "state", "bytes", "seconds"} <= set(stage) for stage in document["stages"])
+    assert 19.0e9 < document["output"]["bytes"] < 20.0e9
+    assert sum(document["output"]["shards"].values()) == document["output"]["weights_bytes"]
+    assert (document["output"]["quantized_tensors"], document["output"]["kept_tensors"]) == (400, 799)
+    assert document["engines"]["vllm"]["mtp"] and document["engines"]["sglang"]["mtp"]
+    assert 100e9 < document["needs"]["disk_bytes"] < 160e9 and document["needs"]["vram_bytes"] < 32e9
+    assert document["needs"]["low_gpu_mem"]["vram_bytes"] < document["needs"]["vram_bytes"]
+
+
+def test_every_layer_that_is_not_packed_is_named_with_a_reason(planned: dict[str, Any]) -> None:
+    kept = {group["tensors"]: group["why"] for group in planned["document"]["output"]["kept"]}
+    layers = "model.language_model.layers.*"
+    for name in ("in_proj_a.weight", "in_proj_b.weight", "conv1d.weight", "norm.weight", "A_log", "dt_bias"):
+        assert kept[f"{layers}.linear_attn.{name}"]
+    for name in ("lm_head.weight", "model.language_model.embed_tokens.weight", "model.visual.*", "mtp.*"):
+        assert kept[name]
+    assert all(why != "not a matrix of a decoder block" for why in kept.values())
+
+
+def test_the_27b_plan_costs_what_was_measured_on_the_recipes_gpu(planned: dict[str, Any]) -> None:
+    quantize = planned["document"]["stages"][1]
+    assert "measured on NVIDIA H100" in quantize["figure"] and 1000 < quantize["seconds"] < 2000
+    assert quantize["cost"] == pytest.approx(2.5 * quantize["seconds"] / 3600, rel=1e-3)
+    assert planned["document"]["hardware"]["cost"] > quantize["cost"]
+
+
+def test_a_plan_asks_for_headers_in_few_requests_and_never_for_a_weight(planned: dict[str, Any]) -> None:
+    traffic = planned["traffic"]
+    assert len(traffic) <= 20 and sum(t["bytes_out"] for t in traffic) < 1_000_000
+    shards = weights(traffic)
+    assert len(shards) <= 14 and all(t["status"] == 206 and t["bytes_out"] <= 32 << 10 for t in shards)
+    assert not planned["store"].exists()  # nothing is changed
+
+
+def test_the_stand_in_serves_nothing_of_a_header_only_file_but_ranges(planned: dict[str, Any], hub: HubStandIn) -> None:
+    import httpx
+
+    url = f"{hub.url}{weights(planned['traffic'])[0]['path']}"
+    assert httpx.get(url).status_code == 400
+    end = httpx.get(url, headers={"Range": "bytes=4000000000-4000000999"})
+    assert end.status_code == 206 and end.content == bytes(1000)
+    stored = sum(512 * p.stat().st_blocks for p in (hub.state / "repos" / "models" / "Qwen").rglob("*") if p.is_file())
+    assert stored < 5_000_000
+
+
+def test_the_markdown_is_what_a_pull_request_shows(planned: dict[str, Any]) -> None:
+    text = planned["markdown"]
+    assert "qwen3.6-27b-int4.yaml: would run" in text and "| quantize | run |" in text and "`mtp.*`" in text
+
+
+def test_the_plan_of_a_finished_run_reuses_all_and_knew_every_file(finished: Finished, hub: HubStandIn) -> None:
+    requant, outcome = finished
+    hub.reset_traffic()
+    planning = requant("plan", str(requant.write_recipe()), "--json")
+    assert planning.status == 0, planning.stderr
+    document = planning.document
+    assert {s["name"]: s["state"] for s in document["stages"]} == dict.fromkeys([*STAGES, "publish"], "reused")
+    assert document["transfer"] == {"download_bytes": 0, "upload_bytes": 0}
+    assert not [t for t in hub.traffic() if "/resolve/" in t["path"]]  # all of it is on this machine
+    folder = requant.folder / "checkout"
+    card = ("README.md", "pictures/")
+    made = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    assert {path: size for path, size in made.items() if not path.startswith(card)} == document["output"]["files"]
+    measured = outcome.document["measured"]
+    output = document["output"]
+    assert (output["quantized_tensors"], output["kept_tensors"]) == (
+        measured["packed"],
+        measured["kept"] + measured["head"],
+    )
+
+
+def test_a_changed_recipe_runs_from_the_stage_that_reads_the_change(requant: Requant) -> None:
+    states = {}
+    for name, changes in {"mtp": {"mtp": "drop"}, "quantize": {"quantize": {"seed": 1}}}.items():
+        document = requant("plan", str(requant.write_recipe(**changes)), "--json").document
+        states[name] = [stage["state"] for stage in document["stages"]]
+        assert all("an earlier run on cpu" in s["figure"] for s in document["stages"][2:5] if s["name"] == "validate")
+    assert states["mtp"] == ["reused", "reused", "run", "run", "run", "run"]
+    assert states["quantize"] == ["reused", "run", "run", "run", "run", "run"]
+
+
+def test_the_same_weights_in_another_commit_are_known_without_fetching_them(
+    requant: Requant, hub: HubStandIn, base: Path
+) -> None:
+    hub.seed("demo/planned", base)
+    hub.reset_traffic()
+    document = requant("plan", str(requant.write_recipe(base={"repo_id": "demo/planned"})), "--json").document
+    assert [stage["state"] for stage in document["stages"]] == ["run", *["reused"] * 5]
+    assert not weights(hub.traffic())
+
+
+def test_what_a_new_revision_changed_is_told(requant: Requant, hub: HubStandIn, tmp_path: Path) -> None:
+    again = pico_base(tmp_path / "again", layers=3, head=False)
+    config = json.loads((again / "config.json").read_text())
+    config["text_config"]["rope_parameters"]["rope_theta"] = 5.0
+    (again / "config.json").write_text(json.dumps(config))
+    (again / "notes.txt").write_text("new")
+    sha = hub.seed("demo/pico", again, revision="next", delete_missing=True)
+    recipe = requant.write_recipe(base={"repo_id": "demo/pico", "revision": "next"})
+    outcome = requant("plan", str(recipe), "--json")
+    assert outcome.status == 0, outcome.stdout
+    changes = outcome.document["changes"]
+    assert outcome.document["base"]["sha"] == sha and changes["since"] != sha
+    assert changes["files"]["added"] == ["notes.txt"] and changes["files"]["removed"] == []
+    assert "config.json" in changes["files"]["changed"] and "tokenizer.json" not in changes["files"]["changed"]
+    assert changes["tensors"]["added"] == [] and "mtp.fc.weight" in changes["tensors"]["removed"]
+    told = {change["field"]: (change["before"], change["now"]) for change in changes["config"]}
+    assert told["text_config.rope_parameters.rope_theta"][1] == "5.0"
+    assert told["text_config.mtp_num_hidden_layers"] == ("1", "0")
+
+
+def other(folder: Path, **changes: Any) -> Path:
+    """A pico base with other words in its config.json."""
+    base = pico_base(folder)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, **changes}))
+    return base
+
+
+def promising(folder: Path) -> Path:
+    """A base without the head that its config promises."""
+    base = pico_base(folder, head=False)
+    config = (base / "config.json").read_text()
+    (base / "config.json").write_text(config.replace('"mtp_num_hidden_layers": 0', '"mtp_num_hidden_layers": 1'))
+    return base
+
+
+def fused(folder: Path) -> Path:
+    """A base whose experts lie in one tensor for each block."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    base = other_base(folder, "qwen3_5_moe_text")
+    tensors = load_file(base / "model.safetensors")
+    names = [n for n in tensors if ".experts." in n and "down_proj" in n and ".layers.0." in n]
+    tensors["model.layers.0.mlp.experts.down_proj"] = torch.stack([tensors.pop(n) for n in sorted(names)])
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    return base
+
+
+def test_a_run_is_stopped_before_its_first_byte_with_the_plans_sentence(
+    requant: Requant, hub: HubStandIn, tmp_path: Path
+) -> None:
+    hub.seed("demo/unknown", other(tmp_path / "unknown", model_type="qwen99"))
+    path = str(requant.write_recipe(base={"repo_id": "demo/unknown"}, publish=None))
+    planning = requant("plan", path, "--json")
+    assert planning.status == 1
+    (problem,) = planning.document["problems"]
+    assert problem.startswith("transformers does not know the base's model type 'qwen99'")
+    hub.reset_traffic()
+    outcome = requant("run", path, "--json")
+    assert outcome.status == 1 and outcome.document["status"] == "failed" and outcome.document["stages"] == []
+    assert outcome.document["error"] == problem and "Traceback" not in outcome.stderr
+    assert all(t["status"] == 206 and t["bytes_out"] <= 16 << 10 for t in weights(hub.traffic()))
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
+    "code": (lambda f: other(f, model_type="own", auto_map={"AutoConfig": "own.Own"}), {}, "set allow_remote_code"),
+    "packed": (lambda f: write_quantized(pico_base(f), f.parent), {}, "already quantized"),
+    "fused": (fused, {}, "lie fused in model.layers.0.mlp.experts.down_proj"),
+    "group": (pico_base, {"group_size": 1024}, "group_size 1024 divides the input of no layer"),
+    "names": (pico_base, {"layers": {"q_prj": {"bits": 8}}}, "names 'q_prj', which is in no layer"),
+    "head": (promising, {}, "promises 1 MTP layers and its tensors have 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_with_a_sentence(
+    case: str, requant: Requant, hub: HubStandIn, tmp_path: Path
+) -> None:
+    make, quantize, sentence = REFUSED[case]
+    hub.seed(f"demo/refused-{case}", make(tmp_path / "base"))
+    recipe = requant.write_recipe(base={"repo_id": f"demo/refused-{case}"}, quantize=quantize, publish=None)
+    outcome = requant("plan", str(recipe), "--json")
+    assert outcome.status == 1 and "Traceback" not in outcome.stderr
+    assert sentence in " ".join(outcome.document["problems"])
+
+
+def test_a_gate_is_a_problem_of_the_plan(requant: Requant, hub: HubStandIn, tmp_path: Path) -> None:
+    hub.seed("demo/gated", pico_base(tmp_path / "gated"))
+    hub.set_repo("demo/gated", gated=True)
+    outcome = requant("plan", str(requant.write_recipe(base={"repo_id": "demo/gated"})), "--json")
+    assert outcome.status == 1 and outcome.document["base"]["sha"] is None
+    assert "demo/gated is gated and this account has no access" in outcome.document["problems"][0]
+
+
+def test_the_flow_leaves_a_table_in_prefect_and_fails_on_problems(requant: Requant, prefect_server: str) -> None:
+    code = (
+        "import sys; from flows.plan import plan; from tasks.recipe_file import load_recipe; from pathlib import Path; "
+    )
+    code += "plan(load_recipe(Path(sys.argv[1])))"
+    command = [sys.executable, "-c", code]
+    environment = {**requant.environment, "PYTHONPATH": os.fspath(ROOT)}
+
+    def run(path: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, path], env=environment, text=True, capture_output=True, check=False)
+
+    assert run(requant.write_recipe()).returncode == 0
+    assert any("| quantize | reused |" in a["data"] for a in artifacts(prefect_server, "requant-plan"))
+    assert artifacts(prefect_server, "requant-plan-stages")
+    failed = run(requant.write_recipe(quantize={"group_size": 1024}))
+    assert failed.returncode != 0 and "divides the input of no layer" in failed.stderr
