@@ -20,11 +20,13 @@ import click
 from flows.bench_command import bench
 from flows.checkpoint_commands import inspect, mtp_fix, validate
 from flows.command import NEW_FILE, NEW_FOLDER, command
+from flows.release_commands import publish, verify
 from flows.store_commands import store
+from tasks.artifact import NOT_TAKEN
 from tasks.checkpoint.writer import write_file, write_json
 from tasks.errors import RecipeError, RequantError, explain_os_error, redact
 from tasks.log import Plain
-from tasks.pictures import CARD_KINDS, FOLDER, write_pictures
+from tasks.pictures import FOLDER, NAMES, write_pictures
 from tasks.store import open_store
 
 if TYPE_CHECKING:
@@ -102,15 +104,14 @@ def _lay_out(report: Report, checkout: Path | None) -> None:
     else:
         folder = store.near.root / "checkouts" / report.artifact.digest
         report.path = store.hand_out(report.artifact, folder)
-    if report.card is not None:
-        write_file(report.path, "README.md", [report.card.encode()])
-        write_pictures(report.path / FOLDER, report.pictures, CARD_KINDS)
-    else:  # an earlier run's
-        (report.path / "README.md").unlink(missing_ok=True)
-        write_pictures(report.path / FOLDER, [])
+    for path in {*NOT_TAKEN, *(f"{FOLDER}/{name}.png" for name in NAMES)} - set(report.beside):
+        if path not in report.artifact:
+            (report.path / path).unlink(missing_ok=True)  # an earlier run's
+    for path, data in report.beside.items():
+        write_file(report.path, path, [data])
 
 
-for each in (run, validate, mtp_fix, inspect, bench, store):
+for each in (run, validate, mtp_fix, inspect, bench, verify, publish, store):
     cli.add_command(each)
 
 

@@ -64,7 +64,7 @@ def _speed(benchmark: Mapping[str, Any]) -> list[str]:
     from tasks.pictures.prompts import first_setting
 
     where = plain(
-        f"{benchmark['version']} on {benchmark['hardware']}" if "version" in benchmark else benchmark["engine"]
+        f"{benchmark['version']} on {benchmark['hardware']}" if "version" in benchmark else "a server that ran already"
     )
     prompts = [p for p in benchmark.get("prompts") or [] if "mtp" in p and "sampling" in p]
     if not prompts:

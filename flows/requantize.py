@@ -18,13 +18,13 @@ from tasks.download import download_task
 from tasks.errors import RequantError
 from tasks.evaluate import check_tasks
 from tasks.gates import compare
-from tasks.hub.release import check_target
 from tasks.hub.revision import Revision, resolve
+from tasks.hub.target import check_target
 from tasks.log import plain_logs
 from tasks.mtp_fix import mtp_fix_task
-from tasks.pictures import Picture
+from tasks.pictures import FOLDER, Picture
 from tasks.prefect_stage import options, say
-from tasks.publish import card_for, publish_task
+from tasks.publish import beside_for, publish_task
 from tasks.quantize import quantize_task
 from tasks.recipe import Recipe
 from tasks.stage import StageResult
@@ -79,7 +79,8 @@ def _run(recipe: Recipe, report: Report) -> None:
     _done(benchmark_task(recipe, artifact), report)
     report.benchmark = speed.read_values(store, report.stages[-1])
     draw_pictures(report)
-    card = card_for(
+    report.status = "validated"
+    report.beside = beside_for(
         store,
         recipe,
         base,
@@ -89,12 +90,11 @@ def _run(recipe: Recipe, report: Report) -> None:
         measured,
         report.benchmark,
         report.stages,
+        markdown(report, lambda picture: f"{FOLDER}/{picture.name}.png"),
         report.pictures,
     )
-    report.card = card
-    report.status = "validated"
     if recipe.publish is not None:
-        _done(publish_task(recipe, base, artifact, card, report.pictures), report)
+        _done(publish_task(recipe, base, artifact, report.beside), report)
         report.published = report.stages[-1].provenance["published"]
         report.status = "published"
 
@@ -106,7 +106,7 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Text, Text]:
     base = resolve(recipe.base.repo_id, recipe.base.revision)
     say()(f"{recipe.base.repo_id}@{recipe.base.revision} is {base.sha}")
     if recipe.publish is not None:
-        check_target(recipe.publish.repo_id, private=recipe.publish.private)
+        check_target(recipe.publish, base)
     return base, find_text(recipe.quantize.calibration), find_text(recipe.validation.text, "validation.text")
 
 

@@ -30,7 +30,7 @@ def render(report: Report) -> str:
             console.print(speed, highlight=False, markup=False, soft_wrap=True)
         if report.path:
             console.print(f"checkpoint  {report.path}", highlight=False, markup=False, soft_wrap=True)
-        if report.path and report.card:
+        if report.path and report.beside:
             console.print(f"card        {report.path / 'README.md'}", highlight=False, markup=False, soft_wrap=True)
         if report.published:
             done = "published" if report.published["changed"] else "already published"

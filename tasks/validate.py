@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from prefect import task
 
-from tasks.artifact import Manifest
+from tasks.artifact import NOT_TAKEN, Manifest
 from tasks.checkpoint.account import Account, account
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.fidelity import fidelity
@@ -24,7 +24,6 @@ from tasks.download import text_files
 from tasks.errors import RecipeError, RequantError
 from tasks.evaluate import Scores, asked, evaluate, evaluated, recovery, whole
 from tasks.gates import most_repeated
-from tasks.mtp_fix import REWRITTEN
 from tasks.prefect_stage import options, say, shown
 from tasks.quantizing.samples import read_documents
 from tasks.recipe import PACKED_HEADS, Eval, Recipe
@@ -46,7 +45,7 @@ log = logging.getLogger(__name__)
 
 def compared_part(base: Manifest) -> Manifest:
     """The files of a base that a checkpoint made of it is compared with."""
-    return Manifest.of(f for f in base.files if f.path not in REWRITTEN)
+    return Manifest.of(f for f in base.files if f.path not in NOT_TAKEN)
 
 
 def validate_key(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text) -> str:
