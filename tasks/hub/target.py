@@ -16,8 +16,8 @@ from tasks.recipe import Publish
 def check_target(publish: Publish, base: Revision) -> None:
     """Find out before any work whether a release of `base` could be published. Raises HubError, HubUnavailable.
 
-    A target that someone changed is refused here if it holds a release of another commit of the base; one of the same
-    commit may be what this run will come to, and is looked at again then.
+    A target that someone changed is refused here if it holds a release of another commit of this base. What was made of
+    the same commit, or of a base by another name, may be what this run will come to, and is looked at again then.
     """
     api, repo_id = hub_api(), publish.repo_id
     with hub_errors(repo_id):
@@ -36,7 +36,7 @@ def check_target(publish: Publish, base: Revision) -> None:
     with hub_errors(repo_id):
         there = api.repo_exists(repo_id)
     if there:
-        refuse_changed(resolve(repo_id), base, overwrite=publish.overwrite, same_commit=False)
+        refuse_changed(resolve(repo_id), base, overwrite=publish.overwrite, before_work=True)
 
 
 def open_target(publish: Publish, base: Revision) -> Revision:
@@ -61,21 +61,21 @@ def open_target(publish: Publish, base: Revision) -> Revision:
     return main
 
 
-def refuse_changed(main: Revision, base: Revision, *, overwrite: bool, same_commit: bool = True) -> None:
+def refuse_changed(main: Revision, base: Revision, *, overwrite: bool, before_work: bool = False) -> None:
     """Raise HubError if a release of `base` would replace what Requant did not put there: another model, or words and
-    files that someone else changed since. `same_commit`: also where main holds a release of the same commit."""
+    files that someone else changed since. `before_work`: only if it surely would."""
     if overwrite or not any(file.path.endswith(".safetensors") for file in main.files):
         return
     claimed = read_release(main)
     if claimed is None:
         raise HubError(f"{main.repo_id} holds a model that Requant did not make: publish to a repo of its own")
+    if before_work and (claimed.base_repo_id != base.repo_id or claimed.base_sha == base.sha):
+        return
     if claimed.base_repo_id != base.repo_id:
         raise HubError(
             f"{main.repo_id} holds a release made of {claimed.base_repo_id}, not of {base.repo_id}: publish to a repo "
             "of its own, or set publish.overwrite: true"
         )
-    if claimed.base_sha == base.sha and not same_commit:
-        return
     if changed := claimed.differences(main):
         raise HubError(
             f"{main.repo_id} was changed by someone else since release {claimed.tag} ({told(changed)}): look at it, "
