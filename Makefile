@@ -34,6 +34,7 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m infra.bench.overhead
 	$(BIN)/python -m infra.bench.surgery
+	$(BIN)/python -m infra.bench.publish
 
 bench-gpu: $(INSTALLED)
 	MINUTES=$(MINUTES) $(BIN)/python -m infra.bench.gpu

@@ -17,12 +17,12 @@ from tasks.artifact import CARD, RECIPE, RELEASE, REPORT, File, Manifest, digest
 from tasks.checkpoint.checkpoint import INDEX
 from tasks.checkpoint.packing import PARTS
 from tasks.checkpoint.writer import write_file
+from tasks.errors import redact
 from tasks.gates import Gate
 from tasks.hub.card import make_card
 from tasks.hub.facts import CardFacts
 from tasks.hub.manifest import SMALL, release_document
 from tasks.hub.origin import recipe_text
-from tasks.hub.public import public
 from tasks.hub.release import release
 from tasks.hub.revision import Revision
 from tasks.pictures import FOLDER, Picture
@@ -69,9 +69,9 @@ def beside_for(
         chat=has_chat_template({f.path for f in artifact.files}, lambda name: store.read_blob(artifact[name])),
     )
     beside = {
-        CARD: public(make_card(facts)).encode(),
+        CARD: redact(make_card(facts)).encode(),
         RECIPE: recipe_text(facts).encode(),
-        REPORT: public(report).encode(),
+        REPORT: redact(report).encode(),
         **{path: picture.png for path, picture in drawn.items()},
     }
     small = {f.path: git_blob_id_of(store.read_blob(f)) for f in artifact.files if f.size <= SMALL}

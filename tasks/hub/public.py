@@ -9,7 +9,7 @@ from typing import Any
 from tasks.errors import redact
 
 # An absolute path, or one below a home: all but its last part. Addresses and `owner/name` are none.
-FOLDERS = re.compile(r"(?<![\w:/.@~-])~?/(?:[^\s/'\"`,:;()]+/)+(?=[^\s/])|(?<![\w:/.@-])/(?=[^\s/'\"`,:;()]+$)")
+FOLDERS = re.compile(r"(?<![\w:/.@~}-])~?/(?:[^\s/'\"`,:;()]+/)+(?=[^\s/])|(?<![\w:/.@}-])/(?=[^\s/'\"`,:;()]+$)")
 SERVER = re.compile(r"\burl:https?://\S+")
 
 

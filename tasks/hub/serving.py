@@ -19,11 +19,11 @@ def serving_parts(
 ) -> list[str]:
     """How to serve `model`, ask it, and load it. `auto` is the class of transformers."""
     return [
-        *_vllm(benchmark, model, asked, mtp=head),
+        *(_vllm(benchmark, model, asked, mtp=True) if head else ()),
+        *_vllm(benchmark, model, asked, mtp=False),
         "It speaks OpenAI's API. This request was **not run** as it stands here; Requant's tests run it, on a small "
         "model.",
         code(_curl(model, chat=chat)),
-        *(_vllm(benchmark, model, asked, mtp=False) if head else ()),
         f"SGLang{' with its MTP head' if head and not packed_head else ''}. This command was **not run**.",
         code(_sglang(model, asked.draft_tokens if head and not packed_head else 0)),
         f"transformers{', which does not use the MTP head' if head else ''}. This was **not run** as it stands here; "
