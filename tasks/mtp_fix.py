@@ -13,7 +13,7 @@ from typing import Any
 
 from prefect import task
 
-from tasks.artifact import NOT_TAKEN, File, Manifest
+from tasks.artifact import REWRITTEN, File, Manifest
 from tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from tasks.checkpoint.head import HEAD_SHARD, HeadFiles, keep_head, shards_with_head, without_head
 from tasks.prefect_stage import options, say, shown
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def mtp_fix_key(recipe: Recipe, base: Manifest, quantized: Manifest) -> str:
-    joined = Manifest.of(f for f in base.files if f.path not in NOT_TAKEN)
+    joined = Manifest.of(f for f in base.files if f.path not in REWRITTEN)
     return STAGE.key(
         reads={"base": joined.digest, "quantized": quantized.digest},
         settings={"mtp": recipe.mtp},
@@ -71,7 +71,7 @@ def mtp_fix(
 def _remaining(base: Manifest, there: set[str]) -> list[File]:
     """Every file of the base that is neither weights nor written anew: verbatim."""
     weights = (".safetensors", ".safetensors.index.json")
-    return [f for f in base.files if f.path not in NOT_TAKEN and f.path not in there and not f.path.endswith(weights)]
+    return [f for f in base.files if f.path not in REWRITTEN and f.path not in there and not f.path.endswith(weights)]
 
 
 @task(**options("mtp_fix", hours=4))

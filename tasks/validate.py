@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from prefect import task
 
-from tasks.artifact import NOT_TAKEN, Manifest
+from tasks.artifact import REWRITTEN, Manifest
 from tasks.checkpoint.account import Account, account
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.fidelity import fidelity
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 def compared_part(base: Manifest) -> Manifest:
     """The files of a base that a checkpoint made of it is compared with."""
-    return Manifest.of(f for f in base.files if f.path not in NOT_TAKEN)
+    return Manifest.of(f for f in base.files if f.path not in REWRITTEN)
 
 
 def validate_key(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text) -> str:

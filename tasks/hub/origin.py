@@ -56,6 +56,7 @@ def recipe_text(facts: CardFacts) -> str:
         document["validation"]["text"] = facts.measured["text"]
     if document.get("benchmark", {}).get("engine", "").startswith("url:"):
         document["benchmark"].pop("engine")  # somebody's server
+    document.pop("hardware", None)  # and what an hour of it costs
     return yaml.safe_dump(public(document), sort_keys=False, allow_unicode=True)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, constants
 
-from tasks.artifact import GITATTRIBUTES, NOT_TAKEN, File, Manifest, file_of, git_blob_id
+from tasks.artifact import GITATTRIBUTES, REWRITTEN, File, Manifest, file_of, git_blob_id
 from tasks.errors import HubError, HubUnavailable
 from tasks.hub.client import hub_api, hub_errors
 from tasks.hub.manifest import tag_of
@@ -65,7 +65,7 @@ def release(
     message = f"Requant of {base.repo_id}@{base.sha[:7]} ({manifest.digest[:7]})"
     files = [*manifest.files, *(file_of(folder, path) for path in beside)]
     main = open_target(publish, base)
-    changed = not holds(main, manifest.files, folder, aside={*NOT_TAKEN, *_pictures(main, manifest)})
+    changed = not holds(main, manifest.files, folder, aside={*REWRITTEN, *_pictures(main, manifest)})
     if not changed:
         say(f"{repo_id} already holds this artifact")
     else:

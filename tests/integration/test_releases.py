@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,21 @@ def test_a_pull_request_is_opened_once_and_tagged_when_it_is_merged(api: HfApi, 
     merged = three[1].publish(pull_request=True)
     assert not merged.changed and merged.pull_request is None and verify(TARGET, merged.tag).problems == []
     assert set(api.list_repo_files(TARGET)) == three[1].names
+
+
+@pytest.mark.parametrize("path", [r"/discussions$", r"/commit/refs", r"/status$"])
+def test_a_pull_request_whose_answers_are_lost_is_opened_once(
+    path: str, api: HfApi, three: list[Made], hub: HubStandIn
+) -> None:
+    hub.fault(path, method="POST", cut_after_bytes=0)
+    with contextlib.suppress(HubError):
+        three[0].publish(pull_request=True)
+    hub.clear_faults()
+    three[0].publish(pull_request=True)
+    (discussion,) = api.get_repo_discussions(TARGET)
+    assert discussion.status == "open"
+    commits = api.list_repo_commits(TARGET, revision=f"refs/pr/{discussion.num}")
+    assert len(commits) == 2 and set(api.list_repo_files(TARGET)) == {".gitattributes"}
 
 
 def test_a_revision_knows_who_may_read_it_and_what_no_file_can_be_named(api: HfApi) -> None:

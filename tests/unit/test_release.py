@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tasks.artifact import NOT_TAKEN, RELEASE, File, Manifest
+from tasks.artifact import RELEASE, REWRITTEN, File, Manifest
 from tasks.errors import HubError
 from tasks.hub.manifest import ReleaseManifest, release_document, tag_of
 from tasks.hub.release import Release, _stale, holds, same
@@ -50,8 +50,8 @@ def test_a_revision_with_the_same_files_holds_an_artifact(manifest: Manifest, tm
 def test_what_lies_beside_and_the_hubs_own_file_do_not_count_where_they_are_put_aside(
     manifest: Manifest, tmp_path: Path
 ) -> None:
-    there = revision({**FILES, **dict.fromkeys(NOT_TAKEN, b"text")})
-    assert holds(there, manifest.files, tmp_path, NOT_TAKEN)
+    there = revision({**FILES, **dict.fromkeys(REWRITTEN, b"text")})
+    assert holds(there, manifest.files, tmp_path, REWRITTEN)
     assert not holds(there, manifest.files, tmp_path)
     assert holds(revision({**FILES, ".gitattributes": b"*"}), manifest.files, tmp_path)
 
