@@ -22,7 +22,7 @@ from flows.checkpoint_commands import inspect, mtp_fix, validate
 from flows.command import NEW_FILE, NEW_FOLDER, command
 from flows.release_commands import publish, verify
 from flows.store_commands import store
-from tasks.artifact import REWRITTEN
+from tasks.artifact import OURS
 from tasks.checkpoint.writer import write_file, write_json
 from tasks.errors import RecipeError, RequantError, explain_os_error, redact
 from tasks.log import Plain
@@ -104,7 +104,7 @@ def _lay_out(report: Report, checkout: Path | None) -> None:
     else:
         folder = store.near.root / "checkouts" / report.artifact.digest
         report.path = store.hand_out(report.artifact, folder)
-    for path in {*REWRITTEN, *(f"{FOLDER}/{name}.png" for name in NAMES)} - set(report.beside):
+    for path in {*OURS, *(f"{FOLDER}/{name}.png" for name in NAMES)} - set(report.beside):
         if path not in report.artifact:
             (report.path / path).unlink(missing_ok=True)  # an earlier run's
     for path, data in report.beside.items():

@@ -69,6 +69,13 @@ def headline(report: Report) -> str:
     )
 
 
+def published_words(published: Mapping[str, Any]) -> str:
+    """What became of a release: `published` is its document."""
+    if published["pull_request"]:
+        return f"waits to be merged: {published['pull_request']}"
+    return f"{'published' if published['changed'] else 'already published'}, tag {published['tag']}"
+
+
 def stage_rows(report: Report) -> list[tuple[str, ...]]:
     return [(s.name, s.state, f"{s.seconds:.1f}", gigabytes(s.manifest.size)) for s in report.stages]
 

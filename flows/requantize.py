@@ -96,7 +96,8 @@ def _run(recipe: Recipe, report: Report) -> None:
     if recipe.publish is not None:
         _done(publish_task(recipe, base, artifact, report.beside), report)
         report.published = report.stages[-1].provenance["published"]
-        report.status = "published"
+        if report.published["pull_request"] is None:  # else main is as it was until a person merges
+            report.status = "published"
 
 
 @task(**options("resolve", hours=1))

@@ -22,9 +22,9 @@ from tasks.errors import CheckpointError, StoreError
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # What a published repo holds beside an artifact, under names of its own. A base's files of these names are not taken
 # over; the Hub writes .gitattributes itself.
-CARD, RELEASE, RECIPE, REPORT = "README.md", "requant.json", "recipe.yaml", "report.md"
+OURS = CARD, RELEASE, RECIPE, REPORT = "README.md", "requant.json", "recipe.yaml", "report.md"
 GITATTRIBUTES = ".gitattributes"
-REWRITTEN = (CARD, RELEASE, RECIPE, REPORT, GITATTRIBUTES)
+REWRITTEN = (*OURS, GITATTRIBUTES)
 
 
 @dataclass(frozen=True, order=True)

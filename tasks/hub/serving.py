@@ -53,7 +53,7 @@ def _shown(words: Sequence[str], model: str) -> str:
 
 
 def _sglang(model: str, draft_tokens: int) -> str:
-    """Its flags for a model's own MTP layers: https://docs.sglang.ai/advanced_features/speculative_decoding.html"""
+    """Its flags for a model's own MTP layers: https://docs.sglang.io/docs/advanced_features/speculative_decoding"""
     words = ["python", "-m", "sglang.launch_server", "--model-path", model]
     if draft_tokens:
         words += ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(draft_tokens)]

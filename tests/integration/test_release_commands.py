@@ -94,3 +94,27 @@ def test_looking_at_a_release_starts_neither_torch_nor_prefect(arguments: list[s
     lines = finished[0].variant(PYTHONPROFILEIMPORTTIME="1")(*arguments).stderr.splitlines()
     imported = {line.rsplit("|", 1)[1].strip() for line in lines if line.startswith("import time:")}
     assert "tasks.hub.manifest" in imported and not imported & {"torch", "prefect", "auto_round", "transformers"}
+
+
+def test_a_run_with_a_pull_request_is_validated_until_someone_merges(
+    requant: Requant, api: HfApi, hub_here: None
+) -> None:
+    target = {"repo_id": TARGET, "pull_request": True}
+    waiting = requant.run(publish=target)
+    assert waiting.status == 0, waiting.stderr
+    assert waiting.document["status"] == "validated" and waiting.document["published"]["pull_request"].endswith("/1")
+    api.merge_pull_request(TARGET, 1)
+    merged = requant.run(publish=target)
+    assert merged.document["status"] == "published" and merged.document["published"]["pull_request"] is None
+    assert requant("verify", f"{TARGET}@{merged.document['published']['tag']}", "--json").document["problems"] == []
+
+
+def test_a_checkout_loses_an_earlier_runs_card_and_nothing_of_its_users(requant: Requant) -> None:
+    folder = requant.folder / "laid"
+    folder.mkdir()
+    for name in ("README.md", "requant.json", ".gitattributes", "notes.md"):
+        (folder / name).write_text("before")
+    outcome = requant.run("--checkout", str(folder), gates={"min_top1_agreement": 1.0}, publish=None)
+    assert outcome.document["status"] == "rejected"
+    left = {path.name for path in folder.iterdir()}
+    assert {".gitattributes", "notes.md"} <= left and not {"README.md", "requant.json"} & left
