@@ -58,6 +58,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m infra.bench.overhead
 	$(BIN)/python -m infra.bench.surgery
 	$(BIN)/python -m infra.bench.watch
+	$(BIN)/python -m infra.bench.publish
 
 torture: $(INSTALLED)
 	infra/s3/ceph install

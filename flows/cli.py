@@ -22,12 +22,14 @@ from flows.checkpoint_commands import inspect, mtp_fix, validate
 from flows.command import NEW_FILE, NEW_FOLDER, command
 from flows.deploy_command import deploy
 from flows.plan_command import plan
+from flows.release_commands import publish, verify
 from flows.store_commands import store
 from flows.watch_command import watch
+from tasks.artifact import OURS
 from tasks.checkpoint.writer import write_file, write_json
 from tasks.errors import RecipeError, RequantError, explain_os_error, redact
 from tasks.log import Plain
-from tasks.pictures import CARD_KINDS, FOLDER, write_pictures
+from tasks.pictures import FOLDER, NAMES, write_pictures
 from tasks.store import open_store
 
 if TYPE_CHECKING:
@@ -105,15 +107,14 @@ def _lay_out(report: Report, checkout: Path | None) -> None:
     else:
         folder = store.near.root / "checkouts" / report.artifact.digest
         report.path = store.hand_out(report.artifact, folder)
-    if report.card is not None:
-        write_file(report.path, "README.md", [report.card.encode()])
-        write_pictures(report.path / FOLDER, report.pictures, CARD_KINDS)
-    else:  # an earlier run's
-        (report.path / "README.md").unlink(missing_ok=True)
-        write_pictures(report.path / FOLDER, [])
+    for path in {*OURS, *(f"{FOLDER}/{name}.png" for name in NAMES)} - set(report.beside):
+        if path not in report.artifact:
+            (report.path / path).unlink(missing_ok=True)  # an earlier run's
+    for path, data in report.beside.items():
+        write_file(report.path, path, [data])
 
 
-for each in (run, plan, validate, mtp_fix, inspect, bench, watch, deploy, store):
+for each in (run, plan, validate, mtp_fix, inspect, bench, verify, publish, watch, deploy, store):
     cli.add_command(each)
 
 

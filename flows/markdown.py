@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flows.report import Report, gate_rows, headline, stage_rows
+from flows.report import Report, gate_rows, headline, published_words, stage_rows
 from tasks.gates import slope_error
 from tasks.hub.markdown import named, plain, table
 from tasks.hub.quality import HEAD, QUALITY, TASKS, head_rows, quality_rows, task_rows, told
@@ -22,9 +22,7 @@ def markdown(report: Report, link: Callable[[Picture], str]) -> str:
     if report.error:
         parts.append(report.error)
     if report.published:
-        parts.append(
-            f"Published: [{report.published['repo_id']}]({report.published['url']}) `{report.published['tag']}`"
-        )
+        parts.append(f"[{report.published['repo_id']}]({report.published['url']}): {published_words(report.published)}")
     if report.stages:
         parts.append(table(("stage", "state", "seconds", "artifact"), stage_rows(report)))
     if report.gates:
@@ -64,7 +62,7 @@ def _speed(benchmark: Mapping[str, Any]) -> list[str]:
     from tasks.pictures.prompts import first_setting
 
     where = plain(
-        f"{benchmark['version']} on {benchmark['hardware']}" if "version" in benchmark else benchmark["engine"]
+        f"{benchmark['version']} on {benchmark['hardware']}" if "version" in benchmark else "a server that ran already"
     )
     prompts = [p for p in benchmark.get("prompts") or [] if "mtp" in p and "sampling" in p]
     if not prompts:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from tasks.artifact import Manifest
 from tasks.gates import Gate
 from tasks.hub.markdown import gigabytes
+from tasks.hub.public import finite
 from tasks.hub.revision import Revision
 from tasks.pictures import Picture
 from tasks.recipe import Recipe
@@ -32,7 +32,7 @@ class Report:
     gates: list[Gate] = field(default_factory=list)
     benchmark: dict[str, Any] | None = None
     published: dict[str, Any] | None = None
-    card: str | None = None
+    beside: Mapping[str, bytes] = field(default_factory=dict)  # the card and what else goes with the artifact
     pictures: list[Picture] = field(default_factory=list)
     error: str | None = None
 
@@ -69,15 +69,6 @@ class Report:
         return next((s.provenance.get("blocks") or [] for s in self.stages if s.name == "quantize"), [])
 
 
-def finite(value: Any) -> Any:
-    """A document without numbers that JSON has not: they become null."""
-    if isinstance(value, dict):
-        return {key: finite(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def headline(report: Report) -> str:
     """What was made from what, in one line."""
     base = f"{report.recipe.base.repo_id}@{report.base.sha[:7]}" if report.base else report.recipe.base.repo_id
@@ -87,6 +78,13 @@ def headline(report: Report) -> str:
     return (
         f"{base} -> W{bits}A16 g{group_size}, {gigabytes(report.artifact.size)}, artifact {report.artifact.digest[:12]}"
     )
+
+
+def published_words(published: Mapping[str, Any]) -> str:
+    """What became of a release: `published` is its document."""
+    if published["pull_request"]:
+        return f"waits to be merged: {published['pull_request']}"
+    return f"{'published' if published['changed'] else 'already published'}, tag {published['tag']}"
 
 
 def stage_rows(report: Report) -> list[tuple[str, ...]]:

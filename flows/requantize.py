@@ -20,15 +20,15 @@ from tasks.download import download_task
 from tasks.errors import RecipeError, RequantError
 from tasks.evaluate import check_tasks
 from tasks.gates import Gate, compare
-from tasks.hub.release import check_target
 from tasks.hub.revision import Revision, resolve
+from tasks.hub.target import check_target
 from tasks.last_run import remember_run
 from tasks.log import plain_logs
 from tasks.mtp_fix import mtp_fix_task
-from tasks.pictures import Picture
+from tasks.pictures import FOLDER, Picture
 from tasks.plan import preflight
 from tasks.prefect_stage import options, say
-from tasks.publish import card_for, publish_task
+from tasks.publish import beside_for, publish_task
 from tasks.quantize import quantize_task
 from tasks.recipe import Recipe
 from tasks.recipe_file import recipe_of
@@ -107,7 +107,8 @@ def _stages(store: Store, recipe: Recipe, report: Report) -> None:
         return
     report.benchmark = speed.read_values(store, _done(_benchmark(recipe, downloaded, fixed), report))
     draw_pictures(report)
-    report.card = card_for(
+    report.status = "validated"
+    report.beside = beside_for(
         store,
         recipe,
         base,
@@ -117,13 +118,13 @@ def _stages(store: Store, recipe: Recipe, report: Report) -> None:
         measured,
         report.benchmark,
         report.stages,
+        markdown(report, lambda picture: f"{FOLDER}/{picture.name}.png"),
         report.pictures,
     )
-    report.status = "validated"
     if recipe.publish is not None:
-        published = _done(publish_task(recipe, base, artifact, report.card, report.pictures), report)
-        report.published = published.provenance["published"]
-        report.status = "published"
+        report.published = _done(publish_task(recipe, base, artifact, report.beside), report).provenance["published"]
+        if report.published["pull_request"] is None:  # else main is as it was until a person merges
+            report.status = "published"
 
 
 def _quantize(recipe: Recipe, base: StageResult, calibration: Text) -> Any:
@@ -153,7 +154,7 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Text, Text]:
     base = resolve(recipe.base.repo_id, recipe.base.revision)
     say()(f"{recipe.base.repo_id}@{recipe.base.revision} is {base.sha}")
     if recipe.publish is not None:
-        check_target(recipe.publish.repo_id, private=recipe.publish.private)
+        check_target(recipe.publish, base)
     return base, find_text(recipe.quantize.calibration), find_text(recipe.validation.text, "validation.text")
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.report import Report, gate_rows, headline, stage_rows
+from flows.report import Report, gate_rows, headline, published_words, stage_rows
 from tasks.gates import Gate
 from tasks.hub.markdown import gigabytes
 
@@ -33,11 +33,10 @@ def render(report: Report) -> str:
             console.print(speed, highlight=False, markup=False, soft_wrap=True)
         if report.path:
             console.print(f"checkpoint  {report.path}", highlight=False, markup=False, soft_wrap=True)
-        if report.path and report.card:
+        if report.path and report.beside:
             console.print(f"card        {report.path / 'README.md'}", highlight=False, markup=False, soft_wrap=True)
         if report.published:
-            done = "published" if report.published["changed"] else "already published"
-            where = f"{report.published['url']} ({done}, tag {report.published['tag']})"
+            where = f"{report.published['url']} ({published_words(report.published)})"
             console.print(f"{'Hub':11} {where}", highlight=False, markup=False, soft_wrap=True)
         if report.error:
             console.print(f"error       {report.error}", highlight=False, markup=False, soft_wrap=True)

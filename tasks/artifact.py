@@ -21,6 +21,11 @@ from typing import Any
 from tasks.errors import CheckpointError, StoreError
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+# What a published repo holds beside an artifact, under names of its own. A base's files of these names are not taken
+# over; the Hub writes .gitattributes itself.
+OURS = CARD, RELEASE, RECIPE, REPORT = "README.md", "requant.json", "recipe.yaml", "report.md"
+GITATTRIBUTES = ".gitattributes"
+REWRITTEN = (*OURS, GITATTRIBUTES)
 
 
 @dataclass(frozen=True, order=True)
@@ -119,8 +124,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def git_blob_id_of(data: bytes) -> str:
+    """What git calls these bytes: sha1 over `blob SIZE NUL` and the bytes."""
+    return hashlib.sha1(f"blob {len(data)}\0".encode() + data, usedforsecurity=False).hexdigest()
+
+
 def git_blob_id(path: Path) -> str:
-    """What git calls a file's content: sha1 over `blob SIZE NUL` and the bytes."""
+    """The same of a file, read in chunks."""
     hasher = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 20):

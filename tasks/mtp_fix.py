@@ -13,10 +13,9 @@ from typing import Any
 
 from prefect import task
 
-from tasks.artifact import File, Manifest
+from tasks.artifact import REWRITTEN, File, Manifest
 from tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from tasks.checkpoint.head import HEAD_SHARD, HeadFiles, keep_head, shards_with_head, without_head
-from tasks.hub.revision import REWRITTEN
 from tasks.prefect_stage import options, say, shown
 from tasks.recipe import Recipe
 from tasks.stage import Made, Stage, StageResult, put_files, run_stage

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tasks.artifact import Manifest
+from tasks.artifact import REWRITTEN, Manifest
 from tasks.benchmark import benchmark_key
 from tasks.checkpoint.checkpoint import Checkpoint, read_json
 from tasks.checkpoint.engines import PROCESSOR
@@ -21,7 +21,7 @@ from tasks.download import download_key
 from tasks.errors import CheckpointError, HubError, HubUnavailable, Refused
 from tasks.hub.revision import Revision, resolve
 from tasks.hub.skeleton import fetch_files, lay_out
-from tasks.mtp_fix import REWRITTEN, mtp_fix_key
+from tasks.mtp_fix import mtp_fix_key
 from tasks.planning.changes import changed_fields, changed_files, changed_tensors, last_done
 from tasks.planning.figures import Figure, hardware, quantize_figure, stage_figure
 from tasks.planning.moves import Hashes, base_manifest, hashes_of, near_file, to_download, to_upload

@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import constants
 from prefect import task
 
-from tasks.artifact import Manifest, digest_of
+from tasks.artifact import CARD, RECIPE, RELEASE, REPORT, File, Manifest, digest_of, git_blob_id_of
 from tasks.checkpoint.checkpoint import INDEX
 from tasks.checkpoint.packing import PARTS
 from tasks.checkpoint.writer import write_file
+from tasks.errors import redact
 from tasks.gates import Gate
-from tasks.hub.card import CardFacts, make_card
-from tasks.hub.release import CARD, release
+from tasks.hub.card import make_card
+from tasks.hub.facts import CardFacts
+from tasks.hub.manifest import SMALL, release_document
+from tasks.hub.origin import recipe_text
+from tasks.hub.release import release
 from tasks.hub.revision import Revision
-from tasks.pictures import CARD_KINDS, FOLDER, Picture, write_pictures
+from tasks.pictures import FOLDER, Picture
 from tasks.prefect_stage import options, say, shown
 from tasks.recipe import Recipe
 from tasks.serving.prompts import has_chat_template
-from tasks.stage import StageResult, machine_errors
+from tasks.stage import StageResult, installed_version, machine_errors
 from tasks.store import Store, open_store
 from tasks.store.lease import lease
 
+MAX_CARD = 1 << 20  # bytes of a base's card that are looked at
 log = logging.getLogger(__name__)
 
 
-def card_for(
+def beside_for(
     store: Store,
     recipe: Recipe,
     base: Revision,
@@ -41,30 +47,60 @@ def card_for(
     measured: dict[str, Any],
     speed: dict[str, Any],
     stages: list[StageResult],
+    report: str,
     pictures: Sequence[Picture] = (),
-) -> str:
-    """The card of an artifact."""
-    names = json.loads(store.read_blob(artifact[INDEX]))["weight_map"]
-    base_card = ""
-    if CARD in base_files and base_files[CARD].size < 1 << 20:
-        base_card = store.read_blob(base_files[CARD]).decode("utf-8", "replace")
-    return make_card(
-        CardFacts(
-            recipe=recipe,
-            base_sha=base.sha,
-            base_bytes=_weights(base_files),
-            digest=artifact.digest,
-            size=_weights(artifact),
-            kept_names=tuple(n for n in names if n.rsplit(".", 1)[-1] not in PARTS),
-            measured=measured,
-            gates=gates,
-            benchmark=speed,
-            provenance={s.name: s.provenance for s in stages},
-            base_card=base_card,
-            pictures=pictures,
-            chat=has_chat_template({f.path for f in artifact.files}, lambda name: store.read_blob(artifact[name])),
-        )
+) -> dict[str, bytes]:
+    """What goes beside an artifact's files, by path: the card, the recipe, the report, pictures, and `requant.json`."""
+    drawn = {f"{FOLDER}/{p.name}.png": p for p in pictures if f"{FOLDER}/{p.name}.png" not in artifact}
+    facts = CardFacts(
+        recipe=recipe,
+        base=base,
+        base_bytes=_weights(base_files),
+        digest=artifact.digest,
+        size=_weights(artifact),
+        kept_names=tuple(n for n in _names(store, artifact) if n.rsplit(".", 1)[-1] not in PARTS),
+        packing=_quantization(store, artifact).get("packing_format"),
+        measured=measured,
+        gates=gates,
+        benchmark=speed,
+        provenance={s.name: s.provenance for s in stages},
+        base_card=_base_card(store, base_files),
+        pictures=list(drawn.values()),
+        chat=has_chat_template({f.path for f in artifact.files}, lambda name: store.read_blob(artifact[name])),
     )
+    beside = {
+        CARD: redact(make_card(facts)).encode(),
+        RECIPE: recipe_text(facts).encode(),
+        REPORT: redact(report).encode(),
+        **{path: picture.png for path, picture in drawn.items()},
+    }
+    small = {f.path: git_blob_id_of(store.read_blob(f)) for f in artifact.files if f.size <= SMALL}
+    beside[RELEASE] = release_document(
+        version=installed_version("requant"),
+        base=base,
+        artifact=artifact,
+        beside=[File(path, len(data), hashlib.sha256(data).hexdigest()) for path, data in beside.items()],
+        blob_ids=small | {path: git_blob_id_of(data) for path, data in beside.items()},
+        recipe_digest=recipe.digest,
+        gates=[gate.to_json() for gate in gates],
+        provenance=facts.provenance,
+    )
+    return beside
+
+
+def _names(store: Store, artifact: Manifest) -> list[str]:
+    return list(json.loads(store.read_blob(artifact[INDEX]))["weight_map"])
+
+
+def _quantization(store: Store, artifact: Manifest) -> dict[str, Any]:
+    found = json.loads(store.read_blob(artifact["config.json"])).get("quantization_config")
+    return found if isinstance(found, dict) else {}
+
+
+def _base_card(store: Store, base_files: Manifest) -> str:
+    if CARD not in base_files or base_files[CARD].size > MAX_CARD:
+        return ""
+    return store.read_blob(base_files[CARD]).decode("utf-8", "replace")
 
 
 def publish(
@@ -72,37 +108,25 @@ def publish(
     recipe: Recipe,
     base: Revision,
     artifact: Manifest,
-    card: str,
-    pictures: Sequence[Picture] = (),
+    beside: Mapping[str, bytes],
     say: Callable[[str], None] = log.info,
 ) -> StageResult:
-    """Release an artifact with its card to the recipe's repo; one release of a repo at a time.
+    """Release an artifact, and what goes `beside` it, to the recipe's repo; one release of a repo at a time.
 
     Raises HubError, HubUnavailable.
     """
     assert recipe.publish is not None
     started = time.monotonic()
-    repo_id = recipe.publish.repo_id
-    key = digest_of({"endpoint": constants.ENDPOINT, "repo_id": repo_id})
+    key = digest_of({"endpoint": constants.ENDPOINT, "repo_id": recipe.publish.repo_id})
     with machine_errors(), lease(store.backend, "publish", key, on_wait=say):
         folder = store.hand_out(artifact, store.work_folder("publish", artifact.digest))
-        write_file(folder, CARD, [card.encode()])
-        shown = write_pictures(folder / FOLDER, pictures, CARD_KINDS)
-        released = release(
-            repo_id,
-            folder,
-            artifact,
-            beside=[CARD, *(f"{FOLDER}/{name}" for name in shown)],
-            tag=f"{base.sha[:7]}-{artifact.digest[:7]}",
-            message=f"Requant of {base.repo_id}@{base.sha[:7]} ({artifact.digest[:7]})",
-            private=recipe.publish.private,
-            say=say,
-        )
+        for path, data in beside.items():
+            write_file(folder, path, [data])
+        released = release(recipe.publish, base, folder, artifact, list(beside), say)
         shutil.rmtree(folder, ignore_errors=True)
     seconds = round(time.monotonic() - started, 3)
-    published = {**vars(released), "url": released.url}
     state = "ran" if released.changed else "reused"
-    return StageResult("publish", key, state, seconds, artifact, {"published": published})
+    return StageResult("publish", key, state, seconds, artifact, {"published": released.to_json()})
 
 
 def _weights(manifest: Manifest) -> int:
@@ -111,7 +135,5 @@ def _weights(manifest: Manifest) -> int:
 
 
 @task(**options("publish", hours=12, retries=8))
-def publish_task(
-    recipe: Recipe, base: Revision, artifact: Manifest, card: str, pictures: Sequence[Picture] = ()
-) -> Any:
-    return shown(publish(open_store(), recipe, base, artifact, card, pictures, say()))
+def publish_task(recipe: Recipe, base: Revision, artifact: Manifest, beside: Mapping[str, bytes]) -> Any:
+    return shown(publish(open_store(), recipe, base, artifact, beside, say()))

@@ -16,6 +16,7 @@ from tasks.serving.flags import check_flags
 NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, KeyError, IndexError, AttributeError, TypeError)
 PACKED_HEADS = ("int8", "int4")
 REPO_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$"
+COLLECTION = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,200}$"
 SCHEME = re.compile(r"W(?P<bits>[2348])A16(?:G(?P<group_size>32|64))?")
 # auto-round's own named recipes (auto_round/cli/main.py, RECIPES, 0.16.1).
 PRESETS: dict[str, dict[str, Any]] = {
@@ -239,7 +240,18 @@ class Publish(Section):
     """Where the result goes."""
 
     repo_id: str = Field(pattern=REPO_ID, description="Hub repo of the result")
-    private: bool = Field(True, description="Seen by its owner only")
+    private: bool | None = Field(None, description="null: as the base, and what is private stays so")
+    gated: Literal["auto", "manual", "open"] | None = Field(
+        None, description="Who may read: null: as the base, and what is gated stays so"
+    )
+    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]{0,63}$")] | None = Field(
+        None, description="The card's license; null: the base's"
+    )
+    collection: Annotated[str, Field(pattern=COLLECTION)] | None = Field(
+        None, description="Hub collection to be listed in: owner/title-0123456789abcdef01234567"
+    )
+    pull_request: bool = Field(False, description="Leave the move of main to a person: open a pull request")
+    overwrite: bool = Field(False, description="Publish over a main that someone else changed")
 
 
 class Hardware(Section):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from prefect import task
 
-from tasks.artifact import Manifest
+from tasks.artifact import REWRITTEN, Manifest
 from tasks.checkpoint.account import Account, account
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.fidelity import fidelity
@@ -24,7 +24,6 @@ from tasks.download import text_files
 from tasks.errors import RecipeError, RequantError
 from tasks.evaluate import Scores, asked, evaluate, evaluated, recovery, whole
 from tasks.gates import most_repeated
-from tasks.hub.revision import REWRITTEN
 from tasks.prefect_stage import options, say, shown
 from tasks.quantizing.samples import read_documents
 from tasks.recipe import PACKED_HEADS, Eval, Recipe

@@ -23,6 +23,7 @@ Tests start it with `infra.hub.launch.HubStandIn`. What it is made of, from the 
     commits.py        preupload and commit
     lfs.py            uploads of large files, basic and multipart
     discussions.py    pull requests
+    collections_api.py  collections of repositories
     faults.py         failures on demand, and a log of the traffic
     admin.py          `/_standin/`: tokens, seeds, settings, faults, traffic
     app.py            all of it as one ASGI application

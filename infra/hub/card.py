@@ -7,6 +7,28 @@ import yaml
 
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 
+# What the Hub asks of the fields that it reads: each a text, or a list of texts, of this form.
+_REPO = r"[\w.-]{1,96}/[\w.-]{1,96}"
+_KINDS = {
+    "license": r"[a-z0-9.+-]+",
+    "license_name": r"[a-z0-9-.]+",
+    "license_link": r"LICENSE|LICENSE\.md|https?://\S+",
+    "language": r"[a-z]{2,3}(-[A-Za-z]+)?|multilingual|code",
+    "library_name": r"[\w.+-]+",
+    "pipeline_tag": r"[a-z0-9]+(-[a-z0-9]+)*",
+    "tags": r".+",
+    "datasets": r"[\w./-]+",
+    "base_model": _REPO,
+    "base_model_relation": "adapter|merge|quantized|finetune",
+}
+
+
+def _fits(key: str, loaded: dict[str, Any]) -> bool:
+    value = loaded[key]
+    several = key in {"license", "language", "tags", "datasets", "base_model"}
+    values = value if isinstance(value, list) and several else [value]
+    return all(isinstance(each, str) and re.fullmatch(_KINDS[key], each) for each in values)
+
 
 def check_card(text: str) -> tuple[list[str], list[str]]:
     """Errors, with which the Hub refuses a card, and warnings."""
@@ -19,6 +41,10 @@ def check_card(text: str) -> tuple[list[str], list[str]]:
         return [f"Invalid YAML in the metadata of the card: {error}"], []
     if not isinstance(loaded, dict):
         return ["The metadata of the card must be a mapping of names to values"], []
+    if wrong := [
+        f'"{key}" is not valid: {loaded[key]!r}' for key in _KINDS if key in loaded and not _fits(key, loaded)
+    ]:
+        return wrong, []
     return [], [] if "license" in loaded else ['"license" is missing in the metadata of the card']
 
 

@@ -60,9 +60,9 @@ class Hub:
             raise BlockingIOError(f"{state} is in use by another stand-in; stop it first") from None
         self.limits = limits or Limits()
         self.durable = Durable(state)
-        self._state = state
+        self.state = state
         self._open: dict[tuple[str, str], Repository] = {}
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         secret = state / "secret"
         if not secret.exists():
             self.durable.write(secret, secrets.token_bytes(32))
@@ -76,14 +76,14 @@ class Hub:
     # users
 
     def users(self) -> dict[str, User]:
-        path = self._state / "tokens.json"
+        path = self.state / "tokens.json"
         stored = json.loads(path.read_bytes()) if path.exists() else {}
         return {token: User(user["name"], tuple(user["orgs"]), user["role"]) for token, user in stored.items()}
 
     def add_token(self, token: str, user: User) -> None:
-        with self._lock:
+        with self.lock:
             stored = {token: asdict(user) for token, user in {**self.users(), token: user}.items()}
-            self.durable.write(self._state / "tokens.json", json.dumps(stored).encode())
+            self.durable.write(self.state / "tokens.json", json.dumps(stored).encode())
 
     # repositories
 
@@ -93,7 +93,7 @@ class Hub:
             folder = self._folder(kind, repo_id)
         except InvalidRepoId:
             return None
-        with self._lock:
+        with self.lock:
             if not (folder / "repo.json").exists():
                 return None
             repository = Repository(kind, repo_id, folder, self.durable)
@@ -102,7 +102,7 @@ class Hub:
     def create(self, kind: str, repo_id: str, *, private: bool = False) -> Repository:
         """A new repository with the first commit that the Hub makes: `.gitattributes`."""
         folder = self._folder(kind, repo_id)
-        with self._lock:
+        with self.lock:
             if self.find(kind, repo_id):
                 raise RepoExists(f"You already created this {kind[:-1]} repo: {repo_id}")
             draft = self.durable.temporary()
@@ -119,7 +119,7 @@ class Hub:
             return repository
 
     def delete(self, repository: Repository) -> None:
-        with self._lock, repository.lock:
+        with self.lock, repository.lock:
             self._open.pop((repository.kind, repository.id), None)
             self.durable.remove(repository.folder)
 
@@ -128,4 +128,4 @@ class Hub:
         valid = all(_NAME.fullmatch(part) and ".." not in part and "--" not in part for part in (namespace, name))
         if kind not in KINDS or not valid or name.endswith(".git"):
             raise InvalidRepoId(f"'{repo_id}' is not a valid repository id: use namespace/name")
-        return self._state / "repos" / kind / namespace / name
+        return self.state / "repos" / kind / namespace / name

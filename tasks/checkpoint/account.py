@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tasks.artifact import sha256_of
+from tasks.artifact import REWRITTEN, sha256_of
 from tasks.checkpoint.assemble import packed_parts
 from tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint
 from tasks.checkpoint.deep import finite
@@ -23,7 +23,7 @@ CONTEXT = (
     "max_position_embeddings", "original_max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta",
     "partial_rotary_factor", "sliding_window", "layer_types",
 )  # fmt: skip
-OWN_FILES = {"config.json", QUANTIZATION, "README.md", ".gitattributes"}
+OWN_FILES = {"config.json", QUANTIZATION, *REWRITTEN}
 
 
 @dataclass

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from tasks.gates import Gate
-from tasks.hub.markdown import code, gigabytes, plain, table
+from tasks.hub.facts import CardFacts
+from tasks.hub.markdown import gigabytes, named, plain, table
+from tasks.hub.origin import calibration_of, license_parts, origin_parts
+from tasks.hub.public import public
 from tasks.hub.quality import HEAD, QUALITY, TASKS, head_rows, quality_rows, task_rows
 from tasks.hub.serving import serving_parts, speed_parts
 from tasks.pictures import FOLDER, Picture
-from tasks.recipe import NOT_YAML, PACKED_HEADS, Recipe
+from tasks.recipe import NOT_YAML, PACKED_HEADS
 
-PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:/+-]{0,127}")
-INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+# Settings of the quantize stage as they came to be, from its record.
+USED = ("device", "torch_compile", "low_gpu_mem", "batch_size")
+# What is taken over of the base's front matter, as the Hub allows it.
+INHERITED = {
+    "license": r"[a-z0-9][a-z0-9.+-]{0,63}",
+    "license_name": r"[a-z0-9][a-z0-9.-]{0,63}",
+    "license_link": r"LICENSE|LICENSE\.md|https://[A-Za-z0-9.-]{1,100}(/[A-Za-z0-9._~/+-]{0,150})?",
+    "language": r"[a-z]{2,3}(-[A-Za-z]{2,8})?|multilingual|code",
+    "pipeline_tag": r"[a-z0-9]{1,30}(-[a-z0-9]{1,30}){0,8}",
+}
 # Why tensors are not quantized: first match wins.
 REASONS = (
     (r"(^|\.)mtp\.", "MTP head: packed, it drafts worse or does not load"),
@@ -33,55 +42,35 @@ REASONS = (
 )
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """What a card is made of."""
-
-    recipe: Recipe
-    base_sha: str
-    base_bytes: int
-    digest: str
-    size: int
-    kept_names: tuple[str, ...]
-    measured: Mapping[str, Any]
-    gates: Iterable[Gate]
-    benchmark: Mapping[str, Any]
-    provenance: Mapping[str, Mapping[str, Any]]
-    base_card: str
-    pictures: Sequence[Picture] = ()
-    chat: bool = True  # it has a chat template
-
-
 def make_card(facts: CardFacts) -> str:
     """The README.md of the published repo."""
     recipe, measured = facts.recipe, facts.measured
-    bits, group_size, sym = recipe.quantize.resolved
     repo = recipe.publish.repo_id if recipe.publish else "this checkpoint"
     model = recipe.publish.repo_id if recipe.publish else "."  # the folder that this card lies in
-    base = recipe.base.repo_id
-    head = bool(measured["head_kept"])
-    pinned = str(facts.provenance.get("quantize", {}).get("calibration") or recipe.quantize.calibration)
-    vision = any(re.search(r"(^|\.)(visual|vision)", name) for name in facts.kept_names)
-    auto = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
     parts = [
         front_matter(facts),
         f"# {repo.split('/')[-1]}",
-        f"[{base}](https://huggingface.co/{base}) at `{facts.base_sha[:7]}`, weights in {bits} bits (W{bits}A16, group "
-        f"size {group_size}, {'symmetric' if sym else 'asymmetric'}) by auto-round, "
-        f"{gigabytes(facts.base_bytes)} to {gigabytes(facts.size)} ({facts.base_bytes / facts.size:.2f} times smaller)."
-        + (" The MTP head is kept bit for bit." if head else "")
-        + " Made, measured and published by Requant.",
+        "## TL;DR",
+        *_summary(facts),
         "## Serving",
-        *serving_parts(facts.benchmark, model, head=head, chat=facts.chat, auto=auto, asked=recipe.benchmark),
+        *serving_parts(
+            facts.benchmark,
+            model,
+            head=facts.head,
+            packed_head=recipe.mtp in PACKED_HEADS,
+            chat=facts.chat,
+            auto="AutoModelForImageTextToText" if facts.vision else "AutoModelForCausalLM",
+            asked=recipe.benchmark,
+        ),
         "## Quantization",
         table(("setting", "value"), _settings(facts)),
         "## What is not quantized, and why",
         table(("tensors", "count", "why"), kept_groups(facts.kept_names)),
         "## MTP head",
-        *_head_text(facts, head),
+        *_head_text(facts),
         "## Against the base",
-        f"Measured in torch on {measured['tokens']:,} tokens of {_public(measured['text'])}, both models alike, packed "
-        "weights dequantized by their formula.",
+        f"Measured in torch on {measured['tokens']:,} tokens of {_named_text(measured['text'])}, both models alike, "
+        "packed weights dequantized by their formula.",
         table(QUALITY, quality_rows(measured)),
         *_tasks_text(measured),
         "Every gate that it had to pass:",
@@ -90,32 +79,75 @@ def make_card(facts: CardFacts) -> str:
         *speed_parts(facts.benchmark),
         *_pictures(facts.pictures),
         "## Limits",
-        "Quality was measured on one text and against the base only. "
-        + ("" if measured.get("tasks") else "No task benchmark was run. ")
-        + ("No engine was run. " if facts.benchmark.get("engine") in {"none", "torch"} else "")
-        + "Weights are rounded: expect small differences from the base everywhere.",
-        "## Reproduce",
-        "With the recipe below as `recipe.yaml` and the versions in the table:",
-        code("requant run recipe.yaml"),
-        code(yaml.safe_dump(_recipe_document(recipe, facts.base_sha, pinned), sort_keys=False).rstrip(), "yaml"),
-        table(("stage", "seconds", "tools"), _provenance_rows(facts.provenance)),
-        f"Base commit `{facts.base_sha}`, artifact digest `{facts.digest}`.",
+        _limits(facts),
+        *origin_parts(facts),
+        *license_parts(recipe.base.repo_id, license_of(facts), facts.base_card),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _summary(facts: CardFacts) -> list[str]:
+    """What it is, what it costs and what it gains, in sentences whose numbers stand below again."""
+    base, measured = facts.recipe.base.repo_id, facts.measured
+    bits, _, _ = facts.recipe.quantize.resolved
+    lines = [
+        f"[{base}](https://huggingface.co/{base}) at `{facts.base.sha[:7]}`, weights in {bits} bits ({facts.scheme}) "
+        f"by auto-round: {gigabytes(facts.base_bytes)} to {gigabytes(facts.size)} "
+        f"({facts.base_bytes / facts.size:.2f} times smaller)."
+    ]
+    if facts.head:
+        packed = facts.recipe.mtp in PACKED_HEADS
+        lines.append(f"MTP head {'packed, see below' if packed else 'kept bit for bit'}, for speculative decoding.")
+    if measured.get("top1_agreement") is not None and measured.get("perplexity_increase") is not None:
+        lines.append(
+            f"Same next token as the base in {measured['top1_agreement']:.1%} of places, perplexity "
+            f"{measured['perplexity_increase']:+.1%}."
+        )
+    speedup = (facts.benchmark.get("mtp") or {}).get("speedup")
+    if speedup is not None:
+        on = facts.benchmark["mtp"]["on"]
+        taken = "" if on["acceptance"] is None else f", {on['acceptance']:.0%} of drafts accepted"
+        lines.append(f"With MTP {speedup:.2f} times as fast as without, greedily, one request at a time{taken}.")
+    return ["\n".join(f"- {line}" for line in lines)]
+
+
+def _limits(facts: CardFacts) -> str:
+    engine = facts.benchmark.get("engine")
+    return (
+        "Quality was measured on one text and against the base only. "
+        + ("" if facts.measured.get("tasks") else "No task benchmark was run. ")
+        + ("No engine was run. " if engine in {"none", "torch"} else "")
+        + ("The vision tower is the base's; no image benchmark was run. " if facts.vision else "")
+        + (
+            f"{len(facts.base.left_out)} files of the base were left out: no file here can have their names. "
+            if facts.base.left_out
+            else ""
+        )
+        + "Weights are rounded: expect small differences from the base everywhere."
+    )
 
 
 def front_matter(facts: CardFacts) -> str:
     """YAML for the Hub. Of the base's own only plain values of known keys are taken over."""
     bits, _, _ = facts.recipe.quantize.resolved
     document: dict[str, Any] = {
-        **inherited(facts.base_card),
+        **license_of(facts),
+        **{key: value for key, value in inherited(facts.base_card).items() if not key.startswith("license")},
         "base_model": facts.recipe.base.repo_id,
         "base_model_relation": "quantized",
         "library_name": "transformers",
         "quantized_by": "requant",
-        "tags": ["auto-round", f"int{bits}", f"w{bits}a16", *(["mtp"] if facts.measured["head_kept"] else [])],
+        "tags": ["auto-round", f"int{bits}", f"w{bits}a16", *(["mtp"] if facts.head else [])],
     }
+    document.setdefault("pipeline_tag", "image-text-to-text" if facts.vision else "text-generation")
     return f"---\n{yaml.safe_dump(document, sort_keys=False)}---"
+
+
+def license_of(facts: CardFacts) -> dict[str, Any]:
+    """The license as the front matter has it: the recipe's, else the base's."""
+    if facts.recipe.publish is not None and facts.recipe.publish.license is not None:
+        return {"license": facts.recipe.publish.license}
+    return {key: value for key, value in inherited(facts.base_card).items() if key.startswith("license")}
 
 
 def inherited(base_card: str) -> dict[str, Any]:
@@ -128,10 +160,11 @@ def inherited(base_card: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         return {}
     kept: dict[str, Any] = {}
-    for key in INHERITED:
+    for key, pattern in INHERITED.items():
         value = document.get(key)
         values = value if isinstance(value, list) else [value]
-        if values and all(isinstance(v, str) and PLAIN.fullmatch(v) for v in values):
+        several = isinstance(value, list) and key not in {"license", "language"}
+        if values and not several and all(isinstance(v, str) and re.fullmatch(pattern, v) for v in values):
             kept[key] = value
     return kept
 
@@ -153,15 +186,18 @@ def _reason(name: str) -> str:
 
 def _settings(facts: CardFacts) -> list[tuple[str, ...]]:
     quantize = facts.recipe.quantize
-    bits, group_size, sym = quantize.resolved
     used = facts.provenance.get("quantize", {}).get("settings", {})
+    samples = f"{quantize.nsamples} samples of {quantize.seqlen} tokens of {_named_text(calibration_of(facts))}"
     return [
-        ("scheme", f"W{bits}A16, group size {group_size}, {'symmetric' if sym else 'asymmetric'}"),
+        ("scheme", facts.scheme),
         ("format", quantize.format),
-        ("iterations", str(quantize.iters)),
-        ("calibration", f"{quantize.nsamples} samples of {quantize.seqlen} tokens of {_public(quantize.calibration)}"),
+        *([("packing", facts.packing)] if facts.packing else []),
+        ("iterations", "0: rounded to nearest" if quantize.iters == 0 else str(quantize.iters)),
+        *([("step size", str(quantize.lr))] if quantize.lr is not None else []),
+        ("calibration", samples),
         ("seed", str(quantize.seed)),
-        *((key, str(used[key])) for key in ("device", "torch_compile", "low_gpu_mem", "batch_size") if key in used),
+        *((key, str(public(used[key]))) for key in USED if key in used),
+        *([("layers of their own", ", ".join(map(named, sorted(quantize.layers))))] if quantize.layers else []),
         ("quantized matrices", str(facts.measured["packed"])),
         ("kept tensors", str(facts.measured["kept"] + facts.measured["head"])),
     ]
@@ -172,8 +208,8 @@ def _tasks_text(measured: Mapping[str, Any]) -> list[str]:
     return ["Tasks of lm-eval, the base beside the result:", table(TASKS, rows)] if rows else []
 
 
-def _head_text(facts: CardFacts, head: bool) -> list[str]:
-    if not head:
+def _head_text(facts: CardFacts) -> list[str]:
+    if not facts.head:
         return ["The result has no MTP head." if facts.recipe.mtp == "drop" else "The base has no MTP head."]
     measured, precision = facts.measured, facts.recipe.mtp
     what = f"Bit for bit the base's {measured['head']} tensors, in a shard of their own, excluded in both quantization "
@@ -205,26 +241,6 @@ def _gate_row(gate: Gate) -> tuple[str, ...]:
     return gate.name, value, limit, "passed" if gate.passed else "failed"
 
 
-def _recipe_document(recipe: Recipe, sha: str, calibration: str) -> dict[str, Any]:
-    """The recipe with base and calibration pinned to what they were."""
-    document: dict[str, Any] = json.loads(recipe.model_dump_json(exclude_unset=True))
-    document["base"]["revision"] = sha
-    if "calibration" in document.get("quantize", {}):
-        document["quantize"]["calibration"] = _public(calibration)
-    if document.get("eval") and document["eval"].get("definitions"):
-        document["eval"]["definitions"] = _public(document["eval"]["definitions"])
-    if document.get("benchmark", {}).get("engine", "").startswith("url:"):
-        document["benchmark"].pop("engine")  # somebody's server
-    return document
-
-
-def _public(calibration: str) -> str:
-    """A local file by its name alone: folders are nobody's business."""
-    return calibration.rsplit("/", 1)[1] if calibration.startswith("/") else calibration
-
-
-def _provenance_rows(provenance: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    return [
-        (stage, f"{record.get('seconds', 0):.1f}", ", ".join(f"{k} {v}" for k, v in record.get("tools", {}).items()))
-        for stage, record in provenance.items()
-    ]
+def _named_text(name: object) -> str:
+    """A text by its name; a local file without the folder it lies in."""
+    return re.sub(r"[^\w .:@/-]", "?", str(public(name)))

@@ -94,6 +94,8 @@ def _explain(error: HfHubHTTPError, repo_id: str, name: str) -> HubError:
         return HubError(
             f"this account may not do that with {repo_id} ({status}): set HF_TOKEN to a token with write access to it"
         )
+    if status == 404:
+        return HubError(f"{name} does not exist at {constants.ENDPOINT}, or this account may not see it: correct it")
     if status == 412:
         return HubError(f"{repo_id} was changed by someone else meanwhile: look at it, then run again")
     return HubError(f"the Hub refused {name} ({status}): {_first_line(error)}")

@@ -17,7 +17,9 @@ def _cell(text: str) -> str:
 
 
 def code(text: str, language: str = "bash") -> str:
-    return f"```{language}\n{text}\n```"
+    """A block of code, fenced by more backticks than it holds."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def gigabytes(size: int) -> str:

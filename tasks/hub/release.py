@@ -7,185 +7,194 @@ and never a part of it, and an artifact that `main` already holds makes no commi
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationCopy,
-    CommitOperationDelete,
-    constants,
-    hf_hub_download,
-)
-from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, constants
 
-from tasks.artifact import File, Manifest, git_blob_id
+from tasks.artifact import GITATTRIBUTES, REWRITTEN, File, Manifest, file_of, git_blob_id
 from tasks.errors import HubError, HubUnavailable
 from tasks.hub.client import hub_api, hub_errors
+from tasks.hub.manifest import tag_of
 from tasks.hub.revision import HubFile, Revision, resolve
+from tasks.hub.target import open_target, refuse_changed
 from tasks.pictures import FOLDER
+from tasks.recipe import Publish
 
-CARD = "README.md"
-HUBS_OWN = {CARD, ".gitattributes"}
+BACK = "Back to "  # and a tag: the title of the commit that a rollback makes
 log = logging.getLogger(__name__)
 Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
 
 
 @dataclass(frozen=True)
 class Release:
-    """What is on the Hub now, and whether this call changed it."""
+    """What is on the Hub now, and whether this call changed it. `commit` is main's, or the pull request's."""
 
     repo_id: str
     commit: str
     tag: str
     changed: bool
+    pull_request: str | None = None  # the address of one that waits to be merged
 
     @property
     def url(self) -> str:
         return f"{constants.ENDPOINT}/{self.repo_id}"
 
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` has under `published`."""
+        return {**vars(self), "url": self.url}
+
 
 def release(
-    repo_id: str,
-    folder: Path,
-    manifest: Manifest,
-    tag: str,
-    message: str,
-    *,
-    beside: Sequence[str] = (CARD,),
-    private: bool,
-    say: Callable[[str], None],
-) -> Release:
-    """Make `main` of `repo_id` hold exactly `manifest` and what lies `beside` it, the card and its pictures.
-
-    All of them are files in `folder`. What lies beside is not compared: it goes with an artifact that is new there.
-    Raises HubError (no right to write, changed by someone else meanwhile) or HubUnavailable.
-    """
-    api = hub_api()
-    with hub_errors(repo_id):
-        api.create_repo(repo_id, private=private, exist_ok=True)
-    main = resolve(repo_id)
-    branch = f"requant-{manifest.digest[:12]}"
-    if holds(main, manifest, folder):
-        say(f"{repo_id} already holds this artifact")
-        changed = False
-    else:
-        _check_ours(main)
-        staged = _stage(repo_id, branch, main, folder, manifest, beside, message, say)
-        main = _move_main(repo_id, main, staged, folder, manifest, beside, message)
-        changed = True
-    with hub_errors(repo_id):
-        # A tag is never moved: if it is there, an earlier run of this artifact got that far.
-        api.create_tag(repo_id, tag=tag, revision=main.sha, tag_message=message, exist_ok=True)
-        for reference in api.list_repo_refs(repo_id).branches:
-            if reference.name == branch:
-                api.delete_branch(repo_id, branch=branch)
-    return Release(repo_id, main.sha, tag, changed)
-
-
-def check_target(repo_id: str, *, private: bool) -> None:
-    """Find out before any work whether this account may write there. Raises HubError."""
-    api = hub_api()
-    with hub_errors(repo_id):
-        try:
-            account = api.whoami()
-        except LocalTokenNotFoundError as error:
-            raise HubError(f"publishing to {repo_id} needs HF_TOKEN: set it to a token that may write there") from error
-        if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
-            raise HubError(f"HF_TOKEN may only read: set it to a token that may write to {repo_id}")
-        names = {account.get("name"), *(org.get("name") for org in account.get("orgs") or [])}
-        if "/" in repo_id and repo_id.split("/")[0] not in names:
-            # Not every token lists what it may write to: the Hub itself must say.
-            api.create_repo(repo_id, private=private, exist_ok=True)
-
-
-def _check_ours(main: Revision) -> None:
-    """Refuse to replace a model that Requant did not make."""
-    if not any(file.path.endswith(".safetensors") for file in main.files):
-        return
-    with hub_errors(main.repo_id, main.sha), tempfile.TemporaryDirectory() as folder:
-        has_card = any(file.path == CARD for file in main.files)
-        path = hf_hub_download(main.repo_id, CARD, revision=main.sha, local_dir=folder) if has_card else None
-        card = Path(path).read_text(encoding="utf-8", errors="replace") if path else ""
-    if "quantized_by: requant" not in card:
-        raise HubError(f"{main.repo_id} holds a model that Requant did not make: publish to a repo of its own")
-
-
-def _stage(
-    repo_id: str,
-    branch: str,
-    main: Revision,
+    publish: Publish,
+    base: Revision,
     folder: Path,
     manifest: Manifest,
     beside: Sequence[str],
-    message: str,
     say: Callable[[str], None],
-) -> Revision:
-    """Bring branch `branch` to exactly the manifest and what lies beside it, and check what the Hub says it holds."""
+) -> Release:
+    """Make `main` of the recipe's repo hold exactly `manifest` and what lies `beside` it: card, recipe, report.
+
+    All of them are files in `folder`. What lies beside is not compared: it goes with an artifact that is new there.
+    With `publish.pull_request` main is left to whoever merges; the next call tags it.
+    Raises HubError (no right to write, changed by someone else meanwhile) or HubUnavailable.
+    """
+    repo_id, tag = publish.repo_id, tag_of(base.sha, manifest.digest)
+    message = f"Requant of {base.repo_id}@{base.sha[:7]} ({manifest.digest[:7]})"
+    files = [*manifest.files, *(file_of(folder, path) for path in beside)]
+    main = open_target(publish, base)
+    changed = not holds(main, manifest.files, folder, aside={*REWRITTEN, *_pictures(main, manifest)})
+    if not changed:
+        say(f"{repo_id} already holds this artifact")
+    else:
+        refuse_changed(main, base, overwrite=publish.overwrite)
+        if not publish.overwrite:
+            _refuse_taken_back(repo_id, tag)
+        if publish.pull_request:
+            return _propose(repo_id, tag, message, folder, files, say)
+        branch = f"requant-{manifest.digest[:12]}"
+        with hub_errors(repo_id, branch):
+            hub_api().create_branch(repo_id, branch=branch, revision=main.sha, exist_ok=True)
+        staged = _stage(repo_id, branch, folder, files, message, say)
+        main = _move_main(main, staged, folder, files, message)
+    _finish(publish, manifest, main, tag, message)
+    return Release(repo_id, main.sha, tag, changed)
+
+
+def _refuse_taken_back(repo_id: str, tag: str) -> None:
+    """Refuse to release again what a person has rolled back."""
+    with hub_errors(repo_id):
+        api = hub_api()
+        latest = next(iter(api.list_repo_commits(repo_id)))
+        taken_back = latest.title.startswith(BACK) and tag in {t.name for t in api.list_repo_refs(repo_id).tags}
+    if taken_back:
+        raise HubError(
+            f"release {tag} of {repo_id} was rolled back: to have it again, requant publish {repo_id} --rollback "
+            f"--to {tag}, or set publish.overwrite: true"
+        )
+
+
+def _propose(
+    repo_id: str,
+    tag: str,
+    message: str,
+    folder: Path,
+    files: Sequence[File],
+    say: Callable[[str], None],
+) -> Release:
+    """Bring the files into a pull request of this name; one that is open already is used."""
     api = hub_api()
-    with hub_errors(repo_id, branch):
-        api.create_branch(repo_id, branch=branch, revision=main.sha, exist_ok=True)
-    before = resolve(repo_id, branch)
-    operations: list[Operation] = [CommitOperationAdd(path, (folder / path).read_bytes()) for path in beside]
+    with hub_errors(repo_id):
+        asked = api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open")
+        found = next((d for d in asked if d.title == message), None)
+        number = (
+            found.num if found else api.create_pull_request(repo_id, title=message, description=f"Release {tag}").num
+        )
+    before = resolve(repo_id, f"refs/pr/{number}")
+    staged = _stage(repo_id, f"refs/pr/{number}", folder, files, message, say)
+    with hub_errors(repo_id):
+        if api.get_discussion_details(repo_id, number).status == "draft":
+            api.change_discussion_status(repo_id, number, "open")
+    url = f"{constants.ENDPOINT}/{repo_id}/discussions/{number}"
+    return Release(repo_id, staged.sha, tag, staged.sha != before.sha, url)
+
+
+def _stage(
+    repo_id: str, reference: str, folder: Path, files: Sequence[File], message: str, say: Callable[[str], None]
+) -> Revision:
+    """Bring a branch or pull request to exactly these files, and check what the Hub says it holds."""
+    before = resolve(repo_id, reference)
     there = {f.path: f for f in before.files}
-    for file in manifest.files:
+    operations: list[Operation] = []
+    for file in files:
         if file.path not in there or not same(there[file.path], file, folder):
             operation = CommitOperationAdd(file.path, folder / file.path)
             operation.upload_info.sha256 = bytes.fromhex(file.sha256)  # known: the client need not hash it again
             operations.append(operation)
-    operations += [CommitOperationDelete(path) for path in _stale(before, manifest, beside)]
-    say(f"uploading {len(operations)} changes to branch {branch} of {repo_id}")
-    with hub_errors(repo_id, branch):
-        api.create_commit(
-            repo_id, operations, commit_message=message, revision=branch, parent_commit=before.sha, num_threads=4
-        )
-    staged = resolve(repo_id, branch)
-    if not holds(staged, manifest, folder):
-        raise HubUnavailable(f"branch {branch} of {repo_id} does not hold what was uploaded: {main.sha[:7]} stays main")
+    operations += [CommitOperationDelete(path) for path in _stale(before, files)]
+    if operations:
+        say(f"uploading {len(operations)} changes to {reference} of {repo_id}")
+        with hub_errors(repo_id, reference):
+            hub_api().create_commit(
+                repo_id, operations, commit_message=message, revision=reference, parent_commit=before.sha, num_threads=4
+            )
+    staged = resolve(repo_id, reference)
+    if not holds(staged, files, folder):
+        raise HubUnavailable(f"{reference} of {repo_id} does not hold what was uploaded: main stays as it is")
     return staged
 
 
-def _move_main(
-    repo_id: str,
-    main: Revision,
-    staged: Revision,
-    folder: Path,
-    manifest: Manifest,
-    beside: Sequence[str],
-    message: str,
-) -> Revision:
+def _move_main(main: Revision, staged: Revision, folder: Path, files: Sequence[File], message: str) -> Revision:
     """One commit on main with everything; large files are named by their sha256 and not sent again."""
-    operations: list[Operation] = []
-    for file in staged.files:
-        if file.path in manifest and file.sha256 is not None:
-            operations.append(CommitOperationCopy(file.path, file.path, src_revision=staged.sha))
-        elif file.path in manifest or file.path in beside:
-            operations.append(CommitOperationAdd(file.path, (folder / file.path).read_bytes()))
-    operations += [CommitOperationDelete(path) for path in _stale(main, manifest, beside)]
+    large = {file.path for file in staged.files if file.sha256 is not None}
+    operations: list[Operation] = [
+        CommitOperationCopy(file.path, file.path, src_revision=staged.sha)
+        if file.path in large
+        else CommitOperationAdd(file.path, folder / file.path)
+        for file in files
+    ]
+    operations += [CommitOperationDelete(path) for path in _stale(main, files)]
+    return commit_to_main(main, operations, message, lambda moved: holds(moved, files, folder))
+
+
+def commit_to_main(
+    main: Revision, operations: Sequence[Operation], message: str, arrived: Callable[[Revision], bool]
+) -> Revision:
+    """The one commit that moves main, on top of the main that was looked at. `arrived` says whether it came about."""
     try:
-        with hub_errors(repo_id, "main"):
+        with hub_errors(main.repo_id, "main"):
             hub_api().create_commit(
-                repo_id, operations, commit_message=message, revision="main", parent_commit=main.sha
+                main.repo_id, operations, commit_message=message, revision="main", parent_commit=main.sha
             )
     except HubError:
         # The answer may have been lost after the commit was made.
-        if not holds(resolve(repo_id), manifest, folder):
+        if not arrived(resolve(main.repo_id)):
             raise
-    moved = resolve(repo_id)
-    if not holds(moved, manifest, folder):
-        raise HubError(f"main of {repo_id} was changed by someone else meanwhile: look at it, then run again")
+    moved = resolve(main.repo_id)
+    if not arrived(moved):
+        raise HubError(f"main of {main.repo_id} was changed by someone else meanwhile: look at it, then run again")
     return moved
 
 
-def holds(revision: Revision, manifest: Manifest, folder: Path) -> bool:
-    """Whether a revision has exactly the manifest's files, by the Hub's hashes, card and pictures aside."""
-    aside = {f.path for f in revision.files if f.path.startswith(f"{FOLDER}/") and f.path not in manifest} | HUBS_OWN
-    there = {f.path: f for f in revision.files if f.path not in aside}
-    if set(there) != {f.path for f in manifest.files}:
-        return False
-    return all(same(there[file.path], file, folder) for file in manifest.files)
+def _finish(publish: Publish, manifest: Manifest, main: Revision, tag: str, message: str) -> None:
+    """What can be done only when main holds the artifact: each of it once, however often it is asked for."""
+    api, repo_id, branch = hub_api(), publish.repo_id, f"requant-{manifest.digest[:12]}"
+    with hub_errors(repo_id):
+        # A tag is never moved: if it is there, an earlier run of this artifact got that far.
+        api.create_tag(repo_id, tag=tag, revision=main.sha, tag_message=message, exist_ok=True)
+        if publish.collection is not None:
+            api.add_collection_item(publish.collection, item_id=repo_id, item_type="model", exists_ok=True)
+        if branch in {reference.name for reference in api.list_repo_refs(repo_id).branches}:
+            api.delete_branch(repo_id, branch=branch)
+
+
+def holds(revision: Revision, files: Iterable[File], folder: Path, aside: Iterable[str] = (GITATTRIBUTES,)) -> bool:
+    """Whether a revision has exactly these files, by the Hub's hashes, those `aside` not counted."""
+    ours, passed_over = {file.path: file for file in files}, set(aside)
+    there = {f.path: f for f in revision.files if f.path not in passed_over}
+    return set(there) == set(ours) and all(same(there[path], file, folder) for path, file in ours.items())
 
 
 def same(theirs: HubFile, ours: File, folder: Path) -> bool:
@@ -195,6 +204,12 @@ def same(theirs: HubFile, ours: File, folder: Path) -> bool:
     return theirs.size == ours.size and theirs.blob_id == git_blob_id(folder / ours.path)
 
 
-def _stale(revision: Revision, manifest: Manifest, beside: Sequence[str] = ()) -> list[str]:
-    kept = {*HUBS_OWN, *beside}
-    return [f.path for f in revision.files if f.path not in manifest and f.path not in kept]
+def _pictures(revision: Revision, manifest: Manifest) -> list[str]:
+    """The pictures of a card: they go with it, and are not compared."""
+    return [f.path for f in revision.files if f.path.startswith(f"{FOLDER}/") and f.path not in manifest]
+
+
+def _stale(revision: Revision, files: Iterable[File]) -> list[str]:
+    """What is there and should not be."""
+    kept = {GITATTRIBUTES, *(file.path for file in files)}
+    return [path for path in (*(f.path for f in revision.files), *revision.left_out) if path not in kept]

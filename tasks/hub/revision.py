@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from tasks.artifact import SHA256, check_relative, digest_of
+from tasks.artifact import REWRITTEN, SHA256, check_relative, digest_of
 from tasks.errors import HubError
 from tasks.hub.client import hub_api, hub_errors
 
@@ -18,7 +18,6 @@ NOT_FETCHED = (
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.onnx_data",
     "*.tflite", "*.npz", "*.npy", "*.ot", "*.mlmodel", "consolidated*.safetensors", "original/*", "onnx/*",
 )  # fmt: skip
-REWRITTEN = ("README.md", ".gitattributes")  # of a result: the card is ours, and the Hub writes the other
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,15 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Revision:
-    """A repo at one commit."""
+    """A repo at one commit, and who may read it. `left_out`: files whose names no file of ours can have."""
 
     repo_id: str
     sha: str
     files: tuple[HubFile, ...]
     repo_type: Literal["model", "dataset"] = "model"
+    private: bool = False
+    gated: Literal["auto", "manual"] | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -61,7 +63,8 @@ class Revision:
 def resolve(repo_id: str, revision: str = "main", repo_type: Literal["model", "dataset"] = "model") -> Revision:
     """Ask the Hub for the commit of a branch, tag or commit, and its files, in one request (two for a gated one).
 
-    Raises HubError (no such repo or revision, no access) or HubUnavailable.
+    Raises HubError (no such repo or revision, no access), HubUnavailable, or CheckpointError for a name that leads out
+    of the repo. A name with line breaks or other control characters is left out: nothing of a checkpoint has one.
     """
     with hub_errors(repo_id, revision):
         api = hub_api()
@@ -72,11 +75,16 @@ def resolve(repo_id: str, revision: str = "main", repo_type: Literal["model", "d
     sha = info.sha or ""
     if not COMMIT.fullmatch(sha):
         raise HubError(f"the Hub answers {sha!r} as the commit of {repo_id}@{revision}: that is not a commit")
-    files = []
+    files, left_out = [], []
     for sibling in info.siblings or []:
+        if not sibling.rfilename.isprintable():
+            left_out.append(sibling.rfilename)
+            continue
         check_relative(sibling.rfilename)
         sha256 = sibling.lfs.sha256 if sibling.lfs else None
         if sha256 is not None and not SHA256.fullmatch(sha256):
             raise HubError(f"the Hub names no sha256 for {sibling.rfilename} of {repo_id}: {sha256!r}")
         files.append(HubFile(sibling.rfilename, sibling.size or 0, sibling.blob_id or "", sha256))
-    return Revision(repo_id, sha, tuple(sorted(files, key=lambda f: f.path)), repo_type)
+    ordered = tuple(sorted(files, key=lambda f: f.path))
+    gated = info.gated or None  # False: open to all
+    return Revision(repo_id, sha, ordered, repo_type, bool(info.private), gated, tuple(sorted(left_out)))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tasks.hub.markdown import code, table
+from tasks.hub.public import public
 from tasks.recipe import Benchmark
 from tasks.serving.flags import MODEL, arguments, command_line, with_drafts, without_drafts
 from tasks.serving.measure import summary
@@ -14,25 +15,50 @@ QUESTION = "Write a Python function that reverses a list."
 
 
 def serving_parts(
-    benchmark: Mapping[str, Any], model: str, *, head: bool, chat: bool, auto: str, asked: Benchmark
+    benchmark: Mapping[str, Any], model: str, *, head: bool, packed_head: bool, chat: bool, auto: str, asked: Benchmark
 ) -> list[str]:
     """How to serve `model`, ask it, and load it. `auto` is the class of transformers."""
-    ran = [command["words"] for command in benchmark.get("commands", ())]  # the one with MTP is last
-    flags = with_drafts(asked.flags, asked.draft_tokens) if head else without_drafts(asked.flags)
-    words = ran[-1] if ran else ["vllm", "serve", MODEL, *arguments(flags)]
-    said = "This command was **not run** by the pipeline that made this card."
-    if ran:
-        said = f"This command was **run** by the pipeline that made this card ({benchmark['version']}, "
-        said += f"{benchmark['hardware']}); the speeds below are its."
     return [
-        said,
-        code(command_line(words, model)),
-        "It speaks OpenAI's API:",
+        *(_vllm(benchmark, model, asked, mtp=True) if head else ()),
+        *_vllm(benchmark, model, asked, mtp=False),
+        "It speaks OpenAI's API. This request was **not run** as it stands here; Requant's tests run it, on a small "
+        "model.",
         code(_curl(model, chat=chat)),
-        "In transformers, which does not use the MTP head:" if head else "In transformers:",
+        f"SGLang{' with its MTP head' if head and not packed_head else ''}. This command was **not run**.",
+        code(_sglang(model, asked.draft_tokens if head and not packed_head else 0)),
+        f"transformers{', which does not use the MTP head' if head else ''}. This was **not run** as it stands here; "
+        "Requant's tests run it, on a small model.",
         code(_transformers(model, auto, chat=chat), "python"),
-        "These two were **not run** by the pipeline: Requant's own tests run them, on a small model.",
     ]
+
+
+def _vllm(benchmark: Mapping[str, Any], model: str, asked: Benchmark, *, mtp: bool) -> list[str]:
+    """The command as the benchmark ran it, or, marked so, as it would have."""
+    name = f"vLLM with{'' if mtp else 'out'} MTP"
+    ran = next((command["words"] for command in benchmark.get("commands", ()) if command["mtp"] is mtp), None)
+    if ran is None:
+        flags = with_drafts(asked.flags, asked.draft_tokens) if mtp else without_drafts(asked.flags)
+        words = ["vllm", "serve", MODEL, *arguments(flags)]
+        return [f"{name}. This command was **not run** by the pipeline that made this card.", _shown(words, model)]
+    where = f"{benchmark['version']}, {benchmark['hardware']}"
+    said = (
+        f"{name}. This command was **run** by the pipeline that made this card ({where}), on the folder that was then "
+    )
+    return [f"{said}published; the speeds below are its.", _shown(ran, model)]
+
+
+def _shown(words: Sequence[str], model: str) -> str:
+    """A command to copy. What names a file of the machine that ran it is cut to the file's name."""
+    return code(command_line(public(list(words)), model))
+
+
+def _sglang(model: str, draft_tokens: int) -> str:
+    """Its flags for a model's own MTP layers: https://docs.sglang.io/docs/advanced_features/speculative_decoding"""
+    words = ["python", "-m", "sglang.launch_server", "--model-path", model]
+    if draft_tokens:
+        words += ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(draft_tokens)]
+        words += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(draft_tokens + 1)]
+    return command_line(words, model)
 
 
 def _curl(model: str, *, chat: bool) -> str:

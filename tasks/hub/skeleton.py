@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from tasks.hub.client import hub_errors
 from tasks.hub.revision import HubFile, Revision
 
 GUESS = 16 << 10  # bytes: holds the header of most shards, so that one request is enough
+PIECE = 1 << 16  # bytes
 PARALLEL = 8
 PAUSES = (0.5, 1, 2, 4, 0)  # seconds after an answer that was cut short
 NEIGHBOURS = 1 << 20  # bytes: a gap between wanted tensors that is cheaper to fetch than to ask around
@@ -93,37 +94,40 @@ def _fetch_header(revision: Revision, folder: Path, shard: str, size: int) -> No
 
 
 def _fetch(revision: Revision, folder: Path, path: str, begin: int, end: int) -> None:
-    """Bring bytes `[begin, end)` of a file. What a lost connection has brought is not asked for again."""
+    with (folder / path).open("r+b") as file:
+        file.seek(begin)
+        for piece in stream(revision, path, begin, end):
+            file.write(piece)
+
+
+def stream(revision: Revision, path: str, begin: int, end: int) -> Iterator[bytes]:
+    """Bytes `[begin, end)` of a file, in pieces. What a lost connection has brought is not asked for again, and a
+    server that sends the whole file is left after as many bytes. Raises HubError, HubUnavailable."""
+    url = hf_hub_url(revision.repo_id, path, revision=revision.sha, repo_type=revision.repo_type)
+    headers = {
+        **build_hf_headers(library_name="requant"),
+        "Accept-Encoding": "identity",
+    }  # ranges are of the file itself
+    lost = ""
     for pause in PAUSES:
-        begin, lost = _fetch_some(revision, folder, path, begin, end)
-        if begin >= end:
-            return
+        headers["Range"] = f"bytes={begin}-{end - 1}"
+        with (
+            hub_errors(revision.repo_id, revision.sha),
+            http_stream_backoff("GET", url, headers=headers, follow_redirects=True) as response,
+        ):
+            hf_raise_for_status(response)
+            position = begin if response.status_code == 206 else 0
+            lost = "the answer was short"
+            try:
+                for chunk in response.iter_bytes(PIECE):
+                    piece = chunk[max(begin - position, 0) : end - position]
+                    position += len(chunk)
+                    if piece:
+                        begin += len(piece)
+                        yield piece
+                    if position >= end:
+                        return
+            except httpx2.HTTPError as error:  # must not reach http_stream_backoff, which would yield a second time
+                lost = str(error)
         time.sleep(pause)
     raise HubUnavailable(f"the Hub sent {path} of {revision.name} without its last {end - begin} bytes ({lost})")
-
-
-def _fetch_some(revision: Revision, folder: Path, path: str, begin: int, end: int) -> tuple[int, str]:
-    """The position reached, and what ended it. A server that sends the whole file is left after as many bytes."""
-    url = hf_hub_url(revision.repo_id, path, revision=revision.sha, repo_type=revision.repo_type)
-    headers = {**build_hf_headers(library_name="requant"), "Range": f"bytes={begin}-{end - 1}"}
-    headers["Accept-Encoding"] = "identity"  # ranges are of the file, not of an encoding of it
-    with (
-        hub_errors(revision.repo_id, revision.sha),
-        http_stream_backoff("GET", url, headers=headers, follow_redirects=True) as response,
-        (folder / path).open("r+b") as stream,
-    ):
-        hf_raise_for_status(response)
-        position = begin if response.status_code == 206 else 0
-        reached = begin
-        try:
-            for chunk in response.iter_bytes(1 << 16):
-                kept = chunk[max(begin - position, 0) : end - position]
-                if kept:
-                    stream.seek(max(begin, position))
-                    reached = max(begin, position) + stream.write(kept)
-                position += len(chunk)
-                if position >= end:
-                    return reached, ""
-        except httpx2.HTTPError as error:  # must not reach http_stream_backoff, which would yield a second time
-            return reached, str(error)
-    return reached, "the answer was short"

@@ -12,7 +12,6 @@ from pathlib import Path
 from tasks.checkpoint.writer import write_file
 
 FOLDER = "pictures"  # beside a card
-CARD_KINDS = ("png",)  # what a card shows
 # All that there can be, in the order in which they are worth looking at.
 NAMES = (
     "block-errors", "matrices", "losses", "acceptance-by-position", "acceptance-by-prompt", "throughput",

@@ -73,7 +73,7 @@ def test_the_run_was_measured_with_its_engine(made: Made) -> None:
 
 def test_the_cards_request_is_answered_as_printed(made: Made, server: str) -> None:
     environment = {**made.environment, "OPENAI_BASE_URL": f"{server}/v1"}
-    request = made.snippets("bash")[1]
+    request = next(snippet for snippet in made.snippets("bash") if snippet.startswith("curl "))
     done = subprocess.run(["sh", "-c", request], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)

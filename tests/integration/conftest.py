@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import HfApi, constants
 
 from flows.embedded import embedded_prefect
 from infra.hub.launch import HubStandIn
 from tests.pico import pico_base
+from tests.releases import TARGET, Made, made
 
 ROOT = Path(__file__).parent.parent.parent
 LAYERS = 3
@@ -196,3 +198,26 @@ def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         yield {**{name: value.strip("'\"") for name, value in pairs}, "CEPH_FOLDER": str(folder)}
     finally:
         subprocess.run([script, "down", str(folder)], check=True, capture_output=True, timeout=60)
+
+
+@pytest.fixture
+def hub_here(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in is the Hub of this process too."""
+    for name, value in hub.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+@pytest.fixture
+def api(hub: HubStandIn) -> Iterator[HfApi]:
+    """The real client; what a test released is gone behind it."""
+    api = HfApi(endpoint=hub.url, token=hub.token)
+    yield api
+    api.delete_repo(TARGET, missing_ok=True)
+
+
+@pytest.fixture(scope="session")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[Made]:
+    """Three releases of one base, ready to be published."""
+    return [made(tmp_path_factory.mktemp("made") / str(seed), seed) for seed in (1, 2, 3)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -123,41 +124,58 @@ def test_killed_in_a_later_stage(requant: Requant, finished: Finished, stage: st
     assert_store_is_whole(requant)
 
 
+STEPS = [
+    (r"/api/repos/create", "POST"),
+    (r"/settings", "PUT"),
+    (r"/branch/", "POST"),
+    (r"/info/lfs/objects/batch", "POST"),
+    (r"/_lfs/", "PUT"),
+    (r"/commit/requant-", "POST"),
+    (r"/commit/main", "POST"),
+    (r"/tag/", "POST"),
+    (r"/collections/.*/items", "POST"),
+    (r"/branch/", "DELETE"),
+]
+
+
+@pytest.mark.parametrize("released_before", [False, True], ids=["a new repo", "over an old release"])
 def test_killed_at_any_step_of_publishing_main_is_old_or_new(
-    requant: Requant, finished: Finished, hub: HubStandIn
+    released_before: bool, requant: Requant, finished: Finished, hub: HubStandIn
 ) -> None:
     api = HfApi(endpoint=hub.url, token=hub.token)
-    target = {"repo_id": "me/killed"}
-    steps = [
-        (r"/api/repos/create", "POST"),
-        (r"/branch/", "POST"),
-        (r"/info/lfs/objects/batch", "POST"),
-        (r"/commit/requant-", "POST"),
-        (r"/commit/main", "POST"),
-        (r"/tag/", "POST"),
-    ]
-    for path, method in steps:
+    repo_id = f"me/killed-{released_before}".lower()
+    target = {"repo_id": repo_id, "gated": "auto", "collection": api.create_collection("Killed").slug}
+    old: str | None = None
+    if released_before:
+        old = requant.run(publish={"repo_id": repo_id}, mtp="drop").document["published"]["commit"]
+    made = finished[0].folder / "checkout"
+    whole = {p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()} | {".gitattributes"}
+    for path, method in STEPS:
         hub.reset_traffic()
         # The request is carried out, its answer is held back: the kill comes in between.
         hub.fault(path, method=method, times=1, delay=4)
         process = requant.start_run(publish=target)
-        wait_until_asked(hub, process, path.strip("/"))
+        wait_until_asked(hub, process, path, method)
         kill(process)
         hub.clear_faults()
-        if api.repo_exists("me/killed"):
-            names = set(api.list_repo_files("me/killed"))
-            made = finished[0].folder / "checkout"
-            whole = {p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()} | {".gitattributes"}
-            assert names in ({".gitattributes"}, whole)
+        if api.repo_exists(repo_id) and api.model_info(repo_id).sha != old:
+            names = set(api.list_repo_files(repo_id))
+            assert names == whole or (old is None and names == {".gitattributes"})
     outcome = requant.run(publish=target)
     assert outcome.status == 0, outcome.stderr
-    commits = [c.title for c in api.list_repo_commits("me/killed")]
-    assert len(commits) == 2  # the repo's first, and ours once
-    refs = api.list_repo_refs("me/killed")
+    assert len(api.list_repo_commits(repo_id)) == 2 + released_before  # the repo's first, an old one, and ours once
+    refs = api.list_repo_refs(repo_id)
     assert [b.name for b in refs.branches] == ["main"]
-    assert [t.target_commit for t in refs.tags] == [outcome.document["published"]["commit"]]
+    assert {t.target_commit for t in refs.tags} == {outcome.document["published"]["commit"]} | ({old} if old else set())
+    assert [item.item_id for item in api.get_collection(target["collection"]).items] == [repo_id]
+    verified = requant("verify", repo_id, "--deep", "--json")
+    assert (verified.status, verified.document["problems"]) == (0, [])
 
 
-def wait_until_asked(hub: HubStandIn, process: subprocess.Popen[str], path: str) -> None:
+def wait_until_asked(hub: HubStandIn, process: subprocess.Popen[str], path: str, method: str) -> None:
     """Wait until the Hub has been asked for something with this path, or the run has ended."""
-    wait_for(lambda: process.poll() is not None or any(path in entry["path"] for entry in hub.traffic()), pause=0.05)
+
+    def asked() -> bool:
+        return any(re.search(path, entry["path"]) and entry["method"] == method for entry in hub.traffic())
+
+    wait_for(lambda: process.poll() is not None or asked(), pause=0.05)

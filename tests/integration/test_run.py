@@ -146,7 +146,7 @@ def test_a_new_readme_in_the_base_quantizes_and_publishes_nothing_again(
     second = requant.run(base={"repo_id": "demo/readme"})
     assert second.document["base"]["sha"] == sha
     assert second.states == {"download": "ran", **dict.fromkeys(STAGES[1:], "reused")}
-    fetched = [t["path"] for t in hub.traffic() if t["method"] == "GET" and "/resolve/" in t["path"]]
+    fetched = [t["path"] for t in hub.traffic() if t["method"] == "GET" and "/demo/readme/resolve/" in t["path"]]
     assert [path.rsplit("/", 1)[1] for path in fetched] == ["README.md"]
 
 

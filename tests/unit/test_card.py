@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from tasks.gates import compare
-from tasks.hub.card import CardFacts, inherited, kept_groups, make_card
+from tasks.hub.card import inherited, kept_groups, make_card
+from tasks.hub.facts import CardFacts
 from tasks.hub.markdown import gigabytes, table
+from tasks.hub.revision import Revision
 from tasks.pictures import Picture
 from tasks.recipe import Gates, Recipe
 from tasks.recipe_file import parse_recipe
@@ -45,11 +47,12 @@ def recipe(**changes: Any) -> Recipe:
 
 FACTS = CardFacts(
     recipe=recipe(),
-    base_sha=SHA,
+    base=Revision("Qwen/Qwen3.6-27B", SHA, ()),
     base_bytes=54_000_000_000,
     digest="d" * 64,
     size=18_000_000_000,
     kept_names=("model.layers.0.input_layernorm.weight", "model.layers.1.input_layernorm.weight", "mtp.fc.weight"),
+    packing="auto_round:auto_gptq",
     measured=MEASURED,
     gates=compare(MEASURED, Gates()),
     benchmark={"engine": "none"},
@@ -78,6 +81,7 @@ OWN = {
     "library_name": "transformers",
     "quantized_by": "requant",
     "tags": ["auto-round", "int4", "w4a16", "mtp"],
+    "pipeline_tag": "text-generation",
 }
 
 
@@ -88,7 +92,7 @@ def test_the_front_matter_names_base_relation_library_and_tags() -> None:
 def test_license_language_and_pipeline_tag_are_taken_over() -> None:
     front = "license: apache-2.0\nlanguage:\n- en\n- de\npipeline_tag: image-text-to-text\ntags: [evil]\nwidget: [x]"
     assert card_of(base_card(front))[0] == {
-        "license": "apache-2.0", "language": ["en", "de"], "pipeline_tag": "image-text-to-text", **OWN,
+        **OWN, "license": "apache-2.0", "language": ["en", "de"], "pipeline_tag": "image-text-to-text",
     }  # fmt: skip
 
 
@@ -208,8 +212,8 @@ def test_every_measured_value_is_in_the_card() -> None:
     assert "87.1%" in body and "89.4%" in body and "12,288 tokens" in body
     assert "| perplexity_increase | 0.01 | 0.05 | passed |" in body
     assert "| top1_agreement | 0.95 | 0.85 | passed |" in body
-    assert "| quantize | 12.3 | auto-round 0.16.1 |" in body
-    assert f"Base commit `{SHA}`, artifact digest `{'d' * 64}`." in body
+    assert "| quantize | 12.3 | H200 | auto-round 0.16.1 |" in body
+    assert f"Base commit `{SHA}`, artifact digest `{'d' * 64}`, recipe digest `{recipe().digest}`." in body
 
 
 def test_a_failed_or_unmeasured_gate_is_not_dressed_up() -> None:

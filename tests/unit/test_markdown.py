@@ -48,7 +48,7 @@ def test_a_run_has_a_headline_its_stages_gates_and_where_it_was_published() -> N
     assert text.startswith("## published: Qwen/Qwen3.6-27B@0123456 -> W4A16 g128")
     assert "| quantize | ran | 75.5 | 18.00 GB |" in text
     assert "| top1_agreement | not measured | 0.85 | FAILED | could not be measured |" in text
-    assert "Published: [me/x](https://hub/me/x) `v1`" in text
+    assert "[me/x](https://hub/me/x): published, tag v1" in text
 
 
 def test_a_failed_run_is_reported_with_its_sentence() -> None:

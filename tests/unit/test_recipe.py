@@ -119,7 +119,10 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(key: str, close: 
 
 def test_an_unknown_key_like_no_other_is_refused_with_all_that_are_allowed(tmp_path: Path) -> None:
     message = sentence(tmp_path, with_key("publish.zzz", "1"))
-    assert message == "publish.zzz is not a key of a recipe: allowed are repo_id, private"
+    assert message == (
+        "publish.zzz is not a key of a recipe: allowed are repo_id, private, gated, license, collection, pull_request, "
+        "overwrite"
+    )
 
 
 WRONG = {

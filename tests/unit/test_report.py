@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from flows.report import Report, gate_rows, headline
+from flows.report import Report, gate_rows, headline, published_words
 from flows.terminal import gate_table, render
 from tasks.artifact import File, Manifest
 from tasks.gates import Gate
@@ -22,7 +22,9 @@ SPEED = {
     "engine": "torch", "version": "transformers 5", "hardware": "CPU, 2 cores", "prefill_tokens_per_second": 1000.0,
     "tokens_per_second": 50.0, "acceptance": None, "prompts": [],
 }  # fmt: skip
-PUBLISHED = {"repo_id": "me/x", "commit": SHA, "tag": "v1", "changed": True, "url": "https://hub/me/x"}
+PUBLISHED = {
+    "repo_id": "me/x", "commit": SHA, "tag": "v1", "changed": True, "pull_request": None, "url": "https://hub/me/x",
+}  # fmt: skip
 
 
 def finished(**changes: Any) -> Report:
@@ -131,3 +133,10 @@ def test_a_note_in_brackets_is_shown_and_not_taken_for_markup() -> None:
 
 def test_a_path_in_brackets_is_shown_whole() -> None:
     assert "/models/[final]/out" in render(finished(path=Path("/models/[final]/out")))
+
+
+def test_what_became_of_a_release_is_told_in_words() -> None:
+    waiting = {**PUBLISHED, "pull_request": "https://hub/me/x/discussions/1"}
+    assert published_words(waiting) == "waits to be merged: https://hub/me/x/discussions/1"
+    assert published_words(PUBLISHED) == "published, tag v1"
+    assert published_words({**PUBLISHED, "changed": False}) == "already published, tag v1"

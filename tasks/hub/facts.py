@@ -1,0 +1,47 @@
+"""What a model card is made of: the recipe, what came of it, and what every stage recorded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.gates import Gate
+from tasks.hub.revision import Revision
+from tasks.pictures import Picture
+from tasks.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is made of."""
+
+    recipe: Recipe
+    base: Revision
+    base_bytes: int
+    digest: str
+    size: int
+    kept_names: tuple[str, ...]
+    packing: str | None  # as config.json calls it
+    measured: Mapping[str, Any]
+    gates: Iterable[Gate]
+    benchmark: Mapping[str, Any]
+    provenance: Mapping[str, Mapping[str, Any]]
+    base_card: str
+    pictures: Sequence[Picture] = ()
+    chat: bool = True  # it has a chat template
+
+    @property
+    def head(self) -> bool:
+        return bool(self.measured["head_kept"])
+
+    @property
+    def vision(self) -> bool:
+        return any(re.search(r"(^|\.)(visual|vision)", name) for name in self.kept_names)
+
+    @property
+    def scheme(self) -> str:
+        bits, group_size, sym = self.recipe.quantize.resolved
+        groups = "one scale a row" if group_size == -1 else f"group size {group_size}"
+        return f"W{bits}A16, {groups}, {'symmetric' if sym else 'asymmetric'}"

@@ -1,0 +1,120 @@
+"""`requant verify` and `requant publish --rollback` as their users meet them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from huggingface_hub import HfApi, ModelCard, constants
+
+from infra.hub.launch import HubStandIn
+from tests.integration.conftest import Outcome, Requant
+from tests.releases import TARGET, Made, edit
+
+Finished = tuple[Requant, Outcome]
+
+
+def test_a_run_is_what_its_manifest_claims_and_its_card_is_valid(
+    finished: Finished, hub: HubStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requant, outcome = finished
+    verified = requant("verify", "me/pico", "--deep", "--json")
+    assert verified.status == 0, verified.stderr
+    document = verified.document
+    assert {"files", "problems"} <= set(document) and document["problems"] == []
+    assert document["release"] == outcome.document["published"]["tag"]
+    folder = requant.folder / "checkout"
+    claimed = json.loads((folder / "requant.json").read_text())
+    assert claimed["artifact"] == outcome.digest and claimed["base"]["sha"] == outcome.document["base"]["sha"]
+    assert [gate["name"] for gate in claimed["gates"]] == [gate["name"] for gate in outcome.document["gates"]]
+    assert set(claimed["provenance"]) == {"download", "quantize", "mtp_fix", "validate", "benchmark"}
+    assert claimed["provenance"]["quantize"]["machine"]["cpus"] > 0
+    for name in ("requant.json", "README.md", "recipe.yaml", "report.md"):
+        text = (folder / name).read_text()
+        assert str(requant.folder) not in text and hub.token not in text
+    assert "/v1}/chat/completions" in (folder / "README.md").read_text()  # what is no folder stays as it is
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    ModelCard((folder / "README.md").read_text()).validate()
+
+
+def test_the_published_recipe_makes_the_same_artifact_again(requant: Requant, finished: Finished) -> None:
+    again = requant("run", str(finished[0].folder / "checkout" / "recipe.yaml"), "--json", "--set", "publish=null")
+    assert again.status == 0, again.stderr
+    assert again.digest == finished[1].digest and set(again.states.values()) == {"reused"}
+
+
+def test_verify_says_what_is_wrong_and_exits_with_1(
+    finished: Finished, api: HfApi, three: list[Made], hub_here: None
+) -> None:
+    three[0].publish()
+    edit(api)
+    for arguments in (["--json"], []):
+        outcome = finished[0]("verify", TARGET, *arguments)
+        assert outcome.status == 1 and "README.md is not the file that requant.json names" in outcome.stdout
+    assert finished[0]("verify", f"{TARGET}@{three[0].tag}", "--json").status == 0
+
+
+def test_publish_rolls_back_by_recipe_or_repo(
+    finished: Finished, api: HfApi, three: list[Made], hub_here: None
+) -> None:
+    three[0].publish()
+    three[1].publish()
+    recipe = finished[0].folder / "target.yaml"
+    recipe.write_text(json.dumps({"base": {"repo_id": "demo/pico"}, "publish": {"repo_id": TARGET}}))
+    first = finished[0]("publish", str(recipe), "--rollback", "--json")
+    assert first.status == 0, first.stderr
+    published = first.document["published"]
+    assert published["repo_id"] == TARGET and published["tag"] == three[0].tag and published["changed"]
+    assert published["commit"] == api.model_info(TARGET).sha
+    again = finished[0]("publish", TARGET, "--rollback", "--json").document["published"]
+    assert not again["changed"] and again["commit"] == published["commit"]
+    assert finished[0]("publish", TARGET, "--rollback", "--to", three[1].tag, "--json").document["published"]["changed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["publish", "me/pico"], 2, "--rollback"),
+        (["publish", "nothing.yaml", "--rollback"], 2, "nothing.yaml cannot be read"),
+        (["publish", "pico", "--rollback"], 1, "name it as owner/name"),
+        (["verify", "./folder"], 1, "name it as owner/name"),
+        (["verify", "me/nowhere"], 1, "me/nowhere does not exist"),
+        (["verify", "demo/pico", "--json"], 1, "has no requant.json"),
+        (["publish", "demo/pico", "--rollback"], 1, "holds no release of Requant"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(arguments: list[str], status: int, words: str, finished: Finished) -> None:
+    outcome = finished[0](*arguments)
+    assert outcome.status == status and "Traceback" not in outcome.stderr
+    assert words in outcome.stdout + outcome.stderr
+
+
+@pytest.mark.parametrize("arguments", [["verify", "me/pico"], ["publish", "me/pico", "--rollback"]])
+def test_looking_at_a_release_starts_neither_torch_nor_prefect(arguments: list[str], finished: Finished) -> None:
+    lines = finished[0].variant(PYTHONPROFILEIMPORTTIME="1")(*arguments).stderr.splitlines()
+    imported = {line.rsplit("|", 1)[1].strip() for line in lines if line.startswith("import time:")}
+    assert "tasks.hub.manifest" in imported and not imported & {"torch", "prefect", "auto_round", "transformers"}
+
+
+def test_a_run_with_a_pull_request_is_validated_until_someone_merges(
+    requant: Requant, api: HfApi, hub_here: None
+) -> None:
+    target = {"repo_id": TARGET, "pull_request": True}
+    waiting = requant.run(publish=target)
+    assert waiting.status == 0, waiting.stderr
+    assert waiting.document["status"] == "validated" and waiting.document["published"]["pull_request"].endswith("/1")
+    api.merge_pull_request(TARGET, 1)
+    merged = requant.run(publish=target)
+    assert merged.document["status"] == "published" and merged.document["published"]["pull_request"] is None
+    assert requant("verify", f"{TARGET}@{merged.document['published']['tag']}", "--json").document["problems"] == []
+
+
+def test_a_checkout_loses_an_earlier_runs_card_and_nothing_of_its_users(requant: Requant) -> None:
+    folder = requant.folder / "laid"
+    folder.mkdir()
+    for name in ("README.md", "requant.json", ".gitattributes", "notes.md"):
+        (folder / name).write_text("before")
+    outcome = requant.run("--checkout", str(folder), gates={"min_top1_agreement": 1.0}, publish=None)
+    assert outcome.document["status"] == "rejected"
+    left = {path.name for path in folder.iterdir()}
+    assert {".gitattributes", "notes.md"} <= left and not {"README.md", "requant.json"} & left

@@ -1,0 +1,185 @@
+"""Releases against the Hub stand-in: staged, refused, proposed, and who may read them."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import HfApi
+
+from infra.hub.launch import HubStandIn
+from tasks.errors import HubError, HubUnavailable
+from tasks.hub.revision import resolve
+from tasks.hub.target import check_target
+from tasks.hub.verify import verify
+from tasks.recipe import Publish
+from tests.releases import TARGET, Made, card_on_hub, edit, made, sent, titles
+
+pytestmark = pytest.mark.usefixtures("hub_here")
+
+
+# Publishing
+
+
+def test_a_release_is_one_commit_a_tag_and_no_branch(api: HfApi, three: list[Made]) -> None:
+    released = three[0].publish()
+    assert released.changed and set(api.list_repo_files(TARGET)) == three[0].names
+    assert len(titles(api)) == 2
+    refs = api.list_repo_refs(TARGET)
+    assert [b.name for b in refs.branches] == ["main"]
+    assert [(t.name, t.target_commit) for t in refs.tags] == [(three[0].tag, released.commit)]
+    assert not three[0].publish().changed and len(titles(api)) == 2
+
+
+def test_a_next_release_sends_what_is_new_and_takes_away_what_was(
+    api: HfApi, three: list[Made], hub: HubStandIn
+) -> None:
+    three[0].publish()
+    hub.reset_traffic()
+    three[1].publish()
+    shards = sum(f.size for f in three[1].manifest.files if f.path.endswith(".safetensors"))
+    assert sent(hub) == shards + len("\x89PNG of 2".encode("latin-1"))
+    assert set(api.list_repo_files(TARGET)) == three[1].names and "release 2" in card_on_hub(api)
+
+
+def test_what_arrived_before_the_hub_failed_is_not_sent_again(api: HfApi, three: list[Made], hub: HubStandIn) -> None:
+    hub.fault(r"/commit/requant-", method="POST", times=None, status=403)
+    with pytest.raises(HubError):
+        three[0].publish()
+    hub.clear_faults()
+    hub.reset_traffic()
+    three[0].publish()
+    assert sent(hub) == 0 and len(titles(api)) == 2
+
+
+def test_what_the_hub_received_altered_never_becomes_main(api: HfApi, three: list[Made], hub: HubStandIn) -> None:
+    before = three[0].publish().commit
+    hub.fault(r"^/_lfs/", method="PUT", times=None, corrupt=True)
+    with pytest.raises((HubError, HubUnavailable)):
+        three[1].publish()
+    assert api.model_info(TARGET).sha == before
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "words"),
+    [
+        ("README.md", b"# better words\n", "README.md is not the file that requant.json names"),
+        ("evaluation.txt", b"mine", "evaluation.txt is there"),
+        ("model-00001-of-00002.safetensors", None, "model-00001-of-00002.safetensors is missing"),
+    ],
+)
+def test_a_main_that_someone_changed_is_not_overwritten(
+    path: str, data: bytes | None, words: str, api: HfApi, three: list[Made]
+) -> None:
+    three[0].publish()
+    edit(api, path, data)
+    before = api.model_info(TARGET).sha
+    with pytest.raises(HubError, match=f"changed by someone else since release {three[0].tag}.*overwrite") as told:
+        three[1].publish()
+    assert words in str(told.value) and api.model_info(TARGET).sha == before
+    with pytest.raises(HubError, match="changed by someone else"):  # and before any work
+        check_target(Publish(repo_id=TARGET), three[1].base)
+    assert three[1].publish(overwrite=True).changed
+    assert set(api.list_repo_files(TARGET)) == three[1].names
+
+
+def test_an_edited_card_does_not_fail_the_run_that_has_nothing_new(api: HfApi, three: list[Made]) -> None:
+    three[0].publish()
+    edit(api)
+    check_target(Publish(repo_id=TARGET), three[0].base)
+    assert not three[0].publish().changed and card_on_hub(api) == "# by hand\n"
+
+
+def test_a_release_of_another_base_is_not_overwritten(api: HfApi, three: list[Made], tmp_path: Path) -> None:
+    three[0].publish()
+    other = made(tmp_path / "other", 4, repo_id="demo/llama")
+    with pytest.raises(HubError, match="holds a release made of demo/pico, not of demo/llama"):
+        other.publish()
+
+
+def test_a_repo_of_a_persons_own_words_is_published_to(api: HfApi, three: list[Made]) -> None:
+    api.create_repo(TARGET)
+    edit(api)
+    assert three[0].publish().changed and "release 1" in card_on_hub(api)
+
+
+# Who may read it
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "private", "gated"),
+    [
+        ({}, {}, False, False),
+        ({"private": True}, {}, True, False),
+        ({"gated": "auto"}, {}, False, "auto"),
+        ({"private": True, "gated": "manual"}, {"private": False, "gated": "open"}, False, False),
+        ({}, {"private": True, "gated": "manual"}, True, "manual"),
+    ],
+)
+def test_who_may_read_it_follows_the_base_unless_the_recipe_says_otherwise(
+    base: dict[str, Any], settings: dict[str, Any], private: bool, gated: Any, api: HfApi, tmp_path: Path
+) -> None:
+    made(tmp_path / "made", 1, **base).publish(**settings)
+    info = api.model_info(TARGET)
+    assert (info.private, info.gated) == (private, gated)
+
+
+def test_what_is_closed_already_stays_so(api: HfApi, three: list[Made]) -> None:
+    api.create_repo(TARGET, private=True)
+    api.update_repo_settings(TARGET, gated="manual")
+    three[0].publish()
+    info = api.model_info(TARGET)
+    assert (info.private, info.gated) == (True, "manual")
+
+
+def test_a_collection_lists_it_once(api: HfApi, three: list[Made]) -> None:
+    slug = api.create_collection("Quantized").slug
+    check_target(Publish(repo_id=TARGET, collection=slug), three[0].base)
+    for each in (three[0], three[0], three[1]):
+        each.publish(collection=slug)
+    assert [item.item_id for item in api.get_collection(slug).items] == [TARGET]
+    with pytest.raises(HubError, match="collection me/none-0123 does not exist"):
+        check_target(Publish(repo_id=TARGET, collection="me/none-0123"), three[0].base)
+
+
+# Pull requests
+
+
+def test_a_pull_request_is_opened_once_and_tagged_when_it_is_merged(api: HfApi, three: list[Made]) -> None:
+    before = three[0].publish().commit
+    first = three[1].publish(pull_request=True)
+    assert first.changed and first.pull_request and api.model_info(TARGET).sha == before
+    again = three[1].publish(pull_request=True)
+    assert not again.changed and (again.pull_request, again.commit) == (first.pull_request, first.commit)
+    (discussion,) = api.get_repo_discussions(TARGET)
+    assert discussion.is_pull_request and discussion.status == "open"
+    api.merge_pull_request(TARGET, discussion.num)
+    merged = three[1].publish(pull_request=True)
+    assert not merged.changed and merged.pull_request is None and verify(TARGET, merged.tag).problems == []
+    assert set(api.list_repo_files(TARGET)) == three[1].names
+
+
+@pytest.mark.parametrize("path", [r"/discussions$", r"/commit/refs", r"/status$"])
+def test_a_pull_request_whose_answers_are_lost_is_opened_once(
+    path: str, api: HfApi, three: list[Made], hub: HubStandIn
+) -> None:
+    hub.fault(path, method="POST", cut_after_bytes=0)
+    with contextlib.suppress(HubError):
+        three[0].publish(pull_request=True)
+    hub.clear_faults()
+    three[0].publish(pull_request=True)
+    (discussion,) = api.get_repo_discussions(TARGET)
+    assert discussion.status == "open"
+    commits = api.list_repo_commits(TARGET, revision=f"refs/pr/{discussion.num}")
+    assert len(commits) == 2 and set(api.list_repo_files(TARGET)) == {".gitattributes"}
+
+
+def test_a_revision_knows_who_may_read_it_and_what_no_file_can_be_named(api: HfApi) -> None:
+    api.create_repo(TARGET, private=True)
+    edit(api, "a\nb.txt", b"1")
+    edit(api, "plain.txt", b"1")
+    there = resolve(TARGET)
+    assert there.private and there.gated is None and there.left_out == ("a\nb.txt",)
+    assert [f.path for f in there.files] == [".gitattributes", "plain.txt"]
