@@ -33,6 +33,7 @@ from tasks.errors import RequantError  # noqa: E402
 from tasks.hub import client  # noqa: E402
 from tasks.hub.release import release  # noqa: E402
 from tasks.hub.revision import Revision, resolve  # noqa: E402
+from tasks.recipe import Publish  # noqa: E402
 from tasks.store import Store, open_store, transfer  # noqa: E402
 from tasks.store.folder import FolderBackend  # noqa: E402
 from tasks.store.s3 import S3Backend  # noqa: E402
@@ -255,7 +256,8 @@ def hub_operation(name: str, hub: HubStandIn, folder: Path) -> Operation:
 
 
 def put_release(target: str, folder: Path, manifest: Manifest) -> None:
-    release(target, folder, manifest, "tag", "message", private=True, say=lambda text: None)
+    base = Revision("demo/base", "0" * 40, ())
+    release(Publish(repo_id=target), base, folder, manifest, ["README.md"], say=lambda text: None)
 
 
 @contextlib.contextmanager

@@ -67,10 +67,10 @@ def test_a_recipe_is_chosen_by_name_run_and_its_gates_report_and_pictures_are_se
     expect(page.get_by_text("All 17 gates passed")).to_be_visible()
     shot(page, "finished")
     open_artifact(page, stack, run, "requant-gates")
-    expect(page.get_by_text("weight_slope")).to_be_visible()
+    expect(page.get_by_text("weight_slope", exact=True).first).to_be_visible()
     shot(page, "gates")
     open_artifact(page, stack, run, "requant-report")
-    expect(page.get_by_role("heading", name="Gates")).to_be_visible()
+    expect(page.get_by_role("heading", name="Gates").first).to_be_visible()
     pictures = page.locator("img[src^='data:image/png']")
     expect(pictures.first).to_be_visible()
     assert pictures.count() >= 4

@@ -10,6 +10,7 @@ import pytest
 from tasks import errors
 from tasks.errors import (
     SECRET_VARIABLES,
+    Collected,
     DiskFull,
     HubUnavailable,
     QuantizeDied,
@@ -28,7 +29,7 @@ def test_every_error_has_a_parent_of_the_standard_library(error: type[RequantErr
 
 
 def test_only_what_passes_by_itself_is_retried() -> None:
-    assert {c for c in CLASSES if c.retryable} == {HubUnavailable, QuantizeDied}
+    assert {c for c in CLASSES if c.retryable} == {Collected, HubUnavailable, QuantizeDied}
 
 
 @pytest.mark.parametrize("error", CLASSES)
