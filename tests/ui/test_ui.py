@@ -15,7 +15,8 @@ def shot(page: Page, name: str) -> None:
 
 def open_form(page: Page, stack: Stack, deployment: str) -> None:
     page.goto(f"{stack.settings.ui}/v2/deployments")
-    page.get_by_role("link", name=deployment, exact=True).first.click()
+    (found,) = stack.ask("POST", "deployments/filter", {"deployments": {"name": {"any_": [deployment]}}})
+    page.locator(f"a[href*='/deployments/deployment/{found['id']}']").first.click()
     shot(page, f"deployment-{deployment}")
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_text("Custom run", exact=True).click()
