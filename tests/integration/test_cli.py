@@ -51,7 +51,7 @@ def artifacts(api: str, key: str) -> list[dict[str, Any]]:
 def test_prefect_has_progress_gates_and_report_of_a_run(finished: Finished, prefect_server: str) -> None:
     assert any(a["data"] == 100.0 for a in artifacts(prefect_server, "quantize-progress"))
     tables = [json.loads(a["data"]) for a in artifacts(prefect_server, "requant-gates")]
-    assert any({row["name"] for row in table} >= {"structure", "perplexity_increase"} for table in tables)
+    assert any({row["gate"] for row in table} >= {"structure", "perplexity_increase"} for table in tables)
     reports = [a["data"] for a in artifacts(prefect_server, "requant-report")]
     assert any(finished[1].digest[:12] in text and "](data:image/png;base64," in text for text in reports)
 

@@ -14,6 +14,7 @@ import pytest
 
 from infra.bench.shapes import write_base
 from infra.hub.launch import Exchange, HubStandIn
+from tasks.artifact import OURS
 from tests.bases import other_base
 from tests.integration.conftest import ROOT, Outcome, Requant
 from tests.integration.test_cli import artifacts
@@ -109,7 +110,7 @@ def test_the_plan_of_a_finished_run_reuses_all_and_knew_every_file(finished: Fin
     assert document["transfer"] == {"download_bytes": 0, "upload_bytes": 0}
     assert not [t for t in hub.traffic() if "/resolve/" in t["path"]]  # all of it is on this machine
     folder = requant.folder / "checkout"
-    card = ("README.md", "pictures/")
+    card = (*OURS, "pictures/")
     made = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
     assert {path: size for path, size in made.items() if not path.startswith(card)} == document["output"]["files"]
     measured = outcome.document["measured"]
