@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def up(folder: Path, gpus: int = 1, say: Callable[[str], None] = print) -> Setti
         say(service.name)
         supervisor.start_service(service.name)
         if service.name in ready:
-            _wait(ready[service.name], lambda name=service.name: supervisor.last_words(name))  # type: ignore[misc]
+            _wait(ready[service.name], functools.partial(supervisor.last_words, service.name))
     environment = settings.write_environment()
     say(f"Prefect: {settings.ui} (log in with {settings.login})\nfor a shell: . {environment}")
     return settings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +13,3 @@ from tests.stack import Stack, running_stack
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     with running_stack(tmp_path_factory.mktemp("stack") / "stack") as started:
         yield started
-
-
-@pytest.fixture
-def build(request: pytest.FixtureRequest) -> Path:
-    return Path(request.config.rootpath) / "build"

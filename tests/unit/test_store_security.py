@@ -23,13 +23,6 @@ EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    backend = FolderBackend(tmp_path / "store")
-    backend.check()
-    return Store(backend, near=backend)
-
-
-@pytest.fixture
 def outside(tmp_path: Path) -> Path:
     folder = tmp_path / "outside"
     folder.mkdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -18,29 +17,6 @@ from tasks.store.verify import Verified, verify
 from tests.unit.making import write_files
 
 KEY = "a" * 64
-
-
-class Remote(FolderBackend):
-    """A place elsewhere: the file that was sent stays where it is."""
-
-    def put_file(self, key: str, path: Path, *more: str) -> None:
-        copy = path.with_name(f"{path.name}.sent")
-        shutil.copyfile(path, copy)
-        super().put_file(key, copy)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    backend = FolderBackend(tmp_path / "store")
-    backend.check()
-    return Store(backend, near=backend)
-
-
-@pytest.fixture
-def far(tmp_path: Path) -> Store:
-    made = Store(Remote(tmp_path / "remote"), near=FolderBackend(tmp_path / "near"))
-    made.check()
-    return made
 
 
 def keep(store: Store, folder: Path, files: dict[str, bytes], key: str = KEY) -> Manifest:
