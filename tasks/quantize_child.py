@@ -134,10 +134,14 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
 
 
 def _same_bits_every_time() -> None:
-    """On a GPU the gradients of attention are else summed in the order in which they come."""
+    """On a GPU the gradients of attention are else summed in the order in which they come, and inductor takes the
+    kernel that was fastest as it compiled: a process that finds its compile cache empty, another than the next one."""
     import torch
+    from torch._inductor import config
 
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when the first matrix product is made
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"  # for the processes that it compiles in
+    config.deterministic = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
 
