@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 from huggingface_hub import HfApi
 
 from infra.stack.__main__ import CEPH, down, up
@@ -165,6 +166,12 @@ def running_stack(folder: Path) -> Iterator[Stack]:
         down(folder)
     left = [service.name for service in services(stack.settings) if _there(stack.settings, service.command)]
     assert not left, f"make down left {left} running"
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with running_stack(tmp_path_factory.mktemp("stack") / "stack") as started:
+        yield started
 
 
 def kill(processes: Sequence[psutil.Process]) -> None:

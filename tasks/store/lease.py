@@ -26,6 +26,7 @@ import psutil
 
 from tasks.errors import StoreError
 from tasks.store.backend import Backend
+from tasks.store.background import repeated
 
 log = logging.getLogger(__name__)
 
@@ -102,14 +103,10 @@ def lease(
     folder = f"leases/{stage}/{key}"
     owner, generation = _take(backend, folder, on_wait)
     held = Held(backend, f"{folder}/{generation:06d}", owner, needs)
-    stop = threading.Event()
-    heart = threading.Thread(target=_beat, args=(held, stop, BEAT if beat is None else beat), daemon=True)
-    heart.start()
     try:
-        yield held
+        with repeated(held.renew, BEAT if beat is None else beat, "heartbeat failed", at_end=False):
+            yield held
     finally:
-        stop.set()
-        heart.join()
         for number in _generations(backend, folder):
             if number <= generation:
                 backend.delete(f"{folder}/{number:06d}")
@@ -175,14 +172,6 @@ def _take(backend: Backend, folder: str, on_wait: Callable[[str], None]) -> tupl
                 return owner, newest
             backend.delete(mine)
             time.sleep(random.uniform(0, POLL))
-
-
-def _beat(held: Held, stop: threading.Event, beat: float) -> None:
-    while not stop.wait(beat):
-        try:
-            held.renew()
-        except OSError as error:  # StoreError is one; a full disk another
-            log.warning("heartbeat failed: %s", error)
 
 
 def _generations(backend: Backend, folder: str) -> list[int]:

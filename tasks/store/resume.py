@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tasks.store.background import repeated
 from tasks.store.folder import inside
 from tasks.store.store import Store
 
-log = logging.getLogger(__name__)
 PAUSE = 1.0  # seconds between two looks at the folder
 # What belongs together now: paths relative to the work folder, those that may change last.
 Snapshot = Callable[[Path], list[str]]
@@ -60,25 +58,13 @@ def kept(store: Store, stage: str, key: str, folder: Path, snapshot: Snapshot) -
     if store.is_local:
         yield
         return
-    stop, sent = threading.Event(), dict[str, int]()
+    sent: dict[str, int] = {}
 
     def keep() -> None:
-        while True:
-            last = stop.wait(PAUSE)
-            try:
-                push(store, stage, key, folder, snapshot(folder), sent)
-            except OSError as error:  # StoreError is one: the work itself goes on
-                log.warning("what is finished could not be copied to the store: %s", error)
-            if last:
-                return
+        push(store, stage, key, folder, snapshot(folder), sent)
 
-    thread = threading.Thread(target=keep, daemon=True)
-    thread.start()
-    try:
+    with repeated(keep, PAUSE, "what is finished could not be copied to the store"):
         yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def push(store: Store, stage: str, key: str, folder: Path, paths: list[str], sent: dict[str, int]) -> None:

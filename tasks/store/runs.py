@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from tasks.store.background import repeated
 from tasks.store.store import Store
 
-log = logging.getLogger(__name__)
 BEAT = 60.0  # seconds; gc's grace period must be much longer
 PAUSE = 1.0  # seconds between two looks at what the run has used
 
@@ -56,26 +54,16 @@ class Run:
 @contextlib.contextmanager
 def recorded(store: Store, describe: Callable[[], Run | None]) -> Iterator[None]:
     """Keep the record of a run while it lasts, and once more at its end; None from `describe`: nothing to tell yet."""
-    stop = threading.Event()
+    written: Run | None = None
+    at = 0.0
 
     def keep() -> None:
-        written, at = None, 0.0
-        while True:
-            last = stop.wait(PAUSE)
-            run = describe()
-            if run is not None and (last or run != written or time.monotonic() - at > BEAT):
-                try:
-                    store.backend.write(run.key, run.to_json())
-                    written, at = run, time.monotonic()
-                except OSError as error:  # StoreError is one: the run itself goes on
-                    log.warning("the run's record could not be written: %s", error)
-            if last:
-                return
+        nonlocal written, at
+        run = describe()
+        if run is not None and (run != written or time.monotonic() - at > BEAT):
+            store.backend.write(run.key, run.to_json())
+            written, at = run, time.monotonic()
 
-    thread = threading.Thread(target=keep, daemon=True)
-    thread.start()
-    try:
+    # A store that is lost holds up no run that ends.
+    with repeated(keep, PAUSE, "the run's record could not be written", patience=10):
         yield
-    finally:
-        stop.set()
-        thread.join(10)  # a store that is lost holds up no run that ends

@@ -9,15 +9,11 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
-from tests.stack import Stack, running_stack
+from tests.stack import Stack, stack
+
+__all__ = ["page", "stack"]
 
 SHOTS = Path(__file__).parent.parent.parent / "build" / "ui"
-
-
-@pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with running_stack(tmp_path_factory.mktemp("stack") / "stack") as started:
-        yield started
 
 
 @pytest.fixture(scope="session")
