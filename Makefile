@@ -54,11 +54,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)
+bench: $(SERVES)
 	$(BIN)/python -m infra.bench.overhead
 	$(BIN)/python -m infra.bench.surgery
 	$(BIN)/python -m infra.bench.watch
 	$(BIN)/python -m infra.bench.publish
+	$(BIN)/python -m infra.bench.served
 
 torture: $(INSTALLED)
 	infra/s3/ceph install
@@ -69,7 +70,7 @@ bench-gpu: $(INSTALLED)
 
 bench-store: $(INSTALLED)
 	infra/s3/ceph install
-	SIZE=$(SIZE) REPEATS=$(REPEATS) MINUTES=$(MINUTES) $(BIN)/python -m infra.bench.store
+	SIZE=$(SIZE) FILES=$(FILES) REPEATS=$(REPEATS) MINUTES=$(MINUTES) $(BIN)/python -m infra.bench.store
 
 $(INSTALLED): pyproject.toml constraints.txt
 	infra/venv $(PYTHON) .venv

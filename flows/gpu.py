@@ -188,6 +188,7 @@ def _begin(name: str, key: str, parameters: dict[str, Any]) -> FlowRun:
             f"{name}/{name}",
             parameters=parameters,
             timeout=0,
+            flow_run_name=runtime.flow_run.name,  # else it has one by chance while it waits
             idempotency_key=f"{runtime.flow_run.id}:{key}:{attempt}",
         )
         assert isinstance(run, FlowRun)

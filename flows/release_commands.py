@@ -39,7 +39,7 @@ def verify(repo: str, deep: bool) -> tuple[dict[str, Any], str, int]:
 def publish(recipe_or_repo: str, rollback: bool, tag: str | None, overwrite: bool) -> tuple[dict[str, Any], str, int]:
     """Move main of a published repo back to an earlier release. No weights are sent.
 
-    RECIPE_OR_REPO is a recipe's file, whose target is meant, or a repo_id. Asked for twice, it goes one release back.
+    RECIPE_OR_REPO is a recipe's file, whose target is meant, or a repo_id. Asked for twice, it goes back once.
     `requant run` is what publishes.
     """
     from tasks.hub.rollback import rollback as moved_back

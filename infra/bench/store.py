@@ -1,7 +1,7 @@
 """How fast the store moves files, beside awscli, s3fs and boto3 on the same Ceph: `make bench-store`.
 
-SIZE (MB, 4096) of incompressible data in 8 files, REPEATS (5) rounds in which the four take turns in another order
-each time; every operation is a process of its own, from its start to its end. What Requant moves has its sha256
+SIZE (MB, 4096) of incompressible data in FILES (8) files, REPEATS (5) rounds in which the four take turns in another
+order each time; every operation is a process of its own, from its start to its end. What Requant moves has its sha256
 checked, and what it fetched is on the disk; the peers do neither. Fetching again what is present costs the peers the
 same as the first time, so they do it in the first round only. No round begins that would not end within MINUTES (18).
 
@@ -36,7 +36,7 @@ PINNED = {"aws": "awscli==1.46.3", "boto3": "boto3==1.44.8", "s3fs": "s3fs==2026
 SIZE = int(os.environ.get("SIZE") or 4096) << 20
 REPEATS = int(os.environ.get("REPEATS") or 5)
 MINUTES = float(os.environ.get("MINUTES") or 18)
-FILES = 8
+FILES = int(os.environ.get("FILES") or 8)
 ARTIFACT = 18 * 10**9
 Times = dict[str, dict[str, list[dict[str, float]]]]  # by operation, by contender, by round
 

@@ -1,7 +1,8 @@
 """One pass of the watch over 1,000 bases on a Hub that is 50 ms away: `make bench`.
 
 `requant watch --once` as a process, against the stand-in: with nothing to do, with refusals on the way (429), and with
-every base new, on an embedded Prefect server. Prints seconds and requests; build/bench-watch.json has them too.
+every base new, on the Prefect server of a stack (PostgreSQL). Prints seconds and requests, and keeps them in
+build/bench-watch.json.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from flows.embedded import embedded_prefect
+import httpx
+
 from infra.hub.hub import Hub
 from infra.hub.launch import HubStandIn
 from infra.hub.seeding import seed
+from infra.stack.__main__ import down, up
+from infra.stack.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
 BASES, LATENCY = 1000, 0.05  # seconds
@@ -46,10 +50,14 @@ def main() -> None:
             hub.fault("/api/models/", status=429, retry_after=RETRY_AFTER, times=REFUSALS, skip=300)
             hub.fault(delay=LATENCY, times=None)
             figures[f"{REFUSALS} refused, for {RETRY_AFTER} s"] = one_pass(hub, root, {"REQUANT_STORE": known})
-            with embedded_prefect():
-                deploy()
-                figures["all new"] = one_pass(hub, root, {"REQUANT_STORE": empty})
-                figures["all asked for already"] = one_pass(hub, root, {"REQUANT_STORE": empty})
+            settings = up(root / "stack", say=lambda text: None)
+            try:
+                hold_workers(settings)
+                served = {n: v for n, v in settings.client().items() if n.startswith("PREFECT_")}
+                for name in ("all new", "all asked for already"):
+                    figures[name] = one_pass(hub, root, {**served, "REQUANT_STORE": empty})
+            finally:
+                down(root / "stack")
     for name, row in figures.items():
         answers = ", ".join(f"{count} x {status}" for status, count in row["answers"].items())
         sys.stdout.write(f"{name:24} {row['seconds']:6.1f} s  {row['started']:5} started  Hub: {answers}\n")
@@ -106,14 +114,11 @@ def one_pass(hub: HubStandIn, root: Path, environment: dict[str, str]) -> dict[s
     return {"seconds": round(seconds, 2), "started": len(document["started"]), "answers": dict(answers)}
 
 
-def deploy() -> None:
-    """The deployment that the watch starts runs of; no worker takes them."""
-    for arguments in (
-        ["work-pool", "create", "cpu", "--type", "process"],
-        ["deploy", "flows/requantize.py:requantize", "--name", "requantize", "--pool", "cpu"],
-    ):
-        command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+def hold_workers(settings: Settings) -> None:
+    """Pause the pools: runs are created, and no worker takes them."""
+    for pool in ("cpu", "gpu"):
+        url = f"{settings.ui}/api/work_pools/{pool}"
+        httpx.patch(url, json={"is_paused": True}, auth=("requant", settings.password)).raise_for_status()
 
 
 if __name__ == "__main__":

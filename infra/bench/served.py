@@ -1,0 +1,124 @@
+"""What a Prefect server and its workers cost over `requant run`: `make bench`.
+
+Starts a stack, and runs the demo recipe with few steps, ROUNDS times each way in turn, always another seed: by the
+server, from the request to the run's end, and as a process. The base is downloaded and measured beforehand, for both.
+Prints seconds, and the memory (PSS, so that shared pages count once) of each service, idle and at the most during runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from infra.stack.__main__ import down, up
+from infra.stack.services import ROOT, Supervisor, services
+from infra.stack.settings import Settings
+from tasks.recipe_file import load_recipe
+
+RECIPE = ROOT / "deployments" / "recipes" / "demo.yaml"
+ROUNDS = 3
+FEW = {"quantize.iters": 10, "benchmark.engine": "none", "gates.max_perplexity_increase": 1}
+
+
+def main() -> None:
+    """Start, measure, print, stop."""
+    with tempfile.TemporaryDirectory() as name:
+        settings = up(Path(name) / "stack", say=lambda text: None)
+        try:
+            figures = measure(settings)
+        finally:
+            down(settings.folder)
+    sys.stdout.write(json.dumps(figures, indent=1) + "\n")
+    out = ROOT / "build" / "bench-served.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(figures, indent=1))
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """The figures of a running stack."""
+    run_here(settings, seed=1)
+    idle = memory(settings)
+    seconds: dict[str, list[float]] = {"requant run": [], "by the server": []}
+    most: dict[str, int] = {}
+    ended = threading.Event()
+    watcher = threading.Thread(target=watch_memory, args=(settings, most, ended), daemon=True)
+    watcher.start()
+    for number in range(ROUNDS):
+        seconds["requant run"].append(run_here(settings, seed=10 + number))
+        seconds["by the server"].append(run_served(settings, seed=20 + number))
+    ended.set()
+    watcher.join()
+    medians = {way: round(statistics.median(times), 1) for way, times in seconds.items()}
+    return {
+        "seconds": {way: [round(each, 1) for each in times] for way, times in seconds.items()},
+        "medians": medians,
+        "overhead_seconds": round(medians["by the server"] - medians["requant run"], 1),
+        "memory_mb": {name: {"idle": idle[name], "most": most[name]} for name in idle},
+    }
+
+
+def run_here(settings: Settings, seed: int) -> float:
+    """Seconds of `requant run`, with the same Hub and store."""
+    client = {n: v for n, v in settings.client().items() if not n.startswith("PREFECT_")}
+    changes = [f"--set={key}={json.dumps(value)}" for key, value in {**FEW, "quantize.seed": seed}.items()]
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "flows.cli", "run", str(RECIPE), *changes, "--json"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **client}, check=False, capture_output=True, text=True)
+    assert json.loads(done.stdout)["status"] in {"validated", "published"}, done.stdout[-2000:]
+    return time.perf_counter() - began
+
+
+def run_served(settings: Settings, seed: int) -> float:
+    """Seconds from the request for a run of the deployment to its last state."""
+    recipe: dict[str, Any] = load_recipe(RECIPE).model_dump(mode="json", exclude_none=True)
+    for key, value in {**FEW, "quantize.seed": seed}.items():
+        section, _, name = key.partition(".")
+        recipe.setdefault(section, {})[name] = value
+    with httpx.Client(base_url=f"{settings.ui}/api/", auth=("requant", settings.password), timeout=30) as api:
+        deployment = api.get("deployments/name/requantize/requantize").raise_for_status().json()
+        began = time.perf_counter()
+        body = {"parameters": {"recipe": recipe}}
+        run = api.post(f"deployments/{deployment['id']}/create_flow_run", json=body).raise_for_status().json()
+        while True:
+            state = api.get(f"flow_runs/{run['id']}").raise_for_status().json()["state"]
+            if state["type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}:
+                break
+            time.sleep(0.1)
+    assert state["type"] == "COMPLETED", state
+    return time.perf_counter() - began
+
+
+def memory(settings: Settings) -> dict[str, int]:
+    """MB of each service and all processes below it but those of runs."""
+    supervisor = Supervisor(settings)
+    found = {}
+    for service in services(settings):
+        process = psutil.Process(supervisor.pid(service.name))
+        below = [] if service.name.startswith("worker") else process.children(recursive=True)
+        found[service.name] = round(sum(p.memory_full_info().pss for p in (process, *below)) / 1e6)
+    return found
+
+
+def watch_memory(settings: Settings, most: dict[str, int], ended: threading.Event) -> None:
+    while not ended.wait(1.0):
+        try:
+            now = memory(settings)
+        except psutil.Error:  # a process of a service's has just ended
+            continue
+        for name, megabytes in now.items():
+            most[name] = max(most.get(name, 0), megabytes)
+
+
+if __name__ == "__main__":
+    main()
