@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.artifact import Manifest, file_of
+from tasks.checkpoint.checkpoint import INDEX
 from tasks.quantize import quantize
 from tasks.recipe import Recipe
 from tasks.recipe_file import parse_recipe
@@ -18,6 +19,7 @@ from tasks.stage import StageResult
 from tasks.store import Store, open_store
 from tasks.text import Text, find_text
 from tests.pico import TINY
+from tests.unit.making import experts_apart, raw_tensors, safetensors_bytes
 
 COMMON: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -28,9 +30,9 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
            "shared_expert_intermediate_size": 64}  # fmt: skip
 
 
-def other_base(folder: Path, kind: str, **changes: Any) -> Path:
+def other_base(folder: Path, kind: str, *, fused: bool = False, **changes: Any) -> Path:
     """A base of `kind`: llama, qwen3, qwen3_5_text (hybrid, text only) or qwen3_5_moe_text (with experts); `changes` to
-    its config."""
+    its config. `fused`: its experts lie in 3-D tensors, as transformers has them in memory."""
     import torch
     import transformers
 
@@ -46,9 +48,23 @@ def other_base(folder: Path, kind: str, **changes: Any) -> Path:
         values |= EXPERTS
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **values | changes)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, save_original_format=not fused)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TINY / name, folder / name)
+    return folder
+
+
+def with_experts_apart(base: Path, folder: Path) -> Path:
+    """The same base with one tensor for each matrix of an expert; its head's stay fused."""
+    shutil.copytree(base, folder)
+    weight_map: dict[str, str] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        tensors = experts_apart(raw_tensors(shard))
+        shard.write_bytes(safetensors_bytes(tensors))
+        weight_map |= dict.fromkeys(tensors, shard.name)
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({**index, "weight_map": weight_map}, indent=2) + "\n")
     return folder
 
 
