@@ -63,8 +63,9 @@ def with_experts_apart(base: Path, folder: Path) -> Path:
         tensors = experts_apart(raw_tensors(shard))
         shard.write_bytes(safetensors_bytes(tensors))
         weight_map |= dict.fromkeys(tensors, shard.name)
-    index = json.loads((folder / INDEX).read_text())
-    (folder / INDEX).write_text(json.dumps({**index, "weight_map": weight_map}, indent=2) + "\n")
+    if (folder / INDEX).exists():
+        index = json.loads((folder / INDEX).read_text())
+        (folder / INDEX).write_text(json.dumps({**index, "weight_map": weight_map}, indent=2) + "\n")
     return folder
 
 

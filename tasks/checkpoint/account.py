@@ -48,7 +48,7 @@ def account(quantized: Checkpoint, base: Checkpoint, *, with_head: bool, pack_he
     Experts that lie fused in the base may lie there one by one.
     `pack_head`: the head was asked for with packed layers, and has them.
     """
-    base = plain(one_by_one(base, held=quantized.tensors))
+    base = plain(one_by_one(base, quantized.tensors, head_too=True))
     found = Account(unaccounted=list(quantized.problems))
     quantization = quantized.config.get("quantization_config") or {}
     parts = packed_parts(quantized.tensors.values())

@@ -31,13 +31,11 @@ def assemble(base: Checkpoint, packed: Checkpoint, bits: Mapping[str, int], out:
     quantization = packed.config.get("quantization_config")
     if not isinstance(quantization, dict):
         raise CheckpointError(f"{packed.folder} has no quantization_config: auto-round did not finish")
-    head = base.head
-    in_head = set(head.names if head else ())
-    quantization = without_head_entries(quantization, head)
-
-    parts = packed_parts(packed.tensors.values())
-    parts = {m: p for m, p in parts.items() if f"{m}.weight" not in in_head}
-    asked = {m for m, b in bits.items() if b < 16 and f"{m}.weight" not in in_head}
+    quantization = without_head_entries(quantization, base.head)
+    # Fused experts of the head have no such names in the base, and may have been packed under them.
+    in_head = tuple(f"{prefix}." for prefix in (base.head.prefixes if base.head else ()))
+    parts = {m: p for m, p in packed_parts(packed.tensors.values()).items() if not m.startswith(in_head)}
+    asked = {m for m, b in bits.items() if b < 16 and not m.startswith(in_head)}
     check_modules(base, parts, asked, quantization)
 
     return lay_out(base, parts, quantization).write(out)

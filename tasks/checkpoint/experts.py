@@ -10,7 +10,7 @@ Source: transformers 5.23.0, Qwen3_5MoeExperts.forward and `qwen2_moe` in conver
 what is made. A checkpoint has its experts one way: after one fused tensor vLLM 0.32.0 finds no others (qwen3_5.py,
 Qwen3_5Model.load_weights). So those that stay in 16 bits come out one by one too, bit for bit.
 
-The head's stay fused: no engine reads them packed.
+The head's stay fused, as engines read them.
 """
 
 from __future__ import annotations
@@ -29,18 +29,20 @@ from tasks.errors import CheckpointError
 
 KNOWN = {"qwen3_5_moe_text"}  # model types of text models with the layout above
 FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
+MOST = 1_000_000  # matrices: ten times those of the largest models
 MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
-def one_by_one(checkpoint: Checkpoint, held: Container[str] = ()) -> Checkpoint:
+def one_by_one(checkpoint: Checkpoint, held: Container[str] = (), *, head_too: bool = False) -> Checkpoint:
     """The checkpoint with a tensor for each matrix of an expert, and for its FP8 scales, in place of fused ones; the
-    same checkpoint where there are none. Left alone: the head's, those named in `held`, and layouts not known.
+    same checkpoint where there are none. Left alone: those named in `held`, layouts not known, and the head's.
 
-    Raises CheckpointError for a checkpoint that has a matrix twice, fused and by itself.
+    Raises CheckpointError for a checkpoint that has a matrix twice, fused and by itself, and for millions of them.
     """
     shapes, size = _shapes(checkpoint.text_config), block_size(checkpoint.config)
-    head = checkpoint.head.names if checkpoint.head else ()
+    head = checkpoint.head.names if checkpoint.head and not head_too else ()
     views: dict[str, list[Tensor]] = {}
+    count = 0
     for name, weight in checkpoint.tensors.items():
         match = FUSED.fullmatch(name)
         if not match or weight.shape != shapes.get(match[2]) or name in head or name in held or not block_of(name):
@@ -48,6 +50,9 @@ def one_by_one(checkpoint: Checkpoint, held: Container[str] = ()) -> Checkpoint:
         matrices = MATRICES[match[2]]
         scales = {end: checkpoint.tensors[name + end] for end in SCALES if name + end in checkpoint.tensors}
         if all(_divides(scale, weight, len(matrices), size) for scale in scales.values()):
+            count += weight.shape[0] * len(matrices)
+            if count > MOST:
+                raise CheckpointError(f"{shown(name)} makes {count:,} matrices of experts, more than any model has")
             for end, tensor in {"": weight, **scales}.items():
                 views[tensor.name] = list(_views(tensor, match[1], matrices, f"weight{end}"))
     if not views:
@@ -74,8 +79,9 @@ def unknown_layout(checkpoint: Checkpoint) -> str | None:
 
 def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shapes that fused tensors have by a text model's config; none where the layout is not known."""
-    sizes = [config.get(key) for key in ("num_experts", "moe_intermediate_size", "hidden_size")]
-    if config.get("model_type") not in KNOWN or not all(type(size) is int and size > 0 for size in sizes):
+    named = (config.get(key) for key in ("num_experts", "moe_intermediate_size", "hidden_size"))
+    sizes = [size for size in named if type(size) is int and size > 0]
+    if str(config.get("model_type")) not in KNOWN or len(sizes) < 3:
         return {}
     experts, width, hidden = sizes
     return {"gate_up_proj": (experts, 2 * width, hidden), "down_proj": (experts, hidden, width)}
@@ -85,7 +91,7 @@ def _divides(scale: Tensor, weight: Tensor, matrices: int, size: tuple[int, int]
     """Whether each matrix has rows of the scales to itself. `size`: rows and columns that one is for, if the config
     says; else told from the shapes."""
     experts, rows = weight.shape[0], weight.shape[1] // matrices
-    if len(scale.shape) != 3 or scale.shape[0] != experts or scale.shape[1] % matrices:
+    if len(scale.shape) != 3 or scale.shape[0] != experts or not scale.shape[1] or scale.shape[1] % matrices:
         return False
     return matrices == 1 or not rows % (size[0] if size else scale.shape[1] // matrices)
 

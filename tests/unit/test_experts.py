@@ -14,6 +14,7 @@ from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.experts import one_by_one, unknown_layout
 from tasks.checkpoint.fidelity import fidelity
 from tasks.checkpoint.fp8 import plain
+from tasks.checkpoint.head import HEAD_SHARD
 from tasks.errors import CheckpointError
 from tasks.planning.output import plan_output
 from tasks.planning.refusals import refusals
@@ -27,6 +28,7 @@ from tests.unit.making import (
     all_tensors,
     edited,
     quantization_config,
+    raw_tensors,
     write_packed,
     write_quantized,
 )
@@ -90,6 +92,15 @@ def test_a_matrix_that_is_there_twice_is_refused(base: Path) -> None:
         one_by_one(both)
 
 
+def test_more_experts_than_any_model_has_are_refused_before_they_are_made(base: Path) -> None:
+    checkpoint = Checkpoint.open(base)
+    checkpoint.config["text_config"]["num_experts"] = 1 << 40
+    down = checkpoint.tensors[f"{EXPERTS}.down_proj"]
+    checkpoint.tensors[down.name] = replace(down, shape=(1 << 40, *down.shape[1:]))
+    with pytest.raises(CheckpointError, match="more than any model has"):
+        one_by_one(checkpoint)
+
+
 def test_the_result_is_that_of_the_same_base_with_one_tensor_an_expert(base: Path, tmp_path: Path) -> None:
     """With the experts of one block kept at 16 bits: these come out one by one too."""
     extra = {**NARROW, f".*{EXPERTS}.*": FULL}
@@ -133,6 +144,25 @@ def test_experts_that_someone_left_fused_are_compared_as_they_are(base: Path, tm
         tensors[f"{EXPERTS}.down_proj"] = (*whole[:2], bytes(1) + whole[2][1:])
     found = account(Checkpoint.open(made), Checkpoint.open(base), with_head=True)
     assert found.altered == [f"{EXPERTS}.down_proj differs from the base's"]
+
+
+def test_experts_of_the_head_may_be_apart_and_may_not_be_packed(base: Path, tmp_path: Path) -> None:
+    made = write_quantized(base, tmp_path / "quantized")
+    fused = "mtp.layers.0.mlp.experts.down_proj"
+    apart = one_by_one(Checkpoint.open(base), head_too=True).tensors
+    views = {name: t for name, t in apart.items() if name.startswith("mtp.") and name.endswith("down_proj.weight")}
+    with edited(made, HEAD_SHARD) as tensors:
+        del tensors[fused]
+        tensors |= {name: (t.dtype, t.shape, t.read()) for name, t in views.items()}
+    found = account(Checkpoint.open(made), Checkpoint.open(base), with_head=True)
+    assert not (found.unaccounted or found.altered)
+    packed = raw_tensors(made / MAIN)
+    with edited(made, HEAD_SHARD) as tensors:
+        del tensors["mtp.layers.0.mlp.experts.1.down_proj.weight"]
+        parts = ("qweight", "qzeros", "scales")
+        tensors |= {f"mtp.layers.0.mlp.experts.1.down_proj.{p}": packed[f"{EXPERTS}.1.down_proj.{p}"] for p in parts}
+    found = account(Checkpoint.open(made), Checkpoint.open(base), with_head=True)
+    assert found.altered == ["mtp.layers.0.mlp.experts.1.down_proj of the MTP head is packed"]
 
 
 def test_each_matrix_is_measured_against_its_own_slice(base: Path, tmp_path: Path) -> None:
