@@ -7,8 +7,9 @@ Qwen3.5-MoE and Qwen3.6-MoE hold E experts of width I, in a model of width H, as
 
 Source: transformers 5.23.0, Qwen3_5MoeExperts.forward and `qwen2_moe` in conversion_mapping.py. auto-round 0.16.1
 (modeling/fused_moe/qwen3_5_moe.py) packs `experts.{e}.gate_proj`, `up_proj` and `down_proj`, and so they are named in
-what is made. A checkpoint has its experts one way: after one fused tensor vLLM 0.32.0 finds no others (qwen3_5.py,
-Qwen3_5Model.load_weights). So those that stay in 16 bits come out one by one too, bit for bit.
+what is made, as vLLM 0.32.0 (fused_moe/routed_experts.py, load_weights) and transformers with auto-round read them. The
+experts that stay in 16 bits come out one by one too, bit for bit: a loader of older vLLM, having seen a fused tensor,
+passes over all that are not.
 
 The head's stay fused, as engines read them.
 """
