@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -152,10 +153,13 @@ def quantization_config(**more: Any) -> dict[str, Any]:
     }
 
 
-def write_packed(base: Path, folder: Path, *, config: dict[str, Any] | None = None) -> dict[str, int]:
-    """What auto-round would write for a pico base: packed parts, and everything else as F32. Returns its bits."""
+def write_packed(
+    base: Path, folder: Path, *, config: dict[str, Any] | None = None, kept: str | None = None
+) -> dict[str, int]:
+    """What auto-round would write for a pico base: packed parts, and everything else as F32. Returns its bits.
+    `kept`: what the modules have in their names that stay at 16 bits."""
     tensors = experts_apart(all_tensors(base))
-    modules = packed_names(tensors)
+    modules = [name for name in packed_names(tensors) if kept is None or kept not in name]
     result: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
     for name, (_, shape, data) in tensors.items():
         values, module = from_bf16(data, shape), name.removesuffix(".weight")
@@ -164,7 +168,8 @@ def write_packed(base: Path, folder: Path, *, config: dict[str, Any] | None = No
         else:
             result[name] = ("F32", shape, values.astype("<f4").tobytes())
     base_config = json.loads((base / "config.json").read_text())
-    quantization = config if config is not None else quantization_config()
+    extra = NARROW if kept is None else {**NARROW, f".*{re.escape(kept)}.*": FULL}
+    quantization = config if config is not None else quantization_config(extra_config=extra)
     write_checkpoint(
         folder, {"model.safetensors": result}, {**base_config, "quantization_config": quantization}, index=False
     )
@@ -187,14 +192,14 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> list[File]:
     return made
 
 
-def write_quantized(base: Path, folder: Path, *, head: bool = True) -> Path:
+def write_quantized(base: Path, folder: Path, *, head: bool = True, kept: str | None = None) -> Path:
     """A base quantized as the pipeline does it, with rounding in place of auto-round: `folder/made`."""
     from tasks.checkpoint.assemble import assemble
     from tasks.checkpoint.checkpoint import Checkpoint
     from tasks.checkpoint.experts import one_by_one
     from tasks.checkpoint.head import HeadFiles, keep_head, without_head
 
-    bits = write_packed(base, folder / "packed")
+    bits = write_packed(base, folder / "packed", kept=kept)
     out = folder / "made"
     source = Checkpoint.open(base)
     assemble(one_by_one(source), Checkpoint.open(folder / "packed"), bits, out)

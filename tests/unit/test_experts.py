@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from tasks.checkpoint.account import account
-from tasks.checkpoint.assemble import assemble
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.experts import one_by_one, unknown_layout
 from tasks.checkpoint.fidelity import fidelity
@@ -23,13 +22,9 @@ from tests.bases import other_base, with_experts_apart
 from tests.fp8_bases import as_fp8
 from tests.pico import pico_base
 from tests.unit.making import (
-    FULL,
-    NARROW,
     all_tensors,
     edited,
-    quantization_config,
     raw_tensors,
-    write_packed,
     write_quantized,
 )
 
@@ -103,21 +98,15 @@ def test_more_experts_than_any_model_has_are_refused_before_they_are_made(base: 
 
 def test_the_result_is_that_of_the_same_base_with_one_tensor_an_expert(base: Path, tmp_path: Path) -> None:
     """With the experts of one block kept at 16 bits: these come out one by one too."""
-    extra = {**NARROW, f".*{EXPERTS}.*": FULL}
-    bits = write_packed(base, tmp_path / "packed", config=quantization_config(extra_config=extra))
-    kept = {f"{EXPERTS}.{e}.{p}_proj" for e in range(3) for p in ("gate", "up", "down")}
-    apart = Checkpoint.open(with_experts_apart(base, tmp_path / "apart"))
-    made = {}
-    for name, source in {"fused": one_by_one(Checkpoint.open(base)), "apart": apart}.items():
-        packed = Checkpoint.open(tmp_path / "packed")
-        tensors = {n: t for n, t in packed.tensors.items() if n.rpartition(".")[0] not in kept}
-        left = {m: b for m, b in bits.items() if m not in kept}
-        assemble(source, replace(packed, tensors=tensors), left, tmp_path / name / "made")
-        made[name] = all_tensors(tmp_path / name / "made")
-    assert made["fused"] == made["apart"]
+    apart = with_experts_apart(base, tmp_path / "apart")
+    made, same = (
+        all_tensors(write_quantized(source, tmp_path / name, kept=EXPERTS))
+        for name, source in {"from fused": base, "from apart": apart}.items()
+    )
+    assert made == same
     one = f"{EXPERTS}.2.up_proj.weight"
-    assert made["fused"][one] == all_tensors(apart.folder)[one]
-    assert not any(name.endswith("gate_up_proj") for name in made["fused"])
+    assert made[one] == all_tensors(apart)[one]
+    assert [name for name in made if name.endswith("gate_up_proj")] == ["mtp.layers.0.mlp.experts.gate_up_proj"]
 
 
 def test_every_matrix_of_an_expert_is_accounted_for(base: Path, tmp_path: Path) -> None:
