@@ -12,8 +12,8 @@ from pathlib import Path
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.engines import verdicts
 from tasks.serving.prompts import python_prompts
-from tests.bases import trained_moe, with_experts_apart
 from tests.engines.conftest import ROOT
+from tests.moe_bases import trained_moe, with_experts_apart
 from tests.unit.making import write_quantized
 
 PROMPTS, TOKENS = 12, 96

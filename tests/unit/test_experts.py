@@ -18,8 +18,9 @@ from tasks.errors import CheckpointError
 from tasks.planning.output import plan_output
 from tasks.planning.refusals import refusals
 from tasks.recipe_file import parse_recipe
-from tests.bases import other_base, with_experts_apart
+from tests.bases import other_base
 from tests.fp8_bases import as_fp8
+from tests.moe_bases import with_experts_apart
 from tests.pico import pico_base
 from tests.unit.making import (
     all_tensors,
