@@ -18,6 +18,7 @@ from prefect import task
 from tasks.artifact import Manifest
 from tasks.checkpoint.assemble import assemble
 from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.checkpoint.experts import one_by_one
 from tasks.checkpoint.fp8 import is_fp8, plain, write_plain
 from tasks.download import text_files
 from tasks.planning.refusals import check_base
@@ -72,7 +73,8 @@ def quantize(
         head = checkpoint.head
         if is_fp8(checkpoint.tensors.values()):
             say("the base is FP8: it is quantized from the BF16 weights that its scales give")
-            model, checkpoint = write_plain(checkpoint, folder / "plain"), plain(checkpoint)
+            model = write_plain(checkpoint, folder / "plain")
+        checkpoint = plain(one_by_one(checkpoint))  # as auto-round packs it
         job = {
             **recipe.quantize.model_dump(exclude={"calibration"}),
             **dict(zip(("bits", "group_size", "sym"), recipe.quantize.resolved, strict=True)),

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.checkpoint.architecture import architecture_problem
+from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.checkpoint.experts import one_by_one
 from tasks.quantizing import carry
 from tasks.quantizing.choose import choose, unknown_layer
 from tasks.quantizing.events import Events, LogEvents, Refused, kind_of, report_blocks, report_output
@@ -92,7 +94,9 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
     events("settings", **settings)
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"], **remote)
     samples = calibration_samples(tokenizer, job["texts"], job["nsamples"], job["seqlen"])
-    _check_layer_names(job["layers"], model)
+    # An expert has a name of its own in the checkpoint, and in the model once auto-round has taken it apart.
+    apart = one_by_one(Checkpoint.open(Path(job["model"]))).modules
+    _check_layer_names(job["layers"], [*(name for name, _ in model.named_modules()), *apart])
     # Samples are never padded. auto-round makes up a mask for them and hands the first block's to every block: the
     # padding mask of a linear-attention block, which a full-attention block then refuses.
     unmasked = [{"input_ids": sample, "attention_mask": None} for sample in samples]
@@ -167,8 +171,8 @@ def _load_config(model: str, allow_remote_code: bool) -> Any:
     return transformers.AutoConfig.from_pretrained(model, trust_remote_code=allow_remote_code)
 
 
-def _check_layer_names(layers: dict[str, Any], model: Any) -> None:
-    problem = unknown_layer(layers, (name for name, _ in model.named_modules()))
+def _check_layer_names(layers: dict[str, Any], names: list[str]) -> None:
+    problem = unknown_layer(layers, names)
     if problem:
         raise Refused(problem)
 

@@ -28,9 +28,9 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
            "shared_expert_intermediate_size": 64}  # fmt: skip
 
 
-def other_base(folder: Path, kind: str, **changes: Any) -> Path:
+def other_base(folder: Path, kind: str, *, fused: bool = False, **changes: Any) -> Path:
     """A base of `kind`: llama, qwen3, qwen3_5_text (hybrid, text only) or qwen3_5_moe_text (with experts); `changes` to
-    its config."""
+    its config. `fused`: its experts lie in 3-D tensors, as transformers has them in memory."""
     import torch
     import transformers
 
@@ -46,7 +46,8 @@ def other_base(folder: Path, kind: str, **changes: Any) -> Path:
         values |= EXPERTS
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **values | changes)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, save_original_format=not fused)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TINY / name, folder / name)
     return folder

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 TINY = Path(__file__).parent.parent / "infra" / "models" / "tiny-qwen3_5-mtp"
 HIDDEN, INTERMEDIATE, HEAD_DIM, VOCAB = 64, 128, 32, 2048
+EXPERT = 96  # intermediate size of one expert
 
 
 def pico_base(
@@ -22,9 +23,11 @@ def pico_base(
     head: bool = True,
     shards: int = 2,
     intermediate: int = INTERMEDIATE,
+    experts: int = 0,
 ) -> Path:
     """A text-and-vision Qwen3.5 with `layers` decoder layers (the last one full attention) and an MTP head.
 
+    `experts`: a Qwen3.5-MoE with so many in each layer and in the head's, fused as on the Hub, and a shared one.
     The tokenizer and the processor files are the tiny model's. BF16, `shards` shards, index.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,10 +47,15 @@ def pico_base(
         "mtp_num_hidden_layers": int(head),
         "rope_parameters": {**text["rope_parameters"], "mrope_section": [2, 1, 1]},
     }
+    if experts:
+        config |= {"model_type": "qwen3_5_moe", "architectures": ["Qwen3_5MoeForConditionalGeneration"]}
+        text |= {"model_type": "qwen3_5_moe_text", "num_experts": experts, "num_experts_per_tok": 2}
+        text |= {"moe_intermediate_size": EXPERT, "shared_expert_intermediate_size": intermediate}
+        config["vision_config"]["model_type"] = "qwen3_5_moe_vision"
     config["vision_config"] |= {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": HIDDEN}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-    names = _shapes(layers, intermediate, head)
+    names = _shapes(layers, intermediate, experts, head)
     random = np.random.default_rng(seed)
     tensors = {name: _bf16(random, name, shape) for name, shape in names.items()}
     groups = np.array_split(np.array(list(tensors), dtype=object), shards)
@@ -82,7 +90,7 @@ def _bf16(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> Any
     return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
-def _shapes(layers: int, intermediate: int, head: bool) -> dict[str, tuple[int, ...]]:
+def _shapes(layers: int, intermediate: int, experts: int, head: bool) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "lm_head.weight": (VOCAB, HIDDEN),
         "model.language_model.embed_tokens.weight": (VOCAB, HIDDEN),
@@ -91,23 +99,29 @@ def _shapes(layers: int, intermediate: int, head: bool) -> dict[str, tuple[int, 
     for layer in range(layers):
         prefix = f"model.language_model.layers.{layer}"
         shapes |= _attention(prefix) if layer == layers - 1 else _linear_attention(prefix)
-        shapes |= _mlp(prefix, intermediate)
+        shapes |= _mlp(prefix, intermediate, experts)
     shapes |= _vision()
     if head:
-        shapes |= _attention("mtp.layers.0") | _mlp("mtp.layers.0", intermediate)
+        shapes |= _attention("mtp.layers.0") | _mlp("mtp.layers.0", intermediate, experts)
         shapes |= {"mtp.fc.weight": (HIDDEN, 2 * HIDDEN)}
         shapes |= {f"mtp.{n}.weight": (HIDDEN,) for n in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
     return shapes
 
 
-def _mlp(prefix: str, intermediate: int) -> dict[str, tuple[int, ...]]:
-    return {
-        f"{prefix}.mlp.gate_proj.weight": (intermediate, HIDDEN),
-        f"{prefix}.mlp.up_proj.weight": (intermediate, HIDDEN),
-        f"{prefix}.mlp.down_proj.weight": (HIDDEN, intermediate),
+def _mlp(prefix: str, intermediate: int, experts: int) -> dict[str, tuple[int, ...]]:
+    mlp = f"{prefix}.mlp.shared_expert" if experts else f"{prefix}.mlp"
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{mlp}.gate_proj.weight": (intermediate, HIDDEN),
+        f"{mlp}.up_proj.weight": (intermediate, HIDDEN),
+        f"{mlp}.down_proj.weight": (HIDDEN, intermediate),
         f"{prefix}.input_layernorm.weight": (HIDDEN,),
         f"{prefix}.post_attention_layernorm.weight": (HIDDEN,),
     }
+    if experts:
+        shapes |= {f"{prefix}.mlp.gate.weight": (experts, HIDDEN), f"{mlp}_gate.weight": (1, HIDDEN)}
+        shapes[f"{prefix}.mlp.experts.gate_up_proj"] = (experts, 2 * EXPERT, HIDDEN)
+        shapes[f"{prefix}.mlp.experts.down_proj"] = (experts, HIDDEN, EXPERT)
+    return shapes
 
 
 def _attention(prefix: str) -> dict[str, tuple[int, ...]]:

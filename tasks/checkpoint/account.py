@@ -11,6 +11,7 @@ from tasks.artifact import REWRITTEN, sha256_of
 from tasks.checkpoint.assemble import packed_parts
 from tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint
 from tasks.checkpoint.deep import finite
+from tasks.checkpoint.experts import one_by_one
 from tasks.checkpoint.fp8 import plain
 from tasks.checkpoint.header import Tensor
 from tasks.checkpoint.mtp import without_layer_count
@@ -44,9 +45,10 @@ def account(quantized: Checkpoint, base: Checkpoint, *, with_head: bool, pack_he
     """Compare a quantized checkpoint with its base. Reads all tensors of both once, a chunk at a time.
 
     What is FP8 in the base must be packed, or BF16 as the base's scales have it, and no scale may be left of it.
+    Experts that lie fused in the base may lie there one by one.
     `pack_head`: the head was asked for with packed layers, and has them.
     """
-    base = plain(base)
+    base = plain(one_by_one(base, quantized.tensors, head_too=True))
     found = Account(unaccounted=list(quantized.problems))
     quantization = quantized.config.get("quantization_config") or {}
     parts = packed_parts(quantized.tensors.values())

@@ -23,6 +23,7 @@ from tasks.errors import CheckpointError
 def assemble(base: Checkpoint, packed: Checkpoint, bits: Mapping[str, int], out: Path) -> list[File]:
     """Write weights, index, config.json and quantization_config.json of the quantized checkpoint, without the head.
 
+    `base` is as it was quantized: FP8 weights as BF16 (`plain`), fused experts `one_by_one`.
     `bits` is what auto-round says it did to each layer; every one with fewer than 16 must have its packed parts with
     the shapes of its scheme, and nothing else may have any. Raises CheckpointError naming the first layer that is
     not as it should be: nothing is left unaccounted for.
@@ -30,13 +31,11 @@ def assemble(base: Checkpoint, packed: Checkpoint, bits: Mapping[str, int], out:
     quantization = packed.config.get("quantization_config")
     if not isinstance(quantization, dict):
         raise CheckpointError(f"{packed.folder} has no quantization_config: auto-round did not finish")
-    head = base.head
-    in_head = set(head.names if head else ())
-    quantization = without_head_entries(quantization, head)
-
-    parts = packed_parts(packed.tensors.values())
-    parts = {m: p for m, p in parts.items() if f"{m}.weight" not in in_head}
-    asked = {m for m, b in bits.items() if b < 16 and f"{m}.weight" not in in_head}
+    quantization = without_head_entries(quantization, base.head)
+    # Fused experts of the head have no such names in the base, and may have been packed under them.
+    in_head = tuple(f"{prefix}." for prefix in (base.head.prefixes if base.head else ()))
+    parts = {m: p for m, p in packed_parts(packed.tensors.values()).items() if not m.startswith(in_head)}
+    asked = {m for m, b in bits.items() if b < 16 and not m.startswith(in_head)}
     check_modules(base, parts, asked, quantization)
 
     return lay_out(base, parts, quantization).write(out)

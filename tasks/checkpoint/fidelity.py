@@ -18,6 +18,7 @@ import numpy as np
 
 from tasks.checkpoint.assemble import packed_parts
 from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.checkpoint.experts import one_by_one
 from tasks.checkpoint.fp8 import plain
 from tasks.checkpoint.header import Tensor
 from tasks.checkpoint.packing import Scheme, dequantized_rows, float_rows, to_numpy
@@ -41,7 +42,7 @@ def fidelity(quantized: Checkpoint, base: Checkpoint) -> list[Fidelity]:
 
     Raises CheckpointError for packed parts that contradict their scheme: `account` says which.
     """
-    base = plain(base)
+    base = plain(one_by_one(base))
     parts = packed_parts(quantized.tensors.values())
     quantization = quantized.config.get("quantization_config") or {}
     pairs = [

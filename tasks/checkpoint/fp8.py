@@ -55,7 +55,7 @@ def plain_tensors(tensors: Iterable[Tensor], config: Mapping[str, Any]) -> list[
     by_name = {tensor.name: tensor for tensor in tensors}
     if not is_fp8(by_name.values()):
         return list(by_name.values())
-    size = _block_size(config)
+    size = block_size(config)
     left_out: set[str] = set()
     found: dict[str, Tensor] = {}
     for name, tensor in by_name.items():
@@ -164,7 +164,8 @@ def _grid(scale: Tensor, weight: tuple[int, ...], matrix: int) -> Floats:
     return grid
 
 
-def _block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+def block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that one FP8 scale is for, if a config says."""
     for part in (config, config.get("text_config")):
         quantization = part.get("quantization_config") if isinstance(part, Mapping) else None
         size = quantization.get("weight_block_size") if isinstance(quantization, Mapping) else None

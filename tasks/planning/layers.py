@@ -13,6 +13,7 @@ from typing import Any
 
 from tasks.checkpoint.blocks import block_of
 from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.checkpoint.experts import one_by_one
 from tasks.checkpoint.header import Tensor
 from tasks.recipe import SCHEME, Quantize
 from tasks.stage import locked_version
@@ -44,7 +45,7 @@ class Choice:
 
 
 def choose_layers(base: Checkpoint, asked: Quantize) -> Choice:
-    """Apply auto-round's rule and the recipe's `layers` to a base (BF16, as it is quantized)."""
+    """Apply auto-round's rule and the recipe's `layers` to a base (BF16, experts one by one: as it is quantized)."""
     bits, group_size, sym = asked.resolved
     default = {"bits": bits, "group_size": group_size, "sym": sym, "data_type": "int"}
     head = set(base.head.names if base.head else ())
@@ -183,7 +184,8 @@ def _containers(linear: Iterable[str], packs_head: bool) -> str | list[str]:
 
 def _packs_head(base: Checkpoint, patterns: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether a pattern makes auto-round pack a part of an `mtp` head, which Requant then leaves away."""
-    inside = [module for module in (base.head.modules if base.head else ()) if module.startswith("mtp.layers.")]
+    head = one_by_one(base, head_too=True).head
+    inside = [module for module in (head.modules if head else ()) if module.startswith("mtp.layers.")]
     return any(p.get("bits", 4) < 16 and re.search(regex, m) for regex, p in patterns.items() for m in inside)
 
 

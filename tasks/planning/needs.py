@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.checkpoint.blocks import at_once, block_sizes
+from tasks.checkpoint.fp8 import is_fp8
 from tasks.hub.markdown import gigabytes
 from tasks.planning.output import Output, head_bytes
 from tasks.quantizing.choose import ROUTED, sample_bytes, step_bytes
@@ -106,7 +107,7 @@ def _quantize_disk(output: Output, recipe: Recipe) -> int:
     copy. On a CPU auto-round writes what it does not pack as F32."""
     made = sum(output.before_head.values())
     kept = sum(t.nbytes for name, t in output.checkpoint.tensors.items() if name in output.base.tensors)
-    plain = 0 if output.base is output.source else output.base.nbytes
+    plain = output.base.nbytes if is_fp8(output.source.tensors.values()) else 0
     again = kept if recipe.quantize.device in {"cpu", "auto"} else 0
     return made + again + output.packed_parameters + made + plain
 

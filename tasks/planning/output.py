@@ -11,6 +11,7 @@ from tasks.checkpoint.assemble import lay_out
 from tasks.checkpoint.blocks import block_of
 from tasks.checkpoint.checkpoint import INDEX, Checkpoint
 from tasks.checkpoint.engines import verdicts
+from tasks.checkpoint.experts import one_by_one
 from tasks.checkpoint.fp8 import plain
 from tasks.checkpoint.head import HEAD_SHARD, HeadFiles, with_head, without_head
 from tasks.checkpoint.header import Tensor
@@ -30,7 +31,7 @@ Parts = dict[str, dict[str, Tensor]]
 @dataclass(frozen=True)
 class Output:
     """What quantize and mtp_fix will write. `before_head` are the bytes of quantize's files, `sizes` of all. `base` is
-    `source`, or the BF16 weights that an FP8 one stands for."""
+    `source` as it is quantized: FP8 weights as the BF16 ones that they stand for, fused experts one by one."""
 
     source: Checkpoint
     base: Checkpoint
@@ -81,7 +82,7 @@ def plan_output(source: Checkpoint, recipe: Recipe, other_files: Mapping[str, in
     What cannot be packed as asked is in `problems`. Raises CheckpointError where nothing can be laid out: FP8 without
     its scales, a head that is not whole.
     """
-    base = plain(source)
+    base = plain(one_by_one(source))
     choice = choose_layers(base, recipe.quantize)
     quantization = without_head_entries(choice.quantization, base.head)
     parts, problems, notes = _packed_parts(base, choice, quantization)

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 
 from tasks.checkpoint.architecture import architecture_problem, known_model_types
-from tasks.checkpoint.blocks import block_of
 from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.checkpoint.experts import one_by_one, unknown_layout
 from tasks.checkpoint.fp8 import plain
 from tasks.checkpoint.head import check_head
 from tasks.errors import CheckpointError
@@ -35,15 +35,11 @@ def refusals(base: Checkpoint, recipe: Recipe) -> Iterator[str]:
         problem = architecture_problem(base.config, known, allow_remote_code=recipe.allow_remote_code)
         if problem:
             yield problem
-    fused = next((t.name for t in base.tensors.values() if _is_fused(base, t.name, t.shape)), None)
-    if fused is not None:
-        yield f"the experts of the base lie fused in {fused}: packed one by one they are no tensors of the base"
+    base = one_by_one(base)
+    fused = unknown_layout(base)
+    if fused:
+        yield fused
     modules = {name.rpartition(".")[0] for name in base.tensors}
     unknown = unknown_layer(recipe.quantize.layers, {*modules, "lm_head"})
     if unknown:
         yield unknown
-
-
-def _is_fused(base: Checkpoint, name: str, shape: tuple[int, ...]) -> bool:
-    in_head = base.head is not None and name in base.head.names
-    return len(shape) == 3 and "expert" in name and not in_head and block_of(name) is not None

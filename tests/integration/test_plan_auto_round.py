@@ -10,6 +10,7 @@ import pytest
 
 from tasks.checkpoint.assemble import assemble
 from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.checkpoint.experts import one_by_one
 from tasks.checkpoint.head import HeadFiles, keep_head
 from tasks.checkpoint.packing import Scheme
 from tasks.planning.layers import choose_layers
@@ -50,9 +51,16 @@ def test_the_plan_knows_other_architectures_their_routers_and_a_packed_lm_head(k
     check(base, Quantize(group_size=32, iters=0, nsamples=2, seqlen=32, batch_size=2, layers=layers))
 
 
+@pytest.mark.parametrize("layers", [{}, {"experts.*down_proj": {"bits": 8}, "layers.0.mlp.experts.1": {"bits": 16}}])
+def test_the_plan_takes_fused_experts_apart_as_auto_round_does(layers: dict[str, Any], tmp_path: Path) -> None:
+    base = pico_base(tmp_path / "base", experts=4)
+    check(base, Quantize(group_size=32, iters=0, nsamples=2, seqlen=32, batch_size=2, layers=layers))
+
+
 def check(folder: Path, asked: Quantize) -> None:
     """Compare with auto-round: the packed modules, their parts' shapes, the config but for what it says of the head."""
-    base = Checkpoint.open(folder)
+    source = Checkpoint.open(folder)
+    base = one_by_one(source)
     result = pack_with_auto_round(folder, asked, folder.parent)
     made = Checkpoint.open(Path(result["checkpoint"]))
     chosen = choose_layers(base, asked)
@@ -72,6 +80,6 @@ def check(folder: Path, asked: Quantize) -> None:
 
     out = folder.parent / "made"
     files = assemble(base, made, result["bits"], out)
-    files += keep_head(HeadFiles.read(out), base, out) if base.head else []
+    files += keep_head(HeadFiles.read(out), source, out) if source.head else []
     recipe = Recipe(base=Base(repo_id="a/b"), quantize=asked)
-    assert {file.path: file.size for file in files} == plan_output(base, recipe, {}).sizes
+    assert {file.path: file.size for file in files} == plan_output(source, recipe, {}).sizes

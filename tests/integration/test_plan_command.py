@@ -15,7 +15,6 @@ import pytest
 from infra.bench.shapes import write_base
 from infra.hub.launch import Exchange, HubStandIn
 from tasks.artifact import OURS
-from tests.bases import other_base
 from tests.integration.conftest import ROOT, Outcome, Requant
 from tests.integration.test_cli import artifacts
 from tests.pico import pico_base
@@ -178,15 +177,10 @@ def promising(folder: Path) -> Path:
 
 
 def fused(folder: Path) -> Path:
-    """A base whose experts lie in one tensor for each block."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    base = other_base(folder, "qwen3_5_moe_text")
-    tensors = load_file(base / "model.safetensors")
-    names = [n for n in tensors if ".experts." in n and "down_proj" in n and ".layers.0." in n]
-    tensors["model.layers.0.mlp.experts.down_proj"] = torch.stack([tensors.pop(n) for n in sorted(names)])
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    """A base whose experts lie fused in another way than its config says."""
+    base = pico_base(folder, experts=4)
+    config = (base / "config.json").read_text()
+    (base / "config.json").write_text(config.replace('"moe_intermediate_size": 96', '"moe_intermediate_size": 64'))
     return base
 
 
@@ -209,7 +203,7 @@ def test_a_run_is_stopped_before_its_first_byte_with_the_plans_sentence(
 REFUSED: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "code": (lambda f: other(f, model_type="own", auto_map={"AutoConfig": "own.Own"}), {}, "set allow_remote_code"),
     "packed": (lambda f: write_quantized(pico_base(f), f.parent), {}, "already quantized"),
-    "fused": (fused, {}, "lie fused in model.layers.0.mlp.experts.down_proj"),
+    "fused": (fused, {}, "lie fused in model.language_model.layers.0.mlp.experts.down_proj"),
     "group": (pico_base, {"group_size": 1024}, "group_size 1024 divides the input of no layer"),
     "names": (pico_base, {"layers": {"q_prj": {"bits": 8}}}, "names 'q_prj', which is in no layer"),
     "head": (promising, {}, "promises 1 MTP layers and its tensors have 0"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,20 @@ def all_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     return found
 
 
+@contextmanager
+def edited(folder: Path, shard: str) -> Iterator[dict[str, tuple[str, tuple[int, ...], bytes]]]:
+    """The tensors of a shard, written back as they are left, with an index that agrees."""
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    tensors = raw_tensors(folder / shard)
+    gone = set(tensors)
+    yield tensors
+    (folder / shard).write_bytes(safetensors_bytes(tensors))
+    names = {n: s for n, s in index["weight_map"].items() if n not in gone} | dict.fromkeys(tensors, shard)
+    total = sum(len(data) for _, _, data in all_tensors(folder).values())
+    path.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": names}))
+
+
 def from_bf16(data: bytes, shape: tuple[int, ...]) -> Any:
     return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
 
@@ -102,6 +118,22 @@ def packed_names(names: Any) -> list[str]:
     ]
 
 
+def experts_apart(tensors: Raw) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """BF16 tensors with one for each matrix of an expert in place of fused ones, but for the MTP head's."""
+    apart: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+    for name, (dtype, shape, data) in tensors.items():
+        stem, _, fused = name.rpartition(".experts.")
+        if name.startswith("mtp.") or fused not in ("gate_up_proj", "down_proj"):
+            apart[name] = dtype, shape, data
+            continue
+        for expert, weight in enumerate(np.frombuffer(data, "<u2").reshape(shape)):
+            half = len(weight) // 2
+            parts = {"down": weight} if fused == "down_proj" else {"gate": weight[:half], "up": weight[half:]}
+            for part, matrix in parts.items():
+                apart[f"{stem}.experts.{expert}.{part}_proj.weight"] = dtype, matrix.shape, matrix.tobytes()
+    return apart
+
+
 FULL = {"bits": 16, "data_type": "fp"}
 # Shapes that 32 does not divide stay 16 bit, and auto-round names them.
 NARROW = {f"model.language_model.layers.{n}.linear_attn.in_proj_{side}": FULL for n in range(3) for side in "ab"}
@@ -121,10 +153,13 @@ def quantization_config(**more: Any) -> dict[str, Any]:
     }
 
 
-def write_packed(base: Path, folder: Path, *, config: dict[str, Any] | None = None) -> dict[str, int]:
-    """What auto-round would write for a pico base: packed parts, and everything else as F32. Returns its bits."""
-    tensors = all_tensors(base)
-    modules = packed_names(tensors)
+def write_packed(
+    base: Path, folder: Path, *, config: dict[str, Any] | None = None, kept: str | None = None
+) -> dict[str, int]:
+    """What auto-round would write for a pico base: packed parts, and everything else as F32. Returns its bits.
+    `kept`: what the modules have in their names that stay at 16 bits."""
+    tensors = experts_apart(all_tensors(base))
+    modules = [name for name in packed_names(tensors) if kept is None or kept not in name]
     result: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
     for name, (_, shape, data) in tensors.items():
         values, module = from_bf16(data, shape), name.removesuffix(".weight")
@@ -133,7 +168,8 @@ def write_packed(base: Path, folder: Path, *, config: dict[str, Any] | None = No
         else:
             result[name] = ("F32", shape, values.astype("<f4").tobytes())
     base_config = json.loads((base / "config.json").read_text())
-    quantization = config if config is not None else quantization_config()
+    extra = NARROW if kept is None else {**NARROW, f".*{re.escape(kept)}.*": FULL}
+    quantization = config if config is not None else quantization_config(extra_config=extra)
     write_checkpoint(
         folder, {"model.safetensors": result}, {**base_config, "quantization_config": quantization}, index=False
     )
@@ -156,16 +192,17 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> list[File]:
     return made
 
 
-def write_quantized(base: Path, folder: Path, *, head: bool = True) -> Path:
+def write_quantized(base: Path, folder: Path, *, head: bool = True, kept: str | None = None) -> Path:
     """A base quantized as the pipeline does it, with rounding in place of auto-round: `folder/made`."""
     from tasks.checkpoint.assemble import assemble
     from tasks.checkpoint.checkpoint import Checkpoint
+    from tasks.checkpoint.experts import one_by_one
     from tasks.checkpoint.head import HeadFiles, keep_head, without_head
 
-    bits = write_packed(base, folder / "packed")
+    bits = write_packed(base, folder / "packed", kept=kept)
     out = folder / "made"
     source = Checkpoint.open(base)
-    assemble(source, Checkpoint.open(folder / "packed"), bits, out)
+    assemble(one_by_one(source), Checkpoint.open(folder / "packed"), bits, out)
     if head:
         keep_head(HeadFiles.read(out), source, out)
     else:

@@ -16,7 +16,7 @@ from tasks.checkpoint.assemble import assemble
 from tasks.checkpoint.checkpoint import INDEX, Checkpoint
 from tasks.checkpoint.head import HEAD_SHARD, HeadFiles, keep_head, without_head
 from tests.pico import TINY, pico_base
-from tests.unit.making import all_tensors, raw_tensors, safetensors_bytes, write_checkpoint, write_packed
+from tests.unit.making import all_tensors, edited, raw_tensors, write_checkpoint, write_packed
 
 Raw = dict[str, tuple[str, tuple[int, ...], bytes]]
 MAIN = "model-00001-of-00001.safetensors"
@@ -34,14 +34,8 @@ class Pair:
 
     def edit(self, change: Callable[[Raw], Any], shard: str = MAIN) -> None:
         """Change tensors of ours, and the index so that it agrees."""
-        index = json.loads((self.ours / INDEX).read_text())
-        tensors = raw_tensors(self.ours / shard)
-        gone = set(tensors)
-        change(tensors)
-        (self.ours / shard).write_bytes(safetensors_bytes(tensors))
-        names = {n: s for n, s in index["weight_map"].items() if n not in gone} | dict.fromkeys(tensors, shard)
-        total = sum(len(data) for _, _, data in all_tensors(self.ours).values())
-        (self.ours / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": names}))
+        with edited(self.ours, shard) as tensors:
+            change(tensors)
 
     def edit_config(self, change: Callable[[dict[str, Any]], Any]) -> None:
         config = json.loads((self.ours / "config.json").read_text())

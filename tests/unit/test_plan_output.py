@@ -10,6 +10,7 @@ import pytest
 from tasks.checkpoint.account import account
 from tasks.checkpoint.assemble import assemble
 from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.checkpoint.experts import one_by_one
 from tasks.checkpoint.head import HeadFiles, keep_head, without_head
 from tasks.planning.layers import choose_layers
 from tasks.planning.output import Output, plan_output
@@ -27,10 +28,11 @@ def recipe(**changes: Any) -> Recipe:
 def write(base: Path, asked: Recipe, folder: Path) -> dict[str, int]:
     """What the pipeline writes, with rounding in place of auto-round: bytes by file."""
     source = Checkpoint.open(base)
-    config = choose_layers(source, asked.quantize).quantization
+    apart = one_by_one(source)
+    config = choose_layers(apart, asked.quantize).quantization
     bits = write_packed(base, folder / "packed", config=config)
     out = folder / "made"
-    files = assemble(source, Checkpoint.open(folder / "packed"), bits, out)
+    files = assemble(apart, Checkpoint.open(folder / "packed"), bits, out)
     if asked.mtp == "drop" or source.head is None:
         files += without_head(HeadFiles.read(out), source.head).write(out)
     else:
@@ -42,7 +44,7 @@ def write(base: Path, asked: Recipe, folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("mtp", ["keep", "int8", "int4", "drop"])
-@pytest.mark.parametrize("shape", [{}, {"shards": 1, "layers": 3}, {"head": False}], ids=["head", "one shard", "none"])
+@pytest.mark.parametrize("shape", [{}, {"shards": 1, "layers": 3}, {"head": False}, {"experts": 3}], ids=str)
 def test_every_file_has_the_planned_size(mtp: str, shape: dict[str, Any], tmp_path: Path) -> None:
     base, asked = pico_base(tmp_path / "base", **shape), recipe(mtp=mtp)
     output = plan_output(Checkpoint.open(base), asked, {})
