@@ -106,8 +106,7 @@ def _run(report: Report) -> None:
 def _outputs(store: Store, report: Report, calibration: Text, text: Text) -> None:
     """Make each output, one after the other, in a task of its own; one that fails or is rejected stops no other.
 
-    No flows of their own: Prefect hands a flow inside another no deployment, by which a run knows that there is a gpu
-    pool, and does not pass a cancellation on to what it has started.
+    Not in a flow: what that asks of other workers would be its own, and a cancellation of this run would not reach it.
     """
     recipes = report.recipe.each
     for name, recipe in recipes.items():

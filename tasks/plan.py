@@ -77,20 +77,20 @@ def plan_of(
         except CheckpointError as error:
             return _document(recipe, base, problems=[_of_the_base(error, temporary)])
         changes = functools.cache(lambda: _changes(store, base, hashes, source))
+        joining = {f.path: f.size for f in base.wanted if _joins(f.path)}
+        far = sum(f.size for f in base.wanted if near_file(store, f, hashes) is None)
         documents, before = dict[str, dict[str, Any]](), Before()
 
         def planned(one: Recipe) -> dict[str, Any]:
             problems = list(refusals(source, one))
             try:
                 check_base(source, one)
-                joining = {f.path: f.size for f in base.wanted if _joins(f.path)}
                 output = plan_output(source, one, joining)
             except CheckpointError as error:
                 return _document(one, base, problems=[*problems, _of_the_base(error, temporary)])
             done = _done(store, one, base, hashes, calibration, text)
             stages = _stages(store, one, base, hashes, done, before.stages(one), output)
             to_run = {stage["name"] for stage in stages if stage["state"] == "run"}
-            far = sum(f.size for f in base.wanted if near_file(store, f, hashes) is None)
             needed = needs(output, one, far + before.kept if to_run - {"publish"} else 0, to_run)
             problems += output.problems
             # With a store that machines share, the one that quantizes may be another than this.

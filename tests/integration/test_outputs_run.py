@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,10 +129,7 @@ def test_the_plan_knows_all_of_it_and_the_second_run_reuses_all(three: Three, hu
 def test_one_that_is_rejected_stops_no_other_and_the_run_is_as_the_worst(three: Three, hub: HubStandIn) -> None:
     """Four bits lose more than eight: the limit lies between."""
     requant, first = three
-    values = {
-        each["name"]: next(g["value"] for g in each["gates"] if g["name"] == "kl_divergence")
-        for each in first.document["outputs"]
-    }
+    values = {each["name"]: each["measured"]["kl_divergence"] for each in first.document["outputs"]}
     assert values[EIGHT] < values[FOUR]
     limit = (values[EIGHT] + values[FOUR]) / 2
     outcome = requant.run(gates={"max_kl_divergence": limit})
@@ -142,18 +138,23 @@ def test_one_that_is_rejected_stops_no_other_and_the_run_is_as_the_worst(three: 
     assert document["status"] == "rejected"
     assert {each["name"]: each["status"] for each in document["outputs"]}[EIGHT] == "published"
     assert document["outputs"][0]["status"] == "rejected"
+    assert [each["published"] is None for each in document["outputs"]] == [True, False, True]
     assert f"{FOUR} rejected (nothing was published: kl_divergence failed)" in outcome.stderr
 
 
 def test_one_that_fails_stops_no_other_and_the_next_run_makes_what_is_missing(three: Three, hub: HubStandIn) -> None:
     requant, _ = three
-    for path in requant.store.glob("artifacts/quantize/*"):
-        if json.loads((requant.store / "provenance" / "quantize" / path.name).read_text())["scheme"]["bits"] == 8:
-            path.unlink()
-    broken = requant.variant(REQUANT_TEST="1")
-    outcome = broken.run(outputs=[OUTPUTS[0], {**OUTPUTS[1], "layers": {"q_proj": {"bits": 5}}}, OUTPUTS[2]])
-    assert outcome.status == 1
-    assert [each["status"] for each in outcome.document["outputs"]] == ["published", "failed", "published"]
+    outputs = [OUTPUTS[0], {**OUTPUTS[1], "repo_id": "me/refusing"}, OUTPUTS[2]]
+    hub.fault("/api/models/me/refusing/(preupload|commit)", times=None, status=403)
+    outcome = requant.run(outputs=outputs)
+    assert outcome.status == 1 and "Traceback" not in outcome.stderr
+    document = outcome.document
+    assert document["status"] == "failed" and f"{EIGHT} failed (" in document["error"]
+    assert [each["status"] for each in document["outputs"]] == ["published", "failed", "published"]
+    hub.clear_faults()
+    again = requant.run(outputs=outputs)
+    assert again.status == 0, again.stderr
+    assert [states["publish"] for states in by_output(again).values()] == ["reused", "ran", "reused"]
 
 
 def test_what_the_plan_refuses_in_one_stops_all_before_the_first_byte(three: Three, hub: HubStandIn) -> None:
