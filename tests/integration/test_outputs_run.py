@@ -12,6 +12,7 @@ from huggingface_hub import HfApi
 
 from infra.hub.launch import HubStandIn
 from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.recipe_file import load_recipe
 from tests.integration.conftest import Outcome, Requant, recipe_for
 from tests.integration.test_cli import artifacts
 from tests.pico import pico_base
@@ -77,9 +78,7 @@ def test_each_result_is_what_its_line_says(three: Three) -> None:
         made = Checkpoint.open(requant.folder / "out" / name).sound()
         assert not made.problems and made.head is not None
         assert made.config["quantization_config"]["bits"] == bits
-        released = json.loads((requant.folder / "out" / name / "requant.json").read_text())
-        settings = released["provenance"]["quantize"]["settings"]
-        assert settings["iters"] == iters, name
+        assert load_recipe(requant.folder / "out" / name / "recipe.yaml").quantize.iters == iters
 
 
 def test_each_goes_to_a_repo_of_its_own_with_a_card_that_names_the_others(three: Three, hub: HubStandIn) -> None:
@@ -124,6 +123,10 @@ def test_the_plan_knows_all_of_it_and_the_second_run_reuses_all(three: Three, hu
     assert outcome.status == 0, outcome.stderr
     assert all(set(states.values()) == {"reused"} for states in by_output(outcome).values())
     assert commits(hub) == before
+    (requant.folder / "recipes").mkdir()
+    requant.write_recipe().rename(requant.folder / "recipes" / "three.yaml")
+    watched = requant("watch", "--once", "--recipes", str(requant.folder / "recipes"), "--json")
+    assert watched.document == {"checked": 1, "started": [], "problems": []}  # the run knows itself by the whole recipe
 
 
 def test_one_that_is_rejected_stops_no_other_and_the_run_is_as_the_worst(three: Three, hub: HubStandIn) -> None:
