@@ -16,7 +16,7 @@ Row = tuple[str, ...]
 STAGES = ("stage", "state", "bytes", "time", "cost", "figure from")
 NEEDS = ("stage", "memory", "GPU memory", "low_gpu_mem: memory", "GPU memory there")
 TENSORS = ("tensors", "count", "", "why")
-OUTPUTS = ("output", "repo", "bytes", "scheme and packing", "matrices packed", "tensors kept")
+OUTPUTS = ("output", "repo", "bytes", "scheme and packing", "packed", "kept")
 
 
 def subject(document: Document) -> str:
@@ -45,7 +45,7 @@ def _scheme(output: Document) -> str:
 
 def render(document: Document) -> str:
     """The plan in a terminal."""
-    console = Console(width=130, no_color=True, force_terminal=False)
+    console = Console(width=160 if document.get("outputs") else 130, no_color=True, force_terminal=False)
     with console.capture() as capture:
         console.print(f"\n{subject(document)}: {headline(document)}\n", highlight=False, markup=False, soft_wrap=True)
         if document["stages"]:

@@ -16,7 +16,7 @@ from tasks.hub.markdown import gigabytes
 RIGHT = {
     "seconds", "measured", "limit", "at once", "tokens/s", "first token", "between, p99", "accepted", "bytes", "time",
     "cost", "count", "memory", "GPU memory", "low_gpu_mem: memory", "GPU memory there", "size", "smaller", "perplexity",
-    "same token", "drafts taken", "matrices packed", "tensors kept",
+    "same token", "drafts taken", "packed", "kept",
 }  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def table_of(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
     """A table without lines."""
     made = Table(box=None, pad_edge=False)
     for name in header:
-        made.add_column(name, justify="right" if name in RIGHT else "left")
+        made.add_column(name, justify="right" if name in RIGHT else "left", overflow="fold")
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     return made

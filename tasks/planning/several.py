@@ -49,7 +49,7 @@ def together(recipe: Recipe, documents: Mapping[str, Document]) -> dict[str, Any
         },
         "needs": _most([plan["needs"] for plan in plans]),
         "transfer": {key: sum(plan["transfer"][key] for plan in plans) for key in ("download_bytes", "upload_bytes")},
-        "engines": _engines([plan["engines"] for plan in plans]),
+        "engines": _engines(documents),
         "hardware": {
             **plans[0]["hardware"],
             "seconds": round(sum(plan["hardware"]["seconds"] for plan in plans), 1),
@@ -76,11 +76,15 @@ def _most(needs: list[Any]) -> Any:
     return max((need for need in needs if need is not None), default=None)
 
 
-def _engines(plans: list[Document]) -> dict[str, Any]:
-    """Of each engine the worst verdict."""
-    names = dict.fromkeys(name for plan in plans for name in plan)
-    found = {name: [plan[name] for plan in plans if name in plan] for name in names}
-    return {name: min(verdicts, key=lambda v: (v["loads"], v["mtp"])) for name, verdicts in found.items()}
+def _engines(documents: Mapping[str, Document]) -> dict[str, Any]:
+    """Of each engine the worst verdict; where they differ, its reason says of which output it is."""
+    found: dict[str, Any] = {}
+    for engine in dict.fromkeys(engine for plan in documents.values() for engine in plan["engines"]):
+        verdicts = {name: plan["engines"][engine] for name, plan in documents.items() if engine in plan["engines"]}
+        name, verdict = min(verdicts.items(), key=lambda item: (item[1]["loads"], item[1]["mtp"]))
+        alike = all(other == verdict for other in verdicts.values())
+        found[engine] = verdict if alike else {**verdict, "reason": f"{name}: {verdict['reason']}"}
+    return found
 
 
 def _told(documents: Mapping[str, Document], key: str) -> list[str]:

@@ -80,7 +80,7 @@ def test_each_output_has_its_own_plan_and_repo_and_an_engine_is_as_the_worst_of_
     assert [(o["name"], o["repo_id"], o["output"]["bytes"]) for o in document["outputs"]] == [
         (FOUR, f"me/q-{FOUR}", 100), (EIGHT, f"me/q-{EIGHT}", 200), (HEADLESS, f"me/q-{HEADLESS}", 90),
     ]  # fmt: skip
-    assert document["engines"]["vllm"]["reason"] == "no head"
+    assert document["engines"]["vllm"] == {"loads": True, "mtp": False, "reason": f"{HEADLESS}: no head"}
     assert set(plan(1, 1)) | {"outputs"} == set(document)
 
 
