@@ -68,11 +68,12 @@ def requantize(recipe: Recipe) -> State[Any]:
             raise RequantError(f"begun anew {RESTARTS} times: look for what kills this run, then start another one")
         _run(report)
 
-    return _ended(report, work)
+    _do(report, work)
+    return _ended(report)
 
 
-def _ended(report: Report, work: Callable[[], None]) -> State[Any]:
-    """Do the work of a run, or of one output of it, and show what came of it. Its last state."""
+def _do(report: Report, work: Callable[[], None]) -> None:
+    """Do the work of a run, or of one output of it, and show what came of it."""
     try:
         work()
     except (RequantError, TimeoutError) as error:  # a task's own time limit is a plain TimeoutError
@@ -81,6 +82,10 @@ def _ended(report: Report, work: Callable[[], None]) -> State[Any]:
         draw_pictures(report)
         text = comparison(report) if report.recipe.outputs else markdown(report, embedded)
         create_markdown_artifact(text, key=_key("report", report), description="What this run made and measured")
+
+
+def _ended(report: Report) -> State[Any]:
+    """The last state of a run, or of one output of it."""
     if report.status == "failed":
         return Failed(message=verdict(report), data=RunFailed(report))
     if report.status == "rejected":
@@ -104,30 +109,26 @@ def _run(report: Report) -> None:
 
 
 def _outputs(store: Store, report: Report, calibration: Text, text: Text) -> None:
-    """Make each output, one after the other, in a task of its own; one that fails or is rejected stops no other.
-
-    Not in a flow: what that asks of other workers would be its own, and a cancellation of this run would not reach it.
-    """
+    """Make each output, one after the other; one that fails or is rejected stops no other."""
     recipes = report.recipe.each
     for name, recipe in recipes.items():
+        say()(f"output {len(report.outputs) + 1} of {len(recipes)}: {name}")
         one = report.outputs[name] = Report(recipe, name, base=report.base)
         others = {other: asked for other, asked in recipes.items() if other != name}
-        _in_a_task(one, functools.partial(_stages, store, one, calibration, text, others))
+        _do(one, functools.partial(_stages, store, one, calibration, text, others))
+        _show(one)
     report.status = worst(report.outputs.values())
     if report.status == "failed":
         report.error = verdict(report)
 
 
-def _in_a_task(report: Report, work: Callable[[], None]) -> None:
-    """Make one output; whatever is no expected failure is raised."""
+def _show(report: Report) -> None:
+    """What came of an output, as a task of its name: Prefect's UI shows the state beside those of the stages.
 
-    def output() -> State[Any]:
-        return _ended(report, work)
-
-    made = task(output, **options(report.name, hours=None, retries=0))
-    came: Any = made(return_state=True).result(raise_on_failure=False)
-    if isinstance(came, BaseException) and not isinstance(came, RunFailed):
-        raise came
+    The stages themselves are no part of it. A task inside another is part of its transaction, and one that is tried
+    again would roll that back; a flow inside another has runs on other workers that no cancellation of ours reaches.
+    """
+    task(lambda: _ended(report), **options(report.name, hours=1, retries=0))(return_state=True)
 
 
 def _stages(

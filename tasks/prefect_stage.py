@@ -31,9 +31,8 @@ def passes(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     return isinstance(error, RequantError) and error.retryable
 
 
-def options(stage: str, hours: float | None, retries: int = 3) -> dict[str, Any]:
-    """The options of a stage's task. Delays between tries: 1, 2, 4 s and so on, each up to doubled at random.
-    hours: its limit; None: what it is made of has limits."""
+def options(stage: str, hours: float, retries: int = 3) -> dict[str, Any]:
+    """The options of a stage's task. Delays between tries: 1, 2, 4 s and so on, each up to doubled at random."""
     return {
         "name": stage,
         "tags": ["requant", stage],
@@ -41,7 +40,7 @@ def options(stage: str, hours: float | None, retries: int = 3) -> dict[str, Any]
         "retry_delay_seconds": exponential_backoff(1),
         "retry_jitter_factor": 1.0,
         "retry_condition_fn": passes,
-        "timeout_seconds": None if hours is None else hours * 3600,
+        "timeout_seconds": hours * 3600,
         "persist_result": False,
         "cache_policy": NO_CACHE,
     }

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from typing import Any
 
+import httpx
 import pytest
 from huggingface_hub import HfApi
 
@@ -105,6 +106,9 @@ def test_the_report_compares_them_and_prefect_has_gates_and_a_report_of_each(thr
     for key in ("w4a16g32-auto-round", "eight", "w4a16g32-auto-gptq-best"):
         (gates,) = artifacts(prefect_server, f"requant-gates-{key}")
         assert "structure" in gates["data"] and len(artifacts(prefect_server, f"requant-report-{key}")) == 1
+    body = {"task_runs": {"name": {"like_": f"{EIGHT}-"}}}
+    (shown,) = httpx.post(f"{prefect_server}/task_runs/filter", json=body).raise_for_status().json()
+    assert (shown["state"]["type"], shown["state"]["name"]) == ("COMPLETED", "Published")
     assert any(FOUR in a["data"] and "drafts taken" in a["data"] for a in artifacts(prefect_server, "requant-report"))
 
 
