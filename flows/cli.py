@@ -6,6 +6,7 @@ With --json, stdout is one JSON document and nothing else. Exit status: 0 done, 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -51,7 +52,11 @@ def _report_path(context: click.Context, parameter: click.Parameter, path: Path 
 @command("run")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in quantize.iters=50.")
-@click.option("--checkout", type=NEW_FOLDER, help="Lay the result's files into this folder.")
+@click.option(
+    "--checkout",
+    type=NEW_FOLDER,
+    help="Lay the result's files into this folder; of outputs, each into one of its name.",
+)
 @click.option(
     "--report",
     "report_path",
@@ -79,22 +84,27 @@ def run(
         if isinstance(outcome, BaseException) and not isinstance(outcome, RunFailed):
             raise outcome
         report: Report = outcome.report if isinstance(outcome, RunFailed) else outcome
-    _lay_out(report, checkout)
+    for name, one in report.each.items():
+        _lay_out(one, checkout / name if checkout else None)
     if report_path is not None:
         write_report(report, report_path)
     return report.to_json(), render(report), 0 if report.status in {"published", "validated"} else 1
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write the JSON document as `path`, and beside it STEM.md and the folder STEM-pictures."""
-    from flows.markdown import markdown
+    """Write the JSON document as `path`, and beside it STEM.md and the folder STEM-pictures (of outputs, one in it for
+    each)."""
+    from flows.markdown import comparison, markdown
 
-    folder = path.with_name(f"{path.stem}-pictures")
     write_json(path.parent, path.name, report.to_json())
-    if report.pictures or folder.is_dir():
-        write_pictures(folder, report.pictures)
-    text = markdown(report, lambda picture: f"{quote(folder.name)}/{picture.name}.svg")
-    write_file(path.parent, f"{path.stem}.md", [text.encode()])
+    parts = [comparison(report)] if report.recipe.outputs else []
+    for name, one in report.each.items():
+        folder = path.with_name(f"{path.stem}-pictures") / name
+        if one.pictures or folder.is_dir():
+            write_pictures(folder, one.pictures)
+        where = quote(folder.relative_to(path.parent).as_posix())
+        parts.append(markdown(one, functools.partial("{0}/{1.name}.svg".format, where)))
+    write_file(path.parent, f"{path.stem}.md", ["\n".join(parts).encode()])
 
 
 def _lay_out(report: Report, checkout: Path | None) -> None:

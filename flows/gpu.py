@@ -49,7 +49,9 @@ def run_name() -> str:
     given = recipe.model_dump() if isinstance(recipe, Recipe) else recipe if isinstance(recipe, Mapping) else {}
     base, quantize = (part if isinstance(part := given.get(key), Mapping) else {} for key in ("base", "quantize"))
     repo = str(base.get("repo_id") or "a base without a name").split("/")[-1]
-    return f"{repo} {quantize.get('scheme') or 'W4A16'}"[:200]
+    outputs = given.get("outputs")
+    several = f"{len(outputs)} outputs" if isinstance(outputs, list) and outputs else None
+    return f"{repo} {several or quantize.get('scheme') or 'W4A16'}"[:200]
 
 
 OPTIONS: dict[str, Any] = {
@@ -139,7 +141,7 @@ def where(stage: str, recipe: Recipe, base: Manifest) -> str:
     """
     if runtime.deployment.id is None:
         return "here"
-    large = sum(file.size for file in base.files if file.path.endswith(".safetensors")) >= LARGE
+    large = base.weights >= LARGE
     runs_engine = recipe.benchmark.engine in {"auto", "vllm", "torch"}
     wanted = {"quantize": True, "validate": large, "benchmark": large and runs_engine}
     return "gpu" if wanted[stage] else "here"

@@ -6,7 +6,16 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flows.report import Report, gate_rows, headline, published_words, stage_rows
+from flows.report import (
+    COMPARED,
+    Report,
+    compared_rows,
+    gate_rows,
+    headline,
+    published_words,
+    stage_rows,
+    verdict,
+)
 from tasks.gates import slope_error
 from tasks.hub.markdown import named, plain, table
 from tasks.hub.quality import HEAD, QUALITY, TASKS, head_rows, quality_rows, task_rows, told
@@ -41,6 +50,14 @@ def markdown(report: Report, link: Callable[[Picture], str]) -> str:
         parts.append("### Pictures")
     for picture in report.pictures:
         parts.append(f"![{plain(picture.caption)}]({link(picture)})\n\n{plain(picture.caption)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def comparison(report: Report) -> str:
+    """Several outputs side by side: what stands before the report of each."""
+    parts = [f"## {report.status}: {headline(report)}", verdict(report)]
+    if report.outputs:
+        parts.append(table(COMPARED, compared_rows(report)))
     return "\n\n".join(parts) + "\n"
 
 

@@ -16,6 +16,7 @@ Row = tuple[str, ...]
 STAGES = ("stage", "state", "bytes", "time", "cost", "figure from")
 NEEDS = ("stage", "memory", "GPU memory", "low_gpu_mem: memory", "GPU memory there")
 TENSORS = ("tensors", "count", "", "why")
+OUTPUTS = ("output", "repo", "bytes", "scheme and packing", "packed", "kept")
 
 
 def subject(document: Document) -> str:
@@ -29,20 +30,27 @@ def headline(document: Document) -> str:
     base, output = document["base"], document["output"]
     if output["bytes"] is None:
         return "nothing can be made of it"
-    scheme, packing = output["scheme"], output["packing"]
-    group = "whole rows" if scheme["group_size"] == -1 else f"group {scheme['group_size']}"
     sizes = f"{gigabytes(base['bytes'])} become {gigabytes(output['bytes'])}"
+    if document.get("outputs"):
+        return f"{sizes} in {len(document['outputs'])} outputs"
     counts = f"{output['quantized_tensors']} matrices packed, {output['kept_tensors']} tensors kept"
-    return f"{sizes}, W{scheme['bits']}A16, {group}, {packing}: {counts}"
+    return f"{sizes}, {_scheme(output)}: {counts}"
+
+
+def _scheme(output: Document) -> str:
+    scheme = output["scheme"]
+    group = "whole rows" if scheme["group_size"] == -1 else f"group {scheme['group_size']}"
+    return f"W{scheme['bits']}A16, {group}, {output['packing']}"
 
 
 def render(document: Document) -> str:
     """The plan in a terminal."""
-    console = Console(width=130, no_color=True, force_terminal=False)
+    console = Console(width=160 if document.get("outputs") else 130, no_color=True, force_terminal=False)
     with console.capture() as capture:
         console.print(f"\n{subject(document)}: {headline(document)}\n", highlight=False, markup=False, soft_wrap=True)
         if document["stages"]:
-            for header, rows in ((STAGES, stage_rows), (NEEDS, need_rows), (TENSORS, tensor_rows)):
+            what = (OUTPUTS, output_rows) if document.get("outputs") else (TENSORS, tensor_rows)
+            for header, rows in ((stage_header(document), stage_rows), (NEEDS, need_rows), what):
                 console.print(table_of(header, rows(document)), "")
         for word, sentence in sentences(document):
             console.print(f"{word:12} {sentence}", highlight=False, markup=False, soft_wrap=True)
@@ -54,10 +62,14 @@ def markdown(document: Document, title: str) -> str:
     verdict = "would be stopped" if document["problems"] else "would run"
     parts = [f"### {plain(title)}: {verdict}", f"{named(subject(document))}: {plain(headline(document))}"]
     if document["stages"]:
-        parts.append(table(STAGES, stage_rows(document)))
+        parts.append(table(stage_header(document), stage_rows(document)))
         parts.append(table(NEEDS, need_rows(document)))
-        rows = [(named(row[0]), *row[1:]) for row in tensor_rows(document)]
-        parts.append(f"<details><summary>tensors</summary>\n\n{table(TENSORS, rows)}\n\n</details>")
+        if document.get("outputs"):
+            parts.append(table(OUTPUTS, output_rows(document)))
+        for one in document.get("outputs") or [document]:
+            rows = [(named(row[0]), *row[1:]) for row in tensor_rows(one)] if one["stages"] else []
+            summary = f"tensors of {one['name']}" if "name" in one else "tensors"
+            parts.append(f"<details><summary>{summary}</summary>\n\n{table(TENSORS, rows)}\n\n</details>")
     parts.append("\n".join(f"- {word}: {_verbatim(sentence)}" for word, sentence in sentences(document)))
     return "\n\n".join(parts) + "\n"
 
@@ -67,9 +79,15 @@ def _verbatim(sentence: str) -> str:
     return "`" + "".join(c if c.isprintable() and c != "`" else " " for c in sentence) + "`"
 
 
+def stage_header(document: Document) -> Row:
+    return ("output", *STAGES) if document.get("outputs") else STAGES
+
+
 def stage_rows(document: Document) -> list[Row]:
+    several = bool(document.get("outputs"))
     rows = [
         (
+            *([stage["output"]] if several else []),
             stage["name"],
             stage["state"],
             gigabytes(stage["bytes"]) if stage["state"] == "run" else "",
@@ -81,12 +99,24 @@ def stage_rows(document: Document) -> list[Row]:
     ]
     whole = document["hardware"]
     cost = "" if whole["cost"] is None else f"{whole['cost']:.2f}"
-    return [*rows, ("all", "", "", duration(whole["seconds"]), cost, f"on {whole['gpu']}" if whole["gpu"] else "")]
+    on = f"on {whole['gpu']}" if whole["gpu"] else ""
+    return [*rows, ("all", *([""] if several else []), "", "", duration(whole["seconds"]), cost, on)]
 
 
 def need_rows(document: Document) -> list[Row]:
     keys = ("ram_bytes", "vram_bytes", "low_ram_bytes", "low_vram_bytes")
     return [(name, *(gigabytes(need[key]) for key in keys)) for name, need in document["needs"]["stages"].items()]
+
+
+def output_rows(document: Document) -> list[Row]:
+    """What each output comes to; one that cannot be made has no figures."""
+    rows = []
+    for one in document["outputs"]:
+        output, known = one["output"], one["output"]["bytes"] is not None
+        figures = (gigabytes(output["bytes"]), _scheme(output)) if known else ("", "")
+        counts = (str(output[key]) if known else "" for key in ("quantized_tensors", "kept_tensors"))
+        rows.append((one["name"], one["repo_id"] or "", *figures, *counts))
+    return rows
 
 
 def tensor_rows(document: Document) -> list[Row]:

@@ -58,9 +58,12 @@ def _target(name: str) -> str:
     from tasks.recipe_file import load_recipe
 
     recipe = load_recipe(Path(name))
-    if recipe.publish is None:
+    repos = [one.publish.repo_id for one in recipe.each.values() if one.publish]
+    if not repos:
         raise RecipeError(f"the recipe {name} has no publish.repo_id: name the repo itself")
-    return recipe.publish.repo_id
+    if len(repos) > 1:
+        raise RecipeError(f"the recipe {name} has {len(repos)} outputs: name the repo itself, {' or '.join(repos)}")
+    return repos[0]
 
 
 def _repo_id(name: str) -> str:

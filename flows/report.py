@@ -1,4 +1,7 @@
-"""What a run says at its end: a JSON document, and the rows of the tables that a person reads."""
+"""What a run says at its end: a JSON document, and the rows of the tables that a person reads.
+
+A run of a recipe with outputs has a report for each of them, and one of its own that holds these.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,24 @@ from tasks.artifact import Manifest
 from tasks.gates import Gate
 from tasks.hub.markdown import gigabytes
 from tasks.hub.public import finite
+from tasks.hub.quality import told
 from tasks.hub.revision import Revision
 from tasks.pictures import Picture
 from tasks.recipe import Recipe
 from tasks.stage import StageResult
 from tasks.store.runs import Run
 
+STATUSES = ("published", "validated", "rejected", "failed")  # the worst last
+COMPARED = ("output", "", "size", "smaller", "perplexity", "same token", "drafts taken", "tokens/s", "gates")
+
 
 @dataclass
 class Report:
-    """A run so far. `status` is published, validated, rejected (a gate failed) or failed."""
+    """A run so far, or one output of it, by `name`. `status` is published, validated, rejected (a gate failed) or
+    failed."""
 
     recipe: Recipe
+    name: str = ""
     status: str = "failed"
     base: Revision | None = None
     artifact: Manifest | None = None
@@ -35,9 +44,25 @@ class Report:
     beside: Mapping[str, bytes] = field(default_factory=dict)  # the card and what else goes with the artifact
     pictures: list[Picture] = field(default_factory=list)
     error: str | None = None
+    outputs: dict[str, Report] = field(default_factory=dict)  # by name, if the recipe has several
+
+    @property
+    def each(self) -> dict[str, Report]:
+        """The reports of one result each: as `Recipe.each`, as far as the run came."""
+        return self.outputs if self.recipe.outputs else {"": self}
 
     def to_json(self) -> dict[str, Any]:
-        """The document of `requant run --json`."""
+        """The document of `requant run --json`. Of several outputs it holds theirs, and their stages and gates in a
+        row; what only one result can have is null."""
+        document = self._document()
+        if self.recipe.outputs:
+            outputs = [{"name": name, **one.to_json()} for name, one in self.outputs.items()]
+            for key in ("stages", "gates"):
+                document[key] = [{"output": each["name"], **row} for each in outputs for row in each[key]]
+            document["outputs"] = outputs
+        return document
+
+    def _document(self) -> dict[str, Any]:
         return {
             "status": self.status,
             "base": {"repo_id": self.recipe.base.repo_id, "sha": self.base.sha if self.base else None},
@@ -56,12 +81,11 @@ class Report:
     @property
     def run(self) -> Run | None:
         """What the store keeps of it: which artifacts are in use, by which recipe on which base."""
-        if self.base is None or not self.stages:
+        artifacts = {(stage.name, stage.key): None for one in [*self.each.values()] for stage in one.stages}
+        if self.base is None or not artifacts:
             return None
-        bits, group_size, _ = self.recipe.quantize.resolved
-        makes = self.recipe.publish.repo_id if self.recipe.publish else f"W{bits}A16 g{group_size}"
-        artifacts = tuple((stage.name, stage.key) for stage in self.stages)
-        return Run(self.recipe.digest[:16], f"{self.base.repo_id}@{self.base.sha}", makes, artifacts)
+        makes = ", ".join(one.publish.repo_id if one.publish else scheme_of(one) for one in self.recipe.each.values())
+        return Run(self.recipe.digest[:16], f"{self.base.repo_id}@{self.base.sha}", makes, tuple(artifacts))
 
     @property
     def blocks(self) -> list[dict[str, Any]]:
@@ -69,14 +93,66 @@ class Report:
         return next((s.provenance.get("blocks") or [] for s in self.stages if s.name == "quantize"), [])
 
 
+def scheme_of(recipe: Recipe) -> str:
+    """Bits and group size, as a run is known by."""
+    bits, group_size, _ = recipe.quantize.resolved
+    return f"W{bits}A16 g{group_size}"
+
+
 def headline(report: Report) -> str:
     """What was made from what, in one line."""
     base = f"{report.recipe.base.repo_id}@{report.base.sha[:7]}" if report.base else report.recipe.base.repo_id
+    name = f"{report.name}: " if report.name else ""
+    if report.outputs:
+        return f"{base} -> {', '.join(report.outputs)}"
     if report.artifact is None:
-        return f"{base}: nothing made"
-    bits, group_size, _ = report.recipe.quantize.resolved
+        return f"{name}{base}: nothing made"
+    size = gigabytes(report.artifact.size)
+    return f"{name}{base} -> {scheme_of(report.recipe)}, {size}, artifact {report.artifact.digest[:12]}"
+
+
+def verdict(report: Report) -> str:
+    """What came of a run, in one sentence; of several outputs each by its name."""
+    if report.error is not None:
+        return report.error
+    if report.outputs:
+        return "; ".join(f"{name} {_came_to(one)}" for name, one in report.outputs.items())
+    if report.status == "rejected":
+        failed = ", ".join(gate.name for gate in report.gates if not gate.passed)
+        return f"nothing was published: {failed} failed"
+    return headline(report)
+
+
+def _came_to(report: Report) -> str:
+    return report.status if report.status in STATUSES[:2] else f"{report.status} ({verdict(report)})"
+
+
+def worst(reports: Iterable[Report]) -> str:
+    """The status that several come to."""
+    return max((report.status for report in reports), key=STATUSES.index, default="failed")
+
+
+def compared_rows(report: Report) -> list[tuple[str, ...]]:
+    """The outputs side by side. Headed COMPARED."""
+    return [_compared(name, one) for name, one in report.outputs.items()]
+
+
+def _compared(name: str, report: Report) -> tuple[str, ...]:
+    measured, speed = report.measured or {}, report.benchmark or {}
+    size = report.artifact.weights if report.artifact else 0
+    base = next((stage.manifest.weights for stage in report.stages if stage.name == "download"), 0)
+    failed = sum(not gate.passed for gate in report.gates)
+    gates = f"{failed} of {len(report.gates)} failed" if failed else f"{len(report.gates)} passed"
     return (
-        f"{base} -> W{bits}A16 g{group_size}, {gigabytes(report.artifact.size)}, artifact {report.artifact.digest[:12]}"
+        name,
+        report.status,
+        gigabytes(size) if size else "",
+        f"{base / size:.2f} times" if base and size else "",
+        told(measured.get("perplexity_increase"), "{:+.1%}"),
+        told(measured.get("top1_agreement"), "{:.1%}"),
+        told(measured.get("mtp_acceptance"), "{:.1%}"),
+        told(speed.get("tokens_per_second"), "{:.1f}"),
+        gates if report.gates else "",
     )
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import functools
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from prefect import State, flow, runtime, task
@@ -10,8 +13,8 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import Completed, Failed
 
 from flows.gpu import OPTIONS, RESTARTS, cancel_children, on_gpu, pinned, where
-from flows.markdown import markdown
-from flows.report import Report, gate_rows, headline
+from flows.markdown import comparison, markdown
+from flows.report import Report, gate_rows, verdict, worst
 from tasks import benchmark as speed
 from tasks import quantize as quantizing
 from tasks import validate as quality
@@ -19,7 +22,7 @@ from tasks.benchmark import benchmark_task
 from tasks.download import download_task
 from tasks.errors import RecipeError, RequantError
 from tasks.evaluate import check_tasks
-from tasks.gates import Gate, compare
+from tasks.gates import compare
 from tasks.hub.revision import Revision, resolve
 from tasks.hub.target import check_target
 from tasks.last_run import remember_run
@@ -45,7 +48,7 @@ class RunFailed(RequantError):
     """A run that ended early; `report` holds what was done before."""
 
     def __init__(self, report: Report) -> None:
-        super().__init__(report.error or "failed")
+        super().__init__(verdict(report))
         self.report = report
 
 
@@ -59,49 +62,88 @@ def requantize(recipe: Recipe) -> State[Any]:
         report = Report(recipe_of(recipe))
     except RecipeError as error:
         return Failed(message=str(error), data=error)
-    try:
+
+    def work() -> None:
         if (runtime.flow_run.run_count or 0) > RESTARTS:
             raise RequantError(f"begun anew {RESTARTS} times: look for what kills this run, then start another one")
-        _run(report.recipe, report)
-        assert report.base is not None
-        remember_run(open_store(), report.recipe, report.base, report.status)
+        _run(report)
+
+    _do(report, work)
+    return _ended(report)
+
+
+def _do(report: Report, work: Callable[[], None]) -> None:
+    """Do the work of a run, or of one output of it, and show what came of it."""
+    try:
+        work()
     except (RequantError, TimeoutError) as error:  # a task's own time limit is a plain TimeoutError
         report.status, report.error = "failed", str(error)
     finally:
         draw_pictures(report)
-        text = markdown(report, embedded)
-        create_markdown_artifact(text, key="requant-report", description="What this run made and measured")
-    return _ended(report)
+        text = comparison(report) if report.recipe.outputs else markdown(report, embedded)
+        create_markdown_artifact(text, key=_key("report", report), description="What this run made and measured")
 
 
 def _ended(report: Report) -> State[Any]:
-    if report.error is not None:
-        return Failed(message=report.error, data=RunFailed(report))
+    """The last state of a run, or of one output of it."""
+    if report.status == "failed":
+        return Failed(message=verdict(report), data=RunFailed(report))
     if report.status == "rejected":
-        failed = ", ".join(gate.name for gate in report.gates if not gate.passed)
-        return Failed(name="Rejected", message=f"nothing was published: {failed} failed", data=report)
-    return Completed(name=report.status.capitalize(), message=headline(report), data=report)
+        return Failed(name="Rejected", message=verdict(report), data=report)
+    return Completed(name=report.status.capitalize(), message=verdict(report), data=report)
 
 
-def _run(recipe: Recipe, report: Report) -> None:
-    store = open_store()
+def _run(report: Report) -> None:
+    """Look at everything before the first byte, then make what the recipe asks for."""
+    store, recipe = open_store(), report.recipe
     store.check()
     with recorded(store, lambda: report.run):
-        _stages(store, recipe, report)
+        report.base, calibration, text = resolve_task(recipe)
+        preflight_task(recipe, report.base, calibration, text)
+        if recipe.outputs:
+            _outputs(store, report, calibration, text)
+        else:
+            _stages(store, report, calibration, text)
+    if report.status != "failed":
+        remember_run(store, recipe, report.base, report.status)
 
 
-def _stages(store: Store, recipe: Recipe, report: Report) -> None:
-    base, calibration, text = resolve_task(recipe)
-    report.base = base
-    preflight_task(recipe, base, calibration, text)
+def _outputs(store: Store, report: Report, calibration: Text, text: Text) -> None:
+    """Make each output, one after the other; one that fails or is rejected stops no other."""
+    recipes = report.recipe.each
+    for name, recipe in recipes.items():
+        say()(f"output {len(report.outputs) + 1} of {len(recipes)}: {name}")
+        one = report.outputs[name] = Report(recipe, name, base=report.base)
+        others = {other: asked for other, asked in recipes.items() if other != name}
+        _do(one, functools.partial(_stages, store, one, calibration, text, others))
+        _show(one)
+    report.status = worst(report.outputs.values())
+    if report.status == "failed":
+        report.error = verdict(report)
 
+
+def _show(report: Report) -> None:
+    """What came of an output, as a task of its name: Prefect's UI shows the state beside those of the stages.
+
+    The stages themselves are no part of it. A task inside another is part of its transaction, and one that is tried
+    again would roll that back; a flow inside another has runs on other workers that no cancellation of ours reaches.
+    """
+    task(lambda: _ended(report), **options(report.name, hours=1, retries=0))(return_state=True)
+
+
+def _stages(
+    store: Store, report: Report, calibration: Text, text: Text, others: Mapping[str, Recipe] | None = None
+) -> None:
+    """The stages of one result. others: what else the same run makes of this base, by name."""
+    recipe, base = report.recipe, report.base
+    assert base is not None
     downloaded = _done(download_task(base), report)
     quantized = _done(_quantize(recipe, downloaded, calibration), report)
     fixed = _done(mtp_fix_task(recipe, downloaded.manifest, quantized.manifest), report)
     artifact = report.artifact = fixed.manifest
     report.measured = measured = quality.read_values(store, _done(_validate(recipe, downloaded, fixed, text), report))
     report.gates = compare(measured, recipe.gates)
-    show_gates(report.gates)
+    show_gates(report)
     if not all(gate.passed for gate in report.gates):
         report.status = "rejected"
         return
@@ -120,6 +162,7 @@ def _stages(store: Store, recipe: Recipe, report: Report) -> None:
         report.stages,
         markdown(report, lambda picture: f"{FOLDER}/{picture.name}.png"),
         report.pictures,
+        others,
     )
     if recipe.publish is not None:
         report.published = _done(publish_task(recipe, base, artifact, report.beside), report).provenance["published"]
@@ -153,8 +196,9 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Text, Text]:
     check_tasks(recipe.eval)
     base = resolve(recipe.base.repo_id, recipe.base.revision)
     say()(f"{recipe.base.repo_id}@{recipe.base.revision} is {base.sha}")
-    if recipe.publish is not None:
-        check_target(recipe.publish, base)
+    for one in recipe.each.values():
+        if one.publish is not None:
+            check_target(one.publish, base)
     return base, find_text(recipe.quantize.calibration), find_text(recipe.validation.text, "validation.text")
 
 
@@ -164,15 +208,21 @@ def preflight_task(recipe: Recipe, base: Revision, calibration: Text, text: Text
     preflight(open_store(), recipe, base, calibration, text)
 
 
-def show_gates(gates: list[Gate]) -> None:
+def show_gates(report: Report) -> None:
     """The gates as a table in Prefect's UI: what failed comes first."""
+    gates = report.gates
     rows = gate_rows(sorted(gates, key=lambda gate: gate.passed))
     failed = sum(not gate.passed for gate in gates)
     create_table_artifact(
         [dict(zip(("gate", "measured", "limit", "result", "note"), row, strict=True)) for row in rows],
-        key="requant-gates",
+        key=_key("gates", report),
         description=f"{failed} of {len(gates)} gates failed" if failed else f"All {len(gates)} gates passed",
     )
+
+
+def _key(kind: str, report: Report) -> str:
+    """The key of an artifact in Prefect's UI, which has small letters, digits and dashes: of each output its own."""
+    return re.sub(r"[^a-z0-9]+", "-", f"requant-{kind} {report.name}".lower()).strip("-")
 
 
 def draw_pictures(report: Report) -> None:

@@ -9,17 +9,29 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.report import Report, gate_rows, headline, published_words, stage_rows
+from flows.report import COMPARED, Report, compared_rows, gate_rows, headline, published_words, stage_rows
 from tasks.gates import Gate
 from tasks.hub.markdown import gigabytes
 
 RIGHT = {
     "seconds", "measured", "limit", "at once", "tokens/s", "first token", "between, p99", "accepted", "bytes", "time",
-    "cost", "count", "memory", "GPU memory", "low_gpu_mem: memory", "GPU memory there",
+    "cost", "count", "memory", "GPU memory", "low_gpu_mem: memory", "GPU memory there", "size", "smaller", "perplexity",
+    "same token", "drafts taken", "packed", "kept",
 }  # fmt: skip
 
 
 def render(report: Report) -> str:
+    """A run: what came of each output, and at the end how they compare."""
+    if not report.outputs:
+        return _render(report)
+    console = Console(width=130, no_color=True, force_terminal=False)
+    with console.capture() as capture:
+        console.print(f"\n{report.status.upper()}  {headline(report)}", highlight=False, markup=False, soft_wrap=True)
+        console.print(table_of(COMPARED, compared_rows(report)))
+    return "".join([*map(_render, report.outputs.values()), capture.get()])
+
+
+def _render(report: Report) -> str:
     """What was made from what, how long each stage took, the gates, and where everything is."""
     console = Console(width=110, no_color=True, force_terminal=False)
     with console.capture() as capture:
@@ -102,7 +114,7 @@ def table_of(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
     """A table without lines."""
     made = Table(box=None, pad_edge=False)
     for name in header:
-        made.add_column(name, justify="right" if name in RIGHT else "left")
+        made.add_column(name, justify="right" if name in RIGHT else "left", overflow="fold")
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     return made

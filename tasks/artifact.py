@@ -74,6 +74,11 @@ class Manifest:
         """Bytes of all files."""
         return sum(f.size for f in self.files)
 
+    @property
+    def weights(self) -> int:
+        """Bytes of the weight files: what sizes of models speak of."""
+        return sum(f.size for f in self.files if f.path.endswith(".safetensors"))
+
     def __getitem__(self, path: str) -> File:
         return self._by_path[path]
 

@@ -7,8 +7,9 @@ no weight and changes nothing.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +29,7 @@ from tasks.planning.moves import Hashes, base_manifest, hashes_of, near_file, to
 from tasks.planning.needs import Needs, disk_problem, needs
 from tasks.planning.output import Output, blocks_of, head_bytes, plan_output
 from tasks.planning.refusals import check_base, refusals
+from tasks.planning.several import Before, together
 from tasks.quantize import quantize_key
 from tasks.recipe import Recipe
 from tasks.store import Store
@@ -64,32 +66,47 @@ def preflight(store: Store, recipe: Recipe, base: Revision, calibration: Text, t
 def plan_of(
     store: Store, recipe: Recipe, base: Revision, calibration: Text, text: Text, *, elsewhere: bool = False
 ) -> dict[str, Any]:
-    """The plan for a base and texts that are resolved."""
-    hashes, problems = hashes_of(store, base), list[str]()
+    """The plan for a base and texts that are resolved; of several outputs one for all."""
+    hashes = hashes_of(store, base)
     with TemporaryDirectory(prefix="requant-") as temporary:
         try:
             folder = lay_out(base, Path(temporary), lambda file: near_file(store, file, hashes))
             if (folder / PROCESSOR).is_file() and not (folder / PROCESSOR).is_symlink():
                 fetch_files(base, folder, [PROCESSOR])  # whether an engine will load depends on what it says
             source = Checkpoint.open(folder)
-            problems += refusals(source, recipe)
-            check_base(source, recipe)
-            joining = {f.path: f.size for f in base.wanted if _joins(f.path)}
-            output = plan_output(source, recipe, joining)
         except CheckpointError as error:
-            sentence = str(error).replace(f"{temporary}/", "").replace(temporary, "the base")
-            return _document(recipe, base, problems=[*problems, sentence])
-        done = _done(store, recipe, base, hashes, calibration, text)
-        changes = _changes(store, base, hashes, source)
-        stages = _stages(store, recipe, base, hashes, done, output)
-        to_run = {stage["name"] for stage in stages if stage["state"] == "run"}
+            return _document(recipe, base, problems=[_of_the_base(error, temporary)])
+        changes = functools.cache(lambda: _changes(store, base, hashes, source))
+        joining = {f.path: f.size for f in base.wanted if _joins(f.path)}
         far = sum(f.size for f in base.wanted if near_file(store, f, hashes) is None)
-        needed = needs(output, recipe, far if to_run - {"publish"} else 0, to_run)
-        problems += output.problems
-        # With a store that machines share, the one that quantizes may be another than this.
-        too_little = disk_problem(needed.disk, store.near.root) if store.is_local and not elsewhere else None
-        problems += [too_little] if too_little else []
-        return _document(recipe, base, source, output, stages, needed, changes, problems)
+        documents, before = dict[str, dict[str, Any]](), Before()
+
+        def planned(one: Recipe) -> dict[str, Any]:
+            problems = list(refusals(source, one))
+            try:
+                check_base(source, one)
+                output = plan_output(source, one, joining)
+            except CheckpointError as error:
+                return _document(one, base, problems=[*problems, _of_the_base(error, temporary)])
+            done = _done(store, one, base, hashes, calibration, text)
+            stages = _stages(store, one, base, hashes, done, before.stages(one), output)
+            to_run = {stage["name"] for stage in stages if stage["state"] == "run"}
+            needed = needs(output, one, far + before.kept if to_run - {"publish"} else 0, to_run)
+            problems += output.problems
+            # With a store that machines share, the one that quantizes may be another than this.
+            too_little = disk_problem(needed.disk, store.near.root) if store.is_local and not elsewhere else None
+            problems += [too_little] if too_little else []
+            return _document(one, base, source, output, stages, needed, changes(), problems)
+
+        for name, one in recipe.each.items():
+            documents[name] = planned(one)
+            before.add(one, documents[name])
+        return together(recipe, documents) if recipe.outputs else documents[""]
+
+
+def _of_the_base(error: CheckpointError, folder: str) -> str:
+    """The sentence of an error, without the folder that the base's headers lie in."""
+    return str(error).replace(f"{folder}/", "").replace(folder, "the base")
 
 
 def _joins(path: str) -> bool:
@@ -124,9 +141,16 @@ def _done(
 
 
 def _stages(
-    store: Store, recipe: Recipe, base: Revision, hashes: Hashes, done: Mapping[str, Manifest], output: Output
+    store: Store,
+    recipe: Recipe,
+    base: Revision,
+    hashes: Hashes,
+    done: Mapping[str, Manifest],
+    shared: Collection[str],
+    output: Output,
 ) -> list[dict[str, Any]]:
-    """Each stage: whether the store has it, the bytes that it moves, its seconds and where that figure is from."""
+    """Each stage: whether the store has it, or will by then (`shared`), the bytes that it moves, its seconds and where
+    that figure is from."""
     total = sum(file.size for file in base.wanted)
     made = sum(output.sizes.values())
     quantized = sum(output.before_head.values())
@@ -142,8 +166,10 @@ def _stages(
     linear = {m.partition(".linear_attn.")[0] for m in output.choice.packed if LINEAR.search(m)}
     rows = []
     for name, nbytes in moves.items():
-        reused = name in done or (name == "publish" and not nbytes)
-        if reused:
+        reused = name in done or name in shared or (name == "publish" and not nbytes)
+        if name in shared and name not in done:
+            nbytes, figure = 0, Figure(0.0, "an output before it")
+        elif reused:
             nbytes, figure = 0, Figure(0.0, "the store has it" if name != "publish" else "the Hub has it")
         elif name == "quantize":
             figure = quantize_figure(store, recipe, blocks_of(output), linear)
@@ -216,6 +242,7 @@ def _document(
         "changes": changes,
         "notes": [*(output.notes if output else []), *_notes(recipe)],
         "problems": problems or [],
+        **({"outputs": []} if recipe.outputs else {}),
     }
 
 

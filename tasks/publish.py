@@ -49,15 +49,19 @@ def beside_for(
     stages: list[StageResult],
     report: str,
     pictures: Sequence[Picture] = (),
+    others: Mapping[str, Recipe] | None = None,
 ) -> dict[str, bytes]:
-    """What goes beside an artifact's files, by path: the card, the recipe, the report, pictures, and `requant.json`."""
+    """What goes beside an artifact's files, by path: the card, the recipe, the report, pictures, and `requant.json`.
+
+    others: what the same run makes of the base beside this.
+    """
     drawn = {f"{FOLDER}/{p.name}.png": p for p in pictures if f"{FOLDER}/{p.name}.png" not in artifact}
     facts = CardFacts(
         recipe=recipe,
         base=base,
-        base_bytes=_weights(base_files),
+        base_bytes=base_files.weights,
         digest=artifact.digest,
-        size=_weights(artifact),
+        size=artifact.weights,
         kept_names=tuple(n for n in _names(store, artifact) if n.rsplit(".", 1)[-1] not in PARTS),
         packing=_quantization(store, artifact).get("packing_format"),
         measured=measured,
@@ -66,6 +70,7 @@ def beside_for(
         provenance={s.name: s.provenance for s in stages},
         base_card=_base_card(store, base_files),
         pictures=list(drawn.values()),
+        others=others or {},
         chat=has_chat_template({f.path for f in artifact.files}, lambda name: store.read_blob(artifact[name])),
     )
     beside = {
@@ -127,11 +132,6 @@ def publish(
     seconds = round(time.monotonic() - started, 3)
     state = "ran" if released.changed else "reused"
     return StageResult("publish", key, state, seconds, artifact, {"published": released.to_json()})
-
-
-def _weights(manifest: Manifest) -> int:
-    """Bytes of the weight files: what a card's sizes speak of."""
-    return sum(f.size for f in manifest.files if f.path.endswith(".safetensors"))
 
 
 @task(**options("publish", hours=12, retries=8))

@@ -2,55 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from tasks.artifact import digest_of
+from tasks.recipe_quantize import REPO_ID, Head, Output, Quantize, Section, as_json
 from tasks.serving.flags import check_flags
 
 # What PyYAML raises for text that is not YAML, or whose tags do not fit their values.
 NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, KeyError, IndexError, AttributeError, TypeError)
 PACKED_HEADS = ("int8", "int4")
-REPO_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$"
 COLLECTION = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,200}$"
-SCHEME = re.compile(r"W(?P<bits>[2348])A16(?:G(?P<group_size>32|64))?")
-# auto-round's own named recipes (auto_round/cli/main.py, RECIPES, 0.16.1).
-PRESETS: dict[str, dict[str, Any]] = {
-    "auto-round": {"iters": 200, "nsamples": 128, "seqlen": 2048, "batch_size": 8},
-    "auto-round-best": {"iters": 1000, "nsamples": 512, "seqlen": 2048, "batch_size": 8},
-    "auto-round-light": {"iters": 50, "nsamples": 128, "seqlen": 2048, "batch_size": 8, "lr": 5e-3},
-}
-# Texts of this package, in tasks/texts: to calibrate with, and to measure on. They share nothing.
-BUILTIN = ("builtin:python",)
+# Texts of this package to measure on, in tasks/texts. They share nothing with those to calibrate with.
 BUILTIN_EVALUATION = ("builtin:python-evaluation",)
 ENGINES = ("auto", "vllm", "torch", "none")
 ENGINE_URL = re.compile(r"url:https?://[A-Za-z0-9.-]{1,253}(:\d{1,5})?(/[A-Za-z0-9._~/-]{0,200})?")
-# A form shows one list, not a choice of types.
-Choice = Annotated[Literal["auto"] | bool, WithJsonSchema({"enum": ["auto", True, False]})]
-
-
-def _as_form(schema: dict[str, Any]) -> None:
-    """What Prefect's form needs beside the schema: the order of the fields, a title for a group that may be absent."""
-    for position, (name, field) in enumerate(schema.get("properties", {}).items()):
-        field["position"] = position
-        field.setdefault("title", name.replace("_", " ").capitalize())
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, json_schema_extra=_as_form)
-
-
-def _as_json(value: dict[str, Any]) -> dict[str, Any]:
-    """What a recipe hands on to others must be what JSON can hold."""
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        raise ValueError("use text, numbers, true, false, null, lists and mappings only") from None
-    return value
 
 
 class Base(Section):
@@ -58,82 +27,6 @@ class Base(Section):
 
     repo_id: str = Field(pattern=REPO_ID, description="Hub repo of the base checkpoint")
     revision: str = Field("main", min_length=1, max_length=255, description="Branch, tag or commit")
-
-
-class Quantize(Section):
-    """How auto-round quantizes. The defaults are its default recipe."""
-
-    scheme: str = Field(
-        "W4A16",
-        description="auto-round scheme: W2A16, W3A16, W4A16, W8A16, or with G32, G64",
-        json_schema_extra={"enum": [f"W{bits}A16{group}" for bits in (4, 8, 3, 2) for group in ("", "G64", "G32")]},
-    )
-    bits: Literal[2, 3, 4, 8] | None = Field(None, description="Overrides the scheme's bits")
-    group_size: Literal[-1, 32, 64, 128, 256, 512, 1024] | None = Field(
-        None, description="Inputs that share a scale; -1: all. Overrides the scheme's"
-    )
-    sym: bool | None = Field(None, description="Symmetric zero point. Overrides the scheme's (true)")
-    format: Literal["auto_round", "auto_round:auto_gptq", "auto_round:auto_awq"] = Field(
-        "auto_round", description="auto-round export format"
-    )
-    iters: int = Field(200, ge=0, le=10_000, description="Tuning steps a block; 0: round to nearest")
-    nsamples: int = Field(128, ge=1, le=100_000, description="Calibration samples")
-    seqlen: int = Field(2048, ge=16, le=131_072, description="Tokens a sample")
-    batch_size: int = Field(8, ge=1, le=1024, description="Samples a step")
-    lr: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Step size; by default 1 / iters")
-    seed: int = Field(42, ge=0, le=2**32 - 1, description="Of the samples' order")
-    calibration: str = Field(
-        "builtin:python", description="Hub data set id[@revision], a local .txt or .jsonl file, or builtin:python"
-    )
-    layers: Annotated[dict[str, dict[str, Any]], AfterValidator(_as_json)] = Field(
-        {}, description="Per-layer overrides: auto-round's layer_config"
-    )
-    fast: Choice = Field("auto", description="Our tuning loop in place of auto-round's: the same steps")
-    torch_compile: Choice = Field("auto", description="Compile each kind of block once")
-    low_gpu_mem: Choice = Field("auto", description="Samples in the CPU's memory")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-
-    @model_validator(mode="before")
-    @classmethod
-    def expand_preset(cls, values: Any) -> Any:
-        """`preset: auto-round-best` stands for that preset's keys; keys given beside it win."""
-        if not isinstance(values, dict) or "preset" not in values:
-            return values
-        values = dict(values)
-        preset = values.pop("preset")
-        if not isinstance(preset, str) or preset not in PRESETS:
-            raise ValueError(f"preset {preset!r} does not exist: use one of {', '.join(PRESETS)}")
-        return {**PRESETS[preset], **values}
-
-    @field_validator("scheme")
-    @classmethod
-    def known_scheme(cls, value: str) -> str:
-        if not SCHEME.fullmatch(value):
-            raise ValueError("use W2A16, W3A16, W4A16 or W8A16, optionally with G32 or G64 behind it")
-        return value
-
-    @model_validator(mode="after")
-    def possible(self) -> Quantize:
-        bits, _, sym = self.resolved
-        if self.format == "auto_round:auto_awq" and bits != 4:
-            raise ValueError(f"format {self.format} holds 4 bits only, not {bits}: use format auto_round")
-        if self.format == "auto_round:auto_gptq" and not sym:
-            raise ValueError("format auto_round:auto_gptq loses accuracy with sym false: use format auto_round")
-        if bits == 8 and not sym:
-            raise ValueError("8 bits with sym false: no format that engines serve holds that: leave sym out")
-        if self.calibration.startswith("builtin:") and self.calibration not in BUILTIN:
-            raise ValueError(f"calibration {self.calibration} does not exist: use {' or '.join(BUILTIN)}")
-        if self.batch_size > self.nsamples:
-            raise ValueError(f"batch_size {self.batch_size} is larger than nsamples {self.nsamples}")
-        return self
-
-    @property
-    def resolved(self) -> tuple[int, int, bool]:
-        """(bits, group_size, sym) after overrides; a scheme has group size 128 and is symmetric unless it says so."""
-        match = SCHEME.fullmatch(self.scheme)
-        bits = self.bits or int(match["bits"] if match else 4)
-        group_size = self.group_size or int((match and match["group_size"]) or 128)
-        return bits, group_size, True if self.sym is None else self.sym
 
 
 class Validation(Section):
@@ -212,7 +105,7 @@ class Benchmark(Section):
         description="auto (vllm where there is one, else torch), vllm, url:http://..., torch, none",
         json_schema_extra={"pattern": rf"^({'|'.join(ENGINES)}|{ENGINE_URL.pattern})$"},
     )
-    flags: Annotated[dict[str, Any], AfterValidator(_as_json)] = Field(
+    flags: Annotated[dict[str, Any], AfterValidator(as_json)] = Field(
         {}, description="The engine's own, as it spells them"
     )
     prompts: list[Literal["card", "code", "prose", "chat"]] = Field(
@@ -261,12 +154,19 @@ class Hardware(Section):
     price_per_hour: Annotated[float, Field(ge=0, le=10_000)] | None = Field(None, description="In any currency")
 
 
+def _said(error: ValidationError) -> str:
+    """The first problem of the recipe of one output: its single values have been looked at before."""
+    problem = error.errors(include_url=False)[0]
+    key = ".".join(map(str, problem["loc"]))
+    return str(problem.get("ctx", {}).get("error") or f"{key} {problem['input']} is not allowed: {problem['msg']}")
+
+
 class Recipe(Section):
     """What to make of which base."""
 
     base: Base
     quantize: Quantize = Quantize()
-    mtp: Literal["keep", "int8", "int4", "drop"] = Field(
+    mtp: Head = Field(
         "keep", description="The MTP head: keep (lossless, from the base), its layers packed to int8 or int4, or drop"
     )
     allow_remote_code: bool = Field(False, description="Run Python files of the base's repo")
@@ -276,6 +176,9 @@ class Recipe(Section):
     benchmark: Benchmark = Benchmark()
     publish: Publish | None = None
     hardware: Hardware | None = None
+    outputs: list[Output] = Field(
+        [], max_length=16, description="Several results of one base, each with what it does otherwise; none: one result"
+    )
 
     @model_validator(mode="after")
     def own_tasks_are_code(self) -> Recipe:
@@ -289,11 +192,61 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def not_over_the_base(self) -> Recipe:
-        if self.publish is not None and self.publish.repo_id.lower() == self.base.repo_id.lower():
+        if self.publish is None or self.outputs:  # of outputs, each has a repo of its own, and is looked at then
+            return self
+        if self.publish.repo_id.lower() == self.base.repo_id.lower():
             raise ValueError(f"publish.repo_id {self.publish.repo_id} is the base itself: name a repo of your own")
         return self
+
+    @model_validator(mode="after")
+    def outputs_are_possible_and_differ(self) -> Recipe:
+        names: dict[str, int] = {}
+        made: dict[str, int] = {}
+        targets: dict[str, int] = {}
+        for number, output in enumerate(self.outputs):
+            where = f"outputs.{number}"
+            if output.repo_id is not None and self.publish is None:
+                raise ValueError(f"{where}.repo_id {output.repo_id}: without publish, nothing is published: add it")
+            try:
+                name, recipe = self._alone(output)
+            except ValidationError as error:
+                raise ValueError(f"{where}: {_said(error)}") from None
+            if (first := made.setdefault(recipe._makes, number)) != number:
+                raise ValueError(f"{where} makes the same as outputs.{first}: take one of them out")
+            if (first := names.setdefault(name.lower(), number)) != number:
+                raise ValueError(f"{where} would be called {name}, as outputs.{first} is: give it a name")
+            if recipe.publish and (first := targets.setdefault(recipe.publish.repo_id.lower(), number)) != number:
+                raise ValueError(
+                    f"{where}.repo_id {recipe.publish.repo_id} is where outputs.{first} goes: name another repo"
+                )
+        return self
+
+    @property
+    def each(self) -> dict[str, Recipe]:
+        """The recipes of one result each, by the output's name. A recipe without outputs is its own, without a name."""
+        return dict(map(self._alone, self.outputs)) if self.outputs else {"": self}
+
+    def _alone(self, output: Output) -> tuple[str, Recipe]:
+        """Name and recipe of one output. Raises ValidationError if it is impossible."""
+        document = self.model_dump(exclude_unset=True, exclude={"outputs"})
+        document["quantize"] = quantize = output.over(document.get("quantize", {}))
+        name = output.called(Quantize.model_validate(quantize))
+        if output.mtp is not None:
+            document["mtp"] = output.mtp
+        if self.publish is not None:
+            document["publish"]["repo_id"] = output.repo_id or f"{self.publish.repo_id}-{name}"
+        return name, Recipe.model_validate(document)
 
     @property
     def digest(self) -> str:
         """sha256 of all that the recipe says, defaults too, but the hardware: how runs of a recipe know each other."""
-        return digest_of(self.model_dump(mode="json", exclude={"hardware"}))
+        return digest_of(self._document())
+
+    @property
+    def _makes(self) -> str:
+        """The same of what it makes, wherever that goes."""
+        return digest_of(self._document() | {"publish": None})
+
+    def _document(self) -> dict[str, Any]:
+        """All that it says but the hardware; `outputs` only where there are some: digests stay what they were."""
+        return self.model_dump(mode="json", exclude={"hardware"} if self.outputs else {"hardware", "outputs"})

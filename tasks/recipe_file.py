@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from tasks.errors import RecipeError
-from tasks.recipe import NOT_YAML, Base, Benchmark, Eval, Gates, Hardware, Publish, Quantize, Recipe, Validation
+from tasks.recipe import NOT_YAML, Base, Benchmark, Eval, Gates, Hardware, Publish, Recipe, Validation
+from tasks.recipe_quantize import Output, Quantize
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -99,7 +100,10 @@ def _set(document: dict[str, Any], override: str) -> None:
     *path, last = key.strip().split(".")
     part: Any = document
     for name in path:
-        part = part.setdefault(name, {}) if isinstance(part, dict) else None
+        if isinstance(part, list) and name.isdecimal() and int(name) < len(part):
+            part = part[int(name)]
+        else:
+            part = part.setdefault(name, {}) if isinstance(part, dict) else None
         if part is None:
             raise RecipeError(f"--set {key}: {name} is not a group of keys")
     if not isinstance(part, dict):
@@ -126,7 +130,7 @@ def _sentence(error: ValidationError, document: Mapping[str, Any]) -> str:
     allowed = problem["msg"][0].lower() + problem["msg"][1:]
     if kind == "string_pattern_mismatch" and location[-1] == "repo_id":
         allowed = "write a repo as owner/name"
-    location = [p for p in location if p in _all_keys() or p == location[0]]
+    location = [p for p in location if p in _all_keys() or p == location[0] or p.isdecimal()]
     return f"{_plain('.'.join(location))}: {_short(value)} is not allowed: {allowed}"
 
 
@@ -144,6 +148,8 @@ def _short(value: Any) -> str:
 def _keys_at(location: Sequence[str]) -> list[str]:
     model: Any = Recipe
     for name in location:
+        if name.isdecimal():  # which of a list
+            continue
         annotation = model.model_fields[name].annotation
         sections = (annotation, *get_args(annotation))
         model = next(part for part in sections if isinstance(part, type) and issubclass(part, BaseModel))
@@ -152,5 +158,5 @@ def _keys_at(location: Sequence[str]) -> list[str]:
 
 
 def _all_keys() -> set[str]:
-    sections = (Recipe, Base, Quantize, Validation, Gates, Eval, Benchmark, Publish, Hardware)
+    sections = (Recipe, Base, Quantize, Validation, Gates, Eval, Benchmark, Publish, Hardware, Output)
     return {name for section in sections for name in section.model_fields}

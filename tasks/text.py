@@ -8,7 +8,8 @@ from pathlib import Path
 from tasks.artifact import digest_of, sha256_of
 from tasks.errors import RecipeError
 from tasks.hub.revision import Revision, resolve
-from tasks.recipe import BUILTIN, BUILTIN_EVALUATION
+from tasks.recipe import BUILTIN_EVALUATION
+from tasks.recipe_quantize import BUILTIN
 
 TEXTS = Path(__file__).parent / "texts"
 EVALUATION = TEXTS / "python-evaluation.txt"

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infra.webhook.looker import Looker
-from tasks.recipe import REPO_ID
+from tasks.recipe_quantize import REPO_ID
 
 MAX_BODY = 64 << 10  # bytes; a payload of the Hub has 2 KB
 MAX_SECONDS = 10.0  # for a body to arrive

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from tasks.gates import Gate
-from tasks.hub.facts import CardFacts
+from tasks.hub.facts import CardFacts, scheme_words
 from tasks.hub.markdown import gigabytes, named, plain, table
 from tasks.hub.origin import calibration_of, license_parts, origin_parts
 from tasks.hub.public import public
@@ -78,6 +78,7 @@ def make_card(facts: CardFacts) -> str:
         "## Speed",
         *speed_parts(facts.benchmark),
         *_pictures(facts.pictures),
+        *_others(facts),
         "## Limits",
         _limits(facts),
         *origin_parts(facts),
@@ -91,7 +92,7 @@ def _summary(facts: CardFacts) -> list[str]:
     base, measured = facts.recipe.base.repo_id, facts.measured
     bits, _, _ = facts.recipe.quantize.resolved
     lines = [
-        f"[{base}](https://huggingface.co/{base}) at `{facts.base.sha[:7]}`, weights in {bits} bits ({facts.scheme}) "
+        f"{_linked(base)} at `{facts.base.sha[:7]}`, weights in {bits} bits ({facts.scheme}) "
         f"by auto-round: {gigabytes(facts.base_bytes)} to {gigabytes(facts.size)} "
         f"({facts.base_bytes / facts.size:.2f} times smaller)."
     ]
@@ -233,6 +234,32 @@ def _head_text(facts: CardFacts) -> list[str]:
 def _pictures(pictures: Sequence[Picture]) -> list[str]:
     shown = [f"![{plain(p.caption)}]({FOLDER}/{p.name}.png)\n\n{plain(p.caption)}" for p in pictures]
     return ["## Pictures", *shown] if shown else []
+
+
+def _others(facts: CardFacts) -> list[str]:
+    """What the same recipe makes beside this, whatever became of it: so one card is the same in every run."""
+    rows = [
+        (
+            _linked(one.publish.repo_id),
+            scheme_words(one.quantize),
+            one.quantize.format,
+            str(one.quantize.iters),
+            one.mtp,
+        )
+        for one in facts.others.values()
+        if one.publish
+    ]
+    if not rows:
+        return []
+    return [
+        "## Other quantizations of this base",
+        "The same recipe makes these too; each is published once it passes its own gates:",
+        table(("repo", "scheme", "format", "iterations", "MTP head"), rows),
+    ]
+
+
+def _linked(repo_id: str) -> str:
+    return f"[{repo_id}](https://huggingface.co/{repo_id})"
 
 
 def _gate_row(gate: Gate) -> tuple[str, ...]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tasks.gates import Gate
 from tasks.hub.revision import Revision
 from tasks.pictures import Picture
 from tasks.recipe import Recipe
+from tasks.recipe_quantize import Quantize
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class CardFacts:
     base_card: str
     pictures: Sequence[Picture] = ()
     chat: bool = True  # it has a chat template
+    others: Mapping[str, Recipe] = field(default_factory=dict)  # the recipes of its siblings, by the output's name
 
     @property
     def head(self) -> bool:
@@ -42,6 +44,11 @@ class CardFacts:
 
     @property
     def scheme(self) -> str:
-        bits, group_size, sym = self.recipe.quantize.resolved
-        groups = "one scale a row" if group_size == -1 else f"group size {group_size}"
-        return f"W{bits}A16, {groups}, {'symmetric' if sym else 'asymmetric'}"
+        return scheme_words(self.recipe.quantize)
+
+
+def scheme_words(quantize: Quantize) -> str:
+    """Bits, groups and symmetry."""
+    bits, group_size, sym = quantize.resolved
+    groups = "one scale a row" if group_size == -1 else f"group size {group_size}"
+    return f"W{bits}A16, {groups}, {'symmetric' if sym else 'asymmetric'}"

@@ -15,7 +15,7 @@ from tasks.checkpoint.blocks import block_of
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.experts import one_by_one
 from tasks.checkpoint.header import Tensor
-from tasks.recipe import SCHEME, Quantize
+from tasks.recipe_quantize import SCHEME, Quantize
 from tasks.stage import locked_version
 
 FULL = {"bits": 16, "data_type": "fp"}

@@ -42,7 +42,8 @@ class Needs:
 
 
 def needs(output: Output, recipe: Recipe, missing: int, to_run: set[str]) -> Needs:
-    """What the stages `to_run` take. missing: bytes of the base that are not on this machine yet."""
+    """What the stages `to_run` take. missing: bytes that come to this machine before: of the base, and what the outputs
+    before this one leave."""
     stages: dict[str, dict[str, int]] = {}
     disk = missing
     if "quantize" in to_run:

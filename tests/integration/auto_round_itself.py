@@ -9,7 +9,7 @@ from unittest import mock
 
 from tasks.quantize_child import quantize
 from tasks.quantizing.events import Events
-from tasks.recipe import Quantize
+from tasks.recipe_quantize import Quantize
 
 
 def pack_with_auto_round(base: Path, asked: Quantize, folder: Path) -> dict[str, Any]:

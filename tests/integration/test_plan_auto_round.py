@@ -15,7 +15,8 @@ from tasks.checkpoint.head import HeadFiles, keep_head
 from tasks.checkpoint.packing import Scheme
 from tasks.planning.layers import choose_layers
 from tasks.planning.output import plan_output
-from tasks.recipe import Base, Quantize, Recipe
+from tasks.recipe import Base, Recipe
+from tasks.recipe_quantize import Quantize
 from tests.bases import other_base
 from tests.integration.auto_round_itself import pack_with_auto_round
 from tests.pico import pico_base

@@ -10,8 +10,8 @@ import pytest
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.planning.layers import choose_layers, standard_regex
 from tasks.planning.output import plan_output
-from tasks.recipe import Quantize
 from tasks.recipe_file import parse_recipe
+from tasks.recipe_quantize import Quantize
 from tests.pico import pico_base
 
 BLOCKS = "model.language_model.layers"

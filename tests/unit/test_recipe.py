@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from tasks.errors import RecipeError
-from tasks.recipe import PRESETS
 from tasks.recipe_file import load_recipe, parse_recipe
+from tasks.recipe_quantize import PRESETS
 
 SMALL = "base: {repo_id: Qwen/Qwen3.6-27B}\n"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import RecipeError
-from tasks.recipe import BUILTIN
+from tasks.recipe_quantize import BUILTIN
 from tasks.text import EVALUATION, find_text
 
 

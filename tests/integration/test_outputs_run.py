@@ -1,0 +1,177 @@
+"""Three outputs of one base in one run: what they share, what each has of its own, and what one does to the others."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from typing import Any
+
+import httpx
+import pytest
+from huggingface_hub import HfApi
+
+from infra.hub.launch import HubStandIn
+from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.recipe_file import load_recipe
+from tests.integration.conftest import Outcome, Requant, recipe_for
+from tests.integration.test_cli import artifacts
+from tests.pico import pico_base
+
+BASE = "demo/three"
+FOUR, EIGHT, GPTQ = "W4A16G32-auto_round", "eight", "W4A16G32-auto_gptq-best"
+REPOS = {FOUR: f"me/three-{FOUR}", EIGHT: "me/eight", GPTQ: f"me/three-{GPTQ}"}
+FEW = {"iters": 2, "nsamples": 4, "seqlen": 64, "batch_size": 4}
+OUTPUTS: list[dict[str, Any]] = [
+    {},
+    {"name": EIGHT, "scheme": "W8A16", "repo_id": "me/eight"},
+    {"format": "auto_round:auto_gptq", "preset": "auto-round-best", **FEW},
+]
+STAGES = ["download", "quantize", "mtp_fix", "validate", "benchmark", "publish"]
+Three = tuple[Requant, Outcome]
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], hub: HubStandIn) -> Three:
+    """One undisturbed run of three outputs."""
+    folder = tmp_path_factory.mktemp("three")
+    hub.seed(BASE, pico_base(folder / "base", layers=2))
+    recipe = {**recipe_for(BASE, "me/three"), "outputs": OUTPUTS}
+    requant = Requant(folder, {**environment, "REQUANT_STORE": (folder / "store").as_uri()}, recipe)
+    hub.reset_traffic()
+    outcome = requant.run("--checkout", str(folder / "out"), "--report", str(folder / "told.json"))
+    assert outcome.status == 0, outcome.stderr
+    return requant, outcome
+
+
+def by_output(outcome: Outcome) -> dict[str, dict[str, str]]:
+    """The state of each stage, by output."""
+    outputs = outcome.document["outputs"]
+    return {each["name"]: {stage["name"]: stage["state"] for stage in each["stages"]} for each in outputs}
+
+
+def commits(hub: HubStandIn) -> dict[str, list[str]]:
+    api = HfApi(endpoint=hub.url, token=hub.token)
+    return {repo: [commit.commit_id for commit in api.list_repo_commits(repo)] for repo in REPOS.values()}
+
+
+def test_the_base_is_downloaded_and_measured_once_for_three_results(three: Three, hub: HubStandIn) -> None:
+    requant, outcome = three
+    assert outcome.document["status"] == "published"
+    states = by_output(outcome)
+    assert list(states) == [FOUR, EIGHT, GPTQ]
+    assert states[FOUR] == dict.fromkeys(STAGES, "ran")
+    for name in (EIGHT, GPTQ):
+        assert states[name]["download"] == "reused" and states[name]["quantize"] == "ran"
+    fetched = [
+        t["path"] for t in hub.traffic() if t["method"] == "GET" and t["status"] == 200 and "/resolve/" in t["path"]
+    ]
+    whole = Counter(path for path in fetched if f"/{BASE}/resolve/" in path and path.endswith(".safetensors"))
+    assert whole and set(whole.values()) == {1}
+    assert len(list((requant.store / "artifacts" / "download").iterdir())) == 1
+    made = {each["artifact"]["digest"] for each in outcome.document["outputs"]}
+    assert len(list((requant.store / "artifacts" / "measure").iterdir())) == 1 + len(made)  # the base, and each result
+
+
+def test_each_result_is_what_its_line_says(three: Three) -> None:
+    requant, _ = three
+    for name, bits, iters in ((FOUR, 4, 1), (EIGHT, 8, 1), (GPTQ, 4, 2)):
+        made = Checkpoint.open(requant.folder / "out" / name).sound()
+        assert not made.problems and made.head is not None
+        assert made.config["quantization_config"]["bits"] == bits
+        assert load_recipe(requant.folder / "out" / name / "recipe.yaml").quantize.iters == iters
+
+
+def test_each_goes_to_a_repo_of_its_own_with_a_card_that_names_the_others(three: Three, hub: HubStandIn) -> None:
+    requant, outcome = three
+    api = HfApi(endpoint=hub.url, token=hub.token)
+    published = {each["name"]: each["published"] for each in outcome.document["outputs"]}
+    assert {name: release["repo_id"] for name, release in published.items()} == REPOS
+    for name, repo in REPOS.items():
+        card = (requant.folder / "out" / name / "README.md").read_text()
+        section = card.split("## Other quantizations of this base")[1].split("\n## ")[0]
+        assert {other for other in REPOS.values() if f"[{other}]" in section} == set(REPOS.values()) - {repo}
+        assert api.list_repo_commits(repo)[0].commit_id == published[name]["commit"]
+        recipe = (requant.folder / "out" / name / "recipe.yaml").read_text()
+        assert "outputs" not in recipe and f"repo_id: {repo}" in recipe
+
+
+def test_the_report_compares_them_and_prefect_has_gates_and_a_report_of_each(three: Three, prefect_server: str) -> None:
+    requant, outcome = three
+    document = json.loads((requant.folder / "told.json").read_text())
+    assert document == outcome.document
+    text = (requant.folder / "told.md").read_text()
+    links = re.findall(r"!\[[^\]]+\]\((.+?)\)", text)
+    assert f"told-pictures/{EIGHT}/losses.svg" in links and all((requant.folder / link).is_file() for link in links)
+    for key in ("w4a16g32-auto-round", "eight", "w4a16g32-auto-gptq-best"):
+        (gates,) = artifacts(prefect_server, f"requant-gates-{key}")
+        assert "structure" in gates["data"] and len(artifacts(prefect_server, f"requant-report-{key}")) == 1
+    body = {"task_runs": {"name": {"like_": f"{EIGHT}-"}}}
+    (shown,) = httpx.post(f"{prefect_server}/task_runs/filter", json=body).raise_for_status().json()
+    assert (shown["state"]["type"], shown["state"]["name"]) == ("COMPLETED", "Published")
+    assert any(FOUR in a["data"] and "drafts taken" in a["data"] for a in artifacts(prefect_server, "requant-report"))
+
+
+def test_the_plan_knows_all_of_it_and_the_second_run_reuses_all(three: Three, hub: HubStandIn) -> None:
+    requant, _ = three
+    before = commits(hub)
+    planning = requant("plan", str(requant.write_recipe()), "--json")
+    assert planning.status == 0, planning.stdout
+    document = planning.document
+    assert {stage["state"] for stage in document["stages"]} == {"reused"}
+    assert [each["repo_id"] for each in document["outputs"]] == list(REPOS.values())
+    for each in document["outputs"]:
+        folder = requant.folder / "out" / each["name"]
+        assert all((folder / path).stat().st_size == size for path, size in each["output"]["files"].items())
+    outcome = requant.run()
+    assert outcome.status == 0, outcome.stderr
+    assert all(set(states.values()) == {"reused"} for states in by_output(outcome).values())
+    assert commits(hub) == before
+    (requant.folder / "recipes").mkdir()
+    requant.write_recipe().rename(requant.folder / "recipes" / "three.yaml")
+    watched = requant("watch", "--once", "--recipes", str(requant.folder / "recipes"), "--json")
+    assert watched.document == {"checked": 1, "started": [], "problems": []}  # the run knows itself by the whole recipe
+
+
+def test_one_that_is_rejected_stops_no_other_and_the_run_is_as_the_worst(three: Three, hub: HubStandIn) -> None:
+    """Four bits lose more than eight: the limit lies between."""
+    requant, first = three
+    values = {each["name"]: each["measured"]["kl_divergence"] for each in first.document["outputs"]}
+    assert values[EIGHT] < values[FOUR]
+    limit = (values[EIGHT] + values[FOUR]) / 2
+    outcome = requant.run(gates={"max_kl_divergence": limit})
+    assert outcome.status == 1
+    document = outcome.document
+    assert document["status"] == "rejected"
+    assert {each["name"]: each["status"] for each in document["outputs"]}[EIGHT] == "published"
+    assert document["outputs"][0]["status"] == "rejected"
+    assert [each["published"] is None for each in document["outputs"]] == [True, False, True]
+    assert f"{FOUR} rejected (nothing was published: kl_divergence failed)" in outcome.stderr
+
+
+def test_one_that_fails_stops_no_other_and_the_next_run_makes_what_is_missing(three: Three, hub: HubStandIn) -> None:
+    requant, _ = three
+    outputs = [OUTPUTS[0], {**OUTPUTS[1], "repo_id": "me/refusing"}, OUTPUTS[2]]
+    hub.fault("/api/models/me/refusing/(preupload|commit)", times=None, status=403)
+    outcome = requant.run(outputs=outputs)
+    assert outcome.status == 1 and "Traceback" not in outcome.stderr
+    document = outcome.document
+    assert document["status"] == "failed" and f"{EIGHT} failed (" in document["error"]
+    assert [each["status"] for each in document["outputs"]] == ["published", "failed", "published"]
+    hub.clear_faults()
+    again = requant.run(outputs=outputs)
+    assert again.status == 0, again.stderr
+    assert [states["publish"] for states in by_output(again).values()] == ["reused", "ran", "reused"]
+
+
+def test_what_the_plan_refuses_in_one_stops_all_before_the_first_byte(three: Three, hub: HubStandIn) -> None:
+    requant, _ = three
+    outputs = [OUTPUTS[0], {**OUTPUTS[1], "group_size": 1024}]
+    path = str(requant.write_recipe(outputs=outputs))
+    planning = requant("plan", path, "--json")
+    assert planning.status == 1
+    (problem,) = planning.document["problems"]
+    assert problem.startswith(f"{EIGHT}: quantize.group_size 1024 divides the input of no layer")
+    outcome = requant("run", path, "--json")
+    assert outcome.status == 1 and outcome.document["error"] == problem
+    assert outcome.document["outputs"] == [] and outcome.document["status"] == "failed"
