@@ -71,17 +71,6 @@ def _known(store: Store, file: HubFile) -> File | None:
     return known if known is not None and store.has_blob(known) else None
 
 
-def peak_disk(base: Revision, store: Store) -> int:
-    """Bytes of disk that a download takes at its peak, below `store.near`: what the store lacks, once.
-
-    A file arrives in the work folder and is renamed to its blob. With S3 it is uploaded from there before, and stays on
-    this machine for the stages to read: only a machine that runs no other stage could do without.
-    """
-    with ThreadPoolExecutor(PARALLEL) as pool:
-        here = pool.map(lambda file: _known(store, file) is not None, base.wanted)
-        return sum(file.size for file, is_here in zip(base.wanted, here, strict=True) if not is_here)
-
-
 def text_files(store: Store, text: Text, folder: Path) -> list[Path]:
     """The files of a text; a data set's are brought into the store, and laid into `folder`."""
     if text.path is not None:

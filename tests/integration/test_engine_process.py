@@ -55,7 +55,12 @@ def start_bench(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "flows.cli", "bench", str(folder), "--engine", "vllm", "--json", *arguments]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **streams)
+    # Where pytest itself runs behind an `&`, SIGINT is ignored, and what it starts inherits that.
+    ours = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, **streams)
+    finally:
+        signal.signal(signal.SIGINT, ours)
 
 
 def test_bench_measures_both_ways_and_leaves_no_process(tmp_path: Path, stand_in: Path) -> None:
