@@ -28,7 +28,6 @@ from tasks.recipe_file import load_recipe
 
 RECIPE = ROOT / "deployments" / "recipes" / "demo.yaml"
 ROUNDS = 3
-FEW = {"quantize.iters": 10, "benchmark.engine": "none", "gates.max_perplexity_increase": 1}
 
 
 def main() -> None:
@@ -68,10 +67,15 @@ def measure(settings: Settings) -> dict[str, Any]:
     }
 
 
+def few(seed: int) -> list[str]:
+    """What is changed of the recipe: few steps, and a seed that no other run has."""
+    return ["quantize.iters=10", "benchmark.engine=none", "gates.max_perplexity_increase=1", f"quantize.seed={seed}"]
+
+
 def run_here(settings: Settings, seed: int) -> float:
     """Seconds of `requant run`, with the same Hub and store."""
     client = {n: v for n, v in settings.client().items() if not n.startswith("PREFECT_")}
-    changes = [f"--set={key}={json.dumps(value)}" for key, value in {**FEW, "quantize.seed": seed}.items()]
+    changes = [f"--set={change}" for change in few(seed)]
     began = time.perf_counter()
     command = [sys.executable, "-m", "flows.cli", "run", str(RECIPE), *changes, "--json"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **client}, check=False, capture_output=True, text=True)
@@ -81,10 +85,7 @@ def run_here(settings: Settings, seed: int) -> float:
 
 def run_served(settings: Settings, seed: int) -> float:
     """Seconds from the request for a run of the deployment to its last state."""
-    recipe: dict[str, Any] = load_recipe(RECIPE).model_dump(mode="json", exclude_none=True)
-    for key, value in {**FEW, "quantize.seed": seed}.items():
-        section, _, name = key.partition(".")
-        recipe.setdefault(section, {})[name] = value
+    recipe = load_recipe(RECIPE, few(seed)).model_dump(mode="json")
     with httpx.Client(base_url=f"{settings.ui}/api/", auth=("requant", settings.password), timeout=30) as api:
         deployment = api.get("deployments/name/requantize/requantize").raise_for_status().json()
         began = time.perf_counter()

@@ -53,7 +53,7 @@ class Run:
 
 @contextlib.contextmanager
 def recorded(store: Store, describe: Callable[[], Run | None]) -> Iterator[None]:
-    """Keep the record of a run while it lasts, and once more at its end; None from `describe`: nothing to tell yet."""
+    """Keep the record of a run while it lasts, to its last artifact; None from `describe`: nothing to tell yet."""
     written: Run | None = None
     at = 0.0
 
