@@ -47,6 +47,14 @@ def open_artifact(page: Page, stack: Stack, run: str, key: str) -> None:
     page.goto(f"{stack.settings.ui}/v2/artifacts/artifact/{artifact['id']}")
 
 
+def picture_widths(page: Page) -> list[int]:
+    """In pixels, of all pictures of a text, at one moment: the page builds a text again while it loads."""
+    widths: list[int] = page.locator("img[src^='data:image/png']").evaluate_all(
+        "images => images.map(image => image.naturalWidth)"
+    )
+    return widths
+
+
 def test_a_recipe_is_chosen_by_name_run_and_its_gates_report_and_pictures_are_seen(page: Page, stack: Stack) -> None:
     open_form(page, stack, "demo")
     expect(page.get_by_label("Repo Id").first).to_have_value("demo/tiny-qwen3_5-mtp")
@@ -72,10 +80,7 @@ def test_a_recipe_is_chosen_by_name_run_and_its_gates_report_and_pictures_are_se
     shot(page, "gates")
     open_artifact(page, stack, run, "requant-report")
     expect(page.get_by_role("heading", name="Gates").first).to_be_visible()
-    pictures = page.locator("img[src^='data:image/png']")
-    expect(pictures.first).to_be_visible()
-    assert pictures.count() >= 4
-    assert all(pictures.nth(i).evaluate("image => image.naturalWidth") > 100 for i in range(pictures.count()))
+    wait_for(lambda: len(widths := picture_widths(page)) >= 4 and min(widths) > 100, 60, "the report's four pictures")
     shot(page, "report")
     page.goto(f"{stack.settings.ui}/v2/runs")
     expect(page.get_by_text("tiny-qwen3_5-mtp W4A16").first).to_be_visible()
