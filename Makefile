@@ -4,7 +4,8 @@
 # make plan-27b: the plan of the 27 B recipe as JSON, against a stand-in that has its base's headers. Nothing else on stdout.
 # make test-gpu: tests of the quantize stage that need a GPU.
 # make torture: eight processes put, get, list and collect in one store and are killed at random; SECONDS=120 each way.
-# make bench-gpu: what quantizing a 27 B model costs on this machine's GPU; MINUTES=9.5 does it in pieces.
+# make bench-gpu: what quantizing a 27 B model costs on this machine's GPU; MINUTES=9.5 does it in pieces,
+# SEEDS=3 compares the losses with more orders of the samples.
 # make bench-store: put and get on a local Ceph beside awscli, s3fs and boto3: 20 minutes; SIZE=256 REPEATS=2 is a short one.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -66,7 +67,7 @@ torture: $(INSTALLED)
 	SECONDS=$(SECONDS) $(BIN)/python -m infra.bench.store_torture
 
 bench-gpu: $(INSTALLED)
-	MINUTES=$(MINUTES) $(BIN)/python -m infra.bench.gpu
+	MINUTES=$(MINUTES) SEEDS=$(SEEDS) $(BIN)/python -m infra.bench.gpu
 
 bench-store: $(INSTALLED)
 	infra/s3/ceph install
