@@ -154,8 +154,8 @@ class Stack:
 @contextmanager
 def running_stack(folder: Path) -> Iterator[Stack]:
     """A stack with a pico base on its Hub."""
-    stack = Stack(up(folder, say=lambda text: None))
     try:
+        stack = Stack(up(folder, say=lambda text: None))
         pico_base(folder / "base", layers=LAYERS)
         watch = stack.ask("GET", "deployments/name/watch/watch")["id"]
         stack.ask("PATCH", f"deployments/{watch}", {"paused": True})  # its runs are no part of what tests count
@@ -164,7 +164,8 @@ def running_stack(folder: Path) -> Iterator[Stack]:
         yield stack
     finally:
         down(folder)
-    left = [service.name for service in services(stack.settings) if _there(stack.settings, service.command)]
+    settings = Settings.of(folder)
+    left = [service.name for service in services(settings) if _there(settings, service.command)]
     assert not left, f"make down left {left} running"
 
 
