@@ -15,10 +15,10 @@ from tests.stack import LAYERS, Stack, kill, wait_for
 Recipe = dict[str, Any]
 
 
-def in_the_middle(stack: Stack, recipe: Recipe) -> str:
-    """A new run whose second block is done."""
+def in_the_middle(stack: Stack, recipe: Recipe, block: int = 2) -> str:
+    """A new run, that block of which is done."""
     run = stack.start(recipe)
-    wait_for(lambda: 2 in stack.blocks(run), 300, "the second block")
+    wait_for(lambda: block in stack.blocks(run), 300, f"block {block}")
     return run
 
 
@@ -65,7 +65,7 @@ def test_a_store_that_is_away_for_a_minute_is_waited_for(stack: Stack) -> None:
 
 
 def test_a_cancelled_run_ends_its_child_and_the_process_on_the_gpu_worker(stack: Stack) -> None:
-    run = in_the_middle(stack, stack.recipe(iters=3000))
+    run = in_the_middle(stack, stack.recipe(iters=2000), block=1)  # minutes are left, also where cancelling takes one
     (child,) = stack.children(run)
     began = time.monotonic()
     stack.ask("POST", f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
