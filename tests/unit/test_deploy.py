@@ -24,6 +24,7 @@ from flows.requantize import requantize
 from tasks.artifact import File, Manifest
 from tasks.errors import RecipeError
 from tasks.recipe_file import load_recipe, parse_recipe, recipe_of
+from tasks.recipe_quantize import PRESETS
 from tasks.text import find_text
 
 DEPLOYMENTS = Path(__file__).parent.parent.parent / "deployments"
@@ -79,6 +80,7 @@ def test_the_form_has_an_order_bounds_and_lists_to_choose_from() -> None:
         {"base": {"repo_id": "not a repo"}},
         {"base": {"repo_id": "a/b"}, "quantize": {"scheme": "W5A16"}},
         {"base": {"repo_id": "a/b"}, "quantize": {"iters": -1}},
+        {"base": {"repo_id": "a/b"}, "quantize": {"preset": "best"}},
         {"base": {"repo_id": "a/b"}, "quantize": {"torch_compile": "sometimes"}},
         {"base": {"repo_id": "a/b"}, "benchmark": {"engine": "abacus"}},
         {"base": {"repo_id": "a/b"}, "colour": "red"},
@@ -91,6 +93,17 @@ def test_what_the_form_refuses_the_run_refuses(wrong: dict[str, Any]) -> None:
         jsonschema.validate({"recipe": wrong}, form())
     with pytest.raises(RecipeError):
         recipe_of(wrong)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_recipe_with_a_preset_may_be_given_whole_and_the_fields_of_the_form_stay_those_that_it_fills_in(
+    preset: str,
+) -> None:
+    """A form sends the default of every field that it shows, and these win over a preset: it shows none."""
+    given = {"base": {"repo_id": "a/b"}, "quantize": {"preset": preset}}
+    jsonschema.validate({"recipe": given}, form())
+    assert recipe_of(given).quantize.iters == PRESETS[preset]["iters"]
+    assert "preset" not in form()["definitions"]["Quantize"]["properties"]
 
 
 def test_the_automations_are_ones_that_prefect_knows() -> None:
