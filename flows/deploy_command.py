@@ -14,6 +14,7 @@ import click
 import yaml
 
 from flows.command import command
+from flows.embedded import check_server
 from tasks.errors import RecipeError, RequantError
 
 POOLS = ("cpu", "gpu")
@@ -30,38 +31,58 @@ def deploy(folder: Path) -> tuple[dict[str, Any], str, int]:
 
     Work pools that are missing are made, for processes; those that are there stay as they are.
     """
-    if not os.environ.get("PREFECT_API_URL"):
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
         raise RecipeError("PREFECT_API_URL is not set: name the Prefect server, as in http://127.0.0.1:4200/api")
-    document = with_recipes(yaml.safe_load((folder / "prefect.yaml").read_text()), folder / "recipes")
-    make_pools()
-    with tempfile.TemporaryDirectory() as scratch:
+    document = with_recipes(_read(folder / "prefect.yaml"), folder / "recipes")
+    automations = _read(folder / "automations.yaml")
+    check_server(url)
+    from flows.start import server_errors
+
+    with server_errors(), tempfile.TemporaryDirectory() as scratch:
+        make_pools()
         path = Path(scratch) / "prefect.yaml"
         path.write_text(yaml.safe_dump(document, sort_keys=False))
         _prefect("deploy", "--all", "--prefect-file", str(path))
-    automations = apply_automations(yaml.safe_load((folder / "automations.yaml").read_text()))
+        applied = apply_automations(automations)
     names = [f"{each['entrypoint'].rsplit('.', 1)[-1]}/{each['name']}" for each in document["deployments"]]
-    text = "\n".join([*(f"deployment {name}" for name in names), *(f"automation: {name}" for name in automations)])
-    return {"deployments": names, "automations": automations}, text, 0
+    text = "\n".join([*(f"deployment {name}" for name in names), *(f"automation: {name}" for name in applied)])
+    return {"deployments": names, "automations": applied}, text, 0
+
+
+def _read(path: Path) -> Any:
+    """A YAML file of the folder. Raises RecipeError."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read ({error.strerror}): name the folder that has it") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from error
 
 
 def with_recipes(document: dict[str, Any], folder: Path) -> dict[str, Any]:
     """prefect.yaml with one more deployment of requantize for each recipe of a folder: its name, its values filled in.
 
-    Raises RecipeError for a recipe that is wrong.
+    Raises RecipeError for a recipe that is wrong, or has the name of a deployment that is there without it.
     """
     from tasks.recipe_file import load_recipe
 
     whole = next(each for each in document["deployments"] if each["name"] == "requantize")
+    for each in document["deployments"]:
+        if each["name"] == "watch":
+            each["parameters"] = {"folder": str(folder.resolve())}  # a worker does not run where this command does
     for path in sorted(folder.glob("*.yaml")):
-        recipe = load_recipe(path)
+        if path.stem == whole["name"]:
+            raise RecipeError(f"{path}: the watch starts its runs from the deployment of this name: rename the recipe")
+        try:
+            recipe = load_recipe(path)
+        except RecipeError as error:
+            raise RecipeError(f"{path.name}: {error}") from error
         named = copy.deepcopy(whole)
         named["name"] = path.stem
         named["description"] = f"{recipe.base.repo_id}: {whole['description']}"
         named["parameters"] = {"recipe": recipe.model_dump(mode="json")}
         document["deployments"].append(named)
-    for each in document["deployments"]:
-        if each["name"] == "watch":
-            each["parameters"] = {"folder": str(folder.resolve())}  # a worker does not run where this command does
     return document
 
 

@@ -38,6 +38,20 @@ SETTINGS = {
 }
 
 
+def check_server(url: str) -> None:
+    """Raise RequantError if no Prefect server answers at this PREFECT_API_URL: at once, where its client tries on."""
+    try:
+        answer = httpx.get(f"{url.rstrip('/')}/health", timeout=10)
+        healthy = answer.text == "true"
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise RequantError(f"PREFECT_API_URL {url} does not answer ({error}): start that server or unset it") from error
+    if not healthy:
+        raise RequantError(
+            f"PREFECT_API_URL {url} answers {answer.status_code}, not as the API of a healthy Prefect server: "
+            "name one, as in http://127.0.0.1:4200/api"
+        )
+
+
 @contextlib.contextmanager
 def embedded_prefect() -> Iterator[None]:
     """Run flows of this process against a server of its own; a PREFECT_API_URL that is set is used instead.
@@ -45,12 +59,7 @@ def embedded_prefect() -> Iterator[None]:
     To be entered before Prefect is imported: it reads its settings at that moment.
     """
     if url := os.environ.get("PREFECT_API_URL"):
-        try:
-            httpx.get(f"{url}/health", timeout=10)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise RequantError(
-                f"PREFECT_API_URL {url} does not answer ({error}): start that server or unset it"
-            ) from error
+        check_server(url)
         yield
         return
     home = Path(tempfile.mkdtemp(prefix="requant-prefect-"))

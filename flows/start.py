@@ -48,7 +48,7 @@ def start_on_server(store: Store, due: Sequence[Due]) -> Iterator[Started | Prob
     Runs are named by the idempotency key `repo@sha:recipe digest`, which the server has once, whoever asks and however
     many at a time. Raises RequantError if the server does not answer, refuses, or lacks the deployment.
     """
-    with _server_errors(), get_client(sync_client=True) as client:
+    with server_errors(), get_client(sync_client=True) as client:
         deployment = client.read_deployment_by_name(DEPLOYMENT)
         for begin in range(0, len(due), BATCH):
             keys = {each.name: run_keys(store, each) for each in due[begin : begin + BATCH]}
@@ -143,7 +143,7 @@ def _runs(client: SyncPrefectClient, keys: list[str]) -> dict[str, FlowRun]:
 
 
 @contextlib.contextmanager
-def _server_errors() -> Iterator[None]:
+def server_errors() -> Iterator[None]:
     """Raise a sentence for what the Prefect client raises inside."""
     url = os.environ.get("PREFECT_API_URL")
     try:

@@ -45,7 +45,7 @@ def check_tasks(settings: Eval | None) -> None:
         return
     if importlib.util.find_spec("lm_eval") is None:
         raise RecipeError(f"eval.tasks: {settings.tasks[0]} needs lm-eval: pip install 'requant[eval]'")
-    if settings.definitions is not None and not Path(settings.definitions).is_dir():
+    if settings.definitions is not None and not os.path.isdir(settings.definitions):
         raise RecipeError(f"eval.definitions: the folder {settings.definitions} does not exist: correct the path")
     known = _manager(settings).task_index
     for name in settings.tasks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def _with_text_file(recipe: Recipe, section: str, key: str, folder: Path) -> Rec
     if name.startswith("builtin:") or not (name.endswith((".txt", ".jsonl")) or name.startswith((".", "/", "~"))):
         return recipe
     path = _beside(folder, name)
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path's own raises for a name that is too long
         raise RecipeError(f"{section}.{key}: the file {path} does not exist: correct the path in the recipe")
     return recipe.model_copy(update={section: part.model_copy(update={key: str(path)})})
 
@@ -76,7 +77,7 @@ def _with_definitions(recipe: Recipe, folder: Path) -> Recipe:
     if recipe.eval is None or recipe.eval.definitions is None:
         return recipe
     path = _beside(folder, recipe.eval.definitions)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise RecipeError(f"eval.definitions: the folder {path} does not exist: correct the path in the recipe")
     return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"definitions": str(path)})})
 

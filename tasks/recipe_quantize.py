@@ -29,6 +29,12 @@ def _as_form(schema: dict[str, Any]) -> None:
         field.setdefault("title", name.replace("_", " ").capitalize())
 
 
+def _with_preset(schema: dict[str, Any]) -> None:
+    """`preset` is allowed, and no field: a form sends what its other fields show, which wins over a preset."""
+    _as_form(schema)
+    schema["patternProperties"] = {"^preset$": {"enum": list(PRESETS)}}
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, json_schema_extra=_as_form)
 
@@ -66,6 +72,8 @@ Choice = Annotated[Literal["auto"] | bool, WithJsonSchema({"enum": ["auto", True
 
 class Quantize(Section):
     """How auto-round quantizes. The defaults are its default recipe."""
+
+    model_config = ConfigDict(json_schema_extra=_with_preset)
 
     scheme: Scheme = Field("W4A16", description="auto-round scheme: W2A16, W3A16, W4A16, W8A16, or with G32, G64")
     bits: Bits | None = Field(None, description="Overrides the scheme's bits")

@@ -39,7 +39,13 @@ def find_text(name: str, key: str = "quantize.calibration") -> Text:
         path = TEXTS / f"{name.removeprefix('builtin:')}.txt"
         return Text(name, sha256_of(path), path=path)
     if Path(name).is_absolute():
-        return Text(Path(name).name, sha256_of(Path(name)), path=Path(name))
+        try:
+            return Text(Path(name).name, sha256_of(Path(name)), path=Path(name))
+        except (OSError, ValueError) as error:  # a NUL in the name
+            reason = getattr(error, "strerror", None) or error
+            raise RecipeError(
+                f"{key}: {name} cannot be read ({reason}) on this machine: put the file there, or name a Hub data set"
+            ) from error
     repo_id, _, revision = name.partition("@")
     dataset = resolve(repo_id, revision or "main", "dataset")
     files = tuple(f for f in dataset.files if f.path.endswith(READABLE) and not f.path.startswith("."))

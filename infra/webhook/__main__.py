@@ -13,6 +13,7 @@ import uvicorn
 from flows.start import start_on_server
 from flows.tracked import RECIPES, watch_pass
 from infra.webhook.app import create_app
+from infra.webhook.connection import Connection
 from infra.webhook.looker import Looker
 from tasks.errors import RequantError
 from tasks.log import Plain
@@ -57,6 +58,7 @@ def main() -> None:
         create_app(secret, looker),
         host=arguments.host,
         port=arguments.port,
+        http=Connection,
         log_config=None,
         server_header=False,
         limit_concurrency=100,

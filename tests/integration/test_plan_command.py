@@ -246,3 +246,14 @@ def test_the_flow_leaves_a_table_in_prefect_and_fails_on_problems(requant: Requa
     assert artifacts(prefect_server, "requant-plan-stages")
     failed = run(requant.write_recipe(quantize={"group_size": 1024}))
     assert failed.returncode != 0 and "divides the input of no layer" in failed.stderr
+
+
+def test_a_recipe_that_no_form_can_see_through_ends_the_plan_with_a_sentence(
+    requant: Requant, prefect_server: str
+) -> None:
+    code = "from flows.plan import plan; state = plan({'base': {'repo_id': 'a/b'}, 'quantize': {'nsamples': 4}}, "
+    code += "return_state=True); print(state.name, state.message, sep=chr(10))"
+    environment = {**requant.environment, "PYTHONPATH": os.fspath(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True, check=False)
+    assert done.stdout.splitlines() == ["Failed", "quantize: batch_size 8 is larger than nsamples 4"]
+    assert "Traceback" not in done.stderr

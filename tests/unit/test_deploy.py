@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +24,7 @@ from flows.requantize import requantize
 from tasks.artifact import File, Manifest
 from tasks.errors import RecipeError
 from tasks.recipe_file import load_recipe, parse_recipe, recipe_of
+from tasks.recipe_quantize import PRESETS
 from tasks.text import find_text
 
 DEPLOYMENTS = Path(__file__).parent.parent.parent / "deployments"
@@ -73,6 +80,7 @@ def test_the_form_has_an_order_bounds_and_lists_to_choose_from() -> None:
         {"base": {"repo_id": "not a repo"}},
         {"base": {"repo_id": "a/b"}, "quantize": {"scheme": "W5A16"}},
         {"base": {"repo_id": "a/b"}, "quantize": {"iters": -1}},
+        {"base": {"repo_id": "a/b"}, "quantize": {"preset": "best"}},
         {"base": {"repo_id": "a/b"}, "quantize": {"torch_compile": "sometimes"}},
         {"base": {"repo_id": "a/b"}, "benchmark": {"engine": "abacus"}},
         {"base": {"repo_id": "a/b"}, "colour": "red"},
@@ -85,6 +93,17 @@ def test_what_the_form_refuses_the_run_refuses(wrong: dict[str, Any]) -> None:
         jsonschema.validate({"recipe": wrong}, form())
     with pytest.raises(RecipeError):
         recipe_of(wrong)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_recipe_with_a_preset_may_be_given_whole_and_the_fields_of_the_form_stay_those_that_it_fills_in(
+    preset: str,
+) -> None:
+    """A form sends the default of every field that it shows, and these win over a preset: it shows none."""
+    given = {"base": {"repo_id": "a/b"}, "quantize": {"preset": preset}}
+    jsonschema.validate({"recipe": given}, form())
+    assert recipe_of(given).quantize.iters == PRESETS[preset]["iters"]
+    assert "preset" not in form()["definitions"]["Quantize"]["properties"]
 
 
 def test_the_automations_are_ones_that_prefect_knows() -> None:
@@ -112,3 +131,91 @@ def test_a_recipe_that_is_no_mapping_is_refused_in_a_sentence_and_its_run_still_
     for given in ("demo", None, {"base": 3}, {"base": {"repo_id": "Qwen/Qwen3.6-27B"}}):
         monkeypatch.setattr("prefect.runtime.flow_run.parameters", {"recipe": given}, raising=False)
         assert run_name().endswith("W4A16")
+
+
+def test_a_run_tells_that_it_lives_more_often_than_the_automation_asks_whatever_its_worker_was_started_with() -> None:
+    """Prefect's own default is one heartbeat in 180 s."""
+    documents = yaml.safe_load((DEPLOYMENTS / "automations.yaml").read_text())
+    (within,) = (each["trigger"]["within"] for each in documents if "heartbeat" in each["name"])
+    for each in deployments().values():
+        heartbeat = int(each["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+        assert 2 * heartbeat < within
+
+
+def test_only_runs_of_these_deployments_are_started_again() -> None:
+    """`requant run` on the same server has no worker that would take it up: it would stay scheduled for ever."""
+    for each in yaml.safe_load((DEPLOYMENTS / "automations.yaml").read_text()):
+        assert {"prefect.resource.role": "tag", "prefect.resource.id": "prefect.tag.requant"} in related(each)
+
+
+def related(automation: dict[str, Any]) -> list[dict[str, str]]:
+    found = automation["trigger"]["match_related"]
+    return found if isinstance(found, list) else [found]
+
+
+def test_a_recipe_called_as_a_flow_is_a_deployment_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "watch.yaml").write_text("base: {repo_id: a/b}\n")
+    document = with_recipes(yaml.safe_load((DEPLOYMENTS / "prefect.yaml").read_text()), tmp_path)
+    parameters = {each["entrypoint"]: each["parameters"] for each in document["deployments"] if each["name"] == "watch"}
+    assert parameters["flows.watch.watch"] == {"folder": str(tmp_path)}
+    assert parameters["flows.requantize.requantize"]["recipe"]["base"]["repo_id"] == "a/b"
+
+
+def test_a_recipe_may_not_stand_in_for_the_deployment_that_the_watch_starts(tmp_path: Path) -> None:
+    (tmp_path / "requantize.yaml").write_text("base: {repo_id: a/b}\n")
+    with pytest.raises(RecipeError, match=r"requantize\.yaml.*rename"):
+        with_recipes(yaml.safe_load((DEPLOYMENTS / "prefect.yaml").read_text()), tmp_path)
+
+
+class NoEntry(BaseHTTPRequestHandler):
+    """A Prefect server that is healthy, and refuses whoever asks for more."""
+
+    def do_GET(self) -> None:
+        healthy = self.path == "/api/health"
+        self.send_response(200 if healthy else 401)
+        self.end_headers()
+        self.wfile.write(b"true" if healthy else b"{}")
+
+    do_POST = do_GET
+
+
+@pytest.fixture
+def no_entry() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), NoEntry) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def refusal(url: str, folder: Path = DEPLOYMENTS) -> tuple[int, str]:
+    """What `requant deploy` answers: its exit status, and its one sentence."""
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "deploy", str(folder)],
+        env={**os.environ, "PREFECT_API_URL": url}, cwd=DEPLOYMENTS.parent, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    return done.returncode, done.stderr
+
+
+def test_a_server_that_refuses_is_away_or_is_none_is_a_sentence(no_entry: str) -> None:
+    status, sentence = refusal(f"{no_entry}/api")
+    assert status == 1 and "refuses (401): set PREFECT_API_AUTH_STRING" in sentence
+    status, sentence = refusal(no_entry)
+    assert status == 1 and "answers 401" in sentence and "/api" in sentence
+    status, sentence = refusal("http://127.0.0.1:9/api")
+    assert status == 1 and "does not answer" in sentence
+
+
+def test_a_file_that_is_missing_or_wrong_is_named_before_the_server_is_asked(tmp_path: Path) -> None:
+    status, sentence = refusal("http://127.0.0.1:9/api", tmp_path)
+    assert status == 2 and "prefect.yaml cannot be read" in sentence
+    for name in ("prefect.yaml", "automations.yaml"):
+        (tmp_path / name).write_text((DEPLOYMENTS / name).read_text())
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text("base: {repo_id: x y}\n")
+    status, sentence = refusal("http://127.0.0.1:9/api", tmp_path)
+    assert status == 2 and "mine.yaml: base.repo_id: 'x y' is not allowed" in sentence
+    (tmp_path / "automations.yaml").write_text("- [")
+    (tmp_path / "recipes" / "mine.yaml").unlink()
+    status, sentence = refusal("http://127.0.0.1:9/api", tmp_path)
+    assert status == 2 and "automations.yaml is not YAML" in sentence

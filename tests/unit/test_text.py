@@ -40,3 +40,10 @@ def test_nothing_is_measured_on_the_text_that_was_calibrated_on() -> None:
     evaluation = EVALUATION.read_text()
     chunks = [evaluation[i : i + 400] for i in range(0, len(evaluation) - 400, 4000)]
     assert len(chunks) > 20 and not [c for c in chunks if c in text]
+
+
+@pytest.mark.parametrize("name", ["/nowhere/a.txt", "/", f"/{'a' * 300}.txt", "/a\0b.txt"])
+def test_a_local_file_that_this_worker_cannot_read_is_a_sentence(name: str) -> None:
+    """A run on a worker is given the whole path: load_recipe has looked on another machine, or not at all."""
+    with pytest.raises(RecipeError, match=r"validation\.text: .* cannot be read \(.+\) on this machine"):
+        find_text(name, "validation.text")

@@ -100,6 +100,20 @@ def test_recipes_are_read_in_order_each_once_and_a_wrong_one_is_named(tmp_path: 
     assert [(p.name, p.error) for p in problems] == [("d.yaml", "base.repo_id is missing: every recipe needs it")]
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [{"quantize": {"calibration": f"/{'a' * 300}.txt"}}, {"validation": {"text": "/a\0b.txt"}},
+     {"eval": {"tasks": ["x"], "definitions": "a" * 5000}, "allow_remote_code": True}],
+    ids=["long", "nul", "longer"],
+)  # fmt: skip
+def test_a_path_that_no_file_can_have_stops_no_other_recipe(keys: dict[str, object], tmp_path: Path) -> None:
+    write(tmp_path, "a.yaml", {"base": {"repo_id": "x/one"}, **keys})
+    write(tmp_path, "b.yaml", {"base": {"repo_id": "x/two"}})
+    tracked, problems = load_tracked(tmp_path)
+    assert [t.name for t in tracked] == ["b.yaml"]
+    assert [p.name for p in problems] == ["a.yaml"] and "does not exist" in problems[0].error
+
+
 def test_only_the_recipes_of_a_repo_are_looked_at_however_it_is_spelt(tmp_path: Path) -> None:
     write(tmp_path, "a.yaml", {"base": {"repo_id": "X/One"}})
     write(tmp_path, "b.yaml", {"base": {"repo_id": "x/other"}})

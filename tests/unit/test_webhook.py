@@ -20,8 +20,10 @@ import uvicorn
 
 from flows.tracked import Pass
 from infra.webhook import app as relay_app
+from infra.webhook import connection as relay_connection
 from infra.webhook import looker as relay_looker
 from infra.webhook.app import MAX_BODY, create_app
+from infra.webhook.connection import Connection
 from infra.webhook.looker import Looker
 from tasks.errors import StoreUnreachable
 
@@ -67,7 +69,8 @@ def looks() -> Looks:
 @pytest.fixture
 def address(looks: Looks) -> Iterator[tuple[str, int]]:
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(SECRET, Looker(looks)), log_config=None, lifespan="off"))
+    app = create_app(SECRET, Looker(looks))
+    server = uvicorn.Server(uvicorn.Config(app, http=Connection, log_config=None, lifespan="off", limit_concurrency=5))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     yield listener.getsockname()[:2]
@@ -134,6 +137,23 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(
             b"POST /hub HTTP/1.1\r\nHost: x\r\nX-Webhook-Secret: " + SECRET.encode() + b"\r\nContent-Length: 9\r\n\r\n{"
         )
         assert b" 408 " in sock.recv(4096).splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "head", [b"", b"POST /hub HTTP/1.1\r\nX-Slow: ", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /"]
+)
+def test_connections_on_which_nothing_more_is_asked_shut_nobody_out(
+    head: bytes, address: tuple[str, int], client: httpx.Client, looks: Looks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_connection, "MAX_SECONDS", 1.0)
+    idle = [socket.create_connection(address, timeout=5) for _ in range(4)]
+    for sock in idle:
+        sock.sendall(head)
+    assert client.post("/hub", json=PAYLOAD, headers=GOOD).status_code == 503
+    time.sleep(1.5)
+    assert client.post("/hub", json=PAYLOAD, headers=GOOD).status_code == 202
+    for sock in idle:
+        sock.close()
 
 
 @pytest.mark.parametrize(
