@@ -21,6 +21,7 @@ from tasks.hub.revision import HubFile, Revision
 from tasks.prefect_stage import options, say, shown
 from tasks.stage import Made, Stage, StageResult, run_stage
 from tasks.store import Store, open_store
+from tasks.store.folder import inside
 from tasks.text import Text
 
 STAGE = Stage("download", 1)
@@ -50,7 +51,7 @@ def _have(store: Store, base: Revision, file: HubFile, folder: Path, say: Callab
     known = _known(store, file)
     if known is not None:
         return known, True
-    path = folder / file.path
+    path = inside(folder, file.path)
     got = File(file.path, file.size, fetch(base, file, path, say))
     if (got.sha256 != file.sha256) if file.sha256 else (git_blob_id(path) != file.blob_id):
         path.unlink()

@@ -76,6 +76,8 @@ class FolderBackend:
 
     def put_file(self, key: str, path: Path, sha256: str | None = None) -> None:
         target = self.path(key)
+        if path.is_symlink():
+            raise _planted(path)
         make_folder(target.parent)
         temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}.{os.urandom(4).hex()}")
         try:
@@ -120,7 +122,7 @@ class FolderBackend:
         self.path(key).unlink(missing_ok=True)
 
     def _files(self, prefix: str) -> Iterator[Item]:
-        for folder, folders, names in os.walk(self.root / prefix):
+        for folder, folders, names in os.walk(self.path(prefix)):
             folders.sort()
             for name in sorted(names):
                 path = os.path.join(folder, name)
@@ -157,8 +159,12 @@ def inside(folder: Path, path: str) -> Path:
     for part in path.split("/"):
         full = full / part
         if full.is_symlink():
-            raise StoreError(f"{full} is a symbolic link, and nothing of ours is: remove it and run again")
+            raise _planted(full)
     return full
+
+
+def _planted(link: Path) -> StoreError:
+    return StoreError(f"{link} is a symbolic link, and nothing of ours is: remove it and run again")
 
 
 def make_folder(path: Path) -> None:

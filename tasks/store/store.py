@@ -73,6 +73,10 @@ class Store:
         make_folder(folder)
         return folder
 
+    def checkout_folder(self, manifest: Manifest) -> Path:
+        """Where an artifact's files are laid out beside the store, as read-only links."""
+        return self.near.path(f"checkouts/{manifest.digest}")
+
     # What gc must leave alone
 
     @contextlib.contextmanager

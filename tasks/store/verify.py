@@ -82,7 +82,7 @@ def _is_good(store: Store, file: File, deep: bool) -> bool:
 def _sha256_in_store(store: Store, file: File) -> str:
     if store.is_local:
         return sha256_of(store.near.path(blob_key(file.sha256)))
-    make_folder(arriving := store.near.root / "arriving")
+    make_folder(arriving := store.near.path("arriving"))
     with tempfile.TemporaryDirectory(dir=arriving) as folder:
         copy = Path(folder) / "blob"
         return store.backend.get_file(blob_key(file.sha256), copy)
@@ -119,7 +119,7 @@ def _whole_copy(store: Store, catalog: Catalog, file: File) -> Path | None:
     """A file on this machine with the bytes of a blob: in the near cache, or in a checkout beside a local store."""
     candidates = [] if store.is_local else [store.near.path(blob_key(file.sha256))]
     for entry in catalog.entries.values():
-        checkout = store.near.root / "checkouts" / entry.manifest.digest
+        checkout = store.checkout_folder(entry.manifest)
         candidates += [checkout / other.path for other in entry.manifest.files if other.sha256 == file.sha256]
     for path in candidates:
         if path.is_file() and path.stat().st_size == file.size and sha256_of(path) == file.sha256:
@@ -129,7 +129,7 @@ def _whole_copy(store: Store, catalog: Catalog, file: File) -> Path | None:
 
 def _put_back(store: Store, key: str, copy: Path) -> None:
     """Putting a file may move it away: a copy of the copy goes in."""
-    spare = store.near.root / "arriving" / f"{copy.name}-{os.getpid()}"
+    spare = store.near.path(f"arriving/{key.rpartition('/')[2]}-{os.getpid()}")
     make_folder(spare.parent)
     spare.unlink(missing_ok=True)
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.artifact import File, Manifest, check_relative
+from tasks.artifact import File, Manifest, check_relative, file_of
 from tasks.errors import CheckpointError, RequantError, StoreError
 from tasks.store import Store
 from tasks.store.folder import FolderBackend, make_folder
@@ -131,6 +131,23 @@ def test_gc_follows_no_link_out_of_the_store(store: Store, outside: Path) -> Non
     assert (outside / "file").exists()
 
 
+def test_gc_follows_no_link_out_of_the_near_cache(far: Store, outside: Path) -> None:
+    os.utime(outside / "file", (1, 1))
+    (far.near.root / "blobs").symlink_to(outside)
+    with pytest.raises(StoreError, match="is a symbolic link"):
+        collect(far, Policy())
+    assert (outside / "file").read_bytes() == b"mine"
+
+
+def test_a_file_in_whose_place_a_link_lies_is_not_taken_for_ours(store: Store, outside: Path) -> None:
+    work = store.work_folder("quantize", KEY)
+    (work / "file").symlink_to(outside / "file")
+    before = (outside / "file").stat()
+    with pytest.raises(StoreError, match="is a symbolic link"):
+        store.put_blob(work / "file", file_of(work, "file"))
+    assert (outside / "file").stat() == before and not list(store.backend.keys("blobs"))
+
+
 @pytest.mark.parametrize("how", ["hand_out", "checkout"])
 def test_nothing_is_laid_out_through_a_link_in_the_folder(
     store: Store, tmp_path: Path, outside: Path, how: str
@@ -140,6 +157,17 @@ def test_nothing_is_laid_out_through_a_link_in_the_folder(
     (tmp_path / "out" / "sub").symlink_to(outside)
     with pytest.raises(StoreError, match="is a symbolic link"):
         getattr(store, how)(manifest, tmp_path / "out")
+    assert (outside / "file").read_bytes() == b"mine"
+
+
+def test_a_link_in_place_of_the_checkouts_beside_a_store_is_not_followed(
+    store: Store, tmp_path: Path, outside: Path
+) -> None:
+    manifest = keep(store, tmp_path / "scratch", {"file": b"theirs"})
+    (store.near.root / "checkouts").mkdir()
+    (store.near.root / "checkouts" / manifest.digest).symlink_to(outside)
+    with pytest.raises(StoreError, match="is a symbolic link"):
+        store.hand_out(manifest, store.checkout_folder(manifest))
     assert (outside / "file").read_bytes() == b"mine"
 
 
