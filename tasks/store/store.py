@@ -40,6 +40,15 @@ def blob_key(sha256: str) -> str:
     return f"blobs/sha256/{sha256[:2]}/{sha256}"
 
 
+def record_of(text: bytes | None) -> dict[str, Any]:
+    """What is recorded beside an artifact; empty if that cannot be read."""
+    try:
+        document = json.loads(text or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
 class Store:
     """Blobs and manifests. `near` holds the blobs that are on this machine; for a local store it is the store."""
 
@@ -248,12 +257,7 @@ class Store:
 
     def provenance(self, stage: str, key: str) -> dict[str, Any]:
         """What is recorded beside an artifact; empty if nothing is."""
-        text = self.backend.read(f"provenance/{stage}/{key}")
-        with contextlib.suppress(ValueError):
-            document = json.loads(text or b"{}")
-            if isinstance(document, dict):
-                return document
-        return {}
+        return record_of(self.backend.read(f"provenance/{stage}/{key}"))
 
     # Small facts
 

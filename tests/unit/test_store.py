@@ -159,10 +159,12 @@ def test_a_corrupt_manifest_is_an_error_and_not_a_miss(store: Store, tmp_path: P
         store.manifest("quantize", KEY)
 
 
-def test_a_corrupt_record_costs_the_record_and_not_the_artifact(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [b'{"seconds": ', b"[]", b"\xff", b"[" * 100_000])
+def test_a_corrupt_record_costs_the_record_and_not_the_artifact(store: Store, tmp_path: Path, damage: bytes) -> None:
     kept(store, tmp_path / "work", FILES)
-    store.backend.write(f"provenance/quantize/{KEY}", b'{"seconds": ')
+    store.backend.write(f"provenance/quantize/{KEY}", damage)
     assert store.provenance("quantize", KEY) == {}
+    assert [entry.provenance for entry in read_catalog(store).entries.values()] == [{}]
     assert store.manifest("quantize", KEY) is not None
 
 
