@@ -173,12 +173,12 @@ def test_a_link_in_place_of_the_checkouts_beside_a_store_is_not_followed(
 
 def test_carried_work_names_no_file_outside_its_folder(tmp_path: Path, outside: Path) -> None:
     far = Store(FolderBackend(tmp_path / "remote"), near=FolderBackend(tmp_path / "near"))
-    far.backend.write("resume/quantize/k/index", b'{"../outside/file": 9}')
+    far.backend.write("resume/quantize/k/index", b'{"../outside/file": [9, ""]}')
     with pytest.raises(RequantError, match="not allowed"):
         restore(far, "quantize", "k", tmp_path / "work", lambda folder, paths: True)
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "sub").symlink_to(outside)
-    far.backend.write("resume/quantize/k/index", b'{"sub/file": 9}')
+    far.backend.write("resume/quantize/k/index", b'{"sub/file": [9, ""]}')
     with pytest.raises(StoreError, match="is a symbolic link"):
         restore(far, "quantize", "k", tmp_path / "work", lambda folder, paths: True)
     assert (outside / "file").read_bytes() == b"mine"
