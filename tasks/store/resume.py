@@ -1,8 +1,8 @@
 """Unfinished work in the store: what one machine has finished of a stage, for another to carry on with.
 
 `resume/<stage>/<key>/files/<path>` are the files of a work folder that never change once they are there, and
-`resume/<stage>/<key>/index` lists those of them that belong together, with their sizes and hashes; it is written last. A
-store in a local folder has its work folders in itself, so that there is nothing to copy.
+`resume/<stage>/<key>/index` lists those of them that belong together, with their sizes and hashes; it is written last.
+A store in a local folder has its work folders in itself, so that there is nothing to copy.
 """
 
 from __future__ import annotations
