@@ -168,10 +168,13 @@ class Store:
             own = target.is_file() and target.stat().st_nlink == 1 and os.access(target, os.W_OK)
             if own and target.stat().st_size == file.size and sha256_of(target) == file.sha256:
                 continue
-            temporary = target.with_name(f".{target.name}.{os.getpid()}")
+            temporary = target.with_name(f".{target.name[:40]}.part")  # a killed one's is taken over
             temporary.unlink(missing_ok=True)
-            clone(self._near_path(file), temporary)
-            os.replace(temporary, target)
+            try:
+                clone(self._near_path(file), temporary)
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
         return folder
 
     def _lay(self, file: File, folder: Path) -> None:

@@ -22,6 +22,7 @@ from tasks.store.store import GC, Store, blob_key
 
 PARALLEL = 8
 HASHERS = 2  # at once, when every byte is read
+Blob = tuple[str, int]  # sha256 and size
 
 
 @dataclass
@@ -42,10 +43,10 @@ def verify(store: Store, *, deep: bool = False, repair: bool = False) -> Verifie
     if bad:  # or on its way out: gc takes an artifact's manifest first
         store.settle()
         catalog = read_catalog(store)
-        bad = _bad(store, (file for sha256, file in _blobs(catalog).items() if sha256 in bad), deep)
+        bad = _bad(store, (file for blob, file in _blobs(catalog).items() if blob in bad), deep)
     for (stage, key), entry in sorted(catalog.entries.items()):
         for file in entry.manifest.files:
-            if file.sha256 in bad:
+            if _blob(file) in bad:
                 text = f"{file.path} ({file.sha256[:12]}) is missing or damaged"
                 found.problems.append(f"artifacts/{stage}/{key}: {text}")
     found.problems += [f"artifacts/{stage}/{key}: {why}" for (stage, key), why in sorted(catalog.damaged.items())]
@@ -55,17 +56,21 @@ def verify(store: Store, *, deep: bool = False, repair: bool = False) -> Verifie
     return found
 
 
-def _blobs(catalog: Catalog) -> dict[str, File]:
-    """The blobs that manifests name, each once, by their sha256."""
-    return {file.sha256: file for _, entry in sorted(catalog.entries.items()) for file in entry.manifest.files}
+def _blob(file: File) -> Blob:
+    return file.sha256, file.size
 
 
-def _bad(store: Store, files: Iterable[File], deep: bool) -> set[str]:
-    """The sha256 of blobs that are not whole."""
+def _blobs(catalog: Catalog) -> dict[Blob, File]:
+    """The blobs that manifests name, each once; one that two manifests give two sizes is two, and one of them wrong."""
+    return {_blob(file): file for _, entry in sorted(catalog.entries.items()) for file in entry.manifest.files}
+
+
+def _bad(store: Store, files: Iterable[File], deep: bool) -> set[Blob]:
+    """The blobs that are not whole."""
     looked_at = list(files)
     with ThreadPoolExecutor(HASHERS if deep else PARALLEL) as pool:
         whole = pool.map(lambda file: _is_good(store, file, deep), looked_at)
-        return {file.sha256 for file, good in zip(looked_at, whole, strict=True) if not good}
+        return {_blob(file) for file, good in zip(looked_at, whole, strict=True) if not good}
 
 
 def _is_good(store: Store, file: File, deep: bool) -> bool:
@@ -88,25 +93,26 @@ def _sha256_in_store(store: Store, file: File) -> str:
         return store.backend.get_file(blob_key(file.sha256), copy)
 
 
-def _mend(store: Store, deep: bool, bad: set[str]) -> Iterator[str]:
+def _mend(store: Store, deep: bool, bad: set[Blob]) -> Iterator[str]:
     """Mend what is still bad now that nobody deletes beside us; a sentence for each thing done."""
     catalog = read_catalog(store)
     blobs = _blobs(catalog)
-    lost: set[str] = set()
-    for sha256 in sorted(_bad(store, (file for sha256, file in blobs.items() if sha256 in bad), deep)):
-        file = blobs[sha256]
+    lost: set[Blob] = set()
+    for blob in sorted(_bad(store, (file for blob, file in blobs.items() if blob in bad), deep)):
+        file = blobs[blob]
         key = blob_key(file.sha256)
         if copy := _whole_copy(store, catalog, file):
             _put_back(store, key, copy)
             yield f"{file.path} ({file.sha256[:12]}) was put back from {copy}"
         else:
-            lost.add(file.sha256)
+            lost.add(blob)
     for (stage, key), entry in sorted(catalog.entries.items()):
-        names = sorted(file.path for file in entry.manifest.files if file.sha256 in lost)
+        names = sorted(file.path for file in entry.manifest.files if _blob(file) in lost)
         if names:
             store.backend.delete(f"artifacts/{stage}/{key}")
             yield f"artifacts/{stage}/{key} was removed, for want of {', '.join(names)}: the next run makes it anew"
-    for sha256 in sorted(lost):  # one of the right size would be taken for good
+    for sha256 in sorted({sha256 for sha256, _ in lost} - {sha256 for sha256, _ in blobs.keys() - lost}):
+        # one of the right size would be taken for good
         store.backend.delete(blob_key(sha256))
         if not store.is_local:
             store.near.delete(blob_key(sha256))

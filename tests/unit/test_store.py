@@ -275,6 +275,19 @@ def test_a_checkout_repairs_what_was_edited_and_keeps_what_is_the_same(store: St
     assert (folder / "sub/weights.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_checkout_leaves_nothing_else_behind_whether_it_fails_or_was_killed_before(
+    store: Store, tmp_path: Path
+) -> None:
+    manifest = kept(store, tmp_path / "work", {"a": b"1", "b": b"2"})
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".a.part").write_bytes(b"half")
+    (out / "b").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        store.checkout(manifest, out)
+    assert sorted(path.name for path in out.iterdir()) == ["a", "b"] and (out / "a").read_bytes() == b"1"
+
+
 def test_a_checkout_over_links_to_blobs_gives_the_user_files_of_their_own(store: Store, tmp_path: Path) -> None:
     manifest = kept(store, tmp_path / "work", {"a": b"blob"})
     store.hand_out(manifest, tmp_path / "out")

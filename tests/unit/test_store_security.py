@@ -57,6 +57,7 @@ def test_the_longest_name_that_is_allowed_can_be_stored_and_laid_out(store: Stor
     manifest = keep(store, tmp_path / "scratch", {"short": b"x"})
     renamed = Manifest.of([File(longest, 1, manifest["short"].sha256)])
     assert (store.hand_out(renamed, tmp_path / "out") / longest).read_bytes() == b"x"
+    assert (store.checkout(renamed, tmp_path / "own") / longest).read_bytes() == b"x"
     store.backend.write(longest, b"small")
     (tmp_path / "file").write_bytes(b"large")
     store.backend.put_file(longest, tmp_path / "file")
