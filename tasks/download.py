@@ -37,6 +37,7 @@ def download(store: Store, base: Revision, say: Callable[[str], None] = log.info
     """Bring every wanted file of a commit into the store. Raises HubError, HubUnavailable or DiskFull."""
 
     def work(folder: Path) -> Made:
+        base.check_names()
         with ThreadPoolExecutor(PARALLEL) as pool:
             fetched = list(pool.map(lambda file: _have(store, base, file, folder, say), base.wanted))
         moved = sum(file.size for file, was_here in fetched if not was_here)

@@ -184,6 +184,13 @@ def fused(folder: Path) -> Path:
     return base
 
 
+def alike(folder: Path) -> Path:
+    """A base with two files that are one where case is ignored."""
+    base = pico_base(folder)
+    (base / "Config.json").write_bytes((base / "config.json").read_bytes())
+    return base
+
+
 def test_a_run_is_stopped_before_its_first_byte_with_the_plans_sentence(
     requant: Requant, hub: HubStandIn, tmp_path: Path
 ) -> None:
@@ -206,6 +213,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "fused": (fused, {}, "lie fused in model.language_model.layers.0.mlp.experts.down_proj"),
     "group": (pico_base, {"group_size": 1024}, "group_size 1024 divides the input of no layer"),
     "names": (pico_base, {"layers": {"q_prj": {"bits": 8}}}, "names 'q_prj', which is in no layer"),
+    "case": (alike, {}, "config.json stands twice in one artifact"),
     "head": (promising, {}, "promises 1 MTP layers and its tensors have 0"),
 }
 
