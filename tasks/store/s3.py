@@ -31,7 +31,7 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 from botocore.parsers import ResponseParserError
 
 from tasks.artifact import check_relative
-from tasks.errors import CheckpointError, StoreError, StoreUnreachable
+from tasks.errors import CheckpointError, RecipeError, StoreError, StoreUnreachable
 from tasks.store.backend import Item
 from tasks.store.s3_settings import write_settings
 from tasks.store.transfer import REFUSED_HASH, Transfer, error_code, sign_by_name
@@ -71,11 +71,13 @@ class S3Backend:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
     def check(self) -> None:
-        once = _client(connect_timeout=4, read_timeout=10, total_max_attempts=1)
         try:
+            once = _client(connect_timeout=4, read_timeout=10, total_max_attempts=1)
             once.list_objects_v2(Bucket=self.bucket, MaxKeys=1, Prefix=self.prefix)
         except (BotoCoreError, ClientError) as error:
             raise self._explain(error) from error
+        except ValueError as error:  # an endpoint that is no URL
+            raise RecipeError(f"the store {self.url} cannot be used ({error}): check AWS_ENDPOINT_URL_S3") from error
 
     def read(self, key: str) -> bytes | None:
         def get() -> tuple[bytes, bool]:
@@ -231,12 +233,15 @@ class S3Backend:
                 )
             if status >= 500 or status in {408, 429} or code in PASSING:
                 return StoreUnreachable(f"the store {self.url} answers {status} {code}: try again when it is well")
-            return StoreError(f"the store {self.url} refused {error.operation_name} ({status} {code})")
+            return StoreError(
+                f"the store {self.url} refused {error.operation_name} ({status} {code}): check REQUANT_STORE and "
+                "AWS_ENDPOINT_URL_S3"
+            )
         if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
             return StoreError(
                 f"no AWS credentials for the store {self.url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
-        text = (str(error).splitlines() or [type(error).__name__])[0].partition("?")[0].rstrip(":")
+        text = (str(error).splitlines() or [type(error).__name__])[0].partition("?")[0].replace('"', "").rstrip(":")
         if isinstance(error, LOST):
             return StoreUnreachable(
                 f"the store {self.url} cannot be reached ({text}): check AWS_ENDPOINT_URL_S3 and that the server runs"

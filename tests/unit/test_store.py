@@ -365,8 +365,28 @@ def test_a_folder_with_a_space_in_its_name_is_the_folder_that_is_used(tmp_path: 
     assert opened.url == folder.as_uri()
 
 
+def test_an_address_that_would_be_cut_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for url in ("s3://bucket/a?b", "s3://bucket/a#b", "file:///data/a#b"):
+        with pytest.raises(RecipeError, match=r"the address .* have no place in it"):
+            open_store(url)
+        monkeypatch.setenv("REQUANT_STORE", url)
+        with pytest.raises(RecipeError, match=r"REQUANT_STORE=.* have no place in it"):
+            open_store()
+
+
 @pytest.mark.parametrize(
-    "url", ["/a/folder", "file://", "file://host/dir", "s3://", "http://x/y", "memory://", "s3:/b/p"]
+    "url",
+    [
+        "/a/folder",
+        "file://",
+        "file://host/dir",
+        "s3://",
+        "http://x/y",
+        "memory://",
+        "s3:/b/p",
+        "s3://b/a/../c",
+        "s3://b/a//c",
+    ],
 )
 def test_an_address_that_is_no_store_is_a_recipe_error_that_says_what_is(url: str) -> None:
     with pytest.raises(RecipeError, match="use file:///an/absolute/folder or s3://bucket/prefix"):
