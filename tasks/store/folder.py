@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -118,7 +118,8 @@ class FolderBackend:
     def discard(self, leftover: str) -> None:
         self.delete(leftover)
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, insist: Callable[[], None] = lambda: None) -> None:
+        insist()
         self.path(key).unlink(missing_ok=True)
 
     def _files(self, prefix: str) -> Iterator[Item]:

@@ -161,8 +161,12 @@ class S3Backend:
         name = {"Bucket": self.bucket, "Key": self._name(key), "UploadId": upload}
         self._unless_missing(lambda: self._client.abort_multipart_upload(**name))
 
-    def delete(self, key: str) -> None:
-        self._patiently(lambda: self._client.delete_object(Bucket=self.bucket, Key=self._name(key)))
+    def delete(self, key: str, insist: Callable[[], None] = lambda: None) -> None:
+        def delete() -> None:
+            insist()
+            self._once.delete_object(Bucket=self.bucket, Key=self._name(key))
+
+        self._patiently(delete)
 
     def _name(self, key: str) -> str:
         """The object's full key. Names from outside stay below the prefix, also where a proxy resolves `..`."""
@@ -183,6 +187,11 @@ class S3Backend:
     @functools.cached_property
     def _client(self) -> Any:
         return _client(connect_timeout=10, read_timeout=self.read_timeout, total_max_attempts=3)
+
+    @functools.cached_property
+    def _once(self) -> Any:
+        """Sends each request once and soon, or not at all: by a later one the lease to delete may be lost."""
+        return _client(connect_timeout=10, read_timeout=min(self.read_timeout, 20), total_max_attempts=1)
 
     @functools.cached_property
     def _transfer(self) -> Transfer:

@@ -17,7 +17,7 @@ from tasks.artifact import File, sha256_of
 from tasks.errors import StoreError
 from tasks.store.catalog import Catalog, read_catalog
 from tasks.store.folder import clone, make_folder
-from tasks.store.lease import lease
+from tasks.store.lease import Held, lease
 from tasks.store.store import GC, Store, blob_key
 
 PARALLEL = 8
@@ -51,8 +51,8 @@ def verify(store: Store, *, deep: bool = False, repair: bool = False) -> Verifie
                 found.problems.append(f"artifacts/{stage}/{key}: {text}")
     found.problems += [f"artifacts/{stage}/{key}: {why}" for (stage, key), why in sorted(catalog.damaged.items())]
     if repair and found.problems:
-        with lease(store.backend, *GC):
-            found.repairs = list(_mend(store, deep, bad))
+        with lease(store.backend, *GC) as held:
+            found.repairs = list(_mend(store, deep, bad, held))
     return found
 
 
@@ -93,7 +93,7 @@ def _sha256_in_store(store: Store, file: File) -> str:
         return store.backend.get_file(blob_key(file.sha256), copy)
 
 
-def _mend(store: Store, deep: bool, bad: set[Blob]) -> Iterator[str]:
+def _mend(store: Store, deep: bool, bad: set[Blob], held: Held) -> Iterator[str]:
     """Mend what is still bad now that nobody deletes beside us; a sentence for each thing done."""
     catalog = read_catalog(store)
     blobs = _blobs(catalog)
@@ -109,15 +109,15 @@ def _mend(store: Store, deep: bool, bad: set[Blob]) -> Iterator[str]:
     for (stage, key), entry in sorted(catalog.entries.items()):
         names = sorted(file.path for file in entry.manifest.files if _blob(file) in lost)
         if names:
-            store.backend.delete(f"artifacts/{stage}/{key}")
+            store.backend.delete(f"artifacts/{stage}/{key}", held.insist)
             yield f"artifacts/{stage}/{key} was removed, for want of {', '.join(names)}: the next run makes it anew"
     for sha256 in sorted({sha256 for sha256, _ in lost} - {sha256 for sha256, _ in blobs.keys() - lost}):
         # one of the right size would be taken for good
-        store.backend.delete(blob_key(sha256))
+        store.backend.delete(blob_key(sha256), held.insist)
         if not store.is_local:
             store.near.delete(blob_key(sha256))
     for stage, key in sorted(catalog.damaged):
-        store.backend.delete(f"artifacts/{stage}/{key}")
+        store.backend.delete(f"artifacts/{stage}/{key}", held.insist)
         yield f"artifacts/{stage}/{key} was removed, which could not be read: the next run makes it anew"
 
 

@@ -70,7 +70,7 @@ class Remote:
     def discard(self, leftover: str) -> None:
         pass
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, *more: object) -> None:
         self.objects.pop(key, None)
 
 
