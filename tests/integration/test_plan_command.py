@@ -120,6 +120,15 @@ def test_the_plan_of_a_finished_run_reuses_all_and_knew_every_file(finished: Fin
     )
 
 
+def test_a_run_takes_no_more_disk_than_its_plan_says(finished: Finished, tmp_path: Path) -> None:
+    requant, _ = finished
+    before = requant.variant(REQUANT_STORE=(tmp_path / "empty").as_uri())
+    planned = before("plan", str(requant.write_recipe()), "--json").document["needs"]["disk_bytes"]
+    files = [path.lstat() for path in requant.store.rglob("*") if path.is_file()]
+    left = sum({status.st_ino: status.st_size for status in files}.values())
+    assert left <= planned < 3 * left
+
+
 def test_a_changed_recipe_runs_from_the_stage_that_reads_the_change(requant: Requant) -> None:
     states = {}
     for name, changes in {"mtp": {"mtp": "drop"}, "quantize": {"quantize": {"seed": 1}}}.items():
