@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -47,6 +48,10 @@ def record_of(text: bytes | None) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 class Store:
@@ -151,7 +156,16 @@ class Store:
 
     def read_blob(self, file: File) -> bytes:
         """A small blob's bytes, checked against its name."""
-        return self._near_path(file).read_bytes()
+        data = self._near_path(file).read_bytes()
+        if not self.is_local and _sha256(data) != file.sha256:  # the copy that is here; the store has another
+            self.near.delete(blob_key(file.sha256))
+            data = self._near_path(file).read_bytes()
+        if _sha256(data) != file.sha256:
+            raise CorruptBlob(
+                f"{file.path} in {self.url} does not have the sha256 {file.sha256[:12]} that names it: "
+                "run `requant store verify --deep --repair`, then again"
+            )
+        return data
 
     def hand_out(self, manifest: Manifest, folder: Path, paths: Iterable[str] | None = None) -> Path:
         """Lay an artifact's files (or only `paths`) into `folder` as read-only files, for a stage to read."""

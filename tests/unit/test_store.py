@@ -308,6 +308,17 @@ def test_a_blob_altered_on_the_way_in_is_refused_and_not_kept(far: Store, remote
     assert far.read_blob(file) == b"weights"
 
 
+def test_a_small_blob_that_a_disk_altered_is_never_read(store: Store, far: Store, tmp_path: Path) -> None:
+    for each in (store, far):
+        manifest = kept(each, tmp_path / "work", {"a": b"right"})
+        path = each.near.path(blob_key(manifest["a"].sha256))
+        path.chmod(0o644)
+        path.write_bytes(b"wrong")
+    assert far.read_blob(manifest["a"]) == b"right"  # fetched anew
+    with pytest.raises(CorruptBlob, match="store verify --deep --repair"):
+        store.read_blob(manifest["a"])
+
+
 def test_a_blob_is_fetched_from_far_once(far: Store, remote: Remote) -> None:
     file = File("w", 7, hashlib.sha256(b"weights").hexdigest())
     remote.objects[blob_key(file.sha256)] = b"weights"
