@@ -48,6 +48,8 @@ class FolderBackend:
                 )
             ) from error
         for folder in folders:
+            if folder.is_symlink() and folder != self.root:
+                raise _planted(folder)
             _refuse_world_writable(folder)
 
     def read(self, key: str) -> bytes | None:

@@ -207,6 +207,16 @@ def test_a_store_that_every_user_may_write_to_is_refused_with_its_remedy(store: 
     store.check()
 
 
+def test_a_link_to_a_folder_that_every_user_may_write_to_is_told_from_a_folder_of_ours(
+    store: Store, outside: Path
+) -> None:
+    outside.chmod(0o777)
+    (store.near.root / "work").symlink_to(outside)
+    with pytest.raises(StoreError, match="is a symbolic link") as caught:
+        store.check()
+    assert "chmod" not in str(caught.value)  # which would go through the link
+
+
 def test_a_store_made_under_a_careless_umask_is_not_writable_by_everyone(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
