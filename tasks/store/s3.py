@@ -243,8 +243,8 @@ class S3Backend:
             if status >= 500 or status in {408, 429} or code in PASSING:
                 return StoreUnreachable(f"the store {self.url} answers {status} {code}: try again when it is well")
             return StoreError(
-                f"the store {self.url} refused {error.operation_name} ({status} {code}): check REQUANT_STORE and "
-                "AWS_ENDPOINT_URL_S3"
+                f"the store {self.url} refused {error.operation_name} ({status} {code}): check REQUANT_STORE, "
+                "AWS_ENDPOINT_URL_S3 and the REQUANT_S3 settings"
             )
         if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
             return StoreError(
