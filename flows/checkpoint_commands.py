@@ -155,7 +155,7 @@ def _whole(name: str) -> Path:
     opened = open_store()
     opened.check()
     manifest = download(opened, revision).manifest
-    return opened.hand_out(manifest, opened.near.root / "checkouts" / manifest.digest)
+    return opened.hand_out(manifest, opened.checkout_folder(manifest))
 
 
 def _resolve(name: str) -> Any:

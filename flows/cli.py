@@ -115,8 +115,7 @@ def _lay_out(report: Report, checkout: Path | None) -> None:
     if checkout is not None:
         report.path = store.checkout(report.artifact, checkout).resolve()
     else:
-        folder = store.near.root / "checkouts" / report.artifact.digest
-        report.path = store.hand_out(report.artifact, folder)
+        report.path = store.hand_out(report.artifact, store.checkout_folder(report.artifact))
     for path in {*OURS, *(f"{FOLDER}/{name}.png" for name in NAMES)} - set(report.beside):
         if path not in report.artifact:
             (report.path / path).unlink(missing_ok=True)  # an earlier run's

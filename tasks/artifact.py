@@ -45,7 +45,7 @@ class Manifest:
 
     @classmethod
     def of(cls, files: Iterable[File]) -> Manifest:
-        """Raises CheckpointError for a path that leaves the folder or stands there twice.
+        """Raises CheckpointError for a path that leaves the folder, stands there twice, or is another's folder.
 
         Paths that differ only in case or in how an accent is spelled are one file on many file systems, where the
         second would silently take the place of the first.
@@ -61,6 +61,12 @@ class Manifest:
                     "keep one of the two"
                 )
             seen[folded] = file.path
+        for folded, path in seen.items():
+            for parent in PurePosixPath(folded).parents:
+                if str(parent) in seen:
+                    raise CheckpointError(
+                        f"{path} lies in what is a file too, {seen[str(parent)]}: keep one of the two"
+                    )
         return cls(ordered)
 
     @cached_property
@@ -98,7 +104,9 @@ class Manifest:
         """Raises StoreError unless the text is a manifest that agrees with its own digest."""
         try:
             document = json.loads(text)
-            files = [File(str(f["path"]), int(f["size"]), str(f["sha256"])) for f in document["files"]]
+            files = [File(f["path"], f["size"], f["sha256"]) for f in document["files"]]
+            if not all((type(f.path), type(f.size), type(f.sha256)) == (str, int, str) and f.size >= 0 for f in files):
+                raise ValueError("a file is a path, a size in bytes and a sha256")
             manifest = cls.of(files)
             stated = document["digest"]
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:

@@ -21,6 +21,7 @@ from tasks.hub.revision import HubFile, Revision
 from tasks.prefect_stage import options, say, shown
 from tasks.stage import Made, Stage, StageResult, run_stage
 from tasks.store import Store, open_store
+from tasks.store.folder import inside
 from tasks.text import Text
 
 STAGE = Stage("download", 1)
@@ -36,6 +37,7 @@ def download(store: Store, base: Revision, say: Callable[[str], None] = log.info
     """Bring every wanted file of a commit into the store. Raises HubError, HubUnavailable or DiskFull."""
 
     def work(folder: Path) -> Made:
+        base.check_names()
         with ThreadPoolExecutor(PARALLEL) as pool:
             fetched = list(pool.map(lambda file: _have(store, base, file, folder, say), base.wanted))
         moved = sum(file.size for file, was_here in fetched if not was_here)
@@ -50,7 +52,7 @@ def _have(store: Store, base: Revision, file: HubFile, folder: Path, say: Callab
     known = _known(store, file)
     if known is not None:
         return known, True
-    path = folder / file.path
+    path = inside(folder, file.path)
     got = File(file.path, file.size, fetch(base, file, path, say))
     if (got.sha256 != file.sha256) if file.sha256 else (git_blob_id(path) != file.blob_id):
         path.unlink()

@@ -110,6 +110,8 @@ def explain_os_error(error: OSError, path: str | os.PathLike[str] | None = None)
             f"{where} cannot be used ({error.strerror}): give this user access to it, "
             "or set REQUANT_STORE to another folder"
         )
+    if error.errno in {errno.EISDIR, errno.ENOTDIR}:
+        return StoreError(f"{error.filename2 or where} is in the way ({error.strerror}): move it and run again")
     return None
 
 

@@ -34,7 +34,7 @@ def last_run(store: Store, recipe: Recipe) -> LastRun | None:
     text = store.recall("last-runs", recipe.digest)
     try:
         return LastRun(**{key: str(value) for key, value in json.loads(text or "").items()})
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 

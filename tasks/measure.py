@@ -18,6 +18,7 @@ import torch
 from tasks.checkpoint.blocks import at_once
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.errors import CheckpointError
+from tasks.measuring import LENGTH, PROBE, WINDOWS
 from tasks.measuring.blocks import Rows, run_blocks
 from tasks.measuring.decode import agreement, decode, decode_in_blocks, speculate
 from tasks.measuring.head import MtpHead
@@ -26,8 +27,6 @@ from tasks.measuring.vision import features
 from tasks.model import Skeleton, few_threads, free, load_tokenizer, pick_device, pick_dtype, room
 
 VERSION = 2  # raise it when the same checkpoint and text give other values
-WINDOWS, LENGTH = 24, 512  # tokens measured on: 24 windows of 512, spread over the text
-PROBE = 128  # tokens of the first window whose hidden states are kept at every block
 DRAFTS = 3  # as far as engines draft
 PROMPTS, PROMPT, GENERATED = 4, 32, 48  # greedy continuations, in tokens
 GENERATED_IN_BLOCKS = 8  # where every token costs a pass over all weights

@@ -70,6 +70,7 @@ def plan_of(
     hashes = hashes_of(store, base)
     with TemporaryDirectory(prefix="requant-") as temporary:
         try:
+            base.check_names()
             folder = lay_out(base, Path(temporary), lambda file: near_file(store, file, hashes))
             if (folder / PROCESSOR).is_file() and not (folder / PROCESSOR).is_symlink():
                 fetch_files(base, folder, [PROCESSOR])  # whether an engine will load depends on what it says

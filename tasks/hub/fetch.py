@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import random
 import time
 from collections.abc import Callable
@@ -35,7 +36,7 @@ def fetch(base: Revision, file: HubFile, path: Path, say: Callable[[str], None] 
     nothing for HF_HUB_DOWNLOAD_TIMEOUT seconds (10) is a lost connection. Raises HubError or HubUnavailable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with hub_errors(base.repo_id, base.sha), path.open("ab+", buffering=0) as stream:
+    with hub_errors(base.repo_id, base.sha), open(path, "ab+", buffering=0, opener=_ours) as stream:
         arriving = _Arriving(stream, file.size)
         if arriving.at:
             say(f"going on with {file.path} after {arriving.at:,} of {file.size:,} bytes")
@@ -60,6 +61,11 @@ def fetch(base: Revision, file: HubFile, path: Path, say: Callable[[str], None] 
                 log.info("%s was cut after %d bytes (%s); going on in %.1f s", file.path, arriving.at, error, pause)
                 time.sleep(pause)
         return arriving.hasher.hexdigest()
+
+
+def _ours(path: str, flags: int) -> int:
+    """For no umask writable by others, who could alter what has been hashed already."""
+    return os.open(path, flags, 0o644)
 
 
 class _Arriving:

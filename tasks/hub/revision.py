@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from tasks.artifact import REWRITTEN, SHA256, check_relative, digest_of
+from tasks.artifact import REWRITTEN, SHA256, File, Manifest, check_relative, digest_of
 from tasks.errors import HubError
 from tasks.hub.client import hub_api, hub_errors
 
@@ -50,6 +50,10 @@ class Revision:
     def wanted(self) -> list[HubFile]:
         """The files that a checkpoint is made of, without other frameworks' weights."""
         return [f for f in self.files if not any(fnmatch.fnmatch(f.path, pattern) for pattern in NOT_FETCHED)]
+
+    def check_names(self) -> None:
+        """Raises CheckpointError for wanted files that cannot lie in one folder everywhere (Manifest.of)."""
+        Manifest.of(File(f.path, f.size, f.sha256 or f.blob_id) for f in self.wanted)
 
     @property
     def content(self) -> str:

@@ -7,7 +7,6 @@ none of them knows is assumed, and called so.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import statistics
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Any
 
 from tasks.recipe import Recipe
 from tasks.store import Store
+from tasks.store.store import record_of
 
 Record = dict[str, Any]
 RECORDS = 200  # of a stage that are looked at
@@ -94,7 +94,7 @@ def records(store: Store, stage: str, gpu: str | None) -> list[Record]:
     names = [name for name, _ in zip(store.backend.keys(f"provenance/{stage}"), range(RECORDS), strict=False)]
     with ThreadPoolExecutor(8) as pool:
         texts = list(pool.map(store.backend.read, names))
-    found = [r for r in map(_document, texts) if "seconds" in r and (gpu is None or _same(gpu, device_of(r)))]
+    found = [r for r in map(record_of, texts) if "seconds" in r and (gpu is None or _same(gpu, device_of(r)))]
     return sorted(found, key=lambda record: str(record.get("started", "")), reverse=True)
 
 
@@ -109,14 +109,6 @@ def device_of(record: Record) -> str:
 def bytes_of(record: Record) -> int:
     """The bytes that a recorded stage moved or read; 0 if it does not say."""
     return int(record.get("bytes_read") or record.get("bytes_moved") or 0)
-
-
-def _document(text: bytes | None) -> Record:
-    with contextlib.suppress(ValueError):
-        document = json.loads(text or b"{}")
-        if isinstance(document, dict):
-            return document
-    return {}
 
 
 def _same(asked: str, name: str) -> bool:

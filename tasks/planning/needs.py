@@ -13,6 +13,7 @@ from typing import Any
 from tasks.checkpoint.blocks import at_once, block_sizes
 from tasks.checkpoint.fp8 import is_fp8
 from tasks.hub.markdown import gigabytes
+from tasks.measuring import LENGTH, PROBE, WINDOWS
 from tasks.planning.output import Output, head_bytes
 from tasks.quantizing.choose import ROUTED, sample_bytes, step_bytes
 from tasks.recipe import Recipe
@@ -53,6 +54,7 @@ def needs(output: Output, recipe: Recipe, missing: int, to_run: set[str]) -> Nee
         disk += head_bytes(output)
     if "validate" in to_run:
         stages["validate"] = _validate(output)
+        disk += _measured(output)
     if "benchmark" in to_run and recipe.benchmark.engine != "none":
         weights = sum(output.weights.values())
         stages["benchmark"] = _always(ram_bytes=RUNTIME + weights, vram_bytes=weights)
@@ -111,6 +113,12 @@ def _quantize_disk(output: Output, recipe: Recipe) -> int:
     plain = output.base.nbytes if is_fp8(output.source.tensors.values()) else 0
     again = kept if recipe.quantize.device in {"cpu", "auto"} else 0
     return made + again + output.packed_parameters + made + plain
+
+
+def _measured(output: Output) -> int:
+    """What is kept of base and result each: hidden states in float32 at most, and some numbers beside each token."""
+    states = WINDOWS * LENGTH + (len(block_sizes(output.base)) + 2) * PROBE
+    return 2 * (4 * _number(output.base.text_config, "hidden_size") * states + 32 * WINDOWS * LENGTH)
 
 
 def _validate(output: Output) -> dict[str, int]:

@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from tasks.errors import RecipeError
+from tasks.artifact import check_relative
+from tasks.errors import CheckpointError, RecipeError
 from tasks.store.folder import FolderBackend
 from tasks.store.store import Store
 
@@ -28,13 +29,25 @@ def open_store(url: str | None = None) -> Store:
 
     Nothing is contacted yet. Raises RecipeError for a URL that is neither file:///dir nor s3://bucket/prefix.
     """
+    named = f"the address {url!r}" if url else f"REQUANT_STORE={os.environ.get('REQUANT_STORE')!r}"
     url = url or os.environ.get("REQUANT_STORE") or (cache_folder() / "store").as_uri()
     parts = urlsplit(url)
+    if "?" in url or "#" in url:  # would be cut off, and the store be another one
+        raise RecipeError(f"{named} is not a store: `?` and `#` have no place in it (%3F and %23 in file:///)")
     if parts.scheme == "file" and parts.path and parts.netloc in {"", "localhost"}:
         folder = FolderBackend(Path(unquote(parts.path)))
         return Store(folder, near=folder)
-    if parts.scheme == "s3" and parts.netloc:
+    if parts.scheme == "s3" and parts.netloc and _is_prefix(parts.path.strip("/")):
         from tasks.store.s3 import S3Backend  # boto3 takes 0.4 s to import
 
         return Store(S3Backend(parts.netloc, parts.path.strip("/")), near=FolderBackend(cache_folder() / "near"))
-    raise RecipeError(f"REQUANT_STORE={url!r} is not a store: use file:///an/absolute/folder or s3://bucket/prefix")
+    raise RecipeError(f"{named} is not a store: use file:///an/absolute/folder or s3://bucket/prefix")
+
+
+def _is_prefix(path: str) -> bool:
+    """Whether keys below it are keys of its own: `..` is resolved on the way to some servers."""
+    try:
+        check_relative(path or "-")
+    except CheckpointError:
+        return False
+    return True

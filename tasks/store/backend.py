@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -76,6 +76,6 @@ class Backend(Protocol):
         """Remove what `leftovers` named; no error if it is gone."""
         ...
 
-    def delete(self, key: str) -> None:
-        """Remove an object; no error if there is none."""
+    def delete(self, key: str, insist: Callable[[], None] = lambda: None) -> None:
+        """Remove an object; no error if there is none. `insist` is called before each try, and may raise."""
         ...

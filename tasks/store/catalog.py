@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from typing import Any
 from tasks.artifact import Manifest
 from tasks.errors import StoreError
 from tasks.store.runs import Run
-from tasks.store.store import Store
+from tasks.store.store import Store, record_of
 
 READERS = 16  # at once: more wait for the client's connections
 
@@ -98,9 +97,10 @@ def read_catalog(store: Store) -> Catalog:
             damaged[stage, stage_key] = str(error)
             continue
         last = max(made, used.get(short, made))
-        entries[stage, stage_key] = Entry(stage, stage_key, manifest, record(texts[beside[key]]), last)
-    found = (Run.from_json(texts[key] or b"", seen) for key, seen in runs.items())
-    return Catalog(now, entries, [run for run in found if run is not None], damaged)
+        entries[stage, stage_key] = Entry(stage, stage_key, manifest, record_of(texts[beside[key]]), last)
+    found = [(key, Run.from_json(texts[key] or b"", seen)) for key, seen in runs.items()]
+    # One that stands under another name than its own is not ours either: gc would delete what it names.
+    return Catalog(now, entries, [run for key, run in found if run is not None and run.key == key], damaged)
 
 
 def read_all(store: Store, keys: Iterable[str]) -> dict[str, bytes | None]:
@@ -108,12 +108,3 @@ def read_all(store: Store, keys: Iterable[str]) -> dict[str, bytes | None]:
     names = list(keys)
     with ThreadPoolExecutor(READERS) as pool:
         return dict(zip(names, pool.map(store.backend.read, names), strict=True))
-
-
-def record(text: bytes | None) -> dict[str, Any]:
-    """What is recorded beside an artifact; empty if that cannot be read."""
-    try:
-        document = json.loads(text or b"{}")
-    except ValueError:
-        return {}
-    return document if isinstance(document, dict) else {}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.artifact import File
-from tasks.errors import CorruptBlob, RequantError
+from tasks.errors import CorruptBlob, RequantError, StoreError
 from tasks.store.catalog import Catalog, Entry
 from tasks.store.folder import make_folder
 from tasks.store.store import Store, blob_key
@@ -43,13 +43,18 @@ def find_entries(catalog: Catalog, name: str) -> list[Entry]:
 def copy(
     source: Store, target: Store, entries: Iterable[Entry], say: Callable[[str], None] = lambda text: None
 ) -> list[Copied]:
-    """Copy artifacts with their records. Raises CorruptBlob for a blob that is not what its name says."""
-    copied = []
+    """Copy artifacts with their records. Raises CorruptBlob for a blob that is not what its name says, and in the end
+    RequantError if `target` has another artifact for a stage key: the first one stays."""
+    copied, others = [], []
     for entry in entries:
         name = os.urandom(8).hex()  # gc of either store leaves alone what a lease names
         with source.lease("export", name), target.lease("import", name):
             source.need(entry.manifest.files)
             target.need(entry.manifest.files)
+            there = target.manifest(entry.stage, entry.key)
+            if there is not None and there != entry.manifest:
+                others.append(f"{entry.stage}/{entry.key[:12]} ({there.digest[:12]}, not {entry.manifest.digest[:12]})")
+                continue
             files = {file.sha256: file for file in entry.manifest.files}
             missing = [file for file in files.values() if not target.has_blob(file)]
             with ThreadPoolExecutor(PARALLEL) as pool:
@@ -58,11 +63,18 @@ def copy(
             beside = {**entry.provenance, "copied_from": source.url}
             target.keep(entry.stage, entry.key, entry.manifest, beside)
         copied.append(Copied(entry, sum(file.size for file in missing)))
+    if others:
+        raise RequantError(
+            f"{target.url} has another artifact for {', '.join(others)}, and the first one for a stage key stays: "
+            "use another store"
+        )
     return copied
 
 
 def _copy_blob(source: Store, target: Store, file: File) -> File:
     key = blob_key(file.sha256)
+    if not source.sees_blob(file):
+        raise StoreError(f"{source.url} has lost {file.path} ({file.sha256[:12]}): run `requant store verify` there")
     arriving = target.near.path(f"arriving/copy-{file.sha256}-{os.getpid()}")
     make_folder(arriving.parent)
     arriving.unlink(missing_ok=True)

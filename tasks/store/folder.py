@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -48,6 +48,8 @@ class FolderBackend:
                 )
             ) from error
         for folder in folders:
+            if folder.is_symlink() and folder != self.root:
+                raise _planted(folder)
             _refuse_world_writable(folder)
 
     def read(self, key: str) -> bytes | None:
@@ -76,6 +78,8 @@ class FolderBackend:
 
     def put_file(self, key: str, path: Path, sha256: str | None = None) -> None:
         target = self.path(key)
+        if path.is_symlink():
+            raise _planted(path)
         make_folder(target.parent)
         temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}.{os.urandom(4).hex()}")
         try:
@@ -116,11 +120,12 @@ class FolderBackend:
     def discard(self, leftover: str) -> None:
         self.delete(leftover)
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, insist: Callable[[], None] = lambda: None) -> None:
+        insist()
         self.path(key).unlink(missing_ok=True)
 
     def _files(self, prefix: str) -> Iterator[Item]:
-        for folder, folders, names in os.walk(self.root / prefix):
+        for folder, folders, names in os.walk(self.path(prefix)):
             folders.sort()
             for name in sorted(names):
                 path = os.path.join(folder, name)
@@ -157,8 +162,12 @@ def inside(folder: Path, path: str) -> Path:
     for part in path.split("/"):
         full = full / part
         if full.is_symlink():
-            raise StoreError(f"{full} is a symbolic link, and nothing of ours is: remove it and run again")
+            raise _planted(full)
     return full
+
+
+def _planted(link: Path) -> StoreError:
+    return StoreError(f"{link} is a symbolic link, and nothing of ours is: remove it and run again")
 
 
 def make_folder(path: Path) -> None:

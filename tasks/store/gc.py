@@ -199,8 +199,7 @@ def _sweep(store: Store, plan: Plan, held: Held) -> None:
 
     def delete(names: Iterable[str]) -> None:
         def one(name: str) -> None:
-            held.insist()
-            backend.delete(name)
+            backend.delete(name, held.insist)
 
         with ThreadPoolExecutor(PARALLEL) as pool:
             list(pool.map(one, names))

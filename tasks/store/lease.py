@@ -182,9 +182,11 @@ def _generations(backend: Backend, folder: str) -> list[int]:
 def owner_of(data: bytes) -> Owner | None:
     """Whose lease it is; None for what nobody of ours wrote, which counts as dead."""
     try:
-        return Owner(**json.loads(data))
-    except (ValueError, TypeError):
+        owner = Owner(**json.loads(data))
+    except (ValueError, TypeError, RecursionError):
         return None
+    words = [owner.machine, owner.token, *owner.needs] if isinstance(owner.needs, list) else [None]
+    return owner if type(owner.pid) is int and all(isinstance(word, str) for word in words) else None
 
 
 def _start_of(pid: int) -> float:

@@ -1,25 +1,30 @@
 """Unfinished work in the store: what one machine has finished of a stage, for another to carry on with.
 
 `resume/<stage>/<key>/files/<path>` are the files of a work folder that never change once they are there, and
-`resume/<stage>/<key>/index` lists those of them that belong together; it is written last. A store in a local folder has
-its work folders in itself, so that there is nothing to copy.
+`resume/<stage>/<key>/index` lists those of them that belong together, with their sizes and hashes; it is written last.
+A store in a local folder has its work folders in itself, so that there is nothing to copy.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tasks.artifact import sha256_of
 from tasks.store.background import repeated
 from tasks.store.folder import inside
 from tasks.store.store import Store
 
+log = logging.getLogger(__name__)
 PAUSE = 1.0  # seconds between two looks at the folder
 # What belongs together now: paths relative to the work folder, those that may change last.
 Snapshot = Callable[[Path], list[str]]
+Index = dict[str, tuple[int, str]]  # size and sha256 by path
 
 
 def prefix(stage: str, key: str) -> str:
@@ -32,24 +37,43 @@ def restore(store: Store, stage: str, key: str, folder: Path, worth: Callable[[P
         return 0
     text = store.backend.read(f"{prefix(stage, key)}/index")
     try:
-        sizes = {str(path): int(size) for path, size in json.loads(text or b"{}").items()}
-    except (ValueError, AttributeError, TypeError):
+        index: Index = {
+            str(path): (int(size), str(sha256)) for path, (size, sha256) in json.loads(text or b"{}").items()
+        }
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         return 0
-    if not sizes or not worth(folder, list(sizes)):
+    if not index or not worth(folder, list(index)):
         return 0
     fetched = 0
-    for path, size in sizes.items():
+    for path, (size, sha256) in index.items():
         target = inside(folder, path)
         if target.exists() and target.stat().st_size == size:
             continue
-        target.unlink(missing_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        arriving = target.with_name(f"{target.name}.part")
-        arriving.unlink(missing_ok=True)
-        store.backend.get_file(f"{prefix(stage, key)}/files/{path}", arriving)
-        os.replace(arriving, target)
+        if not _fetch(store, f"{prefix(stage, key)}/files/{path}", target, sha256):
+            log.warning("what another machine had finished arrived altered (%s): it is done again", path)
+            return 0
         fetched += 1
     return fetched
+
+
+def _fetch(store: Store, name: str, target: Path, sha256: str) -> bool:
+    """Bring one file; False if it is not, twice, what was sent. A small one may have been sent again since."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    arriving = target.with_name(f"{target.name}.part")
+    for _ in range(2):
+        arriving.unlink(missing_ok=True)
+        if _is_small(target):
+            arriving.write_bytes(store.backend.read(name) or b"")
+        elif store.backend.get_file(name, arriving) != sha256:
+            continue
+        os.replace(arriving, target)
+        return True
+    arriving.unlink()
+    return False
+
+
+def _is_small(path: Path) -> bool:
+    return path.suffix == ".json"
 
 
 @contextlib.contextmanager
@@ -58,7 +82,7 @@ def kept(store: Store, stage: str, key: str, folder: Path, snapshot: Snapshot) -
     if store.is_local:
         yield
         return
-    sent: dict[str, int] = {}
+    sent: Index = {}
 
     def keep() -> None:
         push(store, stage, key, folder, snapshot(folder), sent)
@@ -67,30 +91,24 @@ def kept(store: Store, stage: str, key: str, folder: Path, snapshot: Snapshot) -
         yield
 
 
-def push(store: Store, stage: str, key: str, folder: Path, paths: list[str], sent: dict[str, int]) -> None:
+def push(store: Store, stage: str, key: str, folder: Path, paths: list[str], sent: Index) -> None:
     """Copy the files at `paths` that were not `sent` yet, then the index. A small one may change and is sent again."""
-    sizes: dict[str, int] = {}
-    changed = False
+    index: Index = {}
     for path in paths:
-        source = folder / path
-        sizes[path] = source.stat().st_size
-        small = source.suffix == ".json"
-        if sent.get(path) == sizes[path] and not small:
-            continue
-        name = f"{prefix(stage, key)}/files/{path}"
-        if small:
+        source, name, before = folder / path, f"{prefix(stage, key)}/files/{path}", sent.get(path)
+        if _is_small(source):
             data = source.read_bytes()
-            sizes[path] = len(data)
-            if sent.get(path) == hash(data):
-                continue
-            store.backend.write(name, data)
-            sent[path] = hash(data)
+            index[path] = len(data), hashlib.sha256(data).hexdigest()
+            if before != index[path]:
+                store.backend.write(name, data)
+        elif before is not None and before[0] == source.stat().st_size:
+            index[path] = before
         else:
-            store.backend.put_file(name, source)  # S3: uploaded, the file stays
-            sent[path] = sizes[path]
-        changed = True
-    if changed:
-        store.backend.write(f"{prefix(stage, key)}/index", json.dumps(sizes).encode())
+            index[path] = source.stat().st_size, sha256_of(source)
+            store.backend.put_file(name, source, index[path][1])  # S3: uploaded, the file stays
+    if any(sent.get(path) != file for path, file in index.items()):
+        store.backend.write(f"{prefix(stage, key)}/index", json.dumps(index).encode())
+        sent.update(index)
 
 
 def sweep(store: Store, stage: str, key: str) -> None:

@@ -47,7 +47,7 @@ class Run:
             document = json.loads(text)
             recipe, base, makes = (str(document[name]) for name in ("recipe", "base", "makes"))
             return cls(recipe, base, makes, tuple((str(s), str(k)) for s, k in document["artifacts"]), seen)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
 
 

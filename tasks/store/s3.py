@@ -31,7 +31,7 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 from botocore.parsers import ResponseParserError
 
 from tasks.artifact import check_relative
-from tasks.errors import CheckpointError, StoreError, StoreUnreachable
+from tasks.errors import CheckpointError, RecipeError, StoreError, StoreUnreachable
 from tasks.store.backend import Item
 from tasks.store.s3_settings import write_settings
 from tasks.store.transfer import REFUSED_HASH, Transfer, error_code, sign_by_name
@@ -71,11 +71,13 @@ class S3Backend:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
     def check(self) -> None:
-        once = _client(connect_timeout=4, read_timeout=10, total_max_attempts=1)
         try:
+            once = _client(connect_timeout=4, read_timeout=10, total_max_attempts=1)
             once.list_objects_v2(Bucket=self.bucket, MaxKeys=1, Prefix=self.prefix)
         except (BotoCoreError, ClientError) as error:
             raise self._explain(error) from error
+        except ValueError as error:  # an endpoint that is no URL
+            raise RecipeError(f"the store {self.url} cannot be used ({error}): check AWS_ENDPOINT_URL_S3") from error
 
     def read(self, key: str) -> bytes | None:
         def get() -> tuple[bytes, bool]:
@@ -159,8 +161,12 @@ class S3Backend:
         name = {"Bucket": self.bucket, "Key": self._name(key), "UploadId": upload}
         self._unless_missing(lambda: self._client.abort_multipart_upload(**name))
 
-    def delete(self, key: str) -> None:
-        self._patiently(lambda: self._client.delete_object(Bucket=self.bucket, Key=self._name(key)))
+    def delete(self, key: str, insist: Callable[[], None] = lambda: None) -> None:
+        def delete() -> None:
+            insist()
+            self._once.delete_object(Bucket=self.bucket, Key=self._name(key))
+
+        self._patiently(delete)
 
     def _name(self, key: str) -> str:
         """The object's full key. Names from outside stay below the prefix, also where a proxy resolves `..`."""
@@ -181,6 +187,11 @@ class S3Backend:
     @functools.cached_property
     def _client(self) -> Any:
         return _client(connect_timeout=10, read_timeout=self.read_timeout, total_max_attempts=3)
+
+    @functools.cached_property
+    def _once(self) -> Any:
+        """Sends each request once and soon, or not at all: by a later one the lease to delete may be lost."""
+        return _client(connect_timeout=10, read_timeout=min(self.read_timeout, 20), total_max_attempts=1)
 
     @functools.cached_property
     def _transfer(self) -> Transfer:
@@ -231,12 +242,15 @@ class S3Backend:
                 )
             if status >= 500 or status in {408, 429} or code in PASSING:
                 return StoreUnreachable(f"the store {self.url} answers {status} {code}: try again when it is well")
-            return StoreError(f"the store {self.url} refused {error.operation_name} ({status} {code})")
+            return StoreError(
+                f"the store {self.url} refused {error.operation_name} ({status} {code}): check REQUANT_STORE, "
+                "AWS_ENDPOINT_URL_S3 and the REQUANT_S3 settings"
+            )
         if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
             return StoreError(
                 f"no AWS credentials for the store {self.url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
-        text = (str(error).splitlines() or [type(error).__name__])[0].partition("?")[0].rstrip(":")
+        text = (str(error).splitlines() or [type(error).__name__])[0].partition("?")[0].replace('"', "").rstrip(":")
         if isinstance(error, LOST):
             return StoreUnreachable(
                 f"the store {self.url} cannot be reached ({text}): check AWS_ENDPOINT_URL_S3 and that the server runs"

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -38,6 +39,19 @@ def blob_key(sha256: str) -> str:
     if not SHA256.fullmatch(sha256):
         raise StoreError(f"{sha256[:80]!r} is not a sha256: the manifest that names it is damaged")
     return f"blobs/sha256/{sha256[:2]}/{sha256}"
+
+
+def record_of(text: bytes | None) -> dict[str, Any]:
+    """What is recorded beside an artifact; empty if that cannot be read."""
+    try:
+        document = json.loads(text or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 class Store:
@@ -72,6 +86,10 @@ class Store:
         folder = inside(self.near.root, f"work/{name}")
         make_folder(folder)
         return folder
+
+    def checkout_folder(self, manifest: Manifest) -> Path:
+        """Where an artifact's files are laid out beside the store, as read-only links."""
+        return self.near.path(f"checkouts/{manifest.digest}")
 
     # What gc must leave alone
 
@@ -138,7 +156,16 @@ class Store:
 
     def read_blob(self, file: File) -> bytes:
         """A small blob's bytes, checked against its name."""
-        return self._near_path(file).read_bytes()
+        data = self._near_path(file).read_bytes()
+        if not self.is_local and _sha256(data) != file.sha256:  # the copy that is here; the store has another
+            self.near.delete(blob_key(file.sha256))
+            data = self._near_path(file).read_bytes()
+        if _sha256(data) != file.sha256:
+            raise CorruptBlob(
+                f"{file.path} in {self.url} does not have the sha256 {file.sha256[:12]} that names it: "
+                "run `requant store verify --deep --repair`, then again"
+            )
+        return data
 
     def hand_out(self, manifest: Manifest, folder: Path, paths: Iterable[str] | None = None) -> Path:
         """Lay an artifact's files (or only `paths`) into `folder` as read-only files, for a stage to read."""
@@ -155,10 +182,13 @@ class Store:
             own = target.is_file() and target.stat().st_nlink == 1 and os.access(target, os.W_OK)
             if own and target.stat().st_size == file.size and sha256_of(target) == file.sha256:
                 continue
-            temporary = target.with_name(f".{target.name}.{os.getpid()}")
+            temporary = target.with_name(f".{target.name[:40]}.part")  # a killed one's is taken over
             temporary.unlink(missing_ok=True)
-            clone(self._near_path(file), temporary)
-            os.replace(temporary, target)
+            try:
+                clone(self._near_path(file), temporary)
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
         return folder
 
     def _lay(self, file: File, folder: Path) -> None:
@@ -244,12 +274,7 @@ class Store:
 
     def provenance(self, stage: str, key: str) -> dict[str, Any]:
         """What is recorded beside an artifact; empty if nothing is."""
-        text = self.backend.read(f"provenance/{stage}/{key}")
-        with contextlib.suppress(ValueError):
-            document = json.loads(text or b"{}")
-            if isinstance(document, dict):
-                return document
-        return {}
+        return record_of(self.backend.read(f"provenance/{stage}/{key}"))
 
     # Small facts
 

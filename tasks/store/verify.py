@@ -17,11 +17,12 @@ from tasks.artifact import File, sha256_of
 from tasks.errors import StoreError
 from tasks.store.catalog import Catalog, read_catalog
 from tasks.store.folder import clone, make_folder
-from tasks.store.lease import lease
+from tasks.store.lease import Held, lease
 from tasks.store.store import GC, Store, blob_key
 
 PARALLEL = 8
 HASHERS = 2  # at once, when every byte is read
+Blob = tuple[str, int]  # sha256 and size
 
 
 @dataclass
@@ -42,30 +43,34 @@ def verify(store: Store, *, deep: bool = False, repair: bool = False) -> Verifie
     if bad:  # or on its way out: gc takes an artifact's manifest first
         store.settle()
         catalog = read_catalog(store)
-        bad = _bad(store, (file for sha256, file in _blobs(catalog).items() if sha256 in bad), deep)
+        bad = _bad(store, (file for blob, file in _blobs(catalog).items() if blob in bad), deep)
     for (stage, key), entry in sorted(catalog.entries.items()):
         for file in entry.manifest.files:
-            if file.sha256 in bad:
+            if _blob(file) in bad:
                 text = f"{file.path} ({file.sha256[:12]}) is missing or damaged"
                 found.problems.append(f"artifacts/{stage}/{key}: {text}")
     found.problems += [f"artifacts/{stage}/{key}: {why}" for (stage, key), why in sorted(catalog.damaged.items())]
     if repair and found.problems:
-        with lease(store.backend, *GC):
-            found.repairs = list(_mend(store, deep, bad))
+        with lease(store.backend, *GC) as held:
+            found.repairs = list(_mend(store, deep, bad, held))
     return found
 
 
-def _blobs(catalog: Catalog) -> dict[str, File]:
-    """The blobs that manifests name, each once, by their sha256."""
-    return {file.sha256: file for _, entry in sorted(catalog.entries.items()) for file in entry.manifest.files}
+def _blob(file: File) -> Blob:
+    return file.sha256, file.size
 
 
-def _bad(store: Store, files: Iterable[File], deep: bool) -> set[str]:
-    """The sha256 of blobs that are not whole."""
+def _blobs(catalog: Catalog) -> dict[Blob, File]:
+    """The blobs that manifests name, each once; one that two manifests give two sizes is two, and one of them wrong."""
+    return {_blob(file): file for _, entry in sorted(catalog.entries.items()) for file in entry.manifest.files}
+
+
+def _bad(store: Store, files: Iterable[File], deep: bool) -> set[Blob]:
+    """The blobs that are not whole."""
     looked_at = list(files)
     with ThreadPoolExecutor(HASHERS if deep else PARALLEL) as pool:
         whole = pool.map(lambda file: _is_good(store, file, deep), looked_at)
-        return {file.sha256 for file, good in zip(looked_at, whole, strict=True) if not good}
+        return {_blob(file) for file, good in zip(looked_at, whole, strict=True) if not good}
 
 
 def _is_good(store: Store, file: File, deep: bool) -> bool:
@@ -82,36 +87,37 @@ def _is_good(store: Store, file: File, deep: bool) -> bool:
 def _sha256_in_store(store: Store, file: File) -> str:
     if store.is_local:
         return sha256_of(store.near.path(blob_key(file.sha256)))
-    make_folder(arriving := store.near.root / "arriving")
+    make_folder(arriving := store.near.path("arriving"))
     with tempfile.TemporaryDirectory(dir=arriving) as folder:
         copy = Path(folder) / "blob"
         return store.backend.get_file(blob_key(file.sha256), copy)
 
 
-def _mend(store: Store, deep: bool, bad: set[str]) -> Iterator[str]:
+def _mend(store: Store, deep: bool, bad: set[Blob], held: Held) -> Iterator[str]:
     """Mend what is still bad now that nobody deletes beside us; a sentence for each thing done."""
     catalog = read_catalog(store)
     blobs = _blobs(catalog)
-    lost: set[str] = set()
-    for sha256 in sorted(_bad(store, (file for sha256, file in blobs.items() if sha256 in bad), deep)):
-        file = blobs[sha256]
+    lost: set[Blob] = set()
+    for blob in sorted(_bad(store, (file for blob, file in blobs.items() if blob in bad), deep)):
+        file = blobs[blob]
         key = blob_key(file.sha256)
         if copy := _whole_copy(store, catalog, file):
             _put_back(store, key, copy)
             yield f"{file.path} ({file.sha256[:12]}) was put back from {copy}"
         else:
-            lost.add(file.sha256)
+            lost.add(blob)
     for (stage, key), entry in sorted(catalog.entries.items()):
-        names = sorted(file.path for file in entry.manifest.files if file.sha256 in lost)
+        names = sorted(file.path for file in entry.manifest.files if _blob(file) in lost)
         if names:
-            store.backend.delete(f"artifacts/{stage}/{key}")
+            store.backend.delete(f"artifacts/{stage}/{key}", held.insist)
             yield f"artifacts/{stage}/{key} was removed, for want of {', '.join(names)}: the next run makes it anew"
-    for sha256 in sorted(lost):  # one of the right size would be taken for good
-        store.backend.delete(blob_key(sha256))
+    for sha256 in sorted({sha256 for sha256, _ in lost} - {sha256 for sha256, _ in blobs.keys() - lost}):
+        # one of the right size would be taken for good
+        store.backend.delete(blob_key(sha256), held.insist)
         if not store.is_local:
             store.near.delete(blob_key(sha256))
     for stage, key in sorted(catalog.damaged):
-        store.backend.delete(f"artifacts/{stage}/{key}")
+        store.backend.delete(f"artifacts/{stage}/{key}", held.insist)
         yield f"artifacts/{stage}/{key} was removed, which could not be read: the next run makes it anew"
 
 
@@ -119,7 +125,7 @@ def _whole_copy(store: Store, catalog: Catalog, file: File) -> Path | None:
     """A file on this machine with the bytes of a blob: in the near cache, or in a checkout beside a local store."""
     candidates = [] if store.is_local else [store.near.path(blob_key(file.sha256))]
     for entry in catalog.entries.values():
-        checkout = store.near.root / "checkouts" / entry.manifest.digest
+        checkout = store.checkout_folder(entry.manifest)
         candidates += [checkout / other.path for other in entry.manifest.files if other.sha256 == file.sha256]
     for path in candidates:
         if path.is_file() and path.stat().st_size == file.size and sha256_of(path) == file.sha256:
@@ -129,7 +135,7 @@ def _whole_copy(store: Store, catalog: Catalog, file: File) -> Path | None:
 
 def _put_back(store: Store, key: str, copy: Path) -> None:
     """Putting a file may move it away: a copy of the copy goes in."""
-    spare = store.near.root / "arriving" / f"{copy.name}-{os.getpid()}"
+    spare = store.near.path(f"arriving/{key.rpartition('/')[2]}-{os.getpid()}")
     make_folder(spare.parent)
     spare.unlink(missing_ok=True)
     try:

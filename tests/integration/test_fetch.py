@@ -105,6 +105,36 @@ def test_what_a_machine_without_power_left_is_thrown_away_when_it_is_wrong(
     assert_stored(download, tmp_path)
 
 
+def test_what_arrives_can_be_written_by_no_other_user_whatever_the_umask(hub: HubStandIn, download: Download) -> None:
+    hub.fault(f"/resolve/.*{SHARD}", method="GET", times=1, bytes_per_second=1 << 20)
+    before = os.umask(0)
+    try:
+        process = download.start()
+    finally:
+        os.umask(before)
+    wait_for(lambda: download.partial() > 0)
+    process.kill()
+    process.communicate()
+    assert [path for path in download.store.rglob("*") if path.stat().st_mode & 0o002] == []
+
+
+def test_a_link_planted_where_a_file_arrives_is_not_followed(
+    hub: HubStandIn, download: Download, tmp_path: Path
+) -> None:
+    hub.fault(f"/resolve/.*{SHARD}", method="GET", times=1, bytes_per_second=1 << 20)
+    process = download.start()
+    wait_for(lambda: download.partial() > 0)
+    process.kill()
+    process.communicate()
+    (arriving,) = download.store.glob(f"work/download-*/{SHARD}")
+    (tmp_path / "mine").write_bytes(b"mine" * (SIZE // 2))
+    arriving.unlink()
+    arriving.symlink_to(tmp_path / "mine")
+    process = download.start()
+    assert f"{arriving} is a symbolic link" in process.communicate(timeout=60)[1] and process.returncode != 0
+    assert (tmp_path / "mine").read_bytes() == b"mine" * (SIZE // 2)
+
+
 @dataclass
 class Redirecting:
     """A Hub that names another host for each file, as the real one does; both keep the headers that they were sent."""

@@ -120,6 +120,15 @@ def test_the_plan_of_a_finished_run_reuses_all_and_knew_every_file(finished: Fin
     )
 
 
+def test_a_run_takes_no_more_disk_than_its_plan_says(finished: Finished, tmp_path: Path) -> None:
+    requant, _ = finished
+    before = requant.variant(REQUANT_STORE=(tmp_path / "empty").as_uri())
+    planned = before("plan", str(requant.write_recipe()), "--json").document["needs"]["disk_bytes"]
+    files = [path.lstat() for path in requant.store.rglob("*") if path.is_file()]
+    left = sum({status.st_ino: status.st_size for status in files}.values())
+    assert left <= planned < 3 * left
+
+
 def test_a_changed_recipe_runs_from_the_stage_that_reads_the_change(requant: Requant) -> None:
     states = {}
     for name, changes in {"mtp": {"mtp": "drop"}, "quantize": {"quantize": {"seed": 1}}}.items():
@@ -184,6 +193,13 @@ def fused(folder: Path) -> Path:
     return base
 
 
+def alike(folder: Path) -> Path:
+    """A base with two files that are one where case is ignored."""
+    base = pico_base(folder)
+    (base / "Config.json").write_bytes((base / "config.json").read_bytes())
+    return base
+
+
 def test_a_run_is_stopped_before_its_first_byte_with_the_plans_sentence(
     requant: Requant, hub: HubStandIn, tmp_path: Path
 ) -> None:
@@ -206,6 +222,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "fused": (fused, {}, "lie fused in model.language_model.layers.0.mlp.experts.down_proj"),
     "group": (pico_base, {"group_size": 1024}, "group_size 1024 divides the input of no layer"),
     "names": (pico_base, {"layers": {"q_prj": {"bits": 8}}}, "names 'q_prj', which is in no layer"),
+    "case": (alike, {}, "config.json stands twice in one artifact"),
     "head": (promising, {}, "promises 1 MTP layers and its tensors have 0"),
 }
 

@@ -177,6 +177,13 @@ class Recorder(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
+    def do_DELETE(self) -> None:
+        """The store is not well."""
+        self.seen[f"{self.path} {len(self.seen)}"] = {}
+        self.send_response(503)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -216,3 +223,20 @@ def test_encryption_and_storage_class_are_sent_as_configured(tmp_path: Path, mon
         assert headers["x-amz-server-side-encryption-aws-kms-key-id"] == "alias/store"
         assert headers.get("x-amz-storage-class") == ("STANDARD_IA" if "large" in path else None)
     assert seen["/bucket/p/new"]["if-none-match"] == "*"
+
+
+def test_a_deletion_is_not_tried_again_once_the_lease_to_delete_may_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def insist() -> None:
+        asked.append(time.monotonic())
+        if len(asked) == 3:
+            raise StoreError("the lease was not renewed in time")
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with recorder() as (url, seen):
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
+        with pytest.raises(StoreError, match="not renewed in time"):
+            S3Backend("bucket", "p", patience=60).delete("blobs/needed", insist)
+    assert len(asked) == 3 and len(seen) == 2

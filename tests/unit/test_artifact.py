@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +53,12 @@ def test_a_path_that_stands_twice_is_refused_by_name() -> None:
         Manifest.of([*FILES, File("config.json", 9, C)])
 
 
+@pytest.mark.parametrize("path", ["config.json/a", "config.json/a/b", "Config.json/a"])
+def test_a_file_that_is_another_ones_folder_is_refused(path: str) -> None:
+    with pytest.raises(CheckpointError, match=r"lies in what is a file too, config\.json"):
+        Manifest.of([*FILES, File(path, 9, C)])
+
+
 OUTSIDE = [
     "", ".", "..", "/etc/passwd", "../x", "a/../b", "a/..", "a//b", "./a", "a/", "a/./b", "a\\b", "..\\b", "a\0b",
     "x" * 1025, "\ud800",
@@ -88,6 +95,12 @@ def test_a_manifest_with_something_else_than_a_sha256_is_an_error() -> None:
         Manifest.from_json(manifest.to_json())
 
 
+def _one(path: Any, size: Any) -> str:
+    """A manifest of one file whose digest is right for what its path and size would be converted to."""
+    digest = Manifest((File(str(path), int(size), A),)).digest
+    return json.dumps({"digest": digest, "files": [{"path": path, "size": size, "sha256": A}]})
+
+
 def _damaged() -> list[str | bytes]:
     whole = Manifest.of(FILES).to_json()
     one = '{"digest": "x", "files": [%s]}'
@@ -99,6 +112,7 @@ def _damaged() -> list[str | bytes]:
         one % f'{{"path": "a", "size": Infinity, "sha256": "{A}"}}',
         one % f'{{"path": "a", "size": {"9" * 5000}, "sha256": "{A}"}}',
         "[" * 200_000,
+        *(_one(path, size) for path, size in (("a", -5), ("a", True), ("a", 7.0), ("a", "7"), (None, 7), (["a"], 7))),
     ]  # fmt: skip
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from tasks.download import download_key
+import pytest
+
+from tasks.download import download, download_key
+from tasks.errors import CheckpointError
 from tasks.hub.revision import HubFile, Revision
+from tasks.store import Store
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -19,3 +23,9 @@ def test_a_download_is_keyed_by_repo_type_and_commit_and_by_nothing_else() -> No
         download_key(base),
     }
     assert len(others) == 4
+
+
+def test_names_that_cannot_lie_in_one_folder_are_refused_before_anything_is_fetched(store: Store) -> None:
+    files = tuple(HubFile(path, 10**9, "b" * 40, "c" * 64) for path in ("model.safetensors", "Model.safetensors"))
+    with pytest.raises(CheckpointError, match="stands twice"):
+        download(store, Revision("nobody/nothing", "a" * 40, files))

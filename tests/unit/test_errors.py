@@ -51,6 +51,11 @@ def test_a_folder_without_access_is_explained_with_its_name(number: int) -> None
     assert str(explained).startswith("/store cannot be used (Permission denied)")
 
 
+def test_a_folder_where_a_file_goes_is_named() -> None:
+    in_the_way = OSError(errno.EISDIR, "Is a directory", "/out/.config.json.part", None, "/out/config.json")
+    assert str(explain_os_error(in_the_way)).startswith("/out/config.json is in the way (Is a directory)")
+
+
 def test_an_operating_system_error_that_users_do_not_meet_is_not_explained() -> None:
     assert explain_os_error(OSError(errno.EBADF, "Bad file descriptor")) is None
 

@@ -211,7 +211,21 @@ def test_a_heart_goes_on_after_a_beat_that_failed(tmp_path: Path) -> None:
     assert backend.failures == 0 and beats > 2
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b'{"pid": 1}', b"\xff", b'{"machine": "x", "more": 1}'])
+SOUND = {"machine": "x", "pid": 1, "started": 1.0, "token": "t", "beats": 1, "needs": []}
+FOREIGN = [
+    {"machine": 5},
+    {"pid": "1"},
+    {"pid": None},
+    {"token": []},
+    {"needs": 5},
+    {"needs": [["a"]]},
+    {"needs": {"a": 1}},
+]
+DAMAGED = [b"", b"{", b"[]", b"null", b'{"pid": 1}', b"\xff", b'{"machine": "x", "more": 1}', b"[" * 100_000]
+DAMAGED += [json.dumps({**SOUND, **other}).encode() for other in FOREIGN]
+
+
+@pytest.mark.parametrize("damage", DAMAGED, ids=lambda text: text[:60].decode(errors="replace"))
 def test_a_damaged_lease_is_taken_over(backend: FolderBackend, damage: bytes) -> None:
     backend.write(f"leases/quantize/{KEY}/000003", damage)
     with lease(backend, "quantize", KEY):

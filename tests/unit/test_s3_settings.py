@@ -9,7 +9,7 @@ from pathlib import Path
 import boto3
 import pytest
 
-from tasks.errors import RecipeError
+from tasks.errors import RecipeError, RequantError
 from tasks.store import open_store
 from tasks.store.s3_settings import write_settings
 
@@ -68,6 +68,23 @@ def test_a_wrong_setting_is_found_when_the_store_is_opened(
     with pytest.raises(RecipeError) as caught:
         open_store("s3://bucket/prefix")
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AWS_ENDPOINT_URL_S3", "nonsense"),
+        ("AWS_ENDPOINT_URL_S3", "http://"),
+        ("AWS_DEFAULT_REGION", "no region"),
+        ("AWS_PROFILE", "nobody"),
+    ],
+)
+def test_what_boto3_itself_refuses_is_a_sentence(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(RequantError, match="the store s3://bucket/prefix cannot be used") as caught:
+        open_store("s3://bucket/prefix").backend.check()
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_the_policy_allows_what_the_code_calls_and_nothing_else() -> None:

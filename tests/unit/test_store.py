@@ -70,7 +70,7 @@ class Remote:
     def discard(self, leftover: str) -> None:
         pass
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, *more: object) -> None:
         self.objects.pop(key, None)
 
 
@@ -159,10 +159,12 @@ def test_a_corrupt_manifest_is_an_error_and_not_a_miss(store: Store, tmp_path: P
         store.manifest("quantize", KEY)
 
 
-def test_a_corrupt_record_costs_the_record_and_not_the_artifact(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [b'{"seconds": ', b"[]", b"\xff", b"[" * 100_000])
+def test_a_corrupt_record_costs_the_record_and_not_the_artifact(store: Store, tmp_path: Path, damage: bytes) -> None:
     kept(store, tmp_path / "work", FILES)
-    store.backend.write(f"provenance/quantize/{KEY}", b'{"seconds": ')
+    store.backend.write(f"provenance/quantize/{KEY}", damage)
     assert store.provenance("quantize", KEY) == {}
+    assert [entry.provenance for entry in read_catalog(store).entries.values()] == [{}]
     assert store.manifest("quantize", KEY) is not None
 
 
@@ -273,6 +275,19 @@ def test_a_checkout_repairs_what_was_edited_and_keeps_what_is_the_same(store: St
     assert (folder / "sub/weights.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_checkout_leaves_nothing_else_behind_whether_it_fails_or_was_killed_before(
+    store: Store, tmp_path: Path
+) -> None:
+    manifest = kept(store, tmp_path / "work", {"a": b"1", "b": b"2"})
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".a.part").write_bytes(b"half")
+    (out / "b").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        store.checkout(manifest, out)
+    assert sorted(path.name for path in out.iterdir()) == ["a", "b"] and (out / "a").read_bytes() == b"1"
+
+
 def test_a_checkout_over_links_to_blobs_gives_the_user_files_of_their_own(store: Store, tmp_path: Path) -> None:
     manifest = kept(store, tmp_path / "work", {"a": b"blob"})
     store.hand_out(manifest, tmp_path / "out")
@@ -291,6 +306,17 @@ def test_a_blob_altered_on_the_way_in_is_refused_and_not_kept(far: Store, remote
     assert [p for p in far.near.root.rglob("*") if p.is_file()] == []
     remote.on_the_way = bytes
     assert far.read_blob(file) == b"weights"
+
+
+def test_a_small_blob_that_a_disk_altered_is_never_read(store: Store, far: Store, tmp_path: Path) -> None:
+    for each in (store, far):
+        manifest = kept(each, tmp_path / "work", {"a": b"right"})
+        path = each.near.path(blob_key(manifest["a"].sha256))
+        path.chmod(0o644)
+        path.write_bytes(b"wrong")
+    assert far.read_blob(manifest["a"]) == b"right"  # fetched anew
+    with pytest.raises(CorruptBlob, match="store verify --deep --repair"):
+        store.read_blob(manifest["a"])
 
 
 def test_a_blob_is_fetched_from_far_once(far: Store, remote: Remote) -> None:
@@ -350,8 +376,28 @@ def test_a_folder_with_a_space_in_its_name_is_the_folder_that_is_used(tmp_path: 
     assert opened.url == folder.as_uri()
 
 
+def test_an_address_that_would_be_cut_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for url in ("s3://bucket/a?b", "s3://bucket/a#b", "file:///data/a#b"):
+        with pytest.raises(RecipeError, match=r"the address .* have no place in it"):
+            open_store(url)
+        monkeypatch.setenv("REQUANT_STORE", url)
+        with pytest.raises(RecipeError, match=r"REQUANT_STORE=.* have no place in it"):
+            open_store()
+
+
 @pytest.mark.parametrize(
-    "url", ["/a/folder", "file://", "file://host/dir", "s3://", "http://x/y", "memory://", "s3:/b/p"]
+    "url",
+    [
+        "/a/folder",
+        "file://",
+        "file://host/dir",
+        "s3://",
+        "http://x/y",
+        "memory://",
+        "s3:/b/p",
+        "s3://b/a/../c",
+        "s3://b/a//c",
+    ],
 )
 def test_an_address_that_is_no_store_is_a_recipe_error_that_says_what_is(url: str) -> None:
     with pytest.raises(RecipeError, match="use file:///an/absolute/folder or s3://bucket/prefix"):

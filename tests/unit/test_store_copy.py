@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tasks.artifact import Manifest
-from tasks.errors import CorruptBlob, RequantError
+from tasks.errors import CorruptBlob, RequantError, StoreError
 from tasks.store import Store
 from tasks.store.catalog import read_catalog
 from tasks.store.copy import copy, find_entries, store_at
@@ -83,6 +83,20 @@ def test_a_copy_that_was_cut_off_goes_on_and_shows_nothing_before(
     assert 0 < again.bytes < 6 and verify(target, deep=True).problems == []
 
 
+def test_another_artifact_for_a_stage_key_stays_and_is_named_and_the_others_arrive(
+    source: Store, target: Store, tmp_path: Path
+) -> None:
+    keep(source, tmp_path / "s", KEYS[0], {"a": b"source's"})
+    second = keep(source, tmp_path / "s", KEYS[1], {"b": b"2"})
+    first = keep(target, tmp_path / "t", KEYS[0], {"a": b"target's"})
+    with pytest.raises(
+        RequantError, match=rf"has another artifact for quantize/{KEYS[0][:12]} \({first.digest[:12]}, not"
+    ):
+        copy(source, target, read_catalog(source).entries.values())
+    assert target.manifest("quantize", KEYS[0]) == first and target.manifest("quantize", KEYS[1]) == second
+    assert len(list(target.backend.keys("blobs"))) == 2  # nothing moved in vain
+
+
 def test_a_damaged_blob_is_refused_and_no_artifact_arrives(source: Store, target: Store, tmp_path: Path) -> None:
     manifest = keep(source, tmp_path / "s", KEYS[0], {"a": b"right"})
     path = source.near.path(blob_key(manifest["a"].sha256))
@@ -92,6 +106,13 @@ def test_a_damaged_blob_is_refused_and_no_artifact_arrives(source: Store, target
         copy(source, target, read_catalog(source).entries.values())
     assert not list(target.backend.keys("artifacts")) + list(target.backend.keys("blobs"))
     assert not list((target.near.root / "arriving").iterdir())
+
+
+def test_a_blob_that_the_source_lost_is_named(source: Store, target: Store, tmp_path: Path) -> None:
+    manifest = keep(source, tmp_path / "s", KEYS[0], {"a": b"right"})
+    source.backend.delete(blob_key(manifest["a"].sha256))
+    with pytest.raises(StoreError, match="has lost a "):
+        copy(source, target, read_catalog(source).entries.values())
 
 
 def test_an_artifact_is_found_by_the_beginning_of_its_key_or_digest(source: Store, tmp_path: Path) -> None:

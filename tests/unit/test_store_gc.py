@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -293,12 +294,12 @@ def test_killed_after_any_deletion_every_manifest_is_whole_and_the_next_gc_ends_
     store.find("quantize", "stays")
     delete, left = store.backend.delete, [deletions]
 
-    def dying(key: str) -> None:
+    def dying(key: str, *more: Any) -> None:
         if not key.startswith("leases/"):
             left[0] -= 1
             if left[0] < 0:
                 raise KeyboardInterrupt
-        delete(key)
+        delete(key, *more)
 
     monkeypatch.setattr(store.backend, "delete", dying)
     with pytest.raises(KeyboardInterrupt):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tasks.artifact import sha256_of
 from tasks.quantizing import carry
 from tasks.store.folder import FolderBackend
-from tasks.store.resume import kept, push, restore, sweep
+from tasks.store.resume import Index, kept, push, restore, sweep
 from tasks.store.store import Store
 
 
@@ -59,7 +60,7 @@ def test_another_machine_goes_on_from_the_finished_blocks(remote: Remote, tmp_pa
 
 
 def test_files_are_copied_while_the_work_goes_on_and_once_only(remote: Remote, tmp_path: Path) -> None:
-    folder, sent = tmp_path / "work", dict[str, int]()
+    folder, sent = tmp_path / "work", Index()
     store = machine(remote, tmp_path / "near")
     finish_block(folder, 0)
     push(store, "quantize", "k", folder, carry.portable(folder), sent)
@@ -71,6 +72,41 @@ def test_files_are_copied_while_the_work_goes_on_and_once_only(remote: Remote, t
     assert {key.rsplit("/", 1)[1] for key in again} <= {"index", carry.MANIFEST, "block-00000.safetensors",
                                                         "model-shard-00001.safetensors"}  # fmt: skip
     assert not {key for key in again if key.endswith("00000.safetensors") or key.endswith("00001.safetensors")}
+
+
+def altered(remote: Remote, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """The next `times` block files that are fetched come with other bytes of the same number."""
+    get_file, left = remote.get_file, [times]
+
+    def get(key: str, path: Path) -> str:
+        found = get_file(key, path)
+        if "block-" in key and left[0]:
+            left[0] -= 1
+            path.write_bytes(b"?" * path.stat().st_size)
+            return sha256_of(path)
+        return found
+
+    monkeypatch.setattr(remote, "get_file", get)
+
+
+def test_a_block_that_arrives_altered_is_fetched_again_and_else_done_again(
+    remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, three = tmp_path / "one", tmp_path / "two", tmp_path / "three"
+    finish_block(one, 0)
+    push(machine(remote, tmp_path / "a"), "quantize", "k", one, carry.portable(one), {})
+    altered(remote, monkeypatch, 1)
+    assert restore(machine(remote, tmp_path / "b"), "quantize", "k", two, carry.worth_fetching) == 3
+    assert files(two) == files(one)
+    altered(remote, monkeypatch, 2)
+    assert restore(machine(remote, tmp_path / "c"), "quantize", "k", three, carry.worth_fetching) == 0
+    assert carry.finished(three) == 0 and not any(b"?" in data for data in files(three).values())
+
+
+@pytest.mark.parametrize("index", [b'{"a": 5}', b"[" * 100_000, b'{"a": [1e999, ""]}', b"[]", b"\xff"])
+def test_an_index_that_nobody_of_ours_wrote_is_passed_over(remote: Remote, tmp_path: Path, index: bytes) -> None:
+    remote.write("resume/quantize/k/index", index)
+    assert restore(machine(remote, tmp_path / "b"), "quantize", "k", tmp_path / "w", carry.worth_fetching) == 0
 
 
 def test_a_shard_that_is_still_being_written_does_not_count(tmp_path: Path) -> None:

@@ -75,9 +75,12 @@ def test_a_store_that_fails_does_not_stop_the_run(store: Store, monkeypatch: pyt
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(
-    "text", [b"", b"{", b"[]", b'{"recipe": "a", "base": "b", "makes": "c", "artifacts": [1]}', b'{"recipe": 1}']
-)
+NO_RUNS = [b"", b"{", b"[]", b'{"recipe": "a", "base": "b", "makes": "c", "artifacts": [1]}', b'{"recipe": 1}']
+NO_RUNS += [b"[" * 100_000, b'{"recipe": "../../x", "base": "a@y", "makes": "c", "artifacts": []}']
+NO_RUNS += [b'{"recipe": "elsewhere", "base": "a@y", "makes": "c", "artifacts": []}']  # gc would delete it there
+
+
+@pytest.mark.parametrize("text", NO_RUNS, ids=lambda text: text[:60].decode())
 def test_what_is_no_run_is_passed_over(store: Store, text: bytes) -> None:
     store.backend.write("runs/x/y", text)
     assert read_catalog(store).runs == []

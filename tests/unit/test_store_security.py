@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.artifact import File, Manifest, check_relative
+from tasks.artifact import File, Manifest, check_relative, file_of
 from tasks.errors import CheckpointError, RequantError, StoreError
 from tasks.store import Store
 from tasks.store.folder import FolderBackend, make_folder
@@ -57,6 +57,7 @@ def test_the_longest_name_that_is_allowed_can_be_stored_and_laid_out(store: Stor
     manifest = keep(store, tmp_path / "scratch", {"short": b"x"})
     renamed = Manifest.of([File(longest, 1, manifest["short"].sha256)])
     assert (store.hand_out(renamed, tmp_path / "out") / longest).read_bytes() == b"x"
+    assert (store.checkout(renamed, tmp_path / "own") / longest).read_bytes() == b"x"
     store.backend.write(longest, b"small")
     (tmp_path / "file").write_bytes(b"large")
     store.backend.put_file(longest, tmp_path / "file")
@@ -131,6 +132,23 @@ def test_gc_follows_no_link_out_of_the_store(store: Store, outside: Path) -> Non
     assert (outside / "file").exists()
 
 
+def test_gc_follows_no_link_out_of_the_near_cache(far: Store, outside: Path) -> None:
+    os.utime(outside / "file", (1, 1))
+    (far.near.root / "blobs").symlink_to(outside)
+    with pytest.raises(StoreError, match="is a symbolic link"):
+        collect(far, Policy())
+    assert (outside / "file").read_bytes() == b"mine"
+
+
+def test_a_file_in_whose_place_a_link_lies_is_not_taken_for_ours(store: Store, outside: Path) -> None:
+    work = store.work_folder("quantize", KEY)
+    (work / "file").symlink_to(outside / "file")
+    before = (outside / "file").stat()
+    with pytest.raises(StoreError, match="is a symbolic link"):
+        store.put_blob(work / "file", file_of(work, "file"))
+    assert (outside / "file").stat() == before and not list(store.backend.keys("blobs"))
+
+
 @pytest.mark.parametrize("how", ["hand_out", "checkout"])
 def test_nothing_is_laid_out_through_a_link_in_the_folder(
     store: Store, tmp_path: Path, outside: Path, how: str
@@ -143,14 +161,25 @@ def test_nothing_is_laid_out_through_a_link_in_the_folder(
     assert (outside / "file").read_bytes() == b"mine"
 
 
+def test_a_link_in_place_of_the_checkouts_beside_a_store_is_not_followed(
+    store: Store, tmp_path: Path, outside: Path
+) -> None:
+    manifest = keep(store, tmp_path / "scratch", {"file": b"theirs"})
+    (store.near.root / "checkouts").mkdir()
+    (store.near.root / "checkouts" / manifest.digest).symlink_to(outside)
+    with pytest.raises(StoreError, match="is a symbolic link"):
+        store.hand_out(manifest, store.checkout_folder(manifest))
+    assert (outside / "file").read_bytes() == b"mine"
+
+
 def test_carried_work_names_no_file_outside_its_folder(tmp_path: Path, outside: Path) -> None:
     far = Store(FolderBackend(tmp_path / "remote"), near=FolderBackend(tmp_path / "near"))
-    far.backend.write("resume/quantize/k/index", b'{"../outside/file": 9}')
+    far.backend.write("resume/quantize/k/index", b'{"../outside/file": [9, ""]}')
     with pytest.raises(RequantError, match="not allowed"):
         restore(far, "quantize", "k", tmp_path / "work", lambda folder, paths: True)
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "sub").symlink_to(outside)
-    far.backend.write("resume/quantize/k/index", b'{"sub/file": 9}')
+    far.backend.write("resume/quantize/k/index", b'{"sub/file": [9, ""]}')
     with pytest.raises(StoreError, match="is a symbolic link"):
         restore(far, "quantize", "k", tmp_path / "work", lambda folder, paths: True)
     assert (outside / "file").read_bytes() == b"mine"
@@ -176,6 +205,16 @@ def test_a_store_that_every_user_may_write_to_is_refused_with_its_remedy(store: 
     assert str(path) in str(caught.value)
     path.chmod(0o770)
     store.check()
+
+
+def test_a_link_to_a_folder_that_every_user_may_write_to_is_told_from_a_folder_of_ours(
+    store: Store, outside: Path
+) -> None:
+    outside.chmod(0o777)
+    (store.near.root / "work").symlink_to(outside)
+    with pytest.raises(StoreError, match="is a symbolic link") as caught:
+        store.check()
+    assert "chmod" not in str(caught.value)  # which would go through the link
 
 
 def test_a_store_made_under_a_careless_umask_is_not_writable_by_everyone(tmp_path: Path) -> None:

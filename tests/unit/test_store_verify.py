@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,19 @@ def test_a_manifest_that_cannot_be_read_is_removed(store: Store) -> None:
         f"artifacts/quantize/{KEY} was removed, which could not be read: the next run makes it anew"
     ]
     assert verify(store).problems == []
+
+
+@pytest.mark.parametrize("key", ["0" * 64, "f" * 64])
+def test_a_manifest_that_gives_a_blob_another_size_costs_no_other_artifact_its_blob(
+    store: Store, tmp_path: Path, key: str
+) -> None:
+    manifest = keep(store, tmp_path / "one", {"a": b"aaaa"})
+    wrong = Manifest.of([replace(manifest["a"], size=5)])
+    store.backend.write(f"artifacts/quantize/{key}", wrong.to_json().encode())
+    found = verify(store, repair=True)
+    assert len(found.problems) == 1 and found.problems[0].startswith(f"artifacts/quantize/{key}: a (")
+    assert len(found.repairs) == 1 and found.repairs[0].startswith(f"artifacts/quantize/{key} was removed")
+    assert store.manifest("quantize", KEY) == manifest and verify(store, deep=True).problems == []
 
 
 def test_names_that_nobody_of_ours_wrote_are_left_alone(store: Store) -> None:
