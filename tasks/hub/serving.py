@@ -15,30 +15,40 @@ QUESTION = "Write a Python function that reverses a list."
 
 
 def serving_parts(
-    benchmark: Mapping[str, Any], model: str, *, head: bool, packed_head: bool, chat: bool, auto: str, asked: Benchmark
+    benchmark: Mapping[str, Any],
+    model: str,
+    *,
+    head: bool,
+    packed_head: bool,
+    chat: bool,
+    auto: str,
+    asked: Benchmark,
+    remote_code: bool = False,
 ) -> list[str]:
-    """How to serve `model`, ask it, and load it. `auto` is the class of transformers."""
+    """How to serve `model`, ask it, and load it. `auto` is the class of transformers; `remote_code`: it may bring its
+    own."""
+    trust = ["--trust-remote-code"] if remote_code else []
     return [
-        *(_vllm(benchmark, model, asked, mtp=True) if head else ()),
-        *_vllm(benchmark, model, asked, mtp=False),
+        *(_vllm(benchmark, model, asked, trust, mtp=True) if head else ()),
+        *_vllm(benchmark, model, asked, trust, mtp=False),
         "It speaks OpenAI's API. This request was **not run** as it stands here; Requant's tests run it, on a small "
         "model.",
         code(_curl(model, chat=chat)),
         f"SGLang{' with its MTP head' if head and not packed_head else ''}. This command was **not run**.",
-        code(_sglang(model, asked.draft_tokens if head and not packed_head else 0)),
+        code(_sglang(model, trust, asked.draft_tokens if head and not packed_head else 0)),
         f"transformers{', which does not use the MTP head' if head else ''}. This was **not run** as it stands here; "
         "Requant's tests run it, on a small model.",
-        code(_transformers(model, auto, chat=chat), "python"),
+        code(_transformers(model, auto, chat=chat, remote_code=remote_code), "python"),
     ]
 
 
-def _vllm(benchmark: Mapping[str, Any], model: str, asked: Benchmark, *, mtp: bool) -> list[str]:
+def _vllm(benchmark: Mapping[str, Any], model: str, asked: Benchmark, trust: Sequence[str], *, mtp: bool) -> list[str]:
     """The command as the benchmark ran it, or, marked so, as it would have."""
     name = f"vLLM with{'' if mtp else 'out'} MTP"
     ran = next((command["words"] for command in benchmark.get("commands", ()) if command["mtp"] is mtp), None)
     if ran is None:
         flags = with_drafts(asked.flags, asked.draft_tokens) if mtp else without_drafts(asked.flags)
-        words = ["vllm", "serve", MODEL, *arguments(flags)]
+        words = ["vllm", "serve", MODEL, *trust, *arguments(flags)]
         return [f"{name}. This command was **not run** by the pipeline that made this card.", _shown(words, model)]
     where = f"{benchmark['version']}, {benchmark['hardware']}"
     said = (
@@ -52,9 +62,9 @@ def _shown(words: Sequence[str], model: str) -> str:
     return code(command_line(public(list(words)), model))
 
 
-def _sglang(model: str, draft_tokens: int) -> str:
+def _sglang(model: str, trust: Sequence[str], draft_tokens: int) -> str:
     """Its flags for a model's own MTP layers: https://docs.sglang.io/docs/advanced_features/speculative_decoding"""
-    words = ["python", "-m", "sglang.launch_server", "--model-path", model]
+    words = ["python", "-m", "sglang.launch_server", "--model-path", model, *trust]
     if draft_tokens:
         words += ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(draft_tokens)]
         words += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(draft_tokens + 1)]
@@ -72,7 +82,8 @@ def _curl(model: str, *, chat: bool) -> str:
     )
 
 
-def _transformers(model: str, auto: str, *, chat: bool) -> str:
+def _transformers(model: str, auto: str, *, chat: bool, remote_code: bool) -> str:
+    trust = ", trust_remote_code=True" if remote_code else ""
     inputs = f'inputs = tokenizer("# {QUESTION}", return_tensors="pt")'
     if chat:
         inputs = (
@@ -82,8 +93,8 @@ def _transformers(model: str, auto: str, *, chat: bool) -> str:
         )
     return (
         f"from transformers import {auto}, AutoTokenizer  # and auto-round, which unpacks the weights\n\n"
-        f'model = {auto}.from_pretrained("{model}", device_map="auto")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{model}")\n'
+        f'model = {auto}.from_pretrained("{model}", device_map="auto"{trust})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{model}"{trust})\n'
         f"{inputs}\n"
         "output = model.generate(**inputs.to(model.device), max_new_tokens=200)\n"
         "print(tokenizer.decode(output[0], skip_special_tokens=True))"

@@ -44,6 +44,13 @@ def test_a_recipes_flags_are_in_a_command_that_was_not_run_too() -> None:
     assert '"num_speculative_tokens":2' in body and "**not run**" in body and "No engine was run." in body
 
 
+def test_a_base_that_brings_code_is_served_with_what_allows_it() -> None:
+    _, body = card_of(recipe=recipe(allow_remote_code=True))
+    assert body.count("\n  --trust-remote-code") == 3  # vLLM with MTP and without, SGLang
+    assert 'AutoModelForCausalLM.from_pretrained("me/q-int4", device_map="auto", trust_remote_code=True)' in body
+    assert "trust" not in card_of()[1]
+
+
 def test_speed_is_told_with_mtp_and_without() -> None:
     _, body = card_of(benchmark=MEASURED_IN_VLLM)
     assert "| greedy, one at a time | 50.0 | 100.0 | 2.00 | 80.0% |" in body
