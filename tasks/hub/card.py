@@ -252,13 +252,14 @@ def _pictures(pictures: Sequence[Picture]) -> list[str]:
 
 def _others(facts: CardFacts) -> list[str]:
     """What the same recipe makes beside this, whatever became of it: so one card is the same in every run."""
+    headless = not facts.head and facts.recipe.mtp != "drop"  # and so is the base
     rows = [
         (
             _linked(one.publish.repo_id),
             scheme_words(one.quantize),
             one.quantize.format,
             str(one.quantize.iters),
-            one.mtp,
+            "none" if headless else one.mtp,
         )
         for one in facts.others.values()
         if one.publish

@@ -51,10 +51,8 @@ def _vllm(benchmark: Mapping[str, Any], model: str, asked: Benchmark, trust: Seq
         words = ["vllm", "serve", MODEL, *trust, *arguments(flags)]
         return [f"{name}. This command was **not run** by the pipeline that made this card.", _shown(words, model)]
     where = f"{benchmark['version']}, {benchmark['hardware']}"
-    said = (
-        f"{name}. This command was **run** by the pipeline that made this card ({where}), on the folder that was then "
-    )
-    return [f"{said}published; the speeds below are its.", _shown(ran, model)]
+    said = f"{name}. This command was **run** by the pipeline that made this card ({where}), on these very files"
+    return [f"{said}; the speeds below are its.", _shown(ran, model)]
 
 
 def _shown(words: Sequence[str], model: str) -> str:
@@ -112,8 +110,10 @@ def speed_parts(benchmark: Mapping[str, Any]) -> list[str]:
             f"{benchmark['prefill_tokens_per_second']:.0f} tokens per second of prompt, "
             f"{benchmark['tokens_per_second']:.1f} decoded. This is no engine's figure."
         ]
-    where = f"{benchmark['version']} on {benchmark['hardware']}" if "version" in benchmark else "A server"
-    lines = [f"{where}, tokens per second of output, {_tokens(benchmark)} a draft."]
+    lines = ["A server that ran already, whose flags are not known; tokens per second of output."]
+    if "version" in benchmark:
+        where = f"{benchmark['version']} on {benchmark['hardware']}"
+        lines = [f"{where}, tokens per second of output, {_tokens(benchmark)} a draft."]
     rows = benchmark["prompts"]
     at_once = sorted({row["concurrency"] for row in rows})
     header = ("requests", "without MTP", "with MTP", "times", "drafts accepted")

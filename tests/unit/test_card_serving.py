@@ -37,6 +37,18 @@ def test_the_serving_command_is_the_one_that_ran() -> None:
     assert "No engine was run" not in body
 
 
+def test_a_command_that_ran_without_anything_published_is_not_said_to_be_of_what_was() -> None:
+    _, body = card_of(benchmark=MEASURED_IN_VLLM, recipe=recipe(publish=None))
+    assert "**run** by the pipeline" in body and "published" not in body.split("## Speed")[0]
+
+
+def test_of_a_server_that_ran_already_nothing_is_told_that_nobody_knows() -> None:
+    told = {k: v for k, v in MEASURED_IN_VLLM.items() if k not in {"version", "hardware"}}
+    _, body = card_of(benchmark={**told, "engine": "url:http://x", "commands": []})
+    speed = body.split("## Speed")[1].split("\n## ")[0]
+    assert "a draft" not in speed and "tokens per second" in speed and "flags are not known" in speed
+
+
 def test_a_recipes_flags_are_in_a_command_that_was_not_run_too() -> None:
     flags = {"kv-cache-dtype": "fp8", "enforce-eager": True}
     _, body = card_of(recipe=recipe(benchmark={"flags": flags, "draft_tokens": 2}))
