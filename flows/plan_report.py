@@ -60,7 +60,7 @@ def render(document: Document) -> str:
 def markdown(document: Document, title: str) -> str:
     """The plan as markdown. Names and sentences come from outside: nothing in them is more than text."""
     verdict = "would be stopped" if document["problems"] else "would run"
-    parts = [f"### {plain(title)}: {verdict}", f"{named(subject(document))}: {plain(headline(document))}"]
+    parts = [f"### {plain(title)}: {verdict}", f"{_verbatim(subject(document))}: {plain(headline(document))}"]
     if document["stages"]:
         parts.append(table(stage_header(document), stage_rows(document)))
         parts.append(table(NEEDS, need_rows(document)))
