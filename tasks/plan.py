@@ -91,7 +91,7 @@ def plan_of(
             done = _done(store, one, base, hashes, calibration, text)
             stages = _stages(store, one, base, hashes, done, before.stages(one), output)
             to_run = {stage["name"] for stage in stages if stage["state"] == "run"}
-            needed = needs(output, one, far + before.kept if to_run - {"publish"} else 0, to_run)
+            needed = needs(output, one, far, to_run, kept=before.kept)
             problems += output.problems
             # With a store that machines share, the one that quantizes may be another than this.
             too_little = disk_problem(needed.disk, store.near.root) if store.is_local and not elsewhere else None

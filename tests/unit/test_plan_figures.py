@@ -16,7 +16,7 @@ from tasks.planning import needs as needing
 from tasks.planning.changes import changed_fields, changed_files
 from tasks.planning.figures import effort, quantize_figure, stage_figure
 from tasks.planning.needs import disk_problem, needs
-from tasks.planning.output import plan_output
+from tasks.planning.output import head_bytes, plan_output
 from tasks.recipe import Recipe
 from tasks.recipe_file import parse_recipe
 from tasks.store import Store, open_store
@@ -96,6 +96,15 @@ def test_low_memory_mode_moves_the_samples_from_the_gpu_into_memory(tmp_path: Pa
     nothing = needs(output, recipe(group_size=32), 0, set())
     assert nothing.disk == 0 and nothing.most("ram_bytes") == 0
     assert needs(output, recipe(group_size=32), 10**9, ALL_STAGES).disk > 10**9
+
+
+def test_disk_is_told_stage_by_stage(tmp_path: Path) -> None:
+    output = plan_output(Checkpoint.open(pico_base(tmp_path / "base")), recipe(group_size=32), {})
+    needed = needs(output, recipe(group_size=32), 10**6, ALL_STAGES, kept=7)
+    disk = {name: stage["disk_bytes"] for name, stage in needed.stages.items() if "disk_bytes" in stage}
+    assert list(disk) == ["download", "quantize", "mtp_fix"] and disk["download"] == 10**6
+    assert disk["mtp_fix"] == head_bytes(output) and sum(disk.values()) + 7 == needed.disk
+    assert needs(output, recipe(group_size=32), 10**6, {"publish"}, kept=7).disk == 0
 
 
 def test_too_little_disk_is_a_problem_with_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
