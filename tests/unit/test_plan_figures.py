@@ -17,7 +17,7 @@ from tasks.planning.changes import changed_fields, changed_files
 from tasks.planning.figures import effort, quantize_figure, stage_figure
 from tasks.planning.needs import disk_problem, needs
 from tasks.planning.output import head_bytes, plan_output
-from tasks.recipe import Recipe
+from tasks.recipe import Benchmark, Recipe
 from tasks.recipe_file import parse_recipe
 from tasks.store import Store, open_store
 from tests.pico import pico_base
@@ -85,6 +85,35 @@ def test_other_stages_take_the_nearest_run_and_else_an_assumption_called_so(stor
     known = stage_figure(store, "validate", recipe(device="cpu"), 2_000_000)
     assert known.seconds == pytest.approx(14.0) and known.source == "an earlier run on cpu, 2026-11-01"
     assert stage_figure(store, "validate", recipe("H100"), 2_000_000).source.startswith("assumed")
+
+
+def test_a_toy_run_foretells_nothing_of_a_large_model(store: Store) -> None:
+    work = {"parameters": 1000, "iters": 1, "nsamples": 4, "seqlen": 64, "batch_size": 4, "fast": "auto"}
+    facts = {"seconds": 30.0, "settings": {"device": "NVIDIA H100 80GB HBM3"}, "blocks": [{"seconds": 3.0}]}
+    record(store, "quantize", **facts, work=work)
+    record(store, "validate", seconds=30.0, bytes_read=2_000_000, settings={"device": "NVIDIA H100 80GB HBM3"})
+    assert "blocks of 27 B" in quantize_figure(store, recipe("H100"), BLOCKS, LINEAR).source
+    assert stage_figure(store, "validate", recipe("H100"), 75_000_000_000).source.startswith("assumed")
+    larger = {**work, "parameters": 20_000_000_000, "iters": 200, "nsamples": 128, "seqlen": 2048, "batch_size": 8}
+    store.keep("quantize", "1" * 64, Manifest.of([]), {"started": "2026-10-01T10:00:00", **facts, "work": larger})
+    assert quantize_figure(store, recipe("H100"), BLOCKS, LINEAR).source.endswith("2026-10-01")
+
+
+@pytest.mark.parametrize(
+    ("asked", "measured", "source"),
+    [
+        ("none", "vllm", "nothing is measured"),
+        ("vllm", "none", "assumed"),
+        ("auto", "none", "assumed"),
+        ("vllm", "torch", "assumed"),
+        ("vllm", "vllm", "an earlier run"),
+        ("auto", "torch", "an earlier run"),
+    ],
+)
+def test_a_benchmark_takes_as_long_as_one_in_its_engine(asked: str, measured: str, source: str, store: Store) -> None:
+    record(store, "benchmark", seconds=7.0, bytes_read=1_000_000, measured={"engine": measured})
+    one = recipe().model_copy(update={"benchmark": Benchmark(engine=asked)})
+    assert stage_figure(store, "benchmark", one, 1_000_000).source.startswith(source)
 
 
 def test_low_memory_mode_moves_the_samples_from_the_gpu_into_memory(tmp_path: Path) -> None:
