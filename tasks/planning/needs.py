@@ -51,7 +51,7 @@ def needs(output: Output, recipe: Recipe, missing: int, to_run: set[str], *, kep
         stages["download"] = {"disk_bytes": missing}
     if "quantize" in to_run:
         stages["quantize"] = {"disk_bytes": _quantize_disk(output, recipe), **_quantize(output, recipe)}
-    if "mtp_fix" in to_run:
+    if "mtp_fix" in to_run and head_bytes(output):
         stages["mtp_fix"] = {"disk_bytes": head_bytes(output)}
     if "validate" in to_run:
         stages["validate"] = _validate(output)
