@@ -51,10 +51,11 @@ def beside_for(
     report: str,
     pictures: Sequence[Picture] = (),
     others: Mapping[str, Recipe] | None = None,
+    engines: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, bytes]:
     """What goes beside an artifact's files, by path: the card, the recipe, the report, pictures, and `requant.json`.
 
-    others: what the same run makes of the base beside this.
+    others: what the same run makes of the base beside this; engines: which load it and draft, as its plan says.
     """
     drawn = {f"{FOLDER}/{p.name}.png": p for p in pictures if f"{FOLDER}/{p.name}.png" not in artifact}
     kept_names = tuple(name for name in _names(store, artifact) if name.rsplit(".", 1)[-1] not in PARTS)
@@ -73,6 +74,7 @@ def beside_for(
         base_card=_base_card(store, base_files),
         pictures=list(drawn.values()),
         others=others or {},
+        engines=engines or {},
         why=why_kept(kept_names, recipe.quantize.layers),
         fp8=bool(_quantization(store, base_files)),  # of packed bases none comes this far
         version=installed_version("requant"),

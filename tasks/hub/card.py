@@ -62,6 +62,7 @@ def make_card(facts: CardFacts) -> str:
             auto="AutoModelForImageTextToText" if facts.vision else "AutoModelForCausalLM",
             asked=recipe.benchmark,
             remote_code=recipe.allow_remote_code,
+            engines=facts.engines,
         ),
         "## Quantization",
         table(("setting", "value"), _settings(facts)),

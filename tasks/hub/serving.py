@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasks.hub.markdown import code, table
+from tasks.hub.markdown import code, plain, table
 from tasks.hub.public import public
 from tasks.recipe import Benchmark
 from tasks.serving.flags import MODEL, arguments, command_line, with_drafts, without_drafts
 from tasks.serving.measure import summary
 
+NAMES = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
+Engines = Mapping[str, Mapping[str, Any]]
 QUESTION = "Write a Python function that reverses a list."
 
 
@@ -24,28 +26,53 @@ def serving_parts(
     auto: str,
     asked: Benchmark,
     remote_code: bool = False,
+    engines: Engines,
 ) -> list[str]:
     """How to serve `model`, ask it, and load it. `auto` is the class of transformers; `remote_code`: it may bring its
-    own."""
+    own; `engines`: which of them load it and draft, as far as headers and configs tell."""
     trust = ["--trust-remote-code"] if remote_code else []
-    return [
-        *(_vllm(benchmark, model, asked, trust, mtp=True) if head else ()),
-        *_vllm(benchmark, model, asked, trust, mtp=False),
-        "It speaks OpenAI's API. This request was **not run** as it stands here; Requant's tests run it, on a small "
-        "model.",
-        code(_curl(model, chat=chat)),
-        f"SGLang{' with its MTP head' if head and not packed_head else ''}. This command was **not run**.",
-        code(_sglang(model, trust, asked.draft_tokens if head and not packed_head else 0)),
-        f"transformers{', which does not use the MTP head' if head else ''}. This was **not run** as it stands here; "
-        "Requant's tests run it, on a small model.",
-        code(_transformers(model, auto, chat=chat, remote_code=remote_code), "python"),
-    ]
+    refused = {engine: why for engine in NAMES if (why := _refusal(engines, engine, "loads"))}
+    if benchmark.get("commands"):
+        refused.pop("vllm", None)  # it did
+    drafts = head and not packed_head and not _refusal(engines, "sglang", "mtp")
+    parts = [f"{NAMES[engine]} does not load it: {why}." for engine, why in refused.items()]
+    if "vllm" not in refused:
+        parts += _vllm(benchmark, model, asked, trust, _refusal(engines, "vllm", "mtp"), mtp=True) if head else []
+        parts += _vllm(benchmark, model, asked, trust, None, mtp=False)
+    if not {"vllm", "sglang"} <= refused.keys():
+        parts += [
+            "It speaks OpenAI's API. This request was **not run** as it stands here; Requant's tests run it, on a "
+            "small model.",
+            code(_curl(model, chat=chat)),
+        ]
+    if "sglang" not in refused:
+        parts += [
+            f"SGLang{' with its MTP head' if drafts else ''}. This command was **not run**.",
+            code(_sglang(model, trust, asked.draft_tokens if drafts else 0)),
+        ]
+    if "transformers" not in refused:
+        parts += [
+            f"transformers{', which does not use the MTP head' if head else ''}. This was **not run** as it stands "
+            "here; Requant's tests run it, on a small model.",
+            code(_transformers(model, auto, chat=chat, remote_code=remote_code), "python"),
+        ]
+    return parts
 
 
-def _vllm(benchmark: Mapping[str, Any], model: str, asked: Benchmark, trust: Sequence[str], *, mtp: bool) -> list[str]:
+def _refusal(engines: Engines, engine: str, what: str) -> str | None:
+    """Why an engine does not load it (`loads`) or draft (`mtp`); None if it does, or nobody knows."""
+    verdict = engines.get(engine)
+    return None if verdict is None or verdict[what] else plain(verdict["reason"])
+
+
+def _vllm(
+    benchmark: Mapping[str, Any], model: str, asked: Benchmark, trust: Sequence[str], refused: str | None, *, mtp: bool
+) -> list[str]:
     """The command as the benchmark ran it, or, marked so, as it would have."""
     name = f"vLLM with{'' if mtp else 'out'} MTP"
     ran = next((command["words"] for command in benchmark.get("commands", ()) if command["mtp"] is mtp), None)
+    if ran is None and refused is not None:
+        return [f"vLLM does not draft with its MTP head: {refused}."]
     if ran is None:
         flags = with_drafts(asked.flags, asked.draft_tokens) if mtp else without_drafts(asked.flags)
         words = ["vllm", "serve", MODEL, *trust, *arguments(flags)]

@@ -56,6 +56,31 @@ def test_a_recipes_flags_are_in_a_command_that_was_not_run_too() -> None:
     assert '"num_speculative_tokens":2' in body and "**not run**" in body and "No engine was run." in body
 
 
+GOOD = {"loads": True, "mtp": True, "reason": "nothing is in the way"}
+NO_DRAFTS = {"loads": True, "mtp": False, "reason": "its head is packed"}
+NO_MODEL = {"loads": False, "mtp": False, "reason": "no kernel takes <3> bits"}
+
+
+def test_no_command_is_shown_for_an_engine_that_does_not_load_it() -> None:
+    _, body = card_of(engines={"vllm": NO_MODEL, "sglang": GOOD, "transformers": GOOD})
+    assert "vLLM does not load it: no kernel takes ?3? bits." in body and "vllm serve" not in body
+    assert "--speculative-algorithm NEXTN" in body and "curl" in body and "from_pretrained" in body
+    _, body = card_of(engines=dict.fromkeys(("vllm", "sglang", "transformers"), NO_MODEL))
+    serving = body.split("## Serving")[1].split("\n## ")[0]
+    assert "```" not in serving and serving.count("does not load it") == 3
+
+
+def test_no_drafts_are_asked_for_where_the_head_does_not_draft() -> None:
+    _, body = card_of(engines={"vllm": NO_DRAFTS, "sglang": NO_DRAFTS, "transformers": NO_DRAFTS})
+    assert "vLLM does not draft with its MTP head: its head is packed." in body
+    assert "vllm serve me/q-int4\n" in body and "speculative" not in body.split("## Serving")[1].split("\n## ")[0]
+
+
+def test_what_an_engine_did_outweighs_what_was_expected_of_it() -> None:
+    _, body = card_of(benchmark=MEASURED_IN_VLLM, engines={"vllm": NO_MODEL})
+    assert "does not load it" not in body and body.count("**run** by the pipeline") == 2
+
+
 def test_a_base_that_brings_code_is_served_with_what_allows_it() -> None:
     _, body = card_of(recipe=recipe(allow_remote_code=True))
     assert body.count("\n  --trust-remote-code") == 3  # vLLM with MTP and without, SGLang
