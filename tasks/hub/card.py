@@ -227,7 +227,9 @@ def _tasks_text(measured: Mapping[str, Any]) -> list[str]:
 
 def _head_text(facts: CardFacts) -> list[str]:
     if not facts.head:
-        return ["The result has no MTP head." if facts.recipe.mtp == "drop" else "The base has no MTP head."]
+        dropped = (facts.provenance.get("mtp_fix", {}).get("mtp") or {}).get("in_base")
+        why = ": the base's was left out, as the recipe says" if dropped else ""
+        return [f"The result has no MTP head{why}." if facts.recipe.mtp == "drop" else "The base has no MTP head."]
     measured, precision = facts.measured, facts.recipe.mtp
     same = "the base's, FP8 as BF16" if facts.fp8 else "bit for bit the base's"
     what = f"All {measured['head']} tensors are {same}, in a shard of their own, excluded in both quantization configs."

@@ -251,6 +251,12 @@ def test_a_command_that_was_not_run_is_marked_so_and_asks_for_the_head() -> None
     assert '"method":"mtp"' not in headless and "The result has no MTP head." in headless
 
 
+def test_a_head_that_the_recipe_drops_is_said_to_be_left_out() -> None:
+    fixed = {"mtp_fix": {"seconds": 1.0, "mtp": {"asked": "drop", "in_base": True}}}
+    _, body = card_of(measured={**MEASURED, "head_kept": False}, recipe=recipe(mtp="drop"), provenance=fixed)
+    assert "The result has no MTP head: the base's was left out, as the recipe says." in body
+
+
 def test_a_base_without_a_head_is_not_said_to_have_lost_it() -> None:
     front, body = card_of(measured={**MEASURED, "head_kept": False})
     assert "The base has no MTP head." in body and "mtp" not in front["tags"]
