@@ -13,8 +13,20 @@ import click
 
 from tasks.errors import redact
 
-NEW_FOLDER = click.Path(path_type=Path, file_okay=False)
-NEW_FILE = click.Path(path_type=Path, dir_okay=False)
+
+class _New(click.Path):
+    """A path to write to, whose folders are made if they can be."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(str(super().convert(value, param, ctx)))
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        if not there.is_dir():
+            self.fail(f"{there} is a file, and no folder to write into", param, ctx)
+        return path
+
+
+NEW_FOLDER = _New(path_type=Path, file_okay=False)
+NEW_FILE = _New(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -14,7 +14,7 @@ from tasks.prefect_stage import duration
 Document = Mapping[str, Any]
 Row = tuple[str, ...]
 STAGES = ("stage", "state", "bytes", "time", "cost", "figure from")
-NEEDS = ("stage", "memory", "GPU memory", "low_gpu_mem: memory", "GPU memory there")
+NEEDS = ("stage", "disk", "memory", "GPU memory", "low_gpu_mem: memory", "GPU memory there")
 TENSORS = ("tensors", "count", "", "why")
 OUTPUTS = ("output", "repo", "bytes", "scheme and packing", "packed", "kept")
 
@@ -60,7 +60,7 @@ def render(document: Document) -> str:
 def markdown(document: Document, title: str) -> str:
     """The plan as markdown. Names and sentences come from outside: nothing in them is more than text."""
     verdict = "would be stopped" if document["problems"] else "would run"
-    parts = [f"### {plain(title)}: {verdict}", f"{named(subject(document))}: {plain(headline(document))}"]
+    parts = [f"### {plain(title)}: {verdict}", f"{_verbatim(subject(document))}: {plain(headline(document))}"]
     if document["stages"]:
         parts.append(table(stage_header(document), stage_rows(document)))
         parts.append(table(NEEDS, need_rows(document)))
@@ -104,8 +104,11 @@ def stage_rows(document: Document) -> list[Row]:
 
 
 def need_rows(document: Document) -> list[Row]:
-    keys = ("ram_bytes", "vram_bytes", "low_ram_bytes", "low_vram_bytes")
-    return [(name, *(gigabytes(need[key]) for key in keys)) for name, need in document["needs"]["stages"].items()]
+    keys = ("disk_bytes", "ram_bytes", "vram_bytes", "low_ram_bytes", "low_vram_bytes")
+    return [
+        (name, *(gigabytes(need[key]) if key in need else "" for key in keys))
+        for name, need in document["needs"]["stages"].items()
+    ]
 
 
 def output_rows(document: Document) -> list[Row]:

@@ -99,23 +99,23 @@ def _run(report: Report) -> None:
     store.check()
     with recorded(store, lambda: report.run):
         report.base, calibration, text = resolve_task(recipe)
-        preflight_task(recipe, report.base, calibration, text)
+        engines = preflight_task(recipe, report.base, calibration, text)
         if recipe.outputs:
-            _outputs(store, report, calibration, text)
+            _outputs(store, report, calibration, text, engines)
         else:
-            _stages(store, report, calibration, text)
+            _stages(store, report, calibration, text, engines)
     if report.status != "failed":
         remember_run(store, recipe, report.base, report.status)
 
 
-def _outputs(store: Store, report: Report, calibration: Text, text: Text) -> None:
+def _outputs(store: Store, report: Report, calibration: Text, text: Text, engines: Mapping[str, Any]) -> None:
     """Make each output, one after the other; one that fails or is rejected stops no other."""
     recipes = report.recipe.each
     for name, recipe in recipes.items():
         say()(f"output {len(report.outputs) + 1} of {len(recipes)}: {name}")
         one = report.outputs[name] = Report(recipe, name, base=report.base)
         others = {other: asked for other, asked in recipes.items() if other != name}
-        _do(one, functools.partial(_stages, store, one, calibration, text, others))
+        _do(one, functools.partial(_stages, store, one, calibration, text, engines, others))
         _show(one)
     report.status = worst(report.outputs.values())
     if report.status == "failed":
@@ -132,9 +132,15 @@ def _show(report: Report) -> None:
 
 
 def _stages(
-    store: Store, report: Report, calibration: Text, text: Text, others: Mapping[str, Recipe] | None = None
+    store: Store,
+    report: Report,
+    calibration: Text,
+    text: Text,
+    engines: Mapping[str, Any],
+    others: Mapping[str, Recipe] | None = None,
 ) -> None:
-    """The stages of one result. others: what else the same run makes of this base, by name."""
+    """The stages of one result. engines: which load it, by the output's name; others: what else the same run makes of
+    this base, by name."""
     recipe, base = report.recipe, report.base
     assert base is not None
     downloaded = _done(download_task(base), report)
@@ -163,6 +169,7 @@ def _stages(
         markdown(report, lambda picture: f"{FOLDER}/{picture.name}.png"),
         report.pictures,
         others,
+        engines[report.name],
     )
     if recipe.publish is not None:
         report.published = _done(publish_task(recipe, base, artifact, report.beside), report).provenance["published"]
@@ -203,9 +210,9 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Text, Text]:
 
 
 @task(**options("preflight", hours=1))
-def preflight_task(recipe: Recipe, base: Revision, calibration: Text, text: Text) -> None:
+def preflight_task(recipe: Recipe, base: Revision, calibration: Text, text: Text) -> dict[str, Any]:
     """Find out before the first byte whether the run can end well: what `requant plan` says."""
-    preflight(open_store(), recipe, base, calibration, text)
+    return preflight(open_store(), recipe, base, calibration, text)
 
 
 def show_gates(report: Report) -> None:

@@ -56,11 +56,15 @@ def plan(store: Store, recipe: Recipe, *, elsewhere: bool = False) -> dict[str, 
     return plan_of(store, recipe, base, calibration, text, elsewhere=elsewhere)
 
 
-def preflight(store: Store, recipe: Recipe, base: Revision, calibration: Text, text: Text) -> None:
-    """Find out before the first byte whether a run can end well. Raises Refused with the plan's sentences."""
-    problems = plan_of(store, recipe, base, calibration, text)["problems"]
-    if problems:
-        raise Refused("; ".join(problems))
+def preflight(store: Store, recipe: Recipe, base: Revision, calibration: Text, text: Text) -> dict[str, Any]:
+    """Find out before the first byte whether a run can end well. Raises Refused with the plan's sentences.
+
+    Returns which engines will load each result and draft, by the output's name.
+    """
+    document = plan_of(store, recipe, base, calibration, text)
+    if document["problems"]:
+        raise Refused("; ".join(document["problems"]))
+    return {one.get("name", ""): one["engines"] for one in document.get("outputs") or [document]}
 
 
 def plan_of(
@@ -92,7 +96,7 @@ def plan_of(
             done = _done(store, one, base, hashes, calibration, text)
             stages = _stages(store, one, base, hashes, done, before.stages(one), output)
             to_run = {stage["name"] for stage in stages if stage["state"] == "run"}
-            needed = needs(output, one, far + before.kept if to_run - {"publish"} else 0, to_run)
+            needed = needs(output, one, far, to_run, kept=before.kept)
             problems += output.problems
             # With a store that machines share, the one that quantizes may be another than this.
             too_little = disk_problem(needed.disk, store.near.root) if store.is_local and not elsewhere else None

@@ -26,6 +26,7 @@ from tasks.hub.origin import recipe_text
 from tasks.hub.release import release
 from tasks.hub.revision import Revision
 from tasks.pictures import FOLDER, Picture
+from tasks.planning.layers import why_kept
 from tasks.prefect_stage import options, say, shown
 from tasks.recipe import Recipe
 from tasks.serving.prompts import has_chat_template
@@ -50,19 +51,21 @@ def beside_for(
     report: str,
     pictures: Sequence[Picture] = (),
     others: Mapping[str, Recipe] | None = None,
+    engines: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, bytes]:
     """What goes beside an artifact's files, by path: the card, the recipe, the report, pictures, and `requant.json`.
 
-    others: what the same run makes of the base beside this.
+    others: what the same run makes of the base beside this; engines: which load it and draft, as its plan says.
     """
     drawn = {f"{FOLDER}/{p.name}.png": p for p in pictures if f"{FOLDER}/{p.name}.png" not in artifact}
+    kept_names = tuple(name for name in _names(store, artifact) if name.rsplit(".", 1)[-1] not in PARTS)
     facts = CardFacts(
         recipe=recipe,
         base=base,
         base_bytes=base_files.weights,
         digest=artifact.digest,
         size=artifact.weights,
-        kept_names=tuple(n for n in _names(store, artifact) if n.rsplit(".", 1)[-1] not in PARTS),
+        kept_names=kept_names,
         packing=_quantization(store, artifact).get("packing_format"),
         measured=measured,
         gates=gates,
@@ -71,6 +74,10 @@ def beside_for(
         base_card=_base_card(store, base_files),
         pictures=list(drawn.values()),
         others=others or {},
+        engines=engines or {},
+        why=why_kept(kept_names, recipe.quantize.layers),
+        fp8=bool(_quantization(store, base_files)),  # of packed bases none comes this far
+        version=installed_version("requant"),
         chat=has_chat_template({f.path for f in artifact.files}, lambda name: store.read_blob(artifact[name])),
     )
     beside = {
@@ -81,7 +88,7 @@ def beside_for(
     }
     small = {f.path: git_blob_id_of(store.read_blob(f)) for f in artifact.files if f.size <= SMALL}
     beside[RELEASE] = release_document(
-        version=installed_version("requant"),
+        version=facts.version,
         base=base,
         artifact=artifact,
         beside=[File(path, len(data), hashlib.sha256(data).hexdigest()) for path, data in beside.items()],

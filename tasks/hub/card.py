@@ -61,11 +61,13 @@ def make_card(facts: CardFacts) -> str:
             chat=facts.chat,
             auto="AutoModelForImageTextToText" if facts.vision else "AutoModelForCausalLM",
             asked=recipe.benchmark,
+            remote_code=recipe.allow_remote_code,
+            engines=facts.engines,
         ),
         "## Quantization",
         table(("setting", "value"), _settings(facts)),
         "## What is not quantized, and why",
-        table(("tensors", "count", "why"), kept_groups(facts.kept_names)),
+        table(("tensors", "count", "why"), kept_groups(facts.kept_names, facts.why)),
         "## MTP head",
         *_head_text(facts),
         "## Against the base",
@@ -97,8 +99,9 @@ def _summary(facts: CardFacts) -> list[str]:
         f"({facts.base_bytes / facts.size:.2f} times smaller)."
     ]
     if facts.head:
-        packed = facts.recipe.mtp in PACKED_HEADS
-        lines.append(f"MTP head {'packed, see below' if packed else 'kept bit for bit'}, for speculative decoding.")
+        kept = "kept in BF16" if facts.fp8 else "kept bit for bit"
+        done = "packed, see below" if facts.recipe.mtp in PACKED_HEADS else kept
+        lines.append(f"MTP head {done}, for speculative decoding.")
     if measured.get("top1_agreement") is not None and measured.get("perplexity_increase") is not None:
         lines.append(
             f"Same next token as the base in {measured['top1_agreement']:.1%} of places, perplexity "
@@ -170,19 +173,27 @@ def inherited(base_card: str) -> dict[str, Any]:
     return kept
 
 
-def kept_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Tensors that are not packed, each group with its reason. Numbers fold to `*`, head and vision to a row."""
-    groups: dict[str, int] = {}
+def kept_groups(names: Iterable[str], own: Mapping[str, str] | None = None) -> list[tuple[str, ...]]:
+    """Tensors that are not packed, each group with its reason. Numbers fold to `*`, head and vision to a row.
+
+    own: reasons of single layers, by name, where a tensor's name does not tell one.
+    """
+    groups: dict[str, list[str]] = {}
     for name in names:
         whole = re.match(r"(mtp|(?:model\.)?visual|(?:model\.)?vision_tower)\.", name)
         folded = f"{whole[1]}.*" if whole else re.sub(r"\.\d+\.", ".*.", name)
-        groups[folded] = groups.get(folded, 0) + 1
+        groups.setdefault(folded, []).append(name.removesuffix(".weight"))
     plain = {group: re.sub(r"[^\w.*-]", "?", group) for group in groups}
-    return [(f"`{plain[group]}`", str(count), _reason(group)) for group, count in sorted(groups.items())]
+    return [
+        (f"`{plain[group]}`", str(len(layers)), _reason(group, layers, own or {}))
+        for group, layers in sorted(groups.items())
+    ]
 
 
-def _reason(name: str) -> str:
-    return next((why for pattern, why in REASONS if re.search(pattern, name)), "not a matrix of a decoder block")
+def _reason(group: str, layers: Iterable[str], own: Mapping[str, str]) -> str:
+    told = [why for pattern, why in REASONS if re.search(pattern, group)]
+    given = [own[layer] for layer in layers if layer in own]
+    return next(iter([*told, *given, "not a matrix of a decoder block"]))
 
 
 def _settings(facts: CardFacts) -> list[tuple[str, ...]]:
@@ -193,6 +204,11 @@ def _settings(facts: CardFacts) -> list[tuple[str, ...]]:
         ("scheme", facts.scheme),
         ("format", quantize.format),
         *([("packing", facts.packing)] if facts.packing else []),
+        *(
+            [("base", "FP8: read, and kept where it is not packed, as the BF16 that its scales give")]
+            if facts.fp8
+            else []
+        ),
         ("iterations", "0: rounded to nearest" if quantize.iters == 0 else str(quantize.iters)),
         *([("step size", str(quantize.lr))] if quantize.lr is not None else []),
         ("calibration", samples),
@@ -211,15 +227,16 @@ def _tasks_text(measured: Mapping[str, Any]) -> list[str]:
 
 def _head_text(facts: CardFacts) -> list[str]:
     if not facts.head:
-        return ["The result has no MTP head." if facts.recipe.mtp == "drop" else "The base has no MTP head."]
+        dropped = (facts.provenance.get("mtp_fix", {}).get("mtp") or {}).get("in_base")
+        why = ": the base's was left out, as the recipe says" if dropped else ""
+        return [f"The result has no MTP head{why}." if facts.recipe.mtp == "drop" else "The base has no MTP head."]
     measured, precision = facts.measured, facts.recipe.mtp
-    what = f"Bit for bit the base's {measured['head']} tensors, in a shard of their own, excluded in both quantization "
-    what += "configs."
+    same = "the base's, FP8 as BF16" if facts.fp8 else "bit for bit the base's"
+    what = f"All {measured['head']} tensors are {same}, in a shard of their own, excluded in both quantization configs."
     if precision in PACKED_HEADS:
         what = (
             f"The layers of the head are the base's, rounded to nearest and packed to {precision.upper()}; its fusion "
-            f"layer, norms and whatever does not fit the packing, {measured['head']} tensors, are bit for bit "
-            "the base's."
+            f"layer, norms and whatever does not fit the packing, {measured['head']} tensors, are {same}."
         )
     if measured["mtp_acceptance"] is None:
         return [f"{what} Its acceptance was not measured."]
@@ -238,13 +255,14 @@ def _pictures(pictures: Sequence[Picture]) -> list[str]:
 
 def _others(facts: CardFacts) -> list[str]:
     """What the same recipe makes beside this, whatever became of it: so one card is the same in every run."""
+    headless = not facts.head and facts.recipe.mtp != "drop"  # and so is the base
     rows = [
         (
             _linked(one.publish.repo_id),
             scheme_words(one.quantize),
             one.quantize.format,
             str(one.quantize.iters),
-            one.mtp,
+            "none" if headless else one.mtp,
         )
         for one in facts.others.values()
         if one.publish

@@ -33,6 +33,10 @@ class CardFacts:
     pictures: Sequence[Picture] = ()
     chat: bool = True  # it has a chat template
     others: Mapping[str, Recipe] = field(default_factory=dict)  # the recipes of its siblings, by the output's name
+    why: Mapping[str, str] = field(default_factory=dict)  # why layers of decoder blocks are not packed, by name
+    fp8: bool = False  # the base holds FP8, which is BF16 in the result
+    version: str = ""  # of Requant
+    engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # which load it, and draft: the plan's words
 
     @property
     def head(self) -> bool:

@@ -22,10 +22,10 @@ Row = tuple[str, ...]
 
 def origin_parts(facts: CardFacts) -> list[str]:
     """How to make it again, and what made it."""
-    recipe, tools = facts.recipe, _tools(facts.provenance)
+    recipe, tools = facts.recipe, [f"requant {plain(facts.version)}", *_tools(facts.provenance)]
     local = [text for text in (recipe.quantize.calibration, recipe.validation.text) if text.startswith("/")]
     lines = [
-        f"With `{RECIPE}` of this repo, the recipe below, and the versions that made this: {', '.join(tools)}. "
+        f"With `{RECIPE}` of this repo, the recipe below, and these versions: {', '.join(tools)}. "
         f"Seed {recipe.quantize.seed}; base and calibration are pinned to what they were."
     ]
     if local:
@@ -35,7 +35,7 @@ def origin_parts(facts: CardFacts) -> list[str]:
     return [
         "## Reproduce",
         *lines,
-        code(f"requant run {RECIPE}"),
+        code(f"requant run {RECIPE}{' --set publish=null' if recipe.publish else ''}"),
         code(recipe_text(facts).rstrip(), "yaml"),
         "## Provenance",
         table(("stage", "seconds", "hardware", "tools"), [_stage_row(name, r) for name, r in facts.provenance.items()]),

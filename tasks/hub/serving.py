@@ -5,46 +5,81 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasks.hub.markdown import code, table
+from tasks.hub.markdown import code, plain, table
 from tasks.hub.public import public
 from tasks.recipe import Benchmark
 from tasks.serving.flags import MODEL, arguments, command_line, with_drafts, without_drafts
 from tasks.serving.measure import summary
 
+NAMES = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
+Engines = Mapping[str, Mapping[str, Any]]
 QUESTION = "Write a Python function that reverses a list."
 
 
 def serving_parts(
-    benchmark: Mapping[str, Any], model: str, *, head: bool, packed_head: bool, chat: bool, auto: str, asked: Benchmark
+    benchmark: Mapping[str, Any],
+    model: str,
+    *,
+    head: bool,
+    packed_head: bool,
+    chat: bool,
+    auto: str,
+    asked: Benchmark,
+    remote_code: bool = False,
+    engines: Engines,
 ) -> list[str]:
-    """How to serve `model`, ask it, and load it. `auto` is the class of transformers."""
-    return [
-        *(_vllm(benchmark, model, asked, mtp=True) if head else ()),
-        *_vllm(benchmark, model, asked, mtp=False),
-        "It speaks OpenAI's API. This request was **not run** as it stands here; Requant's tests run it, on a small "
-        "model.",
-        code(_curl(model, chat=chat)),
-        f"SGLang{' with its MTP head' if head and not packed_head else ''}. This command was **not run**.",
-        code(_sglang(model, asked.draft_tokens if head and not packed_head else 0)),
-        f"transformers{', which does not use the MTP head' if head else ''}. This was **not run** as it stands here; "
-        "Requant's tests run it, on a small model.",
-        code(_transformers(model, auto, chat=chat), "python"),
-    ]
+    """How to serve `model`, ask it, and load it. `auto` is the class of transformers; `remote_code`: it may bring its
+    own; `engines`: which of them load it and draft, as far as headers and configs tell."""
+    trust = ["--trust-remote-code"] if remote_code else []
+    refused = {engine: why for engine in NAMES if (why := _refusal(engines, engine, "loads"))}
+    if benchmark.get("commands"):
+        refused.pop("vllm", None)  # it did
+    drafts = head and not packed_head and not _refusal(engines, "sglang", "mtp")
+    parts = [f"{NAMES[engine]} does not load it: {why}." for engine, why in refused.items()]
+    if "vllm" not in refused:
+        parts += _vllm(benchmark, model, asked, trust, _refusal(engines, "vllm", "mtp"), mtp=True) if head else []
+        parts += _vllm(benchmark, model, asked, trust, None, mtp=False)
+    if not {"vllm", "sglang"} <= refused.keys():
+        parts += [
+            "It speaks OpenAI's API. This request was **not run** as it stands here; Requant's tests run it, on a "
+            "small model.",
+            code(_curl(model, chat=chat)),
+        ]
+    if "sglang" not in refused:
+        parts += [
+            f"SGLang{' with its MTP head' if drafts else ''}. This command was **not run**.",
+            code(_sglang(model, trust, asked.draft_tokens if drafts else 0)),
+        ]
+    if "transformers" not in refused:
+        parts += [
+            f"transformers{', which does not use the MTP head' if head else ''}. This was **not run** as it stands "
+            "here; Requant's tests run it, on a small model.",
+            code(_transformers(model, auto, chat=chat, remote_code=remote_code), "python"),
+        ]
+    return parts
 
 
-def _vllm(benchmark: Mapping[str, Any], model: str, asked: Benchmark, *, mtp: bool) -> list[str]:
+def _refusal(engines: Engines, engine: str, what: str) -> str | None:
+    """Why an engine does not load it (`loads`) or draft (`mtp`); None if it does, or nobody knows."""
+    verdict = engines.get(engine)
+    return None if verdict is None or verdict[what] else plain(verdict["reason"])
+
+
+def _vllm(
+    benchmark: Mapping[str, Any], model: str, asked: Benchmark, trust: Sequence[str], refused: str | None, *, mtp: bool
+) -> list[str]:
     """The command as the benchmark ran it, or, marked so, as it would have."""
     name = f"vLLM with{'' if mtp else 'out'} MTP"
     ran = next((command["words"] for command in benchmark.get("commands", ()) if command["mtp"] is mtp), None)
+    if ran is None and refused is not None:
+        return [f"vLLM does not draft with its MTP head: {refused}."]
     if ran is None:
         flags = with_drafts(asked.flags, asked.draft_tokens) if mtp else without_drafts(asked.flags)
-        words = ["vllm", "serve", MODEL, *arguments(flags)]
+        words = ["vllm", "serve", MODEL, *trust, *arguments(flags)]
         return [f"{name}. This command was **not run** by the pipeline that made this card.", _shown(words, model)]
     where = f"{benchmark['version']}, {benchmark['hardware']}"
-    said = (
-        f"{name}. This command was **run** by the pipeline that made this card ({where}), on the folder that was then "
-    )
-    return [f"{said}published; the speeds below are its.", _shown(ran, model)]
+    said = f"{name}. This command was **run** by the pipeline that made this card ({where}), on these very files"
+    return [f"{said}; the speeds below are its.", _shown(ran, model)]
 
 
 def _shown(words: Sequence[str], model: str) -> str:
@@ -52,9 +87,9 @@ def _shown(words: Sequence[str], model: str) -> str:
     return code(command_line(public(list(words)), model))
 
 
-def _sglang(model: str, draft_tokens: int) -> str:
+def _sglang(model: str, trust: Sequence[str], draft_tokens: int) -> str:
     """Its flags for a model's own MTP layers: https://docs.sglang.io/docs/advanced_features/speculative_decoding"""
-    words = ["python", "-m", "sglang.launch_server", "--model-path", model]
+    words = ["python", "-m", "sglang.launch_server", "--model-path", model, *trust]
     if draft_tokens:
         words += ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(draft_tokens)]
         words += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(draft_tokens + 1)]
@@ -72,7 +107,8 @@ def _curl(model: str, *, chat: bool) -> str:
     )
 
 
-def _transformers(model: str, auto: str, *, chat: bool) -> str:
+def _transformers(model: str, auto: str, *, chat: bool, remote_code: bool) -> str:
+    trust = ", trust_remote_code=True" if remote_code else ""
     inputs = f'inputs = tokenizer("# {QUESTION}", return_tensors="pt")'
     if chat:
         inputs = (
@@ -82,8 +118,8 @@ def _transformers(model: str, auto: str, *, chat: bool) -> str:
         )
     return (
         f"from transformers import {auto}, AutoTokenizer  # and auto-round, which unpacks the weights\n\n"
-        f'model = {auto}.from_pretrained("{model}", device_map="auto")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{model}")\n'
+        f'model = {auto}.from_pretrained("{model}", device_map="auto"{trust})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{model}"{trust})\n'
         f"{inputs}\n"
         "output = model.generate(**inputs.to(model.device), max_new_tokens=200)\n"
         "print(tokenizer.decode(output[0], skip_special_tokens=True))"
@@ -101,8 +137,10 @@ def speed_parts(benchmark: Mapping[str, Any]) -> list[str]:
             f"{benchmark['prefill_tokens_per_second']:.0f} tokens per second of prompt, "
             f"{benchmark['tokens_per_second']:.1f} decoded. This is no engine's figure."
         ]
-    where = f"{benchmark['version']} on {benchmark['hardware']}" if "version" in benchmark else "A server"
-    lines = [f"{where}, tokens per second of output, {_tokens(benchmark)} a draft."]
+    lines = ["A server that ran already, whose flags are not known; tokens per second of output."]
+    if "version" in benchmark:
+        where = f"{benchmark['version']} on {benchmark['hardware']}"
+        lines = [f"{where}, tokens per second of output, {_tokens(benchmark)} a draft."]
     rows = benchmark["prompts"]
     at_once = sorted({row["concurrency"] for row in rows})
     header = ("requests", "without MTP", "with MTP", "times", "drafts accepted")

@@ -35,6 +35,8 @@ def check_target(publish: Publish, base: Revision) -> None:
             api.get_collection(publish.collection)
     with hub_errors(repo_id):
         there = api.repo_exists(repo_id)
+        if there and not publish.pull_request:  # which anyone may open
+            api.auth_check(repo_id, write=True)
     if there:
         refuse_changed(resolve(repo_id), base, overwrite=publish.overwrite, before_work=True)
 

@@ -8,6 +8,7 @@ none of them knows is assumed, and called so.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from tasks.store.store import record_of
 
 Record = dict[str, Any]
 RECORDS = 200  # of a stage that are looked at
+FAR = 100  # a run tells nothing of one that does so many times as much: its seconds were spent on something else
 # auto-round's README, W4A16 with its default recipe on an A100 with 80 GB: (parameters, minutes, with low_gpu_mem).
 TABLE = ((8e9, 12, 19), (14e9, 23, 33), (70e9, 120, 140))
 TABLE_GPU = "A100 80GB"
@@ -50,14 +52,16 @@ def effort(parameters: float, job: Mapping[str, Any]) -> float:
 def quantize_figure(store: Store, recipe: Recipe, blocks: Mapping[str, int], linear: set[str]) -> Figure:
     """How long quantizing takes. blocks: packed weights by decoder block; linear: those with linear attention."""
     job, gpu = recipe.quantize.model_dump(), hardware(recipe)
-    for record in records(store, "quantize", gpu):
-        work, told = record.get("work"), [b["seconds"] for b in record.get("blocks") or [] if "seconds" in b]
-        if work and told and work["parameters"] and work["fast"] == job["fast"]:
-            steady = statistics.median(told)
-            beside = max(0.0, record["seconds"] - steady * len(told))
-            rate = steady * len(told) / effort(work["parameters"], work)
-            seconds = beside + rate * effort(sum(blocks.values()), job)
-            return Figure(seconds, f"an earlier run on {device_of(record)}, {record['started'][:10]}")
+    asked = effort(sum(blocks.values()), job)
+    found = [r for r in records(store, "quantize", gpu) if _tells(r, job["fast"])]
+    near = [r for r in found if asked <= FAR * _effort_of(r) or gpu == "cpu"]  # of a CPU nothing else is known
+    if near and asked:
+        record = min(near, key=lambda r: abs(math.log(asked / _effort_of(r))))
+        told = _block_seconds(record)
+        steady = statistics.median(told)
+        beside = max(0.0, record["seconds"] - steady * len(told))
+        seconds = beside + steady * len(told) * asked / _effort_of(record)
+        return Figure(seconds, f"an earlier run on {device_of(record)}, {record['started'][:10]}")
     measured = _measured()
     card = measured["card"]["name"]
     if gpu is None or _same(gpu, card):
@@ -71,13 +75,16 @@ def quantize_figure(store: Store, recipe: Recipe, blocks: Mapping[str, int], lin
 
 def stage_figure(store: Store, stage: str, recipe: Recipe, nbytes: int) -> Figure:
     """How long another stage takes that moves or reads so many bytes."""
-    found = [r for r in records(store, stage, hardware(recipe)) if r.get("seconds") and bytes_of(r)]
-    if found and nbytes:
+    engine = recipe.benchmark.engine if stage == "benchmark" else None
+    if engine == "none":
+        return Figure(0.0, "nothing is measured")
+    found = [r for r in records(store, stage, hardware(recipe)) if r.get("seconds") and 0 < nbytes <= FAR * bytes_of(r)]
+    if engine is not None:
+        found = [r for r in found if _engine_of(r) == engine or (engine == "auto" and _engine_of(r) != "none")]
+    if found:
         nearest = min(found, key=lambda record: abs(bytes_of(record) - nbytes))
         seconds = nearest["seconds"] * max(1.0, nbytes / bytes_of(nearest))
         return Figure(seconds, f"an earlier run on {device_of(nearest)}, {nearest['started'][:10]}")
-    if stage == "benchmark" and recipe.benchmark.engine == "none":
-        return Figure(0.0, "nothing is measured")
     seconds = LEAST.get(stage, 0.0) + nbytes / ASSUMED[stage]
     return Figure(seconds, f"assumed: {ASSUMED[stage] / 1e6:.0f} MB/s")
 
@@ -109,6 +116,24 @@ def device_of(record: Record) -> str:
 def bytes_of(record: Record) -> int:
     """The bytes that a recorded stage moved or read; 0 if it does not say."""
     return int(record.get("bytes_read") or record.get("bytes_moved") or 0)
+
+
+def _tells(record: Record, fast: Any) -> bool:
+    """Whether a record of quantize says what it did, by the tuning loop that is asked for."""
+    work = record.get("work")
+    return bool(work and work["parameters"] and work["fast"] == fast and _block_seconds(record))
+
+
+def _effort_of(record: Record) -> float:
+    return effort(record["work"]["parameters"], record["work"])
+
+
+def _block_seconds(record: Record) -> list[float]:
+    return [block["seconds"] for block in record.get("blocks") or [] if "seconds" in block]
+
+
+def _engine_of(record: Record) -> Any:
+    return (record.get("measured") or {}).get("engine")
 
 
 def _same(asked: str, name: str) -> bool:

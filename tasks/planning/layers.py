@@ -19,6 +19,7 @@ from tasks.recipe_quantize import SCHEME, Quantize
 from tasks.stage import locked_version
 
 FULL = {"bits": 16, "data_type": "fp"}
+KEPT = "quantize.layers keeps it"
 KEYS = ("bits", "group_size", "sym", "data_type")
 # Matrices in decoder blocks that are no Linear: routers, and what is looked up.
 NO_LINEAR = re.compile(r"(^|\.)(gate|router|[a-z_]*embed[a-z_]*|[a-z_]*norm|wte|wpe)$")
@@ -64,7 +65,7 @@ def choose_layers(base: Checkpoint, asked: Quantize) -> Choice:
     problems = _impossible(asked, packing, widths)
     problems += _outside(outside, vision=isinstance(base.config.get("vision_config"), dict))
     why = {n: "its sides are no multiples of 32" for n in odd if block_of(n)}
-    why |= {n: "quantize.layers keeps it" for n, s in settings.items() if s["bits"] >= 16 and n not in odd}
+    why |= {n: KEPT for n, s in settings.items() if s["bits"] >= 16 and n not in odd}
 
     extra = {n: _differences(settings[n], default) for n in linear if block_of(n)}
     extra |= {n: {**OUTSIDE, "act_group_size": group_size, **settings[n]} for n in outside}
@@ -91,6 +92,18 @@ def choose_layers(base: Checkpoint, asked: Quantize) -> Choice:
         del document["extra_config"]
     packed = tuple(name for name in linear if name in asked_for)
     return Choice(packed, document, why, notes, problems)
+
+
+def why_kept(names: Iterable[str], layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Why matrices of decoder blocks are not packed, by layer: of a result, whose base is not at hand any more."""
+    keep = [re.compile(standard_regex(key)) for key, value in layers.items() if _is_pattern(key) and _keeps(value)]
+    modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight") and block_of(name)]
+    uneven = "its sides, or those of a layer that quantize.layers sets with it, are no multiples of 32"
+    return {module: KEPT if any(p.search(module) for p in keep) else uneven for module in modules}
+
+
+def _keeps(value: Mapping[str, Any]) -> bool:
+    return bool(_setting(value, True).get("bits", 4) >= 16)
 
 
 def packing_format(export: str, bits: int, sym: bool, widths: set[int]) -> str:

@@ -23,7 +23,7 @@ RUNTIME = 3_000_000_000  # bytes of memory that Python, torch, CUDA and Prefect 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes. `disk` is what must be free below the store now; memory is a stage's peak."""
+    """Bytes. `disk` is what must be free below the store now, of a stage what it adds; memory is a stage's peak."""
 
     disk: int
     stages: dict[str, dict[str, int]]
@@ -42,23 +42,24 @@ class Needs:
         }
 
 
-def needs(output: Output, recipe: Recipe, missing: int, to_run: set[str]) -> Needs:
-    """What the stages `to_run` take. missing: bytes that come to this machine before: of the base, and what the outputs
-    before this one leave."""
+def needs(output: Output, recipe: Recipe, missing: int, to_run: set[str], *, kept: int = 0) -> Needs:
+    """What the stages `to_run` take. missing: bytes of the base that are not on this machine; kept: what the outputs
+    before this one leave there."""
     stages: dict[str, dict[str, int]] = {}
-    disk = missing
+    if not to_run - {"publish"}:
+        return Needs(0, stages)
+    if missing:
+        stages["download"] = {"disk_bytes": missing}
     if "quantize" in to_run:
-        stages["quantize"] = _quantize(output, recipe)
-        disk += _quantize_disk(output, recipe)
-    if "mtp_fix" in to_run:
-        disk += head_bytes(output)
+        stages["quantize"] = {"disk_bytes": _quantize_disk(output, recipe), **_quantize(output, recipe)}
+    if "mtp_fix" in to_run and head_bytes(output):
+        stages["mtp_fix"] = {"disk_bytes": head_bytes(output)}
     if "validate" in to_run:
-        stages["validate"] = _validate(output)
-        disk += _measured(output)
+        stages["validate"] = {"disk_bytes": _measured(output), **_validate(output)}
     if "benchmark" in to_run and recipe.benchmark.engine != "none":
         weights = sum(output.weights.values())
         stages["benchmark"] = _always(ram_bytes=RUNTIME + weights, vram_bytes=weights)
-    return Needs(disk, stages)
+    return Needs(kept + sum(stage.get("disk_bytes", 0) for stage in stages.values()), stages)
 
 
 def disk_problem(needed: int, folder: Path) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ from tasks.checkpoint.mtp import without_head_entries
 from tasks.checkpoint.packing import Scheme
 from tasks.checkpoint.writer import Computed, Layout
 from tasks.errors import CheckpointError
-from tasks.hub.card import REASONS, kept_groups
+from tasks.hub.card import kept_groups
 from tasks.planning.layers import Choice, choose_layers
 from tasks.recipe import Recipe
 
@@ -64,12 +63,10 @@ class Output:
 
     def kept(self) -> list[dict[str, Any]]:
         """The tensors that are not packed, in the card's groups, each with the card's reason, or auto-round's own."""
-        own = {kept_groups([f"{name}.weight"])[0][0]: why for name, why in self.choice.why.items()}
-        rows = []
-        for group, count, why in kept_groups(self.kept_names):
-            told = any(re.search(pattern, group.strip("`")) for pattern, _ in REASONS)
-            rows.append({"tensors": group.strip("`"), "count": int(count), "why": why if told else own.get(group, why)})
-        return rows
+        return [
+            {"tensors": group.strip("`"), "count": int(count), "why": why}
+            for group, count, why in kept_groups(self.kept_names, self.choice.why)
+        ]
 
     def packed(self) -> list[dict[str, Any]]:
         """The packed modules in groups: how many, how wide, bytes."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from flows.plan_report import render
 from infra.bench.shapes import write_base
 from infra.hub.launch import Exchange, HubStandIn
 from tasks.artifact import OURS
@@ -97,6 +98,12 @@ def test_the_stand_in_serves_nothing_of_a_header_only_file_but_ranges(planned: d
 def test_the_markdown_is_what_a_pull_request_shows(planned: dict[str, Any]) -> None:
     text = planned["markdown"]
     assert "qwen3.6-27b-int4.yaml: would run" in text and "| quantize | run |" in text and "`mtp.*`" in text
+
+
+def test_the_plan_in_the_readme_is_this_one(planned: dict[str, Any]) -> None:
+    shown = (ROOT / "README.md").read_text().split("int4.yaml --elsewhere\n")[1].split("```")[0].splitlines()
+    now = {line.rstrip() for line in render(planned["document"]).splitlines()}
+    assert [line for line in shown if line not in {*now, "..."}] == []
 
 
 def test_the_plan_of_a_finished_run_reuses_all_and_knew_every_file(finished: Finished, hub: HubStandIn) -> None:

@@ -92,6 +92,18 @@ def test_an_edited_card_does_not_fail_the_run_that_has_nothing_new(api: HfApi, t
     assert not three[0].publish().changed and card_on_hub(api) == "# by hand\n"
 
 
+def test_who_may_not_write_there_is_told_before_any_work_unless_a_pull_request_is_asked_for(
+    api: HfApi, three: list[Made], hub: HubStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three[0].publish()
+    hub.add_token("hf_stranger", "stranger")
+    monkeypatch.setenv("HF_TOKEN", "hf_stranger")
+    with pytest.raises(HubError, match=rf"may not do that with {TARGET} \(403\)"):
+        check_target(Publish(repo_id=TARGET), three[0].base)
+    check_target(Publish(repo_id=TARGET, pull_request=True), three[0].base)
+    assert len(titles(api)) == 2
+
+
 def test_a_release_of_another_base_is_not_overwritten(api: HfApi, three: list[Made], tmp_path: Path) -> None:
     three[0].publish()
     other = made(tmp_path / "other", 4, repo_id="demo/llama")

@@ -58,6 +58,7 @@ FACTS = CardFacts(
     benchmark={"engine": "none"},
     provenance={"quantize": {"seconds": 12.34, "tools": {"auto-round": "0.16.1"}, "settings": {"device": "H200"}}},
     base_card="",
+    version="0.1.0",
 )
 
 
@@ -229,6 +230,12 @@ def test_a_recipe_in_the_card_makes_the_same_again() -> None:
     again = yaml.safe_load(body.split("```yaml\n")[1].split("\n```")[0])
     assert again["base"] == {"repo_id": "Qwen/Qwen3.6-27B", "revision": SHA}
     assert parse_recipe(again).quantize == asked.quantize and parse_recipe(again).mtp == "drop"
+    assert "these versions: requant 0.1.0, auto-round 0.16.1." in body
+
+
+def test_whoever_makes_it_again_need_not_be_allowed_to_publish_it() -> None:
+    assert "```bash\nrequant run recipe.yaml --set publish=null\n```" in card_of()[1]
+    assert "```bash\nrequant run recipe.yaml\n```" in card_of(recipe=recipe(publish=None))[1]
 
 
 def test_a_calibration_file_is_named_without_the_folder_it_lies_in(tmp_path: Path) -> None:
@@ -242,6 +249,12 @@ def test_a_command_that_was_not_run_is_marked_so_and_asks_for_the_head() -> None
     assert "**not run**" in body and '"method":"mtp"' in body
     _, headless = card_of(measured={**MEASURED, "head_kept": False}, recipe=recipe(mtp="drop"))
     assert '"method":"mtp"' not in headless and "The result has no MTP head." in headless
+
+
+def test_a_head_that_the_recipe_drops_is_said_to_be_left_out() -> None:
+    fixed = {"mtp_fix": {"seconds": 1.0, "mtp": {"asked": "drop", "in_base": True}}}
+    _, body = card_of(measured={**MEASURED, "head_kept": False}, recipe=recipe(mtp="drop"), provenance=fixed)
+    assert "The result has no MTP head: the base's was left out, as the recipe says." in body
 
 
 def test_a_base_without_a_head_is_not_said_to_have_lost_it() -> None:
@@ -276,6 +289,19 @@ def test_kept_tensors_are_folded_and_counted_with_a_reason() -> None:
         ("`mtp.*`", "1", "MTP head: packed, it drafts worse or does not load"),
         ("`odd`", "1", "not a matrix of a decoder block"),
     ]
+
+
+def test_a_layer_that_the_recipe_keeps_is_not_said_to_lie_outside_the_blocks() -> None:
+    kept = ("model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight")
+    _, body = card_of(kept_names=kept, why={"model.layers.0.mlp.down_proj": "the recipe keeps it"})
+    assert "| `model.layers.*.mlp.down_proj.weight` | 2 | the recipe keeps it |" in body
+
+
+@pytest.mark.parametrize("mtp", ["keep", "int8"])
+def test_what_an_fp8_base_gave_is_not_said_to_be_bit_for_bit_the_bases(mtp: str) -> None:
+    assert "bit for bit" in card_of(recipe=recipe(mtp=mtp))[1].lower()
+    _, body = card_of(recipe=recipe(mtp=mtp), fp8=True)
+    assert "bit for bit" not in body.lower() and "FP8" in body and "BF16" in body
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,14 @@ def test_a_card_names_its_siblings_and_reproduces_itself_alone() -> None:
     assert "Other quantizations" not in make_card(FACTS)
 
 
+def test_siblings_of_a_base_without_a_head_are_not_said_to_keep_one() -> None:
+    facts = replace(
+        FACTS, recipe=RECIPE.each[EIGHT], others={name: r for name, r in RECIPE.each.items() if name != EIGHT}
+    )
+    assert "| keep |" in make_card(facts)
+    assert "| keep |" not in make_card(replace(facts, measured={**facts.measured, "head_kept": False}))
+
+
 def test_a_rollback_of_several_must_name_the_repo(tmp_path: Path) -> None:
     from flows.release_commands import _target
 

@@ -16,8 +16,8 @@ from tasks.planning import needs as needing
 from tasks.planning.changes import changed_fields, changed_files
 from tasks.planning.figures import effort, quantize_figure, stage_figure
 from tasks.planning.needs import disk_problem, needs
-from tasks.planning.output import plan_output
-from tasks.recipe import Recipe
+from tasks.planning.output import head_bytes, plan_output
+from tasks.recipe import Benchmark, Recipe
 from tasks.recipe_file import parse_recipe
 from tasks.store import Store, open_store
 from tests.pico import pico_base
@@ -87,6 +87,35 @@ def test_other_stages_take_the_nearest_run_and_else_an_assumption_called_so(stor
     assert stage_figure(store, "validate", recipe("H100"), 2_000_000).source.startswith("assumed")
 
 
+def test_a_toy_run_foretells_nothing_of_a_large_model(store: Store) -> None:
+    work = {"parameters": 1000, "iters": 1, "nsamples": 4, "seqlen": 64, "batch_size": 4, "fast": "auto"}
+    facts = {"seconds": 30.0, "settings": {"device": "NVIDIA H100 80GB HBM3"}, "blocks": [{"seconds": 3.0}]}
+    record(store, "quantize", **facts, work=work)
+    record(store, "validate", seconds=30.0, bytes_read=2_000_000, settings={"device": "NVIDIA H100 80GB HBM3"})
+    assert "blocks of 27 B" in quantize_figure(store, recipe("H100"), BLOCKS, LINEAR).source
+    assert stage_figure(store, "validate", recipe("H100"), 75_000_000_000).source.startswith("assumed")
+    larger = {**work, "parameters": 20_000_000_000, "iters": 200, "nsamples": 128, "seqlen": 2048, "batch_size": 8}
+    store.keep("quantize", "1" * 64, Manifest.of([]), {"started": "2026-10-01T10:00:00", **facts, "work": larger})
+    assert quantize_figure(store, recipe("H100"), BLOCKS, LINEAR).source.endswith("2026-10-01")
+
+
+@pytest.mark.parametrize(
+    ("asked", "measured", "source"),
+    [
+        ("none", "vllm", "nothing is measured"),
+        ("vllm", "none", "assumed"),
+        ("auto", "none", "assumed"),
+        ("vllm", "torch", "assumed"),
+        ("vllm", "vllm", "an earlier run"),
+        ("auto", "torch", "an earlier run"),
+    ],
+)
+def test_a_benchmark_takes_as_long_as_one_in_its_engine(asked: str, measured: str, source: str, store: Store) -> None:
+    record(store, "benchmark", seconds=7.0, bytes_read=1_000_000, measured={"engine": measured})
+    one = recipe().model_copy(update={"benchmark": Benchmark(engine=asked)})
+    assert stage_figure(store, "benchmark", one, 1_000_000).source.startswith(source)
+
+
 def test_low_memory_mode_moves_the_samples_from_the_gpu_into_memory(tmp_path: Path) -> None:
     output = plan_output(Checkpoint.open(pico_base(tmp_path / "base")), recipe(group_size=32), {})
     stage = needs(output, recipe(group_size=32), 0, ALL_STAGES).stages["quantize"]
@@ -96,6 +125,15 @@ def test_low_memory_mode_moves_the_samples_from_the_gpu_into_memory(tmp_path: Pa
     nothing = needs(output, recipe(group_size=32), 0, set())
     assert nothing.disk == 0 and nothing.most("ram_bytes") == 0
     assert needs(output, recipe(group_size=32), 10**9, ALL_STAGES).disk > 10**9
+
+
+def test_disk_is_told_stage_by_stage(tmp_path: Path) -> None:
+    output = plan_output(Checkpoint.open(pico_base(tmp_path / "base")), recipe(group_size=32), {})
+    needed = needs(output, recipe(group_size=32), 10**6, ALL_STAGES, kept=7)
+    disk = {name: stage["disk_bytes"] for name, stage in needed.stages.items() if "disk_bytes" in stage}
+    assert list(disk) == ["download", "quantize", "mtp_fix", "validate"] and disk["download"] == 10**6
+    assert disk["mtp_fix"] == head_bytes(output) and sum(disk.values()) + 7 == needed.disk
+    assert needs(output, recipe(group_size=32), 10**6, {"publish"}, kept=7).disk == 0
 
 
 def test_too_little_disk_is_a_problem_with_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.planning.layers import choose_layers, standard_regex
+from tasks.planning.layers import choose_layers, standard_regex, why_kept
 from tasks.planning.output import plan_output
 from tasks.recipe_file import parse_recipe
 from tasks.recipe_quantize import Quantize
@@ -58,3 +58,11 @@ def test_names_are_read_as_auto_round_reads_them(key: str) -> None:
     from auto_round.utils import to_standard_regex
 
     assert standard_regex(key) == to_standard_regex(key)
+
+
+def test_the_reason_of_a_kept_layer_is_known_from_the_recipe_alone() -> None:
+    names = [f"{BLOCKS}.0.mlp.{part}.weight" for part in ("up_proj", "down_proj")]
+    names += [f"{BLOCKS}.0.norm.bias", "lm_head.weight"]
+    why = why_kept(names, {"up_proj": {"bits": 16}, "gate_proj": {"bits": 8}})
+    assert set(why) == {f"{BLOCKS}.0.mlp.up_proj", f"{BLOCKS}.0.mlp.down_proj"}
+    assert "quantize.layers" in why[f"{BLOCKS}.0.mlp.up_proj"] and "32" in why[f"{BLOCKS}.0.mlp.down_proj"]

@@ -117,4 +117,4 @@ def test_a_person_sees_one_table_of_stages_and_one_of_outputs() -> None:
     assert headline(whole()) == "5.0 kB become 0.4 kB in 3 outputs"
     assert f"me/q-{EIGHT}" in text and text.count("download") == 1
     shown = markdown(whole(), "three.yaml")
-    assert shown.count("<details>") == 3 and f"tensors of {HEADLESS}" in shown
+    assert shown.count("<details>") == 3 and f"tensors of {HEADLESS}" in shown and "`a/b@1111111`: " in shown
