@@ -16,6 +16,7 @@ from tasks.store.store import blob_key
 
 Hashes = dict[str, str | None]  # sha256 by path; None: not known yet
 FETCHED_WHOLE = 16 << 20  # bytes: a file without a sha256 at the Hub is fetched to know it, and is never larger there
+FETCHED_AT_MOST = 100  # such files: a base that has more is planned without, as if nothing were made of it yet
 
 
 def hashes_of(store: Store, base: Revision) -> Hashes:
@@ -25,10 +26,10 @@ def hashes_of(store: Store, base: Revision) -> Hashes:
 
 def base_manifest(base: Revision, hashes: Hashes, unread: Container[str]) -> Manifest | None:
     """The base's files by sha256, as download would list them, but those that no later stage reads; None where one
-    whose sha256 is not known is too large to fetch."""
+    whose sha256 is not known is too large to fetch, or these are too many."""
     wanted = [file for file in base.wanted if file.path not in unread]
     unknown = [file for file in wanted if hashes[file.path] is None]
-    if any(file.size > FETCHED_WHOLE for file in unknown):
+    if len(unknown) > FETCHED_AT_MOST or any(file.size > FETCHED_WHOLE for file in unknown):
         return None
     with TemporaryDirectory(prefix="requant-") as temporary:
         folder = Path(temporary)

@@ -156,6 +156,20 @@ def test_the_same_weights_in_another_commit_are_known_without_fetching_them(
     assert not weights(hub.traffic())
 
 
+def test_a_base_of_many_small_files_is_planned_in_few_requests(
+    requant: Requant, hub: HubStandIn, tmp_path: Path
+) -> None:
+    many = pico_base(tmp_path / "many", layers=3)
+    (many / "notes").mkdir()
+    for number in range(300):
+        (many / "notes" / f"{number}.txt").write_text(str(number))
+    hub.seed("demo/many", many)
+    hub.reset_traffic()
+    outcome = requant("plan", str(requant.write_recipe(base={"repo_id": "demo/many"})), "--json")
+    assert outcome.status == 0 and outcome.document["stages"][1]["state"] == "run"
+    assert len(hub.traffic()) < 30
+
+
 def test_what_a_new_revision_changed_is_told(requant: Requant, hub: HubStandIn, tmp_path: Path) -> None:
     again = pico_base(tmp_path / "again", layers=3, head=False)
     config = json.loads((again / "config.json").read_text())
