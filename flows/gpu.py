@@ -17,7 +17,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling, Completed, Failed, Scheduled
 
 from tasks import benchmark as speed
@@ -26,7 +26,7 @@ from tasks import validate as quality
 from tasks.artifact import Manifest
 from tasks.errors import RecipeError, RequantError, StoreError
 from tasks.log import plain_logs
-from tasks.prefect_stage import options, say, shown
+from tasks.prefect_stage import end_earlier_tasks, options, say, shown
 from tasks.recipe import Recipe
 from tasks.recipe_file import recipe_of
 from tasks.stage import Stage, StageResult
@@ -103,6 +103,7 @@ def benchmark(recipe: Recipe, artifact: str, key: str) -> State[Any]:
 
 def ended(work: Callable[[], Any]) -> State[Any]:
     """Do the work of a flow; its last state. An expected failure is a sentence, without the words that Prefect adds."""
+    end_earlier_tasks()
     try:
         work()
     except (RequantError, TimeoutError) as error:  # a task's own time limit is a plain TimeoutError
@@ -186,13 +187,16 @@ def _run_there(name: str, key: str, parameters: dict[str, Any]) -> None:
 def _begin(name: str, key: str, parameters: dict[str, Any]) -> FlowRun:
     """The run of this stage for this run: a new one where an earlier one failed and the user tries again."""
     for attempt in range(100):
-        run = run_deployment(
-            f"{name}/{name}",
-            parameters=parameters,
-            timeout=0,
-            flow_run_name=runtime.flow_run.name,  # else it has one by chance while it waits
-            idempotency_key=f"{runtime.flow_run.id}:{key}:{attempt}",
-        )
+        try:
+            run = run_deployment(
+                f"{name}/{name}",
+                parameters=parameters,
+                timeout=0,
+                flow_run_name=runtime.flow_run.name,  # else it has one by chance while it waits
+                idempotency_key=f"{runtime.flow_run.id}:{key}:{attempt}",
+            )
+        except ObjectNotFound as error:
+            raise StageFailed(f"the Prefect server has no deployment {name}/{name}: run `requant deploy`") from error
         assert isinstance(run, FlowRun)
         state = _state(run.id)
         if not state.is_final() or state.is_completed() or state.is_crashed():
@@ -215,6 +219,8 @@ def _state(run_id: UUID) -> State[Any]:
                 state = client.read_flow_run(run_id).state
             assert state is not None
             return state
+        except ObjectNotFound as error:
+            raise StageFailed("its run of the gpu pool is gone: somebody deleted it; start another run") from error
         except (httpx.HTTPError, PrefectHTTPStatusError) as error:
             if not told:
                 say()(f"the Prefect server does not answer ({type(error).__name__}): waiting for it")

@@ -30,7 +30,7 @@ from tasks.log import plain_logs
 from tasks.mtp_fix import mtp_fix_task
 from tasks.pictures import FOLDER, Picture
 from tasks.plan import preflight
-from tasks.prefect_stage import options, say
+from tasks.prefect_stage import end_earlier_tasks, options, say
 from tasks.publish import beside_for, publish_task
 from tasks.quantize import quantize_task
 from tasks.recipe import Recipe
@@ -64,6 +64,7 @@ def requantize(recipe: Recipe) -> State[Any]:
         return Failed(message=str(error), data=error)
 
     def work() -> None:
+        end_earlier_tasks()
         if (runtime.flow_run.run_count or 0) > RESTARTS:
             raise RequantError(f"begun anew {RESTARTS} times: look for what kills this run, then start another one")
         _run(report)

@@ -7,10 +7,11 @@ from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
-from prefect.states import Completed
+from prefect.states import Completed, Failed
 
 from flows.start import start_on_server
 from flows.tracked import RECIPES, watch_pass
+from tasks.errors import RequantError
 from tasks.log import plain_logs
 from tasks.prefect_stage import say
 
@@ -23,7 +24,10 @@ def watch(folder: str = str(RECIPES)) -> Any:
 
     A base that cannot be looked at stops no other: the run then ends in the state Problems, and its table names them.
     """
-    done = watch_pass(Path(folder), start_on_server)
+    try:
+        done = watch_pass(Path(folder), start_on_server)
+    except RequantError as error:  # the state says what is wrong in a sentence, without the words that Prefect adds
+        return Failed(message=str(error), data=error)
     document = done.to_json()
     say()(done.text)
     create_table_artifact(

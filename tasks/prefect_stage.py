@@ -9,11 +9,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from uuid import UUID
 
-from prefect import State, get_run_logger
+from prefect import State, get_run_logger, runtime
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import TaskRun
-from prefect.states import Completed
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
+    TaskRunFilterSubFlowRuns,
+)
+from prefect.client.schemas.objects import StateType, TaskRun
+from prefect.states import Completed, Crashed
 from prefect.tasks import Task, exponential_backoff
 
 from tasks.errors import RequantError, redact
@@ -55,6 +64,21 @@ def say() -> Callable[[str], None]:
     """Log a line into the run at hand."""
     log = get_run_logger()
     return lambda text: log.info(redact(text))
+
+
+def end_earlier_tasks() -> None:
+    """End what an earlier life of this run left Running: its process was killed, and whoever starts a run again sees
+    to the run alone. What stands for a run on another worker is none of these: it may still be at work."""
+    if (runtime.flow_run.run_count or 0) < 2:
+        return
+    left = TaskRunFilter(
+        state=TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])),
+        subflow_runs=TaskRunFilterSubFlowRuns(exists_=False),
+    )
+    this = FlowRunFilter(id=FlowRunFilterId(any_=[UUID(runtime.flow_run.id)]))
+    with get_client(sync_client=True) as client:
+        for run in client.read_task_runs(flow_run_filter=this, task_run_filter=left):
+            client.set_task_run_state(run.id, Crashed(message="the process of the run was killed"), force=True)
 
 
 class BlockProgress:

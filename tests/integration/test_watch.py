@@ -193,6 +193,15 @@ def test_the_flow_ends_in_a_state_that_says_so_and_has_a_table_of_what_it_did(
     assert "demo/gone" in table["data"] and "c-good" not in table["data"]
 
 
+def test_a_pass_that_cannot_be_made_ends_the_flow_with_a_sentence(deployment: Requant) -> None:
+    code = "from flows.watch import watch; print(watch('/nowhere', return_state=True).message)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=deployment.environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "the folder of recipes /nowhere does not exist: name one with --recipes"
+    assert "Traceback" not in done.stderr
+
+
 def test_unknown_repos_and_other_events_start_nothing(
     deployment: Requant, relay: httpx.Client, hub: HubStandIn, prefect_server: str
 ) -> None:
