@@ -90,7 +90,7 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
     clock = profile.Profile(Path(os.environ["REQUANT_PROFILE"])) if os.environ.get("REQUANT_PROFILE") else None
     if chosen["fast"]:
         settings["delta_rule"] = delta.replace_reference(model)
-        tune.install(chosen["torch_compile"], chosen["offload"], events, clock.step if clock else lambda: None)
+        tune.install(chosen, events, clock.step if clock else lambda: None)
     events("settings", **settings)
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"], **remote)
     samples = calibration_samples(tokenizer, job["texts"], job["nsamples"], job["seqlen"])

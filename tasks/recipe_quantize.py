@@ -91,6 +91,7 @@ class Quantize(Section):
     )
     layers: Layers = Field({}, description="Per-layer overrides: auto-round's layer_config")
     fast: Choice = Field("auto", description="Our tuning loop in place of auto-round's: the same steps")
+    compare_last: Choice = Field("auto", description="Keep the last step's rounding where it is better (in our loop)")
     torch_compile: Choice = Field("auto", description="Compile each kind of block once")
     low_gpu_mem: Choice = Field("auto", description="Samples in the CPU's memory")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")

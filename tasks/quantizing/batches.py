@@ -27,6 +27,11 @@ class Loss:
         return float(self._value)
 
 
+def cut(order: list[int], batch: int) -> list[list[int]]:
+    """Samples in pieces of `batch`, the last one may be smaller."""
+    return [order[start : start + batch] for start in range(0, len(order), batch)]
+
+
 class Samples:
     """Batches of a block's inputs, arguments, targets and masks on the device, fetched one ahead where they are not.
 

@@ -29,6 +29,9 @@ def choose(job: dict[str, Any], model: Any, device: str, free: int | None) -> tu
         reasons[name] = reason if asked == "auto" else "asked for"
 
     settle("fast", True, "auto-round's steps without its waits and copies")
+    settle("compare_last", True, "the last step's rounding is mostly better than that of the lowest batch")
+    if not settings["fast"]:
+        settings["compare_last"], reasons["compare_last"] = False, "auto-round's loop keeps that of the lowest batch"
     settings["offload"] = bool(job.get("offload"))
     if not on_gpu:
         settle("torch_compile", False, "on a CPU compiling takes longer than it saves")

@@ -246,6 +246,8 @@ def blocks_of(events: Path) -> list[dict[str, Any]]:
             blocks[name] |= {"best_iteration": event["iteration"]} if "iteration" in event else {}
         elif event["event"] == "output" and name is not None:
             blocks[name]["output_error"] = event["error"]
+        elif event["event"] == "kept" and name is not None:
+            blocks[name] |= {"kept": event["kept"], "compared": event["losses"]}
         elif event["event"] in {"loop", "fallback"} and name is not None:
             blocks[name][event["event"]] = event.get("reason") or event.get("text")
         elif event["event"] == "progress" and name is not None:

@@ -14,12 +14,14 @@ What auto-round 0.16.1 does around the arithmetic, and what is done here instead
 
 Everything else is auto-round's: its wrappers, its quantization function, its sampler, its schedule, its loss. Blocks
 that need more than this loop knows go to auto-round's own (`unfit` says why).
+
+The one exception, `compare_last`, is described in compare.py.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -28,7 +30,9 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from tasks.quantizing.batches import Loss, Samples
+from tasks.quantizing import descent
+from tasks.quantizing.batches import Loss, Samples, cut
+from tasks.quantizing.compare import better, mean, spread
 from tasks.quantizing.events import kind_of
 
 Report = Callable[..., None]
@@ -100,11 +104,14 @@ def unfit(quantizer: Any, block: nn.Module, inputs: Any, others: dict[str, Any])
     return None
 
 
-def install(compiled: bool, offload: bool, report: Report, after_step: Callable[[], None] = lambda: None) -> None:
+def install(
+    settings: Mapping[str, Any], report: Report, after_step: Callable[[], None] = lambda: None
+) -> None:
     """Make auto-round tune through this module.
 
-    compiled: torch.compile one step of each kind of block; where that fails the kind is tuned without. offload: keep
-    what the backward pass needs in the CPU's memory. `report` gets the events `loop` and `fallback`.
+    settings, as `choose` settles them: torch_compile (one step of each kind of block; where that fails the kind is
+    tuned without), offload (what the backward pass needs waits in the CPU's memory), compare_last (see compare.py).
+    `report` gets the events `loop`, `fallback` and `kept`.
     """
     from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
 
@@ -112,6 +119,7 @@ def install(compiled: bool, offload: bool, report: Report, after_step: Callable[
     # By default inductor keeps the float16 scale in float32 inside a fused kernel: what is tuned would not be what is
     # stored (torch 2.13 on a CPU: 0.04 % of the weights on another level; with this none, bit for bit).
     exact: dict[str, Any] = {"emulate_precision_casts": True}
+    compiled, offload = settings["torch_compile"], settings["offload"]
     fast = torch.compile(masked_loss, dynamic=False, options=exact) if compiled else masked_loss
     failed: set[tuple[str, ...]] = set()
 
@@ -128,7 +136,8 @@ def install(compiled: bool, offload: bool, report: Report, after_step: Callable[
             )
 
         def run(step: Callable[..., torch.Tensor]) -> dict[str, Any]:
-            return tune(self, block, inputs, input_others, fp_outputs, input_ids, step, offload, after_step)
+            compare = report if settings["compare_last"] else None
+            return tune(self, block, inputs, input_others, fp_outputs, input_ids, step, offload, compare, after_step)
 
         kind = tuple(sorted({type(module).__name__ for module in block.modules()}))
         if not compiled or kind in failed:
@@ -171,9 +180,13 @@ def tune(
     input_ids: Any,
     step: Callable[..., torch.Tensor],
     offload: bool,
+    compare: Report | None,
     after_step: Callable[[], None],
 ) -> dict[str, Any]:
-    """`SignRoundQuantizer.quantize_block` (0.16.1): leaves the block quantized, returns its best parameters."""
+    """`SignRoundQuantizer.quantize_block` (0.16.1): leaves the block quantized, returns its best parameters.
+
+    compare: None, or what gets the event `kept` of comparing the parameters of the lowest batch with the last ones.
+    """
     from auto_round.compressors.utils import IndexSampler
     from auto_round.logger import logger
     from auto_round.utils.device_manager import device_manager
@@ -184,11 +197,11 @@ def tune(
         block, quantizer.enable_minmax_tuning, False, enable_torch_compile=False, device=device, enable_neuqi=False
     )
     wrappers = {name: module for name, module in block.named_modules() if hasattr(module, "orig_layer")}
-    groups = _groups(quantizer, wrappers.values())
+    groups = descent.groups_by_rate(quantizer, wrappers.values())
     if not groups:
         unwrapper_block(block, {})
         return {}
-    rates = [_rates(lr, quantizer.iters) for lr, _ in groups]
+    rates = [descent.rates(lr, quantizer.iters) for lr, _ in groups]
     parameters = [p for _, group in groups for p in group]
     bounded = [p for w in wrappers.values() for key, p in w.params.items() if key in {"min_scale", "max_scale"}]
 
@@ -201,6 +214,12 @@ def tune(
     autocast = torch.autocast(
         device.type, dtype=quantizer.model_context.amp_dtype, enabled=bool(quantizer.model_context.amp)
     )
+
+    def forward(piece: list[int], after: list[int]) -> torch.Tensor:
+        arguments, target, mask = samples.get(piece)
+        samples.fetch(after)
+        with autocast, saved(offload, device):
+            return step(block, arguments, target, mask)
 
     best: list[torch.Tensor] = []
     first = lowest = float("inf")
@@ -217,13 +236,9 @@ def tune(
             if masks:
                 count = int(sum(masks[i].count_nonzero() for i in order))
             following = sampler.next_batch() if at + 1 < quantizer.iters else []
-            pieces = [order[s : s + batch] for s in range(0, len(order), batch)]
-            for number, piece in enumerate(pieces):
-                arguments, target, mask = samples.get(piece)
-                after = pieces[number + 1] if number + 1 < len(pieces) else following[:batch]
-                samples.fetch(after)
-                with autocast, saved(offload, device):
-                    loss = step(block, arguments, target, mask) * (len(piece) / len(order))
+            pieces = cut(order, batch)
+            for piece, after in zip(pieces, [*pieces[1:], following[:batch]], strict=True):
+                loss = forward(piece, after) * (len(piece) / len(order))
                 losses.append(Loss(loss))
                 torch.autograd.backward(loss * 1000)
                 del loss
@@ -231,10 +246,13 @@ def tune(
             first = total if at == 0 else first
             if total < lowest or (at == 0 and total != total):
                 lowest, best_at = total, at
-                best = _copied(parameters, best, offload)
-            _update(groups, [rate[at] for rate in rates], bounded)
+                best = descent.copied(parameters, best, offload)
+            descent.update(groups, [rate[at] for rate in rates], bounded)
             after_step()
             order = following
+        if compare is not None:
+            pieces = cut(spread(len(inputs), whole), batch)
+            best = better(parameters, best, offload, lambda: mean(forward, pieces), compare)
     finally:
         if replaced is not None:
             block.forward = replaced
@@ -259,55 +277,6 @@ def saved(offload: bool, device: torch.device) -> AbstractContextManager[Any]:
 def _put(block: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
     setattr(block.get_submodule(parent), last, module)
-
-
-def _groups(quantizer: Any, wrappers: Any) -> list[tuple[float, list[torch.Tensor]]]:
-    """Parameters by their step size, as auto-round groups them."""
-    groups: dict[float, list[torch.Tensor]] = {}
-    for wrapper in wrappers:
-        bits = getattr(wrapper.orig_layer, "bits", None)
-        lr, minmax_lr = quantizer._config.compute_lr(bits), quantizer._config.compute_minmax_lr(bits)
-        for key, parameter in wrapper.params.items():
-            edge = "min" in key or "max" in key
-            chosen = (quantizer.minmax_lr if minmax_lr is None else minmax_lr) if edge else (
-                quantizer.lr if lr is None else lr
-            )  # fmt: skip
-            groups.setdefault(float(chosen), []).append(parameter)
-    return list(groups.items())
-
-
-def _rates(lr: float, iters: int) -> list[float]:
-    """The step size of each iteration: auto-round's schedule, torch's LinearLR over a float32 tensor."""
-    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": torch.tensor(lr)}], lr=torch.tensor(lr))
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=iters)
-    rates = []
-    for _ in range(iters):
-        rates.append(float(optimizer.param_groups[0]["lr"]))
-        optimizer.step()
-        schedule.step()
-    return rates
-
-
-@torch.no_grad()
-def _update(groups: list[tuple[float, list[torch.Tensor]]], rates: list[float], bounded: list[torch.Tensor]) -> None:
-    """One step of sign descent; the scales' coefficients stay in [0, 1], which auto-round sees to before each use."""
-    for (_, parameters), rate in zip(groups, rates, strict=True):
-        moving = [(p, p.grad) for p in parameters if p.grad is not None]
-        gradients = [gradient for _, gradient in moving]
-        torch._foreach_sign_(gradients)
-        torch._foreach_add_([p for p, _ in moving], gradients, alpha=-rate)
-        for parameter, _ in moving:
-            parameter.grad = None
-    torch._foreach_clamp_min_(bounded, 0.0)
-    torch._foreach_clamp_max_(bounded, 1.0)
-
-
-@torch.no_grad()
-def _copied(parameters: list[torch.Tensor], into: list[torch.Tensor], offload: bool) -> list[torch.Tensor]:
-    if not into:
-        return [p.detach().to("cpu" if offload else p.device, copy=True) for p in parameters]
-    torch._foreach_copy_(into, parameters)
-    return into
 
 
 def _masks(quantizer: Any, input_ids: Any) -> list[torch.Tensor] | None:

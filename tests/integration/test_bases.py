@@ -25,7 +25,8 @@ def test_every_block_of_this_base_is_tuned(kind: str, tmp_path: Path) -> None:
         assert block["loss_after"] <= block["loss_before"] and block["output_error"] > 0
         assert "loop" not in block and "fallback" not in block
     assert [picture.name for picture in draw(None, None, blocks)] == ["losses"]
-    assert set(result.provenance["settings"]["reasons"]) == {"fast", "torch_compile", "low_gpu_mem"}
+    reasons = result.provenance["settings"]["reasons"]
+    assert set(reasons) == {"fast", "compare_last", "torch_compile", "low_gpu_mem"}
 
 
 def test_our_loop_ends_where_auto_rounds_does(tmp_path: Path) -> None:
@@ -35,7 +36,7 @@ def test_our_loop_ends_where_auto_rounds_does(tmp_path: Path) -> None:
     for fast in (False, True):
         folder = tmp_path / str(fast)
         folder.mkdir()
-        ends.append(quantized(folder, base, fast=fast)[0])
+        ends.append(quantized(folder, base, fast=fast, compare_last=False)[0])
     assert ends[0].manifest.digest == ends[1].manifest.digest
     losses = [[(b["loss_before"], b["loss_after"]) for b in end.provenance["blocks"]] for end in ends]
     assert losses[0] == losses[1]
@@ -47,9 +48,32 @@ def test_with_the_delta_rule_the_losses_are_the_same_to_float_noise(tmp_path: Pa
     for fast in (False, True):
         folder = tmp_path / str(fast)
         folder.mkdir()
-        blocks = quantized(folder, base, fast=fast)[0].provenance["blocks"]
+        blocks = quantized(folder, base, fast=fast, compare_last=False)[0].provenance["blocks"]
         losses.append([value for b in blocks for value in (b["loss_before"], b["loss_after"])])
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_each_block_keeps_the_last_steps_rounding_where_it_is_better_than_the_lowest_batchs(tmp_path: Path) -> None:
+    """The first block is tuned alike in both runs: what is kept of it has the lower error over all samples."""
+    base = pico_base(tmp_path / "base", layers=3)
+    runs = {}
+    for compare_last in (False, True):
+        folder = tmp_path / str(compare_last)
+        folder.mkdir()
+        asked = {"iters": 40, "nsamples": 16, "compare_last": compare_last}
+        runs[compare_last] = quantized(folder, base, **asked)[0].provenance["blocks"]
+    assert not any("kept" in block for block in runs[False])
+    for block in runs[True]:
+        assert block["kept"] == min(block["compared"], key=block["compared"].get)
+    assert [runs[c][0]["loss_after"] for c in runs] == [runs[False][0]["loss_after"]] * 2
+    assert runs[True][0]["kept"] == "last step" and runs[True][0]["output_error"] < runs[False][0]["output_error"]
+    assert runs[True][0]["compared"]["lowest batch"] == pytest.approx(runs[False][0]["output_error"], rel=1e-3)
+
+
+def test_auto_rounds_own_loop_keeps_the_lowest_batch_whatever_is_asked(tmp_path: Path) -> None:
+    result, _ = quantized(tmp_path, other_base(tmp_path / "base", "llama"), fast=False, compare_last=True)
+    assert result.provenance["settings"]["compare_last"] is False
+    assert "lowest batch" in result.provenance["settings"]["reasons"]["compare_last"]
 
 
 @pytest.mark.parametrize("scales", ["blocks", "tensor"])
