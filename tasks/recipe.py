@@ -248,5 +248,8 @@ class Recipe(Section):
         return digest_of(self._document() | {"publish": None})
 
     def _document(self) -> dict[str, Any]:
-        """All that it says but the hardware; `outputs` only where there are some: digests stay what they were."""
-        return self.model_dump(mode="json", exclude={"hardware"} if self.outputs else {"hardware", "outputs"})
+        """All that it says but the hardware. What came later only where it is used: digests stay what they were."""
+        left_out: dict[str, Any] = {"hardware": True, "outputs": not self.outputs}
+        if self.quantize.compare_last == "auto":
+            left_out["quantize"] = {"compare_last": True}
+        return self.model_dump(mode="json", exclude={name: what for name, what in left_out.items() if what})

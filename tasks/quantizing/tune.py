@@ -104,9 +104,7 @@ def unfit(quantizer: Any, block: nn.Module, inputs: Any, others: dict[str, Any])
     return None
 
 
-def install(
-    settings: Mapping[str, Any], report: Report, after_step: Callable[[], None] = lambda: None
-) -> None:
+def install(settings: Mapping[str, Any], report: Report, after_step: Callable[[], None] = lambda: None) -> None:
     """Make auto-round tune through this module.
 
     settings, as `choose` settles them: torch_compile (one step of each kind of block; where that fails the kind is
