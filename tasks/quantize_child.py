@@ -147,6 +147,10 @@ def _same_bits_every_time() -> None:
     os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"  # for the processes that it compiles in
     config.deterministic = True
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # With warn_only, flash attention's way back too is summed as it comes; without, cumsum is refused: plain products.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_flash_sdp(False)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
 
 
