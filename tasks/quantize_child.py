@@ -151,6 +151,7 @@ def _same_bits_every_time(compiled: bool) -> None:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when the first matrix product is made
     os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"  # for the processes that it compiles in
     config.deterministic = True
+    torch.backends.cudnn.deterministic = True  # the convolution's gradients
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_flash_sdp(False)
