@@ -67,6 +67,9 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
     from tasks.quantizing import delta, profile, tune
 
     logging.getLogger("autoround").addHandler(LogEvents(events))
+    same_bits = bool(os.environ.get("REQUANT_DETERMINISTIC"))
+    if same_bits:
+        _same_bits_every_time()
     device = job["device"] if job["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = device.startswith("cuda")
     remote = {"trust_remote_code": job["allow_remote_code"]}
@@ -75,9 +78,7 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
     if hasattr(config, "vision_config"):
         loader = transformers.AutoModelForImageTextToText
     model = loader.from_pretrained(job["model"], dtype="auto", use_safetensors=True, **remote)
-    chosen, reasons = choose(job, model, device, _gpu_bytes(device) if on_gpu else None)
-    if os.environ.get("REQUANT_DETERMINISTIC"):
-        _same_bits_every_time(chosen["torch_compile"])
+    chosen, reasons = choose(job, model, device, _gpu_bytes(device) if on_gpu else None, same_bits)
     settings = {
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         **chosen,
@@ -137,26 +138,19 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
     return {"checkpoint": str(written), "settings": settings, "bits": bits, "peak_gpu_bytes": peak}
 
 
-def _same_bits_every_time(compiled: bool) -> None:
-    """On a GPU fused attention sums its gradients in the order in which they come, so that plain products stand in for
-    it; and inductor takes the kernel that was fastest as it compiled: a process that finds its compile cache empty,
-    another than the next one.
-
-    What else torch knows to be in no order (experts' sums) is asked of it in blocks that are not compiled alone: with
-    that switch torch 2.11 compiles a full-attention block to gradients of its queries that hold foreign memory.
-    """
+def _same_bits_every_time() -> None:
+    """On a GPU gradients are else summed in the order in which they come. `choose` leaves blocks uncompiled then:
+    with these algorithms torch 2.11 compiled a full-attention block to gradients of its queries that held foreign
+    memory, without them inductor took the kernel that was fastest that day."""
     import torch
-    from torch._inductor import config
 
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when the first matrix product is made
-    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"  # for the processes that it compiles in
-    config.deterministic = True
-    torch.backends.cudnn.deterministic = True  # the convolution's gradients
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
+    # With warn_only, flash attention's gradients too come in any order: plain products instead.
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_flash_sdp(False)
-    if not compiled:
-        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _gpu_bytes(device: str) -> int:

@@ -16,8 +16,13 @@ ROUTED = ("expert", "router", "moe")
 GB = 1e9
 
 
-def choose(job: dict[str, Any], model: Any, device: str, free: int | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """(settings, reasons). model: the loaded model; free: bytes free on the GPU, None on a CPU."""
+def choose(
+    job: dict[str, Any], model: Any, device: str, free: int | None, same_bits: bool = False
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """(settings, reasons).
+
+    model: the loaded one; free: bytes free on the GPU, None on a CPU; same_bits: the same bits are wanted in every run.
+    """
     on_gpu = device.startswith("cuda")
     routed = any(word in name.lower() for name, _ in model.named_modules() for word in ROUTED)
     settings: dict[str, Any] = {}
@@ -39,6 +44,8 @@ def choose(job: dict[str, Any], model: Any, device: str, free: int | None) -> tu
         return settings, reasons
     if routed:
         settle("torch_compile", False, "blocks with experts take another path for each batch: nothing to compile once")
+    elif same_bits:
+        settle("torch_compile", False, "compiled blocks do not end with the same bits in every run")
     else:
         settle("torch_compile", True, "each kind of block is compiled once and serves all its blocks")
     if settings["offload"]:

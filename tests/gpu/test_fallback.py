@@ -30,7 +30,7 @@ def test_where_compiling_fails_each_kind_of_block_is_tuned_without(
         monkeypatch.setenv(compiler, "/bin/false")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    failed, _ = quantized(tmp_path / "failed", base, **SETTINGS)
+    failed, _ = quantized(tmp_path / "failed", base, torch_compile=True, **SETTINGS)
     print(*failed.provenance["blocks"], sep="\n")
     assert failed.provenance["settings"]["torch_compile"] is True
     assert [a["ended"] for a in failed.provenance["attempts"]] == ["done"]
