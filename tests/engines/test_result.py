@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from infra.engines.prompts import COUNT, TOKENS
-from tasks.serving.prompts import python_prompts
+from infra.engines.prompts import PLACE_TOKENS, places
 from tests.engines.conftest import ROOT
 from tests.engines.pipeline import Made
 from tests.pico import TINY
@@ -18,12 +17,12 @@ from tests.pico import TINY
 
 @pytest.fixture(scope="module")
 def tried(vllm_python: str, made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Base and result in bfloat16 over all prompts, and the result in half over a few."""
+    """Base and result in bfloat16, and the result in half."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.json"
-    prompts.write_text(json.dumps(python_prompts(COUNT)))
+    prompts.write_text(json.dumps(places()))
     script, draft = Path(__file__).parent / "try_all.py", ROOT / "infra" / "engines" / "draft.py"
     models = [str(TINY), str(made.folder), f"{made.folder}:half"]
-    command = [vllm_python, script, draft, prompts, str(TOKENS), *models]
+    command = [vllm_python, script, draft, prompts, str(PLACE_TOKENS), *models]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     results = {n: r["with"] for n, r in zip(("base", "result", "half"), json.loads(done.stdout), strict=True)}
