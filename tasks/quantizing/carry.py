@@ -14,6 +14,8 @@ A file never changes once it has its name, so that it can be copied to another m
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 import os
 import shutil
 from pathlib import Path
@@ -136,29 +138,35 @@ def write_block(path: Path, tensors: dict[str, Any]) -> None:
 
 
 def trim(folder: Path) -> None:
-    """Forget what cannot be resumed: a manifest whose blocks' files are not all there."""
-    import json
+    """Forget the blocks that cannot be resumed: in each manifest, the first whose file is not there and all behind it.
 
-    for manifest in folder.glob(f"group_*/{MANIFEST}"):
-        try:
-            done = len(json.loads(manifest.read_text())["completed_blocks"])
-        except (ValueError, KeyError, TypeError):
-            done = 0
-        if not done or not all(block_file(manifest.parent, i).exists() for i in range(done)):
-            manifest.unlink()
+    What a killed machine left in the store can be a manifest that is a block ahead of the files: it was sent last, or
+    read after the files were counted.
+    """
+    for path in folder.glob(f"group_*/{MANIFEST}"):
+        manifest, done = _resumable(path)
+        if not done:
+            path.unlink()
+        elif done != manifest["completed_blocks"]:
+            temporary = path.with_suffix(".part")
+            temporary.write_text(json.dumps({**manifest, "completed_blocks": done}))
+            os.replace(temporary, path)
 
 
 def finished(folder: Path) -> int:
     """How many blocks below a work folder a run can go on from."""
-    import json
+    return sum(len(_resumable(path)[1]) for path in folder.glob(f"resume/group_*/{MANIFEST}"))
 
-    count = 0
-    for manifest in folder.glob(f"resume/group_*/{MANIFEST}"):
-        try:
-            count += len(json.loads(manifest.read_text())["completed_blocks"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return count
+
+def _resumable(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """A manifest, {} if it cannot be read, and its finished blocks up to the first whose file is missing."""
+    try:
+        manifest = json.loads(path.read_text())
+        blocks = list(manifest["completed_blocks"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}, []
+    there = itertools.takewhile(lambda i: block_file(path.parent, i).exists(), range(len(blocks)))
+    return manifest, [blocks[i] for i in there]
 
 
 def portable(folder: Path) -> list[str]:

@@ -144,11 +144,66 @@ def test_a_store_that_fails_does_not_stop_the_work(remote: Remote, tmp_path: Pat
         pass
 
 
-def test_a_manifest_whose_blocks_are_not_all_there_is_forgotten(tmp_path: Path) -> None:
-    for number in range(2):
+def manifest(folder: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((folder / "resume" / "group_0" / carry.MANIFEST).read_text())
+    return found
+
+
+def test_of_a_manifest_the_blocks_before_the_first_missing_file_are_kept(tmp_path: Path) -> None:
+    for number in range(3):
         finish_block(tmp_path, number)
+    whole = manifest(tmp_path)
     carry.trim(tmp_path / "resume")
-    assert carry.finished(tmp_path) == 2
+    assert manifest(tmp_path) == whole and carry.finished(tmp_path) == 3
+    carry.block_file(tmp_path / "resume" / "group_0", 1).unlink()
+    assert carry.finished(tmp_path) == 1
+    carry.trim(tmp_path / "resume")
+    assert manifest(tmp_path) == {"signature": "s", "completed_blocks": ["layers.0"]}
     carry.block_file(tmp_path / "resume" / "group_0", 0).unlink()
     carry.trim(tmp_path / "resume")
-    assert carry.finished(tmp_path) == 0
+    assert carry.finished(tmp_path) == 0 and not list((tmp_path / "resume").rglob(carry.MANIFEST))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"completed_blocks": 5}', '{"completed_blocks": ["layers.0"]'])
+def test_a_manifest_that_cannot_be_read_is_forgotten(tmp_path: Path, text: str) -> None:
+    finish_block(tmp_path, 0)
+    (tmp_path / "resume" / "group_0" / carry.MANIFEST).write_text(text)
+    carry.trim(tmp_path / "resume")
+    assert carry.finished(tmp_path) == 0 and not list((tmp_path / "resume").rglob(carry.MANIFEST))
+
+
+def test_killed_between_the_manifest_and_the_index_the_blocks_before_it_are_gone_on_from(
+    remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, sent = tmp_path / "one", tmp_path / "two", Index()
+    store = machine(remote, tmp_path / "a")
+    finish_block(one, 0)
+    push(store, "quantize", "k", one, carry.portable(one), sent)
+    finish_block(one, 1)
+    write = remote.write
+
+    def killed(key: str, data: bytes) -> None:
+        if key.endswith("/index"):
+            raise KeyboardInterrupt
+        write(key, data)
+
+    monkeypatch.setattr(remote, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        push(store, "quantize", "k", one, carry.portable(one), sent)
+    assert restore(machine(remote, tmp_path / "b"), "quantize", "k", two, carry.worth_fetching) == 3
+    assert carry.finished(two) == 1
+    carry.trim(two / "resume")
+    assert manifest(two)["completed_blocks"] == ["layers.0"]
+
+
+def test_a_block_that_ends_while_the_others_are_sent_is_not_missed_by_the_next_machine(
+    remote: Remote, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish_block(one, 0)
+    paths = carry.portable(one)
+    finish_block(one, 1)
+    push(machine(remote, tmp_path / "a"), "quantize", "k", one, paths, {})
+    assert restore(machine(remote, tmp_path / "b"), "quantize", "k", two, carry.worth_fetching) == 3
+    carry.trim(two / "resume")
+    assert manifest(two)["completed_blocks"] == ["layers.0"] and carry.finished(two) == 1
