@@ -140,17 +140,17 @@ def write_block(path: Path, tensors: dict[str, Any]) -> None:
 def trim(folder: Path) -> None:
     """Forget the blocks that cannot be resumed: in each manifest, the first whose file is not there and all behind it.
 
-    What a killed machine left in the store can be a manifest that is a block ahead of the files: it was sent last, or
-    read after the files were counted.
+    What a killed machine left in the store can have a manifest that is ahead of the files in the index: it was sent,
+    and the new index no more, or a block ended after the files were listed.
     """
+    from tasks.checkpoint.writer import write_json
+
     for path in folder.glob(f"group_*/{MANIFEST}"):
         manifest, done = _resumable(path)
         if not done:
             path.unlink()
         elif done != manifest["completed_blocks"]:
-            temporary = path.with_suffix(".part")
-            temporary.write_text(json.dumps({**manifest, "completed_blocks": done}))
-            os.replace(temporary, path)
+            write_json(path.parent, path.name, {**manifest, "completed_blocks": done})
 
 
 def finished(folder: Path) -> int:
@@ -163,7 +163,7 @@ def _resumable(path: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         manifest = json.loads(path.read_text())
         blocks = list(manifest["completed_blocks"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}, []
     there = itertools.takewhile(lambda i: block_file(path.parent, i).exists(), range(len(blocks)))
     return manifest, [blocks[i] for i in there]

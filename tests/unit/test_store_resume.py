@@ -164,7 +164,9 @@ def test_of_a_manifest_the_blocks_before_the_first_missing_file_are_kept(tmp_pat
     assert carry.finished(tmp_path) == 0 and not list((tmp_path / "resume").rglob(carry.MANIFEST))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"completed_blocks": 5}', '{"completed_blocks": ["layers.0"]'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"completed_blocks": 5}', '{"completed_blocks": ["layers.0"]', "[" * 100_000]
+)
 def test_a_manifest_that_cannot_be_read_is_forgotten(tmp_path: Path, text: str) -> None:
     finish_block(tmp_path, 0)
     (tmp_path / "resume" / "group_0" / carry.MANIFEST).write_text(text)
