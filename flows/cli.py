@@ -26,6 +26,7 @@ from flows.plan_command import plan
 from flows.release_commands import publish, verify
 from flows.store_commands import store
 from flows.watch_command import watch
+from flows.worker_command import worker
 from tasks.artifact import OURS
 from tasks.checkpoint.writer import write_file, write_json
 from tasks.errors import RecipeError, RequantError, explain_os_error, redact
@@ -123,7 +124,7 @@ def _lay_out(report: Report, checkout: Path | None) -> None:
         write_file(report.path, path, [data])
 
 
-for each in (run, plan, validate, mtp_fix, inspect, bench, verify, publish, watch, deploy, store):
+for each in (run, plan, validate, mtp_fix, inspect, bench, verify, publish, watch, deploy, worker, store):
     cli.add_command(each)
 
 

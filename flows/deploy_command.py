@@ -1,53 +1,66 @@
-"""`requant deploy`: what a Prefect server is to know."""
+"""`requant deploy`: make a Prefect server know the flows, the recipes and the work pools."""
 
 from __future__ import annotations
 
 import copy
 import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
 
 from flows.command import command
 from flows.embedded import check_server
-from tasks.errors import RecipeError, RequantError
+from tasks.errors import RecipeError
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.responses import DeploymentResponse
+    from prefect.events.schemas.automations import AutomationCore
 
 POOLS = ("cpu", "gpu")
-
-
-class NotDeployed(RequantError, RuntimeError):
-    """Prefect's own command refused."""
+# Automations that earlier versions made. The sweep of flows/sweep.py does their work now.
+RETIRED_AUTOMATIONS = (
+    "a run without a heartbeat is crashed",
+    "a run that does not start is crashed",
+    "a run that nobody cancels is cancelled",
+    "a crashed requantize run goes on",
+)
 
 
 @command("deploy")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True), default="deployments")
 def deploy(folder: Path) -> tuple[dict[str, Any], str, int]:
-    """Put FOLDER (prefect.yaml, recipes/, automations.yaml) on the Prefect server of PREFECT_API_URL.
+    """Put FOLDER (prefect.yaml, recipes/, automations.yaml if any) on the Prefect server of PREFECT_API_URL.
 
-    Work pools that are missing are made, for processes; those that are there stay as they are.
+    What the server already has in the same form is left alone, and what somebody paused stays paused. Work pools that
+    are missing are made, for processes.
     """
     url = os.environ.get("PREFECT_API_URL")
     if not url:
         raise RecipeError("PREFECT_API_URL is not set: name the Prefect server, as in http://127.0.0.1:4200/api")
     document = with_recipes(_read(folder / "prefect.yaml"), folder / "recipes")
-    automations = _read(folder / "automations.yaml")
+    own = folder / "automations.yaml"
+    automations = [each for each in _read(own) if each["name"] not in RETIRED_AUTOMATIONS] if own.exists() else []
     check_server(url)
-    from flows.start import server_errors
+    from prefect.client.orchestration import get_client
 
-    with server_errors(), tempfile.TemporaryDirectory() as scratch:
-        make_pools()
-        path = Path(scratch) / "prefect.yaml"
-        path.write_text(yaml.safe_dump(document, sort_keys=False))
-        _prefect("deploy", "--all", "--prefect-file", str(path))
+    from flows.start import server_errors
+    from flows.work_pool import problem_of_pool
+
+    with server_errors(), get_client(sync_client=True) as client:
+        make_pools(client)
+        deployments = {name_of(each): apply_deployment(client, each) for each in document["deployments"]}
         applied = apply_automations(automations)
-    names = [f"{each['entrypoint'].rsplit('.', 1)[-1]}/{each['name']}" for each in document["deployments"]]
-    text = "\n".join([*(f"deployment {name}" for name in names), *(f"automation: {name}" for name in applied)])
-    return {"deployments": names, "automations": applied}, text, 0
+        problems = [problem for pool in POOLS if (problem := problem_of_pool(client, pool))]
+    lines = [f"deployment {name}{'' if new else ' (unchanged)'}" for name, new in deployments.items()]
+    lines += [f"automation {name}{'' if new else ' (unchanged)'}" for name, new in applied.items()]
+    lines += [f"problem    {each}" for each in problems]
+    changed = [name for name, new in (deployments | applied).items() if new]
+    answer = {"deployments": list(deployments), "automations": list(applied), "changed": changed, "problems": problems}
+    return answer, "\n".join(lines), 0
 
 
 def _read(path: Path) -> Any:
@@ -86,44 +99,125 @@ def with_recipes(document: dict[str, Any], folder: Path) -> dict[str, Any]:
     return document
 
 
-def make_pools() -> None:
-    from prefect.client.orchestration import get_client
+def make_pools(client: SyncPrefectClient) -> None:
+    """Create the work pools that are missing."""
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectAlreadyExists
 
-    with get_client(sync_client=True) as client:
-        for name in POOLS:
-            try:
-                client.create_work_pool(WorkPoolCreate(name=name, type="process"))
-            except ObjectAlreadyExists:
-                continue
+    for name in POOLS:
+        try:
+            client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+        except ObjectAlreadyExists:
+            continue
 
 
-def apply_automations(documents: list[dict[str, Any]]) -> list[str]:
-    """Make the server's automations of these names what the documents say."""
+def name_of(document: dict[str, Any]) -> str:
+    """A deployment's name as Prefect's commands write it: flow/deployment."""
+    return f"{document['entrypoint'].rsplit('.', 1)[-1]}/{document['name']}"
+
+
+def apply_deployment(client: SyncPrefectClient, document: dict[str, Any]) -> bool:
+    """Make one deployment of prefect.yaml what the document says. Return whether it was new or different.
+
+    An update would delete the runs that are scheduled already, so it is made only where it changes something.
+    """
+    from prefect.exceptions import ObjectNotFound
+    from prefect.utilities.callables import parameter_schema
+    from prefect.utilities.importtools import import_object
+
+    flow = import_object(document["entrypoint"])
+    wanted = {
+        "entrypoint": document["entrypoint"],
+        "description": document["description"],
+        "tags": document["tags"],
+        "parameters": document.get("parameters", {}),
+        "work_pool_name": document["work_pool"]["name"],
+        "job_variables": document["work_pool"]["job_variables"],
+        "enforce_parameter_schema": document["enforce_parameter_schema"],
+        "parameter_openapi_schema": parameter_schema(flow).model_dump_for_openapi(),
+        "pull_steps": [],  # the flows are part of the installed package
+    }
+    there: DeploymentResponse | None
+    try:
+        there = client.read_deployment_by_name(f"{flow.name}/{document['name']}")
+    except ObjectNotFound:
+        there = None
+    schedules = _schedules(document.get("schedules", []), there)
+    if (
+        there is not None
+        and _same_schedules(schedules, there)
+        and all(getattr(there, key) == value for key, value in wanted.items())
+    ):
+        return False
+    client.create_deployment(
+        flow_id=client.create_flow_from_name(flow.name),
+        name=document["name"],
+        version=flow.version,
+        schedules=schedules,
+        paused=there.paused if there else False,
+        **wanted,
+    )
+    return True
+
+
+def _schedules(documents: list[dict[str, Any]], there: DeploymentResponse | None) -> list[DeploymentScheduleCreate]:
+    """The schedules of a deployment. They are paused if somebody paused those that the server has."""
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.schedules import construct_schedule
+
+    paused = there is not None and any(not schedule.active for schedule in there.schedules)
+    return [
+        DeploymentScheduleCreate(schedule=construct_schedule(**document), active=not paused) for document in documents
+    ]
+
+
+def _same_schedules(wanted: list[DeploymentScheduleCreate], there: DeploymentResponse) -> bool:
+    """Whether the server has these schedules. The anchor of an interval is the moment of its creation: it differs."""
+    ours = [each.schedule.model_dump(exclude={"anchor_date"}) for each in wanted]
+    return ours == [each.schedule.model_dump(exclude={"anchor_date"}) for each in there.schedules]
+
+
+def apply_automations(documents: list[dict[str, Any]]) -> dict[str, bool]:
+    """Make the server's automations of these names what the documents say; True for those that were new or different.
+
+    An update makes an automation forget every event that it has seen, so it is made only where it changes something.
+    Those that earlier versions of Requant made are deleted; all others are left alone.
+    """
     import asyncio
 
     from prefect.client.orchestration import get_client
-    from prefect.events.schemas.automations import AutomationCore
+    from prefect.events.schemas.automations import Automation, AutomationCore
 
-    async def apply() -> None:
+    async def apply() -> dict[str, bool]:
+        changed: dict[str, bool] = {}
         async with get_client() as client:
+            for name in RETIRED_AUTOMATIONS:
+                for automation in await client.read_automations_by_name(name):
+                    await client.delete_automation(automation.id)
             for document in documents:
                 wanted = AutomationCore.model_validate(document)
-                there = await client.read_automations_by_name(wanted.name)
-                if there:
+                there: list[Automation] = await client.read_automations_by_name(wanted.name)
+                if not there:
+                    await client.create_automation(wanted)
+                elif changed_from(there[0], wanted):
                     await client.update_automation(there[0].id, wanted)
                 else:
-                    await client.create_automation(wanted)
+                    changed[wanted.name] = False
+                    continue
+                changed[wanted.name] = True
+        return changed
 
-    asyncio.run(apply())
-    return [document["name"] for document in documents]
+    return asyncio.run(apply())
 
 
-def _prefect(*arguments: str) -> None:
-    """Run Prefect's own command. Raises NotDeployed with its last lines."""
-    done = subprocess.run(
-        [sys.executable, "-m", "prefect", "--no-prompt", *arguments], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise NotDeployed(f"prefect {arguments[0]} failed: {' '.join((done.stdout + done.stderr).split())[-600:]}")
+def changed_from(there: AutomationCore, wanted: AutomationCore) -> bool:
+    """Whether an automation differs from what is wanted, whatever ids its triggers were given."""
+
+    def without_ids(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without_ids(each) for key, each in value.items() if key != "id"}
+        return [without_ids(each) for each in value] if isinstance(value, list) else value
+
+    fields = set(type(wanted).model_fields)
+    ours, theirs = (each.model_dump(mode="json", include=fields) for each in (wanted, there))
+    return bool(without_ids(ours) != without_ids(theirs))

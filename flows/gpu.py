@@ -6,6 +6,7 @@ they hand on is in the store: a flow gets the names of what it reads, and the st
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,8 +19,10 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlo
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-from prefect.states import Cancelled, Cancelling, Completed, Failed, Scheduled
+from prefect.states import AwaitingRetry, Cancelled, Cancelling, Completed, Failed, Running
 
+from flows.sweep import GOES_ON, RESTARTS, restarts_of, was_cancelled
+from flows.work_pool import problem_of_pool
 from tasks import benchmark as speed
 from tasks import quantize as quantizing
 from tasks import validate as quality
@@ -35,7 +38,7 @@ from tasks.text import Text, find_text
 
 plain_logs()
 POLL = 2.0  # seconds
-RESTARTS = 10  # of one run whose process was killed
+LOOK_AT_POOL_S = 60.0  # seconds for which a run waits on the gpu pool before its workers are looked at
 LARGE = 4_000_000_000  # bytes of weights that a CPU measures in minutes
 
 
@@ -170,18 +173,54 @@ def _run_there(name: str, key: str, parameters: dict[str, Any]) -> None:
     """Start the flow run, or find the one that an earlier life of this run started, and wait for its end."""
     run = _begin(name, key, parameters)
     say()(f"{name}: waiting for run {run.name} of the gpu pool")
-    restarts = 0
+    notice = _WorkerNotice(name)
     while True:
         state = _state(run.id)
         if state.is_completed():
             return
-        if state.is_crashed() and restarts < RESTARTS:
-            restarts += 1
+        notice.look(waiting=state.is_scheduled())
+        if state.is_crashed() and _restart(run.id):
             say()(f"{name}: run {run.name} was killed ({state.message}); it goes on from its last finished block")
-            restart(run.id)
         elif state.is_final():
             raise StageFailed(state.message or f"{name} ended {state.name} on the gpu pool")
         time.sleep(POLL)
+
+
+class _WorkerNotice:
+    """Says in the log and in the state of this run that no worker takes the run that it waits for."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._waiting_since_s: float | None = None
+        self._asked_s = 0.0
+        self._said: str | None = None
+
+    def look(self, waiting: bool) -> None:
+        """Look at the work pool once a minute while the run waits there."""
+        now_s = time.monotonic()
+        if not waiting:
+            self._waiting_since_s = None
+            self._say(None)
+        elif self._waiting_since_s is None:
+            self._waiting_since_s = self._asked_s = now_s
+        elif now_s - self._asked_s >= LOOK_AT_POOL_S:
+            self._asked_s = now_s
+            with _server_may_be_away(), get_client(sync_client=True) as client:
+                self._say(problem_of_pool(client, "gpu"))
+
+    def _say(self, problem: str | None) -> None:
+        if problem == self._said:
+            return
+        self._said = problem
+        say()(f"{self._stage} waits: {problem}" if problem else f"{self._stage}: the gpu pool takes its run")
+        state: State[Any] = Running(name="WaitingForWorker", message=problem) if problem else Running()
+        with _server_may_be_away(), get_client(sync_client=True) as client:
+            client.set_flow_run_state(UUID(runtime.flow_run.id), state)
+
+
+def _server_may_be_away() -> contextlib.AbstractContextManager[None]:
+    """Ignore that the server does not answer: the look at the pool is made again in a minute."""
+    return contextlib.suppress(httpx.HTTPError, PrefectHTTPStatusError)
 
 
 def _begin(name: str, key: str, parameters: dict[str, Any]) -> FlowRun:
@@ -204,10 +243,14 @@ def _begin(name: str, key: str, parameters: dict[str, Any]) -> FlowRun:
     raise StageFailed(f"{name} was tried too often in this run: start another one")
 
 
-def restart(run_id: UUID) -> None:
-    """What the UI's retry button does: the same run once more."""
+def _restart(run_id: UUID) -> bool:
+    """Start a crashed run again; False if somebody cancelled it, or if it crashed too often."""
     with get_client(sync_client=True) as client:
-        client.set_flow_run_state(run_id, Scheduled(name="AwaitingRetry"), force=True)
+        history = client.read_flow_run_states(run_id)
+        if was_cancelled(history) or restarts_of(history) >= RESTARTS:
+            return False
+        client.set_flow_run_state(run_id, AwaitingRetry(message=GOES_ON))
+        return True
 
 
 def _state(run_id: UUID) -> State[Any]:

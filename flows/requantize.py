@@ -8,11 +8,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from prefect import State, flow, runtime, task
+from prefect import State, flow, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import Completed, Failed
 
-from flows.gpu import OPTIONS, RESTARTS, cancel_children, on_gpu, pinned, where
+from flows.gpu import OPTIONS, cancel_children, on_gpu, pinned, where
 from flows.markdown import comparison, markdown
 from flows.report import Report, gate_rows, verdict, worst
 from tasks import benchmark as speed
@@ -65,8 +65,6 @@ def requantize(recipe: Recipe) -> State[Any]:
 
     def work() -> None:
         end_earlier_tasks()
-        if (runtime.flow_run.run_count or 0) > RESTARTS:
-            raise RequantError(f"begun anew {RESTARTS} times: look for what kills this run, then start another one")
         _run(report)
 
     _do(report, work)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,15 @@ class Stack:
         """Wait for the run's last state; a crashed one goes on."""
         return wait_for(lambda: _ended(self.run(run_id)), seconds, f"run {run_id} to end")
 
+    def states(self, run_id: str) -> list[dict[str, Any]]:
+        """All states of a run, in order."""
+        states: list[dict[str, Any]] = self.ask("GET", f"flow_run_states/?flow_run_id={run_id}")
+        return sorted(states, key=lambda state: str(state["timestamp"]))
+
+    def lives(self, run_id: str) -> int:
+        """How often a run was begun."""
+        return sum(state["name"] == "Running" for state in self.states(run_id))
+
     def logs(self, run_id: str) -> list[str]:
         filters = {"logs": {"flow_run_id": {"any_": [run_id]}}, "limit": 200, "sort": "TIMESTAMP_ASC"}
         return [line["message"] for line in self.ask("POST", "logs/filter", filters)]
@@ -112,6 +121,15 @@ class Stack:
         runs = self.ask("POST", "flow_runs/filter", filters)
         return [f"{run['name']}: {run['state']['name']}" for run in runs if not run["auto_scheduled"]]
 
+    def sha(self, repo_id: str) -> str:
+        """The newest commit of a repo."""
+        return str(self.hub.model_info(repo_id).sha)
+
+    def started_by_watch(self, sha: str) -> str | None:
+        """The run that a watch started for a commit of a base."""
+        runs = self.ask("POST", "flow_runs/filter", {"flow_runs": {"tags": {"all_": ["watch"]}}})
+        return next((run["id"] for run in runs if f"@{sha}:" in str(run["idempotency_key"])), None)
+
     def releases(self, recipe: dict[str, Any]) -> list[str]:
         """The commits that published this recipe's result."""
         commits = self.hub.list_repo_commits(recipe["publish"]["repo_id"])
@@ -123,6 +141,16 @@ class Stack:
         """A service's process and all below it."""
         process = psutil.Process(self.supervisor.pid(service))
         return [process, *process.children(recursive=True)]
+
+    def kill_everything(self) -> None:
+        """What a power cut leaves: no process of this stack, and files as they are at this moment."""
+        supervisor = psutil.Process(int(self.supervisor.ask("pid").stdout))
+        ours = [supervisor, *supervisor.children(recursive=True)]
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if any(str(self.settings.folder) in word for word in process.cmdline()) and process not in ours:
+                    ours.append(process)
+        kill([process for process in ours if process.pid != os.getpid()])
 
     def child(self) -> psutil.Process | None:
         """The process that runs auto-round."""

@@ -3,6 +3,8 @@
 FROM python:3.11-slim-bookworm
 ARG TORCH_INDEX=""
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 XDG_CACHE_HOME=/work/cache PREFECT_HOME=/work/prefect
+# The server unpacks its pages here: its user may not write into the installed package, where it does so otherwise.
+ENV PREFECT_UI_STATIC_DIRECTORY=/var/lib/requant/ui
 WORKDIR /requant
 COPY constraints.txt pyproject.toml README.md ./
 RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$(grep '^torch==' constraints.txt)"
@@ -11,6 +13,6 @@ COPY tasks tasks
 COPY infra infra
 RUN pip install -c constraints.txt -e .
 COPY deployments deployments
-RUN useradd --create-home --uid 1000 requant && install -d -o requant /work
+RUN useradd --create-home --uid 1000 requant && install -d -o requant /work /var/lib/requant/ui
 USER requant
 VOLUME /work

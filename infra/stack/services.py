@@ -54,7 +54,7 @@ def services(settings: Settings, gpus: int = 1) -> list[Service]:
 
 def worker(pool: str, name: str, limit: int) -> list[str]:
     python = sys.executable
-    return [python, "-m", "prefect", "worker", "start", "--pool", pool, "--name", name, "--limit", str(limit)]
+    return [python, "-m", "flows.cli", "worker", "--pool", pool, "--name", name, "--limit", str(limit)]
 
 
 class Supervisor:
@@ -74,31 +74,32 @@ class Supervisor:
         subprocess.run([_bin("supervisord"), "-c", str(self.path)], env=environment, check=True, cwd=ROOT)
 
     def running(self) -> bool:
-        return self._ask("pid").returncode == 0
+        return self.ask("pid").returncode == 0
 
     def start_service(self, name: str) -> None:
-        done = self._ask("start", name)
+        done = self.ask("start", name)
         if done.returncode and "already started" not in done.stdout:
             raise RuntimeError(f"{name} did not start: {self.last_words(name)}")
 
     def status(self) -> str:
-        return self._ask("status").stdout
+        return self.ask("status").stdout
 
     def pid(self, name: str) -> int:
-        return int(self._ask("pid", name).stdout)
+        return int(self.ask("pid", name).stdout)
 
     def stop(self) -> None:
         """End every service, last started first, then supervisord, and wait for it. Raises psutil.TimeoutExpired."""
         if self.running():
-            process = psutil.Process(int(self._ask("pid").stdout))
-            self._ask("shutdown")
+            process = psutil.Process(int(self.ask("pid").stdout))
+            self.ask("shutdown")
             process.wait(STOP)
 
     def last_words(self, name: str) -> str:
         log = self.settings.folder / "log" / f"{name}.log"
         return " ".join(log.read_text(errors="replace").split()[-60:]) if log.exists() else "it wrote no log"
 
-    def _ask(self, *words: str) -> subprocess.CompletedProcess[str]:
+    def ask(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of supervisorctl, such as `pid NAME`."""
         command = [_bin("supervisorctl"), "-c", str(self.path), *words]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 

@@ -10,9 +10,11 @@ from typing import Any
 import psutil
 import pytest
 
+from infra.stack.__main__ import down, up
 from tests.stack import LAYERS, Stack, kill, wait_for
 
 Recipe = dict[str, Any]
+THREE_MINUTES_S = 180.0
 
 
 def in_the_middle(stack: Stack, recipe: Recipe, block: int = 2) -> str:
@@ -54,6 +56,48 @@ def test_a_killed_server_is_started_again_and_the_run_goes_on(stack: Stack, serv
     run = in_the_middle(stack, recipe)
     kill(stack.tree(service))
     assert_ended_well(stack, run, recipe)
+
+
+@pytest.mark.parametrize("how", ["kill", "down"])
+def test_a_run_goes_on_within_three_minutes_of_the_stack_being_up_again(stack: Stack, how: str) -> None:
+    """A power cut, and `make down`: no process is left that could say that the run has ended."""
+    recipe = stack.recipe()
+    run = in_the_middle(stack, recipe)
+    if how == "kill":
+        stack.kill_everything()
+    else:
+        down(stack.settings.folder)
+    up(stack.settings.folder, say=lambda text: None)
+    began = time.monotonic()
+    wait_for(lambda: stack.lives(run) > 1, THREE_MINUTES_S, "the run to go on")
+    print(f"{how}: went on {time.monotonic() - began:.0f} s after the stack was up")
+    assert_ended_well(stack, run, recipe)
+
+
+def test_a_run_whose_worker_and_server_are_killed_together_goes_on_within_three_minutes(stack: Stack) -> None:
+    recipe = stack.recipe()
+    run = in_the_middle(stack, recipe)
+    kill([*stack.tree("worker-cpu"), *stack.tree("worker-gpu-0"), *stack.tree("prefect-server")])
+    wait_for(lambda: stack.ask("GET", "health"), 60, "the server")
+    began = time.monotonic()
+    wait_for(lambda: stack.lives(run) > 1, THREE_MINUTES_S, "the run to go on")
+    print(f"went on {time.monotonic() - began:.0f} s after the server was back")
+    assert_ended_well(stack, run, recipe)
+
+
+def test_a_run_that_is_cancelled_after_its_worker_was_killed_does_not_come_back(stack: Stack) -> None:
+    """The worker that is started again knows nothing of the run's process, which lives on without it."""
+    run = in_the_middle(stack, stack.recipe(iters=1000), block=1)
+    kill(stack.tree("worker-cpu")[:1])
+    stack.ask("POST", f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    began = time.monotonic()
+    wait_for(lambda: stack.run(run)["state"]["type"] == "CANCELLED", THREE_MINUTES_S, "the run to be cancelled")
+    print(f"cancelled {time.monotonic() - began:.0f} s later")
+    wait_for(lambda: stack.child() is None, THREE_MINUTES_S, "the process on the GPU worker to end")
+    wait_for(lambda: not stack.unfinished(), THREE_MINUTES_S, "all runs to end")
+    assert stack.state(run) == "Cancelled"
+    names = [state["name"] for state in stack.states(run)]
+    assert "AwaitingRetry" not in names[names.index("Cancelling") :]
 
 
 def test_a_store_that_is_away_for_a_minute_is_waited_for(stack: Stack) -> None:

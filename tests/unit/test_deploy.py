@@ -14,13 +14,13 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from prefect.events.schemas.automations import AutomationCore
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import import_object
 
 from flows.deploy_command import POOLS, with_recipes
 from flows.gpu import pinned, run_name, where
 from flows.requantize import requantize
+from flows.sweep import SILENCE_S, TAG
 from tasks.artifact import File, Manifest
 from tasks.errors import RecipeError
 from tasks.recipe_file import load_recipe, parse_recipe, recipe_of
@@ -44,7 +44,7 @@ def test_every_deployment_names_a_flow_and_a_pool() -> None:
     for each in deployments().values():
         assert import_object(each["entrypoint"]).name == each["entrypoint"].rsplit(".", 1)[-1]
         assert each["work_pool"]["name"] in POOLS
-        assert "requant" in each["tags"]  # which the automations look for
+        assert TAG in each["tags"]  # which the sweep looks for
     assert {name for name, each in deployments().items() if each["work_pool"]["name"] == "gpu"} == {
         "quantize", "validate", "benchmark",
     }  # fmt: skip
@@ -106,11 +106,6 @@ def test_a_recipe_with_a_preset_may_be_given_whole_and_the_fields_of_the_form_st
     assert "preset" not in form()["definitions"]["Quantize"]["properties"]
 
 
-def test_the_automations_are_ones_that_prefect_knows() -> None:
-    documents = yaml.safe_load((DEPLOYMENTS / "automations.yaml").read_text())
-    assert len({AutomationCore.model_validate(document).name for document in documents}) == len(documents) == 4
-
-
 def test_a_run_that_no_worker_started_does_every_stage_itself() -> None:
     large = Manifest.of([File("model.safetensors", 54_000_000_000, "a" * 64)])
     recipe = parse_recipe({"base": {"repo_id": "a/b"}})
@@ -133,24 +128,11 @@ def test_a_recipe_that_is_no_mapping_is_refused_in_a_sentence_and_its_run_still_
         assert run_name().endswith("W4A16")
 
 
-def test_a_run_tells_that_it_lives_more_often_than_the_automation_asks_whatever_its_worker_was_started_with() -> None:
+def test_a_run_sends_several_heartbeats_before_it_is_taken_for_dead_whatever_its_worker_was_started_with() -> None:
     """Prefect's own default is one heartbeat in 180 s."""
-    documents = yaml.safe_load((DEPLOYMENTS / "automations.yaml").read_text())
-    (within,) = (each["trigger"]["within"] for each in documents if "heartbeat" in each["name"])
     for each in deployments().values():
-        heartbeat = int(each["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
-        assert 2 * heartbeat < within
-
-
-def test_only_runs_of_these_deployments_are_started_again() -> None:
-    """`requant run` on the same server has no worker that would take it up: it would stay scheduled for ever."""
-    for each in yaml.safe_load((DEPLOYMENTS / "automations.yaml").read_text()):
-        assert {"prefect.resource.role": "tag", "prefect.resource.id": "prefect.tag.requant"} in related(each)
-
-
-def related(automation: dict[str, Any]) -> list[dict[str, str]]:
-    found = automation["trigger"]["match_related"]
-    return found if isinstance(found, list) else [found]
+        heartbeat_s = int(each["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+        assert 3 * heartbeat_s <= SILENCE_S
 
 
 def test_a_recipe_called_as_a_flow_is_a_deployment_of_its_own(tmp_path: Path) -> None:
@@ -209,8 +191,7 @@ def test_a_server_that_refuses_is_away_or_is_none_is_a_sentence(no_entry: str) -
 def test_a_file_that_is_missing_or_wrong_is_named_before_the_server_is_asked(tmp_path: Path) -> None:
     status, sentence = refusal("http://127.0.0.1:9/api", tmp_path)
     assert status == 2 and "prefect.yaml cannot be read" in sentence
-    for name in ("prefect.yaml", "automations.yaml"):
-        (tmp_path / name).write_text((DEPLOYMENTS / name).read_text())
+    (tmp_path / "prefect.yaml").write_text((DEPLOYMENTS / "prefect.yaml").read_text())
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "mine.yaml").write_text("base: {repo_id: x y}\n")
     status, sentence = refusal("http://127.0.0.1:9/api", tmp_path)

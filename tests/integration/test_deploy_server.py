@@ -1,0 +1,123 @@
+"""`requant deploy` on a real Prefect server: what is there already is left alone, and what is paused stays paused."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect.client.orchestration import PrefectClient, SyncPrefectClient
+from prefect.events.schemas.automations import AutomationCore
+
+from flows.deploy_command import RETIRED_AUTOMATIONS
+from tests.integration.conftest import ROOT, Outcome, finish
+
+
+def automation(name: str, within: int = 60) -> dict[str, Any]:
+    """An automation of the user's own."""
+    trigger = {
+        "type": "event", "posture": "Proactive", "match": {"prefect.resource.id": "prefect.flow-run.*"},
+        "after": ["prefect.flow-run.Failed"], "for_each": ["prefect.resource.id"], "threshold": 1, "within": within,
+    }  # fmt: skip
+    return {"name": name, "trigger": trigger, "actions": [{"type": "do-nothing"}]}
+
+
+@pytest.fixture(scope="module")
+def server(prefect_server: str) -> Iterator[SyncPrefectClient]:
+    with SyncPrefectClient(prefect_server) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deploy") / "deployments"
+    shutil.copytree(ROOT / "deployments", folder)
+    (folder / "automations.yaml").write_text(yaml.safe_dump([automation("mine"), automation(RETIRED_AUTOMATIONS[0])]))
+    return folder
+
+
+def deploy(server: SyncPrefectClient, folder: Path) -> Outcome:
+    command = [sys.executable, "-m", "flows.cli", "deploy", str(folder), "--json"]
+    environment = {**os.environ, "PREFECT_API_URL": str(server.api_url)}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    outcome = finish(process, 120)
+    assert outcome.status == 0, outcome.stderr
+    return outcome
+
+
+def contents(server: SyncPrefectClient) -> dict[str, Any]:
+    """Everything that the server has of deployments, schedules and automations, moments of change included."""
+    names = {"requantize": ["requantize", "demo"], "watch": ["watch"], "quantize": ["quantize"], "plan": ["plan"]}
+    deployments = {
+        f"{flow}/{name}": server.read_deployment_by_name(f"{flow}/{name}").model_dump(exclude={"status", "last_polled"})
+        for flow, deployed in names.items()
+        for name in deployed
+    }
+    return {**deployments, "automations": automations(server)}
+
+
+def automations(server: SyncPrefectClient) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = server.request("POST", "/automations/filter", json={}).json()  # type: ignore[arg-type]
+    return found
+
+
+def create_automation(server: SyncPrefectClient, document: dict[str, Any]) -> None:
+    async def create() -> None:
+        async with PrefectClient(str(server.api_url)) as client:
+            await client.create_automation(AutomationCore.model_validate(document))
+
+    asyncio.run(create())
+
+
+def test_a_second_deploy_touches_nothing_and_one_after_a_change_touches_only_that(
+    server: SyncPrefectClient, folder: Path
+) -> None:
+    create_automation(server, automation(RETIRED_AUTOMATIONS[1]))
+    create_automation(server, automation("somebody else's"))
+    first = deploy(server, folder).document
+    assert {"watch/watch", "requantize/demo", "quantize/quantize", "mine"} <= set(first["changed"])
+    assert {each["name"] for each in automations(server)} == {"mine", "somebody else's"}
+    before = contents(server)
+
+    assert deploy(server, folder).document["changed"] == []
+    assert contents(server) == before
+
+    (folder / "automations.yaml").write_text(yaml.safe_dump([automation("mine", within=90)]))
+    text = (folder / "prefect.yaml").read_text()
+    (folder / "prefect.yaml").write_text(text.replace("*/15 * * * *", "*/20 * * * *"))
+    assert deploy(server, folder).document["changed"] == ["watch/watch", "mine"]
+    after = contents(server)
+    assert {name for name, value in after.items() if value != before[name]} == {"watch/watch", "automations"}
+
+
+def test_what_somebody_paused_stays_paused_when_the_deployment_changes(server: SyncPrefectClient, folder: Path) -> None:
+    deploy(server, folder)
+    watch = server.read_deployment_by_name("watch/watch")
+    (schedule,) = watch.schedules
+    server.update_deployment_schedule(watch.id, schedule.id, active=False)
+    demo = server.read_deployment_by_name("requantize/demo")
+    server.pause_deployment(demo.id)
+
+    assert deploy(server, folder).document["changed"] == []
+    text = (folder / "prefect.yaml").read_text()
+    (folder / "prefect.yaml").write_text(text.replace("description: ", "description: In other words. "))
+    assert {"watch/watch", "requantize/demo"} <= set(deploy(server, folder).document["changed"])
+    (schedule,) = server.read_deployment_by_name("watch/watch").schedules
+    assert not schedule.active
+    assert server.read_deployment_by_name("requantize/demo").paused
+
+
+def test_a_pool_without_a_worker_is_said_with_the_command_that_starts_one(
+    server: SyncPrefectClient, folder: Path
+) -> None:
+    problems = deploy(server, folder).document["problems"]
+    assert "no worker of the work pool gpu is online: start one with `requant worker --pool gpu" in problems[1]

@@ -1,0 +1,214 @@
+"""Runs whose process is gone, on a real Prefect server. The clock of the sweep is the test's own: nothing waits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.events import Event
+from prefect.states import AwaitingRetry, Cancelled, Cancelling, Crashed, Pending, Running
+
+from flows.sweep import CANCELLING_S, GOES_ON, PROCESS_START_S, RESTARTS, SILENCE_S, Sweep
+from tests.integration.conftest import ROOT, wait_for
+
+
+class Clock:
+    """A monotonic clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture(scope="module")
+def client(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClient]:
+    """A server with the project's own deployments, and no worker."""
+    command = [sys.executable, "-m", "flows.cli", "deploy", str(ROOT / "deployments")]
+    environment = {**os.environ, "PREFECT_API_URL": prefect_server}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
+    with SyncPrefectClient(prefect_server) as client:
+        yield client
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def sweep(client: SyncPrefectClient, clock: Clock) -> Sweep:
+    return Sweep(client, clock)
+
+
+@pytest.fixture
+def run_in(client: SyncPrefectClient) -> Iterator[Callable[..., UUID]]:
+    """Make runs that went through the given states, one after another; they are gone behind the test."""
+    made: list[UUID] = []
+
+    def make(*states: State[Any], deployment: str = "requantize/requantize") -> UUID:
+        there = client.read_deployment_by_name(deployment)
+        route: Any = f"/deployments/{there.id}/create_flow_run"
+        answer = client.request("POST", route, json={"enforce_parameter_schema": False})
+        run = UUID(answer.raise_for_status().json()["id"])
+        made.append(run)
+        for state in states:
+            client.set_flow_run_state(run, state, force=True)
+        return run
+
+    yield make
+    for run_id in made:
+        client.delete_flow_run(run_id)
+
+
+def state(client: SyncPrefectClient, run_id: UUID) -> State[Any]:
+    run: FlowRun = client.read_flow_run(run_id)
+    assert run.state is not None
+    return run.state
+
+
+def send_heartbeat(client: SyncPrefectClient, run_id: UUID) -> None:
+    """Send what a flow run sends while it works, and wait until the server has it."""
+    event = Event(event="prefect.flow-run.heartbeat", resource={"prefect.resource.id": f"prefect.flow-run.{run_id}"})
+    client.request("POST", "/events", json=[event.model_dump(mode="json")])  # type: ignore[arg-type]
+    body = {"filter": {"id": {"id": [str(event.id)]}}, "limit": 1}
+    wait_for(lambda: client.request("POST", "/events/filter", json=body).json()["events"], 30, 0.05)
+
+
+def test_a_run_without_a_heartbeat_is_crashed_and_started_again(
+    client: SyncPrefectClient, sweep: Sweep, clock: Clock, run_in: Callable[..., UUID]
+) -> None:
+    run, child = run_in(Pending(), Running()), run_in(Pending(), Running(), deployment="quantize/quantize")
+    assert sweep() == [] and sweep.suspects
+    clock.now_s += SILENCE_S - 1
+    assert sweep() == []
+    clock.now_s += 1
+    assert len(sweep()) == 3
+    assert (state(client, run).name, state(client, run).message) == ("AwaitingRetry", GOES_ON)
+    assert state(client, child).name == "Crashed"  # The run that waits for it starts it again.
+    assert sweep() == []
+
+
+def test_a_run_that_sends_heartbeats_is_left_alone(
+    client: SyncPrefectClient, sweep: Sweep, clock: Clock, run_in: Callable[..., UUID]
+) -> None:
+    run = run_in(Pending(), Running())
+    sweep()
+    clock.now_s += SILENCE_S - 1
+    send_heartbeat(client, run)
+    sweep()
+    assert not sweep.suspects
+    clock.now_s += SILENCE_S - 1
+    assert sweep() == [] and state(client, run).is_running()
+
+
+def test_a_server_that_was_away_has_missed_heartbeats_and_so_the_time_begins_anew(
+    client: SyncPrefectClient, sweep: Sweep, clock: Clock, run_in: Callable[..., UUID], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_in(Pending(), Running())
+    sweep()
+    clock.now_s += SILENCE_S - 1
+    with monkeypatch.context() as away:
+
+        def refuse(*arguments: Any, **options: Any) -> None:
+            raise httpx.ConnectError("the server is away")
+
+        away.setattr(client, "read_flow_runs", refuse)
+        with pytest.raises(httpx.ConnectError):
+            sweep()
+    clock.now_s += 1
+    assert sweep() == []
+    clock.now_s += SILENCE_S - 1
+    assert sweep() == [] and state(client, run).is_running()
+
+
+@pytest.mark.parametrize("states", [(Cancelling(), Crashed()), (Cancelling(), Cancelled(), Crashed())], ids=len)
+def test_a_run_that_crashed_while_somebody_cancelled_it_ends_cancelled_and_is_not_started_again(
+    states: tuple[State[Any], ...], client: SyncPrefectClient, sweep: Sweep, run_in: Callable[..., UUID]
+) -> None:
+    run = run_in(Pending(), Running(), *states)
+    assert len(sweep()) == 1
+    assert state(client, run).name == "Cancelled"
+    assert sweep() == []
+    assert "AwaitingRetry" not in {each.name for each in client.read_flow_run_states(run)}
+
+
+def test_a_cancelled_run_that_a_person_started_again_is_started_again_after_a_crash(
+    client: SyncPrefectClient, sweep: Sweep, run_in: Callable[..., UUID]
+) -> None:
+    run = run_in(Running(), Cancelling(), Cancelled(), AwaitingRetry(), Pending(), Running(), Crashed())
+    assert len(sweep()) == 1
+    assert state(client, run).message == GOES_ON
+
+
+def test_a_run_that_nobody_ends_is_cancelled_even_where_its_process_still_sends_heartbeats(
+    client: SyncPrefectClient, sweep: Sweep, clock: Clock, run_in: Callable[..., UUID]
+) -> None:
+    run = run_in(Pending(), Running(), Cancelling())
+    sweep()
+    clock.now_s += CANCELLING_S - 1
+    send_heartbeat(client, run)
+    assert sweep() == []
+    clock.now_s += 1
+    assert len(sweep()) == 1
+    assert state(client, run).is_cancelled() and "no worker ended its process" in str(state(client, run).message)
+
+
+def test_a_run_whose_process_did_not_start_is_started_again(
+    client: SyncPrefectClient, sweep: Sweep, clock: Clock, run_in: Callable[..., UUID]
+) -> None:
+    run = run_in(Pending())
+    sweep()
+    clock.now_s += PROCESS_START_S
+    assert len(sweep()) == 2
+    assert state(client, run).message == GOES_ON
+
+
+def test_a_run_that_crashes_again_and_again_is_given_up(
+    client: SyncPrefectClient, sweep: Sweep, run_in: Callable[..., UUID]
+) -> None:
+    lives = [each for _ in range(RESTARTS) for each in (AwaitingRetry(message=GOES_ON), Running(), Crashed())]
+    run = run_in(Running(), Crashed(), *lives)
+    assert len(sweep()) == 1
+    assert state(client, run).is_failed() and f"crashed {RESTARTS + 1} times" in str(state(client, run).message)
+
+
+def test_of_two_sweeps_at_once_only_one_restarts_a_run(
+    client: SyncPrefectClient, clock: Clock, run_in: Callable[..., UUID]
+) -> None:
+    run = run_in(Pending(), Running(), Crashed())
+    with ThreadPoolExecutor(8) as pool:
+        done = list(pool.map(lambda sweep: sweep(), [Sweep(client, clock) for _ in range(8)]))
+    assert len([sentence for each in done for sentence in each]) == 1
+    assert [each.name for each in client.read_flow_run_states(run)].count("AwaitingRetry") == 1
+
+
+def test_runs_that_no_deployment_made_are_left_alone(client: SyncPrefectClient, sweep: Sweep, clock: Clock) -> None:
+    """`requant run` on this server has no worker that would take its run up again."""
+    from flows.requantize import requantize
+
+    run = client.create_flow_run(requantize, parameters={"recipe": {}}, tags=["requant"], state=Running())
+    try:
+        sweep()
+        clock.now_s += SILENCE_S
+        assert sweep() == [] and state(client, run.id).is_running()
+    finally:
+        client.delete_flow_run(run.id)
+
+
+def test_a_worker_needs_the_address_of_a_server(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    command = [sys.executable, "-m", "flows.cli", "worker", "--pool", "gpu"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "PREFECT_API_URL is not set" in done.stderr and "Traceback" not in done.stderr
