@@ -58,18 +58,14 @@ class _Watched:
 
     sign: tuple[UUID, UUID | None]
     since_s: float
-    lives: bool = False  # whether it gave another sign of life since it was first seen
 
 
 class Sweep:
     """Passes over the runs of one server. The passes of one object belong together: it remembers what it saw."""
 
-    def __init__(
-        self, client: SyncPrefectClient, clock: Callable[[], float] = time.monotonic, besides: UUID | None = None
-    ) -> None:
+    def __init__(self, client: SyncPrefectClient, clock: Callable[[], float] = time.monotonic) -> None:
         self._client = client
         self._clock = clock
-        self._besides = besides
         self._watched: dict[UUID, _Watched] = {}
         self._pool_types: dict[str, str] = {}
 
@@ -88,11 +84,6 @@ class Sweep:
             raise
         return [sentence for sentence in done if sentence]
 
-    @property
-    def suspects(self) -> bool:
-        """Whether there is a run of which only a later pass can tell whether it is dead."""
-        return not all(watched.lives for watched in self._watched.values())
-
     def _silent(self, runs: Sequence[FlowRun]) -> list[FlowRun]:
         """Those of the runs that gave no sign of life for longer than their state allows."""
         now_s = self._clock()
@@ -101,10 +92,7 @@ class Sweep:
         for run in runs:
             sign = self._sign_of_life(run)
             before = self._watched.get(run.id)
-            if before and before.sign == sign:
-                watched[run.id] = before
-            else:
-                watched[run.id] = _Watched(sign, now_s, lives=before is not None)
+            watched[run.id] = before if before and before.sign == sign else _Watched(sign, now_s)
             if now_s - watched[run.id].since_s >= self._limit_s(run):
                 silent.append(run)
         self._watched = watched
@@ -191,7 +179,7 @@ class Sweep:
             page = self._client.read_flow_runs(flow_filter=of, flow_run_filter=only, limit=ANSWERED, offset=len(found))
             found += page
             if len(page) < ANSWERED:
-                return [run for run in found if run.deployment_id is not None and run.id != self._besides]
+                return [run for run in found if run.deployment_id is not None]
 
 
 def was_cancelled(history: Sequence[State]) -> bool:
@@ -220,22 +208,6 @@ def _in_order(history: Sequence[State]) -> list[State]:
 def _state(run: FlowRun) -> State:
     assert run.state is not None  # A run has had a state since it was created.
     return run.state
-
-
-def sweep_once(besides: UUID) -> list[str]:
-    """Find out of every run of now, `besides` that of the caller, whether it lives, and heal those that do not.
-
-    It takes a moment if nothing runs, a heartbeat's interval if all live, and at most 100 s.
-    """
-    done: list[str] = []
-    with get_client(sync_client=True) as client:
-        sweep = Sweep(client, besides=besides)
-        ends_s = time.monotonic() + SILENCE_S + EVERY_S
-        while True:
-            done += sweep()
-            if not sweep.suspects or time.monotonic() >= ends_s:
-                return done
-            time.sleep(EVERY_S)
 
 
 def sweep_for_ever() -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
-from prefect import flow, runtime
+from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.states import Completed, Failed
 
 from flows.start import start_on_server
-from flows.sweep import sweep_once
 from flows.tracked import RECIPES, watch_pass
 from tasks.errors import RequantError
 from tasks.log import plain_logs
@@ -25,7 +23,6 @@ def watch(folder: str = str(RECIPES)) -> Any:
     """Compare the base of every recipe in a folder with what the recipe was last run on, and start what is due.
 
     A base that cannot be looked at stops no other: the run then ends in the state Problems, and its table names them.
-    Runs whose process is gone are healed afterwards, for servers whose workers were started without `requant worker`.
     """
     try:
         done = watch_pass(Path(folder), start_on_server)
@@ -33,8 +30,6 @@ def watch(folder: str = str(RECIPES)) -> Any:
         return Failed(message=str(error), data=error)
     document = done.to_json()
     say()(done.text)
-    for sentence in sweep_once(besides=UUID(runtime.flow_run.id)):
-        say()(sentence)
     create_table_artifact(
         [*document["started"], *document["problems"]], key="requant-watch", description=f"Of {done.checked} recipes"
     )

@@ -125,6 +125,14 @@ class Stack:
         """The newest commit of a repo."""
         return str(self.hub.model_info(repo_id).sha)
 
+    def read(self, repo_id: str, path: str) -> str:
+        """A file of the newest commit."""
+        return Path(self.hub.hf_hub_download(repo_id, path, local_dir=self.settings.folder / "read")).read_text()
+
+    def write(self, repo_id: str, path: str, text: str) -> None:
+        """Commit a file."""
+        self.hub.upload_file(repo_id=repo_id, path_in_repo=path, path_or_fileobj=text.encode())
+
     def started_by_watch(self, sha: str) -> str | None:
         """The run that a watch started for a commit of a base."""
         runs = self.ask("POST", "flow_runs/filter", {"flow_runs": {"tags": {"all_": ["watch"]}}})

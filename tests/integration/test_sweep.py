@@ -90,7 +90,7 @@ def test_a_run_without_a_heartbeat_is_crashed_and_started_again(
     client: SyncPrefectClient, sweep: Sweep, clock: Clock, run_in: Callable[..., UUID]
 ) -> None:
     run, child = run_in(Pending(), Running()), run_in(Pending(), Running(), deployment="quantize/quantize")
-    assert sweep() == [] and sweep.suspects
+    assert sweep() == []
     clock.now_s += SILENCE_S - 1
     assert sweep() == []
     clock.now_s += 1
@@ -108,7 +108,6 @@ def test_a_run_that_sends_heartbeats_is_left_alone(
     clock.now_s += SILENCE_S - 1
     send_heartbeat(client, run)
     sweep()
-    assert not sweep.suspects
     clock.now_s += SILENCE_S - 1
     assert sweep() == [] and state(client, run).is_running()
 
