@@ -63,7 +63,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {"PATH": os.environ["PATH"], "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    url = f"http://127.0.0.1:{port}"
+    environment = {
+        "PATH": os.environ["PATH"],
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_API_URL": f"{url}/api",  # where the pages in the browser ask
+    }
     log = root / "server.log"
     unpacked = (prefect.__ui_static_subpath__, prefect.__ui_v2_static_subpath__)
     for folder in unpacked:
@@ -77,8 +83,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             command, cwd=ROOT, env={**environment, **variables(root)}, stdout=out, stderr=out, start_new_session=True
         )
     try:
-        wait_for(lambda: _answers(f"http://127.0.0.1:{port}/api/health"), 120, 0.1)
-        yield Server(f"http://127.0.0.1:{port}", log)
+        wait_for(lambda: _answers(f"{url}/api/health"), 120, 0.1)
+        yield Server(url, log)
     finally:
         process.terminate()
         process.wait(30)
