@@ -22,8 +22,8 @@ from pathlib import Path
 import httpx
 
 from tasks.errors import RequantError
-from tasks.stage import installed_version
 from tasks.store import cache_folder
+from tasks.tools import installed_version
 
 START = 180.0  # seconds
 SETTINGS = {

@@ -82,6 +82,7 @@ def quantize(
             "texts": [str(path) for path in text_files(store, calibration, folder / "calibration")],
             "head": head.prefixes if head else [],
             "allow_remote_code": recipe.allow_remote_code,
+            "tools": STAGE.locked,
         }
         if restore(store, STAGE.name, key, folder, carry.worth_fetching):
             say(f"going on from {carry.finished(folder)} blocks that another machine finished")

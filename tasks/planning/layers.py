@@ -16,7 +16,7 @@ from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.experts import one_by_one
 from tasks.checkpoint.header import Tensor
 from tasks.recipe_quantize import SCHEME, Quantize
-from tasks.stage import locked_version
+from tasks.tools import locked_version
 
 FULL = {"bits": 16, "data_type": "fp"}
 KEPT = "quantize.layers keeps it"
