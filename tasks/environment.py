@@ -48,10 +48,11 @@ def is_loopback(url: str) -> bool:
 def http_client(url: str, timeout_s: float) -> httpx.Client:
     """Make a client for the server at `url`: through the user's proxy, unless that server is on this machine.
 
-    Raises RequantError where the environment allows no client.
+    The user's certificates hold for both. Raises RequantError where the environment allows no client.
     """
     try:
-        return httpx.Client(timeout=timeout_s, trust_env=not is_loopback(url))
+        certificates = httpx.create_ssl_context()  # with trust_env=False the client would not read SSL_CERT_FILE
+        return httpx.Client(timeout=timeout_s, verify=certificates, trust_env=not is_loopback(url))
     except UNUSABLE as error:
         raise RequantError(no_client(error, url)) from error
 

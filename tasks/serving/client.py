@@ -49,6 +49,7 @@ class Server:
             headers=headers,
             timeout=httpx.Timeout(SILENCE, connect=10),
             limits=limits,
+            verify=httpx.create_ssl_context(),
             trust_env=not is_loopback(self.url),
         )
 

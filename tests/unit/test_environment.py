@@ -145,6 +145,12 @@ def test_a_setting_with_which_no_connection_can_be_made_is_a_sentence_that_names
         check_server("http://prefect.example/api")
 
 
+def test_certificates_of_the_users_hold_for_a_server_on_this_machine_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/none/ca.pem")
+    with pytest.raises(RequantError, match=r"https://localhost:4200/api cannot be asked \(.*SSL_CERT_FILE"):
+        check_server("https://localhost:4200/api")
+
+
 def test_modules_of_the_users_stay_behind_ours() -> None:
     assert with_package({})["PYTHONPATH"] == str(ROOT)
     assert with_package({"PYTHONPATH": "/a:/b", "HOME": "/"}) == {"PYTHONPATH": f"{ROOT}:/a:/b", "HOME": "/"}
