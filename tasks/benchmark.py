@@ -62,14 +62,14 @@ def benchmark(store: Store, recipe: Recipe, artifact: Manifest, say: Say = log.i
         return Made(Manifest.of(files), {"measured": values, "bytes_read": artifact.size})
 
     def uses() -> tuple[str, ...]:
-        """vLLM and servers run in environments of their own."""
+        # vLLM and a server that runs already have environments of their own.
         return STAGE.tools if _engine(recipe.benchmark) == "torch" else ()
 
     return run_stage(store, STAGE, benchmark_key(recipe, artifact), work, say, uses)
 
 
 def _engine(asked: Benchmark) -> str:
-    """The engine that measures on this machine."""
+    """Choose the engine that measures on this machine."""
     return asked.engine if asked.engine != "auto" else "vllm" if find() else "torch"
 
 

@@ -23,21 +23,21 @@ UNUSABLE = (ImportError, ValueError, OSError, httpx.InvalidURL)
 def bypass_proxy_on_loopback(environment: MutableMapping[str, str]) -> None:
     """Keep requests to this machine away from the user's proxy, which reaches no server on it.
 
-    Of the two spellings some clients read the one first and some the other: each is set, and keeps what it says.
+    Some clients read no_proxy first and others NO_PROXY: both are set, and the user's hosts stay in each.
     """
     if not any(value and name.lower() in PROXIES for name, value in environment.items()):
         return
-    said = {name: value for name, value in environment.items() if value and name.lower() == "no_proxy"}
-    any_of_them = said[max(said)] if said else ""  # clients prefer small letters, which sort behind capitals
+    given = {name: value for name, value in environment.items() if value and name.lower() == "no_proxy"}
+    preferred = given[max(given)] if given else ""  # most clients prefer small letters, which sort behind capitals
     for name in ("no_proxy", "NO_PROXY"):
-        value = said.get(name, any_of_them)
+        value = given.get(name, preferred)
         hosts = {host.strip().lower() for host in value.split(",")}
         missing = [] if "*" in hosts else [host for host in LOOPBACK if host not in hosts]
         environment[name] = ",".join(filter(None, [value, *missing]))
 
 
 def is_loopback(url: str) -> bool:
-    """Whether an address leads to this machine without leaving it."""
+    """Say whether an address leads to this machine."""
     try:
         host = urlsplit(url).hostname or ""
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -66,12 +66,12 @@ def no_client(error: BaseException, what: str) -> str:
 
 
 def variables_set(*names: str) -> list[str]:
-    """Which of these variables, given in small letters, the environment has, as it spells them."""
+    """Find which of these variables, named in small letters, are set, in the spelling of the environment."""
     return sorted(name for name, value in os.environ.items() if value and name.lower() in names)
 
 
 def with_package(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment whose PYTHONPATH leads to our modules first, and then to the user's."""
+    """Copy an environment, with our modules before the user's on its PYTHONPATH."""
     package = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
     return {**environment, "PYTHONPATH": path}

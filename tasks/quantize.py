@@ -50,7 +50,7 @@ def quantize_key(recipe: Recipe, base: Manifest, calibration: Text) -> str:
 
 
 def _settings(asked: Quantize) -> dict[str, Any]:
-    """What a recipe says of quantizing, but the text; two formats that make the same bytes by one name."""
+    """List the settings that shape the quantized weights; formats that make the same bytes have one name."""
     return {**asked.model_dump(exclude={"calibration"}), "format": asked.key_format}
 
 

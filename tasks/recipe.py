@@ -165,7 +165,7 @@ def _said(error: ValidationError) -> str:
 
 
 def _both_packed_as(one: Quantize, other: Quantize) -> str:
-    """Why two outputs are one though their formats have two names."""
+    """Say why two outputs are one although their formats have two names."""
     if one.format == other.format:
         return ""
     return f" (format {one.format} and format {other.format} are both packed as {one.packing})"

@@ -74,7 +74,7 @@ def _publishable(value: str) -> str:
 
 
 def packing_format(export: str, bits: int, sym: bool, widths: Collection[Any]) -> str:
-    """How auto-round packs for an export format: `auto_round` leaves it to the bits, `widths` those of all layers.
+    """Tell how auto-round packs for an export format. `widths`: the bits of all layers, which `auto_round` looks at.
 
     Source: auto-round 0.16.1, export/formats/backends/autoround.py, AutoRoundFormat.
     """
@@ -103,7 +103,7 @@ Choice = Annotated[Literal["auto"] | bool, WithJsonSchema({"enum": ["auto", True
 
 
 def _width(layer: Mapping[str, Any], bits: int) -> Any:
-    """The bits of one entry of `layers`; `bits` are those of all others, None is not known."""
+    """Read the bits of one entry of `layers`, by default `bits`; None: not known."""
     if layer.get("bits") is not None:
         return layer["bits"]
     if layer.get("scheme") is None:
@@ -175,18 +175,18 @@ class Quantize(Section):
 
     @property
     def packing(self) -> str:
-        """How auto-round packs what this asks for, as far as the recipe tells: whether `layers` names layers that the
-        base has is for a plan to say."""
+        """Tell how auto-round packs, as far as the recipe alone tells: whether the base has the layers that `layers`
+        names is known to a plan."""
         return self._packing(self.format)
 
     @property
     def key_format(self) -> str:
-        """The format by which the work is known: `auto_round` too where another name makes the same bytes."""
+        """Name the format for a stage key: `auto_round` also where another name makes the same bytes."""
         return "auto_round" if self.packing == self._packing("auto_round") else self.format
 
     @property
     def makes(self) -> dict[str, Any]:
-        """All that it says, in the one spelling of whatever makes the same: scheme, its overrides and format."""
+        """List all settings, with scheme, overrides and format in one spelling for all that make the same bytes."""
         bits, group_size, sym = self.resolved
         spelled = {"scheme": None, "bits": bits, "group_size": group_size, "sym": sym, "format": self.packing}
         return self.model_dump(mode="json") | spelled

@@ -19,12 +19,12 @@ def _lock() -> dict[str, str]:
 
 
 def locked_version(package: str) -> str:
-    """The declared version of a tool: what stage keys are made of, so that every machine computes the same key."""
+    """Look up the declared version of a tool: what stage keys are made of, so that every machine computes the same key."""
     return _lock()[package]
 
 
 def installed_version(package: str) -> str:
-    """What is really installed here, for the record; `absent` if it is not."""
+    """Look up the version that is installed here; `absent` if there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -83,6 +83,7 @@ def _unanswered(error: BaseException) -> str:
 
 
 def _switched_off(name: str) -> str:
+    """Say which variable keeps the Hub from being asked, and what to do."""
     # huggingface_hub reads both, in this order.
     variable = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
     said = f"{variable}={os.environ[variable]}" if variable in os.environ else variable
