@@ -19,7 +19,7 @@ def _lock() -> dict[str, str]:
 
 
 def locked_version(package: str) -> str:
-    """Look up the declared version of a tool: what stage keys are made of, so that every machine computes the same key."""
+    """Look up the declared version of a tool. Stage keys are made of it, so that all machines compute the same key."""
     return _lock()[package]
 
 
