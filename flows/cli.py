@@ -29,6 +29,7 @@ from flows.watch_command import watch
 from flows.worker_command import worker
 from tasks.artifact import OURS
 from tasks.checkpoint.writer import write_file, write_json
+from tasks.environment import bypass_proxy_on_loopback
 from tasks.errors import RecipeError, RequantError, explain_os_error, redact
 from tasks.log import Plain
 from tasks.pictures import FOLDER, NAMES, write_pictures
@@ -131,6 +132,7 @@ for each in (run, plan, validate, mtp_fix, inspect, bench, verify, publish, watc
 def main() -> None:
     """Entry point: every expected failure is one sentence on stderr."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    bypass_proxy_on_loopback(os.environ)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     for handler in logging.getLogger().handlers:

@@ -21,9 +21,10 @@ from pathlib import Path
 
 import httpx
 
+from tasks.environment import UNUSABLE, bypass_proxy_on_loopback, http_client, no_client, with_package
 from tasks.errors import RequantError
-from tasks.stage import installed_version
 from tasks.store import cache_folder
+from tasks.tools import installed_version
 
 START = 180.0  # seconds
 SETTINGS = {
@@ -41,7 +42,8 @@ SETTINGS = {
 def check_server(url: str) -> None:
     """Raise RequantError if no Prefect server answers at this PREFECT_API_URL: at once, where its client tries on."""
     try:
-        answer = httpx.get(f"{url.rstrip('/')}/health", timeout=10)
+        with http_client(url, 10) as client:
+            answer = client.get(f"{url.rstrip('/')}/health")
         healthy = answer.text == "true"
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise RequantError(f"PREFECT_API_URL {url} does not answer ({error}): start that server or unset it") from error
@@ -58,10 +60,15 @@ def embedded_prefect() -> Iterator[None]:
 
     To be entered before Prefect is imported: it reads its settings at that moment.
     """
+    bypass_proxy_on_loopback(os.environ)
     if url := os.environ.get("PREFECT_API_URL"):
         check_server(url)
         yield
         return
+    try:
+        httpx.Client().close()  # as Prefect's own is made, hundreds of lines deep
+    except UNUSABLE as error:
+        raise RequantError(no_client(error, "the embedded Prefect server")) from error
     home = Path(tempfile.mkdtemp(prefix="requant-prefect-"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -75,8 +82,7 @@ def embedded_prefect() -> Iterator[None]:
             [sys.executable, "-m", "flows.embedded", str(port)],
             cwd=home,  # not where a package of the user's may be called flows too
             env={
-                **environment,
-                "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+                **with_package(environment),
                 "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{database}",
             },
             stdin=subprocess.PIPE,
@@ -118,13 +124,16 @@ def _keep(database: Path, migrated: Path) -> None:
 
 def _wait(server: subprocess.Popen[bytes], port: int, home: Path) -> None:
     deadline = time.monotonic() + START
-    while time.monotonic() < deadline and server.poll() is None:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"http://127.0.0.1:{port}/api/health", timeout=5).status_code == 200:
-                return
-        time.sleep(0.1)
+    url = f"http://127.0.0.1:{port}/api/health"
+    with http_client(url, 5) as client:
+        while time.monotonic() < deadline and server.poll() is None:
+            with contextlib.suppress(httpx.HTTPError):
+                if client.get(url).status_code == 200:
+                    return
+            time.sleep(0.1)
     last = (home / "server.log").read_text(errors="replace").strip().splitlines()[-1:]
-    raise RequantError(f"the embedded Prefect server did not start ({' '.join(last)}): set PREFECT_API_URL to a server")
+    why = " ".join(last) or f"it did not answer within {START:.0f} s, and its log is empty"
+    raise RequantError(f"the embedded Prefect server did not start ({why}): set PREFECT_API_URL to a server")
 
 
 def _serve(port: int) -> None:

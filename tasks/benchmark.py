@@ -61,7 +61,16 @@ def benchmark(store: Store, recipe: Recipe, artifact: Manifest, say: Say = log.i
         put_files(store, folder / "out", files)
         return Made(Manifest.of(files), {"measured": values, "bytes_read": artifact.size})
 
-    return run_stage(store, STAGE, benchmark_key(recipe, artifact), work, say)
+    def uses() -> tuple[str, ...]:
+        # vLLM and a server that runs already have environments of their own.
+        return STAGE.tools if _engine(recipe.benchmark) == "torch" else ()
+
+    return run_stage(store, STAGE, benchmark_key(recipe, artifact), work, say, uses)
+
+
+def _engine(asked: Benchmark) -> str:
+    """Choose the engine that measures on this machine."""
+    return asked.engine if asked.engine != "auto" else "vllm" if find() else "torch"
 
 
 def _keep_log(path: Path, out: Path) -> File:
@@ -82,7 +91,7 @@ def bench(
 
     Logs of an engine that is started go into the folder `logs`. Raises EngineFailed, RecipeError, CheckpointError.
     """
-    engine = asked.engine if asked.engine != "auto" else "vllm" if find() else "torch"
+    engine = _engine(asked)
     if engine == "none":
         return {"engine": engine, "prompts": [], "tokens_per_second": None, "acceptance": None}
     checkpoint = Checkpoint.open(folder)

@@ -66,6 +66,10 @@ class Refused(RequantError, ValueError):
     """A run that could not end well was not begun: the plan's sentence."""
 
 
+class WrongToolVersion(RequantError, RuntimeError):
+    """A stage was not begun: its result would be kept under tool versions that this machine does not have."""
+
+
 class QuantizeFailed(RequantError, RuntimeError):
     """The quantize child ended without a result, in a way that the same call repeats."""
 

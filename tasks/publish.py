@@ -30,9 +30,10 @@ from tasks.planning.layers import why_kept
 from tasks.prefect_stage import options, say, shown
 from tasks.recipe import Recipe
 from tasks.serving.prompts import has_chat_template
-from tasks.stage import StageResult, installed_version, machine_errors
+from tasks.stage import StageResult, machine_errors
 from tasks.store import Store, open_store
 from tasks.store.lease import lease
+from tasks.tools import installed_version
 
 MAX_CARD = 1 << 20  # bytes of a base's card that are looked at
 log = logging.getLogger(__name__)

@@ -26,6 +26,7 @@ from tasks.prefect_stage import BlockProgress, options, say, shown
 from tasks.quantizing import carry
 from tasks.quantizing.run import Report, blocks_of, down_the_ladder
 from tasks.recipe import Recipe
+from tasks.recipe_quantize import Quantize
 from tasks.stage import Made, Stage, StageResult, put_files, run_stage
 from tasks.store import Store, open_store
 from tasks.store.resume import kept, restore, sweep
@@ -44,8 +45,13 @@ log = logging.getLogger(__name__)
 def quantize_key(recipe: Recipe, base: Manifest, calibration: Text) -> str:
     return STAGE.key(
         reads={"base": read_part(base).digest, "calibration": calibration.digest},
-        settings={**recipe.quantize.model_dump(exclude={"calibration"}), "allow_remote_code": recipe.allow_remote_code},
+        settings={**_settings(recipe.quantize), "allow_remote_code": recipe.allow_remote_code},
     )
+
+
+def _settings(asked: Quantize) -> dict[str, Any]:
+    """List the settings that shape the quantized weights; formats that make the same bytes have one name."""
+    return {**asked.model_dump(exclude={"calibration"}), "format": asked.key_format}
 
 
 def read_part(base: Manifest) -> Manifest:
@@ -76,12 +82,13 @@ def quantize(
             model = write_plain(checkpoint, folder / "plain")
         checkpoint = plain(one_by_one(checkpoint))  # as auto-round packs it
         job = {
-            **recipe.quantize.model_dump(exclude={"calibration"}),
+            **_settings(recipe.quantize),
             **dict(zip(("bits", "group_size", "sym"), recipe.quantize.resolved, strict=True)),
             "model": str(model),
             "texts": [str(path) for path in text_files(store, calibration, folder / "calibration")],
             "head": head.prefixes if head else [],
             "allow_remote_code": recipe.allow_remote_code,
+            "tools": STAGE.locked,
         }
         if restore(store, STAGE.name, key, folder, carry.worth_fetching):
             say(f"going on from {carry.finished(folder)} blocks that another machine finished")

@@ -29,6 +29,7 @@ from tasks.quantizing import carry
 from tasks.quantizing.choose import choose, unknown_layer
 from tasks.quantizing.events import Events, LogEvents, Refused, kind_of, report_blocks, report_output
 from tasks.quantizing.samples import calibration_samples, count_every_sample
+from tasks.tools import version_problem
 
 
 def main(job_path: str, folder_path: str) -> int:
@@ -60,6 +61,9 @@ def main(job_path: str, folder_path: str) -> int:
 
 def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any]:
     """Load, calibrate, tune, write. Returns what result.json holds."""
+    # The search path of this process may lead to other packages than that of the process that started it.
+    if problem := version_problem("quantize", job.get("tools", {})):
+        raise Refused(problem)
     import torch
     import transformers
     from auto_round import AutoRound

@@ -9,7 +9,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from tasks.artifact import digest_of
-from tasks.recipe_quantize import REPO_ID, Head, Output, Quantize, Section, as_json
+from tasks.recipe_quantize import REPO_ID, Head, Output, PublishRepo, Quantize, Section, as_json
 from tasks.serving.flags import check_flags
 
 # What PyYAML raises for text that is not YAML, or whose tags do not fit their values.
@@ -132,7 +132,7 @@ class Benchmark(Section):
 class Publish(Section):
     """Where the result goes."""
 
-    repo_id: str = Field(pattern=REPO_ID, description="Hub repo of the result")
+    repo_id: PublishRepo = Field(description="Hub repo of the result")
     private: bool | None = Field(None, description="null: as the base, and what is private stays so")
     gated: Literal["auto", "manual", "open"] | None = Field(
         None, description="Who may read: null: as the base, and what is gated stays so"
@@ -157,8 +157,18 @@ class Hardware(Section):
 def _said(error: ValidationError) -> str:
     """The first problem of the recipe of one output: its single values have been looked at before."""
     problem = error.errors(include_url=False)[0]
-    key = ".".join(map(str, problem["loc"]))
-    return str(problem.get("ctx", {}).get("error") or f"{key} {problem['input']} is not allowed: {problem['msg']}")
+    key, value = ".".join(map(str, problem["loc"])), problem["input"]
+    if "error" not in problem.get("ctx", {}):
+        return f"{key} {value} is not allowed: {problem['msg']}"
+    sentence = str(problem["ctx"]["error"])
+    return f"{key}: {sentence}, not {value!r}" if isinstance(value, str) else sentence
+
+
+def _both_packed_as(one: Quantize, other: Quantize) -> str:
+    """Say why two outputs are one although their formats have two names."""
+    if one.format == other.format:
+        return ""
+    return f" (format {one.format} and format {other.format} are both packed as {one.packing})"
 
 
 class Recipe(Section):
@@ -201,7 +211,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def outputs_are_possible_and_differ(self) -> Recipe:
         names: dict[str, int] = {}
-        made: dict[str, int] = {}
+        made: dict[str, tuple[int, Recipe]] = {}
         targets: dict[str, int] = {}
         for number, output in enumerate(self.outputs):
             where = f"outputs.{number}"
@@ -211,8 +221,10 @@ class Recipe(Section):
                 name, recipe = self._alone(output)
             except ValidationError as error:
                 raise ValueError(f"{where}: {_said(error)}") from None
-            if (first := made.setdefault(recipe._makes, number)) != number:
-                raise ValueError(f"{where} makes the same as outputs.{first}: take one of them out")
+            first, other = made.setdefault(recipe._makes, (number, recipe))
+            if first != number:
+                formats = _both_packed_as(other.quantize, recipe.quantize)
+                raise ValueError(f"{where} makes the same as outputs.{first}{formats}: take one of them out")
             if (first := names.setdefault(name.lower(), number)) != number:
                 raise ValueError(f"{where} would be called {name}, as outputs.{first} is: give it a name")
             if recipe.publish and (first := targets.setdefault(recipe.publish.repo_id.lower(), number)) != number:
@@ -244,8 +256,8 @@ class Recipe(Section):
 
     @property
     def _makes(self) -> str:
-        """The same of what it makes, wherever that goes."""
-        return digest_of(self._document() | {"publish": None})
+        """The same of what it makes, however that is spelled and wherever it goes."""
+        return digest_of(self._document() | {"publish": None, "quantize": self.quantize.makes})
 
     def _document(self) -> dict[str, Any]:
         """All that it says but the hardware. What came later only where it is used: digests stay what they were."""

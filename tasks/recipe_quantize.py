@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
@@ -20,6 +20,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 BUILTIN = ("builtin:python",)
 PRESET_KEYS = frozenset(key for preset in PRESETS.values() for key in preset)
 REPO_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$"
+# What `_publishable` allows, as a form checks it: pydantic's own patterns know no lookahead.
+NAME = r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+PUBLISHABLE = rf"^(?!.*(--|\.\.))(?!.*\.git$){NAME}/{NAME}$"
 
 
 def _as_form(schema: dict[str, Any]) -> None:
@@ -54,8 +57,37 @@ def _known_scheme(value: str) -> str:
     return value
 
 
+def _publishable(value: str) -> str:
+    """Refuse the name of a repo that the Hub would not make: its client's own rules, and an owner."""
+    from huggingface_hub.errors import HFValidationError  # takes 0.2 s, and few commands read a recipe
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    reason = "" if "/" in value else "it names no owner"
+    try:
+        validate_repo_id(value)
+    except HFValidationError as error:
+        first = str(error).rpartition(": '")[0] or str(error)
+        reason = first[0].lower() + first[1:]
+    if reason:
+        raise ValueError(f"write owner/name as the Hub takes it ({reason})")
+    return value
+
+
+def packing_format(export: str, bits: int, sym: bool, widths: Collection[Any]) -> str:
+    """Tell how auto-round packs for an export format. `widths`: the bits of all layers, which `auto_round` looks at.
+
+    Source: auto-round 0.16.1, export/formats/backends/autoround.py, AutoRoundFormat.
+    """
+    if export != "auto_round":
+        return export
+    if sym:
+        return "auto_round:auto_gptq"
+    return "auto_round:auto_awq" if bits == 4 and all(width in (4, 16) for width in widths) else "auto_round"
+
+
 SCHEMES = [f"W{bits}A16{group}" for bits in (4, 8, 3, 2) for group in ("", "G64", "G32")]
 Scheme = Annotated[str, AfterValidator(_known_scheme), WithJsonSchema({"type": "string", "enum": SCHEMES})]
+PublishRepo = Annotated[str, AfterValidator(_publishable), WithJsonSchema({"type": "string", "pattern": PUBLISHABLE})]
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[-1, 32, 64, 128, 256, 512, 1024]
 Format = Literal["auto_round", "auto_round:auto_gptq", "auto_round:auto_awq"]
@@ -68,6 +100,16 @@ Layers = Annotated[dict[str, dict[str, Any]], AfterValidator(as_json)]
 Head = Literal["keep", "int8", "int4", "drop"]
 # A form shows one list, not a choice of types.
 Choice = Annotated[Literal["auto"] | bool, WithJsonSchema({"enum": ["auto", True, False]})]
+
+
+def _width(layer: Mapping[str, Any], bits: int) -> Any:
+    """Read the bits of one entry of `layers`, by default `bits`; None: not known."""
+    if layer.get("bits") is not None:
+        return layer["bits"]
+    if layer.get("scheme") is None:
+        return bits
+    match = SCHEME.fullmatch(str(layer["scheme"]).upper())
+    return int(match["bits"]) if match else None
 
 
 class Quantize(Section):
@@ -131,6 +173,28 @@ class Quantize(Section):
         group_size = self.group_size or int((match and match["group_size"]) or 128)
         return bits, group_size, True if self.sym is None else self.sym
 
+    @property
+    def packing(self) -> str:
+        """Tell how auto-round packs, as far as the recipe alone tells: whether the base has the layers that `layers`
+        names is known to a plan."""
+        return self._packing(self.format)
+
+    @property
+    def key_format(self) -> str:
+        """Name the format for a stage key: `auto_round` also where another name makes the same bytes."""
+        return "auto_round" if self.packing == self._packing("auto_round") else self.format
+
+    @property
+    def makes(self) -> dict[str, Any]:
+        """List all settings, with scheme, overrides and format in one spelling for all that make the same bytes."""
+        bits, group_size, sym = self.resolved
+        spelled = {"scheme": None, "bits": bits, "group_size": group_size, "sym": sym, "format": self.packing}
+        return self.model_dump(mode="json") | spelled
+
+    def _packing(self, export: str) -> str:
+        bits, _, sym = self.resolved
+        return packing_format(export, bits, sym, [bits, *(_width(layer, bits) for layer in self.layers.values())])
+
 
 class Output(Section):
     """One of several results of a base: what it does otherwise than `quantize` and `mtp`. null: as they say."""
@@ -138,7 +202,7 @@ class Output(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = Field(
         None, description="What it is called; null: after scheme and format, as W8A16-auto_round"
     )
-    repo_id: Annotated[str, Field(pattern=REPO_ID)] | None = Field(
+    repo_id: PublishRepo | None = Field(
         None, description="Hub repo of this one; null: that of publish, with the name behind it"
     )
     preset: Literal["auto-round", "auto-round-best", "auto-round-light"] | None = Field(

@@ -9,18 +9,18 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 from tasks.artifact import File, Manifest, stage_key
-from tasks.errors import OutOfMemory, RequantError, explain_os_error
+from tasks.errors import OutOfMemory, RequantError, WrongToolVersion, explain_os_error
 from tasks.serving import gpu
 from tasks.store import Store
+from tasks.tools import installed_version, locked_version, version_problem
 
 log = logging.getLogger(__name__)
 PUTS = 4
@@ -65,11 +65,18 @@ class StageResult:
 
 
 def run_stage(
-    store: Store, stage: Stage, key: str, work: Callable[[Path], Made], say: Callable[[str], None] = log.info
+    store: Store,
+    stage: Stage,
+    key: str,
+    work: Callable[[Path], Made],
+    say: Callable[[str], None] = log.info,
+    uses: Callable[[], Collection[str]] | None = None,
 ) -> StageResult:
     """Reuse the artifact of `key`, or hold its lease and make it.
 
     `work` gets a folder that survives a crash; the next run of the same key finds in it what was finished.
+    `uses`: which of the stage's tools this work runs in this environment; None: all.
+    Raises WrongToolVersion where one that is used has another version than the key says.
     """
     started, began = time.monotonic(), _now()
     with machine_errors():
@@ -80,6 +87,7 @@ def run_stage(
                 manifest = store.find(stage.name, key)
                 if manifest is None:
                     state = "ran"
+                    _check_tools(stage, uses)
                     manifest = _make(store, stage, key, work, began, started)
     store.used.append((stage.name, key))
     seconds = round(time.monotonic() - started, 3)
@@ -103,6 +111,14 @@ def machine_errors() -> Iterator[None]:
             raise
         first = next(iter(str(error).splitlines()), "no more memory")
         raise OutOfMemory(f"out of memory ({first}): use a machine or a device with more of it") from error
+
+
+def _check_tools(stage: Stage, uses: Callable[[], Collection[str]] | None) -> None:
+    """Refuse to make what would be kept, for all machines and for good, under versions that did not make it."""
+    used = stage.tools if uses is None else uses()
+    declared = {name: version for name, version in stage.locked.items() if name in used}
+    if problem := version_problem(stage.name, declared):
+        raise WrongToolVersion(problem)
 
 
 def _make(store: Store, stage: Stage, key: str, work: Callable[[Path], Made], began: str, started: float) -> Manifest:
@@ -129,25 +145,6 @@ def put_files(store: Store, folder: Path, files: list[File]) -> list[File]:
     with ThreadPoolExecutor(PUTS) as pool:
         list(pool.map(lambda file: store.put_blob(folder / file.path, file), files))
     return files
-
-
-@cache
-def _lock() -> dict[str, str]:
-    lines = resources.files("tasks").joinpath("lock.txt").read_text().splitlines()
-    return dict(line.split("==") for line in lines if "==" in line)
-
-
-def locked_version(package: str) -> str:
-    """The declared version of a tool: what stage keys are made of, so that every machine computes the same key."""
-    return _lock()[package]
-
-
-def installed_version(package: str) -> str:
-    """What is really installed here, for the record; `absent` if it is not."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "absent"
 
 
 @cache

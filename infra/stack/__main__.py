@@ -16,6 +16,7 @@ import httpx
 from infra.stack import postgres
 from infra.stack.services import ROOT, Supervisor, services
 from infra.stack.settings import Settings
+from tasks.environment import bypass_proxy_on_loopback
 
 PATIENCE = 180.0  # seconds for one service to answer
 CEPH = ROOT / "infra" / "s3" / "ceph"
@@ -91,6 +92,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "stack")
     parser.add_argument("--gpus", type=int, default=1, help="workers of the gpu pool: one for each GPU")
     arguments = parser.parse_args()
+    bypass_proxy_on_loopback(os.environ)
     try:
         if arguments.action == "up":
             up(arguments.folder, arguments.gpus)

@@ -16,6 +16,7 @@ import psutil
 from infra.stack import postgres
 from infra.stack.settings import Settings
 from tasks.checkpoint.writer import write_file
+from tasks.environment import bypass_proxy_on_loopback, with_package
 
 ROOT = Path(__file__).resolve().parents[2]
 STOP = 180.0  # seconds
@@ -70,7 +71,8 @@ class Supervisor:
         (self.settings.folder / "log").mkdir(exist_ok=True)
         if self.running():
             return
-        environment = {**os.environ, **self.settings.client(), **self.settings.server(), "PYTHONPATH": str(ROOT)}
+        environment = with_package({**os.environ, **self.settings.client(), **self.settings.server()})
+        bypass_proxy_on_loopback(environment)
         subprocess.run([_bin("supervisord"), "-c", str(self.path)], env=environment, check=True, cwd=ROOT)
 
     def running(self) -> bool:

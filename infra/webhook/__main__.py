@@ -15,6 +15,7 @@ from flows.tracked import RECIPES, watch_pass
 from infra.webhook.app import create_app
 from infra.webhook.connection import Connection
 from infra.webhook.looker import Looker
+from tasks.environment import bypass_proxy_on_loopback
 from tasks.errors import RequantError
 from tasks.log import Plain
 from tasks.store import open_store
@@ -42,6 +43,7 @@ def _secret() -> str:
 
 def main() -> None:
     """Serve until interrupted."""
+    bypass_proxy_on_loopback(os.environ)
     arguments, secret = _arguments(), _secret()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)

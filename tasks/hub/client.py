@@ -6,6 +6,7 @@ HF_ENDPOINT and HF_TOKEN are honoured.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import httpx2
@@ -22,6 +23,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils._http import default_client_factory
 
+from tasks.environment import PROXIES, UNUSABLE, no_client, variables_set
 from tasks.errors import HubError, HubUnavailable, redact
 
 PASSING = {408, 425, 429, 500, 502, 503, 504}
@@ -29,7 +31,10 @@ STALLED = 60.0  # seconds without a byte of an answer; huggingface_hub itself wa
 
 
 def _client() -> httpx2.Client:
-    client = default_client_factory()
+    try:
+        client = default_client_factory()
+    except (*UNUSABLE, httpx2.InvalidURL) as error:
+        raise HubError(no_client(error, "the Hub")) from error
     client.timeout = httpx2.Timeout(STALLED, connect=10.0)
     return client
 
@@ -53,21 +58,39 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
         # huggingface_hub masks failed HEAD requests as the one, and failed LFS uploads as the other.
         if isinstance(error.__cause__, HfHubHTTPError):
             raise _explain(error.__cause__, repo_id, name) from error
+        if isinstance(error.__cause__, OfflineModeIsEnabled):
+            raise HubError(_switched_off(name)) from error
         if isinstance(error.__cause__, httpx2.HTTPError) or isinstance(error, LocalEntryNotFoundError):
             raise HubUnavailable(_unanswered(error.__cause__ or error)) from error
         raise
+    except OfflineModeIsEnabled as error:  # an OSError too
+        raise HubError(_switched_off(name)) from error
     except OSError as error:
         if "Consistency check failed" in str(error):  # fewer bytes arrived than the Hub announced
             raise HubUnavailable(f"{name}: {_first_line(error)}") from error
         raise
-    except (HFValidationError, OfflineModeIsEnabled) as error:
+    except HFValidationError as error:
         raise HubError(f"{name} cannot be asked for: {_first_line(error)}") from error
+    except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+        raise HubError(_unanswered(error)) from error
     except httpx2.HTTPError as error:
         raise HubUnavailable(_unanswered(error)) from error
 
 
 def _unanswered(error: BaseException) -> str:
-    return f"the Hub at {constants.ENDPOINT} did not answer ({_first_line(error)}): check HF_ENDPOINT and the network"
+    variables = ", ".join(["HF_ENDPOINT", *variables_set(*PROXIES)])
+    return f"the Hub at {constants.ENDPOINT} did not answer ({_first_line(error)}): check {variables} and the network"
+
+
+def _switched_off(name: str) -> str:
+    """Say which variable keeps the Hub from being asked, and what to do."""
+    # huggingface_hub reads both, in this order.
+    variable = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
+    said = f"{variable}={os.environ[variable]}" if variable in os.environ else variable
+    return (
+        f"{name} lies on the Hub, which {said} switches off: unset {variable}, or name a local folder where the "
+        "command takes one"
+    )
 
 
 def _explain(error: HfHubHTTPError, repo_id: str, name: str) -> HubError:

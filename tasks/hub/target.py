@@ -28,7 +28,7 @@ def check_target(publish: Publish, base: Revision) -> None:
         if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
             raise HubError(f"HF_TOKEN may only read: set it to a token that may write to {repo_id}")
         names = {account.get("name"), *(org.get("name") for org in account.get("orgs") or [])}
-    if "/" in repo_id and repo_id.split("/")[0] not in names:
+    if repo_id.split("/")[0] not in names:
         open_target(publish, base)  # not every token lists what it may write to: the Hub itself must say
     if publish.collection is not None:
         with hub_errors(f"collection {publish.collection}"):

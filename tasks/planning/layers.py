@@ -15,8 +15,8 @@ from tasks.checkpoint.blocks import block_of
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.experts import one_by_one
 from tasks.checkpoint.header import Tensor
-from tasks.recipe_quantize import SCHEME, Quantize
-from tasks.stage import locked_version
+from tasks.recipe_quantize import SCHEME, Quantize, packing_format
+from tasks.tools import locked_version
 
 FULL = {"bits": 16, "data_type": "fp"}
 KEPT = "quantize.layers keeps it"
@@ -104,15 +104,6 @@ def why_kept(names: Iterable[str], layers: Mapping[str, Mapping[str, Any]]) -> d
 
 def _keeps(value: Mapping[str, Any]) -> bool:
     return bool(_setting(value, True).get("bits", 4) >= 16)
-
-
-def packing_format(export: str, bits: int, sym: bool, widths: set[int]) -> str:
-    """How auto-round packs for an export format: `auto_round` leaves it to the bits, `widths` those of all layers."""
-    if export != "auto_round":
-        return export
-    if sym:
-        return "auto_round:auto_gptq"
-    return "auto_round:auto_awq" if bits == 4 and all(width in {4, 16} for width in widths) else "auto_round"
 
 
 def linear_layers(tensors: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:

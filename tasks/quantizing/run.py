@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tasks.environment import with_package
 from tasks.errors import SECRET_VARIABLES, OutOfMemory, QuantizeDied, QuantizeFailed, StageTimeout
 
 TIMEOUT = 48 * 3600.0  # seconds
@@ -163,10 +164,8 @@ def run_child(job: Mapping[str, Any], folder: Path, report: Report, timeout: flo
     (folder / "job.json").write_text(json.dumps(job))
     events = folder / "events.jsonl"
     position = events.stat().st_size if events.exists() else 0
-    environment = {k: v for k, v in os.environ.items() if k not in SECRET_VARIABLES}
+    environment = with_package({k: v for k, v in os.environ.items() if k not in SECRET_VARIABLES})
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    package = str(Path(__file__).resolve().parent.parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "tasks.quantize_child", str(folder / "job.json"), str(folder)]
     last: dict[str, Any] = {}
     with (folder / "log.txt").open("ab") as output:

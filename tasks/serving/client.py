@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 
+from tasks.environment import is_loopback
 from tasks.errors import EngineFailed
 from tasks.serving.metrics import Drafts, read_drafts
 from tasks.serving.prompts import Prompt
@@ -43,13 +44,13 @@ class Server:
         key = os.environ.get("REQUANT_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=None)
-        loopback = httpx.URL(self.url).host == "127.0.0.1"
         return httpx.AsyncClient(
             base_url=self.url,
             headers=headers,
             timeout=httpx.Timeout(SILENCE, connect=10),
             limits=limits,
-            trust_env=not loopback,
+            verify=httpx.create_ssl_context(),
+            trust_env=not is_loopback(self.url),
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import psutil
 
+from tasks.environment import bypass_proxy_on_loopback, http_client
 from tasks.errors import EngineFailed, RecipeError
 from tasks.serving import gpu
 from tasks.serving.client import Server
@@ -87,6 +88,7 @@ def vllm(
     ours = ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)]
     # What is measured lies on this disk: nothing is looked up.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    bypass_proxy_on_loopback(environment)  # its processes talk to each other
     say(f"starting vLLM {' '.join(shlex.quote(word) for word in asked)}".rstrip())
     with running([*words, *model, *asked, *ours], log, environment) as engine:
         version = _wait(engine, f"http://127.0.0.1:{port}", say)
@@ -141,7 +143,8 @@ def server_at(url: str, *, chat: bool) -> Server:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     remedy = "name the address of a running server that speaks OpenAI's API, as in url:http://127.0.0.1:8000"
     try:
-        response = httpx.get(f"{base}/v1/models", headers=headers, timeout=10)
+        with http_client(base, 10) as client:
+            response = client.get(f"{base}/v1/models", headers=headers)
         models = response.json()["data"] if response.status_code == 200 else []
         name = str(models[0]["id"])
     except (httpx.HTTPError, httpx.InvalidURL) as error:

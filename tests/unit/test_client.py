@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import httpx2
 import pytest
+from huggingface_hub import close_session, constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -15,6 +18,7 @@ from huggingface_hub.errors import (
 
 from tasks.errors import HubError, HubUnavailable
 from tasks.hub.client import PASSING, hub_errors
+from tasks.hub.revision import resolve
 
 
 def http_error(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError, message: str = "as it says") -> HfHubHTTPError:
@@ -82,3 +86,58 @@ def test_what_is_not_the_hubs_fault_passes_through(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, hub_errors("a/b"):
         raise error
     assert caught.value is error
+
+
+@pytest.fixture
+def fresh_session() -> Iterator[None]:
+    """The next request makes a client, from what the environment says then."""
+    close_session()
+    yield
+    close_session()
+
+
+@pytest.mark.usefixtures("fresh_session")
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_a_hub_that_is_switched_off_is_a_sentence_that_names_the_variable(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """huggingface_hub's own error is a ConnectionError, as a lost connection is."""
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # read when it was imported
+    with pytest.raises(HubError) as caught:
+        resolve("a/b", "v2")
+    assert str(caught.value) == (
+        f"a/b@v2 lies on the Hub, which {variable}=1 switches off: unset {variable}, or name a local folder where the "
+        "command takes one"
+    )
+    assert not caught.value.retryable
+
+
+@pytest.mark.usefixtures("fresh_session")
+def test_an_address_that_is_none_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for endpoint in ("http://[", "http://hub:port", "huggingface.co"):
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        with pytest.raises(HubError, match="check HF_ENDPOINT"):
+            resolve("a/b")
+
+
+@pytest.mark.usefixtures("fresh_session")
+@pytest.mark.parametrize(("variable", "value"), [
+    ("HTTPS_PROXY", "ftp://proxy.example"), ("http_proxy", "http://proxy:port"), ("SSL_CERT_FILE", "/none/ca.pem"),
+])  # fmt: skip
+def test_a_setting_with_which_the_hub_cannot_be_asked_is_named(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(HubError, match=rf"the Hub cannot be asked \(.*correct or unset .*{variable}"):
+        resolve("a/b")
+
+
+@pytest.mark.usefixtures("fresh_session")
+def test_a_hub_out_of_reach_behind_a_proxy_is_a_sentence_that_names_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.example")
+    with pytest.raises(HubError, match=r"check HF_ENDPOINT, .*HTTP_PROXY.* and the network"):
+        resolve("a/b")

@@ -74,6 +74,18 @@ def test_the_form_has_an_order_bounds_and_lists_to_choose_from() -> None:
     assert quantize["iters"]["maximum"] == 10_000
 
 
+# Repos that the Hub refuses to make, and some that it makes.
+NOT_TAKEN = ["noslash", "me/a--b", "me/a..b", "me/-a", "me/a.", "me/a.git", "me-/a", f"me/{'a' * 97}", "me/a/b", "/a"]
+TAKEN = ["me/a", "me/A_b.c-d", f"me/{'a' * 96}", "me_/_a", "0/1", "me/a.gitt"]
+
+
+@pytest.mark.parametrize("repo_id", TAKEN)
+def test_a_repo_that_the_hub_takes_the_form_and_the_run_take(repo_id: str) -> None:
+    given = {"base": {"repo_id": "a/b"}, "publish": {"repo_id": repo_id}}
+    jsonschema.validate({"recipe": given}, form())
+    assert recipe_of(given).publish is not None
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -84,6 +96,8 @@ def test_the_form_has_an_order_bounds_and_lists_to_choose_from() -> None:
         {"base": {"repo_id": "a/b"}, "quantize": {"torch_compile": "sometimes"}},
         {"base": {"repo_id": "a/b"}, "benchmark": {"engine": "abacus"}},
         {"base": {"repo_id": "a/b"}, "colour": "red"},
+        *({"base": {"repo_id": "a/b"}, "publish": {"repo_id": repo_id}} for repo_id in NOT_TAKEN),
+        {"base": {"repo_id": "a/b"}, "publish": {"repo_id": "me/x"}, "outputs": [{"repo_id": "noslash"}]},
         {"quantize": {}},
     ],
     ids=str,

@@ -19,7 +19,10 @@ from tasks.recipe_file import load_recipe, parse_recipe, recipe_of
 from tasks.recipe_quantize import PRESETS
 
 BASE = {"base": {"repo_id": "Qwen/Qwen3.6-27B"}}
-THREE: list[dict[str, Any]] = [{}, {"scheme": "W8A16"}, {"format": "auto_round:auto_gptq"}]
+THREE: list[dict[str, Any]] = [{}, {"scheme": "W8A16"}, {"format": "auto_round:auto_awq"}]
+
+
+KEPT = {"up_proj": {"bits": 16}}
 
 
 def of(*outputs: Any, **keys: Any) -> Recipe:
@@ -37,10 +40,10 @@ def refusal(*outputs: Any, **keys: Any) -> str:
 def test_each_output_is_a_recipe_of_its_own_with_what_it_does_otherwise() -> None:
     recipe = of(*THREE, quantize={"iters": 50, "group_size": 64}, mtp="int8")
     made = recipe.each
-    assert list(made) == ["W4A16G64-auto_round", "W8A16G64-auto_round", "W4A16G64-auto_gptq"]
+    assert list(made) == ["W4A16G64-auto_round", "W8A16G64-auto_round", "W4A16G64-auto_awq"]
     assert [one.quantize.resolved[0] for one in made.values()] == [4, 8, 4]
-    assert made["W4A16G64-auto_gptq"] == parse_recipe(
-        {**BASE, "quantize": {"iters": 50, "group_size": 64, "format": "auto_round:auto_gptq"}, "mtp": "int8"}
+    assert made["W4A16G64-auto_awq"] == parse_recipe(
+        {**BASE, "quantize": {"iters": 50, "group_size": 64, "format": "auto_round:auto_awq"}, "mtp": "int8"}
     )
     assert all(one.each == {"": one} for one in made.values())
 
@@ -124,7 +127,56 @@ def test_a_repo_that_is_the_base_anothers_or_none_is_refused() -> None:
     eight = {"scheme": "W8A16", "repo_id": "Me/X"}
     assert "outputs.1.repo_id Me/X is where outputs.0 goes" in refusal({"repo_id": "me/x"}, eight, publish=publish)
     assert "is the base itself" in refusal({"repo_id": "qwen/qwen3.6-27b"}, publish=publish)
-    assert "publish.repo_id me/q" in refusal({"name": "n" * 64}, publish={"repo_id": f"me/q{'q' * 90}"})
+
+
+GPTQ, AWQ = "auto_round:auto_gptq", "auto_round:auto_awq"
+SAME: list[tuple[list[dict[str, Any]], str]] = [
+    ([{}, {"format": GPTQ}], f"format auto_round and format {GPTQ} are both packed as {GPTQ}"),
+    ([{"format": GPTQ, "name": "a"}, {"name": "b"}], f"format {GPTQ} and format auto_round are both packed as {GPTQ}"),
+    ([{"scheme": "W8A16"}, {"bits": 8, "format": GPTQ}], f"are both packed as {GPTQ}"),
+    ([{"sym": False}, {"sym": False, "format": AWQ}], f"format auto_round and format {AWQ} are both packed as {AWQ}"),
+    ([{"layers": KEPT, "sym": False}, {"layers": KEPT, "sym": False, "format": AWQ}], f"are both packed as {AWQ}"),
+]
+
+
+@pytest.mark.parametrize(("outputs", "formats"), SAME, ids=str)
+def test_two_formats_that_auto_round_packs_alike_are_one_output(outputs: list[dict[str, Any]], formats: str) -> None:
+    sentence = refusal(*outputs)
+    assert "outputs.1 makes the same as outputs.0 (format " in sentence and formats in sentence
+    assert sentence.endswith("): take one of them out")
+
+
+@pytest.mark.parametrize("other", [{"bits": 4}, {"group_size": 128}, {"sym": True}, {"scheme": "W8A16", "bits": 4}])
+def test_two_spellings_of_one_scheme_are_one_output(other: dict[str, Any]) -> None:
+    assert "outputs.1 makes the same as outputs.0: take one of them out" in refusal({}, {"name": "again", **other})
+
+
+@pytest.mark.parametrize("outputs", [
+    [{}, {"format": "auto_round:auto_awq"}],  # symmetric: auto_round leaves AWQ's packing to those who ask for it
+    [{"sym": False, "bits": 2}, {"sym": False}],
+    [{"sym": False, "layers": {"up_proj": {"bits": 8}}}, {"sym": False, "layers": {}, "name": "b"}],
+    [{}, {"name": "b", "mtp": "drop"}],
+], ids=str)  # fmt: skip
+def test_outputs_that_differ_in_their_packing_are_several(outputs: list[dict[str, Any]]) -> None:
+    assert len(of(*outputs).each) == 2
+
+
+@pytest.mark.parametrize(("repo_id", "name", "why"), [
+    (f"me/q{'q' * 90}", "n" * 64, "the maximum length is 96"),
+    ("me/q", "a--b", "cannot have -- or .."),
+    ("me/q", "a..b", "cannot have -- or .."),
+    ("me/q", "a.git", "cannot end by '.git'"),
+    ("me/q", "a-", "cannot start or end with '-' or '.'"),
+])  # fmt: skip
+def test_a_repo_that_the_hub_would_refuse_is_refused_by_the_outputs_number(repo_id: str, name: str, why: str) -> None:
+    """The recipe names neither of these repos itself."""
+    sentence = refusal({"name": name}, publish={"repo_id": repo_id})
+    assert sentence.startswith("outputs.0: publish.repo_id: ") and why in sentence and f"'{repo_id}-{name}'" in sentence
+
+
+@pytest.mark.parametrize("repo_id", ["noslash", "me/a--b", "me/a.git"])
+def test_the_repo_of_one_output_is_one_that_the_hub_takes(repo_id: str) -> None:
+    assert f"not {repo_id!r}" in refusal({"repo_id": repo_id}, publish={"repo_id": "me/q"})
 
 
 def test_set_changes_one_output(tmp_path: Path) -> None:

@@ -27,12 +27,12 @@ from tests.unit.test_card import FACTS, SHA
 RECIPE = parse_recipe(
     {
         "base": {"repo_id": "Qwen/Qwen3.6-27B"},
-        "outputs": [{}, {"scheme": "W8A16"}, {"format": "auto_round:auto_gptq"}],
+        "outputs": [{}, {"scheme": "W8A16"}, {"format": "auto_round:auto_awq"}],
         "publish": {"repo_id": "me/q"},
     }
 )
 BASE = Revision("Qwen/Qwen3.6-27B", SHA, ())
-FOUR, EIGHT, GPTQ = RECIPE.each
+FOUR, EIGHT, AWQ = RECIPE.each
 
 
 def manifest(gigabytes: int) -> Manifest:
@@ -51,7 +51,7 @@ def output(name: str, size: int, **changes: Any) -> Report:
 
 
 def three(**changes: Any) -> Report:
-    made = {FOUR: output(FOUR, 18), EIGHT: output(EIGHT, 27), GPTQ: output(GPTQ, 18, **changes)}
+    made = {FOUR: output(FOUR, 18), EIGHT: output(EIGHT, 27), AWQ: output(AWQ, 18, **changes)}
     return Report(RECIPE, base=BASE, outputs=made, status=worst(made.values()))
 
 
@@ -64,13 +64,13 @@ def test_the_document_has_the_keys_of_one_result_and_that_of_each_output() -> No
     single = set(output(FOUR, 18).to_json())
     assert [set(each) for each in document["outputs"]] == [single | {"name"}] * 3
     assert set(document) == single | {"outputs"}
-    assert [each["name"] for each in document["outputs"]] == [FOUR, EIGHT, GPTQ]
+    assert [each["name"] for each in document["outputs"]] == [FOUR, EIGHT, AWQ]
     assert (document["status"], document["error"], document["published"]) == ("published", None, None)
     assert document["base"] == {"repo_id": "Qwen/Qwen3.6-27B", "sha": SHA}
     assert document["artifact"] == {"digest": None, "path": None}
     rows = [(stage["output"], stage["name"], stage["state"]) for stage in document["stages"]]
     assert rows[:3] == [(FOUR, "download", "ran"), (FOUR, "quantize", "ran"), (EIGHT, "download", "reused")]
-    assert len(rows) == 6 and [gate["output"] for gate in document["gates"]] == [FOUR, EIGHT, GPTQ]
+    assert len(rows) == 6 and [gate["output"] for gate in document["gates"]] == [FOUR, EIGHT, AWQ]
 
 
 def test_a_run_that_ended_before_its_outputs_has_none() -> None:
@@ -80,17 +80,17 @@ def test_a_run_that_ended_before_its_outputs_has_none() -> None:
 
 def test_a_run_is_the_worst_of_its_outputs_and_says_which() -> None:
     assert three().status == "published"
-    assert verdict(three()) == f"{FOUR} published; {EIGHT} published; {GPTQ} published"
+    assert verdict(three()) == f"{FOUR} published; {EIGHT} published; {AWQ} published"
     rejected, failed = three(**REJECTED), three(**FAILED)
     assert rejected.status == "rejected" and failed.status == "failed"
-    assert verdict(rejected).endswith(f"{GPTQ} rejected (nothing was published: top1_agreement failed)")
-    assert verdict(failed).endswith(f"{EIGHT} published; {GPTQ} failed (the disk is full)")
+    assert verdict(rejected).endswith(f"{AWQ} rejected (nothing was published: top1_agreement failed)")
+    assert verdict(failed).endswith(f"{EIGHT} published; {AWQ} failed (the disk is full)")
     assert worst([output(FOUR, 18, **FAILED), output(EIGHT, 27, **REJECTED)]) == "failed"
 
 
 def test_outputs_are_compared_side_by_side() -> None:
     rows = [dict(zip(COMPARED, row, strict=True)) for row in compared_rows(three(**REJECTED))]
-    assert [row["output"] for row in rows] == [FOUR, EIGHT, GPTQ]
+    assert [row["output"] for row in rows] == [FOUR, EIGHT, AWQ]
     assert (rows[0]["size"], rows[0]["smaller"], rows[1]["smaller"]) == ("18.00 GB", "3.00 times", "2.00 times")
     assert (rows[0]["perplexity"], rows[0]["same token"], rows[0]["drafts taken"]) == ("+1.2%", "95.0%", "87.1%")
     assert [row["gates"] for row in rows] == ["1 passed", "1 passed", "1 of 2 failed"]
@@ -109,21 +109,21 @@ def test_a_report_has_a_folder_of_pictures_for_each_output(tmp_path: Path) -> No
     picture = Picture("losses", "Losses.", b"<svg/>", b"png")
     write_report(three(pictures=[picture]), tmp_path / "told.json")
     text = (tmp_path / "told.md").read_text()
-    assert text.startswith(comparison(three())) and f"![Losses.](told-pictures/{GPTQ}/losses.svg)" in text
-    assert (tmp_path / "told-pictures" / GPTQ / "losses.svg").read_bytes() == b"<svg/>"
-    assert json.loads((tmp_path / "told.json").read_text())["outputs"][2]["name"] == GPTQ
+    assert text.startswith(comparison(three())) and f"![Losses.](told-pictures/{AWQ}/losses.svg)" in text
+    assert (tmp_path / "told-pictures" / AWQ / "losses.svg").read_bytes() == b"<svg/>"
+    assert json.loads((tmp_path / "told.json").read_text())["outputs"][2]["name"] == AWQ
 
 
 def test_the_store_keeps_what_any_output_uses_in_the_name_of_the_whole_recipe() -> None:
     run = three().run
     assert run is not None and run.recipe == RECIPE.digest[:16]
     assert run.artifacts == (("download", "base"), *(("quantize", f"q-{name}") for name in RECIPE.each))
-    assert run.makes == f"me/q-{FOUR}, me/q-{EIGHT}, me/q-{GPTQ}"
+    assert run.makes == f"me/q-{FOUR}, me/q-{EIGHT}, me/q-{AWQ}"
     assert Report(RECIPE, base=BASE).run is None
 
 
 def test_the_headline_and_the_name_of_the_run_say_that_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert headline(three()) == f"Qwen/Qwen3.6-27B@0123456 -> {FOUR}, {EIGHT}, {GPTQ}"
+    assert headline(three()) == f"Qwen/Qwen3.6-27B@0123456 -> {FOUR}, {EIGHT}, {AWQ}"
     monkeypatch.setattr("prefect.runtime.flow_run.parameters", {"recipe": RECIPE}, raising=False)
     assert run_name() == "Qwen3.6-27B 3 outputs"
 
@@ -133,7 +133,7 @@ def test_a_card_names_its_siblings_and_reproduces_itself_alone() -> None:
     card = make_card(replace(FACTS, recipe=RECIPE.each[EIGHT], others=others))
     section = card.split("## Other quantizations of this base")[1].split("\n## ")[0]
     row = "| [me/q-{0}](https://huggingface.co/me/q-{0}) | W4A16, group size 128, symmetric | {1} | 200 | keep |"
-    assert row.format(FOUR, "auto_round") in section and row.format(GPTQ, "auto_round:auto_gptq") in section
+    assert row.format(FOUR, "auto_round") in section and row.format(AWQ, "auto_round:auto_awq") in section
     assert f"me/q-{EIGHT}" not in section
     recipe = card.split("```yaml\n")[1].split("\n```")[0]
     assert "outputs" not in recipe and "scheme: W8A16" in recipe and f"repo_id: me/q-{EIGHT}" in recipe

@@ -59,7 +59,7 @@ def test_any_other_file_of_the_base_quantizes_nothing_anew(path: str) -> None:
 
 
 SETTINGS: dict[str, Any] = {
-    "scheme": "W8A16", "bits": 8, "group_size": 32, "sym": False, "format": "auto_round:auto_gptq", "iters": 199,
+    "scheme": "W8A16", "bits": 8, "group_size": 32, "sym": False, "format": "auto_round:auto_awq", "iters": 199,
     "nsamples": 127, "seqlen": 2047, "batch_size": 4, "lr": 0.01, "seed": 43, "layers": {"lm_head": {"bits": 8}},
 }  # fmt: skip
 
@@ -67,6 +67,36 @@ SETTINGS: dict[str, Any] = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_each_setting_of_quantize_changes_the_key(name: str) -> None:
     assert key(recipe(quantize={name: SETTINGS[name]})) != key(recipe())
+
+
+ALIKE: list[tuple[dict[str, Any], str]] = [
+    ({}, "auto_round:auto_gptq"),
+    ({"bits": 2, "layers": {"up_proj": {"bits": 8}}}, "auto_round:auto_gptq"),
+    ({"sym": False}, "auto_round:auto_awq"),
+    ({"sym": False, "layers": {"up_proj": {"bits": 16, "data_type": "fp"}}}, "auto_round:auto_awq"),
+]
+
+
+@pytest.mark.parametrize(("quantize", "spelled"), ALIKE, ids=str)
+def test_two_formats_that_auto_round_packs_alike_share_the_work(quantize: dict[str, Any], spelled: str) -> None:
+    assert key(recipe(quantize={**quantize, "format": spelled})) == key(recipe(quantize=quantize))
+
+
+def test_a_format_that_is_packed_in_its_own_way_has_a_key_of_its_own() -> None:
+    awq = {"format": "auto_round:auto_awq"}
+    for quantize in (
+        {},
+        {"sym": False, "layers": {"up_proj": {"bits": 8}}},
+        {"sym": False, "layers": {"x": {"scheme": "W2A16"}}},
+    ):
+        assert key(recipe(quantize={**quantize, **awq})) != key(recipe(quantize=quantize))
+
+
+def test_the_keys_of_what_stores_hold_already_stay_what_they_were() -> None:
+    """Else every model would be quantized once more."""
+    assert key(recipe())[:16] == "b4f0c9db3226d402"
+    assert key(recipe(quantize={"sym": False, "group_size": 32}))[:16] == "4a1c4a61e7e08997"
+    assert key(recipe(quantize={"format": "auto_round:auto_awq"}))[:16] == "554a13989a9a9358"
 
 
 def test_another_calibration_text_changes_the_key_and_its_name_or_place_does_not() -> None:

@@ -153,7 +153,10 @@ WRONG = {
     "benchmark.concurrency": ["0", "'4'", "1000"],
     "benchmark.draft_tokens": ["0", "9"],
     "benchmark.max_tokens": ["0", "1.5"],
-    "publish.repo_id": ["a b", "5"],
+    "publish.repo_id": [
+        "a b", "5", "noslash", "me/a--b", "me/a..b", "m--e/a", "me/-a", "me/a-", "me/.a", "me/a.", "me-/a", "me/a.git",
+        f"me/{'a' * 97}", "me/a/b", "/a", "me/", "me/ä", "''", '"me/a\\n"',
+    ],
     "publish.private": ["1", "'no'"],
     "publish": ["[]", "me/out"],
     "quantize": ["[]", "W4A16", "null"],
@@ -350,6 +353,22 @@ def test_a_recipe_survives_json(tmp_path: Path) -> None:
 def test_a_recipe_may_not_publish_over_its_own_base() -> None:
     with pytest.raises(RecipeError, match=r"^publish.repo_id A/b is the base itself: name a repo of your own$"):
         parse_recipe({"base": {"repo_id": "a/b"}, "publish": {"repo_id": "A/b"}})
+
+
+def test_what_the_hub_says_of_a_repos_name_is_handed_on() -> None:
+    def said(repo_id: str) -> str:
+        with pytest.raises(RecipeError) as caught:
+            parse_recipe({"base": {"repo_id": "a/b"}, "publish": {"repo_id": repo_id}})
+        return str(caught.value)
+
+    whole = "publish.repo_id: write owner/name as the Hub takes it (it names no owner), not 'noslash'"
+    assert said("noslash") == whole
+    assert "(cannot have -- or .. in repo_id), not 'me/a--b'" in said("me/a--b")
+    assert "the maximum length is 96" in said(f"me/{'a' * 97}")
+
+
+def test_a_base_without_an_owner_is_one_of_the_hubs_oldest() -> None:
+    assert parse_recipe({"base": {"repo_id": "gpt2"}}).base.repo_id == "gpt2"
 
 
 def test_a_builtin_text_that_does_not_exist_is_refused_before_any_work() -> None:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 import threading
 import time
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tasks.artifact import Manifest
-from tasks.errors import DiskFull, QuantizeDied, StoreError
-from tasks.stage import Made, Stage, installed_version, locked_version, machine, put_files, run_stage
+from tasks.errors import DiskFull, QuantizeDied, StoreError, WrongToolVersion
+from tasks.stage import Made, Stage, machine, put_files, run_stage
 from tasks.store import Store
 from tasks.store import lease as leases
 from tasks.store.folder import FolderBackend
+from tasks.tools import installed_version, locked_version
 from tests.unit.making import write_files
 
 ROOT = Path(__file__).parent.parent.parent
@@ -175,6 +180,92 @@ def test_the_declared_versions_are_those_that_the_project_is_tested_with() -> No
     assert {"auto-round", "transformers"} <= set(locked)
     assert locked == {name: constraints[name] for name in locked}
     assert all(locked_version(name) == version for name, version in locked.items())
+
+
+def test_an_installation_brings_the_declared_versions_without_the_constraints_file() -> None:
+    """Otherwise a plain `pip install` makes a worker that refuses every stage."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = {*project["dependencies"], *project["optional-dependencies"]["eval"]}
+    assert {f"{name}=={locked_version(name)}" for name in ("auto-round", "lm_eval", "transformers")} <= asked
+
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Make other versions of packages the installed ones: real metadata, in front of the environment's own."""
+
+    def do(**versions: str) -> None:
+        for name, version in versions.items():
+            folder = tmp_path / "site" / f"{name}-{version}.dist-info"
+            folder.mkdir(parents=True)
+            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(str(tmp_path / "site"))
+
+    return do
+
+
+def test_a_worker_with_another_version_is_refused_before_the_work(store: Store, install: Install) -> None:
+    install(transformers="5.24.0")
+    locked = locked_version("transformers")
+    with pytest.raises(WrongToolVersion) as caught:
+        run_stage(store, STAGE, KEY, lambda folder: pytest.fail("the result would carry the wrong versions in its key"))
+    sentence = str(caught.value)
+    assert f"stage quantize needs transformers {locked}" in sentence and "transformers 5.24.0" in sentence
+    assert f"pip install 'transformers=={locked}'" in sentence and "auto-round" not in sentence
+    assert "\n" not in sentence and not caught.value.retryable
+    assert store.manifest("quantize", KEY) is None and leases_left(store) == []
+
+
+def test_all_versions_that_differ_are_named_with_one_command(store: Store, install: Install) -> None:
+    install(transformers="5.24.0", auto_round="0.15.0")
+    with pytest.raises(WrongToolVersion) as caught:
+        run_stage(store, STAGE, KEY, lambda folder: made(store, folder))
+    both = f"'auto-round=={locked_version('auto-round')}' 'transformers=={locked_version('transformers')}'"
+    assert f"pip install {both}" in str(caught.value)
+
+
+def test_a_local_version_label_is_the_same_version(store: Store, install: Install) -> None:
+    install(transformers=f"{locked_version('transformers')}+cpu")
+    assert run_stage(store, STAGE, KEY, lambda folder: made(store, folder)).state == "ran"
+
+
+def test_a_reused_stage_needs_nothing_installed(store: Store, install: Install) -> None:
+    run_stage(store, STAGE, KEY, lambda folder: made(store, folder))
+    install(transformers="5.24.0")
+    assert run_stage(store, STAGE, KEY, lambda folder: pytest.fail("it is there")).state == "reused"
+
+
+def test_a_tool_that_this_run_of_a_stage_does_not_use_may_differ(store: Store, install: Install) -> None:
+    """A benchmark in vLLM runs in vLLM's environment."""
+    install(transformers="5.24.0")
+    assert run_stage(store, STAGE, KEY, lambda folder: made(store, folder), uses=lambda: ()).state == "ran"
+
+
+def test_a_tool_that_is_absent_is_refused_where_it_is_used(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    with pytest.raises(WrongToolVersion, match="has no auto-round and no transformers: run pip install"):
+        run_stage(store, STAGE, KEY, lambda folder: made(store, folder))
+
+
+def test_the_process_that_quantizes_looks_at_its_own_versions(tmp_path: Path, install: Install) -> None:
+    """Its search path is not that of the process that starts it."""
+    install(transformers="5.24.0")
+    job = {"tools": {"transformers": locked_version("transformers")}}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, "-m", "tasks.quantize_child", str(tmp_path / "job.json"), str(tmp_path)]
+    environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "PATH": ""}
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, stdin=subprocess.PIPE) as child:
+        assert child.wait(60) == 1
+    (event,) = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert (event["event"], event["kind"]) == ("error", "refused")
+    assert "transformers 5.24.0" in event["text"] and "pip install 'transformers==" in event["text"]
 
 
 def test_every_tool_of_a_stage_is_declared() -> None:
