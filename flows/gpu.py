@@ -7,6 +7,7 @@ they hand on is in the store: a flow gets the names of what it reads, and the st
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +23,7 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Completed, Failed, Running
 
 from flows.sweep import GOES_ON, RESTARTS, restarts_of, was_cancelled
-from flows.work_pool import problem_of_pool
+from flows.work_pool import WorkerNotice, problem_of_pool
 from tasks import benchmark as speed
 from tasks import quantize as quantizing
 from tasks import validate as quality
@@ -38,7 +39,6 @@ from tasks.text import Text, find_text
 
 plain_logs()
 POLL = 2.0  # seconds
-LOOK_AT_POOL_S = 60.0  # seconds for which a run waits on the gpu pool before its workers are looked at
 LARGE = 4_000_000_000  # bytes of weights that a CPU measures in minutes
 
 
@@ -173,12 +173,13 @@ def _run_there(name: str, key: str, parameters: dict[str, Any]) -> None:
     """Start the flow run, or find the one that an earlier life of this run started, and wait for its end."""
     run = _begin(name, key, parameters)
     say()(f"{name}: waiting for run {run.name} of the gpu pool")
-    notice = _WorkerNotice(name)
+    notice = WorkerNotice(_look_at_pool, functools.partial(_tell, name))
     while True:
         state = _state(run.id)
         if state.is_completed():
             return
-        notice.look(waiting=state.is_scheduled())
+        with contextlib.suppress(httpx.HTTPError, PrefectHTTPStatusError):  # The next look may find the server back.
+            notice.look(waiting=state.is_scheduled())
         if state.is_crashed() and _restart(run.id):
             say()(f"{name}: run {run.name} was killed ({state.message}); it goes on from its last finished block")
         elif state.is_final():
@@ -186,41 +187,18 @@ def _run_there(name: str, key: str, parameters: dict[str, Any]) -> None:
         time.sleep(POLL)
 
 
-class _WorkerNotice:
-    """Says in the log and in the state of this run that no worker takes the run that it waits for."""
-
-    def __init__(self, stage: str) -> None:
-        self._stage = stage
-        self._waiting_since_s: float | None = None
-        self._asked_s = 0.0
-        self._said: str | None = None
-
-    def look(self, waiting: bool) -> None:
-        """Look at the work pool once a minute while the run waits there."""
-        now_s = time.monotonic()
-        if not waiting:
-            self._waiting_since_s = None
-            self._say(None)
-        elif self._waiting_since_s is None:
-            self._waiting_since_s = self._asked_s = now_s
-        elif now_s - self._asked_s >= LOOK_AT_POOL_S:
-            self._asked_s = now_s
-            with _server_may_be_away(), get_client(sync_client=True) as client:
-                self._say(problem_of_pool(client, "gpu"))
-
-    def _say(self, problem: str | None) -> None:
-        if problem == self._said:
-            return
-        self._said = problem
-        say()(f"{self._stage} waits: {problem}" if problem else f"{self._stage}: the gpu pool takes its run")
-        state: State[Any] = Running(name="WaitingForWorker", message=problem) if problem else Running()
-        with _server_may_be_away(), get_client(sync_client=True) as client:
-            client.set_flow_run_state(UUID(runtime.flow_run.id), state)
+def _look_at_pool() -> str | None:
+    """Say why the gpu pool takes no run. Raises what the Prefect client raises if the server does not answer."""
+    with get_client(sync_client=True) as client:
+        return problem_of_pool(client, "gpu")
 
 
-def _server_may_be_away() -> contextlib.AbstractContextManager[None]:
-    """Ignore that the server does not answer: the look at the pool is made again in a minute."""
-    return contextlib.suppress(httpx.HTTPError, PrefectHTTPStatusError)
+def _tell(stage: str, problem: str | None) -> None:
+    """Say in the log and in the state of this run that no worker takes the run that it waits for, or that one does."""
+    say()(f"{stage} waits: {problem}" if problem else f"{stage}: a worker of the gpu pool takes its run")
+    state: State[Any] = Running(name="WaitingForWorker", message=problem) if problem else Running()
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(UUID(runtime.flow_run.id), state)
 
 
 def _begin(name: str, key: str, parameters: dict[str, Any]) -> FlowRun:

@@ -1,9 +1,14 @@
-"""Whether a work pool of a Prefect server can take runs."""
+"""Whether a work pool of a Prefect server can take runs, and who says so while a run waits for it."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.exceptions import ObjectNotFound
+
+EVERY_S = 60.0  # seconds for which a run waits before its work pool is looked at, and between two looks
 
 
 def problem_of_pool(client: SyncPrefectClient, pool: str) -> str | None:
@@ -21,3 +26,37 @@ def problem_of_pool(client: SyncPrefectClient, pool: str) -> str | None:
         return None
     start = f"requant worker --pool {pool} --name {pool}-0" + (" --limit 1" if pool == "gpu" else "")
     return f"no worker of the work pool {pool} is online: start one with `{start}`"
+
+
+class WorkerNotice:
+    """Notices that no worker takes a run that waits, and that one does at last; each is told once."""
+
+    def __init__(
+        self,
+        problem: Callable[[], str | None],
+        tell: Callable[[str | None], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`problem` says why the work pool takes no run, or None; `tell` gets what changed; `clock` is in seconds."""
+        self._problem = problem
+        self._tell = tell
+        self._clock = clock
+        self._looked_s: float | None = None
+        self._told: str | None = None
+
+    def look(self, waiting: bool) -> None:
+        """Look at the pool once a minute while the run waits. Raises what `problem` and `tell` raise."""
+        now_s = self._clock()
+        if not waiting:
+            self._looked_s = None
+            self._say(None)
+        elif self._looked_s is None:
+            self._looked_s = now_s
+        elif now_s - self._looked_s >= EVERY_S:
+            self._looked_s = now_s
+            self._say(self._problem())
+
+    def _say(self, problem: str | None) -> None:
+        if problem != self._told:
+            self._tell(problem)
+            self._told = problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -103,9 +104,13 @@ class Stack:
         states: list[dict[str, Any]] = self.ask("GET", f"flow_run_states/?flow_run_id={run_id}")
         return sorted(states, key=lambda state: str(state["timestamp"]))
 
+    def states_named(self, run_id: str, name: str) -> list[dict[str, Any]]:
+        return [state for state in self.states(run_id) if state["name"] == name]
+
     def lives(self, run_id: str) -> int:
-        """How often a run was begun."""
-        return sum(state["name"] == "Running" for state in self.states(run_id))
+        """How often a run was begun: each time it was scheduled before."""
+        kinds = [state["type"] for state in self.states(run_id)]
+        return sum(before != "RUNNING" and now == "RUNNING" for before, now in itertools.pairwise(kinds))
 
     def logs(self, run_id: str) -> list[str]:
         filters = {"logs": {"flow_run_id": {"any_": [run_id]}}, "limit": 200, "sort": "TIMESTAMP_ASC"}

@@ -100,6 +100,20 @@ def test_a_run_that_is_cancelled_after_its_worker_was_killed_does_not_come_back(
     assert "AwaitingRetry" not in names[names.index("Cancelling") :]
 
 
+def test_a_run_that_waits_for_a_gpu_worker_that_is_not_there_says_so_and_goes_on_with_one(stack: Stack) -> None:
+    stack.supervisor.ask("stop", "worker-gpu-0")
+    try:
+        run = stack.start(stack.recipe(iters=0))
+        waiting = wait_for(lambda: next(iter(stack.states_named(run, "WaitingForWorker")), None), 300, "the state")
+    finally:
+        stack.supervisor.start_service("worker-gpu-0")
+    sentence = "no worker of the work pool gpu is online: start one with `requant worker --pool gpu"
+    assert sentence in waiting["message"]
+    assert [line for line in stack.logs(run) if f"quantize waits: {sentence}" in line]
+    assert stack.finish(run)["state"]["name"] == "Published"
+    assert len(stack.states_named(run, "WaitingForWorker")) == 1
+
+
 def test_a_store_that_is_away_for_a_minute_is_waited_for(stack: Stack) -> None:
     recipe = stack.recipe()
     run = in_the_middle(stack, recipe)
