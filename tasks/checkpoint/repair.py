@@ -50,8 +50,8 @@ class Plan:
     copied: dict[str, Path] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     restored: list[str] = field(default_factory=list)
-    before: Verdicts = field(default_factory=dict)  # of the engines, on the checkpoint as it is
-    after: Verdicts = field(default_factory=dict)  # and as it will be
+    before: Verdicts = field(default_factory=dict)  # the engines' of the checkpoint as it is, if there is a difference
+    after: Verdicts = field(default_factory=dict)  # the engines' of the checkpoint as it will be
 
     @property
     def written(self) -> list[str]:
@@ -113,7 +113,8 @@ def plan_repair(folder: Path, base: Base | None, precision: str) -> Plan:
     missing = missing_parts(after, after.head) if after.head else []
     if missing:
         raise CheckpointError(f"{folder}: {missing[0]} is missing from the MTP head: name the base with --base")
-    plan.before, plan.after = verdicts(Checkpoint.open(folder)), verdicts(after)
+    if plan.written:
+        plan.before, plan.after = verdicts(Checkpoint.open(folder)), verdicts(after)
     return plan
 
 
@@ -122,8 +123,6 @@ def _check_better(plan: Plan, folder: Path, precision: str) -> None:
 
     A head that is asked for in fewer bits is no repair: one engine that drafts from it is enough.
     """
-    if not plan.written:
-        return
     asked = precision != "keep" and any(verdict["mtp"] for verdict in plan.after.values())
     for engine, before in plan.before.items():
         after = plan.after[engine]

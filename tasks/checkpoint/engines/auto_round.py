@@ -27,7 +27,7 @@ from tasks.checkpoint.engines.rule import (
 )
 
 BITS = {2, 3, 4, 5, 6, 7, 8}
-GROUPS = (128, 64, 32)  # group sizes that every engine's kernels take, and -1; Marlin's of vLLM and SGLang decide
+GROUPS = (128, 64, 32)  # group sizes, beside -1, that all engines take: the Marlin kernels of vLLM and SGLang decide
 GPTQ, AWQ, FP8, MXFP = "auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:fp8", "auto_round:llm_compressor"
 PACKINGS = {GPTQ, AWQ, FP8, MXFP}
 BACKENDS = {"auto", "gptq", "gptq:marlin", "awq", "awq:marlin", "marlin"}
