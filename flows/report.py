@@ -32,6 +32,7 @@ class Report:
 
     recipe: Recipe
     name: str = ""
+    settled: Recipe | None = None  # the recipe with a number for a group size of auto, once the base is known
     status: str = "failed"
     base: Revision | None = None
     artifact: Manifest | None = None
@@ -95,7 +96,7 @@ class Report:
 
 def scheme_of(recipe: Recipe) -> str:
     """Bits and group size, as a run is known by."""
-    bits, group_size, _ = recipe.quantize.resolved
+    bits, group_size, _ = recipe.quantize.asked
     return f"W{bits}A16 g{group_size}"
 
 
@@ -108,7 +109,9 @@ def headline(report: Report) -> str:
     if report.artifact is None:
         return f"{name}{base}: nothing made"
     size = gigabytes(report.artifact.size)
-    return f"{name}{base} -> {scheme_of(report.recipe)}, {size}, artifact {report.artifact.digest[:12]}"
+    return (
+        f"{name}{base} -> {scheme_of(report.settled or report.recipe)}, {size}, artifact {report.artifact.digest[:12]}"
+    )
 
 
 def verdict(report: Report) -> str:

@@ -29,7 +29,7 @@ from tasks.last_run import remember_run
 from tasks.log import plain_logs
 from tasks.mtp_fix import mtp_fix_task
 from tasks.pictures import FOLDER, Picture
-from tasks.plan import preflight
+from tasks.plan import Foreseen, preflight
 from tasks.prefect_stage import end_earlier_tasks, options, say
 from tasks.publish import beside_for, publish_task
 from tasks.quantize import quantize_task
@@ -98,23 +98,23 @@ def _run(report: Report) -> None:
     store.check()
     with recorded(store, lambda: report.run):
         report.base, calibration, text = resolve_task(recipe)
-        engines = preflight_task(recipe, report.base, calibration, text)
+        foreseen = preflight_task(recipe, report.base, calibration, text)
         if recipe.outputs:
-            _outputs(store, report, calibration, text, engines)
+            _outputs(store, report, calibration, text, foreseen)
         else:
-            _stages(store, report, calibration, text, engines)
+            _stages(store, report, calibration, text, foreseen)
     if report.status != "failed":
         remember_run(store, recipe, report.base, report.status)
 
 
-def _outputs(store: Store, report: Report, calibration: Text, text: Text, engines: Mapping[str, Any]) -> None:
+def _outputs(store: Store, report: Report, calibration: Text, text: Text, foreseen: Mapping[str, Foreseen]) -> None:
     """Make each output, one after the other; one that fails or is rejected stops no other."""
     recipes = report.recipe.each
     for name, recipe in recipes.items():
         say()(f"output {len(report.outputs) + 1} of {len(recipes)}: {name}")
         one = report.outputs[name] = Report(recipe, name, base=report.base)
-        others = {other: asked for other, asked in recipes.items() if other != name}
-        _do(one, functools.partial(_stages, store, one, calibration, text, engines, others))
+        others = {other: foreseen[other].recipe for other in recipes if other != name}
+        _do(one, functools.partial(_stages, store, one, calibration, text, foreseen, others))
         _show(one)
     report.status = worst(report.outputs.values())
     if report.status == "failed":
@@ -135,12 +135,13 @@ def _stages(
     report: Report,
     calibration: Text,
     text: Text,
-    engines: Mapping[str, Any],
+    foreseen: Mapping[str, Foreseen],
     others: Mapping[str, Recipe] | None = None,
 ) -> None:
-    """The stages of one result. engines: which load it, by the output's name; others: what else the same run makes of
-    this base, by name."""
-    recipe, base = report.recipe, report.base
+    """The stages of one result. foreseen: what the plan knows, by the output's name; others: what else the same run
+    makes of this base, by name."""
+    recipe, base = foreseen[report.name].recipe, report.base
+    report.settled = recipe
     assert base is not None
     downloaded = _done(download_task(base), report)
     quantized = _done(_quantize(recipe, downloaded, calibration), report)
@@ -168,7 +169,7 @@ def _stages(
         markdown(report, lambda picture: f"{FOLDER}/{picture.name}.png"),
         report.pictures,
         others,
-        engines[report.name],
+        foreseen[report.name].engines,
     )
     if recipe.publish is not None:
         report.published = _done(publish_task(recipe, base, artifact, report.beside), report).provenance["published"]
@@ -209,7 +210,7 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Text, Text]:
 
 
 @task(**options("preflight", hours=1))
-def preflight_task(recipe: Recipe, base: Revision, calibration: Text, text: Text) -> dict[str, Any]:
+def preflight_task(recipe: Recipe, base: Revision, calibration: Text, text: Text) -> dict[str, Foreseen]:
     """Find out before the first byte whether the run can end well: what `requant plan` says."""
     return preflight(open_store(), recipe, base, calibration, text)
 

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +26,7 @@ from tasks.hub.skeleton import fetch_files, lay_out
 from tasks.mtp_fix import mtp_fix_key
 from tasks.planning.changes import changed_fields, changed_files, changed_tensors, last_done
 from tasks.planning.figures import Figure, hardware, quantize_figure, stage_figure
+from tasks.planning.groups import settled
 from tasks.planning.moves import Hashes, base_manifest, hashes_of, near_file, to_download, to_upload
 from tasks.planning.needs import Needs, disk_problem, needs
 from tasks.planning.output import Output, blocks_of, head_bytes, plan_output
@@ -56,15 +58,28 @@ def plan(store: Store, recipe: Recipe, *, elsewhere: bool = False) -> dict[str, 
     return plan_of(store, recipe, base, calibration, text, elsewhere=elsewhere)
 
 
-def preflight(store: Store, recipe: Recipe, base: Revision, calibration: Text, text: Text) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Foreseen:
+    """What is known of a result before the first byte: its recipe, with a number for a group size of auto, and which
+    engines will load it and draft."""
+
+    recipe: Recipe
+    engines: Mapping[str, Any]
+
+
+def preflight(store: Store, recipe: Recipe, base: Revision, calibration: Text, text: Text) -> dict[str, Foreseen]:
     """Find out before the first byte whether a run can end well. Raises Refused with the plan's sentences.
 
-    Returns which engines will load each result and draft, by the output's name.
+    Returns what is foreseen of each result, by the output's name.
     """
     document = plan_of(store, recipe, base, calibration, text)
     if document["problems"]:
         raise Refused("; ".join(document["problems"]))
-    return {one.get("name", ""): one["engines"] for one in document.get("outputs") or [document]}
+    found = {one.get("name", ""): one for one in document.get("outputs") or [document]}
+    return {
+        name: Foreseen(one.with_group_size(found[name]["output"]["scheme"]["group_size"]), found[name]["engines"])
+        for name, one in recipe.each.items()
+    }
 
 
 def plan_of(
@@ -86,13 +101,14 @@ def plan_of(
         far = sum(f.size for f in base.wanted if near_file(store, f, hashes) is None)
         documents, before = dict[str, dict[str, Any]](), Before()
 
-        def planned(one: Recipe) -> dict[str, Any]:
+        def planned(one: Recipe) -> tuple[Recipe, dict[str, Any]]:
             problems = list(refusals(source, one))
             try:
                 check_base(source, one)
+                one = settled(source, one)
                 output = plan_output(source, one, joining)
             except CheckpointError as error:
-                return _document(one, base, problems=[*problems, _of_the_base(error, temporary)])
+                return one, _document(one, base, problems=[*problems, _of_the_base(error, temporary)])
             done = _done(store, one, base, hashes, calibration, text)
             stages = _stages(store, one, base, hashes, done, before.stages(one), output)
             to_run = {stage["name"] for stage in stages if stage["state"] == "run"}
@@ -101,10 +117,10 @@ def plan_of(
             # With a store that machines share, the one that quantizes may be another than this.
             too_little = disk_problem(needed.disk, store.near.root) if store.is_local and not elsewhere else None
             problems += [too_little] if too_little else []
-            return _document(one, base, source, output, stages, needed, changes(), problems)
+            return one, _document(one, base, source, output, stages, needed, changes(), problems)
 
-        for name, one in recipe.each.items():
-            documents[name] = planned(one)
+        for name, asked in recipe.each.items():
+            one, documents[name] = planned(asked)
             before.add(one, documents[name])
         return together(recipe, documents) if recipe.outputs else documents[""]
 

@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 
 def quantize_key(recipe: Recipe, base: Manifest, calibration: Text) -> str:
+    """The stage key. Raises RecipeError for a group size of auto: keys are made of the number that it comes to."""
+    _scheme(recipe)
     return STAGE.key(
         reads={"base": read_part(base).digest, "calibration": calibration.digest},
         settings={**_settings(recipe.quantize), "allow_remote_code": recipe.allow_remote_code},
@@ -83,7 +85,7 @@ def quantize(
         checkpoint = plain(one_by_one(checkpoint))  # as auto-round packs it
         job = {
             **_settings(recipe.quantize),
-            **dict(zip(("bits", "group_size", "sym"), recipe.quantize.resolved, strict=True)),
+            **_scheme(recipe),
             "model": str(model),
             "texts": [str(path) for path in text_files(store, calibration, folder / "calibration")],
             "head": head.prefixes if head else [],
@@ -99,6 +101,7 @@ def quantize(
         put_files(store, folder / "assembled", files)
         record = {
             "calibration": calibration.name,
+            "scheme": _scheme(recipe),
             "settings": result["settings"],
             "work": _work(job, checkpoint, result["bits"]),
             "attempts": attempts,
@@ -112,6 +115,10 @@ def quantize(
     if result.state == "ran":
         sweep(store, STAGE.name, key)
     return result
+
+
+def _scheme(recipe: Recipe) -> dict[str, Any]:
+    return dict(zip(("bits", "group_size", "sym"), recipe.quantize.resolved, strict=True))
 
 
 def _work(job: dict[str, Any], base: Checkpoint, bits: dict[str, int]) -> dict[str, Any]:

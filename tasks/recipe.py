@@ -249,6 +249,11 @@ class Recipe(Section):
             document["publish"]["repo_id"] = output.repo_id or f"{self.publish.repo_id}-{name}"
         return name, Recipe.model_validate(document)
 
+    def with_group_size(self, group_size: int) -> Recipe:
+        """This recipe with a number where quantize.group_size is auto; of one result."""
+        quantize = self.quantize.with_group_size(group_size)
+        return self if quantize is self.quantize else self.model_copy(update={"quantize": quantize})
+
     @property
     def digest(self) -> str:
         """sha256 of all that the recipe says, defaults too, but the hardware: how runs of a recipe know each other."""

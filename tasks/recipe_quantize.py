@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
+from tasks.errors import RecipeError
+
 SCHEME = re.compile(r"W(?P<bits>[2348])A16(?:G(?P<group_size>32|64))?")
 # auto-round's own named recipes (auto_round/cli/main.py, RECIPES, 0.16.1).
 PRESETS: dict[str, dict[str, Any]] = {
@@ -89,7 +91,7 @@ SCHEMES = [f"W{bits}A16{group}" for bits in (4, 8, 3, 2) for group in ("", "G64"
 Scheme = Annotated[str, AfterValidator(_known_scheme), WithJsonSchema({"type": "string", "enum": SCHEMES})]
 PublishRepo = Annotated[str, AfterValidator(_publishable), WithJsonSchema({"type": "string", "pattern": PUBLISHABLE})]
 Bits = Literal[2, 3, 4, 8]
-GroupSize = Literal[-1, 32, 64, 128, 256, 512, 1024]
+GroupSize = Literal["auto", -1, 32, 64, 128, 256, 512, 1024]
 Format = Literal["auto_round", "auto_round:auto_gptq", "auto_round:auto_awq"]
 Iters = Annotated[int, Field(ge=0, le=10_000)]
 Samples = Annotated[int, Field(ge=1, le=100_000)]
@@ -119,7 +121,9 @@ class Quantize(Section):
 
     scheme: Scheme = Field("W4A16", description="auto-round scheme: W2A16, W3A16, W4A16, W8A16, or with G32, G64")
     bits: Bits | None = Field(None, description="Overrides the scheme's bits")
-    group_size: GroupSize | None = Field(None, description="Inputs that share a scale; -1: all. Overrides the scheme's")
+    group_size: GroupSize | None = Field(
+        None, description="Inputs that share a scale; -1: all; auto: the most that divides all. Overrides the scheme's"
+    )
     sym: bool | None = Field(None, description="Symmetric zero point. Overrides the scheme's (true)")
     format: Format = Field("auto_round", description="auto-round export format")
     iters: Iters = Field(200, description="Tuning steps a block; 0: round to nearest")
@@ -152,7 +156,7 @@ class Quantize(Section):
 
     @model_validator(mode="after")
     def possible(self) -> Quantize:
-        bits, _, sym = self.resolved
+        bits, _, sym = self.asked
         if self.format == "auto_round:auto_awq" and bits != 4:
             raise ValueError(f"format {self.format} holds 4 bits only, not {bits}: use format auto_round")
         if self.format == "auto_round:auto_gptq" and not sym:
@@ -166,12 +170,27 @@ class Quantize(Section):
         return self
 
     @property
-    def resolved(self) -> tuple[int, int, bool]:
+    def asked(self) -> tuple[int, int | Literal["auto"], bool]:
         """(bits, group_size, sym) after overrides; a scheme has group size 128 and is symmetric unless it says so."""
         match = SCHEME.fullmatch(self.scheme)
         bits = self.bits or int(match["bits"] if match else 4)
         group_size = self.group_size or int((match and match["group_size"]) or 128)
         return bits, group_size, True if self.sym is None else self.sym
+
+    @property
+    def resolved(self) -> tuple[int, int, bool]:
+        """The same once the group size is a number. Raises RecipeError as long as it is auto (`with_group_size`)."""
+        bits, group_size, sym = self.asked
+        if group_size == "auto":
+            raise RecipeError(
+                "quantize.group_size auto is not settled yet: a plan or a run of the recipe settles it from the base's "
+                "headers; name a number here"
+            )
+        return bits, group_size, sym
+
+    def with_group_size(self, group_size: int) -> Quantize:
+        """These settings with a number in place of auto."""
+        return self.model_copy(update={"group_size": group_size}) if self.group_size == "auto" else self
 
     @property
     def packing(self) -> str:
@@ -187,12 +206,12 @@ class Quantize(Section):
     @property
     def makes(self) -> dict[str, Any]:
         """List all settings, with scheme, overrides and format in one spelling for all that make the same bytes."""
-        bits, group_size, sym = self.resolved
+        bits, group_size, sym = self.asked
         spelled = {"scheme": None, "bits": bits, "group_size": group_size, "sym": sym, "format": self.packing}
         return self.model_dump(mode="json") | spelled
 
     def _packing(self, export: str) -> str:
-        bits, _, sym = self.resolved
+        bits, _, sym = self.asked
         return packing_format(export, bits, sym, [bits, *(_width(layer, bits) for layer in self.layers.values())])
 
 
@@ -212,7 +231,7 @@ class Output(Section):
         None, description="auto-round scheme; brings its bits, and its group size if it has one"
     )
     bits: Bits | None = Field(None, description="Overrides the scheme's bits")
-    group_size: GroupSize | None = Field(None, description="Inputs that share a scale; -1: all")
+    group_size: GroupSize | None = Field(None, description="Inputs that share a scale; -1: all; auto")
     sym: bool | None = Field(None, description="Symmetric zero point")
     format: Format | None = Field(None, description="auto-round export format")
     iters: Iters | None = Field(None, description="Tuning steps a block; 0: round to nearest")
@@ -238,8 +257,8 @@ class Output(Section):
         """Its name; `quantize` is what it comes to."""
         if self.name is not None:
             return self.name
-        bits, group_size, sym = quantize.resolved
-        group = {128: "", -1: "Gall"}.get(group_size, f"G{group_size}")
+        bits, group_size, sym = quantize.asked
+        group = {"128": "", "-1": "Gall"}.get(str(group_size), f"G{group_size}")
         words = [f"W{bits}A16{group}{'' if sym else '-asym'}", quantize.format.removeprefix("auto_round:")]
         words += [self.preset.removeprefix("auto-round-")] if self.preset not in {None, "auto-round"} else []
         return "-".join([*words, *([f"mtp-{self.mtp}"] if self.mtp else [])])

@@ -52,6 +52,7 @@ class Checkpoint:
     shards: tuple[str, ...]
     total_size: int | None
     problems: list[str] = field(default_factory=list)
+    coming: Mapping[str, Path] = field(default_factory=dict)  # files that the folder will have, and where they lie now
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -117,6 +118,10 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.nbytes for t in self.tensors.values())
+
+    def file(self, name: str) -> Path:
+        """Where a file of the checkpoint lies; there need not be one."""
+        return self.coming.get(name, self.folder / name)
 
     @property
     def text_config(self) -> dict[str, Any]:

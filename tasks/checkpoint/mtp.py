@@ -14,11 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.checkpoint.header import Tensor
+from tasks.checkpoint.modules import modules_of
+from tasks.checkpoint.untrusted import shown
+from tasks.errors import CheckpointError
 
 LAYER_COUNTS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 _LAYER = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.")
 FUSED_EXPERTS = {"gate_up_proj", "down_proj"}  # 3-D parameters of an `experts` module
 FULL_PRECISION = {"bits": 16, "data_type": "fp"}  # auto-round's words for "not quantized"
+# Values of quant_method by the words that their configs have for modules that are not quantized.
+AUTO_ROUND_METHODS = frozenset({"auto-round", "inc"})
+GPTQ_METHODS = frozenset({"gptq", "gptq_marlin", "auto_gptq"})
+AWQ_METHODS = frozenset({"awq", "awq_marlin", "auto_awq"})
+FP8_METHODS = frozenset({"fp8", "fbgemm_fp8"})
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,7 @@ def unquantized_entries(head: Head, tensors: Mapping[str, Tensor]) -> dict[str, 
     SGLang, which matches with re.fullmatch.
     """
     linear = [m for m in head.modules if f"{m}.weight" in tensors and len(tensors[f"{m}.weight"].shape) >= 2]
-    fused = {name.rpartition(".")[0] for name in head.names if name.rpartition(".")[2] in FUSED_EXPERTS}
-    return {key: dict(FULL_PRECISION) for key in (*_patterns(head), *linear, *sorted(fused))}
+    return {key: dict(FULL_PRECISION) for key in (*_patterns(head), *linear, *_fused_experts(head))}
 
 
 def _patterns(head: Head) -> list[str]:
@@ -97,24 +104,63 @@ def with_head_entries(quantization: Mapping[str, Any], head: Head, tensors: Mapp
     """A quantization config that says of the head what its tensors are: not quantized, or its own layers packed.
 
     Each method has its own words for that: auto-round's `extra_config`; GPTQ's `dynamic`, whose `-:` rules turn
-    quantization off; compressed-tensors' `ignore`; AWQ's and FP8's `modules_to_not_convert`.
+    quantization off; compressed-tensors' `ignore`; AWQ's and FP8's `modules_to_not_convert`. Raises CheckpointError for
+    a method whose words are not known here: another method's words would promise what no engine reads.
     """
     document = without_head_entries(quantization, head)
-    method = str(document.get("quant_method", "")).lower()
-    if method == "gptq":
+    method = str(document.get("quant_method", "")).lower().replace("compressed_tensors", "compressed-tensors")
+    if method in GPTQ_METHODS:
         rules: dict[str, Any] = {f"-:{pattern}": {} for pattern in _patterns(head)}
         document["dynamic"] = {**rules, **_mapping(document.get("dynamic"))}
     elif method == "compressed-tensors":
         document["ignore"] = _with(document.get("ignore"), [f"re:{pattern}" for pattern in _patterns(head)])
-    elif method in {"awq", "fp8", "fbgemm_fp8"}:
-        names = [*head.prefixes, *(m for m in head.modules if f"{m}.weight" in tensors)]
-        document["modules_to_not_convert"] = _with(document.get("modules_to_not_convert"), names)
-    else:
+    elif method in {*AWQ_METHODS, *FP8_METHODS}:
+        keys = ["modules_to_not_convert"]
+        if method in FP8_METHODS and document.get("ignored_layers"):
+            keys.append("ignored_layers")  # where vLLM finds it, it does not look at the other
+        if method in AWQ_METHODS and not document.get(keys[0]):
+            document[keys[0]] = _plain_matrices(tensors, head)  # as vLLM takes them from the tensors without a list
+        for key in keys:
+            document[key] = _with(_of_others(document.get(key), head), _unconverted(head, tensors))
+    elif method in AUTO_ROUND_METHODS:
         packed = packed_entries(head, tensors, document)
         plain = unquantized_entries(head, tensors)
         kept = {key: value for key, value in plain.items() if not packed or key not in _patterns(head)}
         document["extra_config"] = {**_mapping(document.get("extra_config")), **kept, **packed}
+    else:
+        raise CheckpointError(
+            f"quant_method is {shown(repr(quantization.get('quant_method')))}, and Requant does not know how its "
+            "config says that an MTP head is not quantized: add the head's modules to that method's own list by hand"
+        )
     return document
+
+
+def _plain_matrices(tensors: Mapping[str, Tensor], head: Head) -> list[str]:
+    """Modules outside the head with matrices, none of them packed."""
+    matrices = [t for name, t in tensors.items() if name not in head.names and len(t.shape) >= 2]
+    packed = {t.name.rpartition(".")[0] for t in tensors.values() if t.dtype not in {"F16", "BF16", "F32"}}
+    return sorted({t.name.rpartition(".")[0] for t in matrices} - packed)
+
+
+def _unconverted(head: Head, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The head's modules that are not quantized, by their exact names, as FP8 in vLLM wants them: fused experts by the
+    name of their module too. The head's prefixes stand for all of it only where nothing in it is quantized."""
+    modules = modules_of(tensors[name] for name in head.names if name in tensors)
+    plain = [name for name in head.modules if name in modules and not modules[name].quantized]
+    everything = not any(module.quantized for module in modules.values())
+    return [*(head.prefixes if everything else []), *plain, *_fused_experts(head)]
+
+
+def _fused_experts(head: Head) -> list[str]:
+    """The modules whose experts lie fused in 3-D tensors, as `mtp.layers.0.mlp.experts`."""
+    return sorted({name.rpartition(".")[0] for name in head.names if name.rpartition(".")[2] in FUSED_EXPERTS})
+
+
+def _of_others(value: Any, head: Head) -> list[Any]:
+    """The entries of a list that name no part of the head: what they said of it may not be true any more."""
+    entries = value if isinstance(value, list) else []
+    below = tuple(f"{prefix}." for prefix in head.prefixes)
+    return [e for e in entries if not (isinstance(e, str) and (e in head.prefixes or e.startswith(below)))]
 
 
 def packed_entries(

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tasks.checkpoint.checkpoint import BESIDE, INDEX, QUANTIZATION, SINGLE, Ambiguous, Checkpoint, read_json
-from tasks.checkpoint.engines import draft_problem, verdicts
+from tasks.checkpoint.engines import FIX, draft_problem, verdicts
 from tasks.checkpoint.head import HEAD_SHARD, Tensors, dequantized_head, head_tensors
 from tasks.checkpoint.header import Tensor, read_header
 from tasks.checkpoint.install import clear, finish, install, locked, staged
@@ -29,6 +29,7 @@ RESTORED = "model-restored-{:05d}.safetensors"
 # Files that a tokenizer, a processor or generation reads; config, index and what a quantizer writes are no such files.
 AUXILIARY = (".json", ".txt", ".jinja", ".model", ".tiktoken")
 NOT_AUXILIARY = {"config.json", INDEX, *BESIDE}
+Verdicts = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Plan:
     copied: dict[str, Path] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     restored: list[str] = field(default_factory=list)
+    before: Verdicts = field(default_factory=dict)  # the engines' of the checkpoint as it is, if there is a difference
+    after: Verdicts = field(default_factory=dict)  # the engines' of the checkpoint as it will be
 
     @property
     def written(self) -> list[str]:
@@ -60,13 +63,15 @@ def repair(folder: Path, base: Base | None, *, precision: str = "keep", dry_run:
     auxiliary files that fit. Without a base, a packed head that no engine can load is dequantized, which loses what the
     packing lost. Returns the document of `requant mtp-fix --json`.
 
-    Raises CheckpointError where a base is needed, and if base and checkpoint do not fit each other.
+    Raises CheckpointError where a base is needed, if base and checkpoint do not fit each other, for a quantization
+    method whose words are not known, and where an engine would make less of the result than of what is there.
     """
     folder = folder.resolve()
     with locked(folder):
         if not dry_run:
             finish(folder)
         plan = plan_repair(folder, base, precision)
+        _check_better(plan, folder, precision)
         if not dry_run:
             clear(folder)
         if plan.written and not dry_run:
@@ -79,7 +84,7 @@ def repair(folder: Path, base: Base | None, *, precision: str = "keep", dry_run:
         "source": "base" if base else "dequantized",
         "writes": plan.written,
         "removes": [name for name in plan.removed if name not in plan.written],
-        "engines": verdicts(Checkpoint.open(folder)),
+        "engines": plan.after if dry_run and plan.written else verdicts(Checkpoint.open(folder)),
     }
 
 
@@ -104,11 +109,35 @@ def plan_repair(folder: Path, base: Base | None, precision: str) -> Plan:
         named = set(checkpoint.shards) - set(layout) - set(plan.removed)
         plan.removed += sorted(shard for shard in named if os.path.lexists(folder / shard))
     tensors = {tensor.name: tensor for shard in layout.values() for tensor in shard}
-    after = _put_configs(plan, replace(checkpoint, tensors=tensors, problems=[]), source)
+    after = _put_configs(plan, replace(checkpoint, tensors=tensors, problems=[], coming=plan.copied), source)
     missing = missing_parts(after, after.head) if after.head else []
     if missing:
         raise CheckpointError(f"{folder}: {missing[0]} is missing from the MTP head: name the base with --base")
+    if plan.written:
+        plan.before, plan.after = verdicts(Checkpoint.open(folder)), verdicts(after)
     return plan
+
+
+def _check_better(plan: Plan, folder: Path, precision: str) -> None:
+    """Raises CheckpointError if an engine would no longer load the checkpoint, or no longer draft from it.
+
+    A head that is asked for in fewer bits is no repair: one engine that drafts from it is enough.
+    """
+    asked = precision != "keep" and any(verdict["mtp"] for verdict in plan.after.values())
+    for engine, before in plan.before.items():
+        after = plan.after[engine]
+        if any(_rank(after[what]) < _rank(before[what]) for what in (("loads",) if asked else ("loads", "mtp"))):
+            lost = "load it" if _rank(after["loads"]) < _rank(before["loads"]) else "draft from it"
+            reason = after["reason"].removesuffix(f": {FIX}")
+            raise CheckpointError(
+                f"{folder}: {engine} would no longer {lost} after the repair ({reason}): nothing was changed; "
+                "keep the checkpoint as it is, or name another base"
+            )
+
+
+def _rank(verdict: bool | None) -> int:
+    """No is the worst verdict, and yes is better than none at all."""
+    return {False: 0, None: 1, True: 2}[verdict]
 
 
 def _readable(folder: Path) -> Checkpoint:
@@ -255,7 +284,10 @@ def _put_configs(plan: Plan, checkpoint: Checkpoint, base: Checkpoint | None) ->
     head = checkpoint.head
     if quantization:
         if head is not None and (plan.restored or draft_problem(checkpoint) is not None):
-            quantization = with_head_entries(quantization, head, checkpoint.tensors)
+            try:
+                quantization = with_head_entries(quantization, head, checkpoint.tensors)
+            except CheckpointError as error:
+                raise CheckpointError(f"{folder}: nothing was changed: {error}") from error
         config = {**config, "quantization_config": quantization}
         by_auto_round = quantization.get("quant_method") == "auto-round"  # it writes both
         if (folder / QUANTIZATION).exists() or (plan.restored and by_auto_round):

@@ -53,6 +53,6 @@ class CardFacts:
 
 def scheme_words(quantize: Quantize) -> str:
     """Bits, groups and symmetry."""
-    bits, group_size, sym = quantize.resolved
+    bits, group_size, sym = quantize.asked
     groups = "one scale a row" if group_size == -1 else f"group size {group_size}"
     return f"W{bits}A16, {groups}, {'symmetric' if sym else 'asymmetric'}"

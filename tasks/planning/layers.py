@@ -43,6 +43,7 @@ class Choice:
     why: dict[str, str]
     notes: list[str]
     problems: list[str]
+    own_group: frozenset[str] = frozenset()  # packed ones that the recipe's `layers` gives a group size
 
 
 def choose_layers(base: Checkpoint, asked: Quantize) -> Choice:
@@ -91,7 +92,8 @@ def choose_layers(base: Checkpoint, asked: Quantize) -> Choice:
     if not document["extra_config"]:
         del document["extra_config"]
     packed = tuple(name for name in linear if name in asked_for)
-    return Choice(packed, document, why, notes, problems)
+    own_group = frozenset(name for name in packed if "group_size" in own.get(name, {}))
+    return Choice(packed, document, why, notes, problems, own_group)
 
 
 def why_kept(names: Iterable[str], layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

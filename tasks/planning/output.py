@@ -20,6 +20,7 @@ from tasks.checkpoint.packing import Scheme
 from tasks.checkpoint.writer import Computed, Layout
 from tasks.errors import CheckpointError
 from tasks.hub.card import kept_groups
+from tasks.planning.groups import uneven_problems
 from tasks.planning.layers import Choice, choose_layers
 from tasks.recipe import Recipe
 
@@ -82,7 +83,7 @@ def plan_output(source: Checkpoint, recipe: Recipe, other_files: Mapping[str, in
     base = plain(one_by_one(source))
     choice = choose_layers(base, recipe.quantize)
     quantization = without_head_entries(choice.quantization, base.head)
-    parts, problems, notes = _packed_parts(base, choice, quantization)
+    parts, problems = _packed_parts(base, choice, quantization)
     made = lay_out(base, parts, quantization)
     files = HeadFiles(made.documents["config.json"], made.documents[INDEX])
     if recipe.mtp == "drop" or base.head is None:
@@ -94,9 +95,7 @@ def plan_output(source: Checkpoint, recipe: Recipe, other_files: Mapping[str, in
     tensors = {tensor.name: tensor for shard in shards.values() for tensor in shard}
     total = joined.documents[INDEX]["metadata"]["total_size"]
     result = Checkpoint(source.folder, joined.documents["config.json"], tensors, tuple(shards), total)
-    return Output(
-        source, base, choice, result, made.sizes, sizes, [*choice.problems, *problems], [*choice.notes, *notes]
-    )
+    return Output(source, base, choice, result, made.sizes, sizes, [*choice.problems, *problems], choice.notes)
 
 
 def head_bytes(output: Output) -> int:
@@ -104,39 +103,25 @@ def head_bytes(output: Output) -> int:
     return output.sizes.get(HEAD_SHARD, 0)
 
 
-def _packed_parts(
-    base: Checkpoint, choice: Choice, quantization: Mapping[str, Any]
-) -> tuple[Parts, list[str], list[str]]:
+def _packed_parts(base: Checkpoint, choice: Choice, quantization: Mapping[str, Any]) -> tuple[Parts, list[str]]:
     """The packed parts of each chosen module, and what is wrong with its scheme."""
     parts: Parts = {}
-    problems: list[str] = []
-    uneven: dict[str, int] = {}
-    awq = False
+    group_sizes: dict[str, int] = {}
     for module in choice.packed:
         out_features, in_features = base.tensors[f"{module}.weight"].shape
         try:
             scheme = Scheme.of(quantization, module)
         except CheckpointError as error:
-            return {}, [f"{error}: change quantize.layers"], []
-        awq = awq or scheme.packing == "awq"
-        if scheme.group_size > 0 and in_features % scheme.group_size:
-            uneven[module] = in_features
+            return {}, [f"{error}: change quantize.layers"]
+        group_sizes[module] = scheme.group_size
         shapes = scheme.shapes(out_features, in_features)
         parts[module] = {p: Computed.of(f"{module}.{p}", dtype, shapes[p], tuple) for p, dtype in PACKED.items()}
+    problems = uneven_problems(base, choice, group_sizes)
     if not parts:
         problems.append(
             "no layer would be quantized: the base has no decoder blocks with linear layers, or all are kept"
         )
-    if uneven and (len(uneven) == len(parts) or awq):
-        module, width = next(iter(uneven.items()))
-        size = quantization["group_size"]
-        where = "the input of no layer" if len(uneven) == len(parts) else f"not the input of {module}"
-        problems.append(f"quantize.group_size {size} divides {where} ({width} wide): use one that does, or -1")
-    notes = []
-    if uneven and not problems:
-        groups = ", ".join(group.strip("`") for group, _, _ in kept_groups(uneven))
-        notes.append(f"the group size does not divide the inputs of {groups}: their last group is smaller")
-    return parts, problems, notes
+    return parts, problems
 
 
 def blocks_of(output: Output) -> dict[str, int]:

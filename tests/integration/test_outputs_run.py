@@ -171,7 +171,7 @@ def test_what_the_plan_refuses_in_one_stops_all_before_the_first_byte(three: Thr
     planning = requant("plan", path, "--json")
     assert planning.status == 1
     (problem,) = planning.document["problems"]
-    assert problem.startswith(f"{EIGHT}: quantize.group_size 1024 divides the input of no layer")
+    assert problem.startswith(f"{EIGHT}: quantize.group_size 1024 does not divide the 64 inputs of")
     outcome = requant("run", path, "--json")
     assert outcome.status == 1 and outcome.document["error"] == problem
     assert outcome.document["outputs"] == [] and outcome.document["status"] == "failed"

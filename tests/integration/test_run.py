@@ -8,9 +8,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import yaml
 from huggingface_hub import HfApi
 
 from infra.hub.launch import HubStandIn
+from tasks.artifact import RECIPE
 from tasks.checkpoint.account import account
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.header import read_header
@@ -104,6 +106,12 @@ def test_a_changed_quantize_setting_reuses_the_download_alone(requant: Requant, 
     assert outcome.status == 0, outcome.stderr
     assert outcome.states == {"download": "reused", **dict.fromkeys(STAGES[1:5], "ran")}
     assert outcome.document["status"] == "validated"
+    folder = requant.folder / "auto"  # the largest group that divides 64 and 128 inputs is 64: all of it is made
+    outcome = requant.run("--checkout", str(folder), quantize={"group_size": "auto"}, publish=None)
+    assert outcome.status == 0, outcome.stderr
+    assert set(outcome.states.values()) == {"reused"} and "W4A16 g64" in outcome.stderr
+    assert "W4A16, group size 64" in (folder / "README.md").read_text()
+    assert yaml.safe_load((folder / RECIPE).read_text())["quantize"]["group_size"] == 64
 
 
 def test_dropping_the_head_reuses_quantize(requant: Requant) -> None:

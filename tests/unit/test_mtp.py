@@ -20,6 +20,7 @@ from tasks.checkpoint.mtp import (
 )
 
 FULL = {"bits": 16, "data_type": "fp"}
+AUTO_ROUND = {"quant_method": "auto-round", "bits": 4}
 APART = {
     "mtp.fc.weight": (8, 16),
     "mtp.norm.weight": (8,),
@@ -114,7 +115,7 @@ def test_a_regex_covers_every_module_of_the_head_and_no_other(shapes: dict[str, 
 @pytest.mark.parametrize("shapes", [APART, INLINED], ids=["apart", "inlined"])
 def test_saying_that_the_head_is_not_quantized_twice_says_it_once(shapes: dict[str, tuple[int, ...]]) -> None:
     head, tensors = head_and_tensors(shapes)
-    once = with_head_entries({"bits": 4, "extra_config": {"lm_head": {"bits": 8}}}, head, tensors)
+    once = with_head_entries({**AUTO_ROUND, "extra_config": {"lm_head": {"bits": 8}}}, head, tensors)
     assert with_head_entries(once, head, tensors) == once
     assert once["extra_config"]["lm_head"] == {"bits": 8} and once["bits"] == 4
     assert len(once["extra_config"]) == 1 + len(unquantized_entries(head, tensors))
@@ -123,13 +124,14 @@ def test_saying_that_the_head_is_not_quantized_twice_says_it_once(shapes: dict[s
 @pytest.mark.parametrize("shapes", [APART, INLINED], ids=["apart", "inlined"])
 def test_what_was_said_of_the_head_can_be_taken_back(shapes: dict[str, tuple[int, ...]]) -> None:
     head, tensors = head_and_tensors(shapes)
-    before = {"bits": 4, "extra_config": {"lm_head": {"bits": 8}}}
+    before = {**AUTO_ROUND, "extra_config": {"lm_head": {"bits": 8}}}
     assert without_head_entries(with_head_entries(before, head, tensors), head) == before
 
 
 def test_what_auto_round_says_of_a_head_is_replaced_and_not_kept() -> None:
     head, tensors = head_and_tensors(APART)
-    wrong = {"extra_config": {"mtp.fc": {"bits": 4}, "mtp.layers.0.self_attn.q_proj": {"bits": 4}, ".*mtp.fc.*": FULL}}
+    extra = {"mtp.fc": {"bits": 4}, "mtp.layers.0.self_attn.q_proj": {"bits": 4}, ".*mtp.fc.*": FULL}
+    wrong = {**AUTO_ROUND, "extra_config": extra}
     assert with_head_entries(wrong, head, tensors)["extra_config"] == unquantized_entries(head, tensors)
 
 
@@ -141,9 +143,9 @@ def test_an_inlined_head_of_one_digit_is_not_taken_for_a_layer_of_two() -> None:
 
 def test_a_config_is_copied_and_never_changed() -> None:
     head, tensors = head_and_tensors(APART)
-    before = {"extra_config": {"mtp.fc": {"bits": 4}}}
+    before = {**AUTO_ROUND, "extra_config": {"mtp.fc": {"bits": 4}}}
     with_head_entries(before, head, tensors)["extra_config"]["mtp.fc"]["bits"] = 99
-    assert before == {"extra_config": {"mtp.fc": {"bits": 4}}}
+    assert before == {**AUTO_ROUND, "extra_config": {"mtp.fc": {"bits": 4}}}
     config = {"text_config": {"mtp_num_hidden_layers": 1}}
     without_layer_count(config)
     assert config == {"text_config": {"mtp_num_hidden_layers": 1}}

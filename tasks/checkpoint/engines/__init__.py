@@ -109,12 +109,12 @@ def missing_vision_files(checkpoint: Checkpoint) -> list[str]:
     if "video_token_id" in checkpoint.config:
         needed[VIDEO] = "video_processor"
     nested = _nested(checkpoint)
-    return [file for file, key in needed.items() if key not in nested and not (checkpoint.folder / file).is_file()]
+    return [file for file, key in needed.items() if key not in nested and not checkpoint.file(file).is_file()]
 
 
 def _nested(checkpoint: Checkpoint) -> dict[str, Any]:
     """processor_config.json, or {}: what is wrong with it is told elsewhere."""
-    path = checkpoint.folder / PROCESSOR
+    path = checkpoint.file(PROCESSOR)
     try:
         document = json.loads(path.read_bytes()) if path.is_file() and path.stat().st_size < 1 << 20 else {}
     except (OSError, ValueError, RecursionError):

@@ -27,6 +27,7 @@ from tasks.checkpoint.engines.rule import (
 )
 
 BITS = {2, 3, 4, 5, 6, 7, 8}
+GROUPS = (128, 64, 32)  # group sizes, beside -1, that all engines take: the Marlin kernels of vLLM and SGLang decide
 GPTQ, AWQ, FP8, MXFP = "auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:fp8", "auto_round:llm_compressor"
 PACKINGS = {GPTQ, AWQ, FP8, MXFP}
 BACKENDS = {"auto", "gptq", "gptq:marlin", "awq", "awq:marlin", "marlin"}
@@ -168,7 +169,7 @@ class AutoRound:
         if scheme.bits in (2, 3, 5, 6, 7):
             return None  # the humming kernel
         known = scheme.bits in (4, 8) and scheme.sym is True if gptq else scheme.bits == 4
-        if known and (not gptq or scheme.group_size in (-1, 32, 64, 128)):
+        if known and (not gptq or scheme.group_size in (-1, *GROUPS)):
             return None
         return (
             f"bits={scheme.bits!r}, group_size={scheme.group_size!r}, sym={scheme.sym!r} has no kernel ({layer.name})"

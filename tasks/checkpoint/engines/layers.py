@@ -155,6 +155,7 @@ def shape_problem(module: Module, scheme: Scheme) -> str | None:
         inputs = packed.shape[1] * (32 if packed.dtype == "I32" else 8) // scheme.bits
         if scale.shape[1] != -(-inputs // scheme.group_size):
             return _contradiction(scale.name, scale.shape, scheme)
+        return _uneven(module, inputs, scheme.group_size)
     return None
 
 
@@ -177,7 +178,21 @@ def _integer_problem(module: Module, scheme: Scheme) -> str | None:
     inputs = qweight.shape[0] if scheme.layout == "awq" else qweight.shape[0] * 32 // bits
     if groups != (1 if scheme.group_size == -1 else -(-inputs // scheme.group_size) if scheme.group_size > 0 else 0):
         return _contradiction(scales.name, scales.shape, scheme)
-    return None
+    return _uneven(module, inputs, scheme.group_size)
+
+
+def _uneven(module: Module, inputs: int, group_size: int) -> str | None:
+    """What keeps an engine from loading a last group that is smaller than the others.
+
+    Sources: vLLM 0.32.0, auto_gptq.py, auto_awq.py, compressed_tensors_wNa16.py and moe_wna16.py; SGLang 0.5.23, the
+    same names below layers/quantization. They make inputs // group_size rows of scales, or raise at once.
+    """
+    if group_size <= 0 or not inputs % group_size:
+        return None
+    return (
+        f"{module.name} has {inputs} inputs, no multiple of group_size {group_size}: the engine has room for "
+        f"{inputs // group_size} of its {-(-inputs // group_size)} groups"
+    )
 
 
 def _contradiction(name: str, shape: tuple[int, ...], scheme: Scheme) -> str:

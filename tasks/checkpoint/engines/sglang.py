@@ -2,13 +2,14 @@
 
 Sources, in the repository sgl-project/sglang as stored nearest to 0.5.23: layers/quantization/auto_round/auto_round.py
 and routing.py, layers/quantization/gptq/gptq.py, layers/quantization/awq/awq.py,
-layers/quantization/compressed_tensors/compressed_tensors.py, model_loader/loader.py (_get_quantization_config),
-models/qwen3_5.py and models/qwen3_5_mtp.py.
+layers/quantization/compressed_tensors/compressed_tensors.py, layers/quantization/fp8.py and utils.py (0.5.23),
+model_loader/loader.py (_get_quantization_config), models/qwen3_5.py and models/qwen3_5_mtp.py.
 
 What differs from vLLM:
 - names stay as in the checkpoint (Qwen3.5 has no `hf_to_sglang_mapper`);
 - auto-round: patterns must match the whole name, there is no suffix match, and `packed_modules_mapping` stays empty:
   a fused layer is looked up by its own name, never by its parts';
+- FP8: a name in `modules_to_not_convert` stands for all below it too, and fused layers are asked for by their parts;
 - GPTQ: everything is quantized that `dynamic` does not leave out; AWQ: that `modules_to_not_convert` does not contain;
 - `mtp.fc` is an nn.Linear and only one MTP layer is built; a tensor of the head without a parameter is skipped with a
   warning: the server starts and drafts nothing (accept length 1.0).
@@ -26,7 +27,8 @@ from typing import Any
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.engines import vllm
 from tasks.checkpoint.engines.auto_round import AWQ, GPTQ, AutoRound
-from tasks.checkpoint.engines.gptq import Awq, Gptq
+from tasks.checkpoint.engines.compressed import Fp8
+from tasks.checkpoint.engines.gptq import Awq, Gptq, agreed
 from tasks.checkpoint.engines.layers import Tree, first_problem
 from tasks.checkpoint.engines.rule import (
     EXPERTS,
@@ -39,6 +41,7 @@ from tasks.checkpoint.engines.rule import (
     Renames,
     Rule,
     Scheme,
+    expand,
     required,
     shorten,
 )
@@ -51,6 +54,7 @@ METHODS = {
     "modelopt_mixed", "quark", "mxfp4", "w8a8_int8", "w8a8_fp8", "blockwise_int8", "moe_wna16", "w4afp8",
     "petit_nvfp4", "bitsandbytes", "gguf", "torchao",
 }  # fmt: skip
+_FUSED_FP8 = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _PLAIN = frozenset({"fc", "eh_proj", "gate", "shared_expert_gate", "conv1d", "embed_tokens"})
 
 
@@ -89,6 +93,20 @@ class SglangAutoRound(AutoRound):
             except InvalidPattern:
                 continue  # as SGLang does
         return None
+
+
+@dataclass(frozen=True)
+class SglangFp8(Fp8):
+    """Fp8Config of SGLang: utils.is_layer_skipped, which compares whole components of a path, anywhere in it."""
+
+    def _skipped(self, name: str) -> bool:
+        if name.rpartition(".")[2] in _FUSED_FP8:
+            return agreed(name, [self._named(part) for part in expand(name, _FUSED_FP8)], "ignored_layers")
+        within = "experts" in name and any(name in ignored for ignored in self.ignored if "experts" in ignored)
+        return within or self._named(name)
+
+    def _named(self, name: str) -> bool:
+        return any(f".{ignored.removeprefix('model.').rstrip('.')}." in f".{name}." for ignored in self.ignored)
 
 
 def load_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns: Patterns) -> str | None:
@@ -137,6 +155,8 @@ def _read_rule(checkpoint: Checkpoint, patterns: Patterns) -> Rule | None:
         return Gptq.read({**everything, "desc_act": False}, Renames(), {}, patterns, ())
     if method.startswith("awq"):
         return Awq.read(quantization, Renames(), {}, ())
+    if method == "fp8":
+        return SglangFp8(**vars(Fp8.read(quantization, Renames(), {})))
     return vllm.read_rule(quantization, Renames(), {}, patterns, checkpoint) if method in vllm.SHARED else None
 
 
