@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from flows.command import command
 from flows.embedded import check_server
 from tasks.errors import RecipeError
 
 if TYPE_CHECKING:
+    from prefect import Flow
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.responses import DeploymentResponse
@@ -30,6 +32,40 @@ RETIRED_AUTOMATIONS = (
 )
 
 
+class WorkPool(BaseModel):
+    """The work pool of a deployment, and what its runs are started with."""
+
+    name: str
+    job_variables: dict[str, Any] = {}
+
+
+class Deployment(BaseModel):
+    """A deployment as prefect.yaml describes it, as far as this command reads it."""
+
+    name: str
+    entrypoint: str
+    description: str | None = None
+    tags: list[str] = []
+    parameters: dict[str, Any] = {}
+    enforce_parameter_schema: bool = True
+    work_pool: WorkPool
+    schedules: list[dict[str, Any]] = []
+
+    def flow(self) -> Flow[..., Any]:
+        """Import the flow of the entrypoint. Raises RecipeError."""
+        from prefect import Flow
+        from prefect.exceptions import ScriptError
+        from prefect.utilities.importtools import import_object
+
+        try:
+            flow = import_object(self.entrypoint)
+        except (ImportError, AttributeError, ValueError, ScriptError) as error:
+            raise RecipeError(f"prefect.yaml: entrypoint {self.entrypoint} cannot be imported ({error})") from error
+        if not isinstance(flow, Flow):
+            raise RecipeError(f"prefect.yaml: entrypoint {self.entrypoint} is no flow: name one as in module.flow")
+        return flow
+
+
 @command("deploy")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True), default="deployments")
 def deploy(folder: Path) -> tuple[dict[str, Any], str, int]:
@@ -41,9 +77,8 @@ def deploy(folder: Path) -> tuple[dict[str, Any], str, int]:
     url = os.environ.get("PREFECT_API_URL")
     if not url:
         raise RecipeError("PREFECT_API_URL is not set: name the Prefect server, as in http://127.0.0.1:4200/api")
-    document = with_recipes(_read(folder / "prefect.yaml"), folder / "recipes")
-    own = folder / "automations.yaml"
-    automations = [each for each in _read(own) if each["name"] not in RETIRED_AUTOMATIONS] if own.exists() else []
+    deployments = read_deployments(folder)
+    automations = read_automations(folder)
     check_server(url)
     from prefect.client.orchestration import get_client
 
@@ -52,14 +87,14 @@ def deploy(folder: Path) -> tuple[dict[str, Any], str, int]:
 
     with server_errors(), get_client(sync_client=True) as client:
         make_pools(client)
-        deployments = {name_of(each): apply_deployment(client, each) for each in document["deployments"]}
+        deployed = dict(apply_deployment(client, each) for each in deployments)
         applied = apply_automations(automations)
         problems = [problem for pool in POOLS if (problem := problem_of_pool(client, pool))]
-    lines = [f"deployment {name}{'' if new else ' (unchanged)'}" for name, new in deployments.items()]
+    lines = [f"deployment {name}{'' if new else ' (unchanged)'}" for name, new in deployed.items()]
     lines += [f"automation {name}{'' if new else ' (unchanged)'}" for name, new in applied.items()]
     lines += [f"problem    {each}" for each in problems]
-    changed = [name for name, new in (deployments | applied).items() if new]
-    answer = {"deployments": list(deployments), "automations": list(applied), "changed": changed, "problems": problems}
+    changed = [name for name, new in (deployed | applied).items() if new]
+    answer = {"deployments": list(deployed), "automations": list(applied), "changed": changed, "problems": problems}
     return answer, "\n".join(lines), 0
 
 
@@ -71,6 +106,37 @@ def _read(path: Path) -> Any:
         raise RecipeError(f"{path} cannot be read ({error.strerror}): name the folder that has it") from error
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from error
+
+
+def read_deployments(folder: Path) -> list[Deployment]:
+    """The deployments of a folder's prefect.yaml, and one for each of its recipes. Raises RecipeError."""
+    path = folder / "prefect.yaml"
+    document = _read(path)
+    try:
+        return [Deployment.model_validate(each) for each in with_recipes(document, folder / "recipes")["deployments"]]
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_first_problem(error)}") from error
+    except (KeyError, TypeError, StopIteration) as error:
+        raise RecipeError(f"{path} has no deployment requantize: start from the one of the project") from error
+
+
+def read_automations(folder: Path) -> list[AutomationCore]:
+    """The automations of a folder's automations.yaml, if it has one, without those retired. Raises RecipeError."""
+    from prefect.events.schemas.automations import AutomationCore
+
+    path = folder / "automations.yaml"
+    if not path.exists():
+        return []
+    try:
+        found = TypeAdapter(list[AutomationCore]).validate_python(_read(path))
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_first_problem(error)}") from error
+    return [automation for automation in found if automation.name not in RETIRED_AUTOMATIONS]
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}"
 
 
 def with_recipes(document: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -111,64 +177,61 @@ def make_pools(client: SyncPrefectClient) -> None:
             continue
 
 
-def name_of(document: dict[str, Any]) -> str:
-    """A deployment's name as Prefect's commands write it: flow/deployment."""
-    return f"{document['entrypoint'].rsplit('.', 1)[-1]}/{document['name']}"
-
-
-def apply_deployment(client: SyncPrefectClient, document: dict[str, Any]) -> bool:
-    """Make one deployment of prefect.yaml what the document says. Return whether it was new or different.
+def apply_deployment(client: SyncPrefectClient, wanted: Deployment) -> tuple[str, bool]:
+    """Make one deployment of the server what is wanted. Return its full name, and whether it was new or different.
 
     An update would delete the runs that are scheduled already, so it is made only where it changes something.
     """
     from prefect.exceptions import ObjectNotFound
     from prefect.utilities.callables import parameter_schema
-    from prefect.utilities.importtools import import_object
 
-    flow = import_object(document["entrypoint"])
-    wanted = {
-        "entrypoint": document["entrypoint"],
-        "description": document["description"],
-        "tags": document["tags"],
-        "parameters": document.get("parameters", {}),
-        "work_pool_name": document["work_pool"]["name"],
-        "job_variables": document["work_pool"]["job_variables"],
-        "enforce_parameter_schema": document["enforce_parameter_schema"],
+    flow = wanted.flow()
+    name = f"{flow.name}/{wanted.name}"
+    fields = {
+        **wanted.model_dump(include={"entrypoint", "description", "tags", "parameters", "enforce_parameter_schema"}),
+        "work_pool_name": wanted.work_pool.name,
+        "job_variables": wanted.work_pool.job_variables,
         "parameter_openapi_schema": parameter_schema(flow).model_dump_for_openapi(),
         "pull_steps": [],  # the flows are part of the installed package
     }
     there: DeploymentResponse | None
     try:
-        there = client.read_deployment_by_name(f"{flow.name}/{document['name']}")
+        there = client.read_deployment_by_name(name)
     except ObjectNotFound:
         there = None
-    schedules = _schedules(document.get("schedules", []), there)
+    schedules = _schedules(wanted, there)
     if (
         there is not None
         and _same_schedules(schedules, there)
-        and all(getattr(there, key) == value for key, value in wanted.items())
+        and all(getattr(there, key) == value for key, value in fields.items())
     ):
-        return False
+        return name, False
     client.create_deployment(
         flow_id=client.create_flow_from_name(flow.name),
-        name=document["name"],
+        name=wanted.name,
         version=flow.version,
         schedules=schedules,
         paused=there.paused if there else False,
-        **wanted,
+        **fields,
     )
-    return True
+    return name, True
 
 
-def _schedules(documents: list[dict[str, Any]], there: DeploymentResponse | None) -> list[DeploymentScheduleCreate]:
+def _schedules(wanted: Deployment, there: DeploymentResponse | None) -> list[DeploymentScheduleCreate]:
     """The schedules of a deployment. They are paused if somebody paused those that the server has."""
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.schedules import construct_schedule
 
-    paused = there is not None and any(not schedule.active for schedule in there.schedules)
-    return [
-        DeploymentScheduleCreate(schedule=construct_schedule(**document), active=not paused) for document in documents
-    ]
+    active = there is None or all(schedule.active for schedule in there.schedules)
+    try:
+        return [
+            DeploymentScheduleCreate(schedule=construct_schedule(**each), active=active) for each in wanted.schedules
+        ]
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RecipeError(
+            f"prefect.yaml: the schedule of {wanted.name} is none ({reason}): write a cron line"
+        ) from error
 
 
 def _same_schedules(wanted: list[DeploymentScheduleCreate], there: DeploymentResponse) -> bool:
@@ -177,8 +240,8 @@ def _same_schedules(wanted: list[DeploymentScheduleCreate], there: DeploymentRes
     return ours == [each.schedule.model_dump(exclude={"anchor_date"}) for each in there.schedules]
 
 
-def apply_automations(documents: list[dict[str, Any]]) -> dict[str, bool]:
-    """Make the server's automations of these names what the documents say; True for those that were new or different.
+def apply_automations(automations: list[AutomationCore]) -> dict[str, bool]:
+    """Make the server's automations of these names what is wanted; True for those that were new or different.
 
     An update makes an automation forget every event that it has seen, so it is made only where it changes something.
     Those that earlier versions of Requant made are deleted; all others are left alone.
@@ -186,7 +249,7 @@ def apply_automations(documents: list[dict[str, Any]]) -> dict[str, bool]:
     import asyncio
 
     from prefect.client.orchestration import get_client
-    from prefect.events.schemas.automations import Automation, AutomationCore
+    from prefect.events.schemas.automations import Automation
 
     async def apply() -> dict[str, bool]:
         changed: dict[str, bool] = {}
@@ -194,8 +257,7 @@ def apply_automations(documents: list[dict[str, Any]]) -> dict[str, bool]:
             for name in RETIRED_AUTOMATIONS:
                 for automation in await client.read_automations_by_name(name):
                     await client.delete_automation(automation.id)
-            for document in documents:
-                wanted = AutomationCore.model_validate(document)
+            for wanted in automations:
                 there: list[Automation] = await client.read_automations_by_name(wanted.name)
                 if not there:
                     await client.create_automation(wanted)

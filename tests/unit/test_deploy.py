@@ -17,7 +17,7 @@ import yaml
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import import_object
 
-from flows.deploy_command import POOLS, with_recipes
+from flows.deploy_command import POOLS, Deployment, WorkPool, read_automations, read_deployments, with_recipes
 from flows.gpu import pinned, run_name, where
 from flows.requantize import requantize
 from flows.sweep import SILENCE_S, TAG
@@ -214,3 +214,34 @@ def test_a_file_that_is_missing_or_wrong_is_named_before_the_server_is_asked(tmp
     (tmp_path / "recipes" / "mine.yaml").unlink()
     status, sentence = refusal("http://127.0.0.1:9/api", tmp_path)
     assert status == 2 and "automations.yaml is not YAML" in sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[]", "has no deployment requantize"),
+        ("deployments: [{name: requantize, entrypoint: flows.requantize.requantize}]", "work_pool: field required"),
+        ("deployments: 3", "has no deployment requantize"),
+    ],
+)
+def test_a_prefect_yaml_that_lacks_something_is_a_sentence(text: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "prefect.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=sentence):
+        read_deployments(tmp_path)
+
+
+def test_an_automation_of_the_users_is_read_and_one_that_is_none_is_a_sentence(tmp_path: Path) -> None:
+    assert read_automations(tmp_path) == []
+    trigger = "{type: event, posture: Reactive, threshold: 1, expect: [x]}"
+    (tmp_path / "automations.yaml").write_text(f"- {{name: mine, trigger: {trigger}, actions: [{{type: do-nothing}}]}}")
+    assert [automation.name for automation in read_automations(tmp_path)] == ["mine"]
+    (tmp_path / "automations.yaml").write_text("- {name: mine}")
+    with pytest.raises(RecipeError, match=r"automations\.yaml: 0\.trigger: field required"):
+        read_automations(tmp_path)
+
+
+@pytest.mark.parametrize("entrypoint", ["flows.nothing.at_all", "flows.gpu.run_name", "nowhere.py:flow", "x"])
+def test_an_entrypoint_that_is_no_flow_is_a_sentence(entrypoint: str) -> None:
+    deployment = Deployment(name="x", entrypoint=entrypoint, work_pool=WorkPool(name="cpu"))
+    with pytest.raises(RecipeError, match=f"entrypoint {entrypoint}"):
+        deployment.flow()
