@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a reused stage needs non
 
     from tasks.measuring.measurement import Measurement
 
-STAGE = Stage("validate", 3, tools=("transformers",))
+STAGE = Stage("validate", 4, tools=("transformers",))
 MEASURE = Stage("measure", 1, tools=("transformers",))
 CHARACTERS = 4_000_000  # of a data set that are looked at: the windows are spread over them
 RESULT, ARRAYS = "validation.json", "measurement.safetensors"

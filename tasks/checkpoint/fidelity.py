@@ -21,20 +21,24 @@ from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.experts import one_by_one
 from tasks.checkpoint.fp8 import plain
 from tasks.checkpoint.header import Tensor
-from tasks.checkpoint.packing import Scheme, dequantized_rows, float_rows, to_numpy
+from tasks.checkpoint.packing import Scheme, dequantized_rows, float_rows, to_numpy, zero_points
+from tasks.checkpoint.rounding import SAMPLED, Rounding
 
 PARALLEL = 2  # matrices at a time: numpy works without the interpreter's lock
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One packed matrix beside the base's."""
+    """One packed matrix beside the base's. The last three are rounding.py's, of a sample of its rows."""
 
     name: str
     bits: int
     slope: float
     offset: float
     error: float
+    slope_excess: float = 0.0
+    scale_factor: float = 1.0
+    rounding_noise: float = 0.0
 
 
 def fidelity(quantized: Checkpoint, base: Checkpoint) -> list[Fidelity]:
@@ -63,6 +67,9 @@ def _compare(name: str, parts: Mapping[str, Tensor], scheme: Scheme, source: Ten
     order = np.argsort(group, kind="stable")
     in_order = bool((order[1:] > order[:-1]).all())
     present, begins, counts = np.unique(group[order], return_index=True, return_counts=True)
+    zeros = zero_points(parts, scheme)
+    every = max(1, -(-source.shape[0] * inputs // SAMPLED))  # rows, of which one is sampled
+    sample = Rounding(scheme.bits)
     ww = qw = dd = steps = 0.0
     row = 0
     for ours, theirs in zip(dequantized_rows(parts, scheme), float_rows(source), strict=True):
@@ -73,8 +80,12 @@ def _compare(name: str, parts: Mapping[str, Tensor], scheme: Scheme, source: Ten
         by_group = np.add.reduceat(difference if in_order else difference[:, order], begins, axis=1) / counts
         scale = scales[present, row : row + len(ours)].T
         steps += float(np.divide(by_group, scale, out=np.zeros_like(scale), where=scale != 0).sum())
+        taken = slice(-row % every, None, every)
+        by_weight = [values[:, row : row + len(ours)].T[taken][:, group] for values in (scales, zeros)]
+        sample.add(ours[taken], theirs[taken], by_weight[0].astype(np.float32), by_weight[1])
         row += len(ours)
     cells = row * len(present)
     if not ww or not cells:
         return Fidelity(name, scheme.bits, float(dd == 0), 0.0, float(dd > 0))
-    return Fidelity(name, scheme.bits, qw / ww, steps / cells, (dd / ww) ** 0.5)
+    fitted = (sample.slope_excess, sample.scale_factor, sample.rounding_noise)
+    return Fidelity(name, scheme.bits, qw / ww, steps / cells, (dd / ww) ** 0.5, *fitted)
