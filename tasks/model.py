@@ -6,6 +6,7 @@ So what is measured is what the files say, on any machine that can hold the mode
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -242,6 +243,19 @@ def _family(checkpoint: Checkpoint, remote_code: bool) -> tuple[Any, Any]:
         if not remote_code or name is None:
             raise CheckpointError(f"transformers has no language model for {type(config).__name__}") from error
         return transformers.dynamic_module_utils.get_class_from_dynamic_module(name, str(checkpoint.folder)), config
+
+
+def completed_config(config: dict[str, Any]) -> dict[str, Any] | None:
+    """A config as a model is built from it: with every default, and old keys under today's names. None where
+    transformers has no class of its own for it, or the class does not take it."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        return None
+    try:
+        made: dict[str, Any] = transformers.CONFIG_MAPPING[kind].from_dict(copy.deepcopy(config)).to_dict()
+    except Exception:  # whatever its checks raise: then the configs are compared as they stand
+        return None
+    return made
 
 
 def _empty(module: nn.Module) -> None:

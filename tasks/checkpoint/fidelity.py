@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +22,9 @@ from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.experts import one_by_one
 from tasks.checkpoint.fp8 import plain
 from tasks.checkpoint.header import Tensor
-from tasks.checkpoint.packing import Scheme, dequantized_rows, float_rows, to_numpy, zero_points
+from tasks.checkpoint.packing import Scheme, check_parts, dequantized_rows, float_rows, to_numpy, zero_points
 from tasks.checkpoint.rounding import SAMPLED, Rounding
+from tasks.errors import CheckpointError
 
 PARALLEL = 2  # matrices at a time: numpy works without the interpreter's lock
 
@@ -44,18 +46,28 @@ class Fidelity:
 def fidelity(quantized: Checkpoint, base: Checkpoint) -> list[Fidelity]:
     """Every packed matrix that the base has too, in the order of its tensors. Reads both once, some rows at a time.
 
-    Raises CheckpointError for packed parts that contradict their scheme: `account` says which.
+    Packed parts that contradict their scheme are left out: `account` says which.
     """
     base = plain(one_by_one(base))
     parts = packed_parts(quantized.tensors.values())
     quantization = quantized.config.get("quantization_config") or {}
     pairs = [
-        (name, parts[module], Scheme.of(quantization, module), source)
+        (name, parts[module], scheme, source)
         for name, source in base.tensors.items()
-        if (module := name.removesuffix(".weight")) in parts and name.endswith(".weight") and len(source.shape) == 2
+        if (module := name.removesuffix(".weight")) in parts and name.endswith(".weight")
+        if (scheme := _scheme(quantization, module, parts[module], source)) is not None
     ]
     with ThreadPoolExecutor(PARALLEL) as pool:
         return list(pool.map(lambda pair: _compare(*pair), pairs))
+
+
+def _scheme(quantization: Mapping[str, Any], module: str, parts: Mapping[str, Tensor], source: Tensor) -> Scheme | None:
+    """How a module is packed; None if its parts are not that of the base's matrix."""
+    try:
+        scheme = Scheme.of(quantization, module)
+    except CheckpointError:
+        return None
+    return None if check_parts(module, parts, scheme, source.shape) else scheme
 
 
 def _compare(name: str, parts: Mapping[str, Tensor], scheme: Scheme, source: Tensor) -> Fidelity:

@@ -71,7 +71,7 @@ def by_name(gates: list[Gate]) -> dict[str, Gate]:
 
 
 def failed(limits: Gates | None = None, **changes: Any) -> set[str]:
-    return {gate.name for gate in compare({**GOOD, **changes}, limits or Gates()) if not gate.passed}
+    return {gate.name for gate in compare({**GOOD, **changes}, limits or Gates()) if gate.failed}
 
 
 def test_a_good_checkpoint_passes_every_gate() -> None:
