@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tasks.recipe import Gates
@@ -56,10 +56,10 @@ def compare(measured: dict[str, Any], gates: Gates) -> list[Gate]:
     block = _worst(blocks, lambda block: float(block["error"]), "block")
 
     def at_most(name: str, value: float | None, limit: float | None, whose: str = "") -> Gate:
-        return _gate(name, value, limit, value is not None and limit is not None and value <= limit, whose, why)
+        return _gate(name, value, limit, value is not None and limit is not None and value <= limit, whose, not why)
 
     def at_least(name: str, value: float | None, limit: float | None, whose: str = "") -> Gate:
-        return _gate(name, value, limit, value is not None and limit is not None and value >= limit, whose, why)
+        return _gate(name, value, limit, value is not None and limit is not None and value >= limit, whose, not why)
 
     results = [
         _none("structure", measured["unaccounted"], measured.get("differences") or []),
@@ -87,6 +87,10 @@ def compare(measured: dict[str, Any], gates: Gates) -> list[Gate]:
     if "worst_task_recovery" in measured:  # tasks were asked for
         tasks, kept = measured["tasks"], measured["worst_task_recovery"]
         results.append(at_least("task_recovery", kept, gates.min_task_recovery, worst_task(tasks) if tasks else ""))
+    unmeasured = [place for place, gate in enumerate(results) if gate.value is None]
+    if why and unmeasured:  # told once: it is the same for all of them
+        first = results[unmeasured[0]]
+        results[unmeasured[0]] = replace(first, note=f"{first.note}: {why}")
     return results
 
 
@@ -178,14 +182,14 @@ def _worst(
     return max(found, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0], default=(None, ""))
 
 
-def _gate(name: str, value: float | None, limit: float | None, within: bool, whose: str, why: str) -> Gate:
-    because = f": {why}" if why else ""
+def _gate(name: str, value: float | None, limit: float | None, within: bool, whose: str, advise: bool) -> Gate:
+    """advise: say how to go on without a value that could not be measured."""
     if limit is None and value is None:
-        return Gate(name, None, None, None, f"no limit asked for, and could not be measured{because}")
+        return Gate(name, None, None, None, "no limit asked for, and could not be measured")
     if limit is None:
         return Gate(name, value, None, True, "no limit asked for")
     note = "" if within else whose
     if value is None:
-        note = f"could not be measured{because}"
-        note += "" if why or name in FIXED else f": set gates for it to null to go on without {name}"
+        note = "could not be measured"
+        note += f": set gates for it to null to go on without {name}" if advise and name not in FIXED else ""
     return Gate(name, value, limit, within, note)

@@ -17,6 +17,7 @@ import psutil
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -229,8 +230,9 @@ def _family(checkpoint: Checkpoint, remote_code: bool) -> tuple[Any, Any]:
     """transformers' class for a checkpoint, with a language model head, and its config."""
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=remote_code)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"transformers cannot read {checkpoint.folder / 'config.json'}: {error}") from error
+    except (ValueError, OSError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(f"transformers cannot read {checkpoint.folder / 'config.json'}: {said}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     auto = transformers.AutoModelForCausalLM
@@ -305,5 +307,6 @@ def free(device: torch.device) -> None:
 def load_tokenizer(folder: Path, *, remote_code: bool = False) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({error})") from error
+    except (ValueError, OSError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({said})") from error

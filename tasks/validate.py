@@ -232,17 +232,14 @@ def measured_values(
 def _why_not(error: Exception, *, sound: bool) -> str:
     """Why a checkpoint could not be run, as a sentence. Raises what has another cause than the checkpoint.
 
-    One that is not sound in itself can fail in torch in any way: tensors that do not fit each other, or the config.
+    One that is not sound in itself can fail in torch and transformers in any way: its tensors do not fit each other, or
+    not the config.
     """
     import torch
 
     if isinstance(error, CheckpointError):
         return str(error)
-    own = isinstance(error, RequantError | torch.OutOfMemoryError)
-    broken = isinstance(
-        error, RuntimeError | ValueError | TypeError | LookupError | AttributeError | ArithmeticError | AssertionError
-    )
-    if sound or own or not broken:
+    if sound or isinstance(error, RequantError | OSError | MemoryError | torch.OutOfMemoryError):
         raise error
     first = next(iter(str(error).splitlines()), "")
     return f"it cannot be run: {type(error).__name__}: {first[:200]}"
