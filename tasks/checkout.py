@@ -101,11 +101,12 @@ def lay_out(
     check_folder(store, folder, force=force)
     where, beside = _resolved(folder), beside or {}
     known = _known(store, where)
-    earlier = {path for path in known if os.path.lexists(where / path) and _is_laid(where, path, known)}
+    present = list(_files(where)) if where.exists() else []  # a requant.json may name files that lie elsewhere
+    earlier = {path for path in present if path in known and _is_laid(where, path, known)}
     coming = {file.path: Laid(file.size, file.sha256) for file in manifest.files}
     coming |= {path: Laid(len(data), hashlib.sha256(data).hexdigest()) for path, data in beside.items()}
     _record(store, where, {path: [*known.get(path, ()), *one] for path, one in _each(coming, earlier)})
-    unfinished = {path for path in _files(where) if path not in known and _is_temporary(path, known)}
+    unfinished = {path for path in present if path not in known and _is_temporary(path, known)}
     for path in {*earlier, *unfinished, *(stale if force else ())} - set(coming):
         (where / path).unlink(missing_ok=True)
         _remove_empty(where, (where / path).parent)

@@ -87,6 +87,8 @@ def validate(
             remote_code=recipe.allow_remote_code,
             say=say,
         )
+        if values.get("not_measured") and values["same_tokens"] is None and not values["unaccounted"]:
+            raise CheckpointError(str(values["not_measured"]))  # of this machine, perhaps: not kept for ever
         files = [write_json(folder / "out", RESULT, {"text": text.name, **values})]
         put_files(store, folder / "out", files)
         return Made(Manifest.of(files), {"measured": values, "bytes_read": base.size + artifact.size})

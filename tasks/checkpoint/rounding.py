@@ -59,7 +59,9 @@ class Rounding:
         self._count_places(x, integers, low, high)
 
     def _count_places(self, x: Floats, integers: Floats, low: Floats, high: Floats) -> None:
-        """For which factors each integer is the rounding of its weight: from where `entered` up to where `left`."""
+        """Count between which two factors each integer is the rounding of its weight: -1 at the lower, 1 at the upper.
+
+        The outermost integers are so from the lower factor on, or up to the upper one, however large or small."""
         told = x != 0
         x, integers, low, high = x[told], integers[told], low[told], high[told]
         size, down = np.abs(x), x < 0
@@ -89,7 +91,10 @@ class Rounding:
         best = int(np.argmin(misplaced))
         window = slice(max(best - FITTED, 0), best + FITTED + 1)
         factors = np.log(EDGES[window])
-        curve, tilt, _ = np.polyfit(factors - factors.mean(), misplaced[window] / np.ptp(misplaced[window]), 2)
+        depth = np.ptp(misplaced[window])
+        if not depth:
+            return float(EDGES[best])
+        curve, tilt, _ = np.polyfit(factors - factors.mean(), misplaced[window] / depth, 2)
         if curve <= 0:
             return float(EDGES[best])
         lowest = np.clip(factors.mean() - tilt / (2 * curve), factors[0], factors[-1])

@@ -147,6 +147,16 @@ def test_a_release_that_was_moved_is_known_by_its_own_requant_json(store: Store,
     assert "config.json" in refused(store, moved)
 
 
+def test_a_hostile_requant_json_removes_nothing_outside_its_folder(store: Store, tmp_path: Path) -> None:
+    (outside,) = write_files(tmp_path, {"outside.txt": b"precious"})
+    inside = write_files(tmp_path / "out", {"config.json": b"{}"})
+    rows = [{"path": f"../{outside.path}", "size": outside.size, "sha256": outside.sha256}]
+    rows += [{"path": f.path, "size": f.size, "sha256": f.sha256} for f in inside]
+    (tmp_path / "out" / "requant.json").write_text(json.dumps({"files": rows}))
+    lay_out(store, kept(store, OTHER, "b"), tmp_path / "out")
+    assert (tmp_path / "outside.txt").read_bytes() == b"precious" and contents(tmp_path / "out") == OTHER
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"files": 5}', b'{"files": {"config.json": [{"size": 1}]}}'])
 def test_a_record_that_cannot_be_read_makes_no_folder_ours(damage: bytes, store: Store, tmp_path: Path) -> None:
     folder, _ = lay_out(store, kept(store, ONE), tmp_path / "out")
