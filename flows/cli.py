@@ -20,7 +20,7 @@ import click
 
 from flows.bench_command import bench
 from flows.checkpoint_commands import inspect, mtp_fix, validate
-from flows.command import NEW_FILE, NEW_FOLDER, command
+from flows.command import FORCE, NEW_FILE, NEW_FOLDER, command, tell_foreign
 from flows.deploy_command import deploy
 from flows.plan_command import plan
 from flows.release_commands import publish, verify
@@ -28,9 +28,10 @@ from flows.store_commands import store
 from flows.watch_command import watch
 from flows.worker_command import worker
 from tasks.artifact import OURS
+from tasks.checkout import check_folder, check_writable, lay_out
 from tasks.checkpoint.writer import write_file, write_json
 from tasks.environment import bypass_proxy_on_loopback
-from tasks.errors import RecipeError, RequantError, explain_os_error, redact
+from tasks.errors import FolderInUse, RecipeError, RequantError, explain_os_error, redact
 from tasks.log import Plain
 from tasks.pictures import FOLDER, NAMES, write_pictures
 from tasks.store import open_store
@@ -57,8 +58,10 @@ def _report_path(context: click.Context, parameter: click.Parameter, path: Path 
 @click.option(
     "--checkout",
     type=NEW_FOLDER,
-    help="Lay the result's files into this folder; of outputs, each into one of its name.",
+    help="Lay the result's files into this folder; of outputs, each into one of its name. It may be new, empty, or an "
+    "earlier checkout.",
 )
+@FORCE
 @click.option(
     "--report",
     "report_path",
@@ -67,15 +70,22 @@ def _report_path(context: click.Context, parameter: click.Parameter, path: Path 
     help="Write the JSON document here; beside it, by the same name, a report in markdown and a folder of pictures.",
 )
 def run(
-    recipe: Path, overrides: tuple[str, ...], checkout: Path | None, report_path: Path | None
+    recipe: Path, overrides: tuple[str, ...], checkout: Path | None, force: bool, report_path: Path | None
 ) -> tuple[dict[str, Any], str, int]:
     """Run the whole pipeline, here and now."""
     from tasks.evaluate import check_tasks
     from tasks.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    open_store()  # a wrong REQUANT_STORE is a wrong usage, found before anything starts
+    store = open_store()  # a wrong REQUANT_STORE is a wrong usage, found before anything starts
     check_tasks(loaded.eval)
+    if force and checkout is None:
+        raise click.UsageError("--force is about the folder of --checkout: name one")
+    if checkout is not None:
+        for name in loaded.each:
+            check_folder(store, checkout / name, force=force)
+    if report_path is not None:
+        check_report(report_path)
     from flows.embedded import embedded_prefect
 
     with embedded_prefect():
@@ -86,11 +96,23 @@ def run(
         if isinstance(outcome, BaseException) and not isinstance(outcome, RunFailed):
             raise outcome
         report: Report = outcome.report if isinstance(outcome, RunFailed) else outcome
-    for name, one in report.each.items():
-        _lay_out(one, checkout / name if checkout else None)
-    if report_path is not None:
-        write_report(report, report_path)
+    try:
+        for name, one in report.each.items():
+            _lay_out(one, checkout / name if checkout else None, force=force)
+    finally:  # a folder that was filled in the meantime costs nobody the report
+        if report_path is not None:
+            _keep_report(report, report_path)
     return report.to_json(), render(report), 0 if report.status in {"published", "validated"} else 1
+
+
+def _keep_report(report: Report, path: Path) -> None:
+    try:
+        write_report(report, path)
+    except OSError as error:  # the place could be written to when the run began
+        raise RequantError(
+            f"the run ended as {report.status}, and its report {path} cannot be written ({error.strerror}): name "
+            "another place and run again, which reuses every finished stage"
+        ) from error
 
 
 def write_report(report: Report, path: Path) -> None:
@@ -109,18 +131,30 @@ def write_report(report: Report, path: Path) -> None:
     write_file(path.parent, f"{path.stem}.md", ["\n".join(parts).encode()])
 
 
-def _lay_out(report: Report, checkout: Path | None) -> None:
+def check_report(path: Path) -> None:
+    """Raises FolderInUse unless a report can be written to `path` and beside it, while nothing is done yet."""
+    check_writable(path.parent.resolve(), path)
+    pictures = path.with_name(f"{path.stem}-pictures")
+    if pictures.exists() and not pictures.is_dir():
+        raise FolderInUse(f"{pictures} is a file, and the report's pictures go into a folder of this name: move it")
+    if (text := path.with_name(f"{path.stem}.md")).is_dir():
+        raise FolderInUse(f"{text} is a folder, and the report in markdown gets this name: move it")
+
+
+def _lay_out(report: Report, checkout: Path | None, *, force: bool) -> None:
     """Give the result a path: a checkout of the user's own, or read-only links beside a local store."""
     store = open_store()
     if report.artifact is None or not (checkout or store.is_local):
         return
+    stale = {*OURS, *(f"{FOLDER}/{name}.png" for name in NAMES)} - set(report.beside)  # an earlier run's
+    stale = {path for path in stale if path not in report.artifact}
     if checkout is not None:
-        report.path = store.checkout(report.artifact, checkout).resolve()
-    else:
-        report.path = store.hand_out(report.artifact, store.checkout_folder(report.artifact))
-    for path in {*OURS, *(f"{FOLDER}/{name}.png" for name in NAMES)} - set(report.beside):
-        if path not in report.artifact:
-            (report.path / path).unlink(missing_ok=True)  # an earlier run's
+        report.path, foreign = lay_out(store, report.artifact, checkout, report.beside, stale=stale, force=force)
+        tell_foreign(report.path, foreign)
+        return
+    report.path = store.hand_out(report.artifact, store.checkout_folder(report.artifact))
+    for path in stale:
+        (report.path / path).unlink(missing_ok=True)
     for path, data in report.beside.items():
         write_file(report.path, path, [data])
 

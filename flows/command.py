@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,12 @@ class _New(click.Path):
 NEW_FOLDER = _New(path_type=Path, file_okay=False)
 NEW_FILE = _New(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+FORCE = click.option(
+    "--force",
+    is_flag=True,
+    help="Use the folder of the checkout even if files lie in it that Requant did not lay there, or that were changed "
+    "since: those of the same names are replaced, the others stay.",
+)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -50,6 +56,12 @@ def command(name: str) -> Callable[[F], click.Command]:
 def progress(text: str) -> None:
     """A line for whoever waits: on stderr, whatever goes to stdout."""
     click.echo(redact(_visible(text)), err=True)
+
+
+def tell_foreign(folder: Path, weights: Sequence[str]) -> None:
+    """Say which weight files in a checkout are not the artifact's."""
+    for path in weights:
+        progress(f"{folder / path} is no part of the artifact, and a loader may read it: delete it if it is not needed")
 
 
 def _visible(text: str) -> str:

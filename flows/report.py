@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.artifact import Manifest
-from tasks.gates import Gate
+from tasks.gates import Gate, refusal, summary
 from tasks.hub.markdown import gigabytes
 from tasks.hub.public import finite
 from tasks.hub.quality import told
@@ -121,8 +121,7 @@ def verdict(report: Report) -> str:
     if report.outputs:
         return "; ".join(f"{name} {_came_to(one)}" for name, one in report.outputs.items())
     if report.status == "rejected":
-        failed = ", ".join(gate.name for gate in report.gates if not gate.passed)
-        return f"nothing was published: {failed} failed"
+        return f"nothing was published: {refusal(report.gates)}"
     return headline(report)
 
 
@@ -144,8 +143,6 @@ def _compared(name: str, report: Report) -> tuple[str, ...]:
     measured, speed = report.measured or {}, report.benchmark or {}
     size = report.artifact.weights if report.artifact else 0
     base = next((stage.manifest.weights for stage in report.stages if stage.name == "download"), 0)
-    failed = sum(not gate.passed for gate in report.gates)
-    gates = f"{failed} of {len(report.gates)} failed" if failed else f"{len(report.gates)} passed"
     return (
         name,
         report.status,
@@ -155,7 +152,7 @@ def _compared(name: str, report: Report) -> tuple[str, ...]:
         told(measured.get("top1_agreement"), "{:.1%}"),
         told(measured.get("mtp_acceptance"), "{:.1%}"),
         told(speed.get("tokens_per_second"), "{:.1f}"),
-        gates if report.gates else "",
+        summary(report.gates) if report.gates else "",
     )
 
 
@@ -176,7 +173,7 @@ def gate_rows(gates: Iterable[Gate]) -> list[tuple[str, ...]]:
             gate.name,
             "not measured" if gate.value is None else f"{gate.value:.4g}",
             "none" if gate.limit is None else f"{gate.limit:.4g}",
-            "passed" if gate.passed else "FAILED",
+            "FAILED" if gate.failed else gate.result,
             gate.note,
         )
         for gate in gates

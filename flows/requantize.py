@@ -22,7 +22,7 @@ from tasks.benchmark import benchmark_task
 from tasks.download import download_task
 from tasks.errors import RecipeError, RequantError
 from tasks.evaluate import check_tasks
-from tasks.gates import compare
+from tasks.gates import accepted, compare, summary
 from tasks.hub.revision import Revision, resolve
 from tasks.hub.target import check_target
 from tasks.last_run import remember_run
@@ -150,7 +150,7 @@ def _stages(
     report.measured = measured = quality.read_values(store, _done(_validate(recipe, downloaded, fixed, text), report))
     report.gates = compare(measured, recipe.gates)
     show_gates(report)
-    if not all(gate.passed for gate in report.gates):
+    if not accepted(report.gates):
         report.status = "rejected"
         return
     report.benchmark = speed.read_values(store, _done(_benchmark(recipe, downloaded, fixed), report))
@@ -218,12 +218,11 @@ def preflight_task(recipe: Recipe, base: Revision, calibration: Text, text: Text
 def show_gates(report: Report) -> None:
     """The gates as a table in Prefect's UI: what failed comes first."""
     gates = report.gates
-    rows = gate_rows(sorted(gates, key=lambda gate: gate.passed))
-    failed = sum(not gate.passed for gate in gates)
+    rows = gate_rows(sorted(gates, key=lambda gate: (not gate.failed, gate.passed is not None)))
     create_table_artifact(
         [dict(zip(("gate", "measured", "limit", "result", "note"), row, strict=True)) for row in rows],
         key=_key("gates", report),
-        description=f"{failed} of {len(gates)} gates failed" if failed else f"All {len(gates)} gates passed",
+        description=f"All {len(gates)} gates passed" if all(g.passed for g in gates) else f"Gates: {summary(gates)}",
     )
 
 

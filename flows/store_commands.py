@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.command import NEW_FOLDER, command, progress
+from flows.command import FORCE, NEW_FOLDER, command, progress, tell_foreign
 from flows.store_tables import artifact_table, gc_text
 from tasks.store import Store, open_store
 
@@ -148,16 +148,23 @@ def store_gc(
 @command("checkout")
 @click.argument("name", metavar="KEY-or-DIGEST")
 @click.argument("folder", type=NEW_FOLDER)
-def store_checkout(name: str, folder: Path) -> tuple[dict[str, Any], str, int]:
-    """Lay the artifact whose digest or stage key begins so into FOLDER, as files of your own."""
+@FORCE
+def store_checkout(name: str, folder: Path, force: bool) -> tuple[dict[str, Any], str, int]:
+    """Lay the artifact whose digest or stage key begins so into FOLDER, as files of your own.
+
+    FOLDER may be new, empty, or an earlier checkout: what that had and this artifact has not is removed.
+    """
+    from tasks.checkout import check_folder, lay_out
     from tasks.store.catalog import read_catalog
     from tasks.store.copy import find_entries
 
     opened = _opened()
+    check_folder(opened, folder, force=force)
     manifest = find_entries(read_catalog(opened), name)[0].manifest
     with opened.lease("checkout", os.urandom(8).hex()):
         opened.need(manifest.files)
-        path = opened.checkout(manifest, folder).resolve()
+        path, foreign = lay_out(opened, manifest, folder, force=force)
+    tell_foreign(path, foreign)
     return {"digest": manifest.digest, "path": str(path)}, f"{manifest.size:,} bytes in {path}", 0
 
 

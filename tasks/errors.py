@@ -23,6 +23,10 @@ class RecipeError(RequantError, ValueError):
     """The recipe, or a setting of the environment, cannot work as written (exit status 2)."""
 
 
+class FolderInUse(RecipeError):
+    """A folder or file that the user named to be written holds what is not Requant's, or cannot be written."""
+
+
 class CheckpointError(RequantError, ValueError):
     """A checkpoint's files contradict each other or the format."""
 

@@ -6,6 +6,7 @@ So what is measured is what the files say, on any machine that can hold the mode
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ import psutil
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -228,8 +230,9 @@ def _family(checkpoint: Checkpoint, remote_code: bool) -> tuple[Any, Any]:
     """transformers' class for a checkpoint, with a language model head, and its config."""
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=remote_code)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"transformers cannot read {checkpoint.folder / 'config.json'}: {error}") from error
+    except (ValueError, OSError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(f"transformers cannot read {checkpoint.folder / 'config.json'}: {said}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     auto = transformers.AutoModelForCausalLM
@@ -242,6 +245,19 @@ def _family(checkpoint: Checkpoint, remote_code: bool) -> tuple[Any, Any]:
         if not remote_code or name is None:
             raise CheckpointError(f"transformers has no language model for {type(config).__name__}") from error
         return transformers.dynamic_module_utils.get_class_from_dynamic_module(name, str(checkpoint.folder)), config
+
+
+def completed_config(config: dict[str, Any]) -> dict[str, Any] | None:
+    """A config as a model is built from it: with every default, and old keys under today's names. None where
+    transformers has no class of its own for it, or the class does not take it."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        return None
+    try:
+        made: dict[str, Any] = transformers.CONFIG_MAPPING[kind].from_dict(copy.deepcopy(config)).to_dict()
+    except Exception:  # whatever its checks raise: then the configs are compared as they stand
+        return None
+    return made
 
 
 def _empty(module: nn.Module) -> None:
@@ -291,5 +307,6 @@ def free(device: torch.device) -> None:
 def load_tokenizer(folder: Path, *, remote_code: bool = False) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({error})") from error
+    except (ValueError, OSError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({said})") from error

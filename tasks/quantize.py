@@ -32,7 +32,7 @@ from tasks.store import Store, open_store
 from tasks.store.resume import kept, restore, sweep
 from tasks.text import Text
 
-STAGE = Stage("quantize", 5, tools=("auto-round", "transformers"))
+STAGE = Stage("quantize", 6, tools=("auto-round", "transformers"))
 # What the quantized weights depend on. Everything else of the base joins at the next stage, so that a new chat
 # template or README costs no GPU hours.
 READ = (

@@ -21,7 +21,7 @@ from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.fidelity import fidelity
 from tasks.checkpoint.writer import write_file, write_json
 from tasks.download import text_files
-from tasks.errors import RecipeError, RequantError
+from tasks.errors import CheckpointError, RecipeError, RequantError
 from tasks.evaluate import Scores, asked, evaluate, evaluated, recovery, whole
 from tasks.gates import most_repeated
 from tasks.prefect_stage import options, say, shown
@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a reused stage needs non
 
     from tasks.measuring.measurement import Measurement
 
-STAGE = Stage("validate", 3, tools=("transformers",))
+STAGE = Stage("validate", 4, tools=("transformers",))
 MEASURE = Stage("measure", 1, tools=("transformers",))
 CHARACTERS = 4_000_000  # of a data set that are looked at: the windows are spread over them
 RESULT, ARRAYS = "validation.json", "measurement.safetensors"
@@ -87,6 +87,8 @@ def validate(
             remote_code=recipe.allow_remote_code,
             say=say,
         )
+        if values.get("not_measured") and values["same_tokens"] is None and not values["unaccounted"]:
+            raise CheckpointError(str(values["not_measured"]))  # of this machine, perhaps: not kept for ever
         files = [write_json(folder / "out", RESULT, {"text": text.name, **values})]
         put_files(store, folder / "out", files)
         return Made(Manifest.of(files), {"measured": values, "bytes_read": base.size + artifact.size})
@@ -198,31 +200,55 @@ def measured_values(
     say: Callable[[str], None] = log.info,
 ) -> dict[str, Any]:
     """Everything that gates, report and card need: first from the files, then from running both."""
-    checkpoint, base = Checkpoint.open(ours), Checkpoint.open(theirs).sound()
-    say("comparing every tensor and file with the base's")
-    found = account(checkpoint, base, with_head=keep_head, pack_head=pack_head)
-    values = from_files(found, keep_head=keep_head, vision="vision_config" in base.config)
-    tensors = checkpoint.tensors
-    retyped = any(name in tensors and tensors[name].shape != t.shape for name, t in base.tensors.items())
-    if checkpoint.fatal or found.unaccounted or retyped:
-        return values
-    values["matrices"] = [asdict(matrix) for matrix in fidelity(checkpoint, base)]
     from tasks.measure import precision
     from tasks.measuring.compare import compare
+    from tasks.model import completed_config
 
+    checkpoint, base = Checkpoint.open(ours), Checkpoint.open(theirs).sound()
+    say("comparing every tensor and file with the base's")
+    found = account(checkpoint, base, with_head=keep_head, pack_head=pack_head, completed=completed_config)
+    values = from_files(found, keep_head=keep_head, vision="vision_config" in base.config)
+    if scored is not None:
+        values |= {"tasks": None, "worst_task_recovery": None}
+    values["matrices"] = [asdict(matrix) for matrix in fidelity(checkpoint, base)] or None
     device, dtype = precision(theirs)
-    of_base, of_ours = (measured(path, device, dtype) for path in (theirs, ours))
+    try:
+        of_ours = measured(ours, device, dtype)
+    except Exception as error:
+        values["not_measured"] = _why_not(error, sound=not found.unaccounted)
+        return values
+    of_base = measured(theirs, device, dtype)
     values |= side_by_side(of_base, of_ours)
-    if values["same_tokens"] == 1.0:
-        values |= compare(ours, theirs, of_ours, of_base, device, dtype, remote_code=remote_code)
+    if values["same_tokens"] != 1.0:
+        values["not_measured"] = "its tokenizer makes other tokens than the base's"
+    else:
+        try:
+            values |= compare(ours, theirs, of_ours, of_base, device, dtype, remote_code=remote_code)
+        except Exception as error:
+            values["not_measured"] = _why_not(error, sound=not found.unaccounted)
     if scored is not None:
         values |= recovery(scored(theirs), scored(ours))
     return values
 
 
+def _why_not(error: Exception, *, sound: bool) -> str:
+    """Why a checkpoint could not be run, as a sentence. Raises what has another cause than the checkpoint.
+
+    One that is not sound in itself can fail in torch and transformers in any way: its tensors do not fit each other, or
+    not the config.
+    """
+    import torch
+
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if sound or isinstance(error, RequantError | OSError | MemoryError | torch.OutOfMemoryError):
+        raise error
+    first = next(iter(str(error).splitlines()), "")
+    return f"it cannot be run: {type(error).__name__}: {first[:200]}"
+
+
 def from_files(found: Account, *, keep_head: bool, vision: bool) -> dict[str, Any]:
-    """The values of the files alone. A checkpoint whose tensors do not even fit its base has no others: it cannot be
-    run."""
+    """The values of the files alone. A checkpoint that cannot be run has no others."""
     names = (
         "matrices", "blocks", "same_tokens", "perplexity_increase", "kl_divergence", "top1_agreement",
         "most_repeated_token", "long_context", "vision_difference", "mtp_acceptance_ratio", "speculative_agreement",

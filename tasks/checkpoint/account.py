@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tasks.artifact import REWRITTEN, sha256_of
 from tasks.checkpoint.assemble import packed_parts
-from tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint
+from tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, read_json
 from tasks.checkpoint.deep import finite
 from tasks.checkpoint.experts import one_by_one
 from tasks.checkpoint.fp8 import plain
@@ -24,12 +24,21 @@ CONTEXT = (
     "max_position_embeddings", "original_max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta",
     "partial_rotary_factor", "sliding_window", "layer_types",
 )  # fmt: skip
+# Keys of config.json that change nothing that is computed: who wrote it, with what, and what a library does by default.
+BOOKKEEPING = {
+    "transformers_version", "torch_dtype", "dtype", "_name_or_path", "name_or_path", "_model_name_or_path",
+    "_commit_hash", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "torchscript",
+    "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "problem_type", "id2label",
+    "label2id", "tokenizer_class", "processor_class", "pad_token_id",
+}  # fmt: skip
+QUANTIZATION_KEYS = {"quantization_config", "compression_config"}
 OWN_FILES = {"config.json", QUANTIZATION, *REWRITTEN}
 
 
 @dataclass
 class Account:
-    """What was found; every list holds sentences, and all are empty for a sound checkpoint."""
+    """What was found; every list holds sentences, and all are empty for a checkpoint that Requant made. `differences`
+    are those that change nothing that is computed; each of the others keeps the checkpoint from being sound."""
 
     packed: int = 0
     kept: int = 0
@@ -39,14 +48,23 @@ class Account:
     not_finite: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     context: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
 
 
-def account(quantized: Checkpoint, base: Checkpoint, *, with_head: bool, pack_head: bool = False) -> Account:
+def account(
+    quantized: Checkpoint,
+    base: Checkpoint,
+    *,
+    with_head: bool,
+    pack_head: bool = False,
+    completed: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda config: None,
+) -> Account:
     """Compare a quantized checkpoint with its base. Reads all tensors of both once, a chunk at a time.
 
     What is FP8 in the base must be packed, or BF16 as the base's scales have it, and no scale may be left of it.
     Experts that lie fused in the base may lie there one by one.
     `pack_head`: the head was asked for with packed layers, and has them.
+    `completed`: makes of a config what a model is built from, with defaults and under today's names (tasks/model.py).
     """
     base = plain(one_by_one(base, quantized.tensors, head_too=True))
     found = Account(unaccounted=list(quantized.problems))
@@ -74,7 +92,7 @@ def account(quantized: Checkpoint, base: Checkpoint, *, with_head: bool, pack_he
     found.unaccounted += [f"{name} is not in the base" for name in quantized.tensors if name not in seen]
     if not found.packed:
         found.unaccounted.append("no tensor is quantized")
-    _check_config(found, quantized, base, with_head)
+    _check_config(found, quantized, base, with_head, completed)
     _check_files(found, quantized.folder, base.folder)
     return found
 
@@ -108,18 +126,69 @@ def _check_kept(found: Account, tensor: Tensor, source: Tensor) -> None:
         found.not_finite.append(tensor.name)
 
 
-def _check_config(found: Account, quantized: Checkpoint, base: Checkpoint, with_head: bool) -> None:
-    expected = base.config if with_head or base.head is None else without_layer_count(base.config)
-    ours = {k: v for k, v in quantized.config.items() if k != "quantization_config"}
-    found.unaccounted += [
-        f"config.json differs from the base's in {key}"
-        for key in sorted({*ours, *expected})
-        if key != "quantization_config" and ours.get(key) != expected.get(key)
+def _check_config(
+    found: Account,
+    quantized: Checkpoint,
+    base: Checkpoint,
+    with_head: bool,
+    completed: Callable[[dict[str, Any]], dict[str, Any] | None],
+) -> None:
+    """What differs and is computed with is unaccounted for; what only says the same otherwise is a difference."""
+    stated = base.config if with_head or base.head is None else without_layer_count(base.config)
+    ours, theirs = (
+        {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+        for config in (quantized.config, stated)
+    )
+    mine, others = _computed(ours), _computed(theirs)
+    computed = _differing(mine, others)
+    if computed:  # unless defaults are left out in one of them, or keys have other names
+        built = [whole for config in (ours, theirs) if (whole := completed(config)) is not None]
+        if len(built) == 2:
+            mine, others = map(_computed, built)
+            computed = _differing(mine, others)
+    found.unaccounted += [f"config.json differs from the base's in {key}" for key in computed]
+    found.differences += [
+        f"config.json differs from the base's in {place}, which changes nothing that is computed"
+        for key in _differing(ours, theirs)
+        if key not in computed
+        for place in _places(key, ours.get(key), theirs.get(key))
+    ]
+    texts = [
+        config["text_config"] if isinstance(config.get("text_config"), dict) else config for config in (mine, others)
     ]
     for key in CONTEXT:
-        mine, theirs = (checkpoint.text_config.get(key) for checkpoint in (quantized, base))
-        if mine != theirs:
-            found.context.append(f"config.json says {key} {shown(str(mine))}, the base's {shown(str(theirs))}")
+        said, wanted = (text.get(key) for text in texts)
+        if said != wanted:
+            found.context.append(f"config.json says {key} {shown(str(said))}, the base's {shown(str(wanted))}")
+
+
+def _differing(ours: Any, theirs: Any) -> list[str]:
+    """The keys in which two objects differ; a key that is not there is one that is null."""
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return [] if ours == theirs else [""]
+    return [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
+
+
+def _places(key: str, ours: Any, theirs: Any) -> list[str]:
+    """What differs below a key, by its whole name; the key itself where it has no parts."""
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return [key]
+    return [
+        place
+        for part in _differing(ours, theirs)
+        for place in _places(f"{key}.{part}", ours.get(part), theirs.get(part))
+    ]
+
+
+def _computed(value: Any) -> Any:
+    """A config without what changes nothing that is computed, in its parts too."""
+    if isinstance(value, dict):
+        return {
+            key: _computed(each)
+            for key, each in value.items()
+            if key not in BOOKKEEPING | QUANTIZATION_KEYS and each is not None
+        }
+    return value
 
 
 def _check_files(found: Account, ours: Path, base: Path) -> None:
@@ -128,7 +197,21 @@ def _check_files(found: Account, ours: Path, base: Path) -> None:
         if not (ours / path).is_file():
             found.files.append(f"{path} of the base is missing")
         elif sha256_of(ours / path) != sha256_of(base / path):
-            found.files.append(f"{path} differs from the base's")
+            keys = _bookkeeping_keys(ours / path, base / path) if path.endswith(".json") else []
+            if keys:
+                found.differences.append(f"{path} differs from the base's in {', '.join(keys)} alone")
+            else:
+                found.files.append(f"{path} differs from the base's")
+
+
+def _bookkeeping_keys(ours: Path, base: Path) -> list[str]:
+    """The keys in which two JSON objects differ, if they are bookkeeping; none if there are others, or no keys."""
+    try:
+        mine, theirs = read_json(ours), read_json(base)
+    except CheckpointError:
+        return []
+    keys = _differing(mine, theirs)
+    return keys if BOOKKEEPING.issuperset(keys) else []
 
 
 def _other_files(folder: Path) -> Iterator[str]:

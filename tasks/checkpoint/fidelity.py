@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,37 +22,52 @@ from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.experts import one_by_one
 from tasks.checkpoint.fp8 import plain
 from tasks.checkpoint.header import Tensor
-from tasks.checkpoint.packing import Scheme, dequantized_rows, float_rows, to_numpy
+from tasks.checkpoint.packing import Scheme, check_parts, dequantized_rows, float_rows, to_numpy, zero_points
+from tasks.checkpoint.rounding import SAMPLED, Rounding
+from tasks.errors import CheckpointError
 
 PARALLEL = 2  # matrices at a time: numpy works without the interpreter's lock
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One packed matrix beside the base's."""
+    """One packed matrix beside the base's. The last three are rounding.py's, of a sample of its rows."""
 
     name: str
     bits: int
     slope: float
     offset: float
     error: float
+    slope_excess: float = 0.0
+    scale_factor: float = 1.0
+    rounding_noise: float = 0.0
 
 
 def fidelity(quantized: Checkpoint, base: Checkpoint) -> list[Fidelity]:
     """Every packed matrix that the base has too, in the order of its tensors. Reads both once, some rows at a time.
 
-    Raises CheckpointError for packed parts that contradict their scheme: `account` says which.
+    Packed parts that contradict their scheme are left out: `account` says which.
     """
     base = plain(one_by_one(base))
     parts = packed_parts(quantized.tensors.values())
     quantization = quantized.config.get("quantization_config") or {}
     pairs = [
-        (name, parts[module], Scheme.of(quantization, module), source)
+        (name, parts[module], scheme, source)
         for name, source in base.tensors.items()
-        if (module := name.removesuffix(".weight")) in parts and name.endswith(".weight") and len(source.shape) == 2
+        if (module := name.removesuffix(".weight")) in parts and name.endswith(".weight")
+        if (scheme := _scheme(quantization, module, parts[module], source)) is not None
     ]
     with ThreadPoolExecutor(PARALLEL) as pool:
         return list(pool.map(lambda pair: _compare(*pair), pairs))
+
+
+def _scheme(quantization: Mapping[str, Any], module: str, parts: Mapping[str, Tensor], source: Tensor) -> Scheme | None:
+    """How a module is packed; None if its parts are not that of the base's matrix."""
+    try:
+        scheme = Scheme.of(quantization, module)
+    except CheckpointError:
+        return None
+    return None if check_parts(module, parts, scheme, source.shape) else scheme
 
 
 def _compare(name: str, parts: Mapping[str, Tensor], scheme: Scheme, source: Tensor) -> Fidelity:
@@ -63,6 +79,9 @@ def _compare(name: str, parts: Mapping[str, Tensor], scheme: Scheme, source: Ten
     order = np.argsort(group, kind="stable")
     in_order = bool((order[1:] > order[:-1]).all())
     present, begins, counts = np.unique(group[order], return_index=True, return_counts=True)
+    zeros = zero_points(parts, scheme)
+    every = max(1, -(-source.shape[0] * inputs // SAMPLED))  # rows, of which one is sampled
+    sample = Rounding(scheme.bits)
     ww = qw = dd = steps = 0.0
     row = 0
     for ours, theirs in zip(dequantized_rows(parts, scheme), float_rows(source), strict=True):
@@ -73,8 +92,12 @@ def _compare(name: str, parts: Mapping[str, Tensor], scheme: Scheme, source: Ten
         by_group = np.add.reduceat(difference if in_order else difference[:, order], begins, axis=1) / counts
         scale = scales[present, row : row + len(ours)].T
         steps += float(np.divide(by_group, scale, out=np.zeros_like(scale), where=scale != 0).sum())
+        taken = slice(-row % every, None, every)
+        by_weight = [values[:, row : row + len(ours)].T[taken][:, group] for values in (scales, zeros)]
+        sample.add(ours[taken], theirs[taken], by_weight[0].astype(np.float32), by_weight[1])
         row += len(ours)
     cells = row * len(present)
     if not ww or not cells:
         return Fidelity(name, scheme.bits, float(dd == 0), 0.0, float(dd > 0))
-    return Fidelity(name, scheme.bits, qw / ww, steps / cells, (dd / ww) ** 0.5)
+    fitted = (sample.slope_excess, sample.scale_factor, sample.rounding_noise)
+    return Fidelity(name, scheme.bits, qw / ww, steps / cells, (dd / ww) ** 0.5, *fitted)

@@ -246,12 +246,10 @@ def dequantized_rows(parts: Mapping[str, Tensor], scheme: Scheme) -> Iterator[Fl
         end = min(begin + ROWS, scales.shape[1])
         words = slice(begin * scheme.bits // 32, end * scheme.bits // 32)
         if scheme.packing == "awq":
-            values, zeros = (_in_order(unpack(a[:, words], scheme.bits, 1)) for a in (qweight, qzeros))
+            values = _in_order(unpack(qweight[:, words], scheme.bits, 1))
         else:
             values = unpack(qweight[:, begin:end], scheme.bits, 0)
-            zeros = unpack(qzeros[:, words], scheme.bits, 1)
-        if scheme.packing == "gptq":
-            zeros = (zeros + 1) & ((1 << scheme.bits) - 1)
+        zeros = _zero_points(qzeros[:, words], scheme)
         scale = scales[:, begin:end].astype(np.float32)
         weight: Floats = values.astype(np.float32)
         if group is None:  # equal groups, one after the other
@@ -262,6 +260,18 @@ def dequantized_rows(parts: Mapping[str, Tensor], scheme: Scheme) -> Iterator[Fl
             weight -= zeros[group].astype(np.float32)
             weight *= scale[group]
         yield np.ascontiguousarray(weight.T)
+
+
+def zero_points(parts: Mapping[str, Tensor], scheme: Scheme) -> Array:
+    """The zero points of packed parts as they are meant, uint8 `[groups, out]`."""
+    return _zero_points(to_numpy(parts["qzeros"]), scheme)
+
+
+def _zero_points(words: Array, scheme: Scheme) -> Array:
+    zeros = unpack(words, scheme.bits, 1)
+    if scheme.packing == "awq":
+        return _in_order(zeros)
+    return (zeros + 1) & ((1 << scheme.bits) - 1) if scheme.packing == "gptq" else zeros
 
 
 def _groups(parts: Mapping[str, Tensor], scheme: Scheme, inputs: int, count: int) -> Array | None:

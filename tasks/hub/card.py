@@ -283,7 +283,7 @@ def _linked(repo_id: str) -> str:
 def _gate_row(gate: Gate) -> tuple[str, ...]:
     value = "not measured" if gate.value is None else f"{gate.value:.4g}"
     limit = "none" if gate.limit is None else f"{gate.limit:.4g}"
-    return gate.name, value, limit, "passed" if gate.passed else "failed"
+    return gate.name, value, limit, "no limit" if gate.passed and gate.limit is None else gate.result
 
 
 def _named_text(name: object) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from tasks.gates import slope_off
 from tasks.pictures import Picture
 from tasks.pictures.style import (
     BLUE,
@@ -105,8 +106,13 @@ def _loud(blocks: Values, at: Sequence[int], errors: Sequence[float]) -> list[tu
 
 def matrices(values: Values) -> Picture | None:
     """Of each packed matrix its relative error, and how far its slope `<Wq, W> / <W, W>` is from where rounding alone
-    would put it, 1 - error^2 (tasks/gates.py)."""
-    told = [(e := number(v, "error"), number(v, "slope") + e**2 - 1, _block_of(v), v) for v in values]
+    would put it (tasks/gates.py)."""
+    figures = ("slope", "error", "slope_excess", "scale_factor", "rounding_noise")
+    told = [
+        (number(v, "error"), slope_off({key: number(v, key) for key in figures if key in v}), _block_of(v), v)
+        for v in values
+        if "slope" in v and "error" in v
+    ]
     told = [row for row in told if row[0] > 0 and math.isfinite(row[1])]
     if not told:
         return None

@@ -247,6 +247,7 @@ def blocks_of(events: Path) -> list[dict[str, Any]]:
             blocks[name]["output_error"] = event["error"]
         elif event["event"] == "kept" and name is not None:
             blocks[name] |= {"kept": event["kept"], "compared": event["losses"]}
+            blocks[name] |= {"kept_because": event["reason"]} if event.get("reason") else {}
         elif event["event"] in {"loop", "fallback"} and name is not None:
             blocks[name][event["event"]] = event.get("reason") or event.get("text")
         elif event["event"] == "progress" and name is not None:

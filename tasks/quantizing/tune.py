@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tasks.quantizing import descent
 from tasks.quantizing.batches import Loss, Samples, cut
-from tasks.quantizing.compare import better, mean, spread
+from tasks.quantizing.compare import better, losses, spread, without_scale
 from tasks.quantizing.events import kind_of
 
 Report = Callable[..., None]
@@ -61,7 +61,17 @@ class FakeQuantized(nn.Module):
         self.value, self.min_scale, self.max_scale = wrapper.value, wrapper.min_scale, wrapper.max_scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, _, _ = self.quantizer(
+        weight, _ = self._quantized()
+        return functional.linear(x, weight.to(self.weight.dtype), self.bias)
+
+    @torch.no_grad()
+    def lost_groups(self) -> torch.Tensor:
+        """Which groups have no scale with the parameters as they are."""
+        return without_scale(self._quantized()[1], self.threshold)
+
+    def _quantized(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight that the parameters stand for, and its scales."""
+        weight, scale, _ = self.quantizer(
             self.weight,
             bits=self.bits,
             group_size=self.group_size,
@@ -74,7 +84,7 @@ class FakeQuantized(nn.Module):
             data_type=self.data_type,
             q_scale_thresh=self.threshold,
         )
-        return functional.linear(x, weight.to(self.weight.dtype), self.bias)
+        return weight, scale
 
 
 def unfit(quantizer: Any, block: nn.Module, inputs: Any, others: dict[str, Any]) -> str | None:
@@ -222,25 +232,26 @@ def tune(
     best: list[torch.Tensor] = []
     first = lowest = float("inf")
     best_at, at = 0, 0
-    for name, wrapper in wrappers.items():
-        _put(block, name, FakeQuantized(wrapper))
+    fakes = {name: FakeQuantized(wrapper) for name, wrapper in wrappers.items()}
+    for name, fake in fakes.items():
+        _put(block, name, fake)
     replaced = block.__dict__.get("forward")
     if getattr(replaced, "__func__", None) is type(block).forward:  # left there by calibration: no other block has it
         del block.forward
     try:
         order = sampler.next_batch()
         for at in range(quantizer.iters):
-            losses = []
+            found = []
             if masks:
                 count = int(sum(masks[i].count_nonzero() for i in order))
             following = sampler.next_batch() if at + 1 < quantizer.iters else []
             pieces = cut(order, batch)
             for piece, after in zip(pieces, [*pieces[1:], following[:batch]], strict=True):
                 loss = forward(piece, after) * (len(piece) / len(order))
-                losses.append(Loss(loss))
+                found.append(Loss(loss))
                 torch.autograd.backward(loss * 1000)
                 del loss
-            total = sum(loss.read() for loss in losses) / max(count, 1)
+            total = sum(loss.read() for loss in found) / max(count, 1)
             first = total if at == 0 else first
             if total < lowest or (at == 0 and total != total):
                 lowest, best_at = total, at
@@ -249,8 +260,13 @@ def tune(
             after_step()
             order = following
         if compare is not None:
-            pieces = cut(spread(len(inputs), whole), batch)
-            best = better(parameters, best, offload, lambda: mean(forward, pieces), compare)
+            pieces = cut(spread(len(inputs), whole, batch), batch)
+
+            def lost() -> list[torch.Tensor]:
+                return [fake.lost_groups() for fake in fakes.values()]
+
+            sizes = [len(piece) for piece in pieces]
+            best = better(parameters, best, offload, lambda: losses(forward, pieces), sizes, lost, compare)
     finally:
         if replaced is not None:
             block.forward = replaced

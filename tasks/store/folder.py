@@ -15,7 +15,8 @@ from tasks.artifact import check_relative, sha256_of, sync
 from tasks.errors import NO_ROOM, StoreError, explain_os_error
 from tasks.store.backend import Item
 
-# The folders of a store that hold objects; `work`, `arriving` and `checkouts` beside them hold files of one machine.
+# The folders of a store that hold objects; `work`, `arriving`, `checkouts` and `laid` beside them hold files of one
+# machine.
 OBJECTS = ("artifacts", "blobs", "facts", "leases", "provenance", "resume", "runs", "uses")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Collection, Iterator
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.store.folder import inside
-from tasks.store.store import Store
+from tasks.store.store import CHECKOUT_RECORDS, Store
 
 CACHED = 30 * 24 * 3600.0  # seconds after which a blob that was not used here is fetched again when it is
 
@@ -49,6 +50,9 @@ def found_near(
     for folder in _entries(root, "checkouts"):
         if folder.name not in digests and folder.lstat().st_mtime < now - grace:
             found.append(Found(folder, _bytes(folder)))
+    for path in _entries(root, CHECKOUT_RECORDS):
+        if path.lstat().st_mtime < now - grace and _names_a_folder_that_is_gone(path):
+            found.append(Found(path, _bytes(path)))
     for path in _entries(root, "arriving"):
         if _last_change(path) < now - grace:
             found.append(Found(path, _bytes(path)))
@@ -65,6 +69,14 @@ def found_near(
 def _entries(root: Path, name: str) -> list[Path]:
     folder = inside(root, name)
     return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _names_a_folder_that_is_gone(record: Path) -> bool:
+    """Whether a record of what was laid into a user's folder is of no use any more."""
+    try:
+        return not os.path.lexists(json.loads(record.read_bytes())["folder"])
+    except (ValueError, KeyError, TypeError, RecursionError):  # a record that cannot be read is of no use either
+        return True
 
 
 def _tree(path: Path) -> Iterator[os.stat_result]:

@@ -31,6 +31,7 @@ from tasks.store.lease import Held, lease, outlive
 
 log = logging.getLogger(__name__)
 PARALLEL = 8
+CHECKOUT_RECORDS = "laid"  # a folder of the machine's own, beside `work`, `arriving` and `checkouts`
 GC = ("gc", "store")  # the lease that is held while anything is deleted (gc.py says how that excludes others)
 
 
@@ -90,6 +91,10 @@ class Store:
     def checkout_folder(self, manifest: Manifest) -> Path:
         """Where an artifact's files are laid out beside the store, as read-only links."""
         return self.near.path(f"checkouts/{manifest.digest}")
+
+    def checkout_record(self, folder: Path) -> Path:
+        """Where it is written down what was laid into a folder of the user's own (tasks/checkout.py)."""
+        return self.near.path(f"{CHECKOUT_RECORDS}/{digest_of(str(folder))}.json")
 
     # What gc must leave alone
 

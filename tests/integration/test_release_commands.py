@@ -109,12 +109,14 @@ def test_a_run_with_a_pull_request_is_validated_until_someone_merges(
     assert requant("verify", f"{TARGET}@{merged.document['published']['tag']}", "--json").document["problems"] == []
 
 
-def test_a_checkout_loses_an_earlier_runs_card_and_nothing_of_its_users(requant: Requant) -> None:
+def test_a_checkout_forced_into_a_users_folder_loses_an_earlier_card_and_nothing_of_theirs(requant: Requant) -> None:
     folder = requant.folder / "laid"
     folder.mkdir()
     for name in ("README.md", "requant.json", ".gitattributes", "notes.md"):
         (folder / name).write_text("before")
-    outcome = requant.run("--checkout", str(folder), gates={"min_top1_agreement": 1.0}, publish=None)
+    assert requant.run("--checkout", str(folder), publish=None).status == 2
+    assert {path.read_text() for path in folder.iterdir()} == {"before"}
+    outcome = requant.run("--checkout", str(folder), "--force", gates={"min_top1_agreement": 1.0}, publish=None)
     assert outcome.document["status"] == "rejected"
     left = {path.name for path in folder.iterdir()}
     assert {".gitattributes", "notes.md"} <= left and not {"README.md", "requant.json"} & left

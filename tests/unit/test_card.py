@@ -217,6 +217,14 @@ def test_every_measured_value_is_in_the_card() -> None:
     assert f"Base commit `{SHA}`, artifact digest `{'d' * 64}`, recipe digest `{recipe().digest}`." in body
 
 
+def test_a_gate_without_a_limit_is_not_said_to_have_passed() -> None:
+    limits = Gates(max_weight_offset=None, max_weight_slope_error=None)
+    _, body = card_of(gates=compare({**MEASURED, "matrices": [{**GOOD["matrices"][0], "offset": 3.968}]}, limits))
+    assert re.search(r"weight_offset\W+3\.968\W+none\W+no limit", body), body
+    _, body = card_of(gates=compare({**MEASURED, "matrices": None}, limits))
+    assert re.search(r"weight_slope\W+not measured\W+none\W+not measured", body), body
+
+
 def test_a_failed_or_unmeasured_gate_is_not_dressed_up() -> None:
     measured = {**MEASURED, "top1_agreement": 0.5, "mtp_acceptance_ratio": None}
     _, body = card_of(measured=measured, gates=compare(measured, Gates()))

@@ -60,6 +60,7 @@ def test_scales_that_are_off_show_in_the_slope_and_hardly_in_the_error(base: Pat
     after = of(made, base)
     assert after.slope == pytest.approx(factor * before.slope, abs=1e-3)
     assert after.error < before.error + 0.03
+    assert before.scale_factor == pytest.approx(1, abs=0.01) and after.scale_factor == pytest.approx(factor, abs=0.01)
 
 
 @pytest.mark.parametrize(("change", "offset"), [(0x11111111, -1), (-0x11111111, 1)])
@@ -76,6 +77,7 @@ def test_another_matrix_has_no_slope(base: Path, made: Path) -> None:
     edit.write()
     found = of(made, base)
     assert abs(found.slope) < 0.1 and found.error > 1.2
+    assert found.slope_excess < -0.8
 
 
 def test_a_matrix_of_zeros_is_compared_too(tmp_path: Path) -> None:

@@ -195,3 +195,8 @@ def test_a_manifest_that_contradicts_itself_is_one_sentence(change: Any, tmp_pat
 def test_a_failed_gate_is_known_by_name(tmp_path: Path) -> None:
     document = written(tmp_path, gates=[{"name": "lossless", "passed": False}])
     assert read(document).failed_gates == ("lossless",)
+
+
+def test_a_gate_that_was_not_measured_fails_a_release_only_where_it_has_a_limit(tmp_path: Path) -> None:
+    gates = [{"name": name, "value": None, "limit": limit, "passed": None} for name, limit in (("a", None), ("b", 1.0))]
+    assert read(written(tmp_path, gates=gates)).failed_gates == ("b",)

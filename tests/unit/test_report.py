@@ -7,10 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from flows.report import Report, gate_rows, headline, published_words
+from flows.report import Report, gate_rows, headline, published_words, verdict
 from flows.terminal import gate_table, render
 from tasks.artifact import File, Manifest
-from tasks.gates import Gate
+from tasks.gates import Gate, summary
 from tasks.hub.revision import Revision
 from tasks.recipe_file import parse_recipe
 from tasks.stage import StageResult
@@ -79,14 +79,27 @@ def test_the_headline_says_what_was_made_of_what() -> None:
 def test_a_gate_is_a_row_with_its_note() -> None:
     gates = [
         Gate("a", 0.123456, 0.5, True),
-        Gate("b", None, None, True, "no limit asked for"),
+        Gate("b", 0.5, None, True, "no limit asked for"),
         Gate("c", 1.0, 0.0, False),
+        Gate("d", None, None, None, "no limit asked for, and could not be measured"),
+        Gate("e", None, 1.0, False, "could not be measured"),
     ]
     assert gate_rows(gates) == [
         ("a", "0.1235", "0.5", "passed", ""),
-        ("b", "not measured", "none", "passed", "no limit asked for"),
+        ("b", "0.5", "none", "passed", "no limit asked for"),
         ("c", "1", "0", "FAILED", ""),
+        ("d", "not measured", "none", "not measured", "no limit asked for, and could not be measured"),
+        ("e", "not measured", "1", "FAILED", "could not be measured"),
     ]
+    assert summary(gates) == "2 of 5 failed, 1 not measured"
+    assert summary(gates[:2]) == "2 passed" and summary(gates[:2] + gates[3:4]) == "2 passed, 1 not measured"
+
+
+def test_a_rejected_run_says_which_gates_failed_or_that_nothing_was_measured() -> None:
+    failed = finished(status="rejected", gates=[Gate("a", 1.0, 0.0, False), Gate("b", None, None, None)])
+    assert verdict(failed) == "nothing was published: a failed"
+    unmeasured = finished(status="rejected", gates=[Gate("perplexity_increase", None, None, None)])
+    assert verdict(unmeasured) == "nothing was published: nothing of its quality could be measured"
 
 
 def test_a_number_that_json_has_not_is_null() -> None:
