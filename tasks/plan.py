@@ -30,6 +30,7 @@ from tasks.planning.needs import Needs, disk_problem, needs
 from tasks.planning.output import Output, blocks_of, head_bytes, plan_output
 from tasks.planning.refusals import check_base, refusals
 from tasks.planning.several import Before, together
+from tasks.planning.texts import Texts
 from tasks.quantize import quantize_key
 from tasks.recipe import Recipe
 from tasks.store import Store
@@ -61,30 +62,41 @@ def preflight(store: Store, recipe: Recipe, base: Revision, calibration: Text, t
 
     Returns which engines will load each result and draft, by the output's name.
     """
-    document = plan_of(store, recipe, base, calibration, text)
+    document = plan_of(store, recipe, base, calibration, text, fetch_texts=True)
     if document["problems"]:
         raise Refused("; ".join(document["problems"]))
     return {one.get("name", ""): one["engines"] for one in document.get("outputs") or [document]}
 
 
 def plan_of(
-    store: Store, recipe: Recipe, base: Revision, calibration: Text, text: Text, *, elsewhere: bool = False
+    store: Store,
+    recipe: Recipe,
+    base: Revision,
+    calibration: Text,
+    text: Text,
+    *,
+    elsewhere: bool = False,
+    fetch_texts: bool = False,
 ) -> dict[str, Any]:
-    """The plan for a base and texts that are resolved; of several outputs one for all."""
+    """The plan for a base and texts that are resolved; of several outputs one for all. `fetch_texts`: texts that are
+    Hub data sets are fetched and read too."""
     hashes = hashes_of(store, base)
     with TemporaryDirectory(prefix="requant-") as temporary:
         try:
             base.check_names()
-            folder = lay_out(base, Path(temporary), lambda file: near_file(store, file, hashes))
+            folder = Path(temporary) / "base"
+            folder.mkdir()
+            lay_out(base, folder, lambda file: near_file(store, file, hashes))
             if (folder / PROCESSOR).is_file() and not (folder / PROCESSOR).is_symlink():
                 fetch_files(base, folder, [PROCESSOR])  # whether an engine will load depends on what it says
             source = Checkpoint.open(folder)
         except CheckpointError as error:
-            return _document(recipe, base, problems=[_of_the_base(error, temporary)])
+            return _document(recipe, base, problems=[_of_the_base(error, f"{temporary}/base")])
         changes = functools.cache(lambda: _changes(store, base, hashes, source))
         joining = {f.path: f.size for f in base.wanted if _joins(f.path)}
         far = sum(f.size for f in base.wanted if near_file(store, f, hashes) is None)
         documents, before = dict[str, dict[str, Any]](), Before()
+        texts = Texts(store, base, folder, Path(temporary) / "texts", calibration, text, fetch=fetch_texts)
 
         def planned(one: Recipe) -> dict[str, Any]:
             problems = list(refusals(source, one))
@@ -92,7 +104,7 @@ def plan_of(
                 check_base(source, one)
                 output = plan_output(source, one, joining)
             except CheckpointError as error:
-                return _document(one, base, problems=[*problems, _of_the_base(error, temporary)])
+                return _document(one, base, problems=[*problems, _of_the_base(error, str(folder))])
             done = _done(store, one, base, hashes, calibration, text)
             stages = _stages(store, one, base, hashes, done, before.stages(one), output)
             to_run = {stage["name"] for stage in stages if stage["state"] == "run"}
@@ -101,7 +113,9 @@ def plan_of(
             # With a store that machines share, the one that quantizes may be another than this.
             too_little = disk_problem(needed.disk, store.near.root) if store.is_local and not elsewhere else None
             problems += [too_little] if too_little else []
-            return _document(one, base, source, output, stages, needed, changes(), problems)
+            # What ends the run in any case needs no text to be read.
+            problems += [] if problems else texts.problems(one, to_run, source.text_config)
+            return _document(one, base, source, output, stages, needed, changes(), problems, texts.notes)
 
         for name, one in recipe.each.items():
             documents[name] = planned(one)
@@ -219,6 +233,7 @@ def _document(
     needed: Needs | None = None,
     changes: dict[str, Any] | None = None,
     problems: list[str] | None = None,
+    notes: list[str] | None = None,
 ) -> dict[str, Any]:
     stages = stages or []
     costs = [stage["cost"] for stage in stages if stage["cost"] is not None]
@@ -245,7 +260,7 @@ def _document(
             "cost": round(sum(costs), 2) if costs else None,
         },
         "changes": changes,
-        "notes": [*(output.notes if output else []), *_notes(recipe)],
+        "notes": [*(output.notes if output else []), *_notes(recipe), *(notes or [])],
         "problems": problems or [],
         **({"outputs": []} if recipe.outputs else {}),
     }
