@@ -97,32 +97,36 @@ class Template:
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Render a chat; plainly if the template refuses it. Raises Unending."""
-        if not self._missing:
-            began = time.monotonic()
-            try:
-                with _bounded():
-                    text = self.tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False)
-                if not isinstance(text, str) or not text.strip():
-                    raise ValueError("it makes nothing of a chat")
-                if len(text) > GROWTH * sum(len(content_of(m)) for m in messages) + OVERHEAD:
-                    raise ValueError(f"it makes {len(text):,} characters of a chat")
-                text.encode()  # half a surrogate pair is no text, and cannot be written
-                self._seconds += time.monotonic() - began
-                if self._seconds > ALL_S:
-                    raise Unending
-                self.templated += 1
-                return text
-            except Unending:
-                raise
-            except Exception as error:  # whatever a stranger's template raises
-                first = next(iter(str(error).splitlines()), "")[:150]
-                said = first if first.isprintable() else repr(first)
-                self.reason = self.reason or f"the base's chat template refuses it: {type(error).__name__}: {said}"
+        text = None if self._missing else self._rendered(messages)
+        if text is None:
+            self.plain += 1
+            return plain_chat(messages)
+        self.templated += 1
+        return text
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> str | None:
+        """What the template makes of a chat; None if it refuses it."""
+        if self._seconds > ALL_S:
+            raise Unending
+        began = time.monotonic()
+        try:
+            with _bounded():
+                text = self.tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False)
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError("it makes nothing of a chat")
+            if len(text) > GROWTH * sum(len(content_of(m)) for m in messages) + OVERHEAD:
+                raise ValueError(f"it makes {len(text):,} characters of a chat")
+            text.encode()  # half a surrogate pair is no text, and cannot be written
+            return text
+        except Unending:
+            raise
+        except Exception as error:  # whatever a stranger's template raises
+            first = next(iter(str(error).splitlines()), "")[:150]
+            said = first if first.isprintable() else repr(first)
+            self.reason = self.reason or f"the base's chat template refuses it: {type(error).__name__}: {said}"
+            return None
+        finally:
             self._seconds += time.monotonic() - began
-            if self._seconds > ALL_S:
-                raise Unending
-        self.plain += 1
-        return plain_chat(messages)
 
 
 def _missing(tokenizer: Any) -> str:
