@@ -20,6 +20,7 @@ from tasks.checkpoint.checkpoint import Checkpoint, read_json
 from tasks.checkpoint.engines import PROCESSOR
 from tasks.download import download_key
 from tasks.errors import CheckpointError, HubError, HubUnavailable, Refused
+from tasks.evaluate import check_tasks
 from tasks.hub.revision import Revision, resolve
 from tasks.hub.skeleton import fetch_files, lay_out
 from tasks.mtp_fix import mtp_fix_key
@@ -44,8 +45,11 @@ LINEAR = re.compile(r"\.linear_attn\.")
 def plan(store: Store, recipe: Recipe, *, elsewhere: bool = False) -> dict[str, Any]:
     """The document of `requant plan --json`. `elsewhere`: the run will be on another machine, whose disk is not this.
 
-    Raises HubUnavailable, StoreUnreachable, RecipeError for a text that is not there.
+    Raises HubUnavailable, StoreUnreachable, RecipeError for a text that is not there, or for tasks of eval that this
+    machine cannot run.
     """
+    if not elsewhere:
+        check_tasks(recipe.eval)
     try:
         base = resolve(recipe.base.repo_id, recipe.base.revision)
         calibration = find_text(recipe.quantize.calibration)

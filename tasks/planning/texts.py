@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks.checkpoint.checkpoint import read_json
 from tasks.download import text_files
 from tasks.errors import CheckpointError, RecipeError
 from tasks.hub.revision import Revision
@@ -74,7 +75,24 @@ class Texts:
                 found.append(f"{key}: {error}")
             except CheckpointError as error:
                 found.append(str(error))
+        if recipe.eval and recipe.eval.chat_template and "validate" in to_run:
+            try:
+                if not self._has_template():
+                    found.append("eval.chat_template: the base has no chat template: leave it out, or set it to false")
+            except CheckpointError as error:
+                found.append(str(error).replace(f"{self._folder}/", ""))
         return found
+
+    def _has_template(self) -> bool:
+        """Whether the base has a chat template: in a file of its own, or in its tokenizer's settings."""
+        if any(next(self._folder.glob(pattern), None) for pattern in TEMPLATES):
+            return True
+        path = self._folder / "tokenizer_config.json"
+        if not path.is_file():
+            return False
+        if not path.is_symlink() and not self._has_tokenizer:
+            fetch_files(self._base, self._folder, [f.path for f in self._base.wanted if f.path == path.name])
+        return bool(read_json(path).get("chat_template"))
 
     def _check(self, key: str, check: Callable[[Mapping[str, int]], None], needed: int, remote_code: bool) -> None:
         text = self._texts[key]

@@ -10,6 +10,7 @@ import pytest
 
 from tasks.errors import RecipeError
 from tasks.hub.revision import Revision
+from tasks.plan import plan
 from tasks.planning.texts import Texts
 from tasks.quantizing.samples import calibration_samples
 from tasks.recipe_file import parse_recipe
@@ -108,6 +109,29 @@ def test_a_data_set_is_judged_by_its_columns_and_else_not_judged(store: Store) -
 
 def test_the_builtin_mixed_text_is_enough_for_the_default_samples(store: Store) -> None:
     assert problems(store, find_text("builtin:mixed"), EVALUATION, nsamples=128, seqlen=2048) == []
+
+
+def test_tasks_that_want_a_chat_template_are_told_that_the_base_has_none(store: Store, tmp_path: Path) -> None:
+    """lm-eval would say so after the quantization."""
+    recipe = parse_recipe({"base": {"repo_id": "a/b"}, "eval": {"tasks": ["gsm8k"], "chat_template": True}})
+    config = json.loads((TINY / "tokenizer_config.json").read_text())
+
+    def told(**changes: Any) -> list[str]:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **changes}))
+        texts = Texts(store, BASE, tmp_path, tmp_path / "scratch", PYTHON, EVALUATION, fetch=True)
+        return texts.problems(recipe, {"validate"}, LONG)
+
+    assert told() == ["eval.chat_template: the base has no chat template: leave it out, or set it to false"]
+    assert told(chat_template="{{ messages }}") == []
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert told() == []
+
+
+def test_tasks_that_this_machine_cannot_run_end_its_plan_as_they_end_its_run(store: Store) -> None:
+    tasks = {"tasks": ["gsm8k"], "definitions": "/no/such/folder"}
+    recipe = parse_recipe({"base": {"repo_id": "a/b"}, "allow_remote_code": True, "eval": tasks})
+    with pytest.raises(RecipeError, match=r"^eval\.(tasks|definitions): "):
+        plan(store, recipe)
 
 
 def test_a_text_that_is_gone_is_told_where_it_is_named(tmp_path: Path) -> None:
