@@ -58,7 +58,7 @@ def read_part(base: Manifest) -> Manifest:
 
 
 def template_part(base: Manifest) -> Manifest:
-    """The files of a base that hold its chat template, beside those that quantize reads in any case."""
+    """Select the files of a base that hold its chat template, beside those that quantize reads in any case."""
     return Manifest.of(f for f in base.files if any(fnmatch.fnmatch(f.path, pattern) for pattern in TEMPLATES))
 
 
@@ -141,7 +141,7 @@ def _work(job: dict[str, Any], base: Checkpoint, bits: dict[str, int]) -> dict[s
 
 
 def tokenizer_part(base: Manifest) -> Manifest:
-    """The files of a base that render chats and count tokens."""
+    """Select the files of a base that render chats and count tokens."""
     patterns = ("config.json", "*.py", *TOKENIZER, *TEMPLATES)
     return Manifest.of(f for f in base.files if any(fnmatch.fnmatch(f.path, pattern) for pattern in patterns))
 

@@ -41,7 +41,7 @@ class Rendered:
 
     @property
     def told(self) -> str:
-        """What became of the chats, as a sentence for the log; empty where there are none."""
+        """Say what became of the chats, for the log; nothing where there are none."""
         if not self.templated and not self.plain:
             return ""
         plain = f"; {self.plain} as plain `role: content` ({self.reason})" if self.plain else ""

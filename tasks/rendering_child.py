@@ -105,7 +105,7 @@ class Template:
         return text
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> str | None:
-        """What the template makes of a chat; None if it refuses it."""
+        """Render a chat by the template; None if it refuses the chat."""
         if self._seconds > ALL_S:
             raise Unending
         began = time.monotonic()

@@ -33,7 +33,7 @@ class Row:
 
     @property
     def characters(self) -> int:
-        """Characters of what it says, without those that a chat template adds."""
+        """Count the characters of what it says, without those that a chat template adds."""
         return len(self.text) + sum(len(content_of(message)) for message in self.messages)
 
 
@@ -101,7 +101,7 @@ def _is_message(message: Any) -> bool:
 
 
 def content_of(message: Mapping[str, Any]) -> str:
-    """The words of a message: its content, or the parts of it that are text."""
+    """Give the words of a message: its content, or the parts of it that are text."""
     content = message.get("content")
     if isinstance(content, list):
         parts = (part.get("text") for part in content if isinstance(part, dict))
@@ -127,7 +127,7 @@ def columns_of(head: bytes, tail: bytes, suffix: str) -> tuple[str, ...]:
 
 
 def needs_template(paths: Iterable[str | Path]) -> bool:
-    """Whether some row of these files has messages and no text; what cannot be read has none."""
+    """Tell whether some row of these files has messages and no text; what cannot be read has none."""
     for path in map(str, paths):
         with contextlib.suppress(OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
             if path.endswith(JSON) and not _mentions(path, b'"messages"'):
@@ -140,7 +140,7 @@ def needs_template(paths: Iterable[str | Path]) -> bool:
 
 
 def _mentions(path: str, word: bytes) -> bool:
-    """Whether a file holds these bytes: far cheaper than reading its rows."""
+    """Tell whether a file holds these bytes: far cheaper than reading its rows."""
     with open(path, "rb") as stream:
         before = b""
         while chunk := stream.read(1 << 20):
@@ -151,7 +151,7 @@ def _mentions(path: str, word: bytes) -> bool:
 
 
 def _documents(path: str, columns: list[str]) -> Iterator[Mapping[str, Any]]:
-    """The rows of one file; the names of its columns are added to `columns`."""
+    """Read the rows of one file; the names of its columns are added to `columns`."""
     if path.endswith(JSON):
         with open(path, encoding="utf-8") as stream:
             is_list = stream.read(1) == "["

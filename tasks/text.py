@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tasks.artifact import digest_of, sha256_of
 from tasks.errors import RecipeError
-from tasks.hub.revision import HubFile, Revision, resolve
+from tasks.hub.revision import Revision, resolve
 from tasks.hub.skeleton import stream
 from tasks.recipe import BUILTIN_EVALUATION
 from tasks.recipe_quantize import BUILTIN
@@ -19,6 +19,7 @@ READABLE = (".parquet", ".jsonl", ".json", ".txt")
 MIXED = ("builtin:mixed",)  # of these, samples are taken from each domain
 CHATS = ("builtin:mixed", "builtin:mixed-evaluation")
 MAX_DATASET = 4_000_000_000  # bytes: more is not for calibration
+DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 PEEK = 1 << 16  # bytes of a data set's first file that tell its columns
 MAX_FOOTER = 16 << 20  # bytes of a Parquet file's footer: larger ones tell nothing
 
@@ -40,7 +41,7 @@ class Text:
 
     @property
     def mixed(self) -> bool:
-        """Whether samples are taken from each of its domains."""
+        """Tell whether samples are taken from each of its domains."""
         return self.name in MIXED
 
 
@@ -74,7 +75,7 @@ def find_text(name: str, key: str = "quantize.calibration") -> Text:
         )
     pinned = Revision(dataset.repo_id, dataset.sha, files, "dataset")
     held = digest_of([(f.path, f.size, f.sha256 or f.blob_id) for f in files])  # an edited README changes nothing
-    columns = _columns(pinned, files[0])
+    columns = _columns(pinned)
     chats = COLUMNS[1] in columns and COLUMNS[0] not in columns
     return _text(f"{repo_id}@{dataset.sha}", f"dataset:{held}", chats, dataset=pinned, columns=columns)
 
@@ -87,15 +88,18 @@ def _text(
     dataset: Revision | None = None,
     columns: tuple[str, ...] = (),
 ) -> Text:
-    """A text. That chats are read came later than texts: only the digest of one that has chats says so."""
+    """Make a text. Chats came later than texts: only the digest of a text that has chats says so."""
     return Text(name, f"chats:{held}" if chats else held, path, dataset, chats, columns)
 
 
-def _columns(dataset: Revision, file: HubFile) -> tuple[str, ...]:
-    """The columns of a data set's first file, from a few KB of it; none where these do not tell."""
-    suffix = Path(file.path).suffix
-    if suffix == ".txt" or not file.size:
+def _columns(dataset: Revision) -> tuple[str, ...]:
+    """Tell the columns of a data set from a few KB of its first file with rows; none where these do not tell."""
+    rows = [f for f in dataset.files if not f.path.endswith((".txt", *DESCRIPTIONS)) and f.size]
+    if not rows:
         return ()
+    # What describes a data set is JSON too: files that can only be data tell more.
+    file = min(rows, key=lambda f: (f.path.endswith(".json"), not f.path.endswith(".parquet"), f.path))
+    suffix = Path(file.path).suffix
     if suffix != ".parquet":
         return columns_of(b"".join(stream(dataset, file.path, 0, min(PEEK, file.size))), b"", suffix)
     tail = b"".join(stream(dataset, file.path, max(0, file.size - PEEK), file.size))

@@ -12,12 +12,12 @@ PROBE = 128  # tokens of the first window whose hidden states are kept at every 
 
 
 def window_length(text_config: Mapping[str, Any], most: int = LENGTH) -> int:
-    """Tokens of one window: as long as the model allows, and at most `most`."""
+    """Give the tokens of one window: as long as the model allows, and at most `most`."""
     return min(most, int(text_config.get("max_position_embeddings") or most))
 
 
 def window_count(tokens: int, length: int, name: str, most: int = WINDOWS) -> int:
-    """How many windows of `length` a text of so many tokens gives. Raises RecipeError if it gives none."""
+    """Say how many windows of `length` a text of so many tokens gives. Raises RecipeError if it gives none."""
     count = min(most, tokens // length)
     if count < 1:
         raise RecipeError(f"{name} has {tokens:,} tokens, and measuring needs at least {length}: name a longer text")

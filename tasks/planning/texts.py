@@ -53,7 +53,7 @@ class Texts:
         self.notes: list[str] = []
 
     def problems(self, recipe: Recipe, to_run: Collection[str], text_config: Mapping[str, Any]) -> list[str]:
-        """What would end a run of these stages because of its texts, one sentence for each text."""
+        """Say what would end a run of these stages because of its texts, one sentence for each text."""
         asked = recipe.quantize
 
         def samples(tokens: Mapping[str, int]) -> None:
@@ -84,7 +84,7 @@ class Texts:
         return found
 
     def _has_template(self) -> bool:
-        """Whether the base has a chat template: in a file of its own, or in its tokenizer's settings."""
+        """Tell whether the base has a chat template: in a file of its own, or in its tokenizer's settings."""
         if any(next(self._folder.glob(pattern), None) for pattern in TEMPLATES):
             return True
         path = self._folder / "tokenizer_config.json"
@@ -96,7 +96,7 @@ class Texts:
 
     def _check(self, key: str, check: Callable[[Mapping[str, int]], None], needed: int, remote_code: bool) -> None:
         text = self._texts[key]
-        if text.columns and not set(text.columns) & set(COLUMNS):
+        if text.columns and not set(text.columns) & set(COLUMNS) and _alike(text):
             raise RecipeError(unusable(text.name, text.columns))
         if text.dataset is not None and not self._fetch:
             note = f"{key}: whether {text.name} has enough tokens is not judged: a run fetches and reads it first"
@@ -114,7 +114,7 @@ class Texts:
         return self._files[key]
 
     def _count(self, key: str, needed: int, remote_code: bool) -> Mapping[str, int]:
-        """The tokens of a text by domain, as the stages will have them."""
+        """Count the tokens of a text by domain, as the stages will have them."""
         text = self._texts[key]
         if key not in self._tokens:
             self._bring_tokenizer(remote_code)
@@ -143,8 +143,14 @@ class Texts:
         self._has_tokenizer = True
 
 
+def _alike(text: Text) -> bool:
+    """Tell whether the files of a data set have the columns of its first one: of several, Parquet files do."""
+    files = text.dataset.files if text.dataset else ()
+    return len(files) == 1 or all(file.path.endswith(".parquet") for file in files)
+
+
 def _at_least(text: Text, paths: Sequence[Path], needed: int) -> Mapping[str, int]:
-    """Tokens that a text has in any case, by domain, from its characters; reading ends when these are enough."""
+    """Count the tokens that a text has in any case, by domain, from its characters; reading ends when these do."""
     characters = Counter[str]()
     for row in read_rows(paths, text.name, chats=text.chats):
         characters[row.domain if text.mixed else ""] += row.characters

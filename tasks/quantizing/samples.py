@@ -14,7 +14,7 @@ from tasks.rows import read_rows
 def calibration_samples(
     tokenizer: Any, texts: list[str], nsamples: int, seqlen: int, *, mixed: bool = False, seed: int = 0
 ) -> list[Any]:
-    """`nsamples` token tensors `[1, seqlen]` int64, cut at even distances from the texts read one after another.
+    """Cut `nsamples` token tensors `[1, seqlen]` int64 at even distances from the texts read one after another.
 
     Of a `mixed` text they are cut from the rows of each domain by turns, at places that `seed` draws.
 
@@ -41,7 +41,7 @@ def calibration_samples(
 
 
 def shares(tokens: Mapping[str, int], nsamples: int, seqlen: int, seed: int = 0) -> dict[str, int]:
-    """How many samples each domain gives, from its tokens: as many as the others, or as many as it has.
+    """Say how many samples each domain gives, from its tokens: as many as the others, or as many as it has.
 
     With fewer samples than domains, `seed` says which give one. Raises RecipeError if the tokens do not suffice.
     """
@@ -65,7 +65,7 @@ def shares(tokens: Mapping[str, int], nsamples: int, seqlen: int, seed: int = 0)
 
 
 def _places(ids: Mapping[str, list[int]], counts: Mapping[str, int], seqlen: int, seed: int) -> list[tuple[str, int]]:
-    """Where each sample begins, in its domain's tokens: one in each of as many equal parts as it gives samples."""
+    """Draw where each sample begins, in its domain's tokens: one in each of as many equal parts as it gives samples."""
     places: list[tuple[float, str, int]] = []
     for domain, count in counts.items():
         draw = random.Random(f"{seed} {domain}")

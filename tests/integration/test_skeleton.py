@@ -179,5 +179,11 @@ def test_the_columns_of_a_data_set_are_known_from_a_few_kilobytes(name: str, hub
     assert sent(hub) < 300_000
     texts = seeded(hub, tmp_path / f"texts-{kind}", name, {"text": "a", "messages": CHAT})
     assert not texts.chats and texts.digest.startswith("dataset:")
+    described = tmp_path / f"described-{kind}"
+    described.mkdir()
+    (described / "dataset_infos.json").write_text('{"default": {"features": {}}}')
+    (described / name).write_bytes((tmp_path / f"texts-{kind}" / name).read_bytes())
+    hub.seed(f"demo/{described.name}", described, repo_type="dataset")
+    assert find_text(f"demo/{described.name}").columns == ("text", "messages")
     wrong = seeded(hub, tmp_path / f"wrong-{kind}", name, {"prompt": "a", "answer": "b"})
     assert not wrong.chats and wrong.columns == ("prompt", "answer")

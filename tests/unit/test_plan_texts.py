@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tasks.errors import RecipeError
-from tasks.hub.revision import Revision
+from tasks.hub.revision import HubFile, Revision
 from tasks.plan import plan
 from tasks.planning.texts import Texts
 from tasks.quantizing.samples import calibration_samples
@@ -102,6 +103,8 @@ def test_a_data_set_is_judged_by_its_columns_and_else_not_judged(store: Store) -
     right = Text("me/right@1", "d", dataset=BASE, columns=("text", "id"))
     (told,) = problems(store, right, wrong, fetch=False, notes=notes)
     assert told.startswith("validation.text: the rows of me/wrong@1 have the columns prompt, answer;")
+    lines = replace(BASE, files=tuple(HubFile(name, 9, "b", None) for name in ("a.jsonl", "b.jsonl")))
+    assert problems(store, right, replace(wrong, dataset=lines), fetch=False) == []  # the other file may have others
     assert notes == [
         "quantize.calibration: whether me/right@1 has enough tokens is not judged: a run fetches and reads it first"
     ]
