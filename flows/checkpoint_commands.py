@@ -46,10 +46,11 @@ def validate(folder: Path, base: str, recipe: Path | None) -> tuple[dict[str, An
     check_tasks(tasks)
     text = find_text((loaded.validation if loaded else Validation()).text, "validation.text")
     with tempfile.TemporaryDirectory(prefix="requant-") as scratch:
+        theirs = _whole(base)
         values = validate_folders(
             folder,
-            _whole(base),
-            one_file(open_store(), text, Path(scratch)),
+            theirs,
+            one_file(open_store(), text, Path(scratch), theirs, remote_code, progress),
             remote_code=remote_code,
             pack_head=packed,
             tasks=tasks,

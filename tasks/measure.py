@@ -18,7 +18,7 @@ import torch
 from tasks.checkpoint.blocks import at_once
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.errors import CheckpointError
-from tasks.measuring import LENGTH, PROBE, WINDOWS
+from tasks.measuring import LENGTH, PROBE, WINDOWS, window_count, window_length
 from tasks.measuring.blocks import Rows, run_blocks
 from tasks.measuring.decode import agreement, decode, decode_in_blocks, speculate
 from tasks.measuring.head import MtpHead
@@ -146,10 +146,8 @@ def windows(folder: Path, text: Path, checkpoint: Checkpoint, *, remote_code: bo
     """The pinned tokens `[windows, length]`, spread evenly over the text."""
     tokenizer = load_tokenizer(folder, remote_code=remote_code)
     ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-    length = min(LENGTH, int(checkpoint.text_config.get("max_position_embeddings") or LENGTH))
-    count = min(WINDOWS, len(ids) // length)
-    if count < 1:
-        raise CheckpointError(f"the tokenizer of {folder} makes {len(ids)} tokens of {text.name}: too few to measure")
+    length = window_length(checkpoint.text_config, LENGTH)
+    count = window_count(len(ids), length, f"the text {text.name}, cut by the tokenizer of {folder.name},", WINDOWS)
     stride = (len(ids) - length) // max(count - 1, 1)
     vocabulary = int(checkpoint.text_config.get("vocab_size") or 1 << 31)
     tokens: Ints = np.array([ids[i * stride : i * stride + length] for i in range(count)], dtype=np.int32)

@@ -21,6 +21,7 @@ from tasks.checkpoint.checkpoint import Checkpoint, read_json
 from tasks.checkpoint.engines import PROCESSOR
 from tasks.download import download_key
 from tasks.errors import CheckpointError, HubError, HubUnavailable, Refused
+from tasks.evaluate import check_tasks
 from tasks.hub.revision import Revision, resolve
 from tasks.hub.skeleton import fetch_files, lay_out
 from tasks.mtp_fix import mtp_fix_key
@@ -32,6 +33,7 @@ from tasks.planning.needs import Needs, disk_problem, needs
 from tasks.planning.output import Output, blocks_of, head_bytes, plan_output
 from tasks.planning.refusals import check_base, refusals
 from tasks.planning.several import Before, together
+from tasks.planning.texts import Texts
 from tasks.quantize import quantize_key
 from tasks.recipe import Recipe
 from tasks.store import Store
@@ -45,8 +47,11 @@ LINEAR = re.compile(r"\.linear_attn\.")
 def plan(store: Store, recipe: Recipe, *, elsewhere: bool = False) -> dict[str, Any]:
     """The document of `requant plan --json`. `elsewhere`: the run will be on another machine, whose disk is not this.
 
-    Raises HubUnavailable, StoreUnreachable, RecipeError for a text that is not there.
+    Raises HubUnavailable, StoreUnreachable, RecipeError for a text that is not there, or for tasks of eval that this
+    machine cannot run.
     """
+    if not elsewhere:
+        check_tasks(recipe.eval)
     try:
         base = resolve(recipe.base.repo_id, recipe.base.revision)
         calibration = find_text(recipe.quantize.calibration)
@@ -72,7 +77,7 @@ def preflight(store: Store, recipe: Recipe, base: Revision, calibration: Text, t
 
     Returns what is foreseen of each result, by the output's name.
     """
-    document = plan_of(store, recipe, base, calibration, text)
+    document = plan_of(store, recipe, base, calibration, text, fetch_texts=True)
     if document["problems"]:
         raise Refused("; ".join(document["problems"]))
     found = {one.get("name", ""): one for one in document.get("outputs") or [document]}
@@ -83,23 +88,34 @@ def preflight(store: Store, recipe: Recipe, base: Revision, calibration: Text, t
 
 
 def plan_of(
-    store: Store, recipe: Recipe, base: Revision, calibration: Text, text: Text, *, elsewhere: bool = False
+    store: Store,
+    recipe: Recipe,
+    base: Revision,
+    calibration: Text,
+    text: Text,
+    *,
+    elsewhere: bool = False,
+    fetch_texts: bool = False,
 ) -> dict[str, Any]:
-    """The plan for a base and texts that are resolved; of several outputs one for all."""
+    """The plan for a base and texts that are resolved; of several outputs one for all. `fetch_texts`: texts that are
+    Hub data sets are fetched and read too."""
     hashes = hashes_of(store, base)
     with TemporaryDirectory(prefix="requant-") as temporary:
         try:
             base.check_names()
-            folder = lay_out(base, Path(temporary), lambda file: near_file(store, file, hashes))
+            folder = Path(temporary) / "base"
+            folder.mkdir()
+            lay_out(base, folder, lambda file: near_file(store, file, hashes))
             if (folder / PROCESSOR).is_file() and not (folder / PROCESSOR).is_symlink():
                 fetch_files(base, folder, [PROCESSOR])  # whether an engine will load depends on what it says
             source = Checkpoint.open(folder)
         except CheckpointError as error:
-            return _document(recipe, base, problems=[_of_the_base(error, temporary)])
+            return _document(recipe, base, problems=[_of_the_base(error, f"{temporary}/base")])
         changes = functools.cache(lambda: _changes(store, base, hashes, source))
         joining = {f.path: f.size for f in base.wanted if _joins(f.path)}
         far = sum(f.size for f in base.wanted if near_file(store, f, hashes) is None)
         documents, before = dict[str, dict[str, Any]](), Before()
+        texts = Texts(store, base, folder, Path(temporary) / "texts", calibration, text, fetch=fetch_texts)
 
         def planned(one: Recipe) -> tuple[Recipe, dict[str, Any]]:
             problems = list(refusals(source, one))
@@ -108,7 +124,7 @@ def plan_of(
                 one = settled(source, one)
                 output = plan_output(source, one, joining)
             except CheckpointError as error:
-                return one, _document(one, base, problems=[*problems, _of_the_base(error, temporary)])
+                return one, _document(one, base, problems=[*problems, _of_the_base(error, str(folder))])
             done = _done(store, one, base, hashes, calibration, text)
             stages = _stages(store, one, base, hashes, done, before.stages(one), output)
             to_run = {stage["name"] for stage in stages if stage["state"] == "run"}
@@ -117,7 +133,9 @@ def plan_of(
             # With a store that machines share, the one that quantizes may be another than this.
             too_little = disk_problem(needed.disk, store.near.root) if store.is_local and not elsewhere else None
             problems += [too_little] if too_little else []
-            return one, _document(one, base, source, output, stages, needed, changes(), problems)
+            # What ends the run in any case needs no text to be read.
+            problems += [] if problems else texts.problems(one, to_run, source.text_config)
+            return one, _document(one, base, source, output, stages, needed, changes(), problems, texts.notes)
 
         for name, asked in recipe.each.items():
             one, documents[name] = planned(asked)
@@ -235,6 +253,7 @@ def _document(
     needed: Needs | None = None,
     changes: dict[str, Any] | None = None,
     problems: list[str] | None = None,
+    notes: list[str] | None = None,
 ) -> dict[str, Any]:
     stages = stages or []
     costs = [stage["cost"] for stage in stages if stage["cost"] is not None]
@@ -261,7 +280,7 @@ def _document(
             "cost": round(sum(costs), 2) if costs else None,
         },
         "changes": changes,
-        "notes": [*(output.notes if output else []), *_notes(recipe)],
+        "notes": [*(output.notes if output else []), *_notes(recipe), *(notes or [])],
         "problems": problems or [],
         **({"outputs": []} if recipe.outputs else {}),
     }

@@ -27,6 +27,7 @@ from tasks.quantizing import carry
 from tasks.quantizing.run import Report, blocks_of, down_the_ladder
 from tasks.recipe import Recipe
 from tasks.recipe_quantize import Quantize
+from tasks.rendering import TEMPLATES, TOKENIZER, render
 from tasks.stage import Made, Stage, StageResult, put_files, run_stage
 from tasks.store import Store, open_store
 from tasks.store.resume import kept, restore, sweep
@@ -45,8 +46,11 @@ log = logging.getLogger(__name__)
 def quantize_key(recipe: Recipe, base: Manifest, calibration: Text) -> str:
     """The stage key. Raises RecipeError for a group size of auto: keys are made of the number that it comes to."""
     _scheme(recipe)
+    reads = {"base": read_part(base).digest, "calibration": calibration.digest}
+    if calibration.chats:
+        reads["chat_template"] = template_part(base).digest
     return STAGE.key(
-        reads={"base": read_part(base).digest, "calibration": calibration.digest},
+        reads=reads,
         settings={**_settings(recipe.quantize), "allow_remote_code": recipe.allow_remote_code},
     )
 
@@ -59,6 +63,11 @@ def _settings(asked: Quantize) -> dict[str, Any]:
 def read_part(base: Manifest) -> Manifest:
     """The files of a base that quantize reads."""
     return Manifest.of(f for f in base.files if any(fnmatch.fnmatch(f.path, pattern) for pattern in READ))
+
+
+def template_part(base: Manifest) -> Manifest:
+    """Select the files of a base that hold its chat template, beside those that quantize reads in any case."""
+    return Manifest.of(f for f in base.files if any(fnmatch.fnmatch(f.path, pattern) for pattern in TEMPLATES))
 
 
 def quantize(
@@ -83,11 +92,27 @@ def quantize(
             say("the base is FP8: it is quantized from the BF16 weights that its scales give")
             model = write_plain(checkpoint, folder / "plain")
         checkpoint = plain(one_by_one(checkpoint))  # as auto-round packs it
+        texts = text_files(store, calibration, folder / "calibration")
+        chats = None
+        if calibration.chats:
+            tokenizer = store.hand_out(tokenizer_part(base), folder / "tokenizer")
+            most = None if calibration.mixed else 4 * recipe.quantize.nsamples * recipe.quantize.seqlen
+            chats = render(
+                tokenizer,
+                texts,
+                folder / "rendered",
+                name="the calibration text",
+                remote_code=recipe.allow_remote_code,
+                most_tokens=most,
+            )
+            say(f"calibration: {chats.told}")
+            texts = [chats.path]
         job = {
             **_settings(recipe.quantize),
             **_scheme(recipe),
             "model": str(model),
-            "texts": [str(path) for path in text_files(store, calibration, folder / "calibration")],
+            "texts": [str(path) for path in texts],
+            "mixed": calibration.mixed,
             "head": head.prefixes if head else [],
             "allow_remote_code": recipe.allow_remote_code,
             "tools": STAGE.locked,
@@ -107,6 +132,7 @@ def quantize(
             "attempts": attempts,
             "blocks": blocks_of(folder / "events.jsonl"),
             "peak_gpu_bytes": result["peak_gpu_bytes"],
+            **({"chats": chats.to_json()} if chats else {}),
         }
         return Made(Manifest.of(files), record)
 
@@ -126,6 +152,12 @@ def _work(job: dict[str, Any], base: Checkpoint, bits: dict[str, int]) -> dict[s
     shapes = (base.tensors[f"{m}.weight"].shape for m, b in bits.items() if b < 16 and f"{m}.weight" in base.tensors)
     asked = {key: job[key] for key in ("iters", "nsamples", "seqlen", "batch_size", "fast")}
     return {"parameters": sum(map(math.prod, shapes)), **asked}
+
+
+def tokenizer_part(base: Manifest) -> Manifest:
+    """Select the files of a base that render chats and count tokens."""
+    patterns = ("config.json", "*.py", *TOKENIZER, *TEMPLATES)
+    return Manifest.of(f for f in base.files if any(fnmatch.fnmatch(f.path, pattern) for pattern in patterns))
 
 
 @task(**options("quantize", hours=48))

@@ -98,7 +98,9 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
         tune.install(chosen, events, clock.step if clock else lambda: None)
     events("settings", **settings)
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"], **remote)
-    samples = calibration_samples(tokenizer, job["texts"], job["nsamples"], job["seqlen"])
+    samples = calibration_samples(
+        tokenizer, job["texts"], job["nsamples"], job["seqlen"], mixed=job["mixed"], seed=job["seed"]
+    )
     # An expert has a name of its own in the checkpoint, and in the model once auto-round has taken it apart.
     apart = one_by_one(Checkpoint.open(Path(job["model"]))).modules
     _check_layer_names(job["layers"], [*(name for name, _ in model.named_modules()), *apart])

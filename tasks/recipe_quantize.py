@@ -18,8 +18,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "auto-round-best": {"iters": 1000, "nsamples": 512, "seqlen": 2048, "batch_size": 8},
     "auto-round-light": {"iters": 50, "nsamples": 128, "seqlen": 2048, "batch_size": 8, "lr": 5e-3},
 }
-# Texts of this package to calibrate with, in tasks/texts.
-BUILTIN = ("builtin:python",)
+# Texts of this package to calibrate with, in tasks/texts. The first is the default: prose, code and chats.
+BUILTIN = ("builtin:mixed", "builtin:python")
 PRESET_KEYS = frozenset(key for preset in PRESETS.values() for key in preset)
 REPO_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$"
 # What `_publishable` allows, as a form checks it: pydantic's own patterns know no lookahead.
@@ -133,7 +133,9 @@ class Quantize(Section):
     lr: Rate | None = Field(None, description="Step size; by default 1 / iters")
     seed: int = Field(42, ge=0, le=2**32 - 1, description="Of the samples' order")
     calibration: str = Field(
-        "builtin:python", description="Hub data set id[@revision], a local .txt or .jsonl file, or builtin:python"
+        BUILTIN[0],
+        description="Hub data set id[@revision], a local .txt or .jsonl file, builtin:mixed, or builtin:python for a "
+        "model that writes Python alone",
     )
     layers: Layers = Field({}, description="Per-layer overrides: auto-round's layer_config")
     fast: Choice = Field("auto", description="Our tuning loop in place of auto-round's: the same steps")

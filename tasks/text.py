@@ -8,23 +8,41 @@ from pathlib import Path
 from tasks.artifact import digest_of, sha256_of
 from tasks.errors import RecipeError
 from tasks.hub.revision import Revision, resolve
+from tasks.hub.skeleton import stream
 from tasks.recipe import BUILTIN_EVALUATION
 from tasks.recipe_quantize import BUILTIN
+from tasks.rows import COLUMNS, columns_of, needs_template
 
 TEXTS = Path(__file__).parent / "texts"
 EVALUATION = TEXTS / "python-evaluation.txt"
 READABLE = (".parquet", ".jsonl", ".json", ".txt")
+MIXED = ("builtin:mixed",)  # of these, samples are taken from each domain
+CHATS = ("builtin:mixed", "builtin:mixed-evaluation")
 MAX_DATASET = 4_000_000_000  # bytes: more is not for calibration
+DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+PEEK = 1 << 16  # bytes of a data set's first file that tell its columns
+MAX_FOOTER = 16 << 20  # bytes of a Parquet file's footer: larger ones tell nothing
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text by name: `digest` says what it holds; it is a local file, or the data files of a Hub data set."""
+    """A text by name: `digest` says what it holds; it is a local file, or the data files of a Hub data set.
+
+    `chats`: rows of it are messages, which the base's chat template renders. `columns`: those of a data set's first
+    file, as far as they are known.
+    """
 
     name: str
     digest: str
     path: Path | None = None
     dataset: Revision | None = None
+    chats: bool = False
+    columns: tuple[str, ...] = ()
+
+    @property
+    def mixed(self) -> bool:
+        """Tell whether samples are taken from each of its domains."""
+        return self.name in MIXED
 
 
 def find_text(name: str, key: str = "quantize.calibration") -> Text:
@@ -36,11 +54,12 @@ def find_text(name: str, key: str = "quantize.calibration") -> Text:
     if name.startswith("builtin:"):
         if name not in BUILTIN + BUILTIN_EVALUATION:
             raise RecipeError(f"{key}: {name} does not exist: use {' or '.join(BUILTIN + BUILTIN_EVALUATION)}")
-        path = TEXTS / f"{name.removeprefix('builtin:')}.txt"
-        return Text(name, sha256_of(path), path=path)
+        path = TEXTS / f"{name.removeprefix('builtin:')}.{'jsonl' if name in CHATS else 'txt'}"
+        return _text(name, sha256_of(path), name in CHATS, path=path)
     if Path(name).is_absolute():
         try:
-            return Text(Path(name).name, sha256_of(Path(name)), path=Path(name))
+            held = sha256_of(Path(name))
+            return _text(Path(name).name, held, needs_template([name]), path=Path(name))
         except (OSError, ValueError) as error:  # a NUL in the name
             reason = getattr(error, "strerror", None) or error
             raise RecipeError(
@@ -56,4 +75,35 @@ def find_text(name: str, key: str = "quantize.calibration") -> Text:
         )
     pinned = Revision(dataset.repo_id, dataset.sha, files, "dataset")
     held = digest_of([(f.path, f.size, f.sha256 or f.blob_id) for f in files])  # an edited README changes nothing
-    return Text(f"{repo_id}@{dataset.sha}", f"dataset:{held}", dataset=pinned)
+    columns = _columns(pinned)
+    chats = COLUMNS[1] in columns and COLUMNS[0] not in columns
+    return _text(f"{repo_id}@{dataset.sha}", f"dataset:{held}", chats, dataset=pinned, columns=columns)
+
+
+def _text(
+    name: str,
+    held: str,
+    chats: bool,
+    path: Path | None = None,
+    dataset: Revision | None = None,
+    columns: tuple[str, ...] = (),
+) -> Text:
+    """Make a text. Chats came later than texts: only the digest of a text that has chats says so."""
+    return Text(name, f"chats:{held}" if chats else held, path, dataset, chats, columns)
+
+
+def _columns(dataset: Revision) -> tuple[str, ...]:
+    """Tell the columns of a data set from a few KB of its first file with rows; none where these do not tell."""
+    rows = [f for f in dataset.files if not f.path.endswith((".txt", *DESCRIPTIONS)) and f.size]
+    if not rows:
+        return ()
+    # What describes a data set is JSON too: files that can only be data tell more.
+    file = min(rows, key=lambda f: (f.path.endswith(".json"), not f.path.endswith(".parquet"), f.path))
+    suffix = Path(file.path).suffix
+    if suffix != ".parquet":
+        return columns_of(b"".join(stream(dataset, file.path, 0, min(PEEK, file.size))), b"", suffix)
+    tail = b"".join(stream(dataset, file.path, max(0, file.size - PEEK), file.size))
+    footer = int.from_bytes(tail[-8:-4], "little") + 8
+    if len(tail) < footer <= min(file.size, MAX_FOOTER):
+        tail = b"".join(stream(dataset, file.path, file.size - footer, file.size))
+    return columns_of(b"", tail, suffix)

@@ -5,6 +5,7 @@ Measuring is the stage and is kept. Comparing with the recipe's limits is `tasks
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -25,8 +26,9 @@ from tasks.errors import CheckpointError, RecipeError, RequantError
 from tasks.evaluate import Scores, asked, evaluate, evaluated, recovery, whole
 from tasks.gates import most_repeated
 from tasks.prefect_stage import options, say, shown
-from tasks.quantizing.samples import read_documents
 from tasks.recipe import PACKED_HEADS, Eval, Recipe
+from tasks.rendering import render
+from tasks.rows import read_rows
 from tasks.stage import Made, Stage, StageResult, put_files, run_stage
 from tasks.store import Store, open_store
 from tasks.text import EVALUATION, Text
@@ -70,8 +72,13 @@ def validate(
         theirs = store.hand_out(compared_part(base), folder / "base")
         manifests = {ours: artifact, theirs: compared_part(base)}
 
+        @functools.cache
+        def words() -> Path:
+            return one_file(store, text, folder / "words", theirs, recipe.allow_remote_code, say)
+
         def kept(path: Path, device: torch.device, dtype: torch.dtype) -> Measurement:
-            return measurement(store, manifests[path], path, text, device, dtype, recipe.allow_remote_code, say)
+            remote_code = recipe.allow_remote_code
+            return measurement(store, manifests[path], path, text, words, device, dtype, remote_code, say)
 
         def scored(path: Path) -> Scores:
             return evaluated(store, recipe, manifests[path], path, *whole(theirs), say)
@@ -101,12 +108,14 @@ def measurement(
     manifest: Manifest,
     folder: Path,
     text: Text,
+    words: Callable[[], Path],
     device: torch.device,
     dtype: torch.dtype,
     remote_code: bool,
     say: Callable[[str], None],
 ) -> Measurement:
-    """The measurement of one checkpoint, kept: a base is measured once for all that is made of it."""
+    """The measurement of one checkpoint on a text, whose file `words` gives; kept: a base is measured once for all that
+    is made of it."""
     from tasks.measure import VERSION, measure
     from tasks.measuring.measurement import Measurement
 
@@ -116,8 +125,7 @@ def measurement(
     )
 
     def work(scratch: Path) -> Made:
-        words = one_file(store, text, scratch)
-        found = measure(folder, words, device, dtype, remote_code=remote_code, say=say)
+        found = measure(folder, words(), device, dtype, remote_code=remote_code, say=say)
         files = [write_file(scratch, ARRAYS, [found.to_bytes()])]
         put_files(store, scratch, files)
         return Made(Manifest.of(files), {"perplexity": found.perplexity, "acceptance": found.acceptance})
@@ -125,26 +133,43 @@ def measurement(
     return Measurement.from_bytes(store.read_blob(run_stage(store, MEASURE, key, work, say).manifest[ARRAYS]))
 
 
-def one_file(store: Store, text: Text, folder: Path) -> Path:
-    """A text as one file to measure on: of a data set its first CHARACTERS. Raises RecipeError where there is none."""
+def one_file(
+    store: Store,
+    text: Text,
+    folder: Path,
+    model: Path,
+    remote_code: bool = False,
+    say: Callable[[str], None] = log.info,
+) -> Path:
+    """A text as one file to measure on: of a data set its first CHARACTERS, its chats rendered as `model` has them.
+
+    Raises RecipeError where there is nothing to read.
+    """
     if text.path is not None and text.path.suffix == ".txt":
         return text.path
-    documents, size, said = [], 0, "none at all"
+    paths = text_files(store, text, folder / "text")
+    documents, size = [], 0
     try:
-        for document in read_documents([str(path) for path in text_files(store, text, folder / "text")]):
-            documents.append(document)
-            size += len(document)
+        if text.chats:
+            rendered = render(
+                model,
+                paths,
+                folder / "rendered",
+                name=text.name,
+                remote_code=remote_code,
+                most_characters=CHARACTERS,
+            )
+            say(f"validation text: {rendered.told}")
+            paths = [rendered.path]
+        for row in read_rows(paths, text.name):
+            documents.append(row.text)
+            size += len(row.text)
             if size >= CHARACTERS:
                 break
-    except RequantError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:  # JSON's and Arrow's own are among them
-        documents, said = [], f"{type(error).__name__}: {error}".splitlines()[0]
-    if not documents:
-        raise RecipeError(f"validation.text: {text.name} has no rows with a text in `text` ({said[:200]})")
-    name = "text.txt"
-    write_file(folder, name, ["\n\n".join(documents)[:CHARACTERS].encode()])
-    return folder / name
+    except RecipeError as error:
+        raise RecipeError(f"validation.text: {error}") from error
+    write_file(folder, "text.txt", ["\n\n".join(documents)[:CHARACTERS].encode()])
+    return folder / "text.txt"
 
 
 def validate_folders(

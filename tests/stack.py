@@ -69,11 +69,12 @@ class Stack:
         """A recipe that no other run shares, published to a repo of its own. Random weights pass no quality gate."""
         number = next(self.numbers)
         tuning = {"iters": 150, "nsamples": 8, "seqlen": 64, "batch_size": 8, "group_size": 32, "seed": number}
-        gates = ("max_perplexity_increase", "min_top1_agreement", "min_mtp_acceptance_ratio")
+        quality = ("max_perplexity_increase", "max_kl_divergence", "min_top1_agreement", "min_mtp_acceptance_ratio")
         return {
             "base": {"repo_id": BASE},
-            "quantize": {**tuning, **quantize},
-            "gates": dict.fromkeys(gates),
+            "quantize": {**tuning, "calibration": "builtin:python", **quantize},
+            "validation": {"text": "builtin:python-evaluation"},
+            "gates": dict.fromkeys(quality),
             "benchmark": {"engine": "none"},
             "publish": {"repo_id": f"me/pico-{number}"},
         }

@@ -149,7 +149,8 @@ def requant(model_folder: Path, folder: Path, size: Size, changes: dict[str, Any
         os.link(model_folder / file.path, copy)
         store.put_blob(copy, file)
     settings = {"nsamples": size.nsamples, "seqlen": size.seqlen, "iters": size.iters, "batch_size": size.batch_size}
-    recipe = parse_recipe({"base": {"repo_id": "bench/random"}, "mtp": "drop", "quantize": {**settings, **changes}})
+    asked = {"calibration": "builtin:python", **settings, **changes}  # as bare auto-round has it
+    recipe = parse_recipe({"base": {"repo_id": "bench/random"}, "mtp": "drop", "quantize": asked})
     text = find_text(recipe.quantize.calibration)
     with (folder / "events.jsonl").open("a") as stream:
         result = quantize(store, recipe, base, text, lambda event: print(json.dumps(event), file=stream, flush=True))

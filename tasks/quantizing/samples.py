@@ -2,50 +2,77 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import random
+from collections.abc import Mapping
 from typing import Any
 
+from tasks.errors import RecipeError
 from tasks.quantizing.events import Refused
+from tasks.rows import read_rows
 
 
-def calibration_samples(tokenizer: Any, texts: list[str], nsamples: int, seqlen: int) -> list[Any]:
-    """`nsamples` token tensors `[1, seqlen]` int64, cut at even distances from the texts read one after another.
+def calibration_samples(
+    tokenizer: Any, texts: list[str], nsamples: int, seqlen: int, *, mixed: bool = False, seed: int = 0
+) -> list[Any]:
+    """Cut `nsamples` token tensors `[1, seqlen]` int64 at even distances from the texts read one after another.
 
-    Raises Refused if the texts have fewer than `nsamples * seqlen` tokens: samples are never repeated or padded.
+    Of a `mixed` text they are cut from the rows of each domain by turns, at places that `seed` draws.
+
+    Raises Refused if the texts have too few tokens: samples are never repeated, padded, or overlap.
     """
     import torch
 
-    ids: list[int] = []
-    for text in read_documents(texts):
-        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) >= 4 * nsamples * seqlen:
-            break
-    if len(ids) < nsamples * seqlen:
-        raise Refused(
-            f"the calibration text has {len(ids):,} tokens, and {nsamples} samples of {seqlen} need "
-            f"{nsamples * seqlen:,}: lower quantize.nsamples or seqlen, or name a longer text"
+    ids: dict[str, list[int]] = {}
+    most = None if mixed else 4 * nsamples * seqlen
+    try:
+        for row in read_rows(texts, "the calibration text"):
+            tokens = ids.setdefault(row.domain if mixed else "", [])
+            tokens += tokenizer(row.text, add_special_tokens=False)["input_ids"]
+            if most is not None and len(tokens) >= most:
+                break
+        counts = shares({domain: len(tokens) for domain, tokens in ids.items()}, nsamples, seqlen, seed)
+    except RecipeError as error:
+        raise Refused(str(error)) from error
+    if mixed:
+        return [torch.tensor([ids[domain][at : at + seqlen]]) for domain, at in _places(ids, counts, seqlen, seed)]
+    (all_ids,) = ids.values()
+    stride = (len(all_ids) - seqlen) // max(nsamples - 1, 1)
+    return [torch.tensor([all_ids[i * stride : i * stride + seqlen]]) for i in range(nsamples)]
+
+
+def shares(tokens: Mapping[str, int], nsamples: int, seqlen: int, seed: int = 0) -> dict[str, int]:
+    """Say how many samples each domain gives, from its tokens: as many as the others, or as many as it has.
+
+    With fewer samples than domains, `seed` says which give one. Raises RecipeError if the tokens do not suffice.
+    """
+    room = {domain: count // seqlen for domain, count in tokens.items()}
+    if sum(room.values()) < nsamples:
+        whose = "; ".join(f"{domain} {count:,}" for domain, count in tokens.items()) if len(tokens) > 1 else ""
+        raise RecipeError(
+            f"the calibration text has {sum(tokens.values()):,} tokens{f' ({whose})' if whose else ''}, and {nsamples} "
+            f"samples of {seqlen} need {nsamples * seqlen:,}: lower quantize.nsamples or seqlen, or name a longer text"
         )
-    stride = (len(ids) - seqlen) // max(nsamples - 1, 1)
-    return [torch.tensor([ids[i * stride : i * stride + seqlen]]) for i in range(nsamples)]
+    names = list(tokens)
+    names = names[seed % len(names) :] + names[: seed % len(names)]
+    counts = dict.fromkeys(names, 0)
+    left = nsamples
+    while left:
+        for domain in names:
+            if left and counts[domain] < room[domain]:
+                counts[domain] += 1
+                left -= 1
+    return counts
 
 
-def read_documents(paths: list[str]) -> Any:
-    """The documents of text files (.txt: one; .jsonl, .json, .parquet: the field or column `text` of each row)."""
-    for path in paths:
-        if path.endswith((".jsonl", ".json")):
-            with open(path, encoding="utf-8") as stream:
-                is_list = stream.read(1) == "["
-                stream.seek(0)
-                rows = json.load(stream) if is_list else (json.loads(line) for line in stream if line.strip())
-                yield from (row["text"] for row in rows if row.get("text"))
-        elif path.endswith(".parquet"):
-            import pyarrow.parquet
-
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
-                yield from (text for text in batch.column("text").to_pylist() if text)
-        else:
-            yield Path(path).read_text(encoding="utf-8")
+def _places(ids: Mapping[str, list[int]], counts: Mapping[str, int], seqlen: int, seed: int) -> list[tuple[str, int]]:
+    """Draw where each sample begins, in its domain's tokens: one in each of as many equal parts as it gives samples."""
+    places: list[tuple[float, str, int]] = []
+    for domain, count in counts.items():
+        draw = random.Random(f"{seed} {domain}")
+        for number in range(count):
+            begin, end = (len(ids[domain]) * n // count for n in (number, number + 1))
+            places.append(((number + 0.5) / count, domain, draw.randrange(begin, end - seqlen + 1)))
+    return [(domain, at) for _, domain, at in sorted(places, key=lambda place: place[0])]
 
 
 def count_every_sample() -> None:

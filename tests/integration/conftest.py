@@ -150,10 +150,13 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120, pause: float = 
 
 def recipe_for(repo_id: str, target: str | None) -> dict[str, Any]:
     """A recipe that runs in seconds; random weights pass no quality gate, so none is asked for."""
+    small = {"iters": 1, "nsamples": 4, "seqlen": 64, "batch_size": 4, "group_size": 32}
+    quality = ("max_perplexity_increase", "max_kl_divergence", "min_top1_agreement", "min_mtp_acceptance_ratio")
     recipe: dict[str, Any] = {
         "base": {"repo_id": repo_id},
-        "quantize": {"iters": 1, "nsamples": 4, "seqlen": 64, "batch_size": 4, "group_size": 32},
-        "gates": {"max_perplexity_increase": None, "min_top1_agreement": None, "min_mtp_acceptance_ratio": None},
+        "quantize": {**small, "calibration": "builtin:python"},  # no chats: no process that renders them
+        "validation": {"text": "builtin:python-evaluation"},
+        "gates": dict.fromkeys(quality),
         "benchmark": {"engine": "none"},
     }
     return {**recipe, "publish": {"repo_id": target}} if target else recipe

@@ -71,7 +71,7 @@ def test_without_a_head_it_is_what_the_same_base_gives_with_one_tensor_an_expert
     base = other_base(tmp_path / "base", "qwen3_5_moe_text", fused=True, moe_intermediate_size=96)
     apart = with_experts_apart(base, tmp_path / "experts apart")
     layers = {"layers.0.mlp.experts": {"bits": 16, "data_type": "fp"}}
-    random = Gates(max_perplexity_increase=None, min_top1_agreement=None)
+    random = Gates(max_perplexity_increase=None, max_kl_divergence=None, min_top1_agreement=None)
     made, gates = made_of(base, tmp_path / "fused", random, layers=layers)
     assert [gate for gate in gates if not gate.passed] == []
     ours, theirs = all_tensors(made), all_tensors(apart)

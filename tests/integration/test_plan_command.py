@@ -237,6 +237,33 @@ def test_a_run_is_stopped_before_its_first_byte_with_the_plans_sentence(
     assert all(t["status"] == 206 and t["bytes_out"] <= 16 << 10 for t in weights(hub.traffic()))
 
 
+def test_texts_that_cannot_work_stop_a_run_before_its_first_byte(
+    requant: Requant, hub: HubStandIn, tmp_path: Path
+) -> None:
+    """They were found after hours of quantization."""
+    hub.seed("demo/texts-stop", pico_base(tmp_path / "base", seed=7))
+    (tmp_path / "short.txt").write_text("x = 1\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    path = requant.write_recipe(
+        base={"repo_id": "demo/texts-stop"},
+        quantize={"calibration": str(tmp_path / "rows.jsonl")},
+        validation={"text": str(tmp_path / "short.txt")},
+        publish=None,
+    )
+    hub.reset_traffic()
+    planning = requant("plan", str(path), "--json")
+    assert planning.status == 1 and "Traceback" not in planning.stderr
+    columns, short = planning.document["problems"]
+    assert columns.startswith(
+        "quantize.calibration: the rows of rows.jsonl have the columns prompt, answer; a row needs"
+    )
+    assert short == "validation.text: short.txt has 5 tokens, and measuring needs at least 512: name a longer text"
+    outcome = requant("run", str(path), "--json")
+    assert outcome.status == 1 and outcome.document["stages"] == []
+    assert outcome.document["error"] == f"{columns}; {short}" and "Traceback" not in outcome.stderr
+    assert all(t["status"] == 206 and t["bytes_out"] <= 16 << 10 for t in weights(hub.traffic()))
+
+
 REFUSED: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "code": (lambda f: other(f, model_type="own", auto_map={"AutoConfig": "own.Own"}), {}, "set allow_remote_code"),
     "packed": (lambda f: write_quantized(pico_base(f), f.parent), {}, "already quantized"),

@@ -114,6 +114,18 @@ def test_a_changed_quantize_setting_reuses_the_download_alone(requant: Requant, 
     assert yaml.safe_load((folder / RECIPE).read_text())["quantize"]["group_size"] == 64
 
 
+def test_prose_code_and_chats_go_through_the_bases_template(requant: Requant) -> None:
+    """The default texts."""
+    texts = {"quantize": {"calibration": "builtin:mixed"}, "validation": {"text": "builtin:mixed-evaluation"}}
+    outcome = requant.run("--report", str(requant.folder / "told.json"), **texts, publish=None)
+    assert outcome.status == 0, outcome.stderr
+    assert (outcome.states["quantize"], outcome.states["validate"]) == ("ran", "ran")
+    assert "calibration: 383 chats through the base's chat template" in outcome.stderr
+    assert "validation text: 40 chats through the base's chat template" in outcome.stderr
+    measured = json.loads((requant.folder / "told.json").read_text())["measured"]
+    assert (measured["text"], measured["tokens"]) == ("builtin:mixed-evaluation", 24 * 512)
+
+
 def test_dropping_the_head_reuses_quantize(requant: Requant) -> None:
     outcome = requant.run("--checkout", str(requant.folder / "out"), mtp="drop", publish=None)
     assert outcome.status == 0, outcome.stderr

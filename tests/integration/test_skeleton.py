@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from infra.hub.launch import HubStandIn
@@ -13,6 +16,7 @@ from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.errors import CheckpointError, HubError, HubUnavailable
 from tasks.hub.revision import resolve
 from tasks.hub.skeleton import fill, lay_out
+from tasks.text import Text, find_text
 from tests.integration.conftest import Requant
 from tests.pico import TINY, pico_base
 from tests.unit.making import all_tensors
@@ -150,3 +154,36 @@ def test_mtp_fix_takes_the_head_of_a_repo_and_nothing_else(
     assert (folder / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
     limit = sum(len(raw[2]) for raw in head.values()) + (tiny / "tokenizer.json").stat().st_size + 200_000
     assert sent(hub) < limit and shards
+
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+def seeded(hub: HubStandIn, folder: Path, name: str, table: dict[str, Any], rows: int = 1) -> Text:
+    """A data set of one file on the stand-in, as `requant` finds it."""
+    folder.mkdir()
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({key: [value] * rows for key, value in table.items()}), folder / name)
+    else:
+        (folder / name).write_text((json.dumps(table) + "\n") * rows)
+    hub.seed(f"demo/{folder.name}", folder, repo_type="dataset")
+    hub.reset_traffic()
+    return find_text(f"demo/{folder.name}")
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train.jsonl"])
+def test_the_columns_of_a_data_set_are_known_from_a_few_kilobytes(name: str, hub: HubStandIn, tmp_path: Path) -> None:
+    kind = name.rpartition(".")[2]
+    chats = seeded(hub, tmp_path / f"chats-{kind}", name, {"messages": CHAT, "id": "x" * 500}, rows=5000)
+    assert chats.chats and chats.columns == ("messages", "id") and chats.digest.startswith("chats:dataset:")
+    assert sent(hub) < 300_000
+    texts = seeded(hub, tmp_path / f"texts-{kind}", name, {"text": "a", "messages": CHAT})
+    assert not texts.chats and texts.digest.startswith("dataset:")
+    described = tmp_path / f"described-{kind}"
+    described.mkdir()
+    (described / "dataset_infos.json").write_text('{"default": {"features": {}}}')
+    (described / name).write_bytes((tmp_path / f"texts-{kind}" / name).read_bytes())
+    hub.seed(f"demo/{described.name}", described, repo_type="dataset")
+    assert find_text(f"demo/{described.name}").columns == ("text", "messages")
+    wrong = seeded(hub, tmp_path / f"wrong-{kind}", name, {"prompt": "a", "answer": "b"})
+    assert not wrong.chats and wrong.columns == ("prompt", "answer")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tasks.gates import FIXED, MOST_REPEATED, Gate, compare, most_repeated, slope_error
-from tasks.recipe import Gates
+from tasks.recipe import MAX_KL_DIVERGENCE, Gates
 
 GOOD: dict[str, Any] = {
     "unaccounted": [],
@@ -116,8 +116,8 @@ def test_a_value_at_its_limit_passes() -> None:
 
 UNMEASURED = {
     "weight_slope": "matrices", "weight_offset": "matrices", "block_error": "blocks", "vision_output":
-    "vision_difference", **{name: name for name in ("same_tokens", "perplexity_increase", "top1_agreement",
-    "most_repeated_token", "long_context")},
+    "vision_difference", **{name: name for name in ("same_tokens", "perplexity_increase", "kl_divergence",
+    "top1_agreement", "most_repeated_token", "long_context")},
 }  # fmt: skip
 
 
@@ -128,8 +128,10 @@ def test_a_value_that_could_not_be_measured_does_not_pass(name: str) -> None:
     assert ("null" in gate.note) == (name not in FIXED), "only where a recipe can set it"
 
 
-def test_kl_divergence_has_a_limit_only_where_the_recipe_sets_one() -> None:
-    assert by_name(compare(GOOD, Gates()))["kl_divergence"].limit is None
+def test_kl_divergence_has_a_limit_unless_the_recipe_says_null() -> None:
+    assert by_name(compare(GOOD, Gates()))["kl_divergence"].limit == MAX_KL_DIVERGENCE
+    assert by_name(compare({**GOOD, "kl_divergence": 9.0}, Gates(max_kl_divergence=None)))["kl_divergence"].passed
+    assert failed(Gates(), kl_divergence=0.3) == {"kl_divergence"}
     assert failed(Gates(max_kl_divergence=0.01)) == {"kl_divergence"}
 
 

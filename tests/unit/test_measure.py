@@ -17,7 +17,7 @@ import torch
 from tasks import measure as measuring
 from tasks.checkpoint.account import Account, account
 from tasks.checkpoint.checkpoint import INDEX, Checkpoint
-from tasks.errors import CheckpointError
+from tasks.errors import CheckpointError, RecipeError
 from tasks.gates import compare
 from tasks.measure import measure as measure_as
 from tasks.measure import precision
@@ -214,7 +214,7 @@ def test_an_architecture_that_transformers_does_not_know_is_refused_by_the_file(
 
 def test_a_text_too_short_to_measure_on_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("x = 1\n")
-    with pytest.raises(CheckpointError, match=r"tokens of short\.txt: too few to measure"):
+    with pytest.raises(RecipeError, match=r"short\.txt.* has 5 tokens, and measuring needs at least 48: name a longer"):
         measure(base, tmp_path / "short.txt")
 
 

@@ -51,7 +51,8 @@ def test_each_output_is_a_recipe_of_its_own_with_what_it_does_otherwise() -> Non
 def test_a_recipe_without_outputs_has_the_digest_that_it_always_had() -> None:
     """Else every watch would run all that it knows once more."""
     expected = "33bd64558c4ced86704533197078a42eb2e2dddc1298311c156c3a1a00aef14a"
-    assert parse_recipe({"base": {"repo_id": "a/b"}}).digest == expected
+    texts = {"quantize": {"calibration": "builtin:python"}, "validation": {"text": "builtin:python-evaluation"}}
+    assert parse_recipe({"base": {"repo_id": "a/b"}, **texts}).digest == expected
     assert of({}).digest != of({"iters": 3}).digest != parse_recipe(BASE).digest
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tasks.artifact import File, Manifest
-from tasks.quantize import quantize_key, read_part
+from tasks.quantize import quantize_key, read_part, tokenizer_part
 from tasks.quantizing.run import blocks_of, ladder, read_events
 from tasks.recipe import Recipe
 from tasks.recipe_file import parse_recipe
@@ -103,6 +103,14 @@ def test_another_calibration_text_changes_the_key_and_its_name_or_place_does_not
     assert key(recipe(), text=replace(TEXT, digest=B)) != key(recipe())
     assert key(recipe(), text=Text("other", A, path=Path("/there/x.txt"))) == key(recipe())
     assert key(recipe(quantize={"calibration": "me/text"})) == key(recipe())
+
+
+def test_a_new_chat_template_changes_the_key_only_of_a_text_with_chats() -> None:
+    without = Manifest.of(f for f in BASE.files if f.path != "chat_template.jinja")
+    bases = (BASE, changed("chat_template.jinja"), without)
+    assert len({key(recipe(), base) for base in bases}) == 1
+    assert len({key(recipe(), base, replace(TEXT, chats=True)) for base in bases}) == 3
+    assert "README.md" not in tokenizer_part(BASE) and "chat_template.jinja" in tokenizer_part(BASE)
 
 
 def test_running_the_repos_own_code_changes_the_key() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import torch
 from tasks.quantize_child import _check_layer_names
 from tasks.quantizing.carry import clean_unfinished
 from tasks.quantizing.events import Events, LogEvents, Refused, kind_of
-from tasks.quantizing.samples import calibration_samples, read_documents
+from tasks.quantizing.samples import calibration_samples, shares
+from tasks.text import find_text
 from tests.unit.making import raw_tensors, safetensors_bytes
 
 
@@ -82,18 +85,83 @@ def test_the_same_text_gives_the_same_samples(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_documents_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
-    rows = '{"text": "ä", "id": 1}\n\n{"text": "b"}\n'
-    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2], "text": ["e", "ü"]}), tmp_path / "d.parquet")
-    paths = [write(tmp_path, "a.txt", "one\n\ntwo"), write(tmp_path, "b.jsonl", rows), write(tmp_path, "c.json", rows)]
-    assert list(read_documents([*paths, str(tmp_path / "d.parquet")])) == ["one\n\ntwo", "ä", "b", "ä", "b", "e", "ü"]
-
-
 def test_a_row_without_a_text_is_passed_over(tmp_path: Path) -> None:
     """Rows of published data sets have nulls."""
     pyarrow.parquet.write_table(pyarrow.table({"text": ["aa", None, "bb"]}), tmp_path / "a.parquet")
     (sample,) = calibration_samples(Letters(), [str(tmp_path / "a.parquet")], 1, 4)
     assert sample[0].tolist() == [ord(c) for c in "aabb"]
+
+
+def digest_of_samples(samples: list[Any]) -> str:
+    return hashlib.sha256(json.dumps([sample.tolist() for sample in samples]).encode()).hexdigest()
+
+
+@pytest.mark.parametrize(("name", "digest"), [
+    ("builtin:python", "40d74c952822cb09609e7054d01af2449fbd659134fbefb1419a87161c44a5d7"),
+    ("rows", "7e0b61cac05b37e2c0ba36aaf30768c257495332218bf44b43cf16b47b310a24"),
+])  # fmt: skip
+def test_the_samples_of_texts_that_are_not_mixed_are_what_they_were(name: str, digest: str, tmp_path: Path) -> None:
+    """Recorded before mixed texts came: finished results are found by the name of the text, not by its samples."""
+    rows = "".join(json.dumps({"text": f"row {n} " * (n % 7), "domain": "ab"[n % 2]}) + "\n" for n in range(200))
+    text = find_text(name).path if name.startswith("builtin:") else write(tmp_path, "a.jsonl", rows)
+    assert digest_of_samples(calibration_samples(Letters(), [str(text)], 9, 40, seed=3)) == digest
+
+
+def mixed(folder: Path, **domains: int) -> str:
+    """A text of rows of 30 characters: so many of each domain, one domain after another."""
+    rows = [{"text": domain[0] * 30, "domain": domain} for domain, count in domains.items() for _ in range(count)]
+    return write(folder, "mixed.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def letters(samples: list[Any]) -> Counter[str]:
+    return Counter(chr(int(token)) for sample in samples for token in sample[0])
+
+
+@pytest.mark.parametrize("nsamples", [3, 4, 7, 30])
+def test_every_domain_of_a_mixed_text_gives_as_many_samples(nsamples: int, tmp_path: Path) -> None:
+    path = mixed(tmp_path, prose=1000, code=900, chat=100)
+    found = letters(calibration_samples(Letters(), [path], nsamples, 50, mixed=True, seed=42))
+    assert found.keys() == {"p", "c"} and found.total() == nsamples * 50  # code and chat begin with one letter
+    assert abs(found["p"] - nsamples * 50 / 3) <= 50
+
+
+def test_a_domain_that_is_short_gives_what_it_has_and_the_others_the_rest() -> None:
+    assert shares({"prose": 1000, "code": 1000, "chat": 120}, 10, 50) == {"prose": 4, "code": 4, "chat": 2}
+    assert shares({"prose": 50, "code": 50, "chat": 50}, 3, 50) == {"prose": 1, "code": 1, "chat": 1}
+    assert shares({"prose": 100, "code": 100, "chat": 100}, 1, 50, seed=1) == {"code": 1, "chat": 0, "prose": 0}
+
+
+def test_a_mixed_text_too_short_is_an_error_that_says_what_each_domain_has(tmp_path: Path) -> None:
+    path = mixed(tmp_path, prose=10, chat=2)
+    with pytest.raises(Refused, match=r"has 360 tokens \(prose 300; chat 60\), and 8 samples of 50 need 400"):
+        calibration_samples(Letters(), [path], 8, 50, mixed=True)
+    with pytest.raises(Refused, match=r"has 120 tokens \(prose 60; chat 60\), and 3 samples of 40 need 120"):
+        calibration_samples(Letters(), [mixed(tmp_path, prose=2, chat=2)], 3, 40, mixed=True)  # none over two domains
+
+
+def test_the_samples_of_a_mixed_text_lie_all_over_it_never_overlap_and_are_drawn_by_the_seed(tmp_path: Path) -> None:
+    rows = [{"text": numbered(5000), "domain": "prose"}, {"text": numbered(9000)[5000:], "domain": "code"}]
+    path = write(tmp_path, "mixed.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    one, again, other = (
+        [s[0].tolist() for s in calibration_samples(Letters(), [path], 20, 100, mixed=True, seed=seed)]
+        for seed in (1, 1, 2)
+    )
+    assert one == again != other
+    tokens = [token for sample in one for token in sample]
+    assert len(set(tokens)) == len(tokens) == 2000
+    assert min(tokens) < 1500 and max(tokens) > 9500
+    turns = [sample[0] < 6000 for sample in one]
+    assert turns == [False, True] * 10  # the domains by turns, and the seed says which comes first
+
+
+def test_the_builtin_mixed_text_gives_every_domain_to_few_samples() -> None:
+    path = find_text("builtin:mixed").path
+    rows = [json.loads(line) for line in str(path and path.read_text()).splitlines()]
+    assert Counter(row["domain"] for row in rows).keys() == {"prose", "code", "chat"}
+    sizes = Counter[str]()
+    for row in rows:
+        sizes[row["domain"]] += len(row.get("text") or "".join(m["content"] for m in row["messages"]))
+    assert min(sizes.values()) > 250_000
 
 
 # What a killed process left.

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tasks.errors import RecipeError
+from tasks.recipe import MAX_KL_DIVERGENCE
 from tasks.recipe_file import load_recipe, parse_recipe
 from tasks.recipe_quantize import PRESETS
 
@@ -53,7 +54,7 @@ def test_a_recipe_of_a_base_alone_has_the_reference_cards_settings(tmp_path: Pat
     assert (recipe.mtp, recipe.allow_remote_code, recipe.publish) == ("keep", False, None)
     assert recipe.gates.model_dump() == {
         "max_perplexity_increase": 0.05, "min_top1_agreement": 0.85, "min_mtp_acceptance_ratio": 0.95,
-        "max_kl_divergence": None, "max_block_error": 0.5, "max_weight_slope_error": 0.03, "max_weight_offset": 0.25,
+        "max_kl_divergence": 0.25, "max_block_error": 0.5, "max_weight_slope_error": 0.03, "max_weight_offset": 0.25,
         "min_task_recovery": 0.95,
     }  # fmt: skip
 
@@ -372,7 +373,7 @@ def test_a_base_without_an_owner_is_one_of_the_hubs_oldest() -> None:
 
 
 def test_a_builtin_text_that_does_not_exist_is_refused_before_any_work() -> None:
-    with pytest.raises(RecipeError, match="builtin:prose does not exist: use builtin:python"):
+    with pytest.raises(RecipeError, match="builtin:prose does not exist: use builtin:mixed or builtin:python"):
         parse_recipe({"base": {"repo_id": "a/b"}, "quantize": {"calibration": "builtin:prose"}})
 
 
@@ -381,3 +382,46 @@ def test_recipes_that_say_the_same_have_one_digest_however_they_are_written() ->
     spelled = parse_recipe({"base": {"repo_id": "a/b", "revision": "main"}, "quantize": {"iters": 200}})
     other = parse_recipe({"base": {"repo_id": "a/b"}, "quantize": {"iters": 50}})
     assert short.digest == spelled.digest != other.digest
+
+
+# Recorded before builtin:mixed and the limit of max_kl_divergence became defaults.
+NAMED = {"quantize": {"calibration": "builtin:python"}, "validation": {"text": "builtin:python-evaluation"}}
+RECORDED: dict[str, tuple[dict[str, Any], str]] = {
+    "texts alone": (NAMED, "33bd64558c4ced86704533197078a42eb2e2dddc1298311c156c3a1a00aef14a"),
+    "a data set and a file": (
+        {"quantize": {"calibration": "me/text@main"}, "validation": {"text": "/texts/a.txt"}},
+        "2e2d4c1b08a45d3e11624dc6f97069103a8992916ac963392d2ee67f4669b6c0",
+    ),
+    "other limits": (
+        {**NAMED, "gates": {"max_perplexity_increase": 0.1}},
+        "e59e0506ea6e54de4421d0952c52c0bd8f7f82267b1d79c50f26140a1df70f76",
+    ),
+    "a limit of the KL divergence": (
+        {**NAMED, "gates": {"max_kl_divergence": 0.1}},
+        "653f09dab3dd851db984acd044b0297efa308a4528683a9b46e59037b26be530",
+    ),
+    "outputs": (
+        {**NAMED, "outputs": [{}, {"scheme": "W8A16"}]},
+        "327e27d8175f40ecf173a09a63bdbe64790703faa34a21d83de6703693980123",
+    ),
+}
+
+
+@pytest.mark.parametrize(("said", "digest"), RECORDED.values(), ids=RECORDED)
+def test_the_digest_of_a_recipe_that_names_its_texts_is_what_it_was(said: dict[str, Any], digest: str) -> None:
+    recipe = parse_recipe({"base": {"repo_id": "a/b"}, **said})
+    assert recipe.digest == digest
+    assert parse_recipe(recipe.model_dump(mode="json")).digest == digest  # as Prefect hands it on
+
+
+def test_the_default_texts_are_not_python_alone() -> None:
+    recipe = parse_recipe({"base": {"repo_id": "a/b"}})
+    assert (recipe.quantize.calibration, recipe.validation.text) == ("builtin:mixed", "builtin:mixed-evaluation")
+
+
+def test_the_kl_limit_enters_a_digest_only_where_it_is_neither_the_default_nor_the_null_that_was_it_before() -> None:
+    default, spelled, off, other = (
+        parse_recipe({"base": {"repo_id": "a/b"}, "gates": gates}).digest
+        for gates in ({}, *({"max_kl_divergence": limit} for limit in (MAX_KL_DIVERGENCE, None, 0.4)))
+    )
+    assert default == spelled == off != other

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tasks.artifact import sha256_of
 from tasks.errors import RecipeError
+from tasks.recipe import BUILTIN_EVALUATION
 from tasks.recipe_quantize import BUILTIN
-from tasks.text import EVALUATION, find_text
+from tasks.rows import needs_template, plain_chat, read_rows
+from tasks.text import find_text
 
 
 def test_a_builtin_text_is_pinned_by_its_content() -> None:
@@ -20,7 +23,7 @@ def test_a_builtin_text_is_pinned_by_its_content() -> None:
 
 
 def test_a_builtin_text_that_does_not_exist_is_refused_with_those_that_do() -> None:
-    with pytest.raises(RecipeError, match=r"builtin:prose does not exist: use builtin:python"):
+    with pytest.raises(RecipeError, match=r"builtin:prose does not exist: use builtin:mixed or builtin:python or"):
         find_text("builtin:prose")
 
 
@@ -34,12 +37,45 @@ def test_a_local_file_is_pinned_by_its_content_and_not_by_its_place(tmp_path: Pa
 
 
 def test_nothing_is_measured_on_the_text_that_was_calibrated_on() -> None:
-    paths = [find_text(name).path for name in BUILTIN]
-    assert EVALUATION not in paths
-    text = "".join(path.read_text() for path in paths if path is not None)
-    evaluation = EVALUATION.read_text()
-    chunks = [evaluation[i : i + 400] for i in range(0, len(evaluation) - 400, 4000)]
-    assert len(chunks) > 20 and not [c for c in chunks if c in text]
+    text = "\n".join(document for name in BUILTIN for document in documents(name))
+    for name in BUILTIN_EVALUATION:
+        pieces = [d[i : i + 200] for d in documents(name) for i in range(0, max(1, len(d) - 200), 500)]
+        assert len(pieces) > 150 and not [piece for piece in pieces if piece in text], name
+
+
+def documents(name: str) -> list[str]:
+    """The documents of a built-in text, chats as they would be without a template."""
+    path = find_text(name).path
+    assert path is not None
+    return [row.text or plain_chat(row.messages) for row in read_rows([path], name, chats=True)]
+
+
+@pytest.mark.parametrize("name", BUILTIN + BUILTIN_EVALUATION)
+def test_a_builtin_text_can_be_read_whole(name: str) -> None:
+    text = find_text(name)
+    assert text.path is not None and text.digest.removeprefix("chats:") == sha256_of(text.path)
+    assert text.chats == needs_template([text.path]) == ("mixed" in name)
+    assert all(document.strip() for document in documents(name))
+
+
+# What finished results of these texts are found by.
+PINNED = {
+    "builtin:python": "4514336409c55a2f17c81da7503aff6adcb090547758a8ed75ba495a2315dae7",
+    "builtin:python-evaluation": "ca250e09c974d86c9a1e23184333aaae7070cb6332f5c79d62b9f211c12768a9",
+}
+
+
+@pytest.mark.parametrize(("name", "digest"), PINNED.items())
+def test_a_builtin_text_of_old_is_what_it_was(name: str, digest: str) -> None:
+    assert find_text(name).digest == digest
+
+
+def test_chats_of_a_local_file_are_part_of_what_pins_it(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "b.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    texts, chats = (find_text(str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl"))
+    assert not texts.chats and texts.digest == sha256_of(tmp_path / "a.jsonl")
+    assert chats.chats and chats.digest == f"chats:{sha256_of(tmp_path / 'b.jsonl')}"
 
 
 @pytest.mark.parametrize("name", ["/nowhere/a.txt", "/", f"/{'a' * 300}.txt", "/a\0b.txt"])

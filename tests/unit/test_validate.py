@@ -14,8 +14,9 @@ from tasks.errors import RecipeError
 from tasks.recipe import Recipe
 from tasks.recipe_file import parse_recipe
 from tasks.store import open_store
-from tasks.text import Text
+from tasks.text import Text, find_text
 from tasks.validate import compared_part, one_file, validate_key
+from tests.pico import TINY
 
 A, B = "a" * 64, "b" * 64
 BASE = Manifest.of(File(p, 1, A) for p in ("config.json", "model.safetensors", "README.md", ".gitattributes"))
@@ -60,17 +61,36 @@ def test_a_text_of_many_documents_is_measured_on_as_one_file(tmp_path: Path, mon
     monkeypatch.setenv("REQUANT_STORE", (tmp_path / "store").as_uri())
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": word * 3, "id": 1}) + "\n" for word in ("ab", "", "cd")))
-    path = one_file(open_store(), Text("rows.jsonl", A, path=rows), tmp_path / "work")
+    path = one_file(open_store(), Text("rows.jsonl", A, path=rows), tmp_path / "work", TINY)
     assert path.read_text() == "ababab\n\ncdcdcd"
     plain = tmp_path / "plain.txt"
-    assert one_file(open_store(), Text("plain.txt", A, path=plain), tmp_path / "work") == plain
+    assert one_file(open_store(), Text("plain.txt", A, path=plain), tmp_path / "work", TINY) == plain
 
 
-@pytest.mark.parametrize("content", ['{"words": "ab"}\n', "[1, 2]", "{", '{"text": 5}\n', "\x00"])
+def test_chats_are_measured_on_as_the_bases_template_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REQUANT_STORE", (tmp_path / "store").as_uri())
+    rows = tmp_path / "rows.jsonl"
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    rows.write_text(json.dumps({"messages": messages}) + "\n")
+    path = one_file(open_store(), find_text(str(rows), "validation.text"), tmp_path / "work", TINY)
+    assert path.read_text() == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>\n"
+
+
+UNREADABLE = {
+    '{"words": "ab"}\n': r"the rows of rows\.jsonl have the columns words; a row needs text or messages",
+    "[1, 2]": r"rows\.jsonl cannot be read \(ValueError: a row is int",
+    "{": r"rows\.jsonl cannot be read \(JSONDecodeError",
+    '{"text": 5}\n': r"rows\.jsonl cannot be read \(ValueError: a row has int as text",
+    "\x00": r"rows\.jsonl cannot be read \(JSONDecodeError",
+    "": r"rows\.jsonl is empty",
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), UNREADABLE.items())
 def test_rows_without_a_text_are_refused_with_a_sentence(
-    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    content: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REQUANT_STORE", (tmp_path / "store").as_uri())
     (tmp_path / "rows.jsonl").write_text(content)
-    with pytest.raises(RecipeError, match=r"validation\.text: rows\.jsonl has no rows with a text"):
-        one_file(open_store(), Text("rows.jsonl", A, path=tmp_path / "rows.jsonl"), tmp_path / "work")
+    with pytest.raises(RecipeError, match=rf"^validation\.text: {reason}"):
+        one_file(open_store(), Text("rows.jsonl", A, path=tmp_path / "rows.jsonl"), tmp_path / "work", TINY)

@@ -1,0 +1,142 @@
+"""A run's texts, read before it begins."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.errors import RecipeError
+from tasks.hub.revision import HubFile, Revision
+from tasks.plan import plan
+from tasks.planning.texts import Texts
+from tasks.quantizing.samples import calibration_samples
+from tasks.recipe_file import parse_recipe
+from tasks.store import Store
+from tasks.text import Text, find_text
+from tests.pico import TINY
+
+BASE = Revision("a/b", "0" * 40, ())
+RUN = {"quantize", "validate"}
+LONG = {"max_position_embeddings": 32_768}
+
+
+def problems(
+    store: Store,
+    calibration: Text,
+    validation: Text,
+    *,
+    to_run: set[str] = RUN,
+    fetch: bool = True,
+    notes: list[str] | None = None,
+    **quantize: Any,
+) -> list[str]:
+    """What a plan says of two texts. The skeleton is the tiny base's own folder: nothing is to be fetched."""
+    small = {"nsamples": 8, "seqlen": 64, "batch_size": 4, **quantize}
+    recipe = parse_recipe({"base": {"repo_id": "a/b"}, "quantize": small})
+    texts = Texts(store, BASE, TINY, store.near.root / "scratch", calibration, validation, fetch=fetch)
+    found = texts.problems(recipe, to_run, LONG)
+    if notes is not None:
+        notes += texts.notes
+    return found
+
+
+def local(folder: Path, name: str, content: str) -> Text:
+    (folder / name).write_text(content)
+    return find_text(str(folder / name))
+
+
+PYTHON, EVALUATION = find_text("builtin:python"), find_text("builtin:python-evaluation")
+
+
+def test_the_builtin_texts_have_nothing_wrong(store: Store) -> None:
+    assert problems(store, PYTHON, EVALUATION) == []
+    assert problems(store, find_text("builtin:mixed"), find_text("builtin:mixed-evaluation")) == []
+
+
+def test_a_validation_text_too_short_is_told_before_any_work(store: Store, tmp_path: Path) -> None:
+    (told,) = problems(store, PYTHON, local(tmp_path, "short.txt", "x = 1\n"))
+    assert told == ("validation.text: short.txt has 5 tokens, and measuring needs at least 512: name a longer text")
+
+
+def test_a_calibration_text_too_short_is_told_with_the_sentence_of_the_stage(store: Store, tmp_path: Path) -> None:
+    text = local(tmp_path, "short.txt", "x = 1\n" * 20)
+    (told,) = problems(store, text, EVALUATION)
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    with pytest.raises(ValueError) as caught:
+        calibration_samples(tokenizer, [str(text.path)], 8, 64)
+    assert told == f"quantize.calibration: {caught.value}" and "8 samples of 64 need 512" in told
+
+
+def test_a_text_that_the_characters_do_not_judge_is_counted(store: Store, tmp_path: Path) -> None:
+    enough = local(tmp_path, "enough.txt", "x = 1\n" * 130)  # 780 characters, at least 4 tokens a line
+    assert problems(store, enough, EVALUATION) == []
+
+
+def test_chats_are_counted_as_the_template_makes_them(store: Store, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "x"}]}] * 90  # 512 tokens with the template's alone
+    text = local(tmp_path, "chats.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert text.chats and problems(store, text, EVALUATION) == []
+
+
+def test_rows_that_cannot_be_used_are_told_by_their_columns(store: Store, tmp_path: Path) -> None:
+    text = local(tmp_path, "rows.jsonl", '{"prompt": "a", "answer": "b"}\n')
+    sentence = "the rows of rows.jsonl have the columns prompt, answer; a row needs text or messages"
+    told = problems(store, text, text)
+    assert [one.partition(": ")[0] for one in told] == ["quantize.calibration", "validation.text"]
+    assert all(sentence in one for one in told)
+
+
+def test_what_no_stage_will_read_is_not_looked_at(store: Store, tmp_path: Path) -> None:
+    text = local(tmp_path, "short.txt", "x")
+    assert problems(store, text, text, to_run={"publish"}) == []
+
+
+def test_a_data_set_is_judged_by_its_columns_and_else_not_judged(store: Store) -> None:
+    notes: list[str] = []
+    wrong = Text("me/wrong@1", "d", dataset=BASE, columns=("prompt", "answer"))
+    right = Text("me/right@1", "d", dataset=BASE, columns=("text", "id"))
+    (told,) = problems(store, right, wrong, fetch=False, notes=notes)
+    assert told.startswith("validation.text: the rows of me/wrong@1 have the columns prompt, answer;")
+    lines = replace(BASE, files=tuple(HubFile(name, 9, "b", None) for name in ("a.jsonl", "b.jsonl")))
+    assert problems(store, right, replace(wrong, dataset=lines), fetch=False) == []  # the other file may have others
+    assert notes == [
+        "quantize.calibration: whether me/right@1 has enough tokens is not judged: a run fetches and reads it first"
+    ]
+
+
+def test_the_builtin_mixed_text_is_enough_for_the_default_samples(store: Store) -> None:
+    assert problems(store, find_text("builtin:mixed"), EVALUATION, nsamples=128, seqlen=2048) == []
+
+
+def test_tasks_that_want_a_chat_template_are_told_that_the_base_has_none(store: Store, tmp_path: Path) -> None:
+    """lm-eval would say so after the quantization."""
+    recipe = parse_recipe({"base": {"repo_id": "a/b"}, "eval": {"tasks": ["gsm8k"], "chat_template": True}})
+    config = json.loads((TINY / "tokenizer_config.json").read_text())
+
+    def told(**changes: Any) -> list[str]:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **changes}))
+        texts = Texts(store, BASE, tmp_path, tmp_path / "scratch", PYTHON, EVALUATION, fetch=True)
+        return texts.problems(recipe, {"validate"}, LONG)
+
+    assert told() == ["eval.chat_template: the base has no chat template: leave it out, or set it to false"]
+    assert told(chat_template="{{ messages }}") == []
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert told() == []
+
+
+def test_tasks_that_this_machine_cannot_run_end_its_plan_as_they_end_its_run(store: Store) -> None:
+    tasks = {"tasks": ["gsm8k"], "definitions": "/no/such/folder"}
+    recipe = parse_recipe({"base": {"repo_id": "a/b"}, "allow_remote_code": True, "eval": tasks})
+    with pytest.raises(RecipeError, match=r"^eval\.(tasks|definitions): "):
+        plan(store, recipe)
+
+
+def test_a_text_that_is_gone_is_told_where_it_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"validation\.text: .*gone\.txt cannot be read"):
+        find_text(str(tmp_path / "gone.txt"), "validation.text")
