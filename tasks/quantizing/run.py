@@ -166,6 +166,7 @@ def run_child(job: Mapping[str, Any], folder: Path, report: Report, timeout: flo
     position = events.stat().st_size if events.exists() else 0
     environment = with_package({k: v for k, v in os.environ.items() if k not in SECRET_VARIABLES})
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    environment["AR_LOG_LEVEL"] = "INFO"  # The losses are read from what auto-round logs at this level (events.py).
     command = [sys.executable, "-m", "tasks.quantize_child", str(folder / "job.json"), str(folder)]
     last: dict[str, Any] = {}
     with (folder / "log.txt").open("ab") as output:
