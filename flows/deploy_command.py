@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from flows.command import command
 from flows.embedded import check_server
@@ -23,25 +23,31 @@ if TYPE_CHECKING:
     from prefect.events.schemas.automations import AutomationCore
 
 POOLS = ("cpu", "gpu")
-# Automations that earlier versions made. The sweep of flows/sweep.py does their work now.
-RETIRED_AUTOMATIONS = (
-    "a run without a heartbeat is crashed",
-    "a run that does not start is crashed",
-    "a run that nobody cancels is cancelled",
-    "a crashed requantize run goes on",
-)
+
+
+class Schedule(BaseModel):
+    """When runs of a deployment start: a cron line, an interval in seconds, or an rrule."""
+
+    model_config = ConfigDict(extra="forbid")
+    cron: str | None = None
+    interval: float | None = None
+    rrule: str | None = None
+    timezone: str | None = None
+    active: bool = True
 
 
 class WorkPool(BaseModel):
     """The work pool of a deployment, and what its runs are started with."""
 
+    model_config = ConfigDict(extra="forbid")
     name: str
     job_variables: dict[str, Any] = {}
 
 
 class Deployment(BaseModel):
-    """A deployment as prefect.yaml describes it, as far as this command reads it."""
+    """A deployment as prefect.yaml describes it. Keys of Prefect's that this command does not know are refused."""
 
+    model_config = ConfigDict(extra="forbid")
     name: str
     entrypoint: str
     description: str | None = None
@@ -49,7 +55,7 @@ class Deployment(BaseModel):
     parameters: dict[str, Any] = {}
     enforce_parameter_schema: bool = True
     work_pool: WorkPool
-    schedules: list[dict[str, Any]] = []
+    schedules: list[Schedule] = []
 
     def flow(self) -> Flow[..., Any]:
         """Import the flow of the entrypoint. Raises RecipeError."""
@@ -89,12 +95,12 @@ def deploy(folder: Path) -> tuple[dict[str, Any], str, int]:
         make_pools(client)
         deployed = dict(apply_deployment(client, each) for each in deployments)
         applied = apply_automations(automations)
-        problems = [problem for pool in POOLS if (problem := problem_of_pool(client, pool))]
+        notes = [problem for pool in POOLS if (problem := problem_of_pool(client, pool))]
     lines = [f"deployment {name}{'' if new else ' (unchanged)'}" for name, new in deployed.items()]
     lines += [f"automation {name}{'' if new else ' (unchanged)'}" for name, new in applied.items()]
-    lines += [f"problem    {each}" for each in problems]
+    lines += [f"note: {each}" for each in notes]
     changed = [name for name, new in (deployed | applied).items() if new]
-    answer = {"deployments": list(deployed), "automations": list(applied), "changed": changed, "problems": problems}
+    answer = {"deployments": list(deployed), "automations": list(applied), "changed": changed, "notes": notes}
     return answer, "\n".join(lines), 0
 
 
@@ -123,6 +129,8 @@ def read_deployments(folder: Path) -> list[Deployment]:
 def read_automations(folder: Path) -> list[AutomationCore]:
     """The automations of a folder's automations.yaml, if it has one, without those retired. Raises RecipeError."""
     from prefect.events.schemas.automations import AutomationCore
+
+    from flows.sweep import RETIRED_AUTOMATIONS
 
     path = folder / "automations.yaml"
     if not path.exists():
@@ -212,39 +220,50 @@ def apply_deployment(client: SyncPrefectClient, wanted: Deployment) -> tuple[str
         version=flow.version,
         schedules=schedules,
         paused=there.paused if there else False,
+        concurrency_limit=there.concurrency_limit if there else None,  # Each update sends it, and none would clear it.
         **fields,
     )
     return name, True
 
 
 def _schedules(wanted: Deployment, there: DeploymentResponse | None) -> list[DeploymentScheduleCreate]:
-    """The schedules of a deployment. They are paused if somebody paused those that the server has."""
+    """The schedules of a deployment. One that somebody paused on the server stays paused; a new one is paused if
+    somebody paused all that the server has."""
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.schedules import construct_schedule
 
-    active = there is None or all(schedule.active for schedule in there.schedules)
-    try:
-        return [
-            DeploymentScheduleCreate(schedule=construct_schedule(**each), active=active) for each in wanted.schedules
-        ]
-    except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RecipeError(
-            f"prefect.yaml: the schedule of {wanted.name} is none ({reason}): write a cron line"
-        ) from error
+    before = there.schedules if there else []
+    all_paused = bool(before) and not any(each.active for each in before)
+    schedules = []
+    for document in wanted.schedules:
+        try:
+            schedule = construct_schedule(**document.model_dump(exclude={"active"}, exclude_none=True))
+        except (TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise RecipeError(
+                f"prefect.yaml: deployment {wanted.name} has a schedule that is none ({reason})"
+            ) from error
+        same = [each.active for each in before if _told(each.schedule) == _told(schedule)]
+        active = same[0] if same else document.active and not all_paused
+        schedules.append(DeploymentScheduleCreate(schedule=schedule, active=active))
+    return schedules
 
 
 def _same_schedules(wanted: list[DeploymentScheduleCreate], there: DeploymentResponse) -> bool:
-    """Whether the server has these schedules. The anchor of an interval is the moment of its creation: it differs."""
-    ours = [each.schedule.model_dump(exclude={"anchor_date"}) for each in wanted]
-    return ours == [each.schedule.model_dump(exclude={"anchor_date"}) for each in there.schedules]
+    """Whether the server has these schedules, which it returns in an order of its own."""
+    return sorted(_told(each.schedule) for each in wanted) == sorted(_told(each.schedule) for each in there.schedules)
+
+
+def _told(schedule: BaseModel) -> str:
+    """A schedule in words. The anchor of an interval is the moment of its creation: it differs each time."""
+    return schedule.model_dump_json(exclude={"anchor_date"})
 
 
 def apply_automations(automations: list[AutomationCore]) -> dict[str, bool]:
     """Make the server's automations of these names what is wanted; True for those that were new or different.
 
     An update makes an automation forget every event that it has seen, so it is made only where it changes something.
-    Those that earlier versions of Requant made are deleted; all others are left alone.
+    One that somebody switched off stays so. All others are left alone.
     """
     import asyncio
 
@@ -254,14 +273,12 @@ def apply_automations(automations: list[AutomationCore]) -> dict[str, bool]:
     async def apply() -> dict[str, bool]:
         changed: dict[str, bool] = {}
         async with get_client() as client:
-            for name in RETIRED_AUTOMATIONS:
-                for automation in await client.read_automations_by_name(name):
-                    await client.delete_automation(automation.id)
             for wanted in automations:
                 there: list[Automation] = await client.read_automations_by_name(wanted.name)
                 if not there:
                     await client.create_automation(wanted)
                 elif changed_from(there[0], wanted):
+                    wanted.enabled = there[0].enabled
                     await client.update_automation(there[0].id, wanted)
                 else:
                     changed[wanted.name] = False
@@ -280,6 +297,6 @@ def changed_from(there: AutomationCore, wanted: AutomationCore) -> bool:
             return {key: without_ids(each) for key, each in value.items() if key != "id"}
         return [without_ids(each) for each in value] if isinstance(value, list) else value
 
-    fields = set(type(wanted).model_fields)
+    fields = set(type(wanted).model_fields) - {"enabled"}
     ours, theirs = (each.model_dump(mode="json", include=fields) for each in (wanted, there))
     return bool(without_ids(ours) != without_ids(theirs))

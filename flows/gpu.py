@@ -20,9 +20,10 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlo
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-from prefect.states import AwaitingRetry, Cancelled, Cancelling, Completed, Failed, Running
+from prefect.states import Cancelled, Cancelling, Completed, Failed, Running
 
-from flows.sweep import GOES_ON, RESTARTS, restarts_of, was_cancelled
+from flows.own_run import end_with_the_run
+from flows.sweep import RESTARTS, next_life, propose, restarts_of, was_cancelled
 from flows.work_pool import WorkerNotice, problem_of_pool
 from tasks import benchmark as speed
 from tasks import quantize as quantizing
@@ -106,6 +107,7 @@ def benchmark(recipe: Recipe, artifact: str, key: str) -> State[Any]:
 
 def ended(work: Callable[[], Any]) -> State[Any]:
     """Do the work of a flow; its last state. An expected failure is a sentence, without the words that Prefect adds."""
+    end_with_the_run()
     end_earlier_tasks()
     try:
         work()
@@ -178,12 +180,15 @@ def _run_there(name: str, key: str, parameters: dict[str, Any]) -> None:
         state = _state(run.id)
         if state.is_completed():
             return
-        with contextlib.suppress(httpx.HTTPError, PrefectHTTPStatusError):  # The next look may find the server back.
-            notice.look(waiting=state.is_scheduled())
         if state.is_crashed() and _restart(run.id):
             say()(f"{name}: run {run.name} was killed ({state.message}); it goes on from its last finished block")
         elif state.is_final():
             raise StageFailed(state.message or f"{name} ended {state.name} on the gpu pool")
+        else:
+            with contextlib.suppress(
+                httpx.HTTPError, PrefectHTTPStatusError
+            ):  # The next look may find the server back.
+                notice.look(waiting=state.is_scheduled())
         time.sleep(POLL)
 
 
@@ -198,7 +203,9 @@ def _tell(stage: str, problem: str | None) -> None:
     say()(f"{stage} waits: {problem}" if problem else f"{stage}: a worker of the gpu pool takes its run")
     state: State[Any] = Running(name="WaitingForWorker", message=problem) if problem else Running()
     with get_client(sync_client=True) as client:
-        client.set_flow_run_state(UUID(runtime.flow_run.id), state)
+        this = client.read_flow_run(UUID(runtime.flow_run.id))
+        if this.state is not None and this.state.is_running():  # It may have been cancelled in the meantime.
+            propose(client, this, state)
 
 
 def _begin(name: str, key: str, parameters: dict[str, Any]) -> FlowRun:
@@ -222,13 +229,21 @@ def _begin(name: str, key: str, parameters: dict[str, Any]) -> FlowRun:
 
 
 def _restart(run_id: UUID) -> bool:
-    """Start a crashed run again; False if somebody cancelled it, or if it crashed too often."""
-    with get_client(sync_client=True) as client:
-        history = client.read_flow_run_states(run_id)
-        if was_cancelled(history) or restarts_of(history) >= RESTARTS:
-            return False
-        client.set_flow_run_state(run_id, AwaitingRetry(message=GOES_ON))
-        return True
+    """Start a crashed run again; False if somebody cancelled it, or if it crashed too often.
+
+    A server that is away meanwhile is asked again at the next look: the run is still crashed then.
+    """
+    try:
+        with get_client(sync_client=True) as client:
+            run, history = client.read_flow_run(run_id), client.read_flow_run_states(run_id)
+            restarts = restarts_of(history)
+            if was_cancelled(history) or restarts >= RESTARTS:
+                return False
+            if run.state is not None and run.state.is_crashed():
+                propose(client, run, next_life(run.state, restarts))
+    except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+        say()(f"the Prefect server does not answer ({type(error).__name__}): waiting for it")
+    return True
 
 
 def _state(run_id: UUID) -> State[Any]:

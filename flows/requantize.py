@@ -14,6 +14,7 @@ from prefect.states import Completed, Failed
 
 from flows.gpu import OPTIONS, cancel_children, on_gpu, pinned, where
 from flows.markdown import comparison, markdown
+from flows.own_run import end_with_the_run
 from flows.report import Report, gate_rows, verdict, worst
 from tasks import benchmark as speed
 from tasks import quantize as quantizing
@@ -64,6 +65,7 @@ def requantize(recipe: Recipe) -> State[Any]:
         return Failed(message=str(error), data=error)
 
     def work() -> None:
+        end_with_the_run()
         end_earlier_tasks()
         _run(report)
 

@@ -6,13 +6,15 @@ update of an automation makes it forget every run that it watched, and none of t
 run before it crashed (Prefect 3.8.8). A sweep looks at the state of the runs themselves, so it may be repeated,
 interrupted and done by any number of workers at a time.
 
-No clocks of different machines are compared: a run is taken for dead if its newest event has stayed the same for as
-long as the sweeper has watched, without a break in the server's answers. Every run of these deployments sends an event
-at least every 30 s (`PREFECT_FLOWS_HEARTBEAT_FREQUENCY` in deployments/prefect.yaml).
+No clocks of different machines are compared: a run is taken for dead if the number of its events has stayed the same
+for as long as the sweeper has watched, without a break in the server's answers or in the sweeper's own work. Every run
+of these deployments sends an event at least every 30 s (`PREFECT_FLOWS_HEARTBEAT_FREQUENCY` in
+deployments/prefect.yaml).
 """
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import time
 from collections.abc import Callable, Sequence
@@ -33,30 +35,44 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import SetStateStatus
-from prefect.events.filters import EventFilter, EventOrder, EventResourceFilter
+from prefect.events.filters import EventFilter, EventOccurredFilter, EventResourceFilter
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.logging import get_logger
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Failed, to_state_create
 
 TAG = "requant"  # of every deployment in deployments/prefect.yaml
 EVERY_S = 10.0  # seconds between two passes
+GAP_S = 30.0  # seconds between two passes, or in one, after which heartbeats may have been missed
 SILENCE_S = 90.0  # seconds without an event after which a Running run is dead: three heartbeats
-CANCELLING_S = 120.0  # seconds in which a worker ends a process that somebody cancelled
-PROCESS_START_S = 150.0  # seconds in which a worker starts a process on its own machine
+CANCELLING_S = 75.0  # seconds in which a worker ends a process that somebody cancelled
+PROCESS_START_S = 90.0  # seconds in which a worker starts a process on its own machine
 NODE_START_S = 1800.0  # the same where a node may have to be made and an image pulled first
 RESTARTS = 10  # of one crashed run, before it is given up
 GOES_ON = "goes on after a crash"  # the message of the state in which a sweep starts a run again
 RECENT = datetime.timedelta(days=3)  # A run that crashed earlier is not started again: nobody expects it any more.
+FIRST_DELAY_S, LONGEST_DELAY_S = 15.0, 600.0  # before the second restart, doubled each time, and before any
 ANSWERED = 200  # runs that the server returns at most for one request
+FLOWS = ("requantize", "plan", "watch", "quantize", "validate", "benchmark")  # of deployments/prefect.yaml
+SKEW = datetime.timedelta(days=1)  # by which the clock of a machine may be behind the server's
+END_OF_TIME = datetime.datetime(9000, 1, 1, tzinfo=datetime.UTC)  # for machines whose clocks are ahead
+
+# Automations that earlier versions of `requant deploy` made, and whose work a sweep does.
+RETIRED_AUTOMATIONS = (
+    "a run without a heartbeat is crashed",
+    "a run that does not start is crashed",
+    "a run that nobody cancels is cancelled",
+    "a crashed requantize run goes on",
+)
 
 log = get_logger("requant.sweep")
 
 
 @dataclass
 class _Watched:
-    """The newest sign of life of one run, and when the sweeper first saw it (its own monotonic clock, in seconds)."""
+    """The signs of life of one run, and when the sweeper first saw these (its own monotonic clock, in seconds)."""
 
-    sign: tuple[UUID, UUID | None]
+    sign: tuple[UUID, int]
     since_s: float
 
 
@@ -67,22 +83,42 @@ class Sweep:
         self._client = client
         self._clock = clock
         self._watched: dict[UUID, _Watched] = {}
+        self._looked_s: float | None = None
         self._pool_types: dict[str, str] = {}
 
     def __call__(self) -> list[str]:
         """Make one pass. Return one sentence for each run that was ended or started again.
 
-        Raises what the Prefect client raises if the server does not answer; what was watched is forgotten then, because
-        heartbeats did not arrive either.
+        Raises what the Prefect client raises if the server does not answer. What was watched is forgotten then, and
+        after a pause in which heartbeats may have been missed: of the server, of this process, or of its machine.
         """
+        if self._looked_s is not None and self._clock() - self._looked_s > GAP_S:
+            self._watched.clear()
+        began_s = self._clock()
         try:
-            active = self._runs(StateType.RUNNING, StateType.PENDING, StateType.CANCELLING)
-            done = [self._end(run) for run in self._silent(active)]
-            done += [self._go_on(run) for run in self._crashed()]
+            silent = self._silent(self._runs(StateType.RUNNING, StateType.PENDING, StateType.CANCELLING))
+            self._looked_s = self._clock()
+            if self._looked_s - began_s > GAP_S:
+                self._watched.clear()
+                silent = []
+            return [*self._each(self._end, silent), *self._each(self._go_on, self._crashed())]
         except Exception:
             self._watched.clear()
             raise
-        return [sentence for sentence in done if sentence]
+
+    def _each(self, heal: Callable[[FlowRun], str | None], runs: Sequence[FlowRun]) -> list[str]:
+        """Heal one run after another. One that cannot be healed keeps no other from it."""
+        done = []
+        for run in runs:
+            try:
+                sentence = heal(run)
+            except httpx.TransportError:  # The server is away, which concerns all of them.
+                raise
+            except Exception:
+                log.exception("run %s cannot be healed", run.id)
+                continue
+            done += [sentence] if sentence else []
+        return done
 
     def _silent(self, runs: Sequence[FlowRun]) -> list[FlowRun]:
         """Those of the runs that gave no sign of life for longer than their state allows."""
@@ -98,15 +134,18 @@ class Sweep:
         self._watched = watched
         return silent
 
-    def _sign_of_life(self, run: FlowRun) -> tuple[UUID, UUID | None]:
-        """The ids of a run's state and of its newest event. Of a run that is being cancelled only the state counts: its
-        process may go on sending heartbeats where no worker is left to end it."""
+    def _sign_of_life(self, run: FlowRun) -> tuple[UUID, int]:
+        """The id of a run's state, and the number of its events. Of a run that is being cancelled only the state
+        counts: its process may go on sending heartbeats where no worker is left to end it."""
         state = _state(run)
         if state.is_cancelling():
-            return state.id, None
-        only = EventFilter(resource=EventResourceFilter(id=[f"prefect.flow-run.{run.id}"]), order=EventOrder.DESC)
-        newest = self._client.read_events(only, limit=1).events
-        return state.id, newest[0].id if newest else None
+            return state.id, 0
+        assert run.created is not None  # by the server's clock; events carry that of the machine that sent them
+        events = EventFilter(
+            resource=EventResourceFilter(id=[f"prefect.flow-run.{run.id}"]),
+            occurred=EventOccurredFilter(since=run.created - SKEW, until=END_OF_TIME),
+        )
+        return state.id, self._client.read_events(events, limit=1).total
 
     def _limit_s(self, run: FlowRun) -> float:
         kind = _state(run).type
@@ -133,36 +172,26 @@ class Sweep:
 
     def _crashed(self) -> list[FlowRun]:
         """The crashed runs of `requantize`. Runs of the gpu pool are started again by the run that waits for them."""
-        return self._runs(StateType.CRASHED, flow="requantize", ended_within=RECENT)
+        return self._runs(StateType.CRASHED, flows=("requantize",), ended_within=RECENT)
 
     def _go_on(self, run: FlowRun) -> str | None:
         """Start a crashed run again, unless somebody cancelled it or it was started too often."""
         history = self._client.read_flow_run_states(run.id)
         if was_cancelled(history):
             return self._set(run, Cancelled(message="it was being cancelled when its process ended"))
-        if restarts_of(history) >= RESTARTS:
+        restarts = restarts_of(history)
+        if restarts >= RESTARTS:
             sentence = f"it crashed {RESTARTS + 1} times: look for what kills this run, then start another one"
             return self._set(run, Failed(message=sentence))
-        return self._set(run, AwaitingRetry(message=GOES_ON))
+        return self._set(run, next_life(_state(run), restarts))
 
     def _set(self, run: FlowRun, state: State[None]) -> str | None:
-        """Put a run into a state, unless a worker or another sweep was faster.
-
-        Two sweeps that saw the same state name the same transition, which the server makes once.
-        """
-        seen = _state(run)
-        if _state(self._client.read_flow_run(run.id)).id != seen.id:
+        if not propose(self._client, run, state):
             return None
-        proposed = to_state_create(state)
-        proposed.state_details.transition_id = uuid5(seen.id, state.name or "")  # The client's method makes up its own.
-        route: Any = f"/flow_runs/{run.id}/set_state"
-        answer = self._client.request("POST", route, json={"state": proposed.model_dump(mode="json")})
-        if answer.raise_for_status().json()["status"] != SetStateStatus.ACCEPT:
-            return None
-        return f"run {run.name} ({run.id}) was {seen.name} and is {state.name}: {state.message}"
+        return f"run {run.name} ({run.id}) was {_state(run).name} and is {state.name}: {state.message}"
 
     def _runs(
-        self, *kinds: StateType, flow: str | None = None, ended_within: datetime.timedelta | None = None
+        self, *kinds: StateType, flows: Sequence[str] = FLOWS, ended_within: datetime.timedelta | None = None
     ) -> list[FlowRun]:
         """All runs of our deployments in these states."""
         after = None
@@ -173,13 +202,37 @@ class Sweep:
             state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(kinds))),
             end_time=after,
         )
-        of = FlowFilter(name=FlowFilterName(any_=[flow])) if flow else None
+        of = FlowFilter(name=FlowFilterName(any_=list(flows)))
         found: list[FlowRun] = []
         while True:
             page = self._client.read_flow_runs(flow_filter=of, flow_run_filter=only, limit=ANSWERED, offset=len(found))
             found += page
             if len(page) < ANSWERED:
                 return [run for run in found if run.deployment_id is not None]
+
+
+def propose(client: SyncPrefectClient, seen: FlowRun, state: State[None]) -> bool:
+    """Put a run into a state, unless its state is another than was seen. Return whether the server took it.
+
+    Whoever saw the same state names the same transition, which the server makes once.
+    """
+    before = _state(seen)
+    if _state(client.read_flow_run(seen.id)).id != before.id:
+        return False
+    proposed = to_state_create(state)
+    proposed.state_details.transition_id = uuid5(before.id, state.name or "")  # The client's method makes up its own.
+    route: Any = f"/flow_runs/{seen.id}/set_state"
+    answer = client.request("POST", route, json={"state": proposed.model_dump(mode="json")})
+    return bool(answer.raise_for_status().json()["status"] == SetStateStatus.ACCEPT)
+
+
+def next_life(crashed: State, restarts: int) -> State[None]:
+    """The state that starts a crashed run again: at once the first time, later each time after that.
+
+    Its time is one of the server's clock, which the run's own state carries.
+    """
+    delay_s = min(FIRST_DELAY_S * 2 ** (restarts - 1), LONGEST_DELAY_S) if restarts else 0.0
+    return AwaitingRetry(message=GOES_ON, scheduled_time=crashed.timestamp + datetime.timedelta(seconds=delay_s))
 
 
 def was_cancelled(history: Sequence[State]) -> bool:
@@ -212,16 +265,33 @@ def _state(run: FlowRun) -> State:
 
 def sweep_for_ever() -> None:
     """Make one pass after another, in a thread beside a worker. A server that is away is waited for."""
-    while True:
-        try:
-            with get_client(sync_client=True) as client:
-                sweep = Sweep(client)
-                while True:
-                    for sentence in sweep():
-                        log.warning("%s", sentence)
-                    time.sleep(EVERY_S)
-        except (httpx.HTTPError, PrefectHTTPStatusError) as error:
-            log.info("no sweep: the Prefect server does not answer (%s)", type(error).__name__)
-        except Exception:  # The thread must outlive whatever one pass meets.
-            log.exception("a sweep failed")
-        time.sleep(EVERY_S)
+    # A client that tries again by itself would hide that the server was away, and sleep for minutes.
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+        while True:
+            try:
+                with get_client(sync_client=True) as client:
+                    remove_retired_automations()
+                    sweep = Sweep(client)
+                    while True:
+                        for sentence in sweep():
+                            log.warning("%s", sentence)
+                        time.sleep(EVERY_S)
+            except PrefectHTTPStatusError as error:
+                log.warning("no sweep: the Prefect server refuses (%s)", error.response.status_code)
+            except httpx.HTTPError as error:
+                log.info("no sweep: the Prefect server does not answer (%s)", type(error).__name__)
+            except Exception:  # The thread must outlive whatever one pass meets.
+                log.exception("a sweep failed")
+            time.sleep(EVERY_S)
+
+
+def remove_retired_automations() -> None:
+    """Delete the automations that earlier versions of Requant made: they restart runs that somebody cancelled."""
+
+    async def remove() -> None:
+        async with get_client() as client:
+            for name in RETIRED_AUTOMATIONS:
+                for automation in await client.read_automations_by_name(name):
+                    await client.delete_automation(automation.id)
+
+    asyncio.run(remove())

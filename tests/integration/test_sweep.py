@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.events import Event
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Crashed, Pending, Running
 
-from flows.sweep import CANCELLING_S, GOES_ON, PROCESS_START_S, RESTARTS, SILENCE_S, Sweep
+from flows.sweep import CANCELLING_S, EVERY_S, GOES_ON, PROCESS_START_S, RESTARTS, SILENCE_S, Sweep, next_life
 from tests.integration.conftest import ROOT, wait_for
 
 
@@ -78,37 +79,45 @@ def state(client: SyncPrefectClient, run_id: UUID) -> State[Any]:
     return run.state
 
 
-def send_heartbeat(client: SyncPrefectClient, run_id: UUID) -> None:
+def send_heartbeat(client: SyncPrefectClient, run_id: UUID, clock_error_s: float = 0) -> None:
     """Send what a flow run sends while it works, and wait until the server has it."""
-    event = Event(event="prefect.flow-run.heartbeat", resource={"prefect.resource.id": f"prefect.flow-run.{run_id}"})
+    occurred = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=clock_error_s)
+    resource = {"prefect.resource.id": f"prefect.flow-run.{run_id}"}
+    event = Event(event="prefect.flow-run.heartbeat", resource=resource, occurred=occurred)
     client.request("POST", "/events", json=[event.model_dump(mode="json")])  # type: ignore[arg-type]
-    body = {"filter": {"id": {"id": [str(event.id)]}}, "limit": 1}
+    when = {"since": str(occurred - datetime.timedelta(days=1)), "until": str(occurred + datetime.timedelta(days=1))}
+    body = {"filter": {"id": {"id": [str(event.id)]}, "occurred": when}, "limit": 1}
     wait_for(lambda: client.request("POST", "/events/filter", json=body).json()["events"], 30, 0.05)
+
+
+def watch(sweep: Sweep, clock: Clock, seconds: float) -> list[str]:
+    """Sweep for so long, a pass every ten seconds."""
+    done = []
+    for _ in range(int(seconds // EVERY_S)):
+        done += sweep()
+        clock.now_s += EVERY_S
+    return done
 
 
 def test_a_run_without_a_heartbeat_is_crashed_and_started_again(
     client: SyncPrefectClient, sweep: Sweep, clock: Clock, run_in: Callable[..., UUID]
 ) -> None:
     run, child = run_in(Pending(), Running()), run_in(Pending(), Running(), deployment="quantize/quantize")
-    assert sweep() == []
-    clock.now_s += SILENCE_S - 1
-    assert sweep() == []
-    clock.now_s += 1
+    assert watch(sweep, clock, SILENCE_S) == []
     assert len(sweep()) == 3
     assert (state(client, run).name, state(client, run).message) == ("AwaitingRetry", GOES_ON)
     assert state(client, child).name == "Crashed"  # The run that waits for it starts it again.
     assert sweep() == []
 
 
-def test_a_run_that_sends_heartbeats_is_left_alone(
-    client: SyncPrefectClient, sweep: Sweep, clock: Clock, run_in: Callable[..., UUID]
+@pytest.mark.parametrize("clock_error_s", [0, -600, 600])
+def test_a_run_that_sends_heartbeats_is_left_alone_whatever_the_clock_of_its_machine(
+    client: SyncPrefectClient, sweep: Sweep, clock: Clock, run_in: Callable[..., UUID], clock_error_s: float
 ) -> None:
     run = run_in(Pending(), Running())
-    sweep()
-    clock.now_s += SILENCE_S - 1
-    send_heartbeat(client, run)
-    sweep()
-    clock.now_s += SILENCE_S - 1
+    for _ in range(3):
+        assert watch(sweep, clock, SILENCE_S - EVERY_S) == []
+        send_heartbeat(client, run, clock_error_s)
     assert sweep() == [] and state(client, run).is_running()
 
 
@@ -116,8 +125,7 @@ def test_a_server_that_was_away_has_missed_heartbeats_and_so_the_time_begins_ane
     client: SyncPrefectClient, sweep: Sweep, clock: Clock, run_in: Callable[..., UUID], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_in(Pending(), Running())
-    sweep()
-    clock.now_s += SILENCE_S - 1
+    watch(sweep, clock, SILENCE_S - EVERY_S)
     with monkeypatch.context() as away:
 
         def refuse(*arguments: Any, **options: Any) -> None:
@@ -126,10 +134,33 @@ def test_a_server_that_was_away_has_missed_heartbeats_and_so_the_time_begins_ane
         away.setattr(client, "read_flow_runs", refuse)
         with pytest.raises(httpx.ConnectError):
             sweep()
-    clock.now_s += 1
-    assert sweep() == []
-    clock.now_s += SILENCE_S - 1
-    assert sweep() == [] and state(client, run).is_running()
+    assert watch(sweep, clock, SILENCE_S) == [] and state(client, run).is_running()
+
+
+def test_a_sweeper_that_stood_still_has_missed_heartbeats_too(
+    client: SyncPrefectClient, sweep: Sweep, clock: Clock, run_in: Callable[..., UUID]
+) -> None:
+    """A machine that was suspended, or a client that waited for the server by itself."""
+    run = run_in(Pending(), Running())
+    watch(sweep, clock, SILENCE_S - EVERY_S)
+    clock.now_s += 600
+    assert watch(sweep, clock, SILENCE_S) == [] and state(client, run).is_running()
+
+
+def test_a_run_that_cannot_be_healed_keeps_no_other_from_it(
+    client: SyncPrefectClient, sweep: Sweep, run_in: Callable[..., UUID], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = run_in(Running(), Crashed()), run_in(Running(), Crashed())
+    read = client.read_flow_run_states
+
+    def broken(run_id: UUID) -> list[State[Any]]:
+        if run_id == first:
+            raise ValueError("the server's answer makes no sense")
+        return read(run_id)
+
+    monkeypatch.setattr(client, "read_flow_run_states", broken)
+    assert len(sweep()) == 1
+    assert (state(client, first).name, state(client, second).name) == ("Crashed", "AwaitingRetry")
 
 
 @pytest.mark.parametrize("states", [(Cancelling(), Crashed()), (Cancelling(), Cancelled(), Crashed())], ids=len)
@@ -155,12 +186,9 @@ def test_a_run_that_nobody_ends_is_cancelled_even_where_its_process_still_sends_
     client: SyncPrefectClient, sweep: Sweep, clock: Clock, run_in: Callable[..., UUID]
 ) -> None:
     run = run_in(Pending(), Running(), Cancelling())
-    sweep()
-    clock.now_s += CANCELLING_S - 1
+    assert watch(sweep, clock, CANCELLING_S - EVERY_S) == []
     send_heartbeat(client, run)
-    assert sweep() == []
-    clock.now_s += 1
-    assert len(sweep()) == 1
+    assert len(watch(sweep, clock, 3 * EVERY_S)) == 1
     assert state(client, run).is_cancelled() and "no worker ended its process" in str(state(client, run).message)
 
 
@@ -168,8 +196,7 @@ def test_a_run_whose_process_did_not_start_is_started_again(
     client: SyncPrefectClient, sweep: Sweep, clock: Clock, run_in: Callable[..., UUID]
 ) -> None:
     run = run_in(Pending())
-    sweep()
-    clock.now_s += PROCESS_START_S
+    assert watch(sweep, clock, PROCESS_START_S) == []
     assert len(sweep()) == 2
     assert state(client, run).message == GOES_ON
 
@@ -181,6 +208,16 @@ def test_a_run_that_crashes_again_and_again_is_given_up(
     run = run_in(Running(), Crashed(), *lives)
     assert len(sweep()) == 1
     assert state(client, run).is_failed() and f"crashed {RESTARTS + 1} times" in str(state(client, run).message)
+
+
+def test_the_second_restart_waits_a_while_and_later_ones_longer() -> None:
+    """What keeps a run from starting, such as a registry that is away, is given time to pass."""
+    crashed = Crashed()
+    delays_s = [
+        (next_life(crashed, restarts).state_details.scheduled_time - crashed.timestamp).total_seconds()
+        for restarts in range(RESTARTS)
+    ]
+    assert delays_s[:4] == [0, 15, 30, 60] and max(delays_s) == 600 and delays_s == sorted(delays_s)
 
 
 def test_of_two_sweeps_at_once_only_one_restarts_a_run(
@@ -199,9 +236,7 @@ def test_runs_that_no_deployment_made_are_left_alone(client: SyncPrefectClient, 
 
     run = client.create_flow_run(requantize, parameters={"recipe": {}}, tags=["requant"], state=Running())
     try:
-        sweep()
-        clock.now_s += SILENCE_S
-        assert sweep() == [] and state(client, run.id).is_running()
+        assert watch(sweep, clock, SILENCE_S + EVERY_S) == [] and state(client, run.id).is_running()
     finally:
         client.delete_flow_run(run.id)
 
