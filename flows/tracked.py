@@ -150,6 +150,6 @@ def _compare(store: Store, group: Sequence[Tracked], pace: Pace) -> list[Due | P
     found: list[Due | Problem] = []
     for each in group:
         last = last_run(store, each.recipe)
-        if last is None or last.content != base.content:
+        if last is None or not last.settles(each.recipe, base):
             found.append(Due(each.name, each.recipe, base))
     return found

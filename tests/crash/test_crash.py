@@ -88,13 +88,15 @@ def test_a_run_whose_worker_and_server_are_killed_together_goes_on_within_three_
 def test_a_run_that_is_cancelled_after_its_worker_was_killed_does_not_come_back(stack: Stack) -> None:
     """The worker that is started again knows nothing of the run's process, which lives on without it."""
     run = in_the_middle(stack, stack.recipe(iters=1000), block=1)
-    kill(stack.tree("worker-cpu")[:1])
+    worker, *processes = stack.tree("worker-cpu")
+    kill([worker])
     stack.ask("POST", f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     began = time.monotonic()
     wait_for(lambda: stack.run(run)["state"]["type"] == "CANCELLED", THREE_MINUTES_S, "the run to be cancelled")
     print(f"cancelled {time.monotonic() - began:.0f} s later")
     wait_for(lambda: stack.child() is None, THREE_MINUTES_S, "the process on the GPU worker to end")
     wait_for(lambda: not stack.unfinished(), THREE_MINUTES_S, "all runs to end")
+    wait_for(lambda: not any(map(psutil.Process.is_running, processes)), 60, "the process of the run to end")
     assert stack.state(run) == "Cancelled"
     names = [state["name"] for state in stack.states(run)]
     assert "AwaitingRetry" not in names[names.index("Cancelling") :]

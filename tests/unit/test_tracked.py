@@ -11,7 +11,7 @@ import yaml
 from flows.tracked import load_tracked
 from tasks.errors import RecipeError
 from tasks.hub.revision import HubFile, Revision
-from tasks.last_run import LastRun, first_commit, last_run, remember_run
+from tasks.last_run import LastRun, first_commit, last_run, limits_of, remember_run
 from tasks.recipe import Recipe
 from tasks.recipe_file import parse_recipe
 from tasks.store import Store, open_store
@@ -64,7 +64,7 @@ def test_a_file_more_or_less_changes_the_content() -> None:
 def test_the_last_run_of_a_recipe_is_remembered_and_replaced(store: Store) -> None:
     assert last_run(store, RECIPE) is None
     remember_run(store, RECIPE, BASE, "rejected")
-    assert last_run(store, RECIPE) == LastRun("a/b", BASE.sha, BASE.content, "rejected")
+    assert last_run(store, RECIPE) == LastRun("a/b", BASE.sha, BASE.content, "rejected", limits_of(RECIPE))
     remember_run(store, RECIPE, changed("config.json", size=1), "published")
     last = last_run(store, RECIPE)
     assert last is not None and (last.sha, last.status) == ("2" * 40, "published")
@@ -129,3 +129,15 @@ def test_a_recipe_sent_through_json_is_the_same_recipe() -> None:
     document = {"base": {"repo_id": "a/b"}, "gates": {"max_block_error": 1}, "benchmark": {"flags": {"x": 1.0}}}
     recipe = parse_recipe(document)
     assert Recipe.model_validate(recipe.model_dump(mode="json")).digest == recipe.digest
+
+
+def test_a_rejected_base_is_run_again_once_the_recipe_has_other_limits() -> None:
+    """Switching a limit off leaves the digest alone where null was its default before."""
+    off = parse_recipe({"base": {"repo_id": "a/b"}, "gates": {"max_kl_divergence": None}})
+    assert off.digest == RECIPE.digest
+    rejected, published = (
+        LastRun("a/b", BASE.sha, BASE.content, status, limits_of(RECIPE)) for status in ("rejected", "published")
+    )
+    assert rejected.settles(RECIPE, BASE) and not rejected.settles(off, BASE)
+    assert published.settles(off, BASE) and not published.settles(RECIPE, changed("config.json", size=1))
+    assert LastRun("a/b", BASE.sha, BASE.content, "rejected").settles(off, BASE)  # of a version that kept no limits
