@@ -238,6 +238,15 @@ def test_a_tokenizer_that_makes_too_few_tokens_is_not_measured_and_all_files_are
     assert gates["top1_agreement"].failed and gates["top1_agreement"].value is None
 
 
+@pytest.mark.parametrize("content", ["{}", '{"version": "1.0", "added_tokens": [], "model": {"type": "none"}}', "[1]"])
+def test_a_tokenizer_that_cannot_be_read_is_not_measured_and_says_so(content: str, base: Path, tmp_path: Path) -> None:
+    folder = write_quantized(base, tmp_path)
+    (folder / "tokenizer.json").write_text(content)
+    values = validate_folders(folder, base)
+    assert f"the tokenizer in {folder} cannot be loaded" in values["not_measured"]
+    assert values["files"] == ["tokenizer.json differs from the base's"]
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     """Its tokens would index outside of the embedding."""
     folder = pico_base(tmp_path / "base", shards=1)

@@ -105,3 +105,13 @@ def test_a_benchmark_needs_its_tools_in_torch_alone(problems: Problems, install:
 
 def test_a_run_that_no_worker_started_has_no_stage_done_by_another(base: Revision) -> None:
     assert stages_there(recipe(), base) == frozenset()
+
+
+def test_a_run_of_a_worker_leaves_to_the_gpu_pool_what_it_does_not_do_itself(
+    base: Revision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "a-deployment")
+    large = Revision("a/b", "0" * 40, (HubFile("model.safetensors", 54_000_000_000, "", "a" * 64),))
+    assert stages_there(recipe(), base) == {"quantize"}
+    assert stages_there(recipe(), large) == {"quantize", "validate", "benchmark"}
+    assert stages_there(recipe("none"), large) == {"quantize", "validate"}
