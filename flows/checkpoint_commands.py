@@ -28,7 +28,8 @@ def validate(folder: Path, base: str, recipe: Path | None) -> tuple[dict[str, An
     """Measure a quantized checkpoint against its base and apply the gates.
 
     Everything that can be measured is, whatever else is wrong. Differences from the base that change nothing that is
-    computed, as in config.json's transformers_version, are told as findings and fail nothing.
+    computed, as in config.json's transformers_version, are told as findings and fail nothing. So is another dtype, by
+    which engines choose what they compute in.
     """
     from flows.terminal import gate_table
     from tasks.evaluate import check_tasks

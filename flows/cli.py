@@ -146,15 +146,15 @@ def _lay_out(report: Report, checkout: Path | None, *, force: bool) -> None:
     store = open_store()
     if report.artifact is None or not (checkout or store.is_local):
         return
-    stale = {*OURS, *(f"{FOLDER}/{name}.png" for name in NAMES)} - set(report.beside)  # an earlier run's
-    stale = {path for path in stale if path not in report.artifact}
     if checkout is not None:
-        report.path, foreign = lay_out(store, report.artifact, checkout, report.beside, stale=stale, force=force)
+        report.path, foreign = lay_out(store, report.artifact, checkout, report.beside, force=force)
         tell_foreign(report.path, foreign)
         return
     report.path = store.hand_out(report.artifact, store.checkout_folder(report.artifact))
-    for path in stale:
-        (report.path / path).unlink(missing_ok=True)
+    ours = {*OURS, *(f"{FOLDER}/{name}.png" for name in NAMES)}
+    for path in ours - set(report.beside):
+        if path not in report.artifact:  # An earlier run laid it into this folder, which is the store's own.
+            (report.path / path).unlink(missing_ok=True)
     for path, data in report.beside.items():
         write_file(report.path, path, [data])
 

@@ -30,7 +30,9 @@ from tasks import quantize as quantizing
 from tasks import validate as quality
 from tasks.artifact import Manifest
 from tasks.errors import RecipeError, RequantError, StoreError
+from tasks.hub.revision import Revision
 from tasks.log import plain_logs
+from tasks.plan import ON_GPU
 from tasks.prefect_stage import end_earlier_tasks, options, say, shown
 from tasks.recipe import Recipe
 from tasks.recipe_file import recipe_of
@@ -141,13 +143,19 @@ def _expect(asked: str, ours: str) -> None:
 # What the run that asks does
 
 
-def where(stage: str, recipe: Recipe, base: Manifest) -> str:
+def stages_there(recipe: Recipe, base: Revision) -> frozenset[str]:
+    """The stages of this run that are to be done by a worker of the gpu pool."""
+    weights_bytes = sum(file.size for file in base.wanted if file.path.endswith(".safetensors"))
+    return frozenset(stage for stage in ON_GPU if where(stage, recipe, weights_bytes) == "gpu")
+
+
+def where(stage: str, recipe: Recipe, weights_bytes: int) -> str:
     """`gpu` if a stage is to be done by a worker of the gpu pool, else `here`: quantize always, and what a CPU cannot
     measure in minutes. A run that no worker started has no pools.
     """
     if runtime.deployment.id is None:
         return "here"
-    large = base.weights >= LARGE
+    large = weights_bytes >= LARGE
     runs_engine = recipe.benchmark.engine in {"auto", "vllm", "torch"}
     wanted = {"quantize": True, "validate": large, "benchmark": large and runs_engine}
     return "gpu" if wanted[stage] else "here"

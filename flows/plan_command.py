@@ -13,7 +13,9 @@ from flows.command import NEW_FILE, command
 @command("plan")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in quantize.iters=50.")
-@click.option("--elsewhere", is_flag=True, help="The run will be on another machine: this one's disk does not matter.")
+@click.option(
+    "--elsewhere", is_flag=True, help="The run will be on another machine: this one's disk and tools do not matter."
+)
 @click.option("--markdown", "markdown_path", type=NEW_FILE, help="Write the plan as markdown here too.")
 def plan(
     recipe: Path, overrides: tuple[str, ...], elsewhere: bool, markdown_path: Path | None

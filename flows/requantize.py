@@ -12,7 +12,7 @@ from prefect import State, flow, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import Completed, Failed
 
-from flows.gpu import OPTIONS, cancel_children, on_gpu, pinned, where
+from flows.gpu import OPTIONS, cancel_children, on_gpu, pinned, stages_there, where
 from flows.markdown import comparison, markdown
 from flows.own_run import end_with_the_run
 from flows.report import Report, gate_rows, verdict, worst
@@ -100,7 +100,8 @@ def _run(report: Report) -> None:
     store.check()
     with recorded(store, lambda: report.run):
         report.base, calibration, text = resolve_task(recipe)
-        foreseen = preflight_task(recipe, report.base, calibration, text)
+        there = stages_there(recipe, report.base)
+        foreseen = preflight_task(recipe, report.base, calibration, text, there)
         if recipe.outputs:
             _outputs(store, report, calibration, text, foreseen)
         else:
@@ -180,21 +181,21 @@ def _stages(
 
 
 def _quantize(recipe: Recipe, base: StageResult, calibration: Text) -> Any:
-    if where("quantize", recipe, base.manifest) == "here":
+    if where("quantize", recipe, base.manifest.weights) == "here":
         return quantize_task(recipe, base.manifest, calibration)
     key = quantizing.quantize_key(recipe, base.manifest, calibration)
     return on_gpu(quantizing.STAGE, key, recipe, base=base.key, calibration=pinned(calibration))
 
 
 def _validate(recipe: Recipe, base: StageResult, fixed: StageResult, text: Text) -> Any:
-    if where("validate", recipe, base.manifest) == "here":
+    if where("validate", recipe, base.manifest.weights) == "here":
         return validate_task(recipe, base.manifest, fixed.manifest, text)
     key = quality.validate_key(recipe, base.manifest, fixed.manifest, text)
     return on_gpu(quality.STAGE, key, recipe, base=base.key, artifact=fixed.key, text=pinned(text))
 
 
 def _benchmark(recipe: Recipe, base: StageResult, fixed: StageResult) -> Any:
-    if where("benchmark", recipe, base.manifest) == "here":
+    if where("benchmark", recipe, base.manifest.weights) == "here":
         return benchmark_task(recipe, fixed.manifest)
     return on_gpu(speed.STAGE, speed.benchmark_key(recipe, fixed.manifest), recipe, artifact=fixed.key)
 
@@ -212,9 +213,11 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Text, Text]:
 
 
 @task(**options("preflight", hours=1))
-def preflight_task(recipe: Recipe, base: Revision, calibration: Text, text: Text) -> dict[str, Foreseen]:
+def preflight_task(
+    recipe: Recipe, base: Revision, calibration: Text, text: Text, there: frozenset[str]
+) -> dict[str, Foreseen]:
     """Find out before the first byte whether the run can end well: what `requant plan` says."""
-    return preflight(open_store(), recipe, base, calibration, text)
+    return preflight(open_store(), recipe, base, calibration, text, there)
 
 
 def show_gates(report: Report) -> None:

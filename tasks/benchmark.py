@@ -61,11 +61,13 @@ def benchmark(store: Store, recipe: Recipe, artifact: Manifest, say: Say = log.i
         put_files(store, folder / "out", files)
         return Made(Manifest.of(files), {"measured": values, "bytes_read": artifact.size})
 
-    def uses() -> tuple[str, ...]:
-        # vLLM and a server that runs already have environments of their own.
-        return STAGE.tools if _engine(recipe.benchmark) == "torch" else ()
+    return run_stage(store, STAGE, benchmark_key(recipe, artifact), work, say, lambda: used_tools(recipe.benchmark))
 
-    return run_stage(store, STAGE, benchmark_key(recipe, artifact), work, say, uses)
+
+def used_tools(asked: Benchmark) -> tuple[str, ...]:
+    """The stage's tools that a benchmark runs here. vLLM and a server that runs already have environments of their
+    own."""
+    return STAGE.tools if _engine(asked) == "torch" else ()
 
 
 def _engine(asked: Benchmark) -> str:

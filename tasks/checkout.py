@@ -89,14 +89,13 @@ def lay_out(
     folder: Path,
     beside: Mapping[str, bytes] | None = None,
     *,
-    stale: Iterable[str] = (),
     force: bool = False,
 ) -> tuple[Path, list[str]]:
     """Lay an artifact, and the files that go beside it, into a folder of the user's own.
 
     The same call goes on after a kill. What earlier checkouts laid there and this one does not is removed; with `force`
-    so are the files `stale`, whoever made them. Returns the folder, and the weight files in it that are somebody
-    else's: a loader may read these too.
+    a file of somebody else's is replaced by one of the same name, and stays otherwise. Returns the folder, and the
+    weight files in it that are somebody else's: a loader may read these too.
     """
     check_folder(store, folder, force=force)
     where, beside = _resolved(folder), beside or {}
@@ -107,7 +106,7 @@ def lay_out(
     coming |= {path: Laid(len(data), hashlib.sha256(data).hexdigest()) for path, data in beside.items()}
     _record(store, where, {path: [*known.get(path, ()), *one] for path, one in _each(coming, earlier)})
     unfinished = {path for path in present if path not in known and _is_temporary(path, known)}
-    for path in {*earlier, *unfinished, *(stale if force else ())} - set(coming):
+    for path in {*earlier, *unfinished} - set(coming):
         (where / path).unlink(missing_ok=True)
         _remove_empty(where, (where / path).parent)
     store.checkout(manifest, where)

@@ -31,6 +31,10 @@ class CheckpointError(RequantError, ValueError):
     """A checkpoint's files contradict each other or the format."""
 
 
+class TooFewTokens(CheckpointError):
+    """A checkpoint's tokenizer makes fewer tokens of a text than measuring needs."""
+
+
 class StoreError(RequantError, OSError):
     """The store answered, but cannot do what was asked."""
 

@@ -11,6 +11,9 @@ from typing import Any
 from tasks.recipe import Gates
 
 MOST_REPEATED = 0.9  # share of one token in a greedy continuation from which on it is garbage
+# Parts of a matrix that its rounding may lose: 0.28 at most in 2 bits and groups of 64, where nothing is clipped.
+MOST_NOISE = 0.3  # up to which more noise leaves more to tuning
+LOST = 0.5  # from which on the rounding says nothing of the matrix
 # Gates whose limits no recipe sets.
 FIXED = {"same_tokens", "most_repeated_token", "long_context", "vision_output", "speculative_decoding"}
 
@@ -136,25 +139,32 @@ def slope_error(matrix: Mapping[str, Any]) -> float:
     0.027 in 2 bits and below 0.01 in 3, 4 and 8 bits, whatever the group. Scales that are 5 % off show as 0.04 or more
     (in 2 bits, where tuning may work against them, as 0.025 or more), another matrix as 0.4 or more.
     """
-    slope, off, noise = float(matrix["slope"]), slope_off(matrix), _noise(matrix)
-    if math.isnan(slope) or math.isnan(off):
+    scales, excess, left = _slope_parts(matrix)
+    if math.isnan(scales) or math.isnan(excess) or math.isnan(float(matrix["slope"])):
         return math.nan
-    if "scale_factor" not in matrix:
-        return max(0.0, abs(off) - noise / 4)
-    return max(abs(float(matrix["scale_factor"]) - 1), abs(float(matrix["slope_excess"])) - noise / 4)
+    return max(abs(scales), abs(excess) - left)
 
 
 def slope_off(matrix: Mapping[str, Any]) -> float:
-    """The same with its sign: above 0 where the matrix is too large.
+    """The same with its sign: above 0 where the matrix is too large."""
+    scales, excess, left = _slope_parts(matrix)
+    return scales if "scale_factor" in matrix and abs(scales) >= abs(excess) - left else excess
 
-    A record of a version that did not look at the rounding is compared with fine rounding, of which <Q, W> is <Q, Q>
-    and so the slope 1 - error^2.
+
+def _slope_parts(matrix: Mapping[str, Any]) -> tuple[float, float, float]:
+    """By how much the scales of a matrix are off, by how much its slope is, and how much of the latter is left to
+    tuning.
+
+    A rounding with scales that are far too small clips nearly every weight, and tells nothing: the slope is then
+    compared with that of the base itself. A record of a version that did not look at the rounding is compared with
+    fine rounding, of which <Q, W> is <Q, Q> and so the slope 1 - error^2.
     """
-    noise = _noise(matrix)
-    if "scale_factor" not in matrix:
-        return float(matrix["slope"]) + noise - 1
-    scales, excess = float(matrix["scale_factor"]) - 1, float(matrix["slope_excess"])
-    return scales if abs(scales) >= abs(excess) - noise / 4 else excess
+    slope, noise = float(matrix["slope"]), _noise(matrix)
+    scales = float(matrix.get("scale_factor", 1.0)) - 1
+    if noise > LOST:
+        return scales, slope - 1, 0.0
+    excess = float(matrix["slope_excess"]) if "scale_factor" in matrix else slope + noise - 1
+    return scales, excess, min(noise, MOST_NOISE) / 4
 
 
 def _noise(matrix: Mapping[str, Any]) -> float:

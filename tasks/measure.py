@@ -17,7 +17,7 @@ import torch
 
 from tasks.checkpoint.blocks import at_once
 from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.errors import CheckpointError
+from tasks.errors import CheckpointError, TooFewTokens
 from tasks.measuring import LENGTH, PROBE, WINDOWS, window_count, window_length
 from tasks.measuring.blocks import Rows, run_blocks
 from tasks.measuring.decode import agreement, decode, decode_in_blocks, speculate
@@ -45,7 +45,7 @@ def measure(
     remote_code: bool = False,
     say: Callable[[str], None] = log.info,
 ) -> Measurement:
-    """Run a checkpoint over a text. Raises CheckpointError if it cannot be loaded."""
+    """Run a checkpoint over a text. Raises CheckpointError if it cannot be loaded, TooFewTokens from its tokenizer."""
     checkpoint = Checkpoint.open(folder).sound()
     tokens = windows(folder, text, checkpoint, remote_code=remote_code)
     skeleton = Skeleton(checkpoint, dtype, device, remote_code=remote_code)
@@ -143,11 +143,16 @@ def _continuations(skeleton: Skeleton, head: MtpHead | None, prompts: torch.Tens
 
 
 def windows(folder: Path, text: Path, checkpoint: Checkpoint, *, remote_code: bool = False) -> Ints:
-    """The pinned tokens `[windows, length]`, spread evenly over the text."""
+    """The pinned tokens `[windows, length]`, spread evenly over the text. Raises TooFewTokens if there are none."""
     tokenizer = load_tokenizer(folder, remote_code=remote_code)
     ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     length = window_length(checkpoint.text_config, LENGTH)
-    count = window_count(len(ids), length, f"the text {text.name}, cut by the tokenizer of {folder.name},", WINDOWS)
+    if len(ids) < length:  # Whether the text or the tokenizer is poor, only another tokenizer tells.
+        raise TooFewTokens(
+            f"the tokenizer of {folder.name} makes only {len(ids):,} tokens of the text {text.name}, and measuring "
+            f"needs at least {length}"
+        )
+    count = window_count(len(ids), length, text.name, WINDOWS)
     stride = (len(ids) - length) // max(count - 1, 1)
     vocabulary = int(checkpoint.text_config.get("vocab_size") or 1 << 31)
     tokens: Ints = np.array([ids[i * stride : i * stride + length] for i in range(count)], dtype=np.int32)

@@ -305,8 +305,13 @@ def free(device: torch.device) -> None:
 
 
 def load_tokenizer(folder: Path, *, remote_code: bool = False) -> Any:
+    """Load a checkpoint's tokenizer. Raises CheckpointError for one that cannot be loaded."""
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Of a wrong tokenizer.json it can be any, as KeyError or the tokenizers' own.
         said = " ".join(str(error).split())
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({said})") from error
+        if not isinstance(error, ValueError | OSError | StrictDataclassError):
+            said = f"{type(error).__name__}: {said}"
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({said[:1000]})") from error

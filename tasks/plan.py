@@ -34,6 +34,7 @@ from tasks.planning.output import Output, blocks_of, head_bytes, plan_output
 from tasks.planning.refusals import check_base, refusals
 from tasks.planning.several import Before, together
 from tasks.planning.texts import Texts
+from tasks.planning.versions import version_problems
 from tasks.quantize import quantize_key
 from tasks.recipe import Recipe
 from tasks.store import Store
@@ -45,7 +46,8 @@ LINEAR = re.compile(r"\.linear_attn\.")
 
 
 def plan(store: Store, recipe: Recipe, *, elsewhere: bool = False) -> dict[str, Any]:
-    """The document of `requant plan --json`. `elsewhere`: the run will be on another machine, whose disk is not this.
+    """The document of `requant plan --json`. `elsewhere`: the run will be on another machine, and neither disk
+    nor tools of this one are judged.
 
     Raises HubUnavailable, StoreUnreachable, RecipeError for a text that is not there, or for tasks of eval that this
     machine cannot run.
@@ -72,12 +74,14 @@ class Foreseen:
     engines: Mapping[str, Any]
 
 
-def preflight(store: Store, recipe: Recipe, base: Revision, calibration: Text, text: Text) -> dict[str, Foreseen]:
+def preflight(
+    store: Store, recipe: Recipe, base: Revision, calibration: Text, text: Text, there: Collection[str] = ()
+) -> dict[str, Foreseen]:
     """Find out before the first byte whether a run can end well. Raises Refused with the plan's sentences.
 
-    Returns what is foreseen of each result, by the output's name.
+    Returns what is foreseen of each result, by the output's name. `there`: the stages that another worker will do.
     """
-    document = plan_of(store, recipe, base, calibration, text, fetch_texts=True)
+    document = plan_of(store, recipe, base, calibration, text, fetch_texts=True, there=there)
     if document["problems"]:
         raise Refused("; ".join(document["problems"]))
     found = {one.get("name", ""): one for one in document.get("outputs") or [document]}
@@ -96,9 +100,10 @@ def plan_of(
     *,
     elsewhere: bool = False,
     fetch_texts: bool = False,
+    there: Collection[str] = (),
 ) -> dict[str, Any]:
     """The plan for a base and texts that are resolved; of several outputs one for all. `fetch_texts`: texts that are
-    Hub data sets are fetched and read too."""
+    Hub data sets are fetched and read too. `there`: the stages that another worker will do, with tools of its own."""
     hashes = hashes_of(store, base)
     with TemporaryDirectory(prefix="requant-") as temporary:
         try:
@@ -133,6 +138,7 @@ def plan_of(
             # With a store that machines share, the one that quantizes may be another than this.
             too_little = disk_problem(needed.disk, store.near.root) if store.is_local and not elsewhere else None
             problems += [too_little] if too_little else []
+            problems += [] if elsewhere else version_problems(one, to_run.difference(there))
             # What ends the run in any case needs no text to be read.
             problems += [] if problems else texts.problems(one, to_run, source.text_config)
             return one, _document(one, base, source, output, stages, needed, changes(), problems, texts.notes)

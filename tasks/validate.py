@@ -22,7 +22,7 @@ from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.fidelity import fidelity
 from tasks.checkpoint.writer import write_file, write_json
 from tasks.download import text_files
-from tasks.errors import CheckpointError, RecipeError, RequantError
+from tasks.errors import CheckpointError, RecipeError, RequantError, TooFewTokens
 from tasks.evaluate import Scores, asked, evaluate, evaluated, recovery, whole
 from tasks.gates import most_repeated
 from tasks.prefect_stage import options, say, shown
@@ -188,7 +188,11 @@ def validate_folders(
     def measured(path: Path, device: torch.device, dtype: torch.dtype) -> Measurement:
         from tasks.measure import measure
 
-        return measure(path, text, device, dtype, remote_code=remote_code, say=say)
+        try:
+            return measure(path, text, device, dtype, remote_code=remote_code, say=say)
+        except TooFewTokens:
+            _check_text(base, text, remote_code)
+            raise
 
     def scored(path: Path) -> Scores:
         assert tasks is not None
@@ -205,6 +209,18 @@ def validate_folders(
         remote_code=remote_code,
         say=say,
     )
+
+
+def _check_text(base: Checkpoint, text: Path, remote_code: bool) -> None:
+    """Raises RecipeError if the base's tokenizer too makes too few tokens of a text: then the text is too short."""
+    from tasks.measure import windows
+
+    try:
+        windows(base.folder, text, base, remote_code=remote_code)
+    except TooFewTokens as error:
+        raise RecipeError(f"validation.text: {error}: name a longer text") from error
+    except CheckpointError as error:
+        log.debug("the base's tokenizer does not tell whether the text is too short: %s", error)
 
 
 def _promises_head(checkpoint: Checkpoint) -> bool:

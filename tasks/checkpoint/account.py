@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,16 @@ CONTEXT = (
     "max_position_embeddings", "original_max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta",
     "partial_rotary_factor", "sliding_window", "layer_types",
 )  # fmt: skip
-# Keys of config.json that change nothing that is computed: who wrote it, with what, and what a library does by default.
+DTYPES = ("dtype", "torch_dtype")  # the second is the earlier name of the first
+# Keys of config.json that change nothing that is measured: who wrote it, with what, and what a library does by default.
 BOOKKEEPING = {
     "transformers_version", "torch_dtype", "dtype", "_name_or_path", "name_or_path", "_model_name_or_path",
     "_commit_hash", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "torchscript",
     "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "problem_type", "id2label",
     "label2id", "tokenizer_class", "processor_class", "pad_token_id",
 }  # fmt: skip
+# In a tokenizer's or processor's own file they decide what is loaded.
+CLASSES = {"tokenizer_class", "processor_class"}
 QUANTIZATION_KEYS = {"quantization_config", "compression_config"}
 OWN_FILES = {"config.json", QUANTIZATION, *REWRITTEN}
 
@@ -38,7 +41,7 @@ OWN_FILES = {"config.json", QUANTIZATION, *REWRITTEN}
 @dataclass
 class Account:
     """What was found; every list holds sentences, and all are empty for a checkpoint that Requant made. `differences`
-    are those that change nothing that is computed; each of the others keeps the checkpoint from being sound."""
+    are those that change nothing that is measured; each of the others keeps the checkpoint from being sound."""
 
     packed: int = 0
     kept: int = 0
@@ -133,7 +136,9 @@ def _check_config(
     with_head: bool,
     completed: Callable[[dict[str, Any]], dict[str, Any] | None],
 ) -> None:
-    """What differs and is computed with is unaccounted for; what only says the same otherwise is a difference."""
+    """What differs and is computed with is unaccounted for; what only says the same otherwise is a difference.
+
+    So is the type that engines compute in: measuring takes it from the base."""
     stated = base.config if with_head or base.head is None else without_layer_count(base.config)
     ours, theirs = (
         {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
@@ -147,12 +152,13 @@ def _check_config(
             mine, others = map(_computed, built)
             computed = _differing(mine, others)
     found.unaccounted += [f"config.json differs from the base's in {key}" for key in computed]
-    found.differences += [
-        f"config.json differs from the base's in {place}, which changes nothing that is computed"
+    told = (
+        _difference(place, ours, theirs)
         for key in _differing(ours, theirs)
         if key not in computed
         for place in _places(key, ours.get(key), theirs.get(key))
-    ]
+    )
+    found.differences += dict.fromkeys(told)
     texts = [
         config["text_config"] if isinstance(config.get("text_config"), dict) else config for config in (mine, others)
     ]
@@ -178,6 +184,26 @@ def _places(key: str, ours: Any, theirs: Any) -> list[str]:
         for part in _differing(ours, theirs)
         for place in _places(f"{key}.{part}", ours.get(part), theirs.get(part))
     ]
+
+
+def _difference(place: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Say what a difference does that is no part of the structure."""
+    *parents, key = place.split(".")
+    if key in DTYPES:
+        said, wanted = _dtype(ours, parents), _dtype(theirs, parents)
+        if said != wanted:
+            name = ".".join([*parents, DTYPES[0]])
+            mine = f"says {name} {said}" if said else f"says no {name}"
+            return f"config.json {mine}, the base's {wanted or 'none'}: engines choose by it what they compute in"
+    return f"config.json differs from the base's in {place}, which changes nothing that is computed"
+
+
+def _dtype(config: Any, parents: Sequence[str]) -> str | None:
+    """The type that a part of a config names, under either name."""
+    for parent in parents:
+        config = config.get(parent) if isinstance(config, dict) else None
+    said = [config[key] for key in DTYPES if config.get(key) is not None] if isinstance(config, dict) else []
+    return shown(str(said[0]).removeprefix("torch.")) if said else None
 
 
 def _computed(value: Any) -> Any:
@@ -211,7 +237,7 @@ def _bookkeeping_keys(ours: Path, base: Path) -> list[str]:
     except CheckpointError:
         return []
     keys = _differing(mine, theirs)
-    return keys if BOOKKEEPING.issuperset(keys) else []
+    return keys if (BOOKKEEPING - CLASSES).issuperset(keys) else []
 
 
 def _other_files(folder: Path) -> Iterator[str]:

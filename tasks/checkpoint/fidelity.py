@@ -97,7 +97,7 @@ def _compare(name: str, parts: Mapping[str, Tensor], scheme: Scheme, source: Ten
         sample.add(ours[taken], theirs[taken], by_weight[0].astype(np.float32), by_weight[1])
         row += len(ours)
     cells = row * len(present)
-    if not ww or not cells:
-        return Fidelity(name, scheme.bits, float(dd == 0), 0.0, float(dd > 0))
+    if not ww or not cells:  # A base of zeros has no slope, and nothing but zeros is a rounding of it.
+        return Fidelity(name, scheme.bits, float(dd == 0), 0.0, float(dd > 0), rounding_noise=float(dd > 0))
     fitted = (sample.slope_excess, sample.scale_factor, sample.rounding_noise)
     return Fidelity(name, scheme.bits, qw / ww, steps / cells, (dd / ww) ** 0.5, *fitted)

@@ -44,18 +44,21 @@ class Rounding:
     places: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(EDGES) - 1))
 
     def add(self, ours: Floats, theirs: Floats, scales: Floats, zeros: Array) -> None:
-        """Some rows of both matrices, `[rows, in]`, with the scale and the zero point of each weight."""
+        """Some rows of both matrices, `[rows, in]`, with the scale and the zero point of each weight.
+
+        Of a weight whose scale is no scale (0, or no number) the rounding leaves nothing."""
         with np.errstate(divide="ignore", invalid="ignore"):
             x, integers = theirs / scales, np.rint(ours / scales)
         known = np.isfinite(x) & np.isfinite(integers) & np.isfinite(scales)
+        lost = float(np.square(theirs[~known & np.isfinite(theirs)]).sum(dtype=np.float64))
         x, integers, scales = (values[known].astype(np.float32) for values in (x, integers, scales))
         low = -zeros[known].astype(np.float32)
         high = low + ((1 << self.bits) - 1)
         rounded = np.clip(np.rint(x), low, high)
         weights = x * scales
-        self.weights += float(np.vdot(weights, weights))
+        self.weights += float(np.vdot(weights, weights)) + lost
         self.excess += float(np.vdot((integers - rounded) * scales, weights))
-        self.noise += float(np.square(rounded * scales - weights).sum(dtype=np.float64))
+        self.noise += float(np.square(rounded * scales - weights).sum(dtype=np.float64)) + lost
         self._count_places(x, integers, low, high)
 
     def _count_places(self, x: Floats, integers: Floats, low: Floats, high: Floats) -> None:

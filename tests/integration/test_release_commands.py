@@ -109,7 +109,7 @@ def test_a_run_with_a_pull_request_is_validated_until_someone_merges(
     assert requant("verify", f"{TARGET}@{merged.document['published']['tag']}", "--json").document["problems"] == []
 
 
-def test_a_checkout_forced_into_a_users_folder_loses_an_earlier_card_and_nothing_of_theirs(requant: Requant) -> None:
+def test_a_rejected_run_forced_into_a_users_folder_takes_no_file_of_theirs_away(requant: Requant) -> None:
     folder = requant.folder / "laid"
     folder.mkdir()
     for name in ("README.md", "requant.json", ".gitattributes", "notes.md"):
@@ -118,5 +118,5 @@ def test_a_checkout_forced_into_a_users_folder_loses_an_earlier_card_and_nothing
     assert {path.read_text() for path in folder.iterdir()} == {"before"}
     outcome = requant.run("--checkout", str(folder), "--force", gates={"min_top1_agreement": 1.0}, publish=None)
     assert outcome.document["status"] == "rejected"
-    left = {path.name for path in folder.iterdir()}
-    assert {".gitattributes", "notes.md"} <= left and not {"README.md", "requant.json"} & left
+    left = {name: (folder / name).read_text() for name in ("README.md", "requant.json", ".gitattributes", "notes.md")}
+    assert set(left.values()) == {"before"}, "a rejected result has no card that would take the place of theirs"

@@ -1,14 +1,17 @@
-"""Stores that several files of tests use: one that is local, and one elsewhere with a near cache."""
+"""What several files of tests use: a store that is local, one elsewhere with a near cache, other versions of tools."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tasks.store import Store
 from tasks.store.folder import FolderBackend
+
+Install = Callable[..., None]
 
 
 class Remote(FolderBackend):
@@ -32,3 +35,17 @@ def far(tmp_path: Path) -> Store:
     made = Store(Remote(tmp_path / "remote"), near=FolderBackend(tmp_path / "near"))
     made.check()
     return made
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Make other versions of packages the installed ones: real metadata, in front of the environment's own."""
+
+    def do(**versions: str) -> None:
+        for name, version in versions.items():
+            folder = tmp_path / "site" / f"{name}-{version}.dist-info"
+            folder.mkdir(parents=True)
+            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(str(tmp_path / "site"))
+
+    return do

@@ -209,6 +209,55 @@ def test_a_changed_config_field_is_found_by_name(pair: Pair, key: str) -> None:
     assert pair.found().unaccounted == [f"config.json differs from the base's in {key}"]
 
 
+CHOOSE = "engines choose by it what they compute in"
+DTYPES: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
+    "another": (
+        lambda config: config.update(dtype="float16"),
+        [f"config.json says dtype float16, the base's bfloat16: {CHOOSE}"],
+    ),
+    "under its earlier name": (
+        lambda config: config.update(torch_dtype=config.pop("dtype").replace("b", "", 1)),
+        [f"config.json says dtype float16, the base's bfloat16: {CHOOSE}"],
+    ),
+    "in a part": (
+        lambda config: config["text_config"].update(dtype="float32"),
+        [f"config.json says text_config.dtype float32, the base's bfloat16: {CHOOSE}"],
+    ),
+    "none": (
+        lambda config: config["text_config"].pop("dtype"),
+        [f"config.json says no text_config.dtype, the base's bfloat16: {CHOOSE}"],
+    ),
+    "the same under its earlier name": (
+        lambda config: config.update(torch_dtype=config.pop("dtype")),
+        [
+            f"config.json differs from the base's in {name}, which changes nothing that is computed"
+            for name in ("dtype", "torch_dtype")
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DTYPES)
+def test_another_dtype_is_a_finding_that_says_what_it_does(pair: Pair, case: str) -> None:
+    change, differences = DTYPES[case]
+    pair.edit_config(change)
+    found = pair.found()
+    assert found.differences == differences and found.unaccounted == []
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [("tokenizer_config.json", "tokenizer_class"), ("preprocessor_config.json", "processor_class")],
+)
+def test_another_class_of_the_tokenizer_or_processor_is_no_bookkeeping(pair: Pair, path: str, key: str) -> None:
+    """It decides what is loaded."""
+    for folder, name in ((pair.base, "One"), (pair.ours, "Other")):
+        document = json.loads((folder / path).read_text())
+        (folder / path).write_text(json.dumps({**document, key: name}))
+    found = pair.found()
+    assert found.files == [f"{path} differs from the base's"] and found.differences == []
+
+
 def test_a_changed_tokenizer_file_is_found_by_name(pair: Pair) -> None:
     path = pair.ours / "tokenizer.json"
     path.write_bytes(path.read_bytes() + b" ")

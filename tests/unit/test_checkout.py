@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import main
+from flows.cli import _lay_out, main
+from flows.report import Report
 from tasks.artifact import Manifest
 from tasks.checkout import check_folder, lay_out
 from tasks.errors import FolderInUse
+from tasks.recipe_file import parse_recipe
 from tasks.store import Store, open_store
 from tests.unit.making import write_files
 
@@ -74,6 +76,24 @@ def test_with_force_the_same_names_are_replaced_and_everything_else_stays(store:
     _, foreign = lay_out(store, manifest, folder, force=True)
     assert contents(folder) == {**theirs, **ONE}
     assert foreign == ["model-restored-00001.safetensors"], "and the weights that a loader may read too are named"
+
+
+def test_a_rejected_run_with_force_deletes_no_file_of_the_users_own(store: Store, tmp_path: Path) -> None:
+    folder, recipe = tmp_path / "friend", parse_recipe({"base": {"repo_id": "me/base"}})
+    theirs = dict.fromkeys(("README.md", "recipe.yaml", "report.md", "pictures/losses.png"), b"mine")
+    write_files(folder, theirs)
+    _lay_out(Report(recipe, status="rejected", artifact=kept(store, ONE)), folder, force=True)
+    assert contents(folder) == {**theirs, **ONE}, "no card takes the place of the user's"
+
+
+def test_a_rejected_run_removes_the_card_that_an_earlier_run_laid_there(store: Store, tmp_path: Path) -> None:
+    folder, recipe = tmp_path / "out", parse_recipe({"base": {"repo_id": "me/base"}})
+    made = kept(store, ONE)
+    _lay_out(Report(recipe, status="validated", artifact=made, beside={"README.md": b"card"}), folder, force=False)
+    assert (folder / "README.md").read_bytes() == b"card"
+    (folder / "notes.md").write_text("mine")
+    _lay_out(Report(recipe, status="rejected", artifact=made), folder, force=True)
+    assert contents(folder) == {**ONE, "notes.md": b"mine"}
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["missing", "empty"])

@@ -9,6 +9,7 @@ import pytest
 
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.fidelity import Fidelity, fidelity
+from tasks.gates import slope_error
 from tests.damage import Edit
 from tests.pico import pico_base
 from tests.unit.making import all_tensors, from_bf16, rounded, write_quantized
@@ -87,3 +88,14 @@ def test_a_matrix_of_zeros_is_compared_too(tmp_path: Path) -> None:
     edit[f"{MODULE}.weight"] = (dtype, shape, bytes(len(data)))
     edit.write()
     assert of(write_quantized(base, tmp_path), base) == Fidelity(f"{MODULE}.weight", 4, 1.0, 0.0, 0.0)
+
+
+def test_a_matrix_of_zeros_of_which_something_else_was_made_raises_an_alarm(made: Path, tmp_path: Path) -> None:
+    base = pico_base(tmp_path / "base", seed=1)
+    edit = Edit(base)
+    dtype, shape, data = edit[f"{MODULE}.weight"]
+    edit[f"{MODULE}.weight"] = (dtype, shape, bytes(len(data)))
+    edit.write()
+    found = of(made, base)
+    assert (found.slope, found.error) == (0.0, 1.0)
+    assert slope_error(vars(found)) == 1.0

@@ -151,8 +151,13 @@ def test_a_record_of_an_earlier_version_is_compared_with_fine_rounding(error: fl
         assert slope_error(off) > 0.03
 
 
+@pytest.mark.parametrize("factor", [0.0, 0.01, 0.1])
+def test_a_record_of_an_earlier_version_tells_scales_that_are_far_too_small(factor: float) -> None:
+    assert slope_error({"slope": factor, "error": 1 - factor}) > 0.03
+
+
 def test_another_matrix_has_no_slope_at_all() -> None:
-    assert slope_error({"slope": 0.0, "error": 2**0.5}) == pytest.approx(0.5)
+    assert slope_error({"slope": 0.0, "error": 2**0.5}) == pytest.approx(1.0)
 
 
 def test_the_slopes_error_is_that_of_the_scales_or_of_the_matrix_whichever_is_larger() -> None:

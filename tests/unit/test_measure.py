@@ -214,8 +214,37 @@ def test_an_architecture_that_transformers_does_not_know_is_refused_by_the_file(
 
 def test_a_text_too_short_to_measure_on_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("x = 1\n")
-    with pytest.raises(RecipeError, match=r"short\.txt.* has 5 tokens, and measuring needs at least 48: name a longer"):
+    said = r"the tokenizer of base makes only 5 tokens of the text short\.txt, and measuring needs at least 48"
+    with pytest.raises(CheckpointError, match=said):
         measure(base, tmp_path / "short.txt")
+    made = write_quantized(base, tmp_path)
+    with pytest.raises(RecipeError, match=rf"^validation\.text: {said}: name a longer text"):
+        validate_folders(made, base, tmp_path / "short.txt")
+
+
+def test_a_tokenizer_that_makes_too_few_tokens_is_not_measured_and_all_files_are_compared(
+    base: Path, tmp_path: Path
+) -> None:
+    folder = write_quantized(base, tmp_path / "made")
+    (folder / "tokenizer.json").unlink()  # What is left of it makes one token of nearly everything.
+    words = tmp_path / "words.txt"
+    words.write_text("some words of a text that only its tokenizer.json can cut into tokens of their own. " * 9)
+    values = validate_folders(folder, base, words)
+    assert values["not_measured"].startswith(f"the tokenizer of {folder.name} makes only ")
+    assert values["not_measured"].endswith(" tokens of the text words.txt, and measuring needs at least 48")
+    gates = {gate.name: gate for gate in compare(values, Gates())}
+    assert gates["files"].note == "tokenizer.json of the base is missing"
+    assert gates["structure"].passed and gates["lossless"].passed and gates["weight_slope"].passed
+    assert gates["top1_agreement"].failed and gates["top1_agreement"].value is None
+
+
+@pytest.mark.parametrize("content", ["{}", '{"version": "1.0", "added_tokens": [], "model": {"type": "none"}}', "[1]"])
+def test_a_tokenizer_that_cannot_be_read_is_not_measured_and_says_so(content: str, base: Path, tmp_path: Path) -> None:
+    folder = write_quantized(base, tmp_path)
+    (folder / "tokenizer.json").write_text(content)
+    values = validate_folders(folder, base)
+    assert f"the tokenizer in {folder} cannot be loaded" in values["not_measured"]
+    assert values["files"] == ["tokenizer.json differs from the base's"]
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tasks.checkpoint.rounding import Rounding
-from tasks.gates import slope_error
+from tasks.gates import slope_error, slope_off
 from tasks.recipe import Gates
 
 LIMIT = Gates().max_weight_slope_error or 0.0
@@ -110,6 +110,24 @@ def test_scales_that_are_5_percent_off_raise_an_alarm(case: str, tuned: float, c
     assert slope_error(packed.figures(factor)) > LIMIT
 
 
+@pytest.mark.parametrize("factor", [0.0, 0.01, 0.05, 0.1, 0.2, 0.5, 2.0, 10.0])
+@pytest.mark.parametrize("clipping", CLIPPING)
+@pytest.mark.parametrize("case", CASES)
+def test_scales_that_are_far_off_raise_an_alarm(case: str, clipping: str, factor: float) -> None:
+    """With scales a tenth as large the rounding clips nearly every weight, and is as far from the base itself."""
+    packed = quantized(heavy_tailed(1), *CASES[case], tuned=0.5, clipping=clipping)
+    figures = packed.figures(factor)
+    assert slope_error(figures) > LIMIT
+    assert (slope_off(figures) > 0) == (factor > 1), "and the sign says into which direction"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scales_of_zero_in_most_of_a_matrix_raise_an_alarm(case: str) -> None:
+    packed = quantized(heavy_tailed(1), *CASES[case])
+    packed.scales[: ROWS * 2 // 3] = 0
+    assert slope_error(packed.figures()) > 0.4
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_another_matrix_raises_an_alarm(case: str) -> None:
     packed = quantized(heavy_tailed(1), *CASES[case])
@@ -143,8 +161,8 @@ def test_of_a_few_weights_the_scales_cannot_be_told() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, np.inf, np.nan])
 def test_scales_that_are_no_scales_hinder_nothing(scale: float) -> None:
-    """The slope itself says what is wrong with them."""
+    """Of such a rounding nothing is left: the slope itself says what is wrong with the matrix."""
     sample = Rounding(4)
     weights = heavy_tailed(1)[:4]
     sample.add(weights * 0, weights, np.full(weights.shape, scale, np.float32), np.full(weights.shape, 8, np.uint8))
-    assert (sample.scale_factor, sample.slope_excess, sample.rounding_noise) == (1.0, 0.0, 0.0)
+    assert (sample.scale_factor, sample.slope_excess, sample.rounding_noise) == (1.0, 0.0, 1.0)

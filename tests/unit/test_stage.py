@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from tasks.store import Store
 from tasks.store import lease as leases
 from tasks.store.folder import FolderBackend
 from tasks.tools import installed_version, locked_version
+from tests.unit.conftest import Install
 from tests.unit.making import write_files
 
 ROOT = Path(__file__).parent.parent.parent
@@ -187,23 +187,6 @@ def test_an_installation_brings_the_declared_versions_without_the_constraints_fi
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = {*project["dependencies"], *project["optional-dependencies"]["eval"]}
     assert {f"{name}=={locked_version(name)}" for name in ("auto-round", "lm_eval", "transformers")} <= asked
-
-
-Install = Callable[..., None]
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Make other versions of packages the installed ones: real metadata, in front of the environment's own."""
-
-    def do(**versions: str) -> None:
-        for name, version in versions.items():
-            folder = tmp_path / "site" / f"{name}-{version}.dist-info"
-            folder.mkdir(parents=True)
-            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        monkeypatch.syspath_prepend(str(tmp_path / "site"))
-
-    return do
 
 
 def test_a_worker_with_another_version_is_refused_before_the_work(store: Store, install: Install) -> None:
