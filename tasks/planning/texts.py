@@ -24,7 +24,7 @@ from tasks.recipe import Recipe
 from tasks.rendering import TEMPLATES, TOKENIZER, render
 from tasks.rows import COLUMNS, read_rows, unusable
 from tasks.store import Store
-from tasks.text import Text
+from tasks.text import Text, has_rows
 
 CHARACTERS_A_TOKEN = 8  # of natural text it has fewer: a text of so many characters for each token needed is enough
 MAX_TOKENIZER = 256_000_000  # bytes of a tokenizer's files
@@ -145,7 +145,7 @@ class Texts:
 
 def _alike(text: Text) -> bool:
     """Tell whether the files of a data set have the columns of its first one: of several, Parquet files do."""
-    files = text.dataset.files if text.dataset else ()
+    files = [file for file in text.dataset.files if has_rows(file.path)] if text.dataset else []
     return len(files) == 1 or all(file.path.endswith(".parquet") for file in files)
 
 
