@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tasks.errors import RecipeError
 from tasks.hub.revision import HubFile, Revision
 from tasks.plan import plan
 from tasks.planning.texts import Texts
-from tasks.quantizing.samples import calibration_samples
+from tasks.quantizing.samples import calibration_samples, shares
 from tasks.recipe_file import parse_recipe
+from tasks.recipe_quantize import PRESETS
 from tasks.store import Store
 from tasks.text import Text, find_text
 from tests.pico import TINY
@@ -71,6 +73,28 @@ def test_a_calibration_text_too_short_is_told_with_the_sentence_of_the_stage(sto
     with pytest.raises(ValueError) as caught:
         calibration_samples(tokenizer, [str(text.path)], 8, 64)
     assert told == f"quantize.calibration: {caught.value}" and "8 samples of 64 need 512" in told
+
+
+def test_a_text_too_short_is_told_with_what_it_has_room_for_and_what_to_name_instead() -> None:
+    tokens = {"prose": 120_000, "code": 119_000, "chat": 74_000}  # builtin:mixed, of a large vocabulary
+    best = PRESETS["auto-round-best"]
+    with pytest.raises(RecipeError) as caught:
+        shares(tokens, best["nsamples"], best["seqlen"])
+    told = str(caught.value)
+    assert "512 samples of 2048 need 1,048,576" in told and "room for 152 of this length" in told
+    assert "set quantize.nsamples to at most 152" in told and "a Hub data set or a local file" in told
+    assert sum(shares(tokens, 152, 2048).values()) == 152
+    with pytest.raises(RecipeError, match=r"room for 0 of this length: lower quantize\.seqlen, or"):
+        shares({"": 15}, 1, 16)
+
+
+def test_what_the_readme_shows_has_enough_text(store: Store) -> None:
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
+    recipe = parse_recipe(yaml.safe_load(readme.split("## The recipe\n\n```yaml\n")[1].split("```")[0]))
+    text = find_text(recipe.quantize.calibration)
+    texts = Texts(store, BASE, TINY, store.near.root / "scratch", text, EVALUATION, fetch=True)
+    for name, one in recipe.each.items():
+        assert texts.problems(one, {"quantize"}, LONG) == [], name
 
 
 def test_a_text_that_the_characters_do_not_judge_is_counted(store: Store, tmp_path: Path) -> None:
