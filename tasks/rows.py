@@ -76,9 +76,9 @@ def unusable(name: str, columns: Sequence[str], *, unread: bool = False) -> str:
     more = f" and {len(columns) - MOST_COLUMNS} more" if len(columns) > MOST_COLUMNS else ""
     if unread:
         return (
-            f"the rows of {name} (columns {told}{more}) hold no text, and their messages are not read: whether it has "
-            "chats is told by the first row of its first file, which needs messages and no text column: mend that row, "
-            "or name another text"
+            f"the rows of {name} (columns {told}{more}) hold no text, and their messages are not read: a data set has "
+            "chats if the first row of its first file has messages and no text column: mend that row, or "
+            "name another text"
         )
     if set(columns) & set(COLUMNS):
         return f"the rows of {name} (columns {told}{more}) hold nothing in {' or '.join(COLUMNS)}: name another text"

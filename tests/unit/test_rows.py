@@ -143,9 +143,9 @@ def test_a_row_that_is_longer_than_what_is_read_still_names_its_first_columns(na
 def test_messages_that_were_not_taken_for_chats_are_told_so(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"text": "", "messages": CHAT})
     assert refused(path) == (
-        "the rows of my text (columns text, messages) hold no text, and their messages are not read: whether it has "
-        "chats is told by the first row of its first file, which needs messages and no text column: mend that row, "
-        "or name another text"
+        "the rows of my text (columns text, messages) hold no text, and their messages are not read: a data set has "
+        "chats if the first row of its first file has messages and no text column: mend that row, or "
+        "name another text"
     )
     assert "hold nothing in text or messages" in refused(jsonl(tmp_path, {"messages": []}))
 
