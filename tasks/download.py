@@ -22,7 +22,7 @@ from tasks.prefect_stage import options, say, shown
 from tasks.stage import Made, Stage, StageResult, run_stage
 from tasks.store import Store, open_store
 from tasks.store.folder import inside
-from tasks.text import Text
+from tasks.text import Text, has_rows
 
 STAGE = Stage("download", 1)
 PARALLEL = 4
@@ -74,13 +74,13 @@ def _known(store: Store, file: HubFile) -> File | None:
 
 
 def text_files(store: Store, text: Text, folder: Path) -> list[Path]:
-    """The files of a text; a data set's are brought into the store, and laid into `folder`."""
+    """The files of a text that have rows; a data set's files are brought into the store, and laid into `folder`."""
     if text.path is not None:
         return [text.path]
     assert text.dataset is not None
     manifest = download(store, text.dataset).manifest
     store.hand_out(manifest, folder)
-    return [folder / file.path for file in manifest.files]
+    return [folder / file.path for file in manifest.files if has_rows(file.path)]
 
 
 @task(**options("download", hours=12))

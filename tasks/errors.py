@@ -105,6 +105,12 @@ class StageTimeout(RequantError, TimeoutError):
     """A stage took longer than it may."""
 
 
+class RenderingTimeout(StageTimeout):
+    """Reading a text took longer than it may, by the clock: on a machine that is less busy it may end."""
+
+    retryable = True
+
+
 # ENOSPC: the disk is full; EDQUOT: the user's quota is; EFBIG: the process's file size limit is reached.
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

@@ -119,7 +119,7 @@ def plan_of(
         changes = functools.cache(lambda: _changes(store, base, hashes, source))
         joining = {f.path: f.size for f in base.wanted if _joins(f.path)}
         far = sum(f.size for f in base.wanted if near_file(store, f, hashes) is None)
-        documents, before = dict[str, dict[str, Any]](), Before()
+        documents, before, made = dict[str, dict[str, Any]](), Before(), dict[str, str]()
         texts = Texts(store, base, folder, Path(temporary) / "texts", calibration, text, fetch=fetch_texts)
 
         def planned(one: Recipe) -> tuple[Recipe, dict[str, Any]]:
@@ -145,6 +145,11 @@ def plan_of(
 
         for name, asked in recipe.each.items():
             one, documents[name] = planned(asked)
+            if (first := made.setdefault(one.makes, name)) != name:  # the recipe knew of no number for auto
+                documents[name]["problems"].append(
+                    f"quantize.group_size auto comes to {one.quantize.asked[1]} for this base, so that it makes the "
+                    f"same as {first}: take one of them out"
+                )
             before.add(one, documents[name])
         return together(recipe, documents) if recipe.outputs else documents[""]
 

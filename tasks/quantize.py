@@ -34,8 +34,8 @@ from tasks.store.resume import kept, restore, sweep
 from tasks.text import Text
 
 STAGE = Stage("quantize", 6, tools=("auto-round", "transformers"))
-# What the quantized weights depend on. Everything else of the base joins at the next stage, so that a new chat
-# template or README costs no GPU hours.
+# What the quantized weights depend on in any case; with chats to calibrate with, the default, also on the chat template
+# (`quantize_key`). Everything else of the base joins at the next stage, so that a new README costs no GPU hours.
 READ = (
     "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken", "*.py",

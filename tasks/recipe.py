@@ -226,7 +226,7 @@ class Recipe(Section):
                 name, recipe = self._alone(output)
             except ValidationError as error:
                 raise ValueError(f"{where}: {_said(error)}") from None
-            first, other = made.setdefault(recipe._makes, (number, recipe))
+            first, other = made.setdefault(recipe.makes, (number, recipe))
             if first != number:
                 formats = _both_packed_as(other.quantize, recipe.quantize)
                 raise ValueError(f"{where} makes the same as outputs.{first}{formats}: take one of them out")
@@ -265,8 +265,8 @@ class Recipe(Section):
         return digest_of(self._document())
 
     @property
-    def _makes(self) -> str:
-        """The same of what it makes, however that is spelled and wherever it goes."""
+    def makes(self) -> str:
+        """The same of what it makes, however that is spelled and wherever it goes; of one result."""
         return digest_of(self._document() | {"publish": None, "quantize": self.quantize.makes})
 
     def _document(self) -> dict[str, Any]:

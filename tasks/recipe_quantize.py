@@ -191,8 +191,14 @@ class Quantize(Section):
         return bits, group_size, sym
 
     def with_group_size(self, group_size: int) -> Quantize:
-        """These settings with a number in place of auto."""
-        return self.model_copy(update={"group_size": group_size}) if self.group_size == "auto" else self
+        """These settings with a number in place of auto: null where the scheme gives this number in any case.
+
+        So auto has the stage key of a recipe that names no group size, and finds what that recipe has made.
+        """
+        if self.group_size != "auto":
+            return self
+        by_scheme = self.model_copy(update={"group_size": None})
+        return by_scheme if by_scheme.asked[1] == group_size else self.model_copy(update={"group_size": group_size})
 
     @property
     def packing(self) -> str:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import SECRET_VARIABLES, CheckpointError, RecipeError, StageTimeout
+from tasks.errors import SECRET_VARIABLES, CheckpointError, RecipeError, RenderingTimeout
 
-TIMEOUT_S = 3600.0
+TIMEOUT_S = 3600.0  # of the clock, which says nothing of the text: the same is tried again
 # What a tokenizer and its chat template are made of, beside config.json.
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*")
 TOKENIZER = (
@@ -65,7 +65,7 @@ def render(
     """Render the rows of these files with the tokenizer of `model`, into a file below `folder`.
 
     Reading ends after `most_tokens` or `most_characters`. Raises RecipeError for rows that cannot be used,
-    CheckpointError for a tokenizer that cannot be loaded.
+    CheckpointError for a tokenizer that cannot be loaded, RenderingTimeout (retryable) if the clock ends it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     job = {
@@ -99,7 +99,10 @@ def _run(job: dict[str, Any], folder: Path) -> dict[str, Any] | None:
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S
         )
     except subprocess.TimeoutExpired as error:
-        raise StageTimeout(f"reading {job['name']} took over {TIMEOUT_S:.0f} s: name a smaller text") from error
+        raise RenderingTimeout(
+            f"reading {job['name']} took over {TIMEOUT_S:g} s: try again on a machine that is less busy, or name a "
+            "smaller text"
+        ) from error
     if done.returncode == -signal.SIGPROF:
         return None
     try:

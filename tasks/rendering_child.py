@@ -20,9 +20,11 @@ from typing import Any
 from tasks.errors import RecipeError
 from tasks.rows import content_of, plain_chat, read_rows
 
-ROW_S = 10  # seconds that the template may take for one chat: real ones take milliseconds
-HARD_S = 20  # seconds of CPU time after which the kernel ends the process: Python cannot stop one long operation
-ALL_S = 300  # seconds for all chats of a text
+# Seconds of CPU time, and none of the clock: what a text becomes is kept for every machine, so that one that swaps or
+# stands still must not decide it.
+ROW_S = 10  # that the template may take for one chat: real ones take milliseconds
+HARD_S = 20  # after which the kernel ends the process: Python cannot stop one long operation
+ALL_S = 300  # for all chats of a text
 MEMORY_BYTES = 4 << 30  # what the process may take beyond what it has when the tokenizer is loaded
 GROWTH = 20  # times as long as its words may a rendered chat be
 OVERHEAD = 100_000  # characters that any chat may have beside its words: a system prompt, tools
@@ -52,7 +54,7 @@ class Unloadable(Exception):
 
 
 def rendered(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the documents; a template that does not end is left out for all of them, so that the clock decides nothing
+    """Write the documents; a template that does not end is left out for all of them, so that no limit of time decides
     about a single one."""
     tokenizer = _tokenizer(Path(job["model"]), job["remote_code"])
     bytes_now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -62,7 +64,7 @@ def rendered(job: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return _rendered(job, Template(tokenizer, job["reason"] if not job["template"] else _missing(tokenizer)))
     except Unending:
-        reason = f"the base's chat template took over {ROW_S} s for one chat, or {ALL_S} s for all"
+        reason = f"the base's chat template took over {ROW_S} s of CPU time for one chat, or {ALL_S} s for all"
         return _rendered(job, Template(tokenizer, reason))
 
 
@@ -108,7 +110,7 @@ class Template:
         """Render a chat by the template; None if it refuses the chat."""
         if self._seconds > ALL_S:
             raise Unending
-        began = time.monotonic()
+        began = time.process_time()
         try:
             with _bounded():
                 text = self.tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False)
@@ -126,7 +128,7 @@ class Template:
             self.reason = self.reason or f"the base's chat template refuses it: {type(error).__name__}: {said}"
             return None
         finally:
-            self._seconds += time.monotonic() - began
+            self._seconds += time.process_time() - began
 
 
 def _missing(tokenizer: Any) -> str:
@@ -146,19 +148,19 @@ def _tokenizer(folder: Path, remote_code: bool) -> Any:
 
 @contextlib.contextmanager
 def _bounded() -> Iterator[None]:
-    """Raise Unending after ROW_S seconds; end the process after HARD_S of CPU time in one operation."""
+    """Raise Unending after ROW_S of CPU time; end the process after HARD_S of it in one operation."""
 
     def end(*_: object) -> None:
         raise Unending
 
-    signal.signal(signal.SIGALRM, end)
+    signal.signal(signal.SIGVTALRM, end)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, ROW_S)
+    signal.setitimer(signal.ITIMER_VIRTUAL, ROW_S)
     signal.setitimer(signal.ITIMER_PROF, HARD_S)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from tasks.errors import RecipeError
 
 COLUMNS = ("text", "messages")
 JSON = (".jsonl", ".json")
+# A bracket, or a string; `key`: one that a colon follows.
+JSON_TOKEN = re.compile(r'[{}\[\]]|(?P<key>"(?:[^"\\]++|\\.)*+")(?=\s*:)|"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 MOST_COLUMNS = 20  # named in a sentence
 MOST_MESSAGES = 10_000  # of one row
 
@@ -44,7 +47,7 @@ def read_rows(paths: Iterable[str | Path], name: str = "the text", *, chats: boo
     names the columns that are there. `name` is what the sentence calls the text.
     """
     columns: list[str] = []
-    found = False
+    found = unread = False
     try:
         for path in map(str, paths):
             for document in _documents(path, columns):
@@ -52,6 +55,7 @@ def read_rows(paths: Iterable[str | Path], name: str = "the text", *, chats: boo
                 if row is not None:
                     found = True
                     yield row
+                unread = unread or (not chats and bool(document.get(COLUMNS[1])))
     except RecipeError:
         raise
     except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -61,15 +65,21 @@ def read_rows(paths: Iterable[str | Path], name: str = "the text", *, chats: boo
             f"{name} cannot be read ({type(error).__name__}: {shown(reason)}): correct the file, or name another text"
         ) from error
     if not found:
-        raise RecipeError(unusable(name, columns))
+        raise RecipeError(unusable(name, columns, unread=unread))
 
 
-def unusable(name: str, columns: Sequence[str]) -> str:
-    """Say which columns a text has, of which no row can be used."""
+def unusable(name: str, columns: Sequence[str], *, unread: bool = False) -> str:
+    """Say which columns a text has, of which no row can be used. `unread`: it has messages, and chats were not read."""
     if not columns:
         return f"{name} is empty: name a text with rows of {' or '.join(COLUMNS)}"
     told = ", ".join(shown(column) for column in columns[:MOST_COLUMNS])
     more = f" and {len(columns) - MOST_COLUMNS} more" if len(columns) > MOST_COLUMNS else ""
+    if unread:
+        return (
+            f"the rows of {name} (columns {told}{more}) hold no text, and their messages are not read: a data set has "
+            "chats if the first row of its first file has messages and no text column: mend that row, or "
+            "name another text"
+        )
     if set(columns) & set(COLUMNS):
         return f"the rows of {name} (columns {told}{more}) hold nothing in {' or '.join(COLUMNS)}: name another text"
     return (
@@ -114,16 +124,39 @@ def plain_chat(messages: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(f"{message['role']}: {content_of(message)}" for message in messages)
 
 
-def columns_of(head: bytes, tail: bytes, suffix: str) -> tuple[str, ...]:
-    """Tell the columns of a file from its first and last bytes; none where these do not tell."""
+def columns_of(head: bytes, tail: bytes, suffix: str, *, cut: bool = False) -> tuple[str, ...]:
+    """Tell the columns of a file from its first and last bytes; none where these do not tell.
+
+    `cut`: the first row may end behind `head`; then its columns are those that begin in it, if a row needs one of them.
+    """
     with contextlib.suppress(OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         if suffix == ".parquet":
             import pyarrow.parquet
 
             return tuple(pyarrow.parquet.read_metadata(io.BytesIO(tail)).schema.to_arrow_schema().names)
-        if suffix in JSON and not head.lstrip().startswith(b"["):
-            return tuple(json.loads(next(line for line in head.splitlines() if line.strip())))
+        if suffix in JSON:
+            text = head.decode("utf-8", errors="ignore").lstrip()  # the last character may be cut
+            text = text[1:].lstrip() if text.startswith("[") else text
+            try:
+                row = json.JSONDecoder().raw_decode(text)[0]
+                return tuple(row) if isinstance(row, dict) else ()
+            except ValueError:
+                columns = _begun(text) if cut else ()
+                return columns if set(columns) & set(COLUMNS) else ()
     return ()
+
+
+def _begun(row: str) -> tuple[str, ...]:
+    """List the keys of a JSON object that is cut somewhere, as far as it goes."""
+    keys, depth = [], 0
+    for match in JSON_TOKEN.finditer(row):
+        token = match[0]
+        depth += (token in "{[") - (token in "}]")
+        if depth < 1:
+            break
+        if depth == 1 and match["key"] is not None:
+            keys.append(json.loads(match["key"]))
+    return tuple(keys)
 
 
 def needs_template(paths: Iterable[str | Path]) -> bool:

@@ -19,8 +19,10 @@ READABLE = (".parquet", ".jsonl", ".json", ".txt")
 MIXED = ("builtin:mixed",)  # of these, samples are taken from each domain
 CHATS = ("builtin:mixed", "builtin:mixed-evaluation")
 MAX_DATASET = 4_000_000_000  # bytes: more is not for calibration
+# What describes a data set is JSON too, and no rows: it is part of what pins a data set, and is not read.
 DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 PEEK = 1 << 16  # bytes of a data set's first file that tell its columns
+MAX_ROW = 4 << 20  # bytes of its first row, where that is longer
 MAX_FOOTER = 16 << 20  # bytes of a Parquet file's footer: larger ones tell nothing
 
 
@@ -68,7 +70,7 @@ def find_text(name: str, key: str = "quantize.calibration") -> Text:
     repo_id, _, revision = name.partition("@")
     dataset = resolve(repo_id, revision or "main", "dataset")
     files = tuple(f for f in dataset.files if f.path.endswith(READABLE) and not f.path.startswith("."))
-    if not files or sum(f.size for f in files) > MAX_DATASET:
+    if not any(has_rows(f.path) for f in files) or sum(f.size for f in files) > MAX_DATASET:
         raise RecipeError(
             f"{key}: {name} has no readable data files ({', '.join(READABLE)}) "
             f"of together at most {MAX_DATASET:,} bytes: name a smaller data set or a local file"
@@ -92,16 +94,25 @@ def _text(
     return Text(name, f"chats:{held}" if chats else held, path, dataset, chats, columns)
 
 
+def has_rows(path: str) -> bool:
+    """Tell whether a file of a data set is read, by its name."""
+    return path.endswith(READABLE) and Path(path).name not in DESCRIPTIONS
+
+
 def _columns(dataset: Revision) -> tuple[str, ...]:
     """Tell the columns of a data set from a few KB of its first file with rows; none where these do not tell."""
-    rows = [f for f in dataset.files if not f.path.endswith((".txt", *DESCRIPTIONS)) and f.size]
+    rows = [f for f in dataset.files if has_rows(f.path) and not f.path.endswith(".txt") and f.size]
     if not rows:
         return ()
-    # What describes a data set is JSON too: files that can only be data tell more.
+    # A JSON file may be about the data set: files that can only be data tell more.
     file = min(rows, key=lambda f: (f.path.endswith(".json"), not f.path.endswith(".parquet"), f.path))
     suffix = Path(file.path).suffix
     if suffix != ".parquet":
-        return columns_of(b"".join(stream(dataset, file.path, 0, min(PEEK, file.size))), b"", suffix)
+        head, most, columns = b"", min(file.size, MAX_ROW), tuple[str, ...]()
+        while not columns and len(head) < most:
+            head += b"".join(stream(dataset, file.path, len(head), min(most, 4 * len(head) or PEEK)))
+            columns = columns_of(head, b"", suffix, cut=len(head) >= most)
+        return columns
     tail = b"".join(stream(dataset, file.path, max(0, file.size - PEEK), file.size))
     footer = int.from_bytes(tail[-8:-4], "little") + 8
     if len(tail) < footer <= min(file.size, MAX_FOOTER):

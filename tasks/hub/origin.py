@@ -16,6 +16,7 @@ from tasks.hub.public import public
 
 MAX_CITATION = 8 << 10  # characters
 FENCE = re.compile(r"`{3,}|~{3,}")
+NO_GROUP_SIZE = re.compile(r"^  group_size: null$", re.MULTILINE)  # of quantize: those of layers are indented further
 ENTRY = re.compile(r"@\w{1,40}\s*\{")
 Row = tuple[str, ...]
 
@@ -57,7 +58,9 @@ def recipe_text(facts: CardFacts) -> str:
     if document.get("benchmark", {}).get("engine", "").startswith("url:"):
         document["benchmark"].pop("engine")  # somebody's server
     document.pop("hardware", None)  # and what an hour of it costs
-    return yaml.safe_dump(public(document), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(public(document), sort_keys=False, allow_unicode=True)
+    # Null keeps the stage keys that the run had; the reader is told the number that it stands for.
+    return NO_GROUP_SIZE.sub(rf"\g<0>  # the scheme's: {recipe.quantize.asked[1]}", text)
 
 
 def calibration_of(facts: CardFacts) -> str:

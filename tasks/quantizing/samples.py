@@ -46,11 +46,16 @@ def shares(tokens: Mapping[str, int], nsamples: int, seqlen: int, seed: int = 0)
     With fewer samples than domains, `seed` says which give one. Raises RecipeError if the tokens do not suffice.
     """
     room = {domain: count // seqlen for domain, count in tokens.items()}
-    if sum(room.values()) < nsamples:
+    most = sum(room.values())
+    if most < nsamples:
         whose = "; ".join(f"{domain} {count:,}" for domain, count in tokens.items()) if len(tokens) > 1 else ""
+        fewer = (
+            f"set quantize.nsamples to at most {most} (a preset brings its own)" if most else "lower quantize.seqlen"
+        )
         raise RecipeError(
             f"the calibration text has {sum(tokens.values()):,} tokens{f' ({whose})' if whose else ''}, and {nsamples} "
-            f"samples of {seqlen} need {nsamples * seqlen:,}: lower quantize.nsamples or seqlen, or name a longer text"
+            f"samples of {seqlen} need {nsamples * seqlen:,}; there is room for {most} of this length: {fewer}, or "
+            "name a longer text as quantize.calibration: a Hub data set or a local file"
         )
     names = list(tokens)
     names = names[seed % len(names) :] + names[: seed % len(names)]

@@ -13,9 +13,12 @@ import pytest
 
 from infra.hub.launch import HubStandIn
 from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.download import text_files
 from tasks.errors import CheckpointError, HubError, HubUnavailable
 from tasks.hub.revision import resolve
 from tasks.hub.skeleton import fill, lay_out
+from tasks.rows import read_rows
+from tasks.store import open_store
 from tasks.text import Text, find_text
 from tests.integration.conftest import Requant
 from tests.pico import TINY, pico_base
@@ -187,3 +190,25 @@ def test_the_columns_of_a_data_set_are_known_from_a_few_kilobytes(name: str, hub
     assert find_text(f"demo/{described.name}").columns == ("text", "messages")
     wrong = seeded(hub, tmp_path / f"wrong-{kind}", name, {"prompt": "a", "answer": "b"})
     assert not wrong.chats and wrong.columns == ("prompt", "answer")
+
+
+LAYOUTS = {
+    "a list": ("train.json", json.dumps([{"messages": CHAT}] * 3)),
+    "a pretty list": ("train.json", json.dumps([{"id": 1, "messages": CHAT}] * 3, indent=2)),
+    "a long first row": ("train.jsonl", json.dumps({"messages": [{"role": "user", "content": "x" * 100_000}]}) + "\n"),
+    "a long row with a text behind": ("train.jsonl", json.dumps({"messages": CHAT * 2000, "text": "a"}) + "\n"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chats_are_known_in_the_layouts_that_data_sets_have(layout: str, hub: HubStandIn, tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    name, content = LAYOUTS[layout]
+    folder = tmp_path / layout.replace(" ", "-")
+    folder.mkdir()
+    (folder / name).write_text(content)
+    (folder / "dataset_infos.json").write_text(json.dumps({"default": {"features": {}}}, indent=2))
+    hub.seed(f"demo/{folder.name}", folder, repo_type="dataset")
+    text = find_text(f"demo/{folder.name}")
+    assert text.chats == ("text" not in layout)
+    assert list(read_rows(text_files(store, text, tmp_path / "out"), text.name, chats=text.chats))

@@ -241,6 +241,16 @@ def test_a_recipe_in_the_card_makes_the_same_again() -> None:
     assert "these versions: requant 0.1.0, auto-round 0.16.1." in body
 
 
+def test_a_group_size_of_auto_is_told_as_a_number_and_makes_the_same_again() -> None:
+    asked = recipe(quantize={"group_size": "auto"})
+    for number in (128, 64):
+        _, body = card_of(recipe=asked.with_group_size(number))
+        text = body.split("```yaml\n")[1].split("\n```")[0]
+        (line,) = (line for line in text.splitlines() if "group_size" in line)
+        assert str(number) in line and f"group size {number}" in body
+        assert parse_recipe(yaml.safe_load(text)).quantize == asked.with_group_size(number).quantize
+
+
 def test_whoever_makes_it_again_need_not_be_allowed_to_publish_it() -> None:
     assert "```bash\nrequant run recipe.yaml --set publish=null\n```" in card_of()[1]
     assert "```bash\nrequant run recipe.yaml\n```" in card_of(recipe=recipe(publish=None))[1]

@@ -14,6 +14,7 @@ from tasks.errors import (
     DiskFull,
     HubUnavailable,
     QuantizeDied,
+    RenderingTimeout,
     RequantError,
     StoreError,
     explain_os_error,
@@ -29,7 +30,7 @@ def test_every_error_has_a_parent_of_the_standard_library(error: type[RequantErr
 
 
 def test_only_what_passes_by_itself_is_retried() -> None:
-    assert {c for c in CLASSES if c.retryable} == {Collected, HubUnavailable, QuantizeDied}
+    assert {c for c in CLASSES if c.retryable} == {Collected, HubUnavailable, QuantizeDied, RenderingTimeout}
 
 
 @pytest.mark.parametrize("error", CLASSES)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tasks.errors import RecipeError
 from tasks.hub.revision import HubFile, Revision
 from tasks.plan import plan
-from tasks.planning.texts import Texts
-from tasks.quantizing.samples import calibration_samples
+from tasks.planning.texts import CHARACTERS_A_TOKEN_OF_OURS, Texts, _at_least
+from tasks.quantizing.samples import calibration_samples, shares
 from tasks.recipe_file import parse_recipe
+from tasks.recipe_quantize import PRESETS
 from tasks.store import Store
-from tasks.text import Text, find_text
+from tasks.text import TEXTS, Text, find_text
 from tests.pico import TINY
 
 BASE = Revision("a/b", "0" * 40, ())
@@ -73,6 +76,28 @@ def test_a_calibration_text_too_short_is_told_with_the_sentence_of_the_stage(sto
     assert told == f"quantize.calibration: {caught.value}" and "8 samples of 64 need 512" in told
 
 
+def test_a_text_too_short_is_told_with_what_it_has_room_for_and_what_to_name_instead() -> None:
+    tokens = {"prose": 120_000, "code": 119_000, "chat": 74_000}  # builtin:mixed, of a large vocabulary
+    best = PRESETS["auto-round-best"]
+    with pytest.raises(RecipeError) as caught:
+        shares(tokens, best["nsamples"], best["seqlen"])
+    told = str(caught.value)
+    assert "512 samples of 2048 need 1,048,576" in told and "room for 152 of this length" in told
+    assert "set quantize.nsamples to at most 152" in told and "a Hub data set or a local file" in told
+    assert sum(shares(tokens, 152, 2048).values()) == 152
+    with pytest.raises(RecipeError, match=r"room for 0 of this length: lower quantize\.seqlen, or"):
+        shares({"": 15}, 1, 16)
+
+
+def test_what_the_readme_shows_has_enough_text(store: Store) -> None:
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
+    recipe = parse_recipe(yaml.safe_load(readme.split("## The recipe\n\n```yaml\n")[1].split("```")[0]))
+    text = find_text(recipe.quantize.calibration)
+    texts = Texts(store, BASE, TINY, store.near.root / "scratch", text, EVALUATION, fetch=False)
+    for name, one in recipe.each.items():
+        assert texts.problems(one, {"quantize"}, LONG) == [], name
+
+
 def test_a_text_that_the_characters_do_not_judge_is_counted(store: Store, tmp_path: Path) -> None:
     enough = local(tmp_path, "enough.txt", "x = 1\n" * 130)  # 780 characters, at least 4 tokens a line
     assert problems(store, enough, EVALUATION) == []
@@ -112,6 +137,30 @@ def test_a_data_set_is_judged_by_its_columns_and_else_not_judged(store: Store) -
 
 def test_the_builtin_mixed_text_is_enough_for_the_default_samples(store: Store) -> None:
     assert problems(store, find_text("builtin:mixed"), EVALUATION, nsamples=128, seqlen=2048) == []
+
+
+def test_the_plan_of_a_default_recipe_needs_no_tokenizer(store: Store, tmp_path: Path) -> None:
+    """Reading them with the tokenizer of a base that has none would be a problem."""
+    recipe = parse_recipe({"base": {"repo_id": "a/b"}})
+
+    def told(calibration: Text, fetch: bool) -> list[str]:
+        texts = Texts(store, BASE, tmp_path, tmp_path / "scratch", calibration, validation, fetch=fetch)
+        return texts.problems(recipe, RUN, LONG)
+
+    validation = find_text(recipe.validation.text)
+    assert told(find_text(recipe.quantize.calibration), fetch=False) == told(PYTHON, fetch=False) == []
+    (problem,) = told(PYTHON, fetch=True)  # a run counts
+    assert "the tokenizer of the base cannot be loaded" in problem
+
+
+def test_the_least_tokens_of_a_builtin_text_are_below_those_that_were_counted() -> None:
+    """With 200,000 entries, as tasks/texts/README.md has it: with fewer entries there are more tokens."""
+    counted = re.findall(r"([\d,]+) of (prose|code|chats)\b", (TEXTS / "README.md").read_text())
+    text = find_text("builtin:mixed")
+    assert text.path is not None and len(counted) == 3
+    least = _at_least(text, [text.path], 0, CHARACTERS_A_TOKEN_OF_OURS)
+    for tokens, domain in counted:
+        assert 0.85 * int(tokens.replace(",", "")) < least[domain.rstrip("s")] < 0.95 * int(tokens.replace(",", ""))
 
 
 def test_tasks_that_want_a_chat_template_are_told_that_the_base_has_none(store: Store, tmp_path: Path) -> None:

@@ -63,7 +63,9 @@ def test_samples_are_spread_over_the_text_and_never_overlap(
 
 
 def test_a_text_too_short_is_an_error_that_says_what_it_needs(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=r"has 349 tokens, and 7 samples of 50 need 350: lower quantize\.nsamples"):
+    with pytest.raises(
+        Refused, match=r"has 349 tokens, and 7 samples of 50 need 350; there is room for 6 of this length: "
+    ):
         calibration_samples(Letters(), [write(tmp_path, "a.txt", numbered(349))], 7, 50)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tasks import rendering_child
-from tasks.errors import CheckpointError, RecipeError
+from tasks import rendering, rendering_child
+from tasks.errors import CheckpointError, RecipeError, StageTimeout
 from tasks.rendering import Rendered, render
 from tasks.rendering_child import Template, Unending
 from tests.pico import TINY
@@ -116,3 +117,29 @@ def test_a_template_that_does_not_end_is_left_out_for_every_chat(
     answer = rendering_child.rendered(job)
     assert (answer["templated"], answer["plain"]) == (0, 2) and "took over 0.2 s" in answer["reason"]
     assert [json.loads(line)["text"] for line in (tmp_path / "out").read_text().splitlines()] == [PLAIN, "user: hi"]
+
+
+class Frozen(Jinja):
+    """A tokenizer whose process stands still in the middle of every chat, as on a machine that swaps."""
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], tokenize: bool) -> str:
+        threading.Event().wait(0.1)
+        return super().apply_chat_template(messages, tokenize)
+
+
+@pytest.mark.parametrize("limit", ["ROW_S", "ALL_S"])
+def test_a_machine_that_stands_still_makes_no_chat_plain(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Jinja("fine").apply_chat_template(CHAT, tokenize=False)  # what is loaded once takes no part of the time
+    monkeypatch.setattr(rendering_child, limit, 0.05)
+    found = Template(Frozen("fine"))
+    assert [found.chat(CHAT) for _ in range(3)] == ["fine"] * 3
+    assert (found.templated, found.plain) == (3, 0)
+
+
+def test_a_process_that_the_clock_ends_is_tried_again_and_makes_nothing_plain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendering, "TIMEOUT_S", 0.01)
+    with pytest.raises(StageTimeout, match=r"reading my text took over 0\.01 s") as caught:
+        rendered(tmp_path, {"messages": CHAT})
+    assert caught.value.retryable and not (tmp_path / "work" / "documents.jsonl").exists()

@@ -117,6 +117,39 @@ def test_the_columns_of_a_file_are_known_from_its_ends(tmp_path: Path) -> None:
     assert columns_of(b'{"a": "cut', b"", ".jsonl") == columns_of(b"", b"no parquet", ".parquet") == ()
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_the_columns_of_a_list_are_those_of_its_first_row(indent: int | None) -> None:
+    rows = json.dumps([{"messages": CHAT, "id": 'a "text" {'}, {"words": 1}], indent=indent).encode()
+    assert columns_of(rows, b"", ".json") == ("messages", "id")
+    second = rows.index(b'"words"')
+    assert columns_of(rows[:second], b"", ".json") == ("messages", "id")
+    assert columns_of(rows[:60], b"", ".json") == ()
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_row_that_is_longer_than_what_is_read_still_names_its_first_columns(name: str) -> None:
+    row = json.dumps(
+        {"id": {"messages": [1, "}"]}, "messages": [{"role": "user", "content": 'ä\\" ' * 99}], "text": ""}
+    )
+    head = (f"[\n {row}" if name == "a.json" else row).encode()[:200]
+    suffix = name[1:]
+    assert columns_of(head, b"", suffix) == ()
+    assert columns_of(head, b"", suffix, cut=True) == ("id", "messages")
+    # Of a row that is cut before its text, nothing is said that would refuse it.
+    assert columns_of(b'[{"id": 1, "prompt": "ab', b"", ".json", cut=True) == ()
+    assert columns_of(b"{{{[]", b"", suffix, cut=True) == columns_of(b"", b"", suffix, cut=True) == ()
+
+
+def test_messages_that_were_not_taken_for_chats_are_told_so(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"text": "", "messages": CHAT})
+    assert refused(path) == (
+        "the rows of my text (columns text, messages) hold no text, and their messages are not read: a data set has "
+        "chats if the first row of its first file has messages and no text column: mend that row, or "
+        "name another text"
+    )
+    assert "hold nothing in text or messages" in refused(jsonl(tmp_path, {"messages": []}))
+
+
 def test_a_chat_without_a_template_is_role_and_content() -> None:
     parts = [{"type": "text", "text": "look"}, {"type": "image"}]
     messages = [*CHAT, {"role": "user", "content": parts}, {"role": "tool", "content": None}]

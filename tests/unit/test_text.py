@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tasks.artifact import sha256_of
+from tasks.artifact import file_of, sha256_of
+from tasks.download import text_files
 from tasks.errors import RecipeError
+from tasks.hub.revision import HubFile, Revision
 from tasks.recipe import BUILTIN_EVALUATION
 from tasks.recipe_quantize import BUILTIN
 from tasks.rows import needs_template, plain_chat, read_rows
-from tasks.text import find_text
+from tasks.store import Store
+from tasks.text import Text, find_text
 
 
 def test_a_builtin_text_is_pinned_by_its_content() -> None:
@@ -76,6 +79,22 @@ def test_chats_of_a_local_file_are_part_of_what_pins_it(tmp_path: Path) -> None:
     texts, chats = (find_text(str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl"))
     assert not texts.chats and texts.digest == sha256_of(tmp_path / "a.jsonl")
     assert chats.chats and chats.digest == f"chats:{sha256_of(tmp_path / 'b.jsonl')}"
+
+
+def test_what_describes_a_data_set_is_not_read(store: Store, tmp_path: Path) -> None:
+    """Such files are pretty-printed, and no rows."""
+    contents = {"dataset_infos.json": '{\n "default": {}\n}', "data/state.json": "{\n}", "data/my_state.json": "[]",
+                "train.jsonl": '{"text": "a"}\n'}  # fmt: skip
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    for name, content in contents.items():
+        (tmp_path / "set" / name).write_text(content)
+    files = [file_of(tmp_path / "set", name) for name in contents]
+    for file in files:
+        store.put_blob(tmp_path / "set" / file.path, file)
+    dataset = Revision("a/b", "1" * 40, tuple(HubFile(f.path, f.size, "", f.sha256) for f in files), "dataset")
+    paths = text_files(store, Text("a/b", "d", dataset=dataset), tmp_path / "out")
+    assert {path.relative_to(tmp_path / "out").as_posix() for path in paths} == {"data/my_state.json", "train.jsonl"}
+    assert [row.text for row in read_rows(paths)] == ["a"]
 
 
 @pytest.mark.parametrize("name", ["/nowhere/a.txt", "/", f"/{'a' * 300}.txt", "/a\0b.txt"])

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from flows.report import scheme_of
-from tasks.artifact import Manifest
+from tasks.artifact import Manifest, file_of
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.engines import verdicts
 from tasks.checkpoint.header import Tensor
@@ -18,12 +18,15 @@ from tasks.checkpoint.inspect import inspect_checkpoint
 from tasks.checkpoint.packing import Scheme
 from tasks.errors import RecipeError
 from tasks.hub.facts import scheme_words
+from tasks.hub.revision import HubFile, Revision
+from tasks.plan import plan_of
 from tasks.planning.groups import settled
 from tasks.planning.output import plan_output
 from tasks.quantize import quantize_key
 from tasks.recipe import Recipe
 from tasks.recipe_file import parse_recipe
-from tasks.text import Text
+from tasks.store import Store
+from tasks.text import Text, find_text
 from tests.pico import pico_base
 from tests.unit.making import write_checkpoint
 
@@ -202,7 +205,7 @@ def test_auto_is_128_where_that_divides_and_a_number_stays_what_it_is(tmp_path: 
     shapes = {f"model.layers.0.mlp.{name}_proj.weight": (256, 256) for name in ("gate", "up", "down")}
     tensors = {name: Tensor(name, "BF16", shape, Path("x"), 0, 0) for name, shape in shapes.items()}
     base = Checkpoint(Path("x"), CONFIG, tensors, (), None)
-    assert settled(base, recipe(group_size="auto")) == recipe(group_size=128)
+    assert settled(base, recipe(group_size="auto")).quantize.resolved == (4, 128, True)
     for asked in (recipe(), recipe(group_size=1024)):
         assert settled(base_of(tmp_path), asked) is asked
 
@@ -213,6 +216,30 @@ def test_auto_has_the_stage_key_of_the_number_that_it_comes_to_and_none_before(t
     assert quantize_key(found, files, text) == quantize_key(recipe(group_size=64), files, text)
     with pytest.raises(RecipeError, match="group_size auto is not settled yet"):
         quantize_key(recipe(group_size="auto"), files, text)
+
+
+@pytest.mark.parametrize(("scheme", "number"), [("W4A16", 128), ("W4A16G64", 64)])
+def test_auto_that_comes_to_what_the_scheme_has_reuses_what_the_scheme_made(scheme: str, number: int) -> None:
+    text, files = Text("t", "0" * 64), Manifest.of([])
+    found = recipe(scheme=scheme, group_size="auto").with_group_size(number)
+    assert found.quantize.resolved == (4, number, True)
+    assert quantize_key(found, files, text) == quantize_key(recipe(scheme=scheme), files, text)
+    assert quantize_key(recipe(group_size=128), files, text) != quantize_key(recipe(), files, text)  # as always
+
+
+def test_two_outputs_that_auto_makes_one_are_refused_by_the_plan(store: Store, tmp_path: Path) -> None:
+    folder = pico_base(tmp_path / "base", intermediate=192)
+    files = [file_of(folder, path.name) for path in sorted(folder.iterdir())]
+    for file in files:
+        store.put_blob(folder / file.path, file)
+    base = Revision("a/b", "1" * 40, tuple(HubFile(f.path, f.size, "", f.sha256) for f in files))
+    document = {"base": {"repo_id": "a/b"}, "outputs": [{"group_size": "auto"}, {"group_size": 32}, {"group_size": 64}]}
+    texts = find_text("builtin:python"), find_text("builtin:python-evaluation")
+    plan = plan_of(store, parse_recipe(document), base, *texts, elsewhere=True)
+    assert plan["problems"] == [
+        "W4A16G64-auto_round: quantize.group_size auto comes to 64 for this base, so that it makes the same as "
+        "W4A16Gauto-auto_round: take one of them out"
+    ]
 
 
 def test_the_words_for_auto_are_known_before_the_base_is() -> None:
