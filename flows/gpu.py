@@ -23,7 +23,7 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling, Completed, Failed, Running
 
 from flows.own_run import end_with_the_run
-from flows.sweep import RESTARTS, next_life, propose, restarts_of, was_cancelled
+from flows.sweep import after_a_crash, propose
 from flows.work_pool import WorkerNotice, problem_of_pool
 from tasks import benchmark as speed
 from tasks import quantize as quantizing
@@ -193,9 +193,7 @@ def _run_there(name: str, key: str, parameters: dict[str, Any]) -> None:
         elif state.is_final():
             raise StageFailed(state.message or f"{name} ended {state.name} on the gpu pool")
         else:
-            with contextlib.suppress(
-                httpx.HTTPError, PrefectHTTPStatusError
-            ):  # The next look may find the server back.
+            with contextlib.suppress(httpx.HTTPError, PrefectHTTPStatusError):  # A later look finds the server back.
                 notice.look(waiting=state.is_scheduled())
         time.sleep(POLL)
 
@@ -243,12 +241,12 @@ def _restart(run_id: UUID) -> bool:
     """
     try:
         with get_client(sync_client=True) as client:
-            run, history = client.read_flow_run(run_id), client.read_flow_run_states(run_id)
-            restarts = restarts_of(history)
-            if was_cancelled(history) or restarts >= RESTARTS:
-                return False
+            run = client.read_flow_run(run_id)
             if run.state is not None and run.state.is_crashed():
-                propose(client, run, next_life(run.state, restarts))
+                state = after_a_crash(run.state, client.read_flow_run_states(run_id))
+                if not state.is_scheduled():
+                    return False
+                propose(client, run, state)
     except (httpx.HTTPError, PrefectHTTPStatusError) as error:
         say()(f"the Prefect server does not answer ({type(error).__name__}): waiting for it")
     return True

@@ -14,7 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.logging import get_logger
 
-from flows.sweep import was_cancelled
+from flows.sweep import in_order, was_cancelled
 
 EVERY_S = 10.0  # seconds between two looks at the run
 
@@ -39,13 +39,15 @@ def _watch(run_id: UUID) -> None:
     while True:
         try:
             with get_client(sync_client=True) as client:
-                state = client.read_flow_run(run_id).state
-                if state is not None and state.id != seen:
-                    history = client.read_flow_run_states(run_id)
-                    lives = lives_of(history) if lives is None else lives
-                    if is_over(history, lives):
-                        _end(state)
-                    seen = state.id
+                while True:
+                    state = client.read_flow_run(run_id).state
+                    if state is not None and state.id != seen:
+                        history = client.read_flow_run_states(run_id)
+                        lives = lives_of(history) if lives is None else lives
+                        if is_over(history, lives):
+                            _end(state)
+                        seen = state.id
+                    time.sleep(EVERY_S)
         except Exception as error:  # The run goes on while the server is away.
             log.debug("its run cannot be looked at: %s", error)
         time.sleep(EVERY_S)
@@ -58,8 +60,7 @@ def lives_of(history: Sequence[State]) -> int:
 
 def is_over(history: Sequence[State], lives: int) -> bool:
     """Whether a run that had been scheduled `lives` times when its process began is none of this process any more."""
-    ordered = sorted(history, key=lambda state: state.timestamp)
-    ended = bool(ordered) and ordered[-1].is_final()
+    ended = bool(history) and in_order(history)[-1].is_final()
     return lives_of(history) > lives or (ended and was_cancelled(history))
 
 

@@ -175,15 +175,8 @@ class Sweep:
         return self._runs(StateType.CRASHED, flows=("requantize",), ended_within=RECENT)
 
     def _go_on(self, run: FlowRun) -> str | None:
-        """Start a crashed run again, unless somebody cancelled it or it was started too often."""
-        history = self._client.read_flow_run_states(run.id)
-        if was_cancelled(history):
-            return self._set(run, Cancelled(message="it was being cancelled when its process ended"))
-        restarts = restarts_of(history)
-        if restarts >= RESTARTS:
-            sentence = f"it crashed {RESTARTS + 1} times: look for what kills this run, then start another one"
-            return self._set(run, Failed(message=sentence))
-        return self._set(run, next_life(_state(run), restarts))
+        """Start a crashed run again, or end it for good."""
+        return self._set(run, after_a_crash(_state(run), self._client.read_flow_run_states(run.id)))
 
     def _set(self, run: FlowRun, state: State[None]) -> str | None:
         if not propose(self._client, run, state):
@@ -226,11 +219,18 @@ def propose(client: SyncPrefectClient, seen: FlowRun, state: State[None]) -> boo
     return bool(answer.raise_for_status().json()["status"] == SetStateStatus.ACCEPT)
 
 
-def next_life(crashed: State, restarts: int) -> State[None]:
-    """The state that starts a crashed run again: at once the first time, later each time after that.
+def after_a_crash(crashed: State, history: Sequence[State]) -> State[None]:
+    """The state that a crashed run gets: it starts again, unless somebody cancelled it or it crashed too often.
 
-    Its time is one of the server's clock, which the run's own state carries.
+    The first restart is made at once and later ones after a while, by the server's clock, which the run's own state
+    carries.
     """
+    if was_cancelled(history):
+        return Cancelled(message="it was being cancelled when its process ended")
+    restarts = restarts_of(history)
+    if restarts >= RESTARTS:
+        sentence = f"it crashed {RESTARTS + 1} times: look for what kills this run, then start another one"
+        return Failed(message=sentence)
     delay_s = min(FIRST_DELAY_S * 2 ** (restarts - 1), LONGEST_DELAY_S) if restarts else 0.0
     return AwaitingRetry(message=GOES_ON, scheduled_time=crashed.timestamp + datetime.timedelta(seconds=delay_s))
 
@@ -240,7 +240,7 @@ def was_cancelled(history: Sequence[State]) -> bool:
 
     A run that is scheduled after it was cancelled was started again by a person.
     """
-    ordered = _in_order(history)
+    ordered = in_order(history)
     begun = max((index for index, state in enumerate(ordered) if state.is_scheduled()), default=0)
     return any(state.is_cancelled() or state.is_cancelling() for state in ordered[begun:])
 
@@ -248,13 +248,14 @@ def was_cancelled(history: Sequence[State]) -> bool:
 def restarts_of(history: Sequence[State]) -> int:
     """How often a sweep started a run again since it was last scheduled by anybody else."""
     restarts = 0
-    for state in _in_order(history):
+    for state in in_order(history):
         if state.is_scheduled():
             restarts = restarts + 1 if state.message == GOES_ON else 0
     return restarts
 
 
-def _in_order(history: Sequence[State]) -> list[State]:
+def in_order(history: Sequence[State]) -> list[State]:
+    """The states of a run, the earliest first."""
     return sorted(history, key=lambda state: state.timestamp)
 
 

@@ -19,7 +19,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.events import Event
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Crashed, Pending, Running
 
-from flows.sweep import CANCELLING_S, EVERY_S, GOES_ON, PROCESS_START_S, RESTARTS, SILENCE_S, Sweep, next_life
+from flows.sweep import CANCELLING_S, EVERY_S, GOES_ON, PROCESS_START_S, RESTARTS, SILENCE_S, Sweep, after_a_crash
 from tests.integration.conftest import ROOT, wait_for
 
 
@@ -213,10 +213,10 @@ def test_a_run_that_crashes_again_and_again_is_given_up(
 def test_the_second_restart_waits_a_while_and_later_ones_longer() -> None:
     """What keeps a run from starting, such as a registry that is away, is given time to pass."""
     crashed = Crashed()
-    delays_s = [
-        (next_life(crashed, restarts).state_details.scheduled_time - crashed.timestamp).total_seconds()
-        for restarts in range(RESTARTS)
-    ]
+    delays_s = []
+    for restarts in range(RESTARTS):
+        state = after_a_crash(crashed, [AwaitingRetry(message=GOES_ON) for _ in range(restarts)])
+        delays_s.append((state.state_details.scheduled_time - crashed.timestamp).total_seconds())
     assert delays_s[:4] == [0, 15, 30, 60] and max(delays_s) == 600 and delays_s == sorted(delays_s)
 
 
