@@ -1,14 +1,54 @@
-"""Nothing of the user's own settings reaches a test; the Hub client must know this before it is imported."""
+"""What all tests share: no settings of the user's own, markers, and how many examples Hypothesis tries."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
 
 from tasks.environment import bypass_proxy_on_loopback
 
+# The Hub client reads its variables when it is imported.
 for name in list(os.environ):
     ours = name == "REQUANT_VLLM_PYTHON"
     if name.startswith(("HF_", "HUGGING_FACE", "AWS_", "REQUANT_", "PREFECT_")) and not ours:
         del os.environ[name]
 bypass_proxy_on_loopback(os.environ)
-os.environ.update(HF_HUB_DISABLE_XET="1", DO_NOT_TRACK="1")
+# Threads of two processes on the same cores wait for each other, and the models here are small: one is faster.
+os.environ.update(HF_HUB_DISABLE_XET="1", DO_NOT_TRACK="1", OMP_NUM_THREADS="1")
+
+for profile, examples in {"few": 25, "many": 400}.items():
+    settings.register_profile(
+        profile,
+        max_examples=examples,
+        deadline=None,
+        derandomize=profile == "few",  # what fails in CI fails on every machine
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+settings.load_profile("few")
+
+OF_FOLDERS = {"engines": "engine", "ui": "browser", "gpu": "gpu"}
+OF_FIXTURES = {"ceph": "ceph", "as_root": "root"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by their folder and their fixtures, and keep those that share costly fixtures in one process."""
+    root = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(root).parts[0]
+        marks = [OF_FOLDERS[folder]] if folder in OF_FOLDERS else []
+        marks += [OF_FIXTURES[name] for name in getattr(item, "fixturenames", ()) if name in OF_FIXTURES]
+        for mark in marks:
+            item.add_marker(mark)
+        if folder != "unit":
+            group = "ceph" if "ceph" in marks else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture
+def as_root() -> None:
+    """Skip the test unless it runs as root: for what only root may do, as mounting a file system."""
+    if os.geteuid() != 0:
+        pytest.skip("not root")

@@ -1,5 +1,5 @@
 """One stack for all crash tests: make test-crash."""
 
-from tests.stack import stack
+from tests.factories.stack import stack
 
 __all__ = ["stack"]

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from infra.stack.__main__ import down, up
-from tests.stack import LAYERS, Stack, kill, wait_for
+from tests.factories.stack import LAYERS, Stack, kill, wait_for
 
 Recipe = dict[str, Any]
 THREE_MINUTES_S = 180.0

@@ -10,9 +10,8 @@ from typing import Any
 
 import yaml
 
-from tests.stack import BASE, Stack, wait_for
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.factories.paths import ROOT
+from tests.factories.stack import BASE, Stack, wait_for
 
 
 def deploy(stack: Stack, folder: Path) -> None:

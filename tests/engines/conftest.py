@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from infra.hub.launch import HubStandIn
+from tests.factories.paths import ROOT
 
 if TYPE_CHECKING:
     from tests.engines.pipeline import Made
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="session")

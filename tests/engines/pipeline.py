@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.hub.launch import HubStandIn
-from tests.engines.conftest import ROOT
-from tests.pico import TINY
+from tests.factories.paths import ROOT, TINY
 
 RECIPE = Path(__file__).parent / "pipeline.yaml"
 BASE, TARGET = "demo/tiny-qwen3_5-mtp", "me/tiny-qwen3_5-mtp-int4-AutoRound"

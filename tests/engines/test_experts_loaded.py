@@ -12,9 +12,9 @@ from pathlib import Path
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.engines import verdicts
 from tasks.serving.prompts import python_prompts
-from tests.engines.conftest import ROOT
-from tests.moe_bases import trained_moe, with_experts_apart
-from tests.unit.making import write_quantized
+from tests.factories.checkpoints import write_quantized
+from tests.factories.moe_bases import trained_moe, with_experts_apart
+from tests.factories.paths import ROOT
 
 PROMPTS, TOKENS = 12, 96
 

@@ -15,10 +15,9 @@ from infra.engines.prompts import COUNT, TOKENS
 from tasks.checkpoint.inspect import inspect_checkpoint
 from tasks.checkpoint.repair import Base, repair
 from tasks.serving.prompts import python_prompts
-from tests.engines.conftest import ROOT
 from tests.engines.variants import VARIANTS, make
-from tests.pico import TINY
-from tests.unit.making import all_tensors, from_bf16, rounded, to_bf16
+from tests.factories.checkpoints import all_tensors, from_bf16, rounded, to_bf16
+from tests.factories.paths import ROOT, TINY
 
 CARD = "dequantized by the card's script"
 VANILLA, PACKED_FC, SOUND = "as auto-round leaves it", "fc packed, config silent", "head as in the base"

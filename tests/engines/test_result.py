@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from infra.engines.prompts import PLACE_TOKENS, places
-from tests.engines.conftest import ROOT
 from tests.engines.pipeline import Made
-from tests.pico import TINY
+from tests.factories.paths import ROOT, TINY
 
 
 @pytest.fixture(scope="module")

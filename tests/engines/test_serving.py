@@ -20,8 +20,8 @@ import pytest
 from PIL import Image
 
 from tasks.serving.process import free_port, running
-from tests.engines.conftest import ROOT
 from tests.engines.pipeline import TARGET, Made, engine_environment
+from tests.factories.paths import ROOT
 
 WINDOWS, LENGTH = 4, 512  # of the measured text, compared token by token
 

@@ -12,8 +12,8 @@ import pytest
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.engines import verdicts
 from tasks.serving.prompts import python_prompts
-from tests.engines.conftest import ROOT
 from tests.engines.variants import VARIANTS, make
+from tests.factories.paths import ROOT
 
 PROMPTS, TOKENS = 6, 24
 DRAFTS = 0.5  # acceptance: a head with wrong or missing weights stays far below, a sound one above 0.8

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.pico import TINY
-from tests.unit.making import (
+from tests.factories.checkpoints import (
     FULL,
     NARROW,
     all_tensors,
@@ -19,6 +18,7 @@ from tests.unit.making import (
     rounded,
     write_checkpoint,
 )
+from tests.factories.paths import TINY
 
 Raw = dict[str, tuple[str, tuple[int, ...], bytes]]
 BODY = "model.language_model.layers"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from infra.bench.gpu_piece import Size, build_model
-from tests.bases import quantized
+from tests.factories.bases import quantized
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

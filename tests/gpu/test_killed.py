@@ -14,7 +14,7 @@ import pytest
 from infra.bench.gpu_piece import Size, build_model
 from tasks.errors import QuantizeDied
 from tasks.quantize import quantize
-from tests.bases import prepared
+from tests.factories.bases import prepared
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

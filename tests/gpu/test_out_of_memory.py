@@ -10,7 +10,7 @@ import pytest
 from infra.bench.gpu_piece import Size, build_model
 from tasks.checkpoint.account import account
 from tasks.checkpoint.checkpoint import Checkpoint
-from tests.bases import quantized
+from tests.factories.bases import quantized
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

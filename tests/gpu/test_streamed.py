@@ -16,8 +16,8 @@ from tasks.measure import measure, precision
 from tasks.recipe import Gates
 from tasks.text import EVALUATION
 from tasks.validate import validate_folders
-from tests.pico import pico_base
-from tests.unit.making import write_quantized
+from tests.factories.checkpoints import write_quantized
+from tests.factories.pico import pico_base
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -10,9 +10,9 @@ from tasks.checkpoint.account import account
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.fp8 import write_plain
 from tasks.pictures.draw import draw
-from tests.bases import other_base, quantized
-from tests.fp8_bases import as_fp8
-from tests.pico import pico_base
+from tests.factories.bases import other_base, quantized
+from tests.factories.fp8_bases import as_fp8
+from tests.factories.pico import pico_base
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_5_text", "qwen3_5_moe_text", "without head"])

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from tasks.checkpoint.checkpoint import Checkpoint
-from tests.integration.conftest import LAYERS, Outcome, Requant
+from tests.factories.requant import LAYERS, Outcome, Requant, artifacts
 
 Finished = tuple[Requant, Outcome]
 
@@ -40,12 +39,6 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {name: data for name, (data, _) in snapshot(folder).items()}
-
-
-def artifacts(api: str, key: str) -> list[dict[str, Any]]:
-    body = {"artifacts": {"key": {"any_": [key]}}, "limit": 200}
-    found: list[dict[str, Any]] = httpx.post(f"{api}/artifacts/filter", json=body).raise_for_status().json()
-    return found
 
 
 def test_prefect_has_progress_gates_and_report_of_a_run(finished: Finished, prefect_server: str) -> None:

@@ -18,7 +18,8 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.sweep import RETIRED_AUTOMATIONS, remove_retired_automations
-from tests.integration.conftest import ROOT, Outcome, finish
+from tests.factories.paths import ROOT
+from tests.factories.requant import Outcome, finish
 
 
 def automation(name: str, within: int = 60) -> dict[str, Any]:

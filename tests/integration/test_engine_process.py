@@ -19,10 +19,10 @@ import pytest
 from tasks.errors import EngineFailed
 from tasks.serving.process import free_port, running
 from tasks.serving.vllm import vllm
-from tests.pico import pico_base
+from tests.factories.paths import ROOT
+from tests.factories.pico import pico_base
 
-ROOT = Path(__file__).parent.parent.parent
-ENGINE = Path(__file__).parent / "stand_in_engine.py"
+ENGINE = ROOT / "tests" / "factories" / "stand_in_engine.py"
 
 
 @pytest.fixture

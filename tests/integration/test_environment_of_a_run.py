@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.answers import Answers, answers
-from tests.integration.conftest import Requant
+from tests.factories.answers import Answers, answers
+from tests.factories.requant import Requant
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from infra.hub.launch import HubStandIn
-from tests.fault_proxy import KINDS
-from tests.integration.conftest import ROOT
+from tests.factories.fault_proxy import KINDS
+from tests.factories.paths import ROOT
 
 S3 = ("put small", "put new", "put file", "put parts", "complete", "get small", "get file", "head", "list", "delete")
 HUB = ("tree", "download", "resume", "upload", "commit")
@@ -33,7 +33,7 @@ Matrix = dict[tuple[str, str], dict[str, Any]]
 def matrix(ceph: dict[str, str], hub: HubStandIn, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     servers = {"REQUANT_FAULTS_S3": ceph["AWS_ENDPOINT_URL_S3"], "REQUANT_FAULTS_HUB": hub.url}
     environment = {**os.environ, **ceph, "HF_TOKEN": hub.token, **servers}
-    command = [sys.executable, "-m", "tests.fault_cases", str(tmp_path_factory.mktemp("faults"))]
+    command = [sys.executable, "-m", "tests.factories.fault_cases", str(tmp_path_factory.mktemp("faults"))]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     outcomes: Matrix = {(each["operation"], each["fault"]): each for each in json.loads(done.stdout)}

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from infra.hub.launch import HubStandIn
-from tests.integration.conftest import ROOT, Outcome, Requant
+from tests.factories.paths import ROOT
+from tests.factories.requant import Outcome, Requant
 
 Finished = tuple[Requant, Outcome]
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from infra.hub.launch import HubStandIn
-from tests.integration.conftest import ROOT, wait_for
+from tests.factories.paths import ROOT
+from tests.factories.requant import wait_for
 
 DOWNLOAD = """
 import sys

@@ -19,11 +19,11 @@ from tasks.quantize import quantize
 from tasks.recipe import Gates
 from tasks.text import find_text
 from tasks.validate import RESULT, validate
-from tests.bases import other_base, prepared, quantized
-from tests.fp8_bases import as_fp8
-from tests.moe_bases import trained_moe, with_experts_apart
-from tests.pico import pico_base
-from tests.unit.making import all_tensors
+from tests.factories.bases import other_base, prepared, quantized
+from tests.factories.checkpoints import all_tensors
+from tests.factories.fp8_bases import as_fp8
+from tests.factories.moe_bases import trained_moe, with_experts_apart
+from tests.factories.pico import pico_base
 
 # In a process of its own: auto-round changes transformers where it is loaded.
 THEIRS = """

@@ -11,8 +11,8 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, constants
 
 from infra.hub.launch import HubStandIn
-from tests.integration.conftest import Outcome, Requant
-from tests.unit.test_card_rendered import SECTIONS, TAGS, page_of
+from tests.factories.cards import SECTIONS, TAGS, page_of
+from tests.factories.requant import Outcome, Requant
 
 Finished = tuple[Requant, Outcome]
 TARGET = "me/from-hostile"

@@ -14,8 +14,9 @@ import pytest
 
 from tasks.checkpoint.checkpoint import INDEX, MAX_JSON
 from tasks.checkpoint.header import MAX_HEADER, read_header
-from tests.unit.making import safetensors_bytes, with_header
-from tests.unit.watching import ROOT, is_one_sentence, snapshot
+from tests.factories.checkpoints import safetensors_bytes, with_header
+from tests.factories.paths import ROOT
+from tests.factories.watching import is_one_sentence, snapshot
 
 MILLION = 1_000_000
 SHARD = "model-00001-of-00001.safetensors"

@@ -16,7 +16,8 @@ import httpx
 import prefect
 import pytest
 
-from tests.integration.conftest import ROOT, wait_for
+from tests.factories.paths import ROOT
+from tests.factories.requant import wait_for
 
 DOCKERFILE = (ROOT / "infra" / "images" / "cpu.Dockerfile").read_text()
 USER = int(re.findall(r"--uid (\d+)", DOCKERFILE)[0])

@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from infra.hub.launch import HubStandIn
 from tasks.store import open_store
 from tasks.store.verify import verify
-from tests.integration.conftest import LAYERS, Outcome, Requant, finish, wait_for
+from tests.factories.requant import LAYERS, Outcome, Requant, finish, wait_for
 
 Finished = tuple[Requant, Outcome]
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import httpx
 
-from tests.integration.conftest import ROOT, wait_for
+from tests.factories.paths import ROOT
+from tests.factories.requant import wait_for
 
 PROGRAM = """
 import os, signal, sys, time

@@ -16,8 +16,9 @@ from tasks.evaluate import check_tasks, data_sets, evaluate, evaluated, recovery
 from tasks.recipe import Recipe
 from tasks.recipe_file import parse_recipe
 from tasks.store import open_store
-from tests.integration.conftest import Requant
-from tests.pico import TINY, pico_base
+from tests.factories.paths import TINY
+from tests.factories.pico import pico_base
+from tests.factories.requant import Requant
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'requant[eval]'")
 

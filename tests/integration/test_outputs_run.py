@@ -14,9 +14,8 @@ from huggingface_hub import HfApi
 from infra.hub.launch import HubStandIn
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.recipe_file import load_recipe
-from tests.integration.conftest import Outcome, Requant, recipe_for
-from tests.integration.test_cli import artifacts
-from tests.pico import pico_base
+from tests.factories.pico import pico_base
+from tests.factories.requant import Outcome, Requant, artifacts, recipe_for
 
 BASE = "demo/three"
 FOUR, EIGHT, GPTQ = "W4A16G32-auto_round", "eight", "W4A16G32-auto_gptq-best"

@@ -17,9 +17,9 @@ from tasks.planning.layers import choose_layers
 from tasks.planning.output import plan_output
 from tasks.recipe import Base, Recipe
 from tasks.recipe_quantize import Quantize
-from tests.bases import other_base
-from tests.integration.auto_round_itself import pack_with_auto_round
-from tests.pico import pico_base
+from tests.factories.auto_round_itself import pack_with_auto_round
+from tests.factories.bases import other_base
+from tests.factories.pico import pico_base
 
 BLOCKS = "model.language_model.layers"
 SETTINGS: list[dict[str, Any]] = [

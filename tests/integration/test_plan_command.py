@@ -16,10 +16,10 @@ from flows.plan_report import render
 from infra.bench.shapes import write_base
 from infra.hub.launch import Exchange, HubStandIn
 from tasks.artifact import OURS
-from tests.integration.conftest import ROOT, Outcome, Requant
-from tests.integration.test_cli import artifacts
-from tests.pico import pico_base
-from tests.unit.making import write_quantized
+from tests.factories.checkpoints import write_quantized
+from tests.factories.paths import ROOT
+from tests.factories.pico import pico_base
+from tests.factories.requant import Outcome, Requant, artifacts
 
 Finished = tuple[Requant, Outcome]
 STAGES = ["download", "quantize", "mtp_fix", "validate", "benchmark"]

@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub import HfApi, ModelCard, constants
 
 from infra.hub.launch import HubStandIn
-from tests.integration.conftest import Outcome, Requant
-from tests.releases import TARGET, Made, edit
+from tests.factories.releases import TARGET, Made, edit
+from tests.factories.requant import Outcome, Requant
 
 Finished = tuple[Requant, Outcome]
 

@@ -15,7 +15,7 @@ from tasks.hub.revision import resolve
 from tasks.hub.target import check_target
 from tasks.hub.verify import verify
 from tasks.recipe import Publish
-from tests.releases import TARGET, Made, card_on_hub, edit, made, sent, titles
+from tests.factories.releases import TARGET, Made, card_on_hub, edit, made, sent, titles
 
 pytestmark = pytest.mark.usefixtures("hub_here")
 

@@ -9,7 +9,7 @@ from infra.hub.launch import HubStandIn
 from tasks.errors import HubError
 from tasks.hub.rollback import rollback
 from tasks.hub.verify import verify
-from tests.releases import TARGET, Made, card_on_hub, edit, edited, sent, titles
+from tests.factories.releases import TARGET, Made, card_on_hub, edit, edited, sent, titles
 
 pytestmark = pytest.mark.usefixtures("hub_here")
 

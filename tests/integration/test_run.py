@@ -16,9 +16,9 @@ from tasks.artifact import RECIPE
 from tasks.checkpoint.account import account
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.header import read_header
-from tests.fp8_bases import as_fp8
-from tests.integration.conftest import LAYERS, Outcome, Requant, finish
-from tests.pico import pico_base
+from tests.factories.fp8_bases import as_fp8
+from tests.factories.pico import pico_base
+from tests.factories.requant import LAYERS, Outcome, Requant, finish
 
 STAGES = ["download", "quantize", "mtp_fix", "validate", "benchmark", "publish"]
 Finished = tuple[Requant, Outcome]

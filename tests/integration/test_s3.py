@@ -23,7 +23,8 @@ from tasks.store import Store
 from tasks.store.folder import FolderBackend
 from tasks.store.s3 import S3Backend
 from tasks.store.store import blob_key
-from tests.integration.conftest import LAYERS, ROOT, Outcome, Requant, wait_for
+from tests.factories.paths import ROOT
+from tests.factories.requant import LAYERS, Outcome, Requant, wait_for
 
 Finished = tuple[Requant, Outcome]
 CEPH = str(ROOT / "infra" / "s3" / "ceph")

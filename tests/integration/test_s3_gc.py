@@ -26,7 +26,7 @@ from tasks.store.gc import Policy, collect
 from tasks.store.s3 import S3Backend
 from tasks.store.store import blob_key
 from tasks.store.verify import verify
-from tests.integration.conftest import ROOT
+from tests.factories.paths import ROOT
 
 POLICY = ROOT / "infra" / "s3" / "policy.json"
 

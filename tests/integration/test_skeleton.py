@@ -20,9 +20,10 @@ from tasks.hub.skeleton import fill, lay_out
 from tasks.rows import read_rows
 from tasks.store import open_store
 from tasks.text import Text, find_text
-from tests.integration.conftest import Requant
-from tests.pico import TINY, pico_base
-from tests.unit.making import all_tensors
+from tests.factories.checkpoints import all_tensors
+from tests.factories.paths import TINY
+from tests.factories.pico import pico_base
+from tests.factories.requant import Requant
 
 REPO = "demo/tiny"
 

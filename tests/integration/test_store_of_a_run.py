@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.integration.conftest import Outcome, Requant
+from tests.factories.requant import Outcome, Requant
 
 Finished = tuple[Requant, Outcome]
 

@@ -20,7 +20,8 @@ from prefect.events import Event
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Crashed, Pending, Running
 
 from flows.sweep import CANCELLING_S, EVERY_S, GOES_ON, PROCESS_START_S, RESTARTS, SILENCE_S, Sweep, after_a_crash
-from tests.integration.conftest import ROOT, wait_for
+from tests.factories.paths import ROOT
+from tests.factories.requant import wait_for
 
 
 class Clock:

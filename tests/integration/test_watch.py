@@ -17,7 +17,8 @@ import yaml
 
 from infra.hub.launch import HubStandIn
 from tasks.recipe_file import parse_recipe
-from tests.integration.conftest import ROOT, Outcome, Requant, finish, recipe_for, wait_for
+from tests.factories.paths import ROOT
+from tests.factories.requant import Outcome, Requant, finish, recipe_for, wait_for
 
 BASE = "demo/watched"
 SECRET = "a-secret-of-the-webhook"

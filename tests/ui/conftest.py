@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
-from tests.stack import Stack, stack
+from tests.factories.paths import ROOT
+from tests.factories.stack import Stack, stack
 
 __all__ = ["page", "stack"]
 
-SHOTS = Path(__file__).parent.parent.parent / "build" / "ui"
+SHOTS = ROOT / "build" / "ui"
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from playwright.sync_api import Page, expect
 
-from tests.stack import BASE, Stack, wait_for
+from tests.factories.stack import BASE, Stack, wait_for
 from tests.ui.conftest import SHOTS
 
 

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tasks.store import Store
 from tasks.store.folder import FolderBackend
-
-Install = Callable[..., None]
-
-
-class Remote(FolderBackend):
-    """A place elsewhere: the file that was sent stays where it is."""
-
-    def put_file(self, key: str, path: Path, *more: str) -> None:
-        copy = path.with_name(f"{path.name}.sent")
-        shutil.copyfile(path, copy)
-        super().put_file(key, copy)
+from tests.factories.stores import Install, Remote
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import click
 import yaml
@@ -12,9 +11,9 @@ from flows.cli import cli
 from tasks.gates import compare
 from tasks.recipe import Gates, Recipe
 from tasks.recipe_file import parse_recipe
-from tests.unit.test_gates import GOOD
+from tests.factories.measured import GOOD
+from tests.factories.paths import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
 
 

@@ -1,0 +1,50 @@
+"""What validate records of a good checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+GOOD: dict[str, Any] = {
+    "unaccounted": [],
+    "altered": [],
+    "not_finite": [],
+    "files": [],
+    "context": [],
+    "matrices": [
+        {
+            "name": "a.weight",
+            "bits": 4,
+            "slope": 0.99,
+            "offset": 0.01,
+            "error": 0.1,
+            "slope_excess": 0.002,
+            "scale_factor": 1.003,
+            "rounding_noise": 0.01,
+        },
+        {
+            "name": "b.weight",
+            "bits": 2,
+            "slope": 0.87,
+            "offset": -0.06,
+            "error": 0.4,
+            "slope_excess": -0.02,
+            "scale_factor": 0.98,
+            "rounding_noise": 0.16,
+        },
+    ],
+    "blocks": [
+        {"block": 0, "kind": "linear_attention", "error": 0.1, "drift": 0.05},
+        {"block": 1, "kind": "full_attention", "error": 0.2, "drift": 0.07},
+    ],
+    "same_tokens": 1.0,
+    "perplexity_increase": 0.01,
+    "kl_divergence": 0.02,
+    "top1_agreement": 0.95,
+    "most_repeated_token": 0.1,
+    "long_context": 1.0,
+    "vision": True,
+    "vision_difference": 0.0,
+    "mtp_acceptance_ratio": 0.99,
+    "speculative_agreement": 1.0,
+    "head_kept": True,
+}

@@ -1,0 +1,52 @@
+"""Reports of runs that have ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flows.report import Report
+from tasks.artifact import File, Manifest
+from tasks.gates import Gate
+from tasks.hub.revision import Revision
+from tasks.recipe_file import parse_recipe
+from tasks.stage import StageResult
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+ARTIFACT = Manifest.of([File("model.safetensors", 18_000_000_000, "a" * 64)])
+
+
+RECIPE = parse_recipe({"base": {"repo_id": "Qwen/Qwen3.6-27B"}})
+
+
+SPEED = {
+    "engine": "torch", "version": "transformers 5", "hardware": "CPU, 2 cores", "prefill_tokens_per_second": 1000.0,
+    "tokens_per_second": 50.0, "acceptance": None, "prompts": [],
+}  # fmt: skip
+
+
+PUBLISHED = {
+    "repo_id": "me/x", "commit": SHA, "tag": "v1", "changed": True, "pull_request": None, "url": "https://hub/me/x",
+}  # fmt: skip
+
+
+def finished(**changes: Any) -> Report:
+    values: dict[str, Any] = {
+        "status": "published",
+        "base": Revision("Qwen/Qwen3.6-27B", SHA, ()),
+        "artifact": ARTIFACT,
+        "path": Path("/out"),
+        "stages": [
+            StageResult("download", "k", "reused", 0.12, ARTIFACT, {}),
+            StageResult("quantize", "k", "ran", 75.5, ARTIFACT, {}),
+        ],
+        "gates": [
+            Gate("structure", 0.0, 0.0, True),
+            Gate("top1_agreement", None, 0.85, False, "could not be measured"),
+        ],
+        "benchmark": SPEED,
+        "published": PUBLISHED,
+    }
+    return Report(RECIPE, **{**values, **changes})

@@ -1,0 +1,135 @@
+"""`requant` with a store, a recipe and an environment of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from tests.factories.forked import run_forked, runs_here
+from tests.factories.paths import ROOT
+
+LAYERS = 3
+TIMEOUT_S = 300.0  # for a command
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished `requant`."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(self.stdout)
+        return document
+
+    @property
+    def states(self) -> dict[str, str]:
+        return {stage["name"]: stage["state"] for stage in self.document["stages"]}
+
+    @property
+    def digest(self) -> str:
+        digest: str = self.document["artifact"]["digest"]
+        return digest
+
+
+@dataclass
+class Requant:
+    """Runs `requant` with a store, a recipe and an environment of its own."""
+
+    folder: Path
+    environment: dict[str, str]
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    def variant(self, **environment: str) -> Requant:
+        return Requant(self.folder, {**self.environment, **environment}, self.recipe)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start a command as a process of its own, to be watched, disturbed or killed."""
+        command = [sys.executable, "-m", "flows.cli", *arguments]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def __call__(self, *arguments: str, new_process: bool = False) -> Outcome:
+        """Run a command in a fork (see tests.factories.forked), or in a new process where a fork would differ."""
+        if new_process or not runs_here(self.environment):
+            return finish(self.start(*arguments))
+        with tempfile.TemporaryDirectory() as folder:
+            return Outcome(*run_forked(arguments, self.environment, Path(folder), TIMEOUT_S))
+
+    def run(self, *arguments: str, **changes: Any) -> Outcome:
+        return self("run", str(self.write_recipe(**changes)), "--json", *arguments)
+
+    def start_run(self, *arguments: str, **changes: Any) -> subprocess.Popen[str]:
+        return self.start("run", str(self.write_recipe(**changes)), "--json", *arguments)
+
+    def write_recipe(self, **changes: Any) -> Path:
+        path = self.folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump(merge(self.recipe, changes)))
+        return path
+
+    def forget(self, *stages: str) -> None:
+        """Take stages' manifests out of the local store, so that the next run makes them again."""
+        for stage in stages:
+            shutil.rmtree(self.store / "artifacts" / stage, ignore_errors=True)
+
+
+def merge(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(document)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def finish(process: subprocess.Popen[str], timeout: float = TIMEOUT_S) -> Outcome:
+    stdout, stderr = process.communicate(timeout=timeout)
+    return Outcome(process.returncode, stdout, stderr)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120, pause: float = 0.005) -> Any:
+    """Poll until the condition holds; its value."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(pause)
+    raise AssertionError("waited in vain")
+
+
+def recipe_for(repo_id: str, target: str | None) -> dict[str, Any]:
+    """A recipe that runs in seconds; random weights pass no quality gate, so none is asked for."""
+    small = {"iters": 1, "nsamples": 4, "seqlen": 64, "batch_size": 4, "group_size": 32}
+    quality = ("max_perplexity_increase", "max_kl_divergence", "min_top1_agreement", "min_mtp_acceptance_ratio")
+    recipe: dict[str, Any] = {
+        "base": {"repo_id": repo_id},
+        "quantize": {**small, "calibration": "builtin:python"},  # no chats: no process that renders them
+        "validation": {"text": "builtin:python-evaluation"},
+        "gates": dict.fromkeys(quality),
+        "benchmark": {"engine": "none"},
+    }
+    return {**recipe, "publish": {"repo_id": target}} if target else recipe
+
+
+def artifacts(api: str, key: str) -> list[dict[str, Any]]:
+    body = {"artifacts": {"key": {"any_": [key]}}, "limit": 200}
+    found: list[dict[str, Any]] = httpx.post(f"{api}/artifacts/filter", json=body).raise_for_status().json()
+    return found

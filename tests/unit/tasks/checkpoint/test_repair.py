@@ -1,0 +1,198 @@
+"""requant mtp-fix: checkpoints made elsewhere get their head back, in place and once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.checkpoint.assemble import assemble
+from tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
+from tasks.checkpoint.head import HEAD_SHARD
+from tasks.checkpoint.repair import repair
+from tasks.errors import CheckpointError
+from tests.factories.checkpoints import (
+    FULL,
+    all_tensors,
+    raw_tensors,
+    safetensors_bytes,
+    write_packed,
+)
+from tests.factories.pico import pico_base
+from tests.factories.repairs import elsewhere, fixed, snapshot
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return pico_base(tmp_path / "base")
+
+
+def head_of(folder: Path) -> dict[str, Any]:
+    return {n: raw for n, raw in all_tensors(folder).items() if n.startswith("mtp.")}
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "packed fc": {"packed": ("mtp.fc",)},
+    "packed layers": {"packed": ("mtp.layers.0.mlp.up_proj", "mtp.layers.0.self_attn.q_proj")},
+    "retyped": {},
+    "a single file": {"single": True, "packed": ("mtp.fc",)},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_the_head_comes_back_bit_for_bit_and_everything_else_stays(kind: Any, base: Path, tmp_path: Path) -> None:
+    folder = elsewhere(base, tmp_path / "made", **kind)
+    others = {n: raw for n, raw in all_tensors(folder).items() if not n.startswith("mtp.")}
+    result = fixed(folder, base)
+    assert result["changed"] is True and result["tensors_restored"] == 15 and result["source"] == "base"
+    assert raw_tensors(folder / HEAD_SHARD) == head_of(base)
+    assert all_tensors(folder) == others | head_of(base)
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.problems == [] and not (folder / SINGLE).exists()
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config == json.loads((folder / "quantization_config.json").read_text())
+    assert config["extra_config"]["mtp.fc"] == config["extra_config"][".*mtp.*"] == FULL
+    assert all(result["engines"][e]["mtp"] for e in ("vllm", "sglang"))
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_second_repair_changes_nothing(kind: Any, base: Path, tmp_path: Path) -> None:
+    folder = elsewhere(base, tmp_path / "made", **kind)
+    fixed(folder, base)
+    before = snapshot(folder)
+    assert fixed(folder, base)["changed"] is False
+    assert snapshot(folder) == before
+
+
+def test_a_repaired_checkpoint_needs_no_base_any_more(base: Path, tmp_path: Path) -> None:
+    folder = elsewhere(base, tmp_path / "made", packed=("mtp.fc",))
+    fixed(folder, base)
+    before = snapshot(folder)
+    assert repair(folder, None)["changed"] is False
+    assert snapshot(folder) == before
+
+
+def test_a_head_that_is_missing_altogether_is_put_in(base: Path, tmp_path: Path) -> None:
+    bits = write_packed(base, tmp_path / "packed")
+    assemble(Checkpoint.open(base), Checkpoint.open(tmp_path / "packed"), bits, tmp_path / "made")
+    assert fixed(tmp_path / "made", base)["tensors_restored"] == 15
+    assert head_of(tmp_path / "made") == head_of(base)
+    assert Checkpoint.open(tmp_path / "made").problems == []
+
+
+def test_one_flipped_bit_in_the_head_is_restored(base: Path, tmp_path: Path) -> None:
+    folder = elsewhere(base, tmp_path / "made")
+    fixed(folder, base)
+    tensors = raw_tensors(folder / HEAD_SHARD)
+    dtype, shape, data = tensors["mtp.norm.weight"]
+    tensors["mtp.norm.weight"] = (dtype, shape, bytes([data[0] ^ 1]) + data[1:])
+    (folder / HEAD_SHARD).write_bytes(safetensors_bytes(tensors))
+    assert fixed(folder, base)["tensors_restored"] == 1
+    assert head_of(folder) == head_of(base)
+
+
+def test_an_index_with_a_wrong_total_size_is_corrected(base: Path, tmp_path: Path) -> None:
+    folder = elsewhere(base, tmp_path / "made")
+    fixed(folder, base)
+    index = json.loads((folder / INDEX).read_text())
+    index["metadata"]["total_size"] = 0
+    (folder / INDEX).write_text(json.dumps(index))
+    assert fixed(folder, base)["changed"] is True
+    assert Checkpoint.open(folder).problems == []
+
+
+def test_a_missing_processor_file_is_copied_from_the_base(base: Path, tmp_path: Path) -> None:
+    folder = elsewhere(base, tmp_path / "made")
+    fixed(folder, base)
+    (folder / "video_preprocessor_config.json").unlink()
+    result = fixed(folder, base)
+    assert (result["changed"], result["tensors_restored"]) == (True, 0)
+    name = "video_preprocessor_config.json"
+    assert (folder / name).read_bytes() == (base / name).read_bytes()
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["exchanged", "moved in"])
+@pytest.mark.parametrize("single", [True, False], ids=["single", "sharded"])
+def test_a_repair_killed_at_any_step_leaves_a_whole_checkpoint_and_is_finished_by_the_next_one(
+    single: bool, inside: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL before the first, second, ... call that touches a file, until one call lives to its end.
+
+    A process whose working folder is the checkpoint's gets its files moved in one by one instead.
+    """
+    steps = 0
+    while True:
+        folder = elsewhere(base, tmp_path / f"made-{steps}", packed=("mtp.fc",), single=single)
+        before = names_of(folder)
+        others = {n: raw for n, raw in all_tensors(folder).items() if not n.startswith("mtp.")}
+        after = {n: tuple(shape) for n, (_, shape, _) in (others | head_of(base)).items()}
+        killed = killed_at(steps, lambda folder=folder: fixed(folder, base), folder if inside else tmp_path)
+        between = Checkpoint.open(folder)
+        between_names = {n: t.shape for n, t in between.tensors.items()}
+        assert not [p for p in between.fatal if "lies beside" not in p]
+        if not inside:
+            assert between.problems == [] and between_names in (before, after)
+        fixed(folder, base)
+        checkpoint = Checkpoint.open(folder)
+        assert checkpoint.problems == []
+        assert {n: (t.dtype, t.shape, t.read()) for n, t in checkpoint.tensors.items()} == others | head_of(base)
+        assert not [p for p in (*tmp_path.iterdir(), *folder.iterdir()) if p.name.startswith(".")]
+        if not killed:
+            break
+        steps += 1
+    assert steps > 10
+
+
+def names_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    return {n: t.shape for n, t in Checkpoint.open(folder).tensors.items()}
+
+
+def killed_at(step: int, work: Callable[[], Any], cwd: Path) -> bool:
+    """Fork, do the work, die by SIGKILL before the `step`-th file operation. Whether it came to that."""
+    child = os.fork()
+    if child == 0:
+        left = step
+
+        def count(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal left
+            writing = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wxa+")
+            if writing or event in TOUCHING:
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+
+        os.chdir(cwd)
+        sys.addaudithook(count)
+        with contextlib.suppress(BaseException):
+            work()
+            os._exit(0)
+        os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert status == 0 or os.WIFSIGNALED(status), "the repair failed by itself"
+    return status != 0
+
+
+# Audit events of calls that change a folder; ctypes.dlsym comes right before the exchange.
+TOUCHING = {"os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "ctypes.dlsym"}
+
+
+def test_a_base_of_another_size_or_without_a_head_is_refused_and_changes_nothing(base: Path, tmp_path: Path) -> None:
+    folder = elsewhere(base, tmp_path / "made")
+    before = snapshot(folder)
+    headless = pico_base(tmp_path / "headless", head=False)
+    with pytest.raises(CheckpointError, match="has no MTP head"):
+        fixed(folder, headless)
+    other = pico_base(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["text_config"]["hidden_size"] = 128
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="is not the base"):
+        fixed(folder, other)
+    assert snapshot(folder) == before

@@ -1,0 +1,81 @@
+"""The card's words on serving and speed: what ran is what is printed."""
+
+from __future__ import annotations
+
+from tests.factories.cards import MEASURED_IN_VLLM, card_of, recipe
+
+
+def test_the_serving_command_is_the_one_that_ran() -> None:
+    _, body = card_of(benchmark=MEASURED_IN_VLLM)
+    assert "```bash\nvllm serve me/q-int4 \\\n  --dtype half \\\n  --speculative-config '{\"a\":1}'\n```" in body
+    assert "**run** by the pipeline that made this card (vLLM 0.32.0, NVIDIA H100)" in body
+    assert "No engine was run" not in body
+
+
+def test_a_command_that_ran_without_anything_published_is_not_said_to_be_of_what_was() -> None:
+    _, body = card_of(benchmark=MEASURED_IN_VLLM, recipe=recipe(publish=None))
+    assert "**run** by the pipeline" in body and "published" not in body.split("## Speed")[0]
+
+
+def test_of_a_server_that_ran_already_nothing_is_told_that_nobody_knows() -> None:
+    told = {k: v for k, v in MEASURED_IN_VLLM.items() if k not in {"version", "hardware"}}
+    _, body = card_of(benchmark={**told, "engine": "url:http://x", "commands": []})
+    speed = body.split("## Speed")[1].split("\n## ")[0]
+    assert "a draft" not in speed and "tokens per second" in speed and "flags are not known" in speed
+
+
+def test_a_recipes_flags_are_in_a_command_that_was_not_run_too() -> None:
+    flags = {"kv-cache-dtype": "fp8", "enforce-eager": True}
+    _, body = card_of(recipe=recipe(benchmark={"flags": flags, "draft_tokens": 2}))
+    assert "--kv-cache-dtype fp8 \\\n  --enforce-eager \\\n  --speculative-config" in body
+    assert '"num_speculative_tokens":2' in body and "**not run**" in body and "No engine was run." in body
+
+
+GOOD = {"loads": True, "mtp": True, "reason": "nothing is in the way"}
+NO_DRAFTS = {"loads": True, "mtp": False, "reason": "its head is packed"}
+NO_MODEL = {"loads": False, "mtp": False, "reason": "no kernel takes <3> bits"}
+
+
+def test_no_command_is_shown_for_an_engine_that_does_not_load_it() -> None:
+    _, body = card_of(engines={"vllm": NO_MODEL, "sglang": GOOD, "transformers": GOOD})
+    assert "vLLM does not load it: no kernel takes ?3? bits." in body and "vllm serve" not in body
+    assert "--speculative-algorithm NEXTN" in body and "curl" in body and "from_pretrained" in body
+    _, body = card_of(engines=dict.fromkeys(("vllm", "sglang", "transformers"), NO_MODEL))
+    serving = body.split("## Serving")[1].split("\n## ")[0]
+    assert "```" not in serving and serving.count("does not load it") == 3
+
+
+def test_no_drafts_are_asked_for_where_the_head_does_not_draft() -> None:
+    _, body = card_of(engines={"vllm": NO_DRAFTS, "sglang": NO_DRAFTS, "transformers": NO_DRAFTS})
+    assert "vLLM does not draft with its MTP head: its head is packed." in body
+    assert "vllm serve me/q-int4\n" in body and "speculative" not in body.split("## Serving")[1].split("\n## ")[0]
+
+
+def test_what_an_engine_did_outweighs_what_was_expected_of_it() -> None:
+    _, body = card_of(benchmark=MEASURED_IN_VLLM, engines={"vllm": NO_MODEL})
+    assert "does not load it" not in body and body.count("**run** by the pipeline") == 2
+
+
+def test_a_base_that_brings_code_is_served_with_what_allows_it() -> None:
+    _, body = card_of(recipe=recipe(allow_remote_code=True))
+    assert body.count("\n  --trust-remote-code") == 3  # vLLM with MTP and without, SGLang
+    assert 'AutoModelForCausalLM.from_pretrained("me/q-int4", device_map="auto", trust_remote_code=True)' in body
+    assert "trust" not in card_of()[1]
+
+
+def test_speed_is_told_with_mtp_and_without() -> None:
+    _, body = card_of(benchmark=MEASURED_IN_VLLM)
+    assert "| greedy, one at a time | 50.0 | 100.0 | 2.00 | 80.0% |" in body
+    assert "| sampled, one at a time | 40.0 | - | - | - |" in body
+    assert "| card: a\\|b | 100 | 50.0 | 100.0 | 80.0% |" in body
+
+
+def test_an_unpublished_card_speaks_of_the_folder_that_it_lies_in() -> None:
+    _, body = card_of(recipe=recipe(publish=None))
+    assert "vllm serve . \\\n" in body and 'from_pretrained(".", ' in body
+
+
+def test_somebodys_server_is_not_named() -> None:
+    asked = recipe(benchmark={"engine": "url:http://gpu7.customer.example:8000", "concurrency": 2})
+    _, body = card_of(recipe=asked)
+    assert "customer" not in body and "concurrency: 2" in body

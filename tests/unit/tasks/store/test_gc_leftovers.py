@@ -1,0 +1,110 @@
+"""What killed processes left, in the store and on this machine: old ones go, and nothing that is in use."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from tasks.artifact import Manifest
+from tasks.store import Store
+from tasks.store.gc import Policy, collect
+from tasks.store.store import blob_key
+from tests.factories.checkpoints import write_files
+
+DAY = 86400.0
+KEY = "k" * 64
+
+
+def ago(folder: Path, days: float) -> None:
+    at = time.time() - days * DAY
+    for path in (folder, *folder.rglob("*")):
+        os.utime(path, (at, at))
+
+
+def keep(store: Store, scratch: Path, key: str, data: bytes) -> Manifest:
+    (file,) = write_files(scratch, {"a": data})
+    store.put_blob(scratch / "a", file)
+    return store.keep("quantize", key, Manifest.of([file]), {})
+
+
+def test_files_that_a_killed_writer_left_go_after_the_grace_period(store: Store) -> None:
+    folder = store.near.root / "blobs" / "sha256" / "aa"
+    folder.mkdir(parents=True)
+    (folder / ".half.1.2").write_bytes(b"half")
+    assert collect(store, Policy()).leftovers == []
+    ago(folder, 2)
+    assert collect(store, Policy()).leftovers == ["blobs/sha256/aa/.half.1.2"]
+    assert list(folder.iterdir()) == []
+
+
+def test_work_that_nobody_went_on_with_for_a_week_goes_and_work_under_a_lease_stays(store: Store) -> None:
+    old, held = store.work_folder("quantize", KEY), store.work_folder("quantize", "h" * 64)
+    for folder in (old, held):
+        (folder / "block-00000.safetensors").write_bytes(b"tuned")
+        ago(folder, 6)
+    assert collect(store, Policy()).near == []
+    (old / "still-written").write_bytes(b"")
+    ago(held, 8)
+    with store.lease("quantize", "h" * 64):
+        assert collect(store, Policy()).near == []
+    ago(old, 8)
+    assert {found.path for found in collect(store, Policy()).near} == {old, held}
+    assert not old.exists() and not held.exists()
+
+
+def test_carried_work_goes_after_a_week_or_once_its_artifact_is_there(store: Store, tmp_path: Path) -> None:
+    for key in ("left", "held", "done"):
+        store.backend.write(f"resume/quantize/{key}/index", b"{}")
+        store.backend.write(f"resume/quantize/{key}/files/block", b"tuned")
+    keep(store, tmp_path / "scratch", "done", b"1")
+    ago(store.near.root / "resume", 2)
+    collect(store, Policy())
+    assert {key.split("/")[2] for key in store.backend.keys("resume")} == {"left", "held"}
+    ago(store.near.root / "resume", 8)
+    with store.lease("quantize", "held"):
+        collect(store, Policy())
+    assert {key.split("/")[2] for key in store.backend.keys("resume")} == {"held"}
+
+
+def test_a_checkout_beside_a_local_store_goes_with_its_artifact(store: Store, tmp_path: Path) -> None:
+    manifest = keep(store, tmp_path / "scratch", KEY, b"weights")
+    folder = store.hand_out(manifest, store.near.root / "checkouts" / manifest.digest)
+    ago(store.near.root, 40)
+    assert collect(store, Policy()).near == []
+    plan = collect(store, Policy(older_than=30 * DAY))
+    assert [found.path for found in plan.near] == [folder] and not folder.exists()
+
+
+def test_the_near_cache_drops_what_nothing_names_and_what_was_not_used_for_a_month(far: Store, tmp_path: Path) -> None:
+    used = keep(far, tmp_path / "scratch", "used", b"used")
+    unused = keep(far, tmp_path / "scratch", "unused", b"unused")
+    lost = keep(far, tmp_path / "scratch", "lost", b"lost")
+    far.backend.delete("artifacts/quantize/lost")
+    ago(far.near.root, 40)
+    far.hand_out(used, tmp_path / "out")
+    collect(far, Policy())
+    assert far.near.size(blob_key(used["a"].sha256)) == 4
+    assert far.near.size(blob_key(unused["a"].sha256)) is None and far.sees_blob(unused["a"])
+    assert far.near.size(blob_key(lost["a"].sha256)) is None
+    assert far.read_blob(unused["a"]) == b"unused"
+
+
+def test_the_near_cache_keeps_what_a_lease_needs(far: Store, tmp_path: Path) -> None:
+    manifest = keep(far, tmp_path / "scratch", KEY, b"weights")
+    ago(far.near.root, 40)
+    with far.lease("validate", KEY):
+        far.need(manifest.files)
+        assert collect(far, Policy()).near == []
+
+
+def test_a_link_planted_among_work_folders_is_removed_and_what_it_points_to_stays(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_bytes(b"x")
+    (store.near.root / "work").mkdir()
+    link = store.near.root / "work" / "quantize-planted"
+    link.symlink_to(tmp_path / "precious")
+    os.utime(link, (1, 1), follow_symlinks=False)
+    ago(tmp_path / "precious", 100)
+    assert [found.path for found in collect(store, Policy()).near] == [link]
+    assert not link.is_symlink() and (tmp_path / "precious" / "file").read_bytes() == b"x"

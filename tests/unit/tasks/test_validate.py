@@ -1,0 +1,96 @@
+"""validate: what its key reads. What it measures is in test_measure."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.artifact import File, Manifest
+from tasks.errors import RecipeError
+from tasks.recipe import Recipe
+from tasks.recipe_file import parse_recipe
+from tasks.store import open_store
+from tasks.text import Text, find_text
+from tasks.validate import compared_part, one_file, validate_key
+from tests.factories.paths import TINY
+
+A, B = "a" * 64, "b" * 64
+BASE = Manifest.of(File(p, 1, A) for p in ("config.json", "model.safetensors", "README.md", ".gitattributes"))
+TEXT = Text("builtin:python-evaluation", A)
+MADE = Manifest.of([File("model.safetensors", 2, B)])
+
+
+def recipe(**changes: Any) -> Recipe:
+    return parse_recipe({"base": {"repo_id": "a/b"}, **changes})
+
+
+def changed(path: str) -> Manifest:
+    return Manifest.of(replace(f, sha256=B) if f.path == path else f for f in BASE.files)
+
+
+def test_a_changed_limit_measures_nothing_again() -> None:
+    key = validate_key(recipe(), BASE, MADE, TEXT)
+    others = ({"gates": {"min_top1_agreement": 0.1}}, {"publish": {"repo_id": "me/x"}}, {"quantize": {"iters": 1}})
+    assert all(validate_key(recipe(**other), BASE, MADE, TEXT) == key for other in others)
+
+
+def test_a_changed_card_of_the_base_measures_nothing_again() -> None:
+    key = validate_key(recipe(), BASE, MADE, TEXT)
+    assert validate_key(recipe(), changed("README.md"), MADE, TEXT) == key
+    assert {f.path for f in compared_part(BASE).files} == {"config.json", "model.safetensors"}
+
+
+def test_a_changed_base_artifact_or_head_is_measured() -> None:
+    keys = {
+        validate_key(recipe(), BASE, MADE, TEXT),
+        validate_key(recipe(), changed("model.safetensors"), MADE, TEXT),
+        validate_key(recipe(), changed("config.json"), MADE, TEXT),
+        validate_key(recipe(), BASE, BASE, TEXT),
+        validate_key(recipe(mtp="drop"), BASE, MADE, TEXT),
+        validate_key(recipe(allow_remote_code=True), BASE, MADE, TEXT),
+        validate_key(recipe(), BASE, MADE, replace(TEXT, digest=B)),
+    }
+    assert len(keys) == 7
+
+
+def test_a_text_of_many_documents_is_measured_on_as_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REQUANT_STORE", (tmp_path / "store").as_uri())
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": word * 3, "id": 1}) + "\n" for word in ("ab", "", "cd")))
+    path = one_file(open_store(), Text("rows.jsonl", A, path=rows), tmp_path / "work", TINY)
+    assert path.read_text() == "ababab\n\ncdcdcd"
+    plain = tmp_path / "plain.txt"
+    assert one_file(open_store(), Text("plain.txt", A, path=plain), tmp_path / "work", TINY) == plain
+
+
+def test_chats_are_measured_on_as_the_bases_template_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REQUANT_STORE", (tmp_path / "store").as_uri())
+    rows = tmp_path / "rows.jsonl"
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    rows.write_text(json.dumps({"messages": messages}) + "\n")
+    path = one_file(open_store(), find_text(str(rows), "validation.text"), tmp_path / "work", TINY)
+    assert path.read_text() == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>\n"
+
+
+UNREADABLE = {
+    '{"words": "ab"}\n': r"the rows of rows\.jsonl have the columns words; a row needs text or messages",
+    "[1, 2]": r"rows\.jsonl cannot be read \(ValueError: a row is int",
+    "{": r"rows\.jsonl cannot be read \(JSONDecodeError",
+    '{"text": 5}\n': r"rows\.jsonl cannot be read \(ValueError: a row has int as text",
+    "\x00": r"rows\.jsonl cannot be read \(JSONDecodeError",
+    "": r"rows\.jsonl is empty",
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), UNREADABLE.items())
+def test_rows_without_a_text_are_refused_with_a_sentence(
+    content: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REQUANT_STORE", (tmp_path / "store").as_uri())
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(RecipeError, match=rf"^validation\.text: {reason}"):
+        one_file(open_store(), Text("rows.jsonl", A, path=tmp_path / "rows.jsonl"), tmp_path / "work", TINY)

@@ -1,0 +1,73 @@
+"""Damaged checkpoints of the trained tiny model: each is caught by the gate that is there for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tasks import measure as measuring
+from tasks.gates import Gate, compare
+from tasks.measure import measure
+from tasks.measuring.measurement import Measurement
+from tasks.recipe import Gates
+from tasks.text import EVALUATION
+from tasks.validate import measured_values
+from tests.factories.checkpoints import write_quantized
+from tests.factories.damage import DAMAGES, damaged
+from tests.factories.paths import TINY
+
+LIMITS = Gates(max_perplexity_increase=0.15, min_top1_agreement=0.8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short() -> Iterator[None]:
+    """Six windows of 128 tokens, two prompts, eight generated tokens."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"WINDOWS": 6, "LENGTH": 128, "PROBE": 64, "PROMPTS": 2, "GENERATED": 8}.items():
+            patch.setattr(measuring, name, value)
+        patch.setitem(measuring.LONGEST, "cpu", 256)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_quantized(TINY, tmp_path_factory.mktemp("quantized"))
+
+
+@pytest.fixture(scope="module")
+def of_base() -> dict[Path, Measurement]:
+    return {}
+
+
+def gates(folder: Path, of_base: dict[Path, Measurement]) -> dict[str, Gate]:
+    """Every gate of a checkpoint; the base is measured once."""
+
+    def kept(path: Path, device: torch.device, dtype: torch.dtype) -> Measurement:
+        if path != TINY:
+            return measure(path, EVALUATION, device, dtype)
+        return of_base.setdefault(path, of_base.get(path) or measure(path, EVALUATION, device, dtype))
+
+    values = measured_values(folder, TINY, kept, keep_head=True, pack_head=False, remote_code=False)
+    return {gate.name: gate for gate in compare(values, LIMITS)}
+
+
+def test_an_undamaged_checkpoint_passes_every_gate(made: Path, of_base: dict[Path, Measurement]) -> None:
+    found = gates(made, of_base)
+    assert [gate for gate in found.values() if not gate.passed] == []
+    assert len(found) == 17 and all(gate.value is not None for gate in found.values())
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_caught_by_its_gate(name: str, made: Path, of_base: dict[Path, Measurement], tmp_path: Path) -> None:
+    found = gates(damaged(made, tmp_path / "damaged", name), of_base)
+    failed = {gate.name for gate in found.values() if not gate.passed}
+    assert DAMAGES[name][1] <= failed
+    lossless = {"structure", "lossless", "finite", "files", "context"} - DAMAGES[name][1]
+    if "number" not in name:
+        assert not failed & lossless, "and what is whole is said to be"
