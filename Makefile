@@ -1,8 +1,10 @@
-# make demo: the whole pipeline on a tiny model. make test, test-engines, lint: what CI runs. All set themselves up.
-# make up, make down: Prefect with PostgreSQL, workers, S3 and a Hub stand-in on this machine. make test-ui: its pages in a
-# browser. make test-crash: everything killed in the middle of a run, 25 minutes; TESTS='-k worker' is some of it.
+# make demo: the whole pipeline on a tiny model. All targets set themselves up.
+# make test: unit and integration tests, 8 minutes on two cores; make test-unit: the first of them, 2 minutes.
+# make test-engines (the real vLLM), test-ui (the pages in a browser), test-crash (a kill): what CI runs beside them.
+# make test-all: every test and torture, some hours. make test-gpu: tests of the quantize stage that need a GPU.
+# All but test-all leave out what is marked slow; TESTS='-k worker' chooses others. tests/README.md has more.
+# make up, make down: Prefect with PostgreSQL, workers, S3 and a Hub stand-in on this machine.
 # make plan-27b: the plan of the 27 B recipe as JSON, against a stand-in that has its base's headers. Nothing else on stdout.
-# make test-gpu: tests of the quantize stage that need a GPU.
 # make torture: eight processes put, get, list and collect in one store and are killed at random; SECONDS=120 each way.
 # make bench-gpu: what quantizing a 27 B model costs on this machine's GPU; MINUTES=9.5 does it in pieces,
 # SEEDS=3 compares the losses with more orders of the samples.
@@ -12,8 +14,11 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 EVALUATES := .venv/.evaluates
 SERVES := .venv/.serves
+TESTS ?= -m "not slow"
+PYTEST := $(BIN)/python -m pytest
+TWO := -n 2 --dist loadgroup  # processes; tests that share a server stay together
 
-.PHONY: demo plan-27b up down test test-engines test-gpu test-ui test-crash lint format bench bench-gpu bench-store torture clean
+.PHONY: install chromium demo plan-27b up down test test-unit test-all test-engines test-gpu test-ui test-crash lint format bench bench-gpu bench-store torture clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m infra.demo
@@ -28,23 +33,36 @@ plan-27b:
 	@$(MAKE) --no-print-directory $(INSTALLED) >&2
 	@$(BIN)/python -m infra.plan $(BIN)/python -m flows.cli plan deployments/recipes/qwen3.6-27b-int4.yaml --elsewhere --json
 
+install: $(INSTALLED) $(EVALUATES) $(SERVES)
+
+chromium:
+	command -v chromium >/dev/null || apt-get install -y -q --no-install-recommends chromium
+
 test: $(INSTALLED) $(EVALUATES)
-	infra/s3/ceph install
-	$(BIN)/python -m pytest
+	infra/s3/ceph install || echo "without Ceph, the tests that need it are skipped"
+	$(PYTEST) $(TWO) $(TESTS)
+
+test-unit: $(INSTALLED)
+	$(PYTEST) tests/unit $(TWO) $(TESTS)
 
 test-engines: $(INSTALLED)
 	infra/engines/install build/vllm
-	$(BIN)/python -m pytest tests/engines
+	$(PYTEST) tests/engines $(TESTS)
 
-test-ui: $(SERVES)
-	command -v chromium >/dev/null || apt-get install -y -q --no-install-recommends chromium
-	$(BIN)/python -m pytest tests/ui
+test-ui: $(SERVES) chromium
+	$(PYTEST) tests/ui $(TESTS)
 
 test-crash: $(SERVES)
-	$(BIN)/python -m pytest tests/crash $(TESTS)
+	$(PYTEST) tests/crash $(TESTS)
 
 test-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest tests/gpu
+	$(PYTEST) tests/gpu
+
+test-all: install
+	$(PYTEST) tests/unit $(TWO) -p randomly --hypothesis-profile=many
+	$(MAKE) test TESTS=tests/integration
+	$(MAKE) test-engines test-ui test-crash TESTS=
+	$(MAKE) torture SECONDS=120
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import tomllib
 
 import click
+import pytest
 import yaml
 
 from flows.cli import cli
@@ -51,10 +53,17 @@ def test_recipes_in_the_project_are_valid() -> None:
         parse_recipe(yaml.safe_load(path.read_text()))
 
 
-def test_the_make_targets_that_the_readme_names_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
-        assert f"\n{target}:" in makefile
+@pytest.mark.parametrize("path", ["README.md", "tests/README.md", ".github/workflows/test.yaml", ".ci/run"])
+def test_the_make_targets_that_are_named_exist(path: str) -> None:
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`|: |' )make ([a-z][a-z0-9-]*)", (ROOT / path).read_text(), re.MULTILINE))
+    assert named and named <= targets
+
+
+def test_every_marker_is_explained_where_the_tests_are() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    text = (ROOT / "tests" / "README.md").read_text()
+    assert all(f"`{line.split(':')[0]}`" in text for line in declared)
 
 
 def test_every_gate_and_every_limit_is_in_the_readme() -> None:
