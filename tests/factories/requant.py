@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from typing import Any
 import httpx
 import yaml
 
+from tasks.artifact import Manifest
+from tasks.store.store import blob_key
 from tests.factories.forked import Forked, runs_here
 from tests.factories.paths import ROOT
 
@@ -60,6 +63,11 @@ class Requant:
     def variant(self, **environment: str) -> Requant:
         return Requant(self.folder, {**self.environment, **environment}, self.recipe)
 
+    def copy(self, folder: Path) -> Requant:
+        """The same with a store of its own in `folder`, which holds the same files."""
+        shutil.copytree(self.store, folder / "store", copy_function=os.link)
+        return Requant(folder, {**self.environment, **store_in(folder)}, self.recipe)
+
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start a command in a new process, to be watched, disturbed or killed."""
         command = [sys.executable, "-m", "flows.cli", *arguments]
@@ -94,6 +102,20 @@ class Requant:
         """Take stages' manifests out of the local store, so that the next run makes them again."""
         for stage in stages:
             shutil.rmtree(self.store / "artifacts" / stage, ignore_errors=True)
+
+    def forget_base(self) -> None:
+        """Take the base out of the local store, so that the next run fetches it again; what was made of it stays."""
+        for path in (self.store / "artifacts" / "download").iterdir():
+            for file in Manifest.from_json(path.read_bytes()).files:
+                if file.path.endswith(".safetensors"):
+                    (self.store / blob_key(file.sha256)).unlink(missing_ok=True)
+        self.forget("download")
+        shutil.rmtree(self.store / "facts", ignore_errors=True)
+
+
+def store_in(folder: Path) -> dict[str, str]:
+    """The variable of a local store that lies in a folder."""
+    return {"REQUANT_STORE": (folder / "store").as_uri()}
 
 
 def merge(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
