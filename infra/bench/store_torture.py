@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ MACHINES = 4  # near caches that the processes of a bucket share in pairs
 SIZES = [0, 1, 1000, 20_000, 300_000, 2_000_000]
 LARGE = 70 << 20  # one blob is sent in several parts
 BLOBS = 150
+Enough = Callable[[int, Sequence[dict[str, Any]]], bool]  # by the number of kills, and what the workers said they did
 FORK = multiprocessing.get_context("fork")  # quick, so that many can be killed
 
 
@@ -52,9 +53,9 @@ def main() -> None:
     seconds = float(os.environ.get("SECONDS") or SECONDS)
     with tempfile.TemporaryDirectory(prefix="torture-") as name:
         folder = Path(name)
-        results = [torture((folder / "store").as_uri(), folder / "one", seconds)]
+        results = [torture((folder / "store").as_uri(), folder / "one", for_so_long(seconds))]
         with bucket(folder / "ceph"):
-            results.append(torture("s3://requant/torture", folder / "two", seconds))
+            results.append(torture("s3://requant/torture", folder / "two", for_so_long(seconds)))
     print(json.dumps(results, indent=1))
     sys.exit(1 if any(result["problems"] for result in results) else 0)
 
@@ -76,8 +77,16 @@ class bucket:
         subprocess.run([self.script, "down", str(self.folder)], check=True)
 
 
-def torture(url: str, folder: Path, seconds: float, seed: int = 0) -> dict[str, Any]:
-    """Let the processes at the store at `url` for so long; what they did, and every problem found."""
+def for_so_long(seconds: float) -> Enough:
+    """Enough once so many seconds have passed."""
+    deadline = time.monotonic() + seconds
+    return lambda kills, done: time.monotonic() >= deadline
+
+
+def torture(
+    url: str, folder: Path, enough: Enough, seed: int = 0, kills_a_second: float = KILLS_A_SECOND
+) -> dict[str, Any]:
+    """Let the processes at the store at `url` until it is enough; what they did, and every problem found."""
     folder.mkdir(parents=True)
     whole = open_store(url)
     for machine in range(MACHINES):
@@ -86,16 +95,17 @@ def torture(url: str, folder: Path, seconds: float, seed: int = 0) -> dict[str, 
     chance = random.Random(seed)
     number, kills = 0, 0
     workers: list[multiprocessing.process.BaseProcess] = []
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    started = time.monotonic()
+    while not enough(kills, read_logs(folder)[0]):
         while len(workers) < PROCESSES:
             workers.append(FORK.Process(target=work, args=(whole, folder, number, seed)))
             workers[-1].start()
             number += 1
-        time.sleep(chance.expovariate(KILLS_A_SECOND))
+        time.sleep(chance.expovariate(kills_a_second))
         victim = workers.pop(chance.randrange(len(workers)))
         kill(victim)
         kills += 1
+    seconds = round(time.monotonic() - started, 1)
     for worker in workers:
         kill(worker)
     done, problems = read_logs(folder)

@@ -1,7 +1,8 @@
-"""Every operation on S3 and the Hub under every fault: what happened, as JSON. Run by test_fault_matrix.py.
+"""Operations on S3 and the Hub, each under one fault: what happened, as JSON. Run by test_fault_matrix.py.
 
 A process of its own, since the addresses of both servers are those of the proxies here. The variables say where the
-servers are (REQUANT_FAULTS_S3 and _HUB); argument: a folder to work in.
+servers are (REQUANT_FAULTS_S3 and _HUB). Arguments: a folder to work in, and the cases as a JSON list of pairs of an
+operation and a fault.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from tests.factories.fault_proxy import KINDS, FaultProxy
+from tests.factories.fault_matrix import FOREVER, HUB_OPERATIONS, S3_OPERATIONS, SKEW
+from tests.factories.fault_proxy import FaultProxy
 
 S3_URL, HUB_URL = os.environ["REQUANT_FAULTS_S3"], os.environ["REQUANT_FAULTS_HUB"]
 S3, HUB = FaultProxy(S3_URL), FaultProxy(HUB_URL)
@@ -43,7 +45,6 @@ STALL = 2.5  # seconds; a read that brings nothing for one is given up here
 transfer.ONE_PUT, transfer.PART = 1 << 20, 5 << 20  # S3's smallest part
 client.STALLED = 1.0
 SMALL = b'{"some": "object"}' * 20
-FOREVER = "503 for ever"
 
 
 @dataclass
@@ -55,7 +56,6 @@ class Outcome:
     result: str
     struck: int  # requests that were spoilt
     calls: int  # of the operation: Prefect calls a stage again after a failure that passes
-    seconds: float
 
 
 @dataclass
@@ -89,20 +89,22 @@ def main() -> None:
     def hub_case(name: str, fault: str) -> Outcome:
         return run(HUB, name, fault, hub_operation(name, hub, folder / f"hub-{name}-{slug(fault)}"))
 
-    together = [kind for kind in KINDS if kind != "refuse"]
+    cases: list[tuple[str, str]] = [(name, fault) for name, fault in json.loads(sys.argv[2])]
+    one_by_one = {"refuse", SKEW}
     with ThreadPoolExecutor(8) as pool:
-        waiting = [pool.submit(s3_case, name, fault) for fault in [*together, FOREVER] for name in S3_OPERATIONS]
-        waiting += [pool.submit(hub_case, name, fault) for fault in together for name in HUB_OPERATIONS]
-        outcomes = [future.result() for future in waiting]
+        together = [(name, fault) for name, fault in cases if fault not in one_by_one]
+        outcomes = list(pool.map(lambda case: (s3_case if case[0] in S3_OPERATIONS else hub_case)(*case), together))
+    refused = [name for name, fault in cases if fault == "refuse"]
     with ThreadPoolExecutor(2) as pool:  # while a server is away, it is away for all
-        away = pool.submit(lambda: [s3_case(name, "refuse") for name in S3_OPERATIONS])
-        outcomes += [hub_case(name, "refuse") for name in HUB_OPERATIONS]
+        away = pool.submit(lambda: [s3_case(name, "refuse") for name in refused if name in S3_OPERATIONS])
+        outcomes += [hub_case(name, "refuse") for name in refused if name in HUB_OPERATIONS]
         outcomes += away.result()
-    skewed = {name: s3_operation(name, through, direct, folder / f"s3-{slug(name)}-skew") for name in S3_OPERATIONS}
+    late = [name for name, fault in cases if fault == SKEW]
+    skewed = {name: s3_operation(name, through, direct, folder / f"s3-{slug(name)}-skew") for name in late}
     right = botocore.auth.get_current_datetime
     for name, operation in skewed.items():
         botocore.auth.get_current_datetime = lambda *how, **named: right(*how, **named) - datetime.timedelta(hours=1)
-        outcome = run(S3, name, "skew", replace(operation, harmless=lambda: True))
+        outcome = run(S3, name, SKEW, replace(operation, harmless=lambda: True))
         botocore.auth.get_current_datetime = right
         outcomes.append(outcome if operation.harmless() else replace(outcome, result="CORRUPT"))
     sys.stdout.write(json.dumps([asdict(outcome) for outcome in outcomes]))
@@ -111,12 +113,12 @@ def main() -> None:
 def run(proxy: FaultProxy, name: str, kind: str, operation: Operation) -> Outcome:
     struck = len(proxy.struck)
     fault = None
-    if kind != "skew":
+    if kind != SKEW:
         known, times = ("503", 1000) if kind == FOREVER else (kind, 1)
         fault = proxy.fault(
             known, operation.method, operation.address, times=times, after=operation.after, seconds=STALL
         )
-    began, calls, result = time.monotonic(), 0, ""
+    calls, result = 0, ""
     while not result:
         calls += 1
         try:
@@ -129,23 +131,8 @@ def run(proxy: FaultProxy, name: str, kind: str, operation: Operation) -> Outcom
             result = str(error) if operation.harmless() else "CORRUPT"
         except Exception as error:
             result = f"UNEXPECTED {type(error).__name__}: {error}"
-    seconds = round(time.monotonic() - began, 2)
     struck = sum(1 for each in proxy.struck if each is fault)
-    return Outcome(name, kind, result, struck, calls, seconds)
-
-
-S3_OPERATIONS = (
-    "put small",
-    "put new",
-    "put file",
-    "put parts",
-    "complete",
-    "get small",
-    "get file",
-    "head",
-    "list",
-    "delete",
-)
+    return Outcome(name, kind, result, struck, calls)
 
 
 def s3_operation(name: str, backend: S3Backend, direct: S3Backend, folder: Path) -> Operation:
@@ -208,9 +195,6 @@ def s3_operation(name: str, backend: S3Backend, direct: S3Backend, folder: Path)
         lambda: file_of(folder / "out", "file") == blob,
         after=1_000_000,
     )
-
-
-HUB_OPERATIONS = ("tree", "download", "resume", "upload", "commit")
 
 
 def hub_operation(name: str, hub: HubStandIn, folder: Path) -> Operation:

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import unquote, urlsplit
 
-KINDS = ("refuse", "reset", "stall", "500", "503", "403", "truncate", "flip", "twice")
+KINDS = ("refuse", "reset", "stall", "500", "503", "403", "truncate", "flip", "twice", "lost")
 CODES = {"500": "InternalError", "503": "SlowDown", "403": "ExpiredToken"}
 
 
@@ -37,6 +37,7 @@ class Fault:
     500, 503 SlowDown, 403 ExpiredToken: answered instead of the server.
     flip: one bit of the body is another.
     twice: the server gets the request twice, the client the second answer.
+    lost: the server carries the request out, and the client gets RST for an answer.
     """
 
     kind: str
@@ -138,6 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "twice":
             self._forward(body)
         status, headers, answer = self._forward(body)
+        if kind == "lost":
+            self._reset()
+            return
         if kind == "flip":
             answer = _flipped(answer)
         self.send_response_only(status)

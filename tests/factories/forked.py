@@ -1,15 +1,31 @@
-"""`requant` in forks of one process that has imported everything: processes of their own, without seconds of imports.
+"""Python in forks of one process that has imported everything: processes of their own, without seconds of imports.
 
-The standard library's fork server does the forking. A fork can stand in for a new process only where its environment
-differs from the server's in variables that are read when they are used; `runs_here` says whether it does.
+The standard library's fork server does the forking. A fork has its own pid, signals, exit status, working directory,
+environment, output, threads and locks, so it can be watched, interrupted and killed like any process. Limits:
+
+- What is read at import is what it was when the server started. A fork stands in for a new process only where the
+  environments differ in variables that are read when they are used (READ_LATE); `runs_here` says whether they do.
+  A test of what is imported, or of the interpreter's own start (`sitecustomize`, PYTHON* variables), needs a process.
+- The entry point is not run: `-m MODULE` is the same code, while a console script or an installation is not proven.
+- Nothing but imports happens in the server, so that all forks begin alike. They share the seed of str hashes, and
+  numpy's global generator begins alike in each; `random`, `uuid` and `tempfile` differ as in new processes.
+- An exception that nobody catches ends a fork with its traceback and status 1, as everywhere; the traceback has a few
+  frames of this module on top. KeyboardInterrupt too, where the interpreter itself would die by SIGINT.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
 import os
+import runpy
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
@@ -35,10 +51,11 @@ PRELOADED = [
 ]
 READ_LATE = {
     "AWS_ACCESS_KEY_ID", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3", "AWS_SECRET_ACCESS_KEY", "CEPH_FOLDER",
-    "HF_TOKEN", "PYTEST_CURRENT_TEST", "REQUANT_STORE", "XDG_CACHE_HOME",
+    "ENGINE_PIDS", "HF_TOKEN", "PYTEST_CURRENT_TEST", "REQUANT_STORE", "REQUANT_VLLM", "XDG_CACHE_HOME",
 }  # fmt: skip
 
 _started_with: dict[str, str] = {}
+_living: weakref.WeakSet[Forked] = weakref.WeakSet()
 
 
 def start_server(environment: Mapping[str, str]) -> None:
@@ -49,6 +66,7 @@ def start_server(environment: Mapping[str, str]) -> None:
     multiprocessing.set_forkserver_preload(PRELOADED)
     with mock.patch.dict(os.environ, {**environment, "PYTHONPATH": str(ROOT)}, clear=True):
         forkserver.ensure_running()
+    atexit.register(_kill_what_is_left)  # a failed test may leave one behind, and multiprocessing would wait for it
 
 
 def runs_here(environment: Mapping[str, str]) -> bool:
@@ -58,22 +76,54 @@ def runs_here(environment: Mapping[str, str]) -> bool:
     return bool(_started_with) and different <= READ_LATE
 
 
-def run_forked(
-    arguments: Sequence[str], environment: Mapping[str, str], folder: Path, timeout_s: float
-) -> tuple[int, str, str]:
-    """Run `requant ARGUMENTS` in a fork, its output in files of `folder`: exit status, stdout, stderr."""
-    out, err = folder / "stdout", folder / "stderr"
-    process = multiprocessing.get_context("forkserver").Process(
-        target=_main, args=(list(arguments), dict(environment), str(out), str(err))
-    )
-    process.start()
-    process.join(timeout_s)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        raise TimeoutError(f"requant {' '.join(arguments)} took longer than {timeout_s:.0f} s: {err.read_text()}")
-    assert process.exitcode is not None
-    return process.exitcode, out.read_text(), err.read_text()
+class Forked:
+    """A fork that does what `python ARGUMENTS` does (-m MODULE or -c CODE); in what it has, a Popen with text pipes."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        assert runs_here(environment), "its environment differs in what is read at import"
+        self.args = list(arguments)
+        self._folder = tempfile.TemporaryDirectory(prefix="requant-fork-")
+        self._out, self._err = Path(self._folder.name, "stdout"), Path(self._folder.name, "stderr")
+        self._out.touch(), self._err.touch()
+        self._process = multiprocessing.get_context("forkserver").Process(
+            target=_main, args=(self.args, dict(environment), str(self._out), str(self._err))
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+        _living.add(self)
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, less than zero if a signal ended it; None while it lives."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            assert timeout is not None
+            raise subprocess.TimeoutExpired(self.args, timeout, self._out.read_text(), self._err.read_text())
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for its end; what it wrote to stdout and to stderr."""
+        self.wait(timeout)
+        return self._out.read_text(), self._err.read_text()
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _kill_what_is_left() -> None:
+    for fork in list(_living):
+        fork.kill()
 
 
 def _main(arguments: list[str], environment: dict[str, str], out: str, err: str) -> None:
@@ -81,13 +131,24 @@ def _main(arguments: list[str], environment: dict[str, str], out: str, err: str)
     os.environ.update(environment)
     os.chdir(ROOT)
     for path, descriptor in ((out, 1), (err, 2)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        file = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
         os.dup2(file, descriptor)
         os.close(file)
-    sys.argv = ["requant", *arguments]
-    from flows.cli import main
-
+    sys.stdout.reconfigure(line_buffering=False)  # whatever the server's was
+    kind, what, *rest = arguments
     try:
-        main()
-    finally:
+        if kind == "-m":
+            sys.argv = [what, *rest]
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = ["-c", *rest]
+            exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+    except SystemExit:
+        raise
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+    finally:  # as the interpreter ends: threads, exit functions, what is left to be written
+        with contextlib.suppress(AttributeError):
+            threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()  # multiprocessing leaves them out until Python 3.13

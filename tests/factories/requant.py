@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,9 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.factories.forked import run_forked, runs_here
+from tasks.artifact import Manifest
+from tasks.store.store import blob_key
+from tests.factories.forked import Forked, runs_here
 from tests.factories.paths import ROOT
 
 LAYERS = 3
@@ -61,25 +63,35 @@ class Requant:
     def variant(self, **environment: str) -> Requant:
         return Requant(self.folder, {**self.environment, **environment}, self.recipe)
 
+    def copy(self, folder: Path) -> Requant:
+        """The same with a store of its own in `folder`, which holds the same files."""
+        shutil.copytree(self.store, folder / "store", copy_function=os.link)
+        return Requant(folder, {**self.environment, **store_in(folder)}, self.recipe)
+
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start a command as a process of its own, to be watched, disturbed or killed."""
+        """Start a command in a new process, to be watched, disturbed or killed."""
         command = [sys.executable, "-m", "flows.cli", *arguments]
         return subprocess.Popen(
             command, cwd=ROOT, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
 
+    def fork(self, *arguments: str) -> Forked:
+        """Start a command in a fork (see tests.factories.forked), to be watched, disturbed or killed as well."""
+        return Forked(["-m", "flows.cli", *arguments], self.environment)
+
     def __call__(self, *arguments: str, new_process: bool = False) -> Outcome:
-        """Run a command in a fork (see tests.factories.forked), or in a new process where a fork would differ."""
-        if new_process or not runs_here(self.environment):
-            return finish(self.start(*arguments))
-        with tempfile.TemporaryDirectory() as folder:
-            return Outcome(*run_forked(arguments, self.environment, Path(folder), TIMEOUT_S))
+        """Run a command in a fork, or in a new process where a fork would differ."""
+        forks = runs_here(self.environment) and not new_process
+        return finish(self.fork(*arguments) if forks else self.start(*arguments))
 
     def run(self, *arguments: str, **changes: Any) -> Outcome:
         return self("run", str(self.write_recipe(**changes)), "--json", *arguments)
 
     def start_run(self, *arguments: str, **changes: Any) -> subprocess.Popen[str]:
         return self.start("run", str(self.write_recipe(**changes)), "--json", *arguments)
+
+    def fork_run(self, *arguments: str, **changes: Any) -> Forked:
+        return self.fork("run", str(self.write_recipe(**changes)), "--json", *arguments)
 
     def write_recipe(self, **changes: Any) -> Path:
         path = self.folder / "recipe.yaml"
@@ -91,6 +103,20 @@ class Requant:
         for stage in stages:
             shutil.rmtree(self.store / "artifacts" / stage, ignore_errors=True)
 
+    def forget_base(self) -> None:
+        """Take the base out of the local store, so that the next run fetches it again; what was made of it stays."""
+        for path in (self.store / "artifacts" / "download").iterdir():
+            for file in Manifest.from_json(path.read_bytes()).files:
+                if file.path.endswith(".safetensors"):
+                    (self.store / blob_key(file.sha256)).unlink(missing_ok=True)
+        self.forget("download")
+        shutil.rmtree(self.store / "facts", ignore_errors=True)
+
+
+def store_in(folder: Path) -> dict[str, str]:
+    """The variable of a local store that lies in a folder."""
+    return {"REQUANT_STORE": (folder / "store").as_uri()}
+
 
 def merge(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(document)
@@ -100,8 +126,14 @@ def merge(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     return merged
 
 
-def finish(process: subprocess.Popen[str], timeout: float = TIMEOUT_S) -> Outcome:
-    stdout, stderr = process.communicate(timeout=timeout)
+def finish(process: subprocess.Popen[str] | Forked, timeout: float = TIMEOUT_S) -> Outcome:
+    """Wait for the end of a command; one that takes longer is killed."""
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired as late:
+        process.kill()
+        raise AssertionError(f"{late}: {late.stderr}") from late
+    assert process.returncode is not None
     return Outcome(process.returncode, stdout, stderr)
 
 

@@ -1,7 +1,8 @@
 """A server that speaks OpenAI's API as vLLM does, without a model: two tokens a piece, three of four drafts accepted.
 
 `python stand_in_engine.py --model DIR --port N [--die-with WORDS] [--never-ready] [--slow]`. It has a worker in a
-session of its own, as engines have. Both write their process ids into the folder that ENGINE_PIDS names.
+session of its own, as engines have. Both write their process ids into the folder that ENGINE_PIDS names, and the server
+makes a file `asked` there when it was asked for tokens. With --never-ready or --slow it does not listen to SIGTERM.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send(200 if self.path in answers else 404, answers.get(self.path, "").encode())
 
     def do_POST(self) -> None:
+        Path(os.environ["ENGINE_PIDS"], "asked").touch()
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
@@ -84,7 +86,8 @@ def main() -> None:
     if asked.die_with:
         sys.exit(asked.die_with)
     SLOW = 0.5 if asked.slow else 0.0
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # an engine that does not listen
+    if asked.never_ready or asked.slow:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     folder = Path(os.environ["ENGINE_PIDS"])
     for pid in (os.getpid(), worker.pid):

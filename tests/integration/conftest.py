@@ -17,7 +17,7 @@ from tests.factories.forked import start_server
 from tests.factories.paths import ROOT
 from tests.factories.pico import pico_base
 from tests.factories.releases import TARGET, Made, made
-from tests.factories.requant import LAYERS, Outcome, Requant, recipe_for
+from tests.factories.requant import LAYERS, Outcome, Requant, recipe_for, store_in
 
 
 @pytest.fixture(scope="session")
@@ -69,8 +69,7 @@ def finished(
 ) -> tuple[Requant, Outcome]:
     """One undisturbed run, published to me/pico. Its store is copied by the tests that need a stage done."""
     folder = tmp_path_factory.mktemp("finished")
-    store = {"REQUANT_STORE": (folder / "store").as_uri()}
-    requant = Requant(folder, {**environment, **store}, recipe_for("demo/pico", "me/pico"))
+    requant = Requant(folder, {**environment, **store_in(folder)}, recipe_for("demo/pico", "me/pico"))
     outcome = requant.run("--checkout", str(folder / "checkout"))
     assert outcome.status == 0, outcome.stderr
     return requant, outcome
@@ -79,10 +78,7 @@ def finished(
 @pytest.fixture
 def requant(tmp_path: Path, finished: tuple[Requant, Outcome]) -> Requant:
     """`requant` with a copy of the finished run's store."""
-    done, _ = finished
-    shutil.copytree(done.store, tmp_path / "store", copy_function=os.link)
-    store = {"REQUANT_STORE": (tmp_path / "store").as_uri()}
-    return Requant(tmp_path, {**done.environment, **store}, done.recipe)
+    return finished[0].copy(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-import httpx
 import pytest
 
+from flows.cli import cli
 from tasks.checkpoint.checkpoint import Checkpoint
 from tests.factories.requant import LAYERS, Outcome, Requant, artifacts
 
@@ -49,13 +49,6 @@ def test_prefect_has_progress_gates_and_report_of_a_run(finished: Finished, pref
     assert any(finished[1].digest[:12] in text and "](data:image/png;base64," in text for text in reports)
 
 
-def test_a_reused_stage_says_so_in_prefect(requant: Requant, prefect_server: str) -> None:
-    requant.run(publish=None)
-    body = {"task_runs": {"state": {"name": {"any_": ["Reused"]}}}, "limit": 200}
-    runs = httpx.post(f"{prefect_server}/task_runs/filter", json=body).raise_for_status().json()
-    assert any(run["name"].startswith("quantize") for run in runs)
-
-
 def test_inspect_says_what_is_quantized_and_that_the_head_drafts(requant: Requant, checkout: Path) -> None:
     outcome = requant("inspect", str(checkout), "--json")
     assert outcome.status == 0, outcome.stderr
@@ -75,12 +68,45 @@ def test_inspect_of_a_folder_with_a_missing_shard_is_status_1(requant: Requant, 
     assert any("model-mtp.safetensors, which is missing" in problem for problem in outcome.document["problems"])
 
 
-@pytest.mark.parametrize("command", ["inspect", "mtp-fix"])
-def test_looking_and_mending_start_neither_torch_nor_prefect(command: str, requant: Requant, checkout: Path) -> None:
-    lines = requant.variant(PYTHONPROFILEIMPORTTIME="1")(command, str(checkout)).stderr.splitlines()
+# Every command as a new process: its words, its exit status, what it has to say; {checkout}: a finished run's result.
+COMMANDS = {
+    "run": ("run {folder}/none.yaml", 2, "none.yaml cannot be read"),
+    "plan": ("plan {folder}/none.yaml", 2, "none.yaml cannot be read"),
+    "validate": ("validate {folder}/none --base {checkout}", 2, "does not exist"),
+    "mtp-fix": ("mtp-fix {checkout}", 0, '"changed"'),
+    "inspect": ("inspect {checkout}", 0, '"quantized"'),
+    "bench": ("bench {folder}/none", 2, "does not exist"),
+    "verify": ("verify me/pico", 0, '"problems": []'),
+    "publish": ("publish me/pico --rollback", 1, "before"),
+    "watch": ("watch --once --recipes {folder}/none", 2, "does not exist"),
+    "deploy": ("deploy {folder}/none", 2, "does not exist"),
+    "worker": ("worker --pool cpu", 2, "PREFECT_API_URL is not set"),
+    "store": ("store ls", 0, '"artifacts"'),
+}
+HEAVY = {"torch", "prefect", "auto_round", "transformers", "boto3", "lm_eval", "matplotlib"}
+
+
+def test_every_command_is_tried_as_a_new_process() -> None:
+    assert set(COMMANDS) == set(cli.commands)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_a_process_with_one_document_a_status_and_light_imports(
+    command: str, requant: Requant, checkout: Path
+) -> None:
+    words, status, said = COMMANDS[command]
+    asked = requant.variant(PYTHONPROFILEIMPORTTIME="1")
+    if command == "worker":
+        del asked.environment["PREFECT_API_URL"]
+    arguments = words.format(folder=requant.folder, checkout=checkout).split()
+    outcome = asked(*arguments, "--json", new_process=True)
+    lines = outcome.stderr.splitlines()
     imported = {line.rsplit("|", 1)[1].strip() for line in lines if line.startswith("import time:")}
-    assert "tasks.checkpoint.engines" in imported
-    assert not imported & {"torch", "prefect", "auto_round", "transformers", "boto3"}
+    sentences = [line for line in lines if not line.startswith("import time:")]
+    assert outcome.status == status, sentences
+    assert json.loads(outcome.stdout) and said in outcome.stdout  # one document, and nothing else
+    assert not any("Traceback" in line for line in sentences)
+    assert "tasks.artifact" in imported and not imported & HEAVY
 
 
 def test_mtp_fix_restores_a_damaged_head_and_then_changes_nothing(requant: Requant, checkout: Path, base: Path) -> None:

@@ -6,12 +6,9 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -19,8 +16,10 @@ import pytest
 from tasks.errors import EngineFailed
 from tasks.serving.process import free_port, running
 from tasks.serving.vllm import vllm
+from tests.factories.forked import Forked
 from tests.factories.paths import ROOT
 from tests.factories.pico import pico_base
+from tests.factories.requant import wait_for
 
 ENGINE = ROOT / "tests" / "factories" / "stand_in_engine.py"
 
@@ -35,36 +34,40 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return pids
 
 
-def alive(pids: Path) -> list[int]:
-    found = []
-    for path in pids.iterdir():
-        if psutil.pid_exists(int(path.name)) and psutil.Process(int(path.name)).status() != psutil.STATUS_ZOMBIE:
-            found.append(int(path.name))
-    return found
+def signed_in(folder: Path) -> list[int]:
+    return [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
+def alive(folder: Path) -> list[int]:
+    return [
+        pid
+        for pid in signed_in(folder)
+        if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    ]
 
 
-def start_bench(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
-    folder = pico_base(tmp_path / "model")
-    command = [sys.executable, "-m", "flows.cli", "bench", str(folder), "--engine", "vllm", "--json", *arguments]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # Where pytest itself runs behind an `&`, SIGINT is ignored, and what it starts inherits that.
-    ours = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, **streams)
-    finally:
-        signal.signal(signal.SIGINT, ours)
+Start = Callable[..., Forked]
 
 
-def test_bench_measures_both_ways_and_leaves_no_process(tmp_path: Path, stand_in: Path) -> None:
-    stdout, stderr = start_bench(tmp_path, "--max-tokens", "20", "--concurrency", "3").communicate(timeout=120)
+@pytest.fixture
+def start_bench(environment: dict[str, str], tmp_path: Path, stand_in: Path) -> Start:
+    """Start `requant bench` of a pico base in a fork, where Ctrl-C interrupts it even if pytest itself ignores it."""
+    variables = {name: os.environ[name] for name in ("REQUANT_VLLM", "ENGINE_PIDS")}
+    code = (
+        "import signal, sys; from flows.cli import main; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "sys.argv[0] = 'requant'; main()"
+    )
+
+    def start(*arguments: str) -> Forked:
+        folder = pico_base(tmp_path / "model")
+        command = ["-c", code, "bench", str(folder), "--engine", "vllm", "--json", *arguments]
+        return Forked(command, {**environment, **variables, "XDG_CACHE_HOME": str(tmp_path / "cache")})
+
+    return start
+
+
+def test_bench_measures_both_ways_and_leaves_no_process(start_bench: Start, stand_in: Path) -> None:
+    stdout, stderr = start_bench("--max-tokens", "20", "--concurrency", "3").communicate(timeout=120)
     document = json.loads(stdout)
     assert [command["mtp"] for command in document["commands"]] == [False, True]
     assert document["commands"][1]["words"] == [
@@ -74,18 +77,28 @@ def test_bench_measures_both_ways_and_leaves_no_process(tmp_path: Path, stand_in
     assert {row["tokens"] for row in document["prompts"]} == {20, 60}
     assert document["mtp"]["speedup"] > 0 and len(document["logs"]) == 2
     assert "vLLM is ready" in stderr and "card/code, greedy x 3" in stderr
-    assert len(list(stand_in.iterdir())) == 4 and alive(stand_in) == []
+    assert len(signed_in(stand_in)) == 4 and alive(stand_in) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("moment", ["--never-ready", "--slow"])
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        ("--never-ready", signal.SIGTERM),
+        ("--slow", signal.SIGINT),
+        ("--slow", signal.SIGKILL),
+        pytest.param("--never-ready", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("--never-ready", signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param("--slow", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_the_engine_and_its_workers_end_with_us(
-    number: signal.Signals, moment: str, tmp_path: Path, stand_in: Path
+    moment: str, number: signal.Signals, start_bench: Start, stand_in: Path
 ) -> None:
     """While it is waited for, and in the middle of a request; it ignores SIGTERM and its worker left its group."""
-    process = start_bench(tmp_path, "--mtp", "off", "--flag", moment)
-    wait_for(lambda: len(list(stand_in.iterdir())) == 2)
-    time.sleep(0.2 if moment == "--never-ready" else 2)
+    process = start_bench("--mtp", "off", "--flag", moment)
+    wait_for(lambda: len(signed_in(stand_in)) == 2)
+    if moment == "--slow":
+        wait_for((stand_in / "asked").exists)
     assert len(alive(stand_in)) == 2
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
@@ -145,14 +158,14 @@ def test_a_failed_start_is_explained_by_the_lines_that_say_why(name: str, tmp_pa
     assert "Engine core initialization failed" not in str(failure.value) and "ImportError" not in str(failure.value)
 
 
-def test_a_server_that_runs_already_is_asked_and_left_alone(tmp_path: Path, stand_in: Path) -> None:
+def test_a_server_that_runs_already_is_asked_and_left_alone(start_bench: Start, tmp_path: Path, stand_in: Path) -> None:
     port = free_port()
     command = [sys.executable, str(ENGINE), "--port", str(port)]
     with running(command, tmp_path / "log", os.environ):
         wait_for(lambda: len(alive(stand_in)) == 2)
         asked = ["--engine", f"url:http://127.0.0.1:{port}", "--max-tokens", "8", "--concurrency", "1"]
         wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
-        stdout, stderr = start_bench(tmp_path, *asked).communicate(timeout=60)
+        stdout, stderr = start_bench(*asked).communicate(timeout=60)
         document = json.loads(stdout)
         assert document["engine"] == asked[1] and document["model"] == "stand-in", stderr
         assert document["acceptance"] == 0.75 and document["mtp"]["off"] is None  # it drafts: its counters say so

@@ -51,7 +51,13 @@ def test_the_hub_is_still_asked_through_the_proxy(requant: Requant, proxy: Answe
 
 
 @pytest.mark.parametrize(
-    "words", ["inspect demo/pico", "plan {recipe}", "run {recipe}", "watch --once --recipes {folder}"]
+    "words",
+    [
+        "inspect demo/pico",
+        pytest.param("plan {recipe}", marks=pytest.mark.slow),
+        "run {recipe}",
+        pytest.param("watch --once --recipes {folder}", marks=pytest.mark.slow),
+    ],
 )
 def test_a_command_that_asks_the_hub_says_that_it_is_switched_off(words: str, requant: Requant) -> None:
     recipe = requant.write_recipe()

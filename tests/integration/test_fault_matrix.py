@@ -1,4 +1,7 @@
-"""Every operation on S3 and the Hub under every fault ends in success or in one sentence. `pytest -s` shows which."""
+"""Operations on S3 and the Hub under faults end in success or in one sentence. `pytest -s` shows which.
+
+On every change some of the matrix, by the rule of tests/factories/fault_matrix.py; all of it at night.
+"""
 
 from __future__ import annotations
 
@@ -11,47 +14,74 @@ from typing import Any
 import pytest
 
 from infra.hub.launch import HubStandIn
+from tests.factories.fault_matrix import (
+    FOREVER,
+    HUB_OPERATIONS,
+    S3_KINDS,
+    S3_OPERATIONS,
+    SKEW,
+    Case,
+    all_cases,
+    cases_of_every_change,
+    most_dangerous,
+)
 from tests.factories.fault_proxy import KINDS
 from tests.factories.paths import ROOT
 
-S3 = ("put small", "put new", "put file", "put parts", "complete", "get small", "get file", "head", "list", "delete")
-HUB = ("tree", "download", "resume", "upload", "commit")
-CASES = [(name, fault) for fault in (*KINDS, "503 for ever", "skew") for name in S3]
-CASES += [(name, fault) for fault in KINDS for name in HUB]
 SENTENCES = {  # of what no repetition mends
-    **{(name, "403"): "refuses these credentials" for name in S3},
-    **{(name, "403"): "this account may not do that" for name in HUB},
-    **{(name, "503 for ever"): "answers 503" for name in S3},
-    **{(name, "skew"): "clocks" for name in S3},
+    **{(name, "403"): "refuses these credentials" for name in S3_OPERATIONS},
+    **{(name, "403"): "this account may not do that" for name in HUB_OPERATIONS},
+    **{(name, FOREVER): "answers 503" for name in S3_OPERATIONS},
+    **{(name, SKEW): "clocks" for name in S3_OPERATIONS},
     ("upload", "flip"): "Received",
     ("commit", "twice"): "was changed by someone else meanwhile",
 }
-Matrix = dict[tuple[str, str], dict[str, Any]]
+OFTEN = cases_of_every_change()
+CASES = [
+    pytest.param(case, marks=() if case in OFTEN else pytest.mark.slow, id="-".join(case).replace(" ", "-"))
+    for case in all_cases()
+]
+Matrix = dict[Case, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def matrix(ceph: dict[str, str], hub: HubStandIn, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+def matrix(
+    request: pytest.FixtureRequest, ceph: dict[str, str], hub: HubStandIn, tmp_path_factory: pytest.TempPathFactory
+) -> Matrix:
+    """What happened in the cases that this session was asked for."""
+    parameters = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    cases = [each.params["case"] for each in parameters if each and "case" in each.params]
     servers = {"REQUANT_FAULTS_S3": ceph["AWS_ENDPOINT_URL_S3"], "REQUANT_FAULTS_HUB": hub.url}
     environment = {**os.environ, **ceph, "HF_TOKEN": hub.token, **servers}
-    command = [sys.executable, "-m", "tests.factories.fault_cases", str(tmp_path_factory.mktemp("faults"))]
+    folder = str(tmp_path_factory.mktemp("faults"))
+    command = [sys.executable, "-m", "tests.factories.fault_cases", folder, json.dumps(cases)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     outcomes: Matrix = {(each["operation"], each["fault"]): each for each in json.loads(done.stdout)}
-    assert set(outcomes) == set(CASES)
+    assert set(outcomes) == set(cases)
     for (name, fault), each in sorted(outcomes.items()):
-        print(f"| {name} | {fault} | {each['result']} | {each['struck']} | {each['calls']} | {each['seconds']} |")
+        print(f"| {name} | {fault} | {each['result']} | {each['struck']} | {each['calls']} |")
     return outcomes
 
 
-@pytest.mark.parametrize(("operation", "fault"), CASES, ids=lambda value: value.replace(" ", "-"))
-def test_an_operation_survives_a_fault_or_says_in_a_sentence_why_not(
-    matrix: Matrix, operation: str, fault: str
-) -> None:
-    outcome = matrix[operation, fault]
-    assert outcome["struck"] > 0 or fault == "skew"
+@pytest.mark.parametrize("case", CASES)
+def test_an_operation_survives_a_fault_or_says_in_a_sentence_why_not(matrix: Matrix, case: Case) -> None:
+    outcome = matrix[case]
+    assert outcome["struck"] > 0 or case[1] == SKEW
     assert outcome["struck"] < 20  # tries are bounded, and there are pauses between them
-    sentence = SENTENCES.get((operation, fault))
+    assert outcome["calls"] <= 4
+    sentence = SENTENCES.get(case)
     if sentence is None:
         assert outcome["result"] == "success"
     else:
         assert sentence in outcome["result"] and "\n" not in outcome["result"]
+
+
+def test_every_fault_and_every_operation_is_tried_on_every_change() -> None:
+    assert set(all_cases()) >= OFTEN
+    for operations, kinds in ((S3_OPERATIONS, S3_KINDS), (HUB_OPERATIONS, KINDS)):
+        cases = {(name, kind) for name, kind in OFTEN if name in operations}
+        assert {kind for _, kind in cases} == set(kinds)
+        for name in operations:
+            assert len([kind for each, kind in cases if each == name]) >= 2
+            assert (name, most_dangerous(name)) in cases

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,9 @@ from huggingface_hub import HfApi, ModelCard, constants
 
 from infra.hub.launch import HubStandIn
 from tests.factories.cards import SECTIONS, TAGS, page_of
-from tests.factories.requant import Outcome, Requant
+from tests.factories.pico import pico_base
+from tests.factories.requant import Requant, recipe_for, store_in
 
-Finished = tuple[Requant, Outcome]
 TARGET = "me/from-hostile"
 README = """---
 license: apache-2.0
@@ -31,15 +30,14 @@ extra_gated_prompt: "[click](javascript:alert(1))"
 ```
 <!-- quantized_by: somebody -->
 """
-FILES = 10_000
+FILES = [pytest.param(1_100, id="1100 files"), pytest.param(10_000, id="10000 files", marks=pytest.mark.slow)]
 # Files that Requant writes itself, and names that want to be something else.
 OURS = {"requant.json": b"{}", "recipe.yaml": b"evil: true\n", "report.md": b"# evil\n", "pictures/losses.png": b"evil"}
 
 
-@pytest.fixture(scope="module")
-def hostile(hub: HubStandIn, base: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("hostile") / "base"
-    shutil.copytree(base, folder)
+def hostile(hub: HubStandIn, folder: Path, files: int) -> str:
+    """A base of one layer with everything that an owner may put beside it, more files than the Hub lists at once."""
+    pico_base(folder, layers=1)
     (folder / "README.md").write_text(README)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "junk": "<b>`|\n# evil" * 180_000}))
@@ -47,34 +45,36 @@ def hostile(hub: HubStandIn, base: Path, tmp_path_factory: pytest.TempPathFactor
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_bytes(data)
     (folder / "many").mkdir()
-    for number in range(FILES):
+    for number in range(files):
         (folder / "many" / f"{number}.txt").write_bytes(b"1")
     hub.seed("demo/hostile", folder)
     return "demo/hostile"
 
 
+@pytest.mark.parametrize("files", FILES)
 def test_a_hostile_base_yields_a_valid_card_and_no_injection(
-    hostile: str, requant: Requant, hub: HubStandIn, monkeypatch: pytest.MonkeyPatch
+    files: int, environment: dict[str, str], hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = requant.folder / "out"
-    outcome = requant.run("--checkout", str(out), base={"repo_id": hostile}, publish={"repo_id": TARGET})
+    out, base = tmp_path / "out", hostile(hub, tmp_path / "base", files)
+    requant = Requant(tmp_path, {**environment, **store_in(tmp_path)}, recipe_for(base, TARGET))
+    outcome = requant.run("--checkout", str(out), quantize={"iters": 0})
     assert outcome.status == 0, outcome.stderr
     assert (out / "config.json").stat().st_size > 2_000_000
 
     card = (out / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
-    assert front["base_model"] == hostile and front["license"] == "apache-2.0" and "evil" not in front["tags"]
+    assert front["base_model"] == base and front["license"] == "apache-2.0" and "evil" not in front["tags"]
     assert "language" not in front and front["pipeline_tag"] == "image-text-to-text"
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     ModelCard(card).validate()
     page = page_of(card)
     assert page.headings == [name for name in SECTIONS if name in page.headings] and page.tags <= TAGS
-    assert page.links <= {f"https://huggingface.co/{hostile}", *(f"pictures/{n}.png" for n in drawn(out))}
+    assert page.links <= {f"https://huggingface.co/{base}", *(f"pictures/{n}.png" for n in drawn(out))}
     assert "1 files of the base were left out" in card
 
     names = set(HfApi(endpoint=hub.url, token=hub.token).list_repo_files(TARGET))
     laid = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
-    assert names == laid | {".gitattributes"} and len(names) > FILES
+    assert names == laid | {".gitattributes"} and len(names) > files
     assert (
         b"evil" not in (out / "recipe.yaml").read_bytes() and (out / "pictures" / "losses.png").read_bytes() == b"evil"
     )

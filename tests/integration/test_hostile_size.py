@@ -1,4 +1,7 @@
-"""What is hostile by its size alone: made here, run in a process of its own with its time and memory taken."""
+"""What is hostile by its size alone: made here, read in a process of its own whose memory is measured.
+
+One case of each kind on every change, all at night.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,8 +62,17 @@ def cut(path: Path) -> None:
         stream.write((1 << 63).to_bytes(8, "little"))
 
 
-@pytest.mark.parametrize("name", BIG)
-def test_what_is_too_big_is_told_about_in_seconds_and_two_gigabytes(name: str, tmp_path: Path) -> None:
+OFTEN = {
+    "an index of 64 MB of brackets",
+    "a config of a 10 MB number",
+    "a header of 100 MB of objects",
+    "a header of 2^63 in a sparse terabyte",
+}
+CASES = [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in BIG]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_too_big_is_told_about_in_two_gigabytes(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / "config.json").write_text('{"num_hidden_layers": 2}')
@@ -79,7 +90,7 @@ def test_what_is_too_big_is_told_about_in_seconds_and_two_gigabytes(name: str, t
 
 
 def run(*arguments: str) -> tuple[int, str, int]:
-    """Exit status, stdout and peak memory in KiB of `requant ARGUMENTS`; what takes a minute fails the test."""
+    """Exit status, stdout and peak memory in KiB of `requant ARGUMENTS`; what does not end fails the test."""
     code = "import resource, sys; from flows.cli import main\ntry: main()\nfinally: " + (
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
     )
@@ -90,29 +101,41 @@ def run(*arguments: str) -> tuple[int, str, int]:
     return done.returncode, done.stdout, int(done.stderr.splitlines()[-1])
 
 
-def test_a_header_of_a_million_tensors_is_read_in_seconds(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_header_of_a_million_tensors_is_read_in_two_gigabytes(tmp_path: Path) -> None:
     (tmp_path / SHARD).write_bytes(with_header(many(MILLION)))
     code = (
         "import resource, sys, pathlib; from tasks.checkpoint.header import read_header\n"
-        "print(len(read_header(pathlib.Path(sys.argv[1]))))\n"
-        "used = resource.getrusage(resource.RUSAGE_SELF); print(used.ru_utime, used.ru_maxrss)"
+        "print(len(read_header(pathlib.Path(sys.argv[1]))), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / SHARD)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
-    count, seconds, peak = done.stdout.split()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+    count, peak = done.stdout.split()
     assert int(count) == MILLION and int(peak) < GIGABYTES_2
-    assert float(seconds) < 30  # about 7 on a core of its own
 
 
-def test_a_header_of_a_27b_model_is_read_in_milliseconds(tmp_path: Path) -> None:
-    path = tmp_path / SHARD
-    path.write_bytes(with_header(many(1500)))
-    times = []
-    for _ in range(5):
-        started = time.process_time()
-        assert len(read_header(path)) == 1500
-        times.append(time.process_time() - started)
-    assert min(times) < 0.2
+def test_the_work_of_reading_a_header_grows_with_its_tensors_and_no_faster(tmp_path: Path) -> None:
+    """A 27 B model has 1,500 in a shard."""
+    few, twice = (calls_of_reading(tmp_path / SHARD, count) for count in (1500, 3000))
+    assert few < 1500 * 40 and twice < few * 2.1
+
+
+def calls_of_reading(path: Path, count: int) -> int:
+    """How many functions are called to read a header of so many tensors."""
+    path.write_bytes(with_header(many(count)))
+    calls = 0
+
+    def note(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in {"call", "c_call"}
+
+    sys.setprofile(note)
+    try:
+        header = read_header(path)
+    finally:
+        sys.setprofile(None)
+    assert len(header) == count
+    return calls
 
 
 def many(count: int) -> bytes:

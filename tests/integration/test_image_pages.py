@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import httpx
 import prefect
 import pytest
 
+from tasks.store import cache_folder
 from tests.factories.paths import ROOT
 from tests.factories.requant import wait_for
 
@@ -56,11 +58,18 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Its database has the tables already, which take it seconds to make: those of the server of the other tests."""
     root = tmp_path_factory.mktemp("image")
     for folder in (root, *root.parents[:2]):
         folder.chmod(0o711)
     make_folders(root)
+    home = Path(variables(root)["PREFECT_HOME"])
+    (migrated,) = cache_folder().glob("prefect-*.db")
+    home.mkdir()
+    shutil.copyfile(migrated, home / "prefect.db")
+    for path in (home, home / "prefect.db"):
+        os.chown(path, USER, USER)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,13 +1,15 @@
-"""SIGKILL in each stage, then the same command again: the same artifact, nothing done twice, nothing half visible."""
+"""SIGKILL in each stage, then the same command again: the same artifact, nothing done twice, nothing half visible.
+
+Forks are killed, by their pid, as new processes would be; one in the middle of publishing is a new process.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+import pickle
 import re
-import shutil
-import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +18,29 @@ import pytest
 from huggingface_hub import HfApi
 
 from infra.hub.launch import HubStandIn
+from tasks.artifact import OURS, Manifest, file_of
+from tasks.hub.revision import Revision
+from tasks.recipe_file import load_recipe
 from tasks.store import open_store
 from tasks.store.verify import verify
+from tests.factories.forked import Forked
+from tests.factories.releases import made
 from tests.factories.requant import LAYERS, Outcome, Requant, finish, wait_for
 
 Finished = tuple[Requant, Outcome]
+Process = subprocess.Popen[str] | Forked
 
 
-def kill(process: subprocess.Popen[str]) -> None:
-    os.kill(process.pid, signal.SIGKILL)
+def kill(process: Process) -> None:
+    process.kill()
     process.communicate()
 
 
-def events(requant: Requant) -> list[dict[str, Any]]:
+def block_starts(requant: Requant) -> list[str]:
     files = list(requant.store.glob("work/quantize-*/events.jsonl"))
     lines = files[0].read_text().splitlines() if files else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def block_starts(requant: Requant) -> list[str]:
-    return [event["name"] for event in events(requant) if event["event"] == "block"]
+    events = [json.loads(line) for line in lines if line.endswith("}")]
+    return [event["name"] for event in events if event["event"] == "block"]
 
 
 def children(folder: Path) -> list[psutil.Process]:
@@ -56,62 +61,79 @@ def assert_store_is_whole(requant: Requant) -> None:
 
 
 def test_killed_while_downloading(requant: Requant, finished: Finished, hub: HubStandIn) -> None:
-    shutil.rmtree(requant.store)
+    requant.forget_base()
     hub.fault(r"/resolve/.*00001-of-00002\.safetensors", method="GET", times=1, bytes_per_second=40_000)
-    process = requant.start_run(publish=None)
+    process = requant.fork_run(publish=None)
     facts = requant.store / "facts" / "git-blobs"  # one for each small file that is in the store
     wait_for(lambda: len([p for p in facts.glob("*") if not p.name.startswith(".")]) >= 3)
     kill(process)
-    assert not list(requant.store.glob("artifacts/*/*"))
+    assert not list(requant.store.glob("artifacts/download/*"))
     kept = len([p for p in facts.glob("*") if not p.name.startswith(".")])
     hub.reset_traffic()
     outcome = requant.run(publish=None)
     assert outcome.status == 0, outcome.stderr
-    assert outcome.digest == finished[1].digest
+    assert outcome.digest == finished[1].digest and outcome.states["download"] == "ran"
     fetched = [t["path"] for t in hub.traffic() if t["method"] == "GET" and "/resolve/" in t["path"]]
     whole = len(HfApi(endpoint=hub.url, token=hub.token).list_repo_files("demo/pico"))
     assert len(set(fetched)) <= whole - kept
     assert_store_is_whole(requant)
 
 
-def test_killed_between_blocks_it_repeats_at_most_one(requant: Requant, finished: Finished) -> None:
+@pytest.mark.parametrize(
+    "killed",
+    [
+        pytest.param(("child", "run"), id="the child, then the run"),
+        pytest.param(("child",), id="the child", marks=pytest.mark.slow),
+        pytest.param(("run",), id="the run", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_between_blocks_it_goes_on_and_repeats_at_most_one(
+    killed: tuple[str, ...], requant: Requant, finished: Finished
+) -> None:
     requant.forget("quantize", "mtp_fix", "validate", "measure")
-    process = requant.start_run(publish=None)
-    wait_for(lambda: len(block_starts(requant)) == LAYERS)  # all before the last are finished
-    kill(process)
-    wait_for(lambda: not children(requant.folder), 30)  # the child ends with its parent
-    assert not list(requant.store.glob("artifacts/quantize/*"))
-    before = block_starts(requant)
-    outcome = requant.run(publish=None)
+    process = requant.fork_run(publish=None)
+    if "child" in killed:  # it is started again in the same run
+        wait_for(lambda: len(block_starts(requant)) == 2)
+        (child,) = children(requant.folder)
+        child.kill()
+    before: list[str] = []
+    if "run" in killed:
+        wait_for(lambda: len(set(block_starts(requant))) == LAYERS)  # all before the last are finished
+        process.kill()
+        first = finish(process)
+        wait_for(lambda: not children(requant.folder), 30)  # the child ends with its parent
+        assert not list(requant.store.glob("artifacts/quantize/*"))
+        before = block_starts(requant)
+        assert len(before) <= LAYERS + 2 * ("child" in killed)
+        outcome = requant.run(publish=None)
+        assert f"block {LAYERS} of {LAYERS}" in outcome.stderr and f"block {LAYERS + 1}" not in outcome.stderr
+    else:
+        first = outcome = finish(process)
+    if "child" in killed:
+        assert "SIGKILL" in first.stderr and "Traceback" not in first.stderr
     assert outcome.status == 0, outcome.stderr
     assert outcome.digest == finished[1].digest
     assert outcome.states["download"] == "reused" and outcome.states["quantize"] == "ran"
     provenance = [json.loads(p.read_text()) for p in requant.store.glob("provenance/quantize/*")]
-    starts = [block["starts"] for record in provenance for block in record["blocks"]]
-    assert len(before) == LAYERS and sum(starts) <= LAYERS + 2  # the block under way, and at most one finished
-    assert f"block {LAYERS} of {LAYERS}" in outcome.stderr and f"block {LAYERS + 1}" not in outcome.stderr
+    starts = sum(block["starts"] for record in provenance for block in record["blocks"])
+    # After each kill: the block under way again, and at most one finished.
+    assert starts <= LAYERS + 2 * len(killed) and starts - len(before) <= (2 if before else LAYERS + 2)
     assert_store_is_whole(requant)
 
 
-def test_a_killed_child_is_started_again_in_the_same_run(requant: Requant, finished: Finished) -> None:
-    requant.forget("quantize", "mtp_fix", "validate", "measure")
-    process = requant.start_run(publish=None)
-    wait_for(lambda: len(block_starts(requant)) == 2)
-    for child in children(requant.folder):
-        child.kill()
-    outcome = finish(process)
-    assert outcome.status == 0, outcome.stderr
-    assert outcome.digest == finished[1].digest
-    assert "SIGKILL" in outcome.stderr
-    assert "Traceback" not in outcome.stderr
-
-
-@pytest.mark.parametrize("stage", ["mtp_fix", "validate", "benchmark"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param("mtp_fix", marks=pytest.mark.slow),
+        "validate",
+        pytest.param("benchmark", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_in_a_later_stage(requant: Requant, finished: Finished, stage: str) -> None:
     later = ["mtp_fix", "validate", "benchmark"]
     requant.forget(*later[later.index(stage) :], "measure")
     changes: dict[str, Any] = {"publish": None, "benchmark": {"engine": "torch" if stage == "benchmark" else "none"}}
-    process = requant.start_run(**changes)
+    process = requant.fork_run(**changes)
     wait_for(lambda: list(requant.store.glob(f"work/{stage}-*")) or process.poll() is not None, pause=0.0005)
     kill(process)
     finished_before = {p.parent.name for p in requant.store.glob("artifacts/*/*")}
@@ -136,31 +158,61 @@ STEPS = [
     (r"/collections/.*/items", "POST"),
     (r"/branch/", "DELETE"),
 ]
+PUBLISH = """
+import pickle, sys
+from tasks.publish import publish
+from tasks.store import open_store
+publish(open_store(), *pickle.load(open(sys.argv[1], "rb")))
+"""
 
 
-@pytest.mark.parametrize("released_before", [False, True], ids=["a new repo", "over an old release"])
+def publishing(requant: Requant, finished: Finished, target: dict[str, Any]) -> Callable[[], Process]:
+    """Fork the stage alone, as often as it is called, with what the finished run published."""
+    folder = finished[0].folder / "checkout"
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    beside = {name: (folder / name).read_bytes() for name in names if name.startswith((*OURS, "pictures/"))}
+    artifact = Manifest.of(file_of(folder, name) for name in names if name not in beside)
+    assert artifact.digest == finished[1].digest
+    base = Revision("demo/pico", finished[1].document["base"]["sha"], ())
+    arguments = requant.folder / "arguments"
+    arguments.write_bytes(pickle.dumps((load_recipe(requant.write_recipe(publish=target)), base, artifact, beside)))
+    return lambda: Forked(["-c", PUBLISH, str(arguments)], requant.environment)
+
+
+@pytest.mark.parametrize(
+    ("what", "released_before"),
+    [
+        pytest.param("stage", True, id="the stage, over an old release"),
+        pytest.param("run", True, id="a run, over an old release", marks=pytest.mark.slow),
+        pytest.param("run", False, id="a run, a new repo", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_at_any_step_of_publishing_main_is_old_or_new(
-    released_before: bool, requant: Requant, finished: Finished, hub: HubStandIn
+    what: str, released_before: bool, requant: Requant, finished: Finished, hub: HubStandIn, hub_here: None
 ) -> None:
     api = HfApi(endpoint=hub.url, token=hub.token)
-    repo_id = f"me/killed-{released_before}".lower()
+    repo_id = f"me/killed-{what}-{released_before}".lower()
     target = {"repo_id": repo_id, "gated": "auto", "collection": api.create_collection("Killed").slug}
-    old: str | None = None
-    if released_before:
-        old = requant.run(publish={"repo_id": repo_id}, mtp="drop").document["published"]["commit"]
-    made = finished[0].folder / "checkout"
-    whole = {p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()} | {".gitattributes"}
+    old = made(requant.folder / "old", 1).publish(repo_id=repo_id).commit if released_before else None
+    checkout = finished[0].folder / "checkout"
+    whole = {p.relative_to(checkout).as_posix() for p in checkout.rglob("*") if p.is_file()} | {".gitattributes"}
+    start = publishing(requant, finished, target) if what == "stage" else lambda: requant.fork_run(publish=target)
+    struck: list[str] = []
     for path, method in STEPS:
         hub.reset_traffic()
         # The request is carried out, its answer is held back: the kill comes in between.
         hub.fault(path, method=method, times=1, delay=4)
-        process = requant.start_run(publish=target)
+        process = requant.start_run(publish=target) if path == "/commit/main" else start()
         wait_until_asked(hub, process, path, method)
-        kill(process)
+        ended = process.poll()
+        process.kill()
+        assert ended in {None, 0}, finish(process).stderr
+        struck += [path] if ended is None else []
         hub.clear_faults()
         if api.repo_exists(repo_id) and api.model_info(repo_id).sha != old:
             names = set(api.list_repo_files(repo_id))
             assert names == whole or (old is None and names == {".gitattributes"})
+    assert struck == [path for path, _ in STEPS]
     outcome = requant.run(publish=target)
     assert outcome.status == 0, outcome.stderr
     assert len(api.list_repo_commits(repo_id)) == 2 + released_before  # the repo's first, an old one, and ours once
@@ -172,8 +224,8 @@ def test_killed_at_any_step_of_publishing_main_is_old_or_new(
     assert (verified.status, verified.document["problems"]) == (0, [])
 
 
-def wait_until_asked(hub: HubStandIn, process: subprocess.Popen[str], path: str, method: str) -> None:
-    """Wait until the Hub has been asked for something with this path, or the run has ended."""
+def wait_until_asked(hub: HubStandIn, process: Process, path: str, method: str) -> None:
+    """Wait until the Hub has been asked for something with this path, or the process has ended."""
 
     def asked() -> bool:
         return any(re.search(path, entry["path"]) and entry["method"] == method for entry in hub.traffic())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from flows.cli import cli
 from infra.hub.launch import HubStandIn
 from tasks.artifact import Manifest, file_of
 from tasks.errors import EvaluationFailed, RecipeError
@@ -18,7 +19,7 @@ from tasks.recipe_file import parse_recipe
 from tasks.store import open_store
 from tests.factories.paths import TINY
 from tests.factories.pico import pico_base
-from tests.factories.requant import Requant
+from tests.factories.requant import Requant, merge
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'requant[eval]'")
 
@@ -165,19 +166,36 @@ def test_a_data_set_of_the_hub_is_pinned_to_its_commit(
     assert data_sets(asked) == {"demo/questions": sha}
 
 
-def test_a_run_is_rejected_by_a_task_and_evaluates_nothing_again(requant: Requant, definitions: Path) -> None:
+def test_a_run_is_rejected_by_a_task_and_evaluates_nothing_again(
+    requant: Requant, definitions: Path, prefect_server: str, hub_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flow itself, in this process, which has lm-eval imported."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.requantize import requantize
+
+    monkeypatch.setenv("REQUANT_STORE", requant.environment["REQUANT_STORE"])
     section = {"tasks": ["own_choice", "own_perplexity"], "definitions": str(definitions)}
     changes = {"eval": section, "allow_remote_code": True, "publish": None}
-    outcome = requant.run(gates={"min_task_recovery": 10.0}, **changes)
-    assert outcome.status == 1, outcome.stderr
-    assert outcome.document["status"] == "rejected"
-    assert [g["name"] for g in outcome.document["gates"] if not g["passed"]] == ["task_recovery"]
-    assert set(outcome.document["measured"]["tasks"]) == {"own_choice", "own_perplexity"}
+
+    def ended(limit: float | None) -> Any:
+        asked = parse_recipe(merge(requant.recipe, {**changes, "gates": {"min_task_recovery": limit}}))
+        with temporary_settings({PREFECT_API_URL: prefect_server}):
+            return requantize(asked, return_state=True)
+
+    rejected = ended(10.0)
+    assert (rejected.name, rejected.is_failed()) == ("Rejected", True)
+    report = rejected.result(raise_on_failure=False)
+    assert [gate.name for gate in report.gates if not gate.passed] == ["task_recovery"]
+    assert set(report.measured["tasks"]) == {"own_choice", "own_perplexity"}
     assert len(list(requant.store.glob("artifacts/evaluate/*"))) == 2
-    again = requant.run(gates={"min_task_recovery": None}, **changes)
-    assert again.status == 0 and again.states["validate"] == "reused", again.stderr
+    again = ended(None)
+    assert again.name == "Validated", again.message
+    assert {stage.name: stage.state for stage in again.result().stages}["validate"] == "reused"
 
 
-def test_a_run_with_a_task_that_does_not_exist_starts_nothing(requant: Requant) -> None:
-    outcome = requant.run(eval={"tasks": ["gsm9k"]})
-    assert outcome.status == 2 and "lm-eval has no task gsm9k" in outcome.stderr
+def test_a_run_with_a_task_that_does_not_exist_starts_nothing(requant: Requant, hub: HubStandIn) -> None:
+    hub.reset_traffic()
+    with pytest.raises(RecipeError, match="lm-eval has no task gsm9k"):
+        cli(["run", str(requant.write_recipe(eval={"tasks": ["gsm9k"]})), "--json"], standalone_mode=False)
+    assert hub.traffic() == []

@@ -1,4 +1,4 @@
-"""Three outputs of one base in one run: what they share, what each has of its own, and what one does to the others."""
+"""Two outputs of one base in one run: what they share, what each has of its own, what one does to the other."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ from infra.hub.launch import HubStandIn
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.recipe_file import load_recipe
 from tests.factories.pico import pico_base
-from tests.factories.requant import Outcome, Requant, artifacts, recipe_for
+from tests.factories.requant import Outcome, Requant, artifacts, recipe_for, store_in
 
-BASE = "demo/three"
-FOUR, EIGHT, GPTQ = "W4A16G32-auto_round", "eight", "W4A16G32-auto_gptq-best"
-REPOS = {FOUR: f"me/three-{FOUR}", EIGHT: "me/eight", GPTQ: f"me/three-{GPTQ}"}
+BASE = "demo/two"
+FOUR, EIGHT = "W4A16G32-auto_gptq-best", "eight"
+REPOS = {FOUR: f"me/two-{FOUR}", EIGHT: "me/eight"}
 FEW = {"iters": 2, "nsamples": 4, "seqlen": 64, "batch_size": 4}
 OUTPUTS: list[dict[str, Any]] = [
-    {},
-    {"name": EIGHT, "scheme": "W8A16", "repo_id": "me/eight"},
     {"format": "auto_round:auto_gptq", "preset": "auto-round-best", **FEW},
+    {"name": EIGHT, "scheme": "W8A16", "repo_id": "me/eight"},
 ]
 STAGES = ["download", "quantize", "mtp_fix", "validate", "benchmark", "publish"]
-Three = tuple[Requant, Outcome]
+Two = tuple[Requant, Outcome]
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], hub: HubStandIn) -> Three:
-    """One undisturbed run of three outputs."""
-    folder = tmp_path_factory.mktemp("three")
+def two(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], hub: HubStandIn) -> Two:
+    """One undisturbed run of two outputs."""
+    folder = tmp_path_factory.mktemp("two")
     hub.seed(BASE, pico_base(folder / "base", layers=2))
-    recipe = {**recipe_for(BASE, "me/three"), "outputs": OUTPUTS}
-    requant = Requant(folder, {**environment, "REQUANT_STORE": (folder / "store").as_uri()}, recipe)
+    recipe = {**recipe_for(BASE, "me/two"), "outputs": OUTPUTS}
+    requant = Requant(folder, {**environment, **store_in(folder)}, recipe)
     hub.reset_traffic()
     outcome = requant.run("--checkout", str(folder / "out"), "--report", str(folder / "told.json"))
     assert outcome.status == 0, outcome.stderr
@@ -54,14 +53,13 @@ def commits(hub: HubStandIn) -> dict[str, list[str]]:
     return {repo: [commit.commit_id for commit in api.list_repo_commits(repo)] for repo in REPOS.values()}
 
 
-def test_the_base_is_downloaded_and_measured_once_for_three_results(three: Three, hub: HubStandIn) -> None:
-    requant, outcome = three
+def test_the_base_is_downloaded_and_measured_once_for_two_results(two: Two, hub: HubStandIn) -> None:
+    requant, outcome = two
     assert outcome.document["status"] == "published"
     states = by_output(outcome)
-    assert list(states) == [FOUR, EIGHT, GPTQ]
+    assert list(states) == [FOUR, EIGHT]
     assert states[FOUR] == dict.fromkeys(STAGES, "ran")
-    for name in (EIGHT, GPTQ):
-        assert states[name]["download"] == "reused" and states[name]["quantize"] == "ran"
+    assert states[EIGHT]["download"] == "reused" and states[EIGHT]["quantize"] == "ran"
     fetched = [
         t["path"] for t in hub.traffic() if t["method"] == "GET" and t["status"] == 200 and "/resolve/" in t["path"]
     ]
@@ -72,17 +70,17 @@ def test_the_base_is_downloaded_and_measured_once_for_three_results(three: Three
     assert len(list((requant.store / "artifacts" / "measure").iterdir())) == 1 + len(made)  # the base, and each result
 
 
-def test_each_result_is_what_its_line_says(three: Three) -> None:
-    requant, _ = three
-    for name, bits, iters in ((FOUR, 4, 1), (EIGHT, 8, 1), (GPTQ, 4, 2)):
+def test_each_result_is_what_its_line_says(two: Two) -> None:
+    requant, _ = two
+    for name, bits, iters in ((FOUR, 4, 2), (EIGHT, 8, 1)):
         made = Checkpoint.open(requant.folder / "out" / name).sound()
         assert not made.problems and made.head is not None
         assert made.config["quantization_config"]["bits"] == bits
         assert load_recipe(requant.folder / "out" / name / "recipe.yaml").quantize.iters == iters
 
 
-def test_each_goes_to_a_repo_of_its_own_with_a_card_that_names_the_others(three: Three, hub: HubStandIn) -> None:
-    requant, outcome = three
+def test_each_goes_to_a_repo_of_its_own_with_a_card_that_names_the_other(two: Two, hub: HubStandIn) -> None:
+    requant, outcome = two
     api = HfApi(endpoint=hub.url, token=hub.token)
     published = {each["name"]: each["published"] for each in outcome.document["outputs"]}
     assert {name: release["repo_id"] for name, release in published.items()} == REPOS
@@ -95,14 +93,14 @@ def test_each_goes_to_a_repo_of_its_own_with_a_card_that_names_the_others(three:
         assert "outputs" not in recipe and f"repo_id: {repo}" in recipe
 
 
-def test_the_report_compares_them_and_prefect_has_gates_and_a_report_of_each(three: Three, prefect_server: str) -> None:
-    requant, outcome = three
+def test_the_report_compares_them_and_prefect_has_gates_and_a_report_of_each(two: Two, prefect_server: str) -> None:
+    requant, outcome = two
     document = json.loads((requant.folder / "told.json").read_text())
     assert document == outcome.document
     text = (requant.folder / "told.md").read_text()
     links = re.findall(r"!\[[^\]]+\]\((.+?)\)", text)
     assert f"told-pictures/{EIGHT}/losses.svg" in links and all((requant.folder / link).is_file() for link in links)
-    for key in ("w4a16g32-auto-round", "eight", "w4a16g32-auto-gptq-best"):
+    for key in ("w4a16g32-auto-gptq-best", "eight"):
         (gates,) = artifacts(prefect_server, f"requant-gates-{key}")
         assert "structure" in gates["data"] and len(artifacts(prefect_server, f"requant-report-{key}")) == 1
     body = {"task_runs": {"name": {"like_": f"{EIGHT}-"}}}
@@ -111,8 +109,8 @@ def test_the_report_compares_them_and_prefect_has_gates_and_a_report_of_each(thr
     assert any(FOUR in a["data"] and "drafts taken" in a["data"] for a in artifacts(prefect_server, "requant-report"))
 
 
-def test_the_plan_knows_all_of_it_and_the_second_run_reuses_all(three: Three, hub: HubStandIn) -> None:
-    requant, _ = three
+def test_the_plan_knows_all_of_it_and_the_second_run_reuses_all(two: Two, hub: HubStandIn) -> None:
+    requant, _ = two
     before = commits(hub)
     planning = requant("plan", str(requant.write_recipe()), "--json")
     assert planning.status == 0, planning.stdout
@@ -127,14 +125,14 @@ def test_the_plan_knows_all_of_it_and_the_second_run_reuses_all(three: Three, hu
     assert all(set(states.values()) == {"reused"} for states in by_output(outcome).values())
     assert commits(hub) == before
     (requant.folder / "recipes").mkdir()
-    requant.write_recipe().rename(requant.folder / "recipes" / "three.yaml")
+    requant.write_recipe().rename(requant.folder / "recipes" / "two.yaml")
     watched = requant("watch", "--once", "--recipes", str(requant.folder / "recipes"), "--json")
     assert watched.document == {"checked": 1, "started": [], "problems": []}  # the run knows itself by the whole recipe
 
 
-def test_one_that_is_rejected_stops_no_other_and_the_run_is_as_the_worst(three: Three, hub: HubStandIn) -> None:
+def test_one_that_is_rejected_stops_not_the_next_and_the_run_is_as_the_worst(two: Two, hub: HubStandIn) -> None:
     """Four bits lose more than eight: the limit lies between."""
-    requant, first = three
+    requant, first = two
     values = {each["name"]: each["measured"]["kl_divergence"] for each in first.document["outputs"]}
     assert values[EIGHT] < values[FOUR]
     limit = (values[EIGHT] + values[FOUR]) / 2
@@ -144,27 +142,27 @@ def test_one_that_is_rejected_stops_no_other_and_the_run_is_as_the_worst(three: 
     assert document["status"] == "rejected"
     assert {each["name"]: each["status"] for each in document["outputs"]}[EIGHT] == "published"
     assert document["outputs"][0]["status"] == "rejected"
-    assert [each["published"] is None for each in document["outputs"]] == [True, False, True]
+    assert [each["published"] is None for each in document["outputs"]] == [True, False]
     assert f"{FOUR} rejected (nothing was published: kl_divergence failed)" in outcome.stderr
 
 
-def test_one_that_fails_stops_no_other_and_the_next_run_makes_what_is_missing(three: Three, hub: HubStandIn) -> None:
-    requant, _ = three
-    outputs = [OUTPUTS[0], {**OUTPUTS[1], "repo_id": "me/refusing"}, OUTPUTS[2]]
+def test_one_that_fails_stops_not_the_next_and_the_next_run_makes_what_is_missing(two: Two, hub: HubStandIn) -> None:
+    requant, _ = two
+    outputs = [{**OUTPUTS[0], "repo_id": "me/refusing"}, OUTPUTS[1]]
     hub.fault("/api/models/me/refusing/(preupload|commit)", times=None, status=403)
     outcome = requant.run(outputs=outputs)
     assert outcome.status == 1 and "Traceback" not in outcome.stderr
     document = outcome.document
-    assert document["status"] == "failed" and f"{EIGHT} failed (" in document["error"]
-    assert [each["status"] for each in document["outputs"]] == ["published", "failed", "published"]
+    assert document["status"] == "failed" and f"{FOUR} failed (" in document["error"]
+    assert [each["status"] for each in document["outputs"]] == ["failed", "published"]
     hub.clear_faults()
     again = requant.run(outputs=outputs)
     assert again.status == 0, again.stderr
-    assert [states["publish"] for states in by_output(again).values()] == ["reused", "ran", "reused"]
+    assert [states["publish"] for states in by_output(again).values()] == ["ran", "reused"]
 
 
-def test_what_the_plan_refuses_in_one_stops_all_before_the_first_byte(three: Three, hub: HubStandIn) -> None:
-    requant, _ = three
+def test_what_the_plan_refuses_in_one_stops_all_before_the_first_byte(two: Two, hub: HubStandIn) -> None:
+    requant, _ = two
     outputs = [OUTPUTS[0], {**OUTPUTS[1], "group_size": 1024}]
     path = str(requant.write_recipe(outputs=outputs))
     planning = requant("plan", path, "--json")

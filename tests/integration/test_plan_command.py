@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +14,10 @@ from infra.bench.shapes import write_base
 from infra.hub.launch import Exchange, HubStandIn
 from tasks.artifact import OURS
 from tests.factories.checkpoints import write_quantized
+from tests.factories.forked import Forked
 from tests.factories.paths import ROOT
 from tests.factories.pico import pico_base
-from tests.factories.requant import Outcome, Requant, artifacts
+from tests.factories.requant import Outcome, Requant, artifacts, finish
 
 Finished = tuple[Requant, Outcome]
 STAGES = ["download", "quantize", "mtp_fix", "validate", "benchmark"]
@@ -300,25 +298,20 @@ def test_the_flow_leaves_a_table_in_prefect_and_fails_on_problems(requant: Requa
         "import sys; from flows.plan import plan; from tasks.recipe_file import load_recipe; from pathlib import Path; "
     )
     code += "plan(load_recipe(Path(sys.argv[1])))"
-    command = [sys.executable, "-c", code]
-    environment = {**requant.environment, "PYTHONPATH": os.fspath(ROOT)}
 
-    def run(path: Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, path], env=environment, text=True, capture_output=True, check=False)
+    def run(path: Path) -> Outcome:
+        return finish(Forked(["-c", code, str(path)], requant.environment))
 
-    assert run(requant.write_recipe()).returncode == 0
+    assert run(requant.write_recipe()).status == 0
     assert any("| quantize | reused |" in a["data"] for a in artifacts(prefect_server, "requant-plan"))
     assert artifacts(prefect_server, "requant-plan-stages")
     failed = run(requant.write_recipe(quantize={"group_size": 1024}))
-    assert failed.returncode != 0 and "group_size 1024 does not divide" in failed.stderr
+    assert failed.status == 1 and "group_size 1024 does not divide" in failed.stderr
 
 
-def test_a_recipe_that_no_form_can_see_through_ends_the_plan_with_a_sentence(
-    requant: Requant, prefect_server: str
-) -> None:
+def test_a_recipe_that_no_form_can_see_through_ends_the_plan_with_a_sentence(requant: Requant) -> None:
     code = "from flows.plan import plan; state = plan({'base': {'repo_id': 'a/b'}, 'quantize': {'nsamples': 4}}, "
     code += "return_state=True); print(state.name, state.message, sep=chr(10))"
-    environment = {**requant.environment, "PYTHONPATH": os.fspath(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True, check=False)
+    done = finish(Forked(["-c", code], requant.environment))
     assert done.stdout.splitlines() == ["Failed", "quantize: batch_size 8 is larger than nsamples 4"]
     assert "Traceback" not in done.stderr

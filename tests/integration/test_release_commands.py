@@ -89,13 +89,6 @@ def test_what_cannot_be_is_one_sentence(arguments: list[str], status: int, words
     assert words in outcome.stdout + outcome.stderr
 
 
-@pytest.mark.parametrize("arguments", [["verify", "me/pico"], ["publish", "me/pico", "--rollback"]])
-def test_looking_at_a_release_starts_neither_torch_nor_prefect(arguments: list[str], finished: Finished) -> None:
-    lines = finished[0].variant(PYTHONPROFILEIMPORTTIME="1")(*arguments).stderr.splitlines()
-    imported = {line.rsplit("|", 1)[1].strip() for line in lines if line.startswith("import time:")}
-    assert "tasks.hub.manifest" in imported and not imported & {"torch", "prefect", "auto_round", "transformers"}
-
-
 def test_a_run_with_a_pull_request_is_validated_until_someone_merges(
     requant: Requant, api: HfApi, hub_here: None
 ) -> None:
@@ -107,16 +100,3 @@ def test_a_run_with_a_pull_request_is_validated_until_someone_merges(
     merged = requant.run(publish=target)
     assert merged.document["status"] == "published" and merged.document["published"]["pull_request"] is None
     assert requant("verify", f"{TARGET}@{merged.document['published']['tag']}", "--json").document["problems"] == []
-
-
-def test_a_rejected_run_forced_into_a_users_folder_takes_no_file_of_theirs_away(requant: Requant) -> None:
-    folder = requant.folder / "laid"
-    folder.mkdir()
-    for name in ("README.md", "requant.json", ".gitattributes", "notes.md"):
-        (folder / name).write_text("before")
-    assert requant.run("--checkout", str(folder), publish=None).status == 2
-    assert {path.read_text() for path in folder.iterdir()} == {"before"}
-    outcome = requant.run("--checkout", str(folder), "--force", gates={"min_top1_agreement": 1.0}, publish=None)
-    assert outcome.document["status"] == "rejected"
-    left = {name: (folder / name).read_text() for name in ("README.md", "requant.json", ".gitattributes", "notes.md")}
-    assert set(left.values()) == {"before"}, "a rejected result has no card that would take the place of theirs"

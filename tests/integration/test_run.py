@@ -7,21 +7,42 @@ import re
 import shutil
 from pathlib import Path
 
+import httpx
 import numpy as np
-import yaml
+import pytest
 from huggingface_hub import HfApi
 
 from infra.hub.launch import HubStandIn
-from tasks.artifact import RECIPE
 from tasks.checkpoint.account import account
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.header import read_header
-from tests.factories.fp8_bases import as_fp8
-from tests.factories.pico import pico_base
-from tests.factories.requant import LAYERS, Outcome, Requant, finish
+from tasks.download import download
+from tasks.hub.revision import resolve
+from tasks.store import open_store
+from tests.factories.requant import LAYERS, Outcome, Requant
 
 STAGES = ["download", "quantize", "mtp_fix", "validate", "benchmark", "publish"]
+THEIRS = ("README.md", "requant.json", ".gitattributes", "notes.md")  # files of a user's own
 Finished = tuple[Requant, Outcome]
+
+
+@pytest.fixture(scope="module")
+def again(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The same run for the second time, with a report."""
+    requant = finished[0].copy(tmp_path_factory.mktemp("again"))
+    return requant, requant.run("--report", str(requant.folder / "told.json"))
+
+
+@pytest.fixture(scope="module")
+def rejected(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run with a limit that its result does not keep, laid by force into a folder that holds files of the user's."""
+    requant = finished[0].copy(tmp_path_factory.mktemp("rejected"))
+    folder = requant.folder / "laid"
+    folder.mkdir()
+    for name in THEIRS:
+        (folder / name).write_text("before")
+    changes = {"gates": {"min_top1_agreement": 1.0}, "publish": {"repo_id": "me/rejected"}}
+    return requant, requant.run("--checkout", str(folder), "--force", **changes)
 
 
 def test_a_first_run_runs_every_stage_and_publishes(finished: Finished) -> None:
@@ -78,52 +99,10 @@ def test_what_is_published_is_the_artifact_with_a_card_and_a_tag(finished: Finis
     assert "pictures/losses.png" in shown and set(shown) <= names
 
 
-def test_a_report_lies_beside_its_markdown_and_pictures(requant: Requant) -> None:
-    assert requant.run("--report", str(requant.folder / "told.json"), publish=None).status == 0
-    document = json.loads((requant.folder / "told.json").read_text())
-    assert document["status"] == "validated" and document["measured"]["perplexity"] > 0
-    links = re.findall(r"!\[[^\]]+\]\((.+?)\)", (requant.folder / "told.md").read_text())
-    assert "told-pictures/losses.svg" in links and all((requant.folder / link).is_file() for link in links)
-
-
 def test_a_report_that_would_be_its_own_markdown_is_refused(requant: Requant) -> None:
     outcome = requant.run("--report", str(requant.folder / "told.md"))
     assert outcome.status == 2 and "name the JSON document" in outcome.stderr
     assert not (requant.folder / "told.md").exists()
-
-
-def test_a_second_run_reuses_every_stage_and_makes_no_commit(requant: Requant, hub: HubStandIn) -> None:
-    api = HfApi(endpoint=hub.url, token=hub.token)
-    before = [c.commit_id for c in api.list_repo_commits("me/pico")]
-    outcome = requant.run()
-    assert outcome.status == 0, outcome.stderr
-    assert set(outcome.states.values()) == {"reused"}
-    assert [c.commit_id for c in api.list_repo_commits("me/pico")] == before
-
-
-def test_a_changed_quantize_setting_reuses_the_download_alone(requant: Requant, finished: Finished) -> None:
-    outcome = requant.run(quantize={"group_size": 64}, publish=None)
-    assert outcome.status == 0, outcome.stderr
-    assert outcome.states == {"download": "reused", **dict.fromkeys(STAGES[1:5], "ran")}
-    assert outcome.document["status"] == "validated"
-    folder = requant.folder / "auto"  # the largest group that divides 64 and 128 inputs is 64: all of it is made
-    outcome = requant.run("--checkout", str(folder), quantize={"group_size": "auto"}, publish=None)
-    assert outcome.status == 0, outcome.stderr
-    assert set(outcome.states.values()) == {"reused"} and "W4A16 g64" in outcome.stderr
-    assert "W4A16, group size 64" in (folder / "README.md").read_text()
-    assert yaml.safe_load((folder / RECIPE).read_text())["quantize"]["group_size"] == 64
-
-
-def test_prose_code_and_chats_go_through_the_bases_template(requant: Requant) -> None:
-    """The default texts."""
-    texts = {"quantize": {"calibration": "builtin:mixed"}, "validation": {"text": "builtin:mixed-evaluation"}}
-    outcome = requant.run("--report", str(requant.folder / "told.json"), **texts, publish=None)
-    assert outcome.status == 0, outcome.stderr
-    assert (outcome.states["quantize"], outcome.states["validate"]) == ("ran", "ran")
-    assert "calibration: 383 chats through the base's chat template" in outcome.stderr
-    assert "validation text: 40 chats through the base's chat template" in outcome.stderr
-    measured = json.loads((requant.folder / "told.json").read_text())["measured"]
-    assert (measured["text"], measured["tokens"]) == ("builtin:mixed-evaluation", 24 * 512)
 
 
 def test_dropping_the_head_reuses_quantize(requant: Requant) -> None:
@@ -139,11 +118,44 @@ def test_dropping_the_head_reuses_quantize(requant: Requant) -> None:
     assert "mtp" not in json.dumps(result.config["quantization_config"])
 
 
-def test_a_changed_limit_measures_nothing_again_and_a_failed_gate_publishes_nothing(
-    requant: Requant, hub: HubStandIn
+def test_a_model_that_requant_did_not_make_is_not_replaced(requant: Requant, hub: HubStandIn, base: Path) -> None:
+    sha = hub.seed("me/precious", base)
+    outcome = requant.run(publish={"repo_id": "me/precious"})
+    assert outcome.status == 1
+    assert "me/precious holds a model that Requant did not make" in outcome.document["error"]
+    assert HfApi(endpoint=hub.url, token=hub.token).model_info("me/precious").sha == sha
+
+
+def test_a_second_run_reuses_every_stage_and_makes_no_commit(
+    finished: Finished, again: Finished, hub: HubStandIn
 ) -> None:
-    gates = {"min_top1_agreement": 1.0}
-    outcome = requant.run(gates=gates, publish={"repo_id": "me/rejected"})
+    _, outcome = again
+    assert outcome.status == 0, outcome.stderr
+    assert set(outcome.states.values()) == {"reused"}
+    assert outcome.document["published"]["commit"] == finished[1].document["published"]["commit"]
+    commits = HfApi(endpoint=hub.url, token=hub.token).list_repo_commits("me/pico")
+    assert len(commits) == 2  # the repo's first, and the release
+
+
+def test_a_reused_stage_says_so_in_prefect(again: Finished, prefect_server: str) -> None:
+    body = {"task_runs": {"state": {"name": {"any_": ["Reused"]}}}, "limit": 200}
+    runs = httpx.post(f"{prefect_server}/task_runs/filter", json=body).raise_for_status().json()
+    assert any(run["name"].startswith("quantize") for run in runs)
+
+
+def test_a_report_lies_beside_its_markdown_and_pictures(again: Finished) -> None:
+    requant, outcome = again
+    document = json.loads((requant.folder / "told.json").read_text())
+    assert document == outcome.document
+    assert document["status"] == "published" and document["measured"]["perplexity"] > 0
+    links = re.findall(r"!\[[^\]]+\]\((.+?)\)", (requant.folder / "told.md").read_text())
+    assert "told-pictures/losses.svg" in links and all((requant.folder / link).is_file() for link in links)
+
+
+def test_a_changed_limit_measures_nothing_again_and_a_failed_gate_publishes_nothing(
+    rejected: Finished, hub: HubStandIn
+) -> None:
+    _, outcome = rejected
     assert outcome.status == 1
     assert outcome.document["status"] == "rejected"
     assert outcome.document["published"] is None
@@ -152,26 +164,38 @@ def test_a_changed_limit_measures_nothing_again_and_a_failed_gate_publishes_noth
     assert not HfApi(endpoint=hub.url, token=hub.token).repo_exists("me/rejected")
 
 
+def test_a_rejected_run_forced_into_a_users_folder_takes_no_file_of_theirs_away(rejected: Finished) -> None:
+    folder = rejected[0].folder / "laid"
+    assert Checkpoint.open(folder).tensors
+    left = {(folder / name).read_text() for name in THEIRS}
+    assert left == {"before"}, "a rejected result has no card that would take the place of theirs"
+
+
+def test_a_folder_that_holds_a_users_files_is_refused_without_force(requant: Requant) -> None:
+    (requant.folder / "laid").mkdir()
+    (requant.folder / "laid" / "README.md").write_text("before")
+    assert requant.run("--checkout", str(requant.folder / "laid"), publish=None).status == 2
+    assert [path.read_text() for path in (requant.folder / "laid").iterdir()] == ["before"]
+
+
 def test_a_new_readme_in_the_base_quantizes_and_publishes_nothing_again(
     requant: Requant, hub: HubStandIn, base: Path, tmp_path: Path
 ) -> None:
-    hub.seed("demo/readme", base)
-    first = requant.run(base={"repo_id": "demo/readme"})
-    assert first.states["quantize"] == "reused"  # the same files in another repo
     folder = tmp_path / "edited"
     shutil.copytree(base, folder)
     (folder / "README.md").write_text("# pico, better described\n")
-    sha = hub.seed("demo/readme", folder)
+    sha = hub.seed("demo/pico", folder, revision="described")
     hub.reset_traffic()
-    second = requant.run(base={"repo_id": "demo/readme"})
-    assert second.document["base"]["sha"] == sha
-    assert second.states == {"download": "ran", **dict.fromkeys(STAGES[1:], "reused")}
-    fetched = [t["path"] for t in hub.traffic() if t["method"] == "GET" and "/demo/readme/resolve/" in t["path"]]
+    outcome = requant.run(base={"revision": "described"})
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.document["base"]["sha"] == sha
+    assert outcome.states == {"download": "ran", **dict.fromkeys(STAGES[1:], "reused")}
+    fetched = [t["path"] for t in hub.traffic() if t["method"] == "GET" and "/demo/pico/resolve/" in t["path"]]
     assert [path.rsplit("/", 1)[1] for path in fetched] == ["README.md"]
 
 
 def test_a_new_shard_in_the_base_moves_that_shard_alone(
-    requant: Requant, hub: HubStandIn, base: Path, tmp_path: Path
+    requant: Requant, hub: HubStandIn, hub_here: None, base: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "retrained"
     shutil.copytree(base, folder)
@@ -180,78 +204,11 @@ def test_a_new_shard_in_the_base_moves_that_shard_alone(
     with (folder / name).open("r+b") as stream:
         stream.seek(norm.begin)
         stream.write(np.full(norm.nbytes // 2, 0x3F80, "<u2").tobytes())  # 1.0 in BF16
-    hub.seed("demo/shard", base)
-    assert requant.run(base={"repo_id": "demo/shard"}, publish=None).states["quantize"] == "reused"
     hub.seed("demo/shard", folder)
     hub.reset_traffic()
-    outcome = requant.run(base={"repo_id": "demo/shard"}, publish=None)
-    assert outcome.status == 0, outcome.stderr
-    assert outcome.states == dict.fromkeys(STAGES[:5], "ran") | {"benchmark": "ran"}
+    assert download(open_store(requant.environment["REQUANT_STORE"]), resolve("demo/shard")).state == "ran"
     fetched = {t["path"].rsplit("/", 1)[1] for t in hub.traffic() if t["method"] == "GET" and "/resolve/" in t["path"]}
     assert fetched == {name}
-
-
-def test_two_runs_of_one_recipe_at_once_do_the_work_once(requant: Requant) -> None:
-    requant.forget("download", "quantize", "mtp_fix", "validate")
-    path = requant.write_recipe(publish={"repo_id": "me/twice"})
-    both = [finish(p) for p in [requant.start("run", str(path), "--json") for _ in range(2)]]
-    assert [b.status for b in both] == [0, 0], [b.stderr for b in both]
-    assert both[0].digest == both[1].digest
-    for stage in ("download", "quantize", "mtp_fix", "validate", "publish"):
-        assert sorted(b.states[stage] for b in both) == ["ran", "reused"], stage
-
-
-def test_a_base_without_a_head_goes_through(requant: Requant, hub: HubStandIn, tmp_path: Path) -> None:
-    hub.seed("demo/headless", pico_base(tmp_path / "headless", layers=2, head=False))
-    outcome = requant.run("--checkout", str(tmp_path / "out"), base={"repo_id": "demo/headless"}, publish=None)
-    assert outcome.status == 0, outcome.stderr
-    assert "mtp_acceptance_ratio" not in [g["name"] for g in outcome.document["gates"]]
-    assert Checkpoint.open(tmp_path / "out").sound().head is None
-
-
-def test_an_fp8_base_goes_through_with_its_head(requant: Requant, hub: HubStandIn, base: Path, tmp_path: Path) -> None:
-    fp8 = as_fp8(base, tmp_path / "fp8")
-    hub.seed("demo/pico-fp8", fp8)
-    outcome = requant.run("--checkout", str(tmp_path / "out"), base={"repo_id": "demo/pico-fp8"}, publish=None)
-    assert outcome.status == 0, outcome.stderr
-    made = Checkpoint.open(tmp_path / "out").sound()
-    found = account(made, Checkpoint.open(fp8), with_head=True)
-    assert (found.unaccounted, found.altered, found.not_finite, found.files) == ([], [], [], [])
-    assert {t.dtype for t in made.tensors.values()} == {"BF16", "I32", "F16"}
-    inspected = requant("inspect", str(tmp_path / "out"), "--json").document
-    assert inspected["mtp"]["precision"] == "BF16" and not inspected["problems"]
-    assert all(inspected["engines"][name]["loads"] for name in ("vllm", "sglang", "transformers"))
-    assert inspected["engines"]["vllm"]["mtp"] and inspected["engines"]["sglang"]["mtp"]
-
-
-def test_a_hub_data_set_calibrates_pinned_to_its_commit(requant: Requant, hub: HubStandIn, tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    lines = [json.dumps({"text": f"def number_{i}():\n    return {i}\n" * 20}) for i in range(20)]
-    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
-    sha = hub.seed("demo/texts", tmp_path / "data", repo_type="dataset")
-    outcome = requant.run(quantize={"calibration": "demo/texts", "iters": 0}, publish=None)
-    assert outcome.status == 0, outcome.stderr
-    provenance = [json.loads(p.read_text()) for p in requant.store.glob("provenance/quantize/*")]
-    assert f"demo/texts@{sha}" in [record["calibration"] for record in provenance]
-
-
-def test_quality_is_measured_on_a_hub_data_set_pinned_to_its_commit(
-    requant: Requant, hub: HubStandIn, tmp_path: Path
-) -> None:
-    (tmp_path / "data").mkdir()
-    lines = [json.dumps({"text": f"class Number{i}:\n    value = {i}\n" * 20}) for i in range(20)]
-    (tmp_path / "data" / "test.jsonl").write_text("\n".join(lines))
-    sha = hub.seed("demo/measured", tmp_path / "data", repo_type="dataset")
-    outcome = requant.run(validation={"text": "demo/measured@main"}, publish=None)
-    assert outcome.status == 0, outcome.stderr
-    assert outcome.states["quantize"] == "reused" and outcome.states["validate"] == "ran"
-    measured = outcome.document["measured"]
-    assert measured["text"] == f"demo/measured@{sha}" and measured["same_tokens"] == 1.0
-
-
-def test_a_model_that_requant_did_not_make_is_not_replaced(requant: Requant, hub: HubStandIn, base: Path) -> None:
-    sha = hub.seed("me/precious", base)
-    outcome = requant.run(publish={"repo_id": "me/precious"})
-    assert outcome.status == 1
-    assert "me/precious holds a model that Requant did not make" in outcome.document["error"]
-    assert HfApi(endpoint=hub.url, token=hub.token).model_info("me/precious").sha == sha
+    planned = requant("plan", str(requant.write_recipe(base={"repo_id": "demo/shard"}, publish=None)), "--json")
+    states = {stage["name"]: stage["state"] for stage in planned.document["stages"]}
+    assert states == {"download": "reused", **dict.fromkeys(STAGES[1:5], "run")}

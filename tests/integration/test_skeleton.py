@@ -44,6 +44,12 @@ def endpoint(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
+@pytest.fixture
+def requant(environment: dict[str, str], tmp_path: Path) -> Requant:
+    """`requant` with an empty store."""
+    return Requant(tmp_path, {**environment, "REQUANT_STORE": (tmp_path / "store").as_uri()})
+
+
 def sent(hub: HubStandIn) -> int:
     return sum(exchange["bytes_out"] for exchange in hub.traffic())
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,60 +19,81 @@ import yaml
 
 from infra.hub.launch import HubStandIn
 from tasks.recipe_file import parse_recipe
+from tests.factories.forked import Forked
 from tests.factories.paths import ROOT
 from tests.factories.requant import Outcome, Requant, finish, recipe_for, wait_for
 
 BASE = "demo/watched"
 SECRET = "a-secret-of-the-webhook"
-PAYLOAD = {
+PAYLOAD: dict[str, Any] = {
     "event": {"action": "update", "scope": "repo.content"},
     "repo": {"type": "model", "name": BASE, "id": "0", "private": False, "head_sha": "f" * 40},
     "updatedRefs": [{"ref": "refs/heads/main", "oldSha": "0" * 40, "newSha": "f" * 40}],
     "webhook": {"id": "1", "version": 3},
 }
-
-
-def prefect(requant: Requant, *arguments: str) -> None:
-    command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=requant.environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+UNKNOWN = {**PAYLOAD, "repo": {**PAYLOAD["repo"], "name": "somebody/else"}}
 
 
 @pytest.fixture(scope="module")
-def deployment(prefect_server: str, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Requant:
-    """The deployment that watches start runs of, on a pool without a worker: runs wait to be looked at."""
+def deployment(
+    environment: dict[str, str], finished: tuple[Requant, Outcome], tmp_path_factory: pytest.TempPathFactory
+) -> Requant:
+    """The deployment that watches start runs of, on a pool without a worker: runs wait to be looked at.
+
+    Its store has the stages of the finished run, so that a run of the same weights reuses them.
+    """
     folder = tmp_path_factory.mktemp("watch")
+    shutil.copytree(finished[0].store, folder / "store", copy_function=os.link)
     requant = Requant(folder, {**environment, "REQUANT_STORE": (folder / "store").as_uri()})
-    prefect(requant, "work-pool", "create", "watched", "--type", "process")
-    prefect(requant, "deploy", "flows/requantize.py:requantize", "--name", "requantize", "--pool", "watched")
+    deployed = requant("deploy", str(ROOT / "deployments"))
+    assert deployed.status == 0, deployed.stderr
     return requant
 
 
+@dataclass
+class Relay:
+    """The webhook relay in a process of its own."""
+
+    client: httpx.Client
+    log: Path
+
+    def settle(self) -> None:
+        """Wait until everything that it was sent before has been looked at.
+
+        It looks at all that waits in one pass, and a pass over a repo that no recipe names checks no recipe: such a
+        pass has nothing left before it.
+        """
+        while True:
+            before = len(self.passes())
+            assert self.client.post("/hub", json=UNKNOWN).json() == {"status": "accepted"}
+            wait_for(lambda: len(self.passes()) > before)  # noqa: B023
+            if "0" in self.passes()[before:]:
+                return
+
+    def passes(self) -> list[str]:
+        """How many recipes each pass has checked."""
+        return re.findall(r"(\d+) checked, \d+ started, \d+ problems", self.log.read_text())
+
+
 @pytest.fixture(scope="module")
-def relay(deployment: Requant) -> Iterator[httpx.Client]:
+def relay(deployment: Requant) -> Iterator[Relay]:
     """The webhook relay, as a process, over the same recipes."""
     recipes = deployment.folder / "recipes"
     recipes.mkdir(exist_ok=True)
     environment = {**deployment.environment, "REQUANT_WEBHOOK_SECRET": SECRET}
+    command = [sys.executable, "-m", "infra.webhook", "--recipes", str(recipes), "--port", "0"]
     log = deployment.folder / "relay.log"
-    command = [sys.executable, "-m", "infra.webhook", "--recipes", str(recipes), "--port", "18787"]
-    with log.open("wb") as out:
+    with log.open("wb") as out:  # no fork: its log would be what another import has made of logging
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
     try:
-        with httpx.Client(base_url="http://127.0.0.1:18787", headers={"X-Webhook-Secret": SECRET}) as client:
-            wait_for(lambda: answers(client), 60, 0.1)
-            yield client
+        ready = r"running on (http://127\.0\.0\.1:\d+)"
+        (url,) = wait_for(lambda: re.findall(ready, log.read_text()))
+        with httpx.Client(base_url=url, headers={"X-Webhook-Secret": SECRET}) as client:
+            yield Relay(client, log)
     finally:
         process.terminate()
         process.wait(30)
     assert SECRET not in log.read_text()
-
-
-def answers(client: httpx.Client) -> bool:
-    try:
-        return client.get("/health").status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -102,27 +125,22 @@ def end(api: str, run: dict[str, Any], state: str) -> None:
     httpx.post(f"{api}/flow_runs/{run['id']}/set_state", json=body).raise_for_status()
 
 
-def quiet(log: Path) -> bool:
-    """Whether the relay has nothing under way: every pass ends with a line, and takes less than a second."""
-    return time.time() - log.stat().st_mtime > 2
-
-
-def ask_all_at_once(requant: Requant, relay: httpx.Client) -> None:
+def ask_all_at_once(requant: Requant, relay: Relay) -> None:
     """Three watches and twenty payloads, together."""
     folder = str(requant.folder / "recipes")
-    watches = [requant.start("watch", "--once", "--recipes", folder, "--json") for _ in range(3)]
+    watches = [requant.fork("watch", "--once", "--recipes", folder, "--json") for _ in range(3)]
     with ThreadPoolExecutor(10) as pool:
-        for answer in pool.map(lambda _: relay.post("/hub", json=PAYLOAD), range(20)):
+        for answer in pool.map(lambda _: relay.client.post("/hub", json=PAYLOAD), range(20)):
             assert (answer.status_code, answer.json()) == (202, {"status": "accepted"})
     for process in watches:
         outcome = finish(process)
         assert outcome.status == 0, outcome.stderr
         assert outcome.document["checked"] == 1
-    wait_for(lambda: quiet(requant.folder / "relay.log"), 60, 0.1)
+    relay.settle()
 
 
 def test_a_commit_is_run_once_a_readme_not_at_all_and_a_changed_shard_once_more(
-    deployment: Requant, relay: httpx.Client, base_folder: Path, hub: HubStandIn, prefect_server: str
+    deployment: Requant, relay: Relay, base_folder: Path, hub: HubStandIn, prefect_server: str
 ) -> None:
     write_recipe(deployment, "watched.yaml", recipe_for(BASE, None))
     sha = hub.seed(BASE, base_folder)
@@ -137,6 +155,7 @@ def test_a_commit_is_run_once_a_readme_not_at_all_and_a_changed_shard_once_more(
 
     done = deployment("run", str(deployment.folder / "recipes" / "watched.yaml"), "--json")
     assert done.status == 0, done.stderr
+    assert done.states["quantize"] == "reused"
     end(prefect_server, first, "COMPLETED")  # as the worker would have ended it after the same work
     (base_folder / "README.md").write_text("---\nlicense: mit\n---\nnew words, after the run\n")
     hub.seed(BASE, base_folder)
@@ -152,7 +171,7 @@ def test_a_commit_is_run_once_a_readme_not_at_all_and_a_changed_shard_once_more(
 
 
 def test_a_run_that_was_cancelled_or_failed_just_now_is_left_alone(
-    deployment: Requant, relay: httpx.Client, prefect_server: str
+    deployment: Requant, relay: Relay, prefect_server: str
 ) -> None:
     before = runs(prefect_server)
     (waiting,) = (run for run in before if run["state"]["type"] == "SCHEDULED")
@@ -186,8 +205,8 @@ def test_the_flow_ends_in_a_state_that_says_so_and_has_a_table_of_what_it_did(
 ) -> None:
     """The recipes of the test before: one started already, two with problems."""
     code = "import sys; from flows.watch import watch; print(watch(sys.argv[1], return_state=True).name)"
-    command = [sys.executable, "-c", code, str(deployment.folder / "beside" / "recipes")]
-    done = subprocess.run(command, cwd=ROOT, env=deployment.environment, capture_output=True, text=True, timeout=120)
+    folder = str(deployment.folder / "beside" / "recipes")
+    done = finish(Forked(["-c", code, folder], deployment.environment))
     assert done.stdout.split()[-1] == "Problems", done.stderr
     body = {"artifacts": {"key": {"any_": ["requant-watch"]}}}
     (table,) = httpx.post(f"{prefect_server}/artifacts/filter", json=body).raise_for_status().json()
@@ -196,44 +215,34 @@ def test_the_flow_ends_in_a_state_that_says_so_and_has_a_table_of_what_it_did(
 
 def test_a_pass_that_cannot_be_made_ends_the_flow_with_a_sentence(deployment: Requant) -> None:
     code = "from flows.watch import watch; print(watch('/nowhere', return_state=True).message)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=deployment.environment, capture_output=True, text=True, timeout=120
-    )
+    done = finish(Forked(["-c", code], deployment.environment))
     assert done.stdout.strip() == "the folder of recipes /nowhere does not exist: name one with --recipes"
     assert "Traceback" not in done.stderr
 
 
 def test_unknown_repos_and_other_events_start_nothing(
-    deployment: Requant, relay: httpx.Client, hub: HubStandIn, prefect_server: str
+    deployment: Requant, relay: Relay, hub: HubStandIn, prefect_server: str
 ) -> None:
     before = len(runs(prefect_server))
     hub.reset_traffic()
-    unknown = {**PAYLOAD, "repo": {**PAYLOAD["repo"], "name": "somebody/else"}}  # type: ignore[dict-item]
-    assert relay.post("/hub", json=unknown).json() == {"status": "accepted"}
     comment = {**PAYLOAD, "event": {"action": "create", "scope": "discussion.comment"}}
-    assert relay.post("/hub", json=comment).json() == {"status": "ignored"}
-    wait_for(lambda: quiet(deployment.folder / "relay.log"), 60, 0.1)
+    assert relay.client.post("/hub", json=comment).json() == {"status": "ignored"}
+    relay.settle()  # which sends the name of a repo that nobody watches
     assert len(runs(prefect_server)) == before and hub.traffic() == []
 
 
-def test_without_a_server_what_is_due_is_run_here_and_then_no_more(
-    deployment: Requant, hub: HubStandIn, base_folder: Path, tmp_path: Path
-) -> None:
-    hub.seed("demo/here", base_folder)
-    environment = {**deployment.environment, "REQUANT_STORE": (tmp_path / "store").as_uri()}
-    del environment["PREFECT_API_URL"]
-    requant = Requant(tmp_path, environment)
-    write_recipe(requant, "here.yaml", recipe_for("demo/here", None))
-    first, second = watch(requant), watch(requant)
-    assert first.status == second.status == 0, first.stderr + second.stderr
-    assert [(s["status"], s["run"]) for s in first.document["started"]] == [("validated", None)]
-    assert second.document == {"checked": 1, "started": [], "problems": []}
-
-    strict = {**recipe_for("demo/here", None), "gates": {"min_mtp_acceptance_ratio": 9.0}}
-    write_recipe(requant, "strict.yaml", strict)
-    first, second = watch(requant), watch(requant)
-    assert (first.status, [s["status"] for s in first.document["started"]]) == (1, ["rejected"])
-    assert (second.status, second.document["started"]) == (0, [])
+def test_without_a_server_what_is_due_is_run_here_and_then_no_more(requant: Requant) -> None:
+    """The store has the stages of the finished run; the runs themselves are new, since their recipes are."""
+    here = Requant(requant.folder, {**requant.environment})
+    del here.environment["PREFECT_API_URL"]
+    write_recipe(here, "here.yaml", recipe_for("demo/pico", None))
+    strict = {**recipe_for("demo/pico", None), "gates": {"min_mtp_acceptance_ratio": 9.0}}
+    write_recipe(here, "strict.yaml", strict)
+    first, second = watch(here), watch(here)
+    assert first.status == 1, first.stderr  # since one is rejected
+    started = [(each["recipe"], each["status"], each["run"]) for each in first.document["started"]]
+    assert started == [("here.yaml", "validated", None), ("strict.yaml", "rejected", None)]
+    assert (second.status, second.document) == (0, {"checked": 2, "started": [], "problems": []})
 
 
 def test_a_server_that_does_not_answer_is_a_sentence(
