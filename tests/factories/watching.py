@@ -10,6 +10,7 @@ import os
 import signal
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,14 +130,29 @@ def snapshot(folder: Path) -> dict[str, tuple[Any, ...]]:
             if stat.S_ISLNK(status.st_mode):
                 content = os.readlink(path)
             elif stat.S_ISREG(status.st_mode):
-                content = hashed(path)
+                content = hashed(path, status)
             found[path] = (status.st_mode, status.st_size, status.st_mtime_ns, content)
     return found
 
 
-def hashed(path: str) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.sha256(stream.read(16 << 20)).hexdigest()  # of a sparse terabyte, the beginning
+_hashes: dict[tuple[int, ...], str] = {}
+SETTLED_NS = 1_000_000_000  # beyond the grain of any file system's clock
+
+
+def hashed(path: str, status: os.stat_result) -> str:
+    """The content of a file. It is read once, unless something touches it.
+
+    Whatever changes a file sets its ctime, which nobody can set back. As git does, a file that was touched a moment ago
+    is read every time: a change within the grain of the clock would not show.
+    """
+    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if key not in _hashes:
+        with open(path, "rb") as stream:
+            found = hashlib.sha256(stream.read(16 << 20)).hexdigest()  # of a sparse terabyte, the beginning
+        if time.time_ns() - status.st_ctime_ns < SETTLED_NS:
+            return found
+        _hashes[key] = found
+    return _hashes[key]
 
 
 def is_one_sentence(text: str) -> bool:
