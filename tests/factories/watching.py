@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import signal
 import stat
@@ -105,18 +106,25 @@ def watching() -> Iterator[Watch]:
 
 
 def requant(*arguments: str | Path) -> Ran:
-    """`requant ARGUMENTS`. Whatever is raised but its exit fails the test with its traceback."""
+    """`requant ARGUMENTS`. Whatever is raised but its exit fails the test with its traceback.
+
+    What it sets for its process is set back: environment, signals, handlers of the log and their filters.
+    """
     out, err, status = io.StringIO(), io.StringIO(), 0
-    end = signal.getsignal(signal.SIGTERM)
+    end, root = signal.getsignal(signal.SIGTERM), logging.getLogger()
+    handlers = {handler: list(handler.filters) for handler in root.handlers}
     argv = ["requant", *map(str, arguments)]
     streams = (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err))
-    with mock.patch.object(sys, "argv", argv), streams[0], streams[1], watching() as watch:
+    with mock.patch.object(sys, "argv", argv), mock.patch.dict(os.environ), streams[0], streams[1], watching() as watch:
         try:
             main()
         except SystemExit as done:
             status = done.code if isinstance(done.code, int) else int(done.code is not None)
         finally:
             signal.signal(signal.SIGTERM, end)
+            root.handlers[:] = handlers
+            for handler, filters in handlers.items():
+                handler.filters[:] = filters
     return Ran(status, out.getvalue(), err.getvalue(), watch)
 
 
@@ -136,7 +144,7 @@ def snapshot(folder: Path) -> dict[str, tuple[Any, ...]]:
 
 
 _hashes: dict[tuple[int, ...], str] = {}
-SETTLED_NS = 1_000_000_000  # beyond the grain of any file system's clock
+SETTLED_NS = 100_000_000  # beyond the grain of any file system's clock
 
 
 def hashed(path: str, status: os.stat_result) -> str:

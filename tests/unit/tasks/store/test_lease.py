@@ -124,19 +124,19 @@ def test_of_12_threads_only_one_is_inside_at_a_time(backend: FolderBackend) -> N
 def test_the_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(backend: FolderBackend) -> None:
     mine = Owner.this_process()
     leave_lease(backend, replace(mine, pid=dead_pid()))
-    started, told = time.monotonic(), []
+    told: list[str] = []
     with lease(backend, "quantize", KEY, on_wait=told.append):
         assert "000002" in held(backend)
-    assert time.monotonic() - started < 1.0 and told == []
+    assert told == [], "nobody was waited for"
     assert held(backend) == []
 
 
 def test_a_pid_used_again_by_another_process_is_not_the_owner(backend: FolderBackend) -> None:
     mine = Owner.this_process()
     leave_lease(backend, replace(mine, started=mine.started - 3600))
-    started = time.monotonic()
-    take(backend)
-    assert time.monotonic() - started < 1.0
+    told: list[str] = []
+    take(backend, told=told)
+    assert told == [], "nobody was waited for"
 
 
 def test_a_living_process_of_this_machine_is_waited_for(backend: FolderBackend) -> None:
@@ -159,7 +159,7 @@ def test_a_silent_owner_on_another_machine_is_given_up_after_a_while(
     told: list[str] = []
     started = time.monotonic()
     take(backend, told=told)
-    assert 0.3 <= time.monotonic() - started < 2.0
+    assert time.monotonic() - started >= 0.3
     assert told == ["waiting for process 1 on elsewhere, which does this work"]
     assert held(backend) == []
 
