@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,10 @@ class Bench:
         changed = [path for path in sorted({*now, *self.whole}) if now.get(path) != self.whole.get(path)]
         for path in map(Path, changed):
             original = self.root.with_name("whole") / path.relative_to(self.root)
-            if original.is_dir() and path.is_dir() and not path.is_symlink():
+            is_folder = os.path.lexists(path) and stat.S_ISDIR(path.lstat().st_mode)
+            if original.is_dir() and is_folder:
                 continue  # only its time has changed
-            if path.is_dir() and not path.is_symlink():
+            if is_folder:
                 shutil.rmtree(path)
             path.unlink(missing_ok=True)
             if original.is_dir():
