@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -16,18 +15,16 @@ from tasks.recipe import Recipe
 from tasks.stage import StageResult
 from tasks.store import Store, runs
 from tasks.store.catalog import read_catalog
-from tasks.store.folder import FolderBackend
 from tasks.store.runs import Run, recorded
 
 SHA = "c" * 40
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+def store(store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store whose runs are looked at often."""
     monkeypatch.setattr(runs, "PAUSE", 0.01)
-    backend = FolderBackend(tmp_path / "store")
-    backend.check()
-    return Store(backend, near=backend)
+    return store
 
 
 def a_run(*keys: str) -> Run:
