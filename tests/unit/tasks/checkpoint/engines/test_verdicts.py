@@ -249,7 +249,7 @@ def test_a_large_model_is_judged(layers: int, experts: int, tmp_path: Path) -> N
 
 def test_the_work_for_verdicts_grows_as_the_model_does_and_not_faster(tmp_path: Path) -> None:
     """Of twice the layers, experts or exceptions a rule that compares each with each makes four times the work."""
-    small = {"layers": 4, "experts": 16, "entries": 64}
+    small = {"layers": 4, "experts": 16, "entries": 256}
 
     def work(**changes: int) -> int:
         checkpoint = large(tmp_path, **(small | changes))
@@ -257,4 +257,4 @@ def test_the_work_for_verdicts_grows_as_the_model_does_and_not_faster(tmp_path: 
 
     once = work()
     assert once > 1000
-    assert work(layers=8, entries=128) < 2.5 * once and work(experts=32) < 2.5 * once
+    assert work(layers=8, entries=512) < 2.5 * once and work(experts=32) < 2.5 * once
