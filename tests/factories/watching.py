@@ -6,10 +6,12 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import signal
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,18 +106,25 @@ def watching() -> Iterator[Watch]:
 
 
 def requant(*arguments: str | Path) -> Ran:
-    """`requant ARGUMENTS`. Whatever is raised but its exit fails the test with its traceback."""
+    """`requant ARGUMENTS`. Whatever is raised but its exit fails the test with its traceback.
+
+    What it sets for its process is set back: environment, signals, handlers of the log and their filters.
+    """
     out, err, status = io.StringIO(), io.StringIO(), 0
-    end = signal.getsignal(signal.SIGTERM)
+    end, root = signal.getsignal(signal.SIGTERM), logging.getLogger()
+    handlers = {handler: list(handler.filters) for handler in root.handlers}
     argv = ["requant", *map(str, arguments)]
     streams = (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err))
-    with mock.patch.object(sys, "argv", argv), streams[0], streams[1], watching() as watch:
+    with mock.patch.object(sys, "argv", argv), mock.patch.dict(os.environ), streams[0], streams[1], watching() as watch:
         try:
             main()
         except SystemExit as done:
             status = done.code if isinstance(done.code, int) else int(done.code is not None)
         finally:
             signal.signal(signal.SIGTERM, end)
+            root.handlers[:] = handlers
+            for handler, filters in handlers.items():
+                handler.filters[:] = filters
     return Ran(status, out.getvalue(), err.getvalue(), watch)
 
 
@@ -129,14 +138,29 @@ def snapshot(folder: Path) -> dict[str, tuple[Any, ...]]:
             if stat.S_ISLNK(status.st_mode):
                 content = os.readlink(path)
             elif stat.S_ISREG(status.st_mode):
-                content = hashed(path)
+                content = hashed(path, status)
             found[path] = (status.st_mode, status.st_size, status.st_mtime_ns, content)
     return found
 
 
-def hashed(path: str) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.sha256(stream.read(16 << 20)).hexdigest()  # of a sparse terabyte, the beginning
+_hashes: dict[tuple[int, ...], str] = {}
+SETTLED_NS = 100_000_000  # beyond the grain of any file system's clock
+
+
+def hashed(path: str, status: os.stat_result) -> str:
+    """The content of a file. It is read once, unless something touches it.
+
+    Whatever changes a file sets its ctime, which nobody can set back. As git does, a file that was touched a moment ago
+    is read every time: a change within the grain of the clock would not show.
+    """
+    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if key not in _hashes:
+        with open(path, "rb") as stream:
+            found = hashlib.sha256(stream.read(16 << 20)).hexdigest()  # of a sparse terabyte, the beginning
+        if time.time_ns() - status.st_ctime_ns < SETTLED_NS:
+            return found
+        _hashes[key] = found
+    return _hashes[key]
 
 
 def is_one_sentence(text: str) -> bool:

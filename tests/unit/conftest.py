@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tasks import rendering
 from tasks.store import Store
 from tasks.store.folder import FolderBackend
+from tests.factories import children
+from tests.factories.paths import TINY
 from tests.factories.stores import Install, Remote
 
 
@@ -23,6 +26,19 @@ def far(tmp_path: Path) -> Store:
     made = Store(Remote(tmp_path / "remote"), near=FolderBackend(tmp_path / "near"))
     made.check()
     return made
+
+
+@pytest.fixture(scope="session")
+def _transformers_loaded() -> None:
+    import transformers
+
+    transformers.AutoTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture
+def quick_rendering(_transformers_loaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Render texts in forks of this process instead of new ones, which import transformers for 2 s each."""
+    monkeypatch.setattr(rendering, "subprocess", children)
 
 
 @pytest.fixture

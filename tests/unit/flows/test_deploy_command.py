@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from tasks.errors import RecipeError
 from tasks.recipe_file import load_recipe, parse_recipe, recipe_of
 from tasks.recipe_quantize import PRESETS
 from tasks.text import find_text
+from tests.factories import children
 from tests.factories.paths import ROOT
 
 DEPLOYMENTS = ROOT / "deployments"
@@ -36,6 +38,7 @@ def deployments() -> dict[str, dict[str, Any]]:
     return {each["name"]: each for each in document["deployments"]}
 
 
+@functools.cache
 def form() -> dict[str, Any]:
     return parameter_schema(requantize.fn).model_dump()
 
@@ -182,18 +185,18 @@ def no_entry() -> Iterator[str]:
         server.shutdown()
 
 
-def refusal(url: str, folder: Path = DEPLOYMENTS) -> tuple[int, str]:
+def refusal(url: str, folder: Path = DEPLOYMENTS, run: Any = children.run) -> tuple[int, str]:
     """What `requant deploy` answers: its exit status, and its one sentence."""
-    done = subprocess.run(
+    done = run(
         [sys.executable, "-m", "flows.cli", "deploy", str(folder)],
-        env={**os.environ, "PREFECT_API_URL": url}, cwd=DEPLOYMENTS.parent, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PREFECT_API_URL": url}, cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
     return done.returncode, done.stderr
 
 
 def test_a_server_that_refuses_is_away_or_is_none_is_a_sentence(no_entry: str) -> None:
-    status, sentence = refusal(f"{no_entry}/api")
+    status, sentence = refusal(f"{no_entry}/api", run=subprocess.run)  # Prefect reads the address when it is imported
     assert status == 1 and "refuses (401): set PREFECT_API_AUTH_STRING" in sentence
     status, sentence = refusal(no_entry)
     assert status == 1 and "answers 401" in sentence and "/api" in sentence

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from pathlib import Path
 
 import pytest
 from prefect.client.schemas.objects import FlowRun, State, StateType
@@ -15,18 +14,13 @@ from tasks.errors import RequantError
 from tasks.hub.revision import HubFile, Revision
 from tasks.last_run import remember_run
 from tasks.recipe_file import parse_recipe
-from tasks.store import Store, open_store
+from tasks.store import Store
 
 RECIPE = parse_recipe({"base": {"repo_id": "a/b"}})
 BASE = Revision("a/b", "1" * 40, (HubFile("config.json", 30, "a3", None),))
 OTHER = Revision("a/b", "2" * 40, (HubFile("config.json", 30, "b3", None),))
 DUE = Due("b.yaml", RECIPE, BASE)
 NOW, LONG_AGO = datetime.timedelta(0), PAUSE + datetime.timedelta(minutes=1)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store((tmp_path / "store").as_uri())
 
 
 def run(kind: StateType, ago: datetime.timedelta = LONG_AGO, message: str = "") -> FlowRun:

@@ -14,7 +14,7 @@ from tasks.hub.revision import HubFile, Revision
 from tasks.last_run import LastRun, first_commit, last_run, limits_of, remember_run
 from tasks.recipe import Recipe
 from tasks.recipe_file import parse_recipe
-from tasks.store import Store, open_store
+from tasks.store import Store
 
 FILES = (
     HubFile(".gitattributes", 10, "a1", None),
@@ -25,11 +25,6 @@ FILES = (
 )
 BASE = Revision("a/b", "1" * 40, FILES)
 RECIPE = parse_recipe({"base": {"repo_id": "a/b"}})
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store((tmp_path / "store").as_uri())
 
 
 def changed(of: str, **changes: object) -> Revision:

@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import re
-import subprocess
 import sys
 import tomllib
 from typing import Any
@@ -23,6 +22,7 @@ from prefect.utilities.templating import apply_values, find_placeholders
 
 from infra.kubernetes.__main__ import POOLS, base_job_template
 from tasks.errors import SECRET_VARIABLES
+from tests.factories import children
 from tests.factories.paths import ROOT
 
 COMPOSE_TEXT = (ROOT / "infra" / "compose.yaml").read_text()
@@ -97,11 +97,10 @@ def test_every_setting_of_prefect_is_one() -> None:
 
 @functools.cache
 def help_of(*command: str) -> str:
-    program = {"prefect": [sys.executable, "-m", "prefect"], "requant": [sys.executable, "-m", "flows.cli"],
-               "python": [sys.executable]}[command[0]]  # fmt: skip
+    program = {"prefect": ["-m", "prefect"], "requant": ["-m", "flows.cli"], "python": []}[command[0]]
     environment = {**os.environ, "COLUMNS": "200", "PREFECT_CLI_COLORS": "false"}
-    done = subprocess.run(
-        [*program, *command[1:], "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    done = children.run(
+        [sys.executable, *program, *command[1:], "--help"], cwd=ROOT, env=environment, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

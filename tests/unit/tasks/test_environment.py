@@ -59,8 +59,16 @@ USERS: list[dict[str, str]] = [
 ]
 
 
-@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
-@pytest.mark.parametrize("user", USERS, ids=str)
+VARIABLES_AND_USERS = [
+    pytest.param(
+        variable, user, marks=[pytest.mark.slow] if user and variable != "HTTP_PROXY" else [], id=f"{variable} {user}"
+    )
+    for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY")
+    for user in USERS
+]
+
+
+@pytest.mark.parametrize(("variable", "user"), VARIABLES_AND_USERS)
 def test_no_client_sends_what_is_for_loopback_through_a_proxy_and_all_else_still_goes_there(
     variable: str, user: dict[str, str], proxy: Answers, ours: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,6 @@ from tasks.mtp_fix import mtp_fix, mtp_fix_key
 from tasks.recipe import Recipe
 from tasks.recipe_file import parse_recipe
 from tasks.store import Store
-from tasks.store.folder import FolderBackend
 from tests.factories.checkpoints import all_tensors, file_from, write_checkpoint, write_packed
 from tests.factories.pico import pico_base
 
@@ -26,12 +25,6 @@ SHARD = "model-00001-of-00001.safetensors"
 
 def recipe(mtp: str = "keep", **more: Any) -> Recipe:
     return parse_recipe({"base": {"repo_id": "a/b"}, "mtp": mtp, **more})
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    folder = FolderBackend(tmp_path / "store")
-    return Store(folder, near=folder)
 
 
 def put(store: Store, folder: Path) -> Manifest:

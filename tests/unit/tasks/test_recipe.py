@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from tasks.errors import RecipeError
 from tasks.recipe import MAX_KL_DIVERGENCE
 from tasks.recipe_file import load_recipe, parse_recipe
 from tasks.recipe_quantize import PRESETS
+from tests.factories.counting import calls
 
 SMALL = "base: {repo_id: Qwen/Qwen3.6-27B}\n"
 
@@ -311,13 +311,11 @@ def test_a_layer_setting_that_json_cannot_hold_is_refused(value: str, tmp_path: 
     assert "quantize.layers" in sentence(tmp_path, f"{SMALL}quantize: {{layers: {{lm_head: {{bits: {value}}}}}}}\n")
 
 
-def test_aliases_that_grow_a_thousandfold_are_refused_in_no_time(tmp_path: Path) -> None:
+def test_aliases_that_grow_a_millionfold_are_refused_before_they_are_followed(tmp_path: Path) -> None:
     lines = ["x0: &x0 [a, a, a, a, a, a, a, a, a, a]"]
     lines += [f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]" for i in range(1, 7)]
-    started = time.monotonic()
-    sentence(tmp_path, "\n".join([*lines, "base: *x6", ""]))
-    sentence(tmp_path, "\n".join([*lines, "base: {repo_id: *x6}", ""]))
-    assert time.monotonic() - started < 0.5
+    for base in ("*x6", "{repo_id: *x6}"):  # a million, written out
+        assert calls(lambda base=base: sentence(tmp_path, "\n".join([*lines, f"base: {base}", ""]))) < 100_000
 
 
 def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:

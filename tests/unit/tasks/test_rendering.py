@@ -47,6 +47,7 @@ def rendered(folder: Path, *rows: Any, model: Path = TINY, **options: Any) -> tu
 
 
 def test_chats_become_what_the_bases_template_makes_of_them(tmp_path: Path) -> None:
+    """In a process of its own, as in a run."""
     found, documents = rendered(tmp_path, {"text": "x = 1", "domain": "code"}, {"messages": CHAT, "domain": "chat"})
     assert documents == ["x = 1", "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>\n"]
     assert (found.templated, found.plain) == (1, 0) and "through the base's chat template" in found.told
@@ -54,6 +55,7 @@ def test_chats_become_what_the_bases_template_makes_of_them(tmp_path: Path) -> N
     assert found.tokens["chat"] < len(documents[1]) / 2  # a special token is one token
 
 
+@pytest.mark.usefixtures("quick_rendering")
 def test_a_base_without_a_template_has_plain_chats_and_it_is_said(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
@@ -64,6 +66,7 @@ def test_a_base_without_a_template_has_plain_chats_and_it_is_said(tmp_path: Path
     assert found.told.endswith("1 as plain `role: content` (the base has no chat template)")
 
 
+@pytest.mark.usefixtures("quick_rendering")
 def test_what_is_wrong_with_rows_or_tokenizer_is_told_by_the_process(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="the rows of my text have the columns words"):
         rendered(tmp_path, {"words": "a"})

@@ -67,6 +67,7 @@ def test_a_text_of_many_documents_is_measured_on_as_one_file(tmp_path: Path, mon
     assert one_file(open_store(), Text("plain.txt", A, path=plain), tmp_path / "work", TINY) == plain
 
 
+@pytest.mark.usefixtures("quick_rendering")
 def test_chats_are_measured_on_as_the_bases_template_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REQUANT_STORE", (tmp_path / "store").as_uri())
     rows = tmp_path / "rows.jsonl"

@@ -29,11 +29,6 @@ SHARD = "model-00001-of-00001.safetensors"
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return pico_base(tmp_path / "base")
-
-
-@pytest.fixture
 def quantized(base: Path, tmp_path: Path) -> Path:
     """The base quantized, without its head."""
     bits = write_packed(base, tmp_path / "packed")

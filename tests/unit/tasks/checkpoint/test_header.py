@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import os
 import struct
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
 from tasks.checkpoint.header import DTYPE_BITS, read_header
 from tasks.errors import CheckpointError
 from tests.factories.checkpoints import safetensors_bytes, with_header
+from tests.factories.watching import watching
 
 GOOD = {"dtype": "U8", "shape": [2, 2], "data_offsets": [0, 4]}
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def refused(path: Path, data: bytes) -> str:
@@ -197,11 +196,11 @@ def test_a_name_as_long_as_the_header_is_not_repeated_in_the_message(tmp_path: P
     assert len(refused(tmp_path / "x.safetensors", of({"n" * 1_000_000: 5}))) < 1000
 
 
-def test_a_shape_of_many_sides_is_refused_in_no_time(tmp_path: Path) -> None:
-    entry = {**GOOD, "shape": [1 << 61] * 20_000}
-    started = time.monotonic()
-    refused(tmp_path / "x.safetensors", of({"a": entry}))
-    assert time.monotonic() - started < 1.0
+def test_a_shape_of_many_sides_is_refused_without_multiplying_them_all(tmp_path: Path) -> None:
+    """The product has 30 million bits, and making it takes many minutes."""
+    entry = {**GOOD, "shape": [1 << 61] * 500_000}
+    with watching():
+        refused(tmp_path / "x.safetensors", of({"a": entry}))
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
@@ -212,7 +211,6 @@ def test_a_file_of_any_number_of_tensors_is_read(count: int, tmp_path: Path) -> 
 
 
 @given(data=st.binary(max_size=200))
-@FUZZ
 def test_any_bytes_are_a_checkpoint_or_a_checkpoint_error(data: bytes, tmp_path: Path) -> None:
     _agrees(tmp_path, data)
     _agrees(tmp_path, with_header(data, data))
@@ -233,13 +231,11 @@ entry = st.fixed_dictionaries(
 
 
 @given(header=st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), entry | json_value), size=st.integers(0, 16))
-@FUZZ
 def test_any_header_is_a_checkpoint_or_a_checkpoint_error(header: Any, size: int, tmp_path: Path) -> None:
     _agrees(tmp_path, with_header(json.dumps(header).encode(), b"x" * size))
 
 
 @given(position=st.integers(0, 10_000), value=st.integers(0, 255))
-@FUZZ
 def test_any_altered_byte_of_a_header_is_read_as_the_reference_reader_reads_it(
     position: int, value: int, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,22 @@ class Bench:
         self.whole = snapshot(root)
 
     def restore(self) -> None:
-        if snapshot(self.root) != self.whole:
-            shutil.rmtree(self.root)
-            shutil.copytree(self.root.with_name("whole"), self.root)
+        """Put back what has changed."""
+        now = snapshot(self.root)
+        changed = [path for path in sorted({*now, *self.whole}) if now.get(path) != self.whole.get(path)]
+        for path in map(Path, changed):
+            original = self.root.with_name("whole") / path.relative_to(self.root)
+            is_folder = os.path.lexists(path) and stat.S_ISDIR(path.lstat().st_mode)
+            if original.is_dir() and is_folder:
+                continue  # only its time has changed
+            if is_folder:
+                shutil.rmtree(path)
+            path.unlink(missing_ok=True)
+            if original.is_dir():
+                shutil.copytree(original, path)
+            elif original.exists() and path.parent.is_dir():
+                shutil.copy2(original, path)
+        if changed:
             self.whole = snapshot(self.root)
 
     def put(self, name: str, data: bytes) -> None:

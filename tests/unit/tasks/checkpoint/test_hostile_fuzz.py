@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
@@ -18,7 +18,6 @@ from tasks.errors import CheckpointError
 from tests.factories.checkpoints import safetensors_bytes, with_header
 from tests.factories.watching import is_one_sentence, snapshot, watching
 
-FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 name = st.sampled_from(["a", "b", "mtp.fc.weight", "model.layers.9.weight", "__metadata__"]) | st.text(max_size=6)
@@ -62,7 +61,6 @@ def mutated(draw: st.DrawFn) -> bytes:
 
 
 @given(data=mutated())
-@FUZZ
 def test_a_mutated_file_is_refused_or_read_as_the_reference_reader_reads_it(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(data)
@@ -136,7 +134,6 @@ def looked_at(folder: Path) -> Checkpoint | None:
 
 
 @given(weight_map=st.dictionaries(name, shard | value, max_size=5) | value, metadata=value)
-@FUZZ
 def test_any_index_is_a_checkpoint_with_problems_or_a_checkpoint_error(
     weight_map: Any, metadata: Any, folder: Path
 ) -> None:
@@ -162,14 +159,12 @@ def test_any_index_is_a_checkpoint_with_problems_or_a_checkpoint_error(
         max_size=4,
     )
 )
-@FUZZ
 def test_any_config_is_a_checkpoint_or_a_checkpoint_error(config: Any, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     looked_at(folder)
 
 
 @given(data=st.binary(max_size=60) | st.text(alphabet='{}[]",:\\u0dNaI-1e"', max_size=40).map(str.encode))
-@FUZZ
 def test_any_bytes_for_an_index_or_config_are_a_checkpoint_or_a_checkpoint_error(data: bytes, folder: Path) -> None:
     for file in (INDEX, "config.json"):
         whole = (folder / file).read_bytes()

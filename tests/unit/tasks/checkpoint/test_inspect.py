@@ -14,15 +14,9 @@ from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.inspect import as_text, inspect_checkpoint
 from tasks.checkpoint.inventory import missing_parts, scheme_fields
 from tests.factories.checkpoints import all_tensors, from_bf16, rounded, to_bf16, write_checkpoint
-from tests.factories.pico import pico_base
 from tests.factories.repairs import elsewhere, fixed
 
 SHARD = "model-00001-of-00001.safetensors"
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return pico_base(tmp_path / "base")
 
 
 @pytest.fixture

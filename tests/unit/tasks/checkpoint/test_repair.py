@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -29,9 +30,9 @@ from tests.factories.pico import pico_base
 from tests.factories.repairs import elsewhere, fixed, snapshot
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return pico_base(tmp_path / "base")
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pico_base(tmp_path_factory.mktemp("repair") / "base")
 
 
 def head_of(folder: Path) -> dict[str, Any]:
@@ -119,20 +120,24 @@ def test_a_missing_processor_file_is_copied_from_the_base(base: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["exchanged", "moved in"])
-@pytest.mark.parametrize("single", [True, False], ids=["single", "sharded"])
+@pytest.mark.parametrize(
+    "single", [pytest.param(True, id="single", marks=pytest.mark.slow), pytest.param(False, id="sharded")]
+)
 def test_a_repair_killed_at_any_step_leaves_a_whole_checkpoint_and_is_finished_by_the_next_one(
-    single: bool, inside: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    single: bool, inside: bool, base: Path, tmp_path: Path
 ) -> None:
     """SIGKILL before the first, second, ... call that touches a file, until one call lives to its end.
 
     A process whose working folder is the checkpoint's gets its files moved in one by one instead.
     """
-    steps = 0
-    while True:
-        folder = elsewhere(base, tmp_path / f"made-{steps}", packed=("mtp.fc",), single=single)
-        before = names_of(folder)
-        others = {n: raw for n, raw in all_tensors(folder).items() if not n.startswith("mtp.")}
-        after = {n: tuple(shape) for n, (_, shape, _) in (others | head_of(base)).items()}
+    whole = elsewhere(base, tmp_path / "whole" / "made", packed=("mtp.fc",), single=single)
+    before = names_of(whole)
+    others = {n: raw for n, raw in all_tensors(whole).items() if not n.startswith("mtp.")}
+    expected = others | head_of(base)
+    after = {n: tuple(shape) for n, (_, shape, _) in expected.items()}
+    steps, killed = 0, True
+    while killed:
+        folder = Path(shutil.copytree(whole, tmp_path / f"step-{steps}" / "made"))
         killed = killed_at(steps, lambda folder=folder: fixed(folder, base), folder if inside else tmp_path)
         between = Checkpoint.open(folder)
         between_names = {n: t.shape for n, t in between.tensors.items()}
@@ -142,11 +147,10 @@ def test_a_repair_killed_at_any_step_leaves_a_whole_checkpoint_and_is_finished_b
         fixed(folder, base)
         checkpoint = Checkpoint.open(folder)
         assert checkpoint.problems == []
-        assert {n: (t.dtype, t.shape, t.read()) for n, t in checkpoint.tensors.items()} == others | head_of(base)
-        assert not [p for p in (*tmp_path.iterdir(), *folder.iterdir()) if p.name.startswith(".")]
-        if not killed:
-            break
-        steps += 1
+        assert {n: (t.dtype, t.shape, t.read()) for n, t in checkpoint.tensors.items()} == expected
+        assert not [p for p in (*folder.parent.iterdir(), *folder.iterdir()) if p.name.startswith(".")]
+        shutil.rmtree(folder.parent)
+        steps += killed
     assert steps > 10
 
 

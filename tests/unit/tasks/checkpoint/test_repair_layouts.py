@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.checkpoint.checkpoint import INDEX, Checkpoint
@@ -281,7 +281,6 @@ def test_an_incomplete_head_is_not_called_repaired_without_a_base(tmp_path: Path
         repair(folder, None)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_after_a_repair_the_head_is_the_bases_and_all_else_is_untouched(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

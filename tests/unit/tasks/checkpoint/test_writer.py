@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import numpy as reference
 
@@ -19,7 +19,6 @@ from tasks.checkpoint.header import DTYPE_BITS, Tensor, read_header
 from tasks.checkpoint.writer import index_of, split_into_shards, write_file, write_json, write_shard
 from tests.factories.checkpoints import raw_tensors, safetensors_bytes
 
-FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 WHOLE_BYTES = [d for d, bits in DTYPE_BITS.items() if bits % 8 == 0]
 
 
@@ -131,7 +130,6 @@ def checkpoints(draw: st.DrawFn) -> dict[str, tuple[str, tuple[int, ...], bytes]
 
 
 @given(raw=checkpoints())
-@FUZZ
 def test_any_tensors_come_back_from_the_reference_reader_as_they_went_in(raw: Any, tmp_path: Path) -> None:
     tensors = tensors_of(tmp_path / "source", raw)
     file = write_shard(tmp_path, "copy.safetensors", tensors)

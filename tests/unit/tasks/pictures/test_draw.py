@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import re
@@ -19,41 +20,23 @@ from PIL import Image
 from tasks.pictures import NAMES, Picture, write_pictures
 from tasks.pictures.draw import draw
 from tests.factories.paths import ROOT
-from tests.factories.pictures import HOSTILE, prompt
+from tests.factories.pictures import HOSTILE, everything, model, prompt, tuned
 
 SVG = "{http://www.w3.org/2000/svg}"
 LINK = "{http://www.w3.org/1999/xlink}href"
 
 
-def model(count: int, **broken: float) -> dict[str, Any]:
-    """What validate measures of a model of `count` blocks, the last of four with full attention."""
-    kinds = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(count)]
-    errors = [0.01 * (1 + 0.03 * i) for i in range(count)]
-    for block, error in broken.items():
-        errors[int(block[1:])] = error
-    names = ("linear_attn.out_proj", "mlp.down_proj")
-    return {
-        "blocks": [
-            {"block": i, "kind": kind, "error": error, "drift": 0.02 + 0.01 * i}
-            for i, (kind, error) in enumerate(zip(kinds, errors, strict=True))
-        ],
-        "matrices": [
-            {"name": f"model.layers.{i}.{name}", "bits": 4, "slope": 1 + 0.0005 * (i % 3), "offset": 0.0, "error": 0.1}
-            for i in range(count)
-            for name in names
-        ],
-        "mtp_acceptance_by_position": [0.871, 0.76, 0.61],
-        "base_mtp_acceptance_by_position": [0.894, 0.8, 0.65],
-    }
-
-
-def tuned(count: int) -> list[dict[str, Any]]:
-    names = [f"model.language_model.layers.{i}" for i in range(count)]
-    return [{"name": n, "loss_before": 2e-5 * 4**i, "loss_after": 1e-5 * 4**i} for i, n in enumerate(names)]
+OF_MEASURED = {
+    "block-errors": {"blocks"},
+    "matrices": {"matrices"},
+    "acceptance-by-position": {"mtp_acceptance_by_position", "base_mtp_acceptance_by_position"},
+}
 
 
 def one(name: str, measured: Any = None, benchmark: Any = None, blocks: Any = ()) -> Picture:
-    return next(picture for picture in draw(measured, benchmark, blocks) if picture.name == name)
+    """Draw a picture from those of the values that are its own."""
+    own = {key: value for key, value in (measured or {}).items() if key in OF_MEASURED.get(name, ())}
+    return next(picture for picture in draw(own, benchmark, blocks) if picture.name == name)
 
 
 def tree(picture: Picture) -> ElementTree.Element:
@@ -136,8 +119,9 @@ def test_a_head_is_not_taken_for_the_first_block() -> None:
     measured = model(4)
     for name in ("mtp.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"):
         measured["matrices"].append({"name": name, "bits": 8, "slope": 1.0, "offset": 0.0, "error": 0.1})
-    (head, _), (block, _) = points(one("matrices", measured), "error 8 bits")
-    assert head > max(x for x, _ in points(one("matrices", measured), "error 4 bits")) > block
+    picture = one("matrices", measured)
+    (head, _), (block, _) = points(picture, "error 8 bits")
+    assert head > max(x for x, _ in points(picture, "error 4 bits")) > block
 
 
 def test_losses_are_drawn_before_and_after() -> None:
@@ -190,26 +174,23 @@ def test_without_a_head_throughput_is_one_bar_a_prompt() -> None:
     assert "times" not in picture.caption
 
 
-def everything(count: int = 4) -> list[Picture]:
-    prompts = [prompt("p", mtp=mtp, speed=50.0 + 40 * mtp) for mtp in (False, True)]
-    return draw(model(count), {"prompts": prompts}, tuned(count))
+@pytest.fixture(scope="module")
+def all_pictures() -> list[Picture]:
+    return everything()
 
 
-def test_a_picture_is_drawn_the_same_way_each_time() -> None:
-    script = "from tests.unit.tasks.pictures.test_draw import *; import hashlib\n"
+def test_a_picture_is_drawn_the_same_way_each_time(all_pictures: list[Picture]) -> None:
+    """In another process, whose sets have another order."""
+    script = "from tests.factories.pictures import everything; import hashlib\n"
     script += "print(hashlib.sha256(b''.join(p.svg + p.png for p in everything())).hexdigest())"
-    digests = {
-        subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
-    }
-    assert len(digests) == 1
-    assert not any(b"<dc:date>" in p.svg or matplotlib.__version__.encode() in p.svg + p.png for p in everything())
+    other = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert other.strip() == hashlib.sha256(b"".join(p.svg + p.png for p in all_pictures)).hexdigest()
+    assert not any(b"<dc:date>" in p.svg or matplotlib.__version__.encode() in p.svg + p.png for p in all_pictures)
 
 
-def test_all_pictures_have_their_names_a_caption_and_a_transparent_png() -> None:
-    made = everything()
-    assert tuple(picture.name for picture in made) == NAMES
-    for picture in made:
+def test_all_pictures_have_their_names_a_caption_and_a_transparent_png(all_pictures: list[Picture]) -> None:
+    assert tuple(picture.name for picture in all_pictures) == NAMES
+    for picture in all_pictures:
         png = Image.open(io.BytesIO(picture.png))
         assert png.mode == "RGBA" and png.width == 1000 and png.getpixel((0, 0)) == (255, 255, 255, 0)
         assert tree(picture).get("width") == "450pt"  # 600 pixels
@@ -232,14 +213,7 @@ def test_a_picture_without_values_is_not_made(values: tuple[Any, Any, Any]) -> N
     assert draw(*values) == []
 
 
-@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_hostile_name_is_text_and_nothing_else(name: str) -> None:
-    measured = model(4)
-    measured["matrices"][3] |= {"name": name, "slope": 1.5, "bits": name}
-    measured["blocks"][1]["kind"] = name
-    prompts = [prompt(name, mtp=mtp, set=name, sampling=name) for mtp in (False, True)]
-    made = draw(measured, {"prompts": prompts}, [{**tuned(1)[0], "name": name}])
-    assert len(made) == len(NAMES)
+def assert_nothing_but_text(made: list[Picture]) -> None:
     for picture in made:
         tags = {element.tag.removeprefix(SVG) for element in tree(picture).iter()}
         assert tags <= {"svg", "metadata", "defs", "style", "g", "path", "use", "text", "tspan", "clipPath", "rect"}
@@ -249,10 +223,41 @@ def test_a_hostile_name_is_text_and_nothing_else(name: str) -> None:
         assert picture.caption.isprintable() and len(picture.caption) < 400
 
 
-def test_files_of_an_earlier_run_go_and_others_stay(tmp_path: Path) -> None:
+def test_hostile_names_are_text_and_nothing_else() -> None:
+    """All of them at once: as blocks, matrices, prompts and settings."""
+    count = len(HOSTILE)
+    measured = model(count)
+    for number, name in enumerate(HOSTILE):
+        measured["matrices"][2 * number] |= {"name": name, "slope": 1.5 + number, "bits": name}
+    prompts = [prompt(name, mtp=mtp, set=name, sampling=HOSTILE[0]) for mtp in (False, True) for name in HOSTILE]
+    blocks = [{**block, "name": name} for block, name in zip(tuned(count), HOSTILE, strict=True)]
+    made = draw(measured, {"prompts": prompts}, blocks)
+    assert len(made) == len(NAMES)
+    for some in (HOSTILE[:7], HOSTILE[7:]):  # a legend has room for so many kinds of blocks
+        for block, name in zip(measured["blocks"], some, strict=False):
+            block["kind"] = name
+        made.append(one("block-errors", measured))
+    assert_nothing_but_text(made)
+    named = " ".join(text for picture in made for text in texts(picture))
+    assert all(part in named for part in ("<script>", "$x^{2}$ $", "\\frac{", "a b c", "名前 🦉", "&lt;b&gt;", "]]>"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_name_in_every_place_is_text_and_nothing_else(name: str) -> None:
+    measured = model(4)
+    measured["matrices"][3] |= {"name": name, "slope": 1.5, "bits": name}
+    measured["blocks"][1]["kind"] = name
+    prompts = [prompt(name, mtp=mtp, set=name, sampling=name) for mtp in (False, True)]
+    made = draw(measured, {"prompts": prompts}, [{**tuned(1)[0], "name": name}])
+    assert len(made) == len(NAMES)
+    assert_nothing_but_text(made)
+
+
+def test_files_of_an_earlier_run_go_and_others_stay(all_pictures: list[Picture], tmp_path: Path) -> None:
     (tmp_path / "throughput.png").write_bytes(b"old")
     (tmp_path / "holiday.png").write_bytes(b"mine")
-    made = [picture for picture in everything() if picture.name in {"losses", "matrices"}]
+    made = [picture for picture in all_pictures if picture.name in {"losses", "matrices"}]
     assert write_pictures(tmp_path, made) == ["matrices.svg", "matrices.png", "losses.svg", "losses.png"]
     assert {path.name for path in tmp_path.iterdir()} == {
         "matrices.svg", "matrices.png", "losses.svg", "losses.png", "holiday.png",

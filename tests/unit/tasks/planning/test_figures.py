@@ -19,7 +19,7 @@ from tasks.planning.needs import disk_problem, needs
 from tasks.planning.output import head_bytes, plan_output
 from tasks.recipe import Benchmark, Recipe
 from tasks.recipe_file import parse_recipe
-from tasks.store import Store, open_store
+from tasks.store import Store
 from tests.factories.pico import pico_base
 
 # Packed weights of Qwen3.6-27B's blocks.
@@ -31,11 +31,6 @@ ALL_STAGES = {"quantize", "mtp_fix", "validate", "benchmark"}
 def recipe(gpu: str | None = None, **quantize: Any) -> Recipe:
     hardware = {"hardware": {"gpu": gpu}} if gpu else {}
     return parse_recipe({"base": {"repo_id": "a/b"}, "quantize": quantize, **hardware})
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store((tmp_path / "store").as_uri())
 
 
 def record(store: Store, stage: str, **facts: Any) -> None:

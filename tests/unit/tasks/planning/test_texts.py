@@ -22,6 +22,8 @@ from tasks.store import Store
 from tasks.text import TEXTS, Text, find_text
 from tests.factories.paths import ROOT, TINY
 
+pytestmark = pytest.mark.usefixtures("quick_rendering")
+
 BASE = Revision("a/b", "0" * 40, ())
 RUN = {"quantize", "validate"}
 LONG = {"max_position_embeddings": 32_768}

@@ -16,14 +16,46 @@ import pytest
 from tasks.store import lease as leases
 from tasks.store.folder import FolderBackend
 from tasks.store.lease import Owner, lease
+from tests.factories.requant import wait_for
 
 KEY = "k" * 64
 
 
+class Counted(FolderBackend):
+    """A store that counts how often it is read."""
+
+    reads = 0
+
+    def read(self, key: str) -> bytes | None:
+        found = super().read(key)
+        self.reads += 1
+        return found
+
+
 @pytest.fixture
-def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FolderBackend:
+def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counted:
     monkeypatch.setattr(leases, "POLL", 0.01)
-    return FolderBackend(tmp_path / "store")
+    return Counted(tmp_path / "store")
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of who watches a lease."""
+    made = Clock()
+    monkeypatch.setattr(leases, "time", made)
+    return made
 
 
 def held(backend: FolderBackend) -> list[str]:
@@ -84,7 +116,7 @@ def test_a_second_run_waits_until_the_first_is_done_and_says_once_for_whom(backe
     threads[0].start()
     assert inside.wait(5)
     threads[1].start()
-    time.sleep(0.2)
+    wait_for(lambda: told)
     assert order == [] and len(told) == 1 and "which does this work" in told[0]
     leave.set()
     for thread in threads:
@@ -124,19 +156,19 @@ def test_of_12_threads_only_one_is_inside_at_a_time(backend: FolderBackend) -> N
 def test_the_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(backend: FolderBackend) -> None:
     mine = Owner.this_process()
     leave_lease(backend, replace(mine, pid=dead_pid()))
-    started, told = time.monotonic(), []
+    told: list[str] = []
     with lease(backend, "quantize", KEY, on_wait=told.append):
         assert "000002" in held(backend)
-    assert time.monotonic() - started < 1.0 and told == []
+    assert told == [], "nobody was waited for"
     assert held(backend) == []
 
 
 def test_a_pid_used_again_by_another_process_is_not_the_owner(backend: FolderBackend) -> None:
     mine = Owner.this_process()
     leave_lease(backend, replace(mine, started=mine.started - 3600))
-    started = time.monotonic()
-    take(backend)
-    assert time.monotonic() - started < 1.0
+    told: list[str] = []
+    take(backend, told=told)
+    assert told == [], "nobody was waited for"
 
 
 def test_a_living_process_of_this_machine_is_waited_for(backend: FolderBackend) -> None:
@@ -144,41 +176,48 @@ def test_a_living_process_of_this_machine_is_waited_for(backend: FolderBackend) 
     told: list[str] = []
     thread = threading.Thread(target=take, args=(backend, 10.0, told))
     thread.start()
-    time.sleep(0.2)
+    wait_for(lambda: told)
     assert thread.is_alive() and len(told) == 1
     backend.delete(name)
     thread.join(5)
     assert not thread.is_alive()
 
 
-def test_a_silent_owner_on_another_machine_is_given_up_after_a_while(
-    backend: FolderBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(leases, "DEAD_AFTER", 0.3)
+def test_a_silent_owner_on_another_machine_is_given_up_after_a_while(backend: Counted, clock: Clock) -> None:
     leave_lease(backend, owner_of("elsewhere/pid:[1]"))
     told: list[str] = []
-    started = time.monotonic()
-    take(backend, told=told)
-    assert 0.3 <= time.monotonic() - started < 2.0
+    thread = threading.Thread(target=take, args=(backend, 10.0, told))
+    thread.start()
+    for _ in range(3):
+        looked_at(backend)
+        assert thread.is_alive()
+        clock.now += leases.DEAD_AFTER / 3 + 0.1
+    thread.join(10)
+    assert not thread.is_alive()
     assert told == ["waiting for process 1 on elsewhere, which does this work"]
     assert held(backend) == []
 
 
-def test_an_owner_on_another_machine_that_beats_is_never_given_up(
-    backend: FolderBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(leases, "DEAD_AFTER", 0.6)
+def test_an_owner_on_another_machine_that_beats_is_never_given_up(backend: Counted, clock: Clock) -> None:
     owner = owner_of("elsewhere")
     name = leave_lease(backend, owner)
     thread = threading.Thread(target=take, args=(backend,))
     thread.start()
     for beat in range(1, 11):
-        time.sleep(0.1)
         backend.write(name, replace(owner, beats=beat).to_json())
+        looked_at(backend)
+        clock.now += leases.DEAD_AFTER * 0.9
+    looked_at(backend)
     assert thread.is_alive()
     backend.delete(name)
     thread.join(5)
     assert not thread.is_alive()
+
+
+def looked_at(backend: Counted) -> None:
+    """Wait until whoever watches has read the lease as it is now, and drawn its conclusion."""
+    before = backend.reads
+    wait_for(lambda: backend.reads >= before + 3)
 
 
 def test_an_owner_beats_while_it_works(backend: FolderBackend) -> None:

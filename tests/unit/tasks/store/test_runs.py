@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -16,18 +14,17 @@ from tasks.recipe import Recipe
 from tasks.stage import StageResult
 from tasks.store import Store, runs
 from tasks.store.catalog import read_catalog
-from tasks.store.folder import FolderBackend
 from tasks.store.runs import Run, recorded
+from tests.factories.requant import wait_for
 
 SHA = "c" * 40
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+def store(store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store whose runs are looked at often."""
     monkeypatch.setattr(runs, "PAUSE", 0.01)
-    backend = FolderBackend(tmp_path / "store")
-    backend.check()
-    return Store(backend, near=backend)
+    return store
 
 
 def a_run(*keys: str) -> Run:
@@ -39,19 +36,12 @@ def read(store: Store) -> Run | None:
     return None if text is None else Run.from_json(text, 0.0)
 
 
-def soon(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_run_is_recorded_as_soon_as_it_has_used_something_and_whole_at_its_end(store: Store) -> None:
     used: list[str] = []
     with recorded(store, lambda: a_run(*used) if used else None):
         assert read(store) is None
         used.append("a")
-        soon(lambda: read(store) == a_run("a"))
+        wait_for(lambda: read(store) == a_run("a"))
         used.append("b")
     assert read(store) == a_run("a", "b")
 
@@ -61,9 +51,9 @@ def test_a_run_that_goes_on_is_written_again_so_that_its_age_says_so(
 ) -> None:
     monkeypatch.setattr(runs, "BEAT", 0.02)
     with recorded(store, lambda: a_run("a")):
-        soon(lambda: read(store) is not None)
+        wait_for(lambda: read(store) is not None)
         (first,) = read_catalog(store).runs
-        soon(lambda: read_catalog(store).runs[0].seen > first.seen)
+        wait_for(lambda: read_catalog(store).runs[0].seen > first.seen)
 
 
 def test_a_store_that_fails_does_not_stop_the_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

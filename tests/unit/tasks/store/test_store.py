@@ -75,12 +75,6 @@ class Remote:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    folder = FolderBackend(tmp_path / "store")
-    return Store(folder, near=folder)
-
-
-@pytest.fixture
 def remote() -> Remote:
     return Remote()
 

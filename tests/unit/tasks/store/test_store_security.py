@@ -78,10 +78,16 @@ def test_two_names_that_are_one_file_where_case_is_ignored_are_refused(one: str,
         Manifest.of([File(one, 0, EMPTY), File(other, 0, EMPTY)])
 
 
+@pytest.fixture(scope="module")
+def bucket() -> S3Backend:
+    """A bucket that does not exist."""
+    return S3Backend("bucket", "prefix", patience=0)
+
+
 @pytest.mark.parametrize("key", ["../other/x", "a/../../x", "/x", "", "a\\..\\x", "a\0b", "a/./b", "n" * 4096])
-def test_no_key_leaves_the_prefix_of_a_bucket(key: str, tmp_path: Path) -> None:
-    """Nothing is sent: the bucket does not exist, and no server is asked."""
-    backend = S3Backend("bucket", "prefix", patience=0)
+def test_no_key_leaves_the_prefix_of_a_bucket(key: str, bucket: S3Backend, tmp_path: Path) -> None:
+    """Nothing is sent: no server is asked."""
+    backend = bucket
     (tmp_path / "file").write_bytes(b"x")
     operations = (
         lambda: backend.read(key),

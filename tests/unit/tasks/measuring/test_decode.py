@@ -20,6 +20,7 @@ from tests.factories.paths import TINY
 from tests.factories.pico import pico_base
 
 CPU = torch.device("cpu")
+TOKENS = 30  # generated after each prompt
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,8 +49,14 @@ def text() -> torch.Tensor:
     return torch.tensor(load_tokenizer(TINY)(EVALUATION.read_text()[:4000])["input_ids"])
 
 
-def prompts(text: torch.Tensor, count: int = 4, length: int = 24) -> list[torch.Tensor]:
+def prompts(text: torch.Tensor, count: int = 3, length: int = 24) -> list[torch.Tensor]:
     return [text[100 * n : 100 * n + length] for n in range(count)]
+
+
+@pytest.fixture(scope="module")
+def plain(skeleton: Skeleton, text: torch.Tensor) -> list[tuple[list[int], list[float]]]:
+    """What each prompt is continued with, a token at a time."""
+    return [decode(skeleton, prompt, TOKENS) for prompt in prompts(text)]
 
 
 def test_drafts_at_all_places_at_once_are_those_made_one_after_the_other(
@@ -69,40 +76,45 @@ def test_drafts_at_all_places_at_once_are_those_made_one_after_the_other(
             state = head(drafted[None], state[None], torch.tensor([[place + 1 + step]]), cache=cache)[0]
 
 
-@pytest.mark.parametrize("drafts", [1, 2, 3])
+@pytest.mark.parametrize("drafts", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_speculative_decoding_gives_the_tokens_of_plain_decoding(
-    skeleton: Skeleton, head: MtpHead, text: torch.Tensor, drafts: int
+    skeleton: Skeleton, head: MtpHead, text: torch.Tensor, plain: list[tuple[list[int], list[float]]], drafts: int
 ) -> None:
     """Token for token, with drafts taken and refused on the way."""
     taken = refused = 0
-    for prompt in prompts(text):
-        plain, leads = decode(skeleton, prompt, 40)
-        found = speculate(skeleton, head, prompt, 40, drafts)
-        assert found.tokens == plain and agreement(plain, leads, found.tokens) == 1.0
+    for prompt, (tokens, leads) in zip(prompts(text), plain, strict=True):
+        found = speculate(skeleton, head, prompt, TOKENS, drafts)
+        assert found.tokens == tokens and agreement(tokens, leads, found.tokens) == 1.0
         assert found.accepted == sorted(found.accepted, reverse=True) and found.steps >= found.accepted[0]
         taken, refused = taken + found.accepted[-1], refused + found.steps - found.accepted[-1]
     assert taken > 5 and refused > 5
 
 
-def test_plain_decoding_is_transformers_own(skeleton: Skeleton, text: torch.Tensor) -> None:
+def test_plain_decoding_is_transformers_own(
+    skeleton: Skeleton, text: torch.Tensor, plain: list[tuple[list[int], list[float]]]
+) -> None:
     model = load_model(skeleton.checkpoint, torch.float32, CPU)
     prompt = prompts(text)[1]
     output = model.generate(
-        input_ids=prompt[None], attention_mask=torch.ones_like(prompt[None]), do_sample=False, min_new_tokens=30,
-        max_new_tokens=30, pad_token_id=0,
+        input_ids=prompt[None], attention_mask=torch.ones_like(prompt[None]), do_sample=False, min_new_tokens=TOKENS,
+        max_new_tokens=TOKENS, pad_token_id=0,
     )  # fmt: skip
-    assert decode(skeleton, prompt, 30)[0] == output[0, len(prompt) :].tolist()
+    assert plain[1][0] == output[0, len(prompt) :].tolist()
 
 
 def test_without_the_state_from_before_a_refused_draft_the_text_goes_wrong(
-    skeleton: Skeleton, head: MtpHead, text: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    skeleton: Skeleton,
+    head: MtpHead,
+    text: torch.Tensor,
+    plain: list[tuple[list[int], list[float]]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What the restored state is for: a copy that is none leaves the refused drafts in the recurrent state."""
     monkeypatch.setattr(decoding.copy, "deepcopy", lambda cache: cache)
-    wrong = [
-        speculate(skeleton, head, prompt, 40, 3).tokens != decode(skeleton, prompt, 40)[0] for prompt in prompts(text)
-    ]
-    assert any(wrong)
+    assert any(
+        speculate(skeleton, head, prompt, TOKENS, 3).tokens != tokens
+        for prompt, (tokens, _) in zip(prompts(text), plain, strict=True)
+    )
 
 
 def test_decoding_block_by_block_gives_the_same_tokens(skeleton: Skeleton, text: torch.Tensor) -> None:
