@@ -84,7 +84,9 @@ class Forked:
         self.args = list(arguments)
         self._folder = tempfile.TemporaryDirectory(prefix="requant-fork-")
         self._out, self._err = Path(self._folder.name, "stdout"), Path(self._folder.name, "stderr")
-        self._out.touch(), self._err.touch()
+        self._out.touch()
+        self._err.touch()
+        self._said: tuple[str, str] | None = None
         self._process = multiprocessing.get_context("forkserver").Process(
             target=_main, args=(self.args, dict(environment), str(self._out), str(self._err))
         )
@@ -111,7 +113,10 @@ class Forked:
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for its end; what it wrote to stdout and to stderr."""
         self.wait(timeout)
-        return self._out.read_text(), self._err.read_text()
+        if self._said is None:
+            self._said = self._out.read_text(), self._err.read_text()
+            self._folder.cleanup()
+        return self._said
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -139,6 +144,7 @@ def _main(arguments: list[str], environment: dict[str, str], out: str, err: str)
     try:
         if kind == "-m":
             sys.argv = [what, *rest]
+            sys.modules.pop(what, None)  # a new process would not have it either, and runpy would warn
             runpy.run_module(what, run_name="__main__", alter_sys=True)
         else:
             sys.argv = ["-c", *rest]

@@ -14,9 +14,12 @@ from infra.hub.launch import HubStandIn
 from tasks.artifact import Manifest, file_of
 from tasks.errors import EvaluationFailed, RecipeError
 from tasks.evaluate import check_tasks, data_sets, evaluate, evaluated, recovery
+from tasks.gates import accepted, compare
 from tasks.recipe import Recipe
 from tasks.recipe_file import parse_recipe
-from tasks.store import open_store
+from tasks.store import Store, open_store
+from tasks.text import find_text
+from tasks.validate import read_values, validate
 from tests.factories.paths import TINY
 from tests.factories.pico import pico_base
 from tests.factories.requant import Requant, merge
@@ -166,36 +169,37 @@ def test_a_data_set_of_the_hub_is_pinned_to_its_commit(
     assert data_sets(asked) == {"demo/questions": sha}
 
 
-def test_a_run_is_rejected_by_a_task_and_evaluates_nothing_again(
-    requant: Requant, definitions: Path, prefect_server: str, hub_here: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The flow itself, in this process, which has lm-eval imported."""
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    from flows.requantize import requantize
-
-    monkeypatch.setenv("REQUANT_STORE", requant.environment["REQUANT_STORE"])
+def test_a_result_is_rejected_by_a_task_and_nothing_is_evaluated_again(requant: Requant, definitions: Path) -> None:
+    """The stage itself, in this process, which has lm-eval imported, on what a run made."""
+    store = open_store(requant.environment["REQUANT_STORE"])
     section = {"tasks": ["own_choice", "own_perplexity"], "definitions": str(definitions)}
-    changes = {"eval": section, "allow_remote_code": True, "publish": None}
-
-    def ended(limit: float | None) -> Any:
-        asked = parse_recipe(merge(requant.recipe, {**changes, "gates": {"min_task_recovery": limit}}))
-        with temporary_settings({PREFECT_API_URL: prefect_server}):
-            return requantize(asked, return_state=True)
-
-    rejected = ended(10.0)
-    assert (rejected.name, rejected.is_failed()) == ("Rejected", True)
-    report = rejected.result(raise_on_failure=False)
-    assert [gate.name for gate in report.gates if not gate.passed] == ["task_recovery"]
-    assert set(report.measured["tasks"]) == {"own_choice", "own_perplexity"}
+    recipe = parse_recipe(merge(requant.recipe, {"eval": section, "allow_remote_code": True}))
+    base, result = (the_only(store, requant.store / "artifacts" / stage) for stage in ("download", "mtp_fix"))
+    text = find_text(recipe.validation.text, "validation.text")
+    made = validate(store, recipe, base, result, text)
+    measured = read_values(store, made)
+    assert made.state == "ran" and set(measured["tasks"]) == {"own_choice", "own_perplexity"}
+    gates = compare(measured, recipe.gates.model_copy(update={"min_task_recovery": 10.0}))
+    assert [gate.name for gate in gates if not gate.passed] == ["task_recovery"] and not accepted(gates)
     assert len(list(requant.store.glob("artifacts/evaluate/*"))) == 2
-    again = ended(None)
-    assert again.name == "Validated", again.message
-    assert {stage.name: stage.state for stage in again.result().stages}["validate"] == "reused"
+    assert accepted(compare(measured, recipe.gates.model_copy(update={"min_task_recovery": None})))
+    assert validate(store, recipe, base, result, text).state == "reused"
 
 
-def test_a_run_with_a_task_that_does_not_exist_starts_nothing(requant: Requant, hub: HubStandIn) -> None:
+def the_only(store: Store, folder: Path) -> Manifest:
+    """The only artifact of a stage."""
+    (path,) = folder.iterdir()
+    manifest = store.manifest(folder.name, path.name)
+    assert manifest is not None
+    return manifest
+
+
+def test_a_run_with_a_task_that_does_not_exist_starts_nothing(
+    requant: Requant, definitions: Path, hub: HubStandIn
+) -> None:
     hub.reset_traffic()
+    section = {"tasks": ["gsm9k"], "definitions": str(definitions)}
+    recipe = requant.write_recipe(eval=section, allow_remote_code=True)
     with pytest.raises(RecipeError, match="lm-eval has no task gsm9k"):
-        cli(["run", str(requant.write_recipe(eval={"tasks": ["gsm9k"]})), "--json"], standalone_mode=False)
+        cli(["run", str(recipe), "--json"], standalone_mode=False)
     assert hub.traffic() == []

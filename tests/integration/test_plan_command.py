@@ -249,16 +249,13 @@ def test_texts_that_cannot_work_stop_a_run_before_its_first_byte(
         publish=None,
     )
     hub.reset_traffic()
-    planning = requant("plan", str(path), "--json")
-    assert planning.status == 1 and "Traceback" not in planning.stderr
-    columns, short = planning.document["problems"]
+    outcome = requant("run", str(path), "--json")
+    assert outcome.status == 1 and outcome.document["stages"] == [] and "Traceback" not in outcome.stderr
+    columns, short = outcome.document["error"].rsplit("; ", 1)
     assert columns.startswith(
         "quantize.calibration: the rows of rows.jsonl have the columns prompt, answer; a row needs"
     )
     assert short == "validation.text: short.txt has 5 tokens, and measuring needs at least 512: name a longer text"
-    outcome = requant("run", str(path), "--json")
-    assert outcome.status == 1 and outcome.document["stages"] == []
-    assert outcome.document["error"] == f"{columns}; {short}" and "Traceback" not in outcome.stderr
     assert all(t["status"] == 206 and t["bytes_out"] <= 16 << 10 for t in weights(hub.traffic()))
 
 
