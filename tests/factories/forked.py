@@ -15,6 +15,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
+from tests.factories import warm_child
 from tests.factories.paths import ROOT
 
 PRELOADED = [
@@ -29,6 +30,7 @@ PRELOADED = [
     "tasks.pictures.draw",
     "tasks.plan",
     "tests.factories.forked",
+    "tests.factories.warm_child",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.qwen3_5.modeling_qwen3_5",
@@ -42,9 +44,10 @@ _started_with: dict[str, str] = {}
 
 
 def start_server(environment: Mapping[str, str]) -> None:
-    """Start the process that forks. It ends with this one."""
+    """Start the process that forks, and the one that forks its quantize children. They end with this one."""
     if _started_with:
         return
+    warm_child.address()
     _started_with.update(environment)
     multiprocessing.set_forkserver_preload(PRELOADED)
     with mock.patch.dict(os.environ, {**environment, "PYTHONPATH": str(ROOT)}, clear=True):
@@ -64,7 +67,7 @@ def run_forked(
     """Run `requant ARGUMENTS` in a fork, its output in files of `folder`: exit status, stdout, stderr."""
     out, err = folder / "stdout", folder / "stderr"
     process = multiprocessing.get_context("forkserver").Process(
-        target=_main, args=(list(arguments), dict(environment), str(out), str(err))
+        target=_main, args=(list(arguments), dict(environment), str(out), str(err), warm_child.address())
     )
     process.start()
     process.join(timeout_s)
@@ -76,7 +79,7 @@ def run_forked(
     return process.exitcode, out.read_text(), err.read_text()
 
 
-def _main(arguments: list[str], environment: dict[str, str], out: str, err: str) -> None:
+def _main(arguments: list[str], environment: dict[str, str], out: str, err: str, children: Path) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
@@ -88,6 +91,7 @@ def _main(arguments: list[str], environment: dict[str, str], out: str, err: str)
     from flows.cli import main
 
     try:
-        main()
+        with warm_child.forked_children(children):
+            main()
     finally:
         atexit._run_exitfuncs()  # multiprocessing leaves them out until Python 3.13
