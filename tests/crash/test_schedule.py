@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.factories.paths import ROOT
@@ -42,6 +43,7 @@ def set_paused(stack: Stack, paused: bool) -> None:
     stack.ask("PATCH", f"deployments/{watch}", {"paused": paused})
 
 
+@pytest.mark.slow
 def test_the_scheduler_starts_the_watch_which_starts_a_run_of_a_new_commit_of_a_base(
     stack: Stack, tmp_path: Path
 ) -> None:

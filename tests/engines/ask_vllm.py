@@ -1,7 +1,8 @@
-"""ask_vllm.py CASES.json: what vLLM's own config classes say to generated configs, as a JSON list on stdout.
+"""ask_vllm.py CASES.json: what vLLM's own config classes say to generated configs: {answers, tables} as JSON.
 
 Runs in vLLM's interpreter and imports nothing of this project. A case is {method, config, architecture, draft, layers,
 tensors}; its answer is one per layer: "plain", [bits, group_size, sym], or {"error": ...}; or one error for all.
+The tables are those of each architecture and each draft's: renamed prefixes and fused layers.
 Replaced are only the classes that build kernels (they need a GPU): they hand back the config they are given.
 """
 
@@ -128,6 +129,12 @@ def answer(config: Any, layer: dict[str, str]) -> Any:
     return method.values if isinstance(method, Made) else "plain"
 
 
+def table(model: Any) -> list[Any]:
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    prefixes = dict(mapper.get_rename_mapper().orig_to_new_prefix) if mapper else {}
+    return [prefixes, getattr(model, "packed_modules_mapping", None)]
+
+
 def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -136,6 +143,11 @@ def main() -> None:
     models = {
         name: (registry._try_load_model_cls(name), registry._try_load_model_cls(draft))
         for name, draft in document["architectures"].items()
+    }
+    tables = {
+        name: table(model)
+        for pair, both in zip(document["architectures"].items(), models.values(), strict=True)
+        for name, model in zip(pair, both, strict=True)
     }
     replace_kernels()
     answers: list[Any] = []
@@ -146,7 +158,7 @@ def main() -> None:
             answers.append({"error": f"{type(error).__name__}: {error}"[:200]})
             continue
         answers.append([answer(config, layer) for layer in case["layers"]])
-    json.dump(answers, out)
+    json.dump({"answers": answers, "tables": tables}, out)
     out.close()
 
 

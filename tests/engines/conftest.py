@@ -8,15 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from infra.hub.launch import HubStandIn
+from tests.engines.pipeline import Made, run_pipeline
 from tests.factories.paths import ROOT
-
-if TYPE_CHECKING:
-    from tests.engines.pipeline import Made
 
 
 @pytest.fixture(scope="session")
@@ -30,9 +27,15 @@ def vllm_python() -> str:
 
 @pytest.fixture(scope="session")
 def made(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    """The whole pipeline's result, its Hub still there."""
-    from tests.engines.pipeline import run_pipeline
+    """A result of the whole pipeline, its Hub still there: tuned as little as passes its gates, not measured."""
+    with HubStandIn(tmp_path_factory.mktemp("hub") / "hub", user="me") as hub:
+        folder = tmp_path_factory.mktemp("pipeline")
+        tuning = {"iters": 10, "nsamples": 32}
+        yield run_pipeline(folder, hub, vllm_python, quantize=tuning, benchmark={"engine": "none"})
 
-    folder = tmp_path_factory.mktemp("pipeline")
-    with HubStandIn(folder / "hub", user="me") as hub:
-        yield run_pipeline(folder, hub, vllm_python)
+
+@pytest.fixture(scope="session")
+def well_made(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    """Tuned as by default, so that its drafts compare with the base's, and measured with its engine."""
+    with HubStandIn(tmp_path_factory.mktemp("hub") / "hub", user="me") as hub:
+        yield run_pipeline(tmp_path_factory.mktemp("pipeline"), hub, vllm_python)

@@ -1,4 +1,4 @@
-"""What the pipeline makes with the real vLLM as its engine, once a session: made from tests/engines/pipeline.yaml."""
+"""What the pipeline makes with the real vLLM as its engine: made from tests/engines/pipeline.yaml."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from infra.hub.launch import HubStandIn
 from tests.factories.paths import ROOT, TINY
+from tests.factories.requant import merge
 
 RECIPE = Path(__file__).parent / "pipeline.yaml"
 BASE, TARGET = "demo/tiny-qwen3_5-mtp", "me/tiny-qwen3_5-mtp-int4-AutoRound"
@@ -43,13 +46,15 @@ def engine_environment(vllm_python: str) -> dict[str, str]:
     return {**os.environ, "REQUANT_VLLM": f"{ROOT / 'infra' / 'engines' / 'serve'} {venv}", "OMP_NUM_THREADS": "1"}
 
 
-def run_pipeline(folder: Path, hub: HubStandIn, vllm_python: str) -> Made:
-    """`requant run` against a Hub stand-in, published there."""
+def run_pipeline(folder: Path, hub: HubStandIn, vllm_python: str, **changes: Any) -> Made:
+    """`requant run` against a Hub stand-in, published there; `changes` to the recipe."""
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(merge(yaml.safe_load(RECIPE.read_text()), changes)))
     hub.seed(BASE, TINY)
     environment = {**engine_environment(vllm_python), **hub.env, "XDG_CACHE_HOME": str(folder / "cache")}
     environment["REQUANT_STORE"] = (folder / "store").as_uri()
     out = folder / "checkout"
-    command = [sys.executable, "-m", "flows.cli", "run", str(RECIPE), "--json", "--checkout", str(out)]
+    command = [sys.executable, "-m", "flows.cli", "run", str(recipe), "--json", "--checkout", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     return Made(out, json.loads(done.stdout), done.stderr, environment)

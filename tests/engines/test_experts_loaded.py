@@ -9,6 +9,8 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.engines import verdicts
 from tasks.serving.prompts import python_prompts
@@ -19,6 +21,7 @@ from tests.factories.paths import ROOT
 PROMPTS, TOKENS = 12, 96
 
 
+@pytest.mark.slow
 def test_a_moe_drafts_from_fused_and_single_experts_alike_and_packed_besides(vllm_python: str, tmp_path: Path) -> None:
     base = trained_moe(tmp_path / "base")
     apart = with_experts_apart(base, tmp_path / "apart")

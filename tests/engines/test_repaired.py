@@ -1,4 +1,7 @@
-"""What people publish is diagnosed rightly, and after `mtp-fix` drafts in the real vLLM as with the base's head."""
+"""What people publish is diagnosed rightly, and after `mtp-fix` drafts in the real vLLM as with the base's head.
+
+More than 5,000 drafts each, for the night; test_verdicts.py has one such checkpoint with fewer.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from tests.engines.variants import VARIANTS, make
 from tests.factories.checkpoints import all_tensors, from_bf16, rounded, to_bf16
 from tests.factories.paths import ROOT, TINY
 
+pytestmark = pytest.mark.slow
 CARD = "dequantized by the card's script"
 VANILLA, PACKED_FC, SOUND = "as auto-round leaves it", "fc packed, config silent", "head as in the base"
 

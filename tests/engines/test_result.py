@@ -13,14 +13,16 @@ from infra.engines.prompts import PLACE_TOKENS, places
 from tests.engines.pipeline import Made
 from tests.factories.paths import ROOT, TINY
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
-def tried(vllm_python: str, made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def tried(vllm_python: str, well_made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Base and result in bfloat16, and the result in half."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.json"
     prompts.write_text(json.dumps(places()))
     script, draft = Path(__file__).parent / "try_all.py", ROOT / "infra" / "engines" / "draft.py"
-    models = [str(TINY), str(made.folder), f"{made.folder}:half"]
+    models = [str(TINY), str(well_made.folder), f"{well_made.folder}:half"]
     command = [vllm_python, script, draft, prompts, str(PLACE_TOKENS), *models]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -67,19 +67,27 @@ def told(answer: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def answered(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any], Any]]:
-    """The cases with vLLM's answers; one start of vLLM for all."""
-    cases = generate(COUNT)
+def cases() -> list[dict[str, Any]]:
+    return generate(COUNT)
+
+
+@pytest.fixture(scope="module")
+def told_by_vllm(
+    vllm_python: str, cases: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What vLLM says; one start of it for all."""
     questions = [{**case, "layers": [vars(layer) for layer in layers_of(case)]} for case in cases]
     path = tmp_path_factory.mktemp("ask") / "cases.json"
     path.write_text(json.dumps({"architectures": ARCHITECTURES, "cases": questions}))
     done = subprocess.run([vllm_python, ASK, path], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    return list(zip(cases, json.loads(done.stdout), strict=True))
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_rules_answer_as_vllm_does(method: str, answered: list[tuple[dict[str, Any], Any]]) -> None:
+def test_the_rules_answer_as_vllm_does(method: str, cases: list[dict[str, Any]], told_by_vllm: dict[str, Any]) -> None:
+    answered = zip(cases, told_by_vllm["answers"], strict=True)
     mine = [(case, answer) for case, answer in answered if case["method"] == method]
     kinds: Counter[str] = Counter()
     different = []
@@ -103,25 +111,9 @@ def test_the_rules_answer_as_vllm_does(method: str, answered: list[tuple[dict[st
     assert min(kinds["plain"], kinds["quantized"]) > 100 and kinds["error"] + kinds["refused"] > 10, kinds
 
 
-def test_the_tables_of_architectures_are_vllms(vllm_python: str, tmp_path: Path) -> None:
+def test_the_tables_of_architectures_are_vllms(told_by_vllm: dict[str, Any]) -> None:
     """Renamed prefixes and fused layers, of main and draft models, as vLLM's classes have them."""
-    script = tmp_path / "tables.py"
-    script.write_text(
-        "import json, os, sys\n"
-        "out = os.fdopen(os.dup(1), 'w'); os.dup2(2, 1)\n"
-        "from vllm.model_executor.models.registry import ModelRegistry\n"
-        "found = {}\n"
-        "for name in sys.argv[1:]:\n"
-        "    cls = ModelRegistry._try_load_model_cls(name)\n"
-        "    mapper = getattr(cls, 'hf_to_vllm_mapper', None)\n"
-        "    prefixes = dict(mapper.get_rename_mapper().orig_to_new_prefix) if mapper else {}\n"
-        "    found[name] = [prefixes, getattr(cls, 'packed_modules_mapping', None)]\n"
-        "json.dump(found, out)\n"
-    )
-    names = [*ARCHITECTURES, *ARCHITECTURES.values()]
-    done = subprocess.run([vllm_python, script, *names], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = told_by_vllm["tables"]
     for main, draft in ARCHITECTURES.items():
         known = vllm.ARCHITECTURES[main]
         assert known.tree.renames == Renames(tuple(found[main][0].items()))

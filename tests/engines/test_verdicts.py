@@ -11,9 +11,10 @@ import pytest
 
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.engines import verdicts
+from tasks.checkpoint.repair import Base, repair
 from tasks.serving.prompts import python_prompts
 from tests.engines.variants import VARIANTS, make
-from tests.factories.paths import ROOT
+from tests.factories.paths import ROOT, TINY
 
 PROMPTS, TOKENS = 6, 24
 DRAFTS = 0.5  # acceptance: a head with wrong or missing weights stays far below, a sound one above 0.8
@@ -25,10 +26,23 @@ STRICTER = {
 }
 
 
+SOUND, PACKED_FC, MENDED = "head as in the base", "fc packed, config silent", "fc packed, mended"
+EACH_ANSWER = {  # for each method a head that drafts and one that does not, and one that does not load
+    SOUND, PACKED_FC, "packing that vLLM does not read", "gptq, head plain", "gptq, head packed and left out",
+}  # fmt: skip
+NAMES = [name if name in EACH_ANSWER else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The variants whose tests are to run, and what becomes of one when it is mended."""
     root = tmp_path_factory.mktemp("variants")
-    return {name: make(root / str(number), **how) for number, (name, how) in enumerate(VARIANTS.items())}
+    asked = {getattr(item, "callspec", None) and item.callspec.params.get("name") for item in request.session.items}
+    names = [name for name in VARIANTS if name in {*asked, SOUND}]
+    found = {name: make(root / str(number), **VARIANTS[name]) for number, name in enumerate(names)}
+    found[MENDED] = make(root / "mended", **VARIANTS[PACKED_FC])
+    repair(found[MENDED], Base(TINY))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +51,14 @@ def tried(vllm_python: str, folders: dict[str, Path], tmp_path_factory: pytest.T
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.json"
     prompts.write_text(json.dumps(python_prompts(PROMPTS)))
     script, draft = Path(__file__).parent / "try_all.py", ROOT / "infra" / "engines" / "draft.py"
-    models = [f"{path}:vision" if VARIANTS[name].get("vision") else str(path) for name, path in folders.items()]
+    models = [f"{path}:vision" if VARIANTS.get(name, {}).get("vision") else str(path) for name, path in folders.items()]
     command = [vllm_python, script, draft, prompts, str(TOKENS), *models]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(folders, json.loads(done.stdout), strict=True))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_verdict_is_what_vllm_does(name: str, folders: dict[str, Path], tried: dict[str, Any]) -> None:
     verdict = verdicts(Checkpoint.open(folders[name]))["vllm"]
     with_mtp, without = tried[name]["with"], tried[name]["without"]
@@ -56,3 +70,13 @@ def test_the_verdict_is_what_vllm_does(name: str, folders: dict[str, Path], trie
         assert verdict["mtp"] is False and loads
     else:
         assert (verdict["loads"], verdict["mtp"]) == (loads, drafts)
+
+
+def test_a_mended_head_drafts_as_the_bases(folders: dict[str, Path], tried: dict[str, Any]) -> None:
+    assert verdicts(Checkpoint.open(folders[MENDED]))["vllm"]["mtp"] is True
+    mended, sound = tried[MENDED]["with"], tried[SOUND]["with"]
+    assert mended["error"] is None and mended["warnings"] == [] and sound["acceptance"] > DRAFTS
+    assert mended["drafted"] > 50
+    assert [mended[k] for k in ("drafted", "accepted", "outputs")] == [
+        sound[k] for k in ("drafted", "accepted", "outputs")
+    ]

@@ -1,16 +1,15 @@
-"""auto-round run in this process, as the quantize child runs it."""
+"""auto-round itself, as the quantize child runs it."""
 
 from __future__ import annotations
 
-import os
+import json
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from tasks.quantize_child import quantize
-from tasks.quantizing.events import Events
+from tasks.quantizing.run import run_child
 from tasks.recipe_quantize import Quantize
 from tests.factories.paths import ROOT
+from tests.factories.warm_child import address, forked_children
 
 
 def pack_with_auto_round(base: Path, asked: Quantize, folder: Path) -> dict[str, Any]:
@@ -29,6 +28,7 @@ def pack_with_auto_round(base: Path, asked: Quantize, folder: Path) -> dict[str,
         "allow_remote_code": False,
         "gradient_accumulate_steps": 1,
     }
-    folders = {"AR_RESUME_DIR": str(folder / "resume"), "AR_WORK_SPACE": str(folder / "offload")}
-    with mock.patch.dict(os.environ, folders):
-        return quantize(job, folder, Events(folder / "events.jsonl"))
+    with forked_children(address()):
+        assert run_child(job, folder, lambda event: None) == {}
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return result

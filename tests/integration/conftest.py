@@ -18,6 +18,7 @@ from tests.factories.paths import ROOT
 from tests.factories.pico import pico_base
 from tests.factories.releases import TARGET, Made, made
 from tests.factories.requant import LAYERS, Outcome, Requant, recipe_for, store_in
+from tests.factories.warm_child import address, forked_children
 
 
 @pytest.fixture(scope="session")
@@ -95,6 +96,13 @@ def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         yield {**{name: value.strip("'\"") for name, value in pairs}, "CEPH_FOLDER": str(folder)}
     finally:
         subprocess.run([script, "down", str(folder)], check=True, capture_output=True, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def warm_child() -> Iterator[None]:
+    """Where a test calls the quantize stage itself, its child is a fork of a process that has imported auto-round."""
+    with forked_children(address()):
+        yield
 
 
 @pytest.fixture

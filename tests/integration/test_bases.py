@@ -10,12 +10,30 @@ from tasks.checkpoint.account import account
 from tasks.checkpoint.checkpoint import Checkpoint
 from tasks.checkpoint.fp8 import write_plain
 from tasks.pictures.draw import draw
+from tasks.stage import StageResult
 from tests.factories.bases import other_base, quantized
 from tests.factories.fp8_bases import as_fp8
 from tests.factories.pico import pico_base
 
+pytestmark = pytest.mark.usefixtures("warm_child")
+KINDS = ["qwen3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in (
+    "llama", "qwen3_5_text", "qwen3_5_moe_text", "without head",
+))]  # fmt: skip
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_5_text", "qwen3_5_moe_text", "without head"])
+
+@pytest.fixture(scope="module")
+def loops(tmp_path_factory: pytest.TempPathFactory) -> tuple[StageResult, StageResult]:
+    """One base tuned by auto-round's own loop, asked to compare with the last step, and by ours, asked not to."""
+    folder = tmp_path_factory.mktemp("loops")
+    base = other_base(folder / "base", "llama")
+    ends = []
+    for fast in (False, True):
+        (folder / str(fast)).mkdir()
+        ends.append(quantized(folder / str(fast), base, fast=fast, compare_last=not fast)[0])
+    return ends[0], ends[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_block_of_this_base_is_tuned(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AR_LOG_LEVEL", "ERROR")  # the user's own, which hides no loss from the record
     base = pico_base(tmp_path / "base", head=False) if kind == "without head" else other_base(tmp_path / "base", kind)
@@ -30,19 +48,20 @@ def test_every_block_of_this_base_is_tuned(kind: str, tmp_path: Path, monkeypatc
     assert set(reasons) == {"fast", "compare_last", "torch_compile", "low_gpu_mem"}
 
 
-def test_our_loop_ends_where_auto_rounds_does(tmp_path: Path) -> None:
-    """The same losses to float noise, on blocks without the delta rule to the last bit of the artifact."""
-    base = other_base(tmp_path / "base", "llama")
-    ends = []
-    for fast in (False, True):
-        folder = tmp_path / str(fast)
-        folder.mkdir()
-        ends.append(quantized(folder, base, fast=fast, compare_last=False)[0])
-    assert ends[0].manifest.digest == ends[1].manifest.digest
-    losses = [[(b["loss_before"], b["loss_after"]) for b in end.provenance["blocks"]] for end in ends]
-    assert losses[0] == losses[1]
+def test_our_loop_ends_where_auto_rounds_does(loops: tuple[StageResult, StageResult]) -> None:
+    """On blocks without the delta rule: the same losses, and the artifact to the last bit."""
+    assert loops[0].manifest.digest == loops[1].manifest.digest
+    losses = [[(b["loss_before"], b["loss_after"]) for b in end.provenance["blocks"]] for end in loops]
+    assert len(losses[0]) == 2 and losses[0] == losses[1]
 
 
+def test_auto_rounds_own_loop_keeps_the_lowest_batch_whatever_is_asked(loops: tuple[StageResult, StageResult]) -> None:
+    settings = loops[0].provenance["settings"]
+    assert settings["fast"] is False and settings["compare_last"] is False
+    assert "lowest batch" in settings["reasons"]["compare_last"]
+
+
+@pytest.mark.slow
 def test_with_the_delta_rule_the_losses_are_the_same_to_float_noise(tmp_path: Path) -> None:
     base = pico_base(tmp_path / "base", layers=3)
     losses = []
@@ -54,6 +73,7 @@ def test_with_the_delta_rule_the_losses_are_the_same_to_float_noise(tmp_path: Pa
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
+@pytest.mark.slow
 def test_each_block_keeps_the_last_steps_rounding_where_it_is_better_than_the_lowest_batchs(tmp_path: Path) -> None:
     """The first block is tuned alike in both runs: what is kept of it has the lower error over all samples."""
     base = pico_base(tmp_path / "base", layers=3)
@@ -73,13 +93,7 @@ def test_each_block_keeps_the_last_steps_rounding_where_it_is_better_than_the_lo
     assert runs[True][0]["compared"]["lowest batch"] == pytest.approx(runs[False][0]["output_error"], rel=1e-3)
 
 
-def test_auto_rounds_own_loop_keeps_the_lowest_batch_whatever_is_asked(tmp_path: Path) -> None:
-    result, _ = quantized(tmp_path, other_base(tmp_path / "base", "llama"), fast=False, compare_last=True)
-    assert result.provenance["settings"]["compare_last"] is False
-    assert "lowest batch" in result.provenance["settings"]["reasons"]["compare_last"]
-
-
-@pytest.mark.parametrize("scales", ["blocks", "tensor"])
+@pytest.mark.parametrize("scales", ["blocks", pytest.param("tensor", marks=pytest.mark.slow)])
 def test_an_fp8_base_gives_what_its_bf16_weights_give(scales: str, tmp_path: Path) -> None:
     """Some layers stay at 16 bit: they come out as BF16, and nothing of FP8 is left."""
     base = as_fp8(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from tasks.checkpoint.checkpoint import Checkpoint
@@ -25,6 +26,10 @@ from tests.factories.fp8_bases import as_fp8
 from tests.factories.moe_bases import trained_moe, with_experts_apart
 from tests.factories.pico import pico_base
 
+pytestmark = pytest.mark.usefixtures("warm_child")
+KEPT = {"layers.0.mlp.experts": {"bits": 16, "data_type": "fp"}}
+# Random weights pass no gate that compares what two models say.
+RANDOM = Gates(max_perplexity_increase=None, max_kl_divergence=None, min_top1_agreement=None)
 # In a process of its own: auto-round changes transformers where it is loaded.
 THEIRS = """
 import sys, torch, transformers
@@ -48,6 +53,7 @@ def made_of(base: Path, folder: Path, gates: Gates, **settings: Any) -> tuple[Pa
     return store.checkout(whole, folder / "checkout"), compare(measured, gates)
 
 
+@pytest.mark.slow
 def test_a_trained_moe_passes_every_gate_and_transformers_reads_it_as_we_do(tmp_path: Path) -> None:
     base = trained_moe(tmp_path / "base")
     few_steps = Gates(max_perplexity_increase=0.1, min_top1_agreement=0.8)
@@ -66,21 +72,34 @@ def test_a_trained_moe_passes_every_gate_and_transformers_reads_it_as_we_do(tmp_
     assert (theirs - logits.flatten()).abs().max() < 0.1  # it computes in float16
 
 
+def test_with_its_head_it_is_what_the_same_base_gives_with_one_tensor_an_expert(tmp_path: Path) -> None:
+    """The experts of one block are kept, and come out one by one too; the head's stay fused, to the bit."""
+    base = pico_base(tmp_path / "base", experts=4)
+    gates = RANDOM.model_copy(update={"min_mtp_acceptance_ratio": None})
+    check_with_experts_apart(base, gates, tmp_path)
+
+
+@pytest.mark.slow
 def test_without_a_head_it_is_what_the_same_base_gives_with_one_tensor_an_expert(tmp_path: Path) -> None:
-    """The experts of one block are kept, and come out one by one too."""
     base = other_base(tmp_path / "base", "qwen3_5_moe_text", fused=True, moe_intermediate_size=96)
-    apart = with_experts_apart(base, tmp_path / "experts apart")
-    layers = {"layers.0.mlp.experts": {"bits": 16, "data_type": "fp"}}
-    random = Gates(max_perplexity_increase=None, max_kl_divergence=None, min_top1_agreement=None)
-    made, gates = made_of(base, tmp_path / "fused", random, layers=layers)
-    assert [gate for gate in gates if not gate.passed] == []
+    check_with_experts_apart(base, RANDOM, tmp_path)
+
+
+def check_with_experts_apart(base: Path, gates: Gates, folder: Path) -> None:
+    """Compare the base's result, the experts of its first block kept, with that of the same base taken apart."""
+    apart = with_experts_apart(base, folder / "experts apart")
+    made, passed = made_of(base, folder / "fused", gates, layers=KEPT)
+    assert [gate for gate in passed if not gate.passed] == []
     ours, theirs = all_tensors(made), all_tensors(apart)
-    (tmp_path / "apart").mkdir()
-    assert ours == all_tensors(quantized(tmp_path / "apart", apart, layers=layers)[1])
-    kept = {name for name in theirs if ".layers.0.mlp.experts." in name}
+    head = {name: raw for name, raw in all_tensors(base).items() if name.startswith("mtp.")}
+    assert {name: ours.pop(name) for name in head} == head
+    (folder / "apart").mkdir()
+    assert ours == all_tensors(quantized(folder / "apart", apart, layers=KEPT)[1])
+    kept = {name for name in theirs if ".layers.0.mlp.experts." in name and name not in head}
     assert len(kept) == 4 * 3 and all(ours[name] == theirs[name] for name in kept)
 
 
+@pytest.mark.slow
 def test_fused_fp8_experts_give_what_their_bf16_weights_give(tmp_path: Path) -> None:
     fused = pico_base(tmp_path / "base", experts=4)
     made = []

@@ -22,37 +22,50 @@ from tests.factories.bases import other_base
 from tests.factories.pico import pico_base
 
 BLOCKS = "model.language_model.layers"
-SETTINGS: list[dict[str, Any]] = [
+EACH_FEATURE: list[dict[str, Any]] = [
+    {"bits": 3, "sym": False},
+    {"sym": False, "group_size": -1},
+    {"layers": {"mlp.down_proj": {"bits": 8}, "self_attn": {"bits": 16}}},
+    {"layers": {"out_proj": {"scheme": "W8A16"}}, "format": "auto_round:auto_gptq"},
+    {"layers": {"q_proj": {"bits": 8}, f"{BLOCKS}.1.self_attn.q_proj": {"bits": 2}}},
+]
+MORE: list[dict[str, Any]] = [
     {},
     {"bits": 2, "format": "auto_round:auto_gptq"},
-    {"bits": 3, "sym": False},
     {"bits": 8, "group_size": 64},
-    {"sym": False, "group_size": -1},
     {"group_size": 128},
     {"format": "auto_round:auto_gptq", "iters": 1, "lr": 0.01},
-    {"layers": {"mlp.down_proj": {"bits": 8}, "self_attn": {"bits": 16}}},
     {"layers": {"linear_attn": {"group_size": 64}}},
-    {"layers": {"out_proj": {"scheme": "W8A16"}}, "format": "auto_round:auto_gptq"},
     {"layers": {"down_proj": {"bits": 8}}, "sym": False},
-    {"layers": {"q_proj": {"bits": 8}, f"{BLOCKS}.1.self_attn.q_proj": {"bits": 2}}},
     {"layers": {f"{BLOCKS}.1.self_attn.o_proj": {"bits": 16, "data_type": "fp"}}},
 ]
 
 
-@pytest.mark.parametrize("changes", SETTINGS, ids=json.dumps)
+@pytest.mark.parametrize(
+    "changes", [*EACH_FEATURE, *(pytest.param(changes, marks=pytest.mark.slow) for changes in MORE)], ids=json.dumps
+)
 def test_the_plan_packs_what_auto_round_packs_and_writes_its_config(changes: dict[str, Any], tmp_path: Path) -> None:
     base = pico_base(tmp_path / "base")
     check(base, Quantize(**{"group_size": 32, "iters": 0, "nsamples": 2, "seqlen": 32, "batch_size": 2} | changes))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_5_moe_text"])
+@pytest.mark.parametrize(
+    "kind", ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen3", "qwen3_5_moe_text"))]
+)
 def test_the_plan_knows_other_architectures_their_routers_and_a_packed_lm_head(kind: str, tmp_path: Path) -> None:
     base = other_base(tmp_path / kind, kind, tie_word_embeddings=kind == "llama")
     layers = {} if "moe" in kind else {"lm_head": {"bits": 8}}
     check(base, Quantize(group_size=32, iters=0, nsamples=2, seqlen=32, batch_size=2, layers=layers))
 
 
-@pytest.mark.parametrize("layers", [{}, {"experts.*down_proj": {"bits": 8}, "layers.0.mlp.experts.1": {"bits": 16}}])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"experts.*down_proj": {"bits": 8}, "layers.0.mlp.experts.1": {"bits": 16}},
+    ],
+    ids=json.dumps,
+)
 def test_the_plan_takes_fused_experts_apart_as_auto_round_does(layers: dict[str, Any], tmp_path: Path) -> None:
     base = pico_base(tmp_path / "base", experts=4)
     check(base, Quantize(group_size=32, iters=0, nsamples=2, seqlen=32, batch_size=2, layers=layers))

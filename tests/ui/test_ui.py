@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from tests.factories.stack import BASE, Stack, wait_for
@@ -9,8 +10,7 @@ from tests.ui.conftest import SHOTS
 
 
 def shot(page: Page, name: str) -> None:
-    page.wait_for_timeout(1500)  # charts are drawn after all else
-    page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
+    page.screenshot(path=SHOTS / f"{name}.png", full_page=True, animations="disabled")  # at their ends
 
 
 def open_form(page: Page, stack: Stack, deployment: str) -> None:
@@ -88,6 +88,7 @@ def test_a_recipe_is_chosen_by_name_run_and_its_gates_report_and_pictures_are_se
     shot(page, "runs")
 
 
+@pytest.mark.slow
 def test_a_wrong_value_is_refused_by_the_form(page: Page, stack: Stack) -> None:
     open_form(page, stack, "requantize")
     page.get_by_label("Repo Id").first.fill("not a repo")
@@ -96,6 +97,7 @@ def test_a_wrong_value_is_refused_by_the_form(page: Page, stack: Stack) -> None:
     shot(page, "refused")
 
 
+@pytest.mark.slow
 def test_a_recipe_that_no_form_can_see_through_ends_with_a_sentence(page: Page, stack: Stack) -> None:
     open_form(page, stack, "requantize")
     page.get_by_label("Repo Id").first.fill(BASE)
