@@ -33,6 +33,7 @@ OF_FOLDERS = {"engines": "engine", "ui": "browser", "gpu": "gpu"}
 OF_FIXTURES = {"ceph": "ceph", "as_root": "root"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by their folder and their fixtures, and keep those that share costly fixtures in one process."""
     root = Path(__file__).parent
