@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,9 @@ for name in list(os.environ):
 bypass_proxy_on_loopback(os.environ)
 # Threads of two processes on the same cores wait for each other, and the models here are small: one is faster.
 os.environ.update(HF_HUB_DISABLE_XET="1", DO_NOT_TRACK="1", OMP_NUM_THREADS="1")
+# Nothing is written into the user's cache, and no process of the tests reads what another one wrote.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="requant-tests-hf-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 for profile, examples in {"few": 25, "many": 400}.items():
     settings.register_profile(
@@ -46,6 +52,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if folder != "unit":
             group = "ceph" if "ceph" in marks else item.path.stem
             item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Fail if pytest-xdist does not keep groups together: a version that does not would only make the tests slow."""
+    grouped = item.get_closest_marker("xdist_group") and item.config.getoption("loadgroup", False)
+    assert not grouped or "@" in item.nodeid, "pytest-xdist did not read the groups"
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 The standard library's fork server does the forking. A fork has its own pid, signals, exit status, working directory,
 environment, output, threads and locks, so it can be watched, interrupted and killed like any process. Limits:
 
-- What is read at import is what it was when the server started. A fork stands in for a new process only where the
-  environments differ in variables that are read when they are used (READ_LATE); `runs_here` says whether they do.
+- Variables that modules read at import keep the server's values, so only variables in READ_LATE may differ;
+  `runs_here` says whether an environment differs in others.
   A test of what is imported, or of the interpreter's own start (`sitecustomize`, PYTHON* variables), needs a process.
 - The entry point is not run: `-m MODULE` is the same code, while a console script or an installation is not proven.
 - Nothing but imports happens in the server, so that all forks begin alike. They share the seed of str hashes, and
@@ -31,6 +31,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
+from tests.factories import warm_child
 from tests.factories.paths import ROOT
 
 PRELOADED = [
@@ -45,6 +46,7 @@ PRELOADED = [
     "tasks.pictures.draw",
     "tasks.plan",
     "tests.factories.forked",
+    "tests.factories.warm_child",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.qwen3_5.modeling_qwen3_5",
@@ -77,9 +79,15 @@ def runs_here(environment: Mapping[str, str]) -> bool:
 
 
 class Forked:
-    """A fork that does what `python ARGUMENTS` does (-m MODULE or -c CODE); in what it has, a Popen with text pipes."""
+    """Runs `python ARGUMENTS` (-m MODULE or -c CODE) in a fork, with the part of Popen's interface that tests use.
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    With `warm_children`, quantize children are forks too (tests.factories.warm_child). A test that looks for a child
+    among the processes, or kills it, does without.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], environment: Mapping[str, str], *, warm_children: bool = False
+    ) -> None:
         assert runs_here(environment), "its environment differs in what is read at import"
         self.args = list(arguments)
         self._folder = tempfile.TemporaryDirectory(prefix="requant-fork-")
@@ -88,7 +96,14 @@ class Forked:
         self._err.touch()
         self._said: tuple[str, str] | None = None
         self._process = multiprocessing.get_context("forkserver").Process(
-            target=_main, args=(self.args, dict(environment), str(self._out), str(self._err))
+            target=_main,
+            args=(
+                self.args,
+                dict(environment),
+                str(self._out),
+                str(self._err),
+                warm_child.address() if warm_children else None,
+            ),
         )
         self._process.start()
         assert self._process.pid is not None
@@ -131,7 +146,7 @@ def _kill_what_is_left() -> None:
         fork.kill()
 
 
-def _main(arguments: list[str], environment: dict[str, str], out: str, err: str) -> None:
+def _main(arguments: list[str], environment: dict[str, str], out: str, err: str, warm_children: Path | None) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
@@ -142,13 +157,14 @@ def _main(arguments: list[str], environment: dict[str, str], out: str, err: str)
     sys.stdout.reconfigure(line_buffering=False)  # whatever the server's was
     kind, what, *rest = arguments
     try:
-        if kind == "-m":
-            sys.argv = [what, *rest]
-            sys.modules.pop(what, None)  # a new process would not have it either, and runpy would warn
-            runpy.run_module(what, run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = ["-c", *rest]
-            exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+        with warm_child.forked_children(warm_children) if warm_children else contextlib.nullcontext():
+            if kind == "-m":
+                sys.argv = [what, *rest]
+                sys.modules.pop(what, None)  # a new process would not have it either, and runpy would warn
+                runpy.run_module(what, run_name="__main__", alter_sys=True)
+            else:
+                sys.argv = ["-c", *rest]
+                exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
     except SystemExit:
         raise
     except BaseException:

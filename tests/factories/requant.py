@@ -75,14 +75,14 @@ class Requant:
             command, cwd=ROOT, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
 
-    def fork(self, *arguments: str) -> Forked:
+    def fork(self, *arguments: str, warm_children: bool = False) -> Forked:
         """Start a command in a fork (see tests.factories.forked), to be watched, disturbed or killed as well."""
-        return Forked(["-m", "flows.cli", *arguments], self.environment)
+        return Forked(["-m", "flows.cli", *arguments], self.environment, warm_children=warm_children)
 
     def __call__(self, *arguments: str, new_process: bool = False) -> Outcome:
         """Run a command in a fork, or in a new process where a fork would differ."""
         forks = runs_here(self.environment) and not new_process
-        return finish(self.fork(*arguments) if forks else self.start(*arguments))
+        return finish(self.fork(*arguments, warm_children=True) if forks else self.start(*arguments))
 
     def run(self, *arguments: str, **changes: Any) -> Outcome:
         return self("run", str(self.write_recipe(**changes)), "--json", *arguments)
