@@ -1,8 +1,8 @@
 # make demo: the whole pipeline on a tiny model. All targets set themselves up.
 # make test: unit and integration tests, 8 minutes on two cores; make test-unit: the first of them, 2 minutes.
 # make test-engines (the real vLLM), test-ui (the pages in a browser), test-crash (a kill): what CI runs beside them.
-# make test-all: every test and torture, some hours. make test-gpu: tests of the quantize stage that need a GPU.
-# All but test-all leave out what is marked slow; TESTS='-k worker' chooses others. tests/README.md has more.
+# These leave out what is marked slow; TESTS='-k worker' chooses others. tests/README.md has more.
+# make test-all: every test that needs no GPU, and torture: some hours. make test-gpu: the quantize stage on a GPU.
 # make up, make down: Prefect with PostgreSQL, workers, S3 and a Hub stand-in on this machine.
 # make plan-27b: the plan of the 27 B recipe as JSON, against a stand-in that has its base's headers. Nothing else on stdout.
 # make torture: eight processes put, get, list and collect in one store and are killed at random; SECONDS=120 each way.
@@ -15,10 +15,13 @@ INSTALLED := .venv/.installed
 EVALUATES := .venv/.evaluates
 SERVES := .venv/.serves
 TESTS ?= -m "not slow"
+SEED := $(shell date +%j)
 PYTEST := $(BIN)/python -m pytest
-TWO := -n 2 --dist loadgroup  # processes; tests that share a server stay together
+PARALLEL := -n 2 --dist loadgroup # two processes; tests that share a server stay in one of them
 
-.PHONY: install chromium demo plan-27b up down test test-unit test-all test-engines test-gpu test-ui test-crash lint format bench bench-gpu bench-store torture clean
+PARTS := all-integration all-engines all-ui all-crash
+
+.PHONY: $(PARTS) all-unit install chromium demo plan-27b up down test test-unit test-all test-engines test-gpu test-ui test-crash lint format bench bench-gpu bench-store torture clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m infra.demo
@@ -39,11 +42,11 @@ chromium:
 	command -v chromium >/dev/null || apt-get install -y -q --no-install-recommends chromium
 
 test: $(INSTALLED) $(EVALUATES)
-	infra/s3/ceph install || echo "without Ceph, the tests that need it are skipped"
-	$(PYTEST) $(TWO) $(TESTS)
+	infra/s3/ceph install || { [ $$(id -u) != 0 ] && echo "without Ceph, the tests that need it are skipped"; }
+	$(PYTEST) $(PARALLEL) $(TESTS)
 
 test-unit: $(INSTALLED)
-	$(PYTEST) tests/unit $(TWO) $(TESTS)
+	$(PYTEST) tests/unit $(PARALLEL) $(TESTS)
 
 test-engines: $(INSTALLED)
 	infra/engines/install build/vllm
@@ -56,13 +59,18 @@ test-crash: $(SERVES)
 	$(PYTEST) tests/crash $(TESTS)
 
 test-gpu: $(INSTALLED)
-	$(PYTEST) tests/gpu
+	$(PYTEST) tests/gpu $(TESTS)
 
+# Each part runs whatever came of those before it. The seed makes the same random order again: SEED=7.
 test-all: install
-	$(PYTEST) tests/unit $(TWO) -p randomly --hypothesis-profile=many
-	$(MAKE) test TESTS=tests/integration
-	$(MAKE) test-engines test-ui test-crash TESTS=
-	$(MAKE) torture SECONDS=120
+	$(MAKE) -k all-unit $(PARTS) torture SECONDS=120
+
+all-unit:
+	@echo "random order of seed $(SEED)"
+	$(PYTEST) tests/unit $(PARALLEL) -p randomly --randomly-seed=$(SEED) --hypothesis-profile=many
+
+$(PARTS): all-%:
+	$(MAKE) $(if $(filter integration,$*),test TESTS=tests/integration,test-$* TESTS=)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
