@@ -1,7 +1,6 @@
 """SIGKILL of all that a run rests on, in the middle of it: it ends published, once, and little is done again.
 
-In CI the server and its database are killed. A run whose own process is killed waits 90 s until it is taken for dead:
-that is for the night here; tests/integration has it with fewer services.
+CI kills the server and its database. The other kills wait 90 s for a missing heartbeat and run at night.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ import psutil
 import pytest
 
 from infra.stack.__main__ import down, up
-from tests.factories.stack import LAYERS, Stack, kill, wait_for
+from tests.factories.requant import wait_for
+from tests.factories.stack import LAYERS, Stack, kill
 
 Recipe = dict[str, Any]
 THREE_MINUTES_S = 180.0

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from infra.stack.__main__ import CEPH, down, up
 from infra.stack.services import Supervisor, services
 from infra.stack.settings import Settings
 from tests.factories.pico import pico_base
+from tests.factories.requant import wait_for
 
 ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 LAYERS = 4
@@ -225,16 +226,6 @@ def kill(processes: Sequence[psutil.Process]) -> None:
         except psutil.NoSuchProcess:
             continue
     psutil.wait_procs(processes, timeout=10)
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 120, what: str = "it") -> Any:
-    """Poll until the condition holds; its value."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.2)
-    raise AssertionError(f"waited {seconds:.0f} s in vain for {what}")
 
 
 def _ended(run: dict[str, Any]) -> dict[str, Any] | None:

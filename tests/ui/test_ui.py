@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
-from playwright.sync_api import Page, expect
+from typing import TYPE_CHECKING, Any
 
-from tests.factories.stack import BASE, Stack, wait_for
+import pytest
+
+from tests.factories.requant import wait_for
+from tests.factories.stack import BASE, Stack
 from tests.ui.conftest import SHOTS
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+
+def expect(what: Any) -> Any:
+    """What playwright expects of a page, waiting for it. Only the extra `serve` has playwright."""
+    from playwright import sync_api
+
+    return sync_api.expect(what)
 
 
 def shot(page: Page, name: str) -> None:
