@@ -146,7 +146,7 @@ def test_a_store_that_is_away_for_a_minute_is_waited_for(stack: Stack) -> None:
 @pytest.mark.slow
 def test_a_cancelled_run_ends_its_child_and_the_process_on_the_gpu_worker(stack: Stack) -> None:
     run = in_the_middle(stack, stack.recipe(iters=2000), block=1)  # minutes are left, also where cancelling takes one
-    (child,) = stack.children(run)
+    (child,) = stack.child_runs(run)
     began = time.monotonic()
     stack.ask("POST", f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     wait_for(lambda: stack.child() is None, 60, "the process to end")

@@ -73,7 +73,7 @@ def test_a_recipe_is_chosen_by_name_run_and_its_gates_report_and_pictures_are_se
     shot(page, "form-demo")
     run = submit(page, stack, "demo")
 
-    child = wait_for(lambda: stack.children(run), 120, "the quantize run")[0]["id"]
+    child = wait_for(lambda: stack.child_runs(run), 120, "the quantize run")[0]["id"]
     wait_for(lambda: stack.logs(child) and any("block 1 of" in line for line in stack.logs(child)), 300, "a block")
     open_run(page, stack, run, "Logs")
     expect(page.get_by_text("quantize: waiting for run")).to_be_visible()
