@@ -48,7 +48,8 @@ def assert_store_is_whole(requant: Requant) -> None:
 
 def test_killed_while_downloading(requant: Requant, finished: Finished, hub: HubStandIn) -> None:
     requant.forget_base()
-    hub.fault(r"/resolve/.*00001-of-00002\.safetensors", method="GET", times=None, hold_after_bytes=10_000)
+    shard = r"/resolve/.*00001-of-00002\.safetensors"
+    hub.fault(shard, method="GET", times=None, hold_after_bytes=20_000)  # more than its header, which is read before
     process = requant.fork_run(publish=None)
     facts = requant.store / "facts" / "git-blobs"  # one for each small file that is in the store
     wait_for(lambda: len([p for p in facts.glob("*") if not p.name.startswith(".")]) >= 3, process=process)
