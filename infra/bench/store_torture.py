@@ -96,18 +96,20 @@ def torture(
     number, kills = 0, 0
     workers: list[multiprocessing.process.BaseProcess] = []
     started = time.monotonic()
-    while not enough(kills, read_logs(folder)[0]):
-        while len(workers) < PROCESSES:
-            workers.append(FORK.Process(target=work, args=(whole, folder, number, seed)))
-            workers[-1].start()
-            number += 1
-        time.sleep(chance.expovariate(kills_a_second))
-        victim = workers.pop(chance.randrange(len(workers)))
-        kill(victim)
-        kills += 1
-    seconds = round(time.monotonic() - started, 1)
-    for worker in workers:
-        kill(worker)
+    try:
+        while not enough(kills, read_logs(folder)[0]):
+            while len(workers) < PROCESSES:
+                workers.append(FORK.Process(target=work, args=(whole, folder, number, seed), daemon=True))
+                workers[-1].start()
+                number += 1
+            time.sleep(chance.expovariate(kills_a_second))
+            victim = workers.pop(chance.randrange(len(workers)))
+            kill(victim)
+            kills += 1
+        seconds = round(time.monotonic() - started, 1)
+    finally:
+        for worker in workers:
+            kill(worker)
     done, problems = read_logs(folder)
     store = opened(open_store(url), folder, 0)
     problems += [f"afterwards: {text}" for text in verify(store, deep=True).problems]

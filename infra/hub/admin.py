@@ -110,7 +110,7 @@ async def add_fault(disturbance: Disturbed, fault: Fault) -> None:
 
 @router.delete("/faults")
 async def clear_faults(disturbance: Disturbed) -> None:
-    disturbance.faults.clear()
+    disturbance.clear()
 
 
 @router.get("/traffic")

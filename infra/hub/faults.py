@@ -10,6 +10,7 @@ a response unfinished, upon which the server closes the connection under the cli
 import asyncio
 import json
 import re
+from collections import deque
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,10 @@ class Fault(BaseModel):
         whole answer to a request that was carried out.
     cut_request_after_bytes: close it after so many bytes of the request body, if that is read.
     corrupt: flip one bit, of the request body of a POST or PUT, else of the response body.
+    hold_request: keep the request until the faults are cleared. If its connection ends before, it is
+        never carried out.
+    hold_after_bytes: after so many bytes of the response body send nothing until the faults are
+        cleared or the connection ends. 0 holds the whole answer to a request that was carried out.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -50,6 +55,8 @@ class Fault(BaseModel):
     cut_after_bytes: int | None = None
     cut_request_after_bytes: int | None = None
     corrupt: bool = False
+    hold_request: bool = False
+    hold_after_bytes: int | None = None
 
     def takes(self, method: str, address: str) -> bool:
         """Whether this request is one to spoil; counts it if so."""
@@ -88,6 +95,13 @@ class Disturbance:
         self.app = app
         self.faults: list[Fault] = []
         self.traffic: list[Exchange] = []
+        self._cleared = asyncio.Event()
+
+    def clear(self) -> None:
+        """Forget all faults, and let go what they hold."""
+        self.faults.clear()
+        self._cleared.set()
+        self._cleared = asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].startswith(ADMIN_PREFIX):
@@ -97,12 +111,14 @@ class Disturbance:
         self.traffic.append(exchange)
         address = f"{exchange.path}?{exchange.query}" if exchange.query else exchange.path
         fault = next((each for each in self.faults if each.takes(exchange.method, address)), None)
-        channel = _Channel(exchange, fault or Fault(), receive, send)
+        channel = _Channel(exchange, fault or Fault(), receive, send, self._cleared)
         await asyncio.sleep(channel.fault.delay)
         if channel.fault.status:
             await channel.refuse(channel.fault.status)
             return
         try:
+            if channel.fault.hold_request:
+                await channel.hold()
             await self.app(scope, channel.receive, channel.send)
         except ConnectionCut:
             await channel.abandon()
@@ -111,16 +127,37 @@ class Disturbance:
 class _Channel:
     """The two directions of one request, with a fault in between."""
 
-    def __init__(self, exchange: Exchange, fault: Fault, receive: Receive, send: Send) -> None:
+    def __init__(self, exchange: Exchange, fault: Fault, receive: Receive, send: Send, cleared: asyncio.Event) -> None:
         self.fault = fault
+        self._cleared = cleared
+        self._received: deque[Message] = deque()
         self._exchange = exchange
         self._receive, self._send = receive, send
         self._corrupts_request = fault.corrupt and exchange.method in _METHODS_WITH_BODY
         self._corrupts_response = fault.corrupt and not self._corrupts_request
         self._is_cut = False
 
+    async def hold(self) -> None:
+        """Wait until the faults are cleared. Raises ConnectionCut if the client leaves before."""
+        gone, cleared = asyncio.ensure_future(self._leaving()), asyncio.ensure_future(self._cleared.wait())
+        await asyncio.wait({gone, cleared}, return_when=asyncio.FIRST_COMPLETED)
+        left = gone.done()
+        for waiting in (gone, cleared):
+            waiting.cancel()
+        if left:
+            self._is_cut = True
+            raise ConnectionCut
+
+    async def _leaving(self) -> None:
+        """Wait for the end of the connection; what the client sends meanwhile is kept."""
+        while True:
+            message = await self._receive()
+            self._received.append(message)
+            if message["type"] == "http.disconnect":
+                return
+
     async def receive(self) -> Message:
-        message = await self._receive()
+        message = self._received.popleft() if self._received else await self._receive()
         if message["type"] == "http.request":
             body = message.get("body", b"")
             self._exchange.bytes_in += len(body)
@@ -138,6 +175,8 @@ class _Channel:
             raise ConnectionCut  # the application's answer to having been cut
         if message["type"] == "http.response.start":
             self._exchange.status = message["status"]
+            if self.fault.hold_after_bytes == 0:
+                await self.hold()
             await self._send(message)
             return
         body = message.get("body", b"")
@@ -148,6 +187,12 @@ class _Channel:
         if limit is not None and self._exchange.bytes_out + len(body) > limit:
             await self._send_body(message, body[: limit - self._exchange.bytes_out], more=True)
             raise ConnectionCut
+        limit = self.fault.hold_after_bytes
+        if limit and self._exchange.bytes_out + len(body) > limit:
+            first, body = body[: limit - self._exchange.bytes_out], body[limit - self._exchange.bytes_out :]
+            await self._send_body(message, first, more=True)
+            self.fault = self.fault.model_copy(update={"hold_after_bytes": None})
+            await self.hold()
         await self._send_body(message, body, more=message.get("more_body", False))
 
     async def _send_body(self, message: MutableMapping[str, Any], body: bytes, *, more: bool) -> None:

@@ -191,6 +191,8 @@ class HubStandIn:
         cut_after_bytes: int | None = None,
         cut_request_after_bytes: int | None = None,
         corrupt: bool = False,
+        hold_request: bool = False,
+        hold_after_bytes: int | None = None,
     ) -> None:
         """Spoil requests to come, as `infra.hub.faults.Fault` describes."""
         body = {
@@ -205,10 +207,13 @@ class HubStandIn:
             "cut_after_bytes": cut_after_bytes,
             "cut_request_after_bytes": cut_request_after_bytes,
             "corrupt": corrupt,
+            "hold_request": hold_request,
+            "hold_after_bytes": hold_after_bytes,
         }
         self._call("POST", "faults", body)
 
     def clear_faults(self) -> None:
+        """Forget all faults, and let go what they hold."""
         self._call("DELETE", "faults")
 
     def traffic(self) -> list[Exchange]:

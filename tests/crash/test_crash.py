@@ -1,7 +1,6 @@
 """SIGKILL of all that a run rests on, in the middle of it: it ends published, once, and little is done again.
 
-In CI the server and its database are killed. A run whose own process is killed waits 90 s until it is taken for dead:
-that is for the night here; tests/integration has it with fewer services.
+CI kills the server and its database. The other kills wait 90 s for a missing heartbeat and run at night.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ import psutil
 import pytest
 
 from infra.stack.__main__ import down, up
-from tests.factories.stack import LAYERS, Stack, kill, wait_for
+from tests.factories.requant import wait_for
+from tests.factories.stack import LAYERS, Stack, kill
 
 Recipe = dict[str, Any]
 THREE_MINUTES_S = 180.0
@@ -146,7 +146,7 @@ def test_a_store_that_is_away_for_a_minute_is_waited_for(stack: Stack) -> None:
 @pytest.mark.slow
 def test_a_cancelled_run_ends_its_child_and_the_process_on_the_gpu_worker(stack: Stack) -> None:
     run = in_the_middle(stack, stack.recipe(iters=2000), block=1)  # minutes are left, also where cancelling takes one
-    (child,) = stack.children(run)
+    (child,) = stack.child_runs(run)
     began = time.monotonic()
     stack.ask("POST", f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     wait_for(lambda: stack.child() is None, 60, "the process to end")

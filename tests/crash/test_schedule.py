@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from tests.factories.paths import ROOT
-from tests.factories.stack import BASE, Stack, wait_for
+from tests.factories.requant import wait_for
+from tests.factories.stack import BASE, Stack
 
 
 def deploy(stack: Stack, folder: Path) -> None:

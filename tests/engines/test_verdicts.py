@@ -27,7 +27,7 @@ STRICTER = {
 
 
 SOUND, PACKED_FC, MENDED = "head as in the base", "fc packed, config silent", "fc packed, mended"
-EACH_ANSWER = {  # for each method a head that drafts and one that does not, and one that does not load
+EACH_ANSWER = {  # The fewest variants that produce every verdict.
     SOUND, PACKED_FC, "packing that vLLM does not read", "gptq, head plain", "gptq, head packed and left out",
 }  # fmt: skip
 NAMES = [name if name in EACH_ANSWER else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]

@@ -12,8 +12,8 @@ S3_OPERATIONS = (
     "put small", "put new", "put file", "put parts", "complete", "get small", "get file", "head", "list", "delete",
 )  # fmt: skip
 HUB_OPERATIONS = ("tree", "download", "resume", "upload", "commit")
-# What an operation fears most. One that moves bytes: that other bytes arrive. Any other: that it was carried out and
-# its answer is lost, so that it is asked for again.
+# The worst fault of each operation: a flipped bit if it moves data, otherwise a lost answer that makes the client
+# repeat it.
 MOVES_BYTES = {
     "put file", "put parts", "get small", "get file", "list", "tree", "download", "resume", "upload",
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,8 @@ def titles(api: HfApi) -> list[str]:
 
 
 def card_on_hub(api: HfApi) -> str:
-    return Path(api.hf_hub_download(TARGET, "README.md")).read_text()
+    with tempfile.TemporaryDirectory() as cache:
+        return Path(api.hf_hub_download(TARGET, "README.md", cache_dir=cache)).read_text()
 
 
 def sent(hub: HubStandIn) -> int:

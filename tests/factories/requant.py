@@ -137,14 +137,39 @@ def finish(process: subprocess.Popen[str] | Forked, timeout: float = TIMEOUT_S) 
     return Outcome(process.returncode, stdout, stderr)
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 120, pause: float = 0.005) -> Any:
-    """Poll until the condition holds; its value."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+def stop(process: subprocess.Popen[Any]) -> None:
+    """SIGTERM, and SIGKILL if it does not end by that."""
+    process.terminate()
+    try:
+        process.wait(30)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(
+    condition: Callable[[], Any],
+    seconds: float = 120,
+    what: str = "it",
+    *,
+    pause: float = 0.005,
+    process: subprocess.Popen[str] | Forked | None = None,
+) -> Any:
+    """Poll until the condition holds; its value. Fails at once if `process` ends before, with what it wrote.
+
+    A condition that takes long to look at is looked at less often, so that what it waits for gets on.
+    """
+    started = time.monotonic()
+    while True:
+        ended = process is not None and process.poll() is not None  # before it is looked at for the last time
+        asked = time.monotonic()
         if value := condition():
             return value
-        time.sleep(pause)
-    raise AssertionError("waited in vain")
+        now = time.monotonic()
+        if process is not None and ended:
+            raise AssertionError(f"waited for {what}, and the process ended: {finish(process)}")
+        assert now < started + seconds, f"waited {seconds:.0f} s in vain for {what}"
+        time.sleep(max(pause, 9 * (now - asked)))
 
 
 def recipe_for(repo_id: str, target: str | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,8 @@ from infra.stack.__main__ import CEPH, down, up
 from infra.stack.services import Supervisor, services
 from infra.stack.settings import Settings
 from tests.factories.pico import pico_base
+from tests.factories.quantizing import children
+from tests.factories.requant import wait_for
 
 ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 LAYERS = 4
@@ -88,10 +90,10 @@ class Stack:
         run: dict[str, Any] = self.ask("GET", f"flow_runs/{run_id}")
         return run
 
-    def children(self, run_id: str) -> list[dict[str, Any]]:
+    def child_runs(self, run_id: str) -> list[dict[str, Any]]:
         filters = {"flow_runs": {"parent_flow_run_id": {"any_": [run_id]}}}
-        children: list[dict[str, Any]] = self.ask("POST", "flow_runs/filter", filters)
-        return children
+        runs: list[dict[str, Any]] = self.ask("POST", "flow_runs/filter", filters)
+        return runs
 
     def state(self, run_id: str) -> str:
         return str(self.run(run_id)["state"]["name"])
@@ -119,7 +121,7 @@ class Stack:
 
     def blocks(self, run_id: str) -> list[int]:
         """The blocks that the run's quantize child reported finished, in order, also twice."""
-        lines = [line for child in self.children(run_id) for line in self.logs(child["id"])]
+        lines = [line for child in self.child_runs(run_id) for line in self.logs(child["id"])]
         return [int(found[1]) for line in lines if (found := re.match(r"block (\d+) of \d+:", line))]
 
     def unfinished(self) -> list[str]:
@@ -168,14 +170,7 @@ class Stack:
 
     def child(self) -> psutil.Process | None:
         """The process that runs auto-round."""
-        for process in psutil.process_iter():
-            try:
-                words = process.cmdline()
-            except psutil.Error:
-                continue
-            if "tasks.quantize_child" in words and any(str(self.settings.folder) in word for word in words):
-                return process
-        return None
+        return next(iter(children(self.settings.folder)), None)
 
     def environment(self) -> dict[str, str]:
         return {**os.environ, **self.settings.client()}
@@ -225,16 +220,6 @@ def kill(processes: Sequence[psutil.Process]) -> None:
         except psutil.NoSuchProcess:
             continue
     psutil.wait_procs(processes, timeout=10)
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 120, what: str = "it") -> Any:
-    """Poll until the condition holds; its value."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.2)
-    raise AssertionError(f"waited {seconds:.0f} s in vain for {what}")
 
 
 def _ended(run: dict[str, Any]) -> dict[str, Any] | None:

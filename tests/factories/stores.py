@@ -2,19 +2,62 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tasks.artifact import sha256_of
 from tasks.store.folder import FolderBackend
+from tests.factories.requant import wait_for
 
 Install = Callable[..., None]
 
 
 class Remote(FolderBackend):
-    """A place elsewhere: the file that was sent stays where it is."""
+    """A place elsewhere, as S3 is: a file that was sent stays where it is. What it hands out can be altered."""
 
-    def put_file(self, key: str, path: Path, *more: str) -> None:
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.fetched: list[str] = []
+        self.on_the_way: Callable[[bytes], bytes] = bytes
+
+    def put_file(self, key: str, path: Path, sha256: str | None = None) -> None:
         copy = path.with_name(f"{path.name}.sent")
         shutil.copyfile(path, copy)
         super().put_file(key, copy)
+
+    def get_file(self, key: str, path: Path) -> str:
+        self.fetched.append(key)
+        found = super().get_file(key, path)
+        sent = path.read_bytes()
+        if (came := self.on_the_way(sent)) == sent:
+            return found
+        path.unlink()
+        path.write_bytes(came)
+        return sha256_of(path)
+
+
+class Counted(FolderBackend):
+    """A store that counts how often a lease in it is read."""
+
+    reads = 0
+
+    def read(self, key: str) -> bytes | None:
+        found = super().read(key)
+        self.reads += key.startswith("leases/")
+        return found
+
+    def wait_for_a_look(self) -> None:
+        """Wait until whoever watches a lease has read it as it is now, and drawn its conclusion."""
+        before = self.reads
+        wait_for(lambda: self.reads >= before + 3)
+
+
+def ago(folder: Path, days: float, *below: str) -> None:
+    """Make everything in a folder as old as that, or what is `below` these paths in it."""
+    at = time.time() - days * 86400
+    for path in [folder / name for name in below] or [folder]:
+        for each in (path, *path.rglob("*")):
+            os.utime(each, (at, at))

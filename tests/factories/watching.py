@@ -148,10 +148,9 @@ SETTLED_NS = 100_000_000  # beyond the grain of any file system's clock
 
 
 def hashed(path: str, status: os.stat_result) -> str:
-    """The content of a file. It is read once, unless something touches it.
+    """Hash each file once.
 
-    Whatever changes a file sets its ctime, which nobody can set back. As git does, a file that was touched a moment ago
-    is read every time: a change within the grain of the clock would not show.
+    A file changed less than 0.1 s ago is hashed every time, because its timestamps may not show another change.
     """
     key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     if key not in _hashes:

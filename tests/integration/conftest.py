@@ -116,7 +116,7 @@ def hub_here(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def api(hub: HubStandIn) -> Iterator[HfApi]:
-    """The real client; what a test released is gone behind it."""
+    """The real client. Deletes the released repository after the test."""
     api = HfApi(endpoint=hub.url, token=hub.token)
     yield api
     api.delete_repo(TARGET, missing_ok=True)

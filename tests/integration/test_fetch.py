@@ -57,12 +57,14 @@ class Download:
     def variables(self) -> dict[str, str]:
         return {**self.environment, "REQUANT_STORE": self.store.as_uri()}
 
-    def killed(self, arrived: int, before: str = "") -> int:
-        """Kill a download when so many bytes are there, long before the last; the bytes that are left."""
+    def killed(self, hub: HubStandIn, before: str = "") -> int:
+        """Kill a download of which half is sent and no more; the bytes that have arrived in the file."""
+        hub.fault(f"/resolve/.*{SHARD}", method="GET", times=None, hold_after_bytes=SIZE // 2)
         process = self.start(before)
-        wait_for(lambda: self.partial() >= arrived)
+        wait_for(lambda: self.partial() >= SIZE // 3, process=process)
         process.kill()
         process.communicate()
+        hub.clear_faults()
         return self.partial()
 
     def partial(self) -> int:
@@ -93,8 +95,7 @@ def assert_stored(download: Download, tmp_path: Path) -> None:
 def test_a_killed_download_goes_on_in_the_middle_of_the_file(
     hub: HubStandIn, download: Download, tmp_path: Path
 ) -> None:
-    hub.fault(f"/resolve/.*{SHARD}", method="GET", times=1, bytes_per_second=1 << 20)
-    left = download.killed(2 << 20)
+    left = download.killed(hub)
     hub.reset_traffic()
     output, errors = download.start().communicate(timeout=60)
     assert f"going on with {SHARD} after {left:,} of {SIZE:,} bytes" in output, errors
@@ -106,8 +107,7 @@ def test_a_killed_download_goes_on_in_the_middle_of_the_file(
 def test_what_a_machine_without_power_left_is_thrown_away_when_it_is_wrong(
     hub: HubStandIn, download: Download, tmp_path: Path
 ) -> None:
-    hub.fault(f"/resolve/.*{SHARD}", method="GET", times=1, bytes_per_second=1 << 20)
-    download.killed(1 << 20)
+    download.killed(hub)
     (path,) = download.store.glob(f"work/download-*/{SHARD}")
     path.write_bytes(bytes(path.stat().st_size))  # zeros, as a file system may leave
     process = download.start()
@@ -118,16 +118,14 @@ def test_what_a_machine_without_power_left_is_thrown_away_when_it_is_wrong(
 
 
 def test_what_arrives_can_be_written_by_no_other_user_whatever_the_umask(hub: HubStandIn, download: Download) -> None:
-    hub.fault(f"/resolve/.*{SHARD}", method="GET", times=1, bytes_per_second=1 << 20)
-    download.killed(1, before="import os; os.umask(0)\n")
+    download.killed(hub, before="import os; os.umask(0)\n")
     assert [path for path in download.store.rglob("*") if path.stat().st_mode & 0o002] == []
 
 
 def test_a_link_planted_where_a_file_arrives_is_not_followed(
     hub: HubStandIn, download: Download, tmp_path: Path
 ) -> None:
-    hub.fault(f"/resolve/.*{SHARD}", method="GET", times=1, bytes_per_second=1 << 20)
-    download.killed(1)
+    download.killed(hub)
     (arriving,) = download.store.glob(f"work/download-*/{SHARD}")
     (tmp_path / "mine").write_bytes(b"mine" * (SIZE // 2))
     arriving.unlink()

@@ -1,4 +1,6 @@
-"""What is hostile by its size alone: made here, read in a process of its own whose memory is measured.
+"""Inputs that are hostile only because they are large.
+
+A separate process reads them, so that its peak memory can be measured.
 
 One case of each kind on every change, all at night.
 """
@@ -17,6 +19,7 @@ import pytest
 from tasks.checkpoint.checkpoint import INDEX, MAX_JSON
 from tasks.checkpoint.header import MAX_HEADER, read_header
 from tests.factories.checkpoints import safetensors_bytes, with_header
+from tests.factories.counting import calls
 from tests.factories.paths import ROOT
 from tests.factories.watching import is_one_sentence, snapshot
 
@@ -116,26 +119,12 @@ def test_a_header_of_a_million_tensors_is_read_in_two_gigabytes(tmp_path: Path) 
 
 def test_the_work_of_reading_a_header_grows_with_its_tensors_and_no_faster(tmp_path: Path) -> None:
     """A 27 B model has 1,500 in a shard."""
-    few, twice = (calls_of_reading(tmp_path / SHARD, count) for count in (1500, 3000))
-    assert few < 1500 * 40 and twice < few * 2.1
-
-
-def calls_of_reading(path: Path, count: int) -> int:
-    """How many functions are called to read a header of so many tensors."""
-    path.write_bytes(with_header(many(count)))
-    calls = 0
-
-    def note(frame: object, event: str, argument: object) -> None:
-        nonlocal calls
-        calls += event in {"call", "c_call"}
-
-    sys.setprofile(note)
-    try:
-        header = read_header(path)
-    finally:
-        sys.setprofile(None)
-    assert len(header) == count
-    return calls
+    few, twice = tmp_path / "few", tmp_path / "twice"
+    few.write_bytes(with_header(many(1500)))
+    twice.write_bytes(with_header(many(3000)))
+    assert (len(read_header(few)), len(read_header(twice))) == (1500, 3000)
+    work = calls(lambda: read_header(few))
+    assert work < 1500 * 40 and calls(lambda: read_header(twice)) < work * 2.1
 
 
 def many(count: int) -> bytes:

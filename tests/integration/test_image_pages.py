@@ -19,7 +19,7 @@ import pytest
 
 from tasks.store import cache_folder
 from tests.factories.paths import ROOT
-from tests.factories.requant import wait_for
+from tests.factories.requant import stop, wait_for
 
 DOCKERFILE = (ROOT / "infra" / "images" / "cpu.Dockerfile").read_text()
 USER = int(re.findall(r"--uid (\d+)", DOCKERFILE)[0])
@@ -28,8 +28,6 @@ AS_USER = [
     "setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "--inh-caps=+dac_read_search",
     "--ambient-caps=+dac_read_search",
 ]  # fmt: skip
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may start a process as another user")
 
 
 def variables(root: Path) -> dict[str, str]:
@@ -58,7 +56,7 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def running(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Its database has the tables already, which take it seconds to make: those of the server of the other tests."""
     root = tmp_path_factory.mktemp("image")
     for folder in (root, *root.parents[:2]):
@@ -93,11 +91,17 @@ def server(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
             command, cwd=ROOT, env={**environment, **variables(root)}, stdout=out, stderr=out, start_new_session=True
         )
     try:
-        wait_for(lambda: _answers(f"{url}/api/health"), 120, 0.1)
+        wait_for(lambda: _answers(f"{url}/api/health"))
         yield Server(url, log)
     finally:
-        process.terminate()
-        process.wait(30)
+        stop(process)
+
+
+@pytest.fixture
+def server(as_root: None, request: pytest.FixtureRequest) -> Server:
+    """The server, for root: only root may start a process as another user."""
+    found: Server = request.getfixturevalue("running")
+    return found
 
 
 def _answers(url: str) -> bool:
@@ -107,7 +111,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def test_the_user_of_the_image_cannot_write_into_the_installed_package() -> None:
+def test_the_user_of_the_image_cannot_write_into_the_installed_package(as_root: None) -> None:
     package = Path(str(prefect.__file__)).parent / "server"
     assert subprocess.run([*AS_USER, "test", "-w", str(package)], check=False).returncode == 1
 

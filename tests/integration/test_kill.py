@@ -1,19 +1,21 @@
 """SIGKILL in each stage, then the same command again: the same artifact, nothing done twice, nothing half visible.
 
-Forks are killed, by their pid, as new processes would be; one in the middle of publishing is a new process.
+Most tests kill a fork; the kill at `/commit/main` uses a new process, because there a release becomes visible, and that
+nothing is lost then must not rest on a fork's dying as a new process does.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import re
+import signal
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import psutil
 import pytest
 from huggingface_hub import HfApi
 
@@ -24,6 +26,7 @@ from tasks.recipe_file import load_recipe
 from tasks.store import open_store
 from tasks.store.verify import verify
 from tests.factories.forked import Forked
+from tests.factories.quantizing import block_starts, children
 from tests.factories.releases import made
 from tests.factories.requant import LAYERS, Outcome, Requant, finish, wait_for
 
@@ -32,27 +35,10 @@ Process = subprocess.Popen[str] | Forked
 
 
 def kill(process: Process) -> None:
+    """Kill a process that is still at its work."""
     process.kill()
     process.communicate()
-
-
-def block_starts(requant: Requant) -> list[str]:
-    files = list(requant.store.glob("work/quantize-*/events.jsonl"))
-    lines = files[0].read_text().splitlines() if files else []
-    events = [json.loads(line) for line in lines if line.endswith("}")]
-    return [event["name"] for event in events if event["event"] == "block"]
-
-
-def children(folder: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            command = process.cmdline()
-        except psutil.Error:
-            continue
-        if "tasks.quantize_child" in command and any(part.startswith(str(folder)) for part in command):
-            found.append(process)
-    return found
+    assert process.returncode == -signal.SIGKILL
 
 
 def assert_store_is_whole(requant: Requant) -> None:
@@ -62,11 +48,13 @@ def assert_store_is_whole(requant: Requant) -> None:
 
 def test_killed_while_downloading(requant: Requant, finished: Finished, hub: HubStandIn) -> None:
     requant.forget_base()
-    hub.fault(r"/resolve/.*00001-of-00002\.safetensors", method="GET", times=1, bytes_per_second=40_000)
+    shard = r"/resolve/.*00001-of-00002\.safetensors"
+    hub.fault(shard, method="GET", times=None, hold_after_bytes=20_000)  # more than its header, which is read before
     process = requant.fork_run(publish=None)
     facts = requant.store / "facts" / "git-blobs"  # one for each small file that is in the store
-    wait_for(lambda: len([p for p in facts.glob("*") if not p.name.startswith(".")]) >= 3)
+    wait_for(lambda: len([p for p in facts.glob("*") if not p.name.startswith(".")]) >= 3, process=process)
     kill(process)
+    hub.clear_faults()
     assert not list(requant.store.glob("artifacts/download/*"))
     kept = len([p for p in facts.glob("*") if not p.name.startswith(".")])
     hub.reset_traffic()
@@ -92,18 +80,24 @@ def test_killed_between_blocks_it_goes_on_and_repeats_at_most_one(
 ) -> None:
     requant.forget("quantize", "mtp_fix", "validate", "measure")
     process = requant.fork_run(publish=None)
+    (child,) = wait_for(lambda: children(requant.folder), process=process)
     if "child" in killed:  # it is started again in the same run
-        wait_for(lambda: len(block_starts(requant)) == 2)
-        (child,) = children(requant.folder)
+        wait_for(lambda: len(block_starts(requant.store)) >= 2, process=process)
         child.kill()
     before: list[str] = []
     if "run" in killed:
-        wait_for(lambda: len(set(block_starts(requant))) == LAYERS)  # all before the last are finished
+        if "child" in killed:
+            killed_child = child
+            (child,) = wait_for(lambda: [c for c in children(requant.folder) if c != killed_child], process=process)
+        # All before the last are finished. The child gets no further until the run has been killed.
+        wait_for(lambda: len(set(block_starts(requant.store))) == LAYERS, process=process)
+        child.suspend()
         process.kill()
         first = finish(process)
-        wait_for(lambda: not children(requant.folder), 30)  # the child ends with its parent
-        assert not list(requant.store.glob("artifacts/quantize/*"))
-        before = block_starts(requant)
+        assert first.status == -signal.SIGKILL and not list(requant.store.glob("artifacts/quantize/*"))
+        child.resume()
+        wait_for(lambda: not children(requant.folder))  # the child ends with its parent
+        before = block_starts(requant.store)
         assert len(before) <= LAYERS + 2 * ("child" in killed)
         outcome = requant.run(publish=None)
         assert f"block {LAYERS} of {LAYERS}" in outcome.stderr and f"block {LAYERS + 1}" not in outcome.stderr
@@ -134,7 +128,8 @@ def test_killed_in_a_later_stage(requant: Requant, finished: Finished, stage: st
     requant.forget(*later[later.index(stage) :], "measure")
     changes: dict[str, Any] = {"publish": None, "benchmark": {"engine": "torch" if stage == "benchmark" else "none"}}
     process = requant.fork_run(**changes)
-    wait_for(lambda: list(requant.store.glob(f"work/{stage}-*")) or process.poll() is not None, pause=0.0005)
+    begun = (f"work/{stage}-*", f"artifacts/{stage}/*")  # others come after it
+    wait_for(lambda: any(list(requant.store.glob(sign)) for sign in begun), pause=0.0005, process=process)
     kill(process)
     finished_before = {p.parent.name for p in requant.store.glob("artifacts/*/*")}
     assert_store_is_whole(requant)
@@ -158,6 +153,9 @@ STEPS = [
     (r"/collections/.*/items", "POST"),
     (r"/branch/", "DELETE"),
 ]
+WAITING = {"hold_request": True}  # killed before the Hub has done anything
+UNANSWERED = {"hold_after_bytes": 0}  # killed when it is done, and the client does not know
+LATE = {"delay": 4}  # killed before; the Hub goes on with it afterwards
 PUBLISH = """
 import pickle, sys
 from tasks.publish import publish
@@ -180,39 +178,44 @@ def publishing(requant: Requant, finished: Finished, target: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(
-    ("what", "released_before"),
+    ("what", "released_before", "faults"),
     [
-        pytest.param("stage", True, id="the stage, over an old release"),
-        pytest.param("run", True, id="a run, over an old release", marks=pytest.mark.slow),
-        pytest.param("run", False, id="a run, a new repo", marks=pytest.mark.slow),
+        pytest.param("stage", True, [WAITING, UNANSWERED], id="the stage, over an old release"),
+        pytest.param("stage", True, [LATE], id="the stage, requests carried out late", marks=pytest.mark.slow),
+        pytest.param("run", True, [WAITING, UNANSWERED], id="a run, over an old release", marks=pytest.mark.slow),
+        pytest.param("run", False, [WAITING, UNANSWERED], id="a run, a new repo", marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_any_step_of_publishing_main_is_old_or_new(
-    what: str, released_before: bool, requant: Requant, finished: Finished, hub: HubStandIn, hub_here: None
+    what: str,
+    released_before: bool,
+    faults: list[dict[str, Any]],
+    requant: Requant,
+    finished: Finished,
+    hub: HubStandIn,
+    hub_here: None,
 ) -> None:
     api = HfApi(endpoint=hub.url, token=hub.token)
-    repo_id = f"me/killed-{what}-{released_before}".lower()
+    repo_id = f"me/killed-{what}-{released_before}-{len(faults)}".lower()
     target = {"repo_id": repo_id, "gated": "auto", "collection": api.create_collection("Killed").slug}
     old = made(requant.folder / "old", 1).publish(repo_id=repo_id).commit if released_before else None
     checkout = finished[0].folder / "checkout"
     whole = {p.relative_to(checkout).as_posix() for p in checkout.rglob("*") if p.is_file()} | {".gitattributes"}
     start = publishing(requant, finished, target) if what == "stage" else lambda: requant.fork_run(publish=target)
-    struck: list[str] = []
-    for path, method in STEPS:
+    for (path, method), fault in itertools.product(STEPS, faults):
         hub.reset_traffic()
-        # The request is carried out, its answer is held back: the kill comes in between.
-        hub.fault(path, method=method, times=1, delay=4)
-        process = requant.start_run(publish=target) if path == "/commit/main" else start()
-        wait_until_asked(hub, process, path, method)
-        ended = process.poll()
-        process.kill()
-        assert ended in {None, 0}, finish(process).stderr
-        struck += [path] if ended is None else []
-        hub.clear_faults()
+        hub.fault(path, method=method, times=1, **fault)
+        new_process = path == "/commit/main" and fault != WAITING
+        process = requant.start_run(publish=target) if new_process else start()
+        reached = partial(is_reached, hub, path, method, done=fault == UNANSWERED)
+        wait_for(reached, what=f"{method} {path}", process=process)
+        kill(process)
         if api.repo_exists(repo_id) and api.model_info(repo_id).sha != old:
             names = set(api.list_repo_files(repo_id))
             assert names == whole or (old is None and names == {".gitattributes"})
-    assert struck == [path for path, _ in STEPS]
+        if (path, fault) == ("/commit/main", UNANSWERED):
+            assert set(api.list_repo_files(repo_id)) == whole
+    hub.clear_faults()
     outcome = requant.run(publish=target)
     assert outcome.status == 0, outcome.stderr
     assert len(api.list_repo_commits(repo_id)) == 2 + released_before  # the repo's first, an old one, and ours once
@@ -224,10 +227,7 @@ def test_killed_at_any_step_of_publishing_main_is_old_or_new(
     assert (verified.status, verified.document["problems"]) == (0, [])
 
 
-def wait_until_asked(hub: HubStandIn, process: Process, path: str, method: str) -> None:
-    """Wait until the Hub has been asked for something with this path, or the process has ended."""
-
-    def asked() -> bool:
-        return any(re.search(path, entry["path"]) and entry["method"] == method for entry in hub.traffic())
-
-    wait_for(lambda: process.poll() is not None or asked(), pause=0.05)
+def is_reached(hub: HubStandIn, path: str, method: str, *, done: bool) -> bool:
+    """Whether the Hub has been asked for something with this path and, if so wanted, has done it."""
+    asked = [entry for entry in hub.traffic() if re.search(path, entry["path"]) and entry["method"] == method]
+    return bool(asked) and (not done or asked[0]["status"] != 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import threading
 from collections.abc import Mapping
@@ -18,12 +19,14 @@ import pytest
 from infra.hub.launch import HubStandIn
 from tasks.artifact import File, Manifest, file_of
 from tasks.errors import CorruptBlob, StoreError, StoreUnreachable
+from tasks.quantizing import carry
 from tasks.stage import Made, Stage, run_stage
 from tasks.store import Store
 from tasks.store.folder import FolderBackend
 from tasks.store.s3 import S3Backend
 from tasks.store.store import blob_key
 from tests.factories.paths import ROOT
+from tests.factories.quantizing import children
 from tests.factories.requant import LAYERS, Outcome, Requant, wait_for
 
 Finished = tuple[Requant, Outcome]
@@ -73,9 +76,15 @@ def on_s3(tmp_path_factory: pytest.TempPathFactory, finished: Finished, ceph: di
         here = {"HF_TOKEN": "hf_marker_of_this_test", "XDG_CACHE_HOME": str(folder / name / "cache")}
         machines.append(Requant(folder / name, {**finished[0].environment, **ceph, **here}, recipe))
     process = machines[0].fork_run()
-    wait_for(lambda: has_block(list(read_all(ceph, "resume/quantize"))), pause=0.1)
+    work = "*/work/quantize-*"
+    (child,) = wait_for(lambda: children(folder / "one"), process=process)
+    wait_for(lambda: any(map(carry.finished, (folder / "one" / "cache").glob(work))), process=process)
+    child.suspend()  # it gets no further
+    wait_for(lambda: has_block(list(read_all(ceph, "resume/quantize"))), process=process)
     process.kill()
+    child.kill()
     killed = process.communicate()
+    assert process.returncode == -signal.SIGKILL
     left = list(read_all(ceph, "artifacts"))
     return OnS3(machines[1], killed, left, machines[1].run("--checkout", str(folder / "two" / "checkout")))
 
@@ -217,18 +226,23 @@ def test_a_store_lost_in_the_middle_is_waited_for(
 ) -> None:
     """It comes back once somebody has asked for it in vain."""
     s3.write("before", b"1")
-    subprocess.run([CEPH, "down", ceph["CEPH_FOLDER"]], check=True, capture_output=True)
+
+    def ceph_is(state: str) -> None:
+        subprocess.run([CEPH, state, ceph["CEPH_FOLDER"]], check=True, capture_output=True)
 
     def bring_back() -> None:
         wait_for(lambda: "trying again" in caplog.text)
-        subprocess.run([CEPH, "up", ceph["CEPH_FOLDER"]], capture_output=True)
+        ceph_is("up")
 
     back = threading.Thread(target=bring_back)
-    back.start()
     try:
+        ceph_is("down")
+        back.start()
         s3.write("after", b"2")  # begins while the server is gone
     finally:
-        back.join()
+        if back.ident is not None:
+            back.join()
+        ceph_is("up")  # for the other tests, whatever has happened
     assert (s3.read("before"), s3.read("after")) == (b"1", b"2")
 
 

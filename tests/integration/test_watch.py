@@ -21,17 +21,12 @@ from infra.hub.launch import HubStandIn
 from tasks.recipe_file import parse_recipe
 from tests.factories.forked import Forked
 from tests.factories.paths import ROOT
-from tests.factories.requant import Outcome, Requant, finish, recipe_for, wait_for
+from tests.factories.requant import Outcome, Requant, finish, recipe_for, stop, wait_for
+from tests.factories.webhook import payload
 
 BASE = "demo/watched"
 SECRET = "a-secret-of-the-webhook"
-PAYLOAD: dict[str, Any] = {
-    "event": {"action": "update", "scope": "repo.content"},
-    "repo": {"type": "model", "name": BASE, "id": "0", "private": False, "head_sha": "f" * 40},
-    "updatedRefs": [{"ref": "refs/heads/main", "oldSha": "0" * 40, "newSha": "f" * 40}],
-    "webhook": {"id": "1", "version": 3},
-}
-UNKNOWN = {**PAYLOAD, "repo": {**PAYLOAD["repo"], "name": "somebody/else"}}
+PAYLOAD, UNKNOWN = payload(repo={"name": BASE}), payload(repo={"name": "somebody/else"})
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +53,7 @@ class Relay:
     log: Path
 
     def settle(self) -> None:
-        """Wait until everything that it was sent before has been looked at.
-
-        It looks at all that waits in one pass, and a pass over a repo that no recipe names checks no recipe: such a
-        pass has nothing left before it.
-        """
+        """Wait until all earlier payloads are handled: a pass that checks no recipe saw only our marker payload."""
         while True:
             before = len(self.passes())
             assert self.client.post("/hub", json=UNKNOWN).json() == {"status": "accepted"}
@@ -91,8 +82,7 @@ def relay(deployment: Requant) -> Iterator[Relay]:
         with httpx.Client(base_url=url, headers={"X-Webhook-Secret": SECRET}) as client:
             yield Relay(client, log)
     finally:
-        process.terminate()
-        process.wait(30)
+        stop(process)
     assert SECRET not in log.read_text()
 
 
@@ -225,7 +215,7 @@ def test_unknown_repos_and_other_events_start_nothing(
 ) -> None:
     before = len(runs(prefect_server))
     hub.reset_traffic()
-    comment = {**PAYLOAD, "event": {"action": "create", "scope": "discussion.comment"}}
+    comment = payload(repo={"name": BASE}, event={"action": "create", "scope": "discussion.comment"})
     assert relay.client.post("/hub", json=comment).json() == {"status": "ignored"}
     relay.settle()  # which sends the name of a repo that nobody watches
     assert len(runs(prefect_server)) == before and hub.traffic() == []

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
 
 from tests.factories.paths import ROOT
 from tests.factories.stack import Stack, stack
 
 __all__ = ["page", "stack"]
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 SHOTS = ROOT / "build" / "ui"
 
@@ -19,6 +22,8 @@ SHOTS = ROOT / "build" / "ui"
 @pytest.fixture(scope="session")
 def page(stack: Stack) -> Iterator[Page]:
     """A browser that has logged in."""
+    from playwright.sync_api import sync_playwright
+
     SHOTS.mkdir(parents=True, exist_ok=True)
     program = shutil.which("chromium") or shutil.which("google-chrome")
     assert program, "no browser: apt-get install chromium"

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
-from playwright.sync_api import Page, expect
+from typing import TYPE_CHECKING, Any
 
-from tests.factories.stack import BASE, Stack, wait_for
+import pytest
+
+from tests.factories.requant import wait_for
+from tests.factories.stack import BASE, Stack
 from tests.ui.conftest import SHOTS
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+
+def expect(what: Any) -> Any:
+    """What playwright expects of a page, waiting for it. Only the extra `serve` has playwright."""
+    from playwright import sync_api
+
+    return sync_api.expect(what)
 
 
 def shot(page: Page, name: str) -> None:
@@ -61,7 +73,7 @@ def test_a_recipe_is_chosen_by_name_run_and_its_gates_report_and_pictures_are_se
     shot(page, "form-demo")
     run = submit(page, stack, "demo")
 
-    child = wait_for(lambda: stack.children(run), 120, "the quantize run")[0]["id"]
+    child = wait_for(lambda: stack.child_runs(run), 120, "the quantize run")[0]["id"]
     wait_for(lambda: stack.logs(child) and any("block 1 of" in line for line in stack.logs(child)), 300, "a block")
     open_run(page, stack, run, "Logs")
     expect(page.get_by_text("quantize: waiting for run")).to_be_visible()

@@ -1,4 +1,4 @@
-"""What several files of tests use: a store that is local, one elsewhere with a near cache, other versions of tools."""
+"""Fixtures: a local store, a remote store with a near cache, fake package versions."""
 
 from __future__ import annotations
 

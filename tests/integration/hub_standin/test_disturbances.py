@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from infra.hub.hub import Hub
 from infra.hub.launch import HubStandIn
 from infra.hub.seeding import seed
 from tests.factories.hub_client import WEIGHTS, add, commit, read
+from tests.factories.requant import wait_for
 
 MEBIBYTE = 2**20
 
@@ -79,6 +81,61 @@ def test_the_answer_to_a_commit_can_be_lost(hub: HubStandIn, api: HfApi, repo: s
     assert "a" in api.list_repo_files(repo)
 
 
+def connected(hub: HubStandIn, repo: str) -> socket.socket:
+    """A connection over which a branch of this repository is asked for."""
+    sock = socket.create_connection(("127.0.0.1", int(hub.url.rpartition(":")[2])))
+    head = f"POST /api/models/{repo}/branch/asked HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {hub.token}\r\n"
+    sock.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{{}}".encode())
+    return sock
+
+
+def branches(api: HfApi, repo: str) -> list[str]:
+    return sorted(branch.name for branch in api.list_repo_refs(repo).branches)
+
+
+def test_a_request_can_be_held_until_its_client_is_gone_or_the_faults_are_cleared(
+    hub: HubStandIn, api: HfApi, repo: str
+) -> None:
+    """One whose client is gone is not carried out: the branch is new to the next one."""
+    hub.fault("/branch/", hold_request=True, times=2)
+    hub.reset_traffic()
+    with connected(hub, repo):
+        wait_for(hub.traffic)
+        assert branches(api, repo) == ["main"] and hub.traffic()[0]["status"] == 0
+    hub.reset_traffic()
+    with connected(hub, repo) as waiting:
+        wait_for(hub.traffic)
+        hub.clear_faults()
+        assert b" 200 " in waiting.recv(4096).splitlines()[0]
+    assert branches(api, repo) == ["asked", "main"]
+
+
+def test_the_answer_to_what_was_carried_out_can_be_held_until_the_faults_are_cleared(
+    hub: HubStandIn, api: HfApi, repo: str
+) -> None:
+    hub.fault("/branch/", hold_after_bytes=0)
+    hub.reset_traffic()
+    with connected(hub, repo) as waiting:
+        wait_for(lambda: hub.traffic()[0]["status"])
+        assert branches(api, repo) == ["asked", "main"]
+        waiting.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            waiting.recv(1)
+        waiting.setblocking(True)
+        hub.clear_faults()
+        assert b" 200 " in waiting.recv(4096).splitlines()[0]
+
+
+def test_an_answer_can_be_held_in_the_middle(hub: HubStandIn, folder: Path) -> None:
+    hub.seed("base/held", folder)
+    hub.fault("resolve/.*safetensors", method="GET", hold_after_bytes=1000)
+    with httpx.stream("GET", hf_hub_url("base/held", "model.safetensors", endpoint=hub.url)) as answer:
+        pieces = answer.iter_raw()
+        assert len(next(pieces)) == 1000 and hub.traffic()[-1]["bytes_out"] == 1000
+        hub.clear_faults()
+        assert sum(map(len, pieces)) == len(WEIGHTS) - 1000
+
+
 def test_a_fault_lets_as_many_requests_through_first_as_it_is_told(hub: HubStandIn, folder: Path) -> None:
     hub.seed("base/skip", folder)
     url = hf_hub_url("base/skip", "model.safetensors", endpoint=hub.url)
@@ -93,7 +150,7 @@ def test_answers_can_be_slow_and_late(folder: Path, tmp_path: Path, monkeypatch:
     async def pause(seconds: float) -> None:
         pauses.append(seconds)
 
-    monkeypatch.setattr("infra.hub.faults.asyncio", SimpleNamespace(sleep=pause))
+    monkeypatch.setattr("infra.hub.faults.asyncio", SimpleNamespace(sleep=pause, Event=asyncio.Event))
     hub = Hub(tmp_path / "state")
     seed(hub, "models", "base/slow", folder, message="Seed", revision="main", delete_missing=False)
     app = create_app(hub)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from tasks.artifact import Manifest
 from tasks.store import Store, open_store
 from tasks.store.runs import Run
 from tests.factories.checkpoints import write_files
+from tests.factories.stores import ago
 
 KEYS = ("a" * 64, "b" * 64)
 SHA = "c" * 40
@@ -41,12 +40,6 @@ def keep(store: Store, key: str, data: bytes, stage: str = "quantize", **record:
 def used(store: Store, *keys: str, recipe: str = "0123456789abcdef", makes: str = "me/result") -> None:
     run = Run(recipe, f"a/base@{SHA}", makes, tuple(("quantize", key) for key in keys))
     store.backend.write(run.key, run.to_json())
-
-
-def ago(store: Store, days: float) -> None:
-    at = time.time() - days * 86400
-    for path in store.near.root.rglob("*"):
-        os.utime(path, (at, at))
 
 
 def run(*arguments: str) -> Result:
@@ -101,7 +94,7 @@ def test_verify_fails_until_what_is_lost_is_repaired(store: Store) -> None:
 
 def test_gc_says_what_would_go_and_then_what_went(store: Store) -> None:
     manifest = keep(store, KEYS[0], b"weights")
-    ago(store, 40)
+    ago(store.near.root, 40)
     keep(store, KEYS[1], b"young")
     said = document("gc", "--older-than", "30d", "--dry-run")
     assert said["dry_run"] and [a["digest"] for a in said["artifacts"]] == [manifest.digest]
@@ -133,7 +126,7 @@ def test_gc_says_when_what_must_stay_does_not_fit(store: Store) -> None:
 )
 def test_a_wrong_value_is_wrong_usage_and_deletes_nothing(store: Store, wrong: tuple[str, str]) -> None:
     keep(store, KEYS[0], b"1")
-    ago(store, 400)
+    ago(store.near.root, 400)
     result = run("gc", *wrong)
     assert result.exit_code == 2 and wrong[0] in result.stderr
     assert len(document("ls")["artifacts"]) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from pathlib import Path
@@ -17,13 +16,13 @@ from tasks.errors import Collected, StoreError
 from tasks.store import Store
 from tasks.store import lease as leases
 from tasks.store.catalog import read_catalog
-from tasks.store.folder import FolderBackend
 from tasks.store.gc import GRACE, Plan, Policy, collect
 from tasks.store.lease import Owner, lease, owner_of
 from tasks.store.runs import Run
 from tasks.store.store import GC, blob_key
 from tasks.store.verify import verify
 from tests.factories.checkpoints import write_files
+from tests.factories.stores import Counted, ago
 
 DAY = 86400.0
 
@@ -35,9 +34,15 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 def opened(folder: Path) -> Store:
-    backend = FolderBackend(folder / "store")
+    backend = Counted(folder / "store")
     backend.root.mkdir(exist_ok=True)
     return Store(backend, near=backend)
+
+
+def looked_at(store: Store) -> None:
+    """Wait until another thread has looked at gc's lease."""
+    assert isinstance(store.backend, Counted)
+    store.backend.wait_for_a_look()
 
 
 def put(store: Store, files: dict[str, bytes]) -> Manifest:
@@ -52,20 +57,10 @@ def keep(store: Store, name: str, files: dict[str, bytes], stage: str = "quantiz
     return store.keep(stage, name, put(store, files), record)
 
 
-def ago(store: Store, days: float, *prefixes: str) -> None:
-    """Make everything below these prefixes as old as that; by default everything."""
-    at = time.time() - days * DAY
-    for prefix in prefixes or ("",):
-        for path in sorted((store.near.root / prefix).rglob("*")):
-            os.utime(path, (at, at))
-        if (store.near.root / prefix).is_file():
-            os.utime(store.near.root / prefix, (at, at))
-
-
 def ran(store: Store, recipe: str, commit: str, *names: str, days: float = 0) -> None:
     run = Run(recipe, f"a/base@{commit}", "b/result", tuple(("quantize", name) for name in names))
     store.backend.write(run.key, run.to_json())
-    ago(store, days, run.key)
+    ago(store.near.root, days, run.key)
 
 
 def names(store: Store) -> set[str]:
@@ -79,7 +74,7 @@ def gone(plan: Plan) -> list[str]:
 def test_without_options_only_old_blobs_go_that_no_artifact_names(store: Store) -> None:
     kept = keep(store, "kept", {"a": b"named"})
     orphan = put(store, {"b": b"orphan"})
-    ago(store, 2)
+    ago(store.near.root, 2)
     fresh = put(store, {"c": b"fresh: a run is about to name it"})
     plan = collect(store, Policy())
     assert names(store) == {"kept"} and store.sees_blob(kept["a"])
@@ -90,9 +85,9 @@ def test_without_options_only_old_blobs_go_that_no_artifact_names(store: Store) 
 def test_artifacts_go_by_their_last_use(store: Store) -> None:
     for name in ("old", "reused", "young"):
         keep(store, name, {name: name.encode()})
-    ago(store, 40)
+    ago(store.near.root, 40)
     store.find("quantize", "reused")
-    ago(store, 10, "artifacts/quantize/young")
+    ago(store.near.root, 10, "artifacts/quantize/young")
     assert gone(collect(store, Policy(older_than=30 * DAY))) == ["old"]
     assert names(store) == {"reused", "young"}
     assert list(store.backend.keys("provenance")) == ["provenance/quantize/reused", "provenance/quantize/young"]
@@ -111,7 +106,7 @@ def test_what_the_last_runs_of_each_recipe_use_stays_and_what_no_run_names(store
         keep(store, name, {name: name.encode()})
     keep(store, "inside", {"i": b"i"}, stage="measure")
     store.backend.write("provenance/quantize/a3", json.dumps({"used": [["measure", "inside"]]}).encode())
-    ago(store, 40)
+    ago(store.near.root, 40)
     for day, (recipe, commit, *used) in enumerate(
         [("a", "1", "a1"), ("a", "2", "a2", "shared"), ("a", "3", "a3", "shared"), ("b", "1", "b1")]
     ):
@@ -125,7 +120,7 @@ def test_what_the_last_runs_of_each_recipe_use_stays_and_what_no_run_names(store
 def test_the_longest_unused_go_until_the_rest_fits_and_shared_blobs_count_once(store: Store) -> None:
     for age, name in ((9, "first"), (8, "second"), (7, "third")):
         keep(store, name, {name: name.encode() * 100, "common": b"c" * 1000})
-        ago(store, age, f"artifacts/quantize/{name}", "blobs")
+        ago(store.near.root, age, f"artifacts/quantize/{name}", "blobs")
     plan = collect(store, Policy(max_size=2100))
     assert gone(plan) == ["first"]
     assert plan.stays == 600 + 500 + 1000
@@ -136,10 +131,10 @@ def test_the_longest_unused_go_until_the_rest_fits_and_shared_blobs_count_once(s
 def test_several_options_must_agree(store: Store) -> None:
     for name in ("old", "new", "last"):
         keep(store, name, {name: b"1" * 100})
-    ago(store, 40)
+    ago(store.near.root, 40)
     ran(store, "a", "1", "old", "new", days=39)
     ran(store, "a", "2", "last", days=38)
-    ago(store, 5, "artifacts/quantize/new")
+    ago(store.near.root, 5, "artifacts/quantize/new")
     assert gone(collect(store, Policy(keep_last=1, older_than=30 * DAY), dry_run=True)) == ["old"]
     assert gone(collect(store, Policy(older_than=30 * DAY, max_size=10**9), dry_run=True)) == []
 
@@ -147,7 +142,7 @@ def test_several_options_must_agree(store: Store) -> None:
 def test_a_dry_run_says_the_same_and_deletes_nothing(store: Store) -> None:
     keep(store, "old", {"a": b"1"})
     put(store, {"b": b"orphan"})
-    ago(store, 40)
+    ago(store.near.root, 40)
     before = sorted(p for p in store.near.root.rglob("*"))
     said = collect(store, Policy(older_than=DAY), dry_run=True)
     assert sorted(p for p in store.near.root.rglob("*")) == before
@@ -157,22 +152,22 @@ def test_a_dry_run_says_the_same_and_deletes_nothing(store: Store) -> None:
 
 def test_what_a_lease_needs_stays_until_it_has_been_silent_for_the_grace_period(store: Store) -> None:
     manifest = keep(store, "old", {"a": b"needed"})
-    ago(store, 40)
+    ago(store.near.root, 40)
     with store.lease("quantize", "other"):
         assert store.has_blob(manifest["a"])
         assert gone(collect(opened(store.near.root.parent), Policy(older_than=DAY))) == []
         assert store.has_blob(manifest["a"])
         (key,) = store.backend.keys("leases")
-        ago(store, GRACE / DAY + 0.1, key)
+        ago(store.near.root, GRACE / DAY + 0.1, key)
         assert gone(collect(opened(store.near.root.parent), Policy(older_than=DAY))) == ["old"]
 
 
 def test_what_a_live_run_uses_stays_between_its_stages(store: Store) -> None:
     keep(store, "base", {"a": b"base"})
-    ago(store, 40)
+    ago(store.near.root, 40)
     ran(store, "recipe", "1", "base", days=0.9)
     assert gone(collect(store, Policy(older_than=DAY, max_size=0))) == []
-    ago(store, 1.1, "runs")
+    ago(store.near.root, 1.1, "runs")
     assert gone(collect(store, Policy(older_than=DAY, max_size=0))) == ["base"]
 
 
@@ -184,7 +179,7 @@ def test_whoever_looks_for_a_blob_while_gc_deletes_waits_and_then_sees_that_it_i
         with lease(store.backend, *GC):
             thread = threading.Thread(target=lambda: seen.append(store.has_blob(orphan["a"])))
             thread.start()
-            time.sleep(0.2)
+            looked_at(store)
             assert seen == []
             store.backend.delete(blob_key(orphan["a"].sha256))
         thread.join(10)
@@ -197,7 +192,7 @@ def test_a_reused_artifact_that_gc_was_about_to_delete_is_looked_for_again(store
     with lease(store.backend, *GC):
         thread = threading.Thread(target=lambda: found.append(store.find("quantize", "old")))
         thread.start()
-        time.sleep(0.2)
+        looked_at(store)
         assert found == []
         store.backend.delete("artifacts/quantize/old")
     thread.join(10)
@@ -259,7 +254,7 @@ def test_nobody_waits_for_a_gc_that_began_later(store: Store) -> None:
     with lease(store.backend, *GC):
         thread = threading.Thread(target=store.settle)
         thread.start()
-        time.sleep(0.2)
+        looked_at(store)
     with lease(store.backend, *GC):
         thread.join(10)
         assert not thread.is_alive()
@@ -278,7 +273,7 @@ def test_a_gc_that_was_killed_holds_nobody_up(store: Store, monkeypatch: pytest.
 
 def test_a_gc_that_was_suspended_deletes_nothing_more(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(store, "old", {"a": b"1"})
-    ago(store, 40)
+    ago(store.near.root, 40)
     monkeypatch.setattr(leases, "DEAD_AFTER", 0.0)
     with pytest.raises(StoreError, match="not renewed in time"):
         collect(store, Policy(older_than=DAY))
@@ -292,7 +287,7 @@ def test_killed_after_any_deletion_every_manifest_is_whole_and_the_next_gc_ends_
     for name in ("a", "b"):
         keep(store, name, {name: name.encode(), "both": b"both"})
     keep(store, "stays", {"both": b"both"})
-    ago(store, 40)
+    ago(store.near.root, 40)
     store.find("quantize", "stays")
     delete, left = store.backend.delete, [deletions]
 
@@ -316,7 +311,7 @@ def test_killed_after_any_deletion_every_manifest_is_whole_and_the_next_gc_ends_
 def test_a_manifest_that_cannot_be_read_stops_gc(store: Store) -> None:
     put(store, {"a": b"perhaps it names this"})
     store.backend.write("artifacts/quantize/bad", b"{")
-    ago(store, 40)
+    ago(store.near.root, 40)
     with pytest.raises(StoreError, match="verify --repair"):
         collect(store, Policy())
     assert len(list(store.backend.keys("blobs"))) == 1

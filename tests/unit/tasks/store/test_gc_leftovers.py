@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 from tasks.artifact import Manifest
@@ -11,15 +10,10 @@ from tasks.store import Store
 from tasks.store.gc import Policy, collect
 from tasks.store.store import blob_key
 from tests.factories.checkpoints import write_files
+from tests.factories.stores import ago
 
 DAY = 86400.0
 KEY = "k" * 64
-
-
-def ago(folder: Path, days: float) -> None:
-    at = time.time() - days * DAY
-    for path in (folder, *folder.rglob("*")):
-        os.utime(path, (at, at))
 
 
 def keep(store: Store, scratch: Path, key: str, data: bytes) -> Manifest:

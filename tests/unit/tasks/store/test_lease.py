@@ -17,19 +17,9 @@ from tasks.store import lease as leases
 from tasks.store.folder import FolderBackend
 from tasks.store.lease import Owner, lease
 from tests.factories.requant import wait_for
+from tests.factories.stores import Counted
 
 KEY = "k" * 64
-
-
-class Counted(FolderBackend):
-    """A store that counts how often it is read."""
-
-    reads = 0
-
-    def read(self, key: str) -> bytes | None:
-        found = super().read(key)
-        self.reads += 1
-        return found
 
 
 @pytest.fixture
@@ -189,7 +179,7 @@ def test_a_silent_owner_on_another_machine_is_given_up_after_a_while(backend: Co
     thread = threading.Thread(target=take, args=(backend, 10.0, told))
     thread.start()
     for _ in range(3):
-        looked_at(backend)
+        backend.wait_for_a_look()
         assert thread.is_alive()
         clock.now += leases.DEAD_AFTER / 3 + 0.1
     thread.join(10)
@@ -205,28 +195,28 @@ def test_an_owner_on_another_machine_that_beats_is_never_given_up(backend: Count
     thread.start()
     for beat in range(1, 11):
         backend.write(name, replace(owner, beats=beat).to_json())
-        looked_at(backend)
+        backend.wait_for_a_look()
         clock.now += leases.DEAD_AFTER * 0.9
-    looked_at(backend)
+    backend.wait_for_a_look()
     assert thread.is_alive()
     backend.delete(name)
     thread.join(5)
     assert not thread.is_alive()
 
 
-def looked_at(backend: Counted) -> None:
-    """Wait until whoever watches has read the lease as it is now, and drawn its conclusion."""
-    before = backend.reads
-    wait_for(lambda: backend.reads >= before + 3)
-
-
 def test_an_owner_beats_while_it_works(backend: FolderBackend) -> None:
     with lease(backend, "quantize", KEY, beat=0.01):
-        beats = set()
-        deadline = time.monotonic() + 5
-        while len(beats) < 3 and time.monotonic() < deadline:
-            beats.add(json.loads(backend.read(f"leases/quantize/{KEY}/000001") or b"{}").get("beats"))
-    assert len(beats) >= 3
+        first = beats(backend)
+        wait_for(lambda: beats(backend) > first)
+        second = beats(backend)
+        wait_for(lambda: beats(backend) > second)
+
+
+def beats(backend: FolderBackend) -> int:
+    """How often the owner of the lease has beaten."""
+    owner = leases.owner_of(backend.read(f"leases/quantize/{KEY}/000001") or b"")
+    assert owner is not None
+    return owner.beats
 
 
 def test_a_heart_goes_on_after_a_beat_that_failed(tmp_path: Path) -> None:
@@ -243,11 +233,8 @@ def test_a_heart_goes_on_after_a_beat_that_failed(tmp_path: Path) -> None:
 
     backend = Full(tmp_path / "store")
     with lease(backend, "quantize", KEY, beat=0.01):
-        deadline, beats = time.monotonic() + 20, 0
-        while beats <= 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-            beats = json.loads(backend.read(f"leases/quantize/{KEY}/000001") or b"{}")["beats"]
-    assert backend.failures == 0 and beats > 2
+        wait_for(lambda: beats(backend) > 2)
+    assert backend.failures == 0
 
 
 SOUND = {"machine": "x", "pid": 1, "started": 1.0, "token": "t", "beats": 1, "needs": []}

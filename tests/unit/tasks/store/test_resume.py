@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -14,15 +12,7 @@ from tasks.quantizing import carry
 from tasks.store.folder import FolderBackend
 from tasks.store.resume import Index, kept, push, restore, sweep
 from tasks.store.store import Store
-
-
-class Remote(FolderBackend):
-    """A place that takes copies, as S3 does: the file that was sent stays where it is."""
-
-    def put_file(self, key: str, path: Path, sha256: str | None = None) -> None:
-        copy = path.with_name(f"{path.name}.sent")
-        shutil.copyfile(path, copy)
-        super().put_file(key, copy)
+from tests.factories.stores import Remote, ago
 
 
 @pytest.fixture
@@ -64,8 +54,8 @@ def test_files_are_copied_while_the_work_goes_on_and_once_only(remote: Remote, t
     store = machine(remote, tmp_path / "near")
     finish_block(folder, 0)
     push(store, "quantize", "k", folder, carry.portable(folder), sent)
+    ago(remote.root, 1)
     first = {key: remote.path(key).stat().st_mtime_ns for key in remote.keys("resume")}
-    time.sleep(0.01)
     finish_block(folder, 1)
     push(store, "quantize", "k", folder, carry.portable(folder), sent)
     again = {key for key, at in first.items() if remote.path(key).stat().st_mtime_ns != at}
@@ -111,7 +101,7 @@ def test_an_index_that_nobody_of_ours_wrote_is_passed_over(remote: Remote, tmp_p
 
 def test_a_shard_that_is_still_being_written_does_not_count(tmp_path: Path) -> None:
     finish_block(tmp_path, 0)
-    time.sleep(0.01)
+    ago(tmp_path, 1)
     (tmp_path / "out" / "base-w4g128" / "model-shard-00002.safetensors").write_bytes(b"half")
     assert not [path for path in carry.portable(tmp_path) if "shard-00002" in path]
 

@@ -4,79 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tasks.artifact import File, Manifest, sha256_of
+from tasks.artifact import File, Manifest
 from tasks.errors import CorruptBlob, RecipeError, StoreError
 from tasks.store import Store, open_store
-from tasks.store.backend import Item
 from tasks.store.catalog import read_catalog
 from tasks.store.folder import FolderBackend
 from tasks.store.store import blob_key
 from tests.factories.checkpoints import write_files
+from tests.factories.stores import Remote
 
 KEY = "a" * 64
 
 
-class Remote:
-    """A store elsewhere, in memory. What it hands out can be altered or cut on the way."""
-
-    url = "memory://"
-
-    def __init__(self) -> None:
-        self.objects: dict[str, bytes] = {}
-        self.fetched: list[str] = []
-        self.on_the_way = bytes
-
-    def check(self) -> None:
-        pass
-
-    def read(self, key: str) -> bytes | None:
-        return self.objects.get(key)
-
-    def write(self, key: str, data: bytes) -> None:
-        self.objects[key] = data
-
-    def write_new(self, key: str, data: bytes) -> bool:
-        return self.objects.setdefault(key, data) is data
-
-    def size(self, key: str) -> int | None:
-        return len(self.objects[key]) if key in self.objects else None
-
-    def put_file(self, key: str, path: Path, sha256: str | None = None) -> None:
-        self.objects[key] = path.read_bytes()
-
-    def get_file(self, key: str, path: Path) -> str:
-        self.fetched.append(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self.on_the_way(self.objects[key]))
-        return sha256_of(path)
-
-    def keys(self, prefix: str) -> Iterator[str]:
-        yield from sorted(key for key in self.objects if key.startswith(f"{prefix}/"))
-
-    def items(self, prefix: str) -> Iterator[Item]:
-        yield from (Item(key, len(self.objects[key]), 0.0) for key in self.keys(prefix))
-
-    def now(self) -> float:
-        return 0.0
-
-    def leftovers(self, before: float) -> Iterator[str]:
-        yield from ()
-
-    def discard(self, leftover: str) -> None:
-        pass
-
-    def delete(self, key: str, *more: object) -> None:
-        self.objects.pop(key, None)
-
-
 @pytest.fixture
-def remote() -> Remote:
-    return Remote()
+def remote(tmp_path: Path) -> Remote:
+    return Remote(tmp_path / "remote")
 
 
 @pytest.fixture
@@ -197,7 +143,7 @@ def test_16_threads_can_put_one_blob(store: Store, tmp_path: Path) -> None:
 def test_16_threads_can_fetch_one_blob(far: Store, remote: Remote, tmp_path: Path) -> None:
     data = b"weights" * 10_000
     file = File("x", len(data), hashlib.sha256(data).hexdigest())
-    remote.objects[blob_key(file.sha256)] = data
+    remote.write(blob_key(file.sha256), data)
     start, read = threading.Barrier(16), []
 
     def work() -> None:
@@ -293,7 +239,7 @@ def test_a_checkout_over_links_to_blobs_gives_the_user_files_of_their_own(store:
 @pytest.mark.parametrize("altered", [b"WEIGHTS", b"weight", b"", b"weights and more"])
 def test_a_blob_altered_on_the_way_in_is_refused_and_not_kept(far: Store, remote: Remote, altered: bytes) -> None:
     file = File("w", 7, hashlib.sha256(b"weights").hexdigest())
-    remote.objects[blob_key(file.sha256)] = b"weights"
+    remote.write(blob_key(file.sha256), b"weights")
     remote.on_the_way = lambda data: altered
     with pytest.raises(CorruptBlob, match="does not have the sha256"):
         far.read_blob(file)
@@ -315,20 +261,20 @@ def test_a_small_blob_that_a_disk_altered_is_never_read(store: Store, far: Store
 
 def test_a_blob_is_fetched_from_far_once(far: Store, remote: Remote) -> None:
     file = File("w", 7, hashlib.sha256(b"weights").hexdigest())
-    remote.objects[blob_key(file.sha256)] = b"weights"
+    remote.write(blob_key(file.sha256), b"weights")
     assert far.read_blob(file) == far.read_blob(file) == b"weights"
     assert len(remote.fetched) == 1
 
 
 def test_a_blob_is_put_far_and_near(far: Store, remote: Remote, tmp_path: Path) -> None:
     manifest = kept(far, tmp_path / "work", {"a": b"1"})
-    assert remote.objects[blob_key(manifest["a"].sha256)] == b"1"
+    assert remote.read(blob_key(manifest["a"].sha256)) == b"1"
     assert far.read_blob(manifest["a"]) == b"1" and remote.fetched == []
 
 
 def test_a_manifest_is_looked_for_where_the_store_is_and_not_near(far: Store, remote: Remote, tmp_path: Path) -> None:
     manifest = kept(far, tmp_path / "work", {"a": b"1"})
-    del remote.objects[blob_key(manifest["a"].sha256)]
+    remote.delete(blob_key(manifest["a"].sha256))
     assert far.manifest("quantize", KEY) is None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +10,13 @@ import pytest
 
 from tasks.artifact import Manifest
 from tasks.store import Store
+from tasks.store import lease as leases
 from tasks.store.folder import FolderBackend
 from tasks.store.lease import lease
 from tasks.store.store import GC, blob_key
 from tasks.store.verify import Verified, verify
 from tests.factories.checkpoints import write_files
+from tests.factories.stores import Counted
 
 KEY = "a" * 64
 
@@ -129,14 +130,18 @@ def test_names_that_nobody_of_ours_wrote_are_left_alone(store: Store) -> None:
     assert len(list(store.backend.keys("artifacts"))) == 3
 
 
-def test_what_gc_is_deleting_at_the_moment_is_no_problem(store: Store, tmp_path: Path) -> None:
+def test_what_gc_is_deleting_at_the_moment_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "POLL", 0.01)
+    backend = Counted(tmp_path / "store")
+    store = Store(backend, near=backend)
     manifest = keep(store, tmp_path / "one", {"a": b"aaaa"})
     found: list[Verified] = []
     with lease(store.backend, *GC):
         store.backend.delete(blob_key(manifest["a"].sha256))
         thread = threading.Thread(target=lambda: found.append(verify(store)))
         thread.start()
-        time.sleep(0.3)
+        backend.wait_for_a_look()
+        assert found == []
         store.backend.delete(f"artifacts/quantize/{KEY}")
     thread.join(10)
     assert (found[0].checked, found[0].problems) == (1, [])
