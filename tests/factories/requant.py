@@ -167,7 +167,10 @@ def wait_for(
             return value
         now = time.monotonic()
         if process is not None and ended:
-            raise AssertionError(f"waited for {what}, and the process ended: {finish(process)}")
+            said = finish(process)
+            raise AssertionError(
+                f"waited for {what}, and it ended with {said.status}: {said.stderr} {said.stdout[:500]}"
+            )
         assert now < started + seconds, f"waited {seconds:.0f} s in vain for {what}"
         time.sleep(max(pause, 9 * (now - asked)))
 

@@ -76,9 +76,9 @@ def on_s3(tmp_path_factory: pytest.TempPathFactory, finished: Finished, ceph: di
         here = {"HF_TOKEN": "hf_marker_of_this_test", "XDG_CACHE_HOME": str(folder / name / "cache")}
         machines.append(Requant(folder / name, {**finished[0].environment, **ceph, **here}, recipe))
     process = machines[0].fork_run()
-    work = "*/work/quantize-*"
+    work = folder / "one" / "cache" / "requant" / "near" / "work"
     (child,) = wait_for(lambda: children(folder / "one"), process=process)
-    wait_for(lambda: any(map(carry.finished, (folder / "one" / "cache").glob(work))), process=process)
+    wait_for(lambda: any(map(carry.finished, work.glob("quantize-*"))), process=process)
     child.suspend()  # it gets no further
     wait_for(lambda: has_block(list(read_all(ceph, "resume/quantize"))), process=process)
     process.kill()
