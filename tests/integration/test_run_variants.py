@@ -131,3 +131,17 @@ def test_an_fp8_base_goes_through_with_its_head(fp8: tuple[Requant, Path, list[O
     assert inspected["mtp"]["precision"] == "BF16" and not inspected["problems"]
     assert all(inspected["engines"][name]["loads"] for name in ("vllm", "sglang", "transformers"))
     assert inspected["engines"]["vllm"]["mtp"] and inspected["engines"]["sglang"]["mtp"]
+
+
+@pytest.mark.slow
+def test_two_threads_make_the_same_artifact_each_time(finished: Finished, tmp_path: Path) -> None:
+    digests = set()
+    for name in ("once", "again"):
+        requant = finished[0].copy(tmp_path / name).variant(OMP_NUM_THREADS="2")
+        requant.forget("quantize", "mtp_fix")
+        recipe = str(requant.write_recipe(publish=None))
+        outcome = requant("run", recipe, "--json", new_process=True)
+        assert outcome.status == 0, outcome.stderr
+        assert (outcome.states["quantize"], outcome.states["mtp_fix"]) == ("ran", "ran")
+        digests.add(outcome.digest)
+    assert len(digests) == 1
