@@ -1,7 +1,8 @@
 """SIGKILL of all that a run rests on, in the middle of it: it ends published, once, and little is done again.
 
-In CI the server and its database are killed. A run whose own process is killed waits 90 s until it is taken for dead:
-that is for the night here; tests/integration has it with fewer services.
+In CI the server and its database are killed. All else is for the night: a run whose own process is killed waits 90 s
+until it is taken for dead, and a cancelled run takes more than a minute. In CI, tests/integration kills runs and their
+quantize children without workers, and has the states of crashed and cancelled runs on a server without workers.
 """
 
 from __future__ import annotations
