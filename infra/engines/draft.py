@@ -82,9 +82,13 @@ class _Ear(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        about_weights = any(word in text for word in SKIPPED) and "CPU backend" not in text
-        if about_weights and len(self.words) < 20:
+        if about_weights(text) and len(self.words) < 20:
             self.words.append(text[:300])
+
+
+def about_weights(warning: str) -> bool:
+    """Whether one of vLLM's warnings says that weights are missing, too many, or skipped."""
+    return any(word in warning for word in SKIPPED) and "CPU backend" not in warning
 
 
 def _clean_up() -> None:

@@ -1,6 +1,8 @@
 """SIGKILL of all that a run rests on, in the middle of it: it ends published, once, and little is done again.
 
-CI kills the server and its database. The other kills wait 90 s for a missing heartbeat and run at night.
+CI kills the server and its database. The other kills run at night: a killed run is taken for dead after 90 s without a
+heartbeat, and a cancelled run takes more than a minute. In CI, tests/integration kills runs and their quantize children
+without workers, and checks what becomes of crashed and cancelled runs on a server without workers.
 """
 
 from __future__ import annotations

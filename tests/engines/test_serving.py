@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import numpy as np
@@ -32,7 +33,13 @@ def engines() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def server(made: Made, vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the server says."""
+    return tmp_path_factory.mktemp("log") / "vllm.log"
+
+
+@pytest.fixture(scope="module")
+def server(made: Made, vllm_python: str, log: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The card's command as printed, typed where `vllm` is the CPU build; its model comes from the Hub stand-in."""
     folder = tmp_path_factory.mktemp("serving")
     (folder / "bin").mkdir()
@@ -44,7 +51,7 @@ def server(made: Made, vllm_python: str, tmp_path_factory: pytest.TempPathFactor
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     environment = {**made.environment, "PATH": path, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "0"}
     command, before = made.snippets("bash")[0], engines()
-    with running(["sh", "-c", command], folder / "vllm.log", environment) as engine:
+    with running(["sh", "-c", command], log, environment) as engine:
         url = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + 300
         while True:
@@ -57,6 +64,15 @@ def server(made: Made, vllm_python: str, tmp_path_factory: pytest.TempPathFactor
             time.sleep(0.5)
         yield url
     assert engines() == before
+
+
+def test_the_result_loads_without_a_word_about_skipped_weights(server: str, log: Path) -> None:
+    with mock.patch.dict(os.environ):  # of which draft.py sets some
+        from infra.engines.draft import about_weights
+
+    said = log.read_text()
+    assert "Loading weights took" in said
+    assert [line for line in said.splitlines() if "WARNING" in line and about_weights(line)] == []
 
 
 def test_it_drafts_with_its_head_as_requant_measures_it(made: Made, server: str, tmp_path: Path) -> None:

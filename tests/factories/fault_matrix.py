@@ -19,6 +19,7 @@ MOVES_BYTES = {
 }  # fmt: skip
 
 Case = tuple[str, str]
+GUARDS: set[Case] = {("commit", "twice")}  # that nothing is published twice
 
 
 def most_dangerous(operation: str) -> str:
@@ -42,4 +43,4 @@ def chosen(operations: Sequence[str], kinds: Sequence[str]) -> set[Case]:
 
 def cases_of_every_change() -> set[Case]:
     """The cases that are tried on every change."""
-    return chosen(S3_OPERATIONS, S3_KINDS) | chosen(HUB_OPERATIONS, KINDS)
+    return chosen(S3_OPERATIONS, S3_KINDS) | chosen(HUB_OPERATIONS, KINDS) | GUARDS

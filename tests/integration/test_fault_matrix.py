@@ -16,6 +16,7 @@ import pytest
 from infra.hub.launch import HubStandIn
 from tests.factories.fault_matrix import (
     FOREVER,
+    GUARDS,
     HUB_OPERATIONS,
     S3_KINDS,
     S3_OPERATIONS,
@@ -78,7 +79,7 @@ def test_an_operation_survives_a_fault_or_says_in_a_sentence_why_not(matrix: Mat
 
 
 def test_every_fault_and_every_operation_is_tried_on_every_change() -> None:
-    assert set(all_cases()) >= OFTEN
+    assert set(all_cases()) >= OFTEN >= GUARDS
     for operations, kinds in ((S3_OPERATIONS, S3_KINDS), (HUB_OPERATIONS, KINDS)):
         cases = {(name, kind) for name, kind in OFTEN if name in operations}
         assert {kind for _, kind in cases} == set(kinds)

@@ -186,6 +186,20 @@ def test_a_result_is_rejected_by_a_task_and_nothing_is_evaluated_again(requant: 
     assert validate(store, recipe, base, result, text).state == "reused"
 
 
+@pytest.mark.slow
+def test_a_run_is_rejected_by_a_task_and_evaluates_nothing_again(requant: Requant, definitions: Path) -> None:
+    section = {"tasks": ["own_choice", "own_perplexity"], "definitions": str(definitions)}
+    changes = {"eval": section, "allow_remote_code": True, "publish": None}
+    outcome = requant.run(gates={"min_task_recovery": 10.0}, **changes)
+    assert outcome.status == 1, outcome.stderr
+    assert outcome.document["status"] == "rejected"
+    assert [g["name"] for g in outcome.document["gates"] if not g["passed"]] == ["task_recovery"]
+    assert set(outcome.document["measured"]["tasks"]) == {"own_choice", "own_perplexity"}
+    assert len(list(requant.store.glob("artifacts/evaluate/*"))) == 2
+    again = requant.run(gates={"min_task_recovery": None}, **changes)
+    assert again.status == 0 and again.states["validate"] == "reused", again.stderr
+
+
 def the_only(store: Store, folder: Path) -> Manifest:
     """The only artifact of a stage."""
     (path,) = folder.iterdir()

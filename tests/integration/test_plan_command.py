@@ -136,10 +136,15 @@ def test_a_run_takes_no_more_disk_than_its_plan_says(finished: Finished, tmp_pat
 
 def test_a_changed_recipe_runs_from_the_stage_that_reads_the_change(requant: Requant) -> None:
     states = {}
-    for name, changes in {"mtp": {"mtp": "drop"}, "quantize": {"quantize": {"seed": 1}}}.items():
+    for name, changes in {
+        "text": {"validation": {"text": "builtin:mixed-evaluation"}},
+        "mtp": {"mtp": "drop"},
+        "quantize": {"quantize": {"seed": 1}},
+    }.items():
         document = requant("plan", str(requant.write_recipe(**changes)), "--json").document
         states[name] = [stage["state"] for stage in document["stages"]]
         assert all("an earlier run on cpu" in s["figure"] for s in document["stages"][2:5] if s["name"] == "validate")
+    assert states["text"][:5] == ["reused", "reused", "reused", "run", "reused"]
     assert states["mtp"] == ["reused", "reused", "run", "run", "run", "run"]
     assert states["quantize"] == ["reused", "run", "run", "run", "run", "run"]
 
@@ -249,13 +254,16 @@ def test_texts_that_cannot_work_stop_a_run_before_its_first_byte(
         publish=None,
     )
     hub.reset_traffic()
-    outcome = requant("run", str(path), "--json")
-    assert outcome.status == 1 and outcome.document["stages"] == [] and "Traceback" not in outcome.stderr
-    columns, short = outcome.document["error"].rsplit("; ", 1)
+    planning = requant("plan", str(path), "--json")
+    assert planning.status == 1 and "Traceback" not in planning.stderr
+    columns, short = planning.document["problems"]
     assert columns.startswith(
         "quantize.calibration: the rows of rows.jsonl have the columns prompt, answer; a row needs"
     )
     assert short == "validation.text: short.txt has 5 tokens, and measuring needs at least 512: name a longer text"
+    outcome = requant("run", str(path), "--json")
+    assert outcome.status == 1 and outcome.document["stages"] == [] and "Traceback" not in outcome.stderr
+    assert outcome.document["error"] == f"{columns}; {short}"
     assert all(t["status"] == 206 and t["bytes_out"] <= 16 << 10 for t in weights(hub.traffic()))
 
 

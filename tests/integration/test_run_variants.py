@@ -37,7 +37,7 @@ def regrouped(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> F
 
 @pytest.fixture(scope="module")
 def headless(environment: dict[str, str], hub: HubStandIn, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """A base without a head, calibrated and measured with data sets of the Hub."""
+    """A base without a head, calibrated and measured with data sets of the Hub, its speed in torch."""
     folder = tmp_path_factory.mktemp("headless")
     hub.seed("demo/headless", pico_base(folder / "base", layers=1, head=False))
     for name, file, line in (("texts", "train", "def number_{0}():\n"), ("measured", "test", "class Number{0}:\n")):
@@ -47,7 +47,7 @@ def headless(environment: dict[str, str], hub: HubStandIn, tmp_path_factory: pyt
         hub.seed(f"demo/{name}", folder / name, repo_type="dataset")
     requant = fresh(folder, environment, "demo/headless", None)
     changes = {"quantize": {"calibration": "demo/texts", "iters": 0}, "validation": {"text": "demo/measured@main"}}
-    return requant, requant.run("--checkout", str(folder / "out"), **changes)
+    return requant, requant.run("--checkout", str(folder / "out"), benchmark={"engine": "torch"}, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,15 @@ def test_quality_is_measured_on_a_hub_data_set_pinned_to_its_commit(headless: Fi
     assert measured["text"] == f"demo/measured@{sha}" and measured["same_tokens"] == 1.0
 
 
+def test_a_run_measures_its_results_speed(headless: Finished) -> None:
+    requant, outcome = headless
+    assert outcome.states["benchmark"] == "ran"
+    measured = outcome.document["benchmark"]
+    assert measured["engine"] == "torch" and measured["tokens_per_second"] > 0 and measured["hardware"]
+    assert len(measured["prompts"]) == 3 and all(row["tokens"] == 32 for row in measured["prompts"])
+    assert f"{measured['tokens_per_second']:.1f}" in (requant.folder / "out" / "README.md").read_text()
+
+
 def test_two_runs_of_one_recipe_at_once_do_the_work_once(fp8: tuple[Requant, Path, list[Outcome]]) -> None:
     _, _, both = fp8
     assert both[0].digest == both[1].digest
@@ -131,3 +140,17 @@ def test_an_fp8_base_goes_through_with_its_head(fp8: tuple[Requant, Path, list[O
     assert inspected["mtp"]["precision"] == "BF16" and not inspected["problems"]
     assert all(inspected["engines"][name]["loads"] for name in ("vllm", "sglang", "transformers"))
     assert inspected["engines"]["vllm"]["mtp"] and inspected["engines"]["sglang"]["mtp"]
+
+
+@pytest.mark.slow
+def test_two_threads_make_the_same_artifact_each_time(finished: Finished, tmp_path: Path) -> None:
+    digests = set()
+    for name in ("once", "again"):
+        requant = finished[0].copy(tmp_path / name).variant(OMP_NUM_THREADS="2")
+        requant.forget("quantize", "mtp_fix")
+        recipe = str(requant.write_recipe(publish=None))
+        outcome = requant("run", recipe, "--json", new_process=True)
+        assert outcome.status == 0, outcome.stderr
+        assert (outcome.states["quantize"], outcome.states["mtp_fix"]) == ("ran", "ran")
+        digests.add(outcome.digest)
+    assert len(digests) == 1

@@ -38,13 +38,16 @@ class Clock:
         event = threading.Event()
 
         def wait(seconds: float) -> bool:
-            with self._lock:
-                self.now += seconds
-                self.waits += 1
+            self.wait(seconds)
             return event.is_set()
 
         event.wait = wait  # type: ignore[method-assign,assignment]
         return event
+
+    def wait(self, seconds: float) -> None:
+        with self._lock:
+            self.now += seconds
+            self.waits += 1
 
 
 @pytest.fixture
@@ -124,11 +127,28 @@ def test_a_window_that_ends_is_not_run_into(clock: Clock) -> None:
     assert max(b - a for a, b in itertools.pairwise(times)) > 0.2
 
 
-def test_all_threads_wait_when_one_is_refused(clock: Clock) -> None:
-    fifth = answering(lambda n: (429, {"Retry-After": "1"}) if n == 5 else (200, {}))
-    with fifth as (url, times), Pace() as pace, ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: pace.ask(lambda: get(url)), range(40)))
-    assert len(times) == 41 and sum(t - times[4] > 0.9 for t in times) >= 41 - 5 - 4
+def test_all_threads_wait_when_one_is_refused(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time passes once all four wait: a thread that asks meanwhile leaves the others waiting in vain."""
+    refused = threading.Event()
+
+    def time_passes() -> None:
+        clock.now += 1
+
+    all_wait = threading.Barrier(4, time_passes)
+
+    def wait(seconds: float) -> None:
+        refused.set()
+        all_wait.wait(10)
+
+    def ask(number: int) -> int:
+        assert number == 0 or refused.wait(10)
+        return pace.ask(lambda: get(url))
+
+    monkeypatch.setattr(clock, "wait", wait)
+    first = answering(lambda n: (429, {"Retry-After": "1"}) if n == 1 else (200, {}))
+    with first as (url, times), Pace() as pace, ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(4))) == [200] * 4
+    assert [at - times[0] for at in times] == [0, 1, 1, 1, 1]
 
 
 def test_more_than_there_is_patience_for_is_an_error_at_once(clock: Clock) -> None:

@@ -189,6 +189,10 @@ def test_a_pattern_that_cannot_be_compiled_or_run_is_hostile(pattern: str) -> No
         Patterns().search(pattern, "mtp.fc")
 
 
+def test_patterns_have_a_tenth_of_a_second_each_and_two_seconds_together_at_most() -> None:
+    assert Patterns().seconds_each <= 0.1 and Patterns().seconds <= 2
+
+
 def test_of_many_slow_patterns_only_the_first_are_tried() -> None:
     """Each takes all the time that one may take, which is a fifth of what all together may."""
     patterns = Patterns(seconds_each=0.02, seconds=0.1)
