@@ -10,6 +10,7 @@ import pytest
 
 from flows.cli import cli
 from tasks.checkpoint.checkpoint import Checkpoint
+from tasks.recipe import Gates
 from tests.factories.requant import LAYERS, Outcome, Requant, artifacts
 
 Finished = tuple[Requant, Outcome]
@@ -138,6 +139,20 @@ def test_validate_passes_the_result_of_a_run(requant: Requant, checkout: Path, b
     assert outcome.document["passed"]
     names = [gate["name"] for gate in outcome.document["gates"]]
     assert "perplexity_increase" in names and "mtp_acceptance_ratio" in names
+
+
+@pytest.mark.slow
+def test_validate_without_a_recipe_measures_the_default_text_against_the_default_limits(
+    requant: Requant, checkout: Path, base: Path
+) -> None:
+    """Random weights pass the limits of everything but quality."""
+    outcome = requant("validate", str(checkout), "--base", str(base), "--json")
+    assert outcome.status == 1 and "validation text: 40 chats through the base's chat template" in outcome.stderr
+    gates = {gate["name"]: gate for gate in outcome.document["gates"]}
+    assert all(gates[name]["passed"] for name in ("structure", "lossless", "finite"))
+    assert gates["perplexity_increase"]["limit"] == Gates().max_perplexity_increase is not None
+    assert gates["top1_agreement"]["limit"] == Gates().min_top1_agreement is not None
+    assert not gates["top1_agreement"]["passed"]
 
 
 def test_validate_fails_a_checkpoint_with_one_flipped_bit_and_a_nan(
