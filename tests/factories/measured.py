@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import pytest
+
+from tasks import measure as measuring
 
 GOOD: dict[str, Any] = {
     "unaccounted": [],
@@ -48,3 +54,16 @@ GOOD: dict[str, Any] = {
     "speculative_agreement": 1.0,
     "head_kept": True,
 }
+
+
+@contextmanager
+def measuring_little(
+    *, windows: int, length: int, probe: int, prompts: int, generated: int, longest: int
+) -> Iterator[None]:
+    """Measure on so many windows of `length` tokens, and decode so many prompts, instead of what a real model takes."""
+    values = {"WINDOWS": windows, "LENGTH": length, "PROBE": probe, "PROMPTS": prompts, "GENERATED": generated}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setattr(measuring, name, value)
+        patch.setitem(measuring.LONGEST, "cpu", longest)
+        yield

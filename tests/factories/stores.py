@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tasks.artifact import sha256_of
+from tasks.store.backend import Backend
 from tasks.store.folder import FolderBackend
 from tests.factories.requant import wait_for
 
@@ -61,3 +62,17 @@ def ago(folder: Path, days: float, *below: str) -> None:
     for path in [folder / name for name in below] or [folder]:
         for each in (path, *path.rglob("*")):
             os.utime(each, (at, at))
+
+
+def every_operation(backend: Backend, key: str, folder: Path) -> list[Callable[[], object]]:
+    """All that can be asked of a backend for one key, with files in `folder`."""
+    (folder / "file").write_bytes(b"x")
+    return [
+        lambda: backend.read(key),
+        lambda: backend.write(key, b""),
+        lambda: backend.write_new(key, b""),
+        lambda: backend.size(key),
+        lambda: backend.delete(key),
+        lambda: backend.put_file(key, folder / "file"),
+        lambda: backend.get_file(key, folder / "out"),
+    ]

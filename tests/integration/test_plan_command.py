@@ -17,7 +17,7 @@ from tests.factories.checkpoints import write_quantized
 from tests.factories.forked import Forked
 from tests.factories.paths import ROOT
 from tests.factories.pico import pico_base
-from tests.factories.requant import Outcome, Requant, artifacts, finish
+from tests.factories.requant import Outcome, Requant, artifacts, finish, store_in
 
 Finished = tuple[Requant, Outcome]
 STAGES = ["download", "quantize", "mtp_fix", "validate", "benchmark"]
@@ -37,7 +37,7 @@ def planned(hub: HubStandIn, environment: dict[str, str], tmp_path_factory: pyte
     (folder / "texts" / "train.txt").write_text("text")
     hub.seed("NeelNanda/pile-10k", folder / "texts", repo_type="dataset")
     hub.reset_traffic()
-    requant = Requant(folder, {**environment, "REQUANT_STORE": (folder / "store").as_uri()})
+    requant = Requant(folder, {**environment, **store_in(folder)})
     outcome = requant("plan", str(RECIPE_27B), "--elsewhere", "--json", "--markdown", str(folder / "plan.md"))
     assert outcome.status == 0, outcome.stderr
     text = (folder / "plan.md").read_text()

@@ -23,9 +23,10 @@ from tasks.text import Text, find_text
 from tests.factories.checkpoints import all_tensors
 from tests.factories.paths import TINY
 from tests.factories.pico import pico_base
-from tests.factories.requant import Requant
+from tests.factories.requant import Requant, store_in
 
 REPO = "demo/tiny"
+pytestmark = pytest.mark.usefixtures("hub_here")
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +35,10 @@ def tiny(hub: HubStandIn) -> Path:
     return TINY
 
 
-@pytest.fixture(autouse=True)
-def endpoint(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub.constants as constants
-
-    for name, value in hub.env.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-
-
 @pytest.fixture
 def requant(environment: dict[str, str], tmp_path: Path) -> Requant:
     """`requant` with an empty store."""
-    return Requant(tmp_path, {**environment, "REQUANT_STORE": (tmp_path / "store").as_uri()})
+    return Requant(tmp_path, {**environment, **store_in(tmp_path)})
 
 
 def sent(hub: HubStandIn) -> int:

@@ -21,7 +21,7 @@ from infra.hub.launch import HubStandIn
 from tasks.recipe_file import parse_recipe
 from tests.factories.forked import Forked
 from tests.factories.paths import ROOT
-from tests.factories.requant import Outcome, Requant, finish, recipe_for, stop, wait_for
+from tests.factories.requant import Outcome, Requant, finish, recipe_for, stop, store_in, wait_for
 from tests.factories.webhook import payload
 
 BASE = "demo/watched"
@@ -39,7 +39,7 @@ def deployment(
     """
     folder = tmp_path_factory.mktemp("watch")
     shutil.copytree(finished[0].store, folder / "store", copy_function=os.link)
-    requant = Requant(folder, {**environment, "REQUANT_STORE": (folder / "store").as_uri()})
+    requant = Requant(folder, {**environment, **store_in(folder)})
     deployed = requant("deploy", str(ROOT / "deployments"))
     assert deployed.status == 0, deployed.stderr
     return requant

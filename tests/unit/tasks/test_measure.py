@@ -14,7 +14,6 @@ import psutil
 import pytest
 import torch
 
-from tasks import measure as measuring
 from tasks.checkpoint.account import Account, account
 from tasks.checkpoint.checkpoint import INDEX, Checkpoint
 from tasks.errors import CheckpointError, RecipeError
@@ -36,6 +35,7 @@ from tests.factories.checkpoints import (
     to_bf16,
     write_quantized,
 )
+from tests.factories.measured import measuring_little
 from tests.factories.pico import pico_base
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -43,15 +43,8 @@ SHARD = "model-00001-of-00001.safetensors"
 
 @pytest.fixture(scope="module", autouse=True)
 def _short() -> Iterator[None]:
-    """Four windows of 48 tokens, two prompts, four generated tokens; one thread, as more only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"WINDOWS": 4, "LENGTH": 48, "PROBE": 16, "PROMPTS": 2, "GENERATED": 4}.items():
-            patch.setattr(measuring, name, value)
-        patch.setitem(measuring.LONGEST, "cpu", 96)
+    with measuring_little(windows=4, length=48, probe=16, prompts=2, generated=4, longest=96):
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

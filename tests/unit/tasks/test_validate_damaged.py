@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks import measure as measuring
 from tasks.gates import Gate, compare
 from tasks.measure import measure
 from tasks.measuring.measurement import Measurement
@@ -17,6 +16,7 @@ from tasks.text import EVALUATION
 from tasks.validate import measured_values
 from tests.factories.checkpoints import write_quantized
 from tests.factories.damage import DAMAGES, damaged
+from tests.factories.measured import measuring_little
 from tests.factories.paths import TINY
 
 LIMITS = Gates(max_perplexity_increase=0.15, min_top1_agreement=0.8)
@@ -24,15 +24,8 @@ LIMITS = Gates(max_perplexity_increase=0.15, min_top1_agreement=0.8)
 
 @pytest.fixture(scope="module", autouse=True)
 def _short() -> Iterator[None]:
-    """Six windows of 128 tokens, two prompts, eight generated tokens."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"WINDOWS": 6, "LENGTH": 128, "PROBE": 64, "PROMPTS": 2, "GENERATED": 8}.items():
-            patch.setattr(measuring, name, value)
-        patch.setitem(measuring.LONGEST, "cpu", 256)
+    with measuring_little(windows=6, length=128, probe=64, prompts=2, generated=8, longest=256):
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import torch
 from click.testing import CliRunner
 
 from flows.checkpoint_commands import validate
-from tasks import measure as measuring
 from tasks.gates import Gate, accepted, compare, refusal
 from tasks.measure import measure
 from tasks.measuring.measurement import Measurement
@@ -21,6 +20,7 @@ from tasks.text import EVALUATION
 from tasks.validate import measured_values
 from tests.factories.checkpoints import edited, write_quantized
 from tests.factories.damage import Edit
+from tests.factories.measured import measuring_little
 from tests.factories.pico import pico_base
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -31,15 +31,8 @@ Config = dict[str, Any]
 
 @pytest.fixture(scope="module", autouse=True)
 def _short() -> Iterator[None]:
-    """Two windows of 64 tokens, one prompt, four generated tokens."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"WINDOWS": 2, "LENGTH": 64, "PROBE": 32, "PROMPTS": 1, "GENERATED": 4}.items():
-            patch.setattr(measuring, name, value)
-        patch.setitem(measuring.LONGEST, "cpu", 64)
+    with measuring_little(windows=2, length=64, probe=32, prompts=1, generated=4, longest=64):
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 
 from tasks.errors import CheckpointError, RequantError, StoreError
 from tasks.store.folder import FolderBackend, clone, link
+from tests.factories.stores import every_operation
 
 
 @pytest.fixture
@@ -110,17 +111,7 @@ def test_an_object_can_be_deleted_twice(store: FolderBackend) -> None:
 def test_a_key_that_leaves_the_folder_is_refused_by_every_operation(
     store: FolderBackend, key: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "file").write_bytes(b"x")
-    operations = (
-        lambda: store.read(key),
-        lambda: store.write(key, b""),
-        lambda: store.write_new(key, b""),
-        lambda: store.size(key),
-        lambda: store.delete(key),
-        lambda: store.put_file(key, tmp_path / "file"),
-        lambda: store.get_file(key, tmp_path / "out"),
-    )
-    for operation in operations:
+    for operation in every_operation(store, key, tmp_path):
         with pytest.raises(CheckpointError):
             operation()
     assert {p.name for p in tmp_path.iterdir()} <= {"file", "store"}

@@ -17,6 +17,7 @@ from tasks.store.resume import restore
 from tasks.store.s3 import S3Backend
 from tasks.store.store import blob_key
 from tests.factories.checkpoints import write_files
+from tests.factories.stores import every_operation
 
 KEY = "a" * 64
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
@@ -87,18 +88,7 @@ def bucket() -> S3Backend:
 @pytest.mark.parametrize("key", ["../other/x", "a/../../x", "/x", "", "a\\..\\x", "a\0b", "a/./b", "n" * 4096])
 def test_no_key_leaves_the_prefix_of_a_bucket(key: str, bucket: S3Backend, tmp_path: Path) -> None:
     """Nothing is sent: no server is asked."""
-    backend = bucket
-    (tmp_path / "file").write_bytes(b"x")
-    operations = (
-        lambda: backend.read(key),
-        lambda: backend.write(key, b""),
-        lambda: backend.write_new(key, b""),
-        lambda: backend.size(key),
-        lambda: backend.delete(key),
-        lambda: backend.put_file(key, tmp_path / "file"),
-        lambda: backend.get_file(key, tmp_path / "out"),
-    )
-    for operation in operations:
+    for operation in every_operation(bucket, key, tmp_path):
         with pytest.raises(CheckpointError, match="is not allowed"):
             operation()
 
