@@ -37,11 +37,14 @@ settings.load_profile("few")
 
 OF_FOLDERS = {"engines": "engine", "ui": "browser", "gpu": "gpu"}
 OF_FIXTURES = {"ceph": "ceph", "as_root": "root"}
+# A test that hangs fails by its name. The slowest unit test takes 12 s on a quiet machine, the slowest fixture 100 s.
+UNIT_LIMIT_S, LIMIT_S = 120, 300
+SLOW_FACTOR = 10  # for tests marked slow, and for all tests with the many Hypothesis examples of the night
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by their folder and their fixtures, and keep those that share costly fixtures in one process."""
+    """Mark tests by folder and fixtures, limit their time, and keep those that share costly fixtures in one process."""
     root = Path(__file__).parent
     for item in items:
         folder = item.path.relative_to(root).parts[0]
@@ -52,6 +55,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if folder != "unit":
             group = "ceph" if "ceph" in marks else item.path.stem
             item.add_marker(pytest.mark.xdist_group(group))
+        limit_s = UNIT_LIMIT_S if folder == "unit" else LIMIT_S
+        if item.get_closest_marker("slow") or item.config.getoption("--hypothesis-profile") == "many":
+            limit_s *= SLOW_FACTOR
+        item.add_marker(pytest.mark.timeout(limit_s))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
