@@ -4,7 +4,7 @@ The standard library's fork server does the forking. A fork has its own pid, sig
 environment, output, threads and locks, so it can be watched, interrupted and killed like any process. Limits:
 
 - Variables that modules read at import keep the server's values, so only variables in READ_LATE may differ;
-  `runs_here` says whether an environment differs in others.
+  an environment that differs in others is refused.
   A test of what is imported, or of the interpreter's own start (`sitecustomize`, PYTHON* variables), needs a process.
 - The entry point is not run: `-m MODULE` is the same code, while a console script or an installation is not proven.
 - Nothing but imports happens in the server, so that all forks begin alike. They share the seed of str hashes, and
@@ -71,11 +71,12 @@ def start_server(environment: Mapping[str, str]) -> None:
     atexit.register(_kill_what_is_left)  # a failed test may leave one behind, and multiprocessing would wait for it
 
 
-def runs_here(environment: Mapping[str, str]) -> bool:
-    """Whether a fork behaves as a new process with this environment would."""
+def check(environment: Mapping[str, str]) -> None:
+    """Fail unless a fork behaves as a new process with this environment would."""
+    assert _started_with, "the fixture `environment` starts the server"
     names = _started_with.keys() | environment.keys()
-    different = {name for name in names if _started_with.get(name) != environment.get(name)}
-    return bool(_started_with) and different <= READ_LATE
+    different = {name for name in names if _started_with.get(name) != environment.get(name)} - READ_LATE
+    assert not different, f"{', '.join(sorted(different))} may be read at import: a fork is too late, use a new process"
 
 
 class Forked:
@@ -88,7 +89,7 @@ class Forked:
     def __init__(
         self, arguments: Sequence[str], environment: Mapping[str, str], *, warm_children: bool = False
     ) -> None:
-        assert runs_here(environment), "its environment differs in what is read at import"
+        check(environment)
         self.args = list(arguments)
         self._folder = tempfile.TemporaryDirectory(prefix="requant-fork-")
         self._out, self._err = Path(self._folder.name, "stdout"), Path(self._folder.name, "stderr")

@@ -18,7 +18,7 @@ import yaml
 
 from tasks.artifact import Manifest
 from tasks.store.store import blob_key
-from tests.factories.forked import Forked, runs_here
+from tests.factories.forked import Forked
 from tests.factories.paths import ROOT
 
 LAYERS = 3
@@ -80,12 +80,11 @@ class Requant:
         return Forked(["-m", "flows.cli", *arguments], self.environment, warm_children=warm_children)
 
     def __call__(self, *arguments: str, new_process: bool = False) -> Outcome:
-        """Run a command in a fork, or in a new process where a fork would differ."""
-        forks = runs_here(self.environment) and not new_process
-        return finish(self.fork(*arguments, warm_children=True) if forks else self.start(*arguments))
+        """Run a command in a fork, or in a new process."""
+        return finish(self.start(*arguments) if new_process else self.fork(*arguments, warm_children=True))
 
-    def run(self, *arguments: str, **changes: Any) -> Outcome:
-        return self("run", str(self.write_recipe(**changes)), "--json", *arguments)
+    def run(self, *arguments: str, new_process: bool = False, **changes: Any) -> Outcome:
+        return self("run", str(self.write_recipe(**changes)), "--json", *arguments, new_process=new_process)
 
     def start_run(self, *arguments: str, **changes: Any) -> subprocess.Popen[str]:
         return self.start("run", str(self.write_recipe(**changes)), "--json", *arguments)

@@ -100,8 +100,9 @@ def write_recipe(requant: Requant, name: str, recipe: dict[str, Any]) -> None:
     (folder / name).write_text(yaml.safe_dump(recipe))
 
 
-def watch(requant: Requant) -> Outcome:
-    return requant("watch", "--once", "--recipes", str(requant.folder / "recipes"), "--json")
+def watch(requant: Requant, *, new_process: bool = False) -> Outcome:
+    folder = str(requant.folder / "recipes")
+    return requant("watch", "--once", "--recipes", folder, "--json", new_process=new_process)
 
 
 def runs(api: str, tag: str = "watch") -> list[dict[str, Any]]:
@@ -228,7 +229,7 @@ def test_without_a_server_what_is_due_is_run_here_and_then_no_more(requant: Requ
     write_recipe(here, "here.yaml", recipe_for("demo/pico", None))
     strict = {**recipe_for("demo/pico", None), "gates": {"min_mtp_acceptance_ratio": 9.0}}
     write_recipe(here, "strict.yaml", strict)
-    first, second = watch(here), watch(here)
+    first, second = watch(here, new_process=True), watch(here, new_process=True)
     assert first.status == 1, first.stderr  # since one is rejected
     started = [(each["recipe"], each["status"], each["run"]) for each in first.document["started"]]
     assert started == [("here.yaml", "validated", None), ("strict.yaml", "rejected", None)]
@@ -242,5 +243,5 @@ def test_a_server_that_does_not_answer_is_a_sentence(
     gone.folder = tmp_path
     hub.seed("demo/here", base_folder)
     write_recipe(gone, "here.yaml", recipe_for("demo/here", None))
-    outcome = watch(gone)
+    outcome = watch(gone, new_process=True)
     assert outcome.status == 1 and "PREFECT_API_URL" in outcome.stderr and "Traceback" not in outcome.stderr
