@@ -19,7 +19,7 @@ import yaml
 
 from infra.hub.launch import HubStandIn
 from tasks.recipe_file import parse_recipe
-from tests.factories.forked import Forked
+from tests.factories.forked import forked
 from tests.factories.paths import ROOT
 from tests.factories.requant import Outcome, Requant, finish, recipe_for, stop, store_in, wait_for
 from tests.factories.webhook import payload
@@ -197,7 +197,7 @@ def test_the_flow_ends_in_a_state_that_says_so_and_has_a_table_of_what_it_did(
     """The recipes of the test before: one started already, two with problems."""
     code = "import sys; from flows.watch import watch; print(watch(sys.argv[1], return_state=True).name)"
     folder = str(deployment.folder / "beside" / "recipes")
-    done = finish(Forked(["-c", code, folder], deployment.environment))
+    done = finish(forked(["-c", code, folder], deployment.environment))
     assert done.stdout.split()[-1] == "Problems", done.stderr
     body = {"artifacts": {"key": {"any_": ["requant-watch"]}}}
     (table,) = httpx.post(f"{prefect_server}/artifacts/filter", json=body).raise_for_status().json()
@@ -206,7 +206,7 @@ def test_the_flow_ends_in_a_state_that_says_so_and_has_a_table_of_what_it_did(
 
 def test_a_pass_that_cannot_be_made_ends_the_flow_with_a_sentence(deployment: Requant) -> None:
     code = "from flows.watch import watch; print(watch('/nowhere', return_state=True).message)"
-    done = finish(Forked(["-c", code], deployment.environment))
+    done = finish(forked(["-c", code], deployment.environment))
     assert done.stdout.strip() == "the folder of recipes /nowhere does not exist: name one with --recipes"
     assert "Traceback" not in done.stderr
 
