@@ -8,8 +8,8 @@ from typing import Any
 
 from tasks.quantizing.run import run_child
 from tasks.recipe_quantize import Quantize
+from tests.factories.forked import forked_children, quantize_server
 from tests.factories.paths import ROOT
-from tests.factories.warm_child import address, forked_children
 
 
 def pack_with_auto_round(base: Path, asked: Quantize, folder: Path) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def pack_with_auto_round(base: Path, asked: Quantize, folder: Path) -> dict[str,
         "allow_remote_code": False,
         "gradient_accumulate_steps": 1,
     }
-    with forked_children(address()):
+    with forked_children(quantize_server()):
         assert run_child(job, folder, lambda event: None) == {}
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return result

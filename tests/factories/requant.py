@@ -18,7 +18,8 @@ import yaml
 
 from tasks.artifact import Manifest
 from tasks.store.store import blob_key
-from tests.factories.forked import Forked, runs_here
+from tests.factories.forked import forked, quantize_server
+from tests.factories.forks import Fork
 from tests.factories.paths import ROOT
 
 LAYERS = 3
@@ -75,22 +76,24 @@ class Requant:
             command, cwd=ROOT, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
 
-    def fork(self, *arguments: str, warm_children: bool = False) -> Forked:
-        """Start a command in a fork (see tests.factories.forked), to be watched, disturbed or killed as well."""
-        return Forked(["-m", "flows.cli", *arguments], self.environment, warm_children=warm_children)
+    def fork(self, *arguments: str) -> Fork:
+        """Start a command in a fork (see tests.factories.forks), to be watched, disturbed or killed as well."""
+        return forked(["-m", "flows.cli", *arguments], self.environment)
 
     def __call__(self, *arguments: str, new_process: bool = False) -> Outcome:
-        """Run a command in a fork, or in a new process where a fork would differ."""
-        forks = runs_here(self.environment) and not new_process
-        return finish(self.fork(*arguments, warm_children=True) if forks else self.start(*arguments))
+        """Run a command in a fork that has forks for quantize children, or in a new process."""
+        if new_process:
+            return finish(self.start(*arguments))
+        with_children = ["-m", "tests.factories.forked", quantize_server(), "flows.cli", *arguments]
+        return finish(forked(with_children, self.environment))
 
-    def run(self, *arguments: str, **changes: Any) -> Outcome:
-        return self("run", str(self.write_recipe(**changes)), "--json", *arguments)
+    def run(self, *arguments: str, new_process: bool = False, **changes: Any) -> Outcome:
+        return self("run", str(self.write_recipe(**changes)), "--json", *arguments, new_process=new_process)
 
     def start_run(self, *arguments: str, **changes: Any) -> subprocess.Popen[str]:
         return self.start("run", str(self.write_recipe(**changes)), "--json", *arguments)
 
-    def fork_run(self, *arguments: str, **changes: Any) -> Forked:
+    def fork_run(self, *arguments: str, **changes: Any) -> Fork:
         return self.fork("run", str(self.write_recipe(**changes)), "--json", *arguments)
 
     def write_recipe(self, **changes: Any) -> Path:
@@ -126,7 +129,7 @@ def merge(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     return merged
 
 
-def finish(process: subprocess.Popen[str] | Forked, timeout: float = TIMEOUT_S) -> Outcome:
+def finish(process: subprocess.Popen[str] | Fork, timeout: float = TIMEOUT_S) -> Outcome:
     """Wait for the end of a command; one that takes longer is killed."""
     try:
         stdout, stderr = process.communicate(timeout=timeout)
@@ -153,7 +156,7 @@ def wait_for(
     what: str = "it",
     *,
     pause: float = 0.005,
-    process: subprocess.Popen[str] | Forked | None = None,
+    process: subprocess.Popen[str] | Fork | None = None,
 ) -> Any:
     """Poll until the condition holds; its value. Fails at once if `process` ends before, with what it wrote.
 

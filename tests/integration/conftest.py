@@ -13,12 +13,11 @@ from huggingface_hub import HfApi, constants
 
 from flows.embedded import embedded_prefect
 from infra.hub.launch import HubStandIn
-from tests.factories.forked import start_server
+from tests.factories.forked import COMMANDS, forked_children, quantize_server
 from tests.factories.paths import ROOT
 from tests.factories.pico import pico_base
 from tests.factories.releases import TARGET, Made, made
 from tests.factories.requant import LAYERS, Outcome, Requant, recipe_for, store_in
-from tests.factories.warm_child import address, forked_children
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +59,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, hub: HubStandIn) -> Path:
 def environment(hub: HubStandIn, prefect_server: str) -> dict[str, str]:
     """The variables of every `requant`; what a command changes of them, it changes for itself."""
     variables = {**os.environ, **hub.env, "PREFECT_API_URL": prefect_server}
-    start_server(variables)
+    COMMANDS.start(variables)
     return variables
 
 
@@ -99,9 +98,9 @@ def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def warm_child() -> Iterator[None]:
+def quantize_forks() -> Iterator[None]:
     """Where a test calls the quantize stage itself, its child is a fork of a process that has imported auto-round."""
-    with forked_children(address()):
+    with forked_children(quantize_server()):
         yield
 
 

@@ -15,7 +15,7 @@ from tests.factories.bases import other_base, quantized
 from tests.factories.fp8_bases import as_fp8
 from tests.factories.pico import pico_base
 
-pytestmark = pytest.mark.usefixtures("warm_child")
+pytestmark = pytest.mark.usefixtures("quantize_forks")
 KINDS = ["qwen3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in (
     "llama", "qwen3_5_text", "qwen3_5_moe_text", "without head",
 ))]  # fmt: skip

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient
 
-from tests.factories.forked import Forked
+from tests.factories.forked import forked
 from tests.factories.paths import ROOT
 from tests.factories.requant import Requant, finish
 
@@ -38,7 +38,7 @@ def test_what_a_cancelled_run_has_asked_of_other_workers_is_cancelled(
 ) -> None:
     deployed = Requant(tmp_path, environment)("deploy", str(ROOT / "deployments"))
     assert deployed.status == 0, deployed.stderr
-    parent = finish(Forked(["-c", PROGRAM], environment))
+    parent = finish(forked(["-c", PROGRAM], environment))
     assert parent.status == 0, parent.stderr
     with SyncPrefectClient(prefect_server) as client:
         runs = [client.read_flow_run(UUID(run)) for run in parent.stdout.split()]

@@ -16,7 +16,8 @@ import pytest
 from tasks.errors import EngineFailed
 from tasks.serving.process import free_port, running
 from tasks.serving.vllm import vllm
-from tests.factories.forked import Forked
+from tests.factories.forked import forked
+from tests.factories.forks import Fork
 from tests.factories.paths import ROOT
 from tests.factories.pico import pico_base
 from tests.factories.requant import wait_for
@@ -46,7 +47,7 @@ def alive(folder: Path) -> list[int]:
     ]
 
 
-Start = Callable[..., Forked]
+Start = Callable[..., Fork]
 
 
 @pytest.fixture
@@ -58,10 +59,10 @@ def start_bench(environment: dict[str, str], tmp_path: Path, stand_in: Path) -> 
         "sys.argv[0] = 'requant'; main()"
     )
 
-    def start(*arguments: str) -> Forked:
+    def start(*arguments: str) -> Fork:
         folder = pico_base(tmp_path / "model")
         command = ["-c", code, "bench", str(folder), "--engine", "vllm", "--json", *arguments]
-        return Forked(command, {**environment, **variables, "XDG_CACHE_HOME": str(tmp_path / "cache")})
+        return forked(command, {**environment, **variables, "XDG_CACHE_HOME": str(tmp_path / "cache")})
 
     return start
 

@@ -37,7 +37,7 @@ def test_a_run_behind_a_proxy_starts_its_own_server_and_keeps_the_users_modules(
     )
     there = behind(requant, proxy, PYTHONPATH=str(modules))
     del there.environment["PREFECT_API_URL"]
-    outcome = there.run(publish=None)
+    outcome = there.run(publish=None, new_process=True)
     assert outcome.status == 0, outcome.stderr
     assert set(outcome.states.values()) == {"reused"}
     assert proxy.asked == []
@@ -45,7 +45,8 @@ def test_a_run_behind_a_proxy_starts_its_own_server_and_keeps_the_users_modules(
 
 
 def test_the_hub_is_still_asked_through_the_proxy(requant: Requant, proxy: Answers) -> None:
-    outcome = behind(requant, proxy, HF_ENDPOINT="http://hub.example")("inspect", "demo/pico", "--json")
+    there = behind(requant, proxy, HF_ENDPOINT="http://hub.example")
+    outcome = there("inspect", "demo/pico", "--json", new_process=True)
     assert outcome.status == 1 and "403" in outcome.document["error"]
     assert proxy.asked and all(url.startswith("http://hub.example/api/models/demo/pico") for url in proxy.asked)
 
@@ -62,12 +63,12 @@ def test_the_hub_is_still_asked_through_the_proxy(requant: Requant, proxy: Answe
 def test_a_command_that_asks_the_hub_says_that_it_is_switched_off(words: str, requant: Requant) -> None:
     recipe = requant.write_recipe()
     arguments = words.format(recipe=recipe, folder=recipe.parent).split()
-    outcome = requant.variant(HF_HUB_OFFLINE="1")(*arguments, "--json")
+    outcome = requant.variant(HF_HUB_OFFLINE="1")(*arguments, "--json", new_process=True)
     assert outcome.status == 1 and "Traceback" not in outcome.stderr, outcome.stderr
     assert "which HF_HUB_OFFLINE=1 switches off: unset HF_HUB_OFFLINE" in outcome.stdout
 
 
 def test_a_command_that_needs_no_hub_works_without_it(requant: Requant, base: Path) -> None:
     offline = requant.variant(HF_HUB_OFFLINE="1")
-    assert offline("inspect", str(base), "--json").status == 0
-    assert offline("store", "ls", "--json").status == 0
+    assert offline("inspect", str(base), "--json", new_process=True).status == 0
+    assert offline("store", "ls", "--json", new_process=True).status == 0

@@ -20,7 +20,8 @@ from infra.hub.launch import HubStandIn
 from tasks.download import download as fetch_all
 from tasks.hub.revision import resolve
 from tasks.store import open_store
-from tests.factories.forked import Forked
+from tests.factories.forked import forked
+from tests.factories.forks import Fork
 from tests.factories.paths import ROOT
 from tests.factories.requant import wait_for
 
@@ -44,8 +45,8 @@ class Download:
     store: Path
     environment: dict[str, str]
 
-    def start(self, before: str = "") -> Forked:
-        return Forked(["-c", before + DOWNLOAD, self.repo_id], self.variables)
+    def start(self, before: str = "") -> Fork:
+        return forked(["-c", before + DOWNLOAD, self.repo_id], self.variables)
 
     def start_new(self, **variables: str) -> subprocess.Popen[str]:
         """The same where a fork would not do: with variables that are read at import."""

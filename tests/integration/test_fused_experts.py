@@ -26,7 +26,7 @@ from tests.factories.fp8_bases import as_fp8
 from tests.factories.moe_bases import trained_moe, with_experts_apart
 from tests.factories.pico import pico_base
 
-pytestmark = pytest.mark.usefixtures("warm_child")
+pytestmark = pytest.mark.usefixtures("quantize_forks")
 KEPT = {"layers.0.mlp.experts": {"bits": 16, "data_type": "fp"}}
 # Random weights pass no gate that compares what two models say.
 RANDOM = Gates(max_perplexity_increase=None, max_kl_divergence=None, min_top1_agreement=None)

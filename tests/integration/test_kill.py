@@ -25,13 +25,14 @@ from tasks.hub.revision import Revision
 from tasks.recipe_file import load_recipe
 from tasks.store import open_store
 from tasks.store.verify import verify
-from tests.factories.forked import Forked
+from tests.factories.forked import forked
+from tests.factories.forks import Fork
 from tests.factories.quantizing import block_starts, children
 from tests.factories.releases import made
 from tests.factories.requant import LAYERS, Outcome, Requant, finish, wait_for
 
 Finished = tuple[Requant, Outcome]
-Process = subprocess.Popen[str] | Forked
+Process = subprocess.Popen[str] | Fork
 
 
 def kill(process: Process) -> None:
@@ -174,7 +175,7 @@ def publishing(requant: Requant, finished: Finished, target: dict[str, Any]) -> 
     base = Revision("demo/pico", finished[1].document["base"]["sha"], ())
     arguments = requant.folder / "arguments"
     arguments.write_bytes(pickle.dumps((load_recipe(requant.write_recipe(publish=target)), base, artifact, beside)))
-    return lambda: Forked(["-c", PUBLISH, str(arguments)], requant.environment)
+    return lambda: forked(["-c", PUBLISH, str(arguments)], requant.environment)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from tests.factories.forked import Forked
+from tests.factories.forked import forked
 from tests.factories.requant import finish, wait_for
 
 PROGRAM = """
@@ -44,12 +44,12 @@ def test_a_task_that_was_killed_with_its_run_is_not_left_running(
     prefect_server: str, environment: dict[str, str], tmp_path: Path
 ) -> None:
     told = tmp_path / "run"
-    first = Forked(["-c", PROGRAM, str(told)], environment)
+    first = forked(["-c", PROGRAM, str(told)], environment)
     run = wait_for(lambda: told.exists() and told.read_text(), pause=0.05)
     wait_for(lambda: states(prefect_server, run) == ["Running"], pause=0.05)
     first.kill()
     assert first.wait() == -signal.SIGKILL
-    again = finish(Forked(["-c", PROGRAM, str(told), run], environment))
+    again = finish(forked(["-c", PROGRAM, str(told), run], environment))
     assert again.status == 0, again.stderr
     wait_for(lambda: states(prefect_server, run) == ["Completed", "Crashed"], pause=0.05)
 

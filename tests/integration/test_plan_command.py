@@ -14,7 +14,7 @@ from infra.bench.shapes import write_base
 from infra.hub.launch import Exchange, HubStandIn
 from tasks.artifact import OURS
 from tests.factories.checkpoints import write_quantized
-from tests.factories.forked import Forked
+from tests.factories.forked import forked
 from tests.factories.paths import ROOT
 from tests.factories.pico import pico_base
 from tests.factories.requant import Outcome, Requant, artifacts, finish, store_in
@@ -305,7 +305,7 @@ def test_the_flow_leaves_a_table_in_prefect_and_fails_on_problems(requant: Requa
     code += "plan(load_recipe(Path(sys.argv[1])))"
 
     def run(path: Path) -> Outcome:
-        return finish(Forked(["-c", code, str(path)], requant.environment))
+        return finish(forked(["-c", code, str(path)], requant.environment))
 
     assert run(requant.write_recipe()).status == 0
     assert any("| quantize | reused |" in a["data"] for a in artifacts(prefect_server, "requant-plan"))
@@ -317,6 +317,6 @@ def test_the_flow_leaves_a_table_in_prefect_and_fails_on_problems(requant: Requa
 def test_a_recipe_that_no_form_can_see_through_ends_the_plan_with_a_sentence(requant: Requant) -> None:
     code = "from flows.plan import plan; state = plan({'base': {'repo_id': 'a/b'}, 'quantize': {'nsamples': 4}}, "
     code += "return_state=True); print(state.name, state.message, sep=chr(10))"
-    done = finish(Forked(["-c", code], requant.environment))
+    done = finish(forked(["-c", code], requant.environment))
     assert done.stdout.splitlines() == ["Failed", "quantize: batch_size 8 is larger than nsamples 4"]
     assert "Traceback" not in done.stderr

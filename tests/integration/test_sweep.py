@@ -247,5 +247,5 @@ def test_runs_that_no_deployment_made_are_left_alone(client: SyncPrefectClient, 
 
 def test_a_worker_needs_the_address_of_a_server(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
-    done = Requant(tmp_path, environment)("worker", "--pool", "gpu")
+    done = Requant(tmp_path, environment)("worker", "--pool", "gpu", new_process=True)
     assert done.status == 2 and "PREFECT_API_URL is not set" in done.stderr and "Traceback" not in done.stderr

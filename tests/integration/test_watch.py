@@ -19,7 +19,7 @@ import yaml
 
 from infra.hub.launch import HubStandIn
 from tasks.recipe_file import parse_recipe
-from tests.factories.forked import Forked
+from tests.factories.forked import forked
 from tests.factories.paths import ROOT
 from tests.factories.requant import Outcome, Requant, finish, recipe_for, stop, store_in, wait_for
 from tests.factories.webhook import payload
@@ -100,8 +100,9 @@ def write_recipe(requant: Requant, name: str, recipe: dict[str, Any]) -> None:
     (folder / name).write_text(yaml.safe_dump(recipe))
 
 
-def watch(requant: Requant) -> Outcome:
-    return requant("watch", "--once", "--recipes", str(requant.folder / "recipes"), "--json")
+def watch(requant: Requant, *, new_process: bool = False) -> Outcome:
+    folder = str(requant.folder / "recipes")
+    return requant("watch", "--once", "--recipes", folder, "--json", new_process=new_process)
 
 
 def runs(api: str, tag: str = "watch") -> list[dict[str, Any]]:
@@ -196,7 +197,7 @@ def test_the_flow_ends_in_a_state_that_says_so_and_has_a_table_of_what_it_did(
     """The recipes of the test before: one started already, two with problems."""
     code = "import sys; from flows.watch import watch; print(watch(sys.argv[1], return_state=True).name)"
     folder = str(deployment.folder / "beside" / "recipes")
-    done = finish(Forked(["-c", code, folder], deployment.environment))
+    done = finish(forked(["-c", code, folder], deployment.environment))
     assert done.stdout.split()[-1] == "Problems", done.stderr
     body = {"artifacts": {"key": {"any_": ["requant-watch"]}}}
     (table,) = httpx.post(f"{prefect_server}/artifacts/filter", json=body).raise_for_status().json()
@@ -205,7 +206,7 @@ def test_the_flow_ends_in_a_state_that_says_so_and_has_a_table_of_what_it_did(
 
 def test_a_pass_that_cannot_be_made_ends_the_flow_with_a_sentence(deployment: Requant) -> None:
     code = "from flows.watch import watch; print(watch('/nowhere', return_state=True).message)"
-    done = finish(Forked(["-c", code], deployment.environment))
+    done = finish(forked(["-c", code], deployment.environment))
     assert done.stdout.strip() == "the folder of recipes /nowhere does not exist: name one with --recipes"
     assert "Traceback" not in done.stderr
 
@@ -228,7 +229,7 @@ def test_without_a_server_what_is_due_is_run_here_and_then_no_more(requant: Requ
     write_recipe(here, "here.yaml", recipe_for("demo/pico", None))
     strict = {**recipe_for("demo/pico", None), "gates": {"min_mtp_acceptance_ratio": 9.0}}
     write_recipe(here, "strict.yaml", strict)
-    first, second = watch(here), watch(here)
+    first, second = watch(here, new_process=True), watch(here, new_process=True)
     assert first.status == 1, first.stderr  # since one is rejected
     started = [(each["recipe"], each["status"], each["run"]) for each in first.document["started"]]
     assert started == [("here.yaml", "validated", None), ("strict.yaml", "rejected", None)]
@@ -242,5 +243,5 @@ def test_a_server_that_does_not_answer_is_a_sentence(
     gone.folder = tmp_path
     hub.seed("demo/here", base_folder)
     write_recipe(gone, "here.yaml", recipe_for("demo/here", None))
-    outcome = watch(gone)
+    outcome = watch(gone, new_process=True)
     assert outcome.status == 1 and "PREFECT_API_URL" in outcome.stderr and "Traceback" not in outcome.stderr

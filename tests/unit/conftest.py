@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from tasks import rendering
+from tasks import rendering, rendering_child
 from tasks.store import Store
 from tasks.store.folder import FolderBackend
-from tests.factories import children
-from tests.factories.paths import TINY
 from tests.factories.stores import Install, Remote
 
 
@@ -28,17 +31,18 @@ def far(tmp_path: Path) -> Store:
     return made
 
 
-@pytest.fixture(scope="session")
-def _transformers_loaded() -> None:
-    import transformers
-
-    transformers.AutoTokenizer.from_pretrained(TINY)
-
-
 @pytest.fixture
-def quick_rendering(_transformers_loaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Render texts in forks of this process instead of new ones, which import transformers for 2 s each."""
-    monkeypatch.setattr(rendering, "subprocess", children)
+def quick_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Render texts in this process instead of new ones, which import transformers for 2 s each."""
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        with contextlib.redirect_stdout(io.StringIO()) as written:
+            status = rendering_child.main(*command[3:])
+        return subprocess.CompletedProcess(command, status, written.getvalue().encode(), b"")
+
+    itself = {"DEVNULL": subprocess.DEVNULL, "TimeoutExpired": subprocess.TimeoutExpired}
+    monkeypatch.setattr(rendering, "subprocess", SimpleNamespace(run=run, **itself))
+    monkeypatch.setattr(rendering_child.resource, "setrlimit", lambda *_: None)  # memory of a process of its own
 
 
 @pytest.fixture

@@ -15,18 +15,18 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from click.testing import CliRunner
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import import_object
 
-from flows.deploy_command import POOLS, Deployment, WorkPool, read_automations, read_deployments, with_recipes
+from flows.deploy_command import POOLS, Deployment, WorkPool, deploy, read_automations, read_deployments, with_recipes
 from flows.gpu import pinned, run_name, where
 from flows.requantize import requantize
 from flows.sweep import SILENCE_S, TAG
-from tasks.errors import RecipeError
+from tasks.errors import RecipeError, RequantError
 from tasks.recipe_file import load_recipe, parse_recipe, recipe_of
 from tasks.recipe_quantize import PRESETS
 from tasks.text import find_text
-from tests.factories import children
 from tests.factories.paths import ROOT
 
 DEPLOYMENTS = ROOT / "deployments"
@@ -176,6 +176,9 @@ class NoEntry(BaseHTTPRequestHandler):
 
     do_POST = do_GET
 
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
 
 @pytest.fixture
 def no_entry() -> Iterator[str]:
@@ -185,19 +188,24 @@ def no_entry() -> Iterator[str]:
         server.shutdown()
 
 
-def refusal(url: str, folder: Path = DEPLOYMENTS, run: Any = children.run) -> tuple[int, str]:
-    """What `requant deploy` answers: its exit status, and its one sentence."""
-    done = run(
-        [sys.executable, "-m", "flows.cli", "deploy", str(folder)],
-        env={**os.environ, "PREFECT_API_URL": url}, cwd=ROOT, capture_output=True, text=True, timeout=120,
+def refusal(url: str, folder: Path = DEPLOYMENTS) -> tuple[int, str]:
+    """Ask `requant deploy` for the exit status and the one sentence that its main program makes of an error."""
+    outcome = CliRunner().invoke(deploy, [str(folder)], env={"PREFECT_API_URL": url})
+    assert isinstance(outcome.exception, RequantError) and outcome.output == ""
+    return 2 if isinstance(outcome.exception, RecipeError) else 1, str(outcome.exception)
+
+
+def test_a_server_that_refuses_is_a_sentence(no_entry: str) -> None:
+    """In a new process: Prefect reads the address when it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "deploy", str(DEPLOYMENTS)],
+        env={**os.environ, "PREFECT_API_URL": f"{no_entry}/api"}, cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
+    assert done.returncode == 1 and "refuses (401): set PREFECT_API_AUTH_STRING" in done.stderr
     assert done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
-    return done.returncode, done.stderr
 
 
-def test_a_server_that_refuses_is_away_or_is_none_is_a_sentence(no_entry: str) -> None:
-    status, sentence = refusal(f"{no_entry}/api", run=subprocess.run)  # Prefect reads the address when it is imported
-    assert status == 1 and "refuses (401): set PREFECT_API_AUTH_STRING" in sentence
+def test_a_server_that_is_away_or_is_none_is_a_sentence(no_entry: str) -> None:
     status, sentence = refusal(no_entry)
     assert status == 1 and "answers 401" in sentence and "/api" in sentence
     status, sentence = refusal("http://127.0.0.1:9/api")
