@@ -18,6 +18,7 @@ Not as in a new process:
 - Forks share the seed of str hashes, and numpy's global generator begins alike in each; `random`, `uuid` and `tempfile`
   differ.
 - A traceback has a few frames of this module on top.
+- Its modules are not taken apart at its end, after its threads and exit functions (`leave`).
 """
 
 from __future__ import annotations
@@ -151,6 +152,8 @@ class Fork:
 
 def main(listening: int, *modules: str) -> None:
     """Be the server; in a fork, the program."""
+    ends: list[int] = []
+    atexit.register(leave, ends)  # before the modules register theirs, so that it is called after them
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the tests and the forks
     for name in modules:
         importlib.import_module(name)
@@ -159,7 +162,27 @@ def main(listening: int, *modules: str) -> None:
     connection = serve(listening)
     if connection is not None:
         signal.signal(signal.SIGINT, on_interrupt)
-        run(become(connection))
+        arguments = become(connection)
+        try:
+            run(arguments)
+            ends.append(0)
+        except SystemExit as end:
+            ends.append(end.code if isinstance(end.code, int) else int(end.code is not None))
+            raise
+        except Exception:
+            ends.append(1)
+            raise
+
+
+def leave(ends: list[int]) -> None:
+    """End a fork whose exit status is known, after its threads and exit functions have ended.
+
+    Otherwise the interpreter takes all modules apart, which copies what the fork shares with its server: 0.3 s of CPU.
+    """
+    if ends:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ends[0] & 0xFF)
 
 
 def serve(listening: int) -> socket.socket | None:
