@@ -36,7 +36,7 @@ for profile, examples in {"few": 25, "many": 400}.items():
 settings.load_profile("few")
 
 OF_FOLDERS = {"engines": "engine", "ui": "browser", "gpu": "gpu"}
-OF_FIXTURES = {"ceph": "ceph", "as_root": "root"}
+OF_FIXTURES = {"ceph": "ceph", "stack": "ceph", "as_root": "root"}
 # A test that hangs fails by its name. The slowest unit test takes 12 s on a quiet machine, the slowest fixture 100 s.
 UNIT_LIMIT_S, LIMIT_S = 120, 300
 SLOW_FACTOR = 10  # for tests marked slow, and for all tests with the many Hypothesis examples of the night

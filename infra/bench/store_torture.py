@@ -39,6 +39,7 @@ from tasks.store.verify import verify
 
 ROOT = Path(__file__).parent.parent.parent
 SECONDS, PROCESSES, GRACE, KILLS_A_SECOND = 120.0, 8, 4.0, 0.5
+STANDSTILL = 60.0  # seconds in which no process did anything, after which none will
 MACHINES = 4  # near caches that the processes of a bucket share in pairs
 SIZES = [0, 1, 1000, 20_000, 300_000, 2_000_000]
 LARGE = 70 << 20  # one blob is sent in several parts
@@ -51,11 +52,14 @@ def main() -> None:
     """Torture a directory, then a bucket."""
     logging.disable(logging.WARNING)
     seconds = float(os.environ.get("SECONDS") or SECONDS)
-    with tempfile.TemporaryDirectory(prefix="torture-") as name:
-        folder = Path(name)
-        results = [torture((folder / "store").as_uri(), folder / "one", for_so_long(seconds))]
-        with bucket(folder / "ceph"):
-            results.append(torture("s3://requant/torture", folder / "two", for_so_long(seconds)))
+    try:
+        with tempfile.TemporaryDirectory(prefix="torture-") as name:
+            folder = Path(name)
+            results = [torture((folder / "store").as_uri(), folder / "one", for_so_long(seconds))]
+            with bucket(folder / "ceph"):
+                results.append(torture("s3://requant/torture", folder / "two", for_so_long(seconds)))
+    except TimeoutError as error:
+        sys.exit(f"torture: {error}")
     print(json.dumps(results, indent=1))
     sys.exit(1 if any(result["problems"] for result in results) else 0)
 
@@ -86,7 +90,10 @@ def for_so_long(seconds: float) -> Enough:
 def torture(
     url: str, folder: Path, enough: Enough, seed: int = 0, kills_a_second: float = KILLS_A_SECOND
 ) -> dict[str, Any]:
-    """Let the processes at the store at `url` until it is enough; what they did, and every problem found."""
+    """Let the processes at the store at `url` until it is enough; what they did, and every problem found.
+
+    Raises TimeoutError if all of them stand still, since what is asked for would never be enough.
+    """
     folder.mkdir(parents=True)
     whole = open_store(url)
     for machine in range(MACHINES):
@@ -95,9 +102,10 @@ def torture(
     chance = random.Random(seed)
     number, kills = 0, 0
     workers: list[multiprocessing.process.BaseProcess] = []
-    started = time.monotonic()
+    started = moved = time.monotonic()
+    done: list[dict[str, Any]] = []
     try:
-        while not enough(kills, read_logs(folder)[0]):
+        while not enough(kills, done):
             while len(workers) < PROCESSES:
                 workers.append(FORK.Process(target=work, args=(whole, folder, number, seed), daemon=True))
                 workers[-1].start()
@@ -106,6 +114,11 @@ def torture(
             victim = workers.pop(chance.randrange(len(workers)))
             kill(victim)
             kills += 1
+            before, (done, _) = len(done), read_logs(folder)
+            if len(done) > before:
+                moved = time.monotonic()
+            elif time.monotonic() >= moved + STANDSTILL:
+                raise TimeoutError(f"no process has done anything in the store at {url} for {STANDSTILL:.0f} s")
         seconds = round(time.monotonic() - started, 1)
     finally:
         for worker in workers:

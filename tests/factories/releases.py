@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,9 @@ class Made:
         """What the repo holds then."""
         return {*(f.path for f in self.manifest.files), *self.beside, ".gitattributes"}
 
-    def publish(self, **settings: Any) -> Release:
+    def publish(self, *, say: Callable[[str], None] = lambda text: None, **settings: Any) -> Release:
         asked = Publish.model_validate({"repo_id": TARGET, **settings})
-        return release(asked, self.base, self.folder, self.manifest, self.beside, lambda text: None)
+        return release(asked, self.base, self.folder, self.manifest, self.beside, say)
 
 
 def made(folder: Path, seed: int, *, files: Mapping[str, bytes] | None = None, **base: Any) -> Made:

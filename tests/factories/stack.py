@@ -19,6 +19,7 @@ import psutil
 import pytest
 from huggingface_hub import HfApi
 
+from infra.stack import postgres
 from infra.stack.__main__ import CEPH, down, up
 from infra.stack.services import Supervisor, services
 from infra.stack.settings import Settings
@@ -208,6 +209,13 @@ def running_stack(folder: Path) -> Iterator[Stack]:
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A stack for all tests of the session. Without Ceph or PostgreSQL, the tests that need it are skipped."""
+    if os.geteuid() != 0:  # root installs what is missing
+        try:
+            postgres.install()
+            subprocess.run([CEPH, "install"], check=True, capture_output=True, text=True)
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            pytest.skip(getattr(error, "stderr", None) or str(error))
     with running_stack(tmp_path_factory.mktemp("stack") / "stack") as started:
         yield started
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from tests.factories.requant import Outcome, Requant, artifacts, recipe_for, sto
 
 BASE = "demo/two"
 FOUR, EIGHT = "W4A16G32-auto_gptq-best", "eight"
+KEYS = ["w4a16g32-auto-gptq-best", "eight"]  # of Prefect's artifacts
 REPOS = {FOUR: f"me/two-{FOUR}", EIGHT: "me/eight"}
 FEW = {"iters": 2, "nsamples": 4, "seqlen": 64, "batch_size": 4}
 OUTPUTS: list[dict[str, Any]] = [
@@ -26,12 +28,25 @@ OUTPUTS: list[dict[str, Any]] = [
     {"name": EIGHT, "scheme": "W8A16", "repo_id": "me/eight"},
 ]
 STAGES = ["download", "quantize", "mtp_fix", "validate", "benchmark", "publish"]
-Two = tuple[Requant, Outcome]
+
+
+@dataclass(frozen=True)
+class Two:
+    """One undisturbed run of two outputs, and what others saw of it."""
+
+    requant: Requant
+    outcome: Outcome
+    traffic: list[dict[str, Any]]  # what the Hub was asked
+    made: dict[str, int]  # how many artifacts of each stage the store has
+    shown: dict[str, list[dict[str, Any]]]  # Prefect's artifacts by key
+    tasks: list[dict[str, Any]]  # the task runs of the second output
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], hub: HubStandIn) -> Two:
-    """One undisturbed run of two outputs."""
+def two(
+    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], hub: HubStandIn, prefect_server: str
+) -> Two:
+    """The run; what others saw of it is noted before a test runs the same recipe again."""
     folder = tmp_path_factory.mktemp("two")
     hub.seed(BASE, pico_base(folder / "base", layers=2))
     recipe = {**recipe_for(BASE, "me/two"), "outputs": OUTPUTS}
@@ -39,7 +54,13 @@ def two(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], h
     hub.reset_traffic()
     outcome = requant.run("--checkout", str(folder / "out"), "--report", str(folder / "told.json"))
     assert outcome.status == 0, outcome.stderr
-    return requant, outcome
+    traffic = hub.traffic()
+    made = {path.name: len(list(path.iterdir())) for path in (requant.store / "artifacts").iterdir()}
+    keys = [f"requant-{kind}-{key}" for kind in ("gates", "report") for key in KEYS]
+    shown = {key: artifacts(prefect_server, key) for key in [*keys, "requant-report"]}
+    body = {"task_runs": {"name": {"like_": f"{EIGHT}-"}}}
+    tasks = httpx.post(f"{prefect_server}/task_runs/filter", json=body).raise_for_status().json()
+    return Two(requant, outcome, traffic, made, shown, tasks)
 
 
 def by_output(outcome: Outcome) -> dict[str, dict[str, str]]:
@@ -53,25 +74,25 @@ def commits(hub: HubStandIn) -> dict[str, list[str]]:
     return {repo: [commit.commit_id for commit in api.list_repo_commits(repo)] for repo in REPOS.values()}
 
 
-def test_the_base_is_downloaded_and_measured_once_for_two_results(two: Two, hub: HubStandIn) -> None:
-    requant, outcome = two
-    assert outcome.document["status"] == "published"
-    states = by_output(outcome)
+def test_the_base_is_downloaded_and_measured_once_for_two_results(two: Two) -> None:
+    document = two.outcome.document
+    assert document["status"] == "published"
+    states = by_output(two.outcome)
     assert list(states) == [FOUR, EIGHT]
     assert states[FOUR] == dict.fromkeys(STAGES, "ran")
     assert states[EIGHT]["download"] == "reused" and states[EIGHT]["quantize"] == "ran"
     fetched = [
-        t["path"] for t in hub.traffic() if t["method"] == "GET" and t["status"] == 200 and "/resolve/" in t["path"]
+        t["path"] for t in two.traffic if t["method"] == "GET" and t["status"] == 200 and "/resolve/" in t["path"]
     ]
     whole = Counter(path for path in fetched if f"/{BASE}/resolve/" in path and path.endswith(".safetensors"))
     assert whole and set(whole.values()) == {1}
-    assert len(list((requant.store / "artifacts" / "download").iterdir())) == 1
-    made = {each["artifact"]["digest"] for each in outcome.document["outputs"]}
-    assert len(list((requant.store / "artifacts" / "measure").iterdir())) == 1 + len(made)  # the base, and each result
+    assert two.made["download"] == 1
+    results = {each["artifact"]["digest"] for each in document["outputs"]}
+    assert two.made["measure"] == 1 + len(results)  # the base, and each result
 
 
 def test_each_result_is_what_its_line_says(two: Two) -> None:
-    requant, _ = two
+    requant = two.requant
     for name, bits, iters in ((FOUR, 4, 2), (EIGHT, 8, 1)):
         made = Checkpoint.open(requant.folder / "out" / name).sound()
         assert not made.problems and made.head is not None
@@ -80,7 +101,7 @@ def test_each_result_is_what_its_line_says(two: Two) -> None:
 
 
 def test_each_goes_to_a_repo_of_its_own_with_a_card_that_names_the_other(two: Two, hub: HubStandIn) -> None:
-    requant, outcome = two
+    requant, outcome = two.requant, two.outcome
     api = HfApi(endpoint=hub.url, token=hub.token)
     published = {each["name"]: each["published"] for each in outcome.document["outputs"]}
     assert {name: release["repo_id"] for name, release in published.items()} == REPOS
@@ -93,24 +114,22 @@ def test_each_goes_to_a_repo_of_its_own_with_a_card_that_names_the_other(two: Tw
         assert "outputs" not in recipe and f"repo_id: {repo}" in recipe
 
 
-def test_the_report_compares_them_and_prefect_has_gates_and_a_report_of_each(two: Two, prefect_server: str) -> None:
-    requant, outcome = two
-    document = json.loads((requant.folder / "told.json").read_text())
-    assert document == outcome.document
-    text = (requant.folder / "told.md").read_text()
+def test_the_report_compares_them_and_prefect_has_gates_and_a_report_of_each(two: Two) -> None:
+    folder = two.requant.folder
+    assert json.loads((folder / "told.json").read_text()) == two.outcome.document
+    text = (folder / "told.md").read_text()
     links = re.findall(r"!\[[^\]]+\]\((.+?)\)", text)
-    assert f"told-pictures/{EIGHT}/losses.svg" in links and all((requant.folder / link).is_file() for link in links)
-    for key in ("w4a16g32-auto-gptq-best", "eight"):
-        (gates,) = artifacts(prefect_server, f"requant-gates-{key}")
-        assert "structure" in gates["data"] and len(artifacts(prefect_server, f"requant-report-{key}")) == 1
-    body = {"task_runs": {"name": {"like_": f"{EIGHT}-"}}}
-    (shown,) = httpx.post(f"{prefect_server}/task_runs/filter", json=body).raise_for_status().json()
+    assert f"told-pictures/{EIGHT}/losses.svg" in links and all((folder / link).is_file() for link in links)
+    for key in KEYS:
+        (gates,) = two.shown[f"requant-gates-{key}"]
+        assert "structure" in gates["data"] and len(two.shown[f"requant-report-{key}"]) == 1
+    (shown,) = two.tasks
     assert (shown["state"]["type"], shown["state"]["name"]) == ("COMPLETED", "Published")
-    assert any(FOUR in a["data"] and "drafts taken" in a["data"] for a in artifacts(prefect_server, "requant-report"))
+    assert any(FOUR in a["data"] and "drafts taken" in a["data"] for a in two.shown["requant-report"])
 
 
 def test_the_plan_knows_all_of_it_and_the_second_run_reuses_all(two: Two, hub: HubStandIn) -> None:
-    requant, _ = two
+    requant = two.requant
     before = commits(hub)
     planning = requant("plan", str(requant.write_recipe()), "--json")
     assert planning.status == 0, planning.stdout
@@ -132,7 +151,7 @@ def test_the_plan_knows_all_of_it_and_the_second_run_reuses_all(two: Two, hub: H
 
 def test_one_that_is_rejected_stops_not_the_next_and_the_run_is_as_the_worst(two: Two, hub: HubStandIn) -> None:
     """Four bits lose more than eight: the limit lies between."""
-    requant, first = two
+    requant, first = two.requant, two.outcome
     values = {each["name"]: each["measured"]["kl_divergence"] for each in first.document["outputs"]}
     assert values[EIGHT] < values[FOUR]
     limit = (values[EIGHT] + values[FOUR]) / 2
@@ -147,7 +166,7 @@ def test_one_that_is_rejected_stops_not_the_next_and_the_run_is_as_the_worst(two
 
 
 def test_one_that_fails_stops_not_the_next_and_the_next_run_makes_what_is_missing(two: Two, hub: HubStandIn) -> None:
-    requant, _ = two
+    requant = two.requant
     outputs = [{**OUTPUTS[0], "repo_id": "me/refusing"}, OUTPUTS[1]]
     hub.fault("/api/models/me/refusing/(preupload|commit)", times=None, status=403)
     outcome = requant.run(outputs=outputs)
@@ -162,7 +181,7 @@ def test_one_that_fails_stops_not_the_next_and_the_next_run_makes_what_is_missin
 
 
 def test_what_the_plan_refuses_in_one_stops_all_before_the_first_byte(two: Two, hub: HubStandIn) -> None:
-    requant, _ = two
+    requant = two.requant
     outputs = [OUTPUTS[0], {**OUTPUTS[1], "group_size": 1024}]
     path = str(requant.write_recipe(outputs=outputs))
     planning = requant("plan", path, "--json")

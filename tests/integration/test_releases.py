@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 
 from infra.hub.launch import HubStandIn
 from tasks.errors import HubError, HubUnavailable
-from tasks.hub.revision import resolve
+from tasks.hub import release as releasing
+from tasks.hub.revision import Revision, resolve
 from tasks.hub.target import check_target
 from tasks.hub.verify import verify
 from tasks.recipe import Publish
@@ -62,6 +63,27 @@ def test_what_the_hub_received_altered_never_becomes_main(api: HfApi, three: lis
     assert api.model_info(TARGET).sha == before
 
 
+def test_a_branch_that_does_not_list_what_was_sent_never_becomes_main(
+    api: HfApi, three: list[Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else writes into it between the upload and the look at what arrived."""
+    before = three[0].publish().commit
+    weights = next(f.path for f in three[1].manifest.files if f.path.endswith(".safetensors"))
+    looks: list[str] = []
+
+    def look(repo_id: str, revision: str = "main") -> Revision:
+        looks.append(revision)
+        if revision.startswith("requant-") and looks.count(revision) == 2:
+            operation = CommitOperationAdd(weights, b"other weights")
+            api.create_commit(repo_id, [operation], commit_message="Aside", revision=revision)
+        return resolve(repo_id, revision)
+
+    monkeypatch.setattr(releasing, "resolve", look)
+    with pytest.raises(HubUnavailable, match="does not hold what was uploaded: main stays as it is"):
+        three[1].publish()
+    assert api.model_info(TARGET).sha == before
+
+
 @pytest.mark.parametrize(
     ("path", "data", "words"),
     [
@@ -83,6 +105,15 @@ def test_a_main_that_someone_changed_is_not_overwritten(
         check_target(Publish(repo_id=TARGET), three[1].base)
     assert three[1].publish(overwrite=True).changed
     assert set(api.list_repo_files(TARGET)) == three[1].names
+
+
+def test_words_that_someone_writes_during_a_release_are_not_overwritten(api: HfApi, three: list[Made]) -> None:
+    """After main was looked at, and before the commit that moves it."""
+    three[0].publish()
+    with pytest.raises(HubError):
+        three[1].publish(say=lambda text: edit(api))
+    assert card_on_hub(api) == "# by hand\n" and titles(api)[0] == "By hand"
+    assert set(api.list_repo_files(TARGET)) == three[0].names
 
 
 def test_an_edited_card_does_not_fail_the_run_that_has_nothing_new(api: HfApi, three: list[Made]) -> None:

@@ -16,6 +16,7 @@ from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.events import Event
+from prefect.events.filters import EventFilter, EventOccurredFilter, EventResourceFilter
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Crashed, Pending, Running
 
 from flows.sweep import CANCELLING_S, EVERY_S, GOES_ON, PROCESS_START_S, RESTARTS, SILENCE_S, Sweep, after_a_crash
@@ -67,11 +68,19 @@ def run_in(client: SyncPrefectClient) -> Iterator[Callable[..., UUID]]:
         made.append(run)
         for state in states:
             client.set_flow_run_state(run, state, force=True)
+        # The server writes down an event of each state some time later, which a pass then takes for a sign of life.
+        wait_for(lambda: number_of_events(client, run) == 1 + len(states), pause=0.05)
         return run
 
     yield make
     for run_id in made:
         client.delete_flow_run(run_id)
+
+
+def number_of_events(client: SyncPrefectClient, run_id: UUID) -> int:
+    since = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
+    resource, occurred = EventResourceFilter(id=[f"prefect.flow-run.{run_id}"]), EventOccurredFilter(since=since)
+    return client.read_events(EventFilter(resource=resource, occurred=occurred), limit=1).total
 
 
 def state(client: SyncPrefectClient, run_id: UUID) -> State[Any]:

@@ -68,9 +68,9 @@ class Relay:
 
 @pytest.fixture(scope="module")
 def relay(deployment: Requant) -> Iterator[Relay]:
-    """The webhook relay, as a process, over the same recipes."""
+    """The webhook relay, as a process, over a recipe of the watched base."""
+    write_recipe(deployment, "watched.yaml", recipe_for(BASE, None))
     recipes = deployment.folder / "recipes"
-    recipes.mkdir(exist_ok=True)
     environment = {**deployment.environment, "REQUANT_WEBHOOK_SECRET": SECRET}
     command = [sys.executable, "-m", "infra.webhook", "--recipes", str(recipes), "--port", "0"]
     log = deployment.folder / "relay.log"
@@ -94,6 +94,17 @@ def base_folder(base: Path, hub: HubStandIn, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
+@pytest.fixture(scope="module")
+def beside(deployment: Requant, base_folder: Path, hub: HubStandIn) -> tuple[Requant, Outcome]:
+    """A pass over a recipe whose base is gone, one that is wrong, and one that is good."""
+    hub.seed("demo/beside", base_folder)
+    requant = Requant(deployment.folder / "beside", deployment.environment)
+    write_recipe(requant, "a-gone.yaml", recipe_for("demo/gone", None))
+    write_recipe(requant, "b-wrong.yaml", {"base": {"repo_id": "demo/beside"}, "quantise": {}})
+    write_recipe(requant, "c-good.yaml", recipe_for("demo/beside", None))
+    return requant, watch(requant)
+
+
 def write_recipe(requant: Requant, name: str, recipe: dict[str, Any]) -> None:
     folder = requant.folder / "recipes"
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,10 +116,11 @@ def watch(requant: Requant, *, new_process: bool = False) -> Outcome:
     return requant("watch", "--once", "--recipes", folder, "--json", new_process=new_process)
 
 
-def runs(api: str, tag: str = "watch") -> list[dict[str, Any]]:
-    body = {"flow_runs": {"tags": {"all_": [tag]}}, "sort": "START_TIME_ASC", "limit": 200}
+def runs(api: str, base: str = BASE) -> list[dict[str, Any]]:
+    """The runs that watches and the relay started for commits of a base."""
+    body = {"flow_runs": {"tags": {"all_": ["watch"]}}, "sort": "START_TIME_ASC", "limit": 200}
     found: list[dict[str, Any]] = httpx.post(f"{api}/flow_runs/filter", json=body).raise_for_status().json()
-    return found
+    return [run for run in found if str(run["idempotency_key"]).startswith(f"{base}@")]
 
 
 def end(api: str, run: dict[str, Any], state: str) -> None:
@@ -133,7 +145,6 @@ def ask_all_at_once(requant: Requant, relay: Relay) -> None:
 def test_a_commit_is_run_once_a_readme_not_at_all_and_a_changed_shard_once_more(
     deployment: Requant, relay: Relay, base_folder: Path, hub: HubStandIn, prefect_server: str
 ) -> None:
-    write_recipe(deployment, "watched.yaml", recipe_for(BASE, None))
     sha = hub.seed(BASE, base_folder)
     ask_all_at_once(deployment, relay)
     (first,) = runs(prefect_server)
@@ -162,42 +173,40 @@ def test_a_commit_is_run_once_a_readme_not_at_all_and_a_changed_shard_once_more(
 
 
 def test_a_run_that_was_cancelled_or_failed_just_now_is_left_alone(
-    deployment: Requant, relay: Relay, prefect_server: str
+    deployment: Requant, base_folder: Path, hub: HubStandIn, prefect_server: str
 ) -> None:
-    before = runs(prefect_server)
-    (waiting,) = (run for run in before if run["state"]["type"] == "SCHEDULED")
+    hub.seed("demo/ended", base_folder)
+    requant = Requant(deployment.folder / "ended", deployment.environment)
+    write_recipe(requant, "ended.yaml", recipe_for("demo/ended", None))
+    assert [each["status"] for each in watch(requant).document["started"]] == ["scheduled"]
+    (waiting,) = runs(prefect_server, "demo/ended")
     for state in ("FAILED", "CANCELLED"):
         end(prefect_server, waiting, state)
-        outcome = watch(deployment)
+        outcome = watch(requant)
         assert outcome.status == 0 and outcome.document == {"checked": 1, "started": [], "problems": []}
-    assert len(runs(prefect_server)) == len(before)
+    assert len(runs(prefect_server, "demo/ended")) == 1
 
 
 def test_a_base_that_is_gone_and_a_recipe_that_is_wrong_stop_no_other(
-    deployment: Requant, hub: HubStandIn, base_folder: Path, prefect_server: str
+    beside: tuple[Requant, Outcome], prefect_server: str
 ) -> None:
-    hub.seed("demo/beside", base_folder)
-    requant = Requant(deployment.folder / "beside", deployment.environment)
-    write_recipe(requant, "a-gone.yaml", recipe_for("demo/gone", None))
-    write_recipe(requant, "b-wrong.yaml", {"base": {"repo_id": "demo/beside"}, "quantise": {}})
-    write_recipe(requant, "c-good.yaml", recipe_for("demo/beside", None))
-    outcome = watch(requant)
+    _, outcome = beside
     assert outcome.status == 1
     assert outcome.document["checked"] == 3
     (started,) = outcome.document["started"]
     assert (started["recipe"], started["status"]) == ("c-good.yaml", "scheduled")
-    assert {run["id"] for run in runs(prefect_server)} >= {started["run"]}
+    assert [run["id"] for run in runs(prefect_server, "demo/beside")] == [started["run"]]
     errors = {problem["recipe"]: problem["error"] for problem in outcome.document["problems"]}
     assert "demo/gone does not exist" in errors["a-gone.yaml"] and "did you mean quantize?" in errors["b-wrong.yaml"]
 
 
 def test_the_flow_ends_in_a_state_that_says_so_and_has_a_table_of_what_it_did(
-    deployment: Requant, hub: HubStandIn, base_folder: Path, prefect_server: str
+    beside: tuple[Requant, Outcome], prefect_server: str
 ) -> None:
-    """The recipes of the test before: one started already, two with problems."""
+    """Of three recipes one has started already, two have problems."""
+    requant, _ = beside
     code = "import sys; from flows.watch import watch; print(watch(sys.argv[1], return_state=True).name)"
-    folder = str(deployment.folder / "beside" / "recipes")
-    done = finish(forked(["-c", code, folder], deployment.environment))
+    done = finish(forked(["-c", code, str(requant.folder / "recipes")], requant.environment))
     assert done.stdout.split()[-1] == "Problems", done.stderr
     body = {"artifacts": {"key": {"any_": ["requant-watch"]}}}
     (table,) = httpx.post(f"{prefect_server}/artifacts/filter", json=body).raise_for_status().json()
@@ -211,9 +220,7 @@ def test_a_pass_that_cannot_be_made_ends_the_flow_with_a_sentence(deployment: Re
     assert "Traceback" not in done.stderr
 
 
-def test_unknown_repos_and_other_events_start_nothing(
-    deployment: Requant, relay: Relay, hub: HubStandIn, prefect_server: str
-) -> None:
+def test_unknown_repos_and_other_events_start_nothing(relay: Relay, hub: HubStandIn, prefect_server: str) -> None:
     before = len(runs(prefect_server))
     hub.reset_traffic()
     comment = payload(repo={"name": BASE}, event={"action": "create", "scope": "discussion.comment"})

@@ -46,6 +46,13 @@ def test_every_path_in_the_file_tree_exists() -> None:
         assert list(ROOT.glob(f"*/{name}")), name
 
 
+def test_every_path_in_the_text_exists() -> None:
+    folders = "|".join(("deployments", "docs", "flows", "infra", "tasks", "tests"))
+    paths = set(re.findall(rf"[`(]((?:{folders})/[\w./-]+)[`)]", README))
+    assert len(paths) > 10
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
 def test_recipes_in_the_project_are_valid() -> None:
     paths = list((ROOT / "deployments" / "recipes").glob("*.yaml"))
     assert len(paths) >= 2

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import pytest
 
+from tasks import download as downloading
+from tasks.artifact import git_blob_id
 from tasks.download import download, download_key
-from tasks.errors import CheckpointError
+from tasks.errors import CheckpointError, HubUnavailable
 from tasks.hub.revision import HubFile, Revision
 from tasks.store import Store
 
@@ -29,3 +34,28 @@ def test_names_that_cannot_lie_in_one_folder_are_refused_before_anything_is_fetc
     files = tuple(HubFile(path, 10**9, "b" * 40, "c" * 64) for path in ("model.safetensors", "Model.safetensors"))
     with pytest.raises(CheckpointError, match="stands twice"):
         download(store, Revision("nobody/nothing", "a" * 40, files))
+
+
+@pytest.mark.parametrize("large", [True, False], ids=["by sha256", "by git blob id"])
+def test_what_arrives_altered_is_thrown_away_and_what_arrives_whole_is_kept(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    whole = tmp_path / "whole"
+    whole.write_bytes(b"weights")
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    file = HubFile("file", 7, git_blob_id(whole), sha256 if large else None)
+    base = Revision("a/b", SHA, (file,))
+    arrived: list[Path] = []
+
+    def fetch(of: Revision, file: HubFile, path: Path, *_: object) -> str:
+        data = b"weights" if arrived else b"weighty"
+        path.write_bytes(data)
+        arrived.append(path)
+        return hashlib.sha256(data).hexdigest()
+
+    monkeypatch.setattr(downloading, "fetch", fetch)
+    with pytest.raises(HubUnavailable, match=r"file of a/b@.* arrived altered"):
+        download(store, base)
+    assert not arrived[0].exists()
+    (kept,) = download(store, base).manifest.files
+    assert (kept.path, kept.sha256) == ("file", sha256)

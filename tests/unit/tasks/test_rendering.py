@@ -15,6 +15,7 @@ from tasks.errors import CheckpointError, RecipeError, StageTimeout
 from tasks.rendering import Rendered, render
 from tasks.rendering_child import Template, Unending
 from tests.factories.paths import TINY
+from tests.factories.sites import give_secrets, secrets_given
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 PLAIN = "user: hi\n\nassistant: ho"
@@ -73,6 +74,13 @@ def test_what_is_wrong_with_rows_or_tokenizer_is_told_by_the_process(tmp_path: P
     (tmp_path / "model").mkdir()
     with pytest.raises(CheckpointError, match="the tokenizer of the base cannot be loaded"):
         rendered(tmp_path, {"text": "a"}, model=tmp_path / "model")
+
+
+def test_the_process_has_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    give_secrets(tmp_path, monkeypatch)
+    with pytest.raises(CheckpointError, match="ended early"):
+        rendered(tmp_path, {"messages": CHAT})
+    assert secrets_given(tmp_path / "work") == []
 
 
 HOSTILE = {

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
-from tasks.checkpoint.header import DTYPE_BITS, read_header
+from tasks.checkpoint.header import DTYPE_BITS, MAX_HEADER, read_header
 from tasks.errors import CheckpointError
 from tests.factories.checkpoints import safetensors_bytes, with_header
 from tests.factories.watching import watching
@@ -82,6 +82,14 @@ def test_a_file_cut_after_its_header_was_read_is_an_error_that_names_the_tensor(
 @pytest.mark.parametrize("length", [0, 1, 1 << 32, 1 << 62, 1 << 63, (1 << 64) - 1, 100_000_001, 1000])
 def test_a_header_length_that_cannot_be_right_is_refused_without_reading_it(length: int, tmp_path: Path) -> None:
     assert "header length" in refused(tmp_path / "x.safetensors", struct.pack("<Q", length) + b'{"a": 1}')
+
+
+def test_a_header_larger_than_any_is_refused_also_where_the_file_has_as_many_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", MAX_HEADER + 1))
+    os.truncate(path, 8 + MAX_HEADER + 1)
+    with pytest.raises(CheckpointError, match="header length"):
+        read_header(path)
 
 
 OFFSETS = {

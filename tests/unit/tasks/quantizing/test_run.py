@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tasks.errors import OutOfMemory, QuantizeDied, QuantizeFailed
 from tasks.quantizing import run
-from tasks.quantizing.run import Progress, down_the_ladder, ladder
+from tasks.quantizing.run import Progress, down_the_ladder, ladder, run_child
+from tests.factories.requant import wait_for
+from tests.factories.sites import begin_with, give_secrets, secrets_given
 
 JOB = {"batch_size": 4, "low_gpu_mem": "auto", "torch_compile": "auto"}
 
@@ -118,3 +121,49 @@ def test_a_damaged_ladder_file_begins_at_the_top(tmp_path: Path) -> None:
     (tmp_path / "ladder.json").write_text('{"rung": ')
     assert Progress(tmp_path / "ladder.json").rung == 0
     assert next(iter(ladder(JOB)))["batch_size"] == 4
+
+
+def test_the_child_has_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs code of the base's repo where the recipe allows that."""
+    give_secrets(tmp_path, monkeypatch)
+    with pytest.raises(QuantizeDied):
+        run_child({}, tmp_path, lambda event: None)
+    assert secrets_given(tmp_path) == []
+
+
+def test_an_interruption_ends_the_child_and_what_it_has_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin_with(
+        """
+        import json, os, signal, subprocess
+        below = subprocess.Popen(["sleep", "600"])
+        with open("events.jsonl", "w") as events:
+            events.write(json.dumps({"event": "below", "pids": [os.getpid(), below.pid]}) + "\\n")
+        signal.pause()
+        """,
+        tmp_path,
+        monkeypatch,
+    )
+    started: list[psutil.Process] = []
+
+    def interrupt(event: Any) -> None:
+        started.extend(map(psutil.Process, event["pids"]))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_child({}, tmp_path, interrupt)
+    try:
+        assert len(started) == 2
+        wait_for(lambda: not any(map(runs, started)), 10, "both processes to end")
+    finally:
+        for process in filter(runs, started):
+            process.kill()
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether a process has not ended; what has may still wait for its parent to ask."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

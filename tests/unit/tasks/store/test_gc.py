@@ -162,6 +162,17 @@ def test_what_a_lease_needs_stays_until_it_has_been_silent_for_the_grace_period(
         assert gone(collect(opened(store.near.root.parent), Policy(older_than=DAY))) == ["old"]
 
 
+def test_a_blob_that_no_artifact_names_yet_stays_while_a_lease_needs_it(store: Store) -> None:
+    manifest = put(store, {"a": b"of an artifact that takes days to make"})
+    ago(store.near.root, 40)
+    with store.lease("quantize", "slow"):
+        store.need(manifest.files)
+        assert collect(opened(store.near.root.parent), Policy()).blobs == []
+        assert store.sees_blob(manifest["a"])
+    assert len(collect(opened(store.near.root.parent), Policy()).blobs) == 1
+    assert not store.sees_blob(manifest["a"])
+
+
 def test_what_a_live_run_uses_stays_between_its_stages(store: Store) -> None:
     keep(store, "base", {"a": b"base"})
     ago(store.near.root, 40)
