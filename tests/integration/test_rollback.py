@@ -149,6 +149,18 @@ def test_a_rollback_needs_a_release_to_go_to(api: HfApi, three: list[Made]) -> N
         rollback(TARGET, "v0")
 
 
+def test_a_tag_that_is_not_the_release_that_it_claims_to_be_is_not_rolled_back_to(
+    api: HfApi, three: list[Made]
+) -> None:
+    three[0].publish()
+    edit(api)
+    api.create_tag(TARGET, tag="by-hand")
+    before = api.model_info(TARGET).sha
+    with pytest.raises(HubError, match=f"by-hand of {TARGET} is not what it claims to be .README.md"):
+        rollback(TARGET, "by-hand", overwrite=True)
+    assert api.model_info(TARGET).sha == before
+
+
 def test_a_main_that_someone_changed_is_rolled_back_only_if_told_so(api: HfApi, three: list[Made]) -> None:
     three[0].publish()
     three[1].publish()

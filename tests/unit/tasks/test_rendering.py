@@ -130,6 +130,14 @@ def test_a_template_that_does_not_end_is_left_out_for_every_chat(
     assert [json.loads(line)["text"] for line in (tmp_path / "out").read_text().splitlines()] == [PLAIN, "user: hi"]
 
 
+def test_chats_that_take_the_template_too_long_together_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering_child, "ALL_S", 0.0)
+    found = Template(Jinja("fine"))
+    assert found.chat(CHAT) == "fine"
+    with pytest.raises(Unending):
+        found.chat(CHAT)
+
+
 class Frozen(Jinja):
     """A tokenizer whose process stands still in the middle of every chat, as on a machine that swaps."""
 

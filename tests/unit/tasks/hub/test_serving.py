@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.factories.cards import MEASURED_IN_VLLM, card_of, recipe
+
+COMMANDS: list[dict[str, Any]] = MEASURED_IN_VLLM["commands"]
 
 
 def test_the_serving_command_is_the_one_that_ran() -> None:
@@ -29,6 +33,15 @@ def test_a_recipes_flags_are_in_a_command_that_was_not_run_too() -> None:
     _, body = card_of(recipe=recipe(benchmark={"flags": flags, "draft_tokens": 2}))
     assert "--kv-cache-dtype fp8 \\\n  --enforce-eager \\\n  --speculative-config" in body
     assert '"num_speculative_tokens":2' in body and "**not run**" in body and "No engine was run." in body
+
+
+def test_a_file_in_a_command_is_named_without_the_folder_it_lies_in() -> None:
+    path = "/srv/mine/chat.jinja"
+    _, body = card_of(recipe=recipe(benchmark={"flags": {"chat-template": path}}))
+    assert "--chat-template chat.jinja" in body and "/srv/mine" not in body
+    ran = [{**command, "words": [*command["words"], "--chat-template", path]} for command in COMMANDS]
+    _, body = card_of(benchmark={**MEASURED_IN_VLLM, "commands": ran})
+    assert "--chat-template chat.jinja" in body and "/srv/mine" not in body
 
 
 GOOD = {"loads": True, "mtp": True, "reason": "nothing is in the way"}
