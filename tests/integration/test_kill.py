@@ -28,7 +28,7 @@ from tasks.store.verify import verify
 from tests.factories.forked import Forked
 from tests.factories.quantizing import block_starts, children
 from tests.factories.releases import made
-from tests.factories.requant import LAYERS, Outcome, Requant, finish, wait_for
+from tests.factories.requant import LAYERS, SHORT_TEXT, Outcome, Requant, finish, merge, wait_for
 
 Finished = tuple[Requant, Outcome]
 Process = subprocess.Popen[str] | Forked
@@ -79,6 +79,7 @@ def test_killed_between_blocks_it_goes_on_and_repeats_at_most_one(
     killed: tuple[str, ...], requant: Requant, finished: Finished
 ) -> None:
     requant.forget("quantize", "mtp_fix", "validate", "measure")
+    requant.recipe = merge(requant.recipe, {"validation": {"text": SHORT_TEXT}})
     process = requant.fork_run(publish=None)
     (child,) = wait_for(lambda: children(requant.folder), process=process)
     if "child" in killed:  # it is started again in the same run
@@ -126,6 +127,8 @@ def test_killed_between_blocks_it_goes_on_and_repeats_at_most_one(
 def test_killed_in_a_later_stage(requant: Requant, finished: Finished, stage: str) -> None:
     later = ["mtp_fix", "validate", "benchmark"]
     requant.forget(*later[later.index(stage) :], "measure")
+    if stage != "benchmark":  # which reuses what the finished run measured
+        requant.recipe = merge(requant.recipe, {"validation": {"text": SHORT_TEXT}})
     changes: dict[str, Any] = {"publish": None, "benchmark": {"engine": "torch" if stage == "benchmark" else "none"}}
     process = requant.fork_run(**changes)
     begun = (f"work/{stage}-*", f"artifacts/{stage}/*")  # others come after it

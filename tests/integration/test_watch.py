@@ -21,7 +21,7 @@ from infra.hub.launch import HubStandIn
 from tasks.recipe_file import parse_recipe
 from tests.factories.forked import Forked
 from tests.factories.paths import ROOT
-from tests.factories.requant import Outcome, Requant, finish, recipe_for, stop, store_in, wait_for
+from tests.factories.requant import BUILTIN_TEXT, Outcome, Requant, finish, recipe_for, stop, store_in, wait_for
 from tests.factories.webhook import payload
 
 BASE = "demo/watched"
@@ -132,7 +132,7 @@ def ask_all_at_once(requant: Requant, relay: Relay) -> None:
 def test_a_commit_is_run_once_a_readme_not_at_all_and_a_changed_shard_once_more(
     deployment: Requant, relay: Relay, base_folder: Path, hub: HubStandIn, prefect_server: str
 ) -> None:
-    write_recipe(deployment, "watched.yaml", recipe_for(BASE, None))
+    write_recipe(deployment, "watched.yaml", recipe_for(BASE, None, BUILTIN_TEXT))
     sha = hub.seed(BASE, base_folder)
     ask_all_at_once(deployment, relay)
     (first,) = runs(prefect_server)
@@ -225,9 +225,9 @@ def test_without_a_server_what_is_due_is_run_here_and_then_no_more(requant: Requ
     """The store has the stages of the finished run; the runs themselves are new, since their recipes are."""
     here = Requant(requant.folder, {**requant.environment})
     del here.environment["PREFECT_API_URL"]
-    write_recipe(here, "here.yaml", recipe_for("demo/pico", None))
-    strict = {**recipe_for("demo/pico", None), "gates": {"min_mtp_acceptance_ratio": 9.0}}
-    write_recipe(here, "strict.yaml", strict)
+    recipe = recipe_for("demo/pico", None, BUILTIN_TEXT)
+    write_recipe(here, "here.yaml", recipe)
+    write_recipe(here, "strict.yaml", {**recipe, "gates": {"min_mtp_acceptance_ratio": 9.0}})
     first, second = watch(here), watch(here)
     assert first.status == 1, first.stderr  # since one is rejected
     started = [(each["recipe"], each["status"], each["run"]) for each in first.document["started"]]
