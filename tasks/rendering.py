@@ -91,6 +91,7 @@ def _run(job: dict[str, Any], folder: Path) -> dict[str, Any] | None:
     (folder / "rendering.json").write_text(json.dumps(job))
     environment = {k: v for k, v in os.environ.items() if k not in SECRET_VARIABLES}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}  # that there is no torch would be its last word
     package = str(Path(__file__).resolve().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "tasks.rendering_child", str(folder.absolute() / "rendering.json")]

@@ -101,7 +101,8 @@ def _bars(title: str, rows: Sequence[str], sides: Sides, texts: Mapping[str, Seq
         for i, text in enumerate(texts.get(name, ())):
             if text:
                 axes.annotate(text, (values[i], i + shift), (4, 0), textcoords="offset points", va="center_baseline")
-    legend(axes)
+    if sides:
+        legend(axes)
     return figure, axes
 
 

@@ -14,6 +14,7 @@ from tasks.checkpoint.engines import verdicts
 from tasks.checkpoint.repair import Base, repair
 from tasks.serving.prompts import python_prompts
 from tests.engines.variants import VARIANTS, make
+from tests.factories.asked import asked
 from tests.factories.paths import ROOT, TINY
 
 PROMPTS, TOKENS = 6, 24
@@ -37,8 +38,8 @@ NAMES = [name if name in EACH_ANSWER else pytest.param(name, marks=pytest.mark.s
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The variants whose tests are to run, and what becomes of one when it is mended."""
     root = tmp_path_factory.mktemp("variants")
-    asked = {getattr(item, "callspec", None) and item.callspec.params.get("name") for item in request.session.items}
-    names = [name for name in VARIANTS if name in {*asked, SOUND}]
+    wanted = {*asked(request, "name"), SOUND}
+    names = [name for name in VARIANTS if name in wanted]
     found = {name: make(root / str(number), **VARIANTS[name]) for number, name in enumerate(names)}
     found[MENDED] = make(root / "mended", **VARIANTS[PACKED_FC])
     repair(found[MENDED], Base(TINY))

@@ -23,6 +23,10 @@ from tests.factories.forks import Fork
 from tests.factories.paths import ROOT
 
 LAYERS = 3
+# Two windows of the 24 of a built-in text: a run measures its result and its base in 2 s and not in 6. It has 8
+# characters for each token of a window, or the plan would count its tokens, in a process of its own.
+SHORT_TEXT = str(ROOT / "tests" / "factories" / "evaluation.txt")
+BUILTIN_TEXT = "builtin:python-evaluation"  # of the finished run, and of those that reuse what it measured
 TIMEOUT_S = 300.0  # for a command
 
 
@@ -178,14 +182,14 @@ def wait_for(
         time.sleep(max(pause, 9 * (now - asked)))
 
 
-def recipe_for(repo_id: str, target: str | None) -> dict[str, Any]:
+def recipe_for(repo_id: str, target: str | None, text: str = SHORT_TEXT) -> dict[str, Any]:
     """A recipe that runs in seconds; random weights pass no quality gate, so none is asked for."""
     small = {"iters": 1, "nsamples": 4, "seqlen": 64, "batch_size": 4, "group_size": 32}
     quality = ("max_perplexity_increase", "max_kl_divergence", "min_top1_agreement", "min_mtp_acceptance_ratio")
     recipe: dict[str, Any] = {
         "base": {"repo_id": repo_id},
         "quantize": {**small, "calibration": "builtin:python"},  # no chats: no process that renders them
-        "validation": {"text": "builtin:python-evaluation"},
+        "validation": {"text": text},
         "gates": dict.fromkeys(quality),
         "benchmark": {"engine": "none"},
     }

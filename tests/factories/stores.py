@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tasks.artifact import sha256_of
+from tasks.artifact import Manifest, sha256_of
+from tasks.store import Store
 from tasks.store.backend import Backend
 from tasks.store.folder import FolderBackend
+from tests.factories.checkpoints import write_files
 from tests.factories.requant import wait_for
 
 Install = Callable[..., None]
@@ -54,6 +56,20 @@ class Counted(FolderBackend):
         """Wait until whoever watches a lease has read it as it is now, and drawn its conclusion."""
         before = self.reads
         wait_for(lambda: self.reads >= before + 3)
+
+
+def put(store: Store, files: Mapping[str, bytes]) -> Manifest:
+    """Put files into a store."""
+    scratch = store.near.root.parent / "scratch"
+    made = write_files(scratch, files)
+    for file in made:
+        store.put_blob(scratch / file.path, file)
+    return Manifest.of(made)
+
+
+def keep(store: Store, key: str, files: Mapping[str, bytes], stage: str = "quantize", **record: object) -> Manifest:
+    """Put files into a store and keep them as the artifact that a stage made, with what it recorded."""
+    return store.keep(stage, key, put(store, files), record)
 
 
 def ago(folder: Path, days: float, *below: str) -> None:

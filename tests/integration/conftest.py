@@ -18,7 +18,7 @@ from tests.factories.forked import COMMANDS, forked_children, quantize_server
 from tests.factories.paths import ROOT
 from tests.factories.pico import pico_base
 from tests.factories.releases import TARGET, Made, made
-from tests.factories.requant import LAYERS, Outcome, Requant, recipe_for, store_in
+from tests.factories.requant import BUILTIN_TEXT, LAYERS, Outcome, Requant, recipe_for, store_in
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +73,8 @@ def finished(
 ) -> tuple[Requant, Outcome]:
     """One undisturbed run, published to me/pico. Its store is copied by the tests that need a stage done."""
     folder = tmp_path_factory.mktemp("finished")
-    requant = Requant(folder, {**environment, **store_in(folder)}, recipe_for("demo/pico", "me/pico"))
+    recipe = recipe_for("demo/pico", "me/pico", BUILTIN_TEXT)  # its published recipe holds for whoever has no file
+    requant = Requant(folder, {**environment, **store_in(folder)}, recipe)
     outcome = requant.run("--checkout", str(folder / "checkout"))
     assert outcome.status == 0, outcome.stderr
     return requant, outcome

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from infra.hub.launch import HubStandIn
+from tests.factories.asked import asked
 from tests.factories.fault_matrix import (
     FOREVER,
     GUARDS,
@@ -50,8 +51,7 @@ def matrix(
     request: pytest.FixtureRequest, ceph: dict[str, str], hub: HubStandIn, tmp_path_factory: pytest.TempPathFactory
 ) -> Matrix:
     """What happened in the cases that this session was asked for."""
-    parameters = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
-    cases = [each.params["case"] for each in parameters if each and "case" in each.params]
+    cases = asked(request, "case")
     servers = {"REQUANT_FAULTS_S3": ceph["AWS_ENDPOINT_URL_S3"], "REQUANT_FAULTS_HUB": hub.url}
     environment = {**os.environ, **ceph, "HF_TOKEN": hub.token, **servers}
     folder = str(tmp_path_factory.mktemp("faults"))

@@ -29,7 +29,7 @@ from tests.factories.forked import forked
 from tests.factories.forks import Fork
 from tests.factories.quantizing import block_starts, children
 from tests.factories.releases import made
-from tests.factories.requant import LAYERS, Outcome, Requant, finish, wait_for
+from tests.factories.requant import LAYERS, SHORT_TEXT, Outcome, Requant, finish, merge, wait_for
 
 Finished = tuple[Requant, Outcome]
 Process = subprocess.Popen[str] | Fork
@@ -80,6 +80,7 @@ def test_killed_between_blocks_it_goes_on_and_repeats_at_most_one(
     killed: tuple[str, ...], requant: Requant, finished: Finished
 ) -> None:
     requant.forget("quantize", "mtp_fix", "validate", "measure")
+    requant.recipe = merge(requant.recipe, {"validation": {"text": SHORT_TEXT}})
     process = requant.fork_run(publish=None)
     (child,) = wait_for(lambda: children(requant.folder), process=process)
     if "child" in killed:  # it is started again in the same run
@@ -127,6 +128,8 @@ def test_killed_between_blocks_it_goes_on_and_repeats_at_most_one(
 def test_killed_in_a_later_stage(requant: Requant, finished: Finished, stage: str) -> None:
     later = ["mtp_fix", "validate", "benchmark"]
     requant.forget(*later[later.index(stage) :], "measure")
+    if stage != "benchmark":  # which reuses what the finished run measured
+        requant.recipe = merge(requant.recipe, {"validation": {"text": SHORT_TEXT}})
     changes: dict[str, Any] = {"publish": None, "benchmark": {"engine": "torch" if stage == "benchmark" else "none"}}
     process = requant.fork_run(**changes)
     begun = (f"work/{stage}-*", f"artifacts/{stage}/*")  # others come after it

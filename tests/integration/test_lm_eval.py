@@ -13,7 +13,7 @@ from flows.cli import cli
 from infra.hub.launch import HubStandIn
 from tasks.artifact import Manifest, file_of
 from tasks.errors import EvaluationFailed, RecipeError
-from tasks.evaluate import check_tasks, data_sets, evaluate, evaluated, recovery
+from tasks.evaluate import _manager, check_tasks, data_sets, evaluate, evaluated, recovery
 from tasks.gates import accepted, compare
 from tasks.recipe import Recipe
 from tasks.recipe_file import parse_recipe
@@ -141,6 +141,9 @@ def test_a_checkpoint_is_evaluated_once(definitions: Path, tmp_path: Path) -> No
 
 def test_tasks_are_checked_before_any_work_and_without_running_them(definitions: Path) -> None:
     marker(definitions).unlink(missing_ok=True)
+    own = asking(definitions, "own_choice", "own_perplexity").eval
+    assert own is not None and "mmlu" not in _manager(own).task_index  # nor is it read, which takes seconds
+    check_tasks(own)
     check_tasks(asking(definitions, "own_choice", "own_perplexity", "gsm8k", "mmlu").eval)
     assert not marker(definitions).exists()
     with pytest.raises(RecipeError, match=r"^eval\.tasks: lm-eval has no task gsm9k: `lm_eval ls tasks`"):

@@ -27,7 +27,7 @@ from tasks.store.s3 import S3Backend
 from tasks.store.store import blob_key
 from tests.factories.paths import ROOT
 from tests.factories.quantizing import children
-from tests.factories.requant import LAYERS, Outcome, Requant, wait_for
+from tests.factories.requant import LAYERS, SHORT_TEXT, Outcome, Requant, wait_for
 
 Finished = tuple[Requant, Outcome]
 CEPH = str(ROOT / "infra" / "s3" / "ceph")
@@ -69,7 +69,7 @@ def on_s3(tmp_path_factory: pytest.TempPathFactory, finished: Finished, ceph: di
     """Both machines have a Hub token of their own. The first is killed when the store has a block of its work."""
     folder = tmp_path_factory.mktemp("on-s3")
     hub.add_token("hf_marker_of_this_test", "me")
-    recipe = {**finished[0].recipe, "publish": {"repo_id": "me/from-s3"}}
+    recipe = {**finished[0].recipe, "publish": {"repo_id": "me/from-s3"}, "validation": {"text": SHORT_TEXT}}
     machines = []
     for name in ("one", "two"):
         (folder / name).mkdir()

@@ -16,7 +16,6 @@ import boto3
 import pytest
 from botocore.config import Config
 
-from tasks.artifact import Manifest, file_of
 from tasks.errors import StoreError
 from tasks.store import Store
 from tasks.store.catalog import read_catalog
@@ -28,6 +27,7 @@ from tasks.store.store import blob_key
 from tasks.store.verify import verify
 from tests.factories.paths import ROOT
 from tests.factories.requant import wait_for
+from tests.factories.stores import keep
 
 POLICY = ROOT / "infra" / "s3" / "policy.json"
 
@@ -50,18 +50,10 @@ def client() -> Any:
     return boto3.client("s3", config=Config(s3={"addressing_style": "path"}))
 
 
-def keep(store: Store, scratch: Path, key: str, data: bytes) -> Manifest:
-    scratch.mkdir(exist_ok=True)
-    (scratch / "file").write_bytes(data)
-    file = file_of(scratch, "file")
-    store.put_blob(scratch / "file", file)
-    return store.keep("quantize", key, Manifest.of([file]), {"seconds": 1})
-
-
 def test_gc_goes_by_the_servers_clock_whatever_this_machine_says(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep(store, tmp_path / "scratch", "old", b"old")
+    keep(store, "old", {"file": b"old"})
     monkeypatch.setattr("time.time", lambda: 4e9)  # boto3 signs with datetime, which this leaves alone
     assert collect(store, Policy(max_size=0)).artifacts == []
     assert [entry.key for entry in collect(store, Policy(max_size=0, grace=-2)).artifacts] == ["old"]
@@ -95,7 +87,7 @@ def test_what_others_put_below_the_prefix_is_passed_over(store: Store) -> None:
 
 
 def test_the_upload_of_a_blob_that_a_lease_needs_goes_on(store: Store, tmp_path: Path) -> None:
-    manifest = keep(store, tmp_path / "scratch", "a", b"x")
+    manifest = keep(store, "a", {"file": b"x"})
     key = blob_key(manifest["file"].sha256)
     client().create_multipart_upload(Bucket="requant", Key=store.backend.url.partition("requant/")[2] + "/" + key)
     policy = Policy(grace=2)
@@ -107,7 +99,7 @@ def test_the_upload_of_a_blob_that_a_lease_needs_goes_on(store: Store, tmp_path:
 
 
 def test_an_artifact_moves_from_a_bucket_to_a_folder_and_back(store: Store, tmp_path: Path) -> None:
-    manifest = keep(store, tmp_path / "scratch", "a", b"weights" * 1000)
+    manifest = keep(store, "a", {"file": b"weights" * 1000})
     folder = FolderBackend(tmp_path / "stick")
     stick = Store(folder, near=folder)
     stick.check()
@@ -120,7 +112,7 @@ def test_an_artifact_moves_from_a_bucket_to_a_folder_and_back(store: Store, tmp_
 
 
 def test_a_blob_altered_in_the_bucket_is_put_back_from_the_near_cache(store: Store, tmp_path: Path) -> None:
-    manifest = keep(store, tmp_path / "scratch", "a", b"right")
+    manifest = keep(store, "a", {"file": b"right"})
     store.backend.write(blob_key(manifest["file"].sha256), b"wrong")
     assert verify(store).problems == [] and len(verify(store, deep=True).problems) == 1
     assert "was put back from" in verify(store, deep=True, repair=True).repairs[0]
@@ -146,7 +138,7 @@ def test_the_policy_is_enough_for_a_store_and_reaches_nothing_else(
     least.check()
     assert least.manifest("quantize", "not there") is None  # 404, and not 403
     with least.lease("quantize", "large"):
-        manifest = keep(least, tmp_path / "scratch", "large", b"x" * (70 << 20))  # sent in parts
+        manifest = keep(least, "large", {"file": b"x" * (70 << 20)})  # sent in parts
     assert least.find("quantize", "large") == manifest
     other = Store(least.backend, FolderBackend(tmp_path / "other"))
     other.hand_out(manifest, tmp_path / "out")

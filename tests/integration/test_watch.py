@@ -21,7 +21,7 @@ from infra.hub.launch import HubStandIn
 from tasks.recipe_file import parse_recipe
 from tests.factories.forked import forked
 from tests.factories.paths import ROOT
-from tests.factories.requant import Outcome, Requant, finish, recipe_for, stop, store_in, wait_for
+from tests.factories.requant import BUILTIN_TEXT, Outcome, Requant, finish, recipe_for, stop, store_in, wait_for
 from tests.factories.webhook import payload
 
 BASE = "demo/watched"
@@ -69,7 +69,7 @@ class Relay:
 @pytest.fixture(scope="module")
 def relay(deployment: Requant) -> Iterator[Relay]:
     """The webhook relay, as a process, over a recipe of the watched base."""
-    write_recipe(deployment, "watched.yaml", recipe_for(BASE, None))
+    write_recipe(deployment, "watched.yaml", recipe_for(BASE, None, BUILTIN_TEXT))
     recipes = deployment.folder / "recipes"
     environment = {**deployment.environment, "REQUANT_WEBHOOK_SECRET": SECRET}
     command = [sys.executable, "-m", "infra.webhook", "--recipes", str(recipes), "--port", "0"]
@@ -233,9 +233,9 @@ def test_without_a_server_what_is_due_is_run_here_and_then_no_more(requant: Requ
     """The store has the stages of the finished run; the runs themselves are new, since their recipes are."""
     here = Requant(requant.folder, {**requant.environment})
     del here.environment["PREFECT_API_URL"]
-    write_recipe(here, "here.yaml", recipe_for("demo/pico", None))
-    strict = {**recipe_for("demo/pico", None), "gates": {"min_mtp_acceptance_ratio": 9.0}}
-    write_recipe(here, "strict.yaml", strict)
+    recipe = recipe_for("demo/pico", None, BUILTIN_TEXT)
+    write_recipe(here, "here.yaml", recipe)
+    write_recipe(here, "strict.yaml", {**recipe, "gates": {"min_mtp_acceptance_ratio": 9.0}})
     first, second = watch(here, new_process=True), watch(here, new_process=True)
     assert first.status == 1, first.stderr  # since one is rejected
     started = [(each["recipe"], each["status"], each["run"]) for each in first.document["started"]]

@@ -13,8 +13,7 @@ from flows.store_commands import store as command
 from tasks.artifact import Manifest
 from tasks.store import Store, open_store
 from tasks.store.runs import Run
-from tests.factories.checkpoints import write_files
-from tests.factories.stores import ago
+from tests.factories.stores import ago, keep
 
 KEYS = ("a" * 64, "b" * 64)
 SHA = "c" * 40
@@ -29,12 +28,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     return opened
 
 
-def keep(store: Store, key: str, data: bytes, stage: str = "quantize", **record: Any) -> Manifest:
-    scratch = store.near.root.parent / "scratch"
-    files = write_files(scratch, {"model.safetensors": data, "config.json": b"{}"})
-    for file in files:
-        store.put_blob(scratch / file.path, file)
-    return store.keep(stage, key, Manifest.of(files), record)
+def keep_model(store: Store, key: str, data: bytes, stage: str = "quantize", **record: object) -> Manifest:
+    return keep(store, key, {"model.safetensors": data, "config.json": b"{}"}, stage, **record)
 
 
 def used(store: Store, *keys: str, recipe: str = "0123456789abcdef", makes: str = "me/result") -> None:
@@ -54,8 +49,8 @@ def document(*arguments: str, status: int = 0) -> dict[str, Any]:
 
 
 def test_ls_says_what_each_artifact_is_from_which_base_and_who_uses_it(store: Store) -> None:
-    manifest = keep(store, KEYS[0], b"weights", started="2026-01-01T00:00:00+00:00")
-    keep(store, KEYS[1], b"other", stage="download", base={"repo_id": "x/y", "sha": "d" * 40})
+    manifest = keep_model(store, KEYS[0], b"weights", started="2026-01-01T00:00:00+00:00")
+    keep_model(store, KEYS[1], b"other", stage="download", base={"repo_id": "x/y", "sha": "d" * 40})
     used(store, KEYS[0])
     used(store, KEYS[0], recipe="fedcba9876543210", makes="W4A16 g128")
     said = document("ls")
@@ -77,14 +72,14 @@ def test_ls_of_an_empty_store_says_so(store: Store) -> None:
 
 
 def test_ls_names_what_cannot_be_read(store: Store) -> None:
-    keep(store, KEYS[0], b"1")
+    keep_model(store, KEYS[0], b"1")
     store.backend.write(f"artifacts/quantize/{KEYS[1]}", b"{")
     said = document("ls")
     assert len(said["artifacts"]) == 1 and said["damaged"][0].startswith(f"artifacts/quantize/{KEYS[1]}: ")
 
 
 def test_verify_fails_until_what_is_lost_is_repaired(store: Store) -> None:
-    manifest = keep(store, KEYS[0], b"1")
+    manifest = keep_model(store, KEYS[0], b"1")
     assert document("verify", "--deep") == {"checked": 2, "problems": [], "repairs": []}
     store.near.path(f"blobs/sha256/{manifest['config.json'].sha256[:2]}/{manifest['config.json'].sha256}").unlink()
     assert len(document("verify", status=1)["problems"]) == 1
@@ -93,9 +88,9 @@ def test_verify_fails_until_what_is_lost_is_repaired(store: Store) -> None:
 
 
 def test_gc_says_what_would_go_and_then_what_went(store: Store) -> None:
-    manifest = keep(store, KEYS[0], b"weights")
+    manifest = keep_model(store, KEYS[0], b"weights")
     ago(store.near.root, 40)
-    keep(store, KEYS[1], b"young")
+    keep_model(store, KEYS[1], b"young")
     said = document("gc", "--older-than", "30d", "--dry-run")
     assert said["dry_run"] and [a["digest"] for a in said["artifacts"]] == [manifest.digest]
     assert len(document("ls")["artifacts"]) == 2
@@ -106,7 +101,7 @@ def test_gc_says_what_would_go_and_then_what_went(store: Store) -> None:
 
 
 def test_gc_says_when_what_must_stay_does_not_fit(store: Store) -> None:
-    keep(store, KEYS[0], b"weights")
+    keep_model(store, KEYS[0], b"weights")
     said = document("gc", "--max-size", "0.001kB")
     assert not said["fits"] and said["stays"]["bytes"] == 9
     assert "that is more than --max-size" in run("gc", "--max-size", "0.001kB").stdout
@@ -125,7 +120,7 @@ def test_gc_says_when_what_must_stay_does_not_fit(store: Store) -> None:
     ],
 )
 def test_a_wrong_value_is_wrong_usage_and_deletes_nothing(store: Store, wrong: tuple[str, str]) -> None:
-    keep(store, KEYS[0], b"1")
+    keep_model(store, KEYS[0], b"1")
     ago(store.near.root, 400)
     result = run("gc", *wrong)
     assert result.exit_code == 2 and wrong[0] in result.stderr
@@ -140,7 +135,7 @@ def test_ages_are_read_with_their_units(text: str, seconds: float) -> None:
 
 
 def test_an_artifact_travels_on_a_stick(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = keep(store, KEYS[0], b"weights", seconds=5)
+    manifest = keep_model(store, KEYS[0], b"weights", seconds=5)
     sent = document("export", manifest.digest[:12], str(tmp_path / "stick"))
     assert sent["bytes_moved"] == 9 and sent["artifacts"][0]["digest"] == manifest.digest
     monkeypatch.setenv("REQUANT_STORE", (tmp_path / "elsewhere").as_uri())
@@ -158,5 +153,5 @@ def test_what_is_not_there_is_not_made_by_an_import(store: Store, tmp_path: Path
 
 
 def test_a_store_is_not_copied_into_itself(store: Store) -> None:
-    keep(store, KEYS[0], b"1")
+    keep_model(store, KEYS[0], b"1")
     assert run("export", KEYS[0], store.url).exit_code == 2

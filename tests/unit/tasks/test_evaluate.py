@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import RecipeError
-from tasks.evaluate import _leaves, _scores, asked, check_tasks, recovery
+from tasks.evaluate import _is_whole, _leaves, _scores, asked, check_tasks, recovery
 from tasks.gates import worst_task
 from tasks.recipe import Eval
 from tasks.recipe_file import load_recipe, parse_recipe
@@ -71,6 +71,30 @@ def test_members_of_an_aggregated_group_are_in_their_group() -> None:
 
 def entry(kind: str, tags: tuple[str, ...] = (), **config: Any) -> Any:
     return SimpleNamespace(kind=SimpleNamespace(name=kind), cfg=config, tags=set(tags))
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [
+        ("a", True),
+        ("tag", True),
+        ("group", True),
+        ("absent", False),
+        ("group with an absent one", False),
+        ("group with one of no name", False),
+        ("circle", False),
+    ],
+)
+def test_own_tasks_suffice_if_all_that_they_stand_for_is_there(name: str, whole: bool) -> None:
+    known = {
+        "a": entry("TASK", task="a"),
+        "tag": entry("TAG", tags=("a",)),
+        "group": entry("GROUP", task=["tag", {"task": "a", "num_fewshot": 0}]),
+        "group with an absent one": entry("GROUP", task=["a", "gsm8k"]),
+        "group with one of no name": entry("GROUP", task=["a", {"task": ["a"]}]),
+        "circle": entry("GROUP", task=["circle"]),
+    }
+    assert _is_whole(known, name) is whole
 
 
 def test_groups_and_tags_stand_for_their_tasks_also_in_a_circle() -> None:

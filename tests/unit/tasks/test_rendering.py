@@ -47,8 +47,11 @@ def rendered(folder: Path, *rows: Any, model: Path = TINY, **options: Any) -> tu
     return found, [json.loads(line)["text"] for line in found.path.read_text().splitlines()]
 
 
-def test_chats_become_what_the_bases_template_makes_of_them(tmp_path: Path) -> None:
-    """In a process of its own, as in a run."""
+def test_chats_become_what_the_bases_template_makes_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, as in a run. It does not wait for torch, which a tokenizer has no use for."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "torch.py").write_text("raise SystemExit('torch was imported')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
     found, documents = rendered(tmp_path, {"text": "x = 1", "domain": "code"}, {"messages": CHAT, "domain": "chat"})
     assert documents == ["x = 1", "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>\n"]
     assert (found.templated, found.plain) == (1, 0) and "through the base's chat template" in found.told

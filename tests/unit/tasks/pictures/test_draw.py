@@ -142,6 +142,16 @@ def test_acceptance_by_position_has_the_bases_beside_ours() -> None:
     assert bar_lengths(alone, "base bar") == [] and len(bar_lengths(alone, "quantized bar")) == 1
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_head_of_which_nothing_is_accepted_has_a_picture_without_bars() -> None:
+    none = [0.0, 0.0, 0.0]
+    picture = one(
+        "acceptance-by-position", {"mtp_acceptance_by_position": none, "base_mtp_acceptance_by_position": none}
+    )
+    assert bar_lengths(picture, "base bar") + bar_lengths(picture, "quantized bar") == []
+    assert "1st draft 0 %" in picture.caption
+
+
 def test_acceptance_by_prompt_is_a_point_for_each_prompt_and_position() -> None:
     prompts = [prompt(f"p{i}", mtp=True, acceptance_by_position=[0.9 - 0.02 * i, 0.7]) for i in range(24)]
     picture = one("acceptance-by-prompt", benchmark={"prompts": [*prompts, prompt("p0", mtp=False)]})

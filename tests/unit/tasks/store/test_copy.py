@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tasks.artifact import Manifest
 from tasks.errors import CorruptBlob, RequantError, StoreError
 from tasks.store import Store
 from tasks.store.catalog import read_catalog
@@ -14,7 +13,7 @@ from tasks.store.copy import copy, find_entries, store_at
 from tasks.store.folder import FolderBackend
 from tasks.store.store import blob_key
 from tasks.store.verify import verify
-from tests.factories.checkpoints import write_files
+from tests.factories.stores import keep
 
 KEYS = ("a" * 64, "b" * 64, "c" * 64)
 
@@ -35,17 +34,10 @@ def target(tmp_path: Path) -> Store:
     return opened(tmp_path / "target")
 
 
-def keep(store: Store, scratch: Path, key: str, files: dict[str, bytes]) -> Manifest:
-    made = write_files(scratch, files)
-    for file in made:
-        store.put_blob(scratch / file.path, file)
-    return store.keep("quantize", key, Manifest.of(made), {"seconds": 7})
-
-
 def test_an_artifact_is_the_same_in_the_other_store_and_stays_in_the_first(
     source: Store, target: Store, tmp_path: Path
 ) -> None:
-    manifest = keep(source, tmp_path / "s", KEYS[0], {"a": b"1", "sub/b": b"22"})
+    manifest = keep(source, KEYS[0], {"a": b"1", "sub/b": b"22"}, seconds=7)
     (copied,) = copy(source, target, read_catalog(source).entries.values())
     assert copied.bytes == 3
     assert target.manifest("quantize", KEYS[0]) == manifest == source.manifest("quantize", KEYS[0])
@@ -55,8 +47,8 @@ def test_an_artifact_is_the_same_in_the_other_store_and_stays_in_the_first(
 
 
 def test_only_what_is_missing_moves(source: Store, target: Store, tmp_path: Path) -> None:
-    keep(source, tmp_path / "s", KEYS[0], {"a": b"1", "b": b"22"})
-    keep(target, tmp_path / "t", KEYS[1], {"a": b"1"})
+    keep(source, KEYS[0], {"a": b"1", "b": b"22"})
+    keep(target, KEYS[1], {"a": b"1"})
     entries = read_catalog(source).entries.values()
     assert [c.bytes for c in copy(source, target, entries)] == [2]
     assert [c.bytes for c in copy(source, target, entries)] == [0]
@@ -65,7 +57,7 @@ def test_only_what_is_missing_moves(source: Store, target: Store, tmp_path: Path
 def test_a_copy_that_was_cut_off_goes_on_and_shows_nothing_before(
     source: Store, target: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep(source, tmp_path / "s", KEYS[0], {"a": b"1", "b": b"22", "c": b"333"})
+    keep(source, KEYS[0], {"a": b"1", "b": b"22", "c": b"333"})
     put, left = target.near.put_file, [2]
 
     def dying(key: str, path: Path, *more: str) -> None:
@@ -86,9 +78,9 @@ def test_a_copy_that_was_cut_off_goes_on_and_shows_nothing_before(
 def test_another_artifact_for_a_stage_key_stays_and_is_named_and_the_others_arrive(
     source: Store, target: Store, tmp_path: Path
 ) -> None:
-    keep(source, tmp_path / "s", KEYS[0], {"a": b"source's"})
-    second = keep(source, tmp_path / "s", KEYS[1], {"b": b"2"})
-    first = keep(target, tmp_path / "t", KEYS[0], {"a": b"target's"})
+    keep(source, KEYS[0], {"a": b"source's"})
+    second = keep(source, KEYS[1], {"b": b"2"})
+    first = keep(target, KEYS[0], {"a": b"target's"})
     with pytest.raises(
         RequantError, match=rf"has another artifact for quantize/{KEYS[0][:12]} \({first.digest[:12]}, not"
     ):
@@ -98,7 +90,7 @@ def test_another_artifact_for_a_stage_key_stays_and_is_named_and_the_others_arri
 
 
 def test_a_damaged_blob_is_refused_and_no_artifact_arrives(source: Store, target: Store, tmp_path: Path) -> None:
-    manifest = keep(source, tmp_path / "s", KEYS[0], {"a": b"right"})
+    manifest = keep(source, KEYS[0], {"a": b"right"})
     path = source.near.path(blob_key(manifest["a"].sha256))
     path.chmod(0o644)
     path.write_bytes(b"wrong")
@@ -109,16 +101,16 @@ def test_a_damaged_blob_is_refused_and_no_artifact_arrives(source: Store, target
 
 
 def test_a_blob_that_the_source_lost_is_named(source: Store, target: Store, tmp_path: Path) -> None:
-    manifest = keep(source, tmp_path / "s", KEYS[0], {"a": b"right"})
+    manifest = keep(source, KEYS[0], {"a": b"right"})
     source.backend.delete(blob_key(manifest["a"].sha256))
     with pytest.raises(StoreError, match="has lost a "):
         copy(source, target, read_catalog(source).entries.values())
 
 
 def test_an_artifact_is_found_by_the_beginning_of_its_key_or_digest(source: Store, tmp_path: Path) -> None:
-    manifest = keep(source, tmp_path / "s", KEYS[0], {"a": b"1"})
-    keep(source, tmp_path / "s", KEYS[1], {"a": b"1"})
-    keep(source, tmp_path / "s", KEYS[2], {"a": b"2"})
+    manifest = keep(source, KEYS[0], {"a": b"1"})
+    keep(source, KEYS[1], {"a": b"1"})
+    keep(source, KEYS[2], {"a": b"2"})
     catalog = read_catalog(source)
     assert [entry.key for entry in find_entries(catalog, "aaaa")] == [KEYS[0]]
     assert [entry.key for entry in find_entries(catalog, manifest.digest[:12])] == [KEYS[0], KEYS[1]]

@@ -21,8 +21,7 @@ from tasks.store.lease import Owner, lease, owner_of
 from tasks.store.runs import Run
 from tasks.store.store import GC, blob_key
 from tasks.store.verify import verify
-from tests.factories.checkpoints import write_files
-from tests.factories.stores import Counted, ago
+from tests.factories.stores import Counted, ago, keep, put
 
 DAY = 86400.0
 
@@ -43,18 +42,6 @@ def looked_at(store: Store) -> None:
     """Wait until another thread has looked at gc's lease."""
     assert isinstance(store.backend, Counted)
     store.backend.wait_for_a_look()
-
-
-def put(store: Store, files: dict[str, bytes]) -> Manifest:
-    scratch = store.near.root.parent / "scratch"
-    made = write_files(scratch, files)
-    for file in made:
-        store.put_blob(scratch / file.path, file)
-    return Manifest.of(made)
-
-
-def keep(store: Store, name: str, files: dict[str, bytes], stage: str = "quantize", **record: object) -> Manifest:
-    return store.keep(stage, name, put(store, files), record)
 
 
 def ran(store: Store, recipe: str, commit: str, *names: str, days: float = 0) -> None:

@@ -5,21 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tasks.artifact import Manifest
 from tasks.store import Store
 from tasks.store.gc import Policy, collect
 from tasks.store.store import blob_key
-from tests.factories.checkpoints import write_files
-from tests.factories.stores import ago
+from tests.factories.stores import ago, keep
 
 DAY = 86400.0
 KEY = "k" * 64
-
-
-def keep(store: Store, scratch: Path, key: str, data: bytes) -> Manifest:
-    (file,) = write_files(scratch, {"a": data})
-    store.put_blob(scratch / "a", file)
-    return store.keep("quantize", key, Manifest.of([file]), {})
 
 
 def test_files_that_a_killed_writer_left_go_after_the_grace_period(store: Store) -> None:
@@ -51,7 +43,7 @@ def test_carried_work_goes_after_a_week_or_once_its_artifact_is_there(store: Sto
     for key in ("left", "held", "done"):
         store.backend.write(f"resume/quantize/{key}/index", b"{}")
         store.backend.write(f"resume/quantize/{key}/files/block", b"tuned")
-    keep(store, tmp_path / "scratch", "done", b"1")
+    keep(store, "done", {"a": b"1"})
     ago(store.near.root / "resume", 2)
     collect(store, Policy())
     assert {key.split("/")[2] for key in store.backend.keys("resume")} == {"left", "held"}
@@ -62,7 +54,7 @@ def test_carried_work_goes_after_a_week_or_once_its_artifact_is_there(store: Sto
 
 
 def test_a_checkout_beside_a_local_store_goes_with_its_artifact(store: Store, tmp_path: Path) -> None:
-    manifest = keep(store, tmp_path / "scratch", KEY, b"weights")
+    manifest = keep(store, KEY, {"a": b"weights"})
     folder = store.hand_out(manifest, store.near.root / "checkouts" / manifest.digest)
     ago(store.near.root, 40)
     assert collect(store, Policy()).near == []
@@ -71,9 +63,9 @@ def test_a_checkout_beside_a_local_store_goes_with_its_artifact(store: Store, tm
 
 
 def test_the_near_cache_drops_what_nothing_names_and_what_was_not_used_for_a_month(far: Store, tmp_path: Path) -> None:
-    used = keep(far, tmp_path / "scratch", "used", b"used")
-    unused = keep(far, tmp_path / "scratch", "unused", b"unused")
-    lost = keep(far, tmp_path / "scratch", "lost", b"lost")
+    used = keep(far, "used", {"a": b"used"})
+    unused = keep(far, "unused", {"a": b"unused"})
+    lost = keep(far, "lost", {"a": b"lost"})
     far.backend.delete("artifacts/quantize/lost")
     ago(far.near.root, 40)
     far.hand_out(used, tmp_path / "out")
@@ -85,7 +77,7 @@ def test_the_near_cache_drops_what_nothing_names_and_what_was_not_used_for_a_mon
 
 
 def test_the_near_cache_keeps_what_a_lease_needs(far: Store, tmp_path: Path) -> None:
-    manifest = keep(far, tmp_path / "scratch", KEY, b"weights")
+    manifest = keep(far, KEY, {"a": b"weights"})
     ago(far.near.root, 40)
     with far.lease("validate", KEY):
         far.need(manifest.files)

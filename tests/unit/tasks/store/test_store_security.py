@@ -16,8 +16,7 @@ from tasks.store.gc import Policy, collect
 from tasks.store.resume import restore
 from tasks.store.s3 import S3Backend
 from tasks.store.store import blob_key
-from tests.factories.checkpoints import write_files
-from tests.factories.stores import every_operation
+from tests.factories.stores import every_operation, keep
 
 KEY = "a" * 64
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
@@ -29,13 +28,6 @@ def outside(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "file").write_bytes(b"mine")
     return folder
-
-
-def keep(store: Store, scratch: Path, files: dict[str, bytes]) -> Manifest:
-    made = write_files(scratch, files)
-    for file in made:
-        store.put_blob(scratch / file.path, file)
-    return store.keep("quantize", KEY, Manifest.of(made), {})
 
 
 LONG = ["n" * 256, "é" * 128, "a/" * 600 + "b", "n" * 4096, "/".join(["n" * 200] * 20)]
@@ -55,7 +47,7 @@ def test_a_name_without_room_on_a_file_system_or_in_s3_is_refused_by_a_sentence(
 
 def test_the_longest_name_that_is_allowed_can_be_stored_and_laid_out(store: Store, tmp_path: Path) -> None:
     longest = "n" * 255
-    manifest = keep(store, tmp_path / "scratch", {"short": b"x"})
+    manifest = keep(store, KEY, {"short": b"x"})
     renamed = Manifest.of([File(longest, 1, manifest["short"].sha256)])
     assert (store.hand_out(renamed, tmp_path / "out") / longest).read_bytes() == b"x"
     assert (store.checkout(renamed, tmp_path / "own") / longest).read_bytes() == b"x"
@@ -149,7 +141,7 @@ def test_a_file_in_whose_place_a_link_lies_is_not_taken_for_ours(store: Store, o
 def test_nothing_is_laid_out_through_a_link_in_the_folder(
     store: Store, tmp_path: Path, outside: Path, how: str
 ) -> None:
-    manifest = keep(store, tmp_path / "scratch", {"sub/file": b"theirs"})
+    manifest = keep(store, KEY, {"sub/file": b"theirs"})
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sub").symlink_to(outside)
     with pytest.raises(StoreError, match="is a symbolic link"):
@@ -160,7 +152,7 @@ def test_nothing_is_laid_out_through_a_link_in_the_folder(
 def test_a_link_in_place_of_the_checkouts_beside_a_store_is_not_followed(
     store: Store, tmp_path: Path, outside: Path
 ) -> None:
-    manifest = keep(store, tmp_path / "scratch", {"file": b"theirs"})
+    manifest = keep(store, KEY, {"file": b"theirs"})
     (store.near.root / "checkouts").mkdir()
     (store.near.root / "checkouts" / manifest.digest).symlink_to(outside)
     with pytest.raises(StoreError, match="is a symbolic link"):
@@ -219,7 +211,7 @@ def test_a_store_made_under_a_careless_umask_is_not_writable_by_everyone(tmp_pat
         backend = FolderBackend(tmp_path / "store")
         backend.check()
         opened = Store(backend, near=backend)
-        keep(opened, tmp_path / "scratch", {"sub/a": b"1"})
+        keep(opened, KEY, {"sub/a": b"1"})
         opened.work_folder("quantize", KEY)
         opened.check()
     finally:

@@ -15,17 +15,9 @@ from tasks.store.folder import FolderBackend
 from tasks.store.lease import lease
 from tasks.store.store import GC, blob_key
 from tasks.store.verify import Verified, verify
-from tests.factories.checkpoints import write_files
-from tests.factories.stores import Counted
+from tests.factories.stores import Counted, keep
 
 KEY = "a" * 64
-
-
-def keep(store: Store, folder: Path, files: dict[str, bytes], key: str = KEY) -> Manifest:
-    made = write_files(folder, files)
-    for file in made:
-        store.put_blob(folder / file.path, file)
-    return store.keep("quantize", key, Manifest.of(made), {"seconds": 1})
 
 
 def alter(backend: FolderBackend, sha256: str, data: bytes) -> None:
@@ -36,7 +28,7 @@ def alter(backend: FolderBackend, sha256: str, data: bytes) -> None:
 
 
 def test_sound_blobs_are_counted_and_missing_cut_and_altered_ones_named(store: Store, tmp_path: Path) -> None:
-    manifest = keep(store, tmp_path / "one", {"a": b"aaaa", "b": b"bbbb", "c": b"cccc", "copy": b"aaaa"})
+    manifest = keep(store, KEY, {"a": b"aaaa", "b": b"bbbb", "c": b"cccc", "copy": b"aaaa"})
     sound = verify(store, deep=True)
     assert (sound.checked, sound.problems, sound.repairs) == (3, [], [])
     store.backend.delete(blob_key(manifest["b"].sha256))
@@ -51,7 +43,7 @@ def test_sound_blobs_are_counted_and_missing_cut_and_altered_ones_named(store: S
 
 
 def test_without_repair_nothing_is_changed(store: Store, tmp_path: Path) -> None:
-    manifest = keep(store, tmp_path / "one", {"a": b"aaaa"})
+    manifest = keep(store, KEY, {"a": b"aaaa"})
     store.backend.delete(blob_key(manifest["a"].sha256))
     assert verify(store).repairs == []
     assert list(store.backend.keys("artifacts"))
@@ -59,8 +51,8 @@ def test_without_repair_nothing_is_changed(store: Store, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "altered"])
 def test_what_cannot_be_put_back_is_removed_from_sight_and_made_anew(store: Store, tmp_path: Path, damage: str) -> None:
-    manifest = keep(store, tmp_path / "one", {"a": b"aaaa", "b": b"bbbb"})
-    other = keep(store, tmp_path / "two", {"b": b"bbbb"}, "b" * 64)
+    manifest = keep(store, KEY, {"a": b"aaaa", "b": b"bbbb"})
+    other = keep(store, "b" * 64, {"b": b"bbbb"})
     if damage == "missing":
         store.backend.delete(blob_key(manifest["a"].sha256))
     else:
@@ -69,13 +61,13 @@ def test_what_cannot_be_put_back_is_removed_from_sight_and_made_anew(store: Stor
     assert len(found.problems) == 1
     assert found.repairs == [f"artifacts/quantize/{KEY} was removed, for want of a: the next run makes it anew"]
     assert store.manifest("quantize", KEY) is None and store.manifest("quantize", "b" * 64) == other
-    assert keep(store, tmp_path / "again", {"a": b"aaaa", "b": b"bbbb"}) == manifest
+    assert keep(store, KEY, {"a": b"aaaa", "b": b"bbbb"}) == manifest
     assert verify(store, deep=True).problems == []
     assert not list(store.backend.keys("leases"))
 
 
 def test_a_blob_is_put_back_from_the_near_cache(far: Store, tmp_path: Path) -> None:
-    manifest = keep(far, tmp_path / "one", {"a": b"aaaa"})
+    manifest = keep(far, KEY, {"a": b"aaaa"})
     assert isinstance(far.backend, FolderBackend)
     alter(far.backend, manifest["a"].sha256, b"AAAA")
     found = verify(far, deep=True, repair=True)
@@ -85,7 +77,7 @@ def test_a_blob_is_put_back_from_the_near_cache(far: Store, tmp_path: Path) -> N
 
 
 def test_a_copy_that_is_damaged_too_puts_nothing_back_and_goes(far: Store, tmp_path: Path) -> None:
-    manifest = keep(far, tmp_path / "one", {"a": b"aaaa"})
+    manifest = keep(far, KEY, {"a": b"aaaa"})
     far.backend.delete(blob_key(manifest["a"].sha256))
     alter(far.near, manifest["a"].sha256, b"AAAA")
     assert "was removed, for want of a" in verify(far, repair=True).repairs[0]
@@ -93,7 +85,7 @@ def test_a_copy_that_is_damaged_too_puts_nothing_back_and_goes(far: Store, tmp_p
 
 
 def test_a_blob_of_a_local_store_is_put_back_from_a_checkout_beside_it(store: Store, tmp_path: Path) -> None:
-    manifest = keep(store, tmp_path / "one", {"sub/a": b"aaaa"})
+    manifest = keep(store, KEY, {"sub/a": b"aaaa"})
     checkout = store.hand_out(manifest, store.near.root / "checkouts" / manifest.digest)
     store.backend.delete(blob_key(manifest["sub/a"].sha256))
     assert "was put back from" in verify(store, repair=True).repairs[0]
@@ -114,7 +106,7 @@ def test_a_manifest_that_cannot_be_read_is_removed(store: Store) -> None:
 def test_a_manifest_that_gives_a_blob_another_size_costs_no_other_artifact_its_blob(
     store: Store, tmp_path: Path, key: str
 ) -> None:
-    manifest = keep(store, tmp_path / "one", {"a": b"aaaa"})
+    manifest = keep(store, KEY, {"a": b"aaaa"})
     wrong = Manifest.of([replace(manifest["a"], size=5)])
     store.backend.write(f"artifacts/quantize/{key}", wrong.to_json().encode())
     found = verify(store, repair=True)
@@ -134,7 +126,7 @@ def test_what_gc_is_deleting_at_the_moment_is_no_problem(tmp_path: Path, monkeyp
     monkeypatch.setattr(leases, "POLL", 0.01)
     backend = Counted(tmp_path / "store")
     store = Store(backend, near=backend)
-    manifest = keep(store, tmp_path / "one", {"a": b"aaaa"})
+    manifest = keep(store, KEY, {"a": b"aaaa"})
     found: list[Verified] = []
     with lease(store.backend, *GC):
         store.backend.delete(blob_key(manifest["a"].sha256))
