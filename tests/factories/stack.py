@@ -215,7 +215,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             postgres.install()
             subprocess.run([CEPH, "install"], check=True, capture_output=True, text=True)
         except (RuntimeError, subprocess.CalledProcessError) as error:
-            pytest.skip(getattr(error, "stderr", None) or str(error))
+            pytest.skip((getattr(error, "stderr", None) or str(error)).strip())
     with running_stack(tmp_path_factory.mktemp("stack") / "stack") as started:
         yield started
 

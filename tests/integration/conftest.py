@@ -32,7 +32,8 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One embedded server for all runs of the session: they use it through PREFECT_API_URL."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     with contextlib.ExitStack() as running:
-        with pytest.MonkeyPatch.context() as server:  # keeps events for 5 s otherwise, before it writes them down
+        with pytest.MonkeyPatch.context() as server:
+            # The server otherwise keeps events for 5 s before it writes them down, and tests wait for them.
             server.setenv("PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL", "0.1")
             running.enter_context(embedded_prefect())
         yield os.environ["PREFECT_API_URL"]
