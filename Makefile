@@ -24,17 +24,17 @@ PARTS := all-integration all-engines all-ui all-crash
 .PHONY: $(PARTS) all-unit install chromium demo plan-27b up down test test-unit test-all test-engines test-gpu test-ui test-crash lint format bench bench-gpu bench-store torture clean
 
 demo: $(INSTALLED)
-	$(BIN)/python -m infra.demo
+	$(BIN)/python -m infra.dev.demo
 
 up: $(SERVES)
-	$(BIN)/python -m infra.stack up
+	$(BIN)/python -m infra.dev.stack up
 
 down:
-	$(BIN)/python -m infra.stack down
+	$(BIN)/python -m infra.dev.stack down
 
 plan-27b:
 	@$(MAKE) --no-print-directory $(INSTALLED) >&2
-	@$(BIN)/python -m infra.plan $(BIN)/python -m flows.cli plan deployments/recipes/qwen3.6-27b-int4.yaml --elsewhere --json
+	@$(BIN)/python -m infra.dev.plan $(BIN)/python -m requant plan deployments/recipes/qwen3.6-27b-int4.yaml --elsewhere --json
 
 install: $(INSTALLED) $(EVALUATES) $(SERVES)
 
@@ -42,14 +42,14 @@ chromium:
 	command -v chromium >/dev/null || apt-get install -y -q --no-install-recommends chromium
 
 test: $(INSTALLED) $(EVALUATES)
-	infra/s3/ceph install || { [ $$(id -u) != 0 ] && echo "without Ceph, the tests that need it are skipped"; }
+	infra/dev/s3/ceph install || { [ $$(id -u) != 0 ] && echo "without Ceph, the tests that need it are skipped"; }
 	$(PYTEST) $(PARALLEL) $(TESTS)
 
 test-unit: $(INSTALLED)
 	$(PYTEST) tests/unit $(PARALLEL) $(TESTS)
 
 test-engines: $(INSTALLED)
-	infra/engines/install build/vllm
+	infra/dev/engines/install build/vllm
 	$(PYTEST) tests/engines $(TESTS)
 
 test-ui: $(SERVES) chromium
@@ -89,18 +89,18 @@ bench: $(SERVES)
 	$(BIN)/python -m infra.bench.served
 
 torture: $(INSTALLED)
-	infra/s3/ceph install
+	infra/dev/s3/ceph install
 	SECONDS=$(SECONDS) $(BIN)/python -m infra.bench.store_torture
 
 bench-gpu: $(INSTALLED)
 	MINUTES=$(MINUTES) SEEDS=$(SEEDS) $(BIN)/python -m infra.bench.gpu
 
 bench-store: $(INSTALLED)
-	infra/s3/ceph install
+	infra/dev/s3/ceph install
 	SIZE=$(SIZE) FILES=$(FILES) REPEATS=$(REPEATS) MINUTES=$(MINUTES) $(BIN)/python -m infra.bench.store
 
 $(INSTALLED): pyproject.toml constraints.txt
-	infra/venv $(PYTHON) .venv
+	infra/dev/venv $(PYTHON) .venv
 	touch $@
 
 $(EVALUATES): $(INSTALLED)

@@ -21,10 +21,11 @@ from pathlib import Path
 
 import httpx
 
-from tasks.environment import UNUSABLE, bypass_proxy_on_loopback, http_client, no_client, with_package
-from tasks.errors import RequantError
-from tasks.store import cache_folder
-from tasks.tools import installed_version
+from requant.tasks.environment import bypass_proxy_on_loopback, with_package
+from requant.tasks.errors import RequantError
+from requant.tasks.http import UNUSABLE, http_client, no_client
+from requant.tasks.store import cache_folder
+from requant.tasks.versions import installed_version
 
 START = 180.0  # seconds
 SETTINGS = {
@@ -79,7 +80,7 @@ def embedded_prefect() -> Iterator[None]:
     environment = {**os.environ, **SETTINGS, "PREFECT_HOME": str(home)}
     with (home / "server.log").open("wb") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "flows.embedded", str(port)],
+            [sys.executable, "-m", "requant.flows.embedded", str(port)],
             cwd=home,  # not where a package of the user's may be called flows too
             env={
                 **with_package(environment),

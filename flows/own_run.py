@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -12,13 +13,12 @@ import psutil
 from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.logging import get_logger
 
-from flows.sweep import in_order, was_cancelled
+from requant.flows.sweep import in_order, was_cancelled
 
 EVERY_S = 10.0  # seconds between two looks at the run
 
-log = get_logger("requant.own_run")
+log = logging.getLogger(__name__)
 
 
 def end_with_the_run() -> None:

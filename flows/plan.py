@@ -8,16 +8,16 @@ from prefect import State, flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import Completed, Failed
 
-from flows.gpu import OPTIONS
-from flows.plan_report import headline, markdown, subject
-from tasks import plan as planning
-from tasks.errors import Refused, RequantError
-from tasks.log import plain_logs
-from tasks.recipe import Recipe
-from tasks.recipe_file import recipe_of
-from tasks.store import open_store
+from requant.flows.gpu_pool import OPTIONS
+from requant.flows.report.plan import headline, markdown, subject
+from requant.tasks import plan as planning
+from requant.tasks.errors import Refused, RequantError
+from requant.tasks.pipeline.log import log_into_runs
+from requant.tasks.recipe.loader import recipe_of
+from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.store import open_store
 
-plain_logs()
+log_into_runs()
 
 
 @flow(name="plan", **OPTIONS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import logging
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,37 +13,40 @@ from prefect import State, flow, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import Completed, Failed
 
-from flows.gpu import OPTIONS, cancel_children, on_gpu, pinned, stages_there, where
-from flows.markdown import comparison, markdown
-from flows.own_run import end_with_the_run
-from flows.report import Report, gate_rows, verdict, worst
-from tasks import benchmark as speed
-from tasks import quantize as quantizing
-from tasks import validate as quality
-from tasks.benchmark import benchmark_task
-from tasks.download import download_task
-from tasks.errors import RecipeError, RequantError
-from tasks.evaluate import check_tasks
-from tasks.gates import accepted, compare, summary
-from tasks.hub.revision import Revision, resolve
-from tasks.hub.target import check_target
-from tasks.last_run import remember_run
-from tasks.log import plain_logs
-from tasks.mtp_fix import mtp_fix_task
-from tasks.pictures import FOLDER, Picture
-from tasks.plan import Foreseen, preflight
-from tasks.prefect_stage import end_earlier_tasks, options, say
-from tasks.publish import beside_for, publish_task
-from tasks.quantize import quantize_task
-from tasks.recipe import Recipe
-from tasks.recipe_file import recipe_of
-from tasks.stage import StageResult
-from tasks.store import Store, open_store
-from tasks.store.runs import recorded
-from tasks.text import Text, find_text
-from tasks.validate import validate_task
+from requant.flows.gpu_pool import OPTIONS, cancel_children, on_gpu, pinned, stages_there, where
+from requant.flows.last_run import remember_run
+from requant.flows.own_run import end_with_the_run
+from requant.flows.report.markdown import comparison, markdown
+from requant.flows.report.report import Report, gate_rows, verdict, worst
+from requant.tasks import benchmark as speed
+from requant.tasks import quantize as quantizing
+from requant.tasks import validate as quality
+from requant.tasks.artifact import PICTURES
+from requant.tasks.benchmark import benchmark_task
+from requant.tasks.download import download_task
+from requant.tasks.errors import RecipeError, RequantError
+from requant.tasks.evaluate import check_tasks
+from requant.tasks.hub.publish_target import check_target
+from requant.tasks.hub.revision import Revision, resolve
+from requant.tasks.measuring.gates import accepted, compare, summary
+from requant.tasks.mtp_fix import mtp_fix_task
+from requant.tasks.pipeline.log import log_into_runs
+from requant.tasks.pipeline.prefect import end_earlier_tasks, options
+from requant.tasks.pipeline.stage import StageResult
+from requant.tasks.plan import Foreseen, preflight
+from requant.tasks.plots import Picture
+from requant.tasks.publish import beside_for, publish_task
+from requant.tasks.quantize import quantize_task
+from requant.tasks.recipe.loader import recipe_of
+from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.store import Store, open_store
+from requant.tasks.store.runs import recorded
+from requant.tasks.texts.text import Text, find_text
+from requant.tasks.validate import validate_task
 
-plain_logs()
+log = logging.getLogger(__name__)
+
+log_into_runs()
 
 
 class RunFailed(RequantError):
@@ -114,7 +118,7 @@ def _outputs(store: Store, report: Report, calibration: Text, text: Text, forese
     """Make each output, one after the other; one that fails or is rejected stops no other."""
     recipes = report.recipe.each
     for name, recipe in recipes.items():
-        say()(f"output {len(report.outputs) + 1} of {len(recipes)}: {name}")
+        log.info(f"output {len(report.outputs) + 1} of {len(recipes)}: {name}")
         one = report.outputs[name] = Report(recipe, name, base=report.base)
         others = {other: foreseen[other].recipe for other in recipes if other != name}
         _do(one, functools.partial(_stages, store, one, calibration, text, foreseen, others))
@@ -169,7 +173,7 @@ def _stages(
         measured,
         report.benchmark,
         report.stages,
-        markdown(report, lambda picture: f"{FOLDER}/{picture.name}.png"),
+        markdown(report, lambda picture: f"{PICTURES}/{picture.name}.png"),
         report.pictures,
         others,
         foreseen[report.name].engines,
@@ -205,7 +209,7 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Text, Text]:
     """Resolve the base and the texts, to calibrate and to measure, to what they are at this moment."""
     check_tasks(recipe.eval)
     base = resolve(recipe.base.repo_id, recipe.base.revision)
-    say()(f"{recipe.base.repo_id}@{recipe.base.revision} is {base.sha}")
+    log.info(f"{recipe.base.repo_id}@{recipe.base.revision} is {base.sha}")
     for one in recipe.each.values():
         if one.publish is not None:
             check_target(one.publish, base)
@@ -240,12 +244,12 @@ def draw_pictures(report: Report) -> None:
     """Draw what was measured, once. A picture that cannot be drawn ends no run: the numbers are there without it."""
     if report.pictures:
         return
-    from tasks.pictures.draw import draw
+    from requant.tasks.plots.draw import draw
 
     try:
         report.pictures = draw(report.measured, report.benchmark, report.blocks)
     except Exception as error:
-        say()(f"no pictures: {type(error).__name__}: {error}")
+        log.info(f"no pictures: {type(error).__name__}: {error}")
 
 
 def embedded(picture: Picture) -> str:
@@ -257,5 +261,5 @@ def _done(outcome: Any, report: Report) -> StageResult:
     """A stage's result. A task that ended in a named state hands over the state, any other its result."""
     result: StageResult = outcome.result() if isinstance(outcome, State) else outcome
     report.stages.append(result)
-    say()(f"{result.name}: {result.state} in {result.seconds:.1f} s")
+    log.info(f"{result.name}: {result.state} in {result.seconds:.1f} s")
     return result

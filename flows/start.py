@@ -16,10 +16,10 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempoten
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
 
-from flows.tracked import Due, Problem, Started
-from tasks.errors import RequantError
-from tasks.last_run import first_commit, last_run
-from tasks.store import Store
+from requant.flows.last_run import first_commit, last_run
+from requant.flows.watching import Due, Problem, Started
+from requant.tasks.errors import RequantError
+from requant.tasks.store import Store
 
 DEPLOYMENT = "requantize/requantize"
 ATTEMPTS = 3  # runs of one commit and recipe, of which a later one is started when those before it failed
@@ -30,7 +30,7 @@ TRIES = 5  # to have the server take a run
 
 def start_here(store: Store, due: Sequence[Due]) -> Iterator[Started | Problem]:
     """Run them in this process, one after another; what fails is said, and tried again by the next pass."""
-    from flows.requantize import RunFailed, requantize  # torch and all
+    from requant.flows.requantize import RunFailed, requantize  # torch and all
 
     for each in due:
         outcome: Any = requantize(each.recipe, return_state=True).result(raise_on_failure=False)
@@ -67,7 +67,7 @@ def start_on_server(store: Store, due: Sequence[Due]) -> Iterator[Started | Prob
 def _create(client: SyncPrefectClient, deployment: UUID, wanted: list[tuple[Due, str]]) -> Iterator[Started | Problem]:
     """Create the runs, all in one request: 24 ms of the server's time each, where one at a time takes it 60.
 
-    What it does not take (SQLite is locked, say) is asked for again. Recipes have been checked, and their runs check
+    What it does not take (SQLite is locked) is asked for again. Recipes have been checked, and their runs check
     them once more: the server need not.
     """
     for attempt in range(TRIES):

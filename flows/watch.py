@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.states import Completed, Failed
 
-from flows.start import start_on_server
-from flows.tracked import RECIPES, watch_pass
-from tasks.errors import RequantError
-from tasks.log import plain_logs
-from tasks.prefect_stage import say
+from requant.flows.start import start_on_server
+from requant.flows.watching import RECIPES, watch_pass
+from requant.tasks.errors import RequantError
+from requant.tasks.pipeline.log import log_into_runs
 
-plain_logs()
+log = logging.getLogger(__name__)
+
+log_into_runs()
 
 
 @flow(name="watch", persist_result=False)
@@ -29,7 +31,7 @@ def watch(folder: str = str(RECIPES)) -> Any:
     except RequantError as error:  # the state says what is wrong in a sentence, without the words that Prefect adds
         return Failed(message=str(error), data=error)
     document = done.to_json()
-    say()(done.text)
+    log.info(done.text)
     create_table_artifact(
         [*document["started"], *document["problems"]], key="requant-watch", description=f"Of {done.checked} recipes"
     )

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tasks.errors import CheckpointError, StoreError
+from requant.tasks.errors import CheckpointError, StoreError
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # What a published repo holds beside an artifact, under names of its own. A base's files of these names are not taken
@@ -26,6 +26,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 OURS = CARD, RELEASE, RECIPE, REPORT = "README.md", "requant.json", "recipe.yaml", "report.md"
 GITATTRIBUTES = ".gitattributes"
 REWRITTEN = (*OURS, GITATTRIBUTES)
+PICTURES = "pictures"  # the folder of a release's pictures, beside its card
 
 
 @dataclass(frozen=True, order=True)

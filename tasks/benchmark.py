@@ -8,32 +8,31 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 
-from tasks.artifact import File, Manifest
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.writer import write_file, write_json
-from tasks.errors import CheckpointError, redact
-from tasks.prefect_stage import options, say, shown
-from tasks.recipe import Benchmark, Recipe
-from tasks.serving import gpu
-from tasks.serving.client import SAMPLING
-from tasks.serving.flags import speculates, with_drafts, without_drafts
-from tasks.serving.measure import measure, summarized
-from tasks.serving.prompts import digest_of_prompts, has_chat_template, prompts_of
-from tasks.serving.vllm import find, server_at, vllm
-from tasks.stage import Made, Stage, StageResult, machine, put_files, run_stage
-from tasks.store import Store, open_store
+from requant.tasks import hardware
+from requant.tasks.artifact import File, Manifest
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.writer import write_file, write_json
+from requant.tasks.errors import CheckpointError, redact
+from requant.tasks.pipeline.prefect import options, shown
+from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
+from requant.tasks.recipe.engine_flags import speculates, with_drafts, without_drafts
+from requant.tasks.recipe.recipe import Benchmark, Recipe
+from requant.tasks.serving.client import SAMPLING
+from requant.tasks.serving.measure import measure, summarized
+from requant.tasks.serving.prompts import digest_of_prompts, has_chat_template, prompts_of
+from requant.tasks.serving.vllm import find, server_at, vllm
+from requant.tasks.store import Store, open_store
 
 STAGE = Stage("benchmark", 2, tools=("transformers", "auto-round"))
 RESULT = "benchmark.json"
 KEPT_LOG = 4 << 20  # bytes of an engine's log, its end
 log = logging.getLogger(__name__)
-Say = Callable[[str], None]
 
 
 def benchmark_key(recipe: Recipe, artifact: Manifest) -> str:
@@ -45,7 +44,7 @@ def benchmark_key(recipe: Recipe, artifact: Manifest) -> str:
     )
 
 
-def benchmark(store: Store, recipe: Recipe, artifact: Manifest, say: Say = log.info) -> StageResult:
+def benchmark(store: Store, recipe: Recipe, artifact: Manifest) -> StageResult:
     """Measure an artifact's speed; what was measured is in the artifact `benchmark.json`, the engine's logs beside it.
 
     Raises EngineFailed, RecipeError, CheckpointError.
@@ -54,14 +53,14 @@ def benchmark(store: Store, recipe: Recipe, artifact: Manifest, say: Say = log.i
     def work(folder: Path) -> Made:
         logs = folder / "logs"
         ours = store.hand_out(artifact, folder / "artifact")
-        values = bench(ours, recipe.benchmark, logs, remote_code=recipe.allow_remote_code, say=say)
+        values = bench(ours, recipe.benchmark, logs, remote_code=recipe.allow_remote_code)
         kept = [_keep_log(path, folder / "out") for path in sorted(logs.glob("*.log"))]
         values = {**values, "logs": [file.path for file in kept]}
         files = [write_json(folder / "out", RESULT, values), *kept]
         put_files(store, folder / "out", files)
         return Made(Manifest.of(files), {"measured": values, "bytes_read": artifact.size})
 
-    return run_stage(store, STAGE, benchmark_key(recipe, artifact), work, say, lambda: used_tools(recipe.benchmark))
+    return run_stage(store, STAGE, benchmark_key(recipe, artifact), work, lambda: used_tools(recipe.benchmark))
 
 
 def used_tools(asked: Benchmark) -> tuple[str, ...]:
@@ -87,7 +86,6 @@ def bench(
     *,
     mtp: str = "auto",
     remote_code: bool = False,
-    say: Say = log.info,
 ) -> dict[str, Any]:
     """Measure a checkpoint. `mtp`: on, off, both, or auto, which is both where there is a head; for vLLM only.
 
@@ -97,9 +95,9 @@ def bench(
     if engine == "none":
         return {"engine": engine, "prompts": [], "tokens_per_second": None, "acceptance": None}
     checkpoint = Checkpoint.open(folder)
-    say(f"measuring {folder.name} in {engine}")
+    log.info(f"measuring {folder.name} in {engine}")
     if engine == "torch":
-        return {"engine": engine, **measure_in_torch(folder, remote_code, say)}
+        return {"engine": engine, **measure_in_torch(folder, remote_code)}
     settings = {
         "sampling": SAMPLING,
         "concurrency": sorted({1, asked.concurrency}),
@@ -110,7 +108,7 @@ def bench(
     prompts = prompts_of(asked.prompts, asked.max_tokens)
     if engine.startswith("url:"):
         server = server_at(engine.removeprefix("url:"), chat=chat)
-        rows = measure(server, prompts, asked.concurrency, None, say)
+        rows = measure(server, prompts, asked.concurrency, None)
         return {"engine": engine, "model": server.model, **summarized(rows), **settings, "commands": []}
     modes = _modes(mtp, checkpoint, asked.flags)
     rows, commands, peaks, version = [], [], {}, ""
@@ -122,16 +120,15 @@ def bench(
             logs / f"vllm-mtp-{name}.log",
             chat=chat,
             remote_code=remote_code,
-            say=say,
         ) as running:
-            rows += measure(running.server, prompts, asked.concurrency, drafting, say)
+            rows += measure(running.server, prompts, asked.concurrency, drafting)
             running.look_at_memory()
             version, peaks[name] = running.version, running.peak_gpu_bytes
             commands.append({"mtp": drafting, "words": running.command})
     return {
         "engine": engine,
         "version": f"vLLM {version}",
-        "hardware": ", ".join(gpu.names()) or f"CPU, {machine()['cpus']} cores",
+        "hardware": ", ".join(hardware.names()) or f"CPU, {hardware.machine()['cpus']} cores",
         **summarized(rows),
         **settings,
         "commands": commands,
@@ -139,10 +136,10 @@ def bench(
     }
 
 
-def measure_in_torch(folder: Path, remote_code: bool, say: Say) -> dict[str, Any]:
-    from tasks.serving import in_torch  # torch takes seconds to import, and an engine needs none of it
+def measure_in_torch(folder: Path, remote_code: bool) -> dict[str, Any]:
+    from requant.tasks.serving import in_torch  # torch takes seconds to import, and an engine needs none of it
 
-    return in_torch.measure_in_torch(folder, remote_code=remote_code, say=say)
+    return in_torch.measure_in_torch(folder, remote_code=remote_code)
 
 
 def _modes(mtp: str, checkpoint: Checkpoint, flags: Mapping[str, Any]) -> list[bool]:
@@ -163,4 +160,4 @@ def read_values(store: Store, result: StageResult) -> dict[str, Any]:
 
 @task(**options("benchmark", hours=4))
 def benchmark_task(recipe: Recipe, artifact: Manifest) -> Any:
-    return shown(benchmark(open_store(), recipe, artifact, say()))
+    return shown(benchmark(open_store(), recipe, artifact))

@@ -6,23 +6,24 @@ comes straight to where its blob will be, on one disk and once; a killed downloa
 
 from __future__ import annotations
 
+import contextvars
 import logging
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 
-from tasks.artifact import File, Manifest, git_blob_id
-from tasks.errors import HubUnavailable
-from tasks.hub.fetch import fetch
-from tasks.hub.revision import HubFile, Revision
-from tasks.prefect_stage import options, say, shown
-from tasks.stage import Made, Stage, StageResult, run_stage
-from tasks.store import Store, open_store
-from tasks.store.folder import inside
-from tasks.text import Text, has_rows
+from requant.tasks.artifact import File, Manifest, git_blob_id
+from requant.tasks.errors import HubUnavailable
+from requant.tasks.hub.fetch import fetch
+from requant.tasks.hub.revision import HubFile, Revision
+from requant.tasks.pipeline.prefect import options, shown
+from requant.tasks.pipeline.stage import Made, Stage, StageResult, run_stage
+from requant.tasks.store import Store, open_store
+from requant.tasks.store.folder import inside
+from requant.tasks.texts.text import Text, has_rows
 
 STAGE = Stage("download", 1)
 PARALLEL = 4
@@ -33,27 +34,29 @@ def download_key(base: Revision) -> str:
     return STAGE.key(reads={"base": f"{base.repo_type}:{base.name}"}, settings={})
 
 
-def download(store: Store, base: Revision, say: Callable[[str], None] = log.info) -> StageResult:
+def download(store: Store, base: Revision) -> StageResult:
     """Bring every wanted file of a commit into the store. Raises HubError, HubUnavailable or DiskFull."""
 
     def work(folder: Path) -> Made:
         base.check_names()
         with ThreadPoolExecutor(PARALLEL) as pool:
-            fetched = list(pool.map(lambda file: _have(store, base, file, folder, say), base.wanted))
+            contexts = [contextvars.copy_context() for _ in base.wanted]  # so that threads log into the run at hand
+            have = partial(_have, store, base, folder)
+            fetched = list(pool.map(lambda file, context: context.run(have, file), base.wanted, contexts))
         moved = sum(file.size for file, was_here in fetched if not was_here)
         manifest = Manifest.of(file for file, _ in fetched)
         return Made(manifest, {"base": {"repo_id": base.repo_id, "sha": base.sha}, "bytes_moved": moved})
 
-    return run_stage(store, STAGE, download_key(base), work, say)
+    return run_stage(store, STAGE, download_key(base), work)
 
 
-def _have(store: Store, base: Revision, file: HubFile, folder: Path, say: Callable[[str], None]) -> tuple[File, bool]:
+def _have(store: Store, base: Revision, folder: Path, file: HubFile) -> tuple[File, bool]:
     """The file, and whether the store already had it."""
     known = _known(store, file)
     if known is not None:
         return known, True
     path = inside(folder, file.path)
-    got = File(file.path, file.size, fetch(base, file, path, say))
+    got = File(file.path, file.size, fetch(base, file, path))
     if (got.sha256 != file.sha256) if file.sha256 else (git_blob_id(path) != file.blob_id):
         path.unlink()
         raise HubUnavailable(
@@ -62,7 +65,7 @@ def _have(store: Store, base: Revision, file: HubFile, folder: Path, say: Callab
     store.put_blob(path, got)
     if not file.sha256:
         store.remember("git-blobs", file.blob_id, got.sha256)
-    say(f"fetched {file.path}, {got.size:,} bytes")
+    log.info(f"fetched {file.path}, {got.size:,} bytes")
     return got, False
 
 
@@ -85,4 +88,4 @@ def text_files(store: Store, text: Text, folder: Path) -> list[Path]:
 
 @task(**options("download", hours=12))
 def download_task(base: Revision) -> Any:
-    return shown(download(open_store(), base, say()))
+    return shown(download(open_store(), base))

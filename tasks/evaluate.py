@@ -13,19 +13,19 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.artifact import Manifest, digest_of, sha256_of
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.writer import write_json
-from tasks.errors import EvaluationFailed, HubUnavailable, RecipeError, RequantError
-from tasks.hub.revision import resolve
-from tasks.recipe import Eval, Recipe
-from tasks.stage import Made, Stage, put_files, run_stage
-from tasks.store import Store
+from requant.tasks.artifact import Manifest, digest_of, sha256_of
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.writer import write_json
+from requant.tasks.errors import EvaluationFailed, HubUnavailable, RecipeError, RequantError
+from requant.tasks.hub.revision import resolve
+from requant.tasks.pipeline.stage import Made, Stage, put_files, run_stage
+from requant.tasks.recipe.recipe import Eval, Recipe
+from requant.tasks.store import Store
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,6 @@ def evaluated(
     folder: Path,
     device: torch.device,
     dtype: torch.dtype,
-    say: Callable[[str], None] = log.info,
 ) -> Scores:
     """The scores of one checkpoint, kept by what it holds, what is asked and the data sets' commits at this moment."""
     assert recipe.eval is not None
@@ -84,13 +83,13 @@ def evaluated(
     )
 
     def work(scratch: Path) -> Made:
-        say(f"evaluating {folder.name} on {', '.join(settings.tasks)}")
+        log.info(f"evaluating {folder.name} on {', '.join(settings.tasks)}")
         scores = evaluate(folder, settings, device, dtype, remote_code=recipe.allow_remote_code)
         files = [write_json(scratch, RESULT, scores)]
         put_files(store, scratch, files)
         return Made(Manifest.of(files), {"scores": scores, "data": data})
 
-    found: Scores = json.loads(store.read_blob(run_stage(store, STAGE, key, work, say).manifest[RESULT]))
+    found: Scores = json.loads(store.read_blob(run_stage(store, STAGE, key, work).manifest[RESULT]))
     return found
 
 
@@ -106,7 +105,7 @@ def evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from tasks.model import free, load_model, load_tokenizer
+    from requant.tasks.measuring.model import free, load_model, load_tokenizer
 
     model = load_model(Checkpoint.open(folder).sound(), dtype, device, remote_code=remote_code)
     tokenizer = load_tokenizer(folder, remote_code=remote_code)
@@ -189,7 +188,7 @@ def recovery(base: Mapping[str, Mapping[str, Any]], ours: Mapping[str, Mapping[s
 
 def whole(base: Path) -> tuple[torch.device, torch.dtype]:
     """Where and in what a base, and what is made of it, is evaluated: all of it is in memory at once."""
-    from tasks.model import pick_device, pick_dtype
+    from requant.tasks.measuring.model import pick_device, pick_dtype
 
     parameters = sum(math.prod(tensor.shape) for tensor in Checkpoint.open(base).tensors.values())
     device = pick_device(parameters)

@@ -7,19 +7,18 @@ quantized shards are not touched, nor even read: the new artifact names the same
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 
-from tasks.artifact import REWRITTEN, File, Manifest
-from tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
-from tasks.checkpoint.head import HEAD_SHARD, HeadFiles, keep_head, shards_with_head, without_head
-from tasks.prefect_stage import options, say, shown
-from tasks.recipe import Recipe
-from tasks.stage import Made, Stage, StageResult, put_files, run_stage
-from tasks.store import Store, open_store
+from requant.tasks.artifact import REWRITTEN, File, Manifest
+from requant.tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
+from requant.tasks.checkpoint.head import HEAD_SHARD, HeadFiles, keep_head, shards_with_head, without_head
+from requant.tasks.pipeline.prefect import options, shown
+from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
+from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.store import Store, open_store
 
 STAGE = Stage("mtp_fix", 2)
 log = logging.getLogger(__name__)
@@ -33,9 +32,7 @@ def mtp_fix_key(recipe: Recipe, base: Manifest, quantized: Manifest) -> str:
     )
 
 
-def mtp_fix(
-    store: Store, recipe: Recipe, base: Manifest, quantized: Manifest, say: Callable[[str], None] = log.info
-) -> StageResult:
+def mtp_fix(store: Store, recipe: Recipe, base: Manifest, quantized: Manifest) -> StageResult:
     """Complete a quantized checkpoint. Raises CheckpointError if base and config contradict each other."""
 
     def work(folder: Path) -> Made:
@@ -65,7 +62,7 @@ def mtp_fix(
         }
         return Made(result, {"mtp": head})
 
-    return run_stage(store, STAGE, mtp_fix_key(recipe, base, quantized), work, say)
+    return run_stage(store, STAGE, mtp_fix_key(recipe, base, quantized), work)
 
 
 def _remaining(base: Manifest, there: set[str]) -> list[File]:
@@ -76,4 +73,4 @@ def _remaining(base: Manifest, there: set[str]) -> list[File]:
 
 @task(**options("mtp_fix", hours=4))
 def mtp_fix_task(recipe: Recipe, base: Manifest, quantized: Manifest) -> Any:
-    return shown(mtp_fix(open_store(), recipe, base, quantized, say()))
+    return shown(mtp_fix(open_store(), recipe, base, quantized))

@@ -9,37 +9,35 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tasks.artifact import REWRITTEN, Manifest
-from tasks.benchmark import benchmark_key
-from tasks.checkpoint.checkpoint import Checkpoint, read_json
-from tasks.checkpoint.engines import PROCESSOR
-from tasks.download import download_key
-from tasks.errors import CheckpointError, HubError, HubUnavailable, Refused
-from tasks.evaluate import check_tasks
-from tasks.hub.revision import Revision, resolve
-from tasks.hub.skeleton import fetch_files, lay_out
-from tasks.mtp_fix import mtp_fix_key
-from tasks.planning.changes import changed_fields, changed_files, changed_tensors, last_done
-from tasks.planning.figures import Figure, hardware, quantize_figure, stage_figure
-from tasks.planning.groups import settled
-from tasks.planning.moves import Hashes, base_manifest, hashes_of, near_file, to_download, to_upload
-from tasks.planning.needs import Needs, disk_problem, needs
-from tasks.planning.output import Output, blocks_of, head_bytes, plan_output
-from tasks.planning.refusals import check_base, refusals
-from tasks.planning.several import Before, together
-from tasks.planning.texts import Texts
-from tasks.planning.versions import version_problems
-from tasks.quantize import quantize_key
-from tasks.recipe import Recipe
-from tasks.store import Store
-from tasks.text import Text, find_text
-from tasks.validate import validate_key
+from requant.tasks import benchmark, evaluate, quantize, validate
+from requant.tasks.artifact import REWRITTEN, Manifest
+from requant.tasks.checkpoint.base_check import check_base
+from requant.tasks.checkpoint.checkpoint import Checkpoint, read_json
+from requant.tasks.checkpoint.compat import PROCESSOR
+from requant.tasks.download import download_key, text_files
+from requant.tasks.errors import CheckpointError, HubError, HubUnavailable, Refused
+from requant.tasks.hub.revision import Revision, resolve
+from requant.tasks.hub.sparse_checkout import fetch_files, lay_out
+from requant.tasks.mtp_fix import mtp_fix_key
+from requant.tasks.pipeline.stage import Stage, tool_problems
+from requant.tasks.planning.base_diff import changed_fields, changed_files, changed_tensors, last_done
+from requant.tasks.planning.checks import refusals
+from requant.tasks.planning.durations import Figure, hardware, quantize_figure, stage_figure
+from requant.tasks.planning.groups import settled
+from requant.tasks.planning.output import Output, blocks_of, head_bytes, plan_output
+from requant.tasks.planning.outputs import Before, together
+from requant.tasks.planning.resources import Needs, disk_problem, needs
+from requant.tasks.planning.texts import Texts
+from requant.tasks.planning.transfers import Hashes, base_manifest, hashes_of, near_file, to_download, to_upload
+from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.store import Store
+from requant.tasks.texts.text import Text, find_text
 
 ON_GPU = {"quantize", "validate", "benchmark"}  # what a GPU is rented for
 LINEAR = re.compile(r"\.linear_attn\.")
@@ -53,7 +51,7 @@ def plan(store: Store, recipe: Recipe, *, elsewhere: bool = False) -> dict[str, 
     machine cannot run.
     """
     if not elsewhere:
-        check_tasks(recipe.eval)
+        evaluate.check_tasks(recipe.eval)
     try:
         base = resolve(recipe.base.repo_id, recipe.base.revision)
         calibration = find_text(recipe.quantize.calibration)
@@ -120,12 +118,14 @@ def plan_of(
         joining = {f.path: f.size for f in base.wanted if _joins(f.path)}
         far = sum(f.size for f in base.wanted if near_file(store, f, hashes) is None)
         documents, before, made = dict[str, dict[str, Any]](), Before(), dict[str, str]()
-        texts = Texts(store, base, folder, Path(temporary) / "texts", calibration, text, fetch=fetch_texts)
+
+        files_of = functools.partial(text_files, store)
+        texts = Texts(files_of, base, folder, Path(temporary) / "texts", calibration, text, fetch=fetch_texts)
 
         def planned(one: Recipe) -> tuple[Recipe, dict[str, Any]]:
             problems = list(refusals(source, one))
             try:
-                check_base(source, one)
+                check_base(source, one.base.repo_id, with_head=one.mtp != "drop")
                 one = settled(source, one)
                 output = plan_output(source, one, joining)
             except CheckpointError as error:
@@ -138,7 +138,7 @@ def plan_of(
             # With a store that machines share, the one that quantizes may be another than this.
             too_little = disk_problem(needed.disk, store.near.root) if store.is_local and not elsewhere else None
             problems += [too_little] if too_little else []
-            problems += [] if elsewhere else version_problems(one, to_run.difference(there))
+            problems += [] if elsewhere else tool_problems(_tools(one, to_run.difference(there)))
             # What ends the run in any case needs no text to be read.
             problems += [] if problems else texts.problems(one, to_run, source.text_config)
             return one, _document(one, base, source, output, stages, needed, changes(), problems, texts.notes)
@@ -182,11 +182,11 @@ def _done(
     files = look("download", download_key(base))
     if files is None and next(iter(store.backend.keys("artifacts/quantize")), None) is not None:
         files = base_manifest(base, hashes, REWRITTEN)  # the same weights may have come from another commit
-    quantized = look("quantize", quantize_key(recipe, files, calibration)) if files else None
+    quantized = look("quantize", quantize.quantize_key(recipe, files, calibration)) if files else None
     artifact = look("mtp_fix", mtp_fix_key(recipe, files, quantized)) if files and quantized else None
     if files and artifact:
-        look("validate", validate_key(recipe, files, artifact, text))
-        look("benchmark", benchmark_key(recipe, artifact))
+        look("validate", validate.validate_key(recipe, files, artifact, text))
+        look("benchmark", benchmark.benchmark_key(recipe, artifact))
     return done
 
 
@@ -229,6 +229,18 @@ def _stages(
         row |= {"seconds": round(figure.seconds, 1), "cost": _cost(recipe, name, figure.seconds)}
         rows.append({**row, "figure": figure.source})
     return rows
+
+
+def _tools(recipe: Recipe, to_run: Collection[str]) -> Iterator[tuple[Stage, tuple[str, ...]]]:
+    """Yield the stages that have tools, in the order of a run, each with the tools that it will use."""
+    if "quantize" in to_run:
+        yield quantize.STAGE, quantize.STAGE.tools
+    if "validate" in to_run:
+        yield validate.STAGE, validate.STAGE.tools
+        if recipe.eval is not None:  # Tasks are evaluated inside validate.
+            yield evaluate.STAGE, evaluate.STAGE.tools
+    if "benchmark" in to_run:
+        yield benchmark.STAGE, benchmark.used_tools(recipe.benchmark)
 
 
 def _cost(recipe: Recipe, stage: str, seconds: float) -> float | None:

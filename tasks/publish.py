@@ -7,33 +7,33 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import constants
 from prefect import task
 
-from tasks.artifact import CARD, RECIPE, RELEASE, REPORT, File, Manifest, digest_of, git_blob_id_of
-from tasks.checkpoint.checkpoint import INDEX
-from tasks.checkpoint.packing import PARTS
-from tasks.checkpoint.writer import write_file
-from tasks.errors import redact
-from tasks.gates import Gate
-from tasks.hub.card import make_card
-from tasks.hub.facts import CardFacts
-from tasks.hub.manifest import SMALL, release_document
-from tasks.hub.origin import recipe_text
-from tasks.hub.release import release
-from tasks.hub.revision import Revision
-from tasks.pictures import FOLDER, Picture
-from tasks.planning.layers import why_kept
-from tasks.prefect_stage import options, say, shown
-from tasks.recipe import Recipe
-from tasks.serving.prompts import has_chat_template
-from tasks.stage import StageResult, machine_errors
-from tasks.store import Store, open_store
-from tasks.store.lease import lease
-from tasks.tools import installed_version
+import requant
+from requant.tasks.artifact import CARD, PICTURES, RECIPE, RELEASE, REPORT, File, Manifest, digest_of, git_blob_id_of
+from requant.tasks.card.card import make_card
+from requant.tasks.card.facts import CardFacts
+from requant.tasks.card.origin import recipe_text
+from requant.tasks.checkpoint.checkpoint import INDEX
+from requant.tasks.checkpoint.packing import PARTS
+from requant.tasks.checkpoint.writer import write_file
+from requant.tasks.errors import redact
+from requant.tasks.hub.manifest import SMALL, release_document
+from requant.tasks.hub.release import release
+from requant.tasks.hub.revision import Revision
+from requant.tasks.measuring.gates import Gate
+from requant.tasks.pipeline.prefect import options, shown
+from requant.tasks.pipeline.stage import StageResult, machine_errors
+from requant.tasks.planning.reasons import why_kept
+from requant.tasks.plots import Picture
+from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.serving.prompts import has_chat_template
+from requant.tasks.store import Store, open_store
+from requant.tasks.store.lease import lease
 
 MAX_CARD = 1 << 20  # bytes of a base's card that are looked at
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def beside_for(
 
     others: what the same run makes of the base beside this; engines: which load it and draft, as its plan says.
     """
-    drawn = {f"{FOLDER}/{p.name}.png": p for p in pictures if f"{FOLDER}/{p.name}.png" not in artifact}
+    drawn = {f"{PICTURES}/{p.name}.png": p for p in pictures if f"{PICTURES}/{p.name}.png" not in artifact}
     kept_names = tuple(name for name in _names(store, artifact) if name.rsplit(".", 1)[-1] not in PARTS)
     facts = CardFacts(
         recipe=recipe,
@@ -78,7 +78,7 @@ def beside_for(
         engines=engines or {},
         why=why_kept(kept_names, recipe.quantize.layers),
         fp8=bool(_quantization(store, base_files)),  # of packed bases none comes this far
-        version=installed_version("requant"),
+        version=requant.__version__,
         chat=has_chat_template({f.path for f in artifact.files}, lambda name: store.read_blob(artifact[name])),
     )
     beside = {
@@ -122,7 +122,6 @@ def publish(
     base: Revision,
     artifact: Manifest,
     beside: Mapping[str, bytes],
-    say: Callable[[str], None] = log.info,
 ) -> StageResult:
     """Release an artifact, and what goes `beside` it, to the recipe's repo; one release of a repo at a time.
 
@@ -131,11 +130,11 @@ def publish(
     assert recipe.publish is not None
     started = time.monotonic()
     key = digest_of({"endpoint": constants.ENDPOINT, "repo_id": recipe.publish.repo_id})
-    with machine_errors(), lease(store.backend, "publish", key, on_wait=say):
+    with machine_errors(), lease(store.backend, "publish", key):
         folder = store.hand_out(artifact, store.work_folder("publish", artifact.digest))
         for path, data in beside.items():
             write_file(folder, path, [data])
-        released = release(recipe.publish, base, folder, artifact, list(beside), say)
+        released = release(recipe.publish, base, folder, artifact, list(beside))
         shutil.rmtree(folder, ignore_errors=True)
     seconds = round(time.monotonic() - started, 3)
     state = "ran" if released.changed else "reused"
@@ -144,4 +143,4 @@ def publish(
 
 @task(**options("publish", hours=12, retries=8))
 def publish_task(recipe: Recipe, base: Revision, artifact: Manifest, beside: Mapping[str, bytes]) -> Any:
-    return shown(publish(open_store(), recipe, base, artifact, beside, say()))
+    return shown(publish(open_store(), recipe, base, artifact, beside))

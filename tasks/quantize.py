@@ -9,29 +9,28 @@ from __future__ import annotations
 import fnmatch
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 
-from tasks.artifact import Manifest
-from tasks.checkpoint.assemble import assemble
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.experts import one_by_one
-from tasks.checkpoint.fp8 import is_fp8, plain, write_plain
-from tasks.download import text_files
-from tasks.planning.refusals import check_base
-from tasks.prefect_stage import BlockProgress, options, say, shown
-from tasks.quantizing import carry
-from tasks.quantizing.run import Report, blocks_of, down_the_ladder
-from tasks.recipe import Recipe
-from tasks.recipe_quantize import Quantize
-from tasks.rendering import TEMPLATES, TOKENIZER, render
-from tasks.stage import Made, Stage, StageResult, put_files, run_stage
-from tasks.store import Store, open_store
-from tasks.store.resume import kept, restore, sweep
-from tasks.text import Text
+from requant.tasks.artifact import Manifest
+from requant.tasks.checkpoint.assemble import assemble
+from requant.tasks.checkpoint.base_check import check_base
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.experts import one_by_one
+from requant.tasks.checkpoint.fp8 import is_fp8, plain, write_plain
+from requant.tasks.download import text_files
+from requant.tasks.pipeline.prefect import BlockProgress, options, shown
+from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
+from requant.tasks.quantizing import resume
+from requant.tasks.quantizing.ladder import Report, blocks_of, down_the_ladder
+from requant.tasks.recipe.quantize import Quantize
+from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.store import Store, open_store
+from requant.tasks.store.resume import kept, restore, sweep
+from requant.tasks.texts.rendering import TEMPLATES, TOKENIZER, render
+from requant.tasks.texts.text import Text
 
 STAGE = Stage("quantize", 6, tools=("auto-round", "transformers"))
 # What the quantized weights depend on in any case; with chats to calibrate with, the default, also on the chat template
@@ -76,7 +75,6 @@ def quantize(
     base: Manifest,
     calibration: Text,
     report: Report = lambda event: None,
-    say: Callable[[str], None] = log.info,
 ) -> StageResult:
     """Quantize a downloaded base. `report` gets the child's events as they come.
 
@@ -86,10 +84,10 @@ def quantize(
     def work(folder: Path) -> Made:
         model = store.hand_out(read_part(base), folder / "base")
         checkpoint = Checkpoint.open(model)
-        check_base(checkpoint, recipe)
+        check_base(checkpoint, recipe.base.repo_id, with_head=recipe.mtp != "drop")
         head = checkpoint.head
         if is_fp8(checkpoint.tensors.values()):
-            say("the base is FP8: it is quantized from the BF16 weights that its scales give")
+            log.info("the base is FP8: it is quantized from the BF16 weights that its scales give")
             model = write_plain(checkpoint, folder / "plain")
         checkpoint = plain(one_by_one(checkpoint))  # as auto-round packs it
         texts = text_files(store, calibration, folder / "calibration")
@@ -105,7 +103,7 @@ def quantize(
                 remote_code=recipe.allow_remote_code,
                 most_tokens=most,
             )
-            say(f"calibration: {chats.told}")
+            log.info(f"calibration: {chats.told}")
             texts = [chats.path]
         job = {
             **_settings(recipe.quantize),
@@ -117,10 +115,10 @@ def quantize(
             "allow_remote_code": recipe.allow_remote_code,
             "tools": STAGE.locked,
         }
-        if restore(store, STAGE.name, key, folder, carry.worth_fetching):
-            say(f"going on from {carry.finished(folder)} blocks that another machine finished")
-        with kept(store, STAGE.name, key, folder, carry.portable):
-            result, attempts = down_the_ladder(job, folder, report, say)
+        if restore(store, STAGE.name, key, folder, resume.worth_fetching):
+            log.info(f"going on from {resume.finished(folder)} blocks that another machine finished")
+        with kept(store, STAGE.name, key, folder, resume.portable):
+            result, attempts = down_the_ladder(job, folder, report)
         packed = Checkpoint.open(Path(result["checkpoint"]))
         files = assemble(checkpoint, packed, result["bits"], folder / "assembled")
         put_files(store, folder / "assembled", files)
@@ -137,7 +135,7 @@ def quantize(
         return Made(Manifest.of(files), record)
 
     key = quantize_key(recipe, base, calibration)
-    result = run_stage(store, STAGE, key, work, say)
+    result = run_stage(store, STAGE, key, work)
     if result.state == "ran":
         sweep(store, STAGE.name, key)
     return result
@@ -162,4 +160,4 @@ def tokenizer_part(base: Manifest) -> Manifest:
 
 @task(**options("quantize", hours=48))
 def quantize_task(recipe: Recipe, base: Manifest, calibration: Text) -> Any:
-    return shown(quantize(open_store(), recipe, base, calibration, BlockProgress(), say()))
+    return shown(quantize(open_store(), recipe, base, calibration, BlockProgress()))

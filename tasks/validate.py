@@ -1,6 +1,6 @@
 """validate: is the quantized checkpoint whole, lossless where it should be, and close to its base?
 
-Measuring is the stage and is kept. Comparing with the recipe's limits is `tasks.gates`, afterwards.
+Measuring is the stage and is kept. Comparing with the recipe's limits is `requant.tasks.measuring.gates`, afterwards.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from prefect import task
 
-from tasks.artifact import REWRITTEN, Manifest
-from tasks.checkpoint.account import Account, account
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.fidelity import fidelity
-from tasks.checkpoint.writer import write_file, write_json
-from tasks.download import text_files
-from tasks.errors import CheckpointError, RecipeError, RequantError, TooFewTokens
-from tasks.evaluate import Scores, asked, evaluate, evaluated, recovery, whole
-from tasks.gates import most_repeated
-from tasks.prefect_stage import options, say, shown
-from tasks.recipe import PACKED_HEADS, Eval, Recipe
-from tasks.rendering import render
-from tasks.rows import read_rows
-from tasks.stage import Made, Stage, StageResult, put_files, run_stage
-from tasks.store import Store, open_store
-from tasks.text import EVALUATION, Text
+from requant.tasks.artifact import REWRITTEN, Manifest
+from requant.tasks.checkpoint.audit import Account, account
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.weight_error import fidelity
+from requant.tasks.checkpoint.writer import write_file, write_json
+from requant.tasks.download import text_files
+from requant.tasks.errors import CheckpointError, RecipeError, RequantError, TooFewTokens
+from requant.tasks.evaluate import Scores, asked, evaluate, evaluated, recovery, whole
+from requant.tasks.measuring.gates import most_repeated
+from requant.tasks.pipeline.prefect import options, shown
+from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
+from requant.tasks.recipe.recipe import PACKED_HEADS, Eval, Recipe
+from requant.tasks.store import Store, open_store
+from requant.tasks.texts.rendering import render
+from requant.tasks.texts.rows import read_rows
+from requant.tasks.texts.text import EVALUATION, Text
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a reused stage needs none of it
     import torch
 
-    from tasks.measuring.measurement import Measurement
+    from requant.tasks.measuring.measured import Measurement
 
 STAGE = Stage("validate", 4, tools=("transformers",))
 MEASURE = Stage("measure", 1, tools=("transformers",))
@@ -63,7 +63,6 @@ def validate(
     base: Manifest,
     artifact: Manifest,
     text: Text,
-    say: Callable[[str], None] = log.info,
 ) -> StageResult:
     """Measure an artifact against its base on a text; what was measured is in the artifact `validation.json`."""
 
@@ -74,14 +73,14 @@ def validate(
 
         @functools.cache
         def words() -> Path:
-            return one_file(store, text, folder / "words", theirs, recipe.allow_remote_code, say)
+            return one_file(store, text, folder / "words", theirs, recipe.allow_remote_code)
 
         def kept(path: Path, device: torch.device, dtype: torch.dtype) -> Measurement:
             remote_code = recipe.allow_remote_code
-            return measurement(store, manifests[path], path, text, words, device, dtype, remote_code, say)
+            return measurement(store, manifests[path], path, text, words, device, dtype, remote_code)
 
         def scored(path: Path) -> Scores:
-            return evaluated(store, recipe, manifests[path], path, *whole(theirs), say)
+            return evaluated(store, recipe, manifests[path], path, *whole(theirs))
 
         keep_head = recipe.mtp != "drop" and Checkpoint.open(theirs).head is not None
         values = measured_values(
@@ -92,7 +91,6 @@ def validate(
             keep_head=keep_head,
             pack_head=recipe.mtp in PACKED_HEADS,
             remote_code=recipe.allow_remote_code,
-            say=say,
         )
         if values.get("not_measured") and values["same_tokens"] is None and not values["unaccounted"]:
             raise CheckpointError(str(values["not_measured"]))  # of this machine, perhaps: not kept for ever
@@ -100,7 +98,7 @@ def validate(
         put_files(store, folder / "out", files)
         return Made(Manifest.of(files), {"measured": values, "bytes_read": base.size + artifact.size})
 
-    return run_stage(store, STAGE, validate_key(recipe, base, artifact, text), work, say)
+    return run_stage(store, STAGE, validate_key(recipe, base, artifact, text), work)
 
 
 def measurement(
@@ -112,12 +110,11 @@ def measurement(
     device: torch.device,
     dtype: torch.dtype,
     remote_code: bool,
-    say: Callable[[str], None],
 ) -> Measurement:
     """The measurement of one checkpoint on a text, whose file `words` gives; kept: a base is measured once for all that
     is made of it."""
-    from tasks.measure import VERSION, measure
-    from tasks.measuring.measurement import Measurement
+    from requant.tasks.measuring.measure import VERSION, measure
+    from requant.tasks.measuring.measured import Measurement
 
     key = MEASURE.key(
         reads={"checkpoint": manifest.digest, "text": text.digest},
@@ -125,12 +122,12 @@ def measurement(
     )
 
     def work(scratch: Path) -> Made:
-        found = measure(folder, words(), device, dtype, remote_code=remote_code, say=say)
+        found = measure(folder, words(), device, dtype, remote_code=remote_code)
         files = [write_file(scratch, ARRAYS, [found.to_bytes()])]
         put_files(store, scratch, files)
         return Made(Manifest.of(files), {"perplexity": found.perplexity, "acceptance": found.acceptance})
 
-    return Measurement.from_bytes(store.read_blob(run_stage(store, MEASURE, key, work, say).manifest[ARRAYS]))
+    return Measurement.from_bytes(store.read_blob(run_stage(store, MEASURE, key, work).manifest[ARRAYS]))
 
 
 def one_file(
@@ -139,7 +136,6 @@ def one_file(
     folder: Path,
     model: Path,
     remote_code: bool = False,
-    say: Callable[[str], None] = log.info,
 ) -> Path:
     """A text as one file to measure on: of a data set its first CHARACTERS, its chats rendered as `model` has them.
 
@@ -159,7 +155,7 @@ def one_file(
                 remote_code=remote_code,
                 most_characters=CHARACTERS,
             )
-            say(f"validation text: {rendered.told}")
+            log.info(f"validation text: {rendered.told}")
             paths = [rendered.path]
         for row in read_rows(paths, text.name):
             documents.append(row.text)
@@ -180,16 +176,15 @@ def validate_folders(
     remote_code: bool = False,
     pack_head: bool = False,
     tasks: Eval | None = None,
-    say: Callable[[str], None] = log.info,
 ) -> dict[str, Any]:
     """The same for two folders, without a store: what `requant validate` measures."""
     checkpoint, base = Checkpoint.open(ours), Checkpoint.open(theirs).sound()
 
     def measured(path: Path, device: torch.device, dtype: torch.dtype) -> Measurement:
-        from tasks.measure import measure
+        from requant.tasks.measuring.measure import measure
 
         try:
-            return measure(path, text, device, dtype, remote_code=remote_code, say=say)
+            return measure(path, text, device, dtype, remote_code=remote_code)
         except TooFewTokens:
             _check_text(base, text, remote_code)
             raise
@@ -207,13 +202,12 @@ def validate_folders(
         keep_head=keep_head,
         pack_head=pack_head,
         remote_code=remote_code,
-        say=say,
     )
 
 
 def _check_text(base: Checkpoint, text: Path, remote_code: bool) -> None:
     """Raises RecipeError if the base's tokenizer too makes too few tokens of a text: then the text is too short."""
-    from tasks.measure import windows
+    from requant.tasks.measuring.measure import windows
 
     try:
         windows(base.folder, text, base, remote_code=remote_code)
@@ -224,7 +218,7 @@ def _check_text(base: Checkpoint, text: Path, remote_code: bool) -> None:
 
 
 def _promises_head(checkpoint: Checkpoint) -> bool:
-    from tasks.checkpoint.mtp import layer_count
+    from requant.tasks.checkpoint.mtp import layer_count
 
     return layer_count(checkpoint.text_config) > 0
 
@@ -238,15 +232,14 @@ def measured_values(
     keep_head: bool,
     pack_head: bool,
     remote_code: bool,
-    say: Callable[[str], None] = log.info,
 ) -> dict[str, Any]:
     """Everything that gates, report and card need: first from the files, then from running both."""
-    from tasks.measure import precision
-    from tasks.measuring.compare import compare
-    from tasks.model import completed_config
+    from requant.tasks.measuring.compare import compare
+    from requant.tasks.measuring.measure import precision
+    from requant.tasks.measuring.model import completed_config
 
     checkpoint, base = Checkpoint.open(ours), Checkpoint.open(theirs).sound()
-    say("comparing every tensor and file with the base's")
+    log.info("comparing every tensor and file with the base's")
     found = account(checkpoint, base, with_head=keep_head, pack_head=pack_head, completed=completed_config)
     values = from_files(found, keep_head=keep_head, vision="vision_config" in base.config)
     if scored is not None:
@@ -299,7 +292,7 @@ def from_files(found: Account, *, keep_head: bool, vision: bool) -> dict[str, An
 
 def side_by_side(of_base: Measurement, of_ours: Measurement) -> dict[str, Any]:
     """The figures of two measurements."""
-    from tasks.measuring.measurement import perplexity_increase
+    from requant.tasks.measuring.measured import perplexity_increase
 
     same = of_base.tokens.shape == of_ours.tokens.shape
     increase, increase_interval = perplexity_increase(of_ours, of_base) if same else (None, None)
@@ -339,4 +332,4 @@ def read_values(store: Store, result: StageResult) -> dict[str, Any]:
 
 @task(**options("validate", hours=12))
 def validate_task(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text) -> Any:
-    return shown(validate(open_store(), recipe, base, artifact, text, say()))
+    return shown(validate(open_store(), recipe, base, artifact, text))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tasks.environment import bypass_proxy_on_loopback
+from requant.tasks.environment import bypass_proxy_on_loopback
 
 # The Hub client reads its variables when it is imported.
 for name in list(os.environ):

@@ -3,7 +3,7 @@
 Tunes two linear-attention and two full-attention blocks of its dimensions (random weights), once through AutoRound's
 own entry with the reference card's flags and once through our stage, each in a process with a compile cache of its own.
 The first block is the cold start, the second the steady state; from both follows the time of the whole model. Prints a
-table; the figures go to infra/gpu-figures.json, which `requant plan` reads.
+table; the figures go to tasks/planning/gpu-figures.json, which `requant plan` reads.
 
     make bench-gpu                 # about 15 minutes on an H100
     make bench-gpu MINUTES=9.5     # ends before that; the same command again does what is left
@@ -32,7 +32,7 @@ from typing import Any
 
 from infra.bench.gpu_piece import ROOT, Size
 
-FIGURES = ROOT / "infra" / "gpu-figures.json"
+FIGURES = ROOT / "tasks" / "planning" / "gpu-figures.json"
 FOLDER = ROOT / "build" / "bench-gpu"
 VARIANTS = ("auto-round", "requant")
 LAYERS = {"linear": 48, "full": 16}  # of Qwen3.6-27B

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
-TINY = ROOT / "infra" / "models" / "tiny-qwen3_5-mtp"
+TINY = ROOT / "infra" / "dev" / "models" / "tiny-qwen3_5-mtp"
 KINDS = {
     "linear": ["linear_attention"] * 2,
     "full": ["full_attention"] * 2,
@@ -99,9 +99,9 @@ def auto_round(model_folder: Path, folder: Path, size: Size, seed: int = 42) -> 
     import transformers
     from auto_round import AutoRound
 
-    from tasks.quantizing import profile
-    from tasks.quantizing.events import Events, LogEvents, report_blocks, report_output
-    from tasks.quantizing.samples import calibration_samples
+    from requant.tasks.quantizing.events import Events, LogEvents, report_blocks, report_output
+    from requant.tasks.quantizing.loop import profile
+    from requant.tasks.quantizing.samples import calibration_samples
 
     events = Events(folder / "events.jsonl")
     clock = profile.Profile(Path(os.environ["REQUANT_PROFILE"])) if os.environ.get("REQUANT_PROFILE") else None
@@ -135,11 +135,11 @@ def auto_round(model_folder: Path, folder: Path, size: Size, seed: int = 42) -> 
 
 def requant(model_folder: Path, folder: Path, size: Size, changes: dict[str, Any]) -> dict[str, Any]:
     """Our quantize stage: a folder store, the model's files as its base."""
-    from tasks.artifact import Manifest, file_of
-    from tasks.quantize import quantize
-    from tasks.recipe_file import parse_recipe
-    from tasks.store import open_store
-    from tasks.text import find_text
+    from requant.tasks.artifact import Manifest, file_of
+    from requant.tasks.quantize import quantize
+    from requant.tasks.recipe.loader import parse_recipe
+    from requant.tasks.store import open_store
+    from requant.tasks.texts.text import find_text
 
     store = open_store((folder / "store").as_uri())
     base = Manifest.of(file_of(model_folder, p.name) for p in sorted(model_folder.iterdir()) if p.name != "done")

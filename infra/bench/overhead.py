@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from infra.hub.launch import HubStandIn
-from tasks.quantizing.run import ladder
-from tasks.recipe_file import load_recipe
-from tasks.text import find_text
+from infra.dev.hub.launch import HubStandIn
+from requant.tasks.quantizing.ladder import ladder
+from requant.tasks.recipe.loader import load_recipe
+from requant.tasks.texts.text import find_text
 
 ROOT = Path(__file__).parent.parent.parent
-MODEL = ROOT / "infra" / "models" / "tiny-qwen3_5-mtp"
+MODEL = ROOT / "infra" / "dev" / "models" / "tiny-qwen3_5-mtp"
 RECIPE = ROOT / "deployments" / "recipes" / "demo.yaml"
 ROUNDS = 3
 
@@ -30,7 +30,7 @@ BARE = """
 import json, sys, torch
 from auto_round import AutoRound
 from transformers import AutoModelForImageTextToText, AutoTokenizer
-from tasks.quantizing.samples import calibration_samples
+from requant.tasks.quantizing.samples import calibration_samples
 job, out = json.loads(sys.argv[1]), sys.argv[2]
 model = AutoModelForImageTextToText.from_pretrained(job["model"], dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(job["model"])
@@ -54,7 +54,7 @@ def main() -> None:
             scratch = Path(folder) / str(number)
             bare = timed([sys.executable, "-c", BARE, json.dumps(job), str(scratch / "bare")], {})[0]
             environment = {**hub.env, "REQUANT_STORE": (scratch / "store").as_uri()}
-            command = [sys.executable, "-m", "flows.cli", "run", str(RECIPE), "--json", "--set", "publish=null"]
+            command = [sys.executable, "-m", "requant", "run", str(RECIPE), "--json", "--set", "publish=null"]
             total, output = timed(command, environment)
             stages = {stage["name"]: stage["seconds"] for stage in json.loads(output)["stages"]}
             rounds.append({"bare": bare, "run": total, **stages})

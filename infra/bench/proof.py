@@ -31,7 +31,7 @@ from infra.bench.shapes import (
     packed_parts,
     quantization_config,
 )
-from tasks.checkpoint.packing import Scheme, pack
+from requant.tasks.checkpoint.packing import Scheme, pack
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = Vision(depth=2, width=64, intermediate=128, heads=2, positions=64)
@@ -50,15 +50,15 @@ SIZES = {
 }  # fmt: skip
 # What is timed in the measuring process: where it lies, and the gates that it is for.
 PARTS = {
-    "tasks.validate.account": "structure, lossless, finite, files, context",
-    "tasks.validate.fidelity": "weight_slope, weight_offset",
-    "tasks.measure.run_blocks": "all that needs hidden states, long_context",
-    "tasks.measure._next_tokens": "perplexity_increase, top1_agreement",
-    "tasks.measuring.head.MtpHead.drafts": "mtp_acceptance_ratio",
-    "tasks.measure._continuations": "most_repeated_token, speculative_decoding",
-    "tasks.measure.features": "vision_output",
-    "tasks.measuring.compare._blocks": "block_error",
-    "tasks.measuring.compare._divergence": "kl_divergence",
+    "requant.tasks.validate.account": "structure, lossless, finite, files, context",
+    "requant.tasks.validate.fidelity": "weight_slope, weight_offset",
+    "requant.tasks.measuring.measure.run_blocks": "all that needs hidden states, long_context",
+    "requant.tasks.measuring.measure._next_tokens": "perplexity_increase, top1_agreement",
+    "requant.tasks.measuring.head.MtpHead.drafts": "mtp_acceptance_ratio",
+    "requant.tasks.measuring.measure._continuations": "most_repeated_token, speculative_decoding",
+    "requant.tasks.measuring.measure.features": "vision_output",
+    "requant.tasks.measuring.compare._blocks": "block_error",
+    "requant.tasks.measuring.compare._divergence": "kl_divergence",
 }
 
 
@@ -119,10 +119,10 @@ def measure(ours: Path, base: Path) -> dict[str, Any]:
     """Measure a pair in this process: seconds, peak bytes and seconds by part."""
     import importlib
 
-    from tasks import measure as measuring
-    from tasks import validate
-    from tasks.checkpoint.checkpoint import Checkpoint
-    from tasks.measuring import compare  # noqa: F401  its parts are timed
+    from requant.tasks import validate
+    from requant.tasks.checkpoint.checkpoint import Checkpoint
+    from requant.tasks.measuring import compare  # noqa: F401  its parts are timed
+    from requant.tasks.measuring import measure as measuring
 
     spent: dict[str, float] = defaultdict(float)
     for path, gates in PARTS.items():

@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from infra.hub.launch import HubStandIn
-from tasks.artifact import Manifest
-from tasks.checkpoint.writer import write_file
+from infra.dev.hub.launch import HubStandIn
+from requant.tasks.artifact import Manifest
+from requant.tasks.checkpoint.writer import write_file
 
 ROOT = Path(__file__).parent.parent.parent
 SIZE, SHARDS, ROUNDS = 1 << 30, 4, 3  # bytes
@@ -32,9 +32,9 @@ def main() -> None:
         os.environ.update(hub.env)  # read when the client is imported
         from huggingface_hub import HfApi
 
-        from tasks.hub.release import release
-        from tasks.hub.revision import Revision
-        from tasks.recipe import Publish
+        from requant.tasks.hub.release import release
+        from requant.tasks.hub.revision import Revision
+        from requant.tasks.recipe.recipe import Publish
 
         folder = Path(scratch) / "model"
         names = [f"model-{number:05d}-of-{SHARDS:05d}.safetensors" for number in range(1, SHARDS + 1)]
@@ -48,7 +48,7 @@ def main() -> None:
             api.upload_folder(repo_id=repo_id, folder_path=folder)
 
         def publish(repo_id: str) -> None:
-            release(Publish(repo_id=repo_id), base, folder, manifest, ["README.md"], lambda text: None)
+            release(Publish(repo_id=repo_id), base, folder, manifest, ["README.md"])
 
         seconds: dict[str, list[float]] = {"upload_folder": [], "requant": [], "requant, nothing new": []}
         for number in range(ROUNDS):

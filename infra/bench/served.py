@@ -21,10 +21,10 @@ from typing import Any
 import httpx
 import psutil
 
-from infra.stack.__main__ import down, up
-from infra.stack.services import ROOT, Supervisor, services
-from infra.stack.settings import Settings
-from tasks.recipe_file import load_recipe
+from infra.dev.stack.__main__ import down, up
+from infra.dev.stack.services import ROOT, Supervisor, services
+from infra.dev.stack.settings import Settings
+from requant.tasks.recipe.loader import load_recipe
 
 RECIPE = ROOT / "deployments" / "recipes" / "demo.yaml"
 ROUNDS = 3
@@ -77,7 +77,7 @@ def run_here(settings: Settings, seed: int) -> float:
     client = {n: v for n, v in settings.client().items() if not n.startswith("PREFECT_")}
     changes = [f"--set={change}" for change in few(seed)]
     began = time.perf_counter()
-    command = [sys.executable, "-m", "flows.cli", "run", str(RECIPE), *changes, "--json"]
+    command = [sys.executable, "-m", "requant", "run", str(RECIPE), *changes, "--json"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **client}, check=False, capture_output=True, text=True)
     assert json.loads(done.stdout)["status"] in {"validated", "published"}, done.stdout[-2000:]
     return time.perf_counter() - began

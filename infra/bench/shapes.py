@@ -2,8 +2,8 @@
 
 `write_base` makes the BF16 model, `write_quantized` what a plain auto-round makes of it, both from the dimensions
 alone. The MTP head holds data (random, of the usual spread), all else is a hole that reads as zeros. Names and config
-fields are those of `infra/models/tiny-qwen3_5-mtp`; names and count of tensors, and the layout of the quantized one,
-are those of auto-round 0.16.1 run on that model. Qwen3.6-27B has 1199 tensors, 2013 with all but `mtp.fc` packed.
+fields are those of `infra/dev/models/tiny-qwen3_5-mtp`; names and count of tensors, and the layout of the quantized
+one, are those of auto-round 0.16.1 run on that model. Qwen3.6-27B has 1199 tensors, 2013 with all but `mtp.fc` packed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-TINY = Path(__file__).parent.parent / "models" / "tiny-qwen3_5-mtp"
+TINY = Path(__file__).parent.parent / "dev" / "models" / "tiny-qwen3_5-mtp"
 INDEX = "model.safetensors.index.json"
 EXTRA = "model_extra_tensors.safetensors"  # auto-round's name for the shard of what transformers does not load
 VIDEO = "video_preprocessor_config.json"  # what auto-round forgets

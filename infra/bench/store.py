@@ -26,12 +26,12 @@ from collections import defaultdict
 from pathlib import Path
 
 from infra.bench.store_contenders import PEERS, ours, peer
-from tasks.artifact import File, Manifest, file_of
-from tasks.store import Store, open_store
-from tasks.store.store import blob_key
+from requant.tasks.artifact import File, Manifest, file_of
+from requant.tasks.store import Store, open_store
+from requant.tasks.store.store import blob_key
 
 ROOT = Path(__file__).parent.parent.parent
-CEPH = str(ROOT / "infra" / "s3" / "ceph")
+CEPH = str(ROOT / "infra" / "dev" / "s3" / "ceph")
 PINNED = {"aws": "awscli==1.46.3", "boto3": "boto3==1.44.8", "s3fs": "s3fs==2026.9.0"}
 SIZE = int(os.environ.get("SIZE") or 4096) << 20
 REPEATS = int(os.environ.get("REPEATS") or 5)

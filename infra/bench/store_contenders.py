@@ -50,9 +50,9 @@ def ours(verb: str, folder: Path, url: str, manifest: Path) -> list[str]:
 
 def main() -> None:
     """`put` moves a folder's files into the store, `get` hands them out, `copy` checks them out, `reuse` finds them."""
-    from tasks.artifact import Manifest
-    from tasks.stage import put_files
-    from tasks.store import open_store
+    from requant.tasks.artifact import Manifest
+    from requant.tasks.pipeline.stage import put_files
+    from requant.tasks.store import open_store
 
     verb, folder, url, text = sys.argv[1], Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     store, manifest = open_store(url), Manifest.from_json(text.read_text())

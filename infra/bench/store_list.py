@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from infra.bench.store_torture import bucket
-from tasks.artifact import File, Manifest, digest_of
-from tasks.store import catalog, open_store
-from tasks.store.gc import Policy, make_plan
-from tasks.store.store import Store
+from requant.tasks.artifact import File, Manifest, digest_of
+from requant.tasks.store import catalog, open_store
+from requant.tasks.store.gc import Policy, make_plan
+from requant.tasks.store.store import Store
 
 ARTIFACTS, FILES, ROUNDS = 1000, 20, 3
 

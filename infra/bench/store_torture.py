@@ -25,17 +25,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.artifact import File, Manifest, digest_of, sha256_of
-from tasks.errors import Collected, StoreError
-from tasks.stage import Made, Stage, run_stage
-from tasks.store import lease as leases
-from tasks.store import open_store, runs
-from tasks.store.catalog import read_catalog
-from tasks.store.folder import FolderBackend
-from tasks.store.gc import Policy, collect, make_plan
-from tasks.store.runs import Run, recorded
-from tasks.store.store import Store
-from tasks.store.verify import verify
+from requant.tasks.artifact import File, Manifest, digest_of, sha256_of
+from requant.tasks.errors import Collected, StoreError
+from requant.tasks.pipeline.stage import Made, Stage, run_stage
+from requant.tasks.store import lease as leases
+from requant.tasks.store import open_store, runs
+from requant.tasks.store.catalog import read_catalog
+from requant.tasks.store.folder import FolderBackend
+from requant.tasks.store.gc import Policy, collect, make_plan
+from requant.tasks.store.runs import Run, recorded
+from requant.tasks.store.store import Store
+from requant.tasks.store.verify import verify
 
 ROOT = Path(__file__).parent.parent.parent
 SECONDS, PROCESSES, GRACE, KILLS_A_SECOND = 120.0, 8, 4.0, 0.5
@@ -69,7 +69,7 @@ class bucket:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.script = str(ROOT / "infra" / "s3" / "ceph")
+        self.script = str(ROOT / "infra" / "dev" / "s3" / "ceph")
 
     def __enter__(self) -> None:
         subprocess.run([self.script, "up", str(self.folder)], check=True)

@@ -39,9 +39,9 @@ from typing import Any
 import numpy as np
 
 from infra.bench.shapes import EXTRA, base_tensors, is_head, quantized_tensors, write_base, write_quantized
-from infra.hub.hub import Hub
-from infra.hub.launch import HubStandIn
-from infra.hub.tree import Entry, Put
+from infra.dev.hub.hub import Hub
+from infra.dev.hub.launch import HubStandIn
+from infra.dev.hub.tree import Entry, Put
 
 ROOT = Path(__file__).parent.parent.parent
 ROUNDS = 3
@@ -90,7 +90,7 @@ def surgery(scratch: Path, base: Path, quantized: Path) -> list[Run]:
     runs: list[Run] = []
     bodies = bodies_of(base) | bodies_of(quantized)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in bodies}
-    fix = ["flows.cli", "mtp-fix", "--json"]
+    fix = ["requant", "mtp-fix", "--json"]
     commands = {CARD: ["infra.bench.card_script"], FIX: [*fix, "--base", str(base)], LOSSY: fix}
     for number in range(1, ROUNDS + 1):
         for state in ("cold", "warm"):
@@ -125,7 +125,7 @@ def inspections(scratch: Path, base: Path, quantized: Path) -> list[Run]:
     for number in range(1, ROUNDS + 1):
         for kind, folder in folders.items():
             drop_from_cache(folder.iterdir())
-            run = measure(["flows.cli", "inspect", str(folder), "--json"], scratch, statuses={0, 1})
+            run = measure(["requant", "inspect", str(folder), "--json"], scratch, statuses={0, 1})
             run |= {"name": f"inspect, {kind}, local", "round": number}
             runs.append({**run, "others": sum(resident(path, size) for path, size in bodies_of(folder).items())})
             say(f"round {number}: {line(runs[-1])}")
@@ -139,7 +139,7 @@ def inspections(scratch: Path, base: Path, quantized: Path) -> list[Run]:
                 home = scratch / "home"
                 environment = {**hub.env, "REQUANT_STORE": (home / "store").as_uri(), "HF_HOME": str(home / "hf")}
                 hub.reset_traffic()
-                run = measure(["flows.cli", "inspect", f"me/{kind}", "--json"], scratch, environment, statuses={0, 1})
+                run = measure(["requant", "inspect", f"me/{kind}", "--json"], scratch, environment, statuses={0, 1})
                 traffic = hub.traffic()
                 run |= {"name": f"inspect, {kind}, by Hub", "round": number}
                 run |= {"requests": len(traffic), "sent": sum(exchange["bytes_out"] for exchange in traffic)}

@@ -20,11 +20,11 @@ from typing import Any
 
 import httpx
 
-from infra.hub.hub import Hub
-from infra.hub.launch import HubStandIn
-from infra.hub.seeding import seed
-from infra.stack.__main__ import down, up
-from infra.stack.settings import Settings
+from infra.dev.hub.hub import Hub
+from infra.dev.hub.launch import HubStandIn
+from infra.dev.hub.seeding import seed
+from infra.dev.stack.__main__ import down, up
+from infra.dev.stack.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
 BASES, LATENCY = 1000, 0.05  # seconds
@@ -85,10 +85,10 @@ def make_bases(root: Path) -> None:
 
 def mark_all_done(recipes: Path) -> None:
     """Record in the store of REQUANT_STORE what finished runs of all recipes would have recorded."""
-    from flows.tracked import load_tracked, look  # the Hub client reads HF_ENDPOINT when it is imported
-    from tasks.hub.pace import Pace
-    from tasks.last_run import remember_run
-    from tasks.store import open_store
+    from requant.flows.last_run import remember_run
+    from requant.flows.watching import load_tracked, look  # the Hub client reads HF_ENDPOINT when it is imported
+    from requant.tasks.hub.rate_limit import Pace
+    from requant.tasks.store import open_store
 
     store = open_store()
     with Pace() as pace:
@@ -101,7 +101,7 @@ def mark_all_done(recipes: Path) -> None:
 def one_pass(hub: HubStandIn, root: Path, environment: dict[str, str]) -> dict[str, Any]:
     """Seconds of wall time of one `requant watch --once`, what it started, and what the Hub answered."""
     hub.reset_traffic()
-    command = [sys.executable, "-m", "flows.cli", "watch", "--once", "--json", "--recipes", str(root / "recipes")]
+    command = [sys.executable, "-m", "requant", "watch", "--once", "--json", "--recipes", str(root / "recipes")]
     began = time.perf_counter()
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, check=True, text=True, stdout=subprocess.PIPE

@@ -8,6 +8,7 @@ ENV PREFECT_UI_STATIC_DIRECTORY=/var/lib/requant/ui
 WORKDIR /requant
 COPY constraints.txt pyproject.toml README.md ./
 RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$(grep '^torch==' constraints.txt)"
+COPY requant requant
 COPY flows flows
 COPY tasks tasks
 COPY infra infra

@@ -9,6 +9,7 @@ ENV REQUANT_VLLM="/opt/vllm/bin/vllm serve"
 WORKDIR /requant
 COPY constraints.txt pyproject.toml README.md ./
 RUN pip install "$(grep '^torch==' constraints.txt)"
+COPY requant requant
 COPY flows flows
 COPY tasks tasks
 COPY infra infra

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint.untrusted import shown
+from requant.tasks.checkpoint.untrusted import shown
 
 # Weights of these lie transposed (transformers' Conv1D): packed, they are no longer the base's matrices.
 TRANSPOSED = {"gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer"}

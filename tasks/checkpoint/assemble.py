@@ -10,14 +10,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tasks.artifact import File
-from tasks.checkpoint.checkpoint import INDEX, QUANTIZATION, Checkpoint
-from tasks.checkpoint.header import Tensor
-from tasks.checkpoint.modules import modules_of
-from tasks.checkpoint.mtp import without_head_entries
-from tasks.checkpoint.packing import PARTS, Scheme, check_parts
-from tasks.checkpoint.writer import Layout, index_of, split_into_shards
-from tasks.errors import CheckpointError
+from requant.tasks.artifact import File
+from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION, Checkpoint
+from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.checkpoint.modules import modules_of
+from requant.tasks.checkpoint.mtp import without_head_entries
+from requant.tasks.checkpoint.packing import PARTS, Scheme, check_parts
+from requant.tasks.checkpoint.writer import Layout, index_of, split_into_shards
+from requant.tasks.errors import CheckpointError
 
 
 def assemble(base: Checkpoint, packed: Checkpoint, bits: Mapping[str, int], out: Path) -> list[File]:

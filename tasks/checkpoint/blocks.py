@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 
-from tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.checkpoint import Checkpoint
 
 BLOCK = re.compile(r"(?:^|.*?\.)(?:layers|layer|blocks|block|h)\.\d+(?=\.)")
 # Towers whose blocks text does not run through: auto_round/utils/common.py, VISION_MM_KEYS and AUDIO_MM_KEYS (0.16.1).

@@ -10,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tasks.artifact import check_relative
-from tasks.checkpoint.header import Tensor, read_header, size_of, unreadable
-from tasks.checkpoint.modules import Module, modules_of
-from tasks.checkpoint.mtp import Head, find_head
-from tasks.checkpoint.untrusted import check_depth, parse, shown
-from tasks.errors import CheckpointError
+from requant.tasks.artifact import check_relative
+from requant.tasks.checkpoint.header import Tensor, read_header, size_of, unreadable
+from requant.tasks.checkpoint.modules import Module, modules_of
+from requant.tasks.checkpoint.mtp import Head, find_head
+from requant.tasks.checkpoint.untrusted import check_depth, parse, shown
+from requant.tasks.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

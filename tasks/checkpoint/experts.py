@@ -21,12 +21,12 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from tasks.checkpoint.blocks import block_of
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.fp8 import SCALES, block_size
-from tasks.checkpoint.header import Tensor
-from tasks.checkpoint.untrusted import shown
-from tasks.errors import CheckpointError
+from requant.tasks.checkpoint.blocks import block_of
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.fp8 import SCALES, block_size
+from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.checkpoint.untrusted import shown
+from requant.tasks.errors import CheckpointError
 
 KNOWN = {"qwen3_5_moe_text"}  # model types of text models with the layout above
 FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")

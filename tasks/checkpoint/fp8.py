@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tasks.checkpoint.checkpoint import INDEX, Checkpoint
-from tasks.checkpoint.header import Tensor
-from tasks.checkpoint.packing import ROWS, to_bytes, to_numpy
-from tasks.checkpoint.writer import Computed, index_of, place_shard, split_into_shards, write_json
-from tasks.errors import CheckpointError
+from requant.tasks.checkpoint.checkpoint import INDEX, Checkpoint
+from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.checkpoint.packing import ROWS, to_bytes, to_numpy
+from requant.tasks.checkpoint.writer import Computed, index_of, place_shard, split_into_shards, write_json
+from requant.tasks.errors import CheckpointError
 
 FP8 = {"F8_E4M3", "F8_E5M2"}
 SCALES = ("_scale_inv", "_scale")

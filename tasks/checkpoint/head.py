@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tasks.artifact import File
-from tasks.checkpoint.checkpoint import INDEX, QUANTIZATION, Checkpoint, read_json
-from tasks.checkpoint.fp8 import plain
-from tasks.checkpoint.header import CONFIG_DTYPES, Tensor
-from tasks.checkpoint.modules import Module, modules_of
-from tasks.checkpoint.mtp import (
+from requant.tasks.artifact import File
+from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION, Checkpoint, read_json
+from requant.tasks.checkpoint.fp8 import plain
+from requant.tasks.checkpoint.header import CONFIG_DTYPES, Tensor
+from requant.tasks.checkpoint.modules import Module, modules_of
+from requant.tasks.checkpoint.mtp import (
     Head,
     find_head,
     layer_count,
@@ -22,9 +22,9 @@ from tasks.checkpoint.mtp import (
     without_head_entries,
     without_layer_count,
 )
-from tasks.checkpoint.packing import REQUIRED, Scheme, check_parts, dequantized_rows, float_rows, pack, to_bytes
-from tasks.checkpoint.writer import Computed, Layout
-from tasks.errors import CheckpointError
+from requant.tasks.checkpoint.packing import REQUIRED, Scheme, check_parts, dequantized_rows, float_rows, pack, to_bytes
+from requant.tasks.checkpoint.writer import Computed, Layout
+from requant.tasks.errors import CheckpointError
 
 HEAD_SHARD = "model-mtp.safetensors"
 # Linear layers of a head that engines build without quantization: the fusion layer and the routers.

@@ -13,8 +13,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint.untrusted import parse, shown, without_collector
-from tasks.errors import CheckpointError
+from requant.tasks.checkpoint.untrusted import parse, shown, without_collector
+from requant.tasks.errors import CheckpointError
 
 # Bits per element: https://github.com/huggingface/safetensors, enum Dtype.
 DTYPE_BITS = {

@@ -6,12 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.deep import deep_problems
-from tasks.checkpoint.engines import Judgement
-from tasks.checkpoint.inventory import head_document, inventory, scheme_fields, storage_of
-from tasks.checkpoint.problems import problems_of
-from tasks.checkpoint.untrusted import shown
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.compat import Judgement
+from requant.tasks.checkpoint.data_checks import deep_problems
+from requant.tasks.checkpoint.inventory import head_document, inventory, scheme_fields, storage_of
+from requant.tasks.checkpoint.problems import problems_of
+from requant.tasks.checkpoint.untrusted import shown
 
 MOST_GROUPS = 80  # are shown to a person
 MOST_PROBLEMS = 1000  # are told; a hostile index has a million

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.modules import Module, modules_of
-from tasks.checkpoint.mtp import Head, layer_count
-from tasks.checkpoint.packing import Scheme
-from tasks.errors import CheckpointError
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.modules import Module, modules_of
+from requant.tasks.checkpoint.mtp import Head, layer_count
+from requant.tasks.checkpoint.packing import Scheme
+from requant.tasks.errors import CheckpointError
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 # The parts of a head outside its decoder layers. vLLM 0.32: qwen3_5_mtp.py; deepseek_mtp.py and glm4_moe_mtp.py.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tasks.checkpoint.header import Tensor
+from requant.tasks.checkpoint.header import Tensor
 
 # Parts of GPTQ and AWQ packings (auto-round's among them), then of compressed-tensors, then of scaled FP8 and INT8.
 INTEGER_PARTS = ("qweight", "qzeros", "scales", "g_idx")

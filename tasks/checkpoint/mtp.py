@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.checkpoint.header import Tensor
-from tasks.checkpoint.modules import modules_of
-from tasks.checkpoint.untrusted import shown
-from tasks.errors import CheckpointError
+from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.checkpoint.modules import modules_of
+from requant.tasks.checkpoint.untrusted import shown
+from requant.tasks.errors import CheckpointError
 
 LAYER_COUNTS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 _LAYER = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.")

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tasks.checkpoint.header import Tensor
-from tasks.checkpoint.writer import Computed
-from tasks.errors import CheckpointError
+from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.checkpoint.writer import Computed
+from requant.tasks.errors import CheckpointError
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 REQUIRED = ("qweight", "qzeros", "scales")

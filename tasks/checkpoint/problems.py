@@ -6,15 +6,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, read_json
-from tasks.checkpoint.engines import Judgement, missing_vision_files
-from tasks.checkpoint.header import CONFIG_DTYPES
-from tasks.checkpoint.inventory import missing_parts
-from tasks.checkpoint.modules import Module
-from tasks.checkpoint.mtp import layer_count
-from tasks.checkpoint.packing import REQUIRED, Scheme, check_parts
-from tasks.checkpoint.untrusted import shown
-from tasks.errors import CheckpointError
+from requant.tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, read_json
+from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
+from requant.tasks.checkpoint.header import CONFIG_DTYPES
+from requant.tasks.checkpoint.inventory import missing_parts
+from requant.tasks.checkpoint.modules import Module
+from requant.tasks.checkpoint.mtp import layer_count
+from requant.tasks.checkpoint.packing import REQUIRED, Scheme, check_parts
+from requant.tasks.checkpoint.untrusted import shown
+from requant.tasks.errors import CheckpointError
 
 FLOATING = {"BF16", "F16", "F32", "F64"}
 OTHER_TOWERS = re.compile(r"visual|vision|audio|image|projector")

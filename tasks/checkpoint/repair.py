@@ -14,16 +14,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint.checkpoint import BESIDE, INDEX, QUANTIZATION, SINGLE, Ambiguous, Checkpoint, read_json
-from tasks.checkpoint.engines import FIX, draft_problem, verdicts
-from tasks.checkpoint.head import HEAD_SHARD, Tensors, dequantized_head, head_tensors
-from tasks.checkpoint.header import Tensor, read_header
-from tasks.checkpoint.install import clear, finish, install, locked, staged
-from tasks.checkpoint.inventory import missing_parts
-from tasks.checkpoint.mtp import LAYER_COUNTS, find_head, with_head_entries
-from tasks.checkpoint.untrusted import parse
-from tasks.checkpoint.writer import index_of, place_shard, write_file, write_json
-from tasks.errors import CheckpointError
+from requant.tasks.checkpoint.atomic_swap import clear, finish, install, locked, staged
+from requant.tasks.checkpoint.checkpoint import BESIDE, INDEX, QUANTIZATION, SINGLE, Ambiguous, Checkpoint, read_json
+from requant.tasks.checkpoint.compat import FIX, draft_problem, verdicts
+from requant.tasks.checkpoint.head import HEAD_SHARD, Tensors, dequantized_head, head_tensors
+from requant.tasks.checkpoint.header import Tensor, read_header
+from requant.tasks.checkpoint.inventory import missing_parts
+from requant.tasks.checkpoint.mtp import LAYER_COUNTS, find_head, with_head_entries
+from requant.tasks.checkpoint.untrusted import parse
+from requant.tasks.checkpoint.writer import index_of, place_shard, write_file, write_json
+from requant.tasks.errors import CheckpointError
 
 RESTORED = "model-restored-{:05d}.safetensors"
 # Files that a tokenizer, a processor or generation reads; config, index and what a quantizer writes are no such files.

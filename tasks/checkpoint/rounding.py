@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from tasks.checkpoint.packing import Array, Floats
+from requant.tasks.checkpoint.packing import Array, Floats
 
 SAMPLED = 1 << 19  # weights of a matrix that are looked at, in rows at even distances
 EDGES: npt.NDArray[np.float64] = np.exp(np.linspace(np.log(0.8), np.log(1.25), 181))  # factors that are tried

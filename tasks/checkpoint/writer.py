@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tasks.artifact import File
-from tasks.checkpoint.header import COPY_CHUNK, DTYPE_BITS, Tensor
-from tasks.errors import CheckpointError
+from requant.tasks.artifact import File
+from requant.tasks.checkpoint.header import COPY_CHUNK, DTYPE_BITS, Tensor
+from requant.tasks.errors import CheckpointError
 
 SLICE = 32 << 20  # bytes
 MAX_SHARD = 5_000_000_000  # bytes, as transformers splits

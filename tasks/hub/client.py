@@ -23,8 +23,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils._http import default_client_factory
 
-from tasks.environment import PROXIES, UNUSABLE, no_client, variables_set
-from tasks.errors import HubError, HubUnavailable, redact
+from requant.tasks.environment import PROXIES, variables_set
+from requant.tasks.errors import HubError, HubUnavailable, redact
+from requant.tasks.http import UNUSABLE, no_client
 
 PASSING = {408, 425, 429, 500, 502, 503, 504}
 STALLED = 60.0  # seconds without a byte of an answer; huggingface_hub itself waits for ever for uploads and commits

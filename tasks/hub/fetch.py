@@ -10,7 +10,6 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,9 +18,9 @@ from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
-from tasks.errors import HubUnavailable
-from tasks.hub.client import PASSING, hub_errors
-from tasks.hub.revision import HubFile, Revision
+from requant.tasks.errors import HubUnavailable
+from requant.tasks.hub.client import PASSING, hub_errors
+from requant.tasks.hub.revision import HubFile, Revision
 
 TRIES = 6  # in a row that brought nothing; with the pauses between them, a Hub that is away for 60 s is waited for
 LONGEST_PAUSE = 60.0
@@ -29,7 +28,7 @@ CHUNK = 1 << 20
 log = logging.getLogger(__name__)
 
 
-def fetch(base: Revision, file: HubFile, path: Path, say: Callable[[str], None] = log.info) -> str:
+def fetch(base: Revision, file: HubFile, path: Path) -> str:
     """Bring a file to `path`, behind the bytes that an earlier process left there; the sha256 of the whole.
 
     The caller compares it: what the disk kept of a machine that lost its power may be anything. A read that brings
@@ -39,7 +38,7 @@ def fetch(base: Revision, file: HubFile, path: Path, say: Callable[[str], None] 
     with hub_errors(base.repo_id, base.sha), open(path, "ab+", buffering=0, opener=_ours) as stream:
         arriving = _Arriving(stream, file.size)
         if arriving.at:
-            say(f"going on with {file.path} after {arriving.at:,} of {file.size:,} bytes")
+            log.info(f"going on with {file.path} after {arriving.at:,} of {file.size:,} bytes")
         url = hf_hub_url(base.repo_id, file.path, repo_type=base.repo_type, revision=base.sha)
         failed = 0
         while arriving.at < file.size:

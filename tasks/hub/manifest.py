@@ -14,12 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.artifact import GITATTRIBUTES, RELEASE, SHA256, File, Manifest
-from tasks.checkpoint.untrusted import check_depth, parse, shown
-from tasks.errors import CheckpointError, HubError
-from tasks.hub.public import public
-from tasks.hub.revision import COMMIT, HubFile, Revision
-from tasks.hub.skeleton import stream
+from requant.tasks.artifact import GITATTRIBUTES, RELEASE, SHA256, File, Manifest
+from requant.tasks.checkpoint.untrusted import check_depth, parse, shown
+from requant.tasks.errors import CheckpointError, HubError
+from requant.tasks.hub.revision import COMMIT, HubFile, Revision
+from requant.tasks.hub.sparse_checkout import stream
+from requant.tasks.redaction import public
 
 FORMAT = 1
 SMALL = 10 << 20  # bytes: what is larger, the Hub keeps in LFS, whatever its name
@@ -95,7 +95,7 @@ class ReleaseManifest:
 
 
 def _may_be_published(gate: Mapping[str, Any]) -> bool:
-    """Whether a gate passed; or has no limit and could not be measured (tasks/gates.py)."""
+    """Whether a gate passed; or has no limit and could not be measured (tasks/measuring/gates.py)."""
     return gate["passed"] is True or (gate["passed"] is None and gate["limit"] is None)
 
 

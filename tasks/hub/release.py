@@ -14,14 +14,13 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, constants
 
-from tasks.artifact import GITATTRIBUTES, REWRITTEN, File, Manifest, file_of, git_blob_id
-from tasks.errors import HubError, HubUnavailable
-from tasks.hub.client import hub_api, hub_errors
-from tasks.hub.manifest import tag_of
-from tasks.hub.revision import HubFile, Revision, resolve
-from tasks.hub.target import open_target, refuse_changed
-from tasks.pictures import FOLDER
-from tasks.recipe import Publish
+from requant.tasks.artifact import GITATTRIBUTES, PICTURES, REWRITTEN, File, Manifest, file_of, git_blob_id
+from requant.tasks.errors import HubError, HubUnavailable
+from requant.tasks.hub.client import hub_api, hub_errors
+from requant.tasks.hub.manifest import tag_of
+from requant.tasks.hub.publish_target import open_target, refuse_changed
+from requant.tasks.hub.revision import HubFile, Revision, resolve
+from requant.tasks.recipe.recipe import Publish
 
 BACK = "Back to "  # and a tag: the title of the commit that a rollback makes
 log = logging.getLogger(__name__)
@@ -53,7 +52,6 @@ def release(
     folder: Path,
     manifest: Manifest,
     beside: Sequence[str],
-    say: Callable[[str], None],
 ) -> Release:
     """Make `main` of the recipe's repo hold exactly `manifest` and what lies `beside` it: card, recipe, report.
 
@@ -67,17 +65,17 @@ def release(
     main = open_target(publish, base)
     changed = not holds(main, manifest.files, folder, aside={*REWRITTEN, *_pictures(main, manifest)})
     if not changed:
-        say(f"{repo_id} already holds this artifact")
+        log.info(f"{repo_id} already holds this artifact")
     else:
         refuse_changed(main, base, overwrite=publish.overwrite)
         if not publish.overwrite:
             _refuse_taken_back(repo_id, tag)
         if publish.pull_request:
-            return _propose(repo_id, tag, message, folder, files, say)
+            return _propose(repo_id, tag, message, folder, files)
         branch = f"requant-{manifest.digest[:12]}"
         with hub_errors(repo_id, branch):
             hub_api().create_branch(repo_id, branch=branch, revision=main.sha, exist_ok=True)
-        staged = _stage(repo_id, branch, folder, files, message, say)
+        staged = _stage(repo_id, branch, folder, files, message)
         main = _move_main(main, staged, folder, files, message)
     _finish(publish, manifest, main, tag, message)
     return Release(repo_id, main.sha, tag, changed)
@@ -102,7 +100,6 @@ def _propose(
     message: str,
     folder: Path,
     files: Sequence[File],
-    say: Callable[[str], None],
 ) -> Release:
     """Bring the files into a pull request of this name; one that is open already is used."""
     api = hub_api()
@@ -113,7 +110,7 @@ def _propose(
             found.num if found else api.create_pull_request(repo_id, title=message, description=f"Release {tag}").num
         )
     before = resolve(repo_id, f"refs/pr/{number}")
-    staged = _stage(repo_id, f"refs/pr/{number}", folder, files, message, say)
+    staged = _stage(repo_id, f"refs/pr/{number}", folder, files, message)
     with hub_errors(repo_id):
         if api.get_discussion_details(repo_id, number).status == "draft":
             api.change_discussion_status(repo_id, number, "open")
@@ -121,9 +118,7 @@ def _propose(
     return Release(repo_id, staged.sha, tag, staged.sha != before.sha, url)
 
 
-def _stage(
-    repo_id: str, reference: str, folder: Path, files: Sequence[File], message: str, say: Callable[[str], None]
-) -> Revision:
+def _stage(repo_id: str, reference: str, folder: Path, files: Sequence[File], message: str) -> Revision:
     """Bring a branch or pull request to exactly these files, and check what the Hub says it holds."""
     before = resolve(repo_id, reference)
     there = {f.path: f for f in before.files}
@@ -135,7 +130,7 @@ def _stage(
             operations.append(operation)
     operations += [CommitOperationDelete(path) for path in _stale(before, files)]
     if operations:
-        say(f"uploading {len(operations)} changes to {reference} of {repo_id}")
+        log.info(f"uploading {len(operations)} changes to {reference} of {repo_id}")
         with hub_errors(repo_id, reference):
             hub_api().create_commit(
                 repo_id, operations, commit_message=message, revision=reference, parent_commit=before.sha, num_threads=4
@@ -206,7 +201,7 @@ def same(theirs: HubFile, ours: File, folder: Path) -> bool:
 
 def _pictures(revision: Revision, manifest: Manifest) -> list[str]:
     """The pictures of a card: they go with it, and are not compared."""
-    return [f.path for f in revision.files if f.path.startswith(f"{FOLDER}/") and f.path not in manifest]
+    return [f.path for f in revision.files if f.path.startswith(f"{PICTURES}/") and f.path not in manifest]
 
 
 def _stale(revision: Revision, files: Iterable[File]) -> list[str]:

@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from tasks.artifact import REWRITTEN, SHA256, File, Manifest, check_relative, digest_of
-from tasks.errors import HubError
-from tasks.hub.client import hub_api, hub_errors
+from requant.tasks.artifact import REWRITTEN, SHA256, File, Manifest, check_relative, digest_of
+from requant.tasks.errors import HubError
+from requant.tasks.hub.client import hub_api, hub_errors
 
 TIMEOUT = 60.0  # seconds without a byte of an answer; huggingface_hub would wait for ever
 COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 
 from huggingface_hub import CommitOperationCopy, CommitOperationDelete
 
-from tasks.errors import HubError
-from tasks.hub.client import hub_api, hub_errors
-from tasks.hub.manifest import ReleaseManifest, read_release
-from tasks.hub.release import BACK, Operation, Release, commit_to_main
-from tasks.hub.revision import Revision, resolve
-from tasks.hub.target import told
+from requant.tasks.errors import HubError
+from requant.tasks.hub.client import hub_api, hub_errors
+from requant.tasks.hub.manifest import ReleaseManifest, read_release
+from requant.tasks.hub.publish_target import told
+from requant.tasks.hub.release import BACK, Operation, Release, commit_to_main
+from requant.tasks.hub.revision import Revision, resolve
+
+log = logging.getLogger(__name__)
 
 
-def rollback(
-    repo_id: str, to: str | None = None, *, overwrite: bool = False, say: Callable[[str], None] = lambda text: None
-) -> Release:
+def rollback(repo_id: str, to: str | None = None, *, overwrite: bool = False) -> Release:
     """Move `main` back to the release before the one that it holds, or to the release with the tag `to`.
 
     Asked for twice, it goes one release back, not two: to go on, name a tag. `overwrite`: also where someone else
@@ -36,7 +37,7 @@ def rollback(
     goal = resolve(repo_id, tag)
     _check_goal(goal, tag)
     if _same(main, goal):
-        say(f"{repo_id} already holds release {tag}")
+        log.info(f"{repo_id} already holds release {tag}")
         return Release(repo_id, main.sha, tag, False)
     if claimed:  # a kill may have kept its tag from it: what is left must be found again
         with hub_errors(repo_id):

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.artifact import RELEASE
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.untrusted import shown
-from tasks.errors import CheckpointError, HubError, HubUnavailable
-from tasks.hub.manifest import ReleaseManifest, read_release
-from tasks.hub.revision import HubFile, Revision, resolve
-from tasks.hub.skeleton import lay_out, stream
+from requant.tasks.artifact import RELEASE
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.untrusted import shown
+from requant.tasks.errors import CheckpointError, HubError, HubUnavailable
+from requant.tasks.hub.manifest import ReleaseManifest, read_release
+from requant.tasks.hub.revision import HubFile, Revision, resolve
+from requant.tasks.hub.sparse_checkout import lay_out, stream
+
+log = logging.getLogger(__name__)
 
 PARALLEL = 4
 
@@ -30,9 +32,7 @@ class Verified:
     problems: list[str]
 
 
-def verify(
-    repo_id: str, revision: str = "main", *, deep: bool = False, say: Callable[[str], None] = lambda text: None
-) -> Verified:
+def verify(repo_id: str, revision: str = "main", *, deep: bool = False) -> Verified:
     """Compare a repo with its manifest: the Hub's sizes and hashes, no file too few or too many, gates that passed, and
     an index and safetensors headers that agree with each other and with the files' sizes.
 
@@ -52,7 +52,7 @@ def verify(
     problems += [f"the gate {shown(name)} was not passed" for name in claimed.failed_gates]
     problems += _structure(there)
     if deep:
-        problems += _bytes(there, claimed, say)
+        problems += _bytes(there, claimed)
     return Verified(there.sha, claimed.tag, len(claimed.files), problems)
 
 
@@ -65,14 +65,14 @@ def _structure(there: Revision) -> list[str]:
             return [str(error).replace(f"{folder}/", "").replace(folder, there.name)]
 
 
-def _bytes(there: Revision, claimed: ReleaseManifest, say: Callable[[str], None]) -> list[str]:
+def _bytes(there: Revision, claimed: ReleaseManifest) -> list[str]:
     """Hash what the Hub sends of each file that is there and claimed."""
 
     def check(file: HubFile) -> str | None:
         hasher = hashlib.sha256()
         for piece in stream(there, file.path, 0, file.size) if file.size else ():  # an empty file has no range
             hasher.update(piece)
-        say(f"read {shown(file.path)}, {file.size:,} bytes")
+        log.info(f"read {shown(file.path)}, {file.size:,} bytes")
         if hasher.hexdigest() == claimed.files[file.path].sha256:
             return None
         return f"the bytes of {shown(file.path)} are not those that {RELEASE} names (sha256 {hasher.hexdigest()[:12]})"

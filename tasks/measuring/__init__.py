@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tasks.errors import RecipeError
+from requant.tasks.errors import RecipeError
 
 WINDOWS, LENGTH = 24, 512  # tokens measured on: 24 windows of 512, spread over the text
 PROBE = 128  # tokens of the first window whose hidden states are kept at every block

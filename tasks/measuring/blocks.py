@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tasks.errors import CheckpointError
-from tasks.model import Skeleton
+from requant.tasks.errors import CheckpointError
+from requant.tasks.measuring.model import Skeleton
 
 
 @dataclass

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.header import Tensor
-from tasks.measuring.blocks import Rows
-from tasks.measuring.measurement import Measurement
-from tasks.model import Skeleton, few_threads, free
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.measuring.blocks import Rows
+from requant.tasks.measuring.measured import Measurement
+from requant.tasks.measuring.model import Skeleton, few_threads, free
 
 
 @dataclass(frozen=True)

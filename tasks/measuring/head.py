@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.errors import CheckpointError
-from tasks.model import Skeleton, state_dict
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.errors import CheckpointError
+from requant.tasks.measuring.model import Skeleton, state_dict
 
 
 class MtpHead(nn.Module):

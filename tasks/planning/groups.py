@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.engines.auto_round import GROUPS
-from tasks.checkpoint.experts import one_by_one
-from tasks.checkpoint.fp8 import plain
-from tasks.planning.layers import Choice, choose_layers
-from tasks.recipe import Recipe
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.compat.auto_round import GROUPS
+from requant.tasks.checkpoint.experts import one_by_one
+from requant.tasks.checkpoint.fp8 import plain
+from requant.tasks.planning.layers import Choice, choose_layers
+from requant.tasks.recipe.recipe import Recipe
 
 
 def settled(source: Checkpoint, recipe: Recipe) -> Recipe:

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.checkpoint.blocks import block_of
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.experts import one_by_one
-from tasks.checkpoint.header import Tensor
-from tasks.recipe_quantize import SCHEME, Quantize, packing_format
-from tasks.tools import locked_version
+from requant.tasks.checkpoint.blocks import block_of
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.experts import one_by_one
+from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.recipe.quantize import SCHEME, Quantize, packing_format
+from requant.tasks.versions import locked_version
 
 FULL = {"bits": 16, "data_type": "fp"}
 KEPT = "quantize.layers keeps it"
@@ -54,7 +54,7 @@ def choose_layers(base: Checkpoint, asked: Quantize) -> Choice:
     linear = {name: tensor for name, tensor in linear_layers(base.tensors.values()) if tensor.name not in head}
     odd = {name for name, tensor in linear.items() if any(side % 32 for side in tensor.shape)}
     notes: list[str] = []
-    layers = {key: _setting(value, sym) for key, value in asked.layers.items() if _is_pattern(key)}
+    layers = {key: _setting(value, sym) for key, value in asked.layers.items() if is_pattern(key)}
     if base.config.get("tie_word_embeddings") or base.text_config.get("tie_word_embeddings"):
         layers.pop("lm_head", None)
     own, patterns = _overrides(layers, linear, odd, notes)
@@ -96,15 +96,7 @@ def choose_layers(base: Checkpoint, asked: Quantize) -> Choice:
     return Choice(packed, document, why, notes, problems, own_group)
 
 
-def why_kept(names: Iterable[str], layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Why matrices of decoder blocks are not packed, by layer: of a result, whose base is not at hand any more."""
-    keep = [re.compile(standard_regex(key)) for key, value in layers.items() if _is_pattern(key) and _keeps(value)]
-    modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight") and block_of(name)]
-    uneven = "its sides, or those of a layer that quantize.layers sets with it, are no multiples of 32"
-    return {module: KEPT if any(p.search(module) for p in keep) else uneven for module in modules}
-
-
-def _keeps(value: Mapping[str, Any]) -> bool:
+def keeps(value: Mapping[str, Any]) -> bool:
     return bool(_setting(value, True).get("bits", 4) >= 16)
 
 
@@ -131,7 +123,7 @@ def standard_regex(key: str) -> str:
     return pattern if pattern.endswith(("$", ".*")) else f"{pattern}.*"
 
 
-def _is_pattern(key: str) -> bool:
+def is_pattern(key: str) -> bool:
     try:
         re.compile(standard_regex(key))
     except re.error:
@@ -203,7 +195,7 @@ def _impossible(asked: Quantize, packing: str, widths: set[int]) -> list[str]:
     """Settings of single layers that auto-round refuses, hours later or at once."""
     problems = []
     for key, value in asked.layers.items():
-        if not _is_pattern(key):
+        if not is_pattern(key):
             problems.append(f"quantize.layers {key!r} is no regular expression: write a layer's name, or a part of it")
         if value.get("bits") == 8 and value.get("sym") is False:
             problems.append(f"quantize.layers {key!r}: 8 bits with sym false cannot be served: leave sym out")

@@ -6,23 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tasks.checkpoint.assemble import lay_out
-from tasks.checkpoint.blocks import block_of
-from tasks.checkpoint.checkpoint import INDEX, Checkpoint
-from tasks.checkpoint.engines import verdicts
-from tasks.checkpoint.experts import one_by_one
-from tasks.checkpoint.fp8 import plain
-from tasks.checkpoint.head import HEAD_SHARD, HeadFiles, with_head, without_head
-from tasks.checkpoint.header import Tensor
-from tasks.checkpoint.inventory import inventory
-from tasks.checkpoint.mtp import without_head_entries
-from tasks.checkpoint.packing import Scheme
-from tasks.checkpoint.writer import Computed, Layout
-from tasks.errors import CheckpointError
-from tasks.hub.card import kept_groups
-from tasks.planning.groups import uneven_problems
-from tasks.planning.layers import Choice, choose_layers
-from tasks.recipe import Recipe
+from requant.tasks.checkpoint.assemble import lay_out
+from requant.tasks.checkpoint.blocks import block_of
+from requant.tasks.checkpoint.checkpoint import INDEX, Checkpoint
+from requant.tasks.checkpoint.compat import verdicts
+from requant.tasks.checkpoint.experts import one_by_one
+from requant.tasks.checkpoint.fp8 import plain
+from requant.tasks.checkpoint.head import HEAD_SHARD, HeadFiles, with_head, without_head
+from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.checkpoint.inventory import inventory
+from requant.tasks.checkpoint.mtp import without_head_entries
+from requant.tasks.checkpoint.packing import Scheme
+from requant.tasks.checkpoint.writer import Computed, Layout
+from requant.tasks.errors import CheckpointError
+from requant.tasks.planning.groups import uneven_problems
+from requant.tasks.planning.layers import Choice, choose_layers
+from requant.tasks.planning.reasons import kept_groups
+from requant.tasks.recipe.recipe import Recipe
 
 PACKED = {"qweight": "I32", "qzeros": "I32", "scales": "F16"}
 Parts = dict[str, dict[str, Tensor]]

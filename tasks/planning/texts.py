@@ -13,35 +13,37 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint.checkpoint import read_json
-from tasks.download import text_files
-from tasks.errors import CheckpointError, RecipeError
-from tasks.hub.revision import Revision
-from tasks.hub.skeleton import fetch_files
-from tasks.measuring import window_count, window_length
-from tasks.quantizing.samples import shares
-from tasks.recipe import BUILTIN_EVALUATION, Recipe
-from tasks.recipe_quantize import BUILTIN
-from tasks.rendering import TEMPLATES, TOKENIZER, render
-from tasks.rows import COLUMNS, read_rows, unusable
-from tasks.store import Store
-from tasks.text import Text, has_rows
+from requant.tasks.checkpoint.checkpoint import read_json
+from requant.tasks.errors import CheckpointError, RecipeError
+from requant.tasks.hub.revision import Revision
+from requant.tasks.hub.sparse_checkout import fetch_files
+from requant.tasks.measuring import window_count, window_length
+from requant.tasks.quantizing.samples import shares
+from requant.tasks.recipe.quantize import BUILTIN
+from requant.tasks.recipe.recipe import BUILTIN_EVALUATION, Recipe
+from requant.tasks.texts.rendering import TEMPLATES, TOKENIZER, render
+from requant.tasks.texts.rows import COLUMNS, read_rows, unusable
+from requant.tasks.texts.text import Text, has_rows
 
 CHARACTERS_A_TOKEN = 8  # of natural text it has fewer: a text of so many characters for each token needed is enough
-# Of the built-in texts fewer, too: with a vocabulary of 200,000 entries, among the largest that there are, the prose of
-# builtin:mixed has 4.2 characters a token, its code 4.0 and its chats 4.1 (tasks/texts/README.md). So the plan of a
-# default recipe fetches no tokenizer; a run, which is to move the base, counts.
+# The built-in texts have fewer too. With a vocabulary of 200,000 entries, which is as large as they come, the prose of
+# builtin:mixed has 4.2 characters a token, its code 4.0 and its chats 4.1 (tasks/texts/builtin/README.md). So the plan
+# of a default recipe fetches no tokenizer. A run, which will fetch the base anyway, counts.
 CHARACTERS_A_TOKEN_OF_OURS = 4.6
 MAX_TOKENIZER = 256_000_000  # bytes of a tokenizer's files
 
 
 class Texts:
-    """The texts of a run. `folder` is the base's skeleton, into which its tokenizer is fetched where it is needed;
-    `scratch` is an empty folder for what is read."""
+    """The texts of a run.
+
+    `files_of` gives the files of a text; those of a data set are laid into the folder that it is called with. `folder`
+    is the skeleton of the base, into which its tokenizer is fetched where it is needed. `scratch` is an empty folder
+    for what is read.
+    """
 
     def __init__(
         self,
-        store: Store,
+        files_of: Callable[[Text, Path], list[Path]],
         base: Revision,
         folder: Path,
         scratch: Path,
@@ -50,7 +52,7 @@ class Texts:
         *,
         fetch: bool,
     ) -> None:
-        self._store, self._base, self._folder, self._scratch, self._fetch = store, base, folder, scratch, fetch
+        self._files_of, self._base, self._folder, self._scratch, self._fetch = files_of, base, folder, scratch, fetch
         self._texts = {"quantize.calibration": calibration, "validation.text": validation}
         self._files: dict[str, list[Path]] = {}
         self._tokens: dict[str, dict[str, int]] = {}
@@ -117,7 +119,7 @@ class Texts:
 
     def _paths(self, key: str) -> list[Path]:
         if key not in self._files:
-            self._files[key] = text_files(self._store, self._texts[key], self._scratch / key)
+            self._files[key] = self._files_of(self._texts[key], self._scratch / key)
         return self._files[key]
 
     def _count(self, key: str, needed: int, remote_code: bool) -> Mapping[str, int]:

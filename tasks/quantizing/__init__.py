@@ -1,9 +1,10 @@
-"""What the quantize child is made of, and how it is watched. No module here knows Prefect.
+"""What the quantize stage is made of: a child process that runs auto-round, and what watches it.
 
-In the child (auto-round, torch, transformers):
-choose.py     settings from the card and the model, each with its reason
-samples.py    calibration samples
-tune.py       auto-round's tuning loop of a block, rearranged for a GPU
-delta.py      the gated delta rule in matrix products
-carry.py      what a killed or moved run goes on from
+ladder.py          starts and watches the child, and steps to settings that need less memory
+child.py           the process itself
+auto_settings.py   settings from the GPU and the model, each with its reason
+samples.py         the calibration samples
+events.py          what the child tells of its progress
+resume.py          what a killed or moved run goes on from
+loop/              the tuning loop, in less time than auto-round's
 """

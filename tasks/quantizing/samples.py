@@ -6,9 +6,9 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from tasks.errors import RecipeError
-from tasks.quantizing.events import Refused
-from tasks.rows import read_rows
+from requant.tasks.errors import RecipeError
+from requant.tasks.quantizing.events import Refused
+from requant.tasks.texts.rows import read_rows
 
 
 def calibration_samples(

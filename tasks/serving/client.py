@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from typing import Any
 
 import httpx
 
-from tasks.environment import is_loopback
-from tasks.errors import EngineFailed
-from tasks.serving.metrics import Drafts, read_drafts
-from tasks.serving.prompts import Prompt
+from requant.tasks.errors import EngineFailed
+from requant.tasks.http import is_loopback
+from requant.tasks.serving.metrics import Drafts, read_drafts
+from requant.tasks.serving.prompts import Prompt
+from requant.tasks.settings import read_settings
 
 SEED = 42
 SAMPLING: dict[str, dict[str, Any]] = {
@@ -31,6 +31,12 @@ LINE = 1 << 20  # characters of one event
 SETTLED = 0.2  # seconds after which an engine has counted what it has sent
 
 
+def api_key_header() -> dict[str, str]:
+    """Give the header with the key of REQUANT_API_KEY; none where it is unset."""
+    key = read_settings().api_key
+    return {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+
+
 @dataclass(frozen=True)
 class Server:
     """A server that answers. `chat`: the model has a chat template. `failure` words an error of this server."""
@@ -41,12 +47,10 @@ class Server:
     failure: Callable[[str], EngineFailed] = EngineFailed
 
     def client(self) -> httpx.AsyncClient:
-        key = os.environ.get("REQUANT_API_KEY")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=None)
         return httpx.AsyncClient(
             base_url=self.url,
-            headers=headers,
+            headers=api_key_header(),
             timeout=httpx.Timeout(SILENCE, connect=10),
             limits=limits,
             verify=httpx.create_ssl_context(),

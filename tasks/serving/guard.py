@@ -1,4 +1,4 @@
-"""`python -m tasks.serving.guard COMMAND...`: runs a command that cannot outlive the process that started the guard.
+"""Run a command that cannot outlive the process that started it: `python -m requant.tasks.serving.guard COMMAND...`.
 
 The guard sits between the two, in a session of its own, where no Ctrl-C reaches it. It ends the command when that
 process closes the guard's standard input, which SIGKILL does too; and it adopts whatever the command's processes leave

@@ -7,23 +7,26 @@ loads there. Whatever keeps it from loading or running is one sentence, and the 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.errors import EngineFailed, RequantError, explain_os_error
-from tasks.stage import machine
-from tasks.text import EVALUATION
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.errors import EngineFailed, RequantError, explain_os_error
+from requant.tasks.hardware import machine
+from requant.tasks.texts.text import EVALUATION
+
+log = logging.getLogger(__name__)
 
 PREFILL, DECODE = 128, 32  # tokens
 REPEATS = 3
 
 
-def measure_in_torch(folder: Path, *, remote_code: bool, say: Callable[[str], None]) -> dict[str, Any]:
+def measure_in_torch(folder: Path, *, remote_code: bool) -> dict[str, Any]:
     """Tokens per second of prompts of PREFILL tokens and of greedy decoding, batch 1; their medians at the top.
 
     Raises EngineFailed where transformers cannot load or run the checkpoint here.
@@ -32,7 +35,7 @@ def measure_in_torch(folder: Path, *, remote_code: bool, say: Callable[[str], No
     import torch
     import transformers
 
-    from tasks.model import load_tokenizer, pick_device
+    from requant.tasks.measuring.model import load_tokenizer, pick_device
 
     device = pick_device(sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 2)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {machine()['cpus']} cores"
@@ -46,7 +49,7 @@ def measure_in_torch(folder: Path, *, remote_code: bool, say: Callable[[str], No
         )
         _check_loaded(Checkpoint.open(folder), info["missing_keys"])
         model.eval()
-    say(f"timing {PREFILL} + {DECODE} tokens in transformers on {name}")
+    log.info(f"timing {PREFILL} + {DECODE} tokens in transformers on {name}")
     rows = []
     with as_sentences("run", folder, name):
         ids = load_tokenizer(folder, remote_code=remote_code)(EVALUATION.read_text())["input_ids"]

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tasks.serving.client import SAMPLING, Server, ask
-from tasks.serving.metrics import Drafts
-from tasks.serving.prompts import Prompt
+from requant.tasks.serving.client import SAMPLING, Server, ask
+from requant.tasks.serving.metrics import Drafts
+from requant.tasks.serving.prompts import Prompt
+
+log = logging.getLogger(__name__)
 
 WARM_UP = 32  # tokens
 
 
-def measure(
-    server: Server, prompts: Sequence[Prompt], concurrency: int, mtp: bool | None, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def measure(server: Server, prompts: Sequence[Prompt], concurrency: int, mtp: bool | None) -> list[dict[str, Any]]:
     """A row for each prompt, way of sampling and number of requests at once (1 and `concurrency`).
 
     `mtp` says whether the server drafts; None: nobody knows, and its counters decide. Raises EngineFailed.
@@ -30,7 +31,7 @@ def measure(
         for sampling, times in cases:
             row = measure_one(server, prompt, sampling, times, mtp)
             rows.append(row)
-            say(_line(row))
+            log.info(_line(row))
     return rows
 
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.errors import SECRET_VARIABLES, EngineFailed, redact
+from requant.tasks.environment import PACKAGE_PARENT
+from requant.tasks.errors import SECRET_VARIABLES, EngineFailed, redact
 
 END = 30.0  # seconds: the guard needs 5 to end an engine that does not listen
 # The last line of a Python traceback, or what argparse says; behind what an engine puts before each line.
@@ -47,10 +48,9 @@ class Engine:
 def running(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[Engine]:
     """Start a command; at the end of the block it and all its processes have ended. Its output goes into `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    package = str(Path(__file__).resolve().parent.parent.parent)
     own = {k: v for k, v in environment.items() if k not in SECRET_VARIABLES}
     # -c, so that the module path reaches the guard only, and not the engine as PYTHONPATH.
-    start = f"import sys; sys.path.insert(0, {package!r}); from tasks.serving.guard import main; "
+    start = f"import sys; sys.path.insert(0, {str(PACKAGE_PARENT)!r}); from requant.tasks.serving.guard import main; "
     start += "sys.exit(main(sys.argv[1:]))"
     with log.open("wb") as output:
         guard = subprocess.Popen(

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tasks.artifact import digest_of
-from tasks.text import EVALUATION
+from requant.tasks.artifact import digest_of
+from requant.tasks.texts.text import EVALUATION
 
 FOLDER = Path(__file__).parent.parent / "prompts"
 CODE_COUNT, CODE_LENGTH, CODE_TOKENS = 8, 240, 256  # prompts; characters; tokens that are asked for

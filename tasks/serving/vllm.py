@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ from typing import Any
 import httpx
 import psutil
 
-from tasks.environment import bypass_proxy_on_loopback, http_client
-from tasks.errors import EngineFailed, RecipeError
-from tasks.serving import gpu
-from tasks.serving.client import Server
-from tasks.serving.flags import MODEL, arguments
-from tasks.serving.process import Engine, free_port, running
+from requant.tasks import hardware
+from requant.tasks.environment import bypass_proxy_on_loopback
+from requant.tasks.errors import EngineFailed, RecipeError
+from requant.tasks.http import http_client
+from requant.tasks.recipe.engine_flags import MODEL, arguments
+from requant.tasks.serving.client import Server, api_key_header
+from requant.tasks.serving.process import Engine, free_port, running
+from requant.tasks.settings import read_settings
+
+log = logging.getLogger(__name__)
 
 VARIABLE = "REQUANT_VLLM"
 START = 3600.0  # seconds: reading 100s of GB and compiling take their time; a start that failed ends before
@@ -44,13 +49,13 @@ class Running:
         """Note the GPU memory of its processes. vLLM gives none back while it runs."""
         if self._before is not None:
             guard = psutil.Process(self._engine.guard.pid)
-            held = gpu.held_bytes({p.pid for p in guard.children(recursive=True)}, self._before)
+            held = hardware.held_bytes({p.pid for p in guard.children(recursive=True)}, self._before)
             self.peak_gpu_bytes = max(self.peak_gpu_bytes or 0, held or 0)
 
 
 def find() -> list[str] | None:
     """The words that start vLLM here, None where there is no vLLM."""
-    named = os.environ.get(VARIABLE)
+    named = read_settings().vllm
     if named is None or not named.strip():
         found = shutil.which("vllm")
         return [found, "serve"] if found else None
@@ -69,34 +74,34 @@ def find() -> list[str] | None:
 def vllm(
     folder: Path,
     flags: Mapping[str, Any],
-    log: Path,
+    log_path: Path,
     *,
     chat: bool,
     remote_code: bool = False,
-    say: Callable[[str], None],
 ) -> Iterator[Running]:
-    """Serve `folder` on a free port of loopback; at the end of the block it has ended, with all its processes.
+    """Serve `folder` on a free port of loopback; at the end of the block it has ended, with all its processes. What it
+    writes goes into `log_path`.
 
     Raises RecipeError where there is no vLLM, EngineFailed with the telling lines of its log if it does not start.
     """
     words = find()
     if words is None:
         raise RecipeError(f"there is no vllm on the PATH: install vLLM, or name its command in {VARIABLE}")
-    port, before = free_port(), gpu.used_bytes()
+    port, before = free_port(), hardware.used_bytes()
     model = [str(folder)] if words[-1] == "serve" else ["--model", str(folder)]
     asked = [*(["--trust-remote-code"] if remote_code else []), *arguments(flags)]
     ours = ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)]
     # What is measured lies on this disk: nothing is looked up.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     bypass_proxy_on_loopback(environment)  # its processes talk to each other
-    say(f"starting vLLM {' '.join(shlex.quote(word) for word in asked)}".rstrip())
-    with running([*words, *model, *asked, *ours], log, environment) as engine:
-        version = _wait(engine, f"http://127.0.0.1:{port}", say)
+    log.info(f"starting vLLM {' '.join(shlex.quote(word) for word in asked)}".rstrip())
+    with running([*words, *model, *asked, *ours], log_path, environment) as engine:
+        version = _wait(engine, f"http://127.0.0.1:{port}")
         server = Server(f"http://127.0.0.1:{port}", NAME, chat, engine.failure)
         yield Running(server, version, ["vllm", "serve", MODEL, *asked], engine, before)
 
 
-def _wait(engine: Engine, url: str, say: Callable[[str], None]) -> str:
+def _wait(engine: Engine, url: str) -> str:
     """Wait until the server is healthy; its version. Raises EngineFailed as soon as it cannot become so."""
     began = told = time.monotonic()
     failed: float | None = None
@@ -113,11 +118,11 @@ def _wait(engine: Engine, url: str, say: Callable[[str], None]) -> str:
                 raise engine.failure(f"vLLM was not ready after {START / 60:.0f} minutes")
             with contextlib.suppress(httpx.HTTPError):
                 if client.get("/health").status_code == 200:
-                    say(f"vLLM is ready after {now - began:.0f} s")
+                    log.info(f"vLLM is ready after {now - began:.0f} s")
                     return _version(client)
             if now > told + 30:
                 told = now
-                say(f"waiting for vLLM for {now - began:.0f} s (its log: {engine.log})")
+                log.info(f"waiting for vLLM for {now - began:.0f} s (its log: {engine.log})")
             time.sleep(0.25)
 
 
@@ -139,12 +144,10 @@ def _end_of(log: Path) -> bytes:
 def server_at(url: str, *, chat: bool) -> Server:
     """A server that runs already; its model is the first that it names. Raises EngineFailed."""
     base = url.rstrip("/").removesuffix("/v1")
-    key = os.environ.get("REQUANT_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     remedy = "name the address of a running server that speaks OpenAI's API, as in url:http://127.0.0.1:8000"
     try:
         with http_client(base, 10) as client:
-            response = client.get(f"{base}/v1/models", headers=headers)
+            response = client.get(f"{base}/v1/models", headers=api_key_header())
         models = response.json()["data"] if response.status_code == 200 else []
         name = str(models[0]["id"])
     except (httpx.HTTPError, httpx.InvalidURL) as error:

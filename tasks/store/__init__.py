@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from tasks.artifact import check_relative
-from tasks.errors import CheckpointError, RecipeError
-from tasks.store.folder import FolderBackend
-from tasks.store.store import Store
+from requant.tasks.artifact import check_relative
+from requant.tasks.errors import CheckpointError, RecipeError
+from requant.tasks.store.folder import FolderBackend
+from requant.tasks.store.store import Store
 
 __all__ = ["Store", "cache_folder", "open_store"]
 
@@ -29,8 +29,14 @@ def open_store(url: str | None = None) -> Store:
 
     Nothing is contacted yet. Raises RecipeError for a URL that is neither file:///dir nor s3://bucket/prefix.
     """
-    named = f"the address {url!r}" if url else f"REQUANT_STORE={os.environ.get('REQUANT_STORE')!r}"
-    url = url or os.environ.get("REQUANT_STORE") or (cache_folder() / "store").as_uri()
+    named = f"the address {url!r}"
+    if not url:
+        from requant.tasks.settings import (
+            read_settings,  # pydantic takes 0.2 s to import, and `requant --help` reads none
+        )
+
+        url = read_settings().store or (cache_folder() / "store").as_uri()
+        named = f"REQUANT_STORE={url!r}"
     parts = urlsplit(url)
     if "?" in url or "#" in url:  # would be cut off, and the store be another one
         raise RecipeError(f"{named} is not a store: `?` and `#` have no place in it (%3F and %23 in file:///)")
@@ -38,7 +44,7 @@ def open_store(url: str | None = None) -> Store:
         folder = FolderBackend(Path(unquote(parts.path)))
         return Store(folder, near=folder)
     if parts.scheme == "s3" and parts.netloc and _is_prefix(parts.path.strip("/")):
-        from tasks.store.s3 import S3Backend  # boto3 takes 0.4 s to import
+        from requant.tasks.store.s3 import S3Backend  # boto3 takes 0.4 s to import
 
         return Store(S3Backend(parts.netloc, parts.path.strip("/")), near=FolderBackend(cache_folder() / "near"))
     raise RecipeError(f"{named} is not a store: use file:///an/absolute/folder or s3://bucket/prefix")

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tasks.artifact import Manifest
-from tasks.errors import StoreError
-from tasks.store.runs import Run
-from tasks.store.store import Store, record_of
+from requant.tasks.artifact import Manifest
+from requant.tasks.errors import StoreError
+from requant.tasks.store.runs import Run
+from requant.tasks.store.store import Store, record_of
 
 READERS = 16  # at once: more wait for the client's connections
 

@@ -5,17 +5,20 @@ Killed, the same command goes on: blobs that have arrived are not sent again.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.artifact import File
-from tasks.errors import CorruptBlob, RequantError, StoreError
-from tasks.store.catalog import Catalog, Entry
-from tasks.store.folder import make_folder
-from tasks.store.store import Store, blob_key
+from requant.tasks.artifact import File
+from requant.tasks.errors import CorruptBlob, RequantError, StoreError
+from requant.tasks.store.catalog import Catalog, Entry
+from requant.tasks.store.folder import make_folder
+from requant.tasks.store.store import Store, blob_key
+
+log = logging.getLogger(__name__)
 
 PARALLEL = 4
 
@@ -40,9 +43,7 @@ def find_entries(catalog: Catalog, name: str) -> list[Entry]:
     return found
 
 
-def copy(
-    source: Store, target: Store, entries: Iterable[Entry], say: Callable[[str], None] = lambda text: None
-) -> list[Copied]:
+def copy(source: Store, target: Store, entries: Iterable[Entry]) -> list[Copied]:
     """Copy artifacts with their records. Raises CorruptBlob for a blob that is not what its name says, and in the end
     RequantError if `target` has another artifact for a stage key: the first one stays."""
     copied, others = [], []
@@ -59,7 +60,7 @@ def copy(
             missing = [file for file in files.values() if not target.has_blob(file)]
             with ThreadPoolExecutor(PARALLEL) as pool:
                 for file in pool.map(lambda file: _copy_blob(source, target, file), missing):
-                    say(f"{file.path}, {file.size:,} bytes")
+                    log.info(f"{file.path}, {file.size:,} bytes")
             beside = {**entry.provenance, "copied_from": source.url}
             target.keep(entry.stage, entry.key, entry.manifest, beside)
         copied.append(Copied(entry, sum(file.size for file in missing)))

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from tasks.artifact import check_relative, sha256_of, sync
-from tasks.errors import NO_ROOM, StoreError, explain_os_error
-from tasks.store.backend import Item
+from requant.tasks.artifact import check_relative, sha256_of, sync
+from requant.tasks.errors import NO_ROOM, StoreError, explain_os_error
+from requant.tasks.store.backend import Item
 
 # The folders of a store that hold objects; `work`, `arriving`, `checkouts` and `laid` beside them hold files of one
 # machine.

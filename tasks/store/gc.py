@@ -17,13 +17,13 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from tasks.artifact import SHA256
-from tasks.errors import StoreError
-from tasks.store.backend import Item
-from tasks.store.catalog import Catalog, Entry, Name, read_all, read_catalog
-from tasks.store.lease import Held, lease, owner_of
-from tasks.store.near import Found, found_near
-from tasks.store.store import GC, Store, blob_key
+from requant.tasks.artifact import SHA256
+from requant.tasks.errors import StoreError
+from requant.tasks.store.backend import Item
+from requant.tasks.store.catalog import Catalog, Entry, Name, read_all, read_catalog
+from requant.tasks.store.lease import Held, lease, owner_of
+from requant.tasks.store.near import Found, found_near
+from requant.tasks.store.store import GC, Store, blob_key
 
 GRACE = 24 * 3600.0  # seconds: longer than any upload, and than the pauses of any run between two of its stages
 UNFINISHED = 7 * 24 * 3600.0  # seconds after which nobody goes on with unfinished work

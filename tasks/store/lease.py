@@ -24,9 +24,9 @@ from pathlib import Path
 
 import psutil
 
-from tasks.errors import StoreError
-from tasks.store.backend import Backend
-from tasks.store.background import repeated
+from requant.tasks.errors import StoreError
+from requant.tasks.store.backend import Backend
+from requant.tasks.store.background import repeated
 
 log = logging.getLogger(__name__)
 
@@ -91,17 +91,16 @@ def lease(
     backend: Backend,
     stage: str,
     key: str,
-    on_wait: Callable[[str], None] = log.info,
     beat: float | None = None,
     needs: Callable[[], Iterable[str]] = tuple,
 ) -> Iterator[Held]:
-    """Hold the lease of a stage key. Blocks while another run holds it; `on_wait` is told once who that is.
+    """Hold the lease of a stage key. Blocks while another run holds it, and logs once who that is.
 
     After it is held, look for the artifact again: the run that held it before may have made it. `needs` says at each
     heartbeat which blobs the work relies on.
     """
     folder = f"leases/{stage}/{key}"
-    owner, generation = _take(backend, folder, on_wait)
+    owner, generation = _take(backend, folder)
     held = Held(backend, f"{folder}/{generation:06d}", owner, needs)
     try:
         with repeated(held.renew, BEAT if beat is None else beat, "heartbeat failed", at_end=False):
@@ -146,7 +145,7 @@ class _Watch:
         return owner is None or owner.is_gone or time.monotonic() - self._since > DEAD_AFTER
 
 
-def _take(backend: Backend, folder: str, on_wait: Callable[[str], None]) -> tuple[Owner, int]:
+def _take(backend: Backend, folder: str) -> tuple[Owner, int]:
     owner = Owner.this_process()
     watch = _Watch()
     told = False
@@ -159,7 +158,7 @@ def _take(backend: Backend, folder: str, on_wait: Callable[[str], None]) -> tupl
         if held is not None and not watch.says_dead(held):
             other = owner_of(held)
             if not told and other is not None:
-                on_wait(f"waiting for process {other.pid} on {other.machine.split('/')[0]}, which does this work")
+                log.info(f"waiting for process {other.pid} on {other.machine.split('/')[0]}, which does this work")
                 told = True
             time.sleep(POLL)
             continue

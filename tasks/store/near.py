@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.store.folder import inside
-from tasks.store.store import CHECKOUT_RECORDS, Store
+from requant.tasks.store.folder import inside
+from requant.tasks.store.store import CHECKOUT_RECORDS, Store
 
 CACHED = 30 * 24 * 3600.0  # seconds after which a blob that was not used here is fetched again when it is
 

@@ -15,10 +15,10 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tasks.artifact import sha256_of
-from tasks.store.background import repeated
-from tasks.store.folder import inside
-from tasks.store.store import Store
+from requant.tasks.artifact import sha256_of
+from requant.tasks.store.background import repeated
+from requant.tasks.store.folder import inside
+from requant.tasks.store.store import Store
 
 log = logging.getLogger(__name__)
 PAUSE = 1.0  # seconds between two looks at the folder

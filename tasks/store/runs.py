@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tasks.store.background import repeated
-from tasks.store.store import Store
+from requant.tasks.store.background import repeated
+from requant.tasks.store.store import Store
 
 BEAT = 60.0  # seconds; gc's grace period must be much longer
 PAUSE = 1.0  # seconds between two looks at what the run has used

@@ -30,11 +30,12 @@ from botocore.exceptions import (
 from botocore.exceptions import ConnectionError as BotoConnectionError
 from botocore.parsers import ResponseParserError
 
-from tasks.artifact import check_relative
-from tasks.errors import CheckpointError, RecipeError, StoreError, StoreUnreachable
-from tasks.store.backend import Item
-from tasks.store.s3_settings import write_settings
-from tasks.store.transfer import REFUSED_HASH, Transfer, error_code, sign_by_name
+from requant.tasks.artifact import check_relative
+from requant.tasks.errors import CheckpointError, RecipeError, StoreError, StoreUnreachable
+from requant.tasks.settings import read_settings
+from requant.tasks.store.backend import Item
+from requant.tasks.store.s3_settings import write_settings
+from requant.tasks.store.transfer import REFUSED_HASH, Transfer, error_code, sign_by_name
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -64,7 +65,7 @@ class S3Backend:
         self.prefix = f"{prefix}/" if prefix else ""
         self.patience = patience
         self.read_timeout = read_timeout
-        self._every, self._files = write_settings()  # arguments of every write; of a file's beside those
+        self._every, self._files = write_settings(read_settings())  # arguments of every write; of a file's beside those
 
     @property
     def url(self) -> str:
@@ -244,7 +245,7 @@ class S3Backend:
                 return StoreUnreachable(f"the store {self.url} answers {status} {code}: try again when it is well")
             return StoreError(
                 f"the store {self.url} refused {error.operation_name} ({status} {code}): check REQUANT_STORE, "
-                "AWS_ENDPOINT_URL_S3 and the REQUANT_S3 settings"
+                "AWS_ENDPOINT_URL_S3 and the variables REQUANT_S3_*"
             )
         if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
             return StoreError(

@@ -1,19 +1,11 @@
-"""How objects are written to S3: encryption by the server, and the storage class of files.
-
-| variable | values |
-|---|---|
-| REQUANT_S3_SSE | AES256, aws:kms, aws:kms:dsse; unset: what the bucket does by itself |
-| REQUANT_S3_SSE_KMS_KEY_ID | the KMS key, with aws:kms or aws:kms:dsse; unset: the account's own |
-| REQUANT_S3_STORAGE_CLASS | of blobs and of resumable work; small objects stay in the bucket's own class |
-"""
+"""How objects are written to S3: encryption by the server, and the storage class of files."""
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping
 
-from tasks.errors import RecipeError
+from requant.tasks.errors import RecipeError
+from requant.tasks.settings import Settings
 
 ENCRYPTION = ("AES256", "aws:kms", "aws:kms:dsse")
 # Those that are read at once: GLACIER and DEEP_ARCHIVE must be restored first, which takes hours.
@@ -23,11 +15,10 @@ CLASSES = (
 )  # fmt: skip
 
 
-def write_settings(environment: Mapping[str, str] = os.environ) -> tuple[dict[str, str], dict[str, str]]:
+def write_settings(settings: Settings) -> tuple[dict[str, str], dict[str, str]]:
     """Arguments of PutObject: those of every object, and those of files beside them. Raises RecipeError."""
-    encryption = environment.get("REQUANT_S3_SSE", "")
-    key = environment.get("REQUANT_S3_SSE_KMS_KEY_ID", "")
-    storage = environment.get("REQUANT_S3_STORAGE_CLASS", "")
+    encryption, key = settings.s3_sse or "", settings.s3_sse_kms_key_id or ""
+    storage = settings.s3_storage_class or ""
     if encryption and encryption not in ENCRYPTION:
         raise RecipeError(f"REQUANT_S3_SSE={encryption!r} is not known: use one of {', '.join(ENCRYPTION)}")
     if key and not encryption.startswith("aws:kms"):

@@ -18,16 +18,16 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tasks.artifact import SHA256, File, Manifest, check_relative, digest_of, sha256_of
-from tasks.errors import Collected, CorruptBlob, StoreError
-from tasks.store.backend import Backend
-from tasks.store.folder import FolderBackend, clone, inside, link, make_folder
-from tasks.store.lease import Held, lease, outlive
+from requant.tasks.artifact import SHA256, File, Manifest, check_relative, digest_of, sha256_of
+from requant.tasks.errors import Collected, CorruptBlob, StoreError
+from requant.tasks.store.backend import Backend
+from requant.tasks.store.folder import FolderBackend, clone, inside, link, make_folder
+from requant.tasks.store.lease import Held, lease, outlive
 
 log = logging.getLogger(__name__)
 PARALLEL = 8
@@ -93,15 +93,15 @@ class Store:
         return self.near.path(f"checkouts/{manifest.digest}")
 
     def checkout_record(self, folder: Path) -> Path:
-        """Where it is written down what was laid into a folder of the user's own (tasks/checkout.py)."""
+        """Where it is written down what was laid into a folder of the user's own (flows/checkout.py)."""
         return self.near.path(f"{CHECKOUT_RECORDS}/{digest_of(str(folder))}.json")
 
     # What gc must leave alone
 
     @contextlib.contextmanager
-    def lease(self, stage: str, key: str, on_wait: Callable[[str], None] = log.info) -> Iterator[None]:
+    def lease(self, stage: str, key: str) -> Iterator[None]:
         """Hold the lease of a stage key; while it is held, everyone can read in it which blobs are needed."""
-        with lease(self.backend, stage, key, on_wait, needs=lambda: self._needs) as held:
+        with lease(self.backend, stage, key, needs=lambda: self._needs) as held:
             with self._needing:
                 self._held.append(held)
             try:

@@ -22,8 +22,8 @@ from typing import Any, Protocol, TypeVar
 from botocore.auth import AUTH_TYPE_MAPS, S3SigV4Auth
 from botocore.exceptions import ClientError, ResponseStreamingError
 
-from tasks.artifact import sha256_of
-from tasks.errors import CorruptBlob
+from requant.tasks.artifact import sha256_of
+from requant.tasks.errors import CorruptBlob
 
 T = TypeVar("T")
 

@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tasks.artifact import File, sha256_of
-from tasks.errors import StoreError
-from tasks.store.catalog import Catalog, read_catalog
-from tasks.store.folder import clone, make_folder
-from tasks.store.lease import Held, lease
-from tasks.store.store import GC, Store, blob_key
+from requant.tasks.artifact import File, sha256_of
+from requant.tasks.errors import StoreError
+from requant.tasks.store.catalog import Catalog, read_catalog
+from requant.tasks.store.folder import clone, make_folder
+from requant.tasks.store.lease import Held, lease
+from requant.tasks.store.store import GC, Store, blob_key
 
 PARALLEL = 8
 HASHERS = 2  # at once, when every byte is read

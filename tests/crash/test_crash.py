@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from infra.stack.__main__ import down, up
+from infra.dev.stack.__main__ import down, up
 from tests.factories.requant import wait_for
 from tests.factories.stack import LAYERS, Stack, kill
 

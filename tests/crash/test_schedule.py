@@ -25,7 +25,7 @@ def deploy(stack: Stack, folder: Path) -> None:
     (folder / "recipes").mkdir()
     (folder / "recipes" / "pico.yaml").write_text(yaml.safe_dump(stack.recipe(iters=0)))
     subprocess.run(
-        [sys.executable, "-m", "flows.cli", "deploy", str(folder)], env=stack.environment(), cwd=ROOT, check=True
+        [sys.executable, "-m", "requant", "deploy", str(folder)], env=stack.environment(), cwd=ROOT, check=True
     )
 
 

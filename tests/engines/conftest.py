@@ -1,6 +1,6 @@
 """Tests against the real vLLM: they run where its interpreter is, and are skipped where it is not.
 
-`infra/engines/install build/vllm` makes it; REQUANT_VLLM_PYTHON names another one.
+`infra/dev/engines/install build/vllm` makes it; REQUANT_VLLM_PYTHON names another one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.hub.launch import HubStandIn
+from infra.dev.hub.launch import HubStandIn
 from tests.engines.pipeline import Made, run_pipeline
 from tests.factories.paths import ROOT
 
@@ -21,7 +21,7 @@ def vllm_python() -> str:
     """The interpreter that has vLLM."""
     path = Path(os.environ.get("REQUANT_VLLM_PYTHON", ROOT / "build" / "vllm" / "bin" / "python"))
     if not path.exists():
-        pytest.skip(f"no vLLM: run infra/engines/install {ROOT / 'build' / 'vllm'}")
+        pytest.skip(f"no vLLM: run infra/dev/engines/install {ROOT / 'build' / 'vllm'}")
     return str(path)
 
 

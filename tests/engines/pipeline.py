@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from infra.hub.launch import HubStandIn
+from infra.dev.hub.launch import HubStandIn
 from tests.factories.paths import ROOT, TINY
 from tests.factories.requant import merge
 
@@ -54,7 +54,7 @@ def run_pipeline(folder: Path, hub: HubStandIn, vllm_python: str, **changes: Any
     environment = {**engine_environment(vllm_python), **hub.env, "XDG_CACHE_HOME": str(folder / "cache")}
     environment["REQUANT_STORE"] = (folder / "store").as_uri()
     out = folder / "checkout"
-    command = [sys.executable, "-m", "flows.cli", "run", str(recipe), "--json", "--checkout", str(out)]
+    command = [sys.executable, "-m", "requant", "run", str(recipe), "--json", "--checkout", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     return Made(out, json.loads(done.stdout), done.stderr, environment)

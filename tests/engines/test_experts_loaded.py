@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.engines import verdicts
-from tasks.serving.prompts import python_prompts
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.compat import verdicts
+from requant.tasks.serving.prompts import python_prompts
 from tests.factories.checkpoints import write_quantized
 from tests.factories.moe_bases import trained_moe, with_experts_apart
 from tests.factories.paths import ROOT
@@ -28,7 +28,7 @@ def test_a_moe_drafts_from_fused_and_single_experts_alike_and_packed_besides(vll
     made = write_quantized(base, tmp_path / "quantized", kept="mlp.experts")
     assert verdicts(Checkpoint.open(made))["vllm"]["mtp"] is True
     (tmp_path / "prompts").write_text(json.dumps(python_prompts(PROMPTS)))
-    script, draft = Path(__file__).parent / "try_all.py", ROOT / "infra" / "engines" / "draft.py"
+    script, draft = Path(__file__).parent / "try_all.py", ROOT / "infra" / "dev" / "engines" / "draft.py"
     command = [vllm_python, script, draft, tmp_path / "prompts", str(TOKENS), base, apart, made]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

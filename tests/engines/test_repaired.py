@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infra.engines.prompts import COUNT, TOKENS
-from tasks.checkpoint.inspect import inspect_checkpoint
-from tasks.checkpoint.repair import Base, repair
-from tasks.serving.prompts import python_prompts
+from infra.dev.engines.prompts import COUNT, TOKENS
+from requant.tasks.checkpoint.inspect import inspect_checkpoint
+from requant.tasks.checkpoint.repair import Base, repair
+from requant.tasks.serving.prompts import python_prompts
 from tests.engines.variants import VARIANTS, make
 from tests.factories.checkpoints import all_tensors, from_bf16, rounded, to_bf16
 from tests.factories.paths import ROOT, TINY
@@ -58,7 +58,7 @@ def drafted(vllm_python: str, published: dict[str, Path], tmp_path_factory: pyte
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.json"
     prompts.write_text(json.dumps(python_prompts(COUNT)))
     names = [name for name in published if name.endswith((", mended", ", dequantized")) or name in {CARD, "int4"}]
-    script, draft = Path(__file__).parent / "try_all.py", ROOT / "infra" / "engines" / "draft.py"
+    script, draft = Path(__file__).parent / "try_all.py", ROOT / "infra" / "dev" / "engines" / "draft.py"
     command = [vllm_python, script, draft, prompts, str(TOKENS), *(str(published[name]) for name in names)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-3000:]

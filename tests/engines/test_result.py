@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from infra.engines.prompts import PLACE_TOKENS, places
+from infra.dev.engines.prompts import PLACE_TOKENS, places
 from tests.engines.pipeline import Made
 from tests.factories.paths import ROOT, TINY
 
@@ -21,7 +21,7 @@ def tried(vllm_python: str, well_made: Made, tmp_path_factory: pytest.TempPathFa
     """Base and result in bfloat16, and the result in half."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.json"
     prompts.write_text(json.dumps(places()))
-    script, draft = Path(__file__).parent / "try_all.py", ROOT / "infra" / "engines" / "draft.py"
+    script, draft = Path(__file__).parent / "try_all.py", ROOT / "infra" / "dev" / "engines" / "draft.py"
     models = [str(TINY), str(well_made.folder), f"{well_made.folder}:half"]
     command = [vllm_python, script, draft, prompts, str(PLACE_TOKENS), *models]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500)

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.engines import vllm
-from tasks.checkpoint.engines.layers import Tree
-from tasks.checkpoint.engines.rule import Layer, Patterns, Refused, Renames
-from tasks.checkpoint.header import Tensor
-from tasks.checkpoint.modules import modules_of
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.compat import vllm
+from requant.tasks.checkpoint.compat.layers import Tree
+from requant.tasks.checkpoint.compat.rule import Layer, Patterns, Refused, Renames
+from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.checkpoint.modules import modules_of
 from tests.engines.cases import ARCHITECTURES, METHODS, generate
 
 COUNT = 6000

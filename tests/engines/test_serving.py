@@ -20,7 +20,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tasks.serving.process import free_port, running
+from requant.tasks.serving.process import free_port, running
 from tests.engines.pipeline import TARGET, Made, engine_environment
 from tests.factories.paths import ROOT
 
@@ -68,7 +68,7 @@ def server(made: Made, vllm_python: str, log: Path, tmp_path_factory: pytest.Tem
 
 def test_the_result_loads_without_a_word_about_skipped_weights(server: str, log: Path) -> None:
     with mock.patch.dict(os.environ):  # of which draft.py sets some
-        from infra.engines.draft import about_weights
+        from infra.dev.engines.draft import about_weights
 
     said = log.read_text()
     assert "Loading weights took" in said
@@ -77,7 +77,7 @@ def test_the_result_loads_without_a_word_about_skipped_weights(server: str, log:
 
 def test_it_drafts_with_its_head_as_requant_measures_it(made: Made, server: str, tmp_path: Path) -> None:
     environment = {**made.environment, "XDG_CACHE_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "flows.cli", "bench", str(made.folder), "--json", "--engine", f"url:{server}"]
+    command = [sys.executable, "-m", "requant", "bench", str(made.folder), "--json", "--engine", f"url:{server}"]
     command += ["--prompts", "code", "--max-tokens", "48", "--concurrency", "1"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -112,8 +112,8 @@ def test_the_cards_python_runs_as_printed(made: Made, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_engine_and_gates_speak_of_the_same_model(made: Made, server: str) -> None:
     """Log-probabilities of the measured text, token by token: vLLM's in BF16 and those of the torch path."""
-    from tasks.measure import measure, precision
-    from tasks.text import EVALUATION
+    from requant.tasks.measuring.measure import measure, precision
+    from requant.tasks.texts.text import EVALUATION
 
     ours = measure(made.folder, EVALUATION, *precision(made.folder))
     tokens, nll = ours.tokens[:WINDOWS, :LENGTH], ours.nll[:WINDOWS, : LENGTH - 1]
@@ -180,7 +180,7 @@ def test_bench_measures_what_the_engine_drafts_and_leaves_nothing_behind(
     command = [
         sys.executable,
         "-m",
-        "flows.cli",
+        "requant",
         "bench",
         str(well_made.folder),
         "--json",
@@ -199,7 +199,7 @@ def test_bench_measures_what_the_engine_drafts_and_leaves_nothing_behind(
     greedy = [r for r in document["prompts"] if r["mtp"] and r["sampling"] == "greedy"]
     print(f"bench: {document['mtp']}")
     assert sum(r["drafted_tokens"] for r in greedy) > 700
-    # 800 drafts of 8 prompts scatter by several points: notes on few prompts are in infra/engines/prompts.py
+    # 800 drafts of 8 prompts scatter by several points: notes on few prompts are in infra/dev/engines/prompts.py
     assert 0.75 < document["acceptance"] < 0.99
     assert document["mtp"]["off"]["acceptance"] is None and document["mtp"]["speedup"] > 0
     assert all(r["tokens"] == 200 for r in document["prompts"])

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.engines import verdicts
-from tasks.checkpoint.repair import Base, repair
-from tasks.serving.prompts import python_prompts
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.compat import verdicts
+from requant.tasks.checkpoint.repair import Base, repair
+from requant.tasks.serving.prompts import python_prompts
 from tests.engines.variants import VARIANTS, make
 from tests.factories.asked import asked
 from tests.factories.paths import ROOT, TINY
@@ -51,7 +51,7 @@ def tried(vllm_python: str, folders: dict[str, Path], tmp_path_factory: pytest.T
     """What vLLM did with each; one process for all."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.json"
     prompts.write_text(json.dumps(python_prompts(PROMPTS)))
-    script, draft = Path(__file__).parent / "try_all.py", ROOT / "infra" / "engines" / "draft.py"
+    script, draft = Path(__file__).parent / "try_all.py", ROOT / "infra" / "dev" / "engines" / "draft.py"
     models = [f"{path}:vision" if VARIANTS.get(name, {}).get("vision") else str(path) for name, path in folders.items()]
     command = [vllm_python, script, draft, prompts, str(TOKENS), *models]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500)

@@ -1,6 +1,7 @@
 """try_all.py DRAFT PROMPTS.json TOKENS MODEL_DIR[:vision|:half]...: what vLLM does with each, as a JSON list.
 
-Runs in vLLM's interpreter. DRAFT is infra/engines/draft.py. Each is started with MTP; where that fails, without it too.
+Runs in vLLM's interpreter. DRAFT is infra/dev/engines/draft.py. Each is started with MTP, and again without MTP where
+that fails.
 """
 
 from __future__ import annotations

@@ -6,22 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tasks.quantizing.run import run_child
-from tasks.recipe_quantize import Quantize
+from requant.tasks.quantizing.ladder import run_child
+from requant.tasks.recipe.quantize import Quantize
 from tests.factories.forked import forked_children, quantize_server
 from tests.factories.paths import ROOT
 
 
 def pack_with_auto_round(base: Path, asked: Quantize, folder: Path) -> dict[str, Any]:
     """What auto-round leaves of a base: the child's result, with the folder that it wrote as `checkpoint`."""
-    from tasks.checkpoint.checkpoint import Checkpoint
+    from requant.tasks.checkpoint.checkpoint import Checkpoint
 
     head = Checkpoint.open(base).head
     job = {
         **asked.model_dump(exclude={"calibration"}),
         **dict(zip(("bits", "group_size", "sym"), asked.resolved, strict=True)),
         "model": str(base),
-        "texts": [str(ROOT / "tasks" / "texts" / "python.txt")],
+        "texts": [str(ROOT / "tasks" / "texts" / "builtin" / "python.txt")],
         "mixed": False,
         "head": head.prefixes if head else [],
         "device": "cpu",

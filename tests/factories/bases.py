@@ -10,13 +10,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tasks.artifact import Manifest, file_of
-from tasks.quantize import quantize
-from tasks.recipe import Recipe
-from tasks.recipe_file import parse_recipe
-from tasks.stage import StageResult
-from tasks.store import Store, open_store
-from tasks.text import Text, find_text
+from requant.tasks.artifact import Manifest, file_of
+from requant.tasks.pipeline.stage import StageResult
+from requant.tasks.quantize import quantize
+from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.store import Store, open_store
+from requant.tasks.texts.text import Text, find_text
 from tests.factories.paths import TINY
 
 COMMON: dict[str, Any] = {

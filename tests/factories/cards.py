@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 from markdown_it import MarkdownIt
 
-from tasks.gates import compare
-from tasks.hub.card import make_card
-from tasks.hub.facts import CardFacts
-from tasks.hub.revision import Revision
-from tasks.recipe import Gates, Recipe
-from tasks.recipe_file import parse_recipe
+from requant.tasks.card.card import make_card
+from requant.tasks.card.facts import CardFacts
+from requant.tasks.hub.revision import Revision
+from requant.tasks.measuring.gates import compare
+from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.recipe.recipe import Gates, Recipe
 from tests.factories.measured import GOOD
 
 SHA = "0123456789abcdef0123456789abcdef01234567"

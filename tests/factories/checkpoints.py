@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks.artifact import File
+from requant.tasks.artifact import File
 
 GROUP = 32
 BITS = 4
@@ -194,10 +194,10 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> list[File]:
 
 def write_quantized(base: Path, folder: Path, *, head: bool = True, kept: str | None = None) -> Path:
     """A base quantized as the pipeline does it, with rounding in place of auto-round: `folder/made`."""
-    from tasks.checkpoint.assemble import assemble
-    from tasks.checkpoint.checkpoint import Checkpoint
-    from tasks.checkpoint.experts import one_by_one
-    from tasks.checkpoint.head import HeadFiles, keep_head, without_head
+    from requant.tasks.checkpoint.assemble import assemble
+    from requant.tasks.checkpoint.checkpoint import Checkpoint
+    from requant.tasks.checkpoint.experts import one_by_one
+    from requant.tasks.checkpoint.head import HeadFiles, keep_head, without_head
 
     bits = write_packed(base, folder / "packed", kept=kept)
     out = folder / "made"

@@ -167,9 +167,9 @@ def damaged(folder: Path, into: Path, name: str) -> Path:
 
 
 def main(checkpoint: Path, base: Path) -> None:
-    from tasks.gates import compare
-    from tasks.recipe_file import load_recipe
-    from tasks.validate import validate_folders
+    from requant.tasks.measuring.gates import compare
+    from requant.tasks.recipe.loader import load_recipe
+    from requant.tasks.validate import validate_folders
 
     gates = load_recipe(Path("deployments/recipes/demo.yaml")).gates
     with tempfile.TemporaryDirectory() as scratch:

@@ -28,18 +28,18 @@ os.environ.update(HF_ENDPOINT=HUB.url, HF_HUB_DOWNLOAD_TIMEOUT="1", HF_HUB_DISAB
 
 import botocore.auth  # noqa: E402
 
-from infra.hub.launch import HubStandIn  # noqa: E402
-from tasks.artifact import File, Manifest, file_of  # noqa: E402
-from tasks.download import download, download_key  # noqa: E402
-from tasks.errors import RequantError  # noqa: E402
-from tasks.hub import client  # noqa: E402
-from tasks.hub.release import release  # noqa: E402
-from tasks.hub.revision import Revision, resolve  # noqa: E402
-from tasks.recipe import Publish  # noqa: E402
-from tasks.store import Store, open_store, transfer  # noqa: E402
-from tasks.store.folder import FolderBackend  # noqa: E402
-from tasks.store.s3 import S3Backend  # noqa: E402
-from tasks.store.store import blob_key  # noqa: E402
+from infra.dev.hub.launch import HubStandIn  # noqa: E402
+from requant.tasks.artifact import File, Manifest, file_of  # noqa: E402
+from requant.tasks.download import download, download_key  # noqa: E402
+from requant.tasks.errors import RequantError  # noqa: E402
+from requant.tasks.hub import client  # noqa: E402
+from requant.tasks.hub.release import release  # noqa: E402
+from requant.tasks.hub.revision import Revision, resolve  # noqa: E402
+from requant.tasks.recipe.recipe import Publish  # noqa: E402
+from requant.tasks.store import Store, open_store, transfer  # noqa: E402
+from requant.tasks.store.folder import FolderBackend  # noqa: E402
+from requant.tasks.store.s3 import S3Backend  # noqa: E402
+from requant.tasks.store.store import blob_key  # noqa: E402
 
 STALL = 2.5  # seconds; a read that brings nothing for one is given up here
 transfer.ONE_PUT, transfer.PART = 1 << 20, 5 << 20  # S3's smallest part
@@ -241,7 +241,7 @@ def hub_operation(name: str, hub: HubStandIn, folder: Path) -> Operation:
 
 def put_release(target: str, folder: Path, manifest: Manifest) -> None:
     base = Revision("demo/base", "0" * 40, ())
-    release(Publish(repo_id=target), base, folder, manifest, ["README.md"], say=lambda text: None)
+    release(Publish(repo_id=target), base, folder, manifest, ["README.md"])
 
 
 @contextlib.contextmanager

@@ -19,14 +19,14 @@ from tests.factories.forks import Fork, Server, run
 
 COMMANDS = Server(
     "boto3",
-    "flows.cli",
-    "flows.embedded",
-    "flows.requantize",
-    "flows.terminal",
-    "flows.watch",
-    "tasks.evaluate",
-    "tasks.pictures.draw",
-    "tasks.plan",
+    "requant.flows.cli.main",
+    "requant.flows.embedded",
+    "requant.flows.requantize",
+    "requant.flows.report.terminal",
+    "requant.flows.watch",
+    "requant.tasks.evaluate",
+    "requant.tasks.plots.draw",
+    "requant.tasks.plan",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.qwen3_5.modeling_qwen3_5",
@@ -37,13 +37,13 @@ READ_LATE = {
 }  # fmt: skip
 QUANTIZE = Server(
     "auto_round",
-    "tasks.quantize_child",
-    "tasks.quantizing.delta",
-    "tasks.quantizing.profile",
-    "tasks.quantizing.tune",
+    "requant.tasks.quantizing.child",
+    "requant.tasks.quantizing.loop.gated_delta_rule",
+    "requant.tasks.quantizing.loop.profile",
+    "requant.tasks.quantizing.loop.tune",
     "transformers",
 )
-READ_AT_IMPORT = {  # as tasks.quantizing.run sets them
+READ_AT_IMPORT = {  # as requant.tasks.quantizing.ladder sets them
     "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "AR_LOG_LEVEL": "INFO",
 }  # fmt: skip
 
@@ -68,7 +68,7 @@ def forked_children(address: str) -> Iterator[None]:
 
     A test that looks for a child among the processes, or kills it, does without.
     """
-    from tasks.quantizing import run as stage
+    from requant.tasks.quantizing import ladder as stage
 
     def start(command: list[str], *, env: Mapping[str, str], **how: Any) -> Fork:
         assert command[0] == sys.executable and env.items() >= READ_AT_IMPORT.items()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.checkpoint.fp8 import values_of
-from tasks.checkpoint.header import read_header
-from tasks.checkpoint.packing import to_numpy
+from requant.tasks.checkpoint.fp8 import values_of
+from requant.tasks.checkpoint.header import read_header
+from requant.tasks.checkpoint.packing import to_numpy
 from tests.factories.checkpoints import safetensors_bytes
 
 ROUTERS = ("mlp.gate.", "shared_expert_gate.")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks.checkpoint.packing import Scheme, pack
+from requant.tasks.checkpoint.packing import Scheme, pack
 from tests.factories.checkpoints import FULL, to_bf16, write_checkpoint
 
 HIDDEN, INTERMEDIATE, EXPERTS, VOCAB, GROUP = 64, 96, 2, 128, 32

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from infra.hub.launch import HubStandIn
+from infra.dev.hub.launch import HubStandIn
 
 WEIGHTS = os.urandom(300_000)
 PART_SIZE = 100_000

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tasks import measure as measuring
+from requant.tasks.measuring import measure as measuring
 
 GOOD: dict[str, Any] = {
     "unaccounted": [],

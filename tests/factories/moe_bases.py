@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks.checkpoint.checkpoint import INDEX
+from requant.tasks.checkpoint.checkpoint import INDEX
 from tests.factories.checkpoints import (
     all_tensors,
     experts_apart,

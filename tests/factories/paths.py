@@ -6,4 +6,4 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 CORPUS = ROOT / "tests" / "corpus"
-TINY = ROOT / "infra" / "models" / "tiny-qwen3_5-mtp"  # a small trained base with an MTP head
+TINY = ROOT / "infra" / "dev" / "models" / "tiny-qwen3_5-mtp"  # a small trained base with an MTP head

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tasks.pictures import Picture
-from tasks.pictures.draw import draw
+from requant.tasks.plots import Picture
+from requant.tasks.plots.draw import draw
 
 HOSTILE = (
     "</text><script>alert(1)</script>", '"/><image href="x" onload="alert(1)"/>', "$x^{2}$ $", "\\frac{", "a\nb\tc",

@@ -16,7 +16,7 @@ def children(folder: Path) -> list[psutil.Process]:
             words = process.cmdline()
         except psutil.Error:
             continue
-        if "tasks.quantize_child" in words and any(word.startswith(str(folder)) for word in words):
+        if "requant.tasks.quantizing.child" in words and any(word.startswith(str(folder)) for word in words):
             found.append(process)
     return found
 

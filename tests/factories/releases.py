@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from infra.hub.launch import HubStandIn
-from tasks.artifact import CARD, RECIPE, RELEASE, REPORT, File, Manifest, file_of, git_blob_id, git_blob_id_of
-from tasks.hub.manifest import release_document, tag_of
-from tasks.hub.release import Release, release
-from tasks.hub.revision import Revision
-from tasks.recipe import Publish
+from infra.dev.hub.launch import HubStandIn
+from requant.tasks.artifact import CARD, RECIPE, RELEASE, REPORT, File, Manifest, file_of, git_blob_id, git_blob_id_of
+from requant.tasks.hub.manifest import release_document, tag_of
+from requant.tasks.hub.release import Release, release
+from requant.tasks.hub.revision import Revision
+from requant.tasks.recipe.recipe import Publish
 from tests.factories.pico import pico_base
 
 BASE = "demo/pico"
@@ -42,9 +42,9 @@ class Made:
         """What the repo holds then."""
         return {*(f.path for f in self.manifest.files), *self.beside, ".gitattributes"}
 
-    def publish(self, *, say: Callable[[str], None] = lambda text: None, **settings: Any) -> Release:
+    def publish(self, **settings: Any) -> Release:
         asked = Publish.model_validate({"repo_id": TARGET, **settings})
-        return release(asked, self.base, self.folder, self.manifest, self.beside, say)
+        return release(asked, self.base, self.folder, self.manifest, self.beside)
 
 
 def made(folder: Path, seed: int, *, files: Mapping[str, bytes] | None = None, **base: Any) -> Made:

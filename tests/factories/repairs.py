@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint.checkpoint import SINGLE
-from tasks.checkpoint.repair import Base, repair
+from requant.tasks.checkpoint.checkpoint import SINGLE
+from requant.tasks.checkpoint.repair import Base, repair
 from tests.factories.checkpoints import (
     all_tensors,
     from_bf16,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flows.report import Report
-from tasks.artifact import File, Manifest
-from tasks.gates import Gate
-from tasks.hub.revision import Revision
-from tasks.recipe_file import parse_recipe
-from tasks.stage import StageResult
+from requant.flows.report.report import Report
+from requant.tasks.artifact import File, Manifest
+from requant.tasks.hub.revision import Revision
+from requant.tasks.measuring.gates import Gate
+from requant.tasks.pipeline.stage import StageResult
+from requant.tasks.recipe.loader import parse_recipe
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 

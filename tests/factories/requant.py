@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 import yaml
 
-from tasks.artifact import Manifest
-from tasks.store.store import blob_key
+from requant.tasks.artifact import Manifest
+from requant.tasks.store.store import blob_key
 from tests.factories.forked import forked, quantize_server
 from tests.factories.forks import Fork
 from tests.factories.paths import ROOT
@@ -75,20 +75,20 @@ class Requant:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start a command in a new process, to be watched, disturbed or killed."""
-        command = [sys.executable, "-m", "flows.cli", *arguments]
+        command = [sys.executable, "-m", "requant", *arguments]
         return subprocess.Popen(
             command, cwd=ROOT, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
 
     def fork(self, *arguments: str) -> Fork:
         """Start a command in a fork (see tests.factories.forks), to be watched, disturbed or killed as well."""
-        return forked(["-m", "flows.cli", *arguments], self.environment)
+        return forked(["-m", "requant", *arguments], self.environment)
 
     def __call__(self, *arguments: str, new_process: bool = False) -> Outcome:
         """Run a command in a fork that has forks for quantize children, or in a new process."""
         if new_process:
             return finish(self.start(*arguments))
-        with_children = ["-m", "tests.factories.forked", quantize_server(), "flows.cli", *arguments]
+        with_children = ["-m", "tests.factories.forked", quantize_server(), "requant", *arguments]
         return finish(forked(with_children, self.environment))
 
     def run(self, *arguments: str, new_process: bool = False, **changes: Any) -> Outcome:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.errors import SECRET_VARIABLES
+from requant.tasks.errors import SECRET_VARIABLES
 
 TELL = "import json, os; json.dump(dict(os.environ), open('environment.json', 'w'))"
 

@@ -1,4 +1,4 @@
-"""A stack (infra.stack) that tests start, look into and break: runs by Prefect's HTTP API, processes by service."""
+"""A stack (infra.dev.stack) that tests start, look into and break: runs by Prefect's HTTP API, processes by service."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ import psutil
 import pytest
 from huggingface_hub import HfApi
 
-from infra.stack import postgres
-from infra.stack.__main__ import CEPH, down, up
-from infra.stack.services import Supervisor, services
-from infra.stack.settings import Settings
+from infra.dev.stack import postgres
+from infra.dev.stack.__main__ import CEPH, down, up
+from infra.dev.stack.services import Supervisor, services
+from infra.dev.stack.settings import Settings
 from tests.factories.pico import pico_base
 from tests.factories.quantizing import children
 from tests.factories.requant import wait_for

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tasks.artifact import Manifest, sha256_of
-from tasks.store import Store
-from tasks.store.backend import Backend
-from tasks.store.folder import FolderBackend
+from requant.tasks.artifact import Manifest, sha256_of
+from requant.tasks.store import Store
+from requant.tasks.store.backend import Backend
+from requant.tasks.store.folder import FolderBackend
 from tests.factories.checkpoints import write_files
 from tests.factories.requant import wait_for
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from flows.cli import main
+from requant.flows.cli.main import main
 from tests.factories.paths import ROOT
 
 # Code, which Python reads when it is imported, and what its standard library looks at.

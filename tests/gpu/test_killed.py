@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from infra.bench.gpu_piece import Size, build_model
-from tasks.errors import QuantizeDied
-from tasks.quantize import quantize
+from requant.tasks.errors import QuantizeDied
+from requant.tasks.quantize import quantize
 from tests.factories.bases import prepared
 
 torch = pytest.importorskip("torch")
@@ -56,7 +56,7 @@ def kill_at(name: str, number: int, after: float, seen: list[Mapping[str, Any]])
             time.sleep(after)
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if "tasks.quantize_child" in process.cmdline():
+                    if "requant.tasks.quantizing.child" in process.cmdline():
                         process.kill()
 
     return report

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tasks.serving import gpu
+from requant.tasks import hardware
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -23,13 +23,13 @@ GIB = 1 << 30
 
 def test_what_a_process_holds_is_its_memory_and_its_context() -> None:
     """Asked by its number, and, as in a container that hides numbers, by what was taken since before it began."""
-    before = gpu.used_bytes()
+    before = hardware.used_bytes()
     assert before is not None
     with subprocess.Popen([sys.executable, "-c", HOLDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == b"there\n"
-            by_number, since = gpu.held_bytes({process.pid}, before), gpu.held_bytes((), before)
-            rows = gpu.query("compute-apps=pid,used_memory")
+            by_number, since = hardware.held_bytes({process.pid}, before), hardware.held_bytes((), before)
+            rows = hardware.query("compute-apps=pid,used_memory")
         finally:
             process.kill()
     print(before, by_number, since, rows)
@@ -38,4 +38,4 @@ def test_what_a_process_holds_is_its_memory_and_its_context() -> None:
 
 
 def test_the_gpus_have_their_names() -> None:
-    assert torch.cuda.get_device_name() in gpu.names()
+    assert torch.cuda.get_device_name() in hardware.names()

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from infra.bench.gpu_piece import Size, build_model
-from tasks.checkpoint.account import account
-from tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.audit import account
+from requant.tasks.checkpoint.checkpoint import Checkpoint
 from tests.factories.bases import quantized
 
 torch = pytest.importorskip("torch")

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasks import measure as measuring
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.gates import compare
-from tasks.measure import measure, precision
-from tasks.recipe import Gates
-from tasks.text import EVALUATION
-from tasks.validate import validate_folders
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.measuring import measure as measuring
+from requant.tasks.measuring.gates import compare
+from requant.tasks.measuring.measure import measure, precision
+from requant.tasks.recipe.recipe import Gates
+from requant.tasks.texts.text import EVALUATION
+from requant.tasks.validate import validate_folders
 from tests.factories.checkpoints import write_quantized
 from tests.factories.pico import pico_base
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, constants
 
-from flows.embedded import embedded_prefect
-from infra.hub.launch import HubStandIn
+from infra.dev.hub.launch import HubStandIn
+from requant.flows.embedded import embedded_prefect
 from tests.factories.forked import COMMANDS, forked_children, quantize_server
 from tests.factories.paths import ROOT
 from tests.factories.pico import pico_base
@@ -91,9 +91,9 @@ def requant(tmp_path: Path, finished: tuple[Requant, Outcome]) -> Requant:
 def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A real S3 server; its variables, REQUANT_STORE among them. Without Ceph, the tests that need it are skipped."""
     if missing := [tool for tool in ("ceph-mon", "ceph-osd", "radosgw") if shutil.which(tool) is None]:
-        pytest.skip(f"no {missing[0]}: install Ceph as root with infra/s3/ceph install")
+        pytest.skip(f"no {missing[0]}: install Ceph as root with infra/dev/s3/ceph install")
     folder = tmp_path_factory.mktemp("ceph") / "s3"
-    script = str(ROOT / "infra" / "s3" / "ceph")
+    script = str(ROOT / "infra" / "dev" / "s3" / "ceph")
     subprocess.run([script, "up", str(folder)], check=True, capture_output=True, timeout=120)
     try:
         lines = (folder / "env").read_text().splitlines()

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tasks.checkpoint.account import account
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.fp8 import write_plain
-from tasks.pictures.draw import draw
-from tasks.stage import StageResult
+from requant.tasks.checkpoint.audit import account
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.fp8 import write_plain
+from requant.tasks.pipeline.stage import StageResult
+from requant.tasks.plots.draw import draw
 from tests.factories.bases import other_base, quantized
 from tests.factories.fp8_bases import as_fp8
 from tests.factories.pico import pico_base

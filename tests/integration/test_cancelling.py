@@ -16,8 +16,8 @@ PROGRAM = """
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.states import Cancelling, Completed, Running
-from flows.gpu import _begin
-from flows.requantize import requantize
+from requant.flows.gpu_pool import _begin
+from requant.flows.requantize import requantize
 
 @flow(persist_result=False, on_cancellation=requantize.on_cancellation_hooks)
 def cancelled():

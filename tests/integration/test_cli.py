@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import cli
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.recipe import Gates
+from requant.flows.cli.main import cli
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.recipe.recipe import Gates
 from tests.factories.requant import LAYERS, Outcome, Requant, artifacts
 
 Finished = tuple[Requant, Outcome]
@@ -81,6 +81,7 @@ COMMANDS = {
     "publish": ("publish me/pico --rollback", 1, "before"),
     "watch": ("watch --once --recipes {folder}/recipes", 0, '"checked": 0'),
     "deploy": ("deploy {folder}/none", 2, "does not exist"),
+    "webhook": ("webhook", 2, "No such option"),  # It is a server, and prints no document.
     "worker": ("worker --pool cpu", 2, "PREFECT_API_URL is not set"),
     "store": ("store ls", 0, '"artifacts"'),
 }
@@ -107,7 +108,7 @@ def test_a_command_is_a_process_with_one_document_and_a_status(command: str, req
     assert outcome.status == status, sentences
     assert json.loads(outcome.stdout) and said in outcome.stdout  # one document, and nothing else
     assert not any("Traceback" in line for line in sentences)
-    assert "flows.command" in imported
+    assert "requant.flows.cli.command" in imported
     assert command not in LIGHT or not imported & HEAVY
 
 

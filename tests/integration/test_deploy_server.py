@@ -14,7 +14,7 @@ from prefect.client.orchestration import PrefectClient, SyncPrefectClient
 from prefect.events.schemas.automations import AutomationCore
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.sweep import RETIRED_AUTOMATIONS, remove_retired_automations
+from requant.flows.sweep import RETIRED_AUTOMATIONS, remove_retired_automations
 from tests.factories.paths import ROOT
 from tests.factories.requant import Requant
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks.errors import EngineFailed
-from tasks.serving.process import free_port, running
-from tasks.serving.vllm import vllm
+from requant.tasks.errors import EngineFailed
+from requant.tasks.serving.process import free_port, running
+from requant.tasks.serving.vllm import vllm
 from tests.factories.forked import forked
 from tests.factories.forks import Fork
 from tests.factories.paths import ROOT
@@ -55,7 +55,8 @@ def start_bench(environment: dict[str, str], tmp_path: Path, stand_in: Path) -> 
     """Start `requant bench` of a pico base in a fork, where Ctrl-C interrupts it even if pytest itself ignores it."""
     variables = {name: os.environ[name] for name in ("REQUANT_VLLM", "ENGINE_PIDS")}
     code = (
-        "import signal, sys; from flows.cli import main; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "import signal, sys; from requant.flows.cli.main import main; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "sys.argv[0] = 'requant'; main()"
     )
 
@@ -151,7 +152,7 @@ def test_a_failed_start_is_explained_by_the_lines_that_say_why(name: str, tmp_pa
     log = tmp_path / "vllm.log"
     with (
         pytest.raises(EngineFailed) as failure,
-        vllm(tmp_path, {"die-with": words}, log, chat=True, say=lambda text: None),
+        vllm(tmp_path, {"die-with": words}, log, chat=True),
     ):
         pass
     assert str(failure.value).startswith("vLLM did not start, exit status 1: ")

@@ -41,7 +41,7 @@ def test_a_run_behind_a_proxy_starts_its_own_server_and_keeps_the_users_modules(
     assert outcome.status == 0, outcome.stderr
     assert set(outcome.states.values()) == {"reused"}
     assert proxy.asked == []
-    assert "-m flows.embedded" in (tmp_path / "started").read_text()
+    assert "-m requant.flows.embedded" in (tmp_path / "started").read_text()
 
 
 def test_the_hub_is_still_asked_through_the_proxy(requant: Requant, proxy: Answers) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from infra.hub.launch import HubStandIn
+from infra.dev.hub.launch import HubStandIn
 from tests.factories.asked import asked
 from tests.factories.fault_matrix import (
     FOREVER,

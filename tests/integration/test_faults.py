@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from infra.hub.launch import HubStandIn
-from tasks.store import open_store
-from tasks.store.verify import verify
+from infra.dev.hub.launch import HubStandIn
+from requant.tasks.store import open_store
+from requant.tasks.store.verify import verify
 from tests.factories.paths import ROOT
 from tests.factories.requant import Outcome, Requant
 
@@ -139,7 +139,7 @@ def test_requant_installed_elsewhere_works_outside_the_checkout(requant: Requant
     shutil.copytree(ROOT, copy, ignore=ignore)
     subprocess.run([*pip, "--target", str(target), str(copy)], check=True, capture_output=True)
     environment = {**requant.environment, "PYTHONPATH": str(target)}
-    command = [sys.executable, "-m", "flows.cli", "run", str(requant.write_recipe(publish=None)), "--json"]
+    command = [sys.executable, "-m", "requant", "run", str(requant.write_recipe(publish=None)), "--json"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert set(Outcome(0, done.stdout, "").states.values()) == {"reused"}

@@ -16,21 +16,24 @@ from typing import Any
 
 import pytest
 
-from infra.hub.launch import HubStandIn
-from tasks.download import download as fetch_all
-from tasks.hub.revision import resolve
-from tasks.store import open_store
+from infra.dev.hub.launch import HubStandIn
+from requant.tasks.download import download as fetch_all
+from requant.tasks.hub.revision import resolve
+from requant.tasks.store import open_store
 from tests.factories.forked import forked
 from tests.factories.forks import Fork
 from tests.factories.paths import ROOT
 from tests.factories.requant import wait_for
 
 DOWNLOAD = """
-import sys
-from tasks.download import download
-from tasks.hub.revision import resolve
-from tasks.store import open_store
-result = download(open_store(), resolve(sys.argv[1]), say=print)
+import logging, sys
+from requant.tasks.download import download
+from requant.tasks.pipeline.log import set_up_logging
+from requant.tasks.hub.revision import resolve
+from requant.tasks.store import open_store
+logging.getLogger("requant").addHandler(logging.StreamHandler(sys.stdout))
+set_up_logging()
+result = download(open_store(), resolve(sys.argv[1]))
 print(result.provenance["bytes_moved"])
 """
 SHARD = "model.safetensors"
@@ -193,7 +196,7 @@ def test_retry_after_is_waited_for(
 ) -> None:
     """Its pauses are noted here instead of made."""
     pauses: list[float] = []
-    monkeypatch.setattr("tasks.hub.fetch.time", SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setattr("requant.tasks.hub.fetch.time", SimpleNamespace(sleep=pauses.append))
     hub.fault(f"/resolve/.*{SHARD}", method="GET", times=1, status=429, retry_after=30)
     fetch_all(open_store(download.store.as_uri()), resolve(download.repo_id))
     assert pauses == [30.0]

@@ -10,7 +10,7 @@ import sys
 import psutil
 import pytest
 
-from infra.hub.launch import HubStandIn
+from infra.dev.hub.launch import HubStandIn
 from tests.factories.forked import COMMANDS, forked
 from tests.factories.forks import Fork, Server
 from tests.factories.paths import ROOT

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.gates import Gate, compare
-from tasks.model import load_model
-from tasks.mtp_fix import mtp_fix
-from tasks.quantize import quantize
-from tasks.recipe import Gates
-from tasks.text import find_text
-from tasks.validate import RESULT, validate
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.measuring.gates import Gate, compare
+from requant.tasks.measuring.model import load_model
+from requant.tasks.mtp_fix import mtp_fix
+from requant.tasks.quantize import quantize
+from requant.tasks.recipe.recipe import Gates
+from requant.tasks.texts.text import find_text
+from requant.tasks.validate import RESULT, validate
 from tests.factories.bases import other_base, prepared, quantized
 from tests.factories.checkpoints import all_tensors
 from tests.factories.fp8_bases import as_fp8

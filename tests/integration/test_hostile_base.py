@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import HfApi, ModelCard, constants
 
-from infra.hub.launch import HubStandIn
+from infra.dev.hub.launch import HubStandIn
 from tests.factories.cards import SECTIONS, TAGS, page_of
 from tests.factories.pico import pico_base
 from tests.factories.requant import Requant, recipe_for, store_in

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.checkpoint.checkpoint import INDEX, MAX_JSON
-from tasks.checkpoint.header import MAX_HEADER, read_header
+from requant.tasks.checkpoint.checkpoint import INDEX, MAX_JSON
+from requant.tasks.checkpoint.header import MAX_HEADER, read_header
 from tests.factories.checkpoints import safetensors_bytes, with_header
 from tests.factories.counting import calls
 from tests.factories.paths import ROOT
@@ -94,7 +94,7 @@ def test_what_is_too_big_is_told_about_in_two_gigabytes(name: str, tmp_path: Pat
 
 def run(*arguments: str) -> tuple[int, str, int]:
     """Exit status, stdout and peak memory in KiB of `requant ARGUMENTS`; what does not end fails the test."""
-    code = "import resource, sys; from flows.cli import main\ntry: main()\nfinally: " + (
+    code = "import resource, sys; from requant.flows.cli.main import main\ntry: main()\nfinally: " + (
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
     )
     done = subprocess.run(
@@ -108,7 +108,7 @@ def run(*arguments: str) -> tuple[int, str, int]:
 def test_a_header_of_a_million_tensors_is_read_in_two_gigabytes(tmp_path: Path) -> None:
     (tmp_path / SHARD).write_bytes(with_header(many(MILLION)))
     code = (
-        "import resource, sys, pathlib; from tasks.checkpoint.header import read_header\n"
+        "import resource, sys, pathlib; from requant.tasks.checkpoint.header import read_header\n"
         "print(len(read_header(pathlib.Path(sys.argv[1]))), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / SHARD)]

@@ -17,7 +17,7 @@ import httpx
 import prefect
 import pytest
 
-from tasks.store import cache_folder
+from requant.tasks.store import cache_folder
 from tests.factories.paths import ROOT
 from tests.factories.requant import stop, wait_for
 

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi
 
-from infra.hub.launch import HubStandIn
-from tasks.artifact import OURS, Manifest, file_of
-from tasks.hub.revision import Revision
-from tasks.recipe_file import load_recipe
-from tasks.store import open_store
-from tasks.store.verify import verify
+from infra.dev.hub.launch import HubStandIn
+from requant.tasks.artifact import OURS, Manifest, file_of
+from requant.tasks.hub.revision import Revision
+from requant.tasks.recipe.loader import load_recipe
+from requant.tasks.store import open_store
+from requant.tasks.store.verify import verify
 from tests.factories.forked import forked
 from tests.factories.forks import Fork
 from tests.factories.quantizing import block_starts, children
@@ -162,8 +162,8 @@ UNANSWERED = {"hold_after_bytes": 0}  # killed when it is done, and the client d
 LATE = {"delay": 4}  # killed before; the Hub goes on with it afterwards
 PUBLISH = """
 import pickle, sys
-from tasks.publish import publish
-from tasks.store import open_store
+from requant.tasks.publish import publish
+from requant.tasks.store import open_store
 publish(open_store(), *pickle.load(open(sys.argv[1], "rb")))
 """
 

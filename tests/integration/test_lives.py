@@ -17,7 +17,7 @@ from prefect import flow, runtime, task
 from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow
 from prefect.states import Scheduled
-from tasks.prefect_stage import end_earlier_tasks
+from requant.tasks.pipeline.prefect import end_earlier_tasks
 
 @task(name="stage")
 def stage():

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
-from flows.cli import cli
-from infra.hub.launch import HubStandIn
-from tasks.artifact import Manifest, file_of
-from tasks.errors import EvaluationFailed, RecipeError
-from tasks.evaluate import _manager, check_tasks, data_sets, evaluate, evaluated, recovery
-from tasks.gates import accepted, compare
-from tasks.recipe import Recipe
-from tasks.recipe_file import parse_recipe
-from tasks.store import Store, open_store
-from tasks.text import find_text
-from tasks.validate import read_values, validate
+from infra.dev.hub.launch import HubStandIn
+from requant.flows.cli.main import cli
+from requant.tasks.artifact import Manifest, file_of
+from requant.tasks.errors import EvaluationFailed, RecipeError
+from requant.tasks.evaluate import _manager, check_tasks, data_sets, evaluate, evaluated, recovery
+from requant.tasks.measuring.gates import accepted, compare
+from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.store import Store, open_store
+from requant.tasks.texts.text import find_text
+from requant.tasks.validate import read_values, validate
 from tests.factories.paths import TINY
 from tests.factories.pico import pico_base
 from tests.factories.requant import Requant, merge
@@ -121,22 +122,25 @@ def test_a_limit_is_kept(definitions: Path) -> None:
     assert evaluate(TINY, asked, *cpu())["own_choice"]["samples"] == 2
 
 
-def test_a_checkpoint_is_evaluated_once(definitions: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_evaluated_once(definitions: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = open_store((tmp_path / "store").as_uri())
     base = pico_base(tmp_path / "pico")
     manifest = Manifest.of(file_of(base, path.name) for path in sorted(base.iterdir()))
-    told: list[str] = []
+    caplog.set_level(logging.INFO, "requant")
 
     def scores(recipe: Recipe) -> dict[str, Any]:
-        return evaluated(store, recipe, manifest, base, *cpu(), told.append)
+        return evaluated(store, recipe, manifest, base, *cpu())
+
+    def evaluations() -> int:
+        return sum(message.startswith("evaluating") for message in caplog.messages)
 
     first = scores(asking(definitions, "own_choice"))
-    assert scores(asking(definitions, "own_choice", batch_size=2)) == first and len(told) == 1
+    assert scores(asking(definitions, "own_choice", batch_size=2)) == first and evaluations() == 1
     scores(asking(definitions, "own_choice", limit=1))
-    assert len(told) == 2
+    assert evaluations() == 2
     (definitions / "note.txt").write_text("another folder now")
     scores(asking(definitions, "own_choice"))
-    assert len(told) == 3
+    assert evaluations() == 3
 
 
 def test_tasks_are_checked_before_any_work_and_without_running_them(definitions: Path) -> None:

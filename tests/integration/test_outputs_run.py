@@ -13,9 +13,9 @@ import pytest
 import yaml
 from huggingface_hub import HfApi
 
-from infra.hub.launch import HubStandIn
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.recipe_file import parse_recipe
+from infra.dev.hub.launch import HubStandIn
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.recipe.loader import parse_recipe
 from tests.factories.pico import pico_base
 from tests.factories.requant import Outcome, Requant, artifacts, recipe_for, store_in
 

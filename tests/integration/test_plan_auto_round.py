@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from tasks.checkpoint.assemble import assemble
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.experts import one_by_one
-from tasks.checkpoint.head import HeadFiles, keep_head
-from tasks.checkpoint.packing import Scheme
-from tasks.planning.layers import choose_layers
-from tasks.planning.output import plan_output
-from tasks.recipe import Base, Recipe
-from tasks.recipe_quantize import Quantize
+from requant.tasks.checkpoint.assemble import assemble
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.experts import one_by_one
+from requant.tasks.checkpoint.head import HeadFiles, keep_head
+from requant.tasks.checkpoint.packing import Scheme
+from requant.tasks.planning.layers import choose_layers
+from requant.tasks.planning.output import plan_output
+from requant.tasks.recipe.quantize import Quantize
+from requant.tasks.recipe.recipe import Base, Recipe
 from tests.factories.auto_round_itself import pack_with_auto_round
 from tests.factories.bases import other_base
 from tests.factories.pico import pico_base

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from flows.plan_report import render
 from infra.bench.shapes import write_base
-from infra.hub.launch import Exchange, HubStandIn
-from tasks.artifact import OURS
+from infra.dev.hub.launch import Exchange, HubStandIn
+from requant.flows.report.plan import render
+from requant.tasks.artifact import OURS
 from tests.factories.checkpoints import write_quantized
 from tests.factories.forked import forked
 from tests.factories.paths import ROOT
@@ -299,10 +299,8 @@ def test_a_gate_is_a_problem_of_the_plan(requant: Requant, hub: HubStandIn, tmp_
 
 
 def test_the_flow_leaves_a_table_in_prefect_and_fails_on_problems(requant: Requant, prefect_server: str) -> None:
-    code = (
-        "import sys; from flows.plan import plan; from tasks.recipe_file import load_recipe; from pathlib import Path; "
-    )
-    code += "plan(load_recipe(Path(sys.argv[1])))"
+    code = "import sys; from pathlib import Path; from requant.flows.plan import plan; "
+    code += "from requant.tasks.recipe.loader import load_recipe; plan(load_recipe(Path(sys.argv[1])))"
 
     def run(path: Path) -> Outcome:
         return finish(forked(["-c", code, str(path)], requant.environment))
@@ -315,7 +313,9 @@ def test_the_flow_leaves_a_table_in_prefect_and_fails_on_problems(requant: Requa
 
 
 def test_a_recipe_that_no_form_can_see_through_ends_the_plan_with_a_sentence(requant: Requant) -> None:
-    code = "from flows.plan import plan; state = plan({'base': {'repo_id': 'a/b'}, 'quantize': {'nsamples': 4}}, "
+    code = (
+        "from requant.flows.plan import plan; state = plan({'base': {'repo_id': 'a/b'}, 'quantize': {'nsamples': 4}}, "
+    )
     code += "return_state=True); print(state.name, state.message, sep=chr(10))"
     done = finish(forked(["-c", code], requant.environment))
     assert done.stdout.splitlines() == ["Failed", "quantize: batch_size 8 is larger than nsamples 4"]

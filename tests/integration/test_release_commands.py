@@ -7,7 +7,7 @@ import json
 import pytest
 from huggingface_hub import HfApi, ModelCard, constants
 
-from infra.hub.launch import HubStandIn
+from infra.dev.hub.launch import HubStandIn
 from tests.factories.releases import TARGET, Made, edit
 from tests.factories.requant import Outcome, Requant
 

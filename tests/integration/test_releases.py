@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from infra.hub.launch import HubStandIn
-from tasks.errors import HubError, HubUnavailable
-from tasks.hub import release as releasing
-from tasks.hub.revision import Revision, resolve
-from tasks.hub.target import check_target
-from tasks.hub.verify import verify
-from tasks.recipe import Publish
+from infra.dev.hub.launch import HubStandIn
+from requant.tasks.errors import HubError, HubUnavailable
+from requant.tasks.hub import release as releasing
+from requant.tasks.hub.publish_target import check_target
+from requant.tasks.hub.revision import Revision, resolve
+from requant.tasks.hub.verify import verify
+from requant.tasks.recipe.recipe import Publish
 from tests.factories.releases import TARGET, Made, card_on_hub, edit, made, sent, titles
 
 pytestmark = pytest.mark.usefixtures("hub_here")
@@ -107,11 +108,17 @@ def test_a_main_that_someone_changed_is_not_overwritten(
     assert set(api.list_repo_files(TARGET)) == three[1].names
 
 
-def test_words_that_someone_writes_during_a_release_are_not_overwritten(api: HfApi, three: list[Made]) -> None:
-    """After main was looked at, and before the commit that moves it."""
+def test_words_that_someone_writes_during_a_release_are_not_overwritten(
+    api: HfApi, three: list[Made], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After main was looked at, and before the commit that moves it: when the release logs that it uploads."""
     three[0].publish()
+    caplog.set_level(logging.INFO, releasing.log.name)
+    someone = logging.Handler()
+    monkeypatch.setattr(someone, "emit", lambda record: edit(api))
+    monkeypatch.setattr(releasing.log, "handlers", [someone])
     with pytest.raises(HubError):
-        three[1].publish(say=lambda text: edit(api))
+        three[1].publish()
     assert card_on_hub(api) == "# by hand\n" and titles(api)[0] == "By hand"
     assert set(api.list_repo_files(TARGET)) == three[0].names
 

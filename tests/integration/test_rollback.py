@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from huggingface_hub import HfApi
 
-from infra.hub.launch import HubStandIn
-from tasks.errors import HubError
-from tasks.hub.rollback import rollback
-from tasks.hub.verify import verify
+from infra.dev.hub.launch import HubStandIn
+from requant.tasks.errors import HubError
+from requant.tasks.hub.rollback import rollback
+from requant.tasks.hub.verify import verify
 from tests.factories.releases import TARGET, Made, card_on_hub, edit, edited, sent, titles
 
 pytestmark = pytest.mark.usefixtures("hub_here")

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from huggingface_hub import HfApi
 
-from infra.hub.launch import HubStandIn
-from tasks.checkpoint.account import account
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.header import read_header
-from tasks.download import download
-from tasks.hub.revision import resolve
-from tasks.store import open_store
+from infra.dev.hub.launch import HubStandIn
+from requant.tasks.checkpoint.audit import account
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.header import read_header
+from requant.tasks.download import download
+from requant.tasks.hub.revision import resolve
+from requant.tasks.store import open_store
 from tests.factories.requant import LAYERS, Outcome, Requant
 
 STAGES = ["download", "quantize", "mtp_fix", "validate", "benchmark", "publish"]

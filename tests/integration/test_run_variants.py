@@ -9,10 +9,10 @@ import pytest
 import yaml
 from huggingface_hub import HfApi
 
-from infra.hub.launch import HubStandIn
-from tasks.artifact import RECIPE
-from tasks.checkpoint.account import account
-from tasks.checkpoint.checkpoint import Checkpoint
+from infra.dev.hub.launch import HubStandIn
+from requant.tasks.artifact import RECIPE
+from requant.tasks.checkpoint.audit import account
+from requant.tasks.checkpoint.checkpoint import Checkpoint
 from tests.factories.fp8_bases import as_fp8
 from tests.factories.pico import pico_base
 from tests.factories.requant import Outcome, Requant, finish, merge, recipe_for, store_in

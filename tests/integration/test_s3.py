@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -16,21 +17,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from infra.hub.launch import HubStandIn
-from tasks.artifact import File, Manifest, file_of
-from tasks.errors import CorruptBlob, StoreError, StoreUnreachable
-from tasks.quantizing import carry
-from tasks.stage import Made, Stage, run_stage
-from tasks.store import Store
-from tasks.store.folder import FolderBackend
-from tasks.store.s3 import S3Backend
-from tasks.store.store import blob_key
+from infra.dev.hub.launch import HubStandIn
+from requant.tasks.artifact import File, Manifest, file_of
+from requant.tasks.errors import CorruptBlob, StoreError, StoreUnreachable
+from requant.tasks.pipeline.stage import Made, Stage, run_stage
+from requant.tasks.quantizing import resume
+from requant.tasks.store import Store
+from requant.tasks.store.folder import FolderBackend
+from requant.tasks.store.s3 import S3Backend
+from requant.tasks.store.store import blob_key
 from tests.factories.paths import ROOT
 from tests.factories.quantizing import children
 from tests.factories.requant import LAYERS, SHORT_TEXT, Outcome, Requant, wait_for
 
 Finished = tuple[Requant, Outcome]
-CEPH = str(ROOT / "infra" / "s3" / "ceph")
+CEPH = str(ROOT / "infra" / "dev" / "s3" / "ceph")
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def on_s3(tmp_path_factory: pytest.TempPathFactory, finished: Finished, ceph: di
     process = machines[0].fork_run()
     work = folder / "one" / "cache" / "requant" / "near" / "work"
     (child,) = wait_for(lambda: children(folder / "one"), process=process)
-    wait_for(lambda: any(map(carry.finished, work.glob("quantize-*"))), process=process)
+    wait_for(lambda: any(map(resume.finished, work.glob("quantize-*"))), process=process)
     child.suspend()  # it gets no further
     wait_for(lambda: has_block(list(read_all(ceph, "resume/quantize"))), process=process)
     process.kill()
@@ -185,25 +186,21 @@ def test_a_blob_altered_in_s3_is_refused(store: Store, tmp_path: Path) -> None:
     assert not list((tmp_path / "elsewhere").rglob("blobs/*/*/*"))
 
 
-def test_two_machines_do_one_stage_once(s3: S3Backend, tmp_path: Path) -> None:
+def test_two_machines_do_one_stage_once(s3: S3Backend, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made: list[Path] = []
-    waits = threading.Event()
+    caplog.set_level(logging.INFO, "requant")
 
     def work(folder: Path) -> Made:
         made.append(folder)
-        assert waits.wait(60)  # for the other machine to wait for this one
+        wait_for(lambda: "waiting for process" in caplog.text)  # the other machine waits for this one
         (folder / "result").write_text("done")
         file = file_of(folder, "result")
         Store(s3, FolderBackend(tmp_path / "any")).put_blob(folder / "result", file)
         return Made(Manifest.of([file]))
 
-    def say(text: str) -> None:
-        if text.startswith("waiting for process"):
-            waits.set()
-
     stores = [Store(s3, FolderBackend(tmp_path / f"machine{i}")) for i in range(2)]
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda store: run_stage(store, Stage("stage", 1), "key", work, say), stores))
+        results = list(pool.map(lambda store: run_stage(store, Stage("stage", 1), "key", work), stores))
     assert len(made) == 1
     assert sorted(r.state for r in results) == ["ran", "reused"]
     assert not list(s3.keys("leases"))
@@ -250,7 +247,7 @@ def test_a_store_that_stays_lost_is_given_up_after_its_patience(s3: S3Backend, m
     """The clock is the test's own, and moves by the pauses between the tries."""
     pauses: list[float] = []
     clock = SimpleNamespace(monotonic=lambda: sum(pauses), sleep=pauses.append)
-    monkeypatch.setattr("tasks.store.s3.time", clock)
+    monkeypatch.setattr("requant.tasks.store.s3.time", clock)
     monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda seconds: None))
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     lost = S3Backend("requant")

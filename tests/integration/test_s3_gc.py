@@ -16,20 +16,20 @@ import boto3
 import pytest
 from botocore.config import Config
 
-from tasks.errors import StoreError
-from tasks.store import Store
-from tasks.store.catalog import read_catalog
-from tasks.store.copy import copy
-from tasks.store.folder import FolderBackend
-from tasks.store.gc import Policy, collect, make_plan
-from tasks.store.s3 import S3Backend
-from tasks.store.store import blob_key
-from tasks.store.verify import verify
+from requant.tasks.errors import StoreError
+from requant.tasks.store import Store
+from requant.tasks.store.catalog import read_catalog
+from requant.tasks.store.copy import copy
+from requant.tasks.store.folder import FolderBackend
+from requant.tasks.store.gc import Policy, collect, make_plan
+from requant.tasks.store.s3 import S3Backend
+from requant.tasks.store.store import blob_key
+from requant.tasks.store.verify import verify
 from tests.factories.paths import ROOT
 from tests.factories.requant import wait_for
 from tests.factories.stores import keep
 
-POLICY = ROOT / "infra" / "s3" / "policy.json"
+POLICY = ROOT / "infra" / "dev" / "s3" / "policy.json"
 
 
 @pytest.fixture

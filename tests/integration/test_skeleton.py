@@ -11,15 +11,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from infra.hub.launch import HubStandIn
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.download import text_files
-from tasks.errors import CheckpointError, HubError, HubUnavailable
-from tasks.hub.revision import resolve
-from tasks.hub.skeleton import fill, lay_out
-from tasks.rows import read_rows
-from tasks.store import open_store
-from tasks.text import Text, find_text
+from infra.dev.hub.launch import HubStandIn
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.download import text_files
+from requant.tasks.errors import CheckpointError, HubError, HubUnavailable
+from requant.tasks.hub.revision import resolve
+from requant.tasks.hub.sparse_checkout import fill, lay_out
+from requant.tasks.store import open_store
+from requant.tasks.texts.rows import read_rows
+from requant.tasks.texts.text import Text, find_text
 from tests.factories.checkpoints import all_tensors
 from tests.factories.paths import TINY
 from tests.factories.pico import pico_base
@@ -61,7 +61,7 @@ def test_a_skeleton_has_every_header_and_hardly_any_data(hub: HubStandIn, tiny: 
 def test_a_header_longer_than_the_first_guess_is_fetched_whole(
     hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.hub.skeleton.GUESS", 1000)
+    monkeypatch.setattr("requant.tasks.hub.sparse_checkout.GUESS", 1000)
     hub.seed("demo/long", pico_base(tmp_path / "base"))
     skeleton = Checkpoint.open(lay_out(resolve("demo/long"), tmp_path / "skeleton"))
     assert skeleton.problems == [] and len(skeleton.tensors) == len(all_tensors(tmp_path / "base"))
@@ -70,8 +70,8 @@ def test_a_header_longer_than_the_first_guess_is_fetched_whole(
 def test_only_the_tensors_asked_for_are_filled_in(
     hub: HubStandIn, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.hub.skeleton.NEIGHBOURS", 0)
-    monkeypatch.setattr("tasks.hub.skeleton.GUESS", 1000)
+    monkeypatch.setattr("requant.tasks.hub.sparse_checkout.NEIGHBOURS", 0)
+    monkeypatch.setattr("requant.tasks.hub.sparse_checkout.GUESS", 1000)
     revision = resolve(REPO)
     skeleton, whole = Checkpoint.open(lay_out(revision, tmp_path / "skeleton")), Checkpoint.open(tiny)
     assert skeleton.head is not None
@@ -100,7 +100,7 @@ def test_an_answer_cut_short_goes_on_where_it_ended(hub: HubStandIn, tiny: Path,
 def test_answers_that_are_always_cut_are_an_error_and_no_header_of_zeros(
     hub: HubStandIn, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.hub.skeleton.PAUSES", (0, 0))
+    monkeypatch.setattr("requant.tasks.hub.sparse_checkout.PAUSES", (0, 0))
     hub.fault(r"resolve/.*00002-of-00002\.safetensors", cut_after_bytes=3000, times=None)
     with pytest.raises(HubUnavailable, match="00002-of-00002"):
         lay_out(resolve(REPO), tmp_path / "skeleton")

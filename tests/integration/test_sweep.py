@@ -19,7 +19,16 @@ from prefect.events import Event
 from prefect.events.filters import EventFilter, EventOccurredFilter, EventResourceFilter
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Crashed, Pending, Running
 
-from flows.sweep import CANCELLING_S, EVERY_S, GOES_ON, PROCESS_START_S, RESTARTS, SILENCE_S, Sweep, after_a_crash
+from requant.flows.sweep import (
+    CANCELLING_S,
+    EVERY_S,
+    GOES_ON,
+    PROCESS_START_S,
+    RESTARTS,
+    SILENCE_S,
+    Sweep,
+    after_a_crash,
+)
 from tests.factories.paths import ROOT
 from tests.factories.requant import Requant, wait_for
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks.errors import CorruptBlob
-from tasks.store import transfer
-from tasks.store.s3 import S3Backend
+from requant.tasks.errors import CorruptBlob
+from requant.tasks.store import transfer
+from requant.tasks.store.s3 import S3Backend
 
 
 @pytest.fixture

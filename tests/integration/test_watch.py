@@ -17,8 +17,8 @@ import httpx
 import pytest
 import yaml
 
-from infra.hub.launch import HubStandIn
-from tasks.recipe_file import parse_recipe
+from infra.dev.hub.launch import HubStandIn
+from requant.tasks.recipe.loader import parse_recipe
 from tests.factories.forked import forked
 from tests.factories.paths import ROOT
 from tests.factories.requant import BUILTIN_TEXT, Outcome, Requant, finish, recipe_for, stop, store_in, wait_for
@@ -72,7 +72,7 @@ def relay(deployment: Requant) -> Iterator[Relay]:
     write_recipe(deployment, "watched.yaml", recipe_for(BASE, None, BUILTIN_TEXT))
     recipes = deployment.folder / "recipes"
     environment = {**deployment.environment, "REQUANT_WEBHOOK_SECRET": SECRET}
-    command = [sys.executable, "-m", "infra.webhook", "--recipes", str(recipes), "--port", "0"]
+    command = [sys.executable, "-m", "requant", "webhook", "--recipes", str(recipes), "--port", "0"]
     log = deployment.folder / "relay.log"
     with log.open("wb") as out:  # no fork: its log would be what another import has made of logging
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
@@ -205,7 +205,7 @@ def test_the_flow_ends_in_a_state_that_says_so_and_has_a_table_of_what_it_did(
 ) -> None:
     """Of three recipes one has started already, two have problems."""
     requant, _ = beside
-    code = "import sys; from flows.watch import watch; print(watch(sys.argv[1], return_state=True).name)"
+    code = "import sys; from requant.flows.watch import watch; print(watch(sys.argv[1], return_state=True).name)"
     done = finish(forked(["-c", code, str(requant.folder / "recipes")], requant.environment))
     assert done.stdout.split()[-1] == "Problems", done.stderr
     body = {"artifacts": {"key": {"any_": ["requant-watch"]}}}
@@ -214,7 +214,7 @@ def test_the_flow_ends_in_a_state_that_says_so_and_has_a_table_of_what_it_did(
 
 
 def test_a_pass_that_cannot_be_made_ends_the_flow_with_a_sentence(deployment: Requant) -> None:
-    code = "from flows.watch import watch; print(watch('/nowhere', return_state=True).message)"
+    code = "from requant.flows.watch import watch; print(watch('/nowhere', return_state=True).message)"
     done = finish(forked(["-c", code], deployment.environment))
     assert done.stdout.strip() == "the folder of recipes /nowhere does not exist: name one with --recipes"
     assert "Traceback" not in done.stderr

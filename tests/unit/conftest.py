@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tasks import rendering, rendering_child
-from tasks.store import Store
-from tasks.store.folder import FolderBackend
+from requant.tasks.store import Store
+from requant.tasks.store.folder import FolderBackend
+from requant.tasks.texts import rendering, rendering_child
 from tests.factories.stores import Install, Remote
 
 

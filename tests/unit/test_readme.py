@@ -9,10 +9,10 @@ import click
 import pytest
 import yaml
 
-from flows.cli import cli
-from tasks.gates import compare
-from tasks.recipe import Gates, Recipe
-from tasks.recipe_file import parse_recipe
+from requant.flows.cli.main import cli
+from requant.tasks.measuring.gates import compare
+from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.recipe.recipe import Gates, Recipe
 from tests.factories.measured import GOOD
 from tests.factories.paths import ROOT
 
@@ -35,15 +35,17 @@ def test_the_recipe_in_the_readme_is_valid_and_names_every_key() -> None:
     assert recipe.quantize == type(recipe.quantize)() and recipe.gates == type(recipe.gates)()
 
 
-def test_every_path_in_the_file_tree_exists() -> None:
+def test_every_path_in_the_file_tree_exists_and_every_folder_of_code_is_in_it() -> None:
     tree = README.split("## Where things are")[1].split("```")[1]
-    folder = ""
+    parents: list[str] = []
     for line in tree.strip().splitlines():
-        name = line.split()[0]
-        folder = name if not line.startswith(" ") else folder
-        assert (ROOT / (name if not line.startswith(" ") else folder + name)).exists(), name
+        depth = (len(line) - len(line.lstrip())) // 2
+        parents = [*parents[:depth], line.split()[0]]
+        assert ROOT.joinpath(*parents).is_dir(), line
     for name in re.findall(r"\b[a-z_]+\.py\b", tree):
         assert list(ROOT.glob(f"*/{name}")), name
+    folders = {path.parent.name for top in ("flows", "tasks") for path in (ROOT / top).glob("*/*.py")}
+    assert {f"{folder}/" for folder in folders} <= set(tree.split())
 
 
 def test_every_path_in_the_text_exists() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, constants
 
-from infra.hub.launch import HubStandIn
+from infra.dev.hub.launch import HubStandIn
 from tests.factories.hub_client import PART_SIZE, WEIGHTS
 
 

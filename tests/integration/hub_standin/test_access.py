@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-from infra.hub.launch import HubStandIn
+from infra.dev.hub.launch import HubStandIn
 from tests.factories.hub_client import add, authorized, commit, read, status_of
 
 

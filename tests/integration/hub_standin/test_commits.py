@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import CommitOperationCopy, CommitOperationDelete, HfApi, RepoFile
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
-from infra.hub.launch import HubStandIn
+from infra.dev.hub.launch import HubStandIn
 from tests.factories.hub_client import PART_SIZE, WEIGHTS, add, authorized, commit, read, status_of
 
 

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import HfApi, RepoFile, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
-from infra.hub.launch import HubStandIn
+from infra.dev.hub.launch import HubStandIn
 from tests.factories.hub_client import WEIGHTS, add, commit, read
 
 

@@ -14,10 +14,10 @@ import pytest
 from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 
-from infra.hub.app import create_app
-from infra.hub.hub import Hub
-from infra.hub.launch import HubStandIn
-from infra.hub.seeding import seed
+from infra.dev.hub.app import create_app
+from infra.dev.hub.hub import Hub
+from infra.dev.hub.launch import HubStandIn
+from infra.dev.hub.seeding import seed
 from tests.factories.hub_client import WEIGHTS, add, commit, read
 from tests.factories.requant import wait_for
 
@@ -150,7 +150,7 @@ def test_answers_can_be_slow_and_late(folder: Path, tmp_path: Path, monkeypatch:
     async def pause(seconds: float) -> None:
         pauses.append(seconds)
 
-    monkeypatch.setattr("infra.hub.faults.asyncio", SimpleNamespace(sleep=pause, Event=asyncio.Event))
+    monkeypatch.setattr("infra.dev.hub.faults.asyncio", SimpleNamespace(sleep=pause, Event=asyncio.Event))
     hub = Hub(tmp_path / "state")
     seed(hub, "models", "base/slow", folder, message="Seed", revision="main", delete_missing=False)
     app = create_app(hub)

@@ -12,9 +12,9 @@ import httpx
 import pytest
 from huggingface_hub import HfApi
 
-from infra.hub.app import create_app
-from infra.hub.hub import Hub
-from infra.hub.launch import HubStandIn
+from infra.dev.hub.app import create_app
+from infra.dev.hub.hub import Hub
+from infra.dev.hub.launch import HubStandIn
 from tests.factories.hub_client import PART_SIZE, add, commit
 from tests.factories.requant import wait_for
 

@@ -19,7 +19,7 @@ from prefect.states import (
     Scheduled,
 )
 
-from flows.own_run import is_over, lives_of
+from requant.flows.own_run import is_over, lives_of
 
 BEGUN = (Scheduled(), Pending(), Running())
 

@@ -8,13 +8,13 @@ import pytest
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.types import DateTime
 
-from flows.start import ATTEMPTS, PAUSE, another, run_keys
-from flows.tracked import Due
-from tasks.errors import RequantError
-from tasks.hub.revision import HubFile, Revision
-from tasks.last_run import remember_run
-from tasks.recipe_file import parse_recipe
-from tasks.store import Store
+from requant.flows.last_run import remember_run
+from requant.flows.start import ATTEMPTS, PAUSE, another, run_keys
+from requant.flows.watching import Due
+from requant.tasks.errors import RequantError
+from requant.tasks.hub.revision import HubFile, Revision
+from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.store import Store
 
 RECIPE = parse_recipe({"base": {"repo_id": "a/b"}})
 BASE = Revision("a/b", "1" * 40, (HubFile("config.json", 30, "a3", None),))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from flows.work_pool import EVERY_S, WorkerNotice
+from requant.flows.work_pool import EVERY_S, WorkerNotice
 
 
 @dataclass

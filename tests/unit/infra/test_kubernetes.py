@@ -10,7 +10,6 @@ import json
 import os
 import re
 import sys
-import tomllib
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -25,10 +24,9 @@ from prefect.settings import Settings
 from prefect.settings.legacy import _get_settings_fields
 from prefect.utilities.templating import apply_values, find_placeholders
 
-from flows.cli import cli as requant
 from infra.kubernetes.__main__ import POOLS, base_job_template
-from infra.webhook.__main__ import main as webhook
-from tasks.errors import SECRET_VARIABLES
+from requant.flows.cli.main import cli as requant
+from requant.tasks.errors import SECRET_VARIABLES
 from tests.factories.paths import ROOT
 
 COMPOSE_TEXT = (ROOT / "infra" / "compose.yaml").read_text()
@@ -103,11 +101,10 @@ def test_every_setting_of_prefect_is_one() -> None:
 
 @functools.cache
 def help_of(*command: str) -> str:
-    programs: dict[str, Callable[[], Any]] = {"prefect": prefect, "requant": requant, "python": webhook}
-    words = command[2:] if command[0] == "python" else command
+    programs: dict[str, Callable[[], Any]] = {"prefect": prefect, "requant": requant}
     with (
         mock.patch.dict(os.environ, COLUMNS="200"),
-        mock.patch.object(sys, "argv", [*words, "--help"]),
+        mock.patch.object(sys, "argv", [*command, "--help"]),
         contextlib.redirect_stdout(io.StringIO()) as written,
         pytest.raises(SystemExit) as done,
     ):
@@ -120,7 +117,6 @@ def help_of(*command: str) -> str:
 def test_every_command_and_flag_of_a_service_exists(name: str) -> None:
     command = SERVICES[name]["command"]
     words = command[:2] if command[0] == "requant" else command[:3]
-    assert words[0] != "python" or words == ["python", "-m", "infra.webhook"]
     text = help_of(*words)
     for flag in (word for word in command[len(words) :] if word.startswith("--")):
         assert re.search(rf"(?<![\w-]){flag}(?![\w-])", text), flag
@@ -146,13 +142,12 @@ def test_what_an_image_copies_is_there_and_whole(name: str) -> None:
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     for source in sources:
         assert (ROOT / source).exists() and any(fnmatch.fnmatch(source, pattern) for pattern in allowed)
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert {package.split(".")[0] for package in packages} | {"infra", "deployments"} <= sources
+    assert {"requant", "flows", "tasks", "infra", "deployments"} <= sources
     assert re.search(r"^torch==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 
 
 def test_the_gpu_image_has_the_vllm_that_is_tested() -> None:
-    tested = re.search(r"^version=(\S+)", (ROOT / "infra" / "engines" / "install").read_text(), re.MULTILINE)
+    tested = re.search(r"^version=(\S+)", (ROOT / "infra" / "dev" / "engines" / "install").read_text(), re.MULTILINE)
     assert tested is not None and f"ARG VLLM={tested[1]}\n" in DOCKERFILES["gpu.Dockerfile"]
 
 

@@ -6,8 +6,8 @@ import configparser
 import stat
 from pathlib import Path
 
-from infra.stack.services import configuration, services
-from infra.stack.settings import Settings
+from infra.dev.stack.services import configuration, services
+from infra.dev.stack.settings import Settings
 
 
 def test_ports_and_secrets_are_made_once_and_seen_by_no_one_else(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tasks.artifact import File, Manifest, check_relative, digest_of, file_of, git_blob_id, sha256_of, stage_key
-from tasks.errors import CheckpointError, StoreError
+from requant.tasks.artifact import File, Manifest, check_relative, digest_of, file_of, git_blob_id, sha256_of, stage_key
+from requant.tasks.errors import CheckpointError, StoreError
 
 A, B, C = (hashlib.sha256(name).hexdigest() for name in (b"a", b"b", b"c"))
 FILES = [File("config.json", 3, A), File("model/weights.safetensors", 5, B), File("a.txt", 0, C)]

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tasks import download as downloading
-from tasks.artifact import git_blob_id
-from tasks.download import download, download_key
-from tasks.errors import CheckpointError, HubUnavailable
-from tasks.hub.revision import HubFile, Revision
-from tasks.store import Store
+from requant.tasks import download as downloading
+from requant.tasks.artifact import git_blob_id
+from requant.tasks.download import download, download_key
+from requant.tasks.errors import CheckpointError, HubUnavailable
+from requant.tasks.hub.revision import HubFile, Revision
+from requant.tasks.store import Store
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 

@@ -11,11 +11,12 @@ import httpx2
 import pytest
 import requests
 
-from flows.embedded import check_server
-from tasks.environment import bypass_proxy_on_loopback, is_loopback, with_package
-from tasks.errors import RequantError
-from tasks.serving.client import Server
-from tasks.serving.vllm import server_at
+from requant.flows.embedded import check_server
+from requant.tasks.environment import bypass_proxy_on_loopback, with_package
+from requant.tasks.errors import RequantError
+from requant.tasks.http import is_loopback
+from requant.tasks.serving.client import Server
+from requant.tasks.serving.vllm import server_at
 from tests.factories.answers import Answers, answers
 from tests.factories.paths import ROOT
 

@@ -7,8 +7,8 @@ import inspect
 
 import pytest
 
-from tasks import errors
-from tasks.errors import (
+from requant.tasks import errors
+from requant.tasks.errors import (
     SECRET_VARIABLES,
     Collected,
     DiskFull,

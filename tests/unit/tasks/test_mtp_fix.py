@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from tasks.artifact import File, Manifest
-from tasks.checkpoint.assemble import assemble
-from tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
-from tasks.checkpoint.head import HEAD_SHARD
-from tasks.mtp_fix import mtp_fix, mtp_fix_key
-from tasks.recipe import Recipe
-from tasks.recipe_file import parse_recipe
-from tasks.store import Store
+from requant.tasks.artifact import File, Manifest
+from requant.tasks.checkpoint.assemble import assemble
+from requant.tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
+from requant.tasks.checkpoint.head import HEAD_SHARD
+from requant.tasks.mtp_fix import mtp_fix, mtp_fix_key
+from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.store import Store
 from tests.factories.checkpoints import all_tensors, file_from, write_checkpoint, write_packed
 from tests.factories.pico import pico_base
 

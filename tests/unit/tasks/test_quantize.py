@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from tasks import quantize as quantize_stage
-from tasks.artifact import File, Manifest
-from tasks.quantize import quantize_key, read_part, tokenizer_part
-from tasks.quantizing.run import blocks_of, ladder, read_events
-from tasks.recipe import Recipe
-from tasks.recipe_file import parse_recipe
-from tasks.text import Text
+from requant.tasks import quantize as quantize_stage
+from requant.tasks.artifact import File, Manifest
+from requant.tasks.quantize import quantize_key, read_part, tokenizer_part
+from requant.tasks.quantizing.ladder import blocks_of, ladder, read_events
+from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.texts.text import Text
 
 A, B = "a" * 64, "b" * 64
 BASE = Manifest.of(

@@ -9,24 +9,24 @@ from typing import Any
 import jsonschema
 import pytest
 
-from flows.report import scheme_of
-from tasks.artifact import Manifest, file_of
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.engines import verdicts
-from tasks.checkpoint.header import Tensor
-from tasks.checkpoint.inspect import inspect_checkpoint
-from tasks.checkpoint.packing import Scheme
-from tasks.errors import RecipeError
-from tasks.hub.facts import scheme_words
-from tasks.hub.revision import HubFile, Revision
-from tasks.plan import plan_of
-from tasks.planning.groups import settled
-from tasks.planning.output import plan_output
-from tasks.quantize import quantize_key
-from tasks.recipe import Recipe
-from tasks.recipe_file import parse_recipe
-from tasks.store import Store
-from tasks.text import Text, find_text
+from requant.flows.report.report import scheme_of
+from requant.tasks.artifact import Manifest, file_of
+from requant.tasks.card.facts import scheme_words
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.compat import verdicts
+from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.checkpoint.inspect import inspect_checkpoint
+from requant.tasks.checkpoint.packing import Scheme
+from requant.tasks.errors import RecipeError
+from requant.tasks.hub.revision import HubFile, Revision
+from requant.tasks.plan import plan_of
+from requant.tasks.planning.groups import settled
+from requant.tasks.planning.output import plan_output
+from requant.tasks.quantize import quantize_key
+from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.store import Store
+from requant.tasks.texts.text import Text, find_text
 from tests.factories.checkpoints import write_checkpoint
 from tests.factories.pico import pico_base
 

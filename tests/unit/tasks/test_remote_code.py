@@ -10,17 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from tasks import model, quantize_child, rendering_child
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.serving.in_torch import measure_in_torch
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.measuring import model
+from requant.tasks.quantizing import child
+from requant.tasks.serving.in_torch import measure_in_torch
+from requant.tasks.texts import rendering_child
 from tests.factories.paths import TINY
 
 LOADERS: dict[str, Callable[[Path, bool], object]] = {
     "the tokenizer of chats": rendering_child._tokenizer,
     "the tokenizer of a measurement": lambda folder, allowed: model.load_tokenizer(folder, remote_code=allowed),
     "the model of a measurement": lambda folder, allowed: model._family(Checkpoint.open(folder), allowed),
-    "the config of quantizing": lambda folder, allowed: quantize_child._load_config(str(folder), allowed),
-    "the model of a benchmark": lambda folder, allowed: measure_in_torch(folder, remote_code=allowed, say=print),
+    "the config of quantizing": lambda folder, allowed: child._load_config(str(folder), allowed),
+    "the model of a benchmark": lambda folder, allowed: measure_in_torch(folder, remote_code=allowed),
 }
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from tasks.artifact import File, Manifest
-from tasks.errors import RecipeError
-from tasks.recipe import Recipe
-from tasks.recipe_file import parse_recipe
-from tasks.store import open_store
-from tasks.text import Text, find_text
-from tasks.validate import compared_part, one_file, validate_key
+from requant.tasks.artifact import File, Manifest
+from requant.tasks.errors import RecipeError
+from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.store import open_store
+from requant.tasks.texts.text import Text, find_text
+from requant.tasks.validate import compared_part, one_file, validate_key
 from tests.factories.paths import TINY
 
 A, B = "a" * 64, "b" * 64

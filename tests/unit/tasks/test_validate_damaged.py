@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks.gates import Gate, compare
-from tasks.measure import measure
-from tasks.measuring.measurement import Measurement
-from tasks.recipe import Gates
-from tasks.text import EVALUATION
-from tasks.validate import measured_values
+from requant.tasks.measuring.gates import Gate, compare
+from requant.tasks.measuring.measure import measure
+from requant.tasks.measuring.measured import Measurement
+from requant.tasks.recipe.recipe import Gates
+from requant.tasks.texts.text import EVALUATION
+from requant.tasks.validate import measured_values
 from tests.factories.checkpoints import write_quantized
 from tests.factories.damage import DAMAGES, damaged
 from tests.factories.measured import measuring_little

@@ -11,13 +11,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from flows.checkpoint_commands import validate
-from tasks.gates import Gate, accepted, compare, refusal
-from tasks.measure import measure
-from tasks.measuring.measurement import Measurement
-from tasks.recipe import Gates
-from tasks.text import EVALUATION
-from tasks.validate import measured_values
+from requant.flows.cli.validate import validate
+from requant.tasks.measuring.gates import Gate, accepted, compare, refusal
+from requant.tasks.measuring.measure import measure
+from requant.tasks.measuring.measured import Measurement
+from requant.tasks.recipe.recipe import Gates
+from requant.tasks.texts.text import EVALUATION
+from requant.tasks.validate import measured_values
 from tests.factories.checkpoints import edited, write_quantized
 from tests.factories.damage import Edit
 from tests.factories.measured import measuring_little

@@ -21,8 +21,8 @@ from infra.bench.shapes import (
     write_base,
     write_quantized,
 )
-from tasks.checkpoint.checkpoint import INDEX, WRONG_TOTAL, Checkpoint
-from tasks.checkpoint.packing import Scheme, check_parts, dequantize, to_numpy
+from requant.tasks.checkpoint.checkpoint import INDEX, WRONG_TOTAL, Checkpoint
+from requant.tasks.checkpoint.packing import Scheme, check_parts, dequantize, to_numpy
 
 TINY_DIMENSIONS = Dimensions(
     layers=4,

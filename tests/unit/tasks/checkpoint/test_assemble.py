@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from tasks.checkpoint import assemble as assembling
-from tasks.checkpoint.assemble import assemble, packed_parts
-from tasks.checkpoint.checkpoint import INDEX, Checkpoint
-from tasks.checkpoint.writer import split_into_shards
-from tasks.errors import CheckpointError
+from requant.tasks.checkpoint import assemble as assembling
+from requant.tasks.checkpoint.assemble import assemble, packed_parts
+from requant.tasks.checkpoint.checkpoint import INDEX, Checkpoint
+from requant.tasks.checkpoint.writer import split_into_shards
+from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import (
     all_tensors,
     file_from,

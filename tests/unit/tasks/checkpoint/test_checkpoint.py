@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tasks.checkpoint.checkpoint import INDEX, MAX_JSON, SINGLE, STALE, WRONG_TOTAL, Checkpoint, read_json
-from tasks.errors import CheckpointError
+from requant.tasks.checkpoint.checkpoint import INDEX, MAX_JSON, SINGLE, STALE, WRONG_TOTAL, Checkpoint, read_json
+from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import all_tensors, safetensors_bytes, write_checkpoint
 from tests.factories.pico import pico_base
 

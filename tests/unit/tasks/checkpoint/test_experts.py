@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from tasks.checkpoint.account import account
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.experts import one_by_one, unknown_layout
-from tasks.checkpoint.fidelity import fidelity
-from tasks.checkpoint.fp8 import plain
-from tasks.checkpoint.head import HEAD_SHARD
-from tasks.errors import CheckpointError
-from tasks.planning.output import plan_output
-from tasks.planning.refusals import refusals
-from tasks.recipe_file import parse_recipe
+from requant.tasks.checkpoint.audit import account
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.experts import one_by_one, unknown_layout
+from requant.tasks.checkpoint.fp8 import plain
+from requant.tasks.checkpoint.head import HEAD_SHARD
+from requant.tasks.checkpoint.weight_error import fidelity
+from requant.tasks.errors import CheckpointError
+from requant.tasks.planning.checks import refusals
+from requant.tasks.planning.output import plan_output
+from requant.tasks.recipe.loader import parse_recipe
 from tests.factories.bases import other_base
 from tests.factories.checkpoints import (
     all_tensors,

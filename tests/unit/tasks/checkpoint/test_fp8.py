@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.engines import verdicts
-from tasks.checkpoint.fp8 import ROWS, plain, plain_tensors, values_of, write_plain
-from tasks.checkpoint.head import head_tensors
-from tasks.checkpoint.header import COPY_CHUNK, Tensor
-from tasks.checkpoint.packing import float_rows, to_numpy
-from tasks.checkpoint.writer import write_shard
-from tasks.errors import CheckpointError
-from tasks.model import state_dict
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.compat import verdicts
+from requant.tasks.checkpoint.fp8 import ROWS, plain, plain_tensors, values_of, write_plain
+from requant.tasks.checkpoint.head import head_tensors
+from requant.tasks.checkpoint.header import COPY_CHUNK, Tensor
+from requant.tasks.checkpoint.packing import float_rows, to_numpy
+from requant.tasks.checkpoint.writer import write_shard
+from requant.tasks.errors import CheckpointError
+from requant.tasks.measuring.model import state_dict
 from tests.factories.checkpoints import write_checkpoint
 from tests.factories.fp8_bases import as_fp8
 from tests.factories.pico import pico_base

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tasks.checkpoint.assemble import assemble
-from tasks.checkpoint.checkpoint import INDEX, Checkpoint
-from tasks.checkpoint.head import HEAD_SHARD, HeadFiles, check_head, keep_head, shards_with_head, without_head
-from tasks.errors import CheckpointError
+from requant.tasks.checkpoint.assemble import assemble
+from requant.tasks.checkpoint.checkpoint import INDEX, Checkpoint
+from requant.tasks.checkpoint.head import HEAD_SHARD, HeadFiles, check_head, keep_head, shards_with_head, without_head
+from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import (
     FULL,
     NARROW,

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
-from tasks.checkpoint.header import DTYPE_BITS, MAX_HEADER, read_header
-from tasks.errors import CheckpointError
+from requant.tasks.checkpoint.header import DTYPE_BITS, MAX_HEADER, read_header
+from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import safetensors_bytes, with_header
 from tests.factories.watching import watching
 

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError, deserialize
 
-from tasks.checkpoint.checkpoint import INDEX
-from tasks.checkpoint.header import read_header
-from tasks.errors import CheckpointError
+from requant.tasks.checkpoint.checkpoint import INDEX
+from requant.tasks.checkpoint.header import read_header
+from requant.tasks.errors import CheckpointError
 from tests.factories.paths import CORPUS
 from tests.factories.pico import pico_base
 from tests.factories.watching import Ran, is_one_sentence, requant, snapshot, watching

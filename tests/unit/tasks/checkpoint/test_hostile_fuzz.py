@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
-from tasks.checkpoint.checkpoint import INDEX, Checkpoint
-from tasks.checkpoint.header import DTYPE_BITS, read_header
-from tasks.errors import CheckpointError
+from requant.tasks.checkpoint.checkpoint import INDEX, Checkpoint
+from requant.tasks.checkpoint.header import DTYPE_BITS, read_header
+from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import safetensors_bytes, with_header
 from tests.factories.watching import is_one_sentence, snapshot, watching
 

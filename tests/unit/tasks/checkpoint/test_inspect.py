@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.inspect import as_text, inspect_checkpoint
-from tasks.checkpoint.inventory import missing_parts, scheme_fields
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.inspect import as_text, inspect_checkpoint
+from requant.tasks.checkpoint.inventory import missing_parts, scheme_fields
 from tests.factories.checkpoints import all_tensors, from_bf16, rounded, to_bf16, write_checkpoint
 from tests.factories.repairs import elsewhere, fixed
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tasks.checkpoint.header import Tensor
-from tasks.checkpoint.mtp import (
+from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.checkpoint.mtp import (
     Head,
     find_head,
     layer_count,

@@ -12,9 +12,9 @@ from auto_round.export.export_to_awq.utils import WQLinear_GEMM, dequantize_gemm
 from auto_round_extension.torch import qlinear_torch, qlinear_torch_zp
 from safetensors.torch import save_file
 
-from tasks.checkpoint.header import Tensor, read_header
-from tasks.checkpoint.packing import Scheme, dequantize, to_numpy, unpack
-from tasks.errors import CheckpointError
+from requant.tasks.checkpoint.header import Tensor, read_header
+from requant.tasks.checkpoint.packing import Scheme, dequantize, to_numpy, unpack
+from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import from_bf16, rounded, safetensors_bytes
 
 OUT, IN = 64, 192

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from tasks.checkpoint.assemble import assemble
-from tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
-from tasks.checkpoint.head import HEAD_SHARD
-from tasks.checkpoint.repair import repair
-from tasks.errors import CheckpointError
+from requant.tasks.checkpoint.assemble import assemble
+from requant.tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
+from requant.tasks.checkpoint.head import HEAD_SHARD
+from requant.tasks.checkpoint.repair import repair
+from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import (
     FULL,
     all_tensors,

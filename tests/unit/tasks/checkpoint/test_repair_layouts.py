@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.checkpoint.checkpoint import INDEX, Checkpoint
-from tasks.checkpoint.head import HEAD_SHARD
-from tasks.checkpoint.inspect import inspect_checkpoint
-from tasks.checkpoint.repair import Base, repair
-from tasks.errors import CheckpointError
+from requant.tasks.checkpoint.checkpoint import INDEX, Checkpoint
+from requant.tasks.checkpoint.head import HEAD_SHARD
+from requant.tasks.checkpoint.inspect import inspect_checkpoint
+from requant.tasks.checkpoint.repair import Base, repair
+from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import all_tensors, raw_tensors, to_bf16
 from tests.factories.heads import LAYOUTS, PACKINGS, head_modules, make_base, packed, quantized, sharded, values_of
 from tests.factories.repairs import snapshot
@@ -178,7 +178,7 @@ def test_a_folder_that_cannot_change_places_gets_its_files_one_by_one(
 
 
 def test_two_repairs_of_one_folder_at_once_are_refused(tmp_path: Path) -> None:
-    from tasks.checkpoint.install import locked
+    from requant.tasks.checkpoint.atomic_swap import locked
 
     base = make_base(tmp_path / "base", "mtp")
     folder = damaged(base, tmp_path / "made", "mtp")

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from flows.checkpoint_commands import mtp_fix
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.engines import FINE, FIX, verdicts
-from tasks.checkpoint.mtp import find_head, with_head_entries
-from tasks.checkpoint.repair import Base, repair
-from tasks.errors import CheckpointError
+from requant.flows.cli.mtp_fix import mtp_fix
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.compat import FINE, FIX, verdicts
+from requant.tasks.checkpoint.mtp import find_head, with_head_entries
+from requant.tasks.checkpoint.repair import Base, repair
+from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import FULL, NARROW, all_tensors, experts_apart, raw_tensors, write_checkpoint
 from tests.factories.fp8_bases import as_fp8
 from tests.factories.heads import make_base, quantized

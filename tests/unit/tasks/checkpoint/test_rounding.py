@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks.checkpoint.rounding import Rounding
-from tasks.gates import slope_error, slope_off
-from tasks.recipe import Gates
+from requant.tasks.checkpoint.rounding import Rounding
+from requant.tasks.measuring.gates import slope_error, slope_off
+from requant.tasks.recipe.recipe import Gates
 
 LIMIT = Gates().max_weight_slope_error or 0.0
 ROWS, INPUTS = 192, 1024

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import numpy as reference
 
-from tasks.checkpoint.header import DTYPE_BITS, Tensor, read_header
-from tasks.checkpoint.writer import index_of, split_into_shards, write_file, write_json, write_shard
+from requant.tasks.checkpoint.header import DTYPE_BITS, Tensor, read_header
+from requant.tasks.checkpoint.writer import index_of, split_into_shards, write_file, write_json, write_shard
 from tests.factories.checkpoints import raw_tensors, safetensors_bytes
 
 WHOLE_BYTES = [d for d, bits in DTYPE_BITS.items() if bits % 8 == 0]

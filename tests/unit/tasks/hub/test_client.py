@@ -16,9 +16,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tasks.errors import HubError, HubUnavailable
-from tasks.hub.client import PASSING, hub_errors
-from tasks.hub.revision import resolve
+from requant.tasks.errors import HubError, HubUnavailable
+from requant.tasks.hub.client import PASSING, hub_errors
+from requant.tasks.hub.revision import resolve
 
 
 def http_error(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError, message: str = "as it says") -> HfHubHTTPError:

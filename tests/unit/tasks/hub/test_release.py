@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tasks.artifact import RELEASE, REWRITTEN, File, Manifest
-from tasks.errors import HubError
-from tasks.hub.manifest import ReleaseManifest, release_document, tag_of
-from tasks.hub.release import Release, _stale, holds, same
-from tasks.hub.revision import HubFile, Revision
+from requant.tasks.artifact import RELEASE, REWRITTEN, File, Manifest
+from requant.tasks.errors import HubError
+from requant.tasks.hub.manifest import ReleaseManifest, release_document, tag_of
+from requant.tasks.hub.release import Release, _stale, holds, same
+from requant.tasks.hub.revision import HubFile, Revision
 from tests.factories.checkpoints import write_files
 
 SHA = "0123456789abcdef0123456789abcdef01234567"

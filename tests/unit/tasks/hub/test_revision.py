@@ -7,9 +7,9 @@ import socket
 import pytest
 from huggingface_hub import constants
 
-from tasks.errors import HubUnavailable
-from tasks.hub import revision
-from tasks.hub.revision import COMMIT, HubFile, Revision, resolve
+from requant.tasks.errors import HubUnavailable
+from requant.tasks.hub import revision
+from requant.tasks.hub.revision import COMMIT, HubFile, Revision, resolve
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 

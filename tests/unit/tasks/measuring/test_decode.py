@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.errors import CheckpointError
-from tasks.measuring import decode as decoding
-from tasks.measuring.decode import agreement, decode, decode_in_blocks, speculate
-from tasks.measuring.head import MtpHead
-from tasks.model import Skeleton, load_model, load_tokenizer
-from tasks.text import EVALUATION
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.errors import CheckpointError
+from requant.tasks.measuring import decode as decoding
+from requant.tasks.measuring.decode import agreement, decode, decode_in_blocks, speculate
+from requant.tasks.measuring.head import MtpHead
+from requant.tasks.measuring.model import Skeleton, load_model, load_tokenizer
+from requant.tasks.texts.text import EVALUATION
 from tests.factories.bases import other_base
 from tests.factories.paths import TINY
 from tests.factories.pico import pico_base

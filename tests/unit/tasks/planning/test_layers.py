@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.planning.layers import choose_layers, standard_regex, why_kept
-from tasks.planning.output import plan_output
-from tasks.recipe_file import parse_recipe
-from tasks.recipe_quantize import Quantize
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.planning.layers import choose_layers, standard_regex
+from requant.tasks.planning.output import plan_output
+from requant.tasks.planning.reasons import why_kept
+from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.recipe.quantize import Quantize
 from tests.factories.pico import pico_base
 
 BLOCKS = "model.language_model.layers"

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from tasks.checkpoint.account import account
-from tasks.checkpoint.assemble import assemble
-from tasks.checkpoint.checkpoint import Checkpoint
-from tasks.checkpoint.experts import one_by_one
-from tasks.checkpoint.head import HeadFiles, keep_head, without_head
-from tasks.planning.layers import choose_layers
-from tasks.planning.output import Output, plan_output
-from tasks.recipe import Recipe
-from tasks.recipe_file import parse_recipe
+from requant.tasks.checkpoint.assemble import assemble
+from requant.tasks.checkpoint.audit import account
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.experts import one_by_one
+from requant.tasks.checkpoint.head import HeadFiles, keep_head, without_head
+from requant.tasks.planning.layers import choose_layers
+from requant.tasks.planning.output import Output, plan_output
+from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.recipe.recipe import Recipe
 from tests.factories.checkpoints import write_packed
 from tests.factories.fp8_bases import as_fp8
 from tests.factories.pico import pico_base
@@ -62,7 +62,7 @@ def test_the_planned_tensors_and_verdicts_are_the_written_ones(mtp: str, tmp_pat
     assert made.config == output.checkpoint.config and not made.problems
     found = account(made, Checkpoint.open(base), with_head=mtp != "drop", pack_head=mtp == "int8")
     assert len(output.kept_names) == found.kept + found.head
-    from tasks.checkpoint.engines import verdicts
+    from requant.tasks.checkpoint.compat import verdicts
 
     assert output.engines() == verdicts(made)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from dataclasses import replace
@@ -11,15 +12,16 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.errors import RecipeError
-from tasks.hub.revision import HubFile, Revision
-from tasks.plan import plan
-from tasks.planning.texts import CHARACTERS_A_TOKEN_OF_OURS, Texts, _at_least
-from tasks.quantizing.samples import calibration_samples, shares
-from tasks.recipe_file import parse_recipe
-from tasks.recipe_quantize import PRESETS
-from tasks.store import Store
-from tasks.text import TEXTS, Text, find_text
+from requant.tasks.download import text_files
+from requant.tasks.errors import RecipeError
+from requant.tasks.hub.revision import HubFile, Revision
+from requant.tasks.plan import plan
+from requant.tasks.planning.texts import CHARACTERS_A_TOKEN_OF_OURS, Texts, _at_least
+from requant.tasks.quantizing.samples import calibration_samples, shares
+from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.recipe.quantize import PRESETS
+from requant.tasks.store import Store
+from requant.tasks.texts.text import TEXTS, Text, find_text
 from tests.factories.paths import ROOT, TINY
 
 pytestmark = pytest.mark.usefixtures("quick_rendering")
@@ -42,7 +44,15 @@ def problems(
     """What a plan says of two texts. The skeleton is the tiny base's own folder: nothing is to be fetched."""
     small = {"nsamples": 8, "seqlen": 64, "batch_size": 4, **quantize}
     recipe = parse_recipe({"base": {"repo_id": "a/b"}, "quantize": small})
-    texts = Texts(store, BASE, TINY, store.near.root / "scratch", calibration, validation, fetch=fetch)
+    texts = Texts(
+        functools.partial(text_files, store),
+        BASE,
+        TINY,
+        store.near.root / "scratch",
+        calibration,
+        validation,
+        fetch=fetch,
+    )
     found = texts.problems(recipe, to_run, LONG)
     if notes is not None:
         notes += texts.notes
@@ -95,7 +105,9 @@ def test_what_the_readme_shows_has_enough_text(store: Store) -> None:
     readme = (ROOT / "README.md").read_text()
     recipe = parse_recipe(yaml.safe_load(readme.split("## The recipe\n\n```yaml\n")[1].split("```")[0]))
     text = find_text(recipe.quantize.calibration)
-    texts = Texts(store, BASE, TINY, store.near.root / "scratch", text, EVALUATION, fetch=False)
+    texts = Texts(
+        functools.partial(text_files, store), BASE, TINY, store.near.root / "scratch", text, EVALUATION, fetch=False
+    )
     for name, one in recipe.each.items():
         assert texts.problems(one, {"quantize"}, LONG) == [], name
 
@@ -146,7 +158,15 @@ def test_the_plan_of_a_default_recipe_needs_no_tokenizer(store: Store, tmp_path:
     recipe = parse_recipe({"base": {"repo_id": "a/b"}})
 
     def told(calibration: Text, fetch: bool) -> list[str]:
-        texts = Texts(store, BASE, tmp_path, tmp_path / "scratch", calibration, validation, fetch=fetch)
+        texts = Texts(
+            functools.partial(text_files, store),
+            BASE,
+            tmp_path,
+            tmp_path / "scratch",
+            calibration,
+            validation,
+            fetch=fetch,
+        )
         return texts.problems(recipe, RUN, LONG)
 
     validation = find_text(recipe.validation.text)
@@ -156,7 +176,7 @@ def test_the_plan_of_a_default_recipe_needs_no_tokenizer(store: Store, tmp_path:
 
 
 def test_the_least_tokens_of_a_builtin_text_are_below_those_that_were_counted() -> None:
-    """With 200,000 entries, as tasks/texts/README.md has it: with fewer entries there are more tokens."""
+    """With 200,000 entries, as tasks/texts/builtin/README.md has it: with fewer entries there are more tokens."""
     counted = re.findall(r"([\d,]+) of (prose|code|chats)\b", (TEXTS / "README.md").read_text())
     text = find_text("builtin:mixed")
     assert text.path is not None and len(counted) == 3
@@ -172,7 +192,9 @@ def test_tasks_that_want_a_chat_template_are_told_that_the_base_has_none(store: 
 
     def told(**changes: Any) -> list[str]:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **changes}))
-        texts = Texts(store, BASE, tmp_path, tmp_path / "scratch", PYTHON, EVALUATION, fetch=True)
+        texts = Texts(
+            functools.partial(text_files, store), BASE, tmp_path, tmp_path / "scratch", PYTHON, EVALUATION, fetch=True
+        )
         return texts.problems(recipe, {"validate"}, LONG)
 
     assert told() == ["eval.chat_template: the base has no chat template: leave it out, or set it to false"]

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from flows.gpu import stages_there
-from tasks.errors import Refused
-from tasks.hub.revision import HubFile, Revision
-from tasks.plan import plan_of, preflight
-from tasks.recipe import Recipe
-from tasks.recipe_file import parse_recipe
-from tasks.store import Store
-from tasks.text import find_text
-from tasks.tools import locked_version
+from requant.flows.gpu_pool import stages_there
+from requant.tasks.errors import Refused
+from requant.tasks.hub.revision import HubFile, Revision
+from requant.tasks.plan import plan_of, preflight
+from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.store import Store
+from requant.tasks.texts.text import find_text
+from requant.tasks.versions import locked_version
 from tests.factories.checkpoints import file_from
 from tests.factories.pico import pico_base
 from tests.factories.stores import Install

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tasks.benchmark import bench
-from tasks.checkpoint.packing import Scheme
-from tasks.errors import CheckpointError, EngineFailed
-from tasks.recipe import Benchmark
-from tasks.serving.in_torch import as_sentences
+from requant.tasks.benchmark import bench
+from requant.tasks.checkpoint.packing import Scheme
+from requant.tasks.errors import CheckpointError, EngineFailed
+from requant.tasks.recipe.recipe import Benchmark
+from requant.tasks.serving.in_torch import as_sentences
 from tests.factories.checkpoints import all_tensors, write_checkpoint, write_quantized
 from tests.factories.pico import pico_base
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tasks.serving.client import Answer, _completion_tokens, _has_text, _told_apart
-from tasks.serving.measure import _quantile, summarized, summary
-from tasks.serving.prompts import digest_of_prompts, has_chat_template, prompts_of, python_prompts
+from requant.tasks.serving.client import Answer, _completion_tokens, _has_text, _told_apart
+from requant.tasks.serving.measure import _quantile, summarized, summary
+from requant.tasks.serving.prompts import digest_of_prompts, has_chat_template, prompts_of, python_prompts
 
 
 def test_tokens_that_come_in_one_piece_share_the_wait_for_it() -> None:

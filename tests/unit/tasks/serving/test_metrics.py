@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.serving.metrics import Drafts, read_drafts
+from requant.tasks.serving.metrics import Drafts, read_drafts
 
 TEXT = """# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
 # TYPE vllm:spec_decode_num_drafts_total counter

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks.errors import RecipeError
-from tasks.serving.process import how, telling_lines
-from tasks.serving.vllm import find
+from requant.tasks.errors import RecipeError
+from requant.tasks.serving.process import how, telling_lines
+from requant.tasks.serving.vllm import find
 
 
 def test_what_a_log_says_cannot_move_a_terminals_cursor_or_fill_it(tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tasks.errors import CorruptBlob, RequantError, StoreError
-from tasks.store import Store
-from tasks.store.catalog import read_catalog
-from tasks.store.copy import copy, find_entries, store_at
-from tasks.store.folder import FolderBackend
-from tasks.store.store import blob_key
-from tasks.store.verify import verify
+from requant.tasks.errors import CorruptBlob, RequantError, StoreError
+from requant.tasks.store import Store
+from requant.tasks.store.catalog import read_catalog
+from requant.tasks.store.copy import copy, find_entries, store_at
+from requant.tasks.store.folder import FolderBackend
+from requant.tasks.store.store import blob_key
+from requant.tasks.store.verify import verify
 from tests.factories.stores import keep
 
 KEYS = ("a" * 64, "b" * 64, "c" * 64)

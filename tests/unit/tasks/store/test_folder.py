@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.errors import CheckpointError, RequantError, StoreError
-from tasks.store.folder import FolderBackend, clone, link
+from requant.tasks.errors import CheckpointError, RequantError, StoreError
+from requant.tasks.store.folder import FolderBackend, clone, link
 from tests.factories.stores import every_operation
 
 

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from tasks.artifact import Manifest
-from tasks.errors import Collected, StoreError
-from tasks.store import Store
-from tasks.store import lease as leases
-from tasks.store.catalog import read_catalog
-from tasks.store.gc import GRACE, Plan, Policy, collect
-from tasks.store.lease import Owner, lease, owner_of
-from tasks.store.runs import Run
-from tasks.store.store import GC, blob_key
-from tasks.store.verify import verify
+from requant.tasks.artifact import Manifest
+from requant.tasks.errors import Collected, StoreError
+from requant.tasks.store import Store
+from requant.tasks.store import lease as leases
+from requant.tasks.store.catalog import read_catalog
+from requant.tasks.store.gc import GRACE, Plan, Policy, collect
+from requant.tasks.store.lease import Owner, lease, owner_of
+from requant.tasks.store.runs import Run
+from requant.tasks.store.store import GC, blob_key
+from requant.tasks.store.verify import verify
 from tests.factories.stores import Counted, ago, keep, put
 
 DAY = 86400.0

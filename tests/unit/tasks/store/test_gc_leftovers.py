@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tasks.store import Store
-from tasks.store.gc import Policy, collect
-from tasks.store.store import blob_key
+from requant.tasks.store import Store
+from requant.tasks.store.gc import Policy, collect
+from requant.tasks.store.store import blob_key
 from tests.factories.stores import ago, keep
 
 DAY = 86400.0

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from tasks.store import lease as leases
-from tasks.store.folder import FolderBackend
-from tasks.store.lease import Owner, lease
+from requant.tasks.store import lease as leases
+from requant.tasks.store.folder import FolderBackend
+from requant.tasks.store.lease import Owner, lease
 from tests.factories.requant import wait_for
 from tests.factories.stores import Counted
 
 KEY = "k" * 64
+Told = Callable[[], list[str]]
 
 
 @pytest.fixture
@@ -52,8 +55,15 @@ def held(backend: FolderBackend) -> list[str]:
     return [key.rsplit("/", 1)[1] for key in backend.keys(f"leases/quantize/{KEY}")]
 
 
-def take(backend: FolderBackend, beat: float = 10.0, told: list[str] | None = None) -> None:
-    with lease(backend, "quantize", KEY, on_wait=(told if told is not None else []).append, beat=beat):
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Told:
+    """What is logged of waiting for others."""
+    caplog.set_level(logging.INFO, leases.log.name)
+    return lambda: [message for message in caplog.messages if message.startswith("waiting for")]
+
+
+def take(backend: FolderBackend) -> None:
+    with lease(backend, "quantize", KEY, beat=10.0):
         pass
 
 
@@ -87,9 +97,8 @@ def test_a_lease_is_released_when_the_work_fails(backend: FolderBackend) -> None
     take(backend)
 
 
-def test_a_second_run_waits_until_the_first_is_done_and_says_once_for_whom(backend: FolderBackend) -> None:
+def test_a_second_run_waits_until_the_first_is_done_and_says_once_for_whom(backend: FolderBackend, told: Told) -> None:
     order: list[str] = []
-    told: list[str] = []
     inside, leave = threading.Event(), threading.Event()
 
     def first() -> None:
@@ -99,15 +108,15 @@ def test_a_second_run_waits_until_the_first_is_done_and_says_once_for_whom(backe
             order.append("first")
 
     def second() -> None:
-        with lease(backend, "quantize", KEY, on_wait=told.append):
+        with lease(backend, "quantize", KEY):
             order.append("second")
 
     threads = [threading.Thread(target=first), threading.Thread(target=second)]
     threads[0].start()
     assert inside.wait(5)
     threads[1].start()
-    wait_for(lambda: told)
-    assert order == [] and len(told) == 1 and "which does this work" in told[0]
+    wait_for(told)
+    assert order == [] and len(told()) == 1 and "which does this work" in told()[0]
     leave.set()
     for thread in threads:
         thread.join(5)
@@ -125,7 +134,7 @@ def test_of_12_threads_only_one_is_inside_at_a_time(backend: FolderBackend) -> N
 
     def work() -> None:
         nonlocal inside, most, runs
-        with lease(backend, "quantize", KEY, on_wait=lambda text: None):
+        with lease(backend, "quantize", KEY):
             with guard:
                 inside += 1
                 most = max(most, inside)
@@ -143,40 +152,38 @@ def test_of_12_threads_only_one_is_inside_at_a_time(backend: FolderBackend) -> N
     assert held(backend) == []
 
 
-def test_the_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(backend: FolderBackend) -> None:
+def test_the_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(backend: FolderBackend, told: Told) -> None:
     mine = Owner.this_process()
     leave_lease(backend, replace(mine, pid=dead_pid()))
-    told: list[str] = []
-    with lease(backend, "quantize", KEY, on_wait=told.append):
+    with lease(backend, "quantize", KEY):
         assert "000002" in held(backend)
-    assert told == [], "nobody was waited for"
+    assert told() == [], "nobody was waited for"
     assert held(backend) == []
 
 
-def test_a_pid_used_again_by_another_process_is_not_the_owner(backend: FolderBackend) -> None:
+def test_a_pid_used_again_by_another_process_is_not_the_owner(backend: FolderBackend, told: Told) -> None:
     mine = Owner.this_process()
     leave_lease(backend, replace(mine, started=mine.started - 3600))
-    told: list[str] = []
-    take(backend, told=told)
-    assert told == [], "nobody was waited for"
+    take(backend)
+    assert told() == [], "nobody was waited for"
 
 
-def test_a_living_process_of_this_machine_is_waited_for(backend: FolderBackend) -> None:
+def test_a_living_process_of_this_machine_is_waited_for(backend: FolderBackend, told: Told) -> None:
     name = leave_lease(backend, Owner.this_process())
-    told: list[str] = []
-    thread = threading.Thread(target=take, args=(backend, 10.0, told))
+    thread = threading.Thread(target=take, args=(backend,))
     thread.start()
-    wait_for(lambda: told)
-    assert thread.is_alive() and len(told) == 1
+    wait_for(told)
+    assert thread.is_alive() and len(told()) == 1
     backend.delete(name)
     thread.join(5)
     assert not thread.is_alive()
 
 
-def test_a_silent_owner_on_another_machine_is_given_up_after_a_while(backend: Counted, clock: Clock) -> None:
+def test_a_silent_owner_on_another_machine_is_given_up_after_a_while(
+    backend: Counted, clock: Clock, told: Told
+) -> None:
     leave_lease(backend, owner_of("elsewhere/pid:[1]"))
-    told: list[str] = []
-    thread = threading.Thread(target=take, args=(backend, 10.0, told))
+    thread = threading.Thread(target=take, args=(backend,))
     thread.start()
     for _ in range(3):
         backend.wait_for_a_look()
@@ -184,7 +191,7 @@ def test_a_silent_owner_on_another_machine_is_given_up_after_a_while(backend: Co
         clock.now += leases.DEAD_AFTER / 3 + 0.1
     thread.join(10)
     assert not thread.is_alive()
-    assert told == ["waiting for process 1 on elsewhere, which does this work"]
+    assert told() == ["waiting for process 1 on elsewhere, which does this work"]
     assert held(backend) == []
 
 

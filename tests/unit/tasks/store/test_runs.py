@@ -6,15 +6,15 @@ import time
 
 import pytest
 
-from flows.report import Report
-from tasks.artifact import Manifest
-from tasks.errors import StoreError
-from tasks.hub.revision import Revision
-from tasks.recipe import Recipe
-from tasks.stage import StageResult
-from tasks.store import Store, runs
-from tasks.store.catalog import read_catalog
-from tasks.store.runs import Run, recorded
+from requant.flows.report.report import Report
+from requant.tasks.artifact import Manifest
+from requant.tasks.errors import StoreError
+from requant.tasks.hub.revision import Revision
+from requant.tasks.pipeline.stage import StageResult
+from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.store import Store, runs
+from requant.tasks.store.catalog import read_catalog
+from requant.tasks.store.runs import Run, recorded
 from tests.factories.requant import wait_for
 
 SHA = "c" * 40

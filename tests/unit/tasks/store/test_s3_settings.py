@@ -8,9 +8,10 @@ import json
 import boto3
 import pytest
 
-from tasks.errors import RecipeError, RequantError
-from tasks.store import open_store
-from tasks.store.s3_settings import write_settings
+from requant.tasks.errors import RecipeError, RequantError
+from requant.tasks.settings import Settings, read_settings
+from requant.tasks.store import open_store
+from requant.tasks.store.s3_settings import write_settings
 from tests.factories.paths import ROOT
 
 # What boto3's calls need. Source: AWS Service Authorization Reference, actions of Amazon S3.
@@ -31,16 +32,18 @@ ACTIONS = {
 
 
 def test_without_variables_the_bucket_decides() -> None:
-    assert write_settings({}) == ({}, {})
+    assert write_settings(Settings()) == ({}, {})
 
 
-def test_encryption_is_for_every_object_and_the_storage_class_for_files() -> None:
+def test_encryption_is_for_every_object_and_the_storage_class_for_files(monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {
         "REQUANT_S3_SSE": "aws:kms",
         "REQUANT_S3_SSE_KMS_KEY_ID": "arn:aws:kms:eu-central-1:111122223333:key/1234-ab",
         "REQUANT_S3_STORAGE_CLASS": "STANDARD_IA",
     }
-    every, files = write_settings(environment)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    every, files = write_settings(read_settings())
     assert every == {
         "ServerSideEncryption": "aws:kms",
         "SSEKMSKeyId": "arn:aws:kms:eu-central-1:111122223333:key/1234-ab",
@@ -87,7 +90,7 @@ def test_what_boto3_itself_refuses_is_a_sentence(name: str, value: str, monkeypa
 
 
 def test_the_policy_allows_what_the_code_calls_and_nothing_else() -> None:
-    policy = json.loads((ROOT / "infra" / "s3" / "policy.json").read_text())
+    policy = json.loads((ROOT / "infra" / "dev" / "s3" / "policy.json").read_text())
     allowed = {action for statement in policy["Statement"] for action in statement["Action"]}
     assert {statement["Effect"] for statement in policy["Statement"]} == {"Allow"}
     calls = called()
@@ -96,7 +99,7 @@ def test_the_policy_allows_what_the_code_calls_and_nothing_else() -> None:
 
 
 def test_the_policy_reaches_no_further_than_the_prefix() -> None:
-    policy = json.loads((ROOT / "infra" / "s3" / "policy.json").read_text())
+    policy = json.loads((ROOT / "infra" / "dev" / "s3" / "policy.json").read_text())
     for statement in policy["Statement"]:
         on_objects = not any("List" in action for action in statement["Action"])
         assert statement["Resource"] == ("arn:aws:s3:::BUCKET/PREFIX/*" if on_objects else "arn:aws:s3:::BUCKET")

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tasks.artifact import File, Manifest
-from tasks.errors import CorruptBlob, RecipeError, StoreError
-from tasks.store import Store, open_store
-from tasks.store.catalog import read_catalog
-from tasks.store.folder import FolderBackend
-from tasks.store.store import blob_key
+from requant.tasks.artifact import File, Manifest
+from requant.tasks.errors import CorruptBlob, RecipeError, StoreError
+from requant.tasks.store import Store, open_store
+from requant.tasks.store.catalog import read_catalog
+from requant.tasks.store.folder import FolderBackend
+from requant.tasks.store.store import blob_key
 from tests.factories.checkpoints import write_files
 from tests.factories.stores import Remote
 

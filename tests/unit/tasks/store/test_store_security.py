@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tasks.artifact import File, Manifest, check_relative, file_of
-from tasks.errors import CheckpointError, RequantError, StoreError
-from tasks.store import Store
-from tasks.store.folder import FolderBackend, make_folder
-from tasks.store.gc import Policy, collect
-from tasks.store.resume import restore
-from tasks.store.s3 import S3Backend
-from tasks.store.store import blob_key
+from requant.tasks.artifact import File, Manifest, check_relative, file_of
+from requant.tasks.errors import CheckpointError, RequantError, StoreError
+from requant.tasks.store import Store
+from requant.tasks.store.folder import FolderBackend, make_folder
+from requant.tasks.store.gc import Policy, collect
+from requant.tasks.store.resume import restore
+from requant.tasks.store.s3 import S3Backend
+from requant.tasks.store.store import blob_key
 from tests.factories.stores import every_operation, keep
 
 KEY = "a" * 64

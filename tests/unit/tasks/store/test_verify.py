@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tasks.artifact import Manifest
-from tasks.store import Store
-from tasks.store import lease as leases
-from tasks.store.folder import FolderBackend
-from tasks.store.lease import lease
-from tasks.store.store import GC, blob_key
-from tasks.store.verify import Verified, verify
+from requant.tasks.artifact import Manifest
+from requant.tasks.store import Store
+from requant.tasks.store import lease as leases
+from requant.tasks.store.folder import FolderBackend
+from requant.tasks.store.lease import lease
+from requant.tasks.store.store import GC, blob_key
+from requant.tasks.store.verify import Verified, verify
 from tests.factories.stores import Counted, keep
 
 KEY = "a" * 64

@@ -1,0 +1,76 @@
+"""What every command of `requant` has: --json, one document on stdout, an exit status."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from requant.tasks.errors import redact
+
+
+class _New(click.Path):
+    """A path to write to, whose folders are made if they can be."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(str(super().convert(value, param, ctx)))
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        if not there.is_dir():
+            self.fail(f"{there} is a file, and no folder to write into", param, ctx)
+        return path
+
+
+NEW_FOLDER = _New(path_type=Path, file_okay=False)
+NEW_FILE = _New(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+FORCE = click.option(
+    "--force",
+    is_flag=True,
+    help="Use the folder of the checkout even if files lie in it that Requant did not lay there, or that were changed "
+    "since: those of the same names are replaced, the others stay.",
+)
+RECIPES = click.option(
+    "--recipes",
+    type=click.Path(path_type=Path),
+    default=Path("deployments/recipes"),
+    show_default=True,
+    help="The folder of recipes whose bases are watched.",
+)
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def command(name: str) -> Callable[[F], click.Command]:
+    """A command that returns (document, text, exit status) and gets --json."""
+
+    def wrap(function: F) -> click.Command:
+        @functools.wraps(function)
+        def run(as_json: bool, **arguments: Any) -> None:
+            document, text, status = function(**arguments)
+            click.echo(redact(json.dumps(document, indent=1) if as_json else _visible(text)))
+            sys.exit(status)
+
+        option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else.")
+        return click.command(name)(option(run))
+
+    return wrap
+
+
+def progress(text: str) -> None:
+    """A line for whoever waits: on stderr, whatever goes to stdout."""
+    click.echo(redact(_visible(text)), err=True)
+
+
+def tell_foreign(folder: Path, weights: Sequence[str]) -> None:
+    """Say which weight files in a checkout are not the artifact's."""
+    for path in weights:
+        progress(f"{folder / path} is no part of the artifact, and a loader may read it: delete it if it is not needed")
+
+
+def _visible(text: str) -> str:
+    """Text for a terminal: whatever would move its cursor or hide a part, in a name from outside, is spelled out."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

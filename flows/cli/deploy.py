@@ -1,0 +1,54 @@
+"""`requant deploy`: make a Prefect server know the flows, the recipes and the work pools."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from requant.flows.cli.command import command
+from requant.tasks.errors import RecipeError
+
+
+@command("deploy")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True), default="deployments")
+def deploy(folder: Path) -> tuple[dict[str, Any], str, int]:
+    """Put FOLDER (prefect.yaml, recipes/, automations.yaml if any) on the Prefect server of PREFECT_API_URL.
+
+    What the server already has in the same form is left alone, and what somebody paused stays paused. Work pools that
+    are missing are made, for processes.
+    """
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
+        raise RecipeError("PREFECT_API_URL is not set: name the Prefect server, as in http://127.0.0.1:4200/api")
+    from requant.flows.deployment import (
+        POOLS,
+        apply_automations,
+        apply_deployment,
+        make_pools,
+        read_automations,
+        read_deployments,
+    )
+    from requant.flows.embedded import check_server
+
+    deployments = read_deployments(folder)
+    automations = read_automations(folder)
+    check_server(url)
+    from prefect.client.orchestration import get_client
+
+    from requant.flows.start import server_errors
+    from requant.flows.work_pool import problem_of_pool
+
+    with server_errors(), get_client(sync_client=True) as client:
+        make_pools(client)
+        deployed = dict(apply_deployment(client, each) for each in deployments)
+        applied = apply_automations(automations)
+        notes = [problem for pool in POOLS if (problem := problem_of_pool(client, pool))]
+    lines = [f"deployment {name}{'' if new else ' (unchanged)'}" for name, new in deployed.items()]
+    lines += [f"automation {name}{'' if new else ' (unchanged)'}" for name, new in applied.items()]
+    lines += [f"note: {each}" for each in notes]
+    changed = [name for name, new in (deployed | applied).items() if new]
+    answer = {"deployments": list(deployed), "automations": list(applied), "changed": changed, "notes": notes}
+    return answer, "\n".join(lines), 0

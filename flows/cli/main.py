@@ -1,0 +1,78 @@
+"""The command line: `requant COMMAND ... [--json]`.
+
+With --json, stdout is one JSON document and nothing else. Exit status: 0 done, 1 a gate failed or the work failed,
+2 wrong usage or recipe, 130 interrupted. Heavy imports happen inside the commands that need them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+
+import click
+
+import requant
+from requant.flows.cli.bench import bench
+from requant.flows.cli.deploy import deploy
+from requant.flows.cli.inspect import inspect
+from requant.flows.cli.mtp_fix import mtp_fix
+from requant.flows.cli.plan import plan
+from requant.flows.cli.publish import publish
+from requant.flows.cli.run import run
+from requant.flows.cli.store import store
+from requant.flows.cli.validate import validate
+from requant.flows.cli.verify import verify
+from requant.flows.cli.watch import watch
+from requant.flows.cli.webhook import webhook
+from requant.flows.cli.worker import worker
+from requant.tasks.environment import bypass_proxy_on_loopback
+from requant.tasks.errors import RecipeError, RequantError, explain_os_error, redact
+from requant.tasks.pipeline.log import set_up_logging
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(requant.__version__)
+def cli() -> None:
+    """Quantize a Hugging Face base model, prove that the result works, publish it."""
+
+
+for each in (run, plan, validate, mtp_fix, inspect, bench, verify, publish, watch, webhook, deploy, worker, store):
+    cli.add_command(each)
+
+
+def main() -> None:
+    """Entry point: every expected failure is one sentence on stderr."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    bypass_proxy_on_loopback(os.environ)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    set_up_logging()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended well, as by Ctrl-C
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.UsageError as error:
+        _fail(error.format_message() + (f" ({error.ctx.command_path} --help)" if error.ctx else ""), 2)
+    except RecipeError as error:
+        _fail(str(error), 2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted: what was finished is kept, and the same command goes on from there", 130)
+    except RequantError as error:
+        _fail(str(error), 1)
+    except OSError as error:
+        explained = explain_os_error(error)
+        if explained is None:
+            raise
+        _fail(str(explained), 1)
+
+
+def _fail(sentence: str, status: int) -> None:
+    sentence = redact(sentence)
+    if "--json" in sys.argv:
+        click.echo(json.dumps({"status": "failed", "error": sentence}))
+    click.echo(f"requant: {sentence}", err=True)
+    sys.exit(status)

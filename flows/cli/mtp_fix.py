@@ -1,0 +1,83 @@
+"""`requant mtp-fix`: the MTP head of a checkpoint made by whomever, repaired in place."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from requant.flows.cli.arguments import resolve_repo
+from requant.flows.cli.command import FOLDER, command
+
+if TYPE_CHECKING:
+    from requant.tasks.checkpoint.header import Tensor
+    from requant.tasks.checkpoint.repair import Base
+
+
+@command("mtp-fix")
+@click.argument("folder", type=FOLDER)
+@click.option("--base", help="The base: a folder, or repo_id[@revision]. Of a repo, only the head's bytes are fetched.")
+@click.option(
+    "--precision",
+    type=click.Choice(["keep", "int8", "int4"]),
+    default="keep",
+    show_default=True,
+    help="keep: the head bit for bit. int8, int4: its layers rounded and packed, smaller.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would change, and change nothing.")
+def mtp_fix(folder: Path, base: str | None, precision: str, dry_run: bool) -> tuple[dict[str, Any], str, int]:
+    """Repair the MTP head of an existing checkpoint, in place.
+
+    Index, total_size, both quantization configs and missing tokenizer and processor files are put right as well.
+    Without --base a packed head that no engine can load is dequantized: lossy, what the packing lost stays lost.
+    """
+    from requant.tasks.checkpoint.repair import repair
+
+    with _base(base) as source:
+        result = repair(folder, source, precision=precision, dry_run=dry_run)
+    drafts = any(verdict["mtp"] for verdict in result["engines"].values())
+    return result, _repair_text(folder, result, dry_run), 0 if drafts or dry_run else 1
+
+
+def _repair_text(folder: Path, result: dict[str, Any], dry_run: bool) -> str:
+    lines = [f"{engine:10} {_words(verdict)}" for engine, verdict in result["engines"].items()]
+    if not result["writes"]:
+        return "\n".join([f"{folder}: nothing to repair", *lines])
+    done = "would be repaired" if dry_run else "repaired"
+    source = "the base, bit for bit" if result["source"] == "base" else "what the packing left of them (lossy)"
+    writes, removes = ("would write", "would remove") if dry_run else ("wrote", "removed")
+    head = [f"{folder}: {done}, {result['tensors_restored']} tensors of the head from {source}"]
+    head += [f"{writes:12} {name}" for name in result["writes"]]
+    return "\n".join([*head, *(f"{removes:12} {name}" for name in result["removes"]), *lines])
+
+
+def _words(verdict: dict[str, Any]) -> str:
+    loads = "loads" if verdict["loads"] else "does not load"
+    return f"{loads}, {'drafts' if verdict['mtp'] else 'does not draft'}: {verdict['reason']}"
+
+
+@contextlib.contextmanager
+def _base(name: str | None) -> Iterator[Base | None]:
+    """A base to take the head from: a folder, or a repo's skeleton that is filled where it is read."""
+    from requant.tasks.checkpoint.repair import Base
+
+    if name is None:
+        yield None
+    elif Path(name).is_dir():
+        yield Base(Path(name))
+    else:
+        from requant.tasks.hub.sparse_checkout import fetch_files, fill, lay_out
+
+        revision = resolve_repo(name)
+        with tempfile.TemporaryDirectory(prefix="requant-") as temporary:
+            folder = lay_out(revision, Path(temporary))
+
+            def bring(tensors: Iterable[Tensor], files: Iterable[str]) -> None:
+                fill(revision, folder, tensors)
+                fetch_files(revision, folder, files)
+
+            yield Base(folder, bring)

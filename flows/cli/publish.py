@@ -1,0 +1,47 @@
+"""`requant publish --rollback`: `main` of a published repo moves back to an earlier release."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from requant.flows.cli.arguments import check_repo_id
+from requant.flows.cli.command import command
+from requant.tasks.errors import RecipeError
+
+
+@command("publish")
+@click.argument("recipe_or_repo")
+@click.option("--rollback", is_flag=True, help="Move main back to the release before, in one commit.")
+@click.option("--to", "tag", metavar="TAG", help="Move it to this release instead.")
+@click.option("--overwrite", is_flag=True, help="Also where someone else changed main since.")
+def publish(recipe_or_repo: str, rollback: bool, tag: str | None, overwrite: bool) -> tuple[dict[str, Any], str, int]:
+    """Move main of a published repo back to an earlier release. No weights are sent.
+
+    RECIPE_OR_REPO is a recipe's file, whose target is meant, or a repo_id. Asked for twice, it goes back once.
+    `requant run` is what publishes.
+    """
+    from requant.tasks.hub.rollback import rollback as moved_back
+
+    if not rollback:
+        raise click.UsageError("requant run publishes a recipe's result; here --rollback is what can be asked for")
+    released = moved_back(target_of(recipe_or_repo), tag, overwrite=overwrite)
+    done = "moved back" if released.changed else "nothing to do"
+    return {"published": released.to_json()}, f"{released.url} holds release {released.tag} ({done})", 0
+
+
+def target_of(name: str) -> str:
+    """The repo that is meant: a recipe's target, or the one that is named."""
+    if not name.endswith((".yaml", ".yml")):
+        return check_repo_id(name)
+    from requant.tasks.recipe.loader import load_recipe
+
+    recipe = load_recipe(Path(name))
+    repos = [one.publish.repo_id for one in recipe.each.values() if one.publish]
+    if not repos:
+        raise RecipeError(f"the recipe {name} has no publish.repo_id: name the repo itself")
+    if len(repos) > 1:
+        raise RecipeError(f"the recipe {name} has {len(repos)} outputs: name the repo itself, {' or '.join(repos)}")
+    return repos[0]

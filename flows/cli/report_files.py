@@ -1,0 +1,42 @@
+"""A report as files: the JSON document, a report in Markdown and a folder of pictures."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from requant.flows.checkout import check_writable
+from requant.tasks.checkpoint.writer import write_file, write_json
+from requant.tasks.errors import FolderInUse
+from requant.tasks.plots import write_pictures
+
+if TYPE_CHECKING:
+    from requant.flows.report.report import Report
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write the JSON document as `path`, and beside it STEM.md and the folder STEM-pictures (of outputs, one in it for
+    each)."""
+    from requant.flows.report.markdown import comparison, markdown
+
+    write_json(path.parent, path.name, report.to_json())
+    parts = [comparison(report)] if report.recipe.outputs else []
+    for name, one in report.each.items():
+        folder = path.with_name(f"{path.stem}-pictures") / name
+        if one.pictures or folder.is_dir():
+            write_pictures(folder, one.pictures)
+        where = quote(folder.relative_to(path.parent).as_posix())
+        parts.append(markdown(one, functools.partial("{0}/{1.name}.svg".format, where)))
+    write_file(path.parent, f"{path.stem}.md", ["\n".join(parts).encode()])
+
+
+def check_report(path: Path) -> None:
+    """Raises FolderInUse unless a report can be written to `path` and beside it, while nothing is done yet."""
+    check_writable(path.parent.resolve(), path)
+    pictures = path.with_name(f"{path.stem}-pictures")
+    if pictures.exists() and not pictures.is_dir():
+        raise FolderInUse(f"{pictures} is a file, and the report's pictures go into a folder of this name: move it")
+    if (text := path.with_name(f"{path.stem}.md")).is_dir():
+        raise FolderInUse(f"{text} is a folder, and the report in markdown gets this name: move it")

@@ -1,0 +1,107 @@
+"""`requant run`: the whole pipeline, here and now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from requant.flows.checkout import check_folder, lay_out
+from requant.flows.cli.command import FORCE, NEW_FILE, NEW_FOLDER, command, tell_foreign
+from requant.flows.cli.report_files import check_report, write_report
+from requant.tasks.artifact import OURS, PICTURES
+from requant.tasks.checkpoint.writer import write_file
+from requant.tasks.errors import RequantError
+from requant.tasks.plots import NAMES
+from requant.tasks.store import open_store
+
+if TYPE_CHECKING:
+    from requant.flows.report.report import Report
+
+
+def _report_path(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None and path.suffix == ".md":
+        raise click.BadParameter(f"{path} is where the markdown goes: name the JSON document, {path.stem}.json")
+    return path
+
+
+@command("run")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in quantize.iters=50.")
+@click.option(
+    "--checkout",
+    type=NEW_FOLDER,
+    help="Lay the result's files into this folder; of outputs, each into one of its name. It may be new, empty, or an "
+    "earlier checkout.",
+)
+@FORCE
+@click.option(
+    "--report",
+    "report_path",
+    type=NEW_FILE,
+    callback=_report_path,
+    help="Write the JSON document here; beside it, by the same name, a report in markdown and a folder of pictures.",
+)
+def run(
+    recipe: Path, overrides: tuple[str, ...], checkout: Path | None, force: bool, report_path: Path | None
+) -> tuple[dict[str, Any], str, int]:
+    """Run the whole pipeline, here and now."""
+    from requant.tasks.evaluate import check_tasks
+    from requant.tasks.recipe.loader import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    store = open_store()  # a wrong REQUANT_STORE is a wrong usage, found before anything starts
+    check_tasks(loaded.eval)
+    if force and checkout is None:
+        raise click.UsageError("--force is about the folder of --checkout: name one")
+    if checkout is not None:
+        for name in loaded.each:
+            check_folder(store, checkout / name, force=force)
+    if report_path is not None:
+        check_report(report_path)
+    from requant.flows.embedded import embedded_prefect
+
+    with embedded_prefect():
+        from requant.flows.report.terminal import render
+        from requant.flows.requantize import RunFailed, requantize
+
+        outcome: Any = requantize(loaded, return_state=True).result(raise_on_failure=False)
+        if isinstance(outcome, BaseException) and not isinstance(outcome, RunFailed):
+            raise outcome
+        report: Report = outcome.report if isinstance(outcome, RunFailed) else outcome
+    try:
+        for name, one in report.each.items():
+            lay_out_result(one, checkout / name if checkout else None, force=force)
+    finally:  # a folder that was filled in the meantime costs nobody the report
+        if report_path is not None:
+            _keep_report(report, report_path)
+    return report.to_json(), render(report), 0 if report.status in {"published", "validated"} else 1
+
+
+def _keep_report(report: Report, path: Path) -> None:
+    try:
+        write_report(report, path)
+    except OSError as error:  # the place could be written to when the run began
+        raise RequantError(
+            f"the run ended as {report.status}, and its report {path} cannot be written ({error.strerror}): name "
+            "another place and run again, which reuses every finished stage"
+        ) from error
+
+
+def lay_out_result(report: Report, checkout: Path | None, *, force: bool) -> None:
+    """Give the result a path: a checkout of the user's own, or read-only links beside a local store."""
+    store = open_store()
+    if report.artifact is None or not (checkout or store.is_local):
+        return
+    if checkout is not None:
+        report.path, foreign = lay_out(store, report.artifact, checkout, report.beside, force=force)
+        tell_foreign(report.path, foreign)
+        return
+    report.path = store.hand_out(report.artifact, store.checkout_folder(report.artifact))
+    ours = {*OURS, *(f"{PICTURES}/{name}.png" for name in NAMES)}
+    for path in ours - set(report.beside):
+        if path not in report.artifact:  # An earlier run laid it into this folder, which is the store's own.
+            (report.path / path).unlink(missing_ok=True)
+    for path, data in report.beside.items():
+        write_file(report.path, path, [data])

@@ -1,0 +1,224 @@
+"""`requant store ...`: what lies in the store, whether it is whole, what may go, and artifacts in and out."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from requant.flows.cli.command import FORCE, NEW_FOLDER, command, tell_foreign
+from requant.tasks.store import Store, open_store
+
+if TYPE_CHECKING:
+    from requant.tasks.store.catalog import Catalog, Entry
+
+
+class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic in click's types alone
+    """A number with a unit, such as 30d or 500GB; the value is in the unit that counts one."""
+
+    def __init__(self, name: str, units: dict[str, float]) -> None:
+        self.name, self.units = name, units
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([a-zA-Z]+)", str(value), re.ASCII)
+        if match is None or match[2].lower() not in self.units:
+            self.fail(f"{value!r} is no {self.name}: a number and {', '.join(self.units)}, as in {self.example}")
+        return float(match[1]) * self.units[match[2].lower()]
+
+    @property
+    def example(self) -> str:
+        return "30d" if "d" in self.units else "500GB"
+
+
+AGE = Quantity("age", {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400})
+SIZE = Quantity(
+    "size", {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+)
+
+
+@click.group()
+def store() -> None:
+    """Look at and into the store (REQUANT_STORE)."""
+
+
+@command("ls")
+def store_ls() -> tuple[dict[str, Any], str, int]:
+    """List the artifacts: what each is, from which base, its size and age, and which runs use it."""
+    from requant.flows.report.store import artifact_table
+    from requant.tasks.store.catalog import read_catalog
+
+    opened = _opened()
+    catalog = read_catalog(opened)
+    rows = [artifact_row(catalog, entry) for entry in sorted(catalog.entries.values(), key=lambda entry: entry.used)]
+    text = artifact_table(rows) if rows else f"{opened.url} is empty"
+    damaged = [f"artifacts/{stage}/{key}: {why}" for (stage, key), why in sorted(catalog.damaged.items())]
+    return {"store": opened.url, "artifacts": rows, "damaged": damaged}, "\n".join([text.rstrip(), *damaged]), 0
+
+
+def artifact_row(catalog: Catalog, entry: Entry) -> dict[str, Any]:
+    """One artifact as a row of `ls`; ages in seconds by the store's clock."""
+    runs = catalog.users.get(entry.name, [])
+    recorded = entry.provenance.get("base")
+    base = f"{recorded.get('repo_id')}@{recorded.get('sha')}" if isinstance(recorded, dict) else None
+    return {
+        "stage": entry.stage,
+        "key": entry.key,
+        "digest": entry.manifest.digest,
+        "base": runs[0].base if runs else base,
+        "files": len(entry.manifest.files),
+        "bytes": entry.manifest.size,
+        "started": entry.provenance.get("started"),
+        "unused_seconds": round(max(catalog.now - entry.used, 0.0)),
+        "used_by": [
+            {
+                "recipe": run.recipe,
+                "base": run.base,
+                "makes": run.makes,
+                "seconds": round(max(catalog.now - run.seen, 0.0)),
+            }
+            for run in runs
+        ],
+    }
+
+
+@command("verify")
+@click.option("--deep", is_flag=True, help="Read and hash every blob, not only look whether it is there in its size.")
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="Put back what is damaged or missing from a whole copy on this machine; else remove the artifacts that need "
+    "it, so that the next run makes them anew. Says what was done.",
+)
+def store_verify(deep: bool, repair: bool) -> tuple[dict[str, Any], str, int]:
+    """Check that every artifact's blobs are there. Exit status 1: there are problems, or (--repair) were."""
+    from requant.tasks.store.verify import verify
+
+    found = verify(_opened(), deep=deep, repair=repair)
+    text = "\n".join(
+        [f"{found.checked} blobs checked, {len(found.problems)} problems", *found.problems, *found.repairs]
+    )
+    return vars(found), text, 1 if found.problems else 0
+
+
+@command("gc")
+@click.option("--keep-last", type=click.IntRange(1), help="Artifacts go that the last so many runs of no recipe use.")
+@click.option("--older-than", type=AGE, help="Artifacts go that were not used for so long, as in 30d.")
+@click.option("--max-size", type=SIZE, help="The longest unused artifacts go until all fits, as in 500GB.")
+@click.option("--grace", type=AGE, default="24h", show_default=True, help="Leave alone what is younger.")
+@click.option("--dry-run", is_flag=True, help="Say what would go; delete nothing.")
+def store_gc(
+    keep_last: int | None, older_than: float | None, max_size: float | None, grace: float, dry_run: bool
+) -> tuple[dict[str, Any], str, int]:
+    """Delete what nothing names any more, and the artifacts that every option given says may go.
+
+    Without options no artifact goes: only blobs that no artifact names, what killed uploads left, and unfinished
+    work that nobody went on with for a week, here and in the store. What a run under way needs is never deleted,
+    nor is what is younger than the grace period, which must be longer than any upload takes.
+    """
+    from requant.flows.report.store import gc_text
+    from requant.tasks.store.gc import Policy, collect
+
+    if grace < 600:
+        raise click.BadParameter("the grace period must be longer than any upload: at least 10m", param_hint="--grace")
+    opened = _opened()
+    policy = Policy(keep_last, older_than, None if max_size is None else int(max_size), grace)
+    plan = collect(opened, policy, dry_run=dry_run)
+    document = {
+        "store": opened.url,
+        "dry_run": dry_run,
+        "artifacts": [
+            {"stage": e.stage, "key": e.key, "digest": e.manifest.digest, "bytes": e.manifest.size}
+            for e in plan.artifacts
+        ],
+        "blobs": {"count": len(plan.blobs), "bytes": sum(item.size for item in plan.blobs)},
+        "records": len(plan.records),
+        "leftovers": plan.leftovers,
+        "on_this_machine": {"paths": [str(f.path) for f in plan.near], "bytes": sum(f.bytes for f in plan.near)},
+        "stays": {"bytes": plan.stays},
+        "fits": max_size is None or plan.stays <= max_size,
+    }
+    return document, gc_text(document), 0
+
+
+@command("checkout")
+@click.argument("name", metavar="KEY-or-DIGEST")
+@click.argument("folder", type=NEW_FOLDER)
+@FORCE
+def store_checkout(name: str, folder: Path, force: bool) -> tuple[dict[str, Any], str, int]:
+    """Lay the artifact whose digest or stage key begins so into FOLDER, as files of your own.
+
+    FOLDER may be new, empty, or an earlier checkout: what that had and this artifact has not is removed.
+    """
+    from requant.flows.checkout import check_folder, lay_out
+    from requant.tasks.store.catalog import read_catalog
+    from requant.tasks.store.copy import find_entries
+
+    opened = _opened()
+    check_folder(opened, folder, force=force)
+    manifest = find_entries(read_catalog(opened), name)[0].manifest
+    with opened.lease("checkout", os.urandom(8).hex()):
+        opened.need(manifest.files)
+        path, foreign = lay_out(opened, manifest, folder, force=force)
+    tell_foreign(path, foreign)
+    return {"digest": manifest.digest, "path": str(path)}, f"{manifest.size:,} bytes in {path}", 0
+
+
+@command("export")
+@click.argument("name", metavar="KEY-or-DIGEST")
+@click.argument("destination", metavar="DEST")
+def store_export(name: str, destination: str) -> tuple[dict[str, Any], str, int]:
+    """Copy an artifact into another store: file:///dir, s3://bucket/prefix or a folder, which becomes a store."""
+    from requant.tasks.store.copy import store_at
+
+    return _moved(_opened(), _opened(store_at(destination)), [name])
+
+
+@command("import")
+@click.argument("source", metavar="SRC")
+@click.argument("names", metavar="[KEY-or-DIGEST]...", nargs=-1)
+def store_import(source: str, names: tuple[str, ...]) -> tuple[dict[str, Any], str, int]:
+    """Copy artifacts, by default all, from the store at SRC: file:///dir, s3://bucket/prefix or a folder."""
+    from requant.tasks.store.copy import store_at
+
+    return _moved(_opened(store_at(source), must_exist=True), _opened(), names)
+
+
+def _moved(source: Store, target: Store, names: Iterable[str]) -> tuple[dict[str, Any], str, int]:
+    from requant.tasks.store.catalog import read_catalog
+    from requant.tasks.store.copy import copy, find_entries
+
+    if source.url == target.url:
+        raise click.UsageError(f"{source.url} is one store: name another one")
+    catalog = read_catalog(source)
+    entries = [e for name in names for e in find_entries(catalog, name)] or list(catalog.entries.values())
+    copied = copy(source, target, entries)
+    rows = [
+        {
+            "stage": c.entry.stage,
+            "key": c.entry.key,
+            "digest": c.entry.manifest.digest,
+            "bytes_moved": c.bytes,
+        }
+        for c in copied
+    ]
+    moved = sum(c.bytes for c in copied)
+    text = f"{len(rows)} artifacts from {source.url} are in {target.url}; {moved:,} bytes had to move"
+    return {"source": source.url, "store": target.url, "artifacts": rows, "bytes_moved": moved}, text, 0
+
+
+def _opened(url: str | None = None, *, must_exist: bool = False) -> Store:
+    opened = open_store(url)
+    if must_exist and opened.is_local and not opened.near.root.is_dir():
+        raise click.UsageError(f"there is no store at {opened.url}")
+    opened.check()
+    return opened
+
+
+for each in (store_ls, store_verify, store_gc, store_checkout, store_export, store_import):
+    store.add_command(each)

@@ -1,0 +1,61 @@
+"""`requant watch`: look for new base revisions and start runs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from requant.flows.cli.command import RECIPES, command, progress
+from requant.tasks.errors import RecipeError, RequantError
+
+if TYPE_CHECKING:
+    from requant.flows.watching import Start
+
+
+@command("watch")
+@click.option("--once", is_flag=True, help="One pass, and its exit status: 1 if a recipe had a problem.")
+@RECIPES
+@click.option(
+    "--interval",
+    type=click.IntRange(min=10),
+    default=900,
+    show_default=True,
+    help="Seconds between the passes, without --once.",
+)
+def watch(once: bool, recipes: Path, interval: int) -> tuple[dict[str, Any], str, int]:
+    """Look for new base revisions and start runs: on the server at PREFECT_API_URL, else here, one after another."""
+    from requant.flows.watching import watch_pass
+
+    served = bool(os.environ.get("PREFECT_API_URL"))
+    with contextlib.ExitStack() as prefect:
+
+        @functools.cache
+        def starter() -> Start:
+            """Prefect is brought up, or asked whether it is there, when there is something to start."""
+            from requant.flows.embedded import embedded_prefect
+
+            prefect.enter_context(embedded_prefect())
+            from requant.flows.start import start_here, start_on_server
+
+            return start_on_server if served else start_here
+
+        while True:
+            try:
+                done = watch_pass(recipes, lambda store, due: starter()(store, due))
+                if once:
+                    break
+                progress(done.text)
+            except RecipeError:
+                raise
+            except RequantError as error:
+                if once:
+                    raise
+                progress(f"no pass: {error}")  # the store or the server may be back at the next
+            time.sleep(interval)
+    return done.to_json(), done.text, 1 if done.problems or any(s.status == "rejected" for s in done.started) else 0

@@ -1,0 +1,46 @@
+"""`requant webhook`: the relay that takes the Hub's webhooks."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import click
+
+from requant.flows.cli.command import RECIPES
+from requant.tasks.errors import RecipeError
+from requant.tasks.store import open_store
+
+MIN_SECRET_CHARACTERS = 16
+
+
+@click.command("webhook")
+@RECIPES
+@click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8787, show_default=True, help="Listen on this port.")
+def webhook(recipes: Path, host: str, port: int) -> None:
+    """Take the Hub's webhooks, and start the runs that a new commit makes due on the server at PREFECT_API_URL.
+
+    REQUANT_WEBHOOK_SECRET is the secret that the Hub's webhook was given. POST /hub takes payloads, /health answers ok.
+    """
+    from requant.tasks.settings import read_settings
+
+    given = read_settings().webhook_secret
+    secret = given.get_secret_value() if given else ""
+    if len(secret) < MIN_SECRET_CHARACTERS:
+        raise RecipeError(
+            f"REQUANT_WEBHOOK_SECRET must be a secret of {MIN_SECRET_CHARACTERS} characters or more, as in the Hub"
+        )
+    if not os.environ.get("PREFECT_API_URL"):
+        raise RecipeError("PREFECT_API_URL must name the Prefect server on which runs are to be started")
+    if not recipes.is_dir():
+        raise RecipeError(f"the folder of recipes {recipes} does not exist: name one with --recipes")
+    open_store()  # A wrong REQUANT_STORE is found before anything listens.
+    from requant.flows.webhook.serve import serve
+
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+    logging.getLogger().setLevel(logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    serve(secret, recipes, host, port)

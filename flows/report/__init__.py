@@ -1,0 +1,1 @@
+"""What a run or a plan shows to a person: rows for the terminal, Markdown for Prefect's pages."""

@@ -1,0 +1,116 @@
+"""What the relay answers: 202 at once for a payload with the right secret, and the look comes afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+from typing import Annotated, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from requant.flows.webhook.looker import Looker
+from requant.tasks.recipe.quantize import REPO_ID
+
+MAX_BODY = 64 << 10  # bytes; a payload of the Hub has 2 KB
+MAX_SECONDS = 10.0  # for a body to arrive
+SECRET_HEADER = b"x-webhook-secret"
+
+
+class Part(BaseModel):
+    """Of the Hub's payload (version 3) only what is read; the rest is not even looked at."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class Event(Part):
+    action: Annotated[str, Field(max_length=64)]
+    scope: Annotated[str, Field(max_length=64)]
+
+
+class Repo(Part):
+    type: Annotated[str, Field(max_length=64)]
+    name: Annotated[str, Field(pattern=REPO_ID)]
+
+
+class Payload(Part):
+    event: Event
+    repo: Repo
+
+    @property
+    def may_move_a_branch(self) -> bool:
+        return (
+            self.repo.type == "model"
+            and self.event.action in {"create", "update", "move"}
+            and self.event.scope in {"repo", "repo.content"}
+        )
+
+
+class Refused(Exception):
+    """An answer other than 202: a status, and one sentence."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status, self.sentence = status, sentence
+
+
+def create_app(secret: str, looker: Looker) -> FastAPI:
+    """The relay's one address, POST /hub, and /health."""
+    app = FastAPI(title="Requant webhook relay", docs_url=None, redoc_url=None, openapi_url=None)
+    expected = _digest(secret.encode())
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> JSONResponse:
+        return JSONResponse({"error": error.sentence}, error.status)
+
+    @app.get("/health")
+    async def health() -> dict[str, Literal["ok"]]:
+        return {"status": "ok"}
+
+    @app.post("/hub", status_code=202)
+    async def hub(request: Request) -> dict[str, str]:
+        sent = b"".join(value for name, value in request.headers.raw if name == SECRET_HEADER)
+        if not hmac.compare_digest(_digest(sent), expected):  # before a byte of the body is read
+            raise Refused(401, "X-Webhook-Secret is missing or not the one that this relay was given")
+        payload = _parse(await _body(request))
+        if not payload.may_move_a_branch:
+            return {"status": "ignored"}
+        if not looker.look_at(payload.repo.name):
+            raise Refused(503, "too many repos wait to be looked at: send it again, or leave it to the scheduled watch")
+        return {"status": "accepted"}
+
+    return app
+
+
+def _digest(secret: bytes) -> bytes:
+    """So that not even the secret's length decides how long a comparison takes."""
+    return hashlib.sha256(secret).digest()
+
+
+async def _body(request: Request) -> bytes:
+    """The whole body, or Refused as soon as it is known to be too large: announced or not."""
+    too_large = Refused(413, f"the body has more than {MAX_BODY} bytes: a payload of the Hub is far smaller")
+    announced = request.headers.get("content-length", "0")
+    if not announced.isdecimal() or int(announced[:20]) > MAX_BODY:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(MAX_SECONDS):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > MAX_BODY:
+                    raise too_large
+    except TimeoutError:
+        raise Refused(408, f"the body did not arrive within {MAX_SECONDS:.0f} s") from None
+    return bytes(body)
+
+
+def _parse(body: bytes) -> Payload:
+    try:
+        return Payload.model_validate_json(body)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "the body"
+        raise Refused(400, f"not a payload of the Hub's webhooks, version 3: {where}: {problem['msg']}") from None

@@ -1,0 +1,53 @@
+"""Looking at repos one pass after another, in a thread of its own, while the relay answers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Set
+from typing import Protocol
+
+from requant.flows.watching import Pass
+from requant.tasks.errors import RequantError
+
+MAX_WAITING = 1000  # repos; each counts once, however many payloads name it
+log = logging.getLogger(__name__)
+
+
+class Look(Protocol):
+    def __call__(self, repos: Set[str]) -> Pass:
+        """One pass of the watch over the recipes whose base is one of these repos."""
+        ...
+
+
+class Looker:
+    """Takes names of repos at once, and looks at all that wait in one pass."""
+
+    def __init__(self, look: Look) -> None:
+        self._look = look
+        self._waiting: set[str] = set()
+        self._change = threading.Condition()
+        threading.Thread(target=self._work, name="looker", daemon=True).start()
+
+    def look_at(self, repo: str) -> bool:
+        """Have a repo looked at soon; False if too many wait already."""
+        with self._change:
+            if repo not in self._waiting and len(self._waiting) >= MAX_WAITING:
+                return False
+            self._waiting.add(repo)
+            self._change.notify()
+        return True
+
+    def _work(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._waiting)
+                repos, self._waiting = frozenset(self._waiting), set()
+            try:
+                done = self._look(repos)
+            except RequantError as error:
+                log.warning("nothing was started: %s; the scheduled watch looks again", error)
+            except Exception:  # the thread must outlive whatever one pass meets
+                log.exception("a pass failed")
+            else:
+                log.info("%s", done.text)

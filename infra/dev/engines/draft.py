@@ -1,0 +1,128 @@
+"""draft.py MODEL_DIR PROMPTS.json --tokens N: what vLLM makes of a checkpoint and its MTP head, as JSON.
+
+Runs in the interpreter that infra/dev/engines/install makes, and imports nothing of this project. One engine in this
+process, greedy, one draft token, all prompts in one call. Acceptance measured on a CPU is right; speed is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+# Small models gain nothing from threads, and beside another process their barriers cost tenfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+SKIPPED = ("not found in params", "skip", "not initialized", "nexpected", "gnoring")
+
+
+def draft(
+    model: Path, prompts: list[str], tokens: int, *, mtp: bool = True, vision: bool = False, dtype: str = "bfloat16"
+) -> dict[str, Any]:
+    """Load a checkpoint and continue the prompts by `tokens` tokens each, with a draft token from its head or without.
+
+    Without `vision`, vLLM builds no vision tower and asks for no processor.
+
+    `error` is vLLM's own, where it does not start; then nothing is drafted. `warnings` are its words about weights.
+    """
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+
+    heard = _Ear()
+    logging.getLogger("vllm").addHandler(heard)
+    began = time.perf_counter()
+    result: dict[str, Any] = {"model": str(model), "mtp": mtp, "error": None, "drafted": 0, "accepted": 0}
+    result |= {"acceptance": None, "outputs": [], "load_seconds": None, "generate_seconds": None}
+    llm = None
+    try:
+        llm = LLM(
+            model=str(model),
+            dtype=dtype,
+            enforce_eager=True,
+            enable_prefix_caching=False,  # needs Triton in hybrid models
+            max_model_len=512,
+            disable_log_stats=False,
+            **({} if vision else {"limit_mm_per_prompt": {"image": 0, "video": 0}, "skip_mm_profiling": True}),
+            speculative_config={"method": "mtp", "num_speculative_tokens": 1} if mtp else None,
+        )
+        result["load_seconds"] = round(time.perf_counter() - began, 2)
+        began = time.perf_counter()
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        answers = llm.generate(prompts, sampling, use_tqdm=False)
+        result["generate_seconds"] = round(time.perf_counter() - began, 2)
+        result["outputs"] = [list(answer.outputs[0].token_ids) for answer in answers]
+        counted = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+        result["drafted"] = int(counted.get("vllm:spec_decode_num_draft_tokens", 0))
+        result["accepted"] = int(counted.get("vllm:spec_decode_num_accepted_tokens", 0))
+        if result["drafted"]:
+            result["acceptance"] = round(result["accepted"] / result["drafted"], 4)
+    except Exception as error:  # whatever vLLM raises is the answer
+        result["error"] = f"{type(error).__name__}: {error}"[:1000]
+    finally:
+        logging.getLogger("vllm").removeHandler(heard)
+        del llm
+        _clean_up()
+    return {**result, "warnings": heard.words}
+
+
+class _Ear(logging.Handler):
+    """Keeps warnings about weights."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.words: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if about_weights(text) and len(self.words) < 20:
+            self.words.append(text[:300])
+
+
+def about_weights(warning: str) -> bool:
+    """Whether one of vLLM's warnings says that weights are missing, too many, or skipped."""
+    return any(word in warning for word in SKIPPED) and "CPU backend" not in warning
+
+
+def _clean_up() -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory  # type: ignore[import-not-found]
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def quiet_stdout() -> Any:
+    """Everything that is printed goes to stderr from here on; what is returned writes to the real stdout."""
+    real = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return real
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("prompts", type=Path, help="a JSON list of texts")
+    parser.add_argument("--tokens", type=int, default=192)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--no-mtp", action="store_true")
+    parser.add_argument("--vision", action="store_true")
+    arguments = parser.parse_args()
+    out = quiet_stdout()
+    prompts = json.loads(arguments.prompts.read_text())
+    how = {"mtp": not arguments.no_mtp, "vision": arguments.vision, "dtype": arguments.dtype}
+    result = draft(arguments.model, prompts, arguments.tokens, **how)
+    json.dump(result, out)
+    out.write("\n")
+    out.flush()
+    sys.exit(1 if result["error"] else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Start the stand-in as a process of its own, and tell it what to do.
+
+with HubStandIn(tmp_path / "hub") as hub:
+    base = hub.seed("Qwen/tiny", folder)
+    hub.fault("resolve/.*safetensors", method="GET", cut_after_bytes=1000, times=2)
+    HfApi(endpoint=hub.url, token=hub.token).model_info("Qwen/tiny", revision=base)
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypedDict
+
+_CHECKOUT = Path(__file__).resolve().parents[3]
+_START_SECONDS = 30.0
+_STOP_SECONDS = 10.0
+
+
+class Exchange(TypedDict):
+    """One request that the stand-in was sent; `status` 0 if it was never answered."""
+
+    method: str
+    path: str
+    query: str
+    status: int
+    bytes_in: int
+    bytes_out: int
+
+
+class HubStandIn:
+    """A stand-in for the Hub, whose state outlives it in one folder.
+
+    `user` is the owner of `token` and of the namespace of that name; `tokens` adds others. After
+    `stop` or `kill`, `start` brings it back with the same state at the same address. It dies
+    with its parent.
+    """
+
+    def __init__(
+        self,
+        state: Path | str,
+        *,
+        user: str = "me",
+        token: str = "hf_standin",
+        tokens: Mapping[str, str] | None = None,
+        multipart_over: int | None = None,
+        part_size: int | None = None,
+        tree_page: int | None = None,
+    ) -> None:
+        self.state = Path(state)
+        self.user, self.token = user, token
+        self.url = ""
+        self.log = self.state / "server.log"
+        self._tokens = {token: user, **(tokens or {})}
+        self._limits = {
+            "--multipart-over": multipart_over,
+            "--part-size": part_size,
+            "--tree-page": tree_page,
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What a process needs in its environment to take this for the Hub."""
+        return {"HF_ENDPOINT": self.url, "HF_TOKEN": self.token, "HF_HUB_DISABLE_XET": "1"}
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        self.state.mkdir(parents=True, exist_ok=True)
+        url_file = self.state / "url"
+        url_file.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "infra.dev.hub", "--exit-with-stdin"]
+        command += ["--state", str(self.state.resolve()), "--url-file", str(url_file.resolve())]
+        command += ["--port", self.url.rpartition(":")[2] or "0"]
+        for token, user in self._tokens.items():
+            command += ["--token", f"{token}={user}"]
+        for option, value in self._limits.items():
+            if value is not None:
+                command += [option, str(value)]
+        search_path = os.pathsep.join(filter(None, [str(_CHECKOUT), os.environ.get("PYTHONPATH")]))
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": search_path},
+            )
+        deadline = time.monotonic() + _START_SECONDS
+        while not url_file.exists():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                tail = self.log.read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"The Hub stand-in did not start; its log ends with:\n{tail}")
+            time.sleep(0.02)
+        self.url = url_file.read_text()
+
+    def stop(self) -> None:
+        """Let it finish what it is doing, and stop it."""
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._process = None
+
+    def kill(self) -> None:
+        """SIGKILL, as a power cut would."""
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process = None
+
+    def seed(
+        self,
+        repo_id: str,
+        folder: Path | str,
+        *,
+        message: str = "Seed",
+        revision: str = "main",
+        repo_type: str = "model",
+        delete_missing: bool = False,
+        headers_only: bool = False,
+    ) -> str:
+        """Commit a folder to a branch, if it differs; the id of the branch's commit. `headers_only`: of safetensors
+        files nothing but the header is kept, and zeros are served behind it, by Range only."""
+        body = {
+            "repo_id": repo_id,
+            "folder": str(Path(folder).resolve()),
+            "message": message,
+            "revision": revision,
+            "repo_type": repo_type,
+            "delete_missing": delete_missing,
+            "headers_only": headers_only,
+        }
+        commit: str = self._call("POST", "seed", body)["commit"]
+        return commit
+
+    def set_repo(
+        self,
+        repo_id: str,
+        *,
+        gated: bool | str | None = None,
+        private: bool | None = None,
+        granted: Sequence[str] | None = None,
+        repo_type: str = "model",
+    ) -> None:
+        """Change who sees a repository. `granted`: the users let through its gate."""
+        body = {"gated": gated, "private": private, "granted": granted, "repo_type": repo_type}
+        self._call("PUT", f"repos/{repo_id}", body)
+
+    def add_token(self, token: str, user: str, *, orgs: Sequence[str] = (), role: str = "write") -> None:
+        """Make a token valid. `role` is `write` or `read`."""
+        self._call("POST", "tokens", {"token": token, "user": user, "orgs": list(orgs), "role": role})
+
+    def fault(
+        self,
+        path_regex: str = "",
+        *,
+        method: str | None = None,
+        times: int | None = 1,
+        skip: int = 0,
+        status: int | None = None,
+        retry_after: int | None = None,
+        delay: float = 0,
+        bytes_per_second: int | None = None,
+        cut_after_bytes: int | None = None,
+        cut_request_after_bytes: int | None = None,
+        corrupt: bool = False,
+        hold_request: bool = False,
+        hold_after_bytes: int | None = None,
+    ) -> None:
+        """Spoil requests to come, as `infra.dev.hub.faults.Fault` describes."""
+        body = {
+            "path_regex": path_regex,
+            "method": method,
+            "times": times,
+            "skip": skip,
+            "status": status,
+            "retry_after": retry_after,
+            "delay": delay,
+            "bytes_per_second": bytes_per_second,
+            "cut_after_bytes": cut_after_bytes,
+            "cut_request_after_bytes": cut_request_after_bytes,
+            "corrupt": corrupt,
+            "hold_request": hold_request,
+            "hold_after_bytes": hold_after_bytes,
+        }
+        self._call("POST", "faults", body)
+
+    def clear_faults(self) -> None:
+        """Forget all faults, and let go what they hold."""
+        self._call("DELETE", "faults")
+
+    def traffic(self) -> list[Exchange]:
+        """All requests since the start or the last `reset_traffic`, oldest first."""
+        exchanges: list[Exchange] = self._call("GET", "traffic")
+        return exchanges
+
+    def reset_traffic(self) -> None:
+        self._call("DELETE", "traffic")
+
+    def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        request = urllib.request.Request(
+            f"{self.url}/_standin/{path}",
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request) as response:
+                return json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            message = error.read().decode(errors="replace")
+            raise RuntimeError(f"The Hub stand-in refused {method} {path}: {message}") from error

@@ -1,0 +1,37 @@
+"""Run a command against a Hub stand-in that has the bases of all recipes: `python -m infra.dev.plan COMMAND...`.
+
+Of the 27 B base it serves headers alone, made from its dimensions: nothing of that size is ever on a disk.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from infra.bench.shapes import TINY, write_base
+from infra.dev.hub.launch import HubStandIn
+
+TEXTS = Path(__file__).parent.parent.parent / "tasks" / "texts" / "builtin"
+
+
+def seed_bases(hub: HubStandIn, folder: Path) -> None:
+    """The bases and texts that deployments/recipes name."""
+    hub.seed("demo/tiny-qwen3_5-mtp", TINY)
+    hub.seed("Qwen/Qwen3.6-27B", write_base(folder / "27b", data=False), headers_only=True)
+    (folder / "texts").mkdir()
+    (folder / "texts" / "train.txt").write_bytes((TEXTS / "python.txt").read_bytes()[:10_000])
+    hub.seed("NeelNanda/pile-10k", folder / "texts", repo_type="dataset")
+
+
+def main(command: list[str]) -> int:
+    with TemporaryDirectory(prefix="requant-plan-") as temporary, HubStandIn(Path(temporary) / "hub") as hub:
+        seed_bases(hub, Path(temporary))
+        store = {"REQUANT_STORE": (Path(temporary) / "store").as_uri()}
+        return subprocess.run(command, env={**os.environ, **hub.env, **store}, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

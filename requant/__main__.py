@@ -1,0 +1,5 @@
+"""Run the command line: `python -m requant`."""
+
+from requant.flows.cli.main import main
+
+main()

@@ -1,0 +1,26 @@
+"""Whether a checkpoint can be the base of a run."""
+
+from __future__ import annotations
+
+import os
+
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.fp8 import plain
+from requant.tasks.checkpoint.head import check_head
+from requant.tasks.errors import CheckpointError
+
+
+def check_base(base: Checkpoint, repo_id: str, *, with_head: bool) -> None:
+    """Find out before hours of work whether a base can be quantized, and its MTP head kept if that is asked for.
+
+    Raises CheckpointError, which names the base by `repo_id`.
+    """
+    try:
+        base.sound()
+        if any(module.quantized for module in plain(base).modules.values()):
+            raise CheckpointError("it is already quantized: name the base that it was made of")
+        if with_head:
+            check_head(base)
+    except CheckpointError as error:
+        sentence = str(error).replace(f"{base.folder}{os.sep}", "").replace(str(base.folder), "it")
+        raise CheckpointError(f"the base {repo_id} cannot be used: {sentence}") from error

@@ -1,0 +1,233 @@
+"""auto-round checkpoints, as vLLM reads them.
+
+Source: vLLM 0.32.0, model_executor/layers/quantization/inc/inc.py (INCConfig) and inc/config_parser.py
+(INCConfigParser). Compared with these classes by tests/engines/test_rules.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from requant.tasks.checkpoint.compat.rule import (
+    EXPERTS,
+    INTEGER,
+    LM_HEAD,
+    SCALED,
+    Fused,
+    InvalidPattern,
+    Layer,
+    Patterns,
+    Refused,
+    Renames,
+    Scheme,
+    required,
+    shorten,
+)
+
+BITS = {2, 3, 4, 5, 6, 7, 8}
+GROUPS = (128, 64, 32)  # group sizes, beside -1, that all engines take: the Marlin kernels of vLLM and SGLang decide
+GPTQ, AWQ, FP8, MXFP = "auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:fp8", "auto_round:llm_compressor"
+PACKINGS = {GPTQ, AWQ, FP8, MXFP}
+BACKENDS = {"auto", "gptq", "gptq:marlin", "awq", "awq:marlin", "marlin"}
+DATA_TYPES = {"int", "mx_fp", "fp"}
+MARKS = frozenset(r"*+?^$()[]{}|\\")  # a key with one of them is a pattern
+EVERYTHING = "no block_name_to_quantize: everything is quantized"
+
+Values = tuple[Any, Any, Any]  # bits, group size, sym
+
+
+@dataclass(frozen=True)
+class AutoRound:
+    """One config. `extra` and `blocks` hold names as the engine calls them."""
+
+    bits: Any
+    group_size: Any
+    sym: Any
+    packing: str
+    backend: str
+    data_type: str
+    blocks: list[str] | None
+    extra: dict[str, Any]
+    fused: Fused
+    patterns: Patterns
+    keys: tuple[str, ...] = field(default=())  # those of `extra` that are patterns
+
+    @classmethod
+    def read(cls, quantization: Mapping[str, Any], renames: Renames, fused: Fused, patterns: Patterns) -> AutoRound:
+        """INCConfig.from_config, then apply_vllm_mapper. Raises Refused where they raise."""
+        data_type = quantization.get("data_type", "int")
+        data_type = "fp" if data_type == "fp8" else data_type
+        bits = required(quantization, "bits")
+        group_size = normal_group(required(quantization, "group_size"))
+        packing = quantization.get("packing_format")
+        backend = next((quantization[key] for key in ("backend", "vllm_backend") if key in quantization), "auto")
+        sym = quantization.get("sym", True)
+        if not isinstance(data_type, str):
+            raise Refused(f"data_type is {shorten(data_type)}")
+        if packing is None:
+            packing = default_packing(data_type, bits, group_size)
+        _one_of("bits", bits, BITS)
+        if "mx_fp" not in data_type:
+            _one_of("data_type", data_type, DATA_TYPES)
+        _one_of("packing_format", packing, PACKINGS)
+        _one_of("backend", backend, BACKENDS)
+        _check_together(quantization, data_type, bits, group_size, sym, packing, backend)
+        blocks = next(
+            (quantization[key] for key in ("block_name_to_quantize", "to_quant_block_names") if key in quantization),
+            None,
+        )
+        if blocks is not None:
+            blocks = renames.of_list(blocks.split(",") if isinstance(blocks, str) else blocks, "block_name_to_quantize")
+        extra = quantization.get("extra_config")
+        if extra is not None and not isinstance(extra, dict):
+            raise Refused(f"extra_config is {shorten(extra)}, and no mapping")
+        named = {renames.of(key, "extra_config"): value for key, value in (extra or {}).items()}
+        keys = tuple(key for key in named if not MARKS.isdisjoint(key))
+        return cls(bits, group_size, sym, packing, backend, data_type, blocks, named, fused, patterns, keys)
+
+    def scheme(self, layer: Layer) -> Scheme:
+        """INCConfig.get_quant_method."""
+        for key in (layer.name, f"model.{layer.name}"):
+            if key in self.extra and _at_least_16(self._entry(key).get("bits", 16), key):
+                return Scheme(because=f"extra_config[{key!r}]")
+        (bits, group_size, sym), because = self._resolve(layer)
+        if _at_least_16(bits, layer.name):
+            return Scheme(because=because)
+        storage = INTEGER if self.data_type == "int" else SCALED
+        return Scheme(storage, bits, group_size, sym, because, "awq" if self.packing == AWQ else "gptq")
+
+    def _resolve(self, layer: Layer) -> tuple[Values, str]:
+        """INCConfigParser._resolve_raw."""
+        name = layer.name
+        if name in self.extra:
+            return self._values(name, True), f"extra_config[{name!r}]"
+        suffix = self._suffix(name)
+        if suffix is not None:
+            return self._values(suffix, True), f"extra_config[{suffix!r}]"
+        quantized, because = layer.kind != LM_HEAD, EVERYTHING
+        if self.blocks:
+            quantized, because = name.startswith(tuple(self.blocks)), "block_name_to_quantize"
+        if self.extra and "fusedmoe" in layer.cls.lower():  # vLLM's own class is RoutedExperts since 0.2x: never
+            found = [self._values(key, quantized) for key in self.extra if key.startswith(name)]
+            if found:
+                return self._same(found, name), "extra_config"
+        if self.extra:
+            for whole, parts in self.fused.items():
+                if name.count(whole) != 1:
+                    continue
+                names = [name.replace(whole, part) for part in parts]
+                if any(self._explicit(n) for n in names):
+                    return self._same([self._values(n, quantized) for n in names], name), "extra_config"
+        key = self._pattern(name) if self.extra else None
+        return self._values(name, quantized), because if key is None else f"extra_config[{shorten(key)}]"
+
+    def _suffix(self, name: str) -> str | None:
+        """The first key, in the order of the file, that the name ends with after a dot."""
+        tails = {name[at + 1 :] for at, c in enumerate(name) if c == "."} & self.extra.keys()
+        if len(tails) < 2:
+            return next(iter(tails), None)
+        return next(key for key in self.extra if key in tails)
+
+    def _explicit(self, name: str) -> bool:
+        return name in self.extra or self._pattern(name) is not None
+
+    def _pattern(self, name: str) -> str | None:
+        for key in self.keys:
+            try:
+                if self.patterns.search(key, name):
+                    return key
+            except InvalidPattern:
+                continue  # as vLLM does
+        return None
+
+    def _values(self, name: str, quantized: bool) -> Values:
+        bits, group, sym = (self.bits, self.group_size, self.sym) if quantized else (16, -1, True)
+        key = name if name in self.extra else self._pattern(name)
+        if key is None:
+            return bits, group, sym
+        entry = self._entry(key)
+        return entry.get("bits", bits), normal_group(entry.get("group_size", group)), entry.get("sym", sym)
+
+    def _entry(self, key: str) -> dict[str, Any]:
+        entry = self.extra[key]
+        if not isinstance(entry, dict):
+            raise Refused(f"extra_config[{shorten(key)}] is {shorten(entry)}, and no mapping")
+        return entry
+
+    def _same(self, found: list[Values], name: str) -> Values:
+        if any(values != found[0] for values in found):
+            raise Refused(f"extra_config treats the parts of {name} differently, which are one layer in the engine")
+        return found[0]
+
+    def kernel_problem(self, layer: Layer, scheme: Scheme) -> str | None:
+        """Why no CUDA kernel takes this scheme. Source: inc/schemes/inc_wna16_scheme.py and inc_wna16_linear.py."""
+        if not scheme.quantized or scheme.storage != INTEGER or layer.kind == EXPERTS:
+            return None
+        gptq = "gptq" in self.packing or "gptq" in self.backend
+        if scheme.bits in (2, 3, 5, 6, 7):
+            return None  # the humming kernel
+        known = scheme.bits in (4, 8) and scheme.sym is True if gptq else scheme.bits == 4
+        if known and (not gptq or scheme.group_size in (-1, *GROUPS)):
+            return None
+        return (
+            f"bits={scheme.bits!r}, group_size={scheme.group_size!r}, sym={scheme.sym!r} has no kernel ({layer.name})"
+        )
+
+
+def normal_group(group: Any) -> Any:
+    """An int, or two as a tuple. Raises Refused for anything else."""
+    if isinstance(group, list | tuple):
+        if len(group) != 2 or not all(isinstance(side, int) for side in group):
+            raise Refused(f"group_size is {shorten(group)}")
+        return tuple(group)
+    if not isinstance(group, int):
+        raise Refused(f"group_size is {shorten(group)}")
+    return group
+
+
+def default_packing(data_type: str, bits: Any, group_size: Any) -> str:
+    """The packing of a config that names none."""
+    if data_type == "fp" and bits == 8 and isinstance(group_size, tuple):
+        return FP8
+    return MXFP if "mx_fp" in data_type else GPTQ
+
+
+def _one_of(field_name: str, value: Any, known: set[Any]) -> None:
+    if not isinstance(value, str | int) or value not in known:
+        raise Refused(f"{field_name} is {shorten(value)}; it takes {', '.join(map(str, sorted(known)))}")
+
+
+def _at_least_16(bits: Any, name: str) -> bool:
+    if not isinstance(bits, int | float):
+        raise Refused(f"the bits of {name} are {shorten(bits)}")
+    return bits >= 16
+
+
+def _check_together(
+    quantization: Mapping[str, Any], data_type: str, bits: Any, group_size: Any, sym: Any, packing: Any, backend: Any
+) -> None:
+    """INCConfig._validate_supported_quantization and _validate_raw_config."""
+    if data_type == "int":
+        if isinstance(group_size, tuple) or packing not in (GPTQ, AWQ):
+            raise Refused(f"data_type int with group_size {group_size!r} and packing_format {packing!r}")
+    elif data_type == "fp":
+        if not (bits == 8 and isinstance(group_size, tuple) and sym and packing == FP8 and backend == "auto"):
+            raise Refused(f"data_type fp takes blocks of 8 bits in {FP8}, symmetric, backend auto")
+        _expect(
+            quantization, act_bits=8, act_group_size=group_size[0], act_data_type="fp", act_sym=True, act_dynamic=True,
+            activation_scheme="dynamic", fmt="e4m3",
+        )  # fmt: skip
+    elif data_type == "mx_fp" and not (
+        bits in (4, 8) and group_size == 32 and sym and packing == MXFP and backend == "auto"
+    ):
+        raise Refused(f"data_type mx_fp takes 4 or 8 bits in groups of 32 in {MXFP}, symmetric, backend auto")
+    if "mx_fp" in data_type and bits == 8:
+        _expect(quantization, act_bits=8, act_data_type="mx_fp", act_group_size=32, act_sym=True, act_dynamic=True)
+
+
+def _expect(quantization: Mapping[str, Any], **values: Any) -> None:
+    for key, value in values.items():
+        if quantization.get(key, value) != value:
+            raise Refused(f"{key} is {shorten(quantization[key])}; it takes {value!r} only")

@@ -1,0 +1,76 @@
+"""transformers: what it loads. It has no speculative decoding from an MTP head: the tensors are ignored.
+
+Source: transformers 5.23.0, quantizers/auto.py (AUTO_QUANTIZER_MAPPING), models/qwen3_5/modeling_qwen3_5.py
+(`_keys_to_ignore_on_load_unexpected = [r"^mtp.*"]`), models/deepseek_v3 and models/glm4_moe (layers beyond
+`num_hidden_layers` likewise).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.compat.rule import Refused, shorten
+from requant.tasks.checkpoint.compat.vllm import quantization_of
+from requant.tasks.checkpoint.modules import Module
+
+METHODS = {
+    "awq", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "gptq", "aqlm", "quanto", "quark", "fouroversix",
+    "fp_quant", "eetq", "higgs", "hqq", "compressed-tensors", "fbgemm_fp8", "torchao", "bitnet", "vptq", "spqr", "fp8",
+    "gguf", "nvfp4", "mxfp8", "auto-round", "mxfp4", "metal", "sinq", "gemma",
+}  # fmt: skip
+IGNORED = "transformers ignores the MTP head"
+
+
+def load_problem(checkpoint: Checkpoint) -> str | None:
+    """Why transformers would not load it, or None."""
+    try:
+        quantization = quantization_of(checkpoint.config)
+    except Refused as refusal:
+        return f"transformers refuses quantization_config: {refusal}"
+    packed = next((module for module in checkpoint.modules.values() if module.quantized), None)
+    if quantization is None:
+        if packed is not None:
+            return f"{packed.tensor.name} is quantized, and config.json has no quantization_config: restore it"
+        return None
+    method = quantization.get("quant_method")
+    if not isinstance(method, str) or method not in METHODS:
+        return f"quant_method is {shorten(method)}, which transformers does not know"
+    return _uneven(checkpoint, quantization) if method == "auto-round" else None
+
+
+def _uneven(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> str | None:
+    """Why auto-round, which unpacks for transformers, cannot load the first layer whose last group is smaller.
+
+    Source: auto_round 0.16.1, inference/backend.py: every kernel for a CPU wants inputs that the group size divides.
+    Tried with transformers 5.23.0 on a CPU. On a GPU its Triton kernel takes them by its source, which nobody tried.
+    """
+    extra = quantization.get("extra_config")
+    entries = [quantization, *(extra.values() if isinstance(extra, dict) else ())]
+    found = (entry.get("group_size") for entry in entries if isinstance(entry, dict))
+    sizes = {size for size in found if type(size) is int}
+    for module in checkpoint.modules.values():
+        inputs, rows = _inputs_and_groups(module)
+        if not rows or (-1 in sizes and rows == 1) or any(rows * size == inputs for size in sizes):
+            continue
+        size = next((size for size in sizes if size > 0 and -(-inputs // size) == rows), None)
+        if size is not None:
+            return (
+                f"{module.name} has {inputs} inputs, no multiple of group_size {size}: auto-round 0.16.1, which "
+                "unpacks it for transformers, has no kernel for that on a CPU (on a GPU it was not tried)"
+            )
+    return None
+
+
+def _inputs_and_groups(module: Module) -> tuple[int, int]:
+    """Inputs and groups of a packed matrix, from the shapes of its parts; (0, 0) of any other module."""
+    parts = [module.parts.get(part) for part in ("qweight", "qzeros", "scales")]
+    shapes = [part.shape for part in parts if part is not None and len(part.shape) == 2]
+    if len(shapes) < 3:
+        return 0, 0
+    qweight, qzeros, (groups, outputs) = shapes
+    if qweight[1] != outputs:  # AWQ packs along the outputs
+        return qweight[0], groups
+    bits = 32 * qzeros[1] // outputs if outputs else 0
+    return (32 * qweight[0] // bits, groups) if bits else (0, 0)

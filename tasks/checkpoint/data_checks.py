@@ -1,0 +1,89 @@
+"""What only the data can tell: values that are no numbers, scales of zero, a head that was dequantized.
+
+Reads every scale and every floating point tensor once, a chunk at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.checkpoint.modules import modules_of, split_name
+from requant.tasks.checkpoint.packing import float_rows
+
+# Exponent bits all set: infinite or not a number.
+EXPONENT = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
+SIGN = {"<u2": 0x7FFF, "<u4": 0x7FFFFFFF, "<u8": 0x7FFFFFFFFFFFFFFF}
+SCALES = {"scales", "weight_scale", "weight_scale_inv"}
+GROUPS = (32, 64, 128)
+ROWS = 64  # of a matrix are looked at for the traces of a packing: enough for thousands of groups
+
+
+def finite(chunk: bytes, dtype: str) -> bool:
+    """Whether all values of a chunk are numbers."""
+    if dtype not in EXPONENT:
+        return True
+    kind, mask = EXPONENT[dtype]
+    values = np.frombuffer(chunk, dtype=kind)
+    return not bool(np.any((values & np.array(mask, dtype=kind)) == mask))
+
+
+def deep_problems(checkpoint: Checkpoint) -> Iterator[str]:
+    """Problems in the data of a checkpoint, as sentences."""
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype not in EXPONENT:
+            continue
+        if not all(finite(chunk, tensor.dtype) for chunk in tensor.chunks()):
+            yield f"{tensor.name} has values that are not numbers or infinite: quantize this layer again"
+        elif split_name(tensor.name)[1] in SCALES and _has_zero(tensor):
+            yield f"{tensor.name} has scales of zero: the groups that they belong to are lost"
+    head = checkpoint.head
+    for module in modules_of(checkpoint.tensors[n] for n in (head.names if head else ())).values():
+        weight = module.parts.get("weight")
+        if module.storage == "plain" and weight is not None and len(weight.shape) == 2:
+            yield from _traces(weight)
+
+
+def _has_zero(tensor: Tensor) -> bool:
+    kind = EXPONENT[tensor.dtype][0]
+    magnitude = np.array(SIGN[kind], dtype=kind)
+    return any(bool(np.any((np.frombuffer(c, dtype=kind) & magnitude) == 0)) for c in tensor.chunks())
+
+
+def _traces(weight: Tensor) -> Iterator[str]:
+    """Whether a plain weight is a packed one made plain again, and with the wrong zero point.
+
+    A group of a 4 bit packing holds at most 16 distinct values, equally far apart; trained BF16 weights hold dozens.
+    Their integers have a mean near the zero point: a mean one step off is the zero point read as GPTQ stores it, minus
+    one, without adding the one (seen in hand-made fix-up scripts; it costs 6 to 8 points of draft acceptance).
+    """
+    if weight.shape[1] % min(GROUPS) or weight.dtype not in EXPONENT:
+        return
+    first = next(float_rows(weight), None)
+    if first is None:
+        return
+    values = first[:ROWS]
+    for size in sorted((size for size in GROUPS if not weight.shape[1] % size), reverse=True):
+        groups = values.reshape(-1, size)
+        groups = groups[np.any(groups != 0, axis=1)]
+        ordered = np.sort(groups, axis=1)
+        steps = np.diff(ordered, axis=1)
+        distinct = 1 + (steps > 0).sum(1)
+        if not len(groups) or np.mean(distinct <= 16) < 0.99:
+            continue
+        step = np.where(steps > 0, steps, np.inf).min(1)
+        offset = np.abs(groups.mean(1)) / np.where(np.isfinite(step), step, 1)
+        if np.median(offset) > 0.75:
+            yield (
+                f"{weight.name} was dequantized from 4 bits with a zero point that is one off, and drafts badly: "
+                "restore it with requant mtp-fix --base"
+            )
+        else:
+            yield (
+                f"{weight.name} was dequantized from 4 bits, which loses precision: "
+                "restore it with requant mtp-fix --base"
+            )
+        return

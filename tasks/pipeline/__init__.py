@@ -1,0 +1,1 @@
+"""What all stages share: reuse by stage key, the lease, the record of a result, and how Prefect runs them."""

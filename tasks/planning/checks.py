@@ -1,0 +1,28 @@
+"""What would stop a run, as the sentences that it would stop with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from requant.tasks.checkpoint.architecture import architecture_problem, known_model_types
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.experts import one_by_one, unknown_layout
+from requant.tasks.quantizing.auto_settings import unknown_layer
+from requant.tasks.recipe.recipe import Recipe
+
+
+def refusals(base: Checkpoint, recipe: Recipe) -> Iterator[str]:
+    """What is wrong with a base or the recipe's words for it, but for what only laying it out shows."""
+    known = known_model_types()
+    if known is not None:
+        problem = architecture_problem(base.config, known, allow_remote_code=recipe.allow_remote_code)
+        if problem:
+            yield problem
+    base = one_by_one(base)
+    fused = unknown_layout(base)
+    if fused:
+        yield fused
+    modules = {name.rpartition(".")[0] for name in base.tensors}
+    unknown = unknown_layer(recipe.quantize.layers, {*modules, "lm_head"})
+    if unknown:
+        yield unknown

@@ -1,0 +1,163 @@
+"""Reading a recipe: from a YAML file and overrides, and what is wrong with it in one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import reprlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from requant.tasks.errors import RecipeError
+from requant.tasks.recipe.quantize import Output, Quantize
+from requant.tasks.recipe.recipe import NOT_YAML, Base, Benchmark, Eval, Gates, Hardware, Publish, Recipe, Validation
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file; `overrides` are `a.b=c` with YAML values. A calibration file is relative to the recipe.
+
+    Raises RecipeError with one sentence that names the file or key, the value and what is allowed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RecipeError(f"the recipe {path} cannot be read ({reason}): name a YAML file") from error
+    try:
+        document = yaml.safe_load(text)
+    except NOT_YAML as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())[:200]
+        raise RecipeError(f"the recipe {path} is not YAML ({problem}{where})") from error
+    if not isinstance(document, dict):
+        raise RecipeError(f"the recipe {path} is not a mapping: it needs at least base: {{repo_id: ...}}")
+    for override in overrides:
+        _set(document, override)
+    recipe = parse_recipe(document)
+    recipe = _with_text_file(recipe, "quantize", "calibration", path.parent)
+    recipe = _with_text_file(recipe, "validation", "text", path.parent)
+    return _with_definitions(recipe, path.parent)
+
+
+def parse_recipe(document: Mapping[str, Any]) -> Recipe:
+    """Validate a recipe given as a mapping. Raises RecipeError with one sentence."""
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise RecipeError(_sentence(error, document)) from None
+
+
+def recipe_of(given: Recipe | Mapping[str, Any]) -> Recipe:
+    """The recipe that a run of a deployment was given: what Prefect hands on is JSON. Raises RecipeError."""
+    if isinstance(given, Recipe):
+        return given
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"the recipe {_short(given)} is not a mapping: it needs at least base: {{repo_id: ...}}")
+    return parse_recipe(given)
+
+
+def _with_text_file(recipe: Recipe, section: str, key: str, folder: Path) -> Recipe:
+    """The recipe with a text that is a local file by its whole path: it is relative to the recipe."""
+    part = getattr(recipe, section)
+    name = getattr(part, key)
+    if name.startswith("builtin:") or not (name.endswith((".txt", ".jsonl")) or name.startswith((".", "/", "~"))):
+        return recipe
+    path = _beside(folder, name)
+    if not os.path.isfile(path):  # Path's own raises for a name that is too long
+        raise RecipeError(f"{section}.{key}: the file {path} does not exist: correct the path in the recipe")
+    return recipe.model_copy(update={section: part.model_copy(update={key: str(path)})})
+
+
+def _with_definitions(recipe: Recipe, folder: Path) -> Recipe:
+    if recipe.eval is None or recipe.eval.definitions is None:
+        return recipe
+    path = _beside(folder, recipe.eval.definitions)
+    if not os.path.isdir(path):
+        raise RecipeError(f"eval.definitions: the folder {path} does not exist: correct the path in the recipe")
+    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"definitions": str(path)})})
+
+
+def _beside(folder: Path, name: str) -> Path:
+    """A path that a recipe in this folder names."""
+    try:
+        return (folder / Path(name).expanduser()).resolve()
+    except (RuntimeError, ValueError):  # no such user; a NUL in the name
+        return Path(name)
+
+
+def _set(document: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {override!r} is not KEY=VALUE: write for instance --set quantize.iters=50")
+    try:
+        parsed = yaml.safe_load(value)
+    except NOT_YAML as error:
+        raise RecipeError(f"--set {key}: the value {value!r} is not YAML") from error
+    *path, last = key.strip().split(".")
+    part: Any = document
+    for name in path:
+        if isinstance(part, list) and name.isdecimal() and int(name) < len(part):
+            part = part[int(name)]
+        else:
+            part = part.setdefault(name, {}) if isinstance(part, dict) else None
+        if part is None:
+            raise RecipeError(f"--set {key}: {name} is not a group of keys")
+    if not isinstance(part, dict):
+        raise RecipeError(f"--set {key}: {path[-1]} is not a group of keys")
+    part[last] = parsed
+
+
+def _sentence(error: ValidationError, document: Mapping[str, Any]) -> str:
+    """The first problem of a validation as one sentence: key, value, what is allowed."""
+    problem = error.errors(include_url=False)[0]
+    location = [str(p) for p in problem["loc"] if p not in {"function-after[possible(), Quantize]"}]
+    key = _plain(".".join(location))
+    kind, value = problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(known)}"
+        return f"{key} is not a key of a recipe: {hint}"
+    if kind == "missing":
+        return f"{key} is missing: every recipe needs it"
+    if kind == "value_error":
+        named = f"{key}: " if key else ""
+        return f"{named}{problem['ctx']['error']}" + (f", not {value!r}" if not isinstance(value, dict) else "")
+    allowed = problem["msg"][0].lower() + problem["msg"][1:]
+    if kind == "string_pattern_mismatch" and location[-1] == "repo_id":
+        allowed = "write a repo as owner/name"
+    location = [p for p in location if p in _all_keys() or p == location[0] or p.isdecimal()]
+    return f"{_plain('.'.join(location))}: {_short(value)} is not allowed: {allowed}"
+
+
+def _plain(key: str) -> str:
+    """A key as one may print it, whatever it holds."""
+    return key if key.isprintable() and len(key) <= 120 else reprlib.repr(key)
+
+
+def _short(value: Any) -> str:
+    short = reprlib.Repr()
+    short.maxlevel = short.maxlist = short.maxdict = 2
+    return short.repr(value)
+
+
+def _keys_at(location: Sequence[str]) -> list[str]:
+    model: Any = Recipe
+    for name in location:
+        if name.isdecimal():  # which of a list
+            continue
+        annotation = model.model_fields[name].annotation
+        sections = (annotation, *get_args(annotation))
+        model = next(part for part in sections if isinstance(part, type) and issubclass(part, BaseModel))
+    keys = list(model.model_fields)
+    return [*keys, "preset"] if model is Quantize else keys
+
+
+def _all_keys() -> set[str]:
+    sections = (Recipe, Base, Quantize, Validation, Gates, Eval, Benchmark, Publish, Hardware, Output)
+    return {name for section in sections for name in section.model_fields}

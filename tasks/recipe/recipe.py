@@ -1,0 +1,281 @@
+"""The recipe: one YAML file that says what to make of which base, which gates it must pass and where it goes."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+
+from requant.tasks.artifact import digest_of
+from requant.tasks.recipe.engine_flags import check_flags
+from requant.tasks.recipe.quantize import REPO_ID, Head, Output, PublishRepo, Quantize, Section, as_json
+
+# What PyYAML raises for text that is not YAML, or whose tags do not fit their values.
+NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, KeyError, IndexError, AttributeError, TypeError)
+PACKED_HEADS = ("int8", "int4")
+COLLECTION = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,200}$"
+# Texts of this package to measure on, in tasks/texts. They share nothing with those to calibrate with.
+BUILTIN_EVALUATION = ("builtin:mixed-evaluation", "builtin:python-evaluation")
+# What loses more than this lost as much as a model of 135 M parameters does in 4 bits without any tuning, or tuned on
+# another kind of text than it is measured on (0.25 to 0.36 nats). Tuned on text of the same kind, such a model loses
+# 0.18 to 0.22, and a larger one less.
+MAX_KL_DIVERGENCE = 0.25
+ENGINES = ("auto", "vllm", "torch", "none")
+ENGINE_URL = re.compile(r"url:https?://[A-Za-z0-9.-]{1,253}(:\d{1,5})?(/[A-Za-z0-9._~/-]{0,200})?")
+
+
+class Base(Section):
+    """The base: a Hub repo at a revision, resolved to a commit before anything else happens."""
+
+    repo_id: str = Field(pattern=REPO_ID, description="Hub repo of the base checkpoint")
+    revision: str = Field("main", min_length=1, max_length=255, description="Branch, tag or commit")
+
+
+class Validation(Section):
+    """What the result and its base are measured on."""
+
+    text: str = Field(
+        BUILTIN_EVALUATION[0],
+        min_length=1,
+        description="Hub data set id[@revision], a local .txt or .jsonl file, builtin:mixed-evaluation, or "
+        "builtin:python-evaluation for a model that writes Python alone",
+    )
+
+    @field_validator("text")
+    @classmethod
+    def known_text(cls, value: str) -> str:
+        if value.startswith("builtin:") and value not in BUILTIN_EVALUATION:
+            raise ValueError(f"{value} does not exist: use {' or '.join(BUILTIN_EVALUATION)}")
+        return value
+
+
+class Gates(Section):
+    """Limits. What is null is measured and reported, and not compared. Structure is always compared."""
+
+    max_perplexity_increase: Annotated[float, Field(ge=-1, le=100)] | None = Field(
+        0.05, description="Perplexity over the base's, minus 1"
+    )
+    max_kl_divergence: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        MAX_KL_DIVERGENCE, description="Mean KL divergence of next-token distributions from the base's, in nats"
+    )
+    min_top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        0.85, description="Share of positions where both predict the same next token"
+    )
+    min_mtp_acceptance_ratio: Annotated[float, Field(ge=0, le=10)] | None = Field(
+        0.95, description="Draft acceptance over the base's"
+    )
+    max_block_error: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        0.5, description="Error of one decoder block's output, given the base's input, over what the block adds"
+    )
+    max_weight_slope_error: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        0.03, description="Slope of one packed matrix on the base's, from where rounding alone would put it"
+    )
+    max_weight_offset: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        0.25, description="Mean difference of one packed matrix from the base's, in steps of its scales"
+    )
+    min_task_recovery: Annotated[float, Field(ge=0, le=10)] | None = Field(
+        0.95, description="Score of the lm-eval task that kept least, over the base's"
+    )
+
+
+class Eval(Section):
+    """lm-eval tasks, run on the base and on the result. Needs `requant[eval]`."""
+
+    tasks: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:+()-]{0,127}$")]] = Field(
+        min_length=1, max_length=100, description="Names of tasks, groups or tags, as `lm_eval ls tasks` lists them"
+    )
+    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Samples of each task; null: all")
+    num_fewshot: Annotated[int, Field(ge=0, le=100)] | None = Field(None, description="Examples; null: the task's own")
+    chat_template: bool = Field(False, description="Ask through the model's chat template")
+    batch_size: int = Field(8, ge=1, le=1024, description="Requests at a time")
+    definitions: str | None = Field(
+        None, min_length=1, description="A folder of further task definitions; lm-eval's can run Python"
+    )
+
+    @field_validator("tasks")
+    @classmethod
+    def each_once(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("name each task once")
+        return value
+
+
+class Benchmark(Section):
+    """What measures speed. `torch` is transformers on the machine at hand, never an engine's figure."""
+
+    engine: str = Field(
+        "auto",
+        description="auto (vllm where there is one, else torch), vllm, url:http://..., torch, none",
+        json_schema_extra={"pattern": rf"^({'|'.join(ENGINES)}|{ENGINE_URL.pattern})$"},
+    )
+    flags: Annotated[dict[str, Any], AfterValidator(as_json)] = Field(
+        {}, description="The engine's own, as it spells them"
+    )
+    prompts: list[Literal["card", "code", "prose", "chat"]] = Field(
+        ["card"], min_length=1, description="Prompt sets: tasks/prompts"
+    )
+    concurrency: int = Field(4, ge=1, le=256, description="Requests at once, beside one at a time")
+    draft_tokens: int = Field(1, ge=1, le=8, description="Tokens that the MTP head drafts at once")
+    max_tokens: Annotated[int, Field(ge=1, le=32_768)] | None = Field(None, description="At most so many a prompt")
+
+    @field_validator("engine")
+    @classmethod
+    def known_engine(cls, value: str) -> str:
+        if value not in ENGINES and not ENGINE_URL.fullmatch(value):
+            raise ValueError(f"use {', '.join(ENGINES)}, or url:http://HOST:PORT of a server without a password in it")
+        return value
+
+    @field_validator("flags")
+    @classmethod
+    def possible_flags(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_flags(value)
+        return value
+
+
+class Publish(Section):
+    """Where the result goes."""
+
+    repo_id: PublishRepo = Field(description="Hub repo of the result")
+    private: bool | None = Field(None, description="null: as the base, and what is private stays so")
+    gated: Literal["auto", "manual", "open"] | None = Field(
+        None, description="Who may read: null: as the base, and what is gated stays so"
+    )
+    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]{0,63}$")] | None = Field(
+        None, description="The card's license; null: the base's"
+    )
+    collection: Annotated[str, Field(pattern=COLLECTION)] | None = Field(
+        None, description="Hub collection to be listed in: owner/title-0123456789abcdef01234567"
+    )
+    pull_request: bool = Field(False, description="Leave the move of main to a person: open a pull request")
+    overwrite: bool = Field(False, description="Publish over a main that someone else changed")
+
+
+class Hardware(Section):
+    """What it runs on, for the plan: how long it takes there, and what it costs. Changes no result, so no stage key."""
+
+    gpu: str | None = Field(None, min_length=1, max_length=100, description="Name of the GPU, as NVIDIA H100 80GB HBM3")
+    price_per_hour: Annotated[float, Field(ge=0, le=10_000)] | None = Field(None, description="In any currency")
+
+
+def _said(error: ValidationError) -> str:
+    """The first problem of the recipe of one output: its single values have been looked at before."""
+    problem = error.errors(include_url=False)[0]
+    key, value = ".".join(map(str, problem["loc"])), problem["input"]
+    if "error" not in problem.get("ctx", {}):
+        return f"{key} {value} is not allowed: {problem['msg']}"
+    sentence = str(problem["ctx"]["error"])
+    return f"{key}: {sentence}, not {value!r}" if isinstance(value, str) else sentence
+
+
+def _both_packed_as(one: Quantize, other: Quantize) -> str:
+    """Say why two outputs are one although their formats have two names."""
+    if one.format == other.format:
+        return ""
+    return f" (format {one.format} and format {other.format} are both packed as {one.packing})"
+
+
+class Recipe(Section):
+    """What to make of which base."""
+
+    base: Base
+    quantize: Quantize = Quantize()
+    mtp: Head = Field(
+        "keep", description="The MTP head: keep (lossless, from the base), its layers packed to int8 or int4, or drop"
+    )
+    allow_remote_code: bool = Field(False, description="Run Python files of the base's repo")
+    validation: Validation = Validation()
+    gates: Gates = Gates()
+    eval: Eval | None = None
+    benchmark: Benchmark = Benchmark()
+    publish: Publish | None = None
+    hardware: Hardware | None = None
+    outputs: list[Output] = Field(
+        [], max_length=16, description="Several results of one base, each with what it does otherwise; none: one result"
+    )
+
+    @model_validator(mode="after")
+    def own_tasks_are_code(self) -> Recipe:
+        """Source: lm_eval 0.4.13. `!function` and `class` import what stands beside the YAML (tasks/_yaml_loader.py),
+        and prompts are Jinja templates without a sandbox (utils.py)."""
+        if self.eval is not None and self.eval.definitions is not None and not self.allow_remote_code:
+            raise ValueError(
+                f"eval.definitions {self.eval.definitions} can run Python: trust it with allow_remote_code: true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def not_over_the_base(self) -> Recipe:
+        if self.publish is None or self.outputs:  # of outputs, each has a repo of its own, and is looked at then
+            return self
+        if self.publish.repo_id.lower() == self.base.repo_id.lower():
+            raise ValueError(f"publish.repo_id {self.publish.repo_id} is the base itself: name a repo of your own")
+        return self
+
+    @model_validator(mode="after")
+    def outputs_are_possible_and_differ(self) -> Recipe:
+        names: dict[str, int] = {}
+        made: dict[str, tuple[int, Recipe]] = {}
+        targets: dict[str, int] = {}
+        for number, output in enumerate(self.outputs):
+            where = f"outputs.{number}"
+            if output.repo_id is not None and self.publish is None:
+                raise ValueError(f"{where}.repo_id {output.repo_id}: without publish, nothing is published: add it")
+            try:
+                name, recipe = self._alone(output)
+            except ValidationError as error:
+                raise ValueError(f"{where}: {_said(error)}") from None
+            first, other = made.setdefault(recipe.makes, (number, recipe))
+            if first != number:
+                formats = _both_packed_as(other.quantize, recipe.quantize)
+                raise ValueError(f"{where} makes the same as outputs.{first}{formats}: take one of them out")
+            if (first := names.setdefault(name.lower(), number)) != number:
+                raise ValueError(f"{where} would be called {name}, as outputs.{first} is: give it a name")
+            if recipe.publish and (first := targets.setdefault(recipe.publish.repo_id.lower(), number)) != number:
+                raise ValueError(
+                    f"{where}.repo_id {recipe.publish.repo_id} is where outputs.{first} goes: name another repo"
+                )
+        return self
+
+    @property
+    def each(self) -> dict[str, Recipe]:
+        """The recipes of one result each, by the output's name. A recipe without outputs is its own, without a name."""
+        return dict(map(self._alone, self.outputs)) if self.outputs else {"": self}
+
+    def _alone(self, output: Output) -> tuple[str, Recipe]:
+        """Name and recipe of one output. Raises ValidationError if it is impossible."""
+        document = self.model_dump(exclude_unset=True, exclude={"outputs"})
+        document["quantize"] = quantize = output.over(document.get("quantize", {}))
+        name = output.called(Quantize.model_validate(quantize))
+        if output.mtp is not None:
+            document["mtp"] = output.mtp
+        if self.publish is not None:
+            document["publish"]["repo_id"] = output.repo_id or f"{self.publish.repo_id}-{name}"
+        return name, Recipe.model_validate(document)
+
+    def with_group_size(self, group_size: int) -> Recipe:
+        """This recipe with a number where quantize.group_size is auto; of one result."""
+        quantize = self.quantize.with_group_size(group_size)
+        return self if quantize is self.quantize else self.model_copy(update={"quantize": quantize})
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all that the recipe says, defaults too, but the hardware: how runs of a recipe know each other."""
+        return digest_of(self._document())
+
+    @property
+    def makes(self) -> str:
+        """The same of what it makes, however that is spelled and wherever it goes; of one result."""
+        return digest_of(self._document() | {"publish": None, "quantize": self.quantize.makes})
+
+    def _document(self) -> dict[str, Any]:
+        """All that it says but the hardware. What came later only where it is used: digests stay what they were."""
+        left_out: dict[str, Any] = {"hardware": True, "outputs": not self.outputs}
+        if self.quantize.compare_last == "auto":
+            left_out["quantize"] = {"compare_last": True}
+        document = self.model_dump(mode="json", exclude={name: what for name, what in left_out.items() if what})
+        # Null was this limit's default before it had one, so that recipes of that time have it in their digest.
+        if document["gates"]["max_kl_divergence"] == MAX_KL_DIVERGENCE:
+            document["gates"]["max_kl_divergence"] = None
+        return document

@@ -1,0 +1,263 @@
+"""What a Prefect server is told, and what its form shows."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from click.testing import CliRunner
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.importtools import import_object
+
+from requant.flows.cli.deploy import deploy
+from requant.flows.deployment import POOLS, Deployment, WorkPool, read_automations, read_deployments, with_recipes
+from requant.flows.gpu_pool import pinned, run_name, where
+from requant.flows.requantize import requantize
+from requant.flows.sweep import SILENCE_S, TAG
+from requant.tasks.errors import RecipeError, RequantError
+from requant.tasks.recipe.loader import load_recipe, parse_recipe, recipe_of
+from requant.tasks.recipe.quantize import PRESETS
+from requant.tasks.texts.text import find_text
+from tests.factories.paths import ROOT
+
+DEPLOYMENTS = ROOT / "deployments"
+RECIPES = sorted((DEPLOYMENTS / "recipes").glob("*.yaml"))
+
+
+def deployments() -> dict[str, dict[str, Any]]:
+    document = with_recipes(yaml.safe_load((DEPLOYMENTS / "prefect.yaml").read_text()), DEPLOYMENTS / "recipes")
+    return {each["name"]: each for each in document["deployments"]}
+
+
+@functools.cache
+def form() -> dict[str, Any]:
+    return parameter_schema(requantize.fn).model_dump()
+
+
+def test_every_deployment_names_a_flow_and_a_pool() -> None:
+    for each in deployments().values():
+        assert import_object(each["entrypoint"]).name == each["entrypoint"].rsplit(".", 1)[-1]
+        assert each["work_pool"]["name"] in POOLS
+        assert TAG in each["tags"]  # which the sweep looks for
+    assert {name for name, each in deployments().items() if each["work_pool"]["name"] == "gpu"} == {
+        "quantize", "validate", "benchmark",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_a_deployment_whose_form_holds_and_accepts_all_that_it_says(path: Path) -> None:
+    parameters = deployments()[path.stem]["parameters"]
+    assert recipe_of(parameters["recipe"]) == load_recipe(path)
+    jsonschema.validate(parameters, form())
+
+
+def test_a_limit_that_a_recipe_takes_away_stays_away(tmp_path: Path) -> None:
+    (tmp_path / "free.yaml").write_text("base: {repo_id: a/b}\ngates: {min_top1_agreement: null}\n")
+    document = with_recipes(yaml.safe_load((DEPLOYMENTS / "prefect.yaml").read_text()), tmp_path)
+    assert recipe_of(document["deployments"][-1]["parameters"]["recipe"]).gates.min_top1_agreement is None
+
+
+def test_the_form_has_an_order_bounds_and_lists_to_choose_from() -> None:
+    sections = form()["definitions"]
+    for section in sections.values():
+        positions = [field["position"] for field in section["properties"].values()]
+        assert positions == list(range(len(positions)))
+        assert all(field.get("title") for field in section["properties"].values())
+    quantize = sections["Quantize"]["properties"]
+    assert quantize["scheme"]["enum"][0] == "W4A16" and quantize["torch_compile"]["enum"] == ["auto", True, False]
+    assert quantize["iters"]["maximum"] == 10_000
+
+
+# Repos that the Hub refuses to make, and some that it makes.
+NOT_TAKEN = ["noslash", "me/a--b", "me/a..b", "me/-a", "me/a.", "me/a.git", "me-/a", f"me/{'a' * 97}", "me/a/b", "/a"]
+TAKEN = ["me/a", "me/A_b.c-d", f"me/{'a' * 96}", "me_/_a", "0/1", "me/a.gitt"]
+
+
+@pytest.mark.parametrize("repo_id", TAKEN)
+def test_a_repo_that_the_hub_takes_the_form_and_the_run_take(repo_id: str) -> None:
+    given = {"base": {"repo_id": "a/b"}, "publish": {"repo_id": repo_id}}
+    jsonschema.validate({"recipe": given}, form())
+    assert recipe_of(given).publish is not None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"base": {"repo_id": "not a repo"}},
+        {"base": {"repo_id": "a/b"}, "quantize": {"scheme": "W5A16"}},
+        {"base": {"repo_id": "a/b"}, "quantize": {"iters": -1}},
+        {"base": {"repo_id": "a/b"}, "quantize": {"preset": "best"}},
+        {"base": {"repo_id": "a/b"}, "quantize": {"torch_compile": "sometimes"}},
+        {"base": {"repo_id": "a/b"}, "benchmark": {"engine": "abacus"}},
+        {"base": {"repo_id": "a/b"}, "colour": "red"},
+        *({"base": {"repo_id": "a/b"}, "publish": {"repo_id": repo_id}} for repo_id in NOT_TAKEN),
+        {"base": {"repo_id": "a/b"}, "publish": {"repo_id": "me/x"}, "outputs": [{"repo_id": "noslash"}]},
+        {"quantize": {}},
+    ],
+    ids=str,
+)
+def test_what_the_form_refuses_the_run_refuses(wrong: dict[str, Any]) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"recipe": wrong}, form())
+    with pytest.raises(RecipeError):
+        recipe_of(wrong)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_recipe_with_a_preset_may_be_given_whole_and_the_fields_of_the_form_stay_those_that_it_fills_in(
+    preset: str,
+) -> None:
+    """A form sends the default of every field that it shows, and these win over a preset: it shows none."""
+    given = {"base": {"repo_id": "a/b"}, "quantize": {"preset": preset}}
+    jsonschema.validate({"recipe": given}, form())
+    assert recipe_of(given).quantize.iters == PRESETS[preset]["iters"]
+    assert "preset" not in form()["definitions"]["Quantize"]["properties"]
+
+
+def test_a_run_that_no_worker_started_does_every_stage_itself() -> None:
+    recipe = parse_recipe({"base": {"repo_id": "a/b"}})
+    assert {where(stage, recipe, 54_000_000_000) for stage in ("quantize", "validate", "benchmark")} == {"here"}
+
+
+def test_a_text_goes_to_another_worker_by_a_name_that_it_finds(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("words")
+    assert pinned(find_text(str(tmp_path / "mine.txt"))) == str(tmp_path / "mine.txt")
+    assert pinned(find_text("builtin:python")) == "builtin:python"
+
+
+def test_a_recipe_that_is_no_mapping_is_refused_in_a_sentence_and_its_run_still_has_a_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(RecipeError, match="not a mapping"):
+        recipe_of("demo")  # type: ignore[arg-type]
+    for given in ("demo", None, {"base": 3}, {"base": {"repo_id": "Qwen/Qwen3.6-27B"}}):
+        monkeypatch.setattr("prefect.runtime.flow_run.parameters", {"recipe": given}, raising=False)
+        assert run_name().endswith("W4A16")
+
+
+def test_a_run_sends_several_heartbeats_before_it_is_taken_for_dead_whatever_its_worker_was_started_with() -> None:
+    """Prefect's own default is one heartbeat in 180 s."""
+    for each in deployments().values():
+        heartbeat_s = int(each["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+        assert 3 * heartbeat_s <= SILENCE_S
+
+
+def test_a_recipe_called_as_a_flow_is_a_deployment_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "watch.yaml").write_text("base: {repo_id: a/b}\n")
+    document = with_recipes(yaml.safe_load((DEPLOYMENTS / "prefect.yaml").read_text()), tmp_path)
+    parameters = {each["entrypoint"]: each["parameters"] for each in document["deployments"] if each["name"] == "watch"}
+    assert parameters["requant.flows.watch.watch"] == {"folder": str(tmp_path)}
+    assert parameters["requant.flows.requantize.requantize"]["recipe"]["base"]["repo_id"] == "a/b"
+
+
+def test_a_recipe_may_not_stand_in_for_the_deployment_that_the_watch_starts(tmp_path: Path) -> None:
+    (tmp_path / "requantize.yaml").write_text("base: {repo_id: a/b}\n")
+    with pytest.raises(RecipeError, match=r"requantize\.yaml.*rename"):
+        with_recipes(yaml.safe_load((DEPLOYMENTS / "prefect.yaml").read_text()), tmp_path)
+
+
+class NoEntry(BaseHTTPRequestHandler):
+    """A Prefect server that is healthy, and refuses whoever asks for more."""
+
+    def do_GET(self) -> None:
+        healthy = self.path == "/api/health"
+        self.send_response(200 if healthy else 401)
+        self.end_headers()
+        self.wfile.write(b"true" if healthy else b"{}")
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def no_entry() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), NoEntry) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def refusal(url: str, folder: Path = DEPLOYMENTS) -> tuple[int, str]:
+    """Ask `requant deploy` for the exit status and the one sentence that its main program makes of an error."""
+    outcome = CliRunner().invoke(deploy, [str(folder)], env={"PREFECT_API_URL": url})
+    assert isinstance(outcome.exception, RequantError) and outcome.output == ""
+    return 2 if isinstance(outcome.exception, RecipeError) else 1, str(outcome.exception)
+
+
+def test_a_server_that_refuses_is_a_sentence(no_entry: str) -> None:
+    """In a new process: Prefect reads the address when it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "requant", "deploy", str(DEPLOYMENTS)],
+        env={**os.environ, "PREFECT_API_URL": f"{no_entry}/api"}, cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1 and "refuses (401): set PREFECT_API_AUTH_STRING" in done.stderr
+    assert done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_server_that_is_away_or_is_none_is_a_sentence(no_entry: str) -> None:
+    status, sentence = refusal(no_entry)
+    assert status == 1 and "answers 401" in sentence and "/api" in sentence
+    status, sentence = refusal("http://127.0.0.1:9/api")
+    assert status == 1 and "does not answer" in sentence
+
+
+def test_a_file_that_is_missing_or_wrong_is_named_before_the_server_is_asked(tmp_path: Path) -> None:
+    status, sentence = refusal("http://127.0.0.1:9/api", tmp_path)
+    assert status == 2 and "prefect.yaml cannot be read" in sentence
+    (tmp_path / "prefect.yaml").write_text((DEPLOYMENTS / "prefect.yaml").read_text())
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text("base: {repo_id: x y}\n")
+    status, sentence = refusal("http://127.0.0.1:9/api", tmp_path)
+    assert status == 2 and "mine.yaml: base.repo_id: 'x y' is not allowed" in sentence
+    (tmp_path / "automations.yaml").write_text("- [")
+    (tmp_path / "recipes" / "mine.yaml").unlink()
+    status, sentence = refusal("http://127.0.0.1:9/api", tmp_path)
+    assert status == 2 and "automations.yaml is not YAML" in sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[]", "has no deployment requantize"),
+        (
+            "deployments: [{name: requantize, entrypoint: requant.flows.requantize.requantize}]",
+            "work_pool: field required",
+        ),
+        ("deployments: 3", "has no deployment requantize"),
+    ],
+)
+def test_a_prefect_yaml_that_lacks_something_is_a_sentence(text: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "prefect.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=sentence):
+        read_deployments(tmp_path)
+
+
+def test_an_automation_of_the_users_is_read_and_one_that_is_none_is_a_sentence(tmp_path: Path) -> None:
+    assert read_automations(tmp_path) == []
+    trigger = "{type: event, posture: Reactive, threshold: 1, expect: [x]}"
+    (tmp_path / "automations.yaml").write_text(f"- {{name: mine, trigger: {trigger}, actions: [{{type: do-nothing}}]}}")
+    assert [automation.name for automation in read_automations(tmp_path)] == ["mine"]
+    (tmp_path / "automations.yaml").write_text("- {name: mine}")
+    with pytest.raises(RecipeError, match=r"automations\.yaml: 0\.trigger: field required"):
+        read_automations(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entrypoint", ["flows.nothing.at_all", "requant.flows.gpu_pool.run_name", "nowhere.py:flow", "x"]
+)
+def test_an_entrypoint_that_is_no_flow_is_a_sentence(entrypoint: str) -> None:
+    deployment = Deployment(name="x", entrypoint=entrypoint, work_pool=WorkPool(name="cpu"))
+    with pytest.raises(RecipeError, match=f"entrypoint {entrypoint}"):
+        deployment.flow()

@@ -1,0 +1,158 @@
+"""The card as a browser gets it: every section and link is ours, whatever the base's card, names and texts hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import yaml
+
+from requant.tasks.card.card import make_card
+from requant.tasks.card.origin import MAX_CITATION, cited, recipe_text
+from requant.tasks.hub.revision import Revision
+from requant.tasks.measuring.gates import compare
+from requant.tasks.plots import Picture
+from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.recipe.recipe import Gates
+from tests.factories.cards import (
+    FACTS,
+    HOSTILE,
+    MEASURED,
+    MEASURED_IN_VLLM,
+    SECTIONS,
+    SHA,
+    TAGS,
+    base_card,
+    card_of,
+    page_of,
+    recipe,
+)
+
+BIBTEX = "@misc{qwen3,\n  title = {Qwen3 {\\&} friends},\n  url = {https://qwen.ai/blog}\n}"
+
+
+def rich(**changes: Any) -> str:
+    """A card with everything in it."""
+    pictures = (Picture("losses", "Errors, block by block.", b"", b""),)
+    speed = {**MEASURED_IN_VLLM, "mtp": {"speedup": 2.0, "on": {"acceptance": 0.8}, "off": {}}}
+    return make_card(replace(FACTS, **{"pictures": pictures, "benchmark": speed, **changes}))
+
+
+def test_every_section_is_there_in_its_order_and_nothing_is_no_tag_of_ours() -> None:
+    page = page_of(rich(base_card=base_card("license: mit", f"# Base\n```bibtex\n{BIBTEX}\n```")))
+    assert page.headings == SECTIONS
+    assert page.tags == TAGS and page.attributes == {"href", "src", "alt", "class"}
+    assert page.links == {"https://huggingface.co/Qwen/Qwen3.6-27B", "pictures/losses.png"}
+
+
+def test_the_summary_has_sizes_quality_and_speed() -> None:
+    _, body = card_of(benchmark={**MEASURED_IN_VLLM, "mtp": {"speedup": 2.0, "on": {"acceptance": 0.8}, "off": {}}})
+    summary = body.split("## TL;DR\n\n")[1].split("\n\n##")[0].splitlines()
+    assert [line[:2] for line in summary] == ["- "] * 4
+    assert "54.00 GB to 18.00 GB (3.00 times smaller)" in summary[0]
+    assert "same next token" in summary[2].lower() and "95.0%" in summary[2] and "+1.0%" in summary[2]
+    assert "2.00 times as fast as without" in summary[3] and "80% of drafts" in summary[3]
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_base_card_renders_to_our_page(text: str) -> None:
+    page, ours = page_of(rich(base_card=text)), page_of(rich())
+    assert (page.headings, page.tags, page.links) == (ours.headings, ours.tags, ours.links)
+
+
+CITATIONS = {
+    "a script": "@misc{a, title={<script>alert(1)</script>}}",
+    "a fence inside": "@misc{a,\n``\n````\n<script>x</script>}",
+    "a fence that closes and goes on": "@misc{a}\n```\n# evil <img src=x onerror=1>",
+    "line separators": "@misc{a,\u2028```\u2029# evil\u0085## evil}",
+    "a heading": "@misc{a,\n# evil\n## evil\n}",
+    "control characters": "@misc{a, \x1b[2J\x00\u202e}",
+    "front matter": "@misc{a}\n---\nlicense: evil\n---",
+}
+
+
+@pytest.mark.parametrize("text", CITATIONS.values(), ids=CITATIONS)
+@pytest.mark.parametrize("fence", ["```", "~~~", "`````"])
+def test_a_citation_cannot_leave_its_block(text: str, fence: str) -> None:
+    card = rich(base_card=base_card("license: mit", f"# Base\n{fence}bibtex\n{text}\n{fence}\n"))
+    page, ours = page_of(card), page_of(rich())
+    assert page.headings == SECTIONS and page.tags == ours.tags and page.links == ours.links
+    assert "license: mit\n" in card.split("\n---\n")[0] and "evil" not in card.split("\n---\n")[0]
+    assert all(c.isprintable() for line in card.split("\n") for c in line)
+
+
+def test_a_citation_is_taken_over_as_it_is() -> None:
+    card = base_card("license: mit", f"# Base\n```python\n@decorated\n```\n\n~~~\n{BIBTEX}\n~~~\n```\n@late{{x}}\n```")
+    assert cited(card) == f"```bibtex\n{BIBTEX}\n```"
+    assert page_of(rich(base_card=card)).code[-1] == BIBTEX + "\n"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "```\nprint(1)\n```", "```bibtex\n@misc{a}", f"```\n@misc{{{'a' * MAX_CITATION}}}\n```", "@misc{a}"]
+)
+def test_what_is_no_block_of_bibtex_is_not_cited(text: str) -> None:
+    assert cited(text) is None
+
+
+def test_a_card_of_fences_alone_is_read_in_one_pass() -> None:
+    assert cited("```bibtex\n@a{\n" * 60_000) is None and cited("`" * 1_000_000) is None
+
+
+def test_hostile_names_texts_and_records_render_to_our_page() -> None:
+    evil = "x`](javascript:1)<script>alert(1)</script>|\n# evil\n```\n"
+    measured = {**MEASURED, "text": evil, "tasks": {evil: {"metric": evil, "base": 1, "ours": 1, "recovery": 1.0}}}
+    record = {"seconds": 1.0, "tools": {evil: evil}, "settings": {"device": evil, "torch": evil}, "calibration": evil}
+    card = rich(
+        measured=measured,
+        gates=compare({**measured, "worst_task_recovery": 1.0}, Gates()),
+        provenance={"quantize": record, "validate": {"machine": {"python": evil, "cpus": evil}}},
+        kept_names=(evil, f"mtp.{evil}"),
+        packing=evil,
+        base=Revision("Qwen/Qwen3.6-27B", SHA, (), left_out=(evil,)),
+        recipe=recipe(quantize={"layers": {evil: {"bits": 8}}}, benchmark={"flags": {"chat-template": "<b>`x`</b>"}}),
+    )
+    page, ours = page_of(card), page_of(rich())
+    assert page.headings == SECTIONS and page.tags <= ours.tags and page.links == ours.links
+
+
+def test_both_commands_of_vllm_say_whether_they_ran() -> None:
+    _, body = card_of(benchmark=MEASURED_IN_VLLM)
+    serving = body.split("## Serving")[1].split("\n## ")[0]
+    assert serving.count("**run** by the pipeline") == 2 and serving.count("**not run**") == 3
+    _, body = card_of()
+    assert body.split("## Serving")[1].split("\n## ")[0].count("**not run**") == 5
+
+
+def test_a_command_with_only_one_recorded_run_marks_the_other() -> None:
+    _, body = card_of(benchmark={**MEASURED_IN_VLLM, "commands": MEASURED_IN_VLLM["commands"][1:]})
+    serving = body.split("## Serving")[1].split("\n## ")[0]
+    assert "vLLM with MTP. This command was **run**" in serving
+    assert "vLLM without MTP. This command was **not run**" in serving
+
+
+def test_sglang_drafts_with_a_head_that_it_can_load() -> None:
+    _, body = card_of(recipe=recipe(benchmark={"draft_tokens": 2}))
+    assert "--speculative-num-steps 2" in body and "--speculative-num-draft-tokens 3" in body
+    _, packed = card_of(recipe=recipe(mtp="int8"))
+    assert "sglang.launch_server" in packed and "--speculative-algorithm" not in packed
+
+
+def test_a_license_of_the_recipe_replaces_the_bases() -> None:
+    asked = recipe(publish={"repo_id": "me/q-int4", "license": "mit"})
+    front, body = card_of(base_card("license: other\nlicense_name: qwen\nlicense_link: https://a.b/c"), recipe=asked)
+    assert front["license"] == "mit" and "license_name" not in front and "mit, see the front matter" in body
+
+
+def test_the_published_recipe_is_the_one_that_ran_pinned_and_without_folders() -> None:
+    asked = recipe(
+        quantize={"calibration": "/data/customer/mine.txt", "iters": 7},
+        validation={"text": "/data/customer/other.txt"},
+        benchmark={"engine": "url:http://gpu7.customer.example:8000"},
+    )
+    text = recipe_text(replace(FACTS, recipe=asked, measured={**MEASURED, "text": "other.txt"}))
+    assert "customer" not in text and SHA in text
+    again = parse_recipe(yaml.safe_load(text))
+    assert again.quantize.iters == 7 and again.validation.text == "other.txt"
+    _, body = card_of(recipe=asked)
+    assert "which is not published" in body and "customer" not in body

@@ -1,0 +1,345 @@
+"""Measuring pico checkpoints: packed weights count as what they stand for, the head drafts, nothing is random."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from requant.tasks.checkpoint.audit import Account, account
+from requant.tasks.checkpoint.checkpoint import INDEX, Checkpoint
+from requant.tasks.errors import CheckpointError, RecipeError
+from requant.tasks.measuring.compare import compare as compare_folders
+from requant.tasks.measuring.gates import compare
+from requant.tasks.measuring.measure import measure as measure_as
+from requant.tasks.measuring.measure import precision
+from requant.tasks.measuring.measured import Measurement
+from requant.tasks.measuring.model import load_model, state_dict, to_torch
+from requant.tasks.recipe.recipe import Gates
+from requant.tasks.texts.text import EVALUATION
+from requant.tasks.validate import measured_values, side_by_side, validate_folders
+from tests.factories.checkpoints import (
+    all_tensors,
+    from_bf16,
+    raw_tensors,
+    rounded,
+    safetensors_bytes,
+    to_bf16,
+    write_quantized,
+)
+from tests.factories.measured import measuring_little
+from tests.factories.pico import pico_base
+
+SHARD = "model-00001-of-00001.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short() -> Iterator[None]:
+    with measuring_little(windows=4, length=48, probe=16, prompts=2, generated=4, longest=96):
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pico_base(tmp_path_factory.mktemp("pico") / "base", seed=1)
+
+
+@pytest.fixture(scope="module")
+def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_quantized(base, tmp_path_factory.mktemp("quantized"))
+
+
+def measure(folder: Path, text: Path) -> Measurement:
+    """Measure a checkpoint by itself, as a base is measured."""
+    return measure_as(folder, text, *precision(folder))
+
+
+def found(ours: Path, theirs: Path) -> Account:
+    return account(Checkpoint.open(ours), Checkpoint.open(theirs), with_head=True)
+
+
+@pytest.fixture(scope="module")
+def of_base(base: Path) -> Measurement:
+    return measure(base, EVALUATION)
+
+
+@pytest.fixture(scope="module")
+def of_made(made: Path, base: Path) -> Measurement:
+    return measure_as(made, EVALUATION, *precision(base))
+
+
+def edit(folder: Path, shard: str, **changes: Any) -> None:
+    """Replace tensors of one shard by values."""
+    tensors = raw_tensors(folder / shard)
+    for name, values in changes.items():
+        tensors[name] = ("BF16", tensors[name][1], to_bf16(values))
+    (folder / shard).write_bytes(safetensors_bytes(tensors))
+
+
+def test_a_checkpoint_is_measured_the_same_every_time(base: Path, of_base: Measurement) -> None:
+    one, two = of_base, measure(base, EVALUATION)
+    assert one.to_bytes() == two.to_bytes()
+    assert one.tokens.shape == (4, 48) and one.nll.shape == one.top1.shape == (4, 47)
+    assert one.drafts.shape == (3, 4, 47) and one.generated.shape == (2, 4) and one.speculation.shape == (2, 4)
+    assert (one.tokens.dtype, one.nll.dtype) == (np.int32, np.float32)
+    assert one.hidden.shape == (4, 48, 64) and one.probes.shape == (3, 16, 64) and one.features.shape[1] == 64
+    assert one.context.tolist() == [96, 96]
+
+
+def test_a_model_of_random_weights_knows_as_little_as_it_can(of_base: Measurement) -> None:
+    found = of_base
+    assert 500 < found.perplexity < 20_000  # 2048 tokens, equally likely or worse
+    assert found.acceptance is not None and 0 <= found.acceptance < 0.5
+
+
+def test_the_losses_are_the_cross_entropy_of_the_next_token(base: Path, of_base: Measurement) -> None:
+    """Against a plain forward of the transformers model."""
+    found = of_base
+    model = load_model(Checkpoint.open(base), torch.float32, torch.device("cpu"))
+    ids = torch.from_numpy(found.tokens[:1]).long()
+    with torch.inference_mode():
+        logits = model(input_ids=ids).logits[0].float()
+    expected = -logits[:-1].log_softmax(-1)[torch.arange(47), ids[0, 1:]]
+    np.testing.assert_allclose(found.nll[0], expected.numpy(), rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(found.top1[0], logits[:-1].argmax(-1).numpy())
+    assert math.isclose(found.perplexity, math.exp(float(found.nll.mean())), rel_tol=1e-5)
+
+
+def test_packed_weights_are_measured_as_what_they_stand_for(
+    made: Path, of_base: Measurement, of_made: Measurement, tmp_path: Path
+) -> None:
+    """A copy of the base with the rounded weights in plain numbers measures the same as the packed checkpoint."""
+    plain = pico_base(tmp_path / "plain", seed=1, shards=1)
+    packed = {n.removesuffix(".qweight") for n in all_tensors(made) if n.endswith(".qweight")}
+    tensors = raw_tensors(plain / SHARD)
+    for module in packed:
+        _, shape, data = tensors[f"{module}.weight"]
+        meant = np.ascontiguousarray(rounded(from_bf16(data, shape))[1], "<f4")
+        tensors[f"{module}.weight"] = ("F32", shape, meant.tobytes())
+    (plain / SHARD).write_bytes(safetensors_bytes(tensors))
+    ours, theirs = of_made, measure(plain, EVALUATION)
+    np.testing.assert_allclose(ours.nll, theirs.nll, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(ours.drafts, theirs.drafts)
+    assert ours.nll.tobytes() != of_base.nll.tobytes()
+
+
+def test_a_checkpoint_is_measured_in_the_precision_of_its_base(
+    base: Path, made: Path, of_made: Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that holds the base only in half precision, both are measured in that."""
+    assert precision(base) == (torch.device("cpu"), torch.float32)
+    memory = psutil.virtual_memory()
+    half = sum(t.nbytes for t in Checkpoint.open(base).tensors.values())
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(total=half))
+    assert precision(base)[1] == torch.bfloat16
+    coarse = measure_as(made, EVALUATION, *precision(base))
+    assert coarse.nll.tobytes() != of_made.nll.tobytes()
+    np.testing.assert_allclose(coarse.nll, of_made.nll, atol=1.0)
+
+
+def test_a_state_dict_has_one_weight_for_each_packed_module_and_nothing_packed(made: Path, base: Path) -> None:
+    checkpoint = Checkpoint.open(made)
+    state = state_dict(checkpoint.tensors.values(), checkpoint.config, torch.float32)
+    assert {n: tuple(t.shape) for n, t in state.items()} == {n: shape for n, (_, shape, _) in all_tensors(base).items()}
+    assert {t.dtype for t in state.values()} == {torch.float32}
+
+
+def test_a_tensor_is_the_same_in_torch(base: Path) -> None:
+    tensor = Checkpoint.open(base).tensors["model.visual.patch_embed.proj.weight"]
+    theirs = from_bf16(tensor.read(), tensor.shape)
+    assert to_torch(tensor).dtype == torch.bfloat16
+    np.testing.assert_array_equal(to_torch(tensor).float().numpy(), theirs)
+
+
+def test_a_damaged_head_changes_the_drafts_and_nothing_else(of_base: Measurement, tmp_path: Path) -> None:
+    damaged = pico_base(tmp_path / "damaged", seed=1, shards=1)
+    edit(damaged, SHARD, **{"mtp.fc.weight": np.zeros((64, 128))})
+    one, two = of_base, measure(damaged, EVALUATION)
+    np.testing.assert_array_equal(one.nll, two.nll)
+    assert (one.drafts != two.drafts).any()
+
+
+def test_a_checkpoint_without_a_head_has_no_acceptance(tmp_path: Path) -> None:
+    found = measure(pico_base(tmp_path / "base", head=False), EVALUATION)
+    assert found.acceptance is None and found.acceptance_by_position == [] and found.speculation.size == 0
+    assert found.perplexity > 500
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_its_name(tmp_path: Path) -> None:
+    folder = pico_base(tmp_path / "base", shards=1)
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    tensors = raw_tensors(folder / SHARD)
+    del tensors[name]
+    (folder / SHARD).write_bytes(safetensors_bytes(tensors))
+    index = json.loads((folder / INDEX).read_text())
+    del index["weight_map"][name]
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=name):
+        measure(folder, EVALUATION)
+
+
+def test_a_tensor_of_another_shape_than_the_config_says_is_refused(tmp_path: Path) -> None:
+    folder = pico_base(tmp_path / "base", shards=1)
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    tensors = raw_tensors(folder / SHARD)
+    dtype, (rows, columns), data = tensors[name]
+    tensors[name] = (dtype, (rows // 2, columns * 2), data)
+    (folder / SHARD).write_bytes(safetensors_bytes(tensors))
+    with pytest.raises(CheckpointError, match="up_proj"):
+        measure(folder, EVALUATION)
+
+
+def test_an_architecture_that_transformers_does_not_know_is_refused_by_the_file(tmp_path: Path) -> None:
+    folder = pico_base(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "no_such_model"}))
+    with pytest.raises(CheckpointError, match=r"config\.json|tokenizer"):
+        measure(folder, EVALUATION)
+
+
+def test_a_text_too_short_to_measure_on_is_refused(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("x = 1\n")
+    said = r"the tokenizer of base makes only 5 tokens of the text short\.txt, and measuring needs at least 48"
+    with pytest.raises(CheckpointError, match=said):
+        measure(base, tmp_path / "short.txt")
+    made = write_quantized(base, tmp_path)
+    with pytest.raises(RecipeError, match=rf"^validation\.text: {said}: name a longer text"):
+        validate_folders(made, base, tmp_path / "short.txt")
+
+
+def test_a_tokenizer_that_makes_too_few_tokens_is_not_measured_and_all_files_are_compared(
+    base: Path, tmp_path: Path
+) -> None:
+    folder = write_quantized(base, tmp_path / "made")
+    (folder / "tokenizer.json").unlink()  # What is left of it makes one token of nearly everything.
+    words = tmp_path / "words.txt"
+    words.write_text("some words of a text that only its tokenizer.json can cut into tokens of their own. " * 9)
+    values = validate_folders(folder, base, words)
+    assert values["not_measured"].startswith(f"the tokenizer of {folder.name} makes only ")
+    assert values["not_measured"].endswith(" tokens of the text words.txt, and measuring needs at least 48")
+    gates = {gate.name: gate for gate in compare(values, Gates())}
+    assert gates["files"].note == "tokenizer.json of the base is missing"
+    assert gates["structure"].passed and gates["lossless"].passed and gates["weight_slope"].passed
+    assert gates["top1_agreement"].failed and gates["top1_agreement"].value is None
+
+
+@pytest.mark.parametrize("content", ["{}", '{"version": "1.0", "added_tokens": [], "model": {"type": "none"}}', "[1]"])
+def test_a_tokenizer_that_cannot_be_read_is_not_measured_and_says_so(content: str, base: Path, tmp_path: Path) -> None:
+    folder = write_quantized(base, tmp_path)
+    (folder / "tokenizer.json").write_text(content)
+    values = validate_folders(folder, base)
+    assert f"the tokenizer in {folder} cannot be loaded" in values["not_measured"]
+    assert values["files"] == ["tokenizer.json differs from the base's"]
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    """Its tokens would index outside of the embedding."""
+    folder = pico_base(tmp_path / "base", shards=1)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 100
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"makes token \d+, the model knows 100"):
+        measure(folder, EVALUATION)
+
+
+def values_of(ours: Path, base: Path, *measurements: Measurement) -> dict[str, Any]:
+    """What validate says of a folder, its base and itself measured before: `(base, ours)`."""
+    kept = dict(zip((base, ours), measurements, strict=True))
+    how = {"keep_head": True, "pack_head": False, "remote_code": False}
+    return measured_values(ours, base, lambda path, device, dtype: kept[path], **how)
+
+
+def test_a_quantized_checkpoint_is_compared_with_its_base(
+    base: Path, made: Path, of_base: Measurement, of_made: Measurement
+) -> None:
+    one, two = of_base, of_made
+    values = values_of(made, base, one, two)
+    assert values["packed"] == 13 and values["head"] == 15 and values["head_kept"] is True
+    assert values["unaccounted"] == values["altered"] == values["not_finite"] == values["files"] == []
+    assert values["same_tokens"] == 1.0 and values["tokens"] == 192
+    assert values["perplexity_increase"] == pytest.approx(two.perplexity / one.perplexity - 1)
+    assert values["top1_agreement"] == pytest.approx(float((one.top1 == two.top1).mean()))
+    assert 0 < values["top1_agreement"] < 1
+    assert values["mtp_acceptance"] == two.acceptance and values["base_mtp_acceptance"] == one.acceptance
+    assert len(values["matrices"]) == 13 and [block["block"] for block in values["blocks"]] == [0, 1]
+    assert values["vision_difference"] == 0.0 and values["long_context"] == values["speculative_agreement"] == 1.0
+
+
+def test_the_divergence_is_that_of_the_whole_distributions(
+    base: Path, made: Path, of_base: Measurement, of_made: Measurement
+) -> None:
+    """Against plain forwards of both transformers models."""
+    ids = torch.from_numpy(of_base.tokens).long()
+    with torch.inference_mode():
+        theirs, ours = (
+            load_model(Checkpoint.open(path), torch.float32, torch.device("cpu"))(input_ids=ids).logits[:, :-1]
+            for path in (base, made)
+        )
+        expected = torch.nn.functional.kl_div(
+            ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none"
+        ).sum(-1)
+    values = values_of(made, base, of_base, of_made)
+    assert values["kl_divergence"] == pytest.approx(float(expected.mean()), rel=1e-3)
+    assert values["kl_divergence_p99"] == pytest.approx(float(expected.flatten().quantile(0.99)), rel=1e-2)
+
+
+def test_a_base_compared_with_itself_agrees_with_itself(base: Path, of_base: Measurement) -> None:
+    values = side_by_side(of_base, of_base)
+    assert (values["perplexity_increase"], values["top1_agreement"], values["same_tokens"]) == (0.0, 1.0, 1.0)
+    assert values["perplexity_increase_interval"] == (0.0, 0.0)
+    more = compare_folders(base, base, of_base, of_base, *precision(base))
+    assert all(block["error"] < 1e-6 and block["drift"] == 0 for block in more["blocks"])
+    assert more["kl_divergence"] == pytest.approx(0, abs=1e-6) and more["vision_difference"] == 0.0
+
+
+def test_a_broken_block_is_seen_by_itself_and_by_what_comes_after_it(
+    base: Path, of_base: Measurement, tmp_path: Path
+) -> None:
+    """Its own error says which one it is; those behind it work well on what they would have been given."""
+    broken = pico_base(tmp_path / "broken", seed=1, shards=1)
+    edit(broken, SHARD, **{"model.language_model.layers.0.mlp.down_proj.weight": np.zeros((64, 128))})
+    blocks = compare_folders(broken, base, measure(broken, EVALUATION), of_base, *precision(base))["blocks"]
+    assert blocks[0]["error"] > 0.2 and blocks[1]["error"] < 1e-4
+    assert blocks[0]["drift"] > 0.05 and blocks[1]["drift"] > 0.05
+
+
+def test_other_tokens_are_not_compared(of_base: Measurement) -> None:
+    one = of_base
+    shorter = replace(one, tokens=one.tokens[:2], nll=one.nll[:2], top1=one.top1[:2], drafts=one.drafts[:, :2])
+    values = side_by_side(one, shorter)
+    assert (values["same_tokens"], values["top1_agreement"], values["perplexity_increase"]) == (0.0, 0.0, None)
+
+
+def test_a_model_whose_predictions_are_no_numbers_has_no_acceptance(of_base: Measurement) -> None:
+    """It chooses token 0 everywhere, and so do its drafts."""
+    values = side_by_side(of_base, replace(of_base, nll=np.full_like(of_base.nll, np.nan)))
+    assert values["mtp_acceptance_ratio"] is None and values["speculative_agreement"] is None
+
+
+def test_two_folders_are_measured_and_compared(base: Path, made: Path) -> None:
+    values = validate_folders(made, base)
+    gates = {g.name: g for g in compare(values, Gates())}
+    assert all(gates[name].passed for name in ("structure", "lossless", "finite", "files", "same_tokens"))
+    assert gates["perplexity_increase"].value is not None and gates["top1_agreement"].value is not None
+
+
+def test_a_checkpoint_whose_head_was_dropped_is_compared_without_it(base: Path, tmp_path: Path) -> None:
+    values = validate_folders(write_quantized(base, tmp_path, head=False), base)
+    assert values["head_kept"] is False and values["unaccounted"] == [] and values["mtp_acceptance"] is None
+    assert "mtp_acceptance_ratio" not in {g.name for g in compare(values, Gates())}
+
+
+def test_a_checkpoint_that_cannot_be_run_fails_its_gates_and_raises_nothing(base: Path, tmp_path: Path) -> None:
+    folder = write_quantized(base, tmp_path)
+    (folder / SHARD).unlink()
+    values = validate_folders(folder, base)
+    failed = {g.name for g in compare(values, Gates()) if not g.passed}
+    assert {"structure", "perplexity_increase", "top1_agreement", "mtp_acceptance_ratio"} <= failed

@@ -1,0 +1,130 @@
+"""Models whose weights come and go block by block: the same as the whole, and nothing stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.errors import CheckpointError
+from requant.tasks.measuring.blocks import Rows, run_blocks
+from requant.tasks.measuring.model import Skeleton, load_model
+from tests.factories.bases import other_base
+from tests.factories.checkpoints import write_quantized
+from tests.factories.pico import pico_base
+
+CPU = torch.device("cpu")
+KINDS = ("qwen3_5", "llama", "qwen3", "qwen3 tied", "qwen3_5_text", "qwen3_5_moe_text")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {kind: _base(folder / kind, kind) for kind in KINDS}
+
+
+def _base(folder: Path, kind: str) -> Path:
+    if kind == "qwen3_5":
+        return pico_base(folder)
+    name, _, tied = kind.partition(" ")
+    return other_base(folder, name, tie_word_embeddings=bool(tied))
+
+
+def on_meta(skeleton: Skeleton) -> int:
+    return sum(p.is_meta for block in skeleton.blocks for p in block.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_block_by_block_is_the_same_as_the_whole_model(bases: dict[str, Path], kind: str) -> None:
+    """Against a plain forward: hidden states, and logits; rows of two lengths at once."""
+    checkpoint = Checkpoint.open(bases[kind])
+    whole = load_model(checkpoint, torch.float32, CPU)
+    skeleton = Skeleton(checkpoint, torch.float32, CPU)
+    skeleton.load_ends()
+    rows, long = torch.randint(10, 2000, (2, 17)), torch.randint(10, 2000, (1, 40))
+    states = run_blocks(skeleton, [Rows.of(skeleton, rows), Rows.of(skeleton, long)])
+    for tokens, hidden in zip((rows, long), states, strict=True):
+        torch.testing.assert_close(skeleton.logits(hidden), whole(input_ids=tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_transformers_own_loader_gives_the_same_model(bases: dict[str, Path]) -> None:
+    import transformers
+
+    for kind, auto in (("llama", "AutoModelForCausalLM"), ("qwen3_5", "AutoModelForImageTextToText")):
+        theirs = getattr(transformers, auto).from_pretrained(bases[kind], dtype=torch.float32)
+        ours = load_model(Checkpoint.open(bases[kind]), torch.float32, CPU)
+        for (name, one), (other_name, other) in zip(
+            sorted(theirs.state_dict().items()), sorted(ours.state_dict().items()), strict=True
+        ):
+            assert name == other_name and torch.equal(one, other), name
+        buffers = dict(ours.named_buffers())
+        assert all(torch.equal(buffer, buffers[name]) for name, buffer in theirs.named_buffers())
+
+
+def test_one_block_is_in_memory_at_a_time(bases: dict[str, Path]) -> None:
+    skeleton = Skeleton(Checkpoint.open(bases["qwen3_5"]), torch.float32, CPU)
+    skeleton.load_ends()
+    everything = on_meta(skeleton)
+    seen = []
+    for number in range(len(skeleton.blocks)):
+        with skeleton.loaded(number) as block:
+            assert not any(p.is_meta for p in block.parameters())
+            seen.append(everything - on_meta(skeleton))
+        assert on_meta(skeleton) == everything
+    assert seen == [len(list(block.parameters())) for block in skeleton.blocks]
+
+
+def test_a_block_is_emptied_even_where_its_work_fails(bases: dict[str, Path]) -> None:
+    skeleton = Skeleton(Checkpoint.open(bases["llama"]), torch.float32, CPU)
+    with pytest.raises(RuntimeError), skeleton.loaded(0):
+        raise RuntimeError
+    assert all(p.is_meta for p in skeleton.blocks[0].parameters())
+
+
+def test_what_is_held_stays(bases: dict[str, Path]) -> None:
+    skeleton = Skeleton(Checkpoint.open(bases["qwen3_5"]), torch.float32, CPU)
+    skeleton.hold()
+    with skeleton.loaded(1):
+        pass
+    assert not any(p.is_meta for p in skeleton.model.parameters())
+
+
+def test_packed_blocks_come_as_what_they_stand_for(bases: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(write_quantized(bases["qwen3_5"], tmp_path))
+    whole = load_model(checkpoint, torch.float32, CPU)
+    skeleton = Skeleton(checkpoint, torch.float32, CPU)
+    expected = dict(whole.model.language_model.layers[1].named_parameters())
+    with skeleton.loaded(1) as block:
+        assert all(torch.equal(p, expected[name]) for name, p in block.named_parameters())
+
+
+def test_rows_that_blocks_treat_differently_are_refused(bases: dict[str, Path]) -> None:
+    """Some models hand their blocks more than hidden states, such as embeddings of each token for each block."""
+    skeleton = Skeleton(Checkpoint.open(bases["llama"]), torch.float32, CPU)
+    skeleton.load_ends()
+    forward = skeleton.text.forward
+
+    def with_tokens(input_ids: torch.Tensor, **more: object) -> object:
+        hidden = skeleton.text.get_input_embeddings()(input_ids)
+        for block in skeleton.blocks:
+            hidden = block(hidden, per_layer=input_ids)
+        return hidden
+
+    skeleton.text.forward = with_tokens
+    try:
+        with pytest.raises(CheckpointError, match="get more than hidden states"):
+            Rows.of(skeleton, torch.tensor([[1, 2], [3, 4]]))
+    finally:
+        skeleton.text.forward = forward

@@ -1,0 +1,184 @@
+"""How long and how much: figures of earlier runs before measured blocks before a table; memory, disk, changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from requant.tasks.artifact import File, Manifest
+from requant.tasks.checkpoint.architecture import architecture_problem, known_model_types
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.hub.revision import HubFile, Revision
+from requant.tasks.planning import resources as needing
+from requant.tasks.planning.base_diff import changed_fields, changed_files
+from requant.tasks.planning.durations import effort, quantize_figure, stage_figure
+from requant.tasks.planning.output import head_bytes, plan_output
+from requant.tasks.planning.resources import disk_problem, needs
+from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.recipe.recipe import Benchmark, Recipe
+from requant.tasks.store import Store
+from tests.factories.pico import pico_base
+
+# Packed weights of Qwen3.6-27B's blocks.
+BLOCKS = {f"layers.{n}": 382_730_240 if (n + 1) % 4 else 372_244_480 for n in range(64)}
+LINEAR = {block for block, count in BLOCKS.items() if count > 380_000_000}
+ALL_STAGES = {"quantize", "mtp_fix", "validate", "benchmark"}
+
+
+def recipe(gpu: str | None = None, **quantize: Any) -> Recipe:
+    hardware = {"hardware": {"gpu": gpu}} if gpu else {}
+    return parse_recipe({"base": {"repo_id": "a/b"}, "quantize": quantize, **hardware})
+
+
+def record(store: Store, stage: str, **facts: Any) -> None:
+    """Provenance as a stage leaves it."""
+    store.keep(stage, "0" * 64, Manifest.of([]), {"started": "2026-11-01T10:00:00", **facts})
+
+
+def test_a_measured_gpus_blocks_foretell_the_whole_model(store: Store) -> None:
+    measured = json.loads((Path(needing.__file__).parent / "gpu-figures.json").read_text())
+    whole = {**measured["whole_seconds"], **measured.get("measured_again", {}).get("whole_seconds", {})}
+    for fast, variant in ((True, "requant"), (False, "auto-round")):
+        figure = quantize_figure(store, recipe("H100", fast=fast), BLOCKS, LINEAR)
+        assert figure.seconds == pytest.approx(whole[variant], rel=0.03)
+        assert measured["card"]["name"] in figure.source
+
+
+def test_half_the_steps_take_about_half_the_time_and_fewer_weights_less(store: Store) -> None:
+    full = quantize_figure(store, recipe("H100"), BLOCKS, LINEAR).seconds
+    half = quantize_figure(store, recipe("H100", iters=100), BLOCKS, LINEAR).seconds
+    assert 0.5 < half / full < 0.6
+    few = dict(list(BLOCKS.items())[:8])
+    assert quantize_figure(store, recipe("H100"), few, LINEAR).seconds < full / 4
+    assert effort(2, {"iters": 1, "batch_size": 1, "nsamples": 1, "seqlen": 10}) == 2 * 10 * (3 + 2)
+
+
+def test_another_gpu_is_told_from_auto_rounds_table_and_said_so(store: Store) -> None:
+    figure = quantize_figure(store, recipe("RTX 5090"), BLOCKS, LINEAR)
+    assert 23 * 60 < figure.seconds < 120 * 60  # between 14 and 70 billion weights
+    assert "A100" in figure.source and "RTX 5090" in figure.source
+    slower = quantize_figure(store, recipe("RTX 5090", low_gpu_mem=True), BLOCKS, LINEAR)
+    assert slower.seconds > figure.seconds
+
+
+def test_an_earlier_run_on_that_gpu_comes_first_and_its_cold_start_stays(store: Store) -> None:
+    work = {"parameters": 1000, "iters": 200, "nsamples": 128, "seqlen": 2048, "batch_size": 8, "fast": "auto"}
+    blocks = [{"name": "a", "seconds": 10.0}, {"name": "b", "seconds": 10.0}]
+    facts = {"seconds": 50.0, "settings": {"device": "NVIDIA RTX 5090"}, "work": work, "blocks": blocks}
+    record(store, "quantize", **facts)
+    figure = quantize_figure(store, recipe("RTX 5090"), {"a": 2000, "b": 2000}, set())
+    assert figure.seconds == pytest.approx(30 + 4 * 20) and "an earlier run on NVIDIA RTX 5090" in figure.source
+    assert "blocks of 27 B" in quantize_figure(store, recipe("H100"), {"a": 2000}, set()).source
+
+
+def test_other_stages_take_the_nearest_run_and_else_an_assumption_called_so(store: Store) -> None:
+    assert stage_figure(store, "validate", recipe(), 200_000_000).source.startswith("assumed")
+    record(store, "validate", seconds=7.0, bytes_read=1_000_000, machine={"gpus": []})
+    known = stage_figure(store, "validate", recipe(device="cpu"), 2_000_000)
+    assert known.seconds == pytest.approx(14.0) and known.source == "an earlier run on cpu, 2026-11-01"
+    assert stage_figure(store, "validate", recipe("H100"), 2_000_000).source.startswith("assumed")
+
+
+def test_a_toy_run_foretells_nothing_of_a_large_model(store: Store) -> None:
+    work = {"parameters": 1000, "iters": 1, "nsamples": 4, "seqlen": 64, "batch_size": 4, "fast": "auto"}
+    facts = {"seconds": 30.0, "settings": {"device": "NVIDIA H100 80GB HBM3"}, "blocks": [{"seconds": 3.0}]}
+    record(store, "quantize", **facts, work=work)
+    record(store, "validate", seconds=30.0, bytes_read=2_000_000, settings={"device": "NVIDIA H100 80GB HBM3"})
+    assert "blocks of 27 B" in quantize_figure(store, recipe("H100"), BLOCKS, LINEAR).source
+    assert stage_figure(store, "validate", recipe("H100"), 75_000_000_000).source.startswith("assumed")
+    larger = {**work, "parameters": 20_000_000_000, "iters": 200, "nsamples": 128, "seqlen": 2048, "batch_size": 8}
+    store.keep("quantize", "1" * 64, Manifest.of([]), {"started": "2026-10-01T10:00:00", **facts, "work": larger})
+    assert quantize_figure(store, recipe("H100"), BLOCKS, LINEAR).source.endswith("2026-10-01")
+
+
+@pytest.mark.parametrize(
+    ("asked", "measured", "source"),
+    [
+        ("none", "vllm", "nothing is measured"),
+        ("vllm", "none", "assumed"),
+        ("auto", "none", "assumed"),
+        ("vllm", "torch", "assumed"),
+        ("vllm", "vllm", "an earlier run"),
+        ("auto", "torch", "an earlier run"),
+    ],
+)
+def test_a_benchmark_takes_as_long_as_one_in_its_engine(asked: str, measured: str, source: str, store: Store) -> None:
+    record(store, "benchmark", seconds=7.0, bytes_read=1_000_000, measured={"engine": measured})
+    one = recipe().model_copy(update={"benchmark": Benchmark(engine=asked)})
+    assert stage_figure(store, "benchmark", one, 1_000_000).source.startswith(source)
+
+
+def test_low_memory_mode_moves_the_samples_from_the_gpu_into_memory(tmp_path: Path) -> None:
+    output = plan_output(Checkpoint.open(pico_base(tmp_path / "base")), recipe(group_size=32), {})
+    stage = needs(output, recipe(group_size=32), 0, ALL_STAGES).stages["quantize"]
+    samples = 3 * 128 * 2048 * 64 * 2
+    assert stage["vram_bytes"] - stage["low_vram_bytes"] == samples == stage["low_ram_bytes"] - stage["ram_bytes"]
+    assert needs(output, recipe(group_size=32, device="cpu"), 0, {"quantize"}).most("vram_bytes") == 0
+    nothing = needs(output, recipe(group_size=32), 0, set())
+    assert nothing.disk == 0 and nothing.most("ram_bytes") == 0
+    assert needs(output, recipe(group_size=32), 10**9, ALL_STAGES).disk > 10**9
+
+
+def test_disk_is_told_stage_by_stage(tmp_path: Path) -> None:
+    output = plan_output(Checkpoint.open(pico_base(tmp_path / "base")), recipe(group_size=32), {})
+    needed = needs(output, recipe(group_size=32), 10**6, ALL_STAGES, kept=7)
+    disk = {name: stage["disk_bytes"] for name, stage in needed.stages.items() if "disk_bytes" in stage}
+    assert list(disk) == ["download", "quantize", "mtp_fix", "validate"] and disk["download"] == 10**6
+    assert disk["mtp_fix"] == head_bytes(output) and sum(disk.values()) + 7 == needed.disk
+    assert needs(output, recipe(group_size=32), 10**6, {"publish"}, kept=7).disk == 0
+
+
+def test_too_little_disk_is_a_problem_with_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Usage:
+        free = 5_000_000_000
+
+    monkeypatch.setattr(needing.shutil, "disk_usage", lambda path: Usage)
+    assert disk_problem(4_000_000_000, tmp_path / "not" / "there") is None
+    sentence = disk_problem(6_000_000_000, tmp_path / "not" / "there")
+    assert sentence is not None and "needs 6.00 GB" in sentence and "5.00 GB are free" in sentence
+    (tmp_path / "work" / "quantize-0").mkdir(parents=True)
+    (tmp_path / "work" / "quantize-0" / "resume").write_bytes(b"0" * 100_000)
+    assert disk_problem(5_000_050_000, tmp_path) is None  # an interrupted run goes on from what it left
+    assert disk_problem(5_000_200_000, tmp_path) is not None
+
+
+def test_files_and_fields_that_changed_are_told() -> None:
+    old = Manifest.of([File("a", 1, "a" * 64), File("b", 1, "b" * 64), File("c", 1, "c" * 64)])
+    files = (HubFile("b", 1, "x", "d" * 64), HubFile("c", 1, "y", None), HubFile("d", 1, "z", None))
+    changed = changed_files(old, Revision("a/b", "0" * 40, files), {"b": "d" * 64, "c": None, "d": None})
+    assert changed == {"added": ["d"], "removed": ["a"], "changed": ["b"]}
+    fields = changed_fields({"x": 1, "deep": {"y": [1]}, "gone": True}, {"x": 1, "deep": {"y": [2]}, "new\n": 1})
+    assert fields == [
+        {"field": "deep.y", "before": "[1]", "now": "[2]"},
+        {"field": "gone", "before": "true", "now": None},
+        {"field": "'new\\n'", "before": None, "now": "1"},
+    ]
+
+
+def test_the_model_types_read_from_transformers_source_are_those_that_it_knows() -> None:
+    import transformers
+
+    known = known_model_types()
+    assert known is not None and set(transformers.CONFIG_MAPPING.keys()) <= known
+    assert len(known) <= len(transformers.CONFIG_MAPPING.keys()) + 2
+
+
+@pytest.mark.parametrize(
+    ("config", "allow", "sentence"),
+    [
+        ({"model_type": "llama"}, False, None),
+        ({"model_type": "llama", "auto_map": {}}, False, None),
+        ({"model_type": "own", "auto_map": {}}, False, "set allow_remote_code"),
+        ({"model_type": "own", "auto_map": {}}, True, None),
+        ({"model_type": "own"}, True, "does not know the base's model type 'own'"),
+        ({}, True, "does not know the base's model type None"),
+        ({"model_type": ["llama"]}, False, "does not know"),
+        ({"model_type": "gpt2"}, False, "transposed"),
+    ],
+)
+def test_an_architecture_is_known_or_why_not_is_said(config: Any, allow: bool, sentence: str | None) -> None:
+    problem = architecture_problem(config, {"llama", "gpt2"}, allow_remote_code=allow)
+    assert problem is None if sentence is None else problem is not None and sentence in problem

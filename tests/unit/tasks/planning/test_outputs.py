@@ -1,0 +1,120 @@
+"""One plan for several outputs: what is shared is counted once, and who needs most decides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from requant.flows.report.plan import headline, markdown, render
+from requant.tasks.planning.outputs import Before, together
+from requant.tasks.recipe.loader import parse_recipe
+
+RECIPE = parse_recipe(
+    {
+        "base": {"repo_id": "a/b"},
+        "outputs": [{}, {"scheme": "W8A16"}, {"mtp": "drop"}],
+        "publish": {"repo_id": "me/q"},
+    }
+)
+FOUR, EIGHT, HEADLESS = RECIPE.each
+
+
+def stage(name: str, state: str = "run", seconds: float = 10.0, cost: float | None = None) -> dict[str, Any]:
+    nbytes = 100 if state == "run" else 0
+    return {"name": name, "state": state, "bytes": nbytes, "seconds": seconds, "cost": cost, "figure": "assumed"}
+
+
+def plan(size: int, ram: int, *stages: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The plan of one output."""
+    document: dict[str, Any] = {
+        "base": {"repo_id": "a/b", "revision": "main", "sha": "1" * 40, "bytes": 5000, "tensors": 7},
+        "stages": list(stages),
+        "output": {
+            "bytes": size, "quantized_tensors": 3, "kept_tensors": 4, "packing": "auto_round", "quantized": [],
+            "scheme": {"bits": 4, "group_size": 128, "sym": True},
+            "kept": [{"tensors": "norm", "count": 1, "why": "small"}],
+        },
+        "needs": {
+            "disk_bytes": 10 * size, "ram_bytes": ram, "vram_bytes": 1,
+            "low_gpu_mem": {"ram_bytes": ram, "vram_bytes": 0},
+            "stages": {"quantize": {"ram_bytes": ram, "vram_bytes": 1, "low_ram_bytes": ram, "low_vram_bytes": 0}},
+        },
+        "transfer": {"download_bytes": stages[0]["bytes"] if stages else 0, "upload_bytes": size},
+        "engines": {"vllm": {"loads": True, "mtp": True, "reason": "nothing is in the way"}},
+        "hardware": {"gpu": None, "seconds": sum(s["seconds"] for s in stages), "price_per_hour": 2.0, "cost": 0.5},
+        "changes": None,
+        "notes": ["of all"],
+        "problems": [],
+    }  # fmt: skip
+    return {**document, **changes}
+
+
+def whole(**changes: Any) -> dict[str, Any]:
+    headless = {"vllm": {"loads": True, "mtp": False, "reason": "no head"}}
+    plans = {
+        FOUR: plan(100, 50, stage("download"), stage("quantize", cost=0.5)),
+        EIGHT: plan(200, 40, stage("download", "reused", 0.0), stage("quantize", cost=0.5), **changes),
+        HEADLESS: plan(90, 60, stage("download", "reused", 0.0), stage("mtp_fix"), engines=headless),
+    }
+    return together(RECIPE, plans)
+
+
+def test_the_base_is_downloaded_once_and_every_other_stage_names_its_output() -> None:
+    document = whole()
+    assert [(s["output"], s["name"]) for s in document["stages"]] == [
+        (FOUR, "download"), (FOUR, "quantize"), (EIGHT, "quantize"), (HEADLESS, "mtp_fix"),
+    ]  # fmt: skip
+    assert document["transfer"] == {"download_bytes": 100, "upload_bytes": 390}
+
+
+def test_times_costs_and_bytes_are_summed_and_needs_are_the_most_of_any() -> None:
+    document = whole()
+    assert (document["hardware"]["seconds"], document["hardware"]["cost"]) == (40.0, 1.5)
+    assert document["output"]["bytes"] == 390
+    needs = document["needs"]
+    assert (needs["disk_bytes"], needs["ram_bytes"], needs["low_gpu_mem"]["ram_bytes"]) == (2000, 60, 60)
+    assert needs["stages"]["quantize"]["ram_bytes"] == 60
+
+
+def test_each_output_has_its_own_plan_and_repo_and_an_engine_is_as_the_worst_of_them() -> None:
+    document = whole()
+    assert [(o["name"], o["repo_id"], o["output"]["bytes"]) for o in document["outputs"]] == [
+        (FOUR, f"me/q-{FOUR}", 100), (EIGHT, f"me/q-{EIGHT}", 200), (HEADLESS, f"me/q-{HEADLESS}", 90),
+    ]  # fmt: skip
+    assert document["engines"]["vllm"] == {"loads": True, "mtp": False, "reason": f"{HEADLESS}: no head"}
+    assert set(plan(1, 1)) | {"outputs"} == set(document)
+
+
+def test_what_is_true_of_all_is_told_once_and_the_rest_by_name() -> None:
+    document = whole(problems=["the group size divides nothing"], notes=["of all", "of eight bits"])
+    assert document["notes"] == ["of all", f"{EIGHT}: of eight bits"]
+    assert document["problems"] == [f"{EIGHT}: the group size divides nothing"]
+
+
+def test_an_output_that_cannot_be_made_leaves_the_others_their_figures() -> None:
+    nothing = {"bytes": None, "quantized_tensors": None, "kept_tensors": None}
+    needs = {"disk_bytes": None, "ram_bytes": None, "vram_bytes": None}
+    document = whole(stages=[], output=nothing, needs=needs, engines={}, problems=["no"])
+    assert (document["output"]["bytes"], document["needs"]["ram_bytes"]) == (190, 60)
+    assert f"{EIGHT}: no" in render(document) and EIGHT in markdown(document, "three.yaml")
+
+
+def test_an_output_finds_done_what_those_before_it_make() -> None:
+    before = Before()
+    four, eight, headless = RECIPE.each.values()
+    assert before.stages(four) == set()
+    before.add(four, plan(100, 50, stage("download"), stage("quantize")))
+    assert (before.stages(eight), before.stages(headless)) == ({"download"}, {"download", "quantize"})
+    before.add(
+        eight, plan(200, 50, stage("download", "reused"), stage("quantize", "reused"), stage("mtp_fix", "reused"))
+    )
+    assert before.kept == 100  # what is there already takes no more disk
+    before.add(headless, {"stages": [], "output": {"bytes": None}})
+    assert before.recipes == [four, eight]
+
+
+def test_a_person_sees_one_table_of_stages_and_one_of_outputs() -> None:
+    text = render(whole())
+    assert headline(whole()) == "5.0 kB become 0.4 kB in 3 outputs"
+    assert f"me/q-{EIGHT}" in text and text.count("download") == 1
+    shown = markdown(whole(), "three.yaml")
+    assert shown.count("<details>") == 3 and f"tensors of {HEADLESS}" in shown and "`a/b@1111111`: " in shown

@@ -1,0 +1,169 @@
+"""Running the child: the ladder outlives the process, and what starves is told from what was killed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from requant.tasks.errors import OutOfMemory, QuantizeDied, QuantizeFailed
+from requant.tasks.quantizing import ladder as run
+from requant.tasks.quantizing.ladder import Progress, down_the_ladder, ladder, run_child
+from tests.factories.requant import wait_for
+from tests.factories.sites import begin_with, give_secrets, secrets_given
+
+JOB = {"batch_size": 4, "low_gpu_mem": "auto", "torch_compile": "auto"}
+
+
+class Child:
+    """Stands in for the process: does what the script says, attempt by attempt, and notes the settings it got."""
+
+    def __init__(self, *script: str, resolved: bool = False) -> None:
+        self.script, self.resolved = list(script), resolved
+        self.jobs: list[dict[str, Any]] = []
+
+    def __call__(self, job: dict[str, Any], folder: Path, report: Any) -> dict[str, Any]:
+        self.jobs.append(dict(job))
+        with (folder / "events.jsonl").open("a") as stream:
+            for event in ({"event": "settings", "low_gpu_mem": self.resolved}, {"event": "block", "name": "layers.1"}):
+                stream.write(json.dumps({"seconds": 0.0, **event}) + "\n")
+        what = self.script.pop(0)
+        if what == "done":
+            (folder / "result.json").write_text("{}")
+            return {}
+        if what == "killed":
+            died = QuantizeDied("SIGKILL")
+            died.killed = True
+            raise died
+        return {"event": "error", "kind": what, "text": what}
+
+
+def descend(child: Child, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    monkeypatch.setattr(run, "run_child", child)
+    return down_the_ladder(JOB, folder, lambda event: None)[1]
+
+
+def test_out_of_memory_steps_down_and_the_record_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = Child("oom", "oom", "oom", "done")
+    attempts = descend(child, tmp_path, monkeypatch)
+    assert [(j["batch_size"], j["low_gpu_mem"]) for j in child.jobs] == [
+        (4, "auto"), (4, True), (2, True), (1, True),
+    ]  # fmt: skip
+    assert [a["ended"] for a in attempts] == ["oom", "oom", "oom", "done"]
+    assert attempts[0]["block"] == "layers.1"
+
+
+def test_a_rung_that_the_machine_is_on_already_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = Child("oom", "done", resolved=True)
+    descend(child, tmp_path, monkeypatch)
+    assert [j["batch_size"] for j in child.jobs] == [4, 2]
+
+
+def test_the_last_rung_keeps_activations_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = Child(*["oom"] * 4, "done")
+    descend(child, tmp_path, monkeypatch)
+    assert child.jobs[-1]["offload"] and child.jobs[-1]["batch_size"] == 1
+
+
+def test_below_the_last_rung_is_an_error_that_names_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OutOfMemory, match=r"layers\.1"):
+        descend(Child(*["oom"] * 5), tmp_path, monkeypatch)
+
+
+def test_a_new_process_goes_on_at_the_rung_of_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(QuantizeDied):
+        descend(Child("oom", "oom", "killed"), tmp_path, monkeypatch)
+    child = Child("done")
+    attempts = descend(child, tmp_path, monkeypatch)
+    assert child.jobs[0]["batch_size"] == 2
+    assert [a["ended"] for a in attempts] == ["oom", "oom", "died", "done"]
+
+
+def test_what_the_kernel_kills_for_memory_gets_a_smaller_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not low_gpu_mem, which would move even more to the memory that ran out."""
+    counts = iter((3, 4, 4))
+    monkeypatch.setattr(run, "kernel_kills", lambda: next(counts))
+    child = Child("killed", "done")
+    attempts = descend(child, tmp_path, monkeypatch)
+    assert [j["batch_size"] for j in child.jobs] == [4, 2]
+    assert attempts[0]["ended"] == "host oom"
+
+
+def test_killed_again_and_again_in_one_block_it_gets_a_smaller_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "kernel_kills", lambda: 0)
+    for _ in range(2):
+        with pytest.raises(QuantizeDied):
+            descend(Child("killed"), tmp_path, monkeypatch)
+    child = Child("killed", "done")
+    descend(child, tmp_path, monkeypatch)
+    assert [j["batch_size"] for j in child.jobs] == [4, 2]
+
+
+def test_a_failed_compilation_is_tried_once_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = Child("compile", "done")
+    descend(child, tmp_path, monkeypatch)
+    assert [j["torch_compile"] for j in child.jobs] == ["auto", False]
+    with pytest.raises(QuantizeFailed):
+        descend(Child("compile", "compile"), _fresh(tmp_path), monkeypatch)
+
+
+def _fresh(folder: Path) -> Path:
+    (folder / "fresh").mkdir()
+    return folder / "fresh"
+
+
+def test_a_damaged_ladder_file_begins_at_the_top(tmp_path: Path) -> None:
+    (tmp_path / "ladder.json").write_text('{"rung": ')
+    assert Progress(tmp_path / "ladder.json").rung == 0
+    assert next(iter(ladder(JOB)))["batch_size"] == 4
+
+
+def test_the_child_has_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs code of the base's repo where the recipe allows that."""
+    give_secrets(tmp_path, monkeypatch)
+    with pytest.raises(QuantizeDied):
+        run_child({}, tmp_path, lambda event: None)
+    assert secrets_given(tmp_path) == []
+
+
+def test_an_interruption_ends_the_child_and_what_it_has_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin_with(
+        """
+        import json, os, signal, subprocess
+        below = subprocess.Popen(["sleep", "600"])
+        with open("events.jsonl", "w") as events:
+            events.write(json.dumps({"event": "below", "pids": [os.getpid(), below.pid]}) + "\\n")
+        signal.pause()
+        """,
+        tmp_path,
+        monkeypatch,
+    )
+    started: list[psutil.Process] = []
+
+    def interrupt(event: Any) -> None:
+        started.extend(map(psutil.Process, event["pids"]))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_child({}, tmp_path, interrupt)
+    try:
+        assert len(started) == 2
+        wait_for(lambda: not any(map(runs, started)), 10, "both processes to end")
+    finally:
+        for process in filter(runs, started):
+            process.kill()
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether a process has not ended; what has may still wait for its parent to ask."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,425 @@
+"""Recipes: what is refused before any work, and with which sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from requant.tasks.errors import RecipeError
+from requant.tasks.recipe.loader import load_recipe, parse_recipe
+from requant.tasks.recipe.quantize import PRESETS
+from requant.tasks.recipe.recipe import MAX_KL_DIVERGENCE
+from tests.factories.counting import calls
+
+SMALL = "base: {repo_id: Qwen/Qwen3.6-27B}\n"
+
+
+def write(folder: Path, text: str | bytes) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def sentence(folder: Path, text: str | bytes, *overrides: str) -> str:
+    """The refusal of a recipe: one line."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(folder, text), overrides)
+    message = str(caught.value)
+    assert message and len(message.splitlines()) == 1, message
+    assert len(message) < 600
+    return message
+
+
+def with_key(key: str, value: str) -> str:
+    """A small recipe with `a.b` set to a YAML value."""
+    section, _, name = key.partition(".")
+    if section == "base":
+        return f"base: {{repo_id: a/b, {name}: {value}}}\n"
+    if section == "publish" and name not in {"", "repo_id"}:
+        return f"{SMALL}publish: {{repo_id: a/b, {name}: {value}}}\n"
+    return SMALL + (f"{section}: {{{name}: {value}}}\n" if name else f"{section}: {value}\n")
+
+
+def test_a_recipe_of_a_base_alone_has_the_reference_cards_settings(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, SMALL))
+    assert (recipe.base.repo_id, recipe.base.revision) == ("Qwen/Qwen3.6-27B", "main")
+    quantize = recipe.quantize
+    assert quantize.resolved == (4, 128, True)
+    assert (quantize.iters, quantize.nsamples, quantize.seqlen, quantize.batch_size) == (200, 128, 2048, 8)
+    assert (quantize.seed, quantize.format) == (42, "auto_round")
+    assert (recipe.mtp, recipe.allow_remote_code, recipe.publish) == ("keep", False, None)
+    assert recipe.gates.model_dump() == {
+        "max_perplexity_increase": 0.05, "min_top1_agreement": 0.85, "min_mtp_acceptance_ratio": 0.95,
+        "max_kl_divergence": 0.25, "max_block_error": 0.5, "max_weight_slope_error": 0.03, "max_weight_offset": 0.25,
+        "min_task_recovery": 0.95,
+    }  # fmt: skip
+
+
+def test_every_key_of_a_recipe_is_read(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, """
+base: {repo_id: a/b, revision: v1.0}
+quantize:
+  scheme: W8A16G64
+  bits: 4
+  group_size: 32
+  sym: false
+  format: auto_round:auto_awq
+  iters: 0
+  nsamples: 16
+  seqlen: 64
+  batch_size: 2
+  lr: 0.005
+  seed: 7
+  calibration: me/text@main
+  layers: {lm_head: {bits: 8}}
+  torch_compile: false
+  low_gpu_mem: true
+  device: cuda:1
+mtp: drop
+allow_remote_code: true
+gates: {max_perplexity_increase: null, min_top1_agreement: 0, min_mtp_acceptance_ratio: 1}
+benchmark: {engine: none}
+publish: {repo_id: me/out, private: false}
+"""))  # fmt: skip
+    assert recipe.quantize.resolved == (4, 32, False)
+    assert recipe.quantize.layers == {"lm_head": {"bits": 8}}
+    assert (recipe.quantize.lr, recipe.quantize.torch_compile, recipe.quantize.low_gpu_mem) == (0.005, False, True)
+    assert (recipe.gates.max_perplexity_increase, recipe.gates.min_top1_agreement) == (None, 0)
+    assert recipe.publish is not None and (recipe.publish.repo_id, recipe.publish.private) == ("me/out", False)
+    assert (recipe.mtp, recipe.benchmark.engine, recipe.quantize.calibration) == ("drop", "none", "me/text@main")
+
+
+RESOLVED = {
+    "W4A16": (4, 128, True),
+    "W2A16": (2, 128, True),
+    "W3A16": (3, 128, True),
+    "W8A16": (8, 128, True),
+    "W2A16G32": (2, 32, True),
+    "W4A16G64": (4, 64, True),
+}
+
+
+@pytest.mark.parametrize("scheme", RESOLVED)
+def test_a_scheme_stands_for_bits_group_size_and_symmetry(scheme: str, tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, with_key("quantize.scheme", scheme))).quantize.resolved == RESOLVED[scheme]
+
+
+@pytest.mark.parametrize(("key", "close"), [
+    ("bsae.repo_id", "base"), ("base.repoid", "repo_id"), ("quantize.iter", "iters"),
+    ("gates.min_top1", "min_top1_agreement"), ("publish.privat", "private"),
+    ("benchmark.flag", "flags"), ("mtpp", "mtp"), ("quantize.presets", "preset"),
+])  # fmt: skip
+def test_an_unknown_key_is_refused_with_the_one_that_was_meant(key: str, close: str, tmp_path: Path) -> None:
+    message = sentence(tmp_path, with_key(key, "1"))
+    assert key.split(".")[0] in message and f"did you mean {close}?" in message
+
+
+def test_an_unknown_key_like_no_other_is_refused_with_all_that_are_allowed(tmp_path: Path) -> None:
+    message = sentence(tmp_path, with_key("publish.zzz", "1"))
+    assert message == (
+        "publish.zzz is not a key of a recipe: allowed are repo_id, private, gated, license, collection, pull_request, "
+        "overwrite"
+    )
+
+
+WRONG = {
+    "base.repo_id": ["5", "null", "[]", "a/b/c", "../b", "'a b/c'", "/a", "a/", '"a/b\\n"', "'https://huggingface.co/a/b'"],
+    "base.revision": ["5", "''", "null", "1.0"],
+    "quantize.bits": ["5", "'4'", "true", "16", "0"],
+    "quantize.group_size": ["0", "-2", "100", "'32'"],
+    "quantize.sym": ["1", "'yes'", "0"],
+    "quantize.scheme": ["W5A16", "W4A8", "4", "MXFP4", "w4a16", "W4A16G128x", "null"],
+    "quantize.format": ["gguf", "auto_gptq", "1", "auto_round:marlin"],
+    "quantize.iters": ["-1", "1.5", "'200'", "true", "10001", "null"],
+    "quantize.nsamples": ["0", "-5", "1e3"],
+    "quantize.seqlen": ["0", "15", "200000"],
+    "quantize.batch_size": ["0", "2000", "'8'"],
+    "quantize.lr": ["0", "-1", "2", ".nan", "'fast'"],
+    "quantize.seed": ["-1", "4294967296", "'x'"],
+    "quantize.layers": ["[]", "lm_head"],
+    "quantize.torch_compile": ["1", "maybe", "null"],
+    "quantize.device": ["gpu", "'cuda:'", "cuda:x", "0"],
+    "mtp": ["KEEP", "true", "int3", "null"],
+    "allow_remote_code": ["1", "'true'"],
+    "gates.max_perplexity_increase": ["'5%'", ".nan", "-2", "true"],
+    "gates.min_top1_agreement": ["1.1", "-0.1", "85"],
+    "benchmark.engine": [
+        "fast", "1", "'url:'", "url:ftp://a", "url:http://me:secret@host", "'url:http://a b'", "'url:http://a/?key=1'",
+    ],
+    "benchmark.prompts": ["card", "[]"],
+    "benchmark.concurrency": ["0", "'4'", "1000"],
+    "benchmark.draft_tokens": ["0", "9"],
+    "benchmark.max_tokens": ["0", "1.5"],
+    "publish.repo_id": [
+        "a b", "5", "noslash", "me/a--b", "me/a..b", "m--e/a", "me/-a", "me/a-", "me/.a", "me/a.", "me-/a", "me/a.git",
+        f"me/{'a' * 97}", "me/a/b", "/a", "me/", "me/ä", "''", '"me/a\\n"',
+    ],
+    "publish.private": ["1", "'no'"],
+    "publish": ["[]", "me/out"],
+    "quantize": ["[]", "W4A16", "null"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values])
+def test_a_wrong_value_is_refused_with_its_key_and_value(key: str, value: str, tmp_path: Path) -> None:
+    message = sentence(tmp_path, with_key(key, value))
+    assert key in message
+    assert repr(yaml.safe_load(value)) in message
+
+
+def test_what_is_allowed_is_said(tmp_path: Path) -> None:
+    assert "2, 3, 4 or 8" in sentence(tmp_path, with_key("quantize.bits", "5"))
+    assert "owner/name" in sentence(tmp_path, with_key("base.repo_id", "a/b/c"))
+    assert "W4A16" in sentence(tmp_path, with_key("quantize.scheme", "W5A16"))
+    assert "auto, vllm, torch, none, or url:http" in sentence(tmp_path, with_key("benchmark.engine", "sglang"))
+
+
+def test_a_recipe_without_a_base_is_refused(tmp_path: Path) -> None:
+    assert sentence(tmp_path, "mtp: keep\n") == "base is missing: every recipe needs it"
+    assert "base.repo_id is missing" in sentence(tmp_path, "base: {}\n")
+
+
+IMPOSSIBLE = {
+    "{batch_size: 8, nsamples: 4}": "batch_size 8 is larger than nsamples 4",
+    "{format: 'auto_round:auto_awq', bits: 8}": "holds 4 bits only, not 8",
+    "{format: 'auto_round:auto_awq', scheme: W2A16}": "holds 4 bits only, not 2",
+    "{format: 'auto_round:auto_gptq', sym: false}": "loses accuracy with sym false",
+    "{preset: auto-round-worst}": "'auto-round-worst'",
+    "{preset: [auto-round]}": "preset",
+    "{preset: {}}": "preset",
+    "{preset: null}": "preset",
+}
+
+
+@pytest.mark.parametrize("quantize", IMPOSSIBLE)
+def test_an_impossible_combination_is_refused(quantize: str, tmp_path: Path) -> None:
+    assert IMPOSSIBLE[quantize] in sentence(tmp_path, f"{SMALL}quantize: {quantize}\n")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_stands_for_its_keys_and_nothing_else(preset: str, tmp_path: Path) -> None:
+    short = load_recipe(write(tmp_path, f"{SMALL}quantize: {{preset: {preset}}}\n"))
+    long = load_recipe(write(tmp_path, f"{SMALL}quantize: {json.dumps(PRESETS[preset])}\n"))
+    assert short == long
+
+
+def test_presets_are_those_of_auto_round() -> None:
+    best, light = PRESETS["auto-round-best"], PRESETS["auto-round-light"]
+    assert (best["iters"], best["nsamples"], light["iters"], light["lr"]) == (1000, 512, 50, 5e-3)
+
+
+def test_a_key_beside_a_preset_wins(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, f"{SMALL}quantize: {{iters: 3, preset: auto-round-best}}\n"))
+    assert (recipe.quantize.iters, recipe.quantize.nsamples) == (3, 512)
+
+
+def test_set_overrides_adds_and_nests(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        write(tmp_path, f"{SMALL}quantize: {{iters: 5}}\n"),
+        [
+            "quantize.iters=7",
+            "mtp=drop",
+            "gates.min_top1_agreement=null",
+            "publish.repo_id=me/x",
+            "quantize.layers.lm_head.bits=8",
+        ],
+    )
+    assert (recipe.quantize.iters, recipe.mtp, recipe.gates.min_top1_agreement) == (7, "drop", None)
+    assert recipe.quantize.layers == {"lm_head": {"bits": 8}}
+    assert recipe.publish is not None and recipe.publish.repo_id == "me/x"
+
+
+def test_the_last_of_two_overrides_wins(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, SMALL), ["mtp=drop", "mtp=keep"]).mtp == "keep"
+
+
+def test_a_value_may_hold_an_equals_sign(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, SMALL), ["base.revision=a=b"]).base.revision == "a=b"
+
+
+OVERRIDES = {
+    "quantize.iters": "KEY=VALUE",
+    "=5": "KEY=VALUE",
+    "": "KEY=VALUE",
+    "quantize.iters=[": "not YAML",
+    "quantize.iters=!!python/object/apply:os.system [id]": "not YAML",
+    "quantize.lr=2020-13-45": "quantize.lr",
+    "quantize.iters=many": "quantize.iters",
+    "quantize.itres=5": "did you mean iters?",
+    "base.repo_id.x=1": "not a group of keys",
+    "mtp.x.y=1": "mtp",
+    "quantize=5": "quantize",
+    "quantize.iters=!!bool x": "quantize.iters",
+}
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_a_wrong_override_is_refused(override: str, tmp_path: Path) -> None:
+    assert OVERRIDES[override] in sentence(tmp_path, SMALL + "mtp: keep\n", override)
+
+
+HOSTILE = {
+    "a python object": SMALL + "mtp: !!python/object/apply:os.system ['touch /tmp/owned']\n",
+    "a python name": SMALL + "mtp: !!python/name:os.system\n",
+    "a tag of its own": SMALL + "mtp: !keep drop\n",
+    "a list": "- base\n",
+    "a word": "base\n",
+    "nothing": "",
+    "null": "null\n",
+    "two documents": SMALL + "---\n" + SMALL,
+    "cut": "base: {repo_id: ",
+    "a tab": "base:\n\trepo_id: a/b\n",
+    "an unknown anchor": "base: *nothing\n",
+    "a key that is a list": "? [a, b]\n: 1\n" + SMALL,
+    "a key that is a number": SMALL + "5: 1\n",
+    "a key that is null": SMALL + "null: 1\n",
+    "a key with a line break": SMALL + '"a\\nb": 1\n',
+    "binary": bytes(range(256)),
+    "NUL bytes": b"\0" * 64,
+    "a picture": b"\x89PNG\r\n\x1a\n" + b"\xff" * 64,
+    "UTF-16 without a mark": SMALL.encode("utf-16-le"),
+    "a control character": b"base: {repo_id: a\x07/b}\n",
+    "nested lists": "base: " + "[" * 600 + "\n",
+    "nested mappings": SMALL + "quantize: " + "{layers: " * 3000 + "1" + "}" * 3000 + "\n",
+    "a mapping in itself": "base: &b {repo_id: *b}\n",
+    "a list in itself": SMALL + "quantize: {layers: &l {a: *l}}\n",
+    "an impossible date": SMALL + "mtp: 2020-13-45\n",
+    "an impossible bool": SMALL + "mtp: !!bool perhaps\n",
+    "an empty integer": SMALL + "mtp: !!int ''\n",
+    "an impossible timestamp": SMALL + "mtp: !!timestamp x\n",
+    "an endless integer": SMALL + f"quantize: {{seed: {'9' * 5000}}}\n",
+    "a long value": SMALL + f"mtp: {'x' * 100_000}\n",
+    "a long key": SMALL + f"? {'x' * 100_000}\n: 1\n",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_recipe_is_refused_in_one_sentence(text: str | bytes, tmp_path: Path) -> None:
+    sentence(tmp_path, text)
+    assert not Path("/tmp/owned").exists()
+
+
+@pytest.mark.parametrize(
+    "value", ["2020-01-01", "!!binary aGk=", "!!set {a, b}", ".nan"], ids=["date", "bytes", "set", "nan"]
+)
+def test_a_layer_setting_that_json_cannot_hold_is_refused(value: str, tmp_path: Path) -> None:
+    """It could not be part of a stage key, nor be handed to the process that quantizes."""
+    assert "quantize.layers" in sentence(tmp_path, f"{SMALL}quantize: {{layers: {{lm_head: {{bits: {value}}}}}}}\n")
+
+
+def test_aliases_that_grow_a_millionfold_are_refused_before_they_are_followed(tmp_path: Path) -> None:
+    lines = ["x0: &x0 [a, a, a, a, a, a, a, a, a, a]"]
+    lines += [f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]" for i in range(1, 7)]
+    for base in ("*x6", "{repo_id: *x6}"):  # a million, written out
+        assert calls(lambda base=base: sentence(tmp_path, "\n".join([*lines, f"base: {base}", ""]))) < 100_000
+
+
+def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(RecipeError, match=r"cannot be read \((No such file|Is a directory)"):
+            load_recipe(path)
+
+
+def test_a_calibration_file_is_relative_to_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("text")
+    recipe = load_recipe(write(tmp_path, with_key("quantize.calibration", "texts/a.txt")))
+    assert recipe.quantize.calibration == str((tmp_path / "texts" / "a.txt").resolve())
+
+
+@pytest.mark.parametrize(
+    "name", ["none.txt", "./none.parquet", "/none/at/all.jsonl", "~nobody-of-that-name/a.txt", '"./a\\0b"']
+)
+def test_a_calibration_file_that_is_not_there_is_refused_by_its_key(name: str, tmp_path: Path) -> None:
+    assert "quantize.calibration" in sentence(tmp_path, with_key("quantize.calibration", name))
+
+
+@pytest.mark.parametrize("name", ["builtin:python", "HuggingFaceFW/fineweb@abc", "wikitext"])
+def test_a_text_that_is_no_file_is_left_as_it_is(name: str, tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, with_key("quantize.calibration", name))).quantize.calibration == name
+
+
+def test_a_recipe_survives_json(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, f"{SMALL}quantize: {{preset: auto-round-light}}\npublish: {{repo_id: a/b}}\n"))
+    document: dict[str, Any] = json.loads(recipe.model_dump_json())
+    assert parse_recipe(document) == recipe
+
+
+def test_a_recipe_may_not_publish_over_its_own_base() -> None:
+    with pytest.raises(RecipeError, match=r"^publish.repo_id A/b is the base itself: name a repo of your own$"):
+        parse_recipe({"base": {"repo_id": "a/b"}, "publish": {"repo_id": "A/b"}})
+
+
+def test_what_the_hub_says_of_a_repos_name_is_handed_on() -> None:
+    def said(repo_id: str) -> str:
+        with pytest.raises(RecipeError) as caught:
+            parse_recipe({"base": {"repo_id": "a/b"}, "publish": {"repo_id": repo_id}})
+        return str(caught.value)
+
+    whole = "publish.repo_id: write owner/name as the Hub takes it (it names no owner), not 'noslash'"
+    assert said("noslash") == whole
+    assert "(cannot have -- or .. in repo_id), not 'me/a--b'" in said("me/a--b")
+    assert "the maximum length is 96" in said(f"me/{'a' * 97}")
+
+
+def test_a_base_without_an_owner_is_one_of_the_hubs_oldest() -> None:
+    assert parse_recipe({"base": {"repo_id": "gpt2"}}).base.repo_id == "gpt2"
+
+
+def test_a_builtin_text_that_does_not_exist_is_refused_before_any_work() -> None:
+    with pytest.raises(RecipeError, match="builtin:prose does not exist: use builtin:mixed or builtin:python"):
+        parse_recipe({"base": {"repo_id": "a/b"}, "quantize": {"calibration": "builtin:prose"}})
+
+
+def test_recipes_that_say_the_same_have_one_digest_however_they_are_written() -> None:
+    short = parse_recipe({"base": {"repo_id": "a/b"}})
+    spelled = parse_recipe({"base": {"repo_id": "a/b", "revision": "main"}, "quantize": {"iters": 200}})
+    other = parse_recipe({"base": {"repo_id": "a/b"}, "quantize": {"iters": 50}})
+    assert short.digest == spelled.digest != other.digest
+
+
+# Recorded before builtin:mixed and the limit of max_kl_divergence became defaults.
+NAMED = {"quantize": {"calibration": "builtin:python"}, "validation": {"text": "builtin:python-evaluation"}}
+RECORDED: dict[str, tuple[dict[str, Any], str]] = {
+    "texts alone": (NAMED, "33bd64558c4ced86704533197078a42eb2e2dddc1298311c156c3a1a00aef14a"),
+    "a data set and a file": (
+        {"quantize": {"calibration": "me/text@main"}, "validation": {"text": "/texts/a.txt"}},
+        "2e2d4c1b08a45d3e11624dc6f97069103a8992916ac963392d2ee67f4669b6c0",
+    ),
+    "other limits": (
+        {**NAMED, "gates": {"max_perplexity_increase": 0.1}},
+        "e59e0506ea6e54de4421d0952c52c0bd8f7f82267b1d79c50f26140a1df70f76",
+    ),
+    "a limit of the KL divergence": (
+        {**NAMED, "gates": {"max_kl_divergence": 0.1}},
+        "653f09dab3dd851db984acd044b0297efa308a4528683a9b46e59037b26be530",
+    ),
+    "outputs": (
+        {**NAMED, "outputs": [{}, {"scheme": "W8A16"}]},
+        "327e27d8175f40ecf173a09a63bdbe64790703faa34a21d83de6703693980123",
+    ),
+}
+
+
+@pytest.mark.parametrize(("said", "digest"), RECORDED.values(), ids=RECORDED)
+def test_the_digest_of_a_recipe_that_names_its_texts_is_what_it_was(said: dict[str, Any], digest: str) -> None:
+    recipe = parse_recipe({"base": {"repo_id": "a/b"}, **said})
+    assert recipe.digest == digest
+    assert parse_recipe(recipe.model_dump(mode="json")).digest == digest  # as Prefect hands it on
+
+
+def test_the_default_texts_are_not_python_alone() -> None:
+    recipe = parse_recipe({"base": {"repo_id": "a/b"}})
+    assert (recipe.quantize.calibration, recipe.validation.text) == ("builtin:mixed", "builtin:mixed-evaluation")
+
+
+def test_the_kl_limit_enters_a_digest_only_where_it_is_neither_the_default_nor_the_null_that_was_it_before() -> None:
+    default, spelled, off, other = (
+        parse_recipe({"base": {"repo_id": "a/b"}, "gates": gates}).digest
+        for gates in ({}, *({"max_kl_divergence": limit} for limit in (MAX_KL_DIVERGENCE, None, 0.4)))
+    )
+    assert default == spelled == off != other
