@@ -1,19 +1,11 @@
-# make demo: the whole pipeline on a tiny model. All targets set themselves up.
-# make test: unit and integration tests, 8 minutes on two cores; make test-unit: the first of them, 2 minutes.
-# make test-engines (the real vLLM), test-ui (the pages in a browser), test-crash (a kill): what CI runs beside them.
-# These leave out what is marked slow; TESTS='-k worker' chooses others. tests/README.md has more.
-# make test-all: every test that needs no GPU, and torture: some hours. make test-gpu: the quantize stage on a GPU.
-# make up, make down: Prefect with PostgreSQL, workers, S3 and a Hub stand-in on this machine.
-# make plan-27b: the plan of the 27 B recipe as JSON, against a stand-in that has its base's headers. Nothing else on stdout.
-# make torture: eight processes put, get, list and collect in one store and are killed at random; SECONDS=120 each way.
-# make bench-gpu: what quantizing a 27 B model costs on this machine's GPU; MINUTES=9.5 does it in pieces,
-# SEEDS=3 compares the losses with more orders of the samples.
-# make bench-store: put and get on a local Ceph beside awscli, s3fs and boto3: 20 minutes; SIZE=256 REPEATS=2 is a short one.
+# `make` lists the targets with the comments that begin with ##. Each target installs what it needs.
+# The quick tests leave out what is marked slow; TESTS='-k worker' chooses others. tests/README.md has more.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 EVALUATES := .venv/.evaluates
 SERVES := .venv/.serves
+DOCUMENTS := .venv/.documents
 TESTS ?= -m "not slow"
 SEED := $(shell date +%j)
 PYTEST := $(BIN)/python -m pytest
@@ -21,47 +13,64 @@ PARALLEL := -n 2 --dist loadgroup # two processes; tests that share a server sta
 
 PARTS := all-integration all-engines all-ui all-crash
 
-.PHONY: $(PARTS) all-unit install chromium demo plan-27b up down test test-unit test-all test-engines test-gpu test-ui test-crash lint format bench bench-gpu bench-store torture clean
+.PHONY: help docs docs-build docs-reference $(PARTS) all-unit install chromium demo plan-27b up down test test-unit test-all test-engines test-gpu test-ui test-crash lint format bench bench-gpu bench-store torture clean
 
+## help: list the targets
+help:
+	@sed -n 's/^## \([a-z0-9-]*\): /\1\t/p' Makefile | expand -t 16
+
+## demo: run the whole pipeline on a tiny model, on the CPU: two minutes
 demo: $(INSTALLED)
 	$(BIN)/python -m infra.dev.demo
 
+## up: start Prefect with PostgreSQL, workers, S3 and a Hub stand-in on this machine
 up: $(SERVES)
 	$(BIN)/python -m infra.dev.stack up
 
+## down: end what `make up` started; its data stays in build/stack
 down:
 	$(BIN)/python -m infra.dev.stack down
 
+## plan-27b: print the plan of the 27 B recipe as JSON, from a stand-in that has its base's headers
 plan-27b:
 	@$(MAKE) --no-print-directory $(INSTALLED) >&2
 	@$(BIN)/python -m infra.dev.plan $(BIN)/python -m requant plan deployments/recipes/qwen3.6-27b-int4.yaml --elsewhere --json
 
+## install: install everything that is pinned into .venv
 install: $(INSTALLED) $(EVALUATES) $(SERVES)
 
+## chromium: install Chromium if it is missing
 chromium:
 	command -v chromium >/dev/null || apt-get install -y -q --no-install-recommends chromium
 
+## test: run unit and integration tests: 8 minutes on two cores
 test: $(INSTALLED) $(EVALUATES)
 	infra/dev/s3/ceph install || { [ $$(id -u) != 0 ] && echo "without Ceph, the tests that need it are skipped"; }
 	$(PYTEST) $(PARALLEL) $(TESTS)
 
+## test-unit: run the unit tests: 2 minutes
 test-unit: $(INSTALLED)
 	$(PYTEST) tests/unit $(PARALLEL) $(TESTS)
 
+## test-engines: load checkpoints in the real vLLM, which is installed first: 3.5 GB
 test-engines: $(INSTALLED)
 	infra/dev/engines/install build/vllm
 	$(PYTEST) tests/engines $(TESTS)
 
+## test-ui: walk through Prefect's pages in a browser
 test-ui: $(SERVES) chromium
 	$(PYTEST) tests/ui $(TESTS)
 
+## test-crash: kill parts of a whole stack in the middle of a run
 test-crash: $(SERVES)
 	$(PYTEST) tests/crash $(TESTS)
 
+## test-gpu: run the quantize stage on a GPU
 test-gpu: $(INSTALLED)
 	$(PYTEST) tests/gpu $(TESTS)
 
 # Each part runs whatever came of those before it. The seed makes the same random order again: SEED=7.
+## test-all: run every test that needs no GPU, and torture: some hours; SEED=7 repeats a random order
 test-all: install
 	$(MAKE) -k all-unit $(PARTS) torture SECONDS=120
 
@@ -72,15 +81,18 @@ all-unit:
 $(PARTS): all-%:
 	$(MAKE) $(if $(filter integration,$*),test TESTS=tests/integration,test-$* TESTS=)
 
+## lint: run ruff and mypy
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+## format: let ruff format and fix the code
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+## bench: measure what Prefect, surgery, watch, publish and serving cost
 bench: $(SERVES)
 	$(BIN)/python -m infra.bench.overhead
 	$(BIN)/python -m infra.bench.surgery
@@ -88,13 +100,16 @@ bench: $(SERVES)
 	$(BIN)/python -m infra.bench.publish
 	$(BIN)/python -m infra.bench.served
 
+## torture: let eight processes use one store and be killed at random; SECONDS=120 each way
 torture: $(INSTALLED)
 	infra/dev/s3/ceph install
 	SECONDS=$(SECONDS) $(BIN)/python -m infra.bench.store_torture
 
+## bench-gpu: measure what quantizing 27 B costs on this GPU; MINUTES=9.5 in pieces, SEEDS=3 with more orders of samples
 bench-gpu: $(INSTALLED)
 	MINUTES=$(MINUTES) SEEDS=$(SEEDS) $(BIN)/python -m infra.bench.gpu
 
+## bench-store: compare put and get with awscli, s3fs and boto3: 20 minutes; SIZE=256 REPEATS=2 is short
 bench-store: $(INSTALLED)
 	infra/dev/s3/ceph install
 	SIZE=$(SIZE) FILES=$(FILES) REPEATS=$(REPEATS) MINUTES=$(MINUTES) $(BIN)/python -m infra.bench.store
@@ -111,5 +126,23 @@ $(SERVES): $(INSTALLED)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[serve]'
 	touch $@
 
+## docs: serve the documentation as a site on http://127.0.0.1:8000
+docs: $(DOCUMENTS)
+	$(BIN)/mkdocs serve
+
+# Without --quiet: with it, mkdocs counts no warnings, and --strict passes whatever is broken.
+## docs-build: build the documentation into build/docs; a broken link or anchor is an error
+docs-build: $(DOCUMENTS)
+	$(BIN)/mkdocs build --strict
+
+## docs-reference: write the reference pages that follow from the code
+docs-reference: $(INSTALLED)
+	$(BIN)/python -m infra.dev.docs
+
+$(DOCUMENTS): $(INSTALLED)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+## clean: remove build and .venv
 clean:
 	rm -rf build .venv

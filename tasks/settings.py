@@ -24,33 +24,40 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True)
 
     store: str | None = Field(
-        None, description="The store: `file:///dir` or `s3://bucket/prefix`. Unset: a folder in the user's cache."
+        None,
+        description="where results are kept: `file:///data/requant` for a folder on this machine, `s3://bucket/prefix` "
+        "for S3 or any server that speaks its protocol. Unset: `~/.cache/requant/store`",
     )
     s3_sse: str | None = Field(
         None,
-        description="Encryption by the S3 server: `AES256`, `aws:kms` or `aws:kms:dsse`. Unset: as the bucket does it.",
+        description="encryption by the S3 server: `AES256`, `aws:kms` or `aws:kms:dsse`. Unset: the bucket decides",
     )
     s3_sse_kms_key_id: str | None = Field(
-        None, description="The KMS key for `aws:kms` or `aws:kms:dsse`. Unset: the account's own."
+        None, description="the KMS key for `aws:kms` or `aws:kms:dsse`. Unset: the account's own key"
     )
     s3_storage_class: str | None = Field(
-        None, description="Storage class of blobs and of unfinished work; small objects stay in the bucket's own class."
+        None,
+        description="the storage class of the files, such as `STANDARD_IA`. Classes that cannot be read at once are "
+        "refused. Unset: the bucket decides",
     )
-    vllm: str | None = Field(
-        None, description="The command that serves a model, as `/opt/vllm/bin/vllm serve`. Unset: `vllm` on the PATH."
-    )
-    api_key: SecretStr | None = Field(None, description="The key of a server that is benchmarked by its `url:`.")
     gpu_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        None, description="GPU memory to use, in GB of 10^9 bytes, where a card is shared. Unset: what is free."
+        None,
+        description="the most GPU memory that quantizing and measuring use, in GB of 10^9 bytes. Unset: all",
     )
     deterministic: bool = Field(
-        False, description="Quantize to the same bits on each run on a GPU too, which takes longer."
+        False,
+        description="`1`: the same bits in every run. On a GPU, blocks are then not compiled, which is slower",
     )
     profile: Path | None = Field(
-        None, description="Write a profile of the tuning loop to this file. It costs time, and is for development."
+        None, description="a folder for a profile of each tuned block, which costs a few percent of the time"
     )
+    vllm: str | None = Field(
+        None,
+        description="the command that starts vLLM's server; the model and the flags are appended. Unset: `vllm serve`",
+    )
+    api_key: SecretStr | None = Field(None, description="the key of a server that `benchmark.engine: url:...` names")
     webhook_secret: SecretStr | None = Field(
-        None, description="The secret of the Hub's webhooks, of 16 characters or more (`requant webhook`)."
+        None, description="the secret of the Hub's webhook, at least 16 characters; `requant webhook` requires it"
     )
 
 

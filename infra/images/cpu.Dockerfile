@@ -6,7 +6,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 XDG_CA
 # The server unpacks its pages here: its user may not write into the installed package, where it does so otherwise.
 ENV PREFECT_UI_STATIC_DIRECTORY=/var/lib/requant/ui
 WORKDIR /requant
-COPY constraints.txt pyproject.toml README.md ./
+COPY constraints.txt pyproject.toml README.md LICENSE NOTICE ./
 RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$(grep '^torch==' constraints.txt)"
 COPY requant requant
 COPY flows flows

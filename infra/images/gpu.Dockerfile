@@ -7,7 +7,7 @@ RUN apt-get update -q && apt-get install -y -q --no-install-recommends gcc g++ l
 RUN python -m venv /opt/vllm && /opt/vllm/bin/pip install "vllm==$VLLM"
 ENV REQUANT_VLLM="/opt/vllm/bin/vllm serve"
 WORKDIR /requant
-COPY constraints.txt pyproject.toml README.md ./
+COPY constraints.txt pyproject.toml README.md LICENSE NOTICE ./
 RUN pip install "$(grep '^torch==' constraints.txt)"
 COPY requant requant
 COPY flows flows

@@ -14,6 +14,7 @@ import pytest
 import requant
 from tests.factories.paths import ROOT
 
+LICENSES = ("LICENSE", "NOTICE")
 NO_CACHES = shutil.ignore_patterns("__pycache__")
 SOURCES = {
     path.relative_to(ROOT).as_posix()
@@ -31,7 +32,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     source.mkdir()
     for name in ("requant", "flows", "tasks"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=NO_CACHES)
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", *LICENSES):
         shutil.copy(ROOT / name, source)
     build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     subprocess.run([sys.executable, "-c", build, str(folder)], cwd=source, check=True, capture_output=True)

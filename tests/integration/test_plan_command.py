@@ -98,8 +98,9 @@ def test_the_markdown_is_what_a_pull_request_shows(planned: dict[str, Any]) -> N
     assert "qwen3.6-27b-int4.yaml: would run" in text and "| quantize | run |" in text and "`mtp.*`" in text
 
 
-def test_the_plan_in_the_readme_is_this_one(planned: dict[str, Any]) -> None:
-    shown = (ROOT / "README.md").read_text().split("int4.yaml --elsewhere\n")[1].split("```")[0].splitlines()
+def test_the_plan_in_the_documentation_is_this_one(planned: dict[str, Any]) -> None:
+    page = (ROOT / "docs" / "explanation" / "plan.md").read_text()
+    shown = page.split("int4.yaml --elsewhere\n")[1].split("```")[0].splitlines()
     now = {line.rstrip() for line in render(planned["document"]).splitlines()}
     assert [line for line in shown if line not in {*now, "..."}] == []
 

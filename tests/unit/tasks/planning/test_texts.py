@@ -101,9 +101,9 @@ def test_a_text_too_short_is_told_with_what_it_has_room_for_and_what_to_name_ins
         shares({"": 15}, 1, 16)
 
 
-def test_what_the_readme_shows_has_enough_text(store: Store) -> None:
-    readme = (ROOT / "README.md").read_text()
-    recipe = parse_recipe(yaml.safe_load(readme.split("## The recipe\n\n```yaml\n")[1].split("```")[0]))
+def test_the_recipe_in_the_documentation_has_enough_text(store: Store) -> None:
+    page = (ROOT / "docs" / "how-to" / "recipe.md").read_text()
+    recipe = parse_recipe(yaml.safe_load(page.split("```yaml\n")[1].split("```")[0]))
     text = find_text(recipe.quantize.calibration)
     texts = Texts(
         functools.partial(text_files, store), BASE, TINY, store.near.root / "scratch", text, EVALUATION, fetch=False
