@@ -23,6 +23,7 @@ from requant.tasks import quantize as quantizing
 from requant.tasks import validate as quality
 from requant.tasks.artifact import PICTURES
 from requant.tasks.benchmark import benchmark_task
+from requant.tasks.card.facts import CardFacts
 from requant.tasks.download import download_task
 from requant.tasks.errors import RecipeError, RequantError
 from requant.tasks.evaluate import check_tasks
@@ -35,7 +36,7 @@ from requant.tasks.pipeline.prefect import end_earlier_tasks, options
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.plan import Foreseen, preflight
 from requant.tasks.plots import Picture
-from requant.tasks.publish import beside_for, publish_task
+from requant.tasks.publish import file_facts, publish_task, release_files
 from requant.tasks.quantize import quantize_task
 from requant.tasks.recipe.loader import recipe_of
 from requant.tasks.recipe.recipe import Recipe
@@ -163,21 +164,20 @@ def _stages(
     report.benchmark = speed.read_values(store, _done(_benchmark(recipe, downloaded, fixed), report))
     draw_pictures(report)
     report.status = "validated"
-    report.beside = beside_for(
-        store,
-        recipe,
-        base,
-        downloaded.manifest,
-        artifact,
-        report.gates,
-        measured,
-        report.benchmark,
-        report.stages,
-        markdown(report, lambda picture: f"{PICTURES}/{picture.name}.png"),
-        report.pictures,
-        others,
-        foreseen[report.name].engines,
+    facts = CardFacts(
+        recipe=recipe,
+        base=base,
+        files=file_facts(store, recipe, downloaded.manifest, artifact),
+        measured=measured,
+        gates=report.gates,
+        benchmark=report.benchmark,
+        provenance={stage.name: stage.provenance for stage in report.stages},
+        pictures=report.pictures,
+        others=others or {},
+        engines=foreseen[report.name].engines,
     )
+    report_text = markdown(report, lambda picture: f"{PICTURES}/{picture.name}.png")
+    report.beside = release_files(store, artifact, facts, report_text)
     if recipe.publish is not None:
         report.published = _done(publish_task(recipe, base, artifact, report.beside), report).provenance["published"]
         if report.published["pull_request"] is None:  # else main is as it was until a person merges

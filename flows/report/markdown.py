@@ -16,8 +16,8 @@ from requant.flows.report.report import (
     stage_rows,
     verdict,
 )
-from requant.tasks.card.quality import HEAD, QUALITY, TASKS, head_rows, quality_rows, task_rows, told
-from requant.tasks.formatting import named, plain, table
+from requant.tasks.card.filters import Markdown, named, number, plain, table
+from requant.tasks.card.rows import HEAD, QUALITY, TASKS, head_rows, quality_rows, task_rows
 from requant.tasks.measuring.gates import slope_error
 from requant.tasks.plots import Picture
 
@@ -66,9 +66,12 @@ def worst_rows(measured: Mapping[str, Any]) -> list[Row]:
     blocks = sorted(measured.get("blocks") or [], key=lambda block: -_size(block["error"]))
     matrices = sorted(measured.get("matrices") or [], key=lambda matrix: -_size(slope_error(matrix)))
     return [
-        *((f"block {b['block']}, {named(b['kind'])}", told(b["error"], "{:.2%}"), "", "") for b in blocks[:WORST]),
         *(
-            (named(m["name"]), told(m["error"], "{:.2%}"), told(m["slope"], "{:.4f}"), str(m["bits"]))
+            (Markdown(f"block {b['block']}, {named(b['kind'])}"), number(b["error"], ".2%"), "", "")
+            for b in blocks[:WORST]
+        ),
+        *(
+            (named(m["name"]), number(m["error"], ".2%"), number(m["slope"], ".4f"), str(m["bits"]))
             for m in matrices[:WORST]
         ),
     ]
@@ -94,7 +97,9 @@ def _speed(benchmark: Mapping[str, Any]) -> list[str]:
         for (sampling, requests, mtp), found in sorted(settings.items())
     ]
     words, first = first_setting(prompts)
-    by_prompt = [(f"{named(p['set'])} {named(p['name'])}", "on" if p["mtp"] else "off", *_figures([p])) for p in first]
+    by_prompt = [
+        (Markdown(f"{named(p['set'])} {named(p['name'])}"), "on" if p["mtp"] else "off", *_figures([p])) for p in first
+    ]
     return [
         f"{where}; medians over the prompts:",
         table(("sampling", "requests at once", "MTP", *head), by_setting),

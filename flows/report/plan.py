@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from requant.flows.report.terminal import table_of
-from requant.tasks.formatting import gigabytes, named, plain, table
+from requant.tasks.card.filters import named, plain, table
+from requant.tasks.formatting import gigabytes
 from requant.tasks.pipeline.prefect import duration
 
 Document = Mapping[str, Any]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.tasks.artifact import Manifest
-from requant.tasks.card.quality import told
+from requant.tasks.card.filters import number
 from requant.tasks.formatting import gigabytes
 from requant.tasks.hub.revision import Revision
 from requant.tasks.measuring.gates import Gate, refusal, summary
@@ -148,10 +148,10 @@ def _compared(name: str, report: Report) -> tuple[str, ...]:
         report.status,
         gigabytes(size) if size else "",
         f"{base / size:.2f} times" if base and size else "",
-        told(measured.get("perplexity_increase"), "{:+.1%}"),
-        told(measured.get("top1_agreement"), "{:.1%}"),
-        told(measured.get("mtp_acceptance"), "{:.1%}"),
-        told(speed.get("tokens_per_second"), "{:.1f}"),
+        number(measured.get("perplexity_increase"), "+.1%"),
+        number(measured.get("top1_agreement"), ".1%"),
+        number(measured.get("mtp_acceptance"), ".1%"),
+        number(speed.get("tokens_per_second"), ".1f"),
         summary(report.gates) if report.gates else "",
     )
 

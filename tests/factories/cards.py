@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -11,7 +11,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from requant.tasks.card.card import make_card
-from requant.tasks.card.facts import CardFacts
+from requant.tasks.card.facts import CardFacts, FileFacts
 from requant.tasks.hub.revision import Revision
 from requant.tasks.measuring.gates import compare
 from requant.tasks.recipe.loader import parse_recipe
@@ -48,23 +48,31 @@ def recipe(**changes: Any) -> Recipe:
 FACTS = CardFacts(
     recipe=recipe(),
     base=Revision("Qwen/Qwen3.6-27B", SHA, ()),
-    base_bytes=54_000_000_000,
-    digest="d" * 64,
-    size=18_000_000_000,
-    kept_names=("model.layers.0.input_layernorm.weight", "model.layers.1.input_layernorm.weight", "mtp.fc.weight"),
-    packing="auto_round:auto_gptq",
+    files=FileFacts(
+        digest="d" * 64,
+        weights_bytes=18_000_000_000,
+        base_weights_bytes=54_000_000_000,
+        kept_names=("model.layers.0.input_layernorm.weight", "model.layers.1.input_layernorm.weight", "mtp.fc.weight"),
+        packing="auto_round:auto_gptq",
+    ),
     measured=MEASURED,
     gates=compare(MEASURED, Gates()),
     benchmark={"engine": "none"},
     provenance={"quantize": {"seconds": 12.34, "tools": {"auto-round": "0.16.1"}, "settings": {"device": "H200"}}},
-    base_card="",
     version="0.1.0",
 )
 
 
+def facts_of(**changes: Any) -> CardFacts:
+    """Change FACTS: fields of its own, or those of its files."""
+    files = {field.name for field in fields(FileFacts)} & changes.keys()
+    of_files = {name: changes.pop(name) for name in files}
+    return replace(FACTS, files=replace(FACTS.files, **of_files), **changes)
+
+
 def card_of(base_card: str = "", **changes: Any) -> tuple[dict[str, Any], str]:
     """Front matter as the Hub reads it, and the text behind it."""
-    card = make_card(replace(FACTS, base_card=base_card, **changes))
+    card = make_card(facts_of(base_card=base_card, **changes))
     match = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
     assert match is not None
     document = yaml.safe_load(match[1])

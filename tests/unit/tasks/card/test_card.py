@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from requant.tasks.card.card import inherited
-from requant.tasks.formatting import gigabytes, table
+from requant.tasks.card.base_card import inherited
+from requant.tasks.card.filters import table
+from requant.tasks.formatting import gigabytes
 from requant.tasks.measuring.gates import compare
 from requant.tasks.planning.reasons import kept_groups
 from requant.tasks.plots import Picture
@@ -25,6 +26,18 @@ OWN = {
     "quantized_by": "requant",
     "tags": ["auto-round", "int4", "w4a16", "mtp"],
     "pipeline_tag": "text-generation",
+    "model-index": [
+        {
+            "name": "q-int4",
+            "results": [
+                {
+                    "task": {"type": "text-generation"},
+                    "dataset": {"type": "builtin:python-evaluation", "name": "builtin:python-evaluation"},
+                    "metrics": [{"type": "perplexity", "name": "perplexity", "value": 3.1416}],
+                }
+            ],
+        }
+    ],
 }
 
 
@@ -214,7 +227,7 @@ def test_kept_tensors_are_folded_and_counted_with_a_reason() -> None:
 
 def test_a_layer_that_the_recipe_keeps_is_not_said_to_lie_outside_the_blocks() -> None:
     kept = ("model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight")
-    _, body = card_of(kept_names=kept, why={"model.layers.0.mlp.down_proj": "the recipe keeps it"})
+    _, body = card_of(kept_names=kept, kept_reasons={"model.layers.0.mlp.down_proj": "the recipe keeps it"})
     assert "| `model.layers.*.mlp.down_proj.weight` | 2 | the recipe keeps it |" in body
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import yaml
 
+from requant.tasks.card.base_card import MAX_CITATION, cited
 from requant.tasks.card.card import make_card
-from requant.tasks.card.origin import MAX_CITATION, cited, recipe_text
+from requant.tasks.card.pinned import recipe_text
 from requant.tasks.hub.revision import Revision
 from requant.tasks.measuring.gates import compare
 from requant.tasks.plots import Picture
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Gates
 from tests.factories.cards import (
-    FACTS,
     HOSTILE,
     MEASURED,
     MEASURED_IN_VLLM,
@@ -25,6 +24,7 @@ from tests.factories.cards import (
     TAGS,
     base_card,
     card_of,
+    facts_of,
     page_of,
     recipe,
 )
@@ -36,7 +36,7 @@ def rich(**changes: Any) -> str:
     """A card with everything in it."""
     pictures = (Picture("losses", "Errors, block by block.", b"", b""),)
     speed = {**MEASURED_IN_VLLM, "mtp": {"speedup": 2.0, "on": {"acceptance": 0.8}, "off": {}}}
-    return make_card(replace(FACTS, **{"pictures": pictures, "benchmark": speed, **changes}))
+    return make_card(facts_of(**{"pictures": pictures, "benchmark": speed, **changes}))
 
 
 def test_every_section_is_there_in_its_order_and_nothing_is_no_tag_of_ours() -> None:
@@ -150,7 +150,7 @@ def test_the_published_recipe_is_the_one_that_ran_pinned_and_without_folders() -
         validation={"text": "/data/customer/other.txt"},
         benchmark={"engine": "url:http://gpu7.customer.example:8000"},
     )
-    text = recipe_text(replace(FACTS, recipe=asked, measured={**MEASURED, "text": "other.txt"}))
+    text = recipe_text(facts_of(recipe=asked, measured={**MEASURED, "text": "other.txt"}))
     assert "customer" not in text and SHA in text
     again = parse_recipe(yaml.safe_load(text))
     assert again.quantize.iters == 7 and again.validation.text == "other.txt"

@@ -1,0 +1,60 @@
+"""What is taken over from the base's card, which a stranger wrote: little, and only in the form that is expected."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from requant.tasks.card.filters import Markdown, fence
+from requant.tasks.recipe.recipe import NOT_YAML
+
+# Keys of the front matter, with the form that the Hub allows for their values.
+INHERITED = {
+    "license": r"[a-z0-9][a-z0-9.+-]{0,63}",
+    "license_name": r"[a-z0-9][a-z0-9.-]{0,63}",
+    "license_link": r"LICENSE|LICENSE\.md|https://[A-Za-z0-9.-]{1,100}(/[A-Za-z0-9._~/+-]{0,150})?",
+    "language": r"[a-z]{2,3}(-[A-Za-z]{2,8})?|multilingual|code",
+    "pipeline_tag": r"[a-z0-9]{1,30}(-[a-z0-9]{1,30}){0,8}",
+}
+LISTS = {"license", "language"}  # keys that may have several values
+MAX_CITATION = 8 << 10  # characters
+FENCE = re.compile(r"`{3,}|~{3,}")
+BIBTEX = re.compile(r"@\w{1,40}\s*\{")
+
+
+def inherited(base_card: str) -> dict[str, Any]:
+    """Read license, language and pipeline_tag, as far as they are plain words."""
+    match = re.match(r"---\r?\n(.{0,65536}?)\r?\n---", base_card, re.DOTALL)
+    try:
+        document = yaml.safe_load(match[1]) if match else None
+    except NOT_YAML:
+        document = None
+    if not isinstance(document, dict):
+        return {}
+    kept: dict[str, Any] = {}
+    for key, pattern in INHERITED.items():
+        value = document.get(key)
+        values = value if isinstance(value, list) and key in LISTS else [value]
+        if values and all(isinstance(v, str) and re.fullmatch(pattern, v) for v in values):
+            kept[key] = value
+    return kept
+
+
+def cited(base_card: str) -> Markdown | None:
+    """Read the first BibTeX block, in one pass over the lines, and fence it anew, without what does not print."""
+    fence_of_block, block = "", [""]
+    for line in base_card.splitlines():
+        words = line.strip()
+        if not fence_of_block:
+            opening = FENCE.match(words)
+            fence_of_block, block = opening[0] if opening else "", []
+        elif words.startswith(fence_of_block) and not words.strip(fence_of_block[0]):
+            text = "\n".join("".join(filter(str.isprintable, row.expandtabs(2))).rstrip() for row in block).strip()
+            if BIBTEX.match(text) and len(text) <= MAX_CITATION:
+                return fence(text, "bibtex")
+            fence_of_block = ""
+        else:
+            block.append(line)
+    return None

@@ -1,0 +1,66 @@
+"""The front matter as huggingface_hub reads it: measured values are evaluation results of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard
+
+from requant.tasks.card.card import make_card
+from tests.factories.cards import MEASURED, base_card, facts_of, recipe
+
+SHA = "5503434ddd753f426f4b38109466949a1217c2bb"
+TASKS = {
+    "arc_easy": {"metric": "acc", "base": 0.7, "ours": 0.68766, "recovery": 0.98},
+    "gsm8k": {"metric": "exact_match, strict-match", "base": 0.0, "ours": 0.5, "recovery": None},
+}
+
+
+def card(**changes: Any) -> ModelCard:
+    return ModelCard(make_card(facts_of(**changes)))
+
+
+def results(**changes: Any) -> list[EvalResult]:
+    found: list[EvalResult] = card(measured={**MEASURED, **changes}).data.eval_results
+    return found
+
+
+def test_a_card_loads_as_it_was_made() -> None:
+    made = card(base_card=base_card("license: mit\nlanguage: [en, de]"), measured={**MEASURED, "tasks": TASKS})
+    assert (made.data.license, made.data.language, made.data.model_name) == ("mit", ["en", "de"], "q-int4")
+    assert made.data.base_model_relation == "quantized"
+    assert ModelCard(str(made)).data.to_dict() == made.data.to_dict()
+
+
+def test_perplexity_is_a_result_on_the_commit_of_its_text() -> None:
+    (result,) = results(text=f"owner/texts@{SHA}")
+    assert (result.metric_type, result.metric_value) == ("perplexity", 3.1416)
+    assert (result.dataset_type, result.dataset_name) == ("owner/texts", "owner/texts")
+    assert result.dataset_revision == SHA
+
+
+def test_each_task_is_a_result_of_its_first_metric() -> None:
+    _, easy, maths = results(tasks=TASKS)
+    assert (easy.dataset_type, easy.metric_type, easy.metric_value) == ("arc_easy", "acc", 0.6877)
+    assert (maths.metric_type, maths.metric_name) == ("exact_match", "exact_match, strict-match")
+
+
+def test_what_was_not_measured_or_is_no_number_is_no_result() -> None:
+    odd = {"arc_easy": {**TASKS["arc_easy"], "ours": float("nan")}}
+    data = card(measured={**MEASURED, "perplexity": None, "tasks": odd}).data
+    assert not data.eval_results and "model-index" not in data.to_dict()
+
+
+def test_a_text_of_somebodys_own_is_named_without_its_folder() -> None:
+    (result,) = results(text="/data/customer/mine.txt")
+    assert result.dataset_name == "mine.txt"
+
+
+def test_a_license_that_is_linked_and_not_named_is_not_named() -> None:
+    made = card(base_card=base_card("license_link: LICENSE"))
+    assert made.data.license_link == "LICENSE" and "The base's card names no license" in made.text
+    assert "mit, apache-2.0, see the front matter" in card(base_card=base_card("license: [mit, apache-2.0]")).text
+
+
+def test_a_card_that_is_not_published_has_a_name_too() -> None:
+    assert card(recipe=recipe(publish=None)).data.model_name == "this checkpoint"
