@@ -35,7 +35,7 @@ from requant.tasks.hub.revision import Revision
 from requant.tasks.pipeline.log import log_into_runs
 from requant.tasks.pipeline.prefect import end_earlier_tasks, options, shown
 from requant.tasks.pipeline.stage import Stage, StageResult
-from requant.tasks.plan import ON_GPU
+from requant.tasks.planning.stages import ON_GPU
 from requant.tasks.recipe.loader import recipe_of
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store, open_store

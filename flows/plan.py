@@ -30,10 +30,12 @@ def plan(recipe: Recipe, elsewhere: bool = True) -> State[Any]:
 
 
 def _plan(recipe: Recipe, elsewhere: bool) -> dict[str, Any]:
+    """Plan, and show it in the UI. Returns the document as JSON: whoever reads the result of a run needs no Requant."""
     document = planning.plan(open_store(), recipe, elsewhere=elsewhere)
     text = markdown(document, f"plan of {recipe.base.repo_id}")
     create_markdown_artifact(text, key="requant-plan", description=f"{subject(document)}: {headline(document)}")
-    create_table_artifact(document["stages"], key="requant-plan-stages", description="What would run, and how long")
-    if document["problems"]:
-        raise Refused("; ".join(document["problems"]))
-    return document
+    stages = [stage.to_json() for stage in document.stages]
+    create_table_artifact(stages, key="requant-plan-stages", description="What would run, and how long")
+    if document.problems:
+        raise Refused("; ".join(document.problems))
+    return document.to_json()

@@ -31,7 +31,6 @@ from requant.tasks.planning.reasons import why_kept
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.serving.prompts import has_chat_template
 from requant.tasks.store import Store, open_store
-from requant.tasks.store.lease import lease
 
 MAX_CARD = 1 << 20  # bytes: nothing is taken over from a larger card of a base
 log = logging.getLogger(__name__)
@@ -104,7 +103,7 @@ def publish(
     assert recipe.publish is not None
     started = time.monotonic()
     key = digest_of({"endpoint": constants.ENDPOINT, "repo_id": recipe.publish.repo_id})
-    with machine_errors(), lease(store.backend, "publish", key):
+    with machine_errors(), store.lease("publish", key):
         folder = store.hand_out(artifact, store.work_folder("publish", artifact.digest))
         for path, data in beside.items():
             write_file(folder, path, [data])

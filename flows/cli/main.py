@@ -22,6 +22,7 @@ from requant.flows.cli.mtp_fix import mtp_fix
 from requant.flows.cli.plan import plan
 from requant.flows.cli.publish import publish
 from requant.flows.cli.run import run
+from requant.flows.cli.schema import schema
 from requant.flows.cli.store import store
 from requant.flows.cli.validate import validate
 from requant.flows.cli.verify import verify
@@ -39,7 +40,22 @@ def cli() -> None:
     """Quantize a Hugging Face base model, prove that the result works, publish it."""
 
 
-for each in (run, plan, validate, mtp_fix, inspect, bench, verify, publish, watch, webhook, deploy, worker, store):
+for each in (
+    run,
+    plan,
+    validate,
+    mtp_fix,
+    inspect,
+    bench,
+    verify,
+    publish,
+    watch,
+    webhook,
+    deploy,
+    worker,
+    store,
+    schema,
+):
     cli.add_command(each)
 
 

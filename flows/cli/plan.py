@@ -34,4 +34,4 @@ def plan(
     document = make_plan(open_store(), loaded, elsewhere=elsewhere)
     if markdown_path is not None:
         write_file(markdown_path.parent, markdown_path.name, [markdown(document, recipe.name).encode()])
-    return document, render(document), 1 if document["problems"] else 0
+    return document.to_json(), render(document), 1 if document.problems else 0

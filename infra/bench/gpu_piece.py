@@ -113,7 +113,7 @@ def auto_round(model_folder: Path, folder: Path, size: Size, seed: int = 42) -> 
     logging.getLogger("autoround").addHandler(LogEvents(events))
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
-    text = ROOT / "tasks" / "texts" / "python.txt"
+    text = ROOT / "tasks" / "texts" / "builtin" / "python.txt"
     rounder = AutoRound(
         model,
         tokenizer,

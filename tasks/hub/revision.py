@@ -51,6 +51,11 @@ class Revision:
         """The files that a checkpoint is made of, without other frameworks' weights."""
         return [f for f in self.files if not any(fnmatch.fnmatch(f.path, pattern) for pattern in NOT_FETCHED)]
 
+    @property
+    def size(self) -> int:
+        """Bytes of the wanted files."""
+        return sum(f.size for f in self.wanted)
+
     def check_names(self) -> None:
         """Raises CheckpointError for wanted files that cannot lie in one folder everywhere (Manifest.of)."""
         Manifest.of(File(f.path, f.size, f.sha256 or f.blob_id) for f in self.wanted)

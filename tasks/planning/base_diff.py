@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from requant.tasks.artifact import Manifest
@@ -11,6 +11,7 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.hub.revision import Revision
+from requant.tasks.planning.document import FieldChange, FileChanges, TensorChanges
 from requant.tasks.store import Store
 
 MOST = 100  # entries of one list
@@ -19,8 +20,7 @@ MOST = 100  # entries of one list
 def last_done(store: Store, base: Revision) -> tuple[str, Manifest] | None:
     """The commit of this base that was downloaded last before the one at hand, and its files."""
     latest: tuple[str, str, str] | None = None
-    for name in store.backend.keys("provenance/download"):
-        record = store.provenance("download", key := name.rpartition("/")[2])
+    for key, record in store.records("download").items():
         told = record.get("base") or {}
         if told.get("repo_id") != base.repo_id or told.get("sha") == base.sha:
             continue
@@ -28,39 +28,39 @@ def last_done(store: Store, base: Revision) -> tuple[str, Manifest] | None:
         latest = max(latest, found) if latest else found
     if latest is None:
         return None
-    text = store.backend.read(f"artifacts/download/{latest[2]}")
-    return (latest[1], Manifest.from_json(text)) if text else None
+    manifest = store.read_manifest("download", latest[2])
+    return (latest[1], manifest) if manifest is not None else None
 
 
-def changed_files(before: Manifest, base: Revision, hashes: Mapping[str, str | None]) -> dict[str, list[str]]:
-    """Files by what became of them. One whose sha256 is not known is compared by size."""
+def changed_files(before: Manifest, base: Revision, hashes: Mapping[str, str | None]) -> FileChanges:
+    """Compare files by path and sha256. One whose sha256 is not known is compared by size."""
     now = {file.path: (file.size, hashes.get(file.path)) for file in base.wanted}
     old = {file.path: (file.size, file.sha256) for file in before.files}
     both = now.keys() & old.keys()
     different = [p for p in both if now[p][0] != old[p][0] or (now[p][1] or old[p][1]) != old[p][1]]
-    return {
-        "added": sorted(now.keys() - old.keys())[:MOST],
-        "removed": sorted(old.keys() - now.keys())[:MOST],
-        "changed": sorted(different)[:MOST],
-    }
+    return FileChanges(
+        added=tuple(sorted(now.keys() - old.keys())[:MOST]),
+        removed=tuple(sorted(old.keys() - now.keys())[:MOST]),
+        changed=tuple(sorted(different)[:MOST]),
+    )
 
 
-def changed_tensors(before: Checkpoint, now: Checkpoint, shards: list[str]) -> dict[str, Any]:
-    """Tensors that came, went or have another dtype or shape; and how many lie in shards that changed."""
+def changed_tensors(before: Checkpoint, now: Checkpoint, shards: Collection[str]) -> TensorChanges:
+    """Compare tensors by dtype and shape, and count those that lie in `shards`, the weight files that changed."""
     old, new = ({n: (t.dtype, t.shape) for n, t in c.tensors.items()} for c in (before, now))
-    return {
-        "added": sorted(new.keys() - old.keys())[:MOST],
-        "removed": sorted(old.keys() - new.keys())[:MOST],
-        "retyped": sorted(n for n in new.keys() & old.keys() if new[n] != old[n])[:MOST],
-        "in_changed_shards": sum(_shard(t) in shards for t in now.tensors.values()),
-    }
+    return TensorChanges(
+        added=tuple(sorted(new.keys() - old.keys())[:MOST]),
+        removed=tuple(sorted(old.keys() - new.keys())[:MOST]),
+        retyped=tuple(sorted(n for n in new.keys() & old.keys() if new[n] != old[n])[:MOST]),
+        in_changed_shards=sum(_shard(t) in shards for t in now.tensors.values()),
+    )
 
 
-def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Fields of config.json that differ, by dotted path."""
+def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[FieldChange, ...]:
+    """Compare two config.json, field by field."""
     old, new = dict(_flat(before)), dict(_flat(now))
     differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    return [{"field": shown(k), "before": old.get(k), "now": new.get(k)} for k in differing[:MOST]]
+    return tuple(FieldChange(field=shown(k), before=old.get(k), now=new.get(k)) for k in differing[:MOST])
 
 
 def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

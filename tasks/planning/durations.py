@@ -11,7 +11,6 @@ import json
 import math
 import statistics
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
@@ -19,7 +18,6 @@ from typing import Any
 
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store
-from requant.tasks.store.store import record_of
 
 Record = dict[str, Any]
 RECORDS = 200  # of a stage that are looked at
@@ -98,10 +96,8 @@ def hardware(recipe: Recipe) -> str | None:
 
 def records(store: Store, stage: str, gpu: str | None) -> list[Record]:
     """Provenance of a stage on this hardware, the newest first."""
-    names = [name for name, _ in zip(store.backend.keys(f"provenance/{stage}"), range(RECORDS), strict=False)]
-    with ThreadPoolExecutor(8) as pool:
-        texts = list(pool.map(store.backend.read, names))
-    found = [r for r in map(record_of, texts) if "seconds" in r and (gpu is None or _same(gpu, device_of(r)))]
+    recorded = store.records(stage, RECORDS).values()
+    found = [r for r in recorded if "seconds" in r and (gpu is None or _same(gpu, device_of(r)))]
     return sorted(found, key=lambda record: str(record.get("started", "")), reverse=True)
 
 

@@ -19,6 +19,13 @@ from requant.tasks.checkpoint.mtp import without_head_entries
 from requant.tasks.checkpoint.packing import Scheme
 from requant.tasks.checkpoint.writer import Computed, Layout
 from requant.tasks.errors import CheckpointError
+from requant.tasks.planning.document import (
+    EngineVerdict,
+    KeptTensors,
+    OutputLayout,
+    QuantizationScheme,
+    QuantizedModules,
+)
 from requant.tasks.planning.groups import uneven_problems
 from requant.tasks.planning.layers import Choice, choose_layers
 from requant.tasks.planning.reasons import kept_groups
@@ -58,20 +65,37 @@ class Output:
         shapes = (self.base.tensors[f"{module}.weight"].shape for module in self.choice.packed)
         return sum(rows * columns for rows, columns in shapes)
 
-    def engines(self) -> dict[str, dict[str, Any]]:
-        """Whether each engine will load the result, and draft."""
-        return verdicts(self.checkpoint)
+    def engines(self) -> dict[str, EngineVerdict]:
+        """Judge whether each engine will load the result, and draft."""
+        return {engine: EngineVerdict(**verdict) for engine, verdict in verdicts(self.checkpoint).items()}
 
-    def kept(self) -> list[dict[str, Any]]:
-        """The tensors that are not packed, in the card's groups, each with the card's reason, or auto-round's own."""
-        return [
-            {"tensors": group.strip("`"), "count": int(count), "why": why}
+    def kept(self) -> tuple[KeptTensors, ...]:
+        """List the tensors that are not packed, in the card's groups, with the card's reasons or auto-round's own."""
+        return tuple(
+            KeptTensors(tensors=group.strip("`"), count=int(count), why=why)
             for group, count, why in kept_groups(self.kept_names, self.choice.why)
-        ]
+        )
 
-    def packed(self) -> list[dict[str, Any]]:
-        """The packed modules in groups: how many, how wide, bytes."""
-        return [group.to_json() for group in inventory(self.checkpoint) if group.storage.startswith("INT")]
+    def packed(self) -> tuple[QuantizedModules, ...]:
+        """List the packed modules in groups: how many, how wide, bytes."""
+        groups = (group for group in inventory(self.checkpoint) if group.storage.startswith("INT"))
+        return tuple(QuantizedModules(**group.to_json()) for group in groups)
+
+    def layout(self, recipe: Recipe) -> OutputLayout:
+        """Describe the result for the plan's document."""
+        bits, group_size, sym = recipe.quantize.resolved
+        return OutputLayout(
+            bytes=sum(self.sizes.values()),
+            weights_bytes=sum(self.weights.values()),
+            quantized_tensors=len(self.choice.packed),
+            kept_tensors=len(self.kept_names),
+            scheme=QuantizationScheme(bits=bits, group_size=group_size, sym=sym),
+            packing=self.choice.quantization["packing_format"],
+            shards=self.weights,
+            files=self.sizes,
+            quantized=self.packed(),
+            kept=self.kept(),
+        )
 
 
 def plan_output(source: Checkpoint, recipe: Recipe, other_files: Mapping[str, int]) -> Output:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal, TypeVar
 
+from requant.tasks.planning.document import (
+    EngineVerdict,
+    MemoryNeeds,
+    Needs,
+    OutputTotals,
+    Plan,
+    PlanDocument,
+    PlannedHardware,
+    PlannedOutput,
+    PlannedStage,
+    StageNeeds,
+    Transfer,
+    UnknownNeeds,
+)
 from requant.tasks.recipe.recipe import Recipe
 
-Document = Mapping[str, Any]
+Number = TypeVar("Number", int, float)
 
 
 @dataclass
@@ -19,81 +33,99 @@ class Before:
     recipes: list[Recipe] = field(default_factory=list)
     kept: int = 0
 
-    def add(self, recipe: Recipe, document: Document) -> None:
-        """One more, by its plan; what cannot be made leaves nothing."""
-        if not document["stages"]:
+    def add(self, recipe: Recipe, plan: Plan) -> None:
+        """Add one more, by its plan; what cannot be made leaves nothing."""
+        if not plan.stages:
             return
         self.recipes.append(recipe)
-        if any(stage["state"] == "run" for stage in document["stages"] if stage["name"] in {"quantize", "mtp_fix"}):
-            self.kept += document["output"]["bytes"]
+        if any(stage.state == "run" for stage in plan.stages if stage.name in {"quantize", "mtp_fix"}):
+            self.kept += plan.output.bytes or 0
 
     def stages(self, recipe: Recipe) -> set[str]:
-        """The stages that a recipe finds done: the base is one, and the head is joined after quantizing."""
+        """List the stages that a recipe finds done: the base is one, and the head is joined after quantizing."""
         quantized = any(one.quantize == recipe.quantize for one in self.recipes)
         return {*(["download"] if self.recipes else []), *(["quantize"] if quantized else [])}
 
 
-def together(recipe: Recipe, documents: Mapping[str, Document]) -> dict[str, Any]:
-    """One plan of the plans of each output, by name: bytes, seconds and costs are sums, needs the most of any."""
-    plans = list(documents.values())
-    stages = [{"output": name, **stage} for name, plan in documents.items() for stage in plan["stages"]]
-    download = next((stage for stage in stages if stage["name"] == "download"), None)
+def together(recipe: Recipe, plans: Mapping[str, Plan]) -> PlanDocument:
+    """Make one plan of the plans of each output, by name: bytes, seconds and costs are sums, needs the most of any."""
+    every = list(plans.values())
     targets = {name: one.publish.repo_id if one.publish else None for name, one in recipe.each.items()}
-    return {
-        "base": max((plan["base"] for plan in plans), key=lambda base: base["tensors"] or 0),
-        "stages": [stage for stage in stages if stage["name"] != "download" or stage is download],
-        "output": {
-            "bytes": _sum(plan["output"]["bytes"] for plan in plans),
-            "quantized_tensors": None,
-            "kept_tensors": None,
-        },
-        "needs": _most([plan["needs"] for plan in plans]),
-        "transfer": {key: sum(plan["transfer"][key] for plan in plans) for key in ("download_bytes", "upload_bytes")},
-        "engines": _engines(documents),
-        "hardware": {
-            **plans[0]["hardware"],
-            "seconds": round(sum(plan["hardware"]["seconds"] for plan in plans), 1),
-            "cost": _sum(plan["hardware"]["cost"] for plan in plans),
-        },
-        "changes": next((plan["changes"] for plan in plans if plan["changes"] is not None), None),
-        "notes": _told(documents, "notes"),
-        "problems": _told(documents, "problems"),
-        "outputs": [{"name": name, "repo_id": targets[name], **plan} for name, plan in documents.items()],
-    }
+    return PlanDocument(
+        base=max((plan.base for plan in every), key=lambda base: base.tensors or 0),
+        stages=_stages(plans),
+        output=OutputTotals(bytes=_sum(plan.output.bytes for plan in every), quantized_tensors=None, kept_tensors=None),
+        needs=_most([plan.needs for plan in every]),
+        transfer=Transfer(
+            download_bytes=sum(plan.transfer.download_bytes for plan in every),
+            upload_bytes=sum(plan.transfer.upload_bytes for plan in every),
+        ),
+        engines=_engines(plans),
+        hardware=PlannedHardware(
+            gpu=every[0].hardware.gpu,
+            seconds=round(sum(plan.hardware.seconds for plan in every), 1),
+            price_per_hour=every[0].hardware.price_per_hour,
+            cost=_sum(plan.hardware.cost for plan in every),
+        ),
+        changes=next((plan.changes for plan in every if plan.changes is not None), None),
+        notes=_sentences(plans, "notes"),
+        problems=_sentences(plans, "problems"),
+        outputs=tuple(PlannedOutput.of(name, targets[name], plan) for name, plan in plans.items()),
+    )
 
 
-def _sum(values: Iterable[Any]) -> Any:
-    """Of what is known; None if nothing is."""
+def _stages(plans: Mapping[str, Plan]) -> tuple[PlannedStage, ...]:
+    """Line up the stages of all outputs, each with its output's name. The base is downloaded once, for the first."""
+    stages = [stage.model_copy(update={"output": name}) for name, plan in plans.items() for stage in plan.stages]
+    download = next((stage for stage in stages if stage.name == "download"), None)
+    return tuple(stage for stage in stages if stage.name != "download" or stage is download)
+
+
+def _sum(values: Iterable[Number | None]) -> Number | None:
+    """Sum up what is known; None if nothing is."""
     known = [value for value in values if value is not None]
     return round(sum(known), 2) if known else None
 
 
-def _most(needs: list[Any]) -> Any:
-    """The most of any, number by number."""
-    if all(isinstance(need, dict) for need in needs):
-        keys = dict.fromkeys(key for need in needs for key in need)
-        return {key: _most([need[key] for need in needs if key in need]) for key in keys}
-    return max((need for need in needs if need is not None), default=None)
+def _most(needs: Sequence[Needs | UnknownNeeds]) -> Needs | UnknownNeeds:
+    """Take the most of any, number by number: the outputs are made one after the other."""
+    known = [need for need in needs if isinstance(need, Needs)]
+    if not known:
+        return UnknownNeeds(disk_bytes=None, ram_bytes=None, vram_bytes=None)
+    names = dict.fromkeys(name for need in known for name in need.stages)
+    return Needs(
+        disk_bytes=max(need.disk_bytes for need in known),
+        ram_bytes=max(need.ram_bytes for need in known),
+        vram_bytes=max(need.vram_bytes for need in known),
+        low_gpu_mem=MemoryNeeds(
+            ram_bytes=max(need.low_gpu_mem.ram_bytes for need in known),
+            vram_bytes=max(need.low_gpu_mem.vram_bytes for need in known),
+        ),
+        stages={name: _most_of_stage([need.stages[name] for need in known if name in need.stages]) for name in names},
+    )
 
 
-def _engines(documents: Mapping[str, Document]) -> dict[str, Any]:
-    """Of each engine the worst verdict; where they differ, its reason says of which output it is."""
-    found: dict[str, Any] = {}
-    for engine in dict.fromkeys(engine for plan in documents.values() for engine in plan["engines"]):
-        verdicts = {name: plan["engines"][engine] for name, plan in documents.items() if engine in plan["engines"]}
-        name, verdict = min(verdicts.items(), key=lambda item: (item[1]["loads"], item[1]["mtp"]))
+def _most_of_stage(needs: Collection[StageNeeds]) -> StageNeeds:
+    def most(key: str) -> int | None:
+        return max((value for need in needs if (value := getattr(need, key)) is not None), default=None)
+
+    return StageNeeds(**{key: most(key) for key in StageNeeds.model_fields})
+
+
+def _engines(plans: Mapping[str, Plan]) -> dict[str, EngineVerdict]:
+    """Take of each engine the worst verdict; where they differ, its reason says of which output it is."""
+    found: dict[str, EngineVerdict] = {}
+    for engine in dict.fromkeys(engine for plan in plans.values() for engine in plan.engines):
+        verdicts = {name: plan.engines[engine] for name, plan in plans.items() if engine in plan.engines}
+        name, verdict = min(verdicts.items(), key=lambda item: (item[1].loads, item[1].mtp))
         alike = all(other == verdict for other in verdicts.values())
-        found[engine] = verdict if alike else {**verdict, "reason": f"{name}: {verdict['reason']}"}
+        found[engine] = verdict if alike else verdict.model_copy(update={"reason": f"{name}: {verdict.reason}"})
     return found
 
 
-def _told(documents: Mapping[str, Document], key: str) -> list[str]:
-    """Sentences once: what is true of all outputs as it is, the others with the output's name."""
-    every = [set(plan[key]) for plan in documents.values()]
-    common = set.intersection(*every)
-    rows = [
-        sentence if sentence in common else f"{name}: {sentence}"
-        for name, plan in documents.items()
-        for sentence in plan[key]
-    ]
-    return list(dict.fromkeys(rows))
+def _sentences(plans: Mapping[str, Plan], kind: Literal["notes", "problems"]) -> tuple[str, ...]:
+    """List sentences once: what is true of all outputs as it is, the others with the output's name."""
+    told: dict[str, tuple[str, ...]] = {name: getattr(plan, kind) for name, plan in plans.items()}
+    common = set[str].intersection(*map(set, told.values()))
+    rows = [s if s in common else f"{name}: {s}" for name, sentences in told.items() for s in sentences]
+    return tuple(dict.fromkeys(rows))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import stat
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from requant.tasks.checkpoint.blocks import at_once, block_sizes
 from requant.tasks.checkpoint.fp8 import is_fp8
 from requant.tasks.formatting import gigabytes
 from requant.tasks.measuring import LENGTH, PROBE, WINDOWS
+from requant.tasks.planning.document import Needs, StageNeeds
 from requant.tasks.planning.output import Output, head_bytes
 from requant.tasks.quantizing.auto_settings import ROUTED, sample_bytes, step_bytes
 from requant.tasks.recipe.recipe import Recipe
@@ -21,45 +21,24 @@ from requant.tasks.recipe.recipe import Recipe
 RUNTIME = 3_000_000_000  # bytes of memory that Python, torch, CUDA and Prefect take before any weight
 
 
-@dataclass(frozen=True)
-class Needs:
-    """Bytes. `disk` is what must be free below the store now, of a stage what it adds; memory is a stage's peak."""
-
-    disk: int
-    stages: dict[str, dict[str, int]]
-
-    def most(self, what: str) -> int:
-        """The largest of all stages."""
-        return max((stage.get(what, 0) for stage in self.stages.values()), default=0)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "disk_bytes": self.disk,
-            "ram_bytes": self.most("ram_bytes"),
-            "vram_bytes": self.most("vram_bytes"),
-            "low_gpu_mem": {key: self.most(f"low_{key}") for key in ("ram_bytes", "vram_bytes")},
-            "stages": self.stages,
-        }
-
-
-def needs(output: Output, recipe: Recipe, missing: int, to_run: set[str], *, kept: int = 0) -> Needs:
-    """What the stages `to_run` take. missing: bytes of the base that are not on this machine; kept: what the outputs
-    before this one leave there."""
-    stages: dict[str, dict[str, int]] = {}
-    if not to_run - {"publish"}:
-        return Needs(0, stages)
+def needs(output: Output, recipe: Recipe, missing: int, to_run: Collection[str], *, kept: int = 0) -> Needs:
+    """Foretell what the stages `to_run` take. missing: bytes of the base that are not on this machine; kept: bytes
+    that the outputs before this one leave there."""
+    stages: dict[str, StageNeeds] = {}
+    if not set(to_run) - {"publish"}:
+        return Needs.of(stages)
     if missing:
-        stages["download"] = {"disk_bytes": missing}
+        stages["download"] = StageNeeds(disk_bytes=missing)
     if "quantize" in to_run:
-        stages["quantize"] = {"disk_bytes": _quantize_disk(output, recipe), **_quantize(output, recipe)}
+        stages["quantize"] = _quantize(output, recipe)
     if "mtp_fix" in to_run and head_bytes(output):
-        stages["mtp_fix"] = {"disk_bytes": head_bytes(output)}
+        stages["mtp_fix"] = StageNeeds(disk_bytes=head_bytes(output))
     if "validate" in to_run:
-        stages["validate"] = {"disk_bytes": _measured(output), **_validate(output)}
+        stages["validate"] = _validate(output)
     if "benchmark" in to_run and recipe.benchmark.engine != "none":
         weights = sum(output.weights.values())
-        stages["benchmark"] = _always(ram_bytes=RUNTIME + weights, vram_bytes=weights)
-    return Needs(kept + sum(stage.get("disk_bytes", 0) for stage in stages.values()), stages)
+        stages["benchmark"] = _same_in_low_memory(RUNTIME + weights, weights)
+    return Needs.of(stages, kept)
 
 
 def disk_problem(needed: int, folder: Path) -> str | None:
@@ -84,8 +63,8 @@ def _own_bytes(path: Path) -> int:
     return 0
 
 
-def _quantize(output: Output, recipe: Recipe) -> dict[str, int]:
-    """The model lies in memory, a block and its samples on the GPU; in low-memory mode the samples in memory too."""
+def _quantize(output: Output, recipe: Recipe) -> StageNeeds:
+    """Count the model in memory, a block and its samples on the GPU; in low-memory mode the samples in memory too."""
     base, job = output.base, recipe.quantize.model_dump()
     head = set(base.head.names if base.head else ())
     model = sum(tensor.nbytes for name, tensor in base.tensors.items() if name not in head)
@@ -96,19 +75,21 @@ def _quantize(output: Output, recipe: Recipe) -> dict[str, int]:
     on_cpu = recipe.quantize.device == "cpu"
     step = step_bytes(job, largest, width, not (routed or on_cpu or recipe.quantize.torch_compile is False))
     samples = sample_bytes(job, hidden)
+    disk_bytes = _quantize_disk(output, recipe)
     if on_cpu:
-        return _always(ram_bytes=RUNTIME + model + samples + step, vram_bytes=0)
-    return {
-        "ram_bytes": RUNTIME + model,
-        "vram_bytes": samples + step,
-        "low_ram_bytes": RUNTIME + model + samples,
-        "low_vram_bytes": step,
-    }
+        return _same_in_low_memory(RUNTIME + model + samples + step, 0, disk_bytes)
+    return StageNeeds(
+        disk_bytes=disk_bytes,
+        ram_bytes=RUNTIME + model,
+        vram_bytes=samples + step,
+        low_ram_bytes=RUNTIME + model + samples,
+        low_vram_bytes=step,
+    )
 
 
 def _quantize_disk(output: Output, recipe: Recipe) -> int:
-    """auto-round's own output, its resume state (a byte a packed weight), the assembled files; of an FP8 base a BF16
-    copy. On a CPU auto-round writes what it does not pack as F32."""
+    """Add up auto-round's own output, its resume state (a byte a packed weight) and the assembled files; of an FP8
+    base a BF16 copy. On a CPU auto-round writes what it does not pack as F32."""
     made = sum(output.before_head.values())
     kept = sum(t.nbytes for name, t in output.checkpoint.tensors.items() if name in output.base.tensors)
     plain = output.base.nbytes if is_fp8(output.source.tensors.values()) else 0
@@ -117,20 +98,27 @@ def _quantize_disk(output: Output, recipe: Recipe) -> int:
 
 
 def _measured(output: Output) -> int:
-    """What is kept of base and result each: hidden states in float32 at most, and some numbers beside each token."""
+    """Count the bytes that are kept of base and result each: hidden states in float32 at most, and some numbers beside
+    each token."""
     states = WINDOWS * LENGTH + (len(block_sizes(output.base)) + 2) * PROBE
     return 2 * (4 * _number(output.base.text_config, "hidden_size") * states + 32 * WINDOWS * LENGTH)
 
 
-def _validate(output: Output) -> dict[str, int]:
-    """Base and result pass through one block at a time, in BF16 on a GPU and float32 on a CPU."""
+def _validate(output: Output) -> StageNeeds:
+    """Count base and result as they pass through one block at a time, in BF16 on a GPU and float32 on a CPU."""
     parameters = at_once(output.base)
-    return _always(ram_bytes=RUNTIME + 4 * parameters, vram_bytes=2 * parameters)
+    return _same_in_low_memory(RUNTIME + 4 * parameters, 2 * parameters, _measured(output))
 
 
-def _always(**peaks: int) -> dict[str, int]:
-    """The same in low-memory mode."""
-    return {**peaks, **{f"low_{key}": value for key, value in peaks.items()}}
+def _same_in_low_memory(ram_bytes: int, vram_bytes: int, disk_bytes: int | None = None) -> StageNeeds:
+    """Give the needs of a stage that `quantize.low_gpu_mem` does not change."""
+    return StageNeeds(
+        disk_bytes=disk_bytes,
+        ram_bytes=ram_bytes,
+        vram_bytes=vram_bytes,
+        low_ram_bytes=ram_bytes,
+        low_vram_bytes=vram_bytes,
+    )
 
 
 def _number(config: Mapping[str, Any], key: str) -> int:

@@ -15,9 +15,9 @@ from typing import Any
 
 from requant.tasks.checkpoint.checkpoint import read_json
 from requant.tasks.errors import CheckpointError, RecipeError
-from requant.tasks.hub.revision import Revision
 from requant.tasks.hub.sparse_checkout import fetch_files
 from requant.tasks.measuring import window_count, window_length
+from requant.tasks.planning.inputs import Inputs
 from requant.tasks.quantizing.samples import shares
 from requant.tasks.recipe.quantize import BUILTIN
 from requant.tasks.recipe.recipe import BUILTIN_EVALUATION, Recipe
@@ -38,22 +38,21 @@ class Texts:
 
     `files_of` gives the files of a text; those of a data set are laid into the folder that it is called with. `folder`
     is the skeleton of the base, into which its tokenizer is fetched where it is needed. `scratch` is an empty folder
-    for what is read.
+    for what is read. `fetch`: a text that is a Hub data set is fetched and read too.
     """
 
     def __init__(
         self,
         files_of: Callable[[Text, Path], list[Path]],
-        base: Revision,
+        inputs: Inputs,
         folder: Path,
         scratch: Path,
-        calibration: Text,
-        validation: Text,
         *,
         fetch: bool,
     ) -> None:
-        self._files_of, self._base, self._folder, self._scratch, self._fetch = files_of, base, folder, scratch, fetch
-        self._texts = {"quantize.calibration": calibration, "validation.text": validation}
+        self._files_of, self._base, self._folder = files_of, inputs.base, folder
+        self._scratch, self._fetch = scratch, fetch
+        self._texts = {"quantize.calibration": inputs.calibration, "validation.text": inputs.validation}
         self._files: dict[str, list[Path]] = {}
         self._tokens: dict[str, dict[str, int]] = {}
         self._has_tokenizer = False

@@ -12,7 +12,6 @@ from requant.tasks.hub.revision import HubFile, Revision, resolve
 from requant.tasks.hub.sparse_checkout import fetch_files
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store
-from requant.tasks.store.store import blob_key
 
 Hashes = dict[str, str | None]  # sha256 by path; None: not known yet
 FETCHED_WHOLE = 16 << 20  # bytes: a file without a sha256 at the Hub is fetched to know it, and is never larger there
@@ -44,9 +43,7 @@ def base_manifest(base: Revision, hashes: Hashes, unread: Container[str]) -> Man
 def near_file(store: Store, file: HubFile, hashes: Hashes) -> Path | None:
     """Where a file of the base lies on this machine, if it does."""
     sha256 = hashes.get(file.path)
-    if sha256 is None or store.near.size(blob_key(sha256)) != file.size:
-        return None
-    return store.near.path(blob_key(sha256))
+    return None if sha256 is None else store.local_path(File(file.path, file.size, sha256))
 
 
 def to_download(store: Store, base: Revision, hashes: Hashes) -> int:

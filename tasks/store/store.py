@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -145,6 +146,11 @@ class Store:
         """Whether the blob is there at this moment."""
         return self.backend.size(blob_key(file.sha256)) == file.size
 
+    def local_path(self, file: File) -> Path | None:
+        """Find the blob on this machine, without fetching it; None where it is not here in its size."""
+        key = blob_key(file.sha256)
+        return self.near.path(key) if self.near.size(key) == file.size else None
+
     def put_blob(self, path: Path, file: File) -> None:
         """Keep the file at `path`, which has been hashed as `file`. The file may be moved away.
 
@@ -235,11 +241,17 @@ class Store:
 
     def manifest(self, stage: str, key: str) -> Manifest | None:
         """The artifact of a stage key, if it is there with every one of its blobs."""
+        manifest = self.read_manifest(stage, key)
+        return manifest if manifest is not None and self._is_whole(manifest) else None
+
+    def read_manifest(self, stage: str, key: str) -> Manifest | None:
+        """Read the list of an artifact's files, whether or not its blobs are still there."""
         text = self.backend.read(f"artifacts/{stage}/{key}")
-        if text is None:
-            return None
-        manifest = Manifest.from_json(text)
-        return manifest if self._is_whole(manifest) else None
+        return None if text is None else Manifest.from_json(text)
+
+    def has_any(self, stage: str) -> bool:
+        """Tell whether the store lists an artifact of a stage."""
+        return next(iter(self.backend.keys(f"artifacts/{stage}")), None) is not None
 
     def find(self, stage: str, key: str) -> Manifest | None:
         """Like `manifest`, for one that will be used: its age counts from now, so gc leaves it alone for a while."""
@@ -280,6 +292,16 @@ class Store:
     def provenance(self, stage: str, key: str) -> dict[str, Any]:
         """What is recorded beside an artifact; empty if nothing is."""
         return record_of(self.backend.read(f"provenance/{stage}/{key}"))
+
+    def records(self, stage: str, limit: int | None = None) -> dict[str, dict[str, Any]]:
+        """Read what is recorded beside the artifacts of a stage, by stage key; a record that is damaged is empty.
+
+        Of more than `limit` artifacts, some are left out: those that the store lists last.
+        """
+        names = list(itertools.islice(self.backend.keys(f"provenance/{stage}"), limit))
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            texts = pool.map(self.backend.read, names)
+            return {name.rpartition("/")[2]: record_of(text) for name, text in zip(names, texts, strict=True)}
 
     # Small facts
 

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from requant.tasks.artifact import Manifest, sha256_of
+from requant.tasks.artifact import Manifest, file_of, sha256_of
+from requant.tasks.hub.revision import HubFile, Revision
 from requant.tasks.store import Store
 from requant.tasks.store.backend import Backend
 from requant.tasks.store.folder import FolderBackend
@@ -70,6 +71,14 @@ def put(store: Store, files: Mapping[str, bytes]) -> Manifest:
 def keep(store: Store, key: str, files: Mapping[str, bytes], stage: str = "quantize", **record: object) -> Manifest:
     """Put files into a store and keep them as the artifact that a stage made, with what it recorded."""
     return store.keep(stage, key, put(store, files), record)
+
+
+def held_base(store: Store, folder: Path) -> Revision:
+    """Put the files of a base into a store, so that a plan of it asks the Hub for nothing."""
+    files = [file_of(folder, path.name) for path in sorted(folder.iterdir())]
+    for file in files:
+        store.put_blob(folder / file.path, file)
+    return Revision("a/b", "0" * 40, tuple(HubFile(f.path, f.size, "", f.sha256) for f in files))
 
 
 def ago(folder: Path, days: float, *below: str) -> None:

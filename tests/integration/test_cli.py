@@ -84,8 +84,9 @@ COMMANDS = {
     "webhook": ("webhook", 2, "No such option"),  # It is a server, and prints no document.
     "worker": ("worker --pool cpu", 2, "PREFECT_API_URL is not set"),
     "store": ("store ls", 0, '"artifacts"'),
+    "schema": ("schema plan", 0, '"PlanDocument"'),
 }
-LIGHT = {"mtp-fix", "inspect", "verify", "publish", "store"}  # those start neither torch nor Prefect
+LIGHT = {"mtp-fix", "inspect", "verify", "publish", "store", "schema"}  # those start neither torch nor Prefect
 HEAVY = {"torch", "prefect", "auto_round", "transformers", "boto3"}
 
 

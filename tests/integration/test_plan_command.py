@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from infra.bench.shapes import write_base
 from infra.dev.hub.launch import Exchange, HubStandIn
 from requant.flows.report.plan import render
 from requant.tasks.artifact import OURS
+from requant.tasks.planning.document import PlanDocument
 from tests.factories.checkpoints import write_quantized
 from tests.factories.forked import forked
 from tests.factories.paths import ROOT
@@ -46,6 +48,7 @@ def planned(hub: HubStandIn, environment: dict[str, str], tmp_path_factory: pyte
 
 def test_the_27b_plan_has_the_contracts_keys_and_the_known_size(planned: dict[str, Any]) -> None:
     document = planned["document"]
+    jsonschema.validate(document, PlanDocument.model_json_schema(mode="serialization"))
     assert list(document)[:4] == ["base", "stages", "output", "needs"] and document["problems"] == []
     assert [s["name"] for s in document["stages"]] == [*STAGES, "publish"]
     assert all({"name", "state", "bytes", "seconds"} <= set(stage) for stage in document["stages"])
@@ -101,7 +104,7 @@ def test_the_markdown_is_what_a_pull_request_shows(planned: dict[str, Any]) -> N
 def test_the_plan_in_the_documentation_is_this_one(planned: dict[str, Any]) -> None:
     page = (ROOT / "docs" / "explanation" / "plan.md").read_text()
     shown = page.split("int4.yaml --elsewhere\n")[1].split("```")[0].splitlines()
-    now = {line.rstrip() for line in render(planned["document"]).splitlines()}
+    now = {line.rstrip() for line in render(PlanDocument.model_validate(planned["document"])).splitlines()}
     assert [line for line in shown if line not in {*now, "..."}] == []
 
 

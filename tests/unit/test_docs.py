@@ -21,12 +21,12 @@ from infra.dev.docs import FOLDER, PAGES
 from requant.flows.cli.main import cli
 from requant.flows.report.report import Report
 from requant.flows.watching import Pass
-from requant.tasks import plan
 from requant.tasks.benchmark import bench
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
 from requant.tasks.checkpoint.repair import repair
 from requant.tasks.hub.verify import Verified
 from requant.tasks.measuring.gates import compare
+from requant.tasks.planning.document import PlanDocument
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Benchmark, Gates, Recipe
 from tests.factories.measured import GOOD
@@ -328,7 +328,7 @@ def test_every_command_with_a_json_document_is_on_its_page() -> None:
 def test_the_keys_of_json_documents_are_those_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = parse_recipe({"base": {"repo_id": "owner/name"}, "outputs": [{}]})
     assert keys_of("run") == set(Report(recipe).to_json())
-    assert keys_of("plan") == set(plan._document(recipe, None))
+    assert keys_of("plan") == set(PlanDocument.model_fields)
     assert keys_of("inspect") == set(inspect_checkpoint(TINY))
     assert keys_of("mtp-fix") == set(repair(TINY, None, precision="keep", dry_run=True))
     assert keys_of("validate") == {"gates", "passed", "findings"}

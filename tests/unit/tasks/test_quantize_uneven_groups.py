@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from requant.flows.report.report import scheme_of
-from requant.tasks.artifact import Manifest, file_of
+from requant.tasks.artifact import Manifest
 from requant.tasks.card.facts import scheme_words
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import verdicts
@@ -18,9 +18,9 @@ from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
 from requant.tasks.checkpoint.packing import Scheme
 from requant.tasks.errors import RecipeError
-from requant.tasks.hub.revision import HubFile, Revision
 from requant.tasks.plan import plan_of
 from requant.tasks.planning.groups import settled
+from requant.tasks.planning.inputs import Inputs
 from requant.tasks.planning.output import plan_output
 from requant.tasks.quantize import quantize_key
 from requant.tasks.recipe.loader import parse_recipe
@@ -29,6 +29,7 @@ from requant.tasks.store import Store
 from requant.tasks.texts.text import Text, find_text
 from tests.factories.checkpoints import write_checkpoint
 from tests.factories.pico import pico_base
+from tests.factories.stores import held_base
 
 LAYER = "model.layers.0.self_attn.o_proj"
 DTYPES = {"qweight": "I32", "qzeros": "I32", "scales": "F16"}
@@ -171,7 +172,7 @@ def test_a_plan_refuses_a_group_that_divides_not_all_inputs_and_names_those_that
     (problem,) = output.problems
     assert sentence in problem and len(problem.splitlines()) == 1
     assert "model.language_model.layers.0." in problem and "no engine loads" in problem
-    assert not any(verdict["loads"] for verdict in output.engines().values())
+    assert not any(verdict.loads for verdict in output.engines().values())
 
 
 def test_only_groups_that_divide_all_inputs_are_named(tmp_path: Path) -> None:
@@ -228,15 +229,11 @@ def test_auto_that_comes_to_what_the_scheme_has_reuses_what_the_scheme_made(sche
 
 
 def test_two_outputs_that_auto_makes_one_are_refused_by_the_plan(store: Store, tmp_path: Path) -> None:
-    folder = pico_base(tmp_path / "base", intermediate=192)
-    files = [file_of(folder, path.name) for path in sorted(folder.iterdir())]
-    for file in files:
-        store.put_blob(folder / file.path, file)
-    base = Revision("a/b", "1" * 40, tuple(HubFile(f.path, f.size, "", f.sha256) for f in files))
+    base = held_base(store, pico_base(tmp_path / "base", intermediate=192))
     document = {"base": {"repo_id": "a/b"}, "outputs": [{"group_size": "auto"}, {"group_size": 32}, {"group_size": 64}]}
     texts = find_text("builtin:python"), find_text("builtin:python-evaluation")
-    plan = plan_of(store, parse_recipe(document), base, *texts, elsewhere=True)
-    assert plan["problems"] == [
+    plan = plan_of(store, parse_recipe(document), Inputs(base, *texts), elsewhere=True)
+    assert list(plan.problems) == [
         "W4A16G64-auto_round: quantize.group_size auto comes to 64 for this base, so that it makes the same as "
         "W4A16Gauto-auto_round: take one of them out"
     ]

@@ -64,7 +64,7 @@ def test_the_planned_tensors_and_verdicts_are_the_written_ones(mtp: str, tmp_pat
     assert len(output.kept_names) == found.kept + found.head
     from requant.tasks.checkpoint.compat import verdicts
 
-    assert output.engines() == verdicts(made)
+    assert {engine: verdict.to_json() for engine, verdict in output.engines().items()} == verdicts(made)
 
 
 def tensors(output: Output) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -80,7 +80,7 @@ def test_an_fp8_base_is_planned_as_the_bf16_one_that_it_stands_for(tmp_path: Pat
 
 def test_every_kept_group_has_a_reason_of_its_own(tmp_path: Path) -> None:
     asked = recipe(quantize={"group_size": 32, "layers": {"down_proj": {"bits": 16}}})
-    kept = {k["tensors"]: k["why"] for k in plan_output(Checkpoint.open(pico_base(tmp_path / "b")), asked, {}).kept()}
+    kept = {k.tensors: k.why for k in plan_output(Checkpoint.open(pico_base(tmp_path / "b")), asked, {}).kept()}
     assert kept["model.language_model.layers.*.mlp.down_proj.weight"] == "quantize.layers keeps it"
     assert "too few to pack" in kept["model.language_model.layers.*.linear_attn.in_proj_a.weight"]
     for name in ("mtp.*", "model.visual.*", "lm_head.weight", "model.language_model.embed_tokens.weight"):

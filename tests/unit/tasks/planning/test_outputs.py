@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from requant.flows.report.plan import headline, markdown, render
+from requant.tasks.planning.document import PlanDocument
 from requant.tasks.planning.outputs import Before, together
 from requant.tasks.recipe.loader import parse_recipe
 
@@ -16,6 +17,7 @@ RECIPE = parse_recipe(
     }
 )
 FOUR, EIGHT, HEADLESS = RECIPE.each
+NOTHING = {"bytes": None, "quantized_tensors": None, "kept_tensors": None}
 
 
 def stage(name: str, state: str = "run", seconds: float = 10.0, cost: float | None = None) -> dict[str, Any]:
@@ -23,13 +25,14 @@ def stage(name: str, state: str = "run", seconds: float = 10.0, cost: float | No
     return {"name": name, "state": state, "bytes": nbytes, "seconds": seconds, "cost": cost, "figure": "assumed"}
 
 
-def plan(size: int, ram: int, *stages: dict[str, Any], **changes: Any) -> dict[str, Any]:
+def plan(size: int, ram: int, *stages: dict[str, Any], **changes: Any) -> PlanDocument:
     """The plan of one output."""
     document: dict[str, Any] = {
         "base": {"repo_id": "a/b", "revision": "main", "sha": "1" * 40, "bytes": 5000, "tensors": 7},
         "stages": list(stages),
         "output": {
             "bytes": size, "quantized_tensors": 3, "kept_tensors": 4, "packing": "auto_round", "quantized": [],
+            "weights_bytes": size, "shards": {"a.safetensors": size}, "files": {"a.safetensors": size},
             "scheme": {"bits": 4, "group_size": 128, "sym": True},
             "kept": [{"tensors": "norm", "count": 1, "why": "small"}],
         },
@@ -45,10 +48,10 @@ def plan(size: int, ram: int, *stages: dict[str, Any], **changes: Any) -> dict[s
         "notes": ["of all"],
         "problems": [],
     }  # fmt: skip
-    return {**document, **changes}
+    return PlanDocument.model_validate({**document, **changes})
 
 
-def whole(**changes: Any) -> dict[str, Any]:
+def whole(**changes: Any) -> PlanDocument:
     headless = {"vllm": {"loads": True, "mtp": False, "reason": "no head"}}
     plans = {
         FOUR: plan(100, 50, stage("download"), stage("quantize", cost=0.5)),
@@ -59,7 +62,7 @@ def whole(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_base_is_downloaded_once_and_every_other_stage_names_its_output() -> None:
-    document = whole()
+    document = whole().to_json()
     assert [(s["output"], s["name"]) for s in document["stages"]] == [
         (FOUR, "download"), (FOUR, "quantize"), (EIGHT, "quantize"), (HEADLESS, "mtp_fix"),
     ]  # fmt: skip
@@ -67,7 +70,7 @@ def test_the_base_is_downloaded_once_and_every_other_stage_names_its_output() ->
 
 
 def test_times_costs_and_bytes_are_summed_and_needs_are_the_most_of_any() -> None:
-    document = whole()
+    document = whole().to_json()
     assert (document["hardware"]["seconds"], document["hardware"]["cost"]) == (40.0, 1.5)
     assert document["output"]["bytes"] == 390
     needs = document["needs"]
@@ -76,25 +79,24 @@ def test_times_costs_and_bytes_are_summed_and_needs_are_the_most_of_any() -> Non
 
 
 def test_each_output_has_its_own_plan_and_repo_and_an_engine_is_as_the_worst_of_them() -> None:
-    document = whole()
+    document = whole().to_json()
     assert [(o["name"], o["repo_id"], o["output"]["bytes"]) for o in document["outputs"]] == [
         (FOUR, f"me/q-{FOUR}", 100), (EIGHT, f"me/q-{EIGHT}", 200), (HEADLESS, f"me/q-{HEADLESS}", 90),
     ]  # fmt: skip
     assert document["engines"]["vllm"] == {"loads": True, "mtp": False, "reason": f"{HEADLESS}: no head"}
-    assert set(plan(1, 1)) | {"outputs"} == set(document)
+    assert set(plan(1, 1).to_json()) | {"outputs"} == set(document)
 
 
 def test_what_is_true_of_all_is_told_once_and_the_rest_by_name() -> None:
-    document = whole(problems=["the group size divides nothing"], notes=["of all", "of eight bits"])
+    document = whole(problems=["the group size divides nothing"], notes=["of all", "of eight bits"]).to_json()
     assert document["notes"] == ["of all", f"{EIGHT}: of eight bits"]
     assert document["problems"] == [f"{EIGHT}: the group size divides nothing"]
 
 
 def test_an_output_that_cannot_be_made_leaves_the_others_their_figures() -> None:
-    nothing = {"bytes": None, "quantized_tensors": None, "kept_tensors": None}
     needs = {"disk_bytes": None, "ram_bytes": None, "vram_bytes": None}
-    document = whole(stages=[], output=nothing, needs=needs, engines={}, problems=["no"])
-    assert (document["output"]["bytes"], document["needs"]["ram_bytes"]) == (190, 60)
+    document = whole(stages=[], output=NOTHING, needs=needs, engines={}, problems=["no"])
+    assert (document.output.bytes, document.needs.ram_bytes) == (190, 60)
     assert f"{EIGHT}: no" in render(document) and EIGHT in markdown(document, "three.yaml")
 
 
@@ -108,7 +110,7 @@ def test_an_output_finds_done_what_those_before_it_make() -> None:
         eight, plan(200, 50, stage("download", "reused"), stage("quantize", "reused"), stage("mtp_fix", "reused"))
     )
     assert before.kept == 100  # what is there already takes no more disk
-    before.add(headless, {"stages": [], "output": {"bytes": None}})
+    before.add(headless, plan(1, 1, output=NOTHING))
     assert before.recipes == [four, eight]
 
 

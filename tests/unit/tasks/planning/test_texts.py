@@ -16,6 +16,7 @@ from requant.tasks.download import text_files
 from requant.tasks.errors import RecipeError
 from requant.tasks.hub.revision import HubFile, Revision
 from requant.tasks.plan import plan
+from requant.tasks.planning.inputs import Inputs
 from requant.tasks.planning.texts import CHARACTERS_A_TOKEN_OF_OURS, Texts, _at_least
 from requant.tasks.quantizing.samples import calibration_samples, shares
 from requant.tasks.recipe.loader import parse_recipe
@@ -46,11 +47,9 @@ def problems(
     recipe = parse_recipe({"base": {"repo_id": "a/b"}, "quantize": small})
     texts = Texts(
         functools.partial(text_files, store),
-        BASE,
+        Inputs(BASE, calibration, validation),
         TINY,
         store.near.root / "scratch",
-        calibration,
-        validation,
         fetch=fetch,
     )
     found = texts.problems(recipe, to_run, LONG)
@@ -105,9 +104,8 @@ def test_the_recipe_in_the_documentation_has_enough_text(store: Store) -> None:
     page = (ROOT / "docs" / "how-to" / "recipe.md").read_text()
     recipe = parse_recipe(yaml.safe_load(page.split("```yaml\n")[1].split("```")[0]))
     text = find_text(recipe.quantize.calibration)
-    texts = Texts(
-        functools.partial(text_files, store), BASE, TINY, store.near.root / "scratch", text, EVALUATION, fetch=False
-    )
+    inputs = Inputs(BASE, text, EVALUATION)
+    texts = Texts(functools.partial(text_files, store), inputs, TINY, store.near.root / "scratch", fetch=False)
     for name, one in recipe.each.items():
         assert texts.problems(one, {"quantize"}, LONG) == [], name
 
@@ -160,11 +158,9 @@ def test_the_plan_of_a_default_recipe_needs_no_tokenizer(store: Store, tmp_path:
     def told(calibration: Text, fetch: bool) -> list[str]:
         texts = Texts(
             functools.partial(text_files, store),
-            BASE,
+            Inputs(BASE, calibration, validation),
             tmp_path,
             tmp_path / "scratch",
-            calibration,
-            validation,
             fetch=fetch,
         )
         return texts.problems(recipe, RUN, LONG)
@@ -193,7 +189,11 @@ def test_tasks_that_want_a_chat_template_are_told_that_the_base_has_none(store: 
     def told(**changes: Any) -> list[str]:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **changes}))
         texts = Texts(
-            functools.partial(text_files, store), BASE, tmp_path, tmp_path / "scratch", PYTHON, EVALUATION, fetch=True
+            functools.partial(text_files, store),
+            Inputs(BASE, PYTHON, EVALUATION),
+            tmp_path,
+            tmp_path / "scratch",
+            fetch=True,
         )
         return texts.problems(recipe, {"validate"}, LONG)
 

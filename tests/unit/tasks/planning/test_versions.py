@@ -12,14 +12,14 @@ from requant.flows.gpu_pool import stages_there
 from requant.tasks.errors import Refused
 from requant.tasks.hub.revision import HubFile, Revision
 from requant.tasks.plan import plan_of, preflight
+from requant.tasks.planning.inputs import Inputs
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store
 from requant.tasks.texts.text import find_text
 from requant.tasks.versions import locked_version
-from tests.factories.checkpoints import file_from
 from tests.factories.pico import pico_base
-from tests.factories.stores import Install
+from tests.factories.stores import Install, held_base
 
 CALIBRATION, TEXT = find_text("builtin:python"), find_text("builtin:python-evaluation")
 Problems = Callable[..., list[str]]
@@ -35,20 +35,15 @@ def recipe(engine: str = "torch", **changes: Any) -> Recipe:
 @pytest.fixture
 def base(store: Store, tmp_path: Path) -> Revision:
     """A base that the store has: nothing of it is to be fetched."""
-    folder, files = pico_base(tmp_path / "base"), []
-    for path in sorted(folder.iterdir()):
-        file = file_from(path)
-        store.put_blob(path, file)
-        files.append(HubFile(file.path, file.size, "", file.sha256))
-    return Revision("a/b", "0" * 40, tuple(files))
+    return held_base(store, pico_base(tmp_path / "base"))
 
 
 @pytest.fixture
 def problems(store: Store, base: Revision) -> Problems:
     def found(asked: Recipe, there: Collection[str] = (), *, elsewhere: bool = False) -> list[str]:
-        document = plan_of(store, asked, base, CALIBRATION, TEXT, elsewhere=elsewhere, there=there)
-        assert document["stages"], "the plan went on to its end"
-        return list(document["problems"])
+        document = plan_of(store, asked, Inputs(base, CALIBRATION, TEXT), elsewhere=elsewhere, there=there)
+        assert document.stages, "the plan went on to its end"
+        return list(document.problems)
 
     return found
 

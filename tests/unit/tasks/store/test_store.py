@@ -59,6 +59,31 @@ def test_a_key_or_stage_that_was_never_kept_is_not_found(store: Store, tmp_path:
     assert store.provenance("validate", KEY) == {}
 
 
+def test_what_a_store_lists_of_a_stage_is_read_whether_or_not_its_blobs_are_there(store: Store, tmp_path: Path) -> None:
+    assert not store.has_any("quantize") and store.records("quantize") == {}
+    manifest = kept(store, tmp_path / "work", FILES)
+    store.keep("quantize", "b" * 64, manifest, {"seconds": 2})
+    assert store.has_any("quantize") and not store.has_any("validate")
+    assert store.records("quantize") == {KEY: {"seconds": 1}, "b" * 64: {"seconds": 2}}
+    assert len(store.records("quantize", limit=1)) == 1
+    store.backend.write(f"provenance/quantize/{KEY}", b"{")
+    assert store.records("quantize") == {KEY: {}, "b" * 64: {"seconds": 2}}
+    store.backend.delete(blob_key(manifest["config.json"].sha256))
+    assert store.manifest("quantize", KEY) is None
+    assert store.read_manifest("quantize", KEY) == manifest
+    assert store.read_manifest("quantize", "c" * 64) is None
+
+
+def test_a_blob_has_a_path_on_this_machine_only_while_it_is_here_in_its_size(far: Store, tmp_path: Path) -> None:
+    manifest = kept(far, tmp_path / "work", FILES)
+    file = manifest["config.json"]
+    path = far.local_path(file)
+    assert path is not None and path.read_bytes() == FILES["config.json"]
+    assert far.local_path(File(file.path, file.size + 1, file.sha256)) is None
+    far.near.delete(blob_key(file.sha256))
+    assert far.local_path(file) is None and far.sees_blob(file)
+
+
 def test_the_first_manifest_of_a_key_wins(store: Store, tmp_path: Path) -> None:
     first = kept(store, tmp_path / "one", {"a": b"first"})
     second = kept(store, tmp_path / "two", {"a": b"second"})

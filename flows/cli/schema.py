@@ -1,0 +1,49 @@
+"""`requant schema`: the JSON Schema of what a command prints with --json."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from requant.flows.cli.command import command
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+# The pydantic model of each command's document. Strings, since a command's help imports neither pydantic nor the model.
+MODELS = {
+    "plan": "requant.tasks.planning.document:PlanDocument",
+}
+DIALECT = "https://json-schema.org/draft/2020-12/schema"  # of the schemas that pydantic makes
+
+
+@command("schema")
+@click.argument("words", metavar="[COMMAND]", nargs=-1)
+def schema(words: tuple[str, ...]) -> tuple[dict[str, Any], str, int]:
+    """Print the JSON Schema of the document that COMMAND prints with --json.
+
+    Without COMMAND, list the commands whose documents have a schema. A command that fails prints another
+    document, with the keys status and error.
+
+    \b
+    Examples:
+      requant schema
+      requant schema plan > plan.schema.json
+    """
+    name = " ".join(words)
+    if not name:
+        return {"commands": list(MODELS)}, "\n".join(MODELS), 0
+    if name not in MODELS:
+        raise click.UsageError(f"no schema of {name!r}: there is one of {', '.join(MODELS)}")
+    document = {"$schema": DIALECT, **model_of(name).model_json_schema(mode="serialization")}
+    return document, json.dumps(document, indent=1), 0
+
+
+def model_of(name: str) -> type[BaseModel]:
+    """Import the model of a command's document."""
+    module, _, model = MODELS[name].partition(":")
+    found: type[BaseModel] = getattr(importlib.import_module(module), model)
+    return found

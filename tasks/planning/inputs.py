@@ -1,0 +1,17 @@
+"""What a run reads from outside, resolved to what it is at this moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from requant.tasks.hub.revision import Revision
+from requant.tasks.texts.text import Text
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The base at one commit, the text to calibrate with, and the text to measure on."""
+
+    base: Revision
+    calibration: Text
+    validation: Text
