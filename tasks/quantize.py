@@ -24,7 +24,8 @@ from requant.tasks.download import text_files
 from requant.tasks.pipeline.prefect import BlockProgress, options, shown
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
 from requant.tasks.quantizing import resume
-from requant.tasks.quantizing.ladder import Report, blocks_of, down_the_ladder
+from requant.tasks.quantizing.events import Report
+from requant.tasks.quantizing.ladder import blocks_of, down_the_ladder
 from requant.tasks.recipe.quantize import Quantize
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store, open_store
@@ -113,7 +114,6 @@ def quantize(
             "mixed": calibration.mixed,
             "head": head.prefixes if head else [],
             "allow_remote_code": recipe.allow_remote_code,
-            "tools": STAGE.locked,
         }
         if restore(store, STAGE.name, key, folder, resume.worth_fetching):
             log.info(f"going on from {resume.finished(folder)} blocks that another machine finished")

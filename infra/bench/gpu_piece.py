@@ -11,7 +11,6 @@ its own. Both quantize the same model of two equal blocks, with the same samples
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import time
@@ -99,36 +98,35 @@ def auto_round(model_folder: Path, folder: Path, size: Size, seed: int = 42) -> 
     import transformers
     from auto_round import AutoRound
 
-    from requant.tasks.quantizing.events import Events, LogEvents, report_blocks, report_output
-    from requant.tasks.quantizing.loop import profile
+    from requant.tasks.quantizing.auto_round import TuningRun, patched, telling, timing
+    from requant.tasks.quantizing.events import EventWriter
+    from requant.tasks.quantizing.loop.profile import Profile
     from requant.tasks.quantizing.samples import calibration_samples
+    from requant.tasks.texts.text import find_text
 
-    events = Events(folder / "events.jsonl")
-    clock = profile.Profile(Path(os.environ["REQUANT_PROFILE"])) if os.environ.get("REQUANT_PROFILE") else None
-    if clock:
-        profile.install(clock)
+    report = EventWriter(folder / "events.jsonl").write
+    clock = Profile(Path(os.environ["REQUANT_PROFILE"])) if os.environ.get("REQUANT_PROFILE") else None
     # The seed only orders the samples, block by block as in our stage: the losses can be compared.
-    report_blocks(events, seed, clock.end_block if clock else lambda: None)
-    report_output(events)
-    logging.getLogger("autoround").addHandler(LogEvents(events))
+    run = TuningRun(report, seed, loop=None, clock=clock)
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
-    text = ROOT / "tasks" / "texts" / "builtin" / "python.txt"
-    rounder = AutoRound(
-        model,
-        tokenizer,
-        scheme="W4A16",
-        iters=size.iters,
-        seqlen=size.seqlen,
-        nsamples=size.nsamples,
-        dataset=calibration_samples(tokenizer, [str(text)], size.nsamples, size.seqlen),
-        batch_size=size.batch_size,
-        low_gpu_mem_usage=True,
-        enable_torch_compile=torch.cuda.is_available(),
-        device_map="cuda" if torch.cuda.is_available() else "cpu",
-        seed=seed,
-    )
-    rounder.quantize_and_save(str(folder / "out"), format="auto_round")
+    text = find_text("builtin:python").path
+    with patched([*telling(run), *(timing(clock) if clock else [])], report):
+        rounder = AutoRound(
+            model,
+            tokenizer,
+            scheme="W4A16",
+            iters=size.iters,
+            seqlen=size.seqlen,
+            nsamples=size.nsamples,
+            dataset=calibration_samples(tokenizer, [str(text)], size.nsamples, size.seqlen),
+            batch_size=size.batch_size,
+            low_gpu_mem_usage=True,
+            enable_torch_compile=torch.cuda.is_available(),
+            device_map="cuda" if torch.cuda.is_available() else "cpu",
+            seed=seed,
+        )
+        rounder.quantize_and_save(str(folder / "out"), format="auto_round")
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return {"peak_gpu_bytes": peak, "settings": {"low_gpu_mem": True, "torch_compile": torch.cuda.is_available()}}
 
@@ -137,6 +135,7 @@ def requant(model_folder: Path, folder: Path, size: Size, changes: dict[str, Any
     """Our quantize stage: a folder store, the model's files as its base."""
     from requant.tasks.artifact import Manifest, file_of
     from requant.tasks.quantize import quantize
+    from requant.tasks.quantizing.events import line_of
     from requant.tasks.recipe.loader import parse_recipe
     from requant.tasks.store import open_store
     from requant.tasks.texts.text import find_text
@@ -153,8 +152,28 @@ def requant(model_folder: Path, folder: Path, size: Size, changes: dict[str, Any
     recipe = parse_recipe({"base": {"repo_id": "bench/random"}, "mtp": "drop", "quantize": asked})
     text = find_text(recipe.quantize.calibration)
     with (folder / "events.jsonl").open("a") as stream:
-        result = quantize(store, recipe, base, text, lambda event: print(json.dumps(event), file=stream, flush=True))
+        result = quantize(store, recipe, base, text, lambda event: print(line_of(event), file=stream, flush=True))
     return {k: result.provenance[k] for k in ("peak_gpu_bytes", "settings", "attempts", "blocks", "seconds")}
+
+
+def blocks_of(events: Path, variant: str) -> list[dict[str, Any]]:
+    """List the blocks with their seconds and losses; of auto-round's seconds without those of measuring the output."""
+    from requant.tasks.quantizing.events import BlockDone, BlockLoss, BlockOutput, BlockStarted, read_events
+
+    blocks: list[dict[str, Any]] = []
+    for event in read_events(events)[1]:
+        match event:
+            case BlockStarted():
+                blocks.append({"name": event.name, "began": event.seconds})
+            case BlockLoss():
+                blocks[-1] |= {"loss_before": event.before, "loss_after": event.after}
+                blocks[-1] |= {"best_iteration": event.iteration}
+            case BlockDone() if blocks:
+                seconds = event.seconds - blocks[-1]["began"] - blocks[-1].get("spent", 0)
+                blocks[-1]["seconds"] = round(seconds, 3)
+            case BlockOutput():
+                blocks[-1] |= {"output_error": event.error, "spent": event.spent if variant == "auto-round" else 0}
+    return blocks
 
 
 def main(kind: str, variant: str, folder: Path, size: Size, changes: dict[str, Any]) -> None:
@@ -167,20 +186,9 @@ def main(kind: str, variant: str, folder: Path, size: Size, changes: dict[str, A
         result = auto_round(model, folder, size, **changes)
     else:
         result = requant(model, folder, size, changes)
-    lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    blocks: list[dict[str, Any]] = []
-    for event in lines:
-        if event["event"] == "block":
-            blocks.append({"name": event["name"], "began": event["seconds"]})
-        elif event["event"] == "loss":
-            blocks[-1] |= {"loss_before": event["before"], "loss_after": event["after"]}
-            blocks[-1] |= {"best_iteration": event["iteration"]}
-        elif event["event"] == "progress" and blocks:
-            blocks[-1]["seconds"] = round(event["seconds"] - blocks[-1]["began"] - blocks[-1].get("spent", 0), 3)
-        elif event["event"] == "output":
-            blocks[-1] |= {"output_error": event["error"], "spent": event["spent"] if variant == "auto-round" else 0}
-    result |= {"kind": kind, "variant": variant, "blocks": blocks, "size": asdict(size)}
-    result |= {"built_seconds": round(built - started, 1), "whole_seconds": round(time.time() - built, 1)}
+    result |= {"kind": kind, "variant": variant, "blocks": blocks_of(folder / "events.jsonl", variant)}
+    result |= {"size": asdict(size), "built_seconds": round(built - started, 1)}
+    result |= {"whole_seconds": round(time.time() - built, 1)}
     temporary = folder / "result.json.part"
     temporary.write_text(json.dumps(result, indent=1))
     temporary.rename(folder / "result.json")

@@ -6,7 +6,6 @@ Nothing here decides what a stage does; without Prefect the stages are plain fun
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
 
@@ -28,6 +27,15 @@ from prefect.tasks import Task, exponential_backoff
 
 from requant.tasks.errors import RequantError
 from requant.tasks.pipeline.stage import StageResult
+from requant.tasks.quantizing.events import (
+    BlockDone,
+    BlockLoss,
+    BlockStarted,
+    CompileFailed,
+    Event,
+    Resumed,
+    SettingsChosen,
+)
 
 log = logging.getLogger(__name__)
 
@@ -87,11 +95,11 @@ class BlockProgress:
         self._artifact = artifact
         self._lines = BlockLines()
 
-    def __call__(self, event: Mapping[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         for line in self._lines(event):
             log.info(line)
-        if event["event"] == "progress":
-            update_progress_artifact(self._artifact, 100.0 * event["done"] / event["total"])
+        if isinstance(event, BlockDone):
+            update_progress_artifact(self._artifact, 100.0 * event.done / event.total)
 
 
 class BlockLines:
@@ -101,30 +109,30 @@ class BlockLines:
         self._block, self._loss, self._began = "", "", 0.0
         self._seconds: list[float] = []
 
-    def __call__(self, event: Mapping[str, Any]) -> list[str]:
-        kind = event["event"]
-        if kind == "settings":
-            self._block, self._seconds = "", []
-        elif kind == "block":
-            self._block, self._loss, self._began = event["name"], "", event["seconds"]
-        elif kind == "loss":
-            self._loss = f", loss {event['before']:.3g} to {event['after']:.3g}"
-        elif kind == "resumed":
-            return [f"going on after {event['blocks']} finished blocks"]
-        elif kind == "fallback":
-            return [f"{self._block}: {event['text']}"]
-        elif kind == "progress" and self._block:
-            self._seconds.append(event["seconds"] - self._began)
-            return [self._line(event)]
+    def __call__(self, event: Event) -> list[str]:
+        match event:
+            case SettingsChosen():
+                self._block, self._seconds = "", []
+            case BlockStarted():
+                self._block, self._loss, self._began = event.name, "", event.seconds
+            case BlockLoss():
+                self._loss = f", loss {event.before:.3g} to {event.after:.3g}"
+            case Resumed():
+                return [f"going on after {event.blocks} finished blocks"]
+            case CompileFailed():
+                return [f"{self._block}: {event.text}"]
+            case BlockDone() if self._block:
+                self._seconds.append(event.seconds - self._began)
+                return [self._line(event)]
         return []
 
-    def _line(self, event: Mapping[str, Any]) -> str:
-        line = f"block {event['done']} of {event['total']}: {self._block}, {self._seconds[-1]:.1f} s{self._loss}"
-        left = (event["total"] - event["done"]) * seconds_a_block(self._seconds)
+    def _line(self, event: BlockDone) -> str:
+        line = f"block {event.done} of {event.total}: {self._block}, {self._seconds[-1]:.1f} s{self._loss}"
+        left = (event.total - event.done) * seconds_a_block(self._seconds)
         if left:
             line += f", about {duration(left)} left"
-        if event.get("peak_gpu_bytes"):
-            line += f", at most {event['peak_gpu_bytes'] / 1e9:.1f} GB of GPU memory"
+        if event.peak_gpu_bytes:
+            line += f", at most {event.peak_gpu_bytes / 1e9:.1f} GB of GPU memory"
         return line
 
 

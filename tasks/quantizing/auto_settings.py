@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 # Bytes a weight of the block being tuned takes on the device: bf16 weight and its quantized copy, float32 rounding
@@ -14,6 +15,20 @@ TUNED_BYTES = 2 + 2 + 4 + 4 + 4
 ACTIVATION_BYTES = {True: 20, False: 60}
 ROUTED = ("expert", "router", "moe")
 GB = 1e9
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What our tuning loop is told, as `choose` settles it.
+
+    torch_compile    compile one step of each kind of block; where that fails, the kind is tuned without
+    offload          keep what the backward pass needs in the CPU's memory
+    compare_last     compare the last step's rounding with that of the lowest batch (loop/best_iteration.py)
+    """
+
+    torch_compile: bool
+    offload: bool
+    compare_last: bool
 
 
 def choose(

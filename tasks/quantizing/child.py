@@ -3,7 +3,7 @@
 It knows auto-round, torch and transformers, and neither Prefect nor the store, so that it runs in any GPU image
 (Python 3.11 or 3.12, torch from 2.11 on). Below FOLDER it keeps:
 
-    events.jsonl   one JSON object a line: settings, block, progress, loss, warning, error
+    events.jsonl   what it tells of its work, an event a line (events.py)
     out/           what auto-round writes
     resume/        auto-round's resume state
     result.json    written last: where the checkpoint is, and what was done to which layer
@@ -27,33 +27,33 @@ from requant.tasks.checkpoint.architecture import architecture_problem
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.experts import one_by_one
 from requant.tasks.quantizing import resume
-from requant.tasks.quantizing.auto_settings import choose, unknown_layer
-from requant.tasks.quantizing.events import Events, LogEvents, Refused, kind_of, report_blocks, report_output
-from requant.tasks.quantizing.samples import calibration_samples, count_every_sample
+from requant.tasks.quantizing.auto_round import TuningRun, patched, patches, refuse_other_versions
+from requant.tasks.quantizing.auto_settings import LoopSettings, choose, unknown_layer
+from requant.tasks.quantizing.events import EventWriter, Failed, Refused, Report, SettingsChosen, kind_of
+from requant.tasks.quantizing.samples import calibration_samples
 from requant.tasks.settings import read_settings
-from requant.tasks.versions import version_problem
 
 
 def main(job_path: str, folder_path: str) -> int:
     """Quantize as the job says. 0: result.json is there; 1: the last event says what went wrong."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = Path(folder_path)
-    events = Events(folder / "events.jsonl")
+    report = EventWriter(folder / "events.jsonl").write
     job = json.loads(Path(job_path).read_text())
     os.environ["AR_RESUME_DIR"] = str(folder / "resume")
     os.environ["AR_WORK_SPACE"] = str(folder / "offload")
     try:
-        result = quantize(job, folder, events)
+        result = quantize(job, folder, report)
     except Refused as error:
-        events("error", kind="refused", text=str(error))
+        report(Failed(kind="refused", text=str(error)))
         return 1
     except SystemExit as error:  # auto-round's answer to calibration that reached no layer
-        events("error", kind="failed", text=f"auto-round gave up (exit {error.code}): see log.txt")
+        report(Failed(kind="failed", text=f"auto-round gave up (exit {error.code}): see log.txt"))
         return 1
     except Exception as error:
         logging.getLogger("requant").exception("quantization failed")
         first_line = next(iter(str(error).splitlines()), "")
-        events("error", kind=kind_of(error), text=f"{type(error).__name__}: {first_line[:300]}")
+        report(Failed(kind=kind_of(error), text=f"{type(error).__name__}: {first_line[:300]}"))
         return 1
     temporary = folder / "result.json.part"
     temporary.write_text(json.dumps(result, indent=1))
@@ -61,20 +61,23 @@ def main(job_path: str, folder_path: str) -> int:
     return 0
 
 
-def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any]:
-    """Load, calibrate, tune, write. Returns what result.json holds."""
-    # The search path of this process may lead to other packages than that of the process that started it.
-    if problem := version_problem("quantize", job.get("tools", {})):
-        raise Refused(problem)
+def quantize(job: dict[str, Any], folder: Path, report: Report) -> dict[str, Any]:
+    """Load, calibrate, tune, write. Returns what result.json holds.
+
+    Raises Refused for a job that cannot work as it is.
+    """
+    # The search path of this process may lead to other packages than that of the process that started it. With other
+    # versions the imports themselves could fail.
+    refuse_other_versions()
     import torch
     import transformers
     from auto_round import AutoRound
 
-    from requant.tasks.quantizing.loop import gated_delta_rule, profile, tune
+    from requant.tasks.quantizing.loop.gated_delta_rule import modules_with_reference
+    from requant.tasks.quantizing.loop.profile import Profile
 
     gc.freeze()  # auto-round collects garbage several times a block, each time through all that was imported: 0.3 s
 
-    logging.getLogger("autoround").addHandler(LogEvents(events))
     own = read_settings()
     same_bits = own.deterministic
     if same_bits:
@@ -88,20 +91,18 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
         loader = transformers.AutoModelForImageTextToText
     model = loader.from_pretrained(job["model"], dtype="auto", use_safetensors=True, **remote)
     chosen, reasons = choose(job, model, device, _gpu_bytes(device) if on_gpu else None, same_bits)
-    settings = {
-        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+    delta_rule = modules_with_reference(model) if chosen["fast"] else []
+    settings = SettingsChosen(
+        device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
         **chosen,
-        "batch_size": job["batch_size"],
-        "gradient_accumulate_steps": job["gradient_accumulate_steps"],
-        "reasons": reasons,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    clock = profile.Profile(own.profile) if own.profile else None
-    if chosen["fast"]:
-        settings["delta_rule"] = gated_delta_rule.replace_reference(model)
-        tune.install(chosen, events, clock.step if clock else lambda: None)
-    events("settings", **settings)
+        batch_size=job["batch_size"],
+        gradient_accumulate_steps=job["gradient_accumulate_steps"],
+        reasons=reasons,
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        **({"delta_rule": [module.__name__ for module in delta_rule]} if chosen["fast"] else {}),
+    )
+    report(settings)
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"], **remote)
     samples = calibration_samples(
         tokenizer, job["texts"], job["nsamples"], job["seqlen"], mixed=job["mixed"], seed=job["seed"]
@@ -114,39 +115,42 @@ def quantize(job: dict[str, Any], folder: Path, events: Events) -> dict[str, Any
     unmasked = [{"input_ids": sample, "attention_mask": None} for sample in samples]
 
     (folder / "resume").mkdir(exist_ok=True)
-    count_every_sample()
     resume.trim(folder / "resume")
-    resume.install(events)
-    report_blocks(events, job["seed"], clock.end_block if clock else lambda: None)
-    report_output(events)
-    if clock:
-        profile.install(clock)
     resume.clean_unfinished(folder / "out")
-    rounder = AutoRound(
-        model,
-        tokenizer,
-        processor=tokenizer if hasattr(config, "vision_config") else None,
-        scheme=job["scheme"],
-        bits=job["bits"],
-        group_size=job["group_size"],
-        sym=job["sym"],
-        iters=job["iters"],
-        lr=job["lr"],
-        seqlen=job["seqlen"],
-        nsamples=job["nsamples"],
-        dataset=samples if hasattr(config, "vision_config") else unmasked,
-        batch_size=job["batch_size"],
-        gradient_accumulate_steps=job["gradient_accumulate_steps"],
-        low_gpu_mem_usage=chosen["low_gpu_mem"],
-        enable_torch_compile=chosen["torch_compile"] and not chosen["fast"],  # the fast loop compiles for itself
-        device_map=device,
+    ours = {name: chosen[name] for name in ("torch_compile", "offload", "compare_last")}
+    run = TuningRun(
+        report=report,
         seed=job["seed"],
-        layer_config={**{p: {"bits": 16, "data_type": "fp"} for p in job["head"]}, **job["layers"]} or None,
+        loop=LoopSettings(**ours) if chosen["fast"] else None,
+        delta_rule=delta_rule,
+        clock=Profile(own.profile) if own.profile else None,
     )
-    _, written = rounder.quantize_and_save(str(folder / "out"), format=job["format"])
+    with patched(patches(run), report):
+        rounder = AutoRound(
+            model,
+            tokenizer,
+            processor=tokenizer if hasattr(config, "vision_config") else None,
+            scheme=job["scheme"],
+            bits=job["bits"],
+            group_size=job["group_size"],
+            sym=job["sym"],
+            iters=job["iters"],
+            lr=job["lr"],
+            seqlen=job["seqlen"],
+            nsamples=job["nsamples"],
+            dataset=samples if hasattr(config, "vision_config") else unmasked,
+            batch_size=job["batch_size"],
+            gradient_accumulate_steps=job["gradient_accumulate_steps"],
+            low_gpu_mem_usage=chosen["low_gpu_mem"],
+            enable_torch_compile=chosen["torch_compile"] and not chosen["fast"],  # the fast loop compiles for itself
+            device_map=device,
+            seed=job["seed"],
+            layer_config={**{p: {"bits": 16, "data_type": "fp"} for p in job["head"]}, **job["layers"]} or None,
+        )
+        _, written = rounder.quantize_and_save(str(folder / "out"), format=job["format"])
     bits = {name: int(layer.get("bits", 16)) for name, layer in (rounder.layer_config or {}).items()}
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
-    return {"checkpoint": str(written), "settings": settings, "bits": bits, "peak_gpu_bytes": peak}
+    return {"checkpoint": str(written), "settings": settings.details(), "bits": bits, "peak_gpu_bytes": peak}
 
 
 def _same_bits_every_time() -> None:

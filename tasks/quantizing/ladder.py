@@ -14,19 +14,31 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from requant.tasks.environment import with_package
 from requant.tasks.errors import SECRET_VARIABLES, OutOfMemory, QuantizeDied, QuantizeFailed, StageTimeout
+from requant.tasks.quantizing.events import (
+    BlockDone,
+    BlockLoss,
+    BlockOutput,
+    BlockStarted,
+    CompileFailed,
+    Event,
+    Failed,
+    LoopChosen,
+    Report,
+    RoundingKept,
+    SettingsChosen,
+    read_events,
+)
 
 log = logging.getLogger(__name__)
 
 TIMEOUT = 48 * 3600.0  # seconds
 DEATHS = 3  # by SIGKILL in one block, one after another: taken for the kernel's answer to a lack of memory
-
-Report = Callable[[Mapping[str, Any]], None]
 
 
 def ladder(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -91,18 +103,18 @@ def down_the_ladder(
             if not (died.killed and starved):
                 progress.tried(settings, "died", block)
                 raise
-            error = {"kind": "host oom", "text": str(died)}
-        if not error:
+            error = Failed(kind="host oom", text=str(died))
+        if error is None:
             progress.tried(settings, "done", None)
             break
-        kind = error["kind"]
+        kind = error.kind
         block = last_block(folder / "events.jsonl")
         progress.tried(settings, kind, block)
         if kind == "compile" and progress.compiled:
             log.info("torch.compile failed: going on without it")
             progress.compiled = False
         elif kind in {"oom", "host oom"}:
-            host, low = kind == "host oom", last_settings(folder / "events.jsonl").get("low_gpu_mem") is True
+            host, low = kind == "host oom", last_settings(folder / "events.jsonl").low_gpu_mem is True
             progress.rung = _next_rung(rungs, progress.rung, skips=host or low, host=host)
             progress.deaths = {}
             if progress.rung >= len(rungs):
@@ -114,9 +126,9 @@ def down_the_ladder(
             changed = ", ".join(f"{k} {v}" for k, v in now.items() if k != "torch_compile")
             log.info(f"out of memory in {block or 'the calibration'}: going on from there with {changed}")
         elif kind == "refused":
-            raise QuantizeFailed(error["text"])
+            raise QuantizeFailed(error.text)
         else:
-            raise QuantizeFailed(f"auto-round failed: {error['text']} (its log: {folder / 'log.txt'})")
+            raise QuantizeFailed(f"auto-round failed: {error.text} (its log: {folder / 'log.txt'})")
         progress.keep()
     result: dict[str, Any] = json.loads(result_path.read_text())
     return result, progress.attempts
@@ -145,22 +157,24 @@ def kernel_kills() -> int:
 
 
 def last_block(events: Path) -> str | None:
-    """The block that the child was at, None before its first."""
+    """Name the block that the child was at, None before its first."""
     name: str | None = None
-    for event in read_events(events, 0)[1]:
-        if event["event"] in {"settings", "block"}:
-            name = event.get("name")
+    for event in read_events(events)[1]:
+        if isinstance(event, BlockStarted):
+            name = event.name
+        elif isinstance(event, SettingsChosen):
+            name = None
     return name
 
 
-def last_settings(events: Path) -> dict[str, Any]:
-    """What the child last made of the settings left to it."""
-    found = [event for event in read_events(events, 0)[1] if event["event"] == "settings"]
-    return found[-1] if found else {}
+def last_settings(events: Path) -> SettingsChosen:
+    """Look up what the child last made of the settings left to it; none of them is set if it never came so far."""
+    found = [event for event in read_events(events)[1] if isinstance(event, SettingsChosen)]
+    return found[-1] if found else SettingsChosen()
 
 
-def run_child(job: Mapping[str, Any], folder: Path, report: Report, timeout: float = TIMEOUT) -> dict[str, Any]:
-    """Run the child to its end. Returns {} if result.json is there, else its `error` event {kind, text}.
+def run_child(job: Mapping[str, Any], folder: Path, report: Report, timeout: float = TIMEOUT) -> Failed | None:
+    """Run the child to its end. Returns None if result.json is there, else its last event, the error.
 
     Raises QuantizeDied if it was killed from outside, StageTimeout after `timeout` seconds.
     """
@@ -169,9 +183,9 @@ def run_child(job: Mapping[str, Any], folder: Path, report: Report, timeout: flo
     position = events.stat().st_size if events.exists() else 0
     environment = with_package({k: v for k, v in os.environ.items() if k not in SECRET_VARIABLES})
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    environment["AR_LOG_LEVEL"] = "INFO"  # The losses are read from what auto-round logs at this level (events.py).
+    environment["AR_LOG_LEVEL"] = "INFO"  # At this level its own loop logs its losses (reporting.py reads them).
     command = [sys.executable, "-m", "requant.tasks.quantizing.child", str(folder / "job.json"), str(folder)]
-    last: dict[str, Any] = {}
+    last: Event | None = None
     with (folder / "log.txt").open("ab") as output:
         child = subprocess.Popen(
             command,
@@ -198,8 +212,8 @@ def run_child(job: Mapping[str, Any], folder: Path, report: Report, timeout: flo
         finally:
             _end(child)
     if (folder / "result.json").exists():
-        return {}
-    if last.get("event") == "error":
+        return None
+    if isinstance(last, Failed):
         return last
     code = child.returncode
     how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
@@ -220,42 +234,37 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
-def read_events(path: Path, position: int) -> tuple[int, list[dict[str, Any]]]:
-    """Whole lines of events.jsonl behind `position`, and the position after them."""
-    if not path.exists():
-        return position, []
-    with path.open("rb") as stream:
-        stream.seek(position)
-        data = stream.read()
-    end = data.rfind(b"\n") + 1
-    events = []
-    for line in data[:end].splitlines():
-        with contextlib.suppress(ValueError):  # a line that a kill cut short
-            events.append(json.loads(line))
-    return position + end, events
-
-
 def blocks_of(events: Path) -> list[dict[str, Any]]:
-    """What happened to each block, from all attempts: name, seconds, loss before and after (the last attempt's)."""
+    """Tell what happened to each block in all attempts: name, seconds, loss before and after (the last attempt's)."""
     blocks: dict[str, dict[str, Any]] = {}
-    name, began = None, 0.0
-    for event in read_events(events, 0)[1]:
-        if event["event"] == "block":
-            name, began = event["name"], event["seconds"]
-            starts = blocks.get(name, {}).get("starts", 0)
-            blocks[name] = {"name": name, "starts": starts + 1}
-        elif event["event"] == "loss" and name is not None:
-            blocks[name] |= {"loss_before": event["before"], "loss_after": event["after"]}
-            blocks[name] |= {"best_iteration": event["iteration"]} if "iteration" in event else {}
-        elif event["event"] == "output" and name is not None:
-            blocks[name]["output_error"] = event["error"]
-        elif event["event"] == "kept" and name is not None:
-            blocks[name] |= {"kept": event["kept"], "compared": event["losses"]}
-            blocks[name] |= {"kept_because": event["reason"]} if event.get("reason") else {}
-        elif event["event"] in {"loop", "fallback"} and name is not None:
-            blocks[name][event["event"]] = event.get("reason") or event.get("text")
-        elif event["event"] == "progress" and name is not None:
-            blocks[name]["seconds"] = round(event["seconds"] - began, 3)
-            if event.get("peak_gpu_bytes") is not None:
-                blocks[name]["peak_gpu_bytes"] = event["peak_gpu_bytes"]
+    block: dict[str, Any] | None = None
+    began = 0.0
+    for event in read_events(events)[1]:
+        if isinstance(event, BlockStarted):
+            starts = blocks.get(event.name, {}).get("starts", 0)
+            block = blocks[event.name] = {"name": event.name, "starts": starts + 1}
+            began = event.seconds
+        elif block is not None:
+            block |= _told_of_block(event, began)
     return list(blocks.values())
+
+
+def _told_of_block(event: Event, began: float) -> dict[str, Any]:
+    """List what an event adds to the record of the block that it happened in, which `began` at that second."""
+    match event:
+        case BlockLoss():
+            found = {} if event.iteration is None else {"best_iteration": event.iteration}
+            return {"loss_before": event.before, "loss_after": event.after, **found}
+        case BlockOutput():
+            return {"output_error": event.error}
+        case RoundingKept():
+            because = {"kept_because": event.reason} if event.reason else {}
+            return {"kept": event.kept, "compared": event.losses, **because}
+        case LoopChosen():
+            return {"loop": event.reason}
+        case CompileFailed():
+            return {"fallback": event.text}
+        case BlockDone():
+            peak = {} if event.peak_gpu_bytes is None else {"peak_gpu_bytes": event.peak_gpu_bytes}
+            return {"seconds": round(event.seconds - began, 3), **peak}
+    return {}

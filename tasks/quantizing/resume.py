@@ -14,12 +14,16 @@ A file never changes once it has its name, so that it can be copied to another m
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from requant.tasks.quantizing.events import Report, Resumed
 
 MANIFEST = "resume_manifest.json"
 
@@ -49,53 +53,64 @@ def clean_unfinished(out: Path) -> None:
 
 
 def block_file(folder: Path, index: int) -> Path:
+    """Name the file of the rounded weights of a group's block number `index`."""
     return folder / f"block-{index:05d}.safetensors"
 
 
-def install(report: Any) -> None:
-    """Make auto-round keep and resume as this module does. `report` gets `resumed`: how many blocks are done."""
-    from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
-    from auto_round.compressors.orchestrator import CompressionOrchestrator
-    from auto_round.utils import resume
+def signing_without_folder(sign: Callable[..., str]) -> Callable[..., str]:
+    """Wrap `compute_run_signature`: leave out the folder of the base and the samples, which the stage key names."""
 
-    rounded: dict[str, Any] = {}
-    tuned, walked = SignRoundQuantizer.quantize_block, CompressionOrchestrator._quantize_blocks
+    @functools.wraps(sign)
+    def compute_run_signature(model_dir: Any, scheme: str, dataset: str, *rest: Any) -> str:
+        return sign(None, scheme, "", *rest)
 
+    return compute_run_signature
+
+
+def keeping_rounded_weights(tune: Callable[..., Any], rounded: dict[str, Any]) -> Callable[..., Any]:
+    """Wrap `SignRoundQuantizer.quantize_block` to leave the block's `rounded_weights` in `rounded`."""
+
+    @functools.wraps(tune)
     def quantize_block(self: Any, block: Any, *args: Any, **kwargs: Any) -> Any:
-        result = tuned(self, block, *args, **kwargs)
+        result = tune(self, block, *args, **kwargs)
         rounded.clear()
         rounded.update(rounded_weights(block))
         return result
+
+    return quantize_block
+
+
+def writing_rounded_weights(rounded: Mapping[str, Any]) -> Callable[..., None]:
+    """Make a `ResumeState.mark_block_done` that writes `rounded` as the block's file, and then the manifest."""
+    from auto_round.utils.resume import _atomic_write_json
 
     def mark_block_done(self: Any, block_name: str, q_input: Any, input_ids: Any) -> None:
         write_block(block_file(self.dir, len(self.completed_blocks)), rounded)
         self.completed_blocks.append(block_name)
         manifest = {"signature": self.signature, "completed_blocks": self.completed_blocks}
-        resume._atomic_write_json(self.manifest_path, manifest)
+        _atomic_write_json(self.manifest_path, manifest)
 
-    def quantize_blocks(self: Any, model: Any, inputs: Any, block_names: Any, *args: Any, **kwargs: Any) -> None:
+    return mark_block_done
+
+
+def passing_finished_blocks(quantize_blocks: Callable[..., None], report: Report) -> Callable[..., None]:
+    """Wrap `CompressionOrchestrator._quantize_blocks` to pass the samples through the finished blocks first.
+
+    `report` gets `Resumed` if there are any.
+    """
+
+    @functools.wraps(quantize_blocks)
+    def resume_and_quantize(self: Any, model: Any, inputs: Any, block_names: Any, *args: Any, **kwargs: Any) -> None:
         state = kwargs.get("resume_state")
         if state is not None and state.resume_index:
             done = block_names[: state.resume_index]
-            report("resumed", blocks=len(done))
+            report(Resumed(blocks=len(done)))
             kwargs["q_input"], kwargs["resume_input_ids"] = pass_through(self, model, inputs, done, state.dir)
             if kwargs.get("pbar") is not None:
                 kwargs["pbar"].n -= 1  # auto-round counts once more before it begins the first of the others
-        walked(self, model, inputs, block_names, *args, **kwargs)
+        quantize_blocks(self, model, inputs, block_names, *args, **kwargs)
 
-    signed = resume.compute_run_signature
-
-    def compute_run_signature(model_dir: Any, scheme: str, dataset: str, *rest: Any) -> str:
-        """Without the folder of the base, which another machine has elsewhere: the stage key says which base it is."""
-        return str(signed(None, scheme, "", *rest))
-
-    resume.compute_run_signature = compute_run_signature
-    state = resume.ResumeState
-    state.mark_block_done = mark_block_done
-    # What is asked for before the samples are at hand; _quantize_blocks replaces it.
-    state.load_q_input, state.load_input_ids = lambda self: None, lambda self: []
-    SignRoundQuantizer.quantize_block = quantize_block
-    CompressionOrchestrator._quantize_blocks = quantize_blocks
+    return resume_and_quantize
 
 
 def rounded_weights(block: Any) -> dict[str, Any]:
@@ -127,11 +142,12 @@ def weight_of(q: Any, scale: Any, dtype: Any) -> Any:
     return (q.float().view(*scale.shape, -1) * scale.float()[..., None]).view(q.shape).to(dtype)
 
 
-def write_block(path: Path, tensors: dict[str, Any]) -> None:
+def write_block(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Write tensors as a safetensors file that is whole as soon as it has its name."""
     from safetensors.torch import save_file
 
     temporary = path.with_suffix(".part")
-    save_file(tensors, temporary)
+    save_file(dict(tensors), temporary)
     with temporary.open("rb") as stream:
         os.fsync(stream.fileno())
     os.replace(temporary, path)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from requant.tasks.errors import RecipeError
@@ -80,17 +81,14 @@ def _places(ids: Mapping[str, list[int]], counts: Mapping[str, int], seqlen: int
     return [(domain, at) for _, domain, at in sorted(places, key=lambda place: place[0])]
 
 
-def count_every_sample() -> None:
-    """Make auto-round calibrate a vision-language base with all samples.
+def counting_every_sample(calib: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `MLLMCalibrator.calib` (auto-round 0.16.1, calibration/mllm.py) to count each entry of a list as a sample.
 
-    Its calibrator for such models (calibration/mllm.py, 0.16.1) counts a batch for each entry of a list of samples, so
-    that of 128 samples it takes the first 16 at batch size 8, without a word.
+    It adds the batch size for each entry that it has taken, and ends at `nsamples`.
     """
-    from auto_round.calibration.mllm import MLLMCalibrator
 
-    original = MLLMCalibrator.calib
+    @functools.wraps(calib)
+    def calib_with_all(self: Any, nsamples: int, bs: int) -> None:
+        calib(self, nsamples, 1)
 
-    def calib(self: Any, nsamples: int, bs: int) -> None:
-        original(self, nsamples, 1)
-
-    MLLMCalibrator.calib = calib
+    return calib_with_all

@@ -8,8 +8,8 @@ from typing import Any
 
 from requant.tasks.quantizing.ladder import run_child
 from requant.tasks.recipe.quantize import Quantize
+from requant.tasks.texts.text import find_text
 from tests.factories.forked import forked_children, quantize_server
-from tests.factories.paths import ROOT
 
 
 def pack_with_auto_round(base: Path, asked: Quantize, folder: Path) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def pack_with_auto_round(base: Path, asked: Quantize, folder: Path) -> dict[str,
         **asked.model_dump(exclude={"calibration"}),
         **dict(zip(("bits", "group_size", "sym"), asked.resolved, strict=True)),
         "model": str(base),
-        "texts": [str(ROOT / "tasks" / "texts" / "builtin" / "python.txt")],
+        "texts": [str(find_text("builtin:python").path)],
         "mixed": False,
         "head": head.prefixes if head else [],
         "device": "cpu",
@@ -29,6 +29,6 @@ def pack_with_auto_round(base: Path, asked: Quantize, folder: Path) -> dict[str,
         "gradient_accumulate_steps": 1,
     }
     with forked_children(quantize_server()):
-        assert run_child(job, folder, lambda event: None) == {}
+        assert run_child(job, folder, lambda event: None) is None
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return result

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from infra.bench.gpu_piece import Size, build_model
 from requant.tasks.errors import QuantizeDied
 from requant.tasks.quantize import quantize
+from requant.tasks.quantizing.events import BlockDone, Event, Report, Resumed
 from tests.factories.bases import prepared
 
 torch = pytest.importorskip("torch")
@@ -47,12 +47,12 @@ def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return result.manifest.digest
 
 
-def kill_at(name: str, number: int, after: float, seen: list[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], None]:
+def kill_at(name: str, number: int, after: float, seen: list[Event]) -> Report:
     """Kill the quantize process so many seconds after the event `name` of the block `number`, once."""
 
-    def report(event: Mapping[str, Any]) -> None:
+    def report(event: Event) -> None:
         seen.append(event)
-        if event["event"] == name and number in (event.get("index"), event.get("done")):
+        if event.event == name and number in (getattr(event, "index", None), getattr(event, "done", None)):
             time.sleep(after)
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
@@ -71,14 +71,14 @@ def test_it_goes_on_after_the_last_finished_block_and_ends_with_the_same_bits(
     name: str, number: int, after: float, finished: int, base: Path, undisturbed: str, tmp_path: Path
 ) -> None:
     stage = prepared(tmp_path, base, **SETTINGS)
-    seen: list[Mapping[str, Any]] = []
+    seen: list[Event] = []
     with pytest.raises(QuantizeDied, match="SIGKILL"):
         quantize(*stage, kill_at(name, number, after, seen))
-    assert max(event["done"] for event in seen if event["event"] == "progress") == finished
-    again: list[Mapping[str, Any]] = []
+    assert max(event.done for event in seen if isinstance(event, BlockDone)) == finished
+    again: list[Event] = []
     result = quantize(*stage, again.append)
     print(*result.provenance["blocks"], *result.provenance["attempts"], sep="\n")
-    (resumed,) = (event["blocks"] for event in again if event["event"] == "resumed")
+    (resumed,) = (event.blocks for event in again if isinstance(event, Resumed))
     assert finished - 1 <= resumed <= finished
     assert sum(block["starts"] for block in result.provenance["blocks"]) <= SIZE.blocks + 2
     assert result.manifest.digest == undisturbed

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from requant.tasks.quantizing.events import Report, RoundingKept
 from requant.tasks.quantizing.loop import sign_sgd
 from requant.tasks.quantizing.loop.batches import Loss
 
@@ -51,9 +52,9 @@ def better(
     measured: Callable[[], list[float]],
     sizes: Sequence[int],
     lost: Callable[[], list[torch.Tensor]],
-    report: Callable[..., None],
+    report: Report,
 ) -> list[torch.Tensor]:
-    """Of the parameters as they are, the last step's, and `best`, those to keep. `report` gets the event `kept`.
+    """Of the parameters as they are, the last step's, and `best`, those to keep. `report` gets `RoundingKept`.
 
     With the parameters as they are, `measured()` is the loss of each piece of samples, of which `sizes` are the
     numbers, and `lost()` says of each matrix which groups have no scale (`without_scale`).
@@ -67,7 +68,8 @@ def better(
     reason = objection(of_last, of_best, sizes, gone)
     kept = "lowest batch" if reason else "last step"
     means = {"last step": mean(of_last, sizes), "lowest batch": mean(of_best, sizes)}
-    report("kept", kept=kept, losses={name: float(f"{value:.6g}") for name, value in means.items()}, reason=reason)
+    rounded = {name: float(f"{value:.6g}") for name, value in means.items()}
+    report(RoundingKept(kept=kept, losses=rounded, reason=reason))
     return best if reason else last
 
 

@@ -16,6 +16,7 @@ Per head, in chunks of 64 tokens (Yang et al., Gated Delta Networks, 2024):
 from __future__ import annotations
 
 import sys
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -194,15 +195,11 @@ def chunk_gated_delta_rule(
     return out.to(dtype).contiguous(), None
 
 
-def replace_reference(model: torch.nn.Module) -> list[str]:
-    """Put the rule above in place of the reference in the modules that define the model's layers; their names.
+def modules_with_reference(model: torch.nn.Module) -> list[ModuleType]:
+    """Find the modules that define the model's layers and hold the reference, for the rule above to take its place.
 
     The recurrent cache is not supported: a model prepared so can be calibrated and tuned, not generate.
     """
-    replaced = []
-    for name in sorted({type(module).__module__ for module in model.modules()}):
-        module = sys.modules.get(name)
-        if module is not None and hasattr(module, REFERENCE):
-            setattr(module, REFERENCE, chunk_gated_delta_rule)
-            replaced.append(name)
-    return replaced
+    names = sorted({type(module).__module__ for module in model.modules()})
+    modules = (sys.modules.get(name) for name in names)
+    return [module for module in modules if module is not None and hasattr(module, REFERENCE)]

@@ -17,14 +17,6 @@ from typing import Any
 import torch
 
 FIRST, STEPS = 12, 3  # steps of a block that are profiled
-PHASES = (
-    ("auto_round.algorithms.block_runner", "BlockForwardRunner", "__call__", "forward passes over all samples"),
-    ("auto_round.algorithms.quantization.sign_round.quantizer", "SignRoundQuantizer", "quantize_block", "tuning"),
-    ("auto_round.compressors.shard_writer", "ShardWriter", "write", "writing the packed block"),
-    ("auto_round.compressors.shard_writer", "ShardWriter", "_flush_shard", "writing the packed block"),
-    ("auto_round.utils.resume", "ResumeState", "mark_block_done", "resume state"),
-    ("auto_round.compressors.utils", None, "immediate_pack", "packing"),
-)
 
 
 class Profile:
@@ -39,6 +31,7 @@ class Profile:
         self._began = time.perf_counter()
 
     def step(self) -> None:
+        """Count a step that a tuning loop has taken; a few of each block are profiled."""
         self.steps += 1
         if self.steps == FIRST:
             activities = [torch.profiler.ProfilerActivity.CPU]
@@ -60,6 +53,7 @@ class Profile:
             (self.folder / f"steps-{self.block + 1}.txt").write_text(text)
 
     def end_block(self) -> None:
+        """Write the line of the block that has ended, and begin anew."""
         _wait()
         now = time.perf_counter()
         line: dict[str, Any] = {k: round(v, 3) for k, v in self.seconds.items()}
@@ -74,6 +68,8 @@ class Profile:
         self.block += 1
 
     def timed(self, call: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        """Wrap a call, to add the seconds that it takes, on the GPU too, to those of a phase of the block."""
+
         @functools.wraps(call)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             _wait()
@@ -86,24 +82,16 @@ class Profile:
 
         return wrapper
 
+    def counted(self, take_step: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap what takes a step of a tuning loop, to count it."""
 
-def install(profile: Profile) -> None:
-    """Put clocks around auto-round's phases."""
-    import importlib
+        @functools.wraps(take_step)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            result = take_step(*args, **kwargs)
+            self.step()
+            return result
 
-    for module_name, owner, name, phase in PHASES:
-        place = importlib.import_module(module_name)
-        place = getattr(place, owner) if owner else place
-        setattr(place, name, profile.timed(getattr(place, name), phase))
-    quantizer = importlib.import_module(PHASES[1][0]).SignRoundQuantizer
-    original = quantizer._step
-
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        profile.step()
-        return result
-
-    quantizer._step = step
+        return wrapper
 
 
 def _wait() -> None:

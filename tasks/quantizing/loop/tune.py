@@ -20,9 +20,12 @@ The one exception, `compare_last`, is described in best_iteration.py.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import random
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,12 +33,12 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from requant.tasks.quantizing.events import kind_of
+from requant.tasks.quantizing.auto_settings import LoopSettings
+from requant.tasks.quantizing.events import BlockLoss, CompileFailed, LoopChosen, Report, kind_of
 from requant.tasks.quantizing.loop import sign_sgd
 from requant.tasks.quantizing.loop.batches import Loss, Samples, cut
 from requant.tasks.quantizing.loop.best_iteration import better, losses, spread, without_scale
 
-Report = Callable[..., None]
 SUPPORTED = (nn.Linear, Conv1D)
 OTHER_FORMATS = ("super_bits", "imatrix", "init_scale", "awq_clip_max")
 
@@ -87,18 +90,53 @@ class FakeQuantized(nn.Module):
         return weight, scale
 
 
-def unfit(quantizer: Any, block: nn.Module, inputs: Any, others: dict[str, Any]) -> str | None:
-    """Why a block needs auto-round's own loop; None if it does not."""
-    config = quantizer.config
+@dataclass(frozen=True)
+class BlockTask:
+    """A block to tune: what `SignRoundQuantizer.quantize_block` is called with (auto-round 0.16.1).
+
+    quantizer    the SignRoundQuantizer, with iters, learning rates and the context of the run
+    block        its layers that are to be quantized have the attributes bits, group_size, scale_dtype and so on
+    inputs       the block's inputs, behind quantized blocks where auto-round has it so: per sample `[1, s, hidden]`
+    others       the other arguments of the block's forward pass
+    targets      what the block in full precision makes of its own inputs: per sample `[1, s, hidden]`
+    input_ids    the tokens, per sample `[1, s]`, of which padding does not count; None if all count
+    """
+
+    quantizer: Any
+    block: nn.Module
+    inputs: list[torch.Tensor]
+    others: dict[str, Any]
+    targets: list[torch.Tensor]
+    input_ids: Any
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> BlockTask:
+        """Take a task from the arguments of `quantize_block` by name, its quantizer as `self`."""
+        quantizer, q_inputs = arguments["self"], arguments["q_inputs"]
+        quantized = q_inputs is not None and quantizer.enable_quanted_input
+        return cls(
+            quantizer,
+            arguments["block"],
+            q_inputs if quantized else arguments["fp_inputs"],
+            arguments["input_others"],
+            arguments["fp_outputs"],
+            arguments.get("input_ids"),
+        )
+
+
+def unfit(task: BlockTask) -> str | None:
+    """Say why a block needs auto-round's own loop; None if it does not."""
+    quantizer = task.quantizer
     if type(quantizer).__name__ != "SignRoundQuantizer" or quantizer.momentum or quantizer.enable_norm_bias_tuning:
         return "another algorithm than plain sign descent"
     if quantizer.enable_lfq or quantizer.enable_alg_ext or quantizer.lr_scheduler is not None:
         return "an extension of sign descent"
-    if quantizer.not_use_best_mse or quantizer.dynamic_max_gap > 0 or getattr(config, "enable_neuqi", False):
+    if quantizer.not_use_best_mse or quantizer.dynamic_max_gap > 0 or getattr(quantizer.config, "enable_neuqi", False):
         return "an early end, or a search before it"
-    if not isinstance(inputs, list) or quantizer.iters < 1 or others.get("positional_inputs") or "alibi" in others:
+    others = task.others
+    if not isinstance(task.inputs, list) or quantizer.iters < 1 or others.get("positional_inputs") or "alibi" in others:
         return "inputs that are not a list of samples"
-    for name, layer in block.named_modules():
+    for name, layer in task.block.named_modules():
         if getattr(layer, "bits", 16) < 16 and type(layer) in SUPPORTED:
             more = {
                 "hooks": layer._forward_hooks or layer._forward_pre_hooks,
@@ -114,40 +152,36 @@ def unfit(quantizer: Any, block: nn.Module, inputs: Any, others: dict[str, Any])
     return None
 
 
-def install(settings: Mapping[str, Any], report: Report, after_step: Callable[[], None] = lambda: None) -> None:
-    """Make auto-round tune through this module.
+def fast_quantize_block(
+    quantize_block: Callable[..., Any],
+    settings: LoopSettings,
+    report: Report,
+    after_step: Callable[[], None],
+) -> Callable[..., Any]:
+    """Make a `SignRoundQuantizer.quantize_block` that tunes with `tune`, and a block that is unfit for it as before.
 
-    settings, as `choose` settles them: torch_compile (one step of each kind of block; where that fails the kind is
-    tuned without), offload (what the backward pass needs waits in the CPU's memory), compare_last (see
-    best_iteration.py). `report` gets the events `loop`, `fallback` and `kept`.
+    `report` gets `BlockLoss`, `LoopChosen`, `CompileFailed` and `RoundingKept`; `after_step` is called after each step.
     """
-    from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
-
-    original = SignRoundQuantizer.quantize_block
     # By default inductor keeps the float16 scale in float32 inside a fused kernel: what is tuned would not be what is
     # stored (torch 2.13 on a CPU: 0.04 % of the weights on another level; with this none, bit for bit).
     exact: dict[str, Any] = {"emulate_precision_casts": True}
-    compiled, offload = settings["torch_compile"], settings["offload"]
+    compiled = settings.torch_compile
     fast = torch.compile(masked_loss, dynamic=False, options=exact) if compiled else masked_loss
     failed: set[tuple[str, ...]] = set()
+    signature = inspect.signature(quantize_block)
 
-    def quantize_block(
-        self: Any, block: Any, fp_inputs: Any, input_others: Any, fp_outputs: Any, q_inputs: Any, block_ctx: Any,
-        input_ids: Any = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        inputs = q_inputs if q_inputs is not None and self.enable_quanted_input else fp_inputs
-        reason = unfit(self, block, inputs, input_others)
+    @functools.wraps(quantize_block)
+    def tune_block(*args: Any, **kwargs: Any) -> Any:
+        task = BlockTask.of(signature.bind(*args, **kwargs).arguments)
+        reason = unfit(task)
         if reason is not None:
-            report("loop", loop="auto-round", reason=f"the block has {reason}")
-            return original(
-                self, block, fp_inputs, input_others, fp_outputs, q_inputs, block_ctx, input_ids=input_ids, **kwargs
-            )
+            report(LoopChosen(loop="auto-round", reason=f"the block has {reason}"))
+            return quantize_block(*args, **kwargs)
 
         def run(step: Callable[..., torch.Tensor]) -> dict[str, Any]:
-            compare = report if settings["compare_last"] else None
-            return tune(self, block, inputs, input_others, fp_outputs, input_ids, step, offload, compare, after_step)
+            return tune(task, step, settings, report, after_step)
 
-        kind = tuple(sorted({type(module).__name__ for module in block.modules()}))
+        kind = tuple(sorted({type(module).__name__ for module in task.block.modules()}))
         if not compiled or kind in failed:
             return run(masked_loss)
         order = random.getstate()
@@ -158,14 +192,15 @@ def install(settings: Mapping[str, Any], report: Report, after_step: Callable[[]
                 raise
             failed.add(kind)
             first = next(iter(str(error).splitlines()), "")
-            report("fallback", text=f"torch.compile failed ({type(error).__name__}: {first[:200]}): tuned without it")
-        for name, module in list(block.named_modules()):
+            text = f"torch.compile failed ({type(error).__name__}: {first[:200]}): tuned without it"
+            report(CompileFailed(text=text))
+        for name, module in list(task.block.named_modules()):
             if hasattr(module, "orig_layer"):
-                _put(block, name, module.orig_layer)
+                _put(task.block, name, module.orig_layer)
         random.setstate(order)
         return run(masked_loss)
 
-    SignRoundQuantizer.quantize_block = quantize_block
+    return tune_block
 
 
 def masked_loss(
@@ -180,28 +215,23 @@ def masked_loss(
 
 
 def tune(
-    quantizer: Any,
-    block: nn.Module,
-    inputs: list[torch.Tensor],
-    others: dict[str, Any],
-    targets: list[torch.Tensor],
-    input_ids: Any,
+    task: BlockTask,
     step: Callable[..., torch.Tensor],
-    offload: bool,
-    compare: Report | None,
+    settings: LoopSettings,
+    report: Report,
     after_step: Callable[[], None],
 ) -> dict[str, Any]:
-    """`SignRoundQuantizer.quantize_block` (0.16.1): leaves the block quantized, returns its best parameters.
+    """Do what `SignRoundQuantizer.quantize_block` (0.16.1) does: leave the block quantized, return its best parameters.
 
-    compare: None, or what gets the event `kept` of comparing the parameters of the lowest batch with the last ones.
+    step: `masked_loss`, compiled or not. `report` gets `BlockLoss`, and `RoundingKept` with `compare_last`.
     """
     from auto_round.compressors.utils import IndexSampler
-    from auto_round.logger import logger
     from auto_round.utils.device_manager import device_manager
     from auto_round.wrapper import unwrapper_block, wrapper_block
 
+    quantizer, block, inputs, offload = task.quantizer, task.block, task.inputs, settings.offload
     device = torch.device(device_manager.device)
-    names, kept = wrapper_block(
+    wrapper_block(
         block, quantizer.enable_minmax_tuning, False, enable_torch_compile=False, device=device, enable_neuqi=False
     )
     wrappers = {name: module for name, module in block.named_modules() if hasattr(module, "orig_layer")}
@@ -215,8 +245,8 @@ def tune(
 
     batch = quantizer.calibration_context.batch_size
     whole = min(len(inputs), batch * quantizer.gradient_accumulate_steps)
-    masks = _masks(quantizer, input_ids)
-    samples = Samples(quantizer.block_forward, inputs, others, targets, masks, device)
+    masks = _masks(quantizer, task.input_ids)
+    samples = Samples(quantizer.block_forward, inputs, task.others, task.targets, masks, device)
     sampler = IndexSampler(len(inputs), whole)
     count = 1
     autocast = torch.autocast(
@@ -259,14 +289,14 @@ def tune(
             sign_sgd.update(groups, [rate[at] for rate in rates], bounded)
             after_step()
             order = following
-        if compare is not None:
+        if settings.compare_last:
             pieces = cut(spread(len(inputs), whole, batch), batch)
 
             def lost() -> list[torch.Tensor]:
                 return [fake.lost_groups() for fake in fakes.values()]
 
             sizes = [len(piece) for piece in pieces]
-            best = better(parameters, best, offload, lambda: losses(forward, pieces), sizes, lost, compare)
+            best = better(parameters, best, offload, lambda: losses(forward, pieces), sizes, lost, report)
     finally:
         if replaced is not None:
             block.forward = replaced
@@ -276,11 +306,13 @@ def tune(
     chosen = {n: {key: where[id(p)] for key, p in w.params.items()} for n, w in wrappers.items()}
     with torch.no_grad():
         unwrapper_block(block, chosen)
-    logger.infoclean(
-        f"quantized {len(names)}/{len(names) + len(kept)} layers in the block, "
-        f"loss iter 0: {first:.3e} -> iter {best_at}: {lowest:.3e}"
-    )
+    report(BlockLoss(before=_logged(first), after=_logged(lowest), iteration=best_at))
     return chosen
+
+
+def _logged(loss: float) -> float:
+    """Round a loss as auto-round does where it logs one, so that those of both loops can be compared."""
+    return float(f"{loss:.3e}")
 
 
 def saved(offload: bool, device: torch.device) -> AbstractContextManager[Any]:

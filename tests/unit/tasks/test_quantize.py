@@ -12,7 +12,8 @@ import pytest
 from requant.tasks import quantize as quantize_stage
 from requant.tasks.artifact import File, Manifest
 from requant.tasks.quantize import quantize_key, read_part, tokenizer_part
-from requant.tasks.quantizing.ladder import blocks_of, ladder, read_events
+from requant.tasks.quantizing.events import BlockStarted, read_events
+from requant.tasks.quantizing.ladder import blocks_of, ladder
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.texts.text import Text
@@ -161,12 +162,12 @@ def write_events(path: Path, *events: dict[str, Any], end: str = "\n") -> Path:
 def test_events_are_read_line_by_line_as_they_come(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     assert read_events(path, 0) == (0, [])
-    path.write_text('{"event": "a"}\n{"event": "b"}\n{"eve')
+    path.write_text('{"event": "block", "name": "a"}\n{"event": "block", "name": "b"}\n{"event": "blo')
     position, events = read_events(path, 0)
-    assert [e["event"] for e in events] == ["a", "b"] and position == 30
+    assert events == [BlockStarted(name="a"), BlockStarted(name="b")] and position == 64
     with path.open("a") as stream:
-        stream.write('nt": "c"}\n')
-    assert read_events(path, position)[1] == [{"event": "c"}]
+        stream.write('ck", "name": "c"}\n')
+    assert read_events(path, position)[1] == [BlockStarted(name="c")]
 
 
 def test_blocks_are_told_with_their_time_and_their_loss(tmp_path: Path) -> None:

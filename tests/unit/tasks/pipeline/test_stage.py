@@ -243,8 +243,7 @@ def test_a_tool_that_is_absent_is_refused_where_it_is_used(store: Store, monkeyp
 def test_the_process_that_quantizes_looks_at_its_own_versions(tmp_path: Path, install: Install) -> None:
     """Its search path is not that of the process that starts it."""
     install(transformers="5.24.0")
-    job = {"tools": {"transformers": locked_version("transformers")}}
-    (tmp_path / "job.json").write_text(json.dumps(job))
+    (tmp_path / "job.json").write_text("{}")
     command = [sys.executable, "-m", "requant.tasks.quantizing.child", str(tmp_path / "job.json"), str(tmp_path)]
     environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "PATH": ""}
     with subprocess.Popen(command, env=environment, cwd=tmp_path, stdin=subprocess.PIPE) as child:

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from requant.tasks.quantizing.child import _check_layer_names
-from requant.tasks.quantizing.events import Events, LogEvents, Refused, kind_of
+from requant.tasks.quantizing.events import BlockStarted, EventWriter, Refused, kind_of
+from requant.tasks.quantizing.reporting import LogReader
 from requant.tasks.quantizing.resume import clean_unfinished
 from requant.tasks.quantizing.samples import calibration_samples, shares
 from requant.tasks.texts.text import find_text
@@ -265,7 +266,7 @@ def test_an_error_of_dynamo_is_cured_by_not_compiling() -> None:
 
 def logged(folder: Path, *records: tuple[int, str]) -> list[dict[str, Any]]:
     """The events that auto-round's log lines become."""
-    handler = LogEvents(Events(folder / "events.jsonl"))
+    handler = LogReader(EventWriter(folder / "events.jsonl").write)
     for level, text in records:
         handler.emit(logging.LogRecord("autoround", level, "x.py", 1, text, (), None))
     return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
@@ -293,7 +294,7 @@ def test_warnings_become_events_and_chatter_does_not(tmp_path: Path) -> None:
 
 def test_a_second_attempt_appends_to_the_events_of_the_first(tmp_path: Path) -> None:
     for number in range(2):
-        Events(tmp_path / "events.jsonl")("block", name=f"layers.{number}")
+        EventWriter(tmp_path / "events.jsonl").write(BlockStarted(name=f"layers.{number}"))
     lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [e["name"] for e in lines] == ["layers.0", "layers.1"]
 

@@ -11,6 +11,7 @@ import pytest
 
 from requant.tasks.errors import OutOfMemory, QuantizeDied, QuantizeFailed
 from requant.tasks.quantizing import ladder as run
+from requant.tasks.quantizing.events import Event, Failed, Warned
 from requant.tasks.quantizing.ladder import Progress, down_the_ladder, ladder, run_child
 from tests.factories.requant import wait_for
 from tests.factories.sites import begin_with, give_secrets, secrets_given
@@ -25,7 +26,7 @@ class Child:
         self.script, self.resolved = list(script), resolved
         self.jobs: list[dict[str, Any]] = []
 
-    def __call__(self, job: dict[str, Any], folder: Path, report: Any) -> dict[str, Any]:
+    def __call__(self, job: dict[str, Any], folder: Path, report: Any) -> Failed | None:
         self.jobs.append(dict(job))
         with (folder / "events.jsonl").open("a") as stream:
             for event in ({"event": "settings", "low_gpu_mem": self.resolved}, {"event": "block", "name": "layers.1"}):
@@ -33,12 +34,12 @@ class Child:
         what = self.script.pop(0)
         if what == "done":
             (folder / "result.json").write_text("{}")
-            return {}
+            return None
         if what == "killed":
             died = QuantizeDied("SIGKILL")
             died.killed = True
             raise died
-        return {"event": "error", "kind": what, "text": what}
+        return Failed(kind=what, text=what)
 
 
 def descend(child: Child, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
@@ -139,7 +140,7 @@ def test_an_interruption_ends_the_child_and_what_it_has_started(
         import json, os, signal, subprocess
         below = subprocess.Popen(["sleep", "600"])
         with open("events.jsonl", "w") as events:
-            events.write(json.dumps({"event": "below", "pids": [os.getpid(), below.pid]}) + "\\n")
+            events.write(json.dumps({"event": "warning", "text": f"{os.getpid()} {below.pid}"}) + "\\n")
         signal.pause()
         """,
         tmp_path,
@@ -147,8 +148,9 @@ def test_an_interruption_ends_the_child_and_what_it_has_started(
     )
     started: list[psutil.Process] = []
 
-    def interrupt(event: Any) -> None:
-        started.extend(map(psutil.Process, event["pids"]))
+    def interrupt(event: Event) -> None:
+        assert isinstance(event, Warned)
+        started.extend(psutil.Process(int(pid)) for pid in event.text.split())
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

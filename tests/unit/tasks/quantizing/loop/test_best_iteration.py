@@ -21,7 +21,8 @@ NOISY = [0.50, 1.20, 1.10, 1.15], [1.00, 1.00, 1.00, 1.00]
 
 def chosen(losses: tuple[list[float], list[float]], gone: int = 0) -> tuple[str, str | None]:
     """What is kept of a parameter, as reported and as returned."""
-    parameter, events = torch.ones(1), []
+    parameter = torch.ones(1)
+    events: list[Any] = []
 
     def measured() -> list[float]:
         return losses[0] if parameter.item() == 1 else losses[1]
@@ -32,10 +33,10 @@ def chosen(losses: tuple[list[float], list[float]], gone: int = 0) -> tuple[str,
         return [groups]
 
     sizes = [8] * len(losses[0])
-    (kept,) = better([parameter], [torch.zeros(1)], False, measured, sizes, lost, lambda _, **e: events.append(e))
+    (kept,) = better([parameter], [torch.zeros(1)], False, measured, sizes, lost, events.append)
     (event,) = events
-    assert kept.item() == (event["kept"] == "last step")
-    return event["kept"], event["reason"]
+    assert kept.item() == (event.kept == "last step")
+    return event.kept, event.reason
 
 
 def test_a_last_step_that_is_better_in_every_piece_is_kept() -> None:

@@ -8,9 +8,16 @@ import pytest
 import torch
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from requant.tasks.quantizing.loop.gated_delta_rule import chunk_gated_delta_rule, replace_reference, unit_lower_inverse
+from requant.tasks.quantizing.auto_round import TuningRun, patched, tuning
+from requant.tasks.quantizing.auto_settings import LoopSettings
+from requant.tasks.quantizing.loop.gated_delta_rule import (
+    chunk_gated_delta_rule,
+    modules_with_reference,
+    unit_lower_inverse,
+)
 
 REFERENCE = modeling_qwen3_5.torch_chunk_gated_delta_rule
+LOOP = LoopSettings(torch_compile=False, offload=False, compare_last=False)
 
 
 def inputs(shape: tuple[int, int, int, int, int], alike: bool = False) -> dict[str, torch.Tensor]:
@@ -64,9 +71,11 @@ def test_in_bfloat16_value_and_gradients_are_as_close_to_the_truth_as_the_refere
         assert float((one - true).norm()) <= 1.01 * float((other - true).norm())
 
 
-def test_it_is_put_where_a_models_layers_are_defined(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", REFERENCE)
+def test_it_is_put_where_a_models_layers_are_defined() -> None:
     norm = modeling_qwen3_5.Qwen3_5RMSNorm(4)
-    assert replace_reference(torch.nn.Sequential(norm)) == ["transformers.models.qwen3_5.modeling_qwen3_5"]
-    assert modeling_qwen3_5.torch_chunk_gated_delta_rule is chunk_gated_delta_rule
-    assert replace_reference(torch.nn.Linear(2, 2)) == []
+    modules = modules_with_reference(torch.nn.Sequential(norm))
+    assert [module.__name__ for module in modules] == ["transformers.models.qwen3_5.modeling_qwen3_5"]
+    run = TuningRun(lambda event: None, 0, LOOP, modules)
+    with patched(tuning(run), run.report):
+        assert modeling_qwen3_5.torch_chunk_gated_delta_rule is chunk_gated_delta_rule
+    assert modules_with_reference(torch.nn.Linear(2, 2)) == []

@@ -1,0 +1,87 @@
+"""How auto-round's progress becomes events: by its progress bar, by the output of its blocks, and by its log.
+
+It offers no other way: auto-round 0.16.1 has no callback for a block.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+from requant.tasks.quantizing.events import BlockDone, BlockLoss, BlockOutput, BlockStarted, Report, Warned
+
+LOSS = re.compile(r"loss iter 0: ([\d.e+-]+|nan|inf) -> iter (\d+): ([\d.e+-]+|nan|inf)")
+WARNING_CHARACTERS = 500
+
+
+class LogReader(logging.Handler):
+    """Turns auto-round's log into events: the loss of each block that its own loop tuned, and every warning."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__()
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Report a record that tells of a loss, or that is a warning or worse."""
+        text = record.getMessage()
+        if match := LOSS.search(text):
+            self._report(BlockLoss(before=float(match[1]), after=float(match[3]), iteration=int(match[2])))
+        elif record.levelno >= logging.WARNING:
+            self._report(Warned(text=text[:WARNING_CHARACTERS]))
+
+
+def reporting_bar(bar: type[Any], report: Report, seed: int, end_block: Callable[[], None]) -> type[Any]:
+    """Derive from auto-round's progress bar one that reports when a block starts and when one ends.
+
+    As a block starts, it also seeds `random`, from which auto-round draws the block's samples, with `seed` and the name
+    of the block. `end_block` is called as a block ends.
+    """
+
+    class Bar(bar):  # type: ignore[misc]
+        def set_description(self, desc: str | None = None, refresh: bool = True) -> None:
+            super().set_description(desc, refresh)
+            if desc and desc.startswith("Quantizing ") and desc != "Quantizing done":
+                random.seed(f"{seed} {desc}")
+                name = desc.removeprefix("Quantizing ")
+                report(BlockStarted(name=name, index=self.n, total=self.total))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            displayed: bool | None = super().update(n)
+            end_block()
+            report(BlockDone(done=self.n, total=self.total, peak_gpu_bytes=_peak_gpu_bytes()))
+            return displayed
+
+    return Bar
+
+
+def reporting_output(compress_block: Callable[..., Any], report: Report) -> Callable[..., Any]:
+    """Wrap `AlgorithmComposer.compress_block` to report how far a block's output moved, over all samples."""
+    import torch
+    from auto_round.utils.device_manager import device_manager
+
+    @functools.wraps(compress_block)
+    def compress_and_report(self: Any, *args: Any, **kwargs: Any) -> Any:
+        quantized, reference = compress_block(self, *args, **kwargs)
+        if isinstance(quantized, list) and isinstance(reference, list):
+            began = time.monotonic()
+            device = torch.device(device_manager.device)
+            total = torch.zeros((), device=device)
+            for one, other in zip(quantized, reference, strict=True):
+                total += (one.to(device).float() - other.to(device).float()).square().mean()
+            error = float(total) / len(reference)
+            report(BlockOutput(error=float(f"{error:.6g}"), spent=round(time.monotonic() - began, 3)))
+        return quantized, reference
+
+    return compress_and_report
+
+
+def _peak_gpu_bytes() -> int | None:
+    """Ask torch for the most GPU memory that was in use at once; None without a GPU."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
