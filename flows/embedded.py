@@ -27,7 +27,7 @@ from requant.tasks.http import UNUSABLE, http_client, no_client
 from requant.tasks.store import cache_folder
 from requant.tasks.versions import installed_version
 
-START = 180.0  # seconds
+START_TIMEOUT_S = 180.0
 SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
@@ -124,7 +124,7 @@ def _keep(database: Path, migrated: Path) -> None:
 
 
 def _wait(server: subprocess.Popen[bytes], port: int, home: Path) -> None:
-    deadline = time.monotonic() + START
+    deadline = time.monotonic() + START_TIMEOUT_S
     url = f"http://127.0.0.1:{port}/api/health"
     with http_client(url, 5) as client:
         while time.monotonic() < deadline and server.poll() is None:
@@ -133,7 +133,7 @@ def _wait(server: subprocess.Popen[bytes], port: int, home: Path) -> None:
                     return
             time.sleep(0.1)
     last = (home / "server.log").read_text(errors="replace").strip().splitlines()[-1:]
-    why = " ".join(last) or f"it did not answer within {START:.0f} s, and its log is empty"
+    why = " ".join(last) or f"it did not answer within {START_TIMEOUT_S:.0f} s, and its log is empty"
     raise RequantError(f"the embedded Prefect server did not start ({why}): set PREFECT_API_URL to a server")
 
 

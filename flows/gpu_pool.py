@@ -44,7 +44,7 @@ from requant.tasks.texts.text import Text, find_text
 log = logging.getLogger(__name__)
 
 log_into_runs()
-POLL = 2.0  # seconds
+POLL_S = 2.0
 LARGE = 4_000_000_000  # bytes of weights that a CPU measures in minutes
 
 
@@ -198,7 +198,7 @@ def _run_there(name: str, key: str, parameters: dict[str, Any]) -> None:
         else:
             with contextlib.suppress(httpx.HTTPError, PrefectHTTPStatusError):  # A later look finds the server back.
                 notice.look(waiting=state.is_scheduled())
-        time.sleep(POLL)
+        time.sleep(POLL_S)
 
 
 def _look_at_pool() -> str | None:
@@ -270,7 +270,7 @@ def _state(run_id: UUID) -> State[Any]:
             if not told:
                 log.info(f"the Prefect server does not answer ({type(error).__name__}): waiting for it")
                 told = True
-            time.sleep(POLL)
+            time.sleep(POLL_S)
 
 
 def cancel_children(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:

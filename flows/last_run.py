@@ -43,12 +43,12 @@ def limits_of(recipe: Recipe) -> str:
 def remember_run(store: Store, recipe: Recipe, base: Revision, status: str) -> None:
     """Record a finished run; a rejected one too, so that a rejected base is not run again until it changes."""
     record = LastRun(base.repo_id, base.sha, base.content, status, limits_of(recipe))
-    store.remember("last-runs", recipe.digest, json.dumps(asdict(record)))
+    store.put_fact("last-runs", recipe.digest, json.dumps(asdict(record)))
 
 
 def last_run(store: Store, recipe: Recipe) -> LastRun | None:
     """The record, or None if there is none that can be read."""
-    text = store.recall("last-runs", recipe.digest)
+    text = store.get_fact("last-runs", recipe.digest)
     try:
         return LastRun(**{key: str(value) for key, value in json.loads(text or "").items()})
     except (ValueError, TypeError, AttributeError, RecursionError):
@@ -60,4 +60,4 @@ def first_commit(store: Store, recipe: Recipe, base: Revision) -> str:
 
     So an edited README, while the run of the commit before it waits or works, starts no second one.
     """
-    return store.remember_first("asked", f"{recipe.digest}/{base.content}", base.sha)
+    return store.put_first_fact("asked", f"{recipe.digest}/{base.content}", base.sha)

@@ -22,8 +22,8 @@ from requant.tasks.errors import RequantError
 from requant.tasks.store import Store
 
 DEPLOYMENT = "requantize/requantize"
-ATTEMPTS = 3  # runs of one commit and recipe, of which a later one is started when those before it failed
-PAUSE = datetime.timedelta(minutes=10)  # before that: what restarts crashed runs gets its turn first
+MAX_RUNS = 3  # runs of one commit and recipe, of which a later one is started when those before it failed
+RETRY_AFTER = datetime.timedelta(minutes=10)  # before that: what restarts crashed runs gets its turn first
 BATCH = 60  # recipes a request: each has ATTEMPTS keys, and the server answers with 200 runs at most
 TRIES = 5  # to have the server take a run
 
@@ -102,7 +102,7 @@ def _create(client: SyncPrefectClient, deployment: UUID, wanted: list[tuple[Due,
 def run_keys(store: Store, due: Due) -> list[str]:
     """The idempotency keys of a commit and recipe: of the first run, and of those after a failed one."""
     key = f"{due.recipe.base.repo_id}@{first_commit(store, due.recipe, due.base)}:{due.recipe.digest}"
-    return [key, *(f"{key}:{number}" for number in range(2, ATTEMPTS + 1))]
+    return [key, *(f"{key}:{number}" for number in range(2, MAX_RUNS + 1))]
 
 
 def another(before: Sequence[FlowRun], store: Store, due: Due) -> bool:
@@ -126,9 +126,9 @@ def another(before: Sequence[FlowRun], store: Store, due: Due) -> bool:
             )
         if last.content == due.base.content:
             return False
-    elif datetime.datetime.now(datetime.UTC) - state.timestamp < PAUSE:
+    elif datetime.datetime.now(datetime.UTC) - state.timestamp < RETRY_AFTER:
         return False
-    if len(before) >= ATTEMPTS:
+    if len(before) >= MAX_RUNS:
         raise RequantError(
             f"{len(before)} runs of {due.base.name} were started, the last one ended {state.name} "
             f"({state.message or 'without a word'}): mend that, and start one by hand"

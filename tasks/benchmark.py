@@ -52,7 +52,7 @@ def benchmark(store: Store, recipe: Recipe, artifact: Manifest) -> StageResult:
 
     def work(folder: Path) -> Made:
         logs = folder / "logs"
-        ours = store.hand_out(artifact, folder / "artifact")
+        ours = store.link_files(artifact, folder / "artifact")
         values = bench(ours, recipe.benchmark, logs, remote_code=recipe.allow_remote_code)
         kept = [_keep_log(path, folder / "out") for path in sorted(logs.glob("*.log"))]
         values = {**values, "logs": [file.path for file in kept]}

@@ -64,14 +64,14 @@ def _have(store: Store, base: Revision, folder: Path, file: HubFile) -> tuple[Fi
         )
     store.put_blob(path, got)
     if not file.sha256:
-        store.remember("git-blobs", file.blob_id, got.sha256)
+        store.put_fact("git-blobs", file.blob_id, got.sha256)
     log.info(f"fetched {file.path}, {got.size:,} bytes")
     return got, False
 
 
 def _known(store: Store, file: HubFile) -> File | None:
     """The file if the store has it."""
-    sha256 = file.sha256 or store.recall("git-blobs", file.blob_id)
+    sha256 = file.sha256 or store.get_fact("git-blobs", file.blob_id)
     known = File(file.path, file.size, sha256) if sha256 is not None else None
     return known if known is not None and store.has_blob(known) else None
 
@@ -82,7 +82,7 @@ def text_files(store: Store, text: Text, folder: Path) -> list[Path]:
         return [text.path]
     assert text.dataset is not None
     manifest = download(store, text.dataset).manifest
-    store.hand_out(manifest, folder)
+    store.link_files(manifest, folder)
     return [folder / file.path for file in manifest.files if has_rows(file.path)]
 
 

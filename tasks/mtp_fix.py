@@ -36,12 +36,12 @@ def mtp_fix(store: Store, recipe: Recipe, base: Manifest, quantized: Manifest) -
     """Complete a quantized checkpoint. Raises CheckpointError if base and config contradict each other."""
 
     def work(folder: Path) -> Made:
-        store.hand_out(quantized, folder / "quantized", ["config.json", INDEX])
+        store.link_files(quantized, folder / "quantized", ["config.json", INDEX])
         files = HeadFiles.read(folder / "quantized")
         index = [INDEX] if INDEX in base else []
-        store.hand_out(base, folder / "base", ["config.json", *index])
+        store.link_files(base, folder / "base", ["config.json", *index])
         shards = shards_with_head(folder / "base") if index else [SINGLE]
-        store.hand_out(base, folder / "base", shards)
+        store.link_files(base, folder / "base", shards)
         source = Checkpoint.open_shards(folder / "base", shards)
 
         out = folder / "out"

@@ -104,7 +104,7 @@ def publish(
     started = time.monotonic()
     key = digest_of({"endpoint": constants.ENDPOINT, "repo_id": recipe.publish.repo_id})
     with machine_errors(), store.lease("publish", key):
-        folder = store.hand_out(artifact, store.work_folder("publish", artifact.digest))
+        folder = store.link_files(artifact, store.work_folder("publish", artifact.digest))
         for path, data in beside.items():
             write_file(folder, path, [data])
         released = release(recipe.publish, base, folder, artifact, list(beside))

@@ -18,8 +18,8 @@ from requant.tasks.artifact import Manifest
 from requant.tasks.checkpoint.assemble import assemble
 from requant.tasks.checkpoint.base_check import check_base
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.experts import one_by_one
-from requant.tasks.checkpoint.fp8 import is_fp8, plain, write_plain
+from requant.tasks.checkpoint.experts import split_fused_experts
+from requant.tasks.checkpoint.fp8 import dequantize_fp8, is_fp8, write_dequantized
 from requant.tasks.download import text_files
 from requant.tasks.pipeline.prefect import BlockProgress, options, shown
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
@@ -83,18 +83,18 @@ def quantize(
     """
 
     def work(folder: Path) -> Made:
-        model = store.hand_out(read_part(base), folder / "base")
+        model = store.link_files(read_part(base), folder / "base")
         checkpoint = Checkpoint.open(model)
         check_base(checkpoint, recipe.base.repo_id, with_head=recipe.mtp != "drop")
         head = checkpoint.head
         if is_fp8(checkpoint.tensors.values()):
             log.info("the base is FP8: it is quantized from the BF16 weights that its scales give")
-            model = write_plain(checkpoint, folder / "plain")
-        checkpoint = plain(one_by_one(checkpoint))  # as auto-round packs it
+            model = write_dequantized(checkpoint, folder / "plain")
+        checkpoint = dequantize_fp8(split_fused_experts(checkpoint))  # as auto-round packs it
         texts = text_files(store, calibration, folder / "calibration")
         chats = None
         if calibration.chats:
-            tokenizer = store.hand_out(tokenizer_part(base), folder / "tokenizer")
+            tokenizer = store.link_files(tokenizer_part(base), folder / "tokenizer")
             most = None if calibration.mixed else 4 * recipe.quantize.nsamples * recipe.quantize.seqlen
             chats = render(
                 tokenizer,

@@ -67,8 +67,8 @@ def validate(
     """Measure an artifact against its base on a text; what was measured is in the artifact `validation.json`."""
 
     def work(folder: Path) -> Made:
-        ours = store.hand_out(artifact, folder / "artifact")
-        theirs = store.hand_out(compared_part(base), folder / "base")
+        ours = store.link_files(artifact, folder / "artifact")
+        theirs = store.link_files(compared_part(base), folder / "base")
         manifests = {ours: artifact, theirs: compared_part(base)}
 
         @functools.cache

@@ -98,7 +98,7 @@ def lay_out_result(report: Report, checkout: Path | None, *, force: bool) -> Non
         report.path, foreign = lay_out(store, report.artifact, checkout, report.beside, force=force)
         tell_foreign(report.path, foreign)
         return
-    report.path = store.hand_out(report.artifact, store.checkout_folder(report.artifact))
+    report.path = store.link_files(report.artifact, store.checkout_folder(report.artifact))
     ours = {*OURS, *(f"{PICTURES}/{name}.png" for name in NAMES)}
     for path in ours - set(report.beside):
         if path not in report.artifact:  # An earlier run laid it into this folder, which is the store's own.

@@ -71,4 +71,4 @@ def _whole(name: str) -> Path:
     opened = open_store()
     opened.check()
     manifest = download(opened, revision).manifest
-    return opened.hand_out(manifest, opened.checkout_folder(manifest))
+    return opened.link_files(manifest, opened.checkout_folder(manifest))

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from requant.flows.webhook.looker import Looker
 from requant.tasks.recipe.quantize import REPO_ID
 
-MAX_BODY = 64 << 10  # bytes; a payload of the Hub has 2 KB
-MAX_SECONDS = 10.0  # for a body to arrive
+MAX_BODY_BYTES = 64 << 10  # bytes; a payload of the Hub has 2 KB
+BODY_TIMEOUT_S = 10.0  # for a body to arrive
 SECRET_HEADER = b"x-webhook-secret"
 
 
@@ -48,7 +48,7 @@ class Payload(Part):
         )
 
 
-class Refused(Exception):
+class RelayRefusal(Exception):
     """An answer other than 202: a status, and one sentence."""
 
     def __init__(self, status: int, sentence: str) -> None:
@@ -61,8 +61,8 @@ def create_app(secret: str, looker: Looker) -> FastAPI:
     app = FastAPI(title="Requant webhook relay", docs_url=None, redoc_url=None, openapi_url=None)
     expected = _digest(secret.encode())
 
-    @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> JSONResponse:
+    @app.exception_handler(RelayRefusal)
+    async def refused(request: Request, error: RelayRefusal) -> JSONResponse:
         return JSONResponse({"error": error.sentence}, error.status)
 
     @app.get("/health")
@@ -73,12 +73,14 @@ def create_app(secret: str, looker: Looker) -> FastAPI:
     async def hub(request: Request) -> dict[str, str]:
         sent = b"".join(value for name, value in request.headers.raw if name == SECRET_HEADER)
         if not hmac.compare_digest(_digest(sent), expected):  # before a byte of the body is read
-            raise Refused(401, "X-Webhook-Secret is missing or not the one that this relay was given")
+            raise RelayRefusal(401, "X-Webhook-Secret is missing or not the one that this relay was given")
         payload = _parse(await _body(request))
         if not payload.may_move_a_branch:
             return {"status": "ignored"}
         if not looker.look_at(payload.repo.name):
-            raise Refused(503, "too many repos wait to be looked at: send it again, or leave it to the scheduled watch")
+            raise RelayRefusal(
+                503, "too many repos wait to be looked at: send it again, or leave it to the scheduled watch"
+            )
         return {"status": "accepted"}
 
     return app
@@ -91,19 +93,19 @@ def _digest(secret: bytes) -> bytes:
 
 async def _body(request: Request) -> bytes:
     """The whole body, or Refused as soon as it is known to be too large: announced or not."""
-    too_large = Refused(413, f"the body has more than {MAX_BODY} bytes: a payload of the Hub is far smaller")
+    too_large = RelayRefusal(413, f"the body has more than {MAX_BODY_BYTES} bytes: a payload of the Hub is far smaller")
     announced = request.headers.get("content-length", "0")
-    if not announced.isdecimal() or int(announced[:20]) > MAX_BODY:
+    if not announced.isdecimal() or int(announced[:20]) > MAX_BODY_BYTES:
         raise too_large
     body = bytearray()
     try:
-        async with asyncio.timeout(MAX_SECONDS):
+        async with asyncio.timeout(BODY_TIMEOUT_S):
             async for piece in request.stream():
                 body += piece
-                if len(body) > MAX_BODY:
+                if len(body) > MAX_BODY_BYTES:
                     raise too_large
     except TimeoutError:
-        raise Refused(408, f"the body did not arrive within {MAX_SECONDS:.0f} s") from None
+        raise RelayRefusal(408, f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
     return bytes(body)
 
 
@@ -113,4 +115,4 @@ def _parse(body: bytes) -> Payload:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in problem["loc"]) or "the body"
-        raise Refused(400, f"not a payload of the Hub's webhooks, version 3: {where}: {problem['msg']}") from None
+        raise RelayRefusal(400, f"not a payload of the Hub's webhooks, version 3: {where}: {problem['msg']}") from None

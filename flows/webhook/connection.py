@@ -6,7 +6,7 @@ import asyncio
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-MAX_SECONDS = 15.0  # of a connection; a request that is under way by then is answered first
+MAX_AGE_S = 15.0  # of a connection; a request that is under way by then is answered first
 
 
 class Connection(H11Protocol):
@@ -14,7 +14,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.loop.call_later(MAX_SECONDS, self._end)
+        self.loop.call_later(MAX_AGE_S, self._end)
 
     def _end(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:  # it ends by itself: see app.MAX_SECONDS

@@ -59,7 +59,7 @@ def main() -> None:
     if verb == "put":
         put_files(store, folder, list(manifest.files))
     elif verb == "get":
-        store.hand_out(manifest, folder)
+        store.link_files(manifest, folder)
     elif verb == "copy":
         store.checkout(manifest, folder)
     elif store.manifest("bench", "0" * 64) != manifest:

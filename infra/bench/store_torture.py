@@ -179,8 +179,8 @@ def opened(store: Store, folder: Path, number: int) -> Store:
 
 def work(whole: Store, folder: Path, number: int, seed: int) -> None:
     """Do things at random until killed, and write each into a log."""
-    leases.BEAT, leases.POLL, leases.DEAD_AFTER = 0.5, 0.1, 10.0
-    runs.BEAT, runs.PAUSE = 0.5, 0.1
+    leases.BEAT_S, leases.POLL_S, leases.DEAD_AFTER_S = 0.5, 0.1, 10.0
+    runs.BEAT_S, runs.POLL_S = 0.5, 0.1
     chance = random.Random(f"{seed}-{number}")
     does: list[Callable[[Store, random.Random, Path], dict[str, Any]]] = [run, run, run, get, get, get, look, gc]
     with (folder / f"log-{number}").open("w", buffering=1) as log:
@@ -274,7 +274,7 @@ def look(store: Store, chance: random.Random, scratch: Path) -> dict[str, Any]:
     catalog = read_catalog(store)
     for entry in catalog.entries.values():
         if not all(store.sees_blob(file) for file in entry.manifest.files):
-            store.settle()
+            store.wait_for_gc()
             still = store.backend.read(f"artifacts/{entry.stage}/{entry.key}") is not None
             if still and store.manifest(entry.stage, entry.key) is None:
                 raise StoreError(f"artifacts/{entry.stage}/{entry.key} is there without its blobs")

@@ -11,8 +11,8 @@ from requant.tasks.artifact import REWRITTEN, sha256_of
 from requant.tasks.checkpoint.assemble import packed_parts
 from requant.tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, read_json
 from requant.tasks.checkpoint.data_checks import finite
-from requant.tasks.checkpoint.experts import one_by_one
-from requant.tasks.checkpoint.fp8 import plain
+from requant.tasks.checkpoint.experts import split_fused_experts
+from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.mtp import without_layer_count
 from requant.tasks.checkpoint.packing import Scheme, check_parts
@@ -70,7 +70,7 @@ def account(
     `completed`: makes of a config what a model is built from, with defaults and under today's names, as
     `completed_config` of tasks/measuring/model.py does.
     """
-    base = plain(one_by_one(base, quantized.tensors, head_too=True))
+    base = dequantize_fp8(split_fused_experts(base, quantized.tensors, head_too=True))
     found = Account(unaccounted=list(quantized.problems))
     quantization = quantized.config.get("quantization_config") or {}
     parts = packed_parts(quantized.tensors.values())

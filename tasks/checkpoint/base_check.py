@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.fp8 import plain
+from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.head import check_head
 from requant.tasks.errors import CheckpointError
 
@@ -17,7 +17,7 @@ def check_base(base: Checkpoint, repo_id: str, *, with_head: bool) -> None:
     """
     try:
         base.sound()
-        if any(module.quantized for module in plain(base).modules.values()):
+        if any(module.quantized for module in dequantize_fp8(base).modules.values()):
             raise CheckpointError("it is already quantized: name the base that it was made of")
         if with_head:
             check_head(base)

@@ -34,7 +34,7 @@ MOST = 1_000_000  # matrices: ten times those of the largest models
 MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
-def one_by_one(checkpoint: Checkpoint, held: Container[str] = (), *, head_too: bool = False) -> Checkpoint:
+def split_fused_experts(checkpoint: Checkpoint, held: Container[str] = (), *, head_too: bool = False) -> Checkpoint:
     """The checkpoint with a tensor for each matrix of an expert, and for its FP8 scales, in place of fused ones; the
     same checkpoint where there are none. Left alone: those named in `held`, layouts not known, and the head's.
 

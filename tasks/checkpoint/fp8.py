@@ -37,17 +37,17 @@ def is_fp8(tensors: Iterable[Tensor]) -> bool:
     return any(tensor.dtype in FP8 for tensor in tensors)
 
 
-def plain(checkpoint: Checkpoint) -> Checkpoint:
+def dequantize_fp8(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with BF16 weights in place of FP8 ones, computed when they are read, and without their scales
     and quantization config; the same checkpoint where nothing is FP8. Raises CheckpointError as `plain_tensors`."""
     if not is_fp8(checkpoint.tensors.values()):
         return checkpoint
-    tensors = plain_tensors(checkpoint.tensors.values(), checkpoint.config)
+    tensors = dequantized_tensors(checkpoint.tensors.values(), checkpoint.config)
     config = _without_quantization(checkpoint.config)
     return replace(checkpoint, config=config, tensors={t.name: t for t in tensors}, total_size=None)
 
 
-def plain_tensors(tensors: Iterable[Tensor], config: Mapping[str, Any]) -> list[Tensor]:
+def dequantized_tensors(tensors: Iterable[Tensor], config: Mapping[str, Any]) -> list[Tensor]:
     """The tensors, FP8 ones as BF16 and their scales left out. `config` is the checkpoint's.
 
     Raises CheckpointError for an FP8 weight without a scale that fits it.
@@ -72,7 +72,7 @@ def plain_tensors(tensors: Iterable[Tensor], config: Mapping[str, Any]) -> list[
     return [found.get(name, tensor) for name, tensor in by_name.items() if name not in left_out]
 
 
-def write_plain(checkpoint: Checkpoint, out: Path) -> Path:
+def write_dequantized(checkpoint: Checkpoint, out: Path) -> Path:
     """Write the BF16 checkpoint that an FP8 one stands for, its other files as links. What is complete stays."""
     if (out / INDEX).exists():
         return out
@@ -81,7 +81,7 @@ def write_plain(checkpoint: Checkpoint, out: Path) -> Path:
         if path.is_file() and path.suffix != ".safetensors" and path.name not in {"config.json", INDEX}:
             (out / path.name).unlink(missing_ok=True)
             (out / path.name).symlink_to(path)
-    same = plain(checkpoint)
+    same = dequantize_fp8(checkpoint)
     write_json(out, "config.json", same.config)
     layout = split_into_shards(same.tensors.values())
     for shard, tensors in layout.items():

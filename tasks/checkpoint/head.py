@@ -11,7 +11,7 @@ from typing import Any
 
 from requant.tasks.artifact import File
 from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION, Checkpoint, read_json
-from requant.tasks.checkpoint.fp8 import plain
+from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.header import CONFIG_DTYPES, Tensor
 from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import (
@@ -80,7 +80,7 @@ def head_tensors(base: Checkpoint, precision: str = "keep", quantization: Mappin
     the base has no complete head, or the packing none for it.
     """
     if (quantization or {}).get("quant_method") != base.quantization.get("quant_method"):
-        base = plain(base)
+        base = dequantize_fp8(base)
     head = base.head
     if head is None:
         raise CheckpointError(f"{base.folder} has no MTP head: use mtp: drop")

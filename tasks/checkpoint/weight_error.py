@@ -19,8 +19,8 @@ import numpy as np
 
 from requant.tasks.checkpoint.assemble import packed_parts
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.experts import one_by_one
-from requant.tasks.checkpoint.fp8 import plain
+from requant.tasks.checkpoint.experts import split_fused_experts
+from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.packing import Scheme, check_parts, dequantized_rows, float_rows, to_numpy, zero_points
 from requant.tasks.checkpoint.rounding import SAMPLED, Rounding
@@ -48,7 +48,7 @@ def fidelity(quantized: Checkpoint, base: Checkpoint) -> list[Fidelity]:
 
     Packed parts that contradict their scheme are left out: `account` says which.
     """
-    base = plain(one_by_one(base))
+    base = dequantize_fp8(split_fused_experts(base))
     parts = packed_parts(quantized.tensors.values())
     quantization = quantized.config.get("quantization_config") or {}
     pairs = [

@@ -28,7 +28,9 @@ from requant.tasks.errors import HubError, HubUnavailable, redact
 from requant.tasks.http import UNUSABLE, no_client
 
 PASSING = {408, 425, 429, 500, 502, 503, 504}
-STALLED = 60.0  # seconds without a byte of an answer; huggingface_hub itself waits for ever for uploads and commits
+STALL_TIMEOUT_S = (
+    60.0  # seconds without a byte of an answer; huggingface_hub itself waits for ever for uploads and commits
+)
 
 
 def _client() -> httpx2.Client:
@@ -36,7 +38,7 @@ def _client() -> httpx2.Client:
         client = default_client_factory()
     except (*UNUSABLE, httpx2.InvalidURL) as error:
         raise HubError(no_client(error, "the Hub")) from error
-    client.timeout = httpx2.Timeout(STALLED, connect=10.0)
+    client.timeout = httpx2.Timeout(STALL_TIMEOUT_S, connect=10.0)
     return client
 
 

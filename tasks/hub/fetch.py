@@ -23,7 +23,7 @@ from requant.tasks.hub.client import PASSING, hub_errors
 from requant.tasks.hub.revision import HubFile, Revision
 
 TRIES = 6  # in a row that brought nothing; with the pauses between them, a Hub that is away for 60 s is waited for
-LONGEST_PAUSE = 60.0
+MAX_PAUSE_S = 60.0
 CHUNK = 1 << 20
 log = logging.getLogger(__name__)
 
@@ -126,4 +126,4 @@ def _pause(error: Exception, failed: int) -> float:
     """Seconds to wait: what the server asks for, or 1, 2, 4 and so on, but never more than a minute."""
     asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
     seconds = float(asked) if asked.isdigit() else random.uniform(0.75, 1.25) * 2 ** (failed - 1)
-    return min(seconds, LONGEST_PAUSE)
+    return min(seconds, MAX_PAUSE_S)

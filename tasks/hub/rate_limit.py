@@ -18,15 +18,15 @@ from huggingface_hub.utils._http import get_session, parse_ratelimit_headers
 from requant.tasks.errors import HubUnavailable
 
 PARALLEL = 16
-PATIENCE = 900.0  # seconds in which a pass must have asked everything: three windows
-UNTOLD = 10.0  # seconds to wait after a refusal that does not say for how long
+PATIENCE_S = 900.0  # seconds in which a pass must have asked everything: three windows
+DEFAULT_WAIT_S = 10.0  # seconds to wait after a refusal that does not say for how long
 T = TypeVar("T")
 
 
 class Pace:
     """One clock for all threads that ask: whoever is told to wait, all wait."""
 
-    def __init__(self, patience: float = PATIENCE) -> None:
+    def __init__(self, patience: float = PATIENCE_S) -> None:
         self.requests = self.refused = 0
         self._open = time.monotonic()
         self._deadline = self._open + patience
@@ -77,7 +77,7 @@ class Pace:
         told = response.headers.get("retry-after", "").strip()
         seconds = 0.0
         if response.status_code == 429:
-            seconds = float(told) if told.isdecimal() else limits.reset_in_seconds if limits else UNTOLD
+            seconds = float(told) if told.isdecimal() else limits.reset_in_seconds if limits else DEFAULT_WAIT_S
             seconds = max(seconds, 1.0)
         elif limits is not None and limits.remaining < PARALLEL:  # as many may be under way
             seconds = limits.reset_in_seconds

@@ -11,7 +11,7 @@ from requant.tasks.artifact import REWRITTEN, SHA256, File, Manifest, check_rela
 from requant.tasks.errors import HubError
 from requant.tasks.hub.client import hub_api, hub_errors
 
-TIMEOUT = 60.0  # seconds without a byte of an answer; huggingface_hub would wait for ever
+TIMEOUT_S = 60.0  # seconds without a byte of an answer; huggingface_hub would wait for ever
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Other frameworks' copies of the weights. Pickles are never fetched, so that none can be opened.
 NOT_FETCHED = (
@@ -78,7 +78,7 @@ def resolve(repo_id: str, revision: str = "main", repo_type: Literal["model", "d
     with hub_errors(repo_id, revision):
         api = hub_api()
         ask = api.dataset_info if repo_type == "dataset" else api.model_info
-        info = ask(repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT)
+        info = ask(repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
         if info.gated:  # its list of files is public, its files are not
             api.auth_check(repo_id, repo_type=repo_type)
     sha = info.sha or ""

@@ -30,7 +30,7 @@ DRAFTS = 3  # as far as engines draft
 PROMPTS, PROMPT, GENERATED = 4, 32, 48  # greedy continuations, in tokens
 GENERATED_IN_BLOCKS = 8  # where every token costs a pass over all weights
 LONGEST = {"cpu": 4096, "cuda": 131_072}  # tokens of one text: more takes longer than everything else
-TELL = 15.0  # seconds between two lines of progress
+PROGRESS_INTERVAL_S = 15.0  # seconds between two lines of progress
 log = logging.getLogger(__name__)
 
 
@@ -65,7 +65,7 @@ def _measure(skeleton: Skeleton, tokens: Ints) -> Measurement:
     def after(number: int) -> None:
         nonlocal told
         probes.append(rows.hidden[0][0, :PROBE].cpu())
-        if time.monotonic() - told > TELL:
+        if time.monotonic() - told > PROGRESS_INTERVAL_S:
             told = time.monotonic()
             log.info(f"measuring: block {number + 1} of {len(skeleton.blocks)}")
 

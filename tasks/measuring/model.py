@@ -30,7 +30,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from requant.tasks.checkpoint.assemble import packed_parts
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.fp8 import plain_tensors
+from requant.tasks.checkpoint.fp8 import dequantized_tensors
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import split_name
 from requant.tasks.checkpoint.packing import PARTS, Scheme, dequantize
@@ -271,7 +271,7 @@ def _empty(module: nn.Module) -> None:
 
 def state_dict(tensors: Iterable[Tensor], config: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Tensors by name, packed and FP8 modules as `[out, in]` weights; floating point ones as `dtype`."""
-    tensors = plain_tensors(tensors, config)
+    tensors = dequantized_tensors(tensors, config)
     packed = packed_parts(tensors)
     taken = {t.name for parts in packed.values() for t in parts.values()}
     state = {t.name: to_torch(t) for t in tensors if t.name not in taken}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from requant.tasks.checkpoint.architecture import architecture_problem, known_model_types
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.experts import one_by_one, unknown_layout
+from requant.tasks.checkpoint.experts import split_fused_experts, unknown_layout
 from requant.tasks.quantizing.auto_settings import unknown_layer
 from requant.tasks.recipe.recipe import Recipe
 
@@ -18,7 +18,7 @@ def refusals(base: Checkpoint, recipe: Recipe) -> Iterator[str]:
         problem = architecture_problem(base.config, known, allow_remote_code=recipe.allow_remote_code)
         if problem:
             yield problem
-    base = one_by_one(base)
+    base = split_fused_experts(base)
     fused = unknown_layout(base)
     if fused:
         yield fused

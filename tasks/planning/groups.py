@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat.auto_round import GROUPS
-from requant.tasks.checkpoint.experts import one_by_one
-from requant.tasks.checkpoint.fp8 import plain
+from requant.tasks.checkpoint.experts import split_fused_experts
+from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.planning.layers import Choice, choose_layers
 from requant.tasks.recipe.recipe import Recipe
 
@@ -20,7 +20,7 @@ def settled(source: Checkpoint, recipe: Recipe) -> Recipe:
     """
     if recipe.quantize.group_size != "auto":
         return recipe
-    base = plain(one_by_one(source))
+    base = dequantize_fp8(split_fused_experts(source))
     choice = choose_layers(base, recipe.quantize.with_group_size(GROUPS[0]))
     return recipe.with_group_size(next(iter(dividing(_inputs(base, choice).values())), GROUPS[0]))
 

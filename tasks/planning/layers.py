@@ -13,7 +13,7 @@ from typing import Any
 
 from requant.tasks.checkpoint.blocks import block_of
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.experts import one_by_one
+from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.recipe.quantize import SCHEME, Quantize, packing_format
 from requant.tasks.versions import locked_version
@@ -182,7 +182,7 @@ def _containers(linear: Iterable[str], packs_head: bool) -> str | list[str]:
 
 def _packs_head(base: Checkpoint, patterns: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether a pattern makes auto-round pack a part of an `mtp` head, which Requant then leaves away."""
-    head = one_by_one(base, head_too=True).head
+    head = split_fused_experts(base, head_too=True).head
     inside = [module for module in (head.modules if head else ()) if module.startswith("mtp.layers.")]
     return any(p.get("bits", 4) < 16 and re.search(regex, m) for regex, p in patterns.items() for m in inside)
 

@@ -10,8 +10,8 @@ from requant.tasks.checkpoint.assemble import lay_out
 from requant.tasks.checkpoint.blocks import block_of
 from requant.tasks.checkpoint.checkpoint import INDEX, Checkpoint
 from requant.tasks.checkpoint.compat import verdicts
-from requant.tasks.checkpoint.experts import one_by_one
-from requant.tasks.checkpoint.fp8 import plain
+from requant.tasks.checkpoint.experts import split_fused_experts
+from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.head import HEAD_SHARD, HeadFiles, with_head, without_head
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.inventory import inventory
@@ -104,7 +104,7 @@ def plan_output(source: Checkpoint, recipe: Recipe, other_files: Mapping[str, in
     What cannot be packed as asked is in `problems`. Raises CheckpointError where nothing can be laid out: FP8 without
     its scales, a head that is not whole.
     """
-    base = plain(one_by_one(source))
+    base = dequantize_fp8(split_fused_experts(source))
     choice = choose_layers(base, recipe.quantize)
     quantization = without_head_entries(choice.quantization, base.head)
     parts, problems = _packed_parts(base, choice, quantization)

@@ -20,7 +20,7 @@ FETCHED_AT_MOST = 100  # such files: a base that has more is planned without, as
 
 def hashes_of(store: Store, base: Revision) -> Hashes:
     """The sha256 of each file that the Hub or the store knows it of, by path."""
-    return {f.path: f.sha256 or store.recall("git-blobs", f.blob_id) for f in base.wanted}
+    return {f.path: f.sha256 or store.get_fact("git-blobs", f.blob_id) for f in base.wanted}
 
 
 def base_manifest(base: Revision, hashes: Hashes, unread: Container[str]) -> Manifest | None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from requant.tasks.quantizing import reporting, resume, samples
 from requant.tasks.quantizing.auto_settings import LoopSettings
-from requant.tasks.quantizing.events import Refused, Report
+from requant.tasks.quantizing.events import JobRefused, Report
 from requant.tasks.versions import version_problem
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class TuningRun:
 def refuse_other_versions() -> None:
     """Raise Refused, naming the packages and the remedy, if versions other than CHECKED are installed."""
     if problem := version_problem("quantize", CHECKED):
-        raise Refused(problem)
+        raise JobRefused(problem)
 
 
 @contextmanager

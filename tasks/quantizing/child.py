@@ -25,11 +25,11 @@ from typing import Any
 
 from requant.tasks.checkpoint.architecture import architecture_problem
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.experts import one_by_one
+from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.quantizing import resume
 from requant.tasks.quantizing.auto_round import TuningRun, patched, patches, refuse_other_versions
 from requant.tasks.quantizing.auto_settings import LoopSettings, choose, unknown_layer
-from requant.tasks.quantizing.events import EventWriter, Failed, Refused, Report, SettingsChosen, kind_of
+from requant.tasks.quantizing.events import EventWriter, Failed, JobRefused, Report, SettingsChosen, kind_of
 from requant.tasks.quantizing.samples import calibration_samples
 from requant.tasks.settings import read_settings
 
@@ -44,7 +44,7 @@ def main(job_path: str, folder_path: str) -> int:
     os.environ["AR_WORK_SPACE"] = str(folder / "offload")
     try:
         result = quantize(job, folder, report)
-    except Refused as error:
+    except JobRefused as error:
         report(Failed(kind="refused", text=str(error)))
         return 1
     except SystemExit as error:  # auto-round's answer to calibration that reached no layer
@@ -108,7 +108,7 @@ def quantize(job: dict[str, Any], folder: Path, report: Report) -> dict[str, Any
         tokenizer, job["texts"], job["nsamples"], job["seqlen"], mixed=job["mixed"], seed=job["seed"]
     )
     # An expert has a name of its own in the checkpoint, and in the model once auto-round has taken it apart.
-    apart = one_by_one(Checkpoint.open(Path(job["model"]))).modules
+    apart = split_fused_experts(Checkpoint.open(Path(job["model"]))).modules
     _check_layer_names(job["layers"], [*(name for name, _ in model.named_modules()), *apart])
     # Samples are never padded. auto-round makes up a mask for them and hands the first block's to every block: the
     # padding mask of a linear-attention block, which a full-attention block then refuses.
@@ -185,14 +185,14 @@ def _load_config(model: str, allow_remote_code: bool) -> Any:
     described = json.loads((Path(model) / "config.json").read_text())
     problem = architecture_problem(described, transformers.CONFIG_MAPPING, allow_remote_code=allow_remote_code)
     if problem:
-        raise Refused(f"{problem} (transformers {transformers.__version__})")
+        raise JobRefused(f"{problem} (transformers {transformers.__version__})")
     return transformers.AutoConfig.from_pretrained(model, trust_remote_code=allow_remote_code)
 
 
 def _check_layer_names(layers: dict[str, Any], names: list[str]) -> None:
     problem = unknown_layer(layers, names)
     if problem:
-        raise Refused(problem)
+        raise JobRefused(problem)
 
 
 def _end_with_parent() -> None:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 
-class Refused(ValueError):
+class JobRefused(ValueError):
     """The job cannot work as it is; the message is a sentence for the user."""
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from requant.tasks.errors import RecipeError
-from requant.tasks.quantizing.events import Refused
+from requant.tasks.quantizing.events import JobRefused
 from requant.tasks.texts.rows import read_rows
 
 
@@ -33,7 +33,7 @@ def calibration_samples(
                 break
         counts = shares({domain: len(tokens) for domain, tokens in ids.items()}, nsamples, seqlen, seed)
     except RecipeError as error:
-        raise Refused(str(error)) from error
+        raise JobRefused(str(error)) from error
     if mixed:
         return [torch.tensor([ids[domain][at : at + seqlen]]) for domain, at in _places(ids, counts, seqlen, seed)]
     (all_ids,) = ids.values()

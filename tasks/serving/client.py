@@ -25,10 +25,10 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "sampled": {"temperature": 0.7, "top_p": 0.9},
 }
-SILENCE = 300.0  # seconds without a word, after which a server has failed
+SILENCE_S = 300.0  # seconds without a word, after which a server has failed
 MOST = 64 << 20  # bytes of one answer
 LINE = 1 << 20  # characters of one event
-SETTLED = 0.2  # seconds after which an engine has counted what it has sent
+SETTLED_S = 0.2  # seconds after which an engine has counted what it has sent
 
 
 def api_key_header() -> dict[str, str]:
@@ -51,7 +51,7 @@ class Server:
         return httpx.AsyncClient(
             base_url=self.url,
             headers=api_key_header(),
-            timeout=httpx.Timeout(SILENCE, connect=10),
+            timeout=httpx.Timeout(SILENCE_S, connect=10),
             limits=limits,
             verify=httpx.create_ssl_context(),
             trust_env=not is_loopback(self.url),
@@ -95,7 +95,7 @@ async def _ask(server: Server, prompt: Prompt, sampling: str, times: int) -> tup
             before = await drafts(client)
             tasks = [_answer(server, client, prompt, sampling, SEED + number) for number in range(times)]
             answers = await asyncio.gather(*tasks)
-            await asyncio.sleep(SETTLED)
+            await asyncio.sleep(SETTLED_S)
             return answers, (await drafts(client)).since(before)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             said = str(error) or type(error).__name__

@@ -18,7 +18,7 @@ import time
 import psutil
 
 SUBREAPER = 36  # prctl(2): orphans below become children of this process
-GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+GRACE_S = 5.0  # seconds between SIGTERM and SIGKILL
 
 
 def main(command: list[str]) -> int:
@@ -37,7 +37,7 @@ def main(command: list[str]) -> int:
 
 def end_all() -> None:
     """End every process below this one: asked first, then killed, until none is left."""
-    deadline = time.monotonic() + GRACE
+    deadline = time.monotonic() + GRACE_S
     send(signal.SIGTERM)
     while left():
         if time.monotonic() > deadline:

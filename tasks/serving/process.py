@@ -15,7 +15,7 @@ from pathlib import Path
 from requant.tasks.environment import PACKAGE_PARENT
 from requant.tasks.errors import SECRET_VARIABLES, EngineFailed, redact
 
-END = 30.0  # seconds: the guard needs 5 to end an engine that does not listen
+END_TIMEOUT_S = 30.0  # seconds: the guard needs 5 to end an engine that does not listen
 # The last line of a Python traceback, or what argparse says; behind what an engine puts before each line.
 CAUSE = re.compile(r"(?:^|\s)((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt)\b(?:: .+)?|\S+: error: .+)$")
 CALM = re.compile(r"\b(DEBUG|INFO|WARNING)\b")
@@ -71,7 +71,7 @@ def _end(guard: subprocess.Popen[bytes]) -> None:
     assert guard.stdin is not None
     guard.stdin.close()
     try:
-        guard.wait(END)
+        guard.wait(END_TIMEOUT_S)
     except BaseException:  # a second Ctrl-C, or a guard that hangs
         guard.terminate()
         raise

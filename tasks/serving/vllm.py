@@ -28,8 +28,8 @@ from requant.tasks.settings import read_settings
 log = logging.getLogger(__name__)
 
 VARIABLE = "REQUANT_VLLM"
-START = 3600.0  # seconds: reading 100s of GB and compiling take their time; a start that failed ends before
-LINGER = 20.0  # seconds that vLLM may take to end after it has said that it failed
+START_TIMEOUT_S = 3600.0  # seconds: reading 100s of GB and compiling take their time; a start that failed ends before
+LINGER_S = 20.0  # seconds that vLLM may take to end after it has said that it failed
 SAID_IT_FAILED = b"Engine core initialization failed"
 NAME = "benchmarked"  # what the model is called while it is measured
 
@@ -112,10 +112,10 @@ def _wait(engine: Engine, url: str) -> str:
                 raise engine.failure("vLLM did not start")
             if failed is None and SAID_IT_FAILED in _end_of(engine.log):
                 failed = now
-            if failed is not None and now > failed + LINGER:
+            if failed is not None and now > failed + LINGER_S:
                 raise engine.failure("vLLM said that it failed, and did not end")
-            if now > began + START:
-                raise engine.failure(f"vLLM was not ready after {START / 60:.0f} minutes")
+            if now > began + START_TIMEOUT_S:
+                raise engine.failure(f"vLLM was not ready after {START_TIMEOUT_S / 60:.0f} minutes")
             with contextlib.suppress(httpx.HTTPError):
                 if client.get("/health").status_code == 200:
                     log.info(f"vLLM is ready after {now - began:.0f} s")

@@ -76,6 +76,6 @@ class Backend(Protocol):
         """Remove what `leftovers` named; no error if it is gone."""
         ...
 
-    def delete(self, key: str, insist: Callable[[], None] = lambda: None) -> None:
-        """Remove an object; no error if there is none. `insist` is called before each try, and may raise."""
+    def delete(self, key: str, before_try: Callable[[], None] = lambda: None) -> None:
+        """Remove an object; no error if there is none. `before_try` is called before each try, and may raise."""
         ...

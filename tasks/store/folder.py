@@ -121,8 +121,8 @@ class FolderBackend:
     def discard(self, leftover: str) -> None:
         self.delete(leftover)
 
-    def delete(self, key: str, insist: Callable[[], None] = lambda: None) -> None:
-        insist()
+    def delete(self, key: str, before_try: Callable[[], None] = lambda: None) -> None:
+        before_try()
         self.path(key).unlink(missing_ok=True)
 
     def _files(self, prefix: str) -> Iterator[Item]:

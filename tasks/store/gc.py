@@ -21,12 +21,12 @@ from requant.tasks.artifact import SHA256
 from requant.tasks.errors import StoreError
 from requant.tasks.store.backend import Item
 from requant.tasks.store.catalog import Catalog, Entry, Name, read_all, read_catalog
-from requant.tasks.store.lease import Held, lease, owner_of
+from requant.tasks.store.lease import LeaseHandle, lease, owner_of
 from requant.tasks.store.near import Found, found_near
 from requant.tasks.store.store import GC, Store, blob_key
 
-GRACE = 24 * 3600.0  # seconds: longer than any upload, and than the pauses of any run between two of its stages
-UNFINISHED = 7 * 24 * 3600.0  # seconds after which nobody goes on with unfinished work
+GRACE_S = 24 * 3600.0  # seconds: longer than any upload, and than the pauses of any run between two of its stages
+UNFINISHED_S = 7 * 24 * 3600.0  # seconds after which nobody goes on with unfinished work
 PARALLEL = 8
 
 
@@ -37,8 +37,8 @@ class Policy:
     keep_last: int | None = None  # of each recipe, all but what its last runs use; what no run names is not meant
     older_than: float | None = None  # seconds since the last use
     max_size: int | None = None  # bytes of all blobs: the longest unused goes first, until the rest fits
-    grace: float = GRACE
-    unfinished: float = UNFINISHED
+    grace: float = GRACE_S
+    unfinished: float = UNFINISHED_S
 
 
 @dataclass(frozen=True)
@@ -193,13 +193,13 @@ def _blob_of(leftover: str) -> str:
     return leftover.rpartition("?")[0].rpartition("/")[2]
 
 
-def _sweep(store: Store, plan: Plan, held: Held) -> None:
+def _sweep(store: Store, plan: Plan, held: LeaseHandle) -> None:
     """Manifests first: killed at any moment, there is no manifest without its blobs."""
     backend = store.backend
 
     def delete(names: Iterable[str]) -> None:
         def one(name: str) -> None:
-            backend.delete(name, held.insist)
+            backend.delete(name, held.assert_held)
 
         with ThreadPoolExecutor(PARALLEL) as pool:
             list(pool.map(one, names))
@@ -208,8 +208,8 @@ def _sweep(store: Store, plan: Plan, held: Held) -> None:
     delete(item.key for item in plan.blobs)
     delete(plan.records)
     for leftover in plan.leftovers:
-        held.insist()
+        held.assert_held()
         backend.discard(leftover)
     for found in plan.near:
-        held.insist()
+        held.assert_held()
         found.remove()

@@ -30,9 +30,9 @@ from requant.tasks.store.background import repeated
 
 log = logging.getLogger(__name__)
 
-BEAT = 10.0  # seconds between heartbeats
-DEAD_AFTER = 60.0  # seconds without one, as the observer sees it
-POLL = 1.0
+BEAT_S = 10.0  # seconds between heartbeats
+DEAD_AFTER_S = 60.0  # seconds without one, as the observer sees it
+POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Owner:
         return json.dumps(asdict(self)).encode()
 
 
-class Held:
+class LeaseHandle:
     """A lease in hand."""
 
     def __init__(self, backend: Backend, name: str, owner: Owner, needs: Callable[[], Iterable[str]]) -> None:
@@ -80,9 +80,9 @@ class Held:
             self._backend.write(self._name, self._owner.to_json())
             self._renewed = asked
 
-    def insist(self) -> None:
+    def assert_held(self) -> None:
         """Raises StoreError if others may take this process for dead by now, as when it was suspended."""
-        if time.monotonic() - self._renewed > DEAD_AFTER / 2:
+        if time.monotonic() - self._renewed > DEAD_AFTER_S / 2:
             raise StoreError(f"the lease {self._name} was not renewed in time: run again")
 
 
@@ -93,7 +93,7 @@ def lease(
     key: str,
     beat: float | None = None,
     needs: Callable[[], Iterable[str]] = tuple,
-) -> Iterator[Held]:
+) -> Iterator[LeaseHandle]:
     """Hold the lease of a stage key. Blocks while another run holds it, and logs once who that is.
 
     After it is held, look for the artifact again: the run that held it before may have made it. `needs` says at each
@@ -101,9 +101,9 @@ def lease(
     """
     folder = f"leases/{stage}/{key}"
     owner, generation = _take(backend, folder)
-    held = Held(backend, f"{folder}/{generation:06d}", owner, needs)
+    held = LeaseHandle(backend, f"{folder}/{generation:06d}", owner, needs)
     try:
-        with repeated(held.renew, BEAT if beat is None else beat, "heartbeat failed", at_end=False):
+        with repeated(held.renew, BEAT_S if beat is None else beat, "heartbeat failed", at_end=False):
             yield held
     finally:
         for number in _generations(backend, folder):
@@ -111,7 +111,7 @@ def lease(
                 backend.delete(f"{folder}/{number:06d}")
 
 
-def outlive(backend: Backend, stage: str, key: str) -> None:
+def wait_until_released(backend: Backend, stage: str, key: str) -> None:
     """Wait until whoever holds a lease at this moment does no longer.
 
     Others may hold it by then: they began after this call did. A dead owner's lease is taken over, and released.
@@ -128,7 +128,7 @@ def outlive(backend: Backend, stage: str, key: str) -> None:
                 return
         if tokens and not first:
             return
-        time.sleep(POLL)
+        time.sleep(POLL_S)
 
 
 class _Watch:
@@ -142,7 +142,7 @@ class _Watch:
         if held != self._seen:
             self._seen, self._since = held, time.monotonic()
         owner = owner_of(held)
-        return owner is None or owner.is_gone or time.monotonic() - self._since > DEAD_AFTER
+        return owner is None or owner.is_gone or time.monotonic() - self._since > DEAD_AFTER_S
 
 
 def _take(backend: Backend, folder: str) -> tuple[Owner, int]:
@@ -160,7 +160,7 @@ def _take(backend: Backend, folder: str) -> tuple[Owner, int]:
             if not told and other is not None:
                 log.info(f"waiting for process {other.pid} on {other.machine.split('/')[0]}, which does this work")
                 told = True
-            time.sleep(POLL)
+            time.sleep(POLL_S)
             continue
         mine = f"{folder}/{generation + 1:06d}"
         if backend.write_new(mine, owner.to_json()):
@@ -170,7 +170,7 @@ def _take(backend: Backend, folder: str) -> tuple[Owner, int]:
             if newest == generation + 1 and before == held:
                 return owner, newest
             backend.delete(mine)
-            time.sleep(random.uniform(0, POLL))
+            time.sleep(random.uniform(0, POLL_S))
 
 
 def _generations(backend: Backend, folder: str) -> list[int]:

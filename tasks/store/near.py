@@ -13,7 +13,7 @@ from pathlib import Path
 from requant.tasks.store.folder import inside
 from requant.tasks.store.store import CHECKOUT_RECORDS, Store
 
-CACHED = 30 * 24 * 3600.0  # seconds after which a blob that was not used here is fetched again when it is
+UNUSED_S = 30 * 24 * 3600.0  # seconds after which a blob that was not used here is fetched again when it is
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def found_near(
     if not store.is_local:
         for item in store.near.items("blobs"):
             sha256 = item.key.rpartition("/")[2]
-            patience = CACHED if sha256 in named else grace
+            patience = UNUSED_S if sha256 in named else grace
             if sha256 not in needed and item.modified < now - patience:
                 found.append(Found(root / item.key, item.size))
         found += [Found(root / name, (root / name).lstat().st_size) for name in store.near.leftovers(now - grace)]

@@ -21,7 +21,7 @@ from requant.tasks.store.folder import inside
 from requant.tasks.store.store import Store
 
 log = logging.getLogger(__name__)
-PAUSE = 1.0  # seconds between two looks at the folder
+POLL_S = 1.0  # seconds between two looks at the folder
 # What belongs together now: paths relative to the work folder, those that may change last.
 Snapshot = Callable[[Path], list[str]]
 Index = dict[str, tuple[int, str]]  # size and sha256 by path
@@ -87,7 +87,7 @@ def kept(store: Store, stage: str, key: str, folder: Path, snapshot: Snapshot) -
     def keep() -> None:
         push(store, stage, key, folder, snapshot(folder), sent)
 
-    with repeated(keep, PAUSE, "what is finished could not be copied to the store"):
+    with repeated(keep, POLL_S, "what is finished could not be copied to the store"):
         yield
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from requant.tasks.store.background import repeated
 from requant.tasks.store.store import Store
 
-BEAT = 60.0  # seconds; gc's grace period must be much longer
-PAUSE = 1.0  # seconds between two looks at what the run has used
+BEAT_S = 60.0  # seconds; gc's grace period must be much longer
+POLL_S = 1.0  # seconds between two looks at what the run has used
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ def recorded(store: Store, describe: Callable[[], Run | None]) -> Iterator[None]
     def keep() -> None:
         nonlocal written, at
         run = describe()
-        if run is not None and (run != written or time.monotonic() - at > BEAT):
+        if run is not None and (run != written or time.monotonic() - at > BEAT_S):
             store.backend.write(run.key, run.to_json())
             written, at = run, time.monotonic()
 
     # A store that is lost holds up no run that ends.
-    with repeated(keep, PAUSE, "the run's record could not be written", patience=10):
+    with repeated(keep, POLL_S, "the run's record could not be written", patience=10):
         yield

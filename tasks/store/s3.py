@@ -40,14 +40,14 @@ from requant.tasks.store.transfer import REFUSED_HASH, Transfer, error_code, sig
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PATIENCE = 150.0  # seconds: a store lost in the middle of a run may come back; GPU hours are at stake
+PATIENCE_S = 150.0  # seconds: a store lost in the middle of a run may come back; GPU hours are at stake
 UPLOADED = ("blobs/", "resume/")  # what is sent in parts; another's upload below the same prefix is not ours to end
 LOST = (  # no answer, half of one, or one that makes no sense
     HTTPClientError, BotoConnectionError, IncompleteReadError, ResponseParserError, ConnectionError, TimeoutError,
 )  # fmt: skip
 PASSING = {"SlowDown", "RequestTimeout", "IncompleteBody", *REFUSED_HASH}  # of the refusals
-MOST_SKEW = 15 * 60
-READ_TIMEOUT = 60.0  # seconds without a byte: a longer stall is a lost connection
+MAX_SKEW_S = 15 * 60
+READ_TIMEOUT_S = 60.0  # seconds without a byte: a longer stall is a lost connection
 
 
 class S3Backend:
@@ -59,7 +59,7 @@ class S3Backend:
     """
 
     def __init__(
-        self, bucket: str, prefix: str = "", patience: float = PATIENCE, read_timeout: float = READ_TIMEOUT
+        self, bucket: str, prefix: str = "", patience: float = PATIENCE_S, read_timeout: float = READ_TIMEOUT_S
     ) -> None:
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
@@ -162,9 +162,9 @@ class S3Backend:
         name = {"Bucket": self.bucket, "Key": self._name(key), "UploadId": upload}
         self._unless_missing(lambda: self._client.abort_multipart_upload(**name))
 
-    def delete(self, key: str, insist: Callable[[], None] = lambda: None) -> None:
+    def delete(self, key: str, before_try: Callable[[], None] = lambda: None) -> None:
         def delete() -> None:
-            insist()
+            before_try()
             self._once.delete_object(Bucket=self.bucket, Key=self._name(key))
 
         self._patiently(delete)
@@ -298,7 +298,7 @@ def _is_skewed(error: ClientError) -> bool:
     except ValueError:
         return False
     ours: float = botocore.auth.get_current_datetime(remove_tzinfo=False).timestamp()  # the clock that we sign with
-    return abs(theirs - ours) > MOST_SKEW
+    return abs(theirs - ours) > MAX_SKEW_S
 
 
 def _status(error: ClientError) -> int:

@@ -28,7 +28,7 @@ from requant.tasks.artifact import SHA256, File, Manifest, check_relative, diges
 from requant.tasks.errors import Collected, CorruptBlob, StoreError
 from requant.tasks.store.backend import Backend
 from requant.tasks.store.folder import FolderBackend, clone, inside, link, make_folder
-from requant.tasks.store.lease import Held, lease, outlive
+from requant.tasks.store.lease import LeaseHandle, lease, wait_until_released
 
 log = logging.getLogger(__name__)
 PARALLEL = 8
@@ -63,7 +63,7 @@ class Store:
         self.backend = backend
         self.near = near
         self.used: list[tuple[str, str]] = []  # the artifacts that were made or reused through this object
-        self._held: list[Held] = []
+        self._held: list[LeaseHandle] = []
         self._needs: frozenset[str] = frozenset()
         self._needing = threading.RLock()
 
@@ -108,7 +108,7 @@ class Store:
             try:
                 if self._needs:  # of leases before
                     held.renew()
-                self.settle()  # a gc that has not seen this lease may be deleting the folder of its work
+                self.wait_for_gc()  # a gc that has not seen this lease may be deleting the folder of its work
                 yield
             finally:
                 with self._needing:
@@ -126,14 +126,14 @@ class Store:
                 try:
                     for held in self._held:
                         held.renew()
-                    self.settle()
+                    self.wait_for_gc()
                 except BaseException:
                     self._needs = before  # to be said again
                     raise
 
-    def settle(self) -> None:
+    def wait_for_gc(self) -> None:
         """Wait for the end of a gc that may have read the store before. What was looked at until now may be gone."""
-        outlive(self.backend, *GC)
+        wait_until_released(self.backend, *GC)
 
     # Blobs
 
@@ -178,7 +178,7 @@ class Store:
             )
         return data
 
-    def hand_out(self, manifest: Manifest, folder: Path, paths: Iterable[str] | None = None) -> Path:
+    def link_files(self, manifest: Manifest, folder: Path, paths: Iterable[str] | None = None) -> Path:
         """Lay an artifact's files (or only `paths`) into `folder` as read-only files, for a stage to read."""
         wanted = [manifest[p] for p in paths] if paths is not None else list(manifest.files)
         self.need(wanted)
@@ -258,7 +258,7 @@ class Store:
         if self.backend.size(f"artifacts/{stage}/{key}") is None:
             return None
         self.backend.write(f"uses/{stage}/{key}", b"")
-        self.settle()
+        self.wait_for_gc()
         return self.manifest(stage, key)
 
     def _is_whole(self, manifest: Manifest) -> bool:
@@ -281,7 +281,7 @@ class Store:
                 return winner
             self.backend.write(beside, record)
             self.backend.write(name, manifest.to_json().encode())
-        self.settle()
+        self.wait_for_gc()
         if self.backend.size(name) is None:  # gc took it for an old one of its key
             self.backend.write(name, manifest.to_json().encode())
         if not self._is_whole(manifest):
@@ -305,16 +305,16 @@ class Store:
 
     # Small facts
 
-    def remember(self, kind: str, name: str, value: str) -> None:
+    def put_fact(self, kind: str, name: str, value: str) -> None:
         """Keep a small fact, such as the sha256 of a git blob."""
         self.backend.write(f"facts/{kind}/{name}", value.encode())
 
-    def remember_first(self, kind: str, name: str, value: str) -> str:
+    def put_first_fact(self, kind: str, name: str, value: str) -> str:
         """Keep a small fact unless there is one already; the one that is kept, whoever asks at the same moment."""
         if self.backend.write_new(f"facts/{kind}/{name}", value.encode()):
             return value
-        return self.recall(kind, name) or value
+        return self.get_fact(kind, name) or value
 
-    def recall(self, kind: str, name: str) -> str | None:
+    def get_fact(self, kind: str, name: str) -> str | None:
         value = self.backend.read(f"facts/{kind}/{name}")
         return value.decode() if value is not None else None

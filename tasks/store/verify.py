@@ -17,7 +17,7 @@ from requant.tasks.artifact import File, sha256_of
 from requant.tasks.errors import StoreError
 from requant.tasks.store.catalog import Catalog, read_catalog
 from requant.tasks.store.folder import clone, make_folder
-from requant.tasks.store.lease import Held, lease
+from requant.tasks.store.lease import LeaseHandle, lease
 from requant.tasks.store.store import GC, Store, blob_key
 
 PARALLEL = 8
@@ -41,7 +41,7 @@ def verify(store: Store, *, deep: bool = False, repair: bool = False) -> Verifie
     found = Verified(len(blobs))
     bad = _bad(store, blobs.values(), deep)
     if bad:  # or on its way out: gc takes an artifact's manifest first
-        store.settle()
+        store.wait_for_gc()
         catalog = read_catalog(store)
         bad = _bad(store, (file for blob, file in _blobs(catalog).items() if blob in bad), deep)
     for (stage, key), entry in sorted(catalog.entries.items()):
@@ -93,7 +93,7 @@ def _sha256_in_store(store: Store, file: File) -> str:
         return store.backend.get_file(blob_key(file.sha256), copy)
 
 
-def _mend(store: Store, deep: bool, bad: set[Blob], held: Held) -> Iterator[str]:
+def _mend(store: Store, deep: bool, bad: set[Blob], held: LeaseHandle) -> Iterator[str]:
     """Mend what is still bad now that nobody deletes beside us; a sentence for each thing done."""
     catalog = read_catalog(store)
     blobs = _blobs(catalog)
@@ -109,15 +109,15 @@ def _mend(store: Store, deep: bool, bad: set[Blob], held: Held) -> Iterator[str]
     for (stage, key), entry in sorted(catalog.entries.items()):
         names = sorted(file.path for file in entry.manifest.files if _blob(file) in lost)
         if names:
-            store.backend.delete(f"artifacts/{stage}/{key}", held.insist)
+            store.backend.delete(f"artifacts/{stage}/{key}", held.assert_held)
             yield f"artifacts/{stage}/{key} was removed, for want of {', '.join(names)}: the next run makes it anew"
     for sha256 in sorted({sha256 for sha256, _ in lost} - {sha256 for sha256, _ in blobs.keys() - lost}):
         # one of the right size would be taken for good
-        store.backend.delete(blob_key(sha256), held.insist)
+        store.backend.delete(blob_key(sha256), held.assert_held)
         if not store.is_local:
             store.near.delete(blob_key(sha256))
     for stage, key in sorted(catalog.damaged):
-        store.backend.delete(f"artifacts/{stage}/{key}", held.insist)
+        store.backend.delete(f"artifacts/{stage}/{key}", held.assert_held)
         yield f"artifacts/{stage}/{key} was removed, which could not be read: the next run makes it anew"
 
 

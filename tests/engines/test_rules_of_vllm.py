@@ -13,7 +13,7 @@ import pytest
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import vllm
 from requant.tasks.checkpoint.compat.layers import Tree
-from requant.tasks.checkpoint.compat.rule import Layer, Patterns, Refused, Renames
+from requant.tasks.checkpoint.compat.rule import Layer, NotLoadable, Patterns, Renames
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import modules_of
 from tests.engines.cases import ARCHITECTURES, METHODS, generate
@@ -46,7 +46,7 @@ def ours(case: dict[str, Any]) -> Any:
     config = {**case["config"], "quant_method": case["method"]}
     try:
         rule = vllm.read_rule(config, tree.renames, tree.fused, Patterns(), checkpoint_of(case))
-    except Refused as refusal:
+    except NotLoadable as refusal:
         return {"error": str(refusal)}
     assert rule is not None
     return [_answer(rule, layer) for layer in layers_of(case)]
@@ -55,7 +55,7 @@ def ours(case: dict[str, Any]) -> Any:
 def _answer(rule: Any, layer: Layer) -> Any:
     try:
         scheme = rule.scheme(layer)
-    except Refused as refusal:
+    except NotLoadable as refusal:
         return {"error": str(refusal)}
     group = list(scheme.group_size) if isinstance(scheme.group_size, tuple) else scheme.group_size
     return [scheme.bits, group, scheme.sym] if scheme.quantized else "plain"

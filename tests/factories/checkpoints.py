@@ -196,13 +196,13 @@ def write_quantized(base: Path, folder: Path, *, head: bool = True, kept: str | 
     """A base quantized as the pipeline does it, with rounding in place of auto-round: `folder/made`."""
     from requant.tasks.checkpoint.assemble import assemble
     from requant.tasks.checkpoint.checkpoint import Checkpoint
-    from requant.tasks.checkpoint.experts import one_by_one
+    from requant.tasks.checkpoint.experts import split_fused_experts
     from requant.tasks.checkpoint.head import HeadFiles, keep_head, without_head
 
     bits = write_packed(base, folder / "packed", kept=kept)
     out = folder / "made"
     source = Checkpoint.open(base)
-    assemble(one_by_one(source), Checkpoint.open(folder / "packed"), bits, out)
+    assemble(split_fused_experts(source), Checkpoint.open(folder / "packed"), bits, out)
     if head:
         keep_head(HeadFiles.read(out), source, out)
     else:

@@ -43,7 +43,7 @@ from requant.tasks.store.store import blob_key  # noqa: E402
 
 STALL = 2.5  # seconds; a read that brings nothing for one is given up here
 transfer.ONE_PUT, transfer.PART = 1 << 20, 5 << 20  # S3's smallest part
-client.STALLED = 1.0
+client.STALL_TIMEOUT_S = 1.0
 SMALL = b'{"some": "object"}' * 20
 
 
@@ -191,7 +191,7 @@ def s3_operation(name: str, backend: S3Backend, direct: S3Backend, folder: Path)
     return Operation(
         "GET",
         blob.sha256,
-        lambda: store.hand_out(Manifest.of([blob]), folder / "out"),
+        lambda: store.link_files(Manifest.of([blob]), folder / "out"),
         lambda: file_of(folder / "out", "file") == blob,
         after=1_000_000,
     )

@@ -8,7 +8,7 @@ import pytest
 
 from requant.tasks.checkpoint.audit import account
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.fp8 import write_plain
+from requant.tasks.checkpoint.fp8 import write_dequantized
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.plots.draw import draw
 from tests.factories.bases import other_base, quantized
@@ -110,7 +110,7 @@ def test_an_fp8_base_gives_what_its_bf16_weights_give(scales: str, tmp_path: Pat
     assert found.packed and not (found.unaccounted or found.altered or found.not_finite)
 
     (tmp_path / "two").mkdir()
-    same = write_plain(Checkpoint.open(base), tmp_path / "plain")
+    same = write_dequantized(Checkpoint.open(base), tmp_path / "plain")
     again, _ = quantized(tmp_path / "two", same, layers=layers)
     weights = [{f.path: f.sha256 for f in r.manifest.files} for r in (result, again)]
     assert weights[0] == weights[1]

@@ -10,7 +10,7 @@ import pytest
 
 from requant.tasks.checkpoint.assemble import assemble
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.experts import one_by_one
+from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.head import HeadFiles, keep_head
 from requant.tasks.checkpoint.packing import Scheme
 from requant.tasks.planning.layers import choose_layers
@@ -74,7 +74,7 @@ def test_the_plan_takes_fused_experts_apart_as_auto_round_does(layers: dict[str,
 def check(folder: Path, asked: Quantize) -> None:
     """Compare with auto-round: the packed modules, their parts' shapes, the config but for what it says of the head."""
     source = Checkpoint.open(folder)
-    base = one_by_one(source)
+    base = split_fused_experts(source)
     result = pack_with_auto_round(folder, asked, folder.parent)
     made = Checkpoint.open(Path(result["checkpoint"]))
     chosen = choose_layers(base, asked)

@@ -182,7 +182,7 @@ def test_a_blob_altered_in_s3_is_refused(store: Store, tmp_path: Path) -> None:
     store.backend.write(blob_key(file.sha256), b"wrong")
     other = Store(store.backend, FolderBackend(tmp_path / "elsewhere"))
     with pytest.raises(CorruptBlob, match="does not have the sha256"):
-        other.hand_out(Manifest.of([file]), tmp_path / "out")
+        other.link_files(Manifest.of([file]), tmp_path / "out")
     assert not list((tmp_path / "elsewhere").rglob("blobs/*/*/*"))
 
 

@@ -141,7 +141,7 @@ def test_the_policy_is_enough_for_a_store_and_reaches_nothing_else(
         manifest = keep(least, "large", {"file": b"x" * (70 << 20)})  # sent in parts
     assert least.find("quantize", "large") == manifest
     other = Store(least.backend, FolderBackend(tmp_path / "other"))
-    other.hand_out(manifest, tmp_path / "out")
+    other.link_files(manifest, tmp_path / "out")
     least.backend.delete("artifacts/quantize/large")
     collect(least, Policy(grace=-2, unfinished=-2))
     assert not list(least.backend.keys("blobs"))
@@ -223,7 +223,7 @@ def test_encryption_and_storage_class_are_sent_as_configured(tmp_path: Path, mon
 def test_a_deletion_is_not_tried_again_once_the_lease_to_delete_may_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
 
-    def insist() -> None:
+    def assert_held() -> None:
         asked.append(time.monotonic())
         if len(asked) == 3:
             raise StoreError("the lease was not renewed in time")
@@ -233,5 +233,5 @@ def test_a_deletion_is_not_tried_again_once_the_lease_to_delete_may_be_lost(monk
     with recorder() as (url, seen):
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
         with pytest.raises(StoreError, match="not renewed in time"):
-            S3Backend("bucket", "p", patience=60).delete("blobs/needed", insist)
+            S3Backend("bucket", "p", patience=60).delete("blobs/needed", assert_held)
     assert len(asked) == 3 and len(seen) == 2

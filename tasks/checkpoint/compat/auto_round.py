@@ -18,8 +18,8 @@ from requant.tasks.checkpoint.compat.rule import (
     Fused,
     InvalidPattern,
     Layer,
+    NotLoadable,
     Patterns,
-    Refused,
     Renames,
     Scheme,
     required,
@@ -65,7 +65,7 @@ class AutoRound:
         backend = next((quantization[key] for key in ("backend", "vllm_backend") if key in quantization), "auto")
         sym = quantization.get("sym", True)
         if not isinstance(data_type, str):
-            raise Refused(f"data_type is {shorten(data_type)}")
+            raise NotLoadable(f"data_type is {shorten(data_type)}")
         if packing is None:
             packing = default_packing(data_type, bits, group_size)
         _one_of("bits", bits, BITS)
@@ -82,7 +82,7 @@ class AutoRound:
             blocks = renames.of_list(blocks.split(",") if isinstance(blocks, str) else blocks, "block_name_to_quantize")
         extra = quantization.get("extra_config")
         if extra is not None and not isinstance(extra, dict):
-            raise Refused(f"extra_config is {shorten(extra)}, and no mapping")
+            raise NotLoadable(f"extra_config is {shorten(extra)}, and no mapping")
         named = {renames.of(key, "extra_config"): value for key, value in (extra or {}).items()}
         keys = tuple(key for key in named if not MARKS.isdisjoint(key))
         return cls(bits, group_size, sym, packing, backend, data_type, blocks, named, fused, patterns, keys)
@@ -153,12 +153,12 @@ class AutoRound:
     def _entry(self, key: str) -> dict[str, Any]:
         entry = self.extra[key]
         if not isinstance(entry, dict):
-            raise Refused(f"extra_config[{shorten(key)}] is {shorten(entry)}, and no mapping")
+            raise NotLoadable(f"extra_config[{shorten(key)}] is {shorten(entry)}, and no mapping")
         return entry
 
     def _same(self, found: list[Values], name: str) -> Values:
         if any(values != found[0] for values in found):
-            raise Refused(f"extra_config treats the parts of {name} differently, which are one layer in the engine")
+            raise NotLoadable(f"extra_config treats the parts of {name} differently, which are one layer in the engine")
         return found[0]
 
     def kernel_problem(self, layer: Layer, scheme: Scheme) -> str | None:
@@ -180,10 +180,10 @@ def normal_group(group: Any) -> Any:
     """An int, or two as a tuple. Raises Refused for anything else."""
     if isinstance(group, list | tuple):
         if len(group) != 2 or not all(isinstance(side, int) for side in group):
-            raise Refused(f"group_size is {shorten(group)}")
+            raise NotLoadable(f"group_size is {shorten(group)}")
         return tuple(group)
     if not isinstance(group, int):
-        raise Refused(f"group_size is {shorten(group)}")
+        raise NotLoadable(f"group_size is {shorten(group)}")
     return group
 
 
@@ -196,12 +196,12 @@ def default_packing(data_type: str, bits: Any, group_size: Any) -> str:
 
 def _one_of(field_name: str, value: Any, known: set[Any]) -> None:
     if not isinstance(value, str | int) or value not in known:
-        raise Refused(f"{field_name} is {shorten(value)}; it takes {', '.join(map(str, sorted(known)))}")
+        raise NotLoadable(f"{field_name} is {shorten(value)}; it takes {', '.join(map(str, sorted(known)))}")
 
 
 def _at_least_16(bits: Any, name: str) -> bool:
     if not isinstance(bits, int | float):
-        raise Refused(f"the bits of {name} are {shorten(bits)}")
+        raise NotLoadable(f"the bits of {name} are {shorten(bits)}")
     return bits >= 16
 
 
@@ -211,10 +211,10 @@ def _check_together(
     """INCConfig._validate_supported_quantization and _validate_raw_config."""
     if data_type == "int":
         if isinstance(group_size, tuple) or packing not in (GPTQ, AWQ):
-            raise Refused(f"data_type int with group_size {group_size!r} and packing_format {packing!r}")
+            raise NotLoadable(f"data_type int with group_size {group_size!r} and packing_format {packing!r}")
     elif data_type == "fp":
         if not (bits == 8 and isinstance(group_size, tuple) and sym and packing == FP8 and backend == "auto"):
-            raise Refused(f"data_type fp takes blocks of 8 bits in {FP8}, symmetric, backend auto")
+            raise NotLoadable(f"data_type fp takes blocks of 8 bits in {FP8}, symmetric, backend auto")
         _expect(
             quantization, act_bits=8, act_group_size=group_size[0], act_data_type="fp", act_sym=True, act_dynamic=True,
             activation_scheme="dynamic", fmt="e4m3",
@@ -222,7 +222,7 @@ def _check_together(
     elif data_type == "mx_fp" and not (
         bits in (4, 8) and group_size == 32 and sym and packing == MXFP and backend == "auto"
     ):
-        raise Refused(f"data_type mx_fp takes 4 or 8 bits in groups of 32 in {MXFP}, symmetric, backend auto")
+        raise NotLoadable(f"data_type mx_fp takes 4 or 8 bits in groups of 32 in {MXFP}, symmetric, backend auto")
     if "mx_fp" in data_type and bits == 8:
         _expect(quantization, act_bits=8, act_data_type="mx_fp", act_group_size=32, act_sym=True, act_dynamic=True)
 
@@ -230,4 +230,4 @@ def _check_together(
 def _expect(quantization: Mapping[str, Any], **values: Any) -> None:
     for key, value in values.items():
         if quantization.get(key, value) != value:
-            raise Refused(f"{key} is {shorten(quantization[key])}; it takes {value!r} only")
+            raise NotLoadable(f"{key} is {shorten(quantization[key])}; it takes {value!r} only")

@@ -19,8 +19,8 @@ from requant.tasks.checkpoint.compat.rule import (
     SCALED,
     Fused,
     Layer,
+    NotLoadable,
     Patterns,
-    Refused,
     Renames,
     Scheme,
     expand,
@@ -49,22 +49,22 @@ class CompressedTensors:
         """CompressedTensorsConfig.from_config, then apply_vllm_mapper. Raises Refused where they raise."""
         groups = quantization.get("config_groups", {})
         if not isinstance(groups, dict):
-            raise Refused(f"config_groups is {shorten(groups)}, and no mapping")
+            raise NotLoadable(f"config_groups is {shorten(groups)}, and no mapping")
         targets: dict[str, Scheme] = {}
         for label, group in groups.items():
             where = f"config_groups[{shorten(label)}]"
             names = group.get("targets") if isinstance(group, dict) else None
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise Refused(f"{where} has no list of targets")
+                raise NotLoadable(f"{where} has no list of targets")
             if len(names) == 1 and names[0].endswith("Attention"):
                 continue  # goes with the KV cache
             scheme = _scheme(group, quantization.get("format"), where)
             targets |= {_renamed(name, renames): scheme for name in names}
         ignore = quantization.get("ignore", [])
         if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
-            raise Refused(f"ignore is {shorten(ignore)}, and no list of names")
+            raise NotLoadable(f"ignore is {shorten(ignore)}, and no list of names")
         if _sparse(quantization.get("sparsity_config")):
-            raise Refused("sparsity_config has targets, which vLLM no longer takes")
+            raise NotLoadable("sparsity_config has targets, which vLLM no longer takes")
         return cls(targets, [_renamed(name, renames) for name in ignore], fused, patterns)
 
     def scheme(self, layer: Layer) -> Scheme:
@@ -75,7 +75,7 @@ class CompressedTensors:
                 targets.setdefault("RoutedExperts", targets["Linear"])
             schemes = [self._of(f"{layer.name}.0.{part}", layer.cls, targets) for part in EXPERT_PARTS]
             if any(scheme != schemes[0] for scheme in schemes):
-                raise Refused(f"config_groups and ignore treat the projections of {layer.name} differently")
+                raise NotLoadable(f"config_groups and ignore treat the projections of {layer.name} differently")
             return schemes[0]
         return self._of(layer.name, layer.cls, self.targets)
 
@@ -128,10 +128,10 @@ class Fp8:
         """Fp8Config.from_config, then apply_vllm_mapper. Raises Refused where they raise."""
         activation = required(quantization, "activation_scheme")
         if activation not in ("static", "dynamic"):
-            raise Refused(f"activation_scheme is {shorten(activation)}; it takes static or dynamic")
+            raise NotLoadable(f"activation_scheme is {shorten(activation)}; it takes static or dynamic")
         block = quantization.get("weight_block_size")
         if block is not None and (not isinstance(block, list) or len(block) != 2 or activation != "dynamic"):
-            raise Refused(f"weight_block_size is {shorten(block)} with activation_scheme {activation}")
+            raise NotLoadable(f"weight_block_size is {shorten(block)} with activation_scheme {activation}")
         ignored = quantization.get("ignored_layers") or quantization.get("modules_to_not_convert") or []
         return cls(renames.of_list(ignored, "ignored_layers"), fused)
 
@@ -161,17 +161,17 @@ def _renamed(target: str, renames: Renames) -> str:
 def _scheme(group: Mapping[str, Any], general: Any, where: str) -> Scheme:
     weights, form = group.get("weights"), group.get("format") or general
     if not isinstance(weights, dict):
-        raise Refused(f"{where} has no weights")
+        raise NotLoadable(f"{where} has no weights")
     if not (form is None or isinstance(form, str)):
-        raise Refused(f"{where} has format {shorten(form)}")
+        raise NotLoadable(f"{where} has format {shorten(form)}")
     bits, size = weights.get("num_bits", 8), weights.get("group_size")
     if type(bits) is not int or not (size is None or type(size) is int):
-        raise Refused(f"{where} has num_bits {shorten(bits)} and group_size {shorten(size)}")
+        raise NotLoadable(f"{where} has num_bits {shorten(bits)} and group_size {shorten(size)}")
     if weights.get("actorder") in ("group", "dynamic", True):  # True stands for group
-        raise Refused(f"{where} has actorder {weights['actorder']!r}, which vLLM no longer takes")
+        raise NotLoadable(f"{where} has actorder {weights['actorder']!r}, which vLLM no longer takes")
     storage = COMPRESSED if form in PACKED_FORMATS else SCALED
     if storage == COMPRESSED and bits not in WNA16_BITS:
-        raise Refused(f"{where} has num_bits {bits}")
+        raise NotLoadable(f"{where} has num_bits {bits}")
     return Scheme(storage, bits, size, weights.get("symmetric", True), where)
 
 

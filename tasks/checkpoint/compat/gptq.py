@@ -18,8 +18,8 @@ from requant.tasks.checkpoint.compat.rule import (
     LM_HEAD,
     Fused,
     Layer,
+    NotLoadable,
     Patterns,
-    Refused,
     Renames,
     Scheme,
     Substrings,
@@ -62,7 +62,7 @@ class Gptq:
         dynamic = quantization.get("dynamic")
         dynamic = {} if dynamic is None else dynamic
         if not isinstance(dynamic, dict):
-            raise Refused(f"dynamic is {shorten(dynamic)}, and no mapping")
+            raise NotLoadable(f"dynamic is {shorten(dynamic)}, and no mapping")
         bits, group_size = required(quantization, "bits"), required(quantization, "group_size")
         desc_act, sym = required(quantization, "desc_act"), required(quantization, "sym")
         check_order(desc_act, group_size, dynamic)
@@ -93,7 +93,7 @@ class Gptq:
         values: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym}
         if key is not None:
             if not isinstance(override, dict):
-                raise Refused(f"dynamic[{shorten(key)}] is {shorten(override)}, and no mapping")
+                raise NotLoadable(f"dynamic[{shorten(key)}] is {shorten(override)}, and no mapping")
             kinds = {"bits": int, "group_size": int, "sym": bool}
             values |= {k: override[k] for k, kind in kinds.items() if isinstance(override.get(k), kind)}
         _known(values["bits"], values["sym"])
@@ -136,7 +136,7 @@ class Awq:
         group_size = required(quantization, "q_group_size", "group_size")
         zero_point = required(quantization, "zero_point")
         if type(bits) is not int or bits not in AWQ_BITS:
-            raise Refused(f"bits is {shorten(bits)}; AWQ takes 4")
+            raise NotLoadable(f"bits is {shorten(bits)}; AWQ takes 4")
         modules, because = quantization.get("modules_to_not_convert"), "modules_to_not_convert"
         if modules:
             names = renames.of_list(modules, because)
@@ -174,21 +174,23 @@ def quantized_names(tensors: Iterable[Tensor]) -> tuple[set[str], set[str]]:
 def check_order(desc_act: Any, group_size: Any, dynamic: Mapping[str, Any]) -> None:
     """normalize_and_validate_gptq_desc_act. Raises Refused."""
     if desc_act and group_size != -1:
-        raise Refused("desc_act is true with groups, which vLLM no longer takes: quantize again with desc_act false")
+        raise NotLoadable(
+            "desc_act is true with groups, which vLLM no longer takes: quantize again with desc_act false"
+        )
     for key, override in dynamic.items():
         if key.startswith("-:") or not isinstance(override, dict):
             continue
         if override.get("desc_act", desc_act) and override.get("group_size", group_size) != -1:
-            raise Refused(f"dynamic[{shorten(key)}] has desc_act true with groups, which vLLM no longer takes")
+            raise NotLoadable(f"dynamic[{shorten(key)}] has desc_act true with groups, which vLLM no longer takes")
 
 
 def agreed(name: str, answers: list[bool], where: str) -> bool:
     """The one answer for all parts of a layer. Raises Refused if they differ."""
     if len(set(answers)) > 1:
-        raise Refused(f"{where} treats the parts of {name} differently, which are one layer in the engine")
+        raise NotLoadable(f"{where} treats the parts of {name} differently, which are one layer in the engine")
     return answers[0]
 
 
 def _known(bits: Any, sym: Any) -> None:
     if type(bits) is not int or not isinstance(sym, bool | int) or (bits, sym) not in GPTQ_SCHEMES:
-        raise Refused(f"bits={shorten(bits)} with sym={shorten(sym)}; GPTQ takes 4 or 8, symmetric")
+        raise NotLoadable(f"bits={shorten(bits)} with sym={shorten(sym)}; GPTQ takes 4 or 8, symmetric")

@@ -13,7 +13,7 @@ from requant.tasks.checkpoint.compat.rule import (
     LM_HEAD,
     Fused,
     Layer,
-    Refused,
+    NotLoadable,
     Renames,
     Rule,
     Scheme,
@@ -107,7 +107,7 @@ def first_problem(
         else:
             try:
                 scheme = rule.scheme(layer)
-            except Refused as refusal:
+            except NotLoadable as refusal:
                 return f"quantization_config is refused at {layer.name}: {refusal}"
         problem = _misfit(layer, scheme, modules)
         if problem is None and (kernel := kernel_problem(layer, scheme)):

@@ -16,7 +16,7 @@ InvalidPattern = regex.error
 Fused = Mapping[str, tuple[str, ...]]  # an engine's fused layer -> the checkpoint's modules it is made of
 
 
-class Refused(Exception):
+class NotLoadable(Exception):
     """The engine raises an error here. The text says of which field and why, as a part of a sentence."""
 
 
@@ -64,7 +64,7 @@ class Renames:
     def of(self, name: Any, where: str) -> str:
         """A name from a config, as the engine calls it. Raises Refused if it is no text."""
         if not isinstance(name, str):
-            raise Refused(f"{where} holds {shorten(name)}, which is no name")
+            raise NotLoadable(f"{where} holds {shorten(name)}, which is no name")
         renamed = name
         for old, new in self.prefixes:
             if renamed.startswith(old):
@@ -77,7 +77,7 @@ class Renames:
 
     def of_list(self, names: Any, where: str) -> list[str]:
         if not isinstance(names, list):
-            raise Refused(f"{where} is {shorten(names)}, and no list of names")
+            raise NotLoadable(f"{where} is {shorten(names)}, and no list of names")
         return [self.of(name, where) for name in names]
 
 
@@ -105,7 +105,7 @@ class Patterns:
         try:
             return self._run("match", pattern, name)
         except InvalidPattern as error:
-            raise Refused(f"the pattern {shorten(pattern)} is no regular expression ({error})") from error
+            raise NotLoadable(f"the pattern {shorten(pattern)} is no regular expression ({error})") from error
 
     def fullmatch(self, pattern: str, name: str) -> bool:
         """re.fullmatch. Raises as search does."""
@@ -113,15 +113,15 @@ class Patterns:
 
     def _run(self, how: str, pattern: str, name: str) -> bool:
         if pattern in self.hostile:
-            raise Refused(_hangs(pattern))
+            raise NotLoadable(_hangs(pattern))
         if self._spent > self.seconds:
-            raise Refused("its patterns take too long to match the names of all layers")
+            raise NotLoadable("its patterns take too long to match the names of all layers")
         began = time.perf_counter()
         try:
             return getattr(self._compile(pattern), how)(name, timeout=self.seconds_each) is not None
         except (TimeoutError, RecursionError, MemoryError, OverflowError) as error:
             self.hostile.append(pattern)
-            raise Refused(_hangs(pattern)) from error
+            raise NotLoadable(_hangs(pattern)) from error
         finally:
             self._spent += time.perf_counter() - began
 
@@ -177,7 +177,7 @@ def required(quantization: Mapping[str, Any], *keys: str) -> Any:
     for key in keys:
         if key in quantization:
             return quantization[key]
-    raise Refused(f"quantization_config has no {keys[-1]}")
+    raise NotLoadable(f"quantization_config has no {keys[-1]}")
 
 
 def shorten(value: Any) -> str:

@@ -36,8 +36,8 @@ from requant.tasks.checkpoint.compat.rule import (
     LM_HEAD,
     InvalidPattern,
     Layer,
+    NotLoadable,
     Patterns,
-    Refused,
     Renames,
     Rule,
     Scheme,
@@ -80,7 +80,7 @@ class SglangAutoRound(AutoRound):
 
     def _made(self, bits: Any, group_size: Any, sym: Any, because: str) -> Scheme:
         if not isinstance(bits, int | float):
-            raise Refused(f"bits is {shorten(bits)}")
+            raise NotLoadable(f"bits is {shorten(bits)}")
         if bits >= 16:
             return Scheme(because=because)
         return Scheme(INTEGER, bits, group_size, sym, because, "awq" if self.packing == AWQ else "gptq")
@@ -114,7 +114,7 @@ def load_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns
     known = vllm.architecture(checkpoint).tree
     try:
         rule = _read_rule(checkpoint, patterns)
-    except Refused as refusal:
+    except NotLoadable as refusal:
         return f"SGLang refuses quantization_config: {refusal}"
     tree = Tree(Renames(), known.fused, known.plain)
     layers = [layer for layer in tree.layers(modules.values()) if len(layer.parts) == 1 or layer.kind == EXPERTS]
@@ -129,7 +129,7 @@ def head_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns
     plain = [layer for layer in layers if layer.name.rpartition(".")[2] in tree.plain]
     try:
         rule = _read_rule(checkpoint, patterns)
-    except Refused as refusal:
+    except NotLoadable as refusal:
         return f"SGLang refuses quantization_config: {refusal}"
     return first_problem(plain if rule is None else layers, rule or vllm.Unquantized(), modules, tree)
 
@@ -139,12 +139,12 @@ def _read_rule(checkpoint: Checkpoint, patterns: Patterns) -> Rule | None:
     quantization = vllm.quantization_of(checkpoint.config)
     method = quantization.get("quant_method", "") if quantization else ""
     if not isinstance(method, str):
-        raise Refused(f"quant_method is {shorten(method)}")
+        raise NotLoadable(f"quant_method is {shorten(method)}")
     method = method.lower().replace("compressed_tensors", "compressed-tensors")
     if quantization is None or not method:
         return vllm.Unquantized()
     if method not in METHODS:
-        raise Refused(f"quant_method is {shorten(method)}, which SGLang does not know")
+        raise NotLoadable(f"quant_method is {shorten(method)}, which SGLang does not know")
     if method == "auto-round":
         return _auto_round(quantization, patterns)
     if method.startswith("gptq"):
@@ -164,5 +164,5 @@ def _auto_round(quantization: Mapping[str, Any], patterns: Patterns) -> SglangAu
     required(quantization, "sym")
     rule = SglangAutoRound.read(quantization, Renames(), {}, patterns)
     if rule.bits not in BITS or rule.packing not in PACKINGS or rule.data_type != "int":
-        raise Refused(f"bits={rule.bits}, packing_format={rule.packing!r}, data_type={rule.data_type!r}")
+        raise NotLoadable(f"bits={rule.bits}, packing_format={rule.packing!r}, data_type={rule.data_type!r}")
     return SglangAutoRound(**vars(rule))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.compat.rule import Refused, shorten
+from requant.tasks.checkpoint.compat.rule import NotLoadable, shorten
 from requant.tasks.checkpoint.compat.vllm import quantization_of
 from requant.tasks.checkpoint.modules import Module
 
@@ -27,7 +27,7 @@ def load_problem(checkpoint: Checkpoint) -> str | None:
     """Why transformers would not load it, or None."""
     try:
         quantization = quantization_of(checkpoint.config)
-    except Refused as refusal:
+    except NotLoadable as refusal:
         return f"transformers refuses quantization_config: {refusal}"
     packed = next((module for module in checkpoint.modules.values() if module.quantized), None)
     if quantization is None:

@@ -21,7 +21,7 @@ from requant.tasks.checkpoint.compat.auto_round import AutoRound
 from requant.tasks.checkpoint.compat.compressed import CompressedTensors, Fp8
 from requant.tasks.checkpoint.compat.gptq import Awq, Gptq
 from requant.tasks.checkpoint.compat.layers import Tree, first_problem
-from requant.tasks.checkpoint.compat.rule import Fused, Layer, Patterns, Refused, Renames, Rule, Scheme, shorten
+from requant.tasks.checkpoint.compat.rule import Fused, Layer, NotLoadable, Patterns, Renames, Rule, Scheme, shorten
 from requant.tasks.checkpoint.modules import Module
 
 _QKV: dict[str, tuple[str, ...]] = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
@@ -130,7 +130,7 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
         if isinstance(found, dict):
             return found
         if found is not None:
-            raise Refused(f"it is {shorten(found)}, and no mapping")
+            raise NotLoadable(f"it is {shorten(found)}, and no mapping")
     return None
 
 
@@ -138,10 +138,10 @@ def method_of(quantization: Mapping[str, Any]) -> str:
     """`quant_method` as model_arch_config_convertor.py normalizes it. Raises Refused if vLLM does not know it."""
     method = quantization.get("quant_method", "")
     if not isinstance(method, str):
-        raise Refused(f"quant_method is {shorten(method)}")
+        raise NotLoadable(f"quant_method is {shorten(method)}")
     method = method.lower().replace("compressed_tensors", "compressed-tensors")
     if method and method not in JUDGED | UNJUDGED:
-        raise Refused(f"quant_method is {shorten(method)}, which vLLM does not know")
+        raise NotLoadable(f"quant_method is {shorten(method)}, which vLLM does not know")
     return method
 
 
@@ -170,7 +170,7 @@ def load_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns
     tree = architecture(checkpoint).tree
     try:
         rule = read_rule(quantization_of(checkpoint.config), tree.renames, tree.fused, patterns, checkpoint)
-    except Refused as refusal:
+    except NotLoadable as refusal:
         return f"vLLM refuses quantization_config: {refusal}"
     if rule is None:
         return None
@@ -186,7 +186,7 @@ def head_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns
         quantization = quantization_of(checkpoint.config)
         rule = read_rule(quantization, tree.renames, fused, patterns, checkpoint)
         shortcut = known.dynamic_shortcut and bool(quantization) and _mtp_left_out(quantization or {})
-    except Refused as refusal:
+    except NotLoadable as refusal:
         return f"vLLM refuses quantization_config: {refusal}"
     if rule is None:
         return None
@@ -208,7 +208,7 @@ class _LeftOut:
 def _mtp_left_out(quantization: Mapping[str, Any]) -> bool:
     dynamic = quantization.get("dynamic", {})
     if not isinstance(dynamic, dict):
-        raise Refused(f"dynamic is {shorten(dynamic)}, and no mapping")
+        raise NotLoadable(f"dynamic is {shorten(dynamic)}, and no mapping")
     return any(key.startswith("-:") and "mtp" in key for key in dynamic)
 
 

@@ -9,7 +9,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.types import DateTime
 
 from requant.flows.last_run import remember_run
-from requant.flows.start import ATTEMPTS, PAUSE, another, run_keys
+from requant.flows.start import MAX_RUNS, RETRY_AFTER, another, run_keys
 from requant.flows.watching import Due
 from requant.tasks.errors import RequantError
 from requant.tasks.hub.revision import HubFile, Revision
@@ -20,7 +20,7 @@ RECIPE = parse_recipe({"base": {"repo_id": "a/b"}})
 BASE = Revision("a/b", "1" * 40, (HubFile("config.json", 30, "a3", None),))
 OTHER = Revision("a/b", "2" * 40, (HubFile("config.json", 30, "b3", None),))
 DUE = Due("b.yaml", RECIPE, BASE)
-NOW, LONG_AGO = datetime.timedelta(0), PAUSE + datetime.timedelta(minutes=1)
+NOW, LONG_AGO = datetime.timedelta(0), RETRY_AFTER + datetime.timedelta(minutes=1)
 
 
 def run(kind: StateType, ago: datetime.timedelta = LONG_AGO, message: str = "") -> FlowRun:
@@ -59,9 +59,9 @@ def test_a_failed_run_is_followed_by_another_but_not_at_once(kind: StateType, st
 def test_after_the_last_attempt_somebody_has_to_look(store: Store) -> None:
     failed = run(StateType.FAILED, message="the base is gated")
     with pytest.raises(
-        RequantError, match=f"{ATTEMPTS} runs of a/b@1+ were started, .* Failed \\(the base is gated\\)"
+        RequantError, match=f"{MAX_RUNS} runs of a/b@1+ were started, .* Failed \\(the base is gated\\)"
     ):
-        another([failed] * ATTEMPTS, store, DUE)
+        another([failed] * MAX_RUNS, store, DUE)
 
 
 def test_a_run_that_ended_meanwhile_is_seen(store: Store) -> None:

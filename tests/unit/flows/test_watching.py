@@ -69,7 +69,7 @@ def test_the_last_run_of_a_recipe_is_remembered_and_replaced(store: Store) -> No
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"sha": "x"}', '{"what": 1}', "1"])
 def test_a_damaged_record_is_none(text: str, store: Store) -> None:
-    store.remember("last-runs", RECIPE.digest, text)
+    store.put_fact("last-runs", RECIPE.digest, text)
     assert last_run(store, RECIPE) is None
 
 

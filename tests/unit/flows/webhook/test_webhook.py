@@ -23,7 +23,7 @@ from requant.flows.watching import Pass
 from requant.flows.webhook import app as relay_app
 from requant.flows.webhook import connection as relay_connection
 from requant.flows.webhook import looker as relay_looker
-from requant.flows.webhook.app import MAX_BODY, create_app
+from requant.flows.webhook.app import MAX_BODY_BYTES, create_app
 from requant.flows.webhook.connection import Connection
 from requant.flows.webhook.looker import Looker
 from requant.tasks.errors import RecipeError, StoreUnreachable
@@ -122,7 +122,7 @@ def test_a_chunked_body_is_refused_as_soon_as_it_is_too_large(
             b"Transfer-Encoding: chunked\r\n\r\n"
         )
         chunk = b"1000\r\n" + b" " * 0x1000 + b"\r\n"
-        for _ in range(MAX_BODY // 0x1000 + 1):
+        for _ in range(MAX_BODY_BYTES // 0x1000 + 1):
             sock.sendall(chunk)
         assert b" 413 " in sock.recv(4096).splitlines()[0]
     assert_only_the_next_is_looked_at(client, looks)
@@ -131,7 +131,7 @@ def test_a_chunked_body_is_refused_as_soon_as_it_is_too_large(
 def test_a_body_that_does_not_arrive_is_not_waited_for(
     address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay_app, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(relay_app, "BODY_TIMEOUT_S", 0.2)
     with socket.create_connection(address, timeout=5) as sock:
         sock.sendall(
             b"POST /hub HTTP/1.1\r\nHost: x\r\nX-Webhook-Secret: " + SECRET.encode() + b"\r\nContent-Length: 9\r\n\r\n{"
@@ -154,14 +154,14 @@ def test_connections_on_which_nothing_more_is_asked_shut_nobody_out(
         else:
             connection.loop.call_later(0.02, connection._end)
 
-    monkeypatch.setattr(relay_connection, "MAX_SECONDS", 0.02)
+    monkeypatch.setattr(relay_connection, "MAX_AGE_S", 0.02)
     monkeypatch.setattr(Connection, "_end", end_once_full)
     idle = [socket.create_connection(address, timeout=5) for _ in range(4)]
     for sock in idle:
         sock.sendall(head)
     assert client.post("/hub", json=PAYLOAD, headers=GOOD).status_code == 503
     # A connection to come must not be old before its request arrives, which on a busy machine takes some time.
-    monkeypatch.setattr(relay_connection, "MAX_SECONDS", 60.0)
+    monkeypatch.setattr(relay_connection, "MAX_AGE_S", 60.0)
     full.set()
     wait_for(lambda: client.post("/hub", json=PAYLOAD, headers=GOOD).status_code == 202, 30)
     for sock in idle:

@@ -10,8 +10,8 @@ import pytest
 
 from requant.tasks.checkpoint.audit import account
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.experts import one_by_one, unknown_layout
-from requant.tasks.checkpoint.fp8 import plain
+from requant.tasks.checkpoint.experts import split_fused_experts, unknown_layout
+from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.head import HEAD_SHARD
 from requant.tasks.checkpoint.weight_error import fidelity
 from requant.tasks.errors import CheckpointError
@@ -44,12 +44,12 @@ def contents(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...], by
 
 def test_each_matrix_is_a_range_of_the_fused_tensors_bytes(base: Path, tmp_path: Path) -> None:
     fused = Checkpoint.open(base)
-    apart = one_by_one(fused)
+    apart = split_fused_experts(fused)
     assert contents(apart) == all_tensors(with_experts_apart(base, tmp_path / "apart"))
     assert apart.head == fused.head and "mtp.layers.0.mlp.experts.gate_up_proj" in apart.tensors
     whole, view = fused.tensors[f"{EXPERTS}.gate_up_proj"], apart.tensors[f"{EXPERTS}.1.up_proj.weight"]
     assert view.path == whole.path and view.begin - whole.begin == 3 * view.nbytes == whole.nbytes // 2
-    assert one_by_one(apart) is apart
+    assert split_fused_experts(apart) is apart
 
 
 def test_the_layout_is_transformers_own(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_the_layout_is_transformers_own(tmp_path: Path) -> None:
     changes = {"moe_intermediate_size": 96, "num_experts": 3}
     fused, apart = (other_base(tmp_path / str(f), "qwen3_5_moe_text", fused=f, **changes) for f in (True, False))
     assert "model.layers.1.mlp.experts.down_proj" in all_tensors(fused)
-    assert contents(one_by_one(Checkpoint.open(fused))) == all_tensors(apart)
+    assert contents(split_fused_experts(Checkpoint.open(fused))) == all_tensors(apart)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_the_layout_is_transformers_own(tmp_path: Path) -> None:
 def test_a_layout_that_is_not_known_is_left_and_refused_by_name(change: dict[str, Any], base: Path) -> None:
     checkpoint = Checkpoint.open(base)
     checkpoint.config["text_config"] |= change
-    assert one_by_one(checkpoint) is checkpoint
+    assert split_fused_experts(checkpoint) is checkpoint
     problem = unknown_layout(checkpoint)
     assert problem and problem.startswith(f"the experts of the base lie fused in {EXPERTS}.down_proj [3, 64, 96]")
     assert problem in list(refusals(checkpoint, parse_recipe({"base": {"repo_id": "a/b"}})))
@@ -82,10 +82,10 @@ def test_a_known_layout_is_not_refused_nor_is_a_layers_own_name(base: Path) -> N
 
 def test_a_matrix_that_is_there_twice_is_refused(base: Path) -> None:
     checkpoint = Checkpoint.open(base)
-    view = one_by_one(checkpoint).tensors[f"{EXPERTS}.0.down_proj.weight"]
+    view = split_fused_experts(checkpoint).tensors[f"{EXPERTS}.0.down_proj.weight"]
     both = replace(checkpoint, tensors={**checkpoint.tensors, view.name: view})
     with pytest.raises(CheckpointError, match=r"experts\.0\.down_proj\.weight is there by itself and fused"):
-        one_by_one(both)
+        split_fused_experts(both)
 
 
 def test_more_experts_than_any_model_has_are_refused_before_they_are_made(base: Path) -> None:
@@ -94,7 +94,7 @@ def test_more_experts_than_any_model_has_are_refused_before_they_are_made(base: 
     down = checkpoint.tensors[f"{EXPERTS}.down_proj"]
     checkpoint.tensors[down.name] = replace(down, shape=(1 << 40, *down.shape[1:]))
     with pytest.raises(CheckpointError, match="more than any model has"):
-        one_by_one(checkpoint)
+        split_fused_experts(checkpoint)
 
 
 def test_the_result_is_that_of_the_same_base_with_one_tensor_an_expert(base: Path, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_experts_that_someone_left_fused_are_compared_as_they_are(base: Path, tm
 def test_experts_of_the_head_may_be_apart_and_may_not_be_packed(base: Path, tmp_path: Path) -> None:
     made = write_quantized(base, tmp_path / "quantized")
     fused = "mtp.layers.0.mlp.experts.down_proj"
-    apart = one_by_one(Checkpoint.open(base), head_too=True).tensors
+    apart = split_fused_experts(Checkpoint.open(base), head_too=True).tensors
     views = {name: t for name, t in apart.items() if name.startswith("mtp.") and name.endswith("down_proj.weight")}
     with edited(made, HEAD_SHARD) as tensors:
         del tensors[fused]
@@ -174,8 +174,8 @@ def test_fp8_experts_are_the_bf16_ones_that_their_scales_give(base: Path, tmp_pa
     apart = Checkpoint.open(as_fp8(with_experts_apart(base, tmp_path / "apart"), tmp_path / "apart8", head=False))
     fused = Checkpoint.open(as_fp8(base, tmp_path / "fused8", head=False))
     assert fused.tensors[f"{EXPERTS}.gate_up_proj"].dtype == "F8_E4M3"
-    assert contents(one_by_one(fused)) == contents(apart)
-    assert contents(plain(one_by_one(fused))) == contents(plain(apart))
+    assert contents(split_fused_experts(fused)) == contents(apart)
+    assert contents(dequantize_fp8(split_fused_experts(fused))) == contents(dequantize_fp8(apart))
     recipe = parse_recipe({"base": {"repo_id": "a/b"}, "quantize": {"group_size": 32}})
     assert plan_output(fused, recipe, {}).problems == []
 
@@ -184,10 +184,10 @@ def test_a_scale_for_rows_of_two_matrices_is_refused(base: Path, tmp_path: Path)
     """The last rows of gate_proj and the first of up_proj in one block."""
     fused = Checkpoint.open(as_fp8(base, tmp_path / "fp8", head=False))
     fused.config["quantization_config"]["weight_block_size"] = [64, 32]
-    assert unknown_layout(one_by_one(fused))
+    assert unknown_layout(split_fused_experts(fused))
 
 
 def test_a_tensor_of_no_expert_with_three_sides_is_none_of_this(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(pico_base(tmp_path / "base"))
     assert any(len(t.shape) == 3 for t in checkpoint.tensors.values())
-    assert one_by_one(checkpoint) is checkpoint and unknown_layout(checkpoint) is None
+    assert split_fused_experts(checkpoint) is checkpoint and unknown_layout(checkpoint) is None

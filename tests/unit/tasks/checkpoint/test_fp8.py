@@ -13,7 +13,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import verdicts
-from requant.tasks.checkpoint.fp8 import ROWS, plain, plain_tensors, values_of, write_plain
+from requant.tasks.checkpoint.fp8 import ROWS, dequantize_fp8, dequantized_tensors, values_of, write_dequantized
 from requant.tasks.checkpoint.head import head_tensors
 from requant.tasks.checkpoint.header import COPY_CHUNK, Tensor
 from requant.tasks.checkpoint.packing import float_rows, to_numpy
@@ -61,7 +61,7 @@ def test_a_weight_is_bit_for_bit_what_transformers_makes_of_it(
 ) -> None:
     weight = drawn(768, 256, dtype=FP8[kind])
     scale = torch.rand(grid, generator=torch.Generator().manual_seed(1)) + 0.01
-    (ours,) = plain(made(tmp_path, weight, scale)).tensors.values()
+    (ours,) = dequantize_fp8(made(tmp_path, weight, scale)).tensors.values()
     theirs = Fp8Dequantize(None)._dequantize_one(weight, scale.view(scale.shape or (1, 1)), torch.bfloat16)
     assert (ours.name, ours.dtype, ours.shape) == ("a.weight", "BF16", (768, 256))
     assert torch.equal(bits(ours), theirs)
@@ -69,14 +69,14 @@ def test_a_weight_is_bit_for_bit_what_transformers_makes_of_it(
 
 def test_scales_may_be_powers_of_two_in_a_byte(tmp_path: Path) -> None:
     weight, scale = drawn(128, 256), torch.tensor([[120, 130]], dtype=torch.uint8)
-    (ours,) = plain(made(tmp_path, weight, scale)).tensors.values()
+    (ours,) = dequantize_fp8(made(tmp_path, weight, scale)).tensors.values()
     assert torch.equal(bits(ours), Fp8Dequantize(None)._dequantize_one(weight, scale, torch.bfloat16))
 
 
 def test_blocks_at_the_edges_may_be_smaller(tmp_path: Path) -> None:
     """DeepSeek's rule: the scales are those of a weight filled up to whole blocks."""
     weight, scale = drawn(200, 300), torch.rand(2, 3) + 0.01
-    (ours,) = plain(made(tmp_path, weight, scale)).tensors.values()
+    (ours,) = dequantize_fp8(made(tmp_path, weight, scale)).tensors.values()
     wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:200, :300]
     assert torch.equal(bits(ours), (weight.float() * wide).bfloat16())
 
@@ -84,7 +84,7 @@ def test_blocks_at_the_edges_may_be_smaller(tmp_path: Path) -> None:
 def test_fused_experts_have_the_scales_of_each_matrix(tmp_path: Path) -> None:
     weight, scale = drawn(3, 64, 128), torch.rand(3, 2, 4) + 0.01
     checkpoint = made(tmp_path, weight, scale)
-    (ours,) = plain(checkpoint).tensors.values()
+    (ours,) = dequantize_fp8(checkpoint).tensors.values()
     wide = scale.repeat_interleave(32, 1).repeat_interleave(32, 2)
     assert torch.equal(bits(ours), (weight.float() * wide).bfloat16())
 
@@ -92,18 +92,18 @@ def test_fused_experts_have_the_scales_of_each_matrix(tmp_path: Path) -> None:
 @pytest.mark.parametrize("grid", [(5, 2), (2, 3), (0, 2), (7,), (1, 2, 2)])
 def test_scales_that_do_not_fit_are_refused_by_name(grid: tuple[int, ...], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"a\.weight_scale_inv \(F32 .*does not fit a\.weight \[768, 256\]"):
-        plain(made(tmp_path, drawn(768, 256), torch.ones(grid)))
+        dequantize_fp8(made(tmp_path, drawn(768, 256), torch.ones(grid)))
 
 
 def test_a_weight_without_a_scale_is_refused_by_name(tmp_path: Path) -> None:
     checkpoint = made(tmp_path, drawn(768, 256), torch.ones(6, 2))
     with pytest.raises(CheckpointError, match=r"a\.weight is F8_E4M3 and has no a\.weight_scale_inv"):
-        plain_tensors([checkpoint.tensors["a.weight"]], checkpoint.config)
+        dequantized_tensors([checkpoint.tensors["a.weight"]], checkpoint.config)
 
 
 def test_memory_follows_some_rows_and_chunks_are_those_of_a_file(tmp_path: Path) -> None:
     weight = drawn(3 * ROWS, 12288)
-    (ours,) = plain(made(tmp_path, weight, torch.ones(12, 96))).tensors.values()
+    (ours,) = dequantize_fp8(made(tmp_path, weight, torch.ones(12, 96))).tensors.values()
     write_shard(tmp_path / "out", "model.safetensors", [ours])
     sizes = [len(chunk) for chunk in ours.chunks()]
     assert len(sizes) > 1 and sizes[:-1] == [COPY_CHUNK] * (len(sizes) - 1)
@@ -117,15 +117,15 @@ def test_nothing_of_fp8_is_left_of_a_base(scales: str, tmp_path: Path) -> None:
     fp8 = Checkpoint.open(as_fp8(base, tmp_path / "fp8", scales=scales)).sound()
     source = Checkpoint.open(base)
     assert not fp8.problems and any(t.dtype == "F8_E4M3" for t in fp8.tensors.values())
-    same = plain(fp8)
+    same = dequantize_fp8(fp8)
     assert set(same.tensors) == set(source.tensors) and same.config == source.config and not same.quantization
     assert {t.dtype for t in same.tensors.values()} == {"BF16"}
     for name, tensor in same.tensors.items():
         there, here = to_numpy(source.tensors[name]).astype(np.float32), to_numpy(tensor)
         assert np.linalg.norm(here - there) <= 0.05 * np.linalg.norm(there)
-    assert plain(source) is source
+    assert dequantize_fp8(source) is source
 
-    written = Checkpoint.open(write_plain(fp8, tmp_path / "plain")).sound()
+    written = Checkpoint.open(write_dequantized(fp8, tmp_path / "plain")).sound()
     assert written.config == same.config and (tmp_path / "plain" / "tokenizer.json").exists()
     assert all(t.read() == same.tensors[name].read() for name, t in written.tensors.items())
     state = state_dict(fp8.tensors.values(), fp8.config, torch.bfloat16)

@@ -46,7 +46,7 @@ def test_a_branch_is_not_a_commit(text: str) -> None:
 
 
 def test_a_hub_that_takes_a_request_and_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(revision, "TIMEOUT", 0.3)
+    monkeypatch.setattr(revision, "TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises(HubUnavailable, match="did not answer"):

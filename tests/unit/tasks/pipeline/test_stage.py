@@ -32,7 +32,7 @@ KEY = "a" * 64
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setattr(leases, "POLL", 0.01)
+    monkeypatch.setattr(leases, "POLL_S", 0.01)
     folder = FolderBackend(tmp_path / "store")
     return Store(folder, near=folder)
 

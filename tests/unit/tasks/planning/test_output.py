@@ -10,7 +10,7 @@ import pytest
 from requant.tasks.checkpoint.assemble import assemble
 from requant.tasks.checkpoint.audit import account
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.experts import one_by_one
+from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.head import HeadFiles, keep_head, without_head
 from requant.tasks.planning.layers import choose_layers
 from requant.tasks.planning.output import Output, plan_output
@@ -28,7 +28,7 @@ def recipe(**changes: Any) -> Recipe:
 def write(base: Path, asked: Recipe, folder: Path) -> dict[str, int]:
     """What the pipeline writes, with rounding in place of auto-round: bytes by file."""
     source = Checkpoint.open(base)
-    apart = one_by_one(source)
+    apart = split_fused_experts(source)
     config = choose_layers(apart, asked.quantize).quantization
     bits = write_packed(base, folder / "packed", config=config)
     out = folder / "made"

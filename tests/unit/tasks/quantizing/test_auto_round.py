@@ -17,7 +17,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from requant.tasks.quantizing import auto_round
 from requant.tasks.quantizing.auto_round import LOGGER, NOT_REPORTED, OURS, Patch, TuningRun, patched, patches
 from requant.tasks.quantizing.auto_settings import LoopSettings
-from requant.tasks.quantizing.events import BlockDone, BlockLoss, BlockStarted, Event, Refused, Warned
+from requant.tasks.quantizing.events import BlockDone, BlockLoss, BlockStarted, Event, JobRefused, Warned
 from requant.tasks.quantizing.loop.profile import Profile
 from requant.tasks.versions import locked_version
 
@@ -110,7 +110,7 @@ def test_another_version_is_refused_before_anything_is_replaced(
     before = places(rows)
     monkeypatch.setitem(auto_round.CHECKED, "auto-round", "0.17.0")
     sentence = r"needs auto-round 0\.17\.0.*has auto-round 0\.16\.1: run pip install"
-    with pytest.raises(Refused, match=sentence), patched(rows, ignored):
+    with pytest.raises(JobRefused, match=sentence), patched(rows, ignored):
         pytest.fail("another version")
     assert all(places(rows)[place] is original for place, original in before.items())
 

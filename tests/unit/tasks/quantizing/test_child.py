@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from requant.tasks.quantizing.child import _check_layer_names
-from requant.tasks.quantizing.events import BlockStarted, EventWriter, Refused, kind_of
+from requant.tasks.quantizing.events import BlockStarted, EventWriter, JobRefused, kind_of
 from requant.tasks.quantizing.reporting import LogReader
 from requant.tasks.quantizing.resume import clean_unfinished
 from requant.tasks.quantizing.samples import calibration_samples, shares
@@ -65,7 +65,7 @@ def test_samples_are_spread_over_the_text_and_never_overlap(
 
 def test_a_text_too_short_is_an_error_that_says_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(
-        Refused, match=r"has 349 tokens, and 7 samples of 50 need 350; there is room for 6 of this length: "
+        JobRefused, match=r"has 349 tokens, and 7 samples of 50 need 350; there is room for 6 of this length: "
     ):
         calibration_samples(Letters(), [write(tmp_path, "a.txt", numbered(349))], 7, 50)
 
@@ -136,9 +136,9 @@ def test_a_domain_that_is_short_gives_what_it_has_and_the_others_the_rest() -> N
 
 def test_a_mixed_text_too_short_is_an_error_that_says_what_each_domain_has(tmp_path: Path) -> None:
     path = mixed(tmp_path, prose=10, chat=2)
-    with pytest.raises(Refused, match=r"has 360 tokens \(prose 300; chat 60\), and 8 samples of 50 need 400"):
+    with pytest.raises(JobRefused, match=r"has 360 tokens \(prose 300; chat 60\), and 8 samples of 50 need 400"):
         calibration_samples(Letters(), [path], 8, 50, mixed=True)
-    with pytest.raises(Refused, match=r"has 120 tokens \(prose 60; chat 60\), and 3 samples of 40 need 120"):
+    with pytest.raises(JobRefused, match=r"has 120 tokens \(prose 60; chat 60\), and 3 samples of 40 need 120"):
         calibration_samples(Letters(), [mixed(tmp_path, prose=2, chat=2)], 3, 40, mixed=True)  # none over two domains
 
 
@@ -301,10 +301,10 @@ def test_a_second_attempt_appends_to_the_events_of_the_first(tmp_path: Path) -> 
 
 def test_a_layer_name_that_matches_nothing_is_an_error_that_names_it() -> None:
     _check_layer_names({"1.0": {}, r"1\..*": {}}, ["0", "1", "1.0"])
-    with pytest.raises(Refused, match="'q_proj', which is in no layer"):
+    with pytest.raises(JobRefused, match="'q_proj', which is in no layer"):
         _check_layer_names({"1.0": {}, "q_proj": {}}, ["0", "1", "1.0"])
 
 
 def test_a_layer_name_that_is_no_regex_is_an_error_that_names_it() -> None:
-    with pytest.raises(Refused, match=r"\*\.q_proj"):
+    with pytest.raises(JobRefused, match=r"\*\.q_proj"):
         _check_layer_names({"*.q_proj": {}}, ["0"])

@@ -16,7 +16,7 @@ from requant.tasks.errors import Collected, StoreError
 from requant.tasks.store import Store
 from requant.tasks.store import lease as leases
 from requant.tasks.store.catalog import read_catalog
-from requant.tasks.store.gc import GRACE, Plan, Policy, collect
+from requant.tasks.store.gc import GRACE_S, Plan, Policy, collect
 from requant.tasks.store.lease import Owner, lease, owner_of
 from requant.tasks.store.runs import Run
 from requant.tasks.store.store import GC, blob_key
@@ -28,7 +28,7 @@ DAY = 86400.0
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setattr(leases, "POLL", 0.01)
+    monkeypatch.setattr(leases, "POLL_S", 0.01)
     return opened(tmp_path)
 
 
@@ -145,7 +145,7 @@ def test_what_a_lease_needs_stays_until_it_has_been_silent_for_the_grace_period(
         assert gone(collect(opened(store.near.root.parent), Policy(older_than=DAY))) == []
         assert store.has_blob(manifest["a"])
         (key,) = store.backend.keys("leases")
-        ago(store.near.root, GRACE / DAY + 0.1, key)
+        ago(store.near.root, GRACE_S / DAY + 0.1, key)
         assert gone(collect(opened(store.near.root.parent), Policy(older_than=DAY))) == ["old"]
 
 
@@ -225,13 +225,13 @@ def test_a_manifest_that_gc_took_for_an_old_one_of_its_key_is_written_again(
 ) -> None:
     """And that was over before anyone looked for it."""
     manifest = put(store, {"a": b"1"})
-    settle = store.settle
+    settle = store.wait_for_gc
 
     def late() -> None:
         store.backend.delete("artifacts/quantize/key")
         settle()
 
-    monkeypatch.setattr(store, "settle", late)
+    monkeypatch.setattr(store, "wait_for_gc", late)
     store.keep("quantize", "key", manifest, {})
     assert store.manifest("quantize", "key") == manifest
 
@@ -250,7 +250,7 @@ def test_a_later_lease_names_what_was_needed_before_it(store: Store) -> None:
 def test_nobody_waits_for_a_gc_that_began_later(store: Store) -> None:
     """Several collect one after the other: who waits for the first is not held up by the others."""
     with lease(store.backend, *GC):
-        thread = threading.Thread(target=store.settle)
+        thread = threading.Thread(target=store.wait_for_gc)
         thread.start()
         looked_at(store)
     with lease(store.backend, *GC):
@@ -272,7 +272,7 @@ def test_a_gc_that_was_killed_holds_nobody_up(store: Store, monkeypatch: pytest.
 def test_a_gc_that_was_suspended_deletes_nothing_more(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(store, "old", {"a": b"1"})
     ago(store.near.root, 40)
-    monkeypatch.setattr(leases, "DEAD_AFTER", 0.0)
+    monkeypatch.setattr(leases, "DEAD_AFTER_S", 0.0)
     with pytest.raises(StoreError, match="not renewed in time"):
         collect(store, Policy(older_than=DAY))
     assert names(store) == {"old"}

@@ -55,7 +55,7 @@ def test_carried_work_goes_after_a_week_or_once_its_artifact_is_there(store: Sto
 
 def test_a_checkout_beside_a_local_store_goes_with_its_artifact(store: Store, tmp_path: Path) -> None:
     manifest = keep(store, KEY, {"a": b"weights"})
-    folder = store.hand_out(manifest, store.near.root / "checkouts" / manifest.digest)
+    folder = store.link_files(manifest, store.near.root / "checkouts" / manifest.digest)
     ago(store.near.root, 40)
     assert collect(store, Policy()).near == []
     plan = collect(store, Policy(older_than=30 * DAY))
@@ -68,7 +68,7 @@ def test_the_near_cache_drops_what_nothing_names_and_what_was_not_used_for_a_mon
     lost = keep(far, "lost", {"a": b"lost"})
     far.backend.delete("artifacts/quantize/lost")
     ago(far.near.root, 40)
-    far.hand_out(used, tmp_path / "out")
+    far.link_files(used, tmp_path / "out")
     collect(far, Policy())
     assert far.near.size(blob_key(used["a"].sha256)) == 4
     assert far.near.size(blob_key(unused["a"].sha256)) is None and far.sees_blob(unused["a"])

@@ -27,7 +27,7 @@ Told = Callable[[], list[str]]
 
 @pytest.fixture
 def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counted:
-    monkeypatch.setattr(leases, "POLL", 0.01)
+    monkeypatch.setattr(leases, "POLL_S", 0.01)
     return Counted(tmp_path / "store")
 
 
@@ -188,7 +188,7 @@ def test_a_silent_owner_on_another_machine_is_given_up_after_a_while(
     for _ in range(3):
         backend.wait_for_a_look()
         assert thread.is_alive()
-        clock.now += leases.DEAD_AFTER / 3 + 0.1
+        clock.now += leases.DEAD_AFTER_S / 3 + 0.1
     thread.join(10)
     assert not thread.is_alive()
     assert told() == ["waiting for process 1 on elsewhere, which does this work"]
@@ -203,7 +203,7 @@ def test_an_owner_on_another_machine_that_beats_is_never_given_up(backend: Count
     for beat in range(1, 11):
         backend.write(name, replace(owner, beats=beat).to_json())
         backend.wait_for_a_look()
-        clock.now += leases.DEAD_AFTER * 0.9
+        clock.now += leases.DEAD_AFTER_S * 0.9
     backend.wait_for_a_look()
     assert thread.is_alive()
     backend.delete(name)

@@ -23,7 +23,7 @@ SHA = "c" * 40
 @pytest.fixture
 def store(store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A store whose runs are looked at often."""
-    monkeypatch.setattr(runs, "PAUSE", 0.01)
+    monkeypatch.setattr(runs, "POLL_S", 0.01)
     return store
 
 
@@ -49,7 +49,7 @@ def test_a_run_is_recorded_as_soon_as_it_has_used_something_and_whole_at_its_end
 def test_a_run_that_goes_on_is_written_again_so_that_its_age_says_so(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "BEAT", 0.02)
+    monkeypatch.setattr(runs, "BEAT_S", 0.02)
     with recorded(store, lambda: a_run("a")):
         wait_for(lambda: read(store) is not None)
         (first,) = read_catalog(store).runs

@@ -197,7 +197,7 @@ def test_what_is_handed_out_is_read_only(where: str, tmp_path: Path, request: py
     """A writable link to a blob would let any tool that edits its input damage the store."""
     opened: Store = request.getfixturevalue(where)
     manifest = kept(opened, tmp_path / "work", FILES)
-    folder = opened.hand_out(manifest, tmp_path / "out")
+    folder = opened.link_files(manifest, tmp_path / "out")
     for name, data in FILES.items():
         assert (folder / name).read_bytes() == data
         assert (folder / name).stat().st_mode & 0o777 == 0o444
@@ -205,7 +205,7 @@ def test_what_is_handed_out_is_read_only(where: str, tmp_path: Path, request: py
 
 def test_only_what_is_asked_for_is_handed_out(store: Store, tmp_path: Path) -> None:
     manifest = kept(store, tmp_path / "work", FILES)
-    store.hand_out(manifest, tmp_path / "out", ["config.json"])
+    store.link_files(manifest, tmp_path / "out", ["config.json"])
     assert [p.name for p in (tmp_path / "out").rglob("*")] == ["config.json"]
 
 
@@ -213,7 +213,7 @@ def test_a_file_cut_by_a_crash_is_handed_out_again(store: Store, tmp_path: Path)
     manifest = kept(store, tmp_path / "work", FILES)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_bytes(b"{")
-    store.hand_out(manifest, tmp_path / "out")
+    store.link_files(manifest, tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_bytes() == b"{}"
 
 
@@ -255,7 +255,7 @@ def test_a_checkout_leaves_nothing_else_behind_whether_it_fails_or_was_killed_be
 
 def test_a_checkout_over_links_to_blobs_gives_the_user_files_of_their_own(store: Store, tmp_path: Path) -> None:
     manifest = kept(store, tmp_path / "work", {"a": b"blob"})
-    store.hand_out(manifest, tmp_path / "out")
+    store.link_files(manifest, tmp_path / "out")
     store.checkout(manifest, tmp_path / "out")
     assert (tmp_path / "out" / "a").stat().st_mode & 0o200
     assert (tmp_path / "out" / "a").stat().st_ino != store.near.path(blob_key(manifest["a"].sha256)).stat().st_ino
@@ -318,9 +318,9 @@ def test_a_work_folder_is_the_same_for_one_key_and_stays_inside(store: Store) ->
 
 
 def test_small_facts_are_remembered(store: Store) -> None:
-    assert store.recall("git-blobs", "0" * 40) is None
-    store.remember("git-blobs", "0" * 40, KEY)
-    assert store.recall("git-blobs", "0" * 40) == KEY
+    assert store.get_fact("git-blobs", "0" * 40) is None
+    store.put_fact("git-blobs", "0" * 40, KEY)
+    assert store.get_fact("git-blobs", "0" * 40) == KEY
 
 
 def test_a_local_store_is_opened_from_its_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def test_the_longest_name_that_is_allowed_can_be_stored_and_laid_out(store: Stor
     longest = "n" * 255
     manifest = keep(store, KEY, {"short": b"x"})
     renamed = Manifest.of([File(longest, 1, manifest["short"].sha256)])
-    assert (store.hand_out(renamed, tmp_path / "out") / longest).read_bytes() == b"x"
+    assert (store.link_files(renamed, tmp_path / "out") / longest).read_bytes() == b"x"
     assert (store.checkout(renamed, tmp_path / "own") / longest).read_bytes() == b"x"
     store.backend.write(longest, b"small")
     (tmp_path / "file").write_bytes(b"large")
@@ -137,7 +137,7 @@ def test_a_file_in_whose_place_a_link_lies_is_not_taken_for_ours(store: Store, o
     assert (outside / "file").stat() == before and not list(store.backend.keys("blobs"))
 
 
-@pytest.mark.parametrize("how", ["hand_out", "checkout"])
+@pytest.mark.parametrize("how", ["link_files", "checkout"])
 def test_nothing_is_laid_out_through_a_link_in_the_folder(
     store: Store, tmp_path: Path, outside: Path, how: str
 ) -> None:
@@ -156,7 +156,7 @@ def test_a_link_in_place_of_the_checkouts_beside_a_store_is_not_followed(
     (store.near.root / "checkouts").mkdir()
     (store.near.root / "checkouts" / manifest.digest).symlink_to(outside)
     with pytest.raises(StoreError, match="is a symbolic link"):
-        store.hand_out(manifest, store.checkout_folder(manifest))
+        store.link_files(manifest, store.checkout_folder(manifest))
     assert (outside / "file").read_bytes() == b"mine"
 
 
@@ -179,7 +179,7 @@ def test_nothing_that_is_handed_out_can_be_executed(store: Store, tmp_path: Path
     file = File("run.sh", 10, "a8076d3d28d21e02012b20eaf7dbf75409a6277134439025f282e368e3305abf")
     store.put_blob(tmp_path / "run.sh", file)
     manifest = Manifest.of([file])
-    for folder in (store.hand_out(manifest, tmp_path / "out"), store.checkout(manifest, tmp_path / "own")):
+    for folder in (store.link_files(manifest, tmp_path / "out"), store.checkout(manifest, tmp_path / "own")):
         assert (folder / "run.sh").stat().st_mode & 0o111 == 0
 
 

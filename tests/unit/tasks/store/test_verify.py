@@ -86,7 +86,7 @@ def test_a_copy_that_is_damaged_too_puts_nothing_back_and_goes(far: Store, tmp_p
 
 def test_a_blob_of_a_local_store_is_put_back_from_a_checkout_beside_it(store: Store, tmp_path: Path) -> None:
     manifest = keep(store, KEY, {"sub/a": b"aaaa"})
-    checkout = store.hand_out(manifest, store.near.root / "checkouts" / manifest.digest)
+    checkout = store.link_files(manifest, store.near.root / "checkouts" / manifest.digest)
     store.backend.delete(blob_key(manifest["sub/a"].sha256))
     assert "was put back from" in verify(store, repair=True).repairs[0]
     assert verify(store, deep=True).problems == [] and (checkout / "sub" / "a").read_bytes() == b"aaaa"
@@ -123,7 +123,7 @@ def test_names_that_nobody_of_ours_wrote_are_left_alone(store: Store) -> None:
 
 
 def test_what_gc_is_deleting_at_the_moment_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "POLL", 0.01)
+    monkeypatch.setattr(leases, "POLL_S", 0.01)
     backend = Counted(tmp_path / "store")
     store = Store(backend, near=backend)
     manifest = keep(store, KEY, {"a": b"aaaa"})

@@ -11,7 +11,16 @@ import pytest
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import vllm
-from requant.tasks.checkpoint.compat.rule import EXPERTS, LM_HEAD, Layer, Patterns, Refused, Renames, Scheme, Substrings
+from requant.tasks.checkpoint.compat.rule import (
+    EXPERTS,
+    LM_HEAD,
+    Layer,
+    NotLoadable,
+    Patterns,
+    Renames,
+    Scheme,
+    Substrings,
+)
 from tests.factories.checkpoints import (
     FULL,
 )
@@ -32,7 +41,7 @@ def answer(config: Changes, name: str, kind: str = "linear", cls: str = "ColumnP
         rule = vllm.read_rule(config, RENAMES, FUSED, Patterns(), empty)
         assert rule is not None
         return told(rule.scheme(Layer(name, kind, cls)))
-    except Refused as refusal:
+    except NotLoadable as refusal:
         return str(refusal)
 
 
@@ -178,14 +187,14 @@ def test_vllm_reads_fp8_by_exact_names() -> None:
 
 def test_a_pattern_that_backtracks_for_ever_ends_in_a_reason() -> None:
     patterns = Patterns()
-    with watching(), pytest.raises(Refused, match="does not end"):
+    with watching(), pytest.raises(NotLoadable, match="does not end"):
         patterns.search(ENDLESS, "mtp.fc")
     assert patterns.hostile == [ENDLESS]
 
 
 @pytest.mark.parametrize("pattern", ["(" * 500, "a" * 1001, "(?R)"], ids=["nested", "long", "recursive"])
 def test_a_pattern_that_cannot_be_compiled_or_run_is_hostile(pattern: str) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(NotLoadable):
         Patterns().search(pattern, "mtp.fc")
 
 
@@ -198,7 +207,7 @@ def test_of_many_slow_patterns_only_the_first_are_tried() -> None:
     patterns = Patterns(seconds_each=0.02, seconds=0.1)
     refusals = []
     for number in range(200):
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(NotLoadable) as caught:
             patterns.search(f"{SLOW}(?#{number})", "x" * 60)
         refusals.append(str(caught.value))
     assert 1 <= len(patterns.hostile) <= 6
