@@ -14,26 +14,50 @@ from requant.tasks.errors import RecipeError
 
 @command("bench")
 @click.argument("folder", type=FOLDER)
-@click.option("--engine", help="auto, vllm, url:http://... or torch. auto is vllm where there is one, else torch.")
+@click.option(
+    "--engine",
+    metavar="ENGINE",
+    help="Measure in this engine: vllm, torch, url:http://HOST:PORT, or auto, which is vllm if it is installed, "
+    "otherwise torch.",
+)
 @click.option(
     "--mtp",
     type=click.Choice(["auto", "on", "off", "both"]),
     default="auto",
     show_default=True,
-    help="Draft with the head. auto: both if there is one. For vllm only.",
+    help="Draft with the MTP head (on), without it (off), or measure both. auto: both if there is a head. Only for "
+    "vllm.",
 )
-@click.option("--recipe", type=click.Path(path_type=Path), help="Take engine, flags and prompts from this recipe.")
-@click.option("--prompts", help="Prompt sets, with commas between them: card, code, prose, chat.")
-@click.option("--concurrency", type=int, help="Requests at once, beside one at a time.")
-@click.option("--draft-tokens", type=int, help="Tokens that the head drafts at once.")
-@click.option("--max-tokens", type=int, help="At most so many tokens a prompt.")
-@click.option("--flag", "flags", multiple=True, metavar="NAME=VALUE", help="A flag of the engine, as it spells it.")
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Take the engine, its flags and the prompts from this recipe.",
+)
+@click.option("--prompts", metavar="SETS", help="Use these prompt sets, separated by commas: card, code, prose, chat.")
+@click.option("--concurrency", type=int, metavar="N", help="Measure with N requests at a time, besides one at a time.")
+@click.option("--draft-tokens", type=int, metavar="N", help="Let the MTP head draft N tokens at a time.")
+@click.option("--max-tokens", type=int, metavar="N", help="Generate at most N tokens for each prompt.")
+@click.option(
+    "--flag",
+    "flags",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Pass this flag to the engine, spelled as the engine spells it. May be given several times.",
+)
 def bench(
     folder: Path, mtp: str, recipe: Path | None, prompts: str | None, flags: tuple[str, ...], **asked: Any
 ) -> tuple[dict[str, Any], str, int]:
-    """Measure a checkpoint's speed and draft acceptance in an inference engine.
+    """Measure a checkpoint's speed and draft acceptance in an engine.
 
-    vllm starts `vllm serve`, or the command in REQUANT_VLLM, and ends it. url: asks a server that runs already.
+    FOLDER is the checkpoint. The engine vllm starts `vllm serve`, or the command in REQUANT_VLLM, and stops it
+    afterwards; url: sends the requests to a server that is running already. Options that are not
+    given take their values from --recipe, otherwise from the defaults of a recipe.
+
+    \b
+    Examples:
+      requant bench build/demo/checkpoint --engine vllm --mtp both
+      requant bench build/result --prompts card,code --flag max-model-len=8192
     """
     from requant.flows.report.terminal import bench_text
     from requant.tasks import benchmark

@@ -14,6 +14,13 @@ import click
 from requant.tasks.errors import redact
 
 
+class OrderedGroup(click.Group):
+    """A group whose help lists the commands in the order in which they were added, instead of alphabetically."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
 class _New(click.Path):
     """A path to write to, whose folders are made if they can be."""
 
@@ -31,15 +38,23 @@ FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 FORCE = click.option(
     "--force",
     is_flag=True,
-    help="Use the folder of the checkout even if files lie in it that Requant did not lay there, or that were changed "
-    "since: those of the same names are replaced, the others stay.",
+    help="Write into the folder even if it holds files that Requant did not write there, or that were changed since. "
+    "Files of the same names are replaced, the others stay.",
 )
 RECIPES = click.option(
     "--recipes",
     type=click.Path(path_type=Path),
     default=Path("deployments/recipes"),
+    metavar="FOLDER",
     show_default=True,
-    help="The folder of recipes whose bases are watched.",
+    help="Watch the bases of the recipes in this folder, one YAML file per recipe.",
+)
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the recipe, as in quantize.iters=50. May be given several times.",
 )
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,7 +69,7 @@ def command(name: str) -> Callable[[F], click.Command]:
             click.echo(redact(json.dumps(document, indent=1) if as_json else _visible(text)))
             sys.exit(status)
 
-        option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else.")
+        option = click.option("--json", "as_json", is_flag=True, help="Print only a JSON document to stdout.")
         return click.command(name)(option(run))
 
     return wrap

@@ -15,10 +15,16 @@ from requant.tasks.errors import RecipeError
 @command("deploy")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True), default="deployments")
 def deploy(folder: Path) -> tuple[dict[str, Any], str, int]:
-    """Put FOLDER (prefect.yaml, recipes/, automations.yaml if any) on the Prefect server of PREFECT_API_URL.
+    """Put deployments, recipes and work pools on a Prefect server.
 
-    What the server already has in the same form is left alone, and what somebody paused stays paused. Work pools that
-    are missing are made, for processes.
+    PREFECT_API_URL names the server. FOLDER (default: deployments) holds prefect.yaml, recipes/ and, if there are
+    automations, automations.yaml. What the server already has in the same form is left alone, and what somebody
+    paused stays paused. Missing work pools are created, of the type process.
+
+    \b
+    Examples:
+      requant deploy
+      PREFECT_API_URL=http://prefect:4200/api requant deploy deployments
     """
     url = os.environ.get("PREFECT_API_URL")
     if not url:

@@ -15,11 +15,22 @@ from requant.tasks.errors import RequantError
 
 @command("inspect")
 @click.argument("checkpoint")
-@click.option("--deep", is_flag=True, help="Read the data too: values that are no numbers, lossy heads. Folders only.")
+@click.option(
+    "--deep",
+    is_flag=True,
+    help="Read the tensors of a folder too, and find NaN values, scales of zero and lossy MTP heads.",
+)
 def inspect(checkpoint: str, deep: bool) -> tuple[dict[str, Any], str, int]:
-    """Say from headers and config alone what is quantized how, and whether MTP will work in each engine.
+    """Say how a checkpoint is quantized and where its MTP head works.
 
-    CHECKPOINT is a folder, or repo_id[@revision], of which a few hundred KB are fetched. Exit status 1: problems.
+    CHECKPOINT is a folder, or repo_id[@revision], of which a few hundred KB are fetched. Headers and configs are
+    enough to say what is quantized how, what is wrong, and whether each engine will load the checkpoint and draft
+    with its MTP head. Exit status 1: the checkpoint has problems.
+
+    \b
+    Examples:
+      requant inspect Qwen/Qwen3.6-27B
+      requant inspect build/result --deep
     """
     from requant.tasks.checkpoint.inspect import as_text, inspect_checkpoint
 

@@ -16,6 +16,7 @@ import click
 
 import requant
 from requant.flows.cli.bench import bench
+from requant.flows.cli.command import OrderedGroup
 from requant.flows.cli.deploy import deploy
 from requant.flows.cli.inspect import inspect
 from requant.flows.cli.mtp_fix import mtp_fix
@@ -34,27 +35,31 @@ from requant.tasks.errors import RecipeError, RequantError, explain_os_error, re
 from requant.tasks.pipeline.log import set_up_logging
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=OrderedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(requant.__version__)
 def cli() -> None:
-    """Quantize a Hugging Face base model, prove that the result works, publish it."""
+    """Quantize a Hugging Face base model, prove that the result works, publish it.
+
+    Exit status: 0 done, 1 a gate or the work failed, 2 wrong usage or recipe, 130 interrupted.
+    """
 
 
+# The help lists the commands in this order, which is that of the README's table.
 for each in (
     run,
     plan,
     validate,
-    mtp_fix,
     inspect,
+    mtp_fix,
     bench,
     verify,
     publish,
     watch,
     webhook,
+    schema,
     deploy,
     worker,
     store,
-    schema,
 ):
     cli.add_command(each)
 

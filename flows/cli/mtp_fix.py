@@ -20,20 +20,30 @@ if TYPE_CHECKING:
 
 @command("mtp-fix")
 @click.argument("folder", type=FOLDER)
-@click.option("--base", help="The base: a folder, or repo_id[@revision]. Of a repo, only the head's bytes are fetched.")
+@click.option(
+    "--base",
+    metavar="CHECKPOINT",
+    help="Take the head from this base: a folder, or repo_id[@revision], of which only the head is fetched.",
+)
 @click.option(
     "--precision",
     type=click.Choice(["keep", "int8", "int4"]),
     default="keep",
     show_default=True,
-    help="keep: the head bit for bit. int8, int4: its layers rounded and packed, smaller.",
+    help="Keep the head bit for bit, or round its layers to INT8 or INT4, which makes it smaller.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would change, and change nothing.")
 def mtp_fix(folder: Path, base: str | None, precision: str, dry_run: bool) -> tuple[dict[str, Any], str, int]:
     """Repair the MTP head of an existing checkpoint, in place.
 
-    Index, total_size, both quantization configs and missing tokenizer and processor files are put right as well.
-    Without --base a packed head that no engine can load is dequantized: lossy, what the packing lost stays lost.
+    FOLDER is the checkpoint. Its index, total_size and both quantization configs are corrected too, and missing
+    tokenizer and processor files are added. Without --base, a packed head that no engine can load is dequantized;
+    what its quantization lost stays lost. Exit status 1: no engine will draft with the head.
+
+    \b
+    Examples:
+      requant mtp-fix Qwen3.6-27B-w4g128 --base Qwen/Qwen3.6-27B --dry-run
+      requant mtp-fix Qwen3.6-27B-w4g128 --base Qwen/Qwen3.6-27B --precision int8
     """
     from requant.tasks.checkpoint.repair import repair
 

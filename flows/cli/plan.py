@@ -7,22 +7,30 @@ from typing import Any
 
 import click
 
-from requant.flows.cli.command import NEW_FILE, command
+from requant.flows.cli.command import NEW_FILE, SET, command
 
 
 @command("plan")
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in quantize.iters=50.")
+@SET
 @click.option(
-    "--elsewhere", is_flag=True, help="The run will be on another machine: this one's disk and tools do not matter."
+    "--elsewhere", is_flag=True, help="Plan for another machine: do not check the disk and the tools of this one."
 )
-@click.option("--markdown", "markdown_path", type=NEW_FILE, help="Write the plan as markdown here too.")
+@click.option(
+    "--markdown", "markdown_path", type=NEW_FILE, metavar="FILE", help="Write the plan to this file too, as Markdown."
+)
 def plan(
     recipe: Path, overrides: tuple[str, ...], elsewhere: bool, markdown_path: Path | None
 ) -> tuple[dict[str, Any], str, int]:
-    """Say what a run will do, take and cost, from headers alone: no weights, no GPU.
+    """Say what a run would do, take and cost, and what would stop it.
 
+    RECIPE is a YAML file. The headers of the base's files are enough: no weights are fetched and no GPU is needed.
     Exit status 1: a problem would stop the run.
+
+    \b
+    Examples:
+      requant plan deployments/recipes/qwen3.6-27b-int4.yaml --elsewhere
+      requant plan recipe.yaml --set quantize.iters=50 --markdown build/plan.md
     """
     from requant.flows.report.plan import markdown, render
     from requant.tasks.checkpoint.writer import write_file

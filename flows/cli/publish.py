@@ -15,13 +15,18 @@ from requant.tasks.errors import RecipeError
 @command("publish")
 @click.argument("recipe_or_repo")
 @click.option("--rollback", is_flag=True, help="Move main back to the release before, in one commit.")
-@click.option("--to", "tag", metavar="TAG", help="Move it to this release instead.")
-@click.option("--overwrite", is_flag=True, help="Also where someone else changed main since.")
+@click.option("--to", "tag", metavar="TAG", help="Move main to the release with this tag instead.")
+@click.option("--overwrite", is_flag=True, help="Move main even if someone else has changed it since.")
 def publish(recipe_or_repo: str, rollback: bool, tag: str | None, overwrite: bool) -> tuple[dict[str, Any], str, int]:
-    """Move main of a published repo back to an earlier release. No weights are sent.
+    """Move main of a published repo back to an earlier release.
 
-    RECIPE_OR_REPO is a recipe's file, whose target is meant, or a repo_id. Asked for twice, it goes back once.
-    `requant run` is what publishes.
+    RECIPE_OR_REPO is a repo_id, or a recipe's YAML file, which stands for the repo that it publishes to. No weights
+    are sent. A second --rollback moves nothing: to go back further, give --to. To publish, use `requant run`.
+
+    \b
+    Examples:
+      requant publish YOU/Qwen3.6-27B-int4-AutoRound --rollback
+      requant publish recipe.yaml --rollback --to TAG
     """
     from requant.tasks.hub.rollback import rollback as moved_back
 

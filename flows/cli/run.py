@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from requant.flows.checkout import check_folder, lay_out
-from requant.flows.cli.command import FORCE, NEW_FILE, NEW_FOLDER, command, tell_foreign
+from requant.flows.cli.command import FORCE, NEW_FILE, NEW_FOLDER, SET, command, tell_foreign
 from requant.flows.cli.report_files import check_report, write_report
 from requant.tasks.artifact import OURS, PICTURES
 from requant.tasks.checkpoint.writer import write_file
@@ -28,25 +28,37 @@ def _report_path(context: click.Context, parameter: click.Parameter, path: Path 
 
 @command("run")
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in quantize.iters=50.")
+@SET
 @click.option(
     "--checkout",
     type=NEW_FOLDER,
-    help="Lay the result's files into this folder; of outputs, each into one of its name. It may be new, empty, or an "
-    "earlier checkout.",
+    metavar="FOLDER",
+    help="Write the result's files into this folder, which may be new, empty or an earlier checkout. Each of several "
+    "outputs gets a folder of its name in it.",
 )
 @FORCE
 @click.option(
     "--report",
     "report_path",
     type=NEW_FILE,
+    metavar="FILE",
     callback=_report_path,
-    help="Write the JSON document here; beside it, by the same name, a report in markdown and a folder of pictures.",
+    help="Write the JSON document to this file, and beside it a report in Markdown and a folder of pictures.",
 )
 def run(
     recipe: Path, overrides: tuple[str, ...], checkout: Path | None, force: bool, report_path: Path | None
 ) -> tuple[dict[str, Any], str, int]:
-    """Run the whole pipeline, here and now."""
+    """Run the whole pipeline of a recipe, here and now.
+
+    RECIPE is a YAML file. The stages are download, quantize, mtp_fix, validate, benchmark and publish; one that is
+    in the store already is not done again. No Prefect server is needed; the one that PREFECT_API_URL names is used.
+    Exit status 1: a gate failed or the work failed.
+
+    \b
+    Examples:
+      requant run deployments/recipes/demo.yaml --checkout build/result
+      requant run recipe.yaml --set quantize.iters=50 --report build/report.json
+    """
     from requant.tasks.evaluate import check_tasks
     from requant.tasks.recipe.loader import load_recipe
 

@@ -23,7 +23,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"  # of the schemas that 
 @command("schema")
 @click.argument("words", metavar="[COMMAND]", nargs=-1)
 def schema(words: tuple[str, ...]) -> tuple[dict[str, Any], str, int]:
-    """Print the JSON Schema of the document that COMMAND prints with --json.
+    """Print the JSON Schema of what a command prints with --json.
 
     Without COMMAND, list the commands whose documents have a schema. A command that fails prints another
     document, with the keys status and error.

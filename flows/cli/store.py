@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from requant.flows.cli.command import FORCE, NEW_FOLDER, command, tell_foreign
+from requant.flows.cli.command import FORCE, NEW_FOLDER, OrderedGroup, command, tell_foreign
 from requant.tasks.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -42,14 +42,25 @@ SIZE = Quantity(
 )
 
 
-@click.group()
+@click.group(cls=OrderedGroup)
 def store() -> None:
-    """Look at and into the store (REQUANT_STORE)."""
+    """List, check, clean up and copy the artifacts of the store.
+
+    REQUANT_STORE names the store: s3://bucket/prefix or file:///folder, by default a folder below ~/.cache/requant.
+    """
 
 
 @command("ls")
 def store_ls() -> tuple[dict[str, Any], str, int]:
-    """List the artifacts: what each is, from which base, its size and age, and which runs use it."""
+    """List every artifact: its base, size and age, and its runs.
+
+    The artifact that was not used for the longest time comes first.
+
+    \b
+    Examples:
+      requant store ls
+      REQUANT_STORE=s3://bucket/prefix requant store ls --json
+    """
     from requant.flows.report.store import artifact_table
     from requant.tasks.store.catalog import read_catalog
 
@@ -88,15 +99,23 @@ def artifact_row(catalog: Catalog, entry: Entry) -> dict[str, Any]:
 
 
 @command("verify")
-@click.option("--deep", is_flag=True, help="Read and hash every blob, not only look whether it is there in its size.")
+@click.option("--deep", is_flag=True, help="Read and hash every blob, instead of checking its size alone.")
 @click.option(
     "--repair",
     is_flag=True,
-    help="Put back what is damaged or missing from a whole copy on this machine; else remove the artifacts that need "
-    "it, so that the next run makes them anew. Says what was done.",
+    help="Restore missing and damaged blobs from an intact copy on this machine. Where there is none, remove the "
+    "artifacts that need the blob, so that the next run makes them again.",
 )
 def store_verify(deep: bool, repair: bool) -> tuple[dict[str, Any], str, int]:
-    """Check that every artifact's blobs are there. Exit status 1: there are problems, or (--repair) were."""
+    """Check that the blobs of every artifact are there.
+
+    Exit status 1: there are problems, or there were some that --repair has dealt with.
+
+    \b
+    Examples:
+      requant store verify
+      requant store verify --deep --repair
+    """
     from requant.tasks.store.verify import verify
 
     found = verify(_opened(), deep=deep, repair=repair)
@@ -107,19 +126,40 @@ def store_verify(deep: bool, repair: bool) -> tuple[dict[str, Any], str, int]:
 
 
 @command("gc")
-@click.option("--keep-last", type=click.IntRange(1), help="Artifacts go that the last so many runs of no recipe use.")
-@click.option("--older-than", type=AGE, help="Artifacts go that were not used for so long, as in 30d.")
-@click.option("--max-size", type=SIZE, help="The longest unused artifacts go until all fits, as in 500GB.")
-@click.option("--grace", type=AGE, default="24h", show_default=True, help="Leave alone what is younger.")
-@click.option("--dry-run", is_flag=True, help="Say what would go; delete nothing.")
+@click.option(
+    "--keep-last",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Delete artifacts that none of the last N runs of any recipe use. Those that no run names stay.",
+)
+@click.option("--older-than", type=AGE, help="Delete artifacts that were not used for this long, as in 30d.")
+@click.option(
+    "--max-size", type=SIZE, help="Delete the longest unused artifacts until the rest fits into this size, as in 500GB."
+)
+@click.option(
+    "--grace",
+    type=AGE,
+    default="24h",
+    show_default=True,
+    help="Keep everything younger than this, which must be at least 10m.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be deleted, and delete nothing.")
 def store_gc(
     keep_last: int | None, older_than: float | None, max_size: float | None, grace: float, dry_run: bool
 ) -> tuple[dict[str, Any], str, int]:
-    """Delete what nothing names any more, and the artifacts that every option given says may go.
+    """Delete leftovers, and the artifacts that the options select.
 
-    Without options no artifact goes: only blobs that no artifact names, what killed uploads left, and unfinished
-    work that nobody went on with for a week, here and in the store. What a run under way needs is never deleted,
-    nor is what is younger than the grace period, which must be longer than any upload takes.
+    With several options, an artifact is deleted only if each of them selects it. Without options no artifact is
+    deleted: only blobs that no artifact names, the remains of killed uploads, and unfinished work that nobody
+    continued for a week, on this machine and in the store. What a run in progress needs is never deleted, nor is
+    anything younger than --grace, which must be longer than any upload takes.
+
+    AGE is a number with one of the units s, m, h, d and w; SIZE is one with KB, MB, GB, TB, KiB, MiB, GiB or TiB.
+
+    \b
+    Examples:
+      requant store gc --dry-run
+      requant store gc --keep-last 2 --older-than 30d --max-size 500GB
     """
     from requant.flows.report.store import gc_text
     from requant.tasks.store.gc import Policy, collect
@@ -151,9 +191,15 @@ def store_gc(
 @click.argument("folder", type=NEW_FOLDER)
 @FORCE
 def store_checkout(name: str, folder: Path, force: bool) -> tuple[dict[str, Any], str, int]:
-    """Lay the artifact whose digest or stage key begins so into FOLDER, as files of your own.
+    """Copy the files of an artifact into a folder.
 
-    FOLDER may be new, empty, or an earlier checkout: what that had and this artifact has not is removed.
+    KEY-or-DIGEST is the beginning of the artifact's stage key or digest. FOLDER may be new, empty or an earlier
+    checkout, of which the files that this artifact does not have are removed.
+
+    \b
+    Examples:
+      requant store checkout 3f9c0a17 build/model
+      requant store checkout 3f9c0a17 build/model --force
     """
     from requant.flows.checkout import check_folder, lay_out
     from requant.tasks.store.catalog import read_catalog
@@ -173,7 +219,16 @@ def store_checkout(name: str, folder: Path, force: bool) -> tuple[dict[str, Any]
 @click.argument("name", metavar="KEY-or-DIGEST")
 @click.argument("destination", metavar="DEST")
 def store_export(name: str, destination: str) -> tuple[dict[str, Any], str, int]:
-    """Copy an artifact into another store: file:///dir, s3://bucket/prefix or a folder, which becomes a store."""
+    """Copy an artifact from this store into another one.
+
+    KEY-or-DIGEST is the beginning of the artifact's stage key or digest. DEST is file:///folder, s3://bucket/prefix
+    or a folder, which becomes a store.
+
+    \b
+    Examples:
+      requant store export 3f9c0a17 s3://bucket/prefix
+      requant store export 3f9c0a17 /mnt/stick/requant
+    """
     from requant.tasks.store.copy import store_at
 
     return _moved(_opened(), _opened(store_at(destination)), [name])
@@ -183,7 +238,16 @@ def store_export(name: str, destination: str) -> tuple[dict[str, Any], str, int]
 @click.argument("source", metavar="SRC")
 @click.argument("names", metavar="[KEY-or-DIGEST]...", nargs=-1)
 def store_import(source: str, names: tuple[str, ...]) -> tuple[dict[str, Any], str, int]:
-    """Copy artifacts, by default all, from the store at SRC: file:///dir, s3://bucket/prefix or a folder."""
+    """Copy artifacts from another store into this one.
+
+    SRC is file:///folder, s3://bucket/prefix or a folder. KEY-or-DIGEST is the beginning of the stage key or digest of
+    an artifact. Without one, all artifacts are copied.
+
+    \b
+    Examples:
+      requant store import /mnt/stick/requant
+      requant store import s3://bucket/prefix 3f9c0a17
+    """
     from requant.tasks.store.copy import store_at
 
     return _moved(_opened(store_at(source), must_exist=True), _opened(), names)

@@ -14,16 +14,30 @@ from requant.flows.cli.command import FOLDER, command
 
 @command("validate")
 @click.argument("folder", type=FOLDER)
-@click.option("--base", required=True, help="The base: a folder, or repo_id[@revision].")
 @click.option(
-    "--recipe", type=click.Path(path_type=Path), help="Take the gates' limits and the tasks from this recipe."
+    "--base",
+    required=True,
+    metavar="CHECKPOINT",
+    help="Compare with this base: a folder, or repo_id[@revision], which is downloaded into the store.",
+)
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Take the limits of the gates, the text and the evaluation tasks from this recipe.",
 )
 def validate(folder: Path, base: str, recipe: Path | None) -> tuple[dict[str, Any], str, int]:
-    """Measure a quantized checkpoint against its base and apply the gates.
+    """Measure a checkpoint against its base and apply the gates.
 
-    Everything that can be measured is, whatever else is wrong. Differences from the base that change nothing that is
-    computed, as in config.json's transformers_version, are told as findings and fail nothing. So is another dtype, by
-    which engines choose what they compute in.
+    FOLDER is the quantized checkpoint. Everything that can be measured is measured, even if a gate has failed already.
+    Differences from the base that do not change the computation, as in transformers_version of config.json, are
+    reported as findings and fail no gate. The same holds for a different dtype, from which engines choose the type that
+    they compute in. Exit status 1: a gate failed.
+
+    \b
+    Examples:
+      requant validate build/result --base Qwen/Qwen3.6-27B
+      requant validate build/result --base build/base --recipe recipe.yaml
     """
     from requant.flows.report.terminal import gate_table
     from requant.tasks.evaluate import check_tasks

@@ -14,11 +14,17 @@ from requant.tasks.artifact import RELEASE
 
 @command("verify")
 @click.argument("repo")
-@click.option("--deep", is_flag=True, help="Fetch and hash every byte; nothing is kept.")
+@click.option("--deep", is_flag=True, help="Fetch and hash every byte. Nothing is kept.")
 def verify(repo: str, deep: bool) -> tuple[dict[str, Any], str, int]:
-    """Say whether a published repo is what its requant.json claims.
+    """Check that a published repo is what its requant.json claims.
 
-    REPO is repo_id[@revision]. Listings, headers and small files are fetched, no weights. Exit status 1: problems.
+    REPO is repo_id[@revision]. The Hub's file list, headers and small files are fetched, but no weights.
+    Exit status 1: the repo has problems.
+
+    \b
+    Examples:
+      requant verify YOU/Qwen3.6-27B-int4-AutoRound
+      requant verify YOU/Qwen3.6-27B-int4-AutoRound@TAG --deep
     """
     from requant.tasks.hub.verify import verify as verified
 

@@ -19,17 +19,29 @@ if TYPE_CHECKING:
 
 
 @command("watch")
-@click.option("--once", is_flag=True, help="One pass, and its exit status: 1 if a recipe had a problem.")
+@click.option(
+    "--once", is_flag=True, help="Do one pass and exit, with status 1 if a recipe had a problem or a run was rejected."
+)
 @RECIPES
 @click.option(
     "--interval",
     type=click.IntRange(min=10),
     default=900,
+    metavar="SECONDS",
     show_default=True,
-    help="Seconds between the passes, without --once.",
+    help="Wait for this many seconds between passes. Without effect if --once is given.",
 )
 def watch(once: bool, recipes: Path, interval: int) -> tuple[dict[str, Any], str, int]:
-    """Look for new base revisions and start runs: on the server at PREFECT_API_URL, else here, one after another."""
+    """Look for new revisions of the recipes' bases, and start runs.
+
+    Runs start on the Prefect server that PREFECT_API_URL names. Without a server they happen on this machine, one
+    after another.
+
+    \b
+    Examples:
+      requant watch --once
+      requant watch --recipes deployments/recipes --interval 3600
+    """
     from requant.flows.watching import watch_pass
 
     served = bool(os.environ.get("PREFECT_API_URL"))

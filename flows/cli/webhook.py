@@ -17,12 +17,25 @@ MIN_SECRET_CHARACTERS = 16
 
 @click.command("webhook")
 @RECIPES
-@click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8787, show_default=True, help="Listen on this port.")
+@click.option("--host", metavar="HOST", default="127.0.0.1", show_default=True, help="Listen on this address.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    metavar="PORT",
+    default=8787,
+    show_default=True,
+    help="Listen on this port.",
+)
 def webhook(recipes: Path, host: str, port: int) -> None:
-    """Take the Hub's webhooks, and start the runs that a new commit makes due on the server at PREFECT_API_URL.
+    """Receive the Hub's webhooks, and start runs for new commits.
 
-    REQUANT_WEBHOOK_SECRET is the secret that the Hub's webhook was given. POST /hub takes payloads, /health answers ok.
+    Runs start on the Prefect server that PREFECT_API_URL names. REQUANT_WEBHOOK_SECRET is the secret that was given to
+    the webhook on the Hub, of 16 characters or more. The Hub sends its events to POST /hub; /health answers ok.
+
+    \b
+    Examples:
+      requant webhook --host 127.0.0.1 --port 8080
+      REQUANT_STORE=s3://bucket/prefix requant webhook --recipes recipes
     """
     from requant.tasks.settings import read_settings
 

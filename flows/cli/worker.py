@@ -12,13 +12,19 @@ import click
 from requant.tasks.errors import RecipeError
 
 
-@click.command("worker", context_settings={"ignore_unknown_options": True})
+@click.command("worker", context_settings={"ignore_unknown_options": True}, options_metavar="")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="--pool POOL [OPTIONS]")
 def worker(arguments: tuple[str, ...]) -> None:
-    """Start a worker of the Prefect server at PREFECT_API_URL, and end or restart runs whose process is gone.
+    """Start a Prefect worker, and restart runs whose process is gone.
 
-    It takes the options of `prefect worker start`, such as --pool gpu --name gpu-0 --limit 1. One worker started in
-    this way heals the runs of all work pools of a server; any number may do so at a time.
+    PREFECT_API_URL names the Prefect server. The options are those of `prefect worker start`. A run whose process is
+    gone is restarted, or ended if somebody cancelled it. One worker that was started by this command does so for the
+    runs of all work pools of the server; several may do so at the same time.
+
+    \b
+    Examples:
+      requant worker --pool cpu
+      CUDA_VISIBLE_DEVICES=0 requant worker --pool gpu --name gpu-0 --limit 1
     """
     url = os.environ.get("PREFECT_API_URL")
     if not url:

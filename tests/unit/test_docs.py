@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from requant.tasks.measuring.gates import compare
 from requant.tasks.planning.document import PlanDocument
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Benchmark, Gates, Recipe
+from tests.factories.command_lines import check_requant, commands_in, leaves
 from tests.factories.measured import GOOD
 from tests.factories.paths import ROOT, TINY
 
@@ -96,41 +96,6 @@ def test_every_block_says_what_it_is() -> None:
     assert [str(b) for b in BLOCKS if b.language not in {"", "bash", "yaml", "text"}] == []
     unmarked = [b for b in BLOCKS if b.language == ""]
     assert [str(b) for b in unmarked if not b.text.startswith(("$ requant ", "requant/"))] == []
-
-
-def commands_in(text: str) -> Iterator[list[str]]:
-    """The commands of a block: continued lines joined, comments and redirections left out."""
-    for line in text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        if ">" in words:
-            words = words[: words.index(">")]
-        while words and re.fullmatch(r"[A-Za-z_]+=.*", words[0]):
-            words = words[1:]
-        if words:
-            yield words
-
-
-def leaf_of(words: list[str]) -> tuple[click.Command, list[str]]:
-    """The command of the command line that these words begin with, and the rest of them."""
-    command: click.Command = cli
-    while isinstance(command, click.Group):
-        assert words and words[0] in command.commands, f"requant has no command {' '.join(words[:1])}"
-        command, words = command.commands[words[0]], words[1:]
-    return command, words
-
-
-def check_requant(words: list[str]) -> None:
-    """Parse the arguments of `requant` as click does, but for files that exist on nobody's machine."""
-    command, rest = leaf_of(words)
-    context = click.Context(command, info_name=command.name, **command.context_settings)
-    values, left, _ = command.make_parser(context).parse_args(list(rest))
-    assert not left or command.name == "worker", left
-    for parameter in command.params:
-        value = values.get(parameter.name or "")
-        given = isinstance(value, str | tuple | list) and len(value) > 0
-        assert not parameter.required or given, f"{command.name} needs {parameter.name}"
-        if given and not isinstance(parameter.type, click.Path):
-            parameter.type_cast_value(context, value)
 
 
 def check_command(words: list[str]) -> None:
@@ -208,14 +173,6 @@ def test_every_command_and_option_in_running_text_exists(path: Path) -> None:
             assert {word for word in words[1:] if re.fullmatch(r"[a-z0-9-]+", word)} <= TARGETS, code
         elif words and words[0].startswith("--"):
             assert options <= every | FOREIGN_OPTIONS, code
-
-
-def leaves(command: click.Command) -> Iterator[click.Command]:
-    if isinstance(command, click.Group):
-        for each in command.commands.values():
-            yield from leaves(each)
-    else:
-        yield command
 
 
 @pytest.mark.parametrize("block", blocks("yaml"))
