@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import threading
@@ -134,9 +135,10 @@ def test_a_template_that_does_not_end_is_left_out_for_every_chat(
 
 
 def test_chats_that_take_the_template_too_long_together_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering_child, "ALL_S", 0.0)
+    clock = itertools.count(0.0, rendering_child.ALL_S * 0.6)  # is read before a chat and after it
+    monkeypatch.setattr(rendering_child.time, "process_time", lambda: next(clock))
     found = Template(Jinja("fine"))
-    assert found.chat(CHAT) == "fine"
+    assert [found.chat(CHAT) for _ in range(2)] == ["fine"] * 2
     with pytest.raises(Unending):
         found.chat(CHAT)
 
