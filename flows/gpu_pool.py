@@ -23,7 +23,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling, Completed, Failed, Running
 
-from requant.flows.own_run import end_with_the_run
+from requant.flows.own_run import end_if_the_run_is_over, end_with_the_run
 from requant.flows.sweep import after_a_crash, propose
 from requant.flows.work_pool import WorkerNotice, problem_of_pool
 from requant.tasks import benchmark as speed
@@ -116,9 +116,11 @@ def ended(work: Callable[[], Any]) -> State[Any]:
     end_earlier_tasks()
     try:
         work()
+        state: State[Any] = Completed()
     except (RequantError, TimeoutError) as error:  # a task's own time limit is a plain TimeoutError
-        return Failed(message=str(error), data=error)
-    return Completed()
+        state = Failed(message=str(error), data=error)
+    end_if_the_run_is_over()
+    return state
 
 
 def _store() -> Store:

@@ -20,6 +20,8 @@ EVERY_S = 10.0  # seconds between two looks at the run
 
 log = logging.getLogger(__name__)
 
+_lives: dict[UUID, int] = {}  # how often a run of this process had been scheduled when it was first looked at
+
 
 def end_with_the_run() -> None:
     """End this process once its run was cancelled or started again elsewhere, in a thread that looks at it.
@@ -33,8 +35,26 @@ def end_with_the_run() -> None:
         threading.Thread(target=_watch, args=(run_id,), name="own run", daemon=True).start()
 
 
+def end_if_the_run_is_over() -> None:
+    """Look at the run before this process puts its last state: the thread may not have looked since it was cancelled.
+
+    The last state would stand over the cancellation. What cancels a run cancels the run that it waits for on another
+    worker too, and it learns of that sooner than the thread looks.
+    """
+    run_id = UUID(runtime.flow_run.id) if runtime.deployment.id is not None else None
+    if run_id not in _lives:
+        return
+    try:
+        with get_client(sync_client=True) as client:
+            history = client.read_flow_run_states(run_id)
+    except Exception as error:  # A server that is away takes no last state either.
+        log.debug("its run cannot be looked at: %s", error)
+        return
+    if is_over(history, _lives[run_id]):
+        _end(in_order(history)[-1])
+
+
 def _watch(run_id: UUID) -> None:
-    lives: int | None = None
     seen: UUID | None = None
     while True:
         try:
@@ -43,8 +63,7 @@ def _watch(run_id: UUID) -> None:
                     state = client.read_flow_run(run_id).state
                     if state is not None and state.id != seen:
                         history = client.read_flow_run_states(run_id)
-                        lives = lives_of(history) if lives is None else lives
-                        if is_over(history, lives):
+                        if is_over(history, _lives.setdefault(run_id, lives_of(history))):
                             _end(state)
                         seen = state.id
                     time.sleep(EVERY_S)

@@ -15,7 +15,7 @@ from prefect.states import Completed, Failed
 
 from requant.flows.gpu_pool import OPTIONS, cancel_children, on_gpu, pinned, stages_there, where
 from requant.flows.last_run import remember_run
-from requant.flows.own_run import end_with_the_run
+from requant.flows.own_run import end_if_the_run_is_over, end_with_the_run
 from requant.flows.report.markdown import comparison, markdown
 from requant.flows.report.report import Report, gate_rows, verdict, worst
 from requant.tasks import benchmark as speed
@@ -75,6 +75,7 @@ def requantize(recipe: Recipe) -> State[Any]:
         _run(report)
 
     _do(report, work)
+    end_if_the_run_is_over()
     return _ended(report)
 
 
