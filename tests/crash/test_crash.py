@@ -34,7 +34,9 @@ def assert_ended_well(stack: Stack, run: str, recipe: Recipe) -> None:
     ended = stack.finish(run)
     assert ended["state"]["name"] == "Published", ended["state"]["message"]
     assert len(stack.releases(recipe)) == 1
-    assert sorted(set(stack.blocks(run))) == list(range(1, LAYERS + 1))
+    # The last lines of a process that is ended may not reach the server: the next one says what was finished.
+    kept = max(stack.kept_blocks(run), default=0)
+    assert set(stack.blocks(run)) | set(range(1, kept + 1)) == set(range(1, LAYERS + 1)), (kept, stack.blocks(run))
     assert len(stack.blocks(run)) <= LAYERS + 1, stack.blocks(run)
     assert stack.unfinished() == []
 

@@ -125,6 +125,11 @@ class Stack:
         lines = [line for child in self.child_runs(run_id) for line in self.logs(child["id"])]
         return [int(found[1]) for line in lines if (found := re.match(r"block (\d+) of \d+:", line))]
 
+    def kept_blocks(self, run_id: str) -> list[int]:
+        """How many blocks were finished each time when the run's quantize child went on."""
+        lines = [line for child in self.child_runs(run_id) for line in self.logs(child["id"])]
+        return [int(found[1]) for line in lines if (found := re.match(r"going on after (\d+) finished blocks", line))]
+
     def unfinished(self) -> list[str]:
         filters = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING", "SCHEDULED", "CANCELLING"]}}}}
         runs = self.ask("POST", "flow_runs/filter", filters)
