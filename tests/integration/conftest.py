@@ -103,7 +103,7 @@ def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         subprocess.run([script, "down", str(folder)], check=True, capture_output=True, timeout=60)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # unit tests in the same process start children of their own
 def quantize_forks() -> Iterator[None]:
     """Where a test calls the quantize stage itself, its child is a fork of a process that has imported auto-round."""
     with forked_children(quantize_server()):
