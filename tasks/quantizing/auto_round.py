@@ -18,6 +18,7 @@ other than CHECKED. An upgrade means to read each row against the new version, a
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -93,8 +94,25 @@ def patched(patches: Iterable[Patch], report: Report) -> Iterator[None]:
 
 def patches(run: TuningRun) -> list[Patch]:
     """List what is replaced in a run of the quantize stage, in the order in which `patched` has to apply it."""
-    rows = [*tuning(run), *calibrating(), *resuming(run.report), *telling(run)]
+    rows = [*starting(), *tuning(run), *calibrating(), *resuming(run.report), *telling(run)]
     return [*rows, *timing(run.clock)] if run.clock else rows
+
+
+def starting() -> list[Patch]:
+    """List what auto-round need not wait for before it begins."""
+    from auto_round.utils import device
+
+    arch = "X86_64" if platform.machine().lower() in {"x86_64", "amd64"} else platform.machine()
+    return [
+        Patch(
+            device.cpuinfo,
+            "get_cpu_info",
+            lambda original: lambda: {"arch": arch},
+            why="On a CPU auto-round reads the architecture from the answer and nothing else, and waits 1.5 s for it: "
+            "py-cpuinfo measures the clock of the processor for a second.",
+            upstream=NOT_REPORTED,
+        )
+    ]
 
 
 def tuning(run: TuningRun) -> list[Patch]:

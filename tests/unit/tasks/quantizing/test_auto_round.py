@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import platform
 import random
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cpuinfo
 import pytest
 from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
+from auto_round.utils.device import CpuInfo
 from auto_round.utils.resume import ResumeState, compute_run_signature
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
@@ -79,6 +82,7 @@ def test_what_is_replaced_and_in_which_order(tmp_path: Path) -> None:
     """The clocks go around our own replacements, and what keeps the rounded weights around either tuning loop."""
     names = [row.name for row in patches(run_of(tmp_path))]
     assert names == [
+        "get_cpu_info",
         "torch_chunk_gated_delta_rule", "quantize_block",
         "calib",
         "compute_run_signature", "quantize_block", "mark_block_done", "load_q_input", "load_input_ids",
@@ -93,8 +97,18 @@ def test_what_is_replaced_and_in_which_order(tmp_path: Path) -> None:
 def test_without_our_loop_and_without_a_profile_less_is_replaced(tmp_path: Path) -> None:
     run = TuningRun(ignored, 42, loop=None, delta_rule=[modeling_qwen3_5])
     names = [row.name for row in patches(run)]
-    assert names.count("quantize_block") == 1 and len(names) == 9
+    assert names.count("quantize_block") == 1 and len(names) == 10
     assert "torch_chunk_gated_delta_rule" not in names
+
+
+def test_auto_round_learns_of_the_processor_without_waiting_for_its_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpuinfo.cpuinfo, "get_cpu_info_json", lambda: pytest.fail("it measures the clock"))
+    architecture, _ = cpuinfo.cpuinfo._parse_arch(platform.machine())
+    with patched(patches(run_of(tmp_path)), ignored):
+        assert ("X86" in cpuinfo.get_cpu_info()["arch"]) == ("X86" in architecture)
+        assert CpuInfo().bf16 in {True, False}
 
 
 def test_what_was_checked_is_what_is_locked() -> None:
