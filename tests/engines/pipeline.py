@@ -43,7 +43,11 @@ class Made:
 def engine_environment(vllm_python: str) -> dict[str, str]:
     """REQUANT_VLLM for the CPU build, and no settings of the user's own."""
     venv = Path(vllm_python).parent.parent
-    return {**os.environ, "REQUANT_VLLM": f"{ROOT / 'infra' / 'engines' / 'serve'} {venv}", "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        "REQUANT_VLLM": f"{ROOT / 'infra' / 'dev' / 'engines' / 'serve'} {venv}",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def run_pipeline(folder: Path, hub: HubStandIn, vllm_python: str, **changes: Any) -> Made:

@@ -76,6 +76,8 @@ def test_a_recipe_is_chosen_by_name_run_and_its_gates_report_and_pictures_are_se
     child = wait_for(lambda: stack.child_runs(run), 120, "the quantize run")[0]["id"]
     wait_for(lambda: stack.logs(child) and any("block 1 of" in line for line in stack.logs(child)), 300, "a block")
     open_run(page, stack, run, "Logs")
+    page.get_by_role("combobox", name="log sort order").click()  # the page renders only the lines that are in sight
+    page.get_by_role("option", name="Newest to oldest").click()
     expect(page.get_by_text("quantize: waiting for run")).to_be_visible()
     shot(page, "running")
     open_run(page, stack, child, "Artifacts")
