@@ -9,7 +9,8 @@ DOCUMENTS := .venv/.documents
 TESTS ?= -m "not slow"
 SEED := $(shell date +%j)
 PYTEST := $(BIN)/python -m pytest
-PARALLEL := -n 2 --dist loadgroup # two processes; tests that share a server stay in one of them
+# Three processes, since half of their time on two cores is waiting. Tests that share a server stay in one of them.
+PARALLEL := -n 3 --dist loadgroup
 
 PARTS := all-integration all-engines all-ui all-crash
 

@@ -19,7 +19,7 @@ for name in list(os.environ):
     if name.startswith(("HF_", "HUGGING_FACE", "AWS_", "REQUANT_", "PREFECT_")) and not ours:
         del os.environ[name]
 bypass_proxy_on_loopback(os.environ)
-# Threads of two processes on the same cores wait for each other, and the models here are small: one is faster.
+# Threads of several processes on the same cores wait for each other, and the models here are small: one is faster.
 os.environ.update(HF_HUB_DISABLE_XET="1", DO_NOT_TRACK="1", OMP_NUM_THREADS="1")
 # Nothing is written into the user's cache, and no process of the tests reads what another one wrote.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="requant-tests-hf-")
