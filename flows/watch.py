@@ -10,8 +10,9 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.states import Completed, Failed
 
+from requant.flows import RECIPES_FOLDER
 from requant.flows.start import start_on_server
-from requant.flows.watching import RECIPES, watch_pass
+from requant.flows.watching import watch_pass
 from requant.tasks.errors import RequantError
 from requant.tasks.pipeline.log import log_into_runs
 
@@ -21,7 +22,7 @@ log_into_runs()
 
 
 @flow(name="watch", persist_result=False)
-def watch(folder: str = str(RECIPES)) -> Any:
+def watch(folder: str = str(RECIPES_FOLDER)) -> Any:
     """Compare the base of every recipe in a folder with what the recipe was last run on, and start what is due.
 
     A base that cannot be looked at stops no other: the run then ends in the state Problems, and its table names them.

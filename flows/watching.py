@@ -20,8 +20,6 @@ from requant.tasks.recipe.loader import load_recipe
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store, open_store
 
-RECIPES = Path("deployments/recipes")
-
 
 @dataclass(frozen=True)
 class Tracked:

@@ -244,7 +244,8 @@ def _digest(folder: str | None) -> str:
 def _manager(settings: Eval) -> Any:
     """Give lm-eval's index of tasks. Reading it runs nothing: what it would run is loaded with a task.
 
-    Its own tasks are read only where those of the user's folder do not suffice; by one name it takes the user's anyway.
+    lm-eval's own tasks are read only where those in the user's folder do not suffice. Of two tasks of one name it takes
+    the user's in any case.
     """
     folder, digest = settings.definitions, _digest(settings.definitions)
     if folder is not None:

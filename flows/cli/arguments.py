@@ -1,10 +1,11 @@
-"""What arguments of several commands name: a repo on the Hub, or one at a revision."""
+"""What several commands are told: a repo on the Hub, one at a revision, a Prefect server."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
-from requant.tasks.errors import RequantError
+from requant.tasks.errors import RecipeError, RequantError
 
 if TYPE_CHECKING:
     from requant.tasks.hub.revision import Revision
@@ -25,3 +26,11 @@ def check_repo_id(name: str) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise RequantError(f"{name} is not a repo on the Hub: name it as owner/name")
     return name
+
+
+def server_url() -> str:
+    """Return the address of the Prefect server in PREFECT_API_URL. Raises RecipeError if it is not set."""
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
+        raise RecipeError("PREFECT_API_URL is not set: name the Prefect server, as in http://127.0.0.1:4200/api")
+    return url

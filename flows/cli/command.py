@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+from requant.flows import RECIPES_FOLDER
 from requant.tasks.errors import redact
 
 
@@ -44,7 +45,7 @@ FORCE = click.option(
 RECIPES = click.option(
     "--recipes",
     type=click.Path(path_type=Path),
-    default=Path("deployments/recipes"),
+    default=RECIPES_FOLDER,
     metavar="FOLDER",
     show_default=True,
     help="Watch the bases of the recipes in this folder, one YAML file per recipe.",

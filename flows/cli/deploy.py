@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import click
 
+from requant.flows.cli.arguments import server_url
 from requant.flows.cli.command import command
-from requant.tasks.errors import RecipeError
 
 
 @command("deploy")
@@ -26,9 +25,7 @@ def deploy(folder: Path) -> tuple[dict[str, Any], str, int]:
       requant deploy
       PREFECT_API_URL=http://prefect:4200/api requant deploy deployments
     """
-    url = os.environ.get("PREFECT_API_URL")
-    if not url:
-        raise RecipeError("PREFECT_API_URL is not set: name the Prefect server, as in http://127.0.0.1:4200/api")
+    url = server_url()
     from requant.flows.deployment import (
         POOLS,
         apply_automations,

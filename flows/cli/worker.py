@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
 
 import click
 
-from requant.tasks.errors import RecipeError
+from requant.flows.cli.arguments import server_url
 
 
 @click.command("worker", context_settings={"ignore_unknown_options": True}, options_metavar="")
@@ -26,9 +25,7 @@ def worker(arguments: tuple[str, ...]) -> None:
       requant worker --pool cpu
       CUDA_VISIBLE_DEVICES=0 requant worker --pool gpu --name gpu-0 --limit 1
     """
-    url = os.environ.get("PREFECT_API_URL")
-    if not url:
-        raise RecipeError("PREFECT_API_URL is not set: name the Prefect server, as in http://127.0.0.1:4200/api")
+    url = server_url()
     from requant.flows.embedded import check_server
 
     check_server(url)

@@ -43,9 +43,7 @@ class CardFacts:
     provenance: Mapping[str, Mapping[str, Any]]  # each stage's record
     pictures: Sequence[Picture] = ()
     others: Mapping[str, Recipe] = field(default_factory=dict)  # what the same run makes of the base beside this
-    engines: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=dict
-    )  # the plan's verdicts: which load it and draft
+    engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the plan's verdicts, by engine
     version: str = requant.__version__
 
     @property

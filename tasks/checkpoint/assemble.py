@@ -23,7 +23,8 @@ from requant.tasks.errors import CheckpointError
 def assemble(base: Checkpoint, packed: Checkpoint, bits: Mapping[str, int], out: Path) -> list[File]:
     """Write weights, index, config.json and quantization_config.json of the quantized checkpoint, without the head.
 
-    `base` is as it was quantized: FP8 weights as BF16 (`plain`), fused experts `one_by_one`.
+    `base` is as it was quantized: FP8 weights as BF16 (`dequantize_fp8`), fused experts one by one
+    (`split_fused_experts`).
     `bits` is what auto-round says it did to each layer; every one with fewer than 16 must have its packed parts with
     the shapes of its scheme, and nothing else may have any. Raises CheckpointError naming the first layer that is
     not as it should be: nothing is left unaccounted for.

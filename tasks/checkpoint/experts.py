@@ -66,7 +66,7 @@ def split_fused_experts(checkpoint: Checkpoint, held: Container[str] = (), *, he
 
 
 def unknown_layout(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with fused experts that `one_by_one` has left, as a sentence; None where there are none."""
+    """Say what is wrong with fused experts that `split_fused_experts` has left; None where there are none."""
     head = checkpoint.head.names if checkpoint.head else ()
     for name, tensor in checkpoint.tensors.items():
         if len(tensor.shape) == 3 and "expert" in name and name not in head and block_of(name):

@@ -38,8 +38,10 @@ def is_fp8(tensors: Iterable[Tensor]) -> bool:
 
 
 def dequantize_fp8(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with BF16 weights in place of FP8 ones, computed when they are read, and without their scales
-    and quantization config; the same checkpoint where nothing is FP8. Raises CheckpointError as `plain_tensors`."""
+    """Put BF16 weights in place of FP8 ones, computed when they are read, and drop scales and quantization config.
+
+    Returns the same checkpoint where nothing is FP8. Raises CheckpointError as `dequantized_tensors`.
+    """
     if not is_fp8(checkpoint.tensors.values()):
         return checkpoint
     tensors = dequantized_tensors(checkpoint.tensors.values(), checkpoint.config)

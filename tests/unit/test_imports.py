@@ -92,10 +92,8 @@ def test_nothing_below_imports_what_is_above(importer: str, forbidden: str) -> N
 def test_our_modules_are_imported_under_the_name_of_the_package(top: str) -> None:
     """Otherwise one file would be two modules, and a `tasks.py` of the user's could take the place of ours."""
     for path in sorted((ROOT / top).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.split(".")[0] for name in names} & {"flows", "tasks"}, f"{path}: {names}"
+        for line, name in imports(path):
+            assert name.split(".")[0] not in {"flows", "tasks"}, f"{path}:{line}: {name}"
 
 
 HEAVY = ["torch", "prefect", "transformers", "matplotlib", "httpx", "pydantic", "yaml", "rich"]
