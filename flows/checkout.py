@@ -83,7 +83,7 @@ def check_writable(where: Path, named: Path) -> None:
                 path.rmdir()
 
 
-def lay_out(
+def copy_to_folder(
     store: Store,
     manifest: Manifest,
     folder: Path,

@@ -207,7 +207,7 @@ def _schedules(wanted: Deployment, there: DeploymentResponse | None) -> list[Dep
             raise RecipeError(
                 f"prefect.yaml: deployment {wanted.name} has a schedule that is none ({reason})"
             ) from error
-        same = [each.active for each in before if _told(each.schedule) == _told(schedule)]
+        same = [each.active for each in before if _describe_schedule(each.schedule) == _describe_schedule(schedule)]
         active = same[0] if same else document.active and not all_paused
         schedules.append(DeploymentScheduleCreate(schedule=schedule, active=active))
     return schedules
@@ -215,10 +215,12 @@ def _schedules(wanted: Deployment, there: DeploymentResponse | None) -> list[Dep
 
 def _same_schedules(wanted: list[DeploymentScheduleCreate], there: DeploymentResponse) -> bool:
     """Whether the server has these schedules, which it returns in an order of its own."""
-    return sorted(_told(each.schedule) for each in wanted) == sorted(_told(each.schedule) for each in there.schedules)
+    return sorted(_describe_schedule(each.schedule) for each in wanted) == sorted(
+        _describe_schedule(each.schedule) for each in there.schedules
+    )
 
 
-def _told(schedule: BaseModel) -> str:
+def _describe_schedule(schedule: BaseModel) -> str:
     """A schedule in words. The anchor of an interval is the moment of its creation: it differs each time."""
     return schedule.model_dump_json(exclude={"anchor_date"})
 

@@ -33,7 +33,7 @@ from requant.tasks.artifact import Manifest
 from requant.tasks.errors import RecipeError, RequantError, StoreError
 from requant.tasks.hub.revision import Revision
 from requant.tasks.pipeline.log import log_into_runs
-from requant.tasks.pipeline.prefect import end_earlier_tasks, options, shown
+from requant.tasks.pipeline.prefect import end_earlier_tasks, options, stage_summary
 from requant.tasks.pipeline.stage import Stage, StageResult
 from requant.tasks.planning.stages import ON_GPU
 from requant.tasks.recipe.loader import recipe_of
@@ -181,7 +181,7 @@ def _on_gpu(stage: Stage, key: str, parameters: dict[str, Any]) -> Any:
         _run_there(stage.name, key, parameters)
         manifest = _made(store, stage.name, key)
     seconds = round(time.monotonic() - started, 3)
-    return shown(StageResult(stage.name, key, state, seconds, manifest, store.provenance(stage.name, key)))
+    return stage_summary(StageResult(stage.name, key, state, seconds, manifest, store.provenance(stage.name, key)))
 
 
 def _run_there(name: str, key: str, parameters: dict[str, Any]) -> None:

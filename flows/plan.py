@@ -9,7 +9,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import Completed, Failed
 
 from requant.flows.gpu_pool import OPTIONS
-from requant.flows.report.plan import headline, markdown, subject
+from requant.flows.report.plan import markdown, plan_headline, subject
 from requant.tasks import plan as planning
 from requant.tasks.errors import Refused, RequantError
 from requant.tasks.pipeline.log import log_into_runs
@@ -33,7 +33,7 @@ def _plan(recipe: Recipe, elsewhere: bool) -> dict[str, Any]:
     """Plan, and show it in the UI. Returns the document as JSON: whoever reads the result of a run needs no Requant."""
     document = planning.plan(open_store(), recipe, elsewhere=elsewhere)
     text = markdown(document, f"plan of {recipe.base.repo_id}")
-    create_markdown_artifact(text, key="requant-plan", description=f"{subject(document)}: {headline(document)}")
+    create_markdown_artifact(text, key="requant-plan", description=f"{subject(document)}: {plan_headline(document)}")
     stages = [stage.to_json() for stage in document.stages]
     create_table_artifact(stages, key="requant-plan-stages", description="What would run, and how long")
     if document.problems:

@@ -17,7 +17,7 @@ from requant.flows.gpu_pool import OPTIONS, cancel_children, on_gpu, pinned, sta
 from requant.flows.last_run import remember_run
 from requant.flows.own_run import end_if_the_run_is_over, end_with_the_run
 from requant.flows.report.markdown import comparison, markdown
-from requant.flows.report.report import Report, gate_rows, verdict, worst
+from requant.flows.report.report import RunReport, gate_rows, verdict, worst
 from requant.tasks import benchmark as speed
 from requant.tasks import quantize as quantizing
 from requant.tasks import validate as quality
@@ -29,7 +29,6 @@ from requant.tasks.errors import RecipeError, RequantError
 from requant.tasks.evaluate import check_tasks
 from requant.tasks.hub.publish_target import check_target
 from requant.tasks.hub.revision import Revision, resolve
-from requant.tasks.measuring.gates import accepted, compare, summary
 from requant.tasks.mtp_fix import mtp_fix_task
 from requant.tasks.pipeline.log import log_into_runs
 from requant.tasks.pipeline.prefect import end_earlier_tasks, options
@@ -44,6 +43,7 @@ from requant.tasks.store import Store, open_store
 from requant.tasks.store.runs import recorded
 from requant.tasks.texts.text import Text, find_text
 from requant.tasks.validate import validate_task
+from requant.tasks.validating.gates import accepted, judge, summary
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ log_into_runs()
 class RunFailed(RequantError):
     """A run that ended early; `report` holds what was done before."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: RunReport) -> None:
         super().__init__(verdict(report))
         self.report = report
 
@@ -65,7 +65,7 @@ def requantize(recipe: Recipe) -> State[Any]:
     The last state holds a Report, or RunFailed with one; its name is what came of the run, its message says why.
     """
     try:
-        report = Report(recipe_of(recipe))
+        report = RunReport(recipe_of(recipe))
     except RecipeError as error:
         return Failed(message=str(error), data=error)
 
@@ -79,7 +79,7 @@ def requantize(recipe: Recipe) -> State[Any]:
     return _ended(report)
 
 
-def _do(report: Report, work: Callable[[], None]) -> None:
+def _do(report: RunReport, work: Callable[[], None]) -> None:
     """Do the work of a run, or of one output of it, and show what came of it."""
     try:
         work()
@@ -91,7 +91,7 @@ def _do(report: Report, work: Callable[[], None]) -> None:
         create_markdown_artifact(text, key=_key("report", report), description="What this run made and measured")
 
 
-def _ended(report: Report) -> State[Any]:
+def _ended(report: RunReport) -> State[Any]:
     """The last state of a run, or of one output of it."""
     if report.status == "failed":
         return Failed(message=verdict(report), data=RunFailed(report))
@@ -100,7 +100,7 @@ def _ended(report: Report) -> State[Any]:
     return Completed(name=report.status.capitalize(), message=verdict(report), data=report)
 
 
-def _run(report: Report) -> None:
+def _run(report: RunReport) -> None:
     """Look at everything before the first byte, then make what the recipe asks for."""
     store, recipe = open_store(), report.recipe
     store.check()
@@ -116,12 +116,12 @@ def _run(report: Report) -> None:
         remember_run(store, recipe, report.base, report.status)
 
 
-def _outputs(store: Store, report: Report, calibration: Text, text: Text, foreseen: Mapping[str, Foreseen]) -> None:
+def _outputs(store: Store, report: RunReport, calibration: Text, text: Text, foreseen: Mapping[str, Foreseen]) -> None:
     """Make each output, one after the other; one that fails or is rejected stops no other."""
     recipes = report.recipe.each
     for name, recipe in recipes.items():
         log.info(f"output {len(report.outputs) + 1} of {len(recipes)}: {name}")
-        one = report.outputs[name] = Report(recipe, name, base=report.base)
+        one = report.outputs[name] = RunReport(recipe, name, base=report.base)
         others = {other: foreseen[other].recipe for other in recipes if other != name}
         _do(one, functools.partial(_stages, store, one, calibration, text, foreseen, others))
         _show(one)
@@ -130,7 +130,7 @@ def _outputs(store: Store, report: Report, calibration: Text, text: Text, forese
         report.error = verdict(report)
 
 
-def _show(report: Report) -> None:
+def _show(report: RunReport) -> None:
     """What came of an output, as a task of its name: Prefect's UI shows the state beside those of the stages.
 
     The stages themselves are no part of it. A task inside another is part of its transaction, and one that is tried
@@ -141,7 +141,7 @@ def _show(report: Report) -> None:
 
 def _stages(
     store: Store,
-    report: Report,
+    report: RunReport,
     calibration: Text,
     text: Text,
     foreseen: Mapping[str, Foreseen],
@@ -157,7 +157,7 @@ def _stages(
     fixed = _done(mtp_fix_task(recipe, downloaded.manifest, quantized.manifest), report)
     artifact = report.artifact = fixed.manifest
     report.measured = measured = quality.read_values(store, _done(_validate(recipe, downloaded, fixed, text), report))
-    report.gates = compare(measured, recipe.gates)
+    report.gates = judge(measured, recipe.gates)
     show_gates(report)
     if not accepted(report.gates):
         report.status = "rejected"
@@ -225,7 +225,7 @@ def preflight_task(
     return preflight(open_store(), recipe, base, calibration, text, there)
 
 
-def show_gates(report: Report) -> None:
+def show_gates(report: RunReport) -> None:
     """The gates as a table in Prefect's UI: what failed comes first."""
     gates = report.gates
     rows = gate_rows(sorted(gates, key=lambda gate: (not gate.failed, gate.passed is not None)))
@@ -236,12 +236,12 @@ def show_gates(report: Report) -> None:
     )
 
 
-def _key(kind: str, report: Report) -> str:
+def _key(kind: str, report: RunReport) -> str:
     """The key of an artifact in Prefect's UI, which has small letters, digits and dashes: of each output its own."""
     return re.sub(r"[^a-z0-9]+", "-", f"requant-{kind} {report.name}".lower()).strip("-")
 
 
-def draw_pictures(report: Report) -> None:
+def draw_pictures(report: RunReport) -> None:
     """Draw what was measured, once. A picture that cannot be drawn ends no run: the numbers are there without it."""
     if report.pictures:
         return
@@ -258,7 +258,7 @@ def embedded(picture: Picture) -> str:
     return f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
 
 
-def _done(outcome: Any, report: Report) -> StageResult:
+def _done(outcome: Any, report: RunReport) -> StageResult:
     """A stage's result. A task that ended in a named state hands over the state, any other its result."""
     result: StageResult = outcome.result() if isinstance(outcome, State) else outcome
     report.stages.append(result)

@@ -25,7 +25,7 @@ DEPLOYMENT = "requantize/requantize"
 MAX_RUNS = 3  # runs of one commit and recipe, of which a later one is started when those before it failed
 RETRY_AFTER = datetime.timedelta(minutes=10)  # before that: what restarts crashed runs gets its turn first
 BATCH = 60  # recipes a request: each has ATTEMPTS keys, and the server answers with 200 runs at most
-TRIES = 5  # to have the server take a run
+MAX_TRIES = 5  # to have the server take a run
 
 
 def start_here(store: Store, due: Sequence[Due]) -> Iterator[Started | Problem]:
@@ -70,7 +70,7 @@ def _create(client: SyncPrefectClient, deployment: UUID, wanted: list[tuple[Due,
     What it does not take (SQLite is locked) is asked for again. Recipes have been checked, and their runs check
     them once more: the server need not.
     """
-    for attempt in range(TRIES):
+    for attempt in range(MAX_TRIES):
         if not wanted:
             return
         bodies = [
@@ -90,7 +90,7 @@ def _create(client: SyncPrefectClient, deployment: UUID, wanted: list[tuple[Due,
         for (each, key), result in zip(wanted, results, strict=True):
             if result["status"] == "CREATED":
                 yield Started(each.name, each.base, result["flow_run_id"], "scheduled")
-            elif attempt + 1 < TRIES:
+            elif attempt + 1 < MAX_TRIES:
                 failed.append((each, key))
             else:
                 sentence = str(result["error"]).splitlines()[0][:300]

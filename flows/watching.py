@@ -14,7 +14,7 @@ from typing import Any
 
 from requant.flows.last_run import last_run
 from requant.tasks.errors import RecipeError, RequantError
-from requant.tasks.hub.rate_limit import PARALLEL, Pace
+from requant.tasks.hub.rate_limit import PARALLEL_REQUESTS, Pace
 from requant.tasks.hub.revision import Revision, resolve
 from requant.tasks.recipe.loader import load_recipe
 from requant.tasks.recipe.recipe import Recipe
@@ -128,7 +128,7 @@ def look(store: Store, tracked: Sequence[Tracked], pace: Pace) -> tuple[list[Due
     bases: dict[tuple[str, str], list[Tracked]] = defaultdict(list)
     for each in tracked:
         bases[each.recipe.base.repo_id, each.recipe.base.revision].append(each)
-    pool = ThreadPoolExecutor(PARALLEL)
+    pool = ThreadPoolExecutor(PARALLEL_REQUESTS)
     try:
         found = list(pool.map(lambda group: _compare(store, group, pace), bases.values()))
     finally:

@@ -42,7 +42,7 @@ class WorkerNotice:
         self._tell = tell
         self._clock = clock
         self._looked_s: float | None = None
-        self._told: str | None = None
+        self._describe_schedule: str | None = None
 
     def look(self, waiting: bool) -> None:
         """Look at the pool once a minute while the run waits. Raises what `problem` and `tell` raise."""
@@ -57,6 +57,6 @@ class WorkerNotice:
             self._say(self._problem())
 
     def _say(self, problem: str | None) -> None:
-        if problem != self._told:
+        if problem != self._describe_schedule:
             self._tell(problem)
-            self._told = problem
+            self._describe_schedule = problem

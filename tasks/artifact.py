@@ -23,9 +23,9 @@ from requant.tasks.errors import CheckpointError, StoreError
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # What a published repo holds beside an artifact, under names of its own. A base's files of these names are not taken
 # over; the Hub writes .gitattributes itself.
-OURS = CARD, RELEASE, RECIPE, REPORT = "README.md", "requant.json", "recipe.yaml", "report.md"
+RELEASE_FILES = CARD, RELEASE, RECIPE, REPORT = "README.md", "requant.json", "recipe.yaml", "report.md"
 GITATTRIBUTES = ".gitattributes"
-REWRITTEN = (*OURS, GITATTRIBUTES)
+REWRITTEN = (*RELEASE_FILES, GITATTRIBUTES)
 PICTURES = "pictures"  # the folder of a release's pictures, beside its card
 
 

@@ -19,18 +19,18 @@ from requant.tasks.artifact import File, Manifest
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.writer import write_file, write_json
 from requant.tasks.errors import CheckpointError, redact
-from requant.tasks.pipeline.prefect import options, shown
+from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
 from requant.tasks.recipe.engine_flags import speculates, with_drafts, without_drafts
 from requant.tasks.recipe.recipe import Benchmark, Recipe
 from requant.tasks.serving.client import SAMPLING
-from requant.tasks.serving.measure import measure, summarized
+from requant.tasks.serving.measure import measure_speed, summarized
 from requant.tasks.serving.prompts import digest_of_prompts, has_chat_template, prompts_of
 from requant.tasks.serving.vllm import find, server_at, vllm
 from requant.tasks.store import Store, open_store
 
 STAGE = Stage("benchmark", 2, tools=("transformers", "auto-round"))
-RESULT = "benchmark.json"
+RESULT_FILE = "benchmark.json"
 KEPT_LOG = 4 << 20  # bytes of an engine's log, its end
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def benchmark(store: Store, recipe: Recipe, artifact: Manifest) -> StageResult:
         values = bench(ours, recipe.benchmark, logs, remote_code=recipe.allow_remote_code)
         kept = [_keep_log(path, folder / "out") for path in sorted(logs.glob("*.log"))]
         values = {**values, "logs": [file.path for file in kept]}
-        files = [write_json(folder / "out", RESULT, values), *kept]
+        files = [write_json(folder / "out", RESULT_FILE, values), *kept]
         put_files(store, folder / "out", files)
         return Made(Manifest.of(files), {"measured": values, "bytes_read": artifact.size})
 
@@ -108,7 +108,7 @@ def bench(
     prompts = prompts_of(asked.prompts, asked.max_tokens)
     if engine.startswith("url:"):
         server = server_at(engine.removeprefix("url:"), chat=chat)
-        rows = measure(server, prompts, asked.concurrency, None)
+        rows = measure_speed(server, prompts, asked.concurrency, None)
         return {"engine": engine, "model": server.model, **summarized(rows), **settings, "commands": []}
     modes = _modes(mtp, checkpoint, asked.flags)
     rows, commands, peaks, version = [], [], {}, ""
@@ -121,7 +121,7 @@ def bench(
             chat=chat,
             remote_code=remote_code,
         ) as running:
-            rows += measure(running.server, prompts, asked.concurrency, drafting)
+            rows += measure_speed(running.server, prompts, asked.concurrency, drafting)
             running.look_at_memory()
             version, peaks[name] = running.version, running.peak_gpu_bytes
             commands.append({"mtp": drafting, "words": running.command})
@@ -154,10 +154,10 @@ def _modes(mtp: str, checkpoint: Checkpoint, flags: Mapping[str, Any]) -> list[b
 
 def read_values(store: Store, result: StageResult) -> dict[str, Any]:
     """What a benchmark stage measured."""
-    values: dict[str, Any] = json.loads(store.read_blob(result.manifest[RESULT]))
+    values: dict[str, Any] = json.loads(store.read_blob(result.manifest[RESULT_FILE]))
     return values
 
 
 @task(**options("benchmark", hours=4))
 def benchmark_task(recipe: Recipe, artifact: Manifest) -> Any:
-    return shown(benchmark(open_store(), recipe, artifact))
+    return stage_summary(benchmark(open_store(), recipe, artifact))

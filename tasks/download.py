@@ -19,14 +19,14 @@ from requant.tasks.artifact import File, Manifest, git_blob_id
 from requant.tasks.errors import HubUnavailable
 from requant.tasks.hub.fetch import fetch
 from requant.tasks.hub.revision import HubFile, Revision
-from requant.tasks.pipeline.prefect import options, shown
+from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, run_stage
 from requant.tasks.store import Store, open_store
 from requant.tasks.store.folder import inside
 from requant.tasks.texts.text import Text, has_rows
 
 STAGE = Stage("download", 1)
-PARALLEL = 4
+PARALLEL_DOWNLOADS = 4
 log = logging.getLogger(__name__)
 
 
@@ -39,7 +39,7 @@ def download(store: Store, base: Revision) -> StageResult:
 
     def work(folder: Path) -> Made:
         base.check_names()
-        with ThreadPoolExecutor(PARALLEL) as pool:
+        with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
             contexts = [contextvars.copy_context() for _ in base.wanted]  # so that threads log into the run at hand
             have = partial(_have, store, base, folder)
             fetched = list(pool.map(lambda file, context: context.run(have, file), base.wanted, contexts))
@@ -88,4 +88,4 @@ def text_files(store: Store, text: Text, folder: Path) -> list[Path]:
 
 @task(**options("download", hours=12))
 def download_task(base: Revision) -> Any:
-    return shown(download(open_store(), base))
+    return stage_summary(download(open_store(), base))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 STAGE = Stage("evaluate", 1, tools=("lm_eval", "transformers"))
-RESULT = "scores.json"
+RESULT_FILE = "scores.json"
 SEED = 1234  # of few-shot examples and bootstrap
 BOOTSTRAP = 1000  # draws, for the standard error of metrics that are no mean
 Scores = dict[str, dict[str, Any]]  # by task
@@ -85,11 +85,11 @@ def evaluated(
     def work(scratch: Path) -> Made:
         log.info(f"evaluating {folder.name} on {', '.join(settings.tasks)}")
         scores = evaluate(folder, settings, device, dtype, remote_code=recipe.allow_remote_code)
-        files = [write_json(scratch, RESULT, scores)]
+        files = [write_json(scratch, RESULT_FILE, scores)]
         put_files(store, scratch, files)
         return Made(Manifest.of(files), {"scores": scores, "data": data})
 
-    found: Scores = json.loads(store.read_blob(run_stage(store, STAGE, key, work).manifest[RESULT]))
+    found: Scores = json.loads(store.read_blob(run_stage(store, STAGE, key, work).manifest[RESULT_FILE]))
     return found
 
 
@@ -105,7 +105,7 @@ def evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from requant.tasks.measuring.model import free, load_model, load_tokenizer
+    from requant.tasks.validating.model import free, load_model, load_tokenizer
 
     model = load_model(Checkpoint.open(folder).sound(), dtype, device, remote_code=remote_code)
     tokenizer = load_tokenizer(folder, remote_code=remote_code)
@@ -188,7 +188,7 @@ def recovery(base: Mapping[str, Mapping[str, Any]], ours: Mapping[str, Mapping[s
 
 def whole(base: Path) -> tuple[torch.device, torch.dtype]:
     """Where and in what a base, and what is made of it, is evaluated: all of it is in memory at once."""
-    from requant.tasks.measuring.model import pick_device, pick_dtype
+    from requant.tasks.validating.model import pick_device, pick_dtype
 
     parameters = sum(math.prod(tensor.shape) for tensor in Checkpoint.open(base).tensors.values())
     device = pick_device(parameters)

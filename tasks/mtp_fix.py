@@ -15,7 +15,7 @@ from prefect import task
 from requant.tasks.artifact import REWRITTEN, File, Manifest
 from requant.tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from requant.tasks.checkpoint.head import HEAD_SHARD, HeadFiles, keep_head, shards_with_head, without_head
-from requant.tasks.pipeline.prefect import options, shown
+from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store, open_store
@@ -73,4 +73,4 @@ def _remaining(base: Manifest, there: set[str]) -> list[File]:
 
 @task(**options("mtp_fix", hours=4))
 def mtp_fix_task(recipe: Recipe, base: Manifest, quantized: Manifest) -> Any:
-    return shown(mtp_fix(open_store(), recipe, base, quantized))
+    return stage_summary(mtp_fix(open_store(), recipe, base, quantized))

@@ -30,7 +30,7 @@ from requant.tasks.planning.document import (
     Plan,
     PlanDocument,
     PlannedBase,
-    Transfer,
+    Transfers,
     UnknownNeeds,
 )
 from requant.tasks.planning.groups import settled
@@ -165,7 +165,7 @@ class _Planner:
             stages=stages,
             output=output.layout(recipe),
             needs=needed,
-            transfer=Transfer.of(stages),
+            transfer=Transfers.of(stages),
             engines=output.engines(),
             hardware=total_hardware(recipe, stages),
             changes=self.base.changes,
@@ -179,7 +179,7 @@ class _Planner:
             return []
         store, problems = self.base.store, []
         # With a store that machines share, the one that quantizes may be another than this.
-        if store.is_local and (too_little := disk_problem(disk_bytes, store.near.root)):
+        if store.is_local and (too_little := disk_problem(disk_bytes, store.cache.root)):
             problems.append(too_little)
         return [*problems, *tool_problems(_tools(recipe, {*to_run} - {*self.there}))]
 
@@ -227,7 +227,7 @@ def _without_result(recipe: Recipe, base: Revision | None, problems: Iterable[st
         stages=(),
         output=OutputTotals(bytes=None, quantized_tensors=None, kept_tensors=None),
         needs=UnknownNeeds(disk_bytes=None, ram_bytes=None, vram_bytes=None),
-        transfer=Transfer.of(()),
+        transfer=Transfers.of(()),
         engines={},
         hardware=total_hardware(recipe, ()),
         changes=None,

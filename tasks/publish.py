@@ -19,13 +19,13 @@ from requant.tasks.card.card import make_card
 from requant.tasks.card.facts import CardFacts, FileFacts
 from requant.tasks.card.pinned import recipe_text
 from requant.tasks.checkpoint.checkpoint import INDEX
-from requant.tasks.checkpoint.packing import PARTS
+from requant.tasks.checkpoint.packing import GPTQ_PARTS
 from requant.tasks.checkpoint.writer import write_file
 from requant.tasks.errors import redact
-from requant.tasks.hub.manifest import SMALL, release_document
+from requant.tasks.hub.manifest import MAX_REGULAR_FILE_BYTES, release_document
 from requant.tasks.hub.release import release
 from requant.tasks.hub.revision import Revision
-from requant.tasks.pipeline.prefect import options, shown
+from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import StageResult, machine_errors
 from requant.tasks.planning.reasons import why_kept
 from requant.tasks.recipe.recipe import Recipe
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 def file_facts(store: Store, recipe: Recipe, base_files: Manifest, artifact: Manifest) -> FileFacts:
     """Read what a card tells of the files of an artifact and of its base."""
     index = json.loads(store.read_blob(artifact[INDEX]))
-    kept_names = tuple(name for name in index["weight_map"] if name.rsplit(".", 1)[-1] not in PARTS)
+    kept_names = tuple(name for name in index["weight_map"] if name.rsplit(".", 1)[-1] not in GPTQ_PARTS)
     return FileFacts(
         digest=artifact.digest,
         weights_bytes=artifact.weights,
@@ -75,7 +75,7 @@ def release_files(store: Store, artifact: Manifest, facts: CardFacts, report: st
         REPORT: redact(report).encode(),
         **{path: picture.png for path, picture in pictures.items()},
     }
-    small = {f.path: git_blob_id_of(store.read_blob(f)) for f in artifact.files if f.size <= SMALL}
+    small = {f.path: git_blob_id_of(store.read_blob(f)) for f in artifact.files if f.size <= MAX_REGULAR_FILE_BYTES}
     beside[RELEASE] = release_document(
         version=facts.version,
         base=facts.base,
@@ -116,4 +116,4 @@ def publish(
 
 @task(**options("publish", hours=12, retries=8))
 def publish_task(recipe: Recipe, base: Revision, artifact: Manifest, beside: Mapping[str, bytes]) -> Any:
-    return shown(publish(open_store(), recipe, base, artifact, beside))
+    return stage_summary(publish(open_store(), recipe, base, artifact, beside))

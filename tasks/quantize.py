@@ -21,15 +21,15 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.fp8 import dequantize_fp8, is_fp8, write_dequantized
 from requant.tasks.download import text_files
-from requant.tasks.pipeline.prefect import BlockProgress, options, shown
+from requant.tasks.pipeline.prefect import BlockProgress, options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
 from requant.tasks.quantizing import resume
-from requant.tasks.quantizing.events import Report
-from requant.tasks.quantizing.ladder import blocks_of, down_the_ladder
+from requant.tasks.quantizing.events import EventSink
+from requant.tasks.quantizing.ladder import down_the_ladder, tuned_blocks
 from requant.tasks.recipe.quantize import Quantize
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store, open_store
-from requant.tasks.store.resume import kept, restore, sweep
+from requant.tasks.store.resume import delete_resume, download_resume, resume_uploads
 from requant.tasks.texts.rendering import TEMPLATES, TOKENIZER, render
 from requant.tasks.texts.text import Text
 
@@ -75,7 +75,7 @@ def quantize(
     recipe: Recipe,
     base: Manifest,
     calibration: Text,
-    report: Report = lambda event: None,
+    report: EventSink = lambda event: None,
 ) -> StageResult:
     """Quantize a downloaded base. `report` gets the child's events as they come.
 
@@ -104,7 +104,7 @@ def quantize(
                 remote_code=recipe.allow_remote_code,
                 most_tokens=most,
             )
-            log.info(f"calibration: {chats.told}")
+            log.info(f"calibration: {chats.summary}")
             texts = [chats.path]
         job = {
             **_settings(recipe.quantize),
@@ -115,9 +115,9 @@ def quantize(
             "head": head.prefixes if head else [],
             "allow_remote_code": recipe.allow_remote_code,
         }
-        if restore(store, STAGE.name, key, folder, resume.worth_fetching):
+        if download_resume(store, STAGE.name, key, folder, resume.worth_fetching):
             log.info(f"going on from {resume.finished(folder)} blocks that another machine finished")
-        with kept(store, STAGE.name, key, folder, resume.portable):
+        with resume_uploads(store, STAGE.name, key, folder, resume.portable):
             result, attempts = down_the_ladder(job, folder, report)
         packed = Checkpoint.open(Path(result["checkpoint"]))
         files = assemble(checkpoint, packed, result["bits"], folder / "assembled")
@@ -128,7 +128,7 @@ def quantize(
             "settings": result["settings"],
             "work": _work(job, checkpoint, result["bits"]),
             "attempts": attempts,
-            "blocks": blocks_of(folder / "events.jsonl"),
+            "blocks": tuned_blocks(folder / "events.jsonl"),
             "peak_gpu_bytes": result["peak_gpu_bytes"],
             **({"chats": chats.to_json()} if chats else {}),
         }
@@ -137,7 +137,7 @@ def quantize(
     key = quantize_key(recipe, base, calibration)
     result = run_stage(store, STAGE, key, work)
     if result.state == "ran":
-        sweep(store, STAGE.name, key)
+        delete_resume(store, STAGE.name, key)
     return result
 
 
@@ -160,4 +160,4 @@ def tokenizer_part(base: Manifest) -> Manifest:
 
 @task(**options("quantize", hours=48))
 def quantize_task(recipe: Recipe, base: Manifest, calibration: Text) -> Any:
-    return shown(quantize(open_store(), recipe, base, calibration, BlockProgress()))
+    return stage_summary(quantize(open_store(), recipe, base, calibration, BlockProgress()))

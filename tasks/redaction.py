@@ -21,13 +21,13 @@ def public(value: Any) -> Any:
         return [public(part) for part in value]
     if isinstance(value, str):
         return SERVER.sub("url", FOLDERS.sub("", redact(value)))
-    return finite(value)
+    return without_non_finite(value)
 
 
-def finite(value: Any) -> Any:
+def without_non_finite(value: Any) -> Any:
     """A document without numbers that JSON has not: they become null."""
     if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
+        return {key: without_non_finite(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [finite(part) for part in value]
+        return [without_non_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

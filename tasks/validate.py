@@ -1,6 +1,6 @@
 """validate: is the quantized checkpoint whole, lossless where it should be, and close to its base?
 
-Measuring is the stage and is kept. Comparing with the recipe's limits is `requant.tasks.measuring.gates`, afterwards.
+Measuring is the stage and is kept. Comparing with the recipe's limits is `requant.tasks.validating.gates`, afterwards.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from requant.tasks.checkpoint.writer import write_file, write_json
 from requant.tasks.download import text_files
 from requant.tasks.errors import CheckpointError, RecipeError, RequantError, TooFewTokens
 from requant.tasks.evaluate import Scores, asked, evaluate, evaluated, recovery, whole
-from requant.tasks.measuring.gates import most_repeated
-from requant.tasks.pipeline.prefect import options, shown
+from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
 from requant.tasks.recipe.recipe import PACKED_HEADS, Eval, Recipe
 from requant.tasks.store import Store, open_store
 from requant.tasks.texts.rendering import render
 from requant.tasks.texts.rows import read_rows
 from requant.tasks.texts.text import EVALUATION, Text
+from requant.tasks.validating.gates import most_repeated
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a reused stage needs none of it
     import torch
 
-    from requant.tasks.measuring.measured import Measurement
+    from requant.tasks.validating.measured import Measurement
 
 STAGE = Stage("validate", 4, tools=("transformers",))
 MEASURE = Stage("measure", 1, tools=("transformers",))
 CHARACTERS = 4_000_000  # of a data set that are looked at: the windows are spread over them
-RESULT, ARRAYS = "validation.json", "measurement.safetensors"
+RESULT_FILE, MEASUREMENT_FILE = "validation.json", "measurement.safetensors"
 log = logging.getLogger(__name__)
 
 
@@ -94,7 +94,7 @@ def validate(
         )
         if values.get("not_measured") and values["same_tokens"] is None and not values["unaccounted"]:
             raise CheckpointError(str(values["not_measured"]))  # of this machine, perhaps: not kept for ever
-        files = [write_json(folder / "out", RESULT, {"text": text.name, **values})]
+        files = [write_json(folder / "out", RESULT_FILE, {"text": text.name, **values})]
         put_files(store, folder / "out", files)
         return Made(Manifest.of(files), {"measured": values, "bytes_read": base.size + artifact.size})
 
@@ -113,8 +113,8 @@ def measurement(
 ) -> Measurement:
     """The measurement of one checkpoint on a text, whose file `words` gives; kept: a base is measured once for all that
     is made of it."""
-    from requant.tasks.measuring.measure import VERSION, measure
-    from requant.tasks.measuring.measured import Measurement
+    from requant.tasks.validating.measure import VERSION, measure
+    from requant.tasks.validating.measured import Measurement
 
     key = MEASURE.key(
         reads={"checkpoint": manifest.digest, "text": text.digest},
@@ -123,11 +123,11 @@ def measurement(
 
     def work(scratch: Path) -> Made:
         found = measure(folder, words(), device, dtype, remote_code=remote_code)
-        files = [write_file(scratch, ARRAYS, [found.to_bytes()])]
+        files = [write_file(scratch, MEASUREMENT_FILE, [found.to_bytes()])]
         put_files(store, scratch, files)
         return Made(Manifest.of(files), {"perplexity": found.perplexity, "acceptance": found.acceptance})
 
-    return Measurement.from_bytes(store.read_blob(run_stage(store, MEASURE, key, work).manifest[ARRAYS]))
+    return Measurement.from_bytes(store.read_blob(run_stage(store, MEASURE, key, work).manifest[MEASUREMENT_FILE]))
 
 
 def one_file(
@@ -155,7 +155,7 @@ def one_file(
                 remote_code=remote_code,
                 most_characters=CHARACTERS,
             )
-            log.info(f"validation text: {rendered.told}")
+            log.info(f"validation text: {rendered.summary}")
             paths = [rendered.path]
         for row in read_rows(paths, text.name):
             documents.append(row.text)
@@ -181,7 +181,7 @@ def validate_folders(
     checkpoint, base = Checkpoint.open(ours), Checkpoint.open(theirs).sound()
 
     def measured(path: Path, device: torch.device, dtype: torch.dtype) -> Measurement:
-        from requant.tasks.measuring.measure import measure
+        from requant.tasks.validating.measure import measure
 
         try:
             return measure(path, text, device, dtype, remote_code=remote_code)
@@ -207,7 +207,7 @@ def validate_folders(
 
 def _check_text(base: Checkpoint, text: Path, remote_code: bool) -> None:
     """Raises RecipeError if the base's tokenizer too makes too few tokens of a text: then the text is too short."""
-    from requant.tasks.measuring.measure import windows
+    from requant.tasks.validating.measure import windows
 
     try:
         windows(base.folder, text, base, remote_code=remote_code)
@@ -234,9 +234,9 @@ def measured_values(
     remote_code: bool,
 ) -> dict[str, Any]:
     """Everything that gates, report and card need: first from the files, then from running both."""
-    from requant.tasks.measuring.compare import compare
-    from requant.tasks.measuring.measure import precision
-    from requant.tasks.measuring.model import completed_config
+    from requant.tasks.validating.compare import compare
+    from requant.tasks.validating.measure import precision
+    from requant.tasks.validating.model import completed_config
 
     checkpoint, base = Checkpoint.open(ours), Checkpoint.open(theirs).sound()
     log.info("comparing every tensor and file with the base's")
@@ -292,7 +292,7 @@ def from_files(found: Account, *, keep_head: bool, vision: bool) -> dict[str, An
 
 def side_by_side(of_base: Measurement, of_ours: Measurement) -> dict[str, Any]:
     """The figures of two measurements."""
-    from requant.tasks.measuring.measured import perplexity_increase
+    from requant.tasks.validating.measured import perplexity_increase
 
     same = of_base.tokens.shape == of_ours.tokens.shape
     increase, increase_interval = perplexity_increase(of_ours, of_base) if same else (None, None)
@@ -326,10 +326,10 @@ def side_by_side(of_base: Measurement, of_ours: Measurement) -> dict[str, Any]:
 
 def read_values(store: Store, result: StageResult) -> dict[str, Any]:
     """What a validate stage measured."""
-    values: dict[str, Any] = json.loads(store.read_blob(result.manifest[RESULT]))
+    values: dict[str, Any] = json.loads(store.read_blob(result.manifest[RESULT_FILE]))
     return values
 
 
 @task(**options("validate", hours=12))
 def validate_task(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text) -> Any:
-    return shown(validate(open_store(), recipe, base, artifact, text))
+    return stage_summary(validate(open_store(), recipe, base, artifact, text))

@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from requant.flows.cli.command import FOLDER, command
+from requant.flows.cli.command import EXISTING_FOLDER, command
 from requant.tasks.errors import RecipeError
 
 
 @command("bench")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=EXISTING_FOLDER)
 @click.option(
     "--engine",
     metavar="ENGINE",

@@ -35,7 +35,7 @@ class _New(click.Path):
 
 NEW_FOLDER = _New(path_type=Path, file_okay=False)
 NEW_FILE = _New(path_type=Path, dir_okay=False)
-FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+EXISTING_FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 FORCE = click.option(
     "--force",
     is_flag=True,

@@ -39,8 +39,8 @@ def inspect(checkpoint: str, deep: bool) -> tuple[dict[str, Any], str, int]:
     elif deep:
         raise RequantError(f"--deep reads the data of a folder, and {checkpoint} is none: download it first")
     else:
-        from requant.tasks.hub.sparse_checkout import lay_out
+        from requant.tasks.hub.sparse_checkout import create_checkout
 
         with tempfile.TemporaryDirectory(prefix="requant-") as folder:
-            result = inspect_checkpoint(lay_out(resolve_repo(checkpoint), Path(folder)))
+            result = inspect_checkpoint(create_checkout(resolve_repo(checkpoint), Path(folder)))
     return result, as_text(checkpoint, result), 1 if result["problems"] else 0

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from requant.flows.cli.arguments import resolve_repo
-from requant.flows.cli.command import FOLDER, command
+from requant.flows.cli.command import EXISTING_FOLDER, command
 
 if TYPE_CHECKING:
     from requant.tasks.checkpoint.header import Tensor
-    from requant.tasks.checkpoint.repair import Base
+    from requant.tasks.checkpoint.repair import RepairSource
 
 
 @command("mtp-fix")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=EXISTING_FOLDER)
 @click.option(
     "--base",
     metavar="CHECKPOINT",
@@ -71,23 +71,23 @@ def _words(verdict: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _base(name: str | None) -> Iterator[Base | None]:
+def _base(name: str | None) -> Iterator[RepairSource | None]:
     """A base to take the head from: a folder, or a repo's skeleton that is filled where it is read."""
-    from requant.tasks.checkpoint.repair import Base
+    from requant.tasks.checkpoint.repair import RepairSource
 
     if name is None:
         yield None
     elif Path(name).is_dir():
-        yield Base(Path(name))
+        yield RepairSource(Path(name))
     else:
-        from requant.tasks.hub.sparse_checkout import fetch_files, fill, lay_out
+        from requant.tasks.hub.sparse_checkout import create_checkout, fetch_files, fill
 
         revision = resolve_repo(name)
         with tempfile.TemporaryDirectory(prefix="requant-") as temporary:
-            folder = lay_out(revision, Path(temporary))
+            folder = create_checkout(revision, Path(temporary))
 
             def bring(tensors: Iterable[Tensor], files: Iterable[str]) -> None:
                 fill(revision, folder, tensors)
                 fetch_files(revision, folder, files)
 
-            yield Base(folder, bring)
+            yield RepairSource(folder, bring)

@@ -13,10 +13,10 @@ from requant.tasks.errors import FolderInUse
 from requant.tasks.plots import write_pictures
 
 if TYPE_CHECKING:
-    from requant.flows.report.report import Report
+    from requant.flows.report.report import RunReport
 
 
-def write_report(report: Report, path: Path) -> None:
+def write_report(report: RunReport, path: Path) -> None:
     """Write the JSON document as `path`, and beside it STEM.md and the folder STEM-pictures (of outputs, one in it for
     each)."""
     from requant.flows.report.markdown import comparison, markdown

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from requant.flows.checkout import check_folder, lay_out
+from requant.flows.checkout import check_folder, copy_to_folder
 from requant.flows.cli.command import FORCE, NEW_FILE, NEW_FOLDER, SET, command, tell_foreign
 from requant.flows.cli.report_files import check_report, write_report
-from requant.tasks.artifact import OURS, PICTURES
+from requant.tasks.artifact import PICTURES, RELEASE_FILES
 from requant.tasks.checkpoint.writer import write_file
 from requant.tasks.errors import RequantError
 from requant.tasks.plots import NAMES
 from requant.tasks.store import open_store
 
 if TYPE_CHECKING:
-    from requant.flows.report.report import Report
+    from requant.flows.report.report import RunReport
 
 
 def _report_path(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
@@ -81,7 +81,7 @@ def run(
         outcome: Any = requantize(loaded, return_state=True).result(raise_on_failure=False)
         if isinstance(outcome, BaseException) and not isinstance(outcome, RunFailed):
             raise outcome
-        report: Report = outcome.report if isinstance(outcome, RunFailed) else outcome
+        report: RunReport = outcome.report if isinstance(outcome, RunFailed) else outcome
     try:
         for name, one in report.each.items():
             lay_out_result(one, checkout / name if checkout else None, force=force)
@@ -91,7 +91,7 @@ def run(
     return report.to_json(), render(report), 0 if report.status in {"published", "validated"} else 1
 
 
-def _keep_report(report: Report, path: Path) -> None:
+def _keep_report(report: RunReport, path: Path) -> None:
     try:
         write_report(report, path)
     except OSError as error:  # the place could be written to when the run began
@@ -101,17 +101,17 @@ def _keep_report(report: Report, path: Path) -> None:
         ) from error
 
 
-def lay_out_result(report: Report, checkout: Path | None, *, force: bool) -> None:
+def lay_out_result(report: RunReport, checkout: Path | None, *, force: bool) -> None:
     """Give the result a path: a checkout of the user's own, or read-only links beside a local store."""
     store = open_store()
     if report.artifact is None or not (checkout or store.is_local):
         return
     if checkout is not None:
-        report.path, foreign = lay_out(store, report.artifact, checkout, report.beside, force=force)
+        report.path, foreign = copy_to_folder(store, report.artifact, checkout, report.beside, force=force)
         tell_foreign(report.path, foreign)
         return
     report.path = store.link_files(report.artifact, store.checkout_folder(report.artifact))
-    ours = {*OURS, *(f"{PICTURES}/{name}.png" for name in NAMES)}
+    ours = {*RELEASE_FILES, *(f"{PICTURES}/{name}.png" for name in NAMES)}
     for path in ours - set(report.beside):
         if path not in report.artifact:  # An earlier run laid it into this folder, which is the store's own.
             (report.path / path).unlink(missing_ok=True)

@@ -116,9 +116,9 @@ def store_verify(deep: bool, repair: bool) -> tuple[dict[str, Any], str, int]:
       requant store verify
       requant store verify --deep --repair
     """
-    from requant.tasks.store.verify import verify
+    from requant.tasks.store.verify import verify_store
 
-    found = verify(_opened(), deep=deep, repair=repair)
+    found = verify_store(_opened(), deep=deep, repair=repair)
     text = "\n".join(
         [f"{found.checked} blobs checked, {len(found.problems)} problems", *found.problems, *found.repairs]
     )
@@ -179,7 +179,10 @@ def store_gc(
         "blobs": {"count": len(plan.blobs), "bytes": sum(item.size for item in plan.blobs)},
         "records": len(plan.records),
         "leftovers": plan.leftovers,
-        "on_this_machine": {"paths": [str(f.path) for f in plan.near], "bytes": sum(f.bytes for f in plan.near)},
+        "on_this_machine": {
+            "paths": [str(f.path) for f in plan.local_files],
+            "bytes": sum(f.bytes for f in plan.local_files),
+        },
         "stays": {"bytes": plan.stays},
         "fits": max_size is None or plan.stays <= max_size,
     }
@@ -201,7 +204,7 @@ def store_checkout(name: str, folder: Path, force: bool) -> tuple[dict[str, Any]
       requant store checkout 3f9c0a17 build/model
       requant store checkout 3f9c0a17 build/model --force
     """
-    from requant.flows.checkout import check_folder, lay_out
+    from requant.flows.checkout import check_folder, copy_to_folder
     from requant.tasks.store.catalog import read_catalog
     from requant.tasks.store.copy import find_entries
 
@@ -210,7 +213,7 @@ def store_checkout(name: str, folder: Path, force: bool) -> tuple[dict[str, Any]
     manifest = find_entries(read_catalog(opened), name)[0].manifest
     with opened.lease("checkout", os.urandom(8).hex()):
         opened.need(manifest.files)
-        path, foreign = lay_out(opened, manifest, folder, force=force)
+        path, foreign = copy_to_folder(opened, manifest, folder, force=force)
     tell_foreign(path, foreign)
     return {"digest": manifest.digest, "path": str(path)}, f"{manifest.size:,} bytes in {path}", 0
 
@@ -278,7 +281,7 @@ def _moved(source: Store, target: Store, names: Iterable[str]) -> tuple[dict[str
 
 def _opened(url: str | None = None, *, must_exist: bool = False) -> Store:
     opened = open_store(url)
-    if must_exist and opened.is_local and not opened.near.root.is_dir():
+    if must_exist and opened.is_local and not opened.cache.root.is_dir():
         raise click.UsageError(f"there is no store at {opened.url}")
     opened.check()
     return opened

@@ -9,11 +9,11 @@ from typing import Any
 import click
 
 from requant.flows.cli.arguments import resolve_repo
-from requant.flows.cli.command import FOLDER, command
+from requant.flows.cli.command import EXISTING_FOLDER, command
 
 
 @command("validate")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=EXISTING_FOLDER)
 @click.option(
     "--base",
     required=True,
@@ -41,12 +41,12 @@ def validate(folder: Path, base: str, recipe: Path | None) -> tuple[dict[str, An
     """
     from requant.flows.report.terminal import gate_table
     from requant.tasks.evaluate import check_tasks
-    from requant.tasks.measuring.gates import accepted, compare, measured_quality, refusal
     from requant.tasks.recipe.loader import load_recipe
     from requant.tasks.recipe.recipe import PACKED_HEADS, Gates, Validation
     from requant.tasks.store import open_store
     from requant.tasks.texts.text import find_text
     from requant.tasks.validate import one_file, validate_folders
+    from requant.tasks.validating.gates import accepted, judge, measured_quality, refusal
 
     loaded = load_recipe(recipe) if recipe else None
     gates, remote_code = (loaded.gates, loaded.allow_remote_code) if loaded else (Gates(), False)
@@ -64,7 +64,7 @@ def validate(folder: Path, base: str, recipe: Path | None) -> tuple[dict[str, An
             pack_head=packed,
             tasks=tasks,
         )
-    results = compare(values, gates)
+    results = judge(values, gates)
     passed = accepted(results)
     findings = values["differences"]
     document = {"gates": [gate.to_json() for gate in results], "passed": passed, "findings": findings}

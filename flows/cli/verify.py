@@ -26,10 +26,10 @@ def verify(repo: str, deep: bool) -> tuple[dict[str, Any], str, int]:
       requant verify YOU/Qwen3.6-27B-int4-AutoRound
       requant verify YOU/Qwen3.6-27B-int4-AutoRound@TAG --deep
     """
-    from requant.tasks.hub.verify import verify as verified
+    from requant.tasks.hub.verify import verify_release
 
     repo_id, _, revision = repo.partition("@")
-    found = verified(check_repo_id(repo_id), revision or "main", deep=deep)
+    found = verify_release(check_repo_id(repo_id), revision or "main", deep=deep)
     head = f"{repo_id}@{found.commit[:7]}: release {found.release or 'unknown'}, {found.files} files"
     lines = [f"problem  {problem}" for problem in found.problems] or [f"as {RELEASE} claims"]
     document = {"repo_id": repo_id, "deep": deep, **asdict(found)}

@@ -7,27 +7,27 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from requant.flows.report.report import (
-    COMPARED,
-    Report,
+    COMPARISON_COLUMNS,
+    RunReport,
     compared_rows,
     gate_rows,
-    headline,
     published_words,
+    run_headline,
     stage_rows,
     verdict,
 )
-from requant.tasks.card.filters import Markdown, named, number, plain, table
-from requant.tasks.card.rows import HEAD, QUALITY, TASKS, head_rows, quality_rows, task_rows
-from requant.tasks.measuring.gates import slope_error
+from requant.tasks.card.filters import Markdown, escape, named, number, table
+from requant.tasks.card.rows import DRAFT_COLUMNS, QUALITY_COLUMNS, TASKS, head_rows, quality_rows, task_rows
 from requant.tasks.plots import Picture
+from requant.tasks.validating.gates import slope_error
 
 WORST = 5  # blocks and matrices
 Row = tuple[str, ...]
 
 
-def markdown(report: Report, link: Callable[[Picture], str]) -> str:
+def markdown(report: RunReport, link: Callable[[Picture], str]) -> str:
     """The whole report; `link` says where a picture is to be found."""
-    parts = [f"## {report.status}: {headline(report)}"]
+    parts = [f"## {report.status}: {run_headline(report)}"]
     if report.error:
         parts.append(report.error)
     if report.published:
@@ -37,9 +37,9 @@ def markdown(report: Report, link: Callable[[Picture], str]) -> str:
     if report.gates:
         parts += ["### Gates", table(("gate", "measured", "limit", "", "note"), gate_rows(report.gates))]
     if rows := quality_rows(report.measured or {}):
-        parts += ["### Quality", table(QUALITY, rows)]
+        parts += ["### Quality", table(QUALITY_COLUMNS, rows)]
     if rows := head_rows(report.measured or {}):
-        parts += ["### Drafts taken", table(HEAD, rows)]
+        parts += ["### Drafts taken", table(DRAFT_COLUMNS, rows)]
     if rows := task_rows(report.measured or {}):
         parts += ["### Tasks", table(TASKS, rows)]
     if rows := worst_rows(report.measured or {}):
@@ -49,15 +49,15 @@ def markdown(report: Report, link: Callable[[Picture], str]) -> str:
     if report.pictures:
         parts.append("### Pictures")
     for picture in report.pictures:
-        parts.append(f"![{plain(picture.caption)}]({link(picture)})\n\n{plain(picture.caption)}")
+        parts.append(f"![{escape(picture.caption)}]({link(picture)})\n\n{escape(picture.caption)}")
     return "\n\n".join(parts) + "\n"
 
 
-def comparison(report: Report) -> str:
+def comparison(report: RunReport) -> str:
     """Several outputs side by side: what stands before the report of each."""
-    parts = [f"## {report.status}: {headline(report)}", verdict(report)]
+    parts = [f"## {report.status}: {run_headline(report)}", verdict(report)]
     if report.outputs:
-        parts.append(table(COMPARED, compared_rows(report)))
+        parts.append(table(COMPARISON_COLUMNS, compared_rows(report)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -81,7 +81,7 @@ def _speed(benchmark: Mapping[str, Any]) -> list[str]:
     """The medians of each setting, and each prompt of the first."""
     from requant.tasks.plots.prompts import first_setting
 
-    where = plain(
+    where = escape(
         f"{benchmark['version']} on {benchmark['hardware']}" if "version" in benchmark else "a server that ran already"
     )
     prompts = [p for p in benchmark.get("prompts") or [] if "mtp" in p and "sampling" in p]
@@ -93,7 +93,7 @@ def _speed(benchmark: Mapping[str, Any]) -> list[str]:
     for p in prompts:
         settings.setdefault((str(p["sampling"]), int(p["concurrency"]), bool(p["mtp"])), []).append(p)
     by_setting = [
-        (plain(sampling), str(requests), "on" if mtp else "off", *_figures(found))
+        (escape(sampling), str(requests), "on" if mtp else "off", *_figures(found))
         for (sampling, requests, mtp), found in sorted(settings.items())
     ]
     words, first = first_setting(prompts)
@@ -103,7 +103,7 @@ def _speed(benchmark: Mapping[str, Any]) -> list[str]:
     return [
         f"{where}; medians over the prompts:",
         table(("sampling", "requests at once", "MTP", *head), by_setting),
-        f"Each prompt, {plain(words)}:",
+        f"Each prompt, {escape(words)}:",
         table(("prompt", "MTP", *head), by_prompt),
     ]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from requant.flows.report.terminal import table_of
-from requant.tasks.card.filters import named, plain, table
+from requant.tasks.card.filters import escape, named, table
 from requant.tasks.formatting import gigabytes
 from requant.tasks.pipeline.prefect import duration
 from requant.tasks.planning.document import BaseChanges, Needs, OutputLayout, Plan, PlanDocument, PlannedOutput
@@ -25,7 +25,7 @@ def subject(document: PlanDocument) -> str:
     return f"{base.repo_id}@{base.sha[:7] if base.sha else base.revision}"
 
 
-def headline(document: PlanDocument) -> str:
+def plan_headline(document: PlanDocument) -> str:
     """Say in one line what would be made of the base."""
     base, output = document.base, document.output
     if base.bytes is None or output.bytes is None:
@@ -47,7 +47,9 @@ def render(document: PlanDocument) -> str:
     """Lay the plan out for a terminal."""
     console = Console(width=160 if document.outputs else 130, no_color=True, force_terminal=False)
     with console.capture() as capture:
-        console.print(f"\n{subject(document)}: {headline(document)}\n", highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            f"\n{subject(document)}: {plan_headline(document)}\n", highlight=False, markup=False, soft_wrap=True
+        )
         if document.stages:
             console.print(table_of(stage_header(document), stage_rows(document)), "")
             console.print(table_of(NEEDS, need_rows(document)), "")
@@ -63,7 +65,7 @@ def render(document: PlanDocument) -> str:
 def markdown(document: PlanDocument, title: str) -> str:
     """Write the plan as markdown. Names and sentences come from outside: nothing in them is more than text."""
     verdict = "would be stopped" if document.problems else "would run"
-    parts = [f"### {plain(title)}: {verdict}", f"{_verbatim(subject(document))}: {plain(headline(document))}"]
+    parts = [f"### {escape(title)}: {verdict}", f"{_verbatim(subject(document))}: {escape(plan_headline(document))}"]
     if document.stages:
         parts.append(table(stage_header(document), stage_rows(document)))
         parts.append(table(NEEDS, need_rows(document)))

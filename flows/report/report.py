@@ -14,19 +14,19 @@ from requant.tasks.artifact import Manifest
 from requant.tasks.card.filters import number
 from requant.tasks.formatting import gigabytes
 from requant.tasks.hub.revision import Revision
-from requant.tasks.measuring.gates import Gate, refusal, summary
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.plots import Picture
 from requant.tasks.recipe.recipe import Recipe
-from requant.tasks.redaction import finite
+from requant.tasks.redaction import without_non_finite
 from requant.tasks.store.runs import Run
+from requant.tasks.validating.gates import Gate, refusal, summary
 
 STATUSES = ("published", "validated", "rejected", "failed")  # the worst last
-COMPARED = ("output", "", "size", "smaller", "perplexity", "same token", "drafts taken", "tokens/s", "gates")
+COMPARISON_COLUMNS = ("output", "", "size", "smaller", "perplexity", "same token", "drafts taken", "tokens/s", "gates")
 
 
 @dataclass
-class Report:
+class RunReport:
     """A run so far, or one output of it, by `name`. `status` is published, validated, rejected (a gate failed) or
     failed."""
 
@@ -45,10 +45,10 @@ class Report:
     beside: Mapping[str, bytes] = field(default_factory=dict)  # the card and what else goes with the artifact
     pictures: list[Picture] = field(default_factory=list)
     error: str | None = None
-    outputs: dict[str, Report] = field(default_factory=dict)  # by name, if the recipe has several
+    outputs: dict[str, RunReport] = field(default_factory=dict)  # by name, if the recipe has several
 
     @property
-    def each(self) -> dict[str, Report]:
+    def each(self) -> dict[str, RunReport]:
         """The reports of one result each: as `Recipe.each`, as far as the run came."""
         return self.outputs if self.recipe.outputs else {"": self}
 
@@ -75,7 +75,7 @@ class Report:
             "gates": [gate.to_json() for gate in self.gates],
             "benchmark": self.benchmark,
             "published": self.published,
-            "measured": finite(self.measured),
+            "measured": without_non_finite(self.measured),
             "error": self.error,
         }
 
@@ -100,7 +100,7 @@ def scheme_of(recipe: Recipe) -> str:
     return f"W{bits}A16 g{group_size}"
 
 
-def headline(report: Report) -> str:
+def run_headline(report: RunReport) -> str:
     """What was made from what, in one line."""
     base = f"{report.recipe.base.repo_id}@{report.base.sha[:7]}" if report.base else report.recipe.base.repo_id
     name = f"{report.name}: " if report.name else ""
@@ -114,7 +114,7 @@ def headline(report: Report) -> str:
     )
 
 
-def verdict(report: Report) -> str:
+def verdict(report: RunReport) -> str:
     """What came of a run, in one sentence; of several outputs each by its name."""
     if report.error is not None:
         return report.error
@@ -122,24 +122,24 @@ def verdict(report: Report) -> str:
         return "; ".join(f"{name} {_came_to(one)}" for name, one in report.outputs.items())
     if report.status == "rejected":
         return f"nothing was published: {refusal(report.gates)}"
-    return headline(report)
+    return run_headline(report)
 
 
-def _came_to(report: Report) -> str:
+def _came_to(report: RunReport) -> str:
     return report.status if report.status in STATUSES[:2] else f"{report.status} ({verdict(report)})"
 
 
-def worst(reports: Iterable[Report]) -> str:
+def worst(reports: Iterable[RunReport]) -> str:
     """The status that several come to."""
     return max((report.status for report in reports), key=STATUSES.index, default="failed")
 
 
-def compared_rows(report: Report) -> list[tuple[str, ...]]:
-    """The outputs side by side. Headed COMPARED."""
+def compared_rows(report: RunReport) -> list[tuple[str, ...]]:
+    """The outputs side by side. Headed COMPARISON_COLUMNS."""
     return [_compared(name, one) for name, one in report.outputs.items()]
 
 
-def _compared(name: str, report: Report) -> tuple[str, ...]:
+def _compared(name: str, report: RunReport) -> tuple[str, ...]:
     measured, speed = report.measured or {}, report.benchmark or {}
     size = report.artifact.weights if report.artifact else 0
     base = next((stage.manifest.weights for stage in report.stages if stage.name == "download"), 0)
@@ -163,7 +163,7 @@ def published_words(published: Mapping[str, Any]) -> str:
     return f"{'published' if published['changed'] else 'already published'}, tag {published['tag']}"
 
 
-def stage_rows(report: Report) -> list[tuple[str, ...]]:
+def stage_rows(report: RunReport) -> list[tuple[str, ...]]:
     return [(s.name, s.state, f"{s.seconds:.1f}", gigabytes(s.manifest.size)) for s in report.stages]
 
 

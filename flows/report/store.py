@@ -11,7 +11,7 @@ from rich.text import Text
 
 from requant.tasks.formatting import gigabytes
 
-WIDTH = 130
+TABLE_WIDTH = 130
 
 
 def artifact_table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -29,7 +29,7 @@ def artifact_table(rows: Iterable[Mapping[str, Any]]) -> str:
             age(row["unused_seconds"]),
             Text(users(row["used_by"])),
         )
-    console = Console(width=WIDTH, no_color=True, force_terminal=False)
+    console = Console(width=TABLE_WIDTH, no_color=True, force_terminal=False)
     with console.capture() as capture:
         console.print(made)
     return capture.get()

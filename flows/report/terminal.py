@@ -10,16 +10,16 @@ from rich.table import Table
 from rich.text import Text
 
 from requant.flows.report.report import (
-    COMPARED,
-    Report,
+    COMPARISON_COLUMNS,
+    RunReport,
     compared_rows,
     gate_rows,
-    headline,
     published_words,
+    run_headline,
     stage_rows,
 )
 from requant.tasks.formatting import gigabytes
-from requant.tasks.measuring.gates import Gate
+from requant.tasks.validating.gates import Gate
 
 RIGHT = {
     "seconds", "measured", "limit", "at once", "tokens/s", "first token", "between, p99", "accepted", "bytes", "time",
@@ -28,22 +28,24 @@ RIGHT = {
 }  # fmt: skip
 
 
-def render(report: Report) -> str:
+def render(report: RunReport) -> str:
     """A run: what came of each output, and at the end how they compare."""
     if not report.outputs:
         return _render(report)
     console = Console(width=130, no_color=True, force_terminal=False)
     with console.capture() as capture:
-        console.print(f"\n{report.status.upper()}  {headline(report)}", highlight=False, markup=False, soft_wrap=True)
-        console.print(table_of(COMPARED, compared_rows(report)))
+        console.print(
+            f"\n{report.status.upper()}  {run_headline(report)}", highlight=False, markup=False, soft_wrap=True
+        )
+        console.print(table_of(COMPARISON_COLUMNS, compared_rows(report)))
     return "".join([*map(_render, report.outputs.values()), capture.get()])
 
 
-def _render(report: Report) -> str:
+def _render(report: RunReport) -> str:
     """What was made from what, how long each stage took, the gates, and where everything is."""
     console = Console(width=110, no_color=True, force_terminal=False)
     with console.capture() as capture:
-        console.print(f"\n{report.status.upper()}  {headline(report)}", highlight=False, markup=False)
+        console.print(f"\n{report.status.upper()}  {run_headline(report)}", highlight=False, markup=False)
         if report.stages:
             console.print(table_of(("stage", "state", "seconds", "artifact"), stage_rows(report)))
         if report.gates:

@@ -19,24 +19,24 @@ BODY_TIMEOUT_S = 10.0  # for a body to arrive
 SECRET_HEADER = b"x-webhook-secret"
 
 
-class Part(BaseModel):
+class PayloadPart(BaseModel):
     """Of the Hub's payload (version 3) only what is read; the rest is not even looked at."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class Event(Part):
+class WebhookEvent(PayloadPart):
     action: Annotated[str, Field(max_length=64)]
     scope: Annotated[str, Field(max_length=64)]
 
 
-class Repo(Part):
+class Repo(PayloadPart):
     type: Annotated[str, Field(max_length=64)]
     name: Annotated[str, Field(pattern=REPO_ID)]
 
 
-class Payload(Part):
-    event: Event
+class Payload(PayloadPart):
+    event: WebhookEvent
     repo: Repo
 
     @property

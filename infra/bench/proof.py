@@ -31,7 +31,7 @@ from infra.bench.shapes import (
     packed_parts,
     quantization_config,
 )
-from requant.tasks.checkpoint.packing import Scheme, pack
+from requant.tasks.checkpoint.packing import PackingScheme, pack
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = Vision(depth=2, width=64, intermediate=128, heads=2, positions=64)
@@ -52,13 +52,13 @@ SIZES = {
 PARTS = {
     "requant.tasks.validate.account": "structure, lossless, finite, files, context",
     "requant.tasks.validate.fidelity": "weight_slope, weight_offset",
-    "requant.tasks.measuring.measure.run_blocks": "all that needs hidden states, long_context",
-    "requant.tasks.measuring.measure._next_tokens": "perplexity_increase, top1_agreement",
-    "requant.tasks.measuring.head.MtpHead.drafts": "mtp_acceptance_ratio",
-    "requant.tasks.measuring.measure._continuations": "most_repeated_token, speculative_decoding",
-    "requant.tasks.measuring.measure.features": "vision_output",
-    "requant.tasks.measuring.compare._blocks": "block_error",
-    "requant.tasks.measuring.compare._divergence": "kl_divergence",
+    "requant.tasks.validating.measure.run_blocks": "all that needs hidden states, long_context",
+    "requant.tasks.validating.measure._next_tokens": "perplexity_increase, top1_agreement",
+    "requant.tasks.validating.head.MtpHead.drafts": "mtp_acceptance_ratio",
+    "requant.tasks.validating.measure._continuations": "most_repeated_token, speculative_decoding",
+    "requant.tasks.validating.measure.features": "vision_output",
+    "requant.tasks.validating.compare._blocks": "block_error",
+    "requant.tasks.validating.compare._divergence": "kl_divergence",
 }
 
 
@@ -93,7 +93,7 @@ def write_pair(folder: Path, dims: Dimensions) -> tuple[Path, Path]:
         module = name.removesuffix(".weight")
         within = ".layers." in name and not is_head(name) and value.dim() == 2
         if within and all(side % 32 == 0 for side in value.shape) and value.shape[1] % 128 == 0:
-            parts = pack([value.float().numpy()], (value.shape[0], value.shape[1]), Scheme(4, 128))
+            parts = pack([value.float().numpy()], (value.shape[0], value.shape[1]), PackingScheme(4, 128))
             assert parts.keys() == {n.rpartition(".")[2] for n in packed_parts(module, tuple(value.shape))}
             packed |= {f"{module}.{part}": torch.from_numpy(array) for part, array in parts.items()}
         else:
@@ -121,8 +121,8 @@ def measure(ours: Path, base: Path) -> dict[str, Any]:
 
     from requant.tasks import validate
     from requant.tasks.checkpoint.checkpoint import Checkpoint
-    from requant.tasks.measuring import compare  # noqa: F401  its parts are timed
-    from requant.tasks.measuring import measure as measuring
+    from requant.tasks.validating import compare  # noqa: F401  its parts are timed
+    from requant.tasks.validating import measure as measuring
 
     spent: dict[str, float] = defaultdict(float)
     for path, gates in PARTS.items():

@@ -160,7 +160,7 @@ def _reuse(scratch: Path, url: str, *, sparse: bool) -> dict[str, float]:
     size = ARTIFACT // count if sparse else 1
     manifest = Manifest.of(File(f"{i}", size, f"{i:064x}") for i in range(count))
     _fill(store, manifest, sparse)
-    store.keep("bench", "0" * 64, manifest, {})
+    store.commit("bench", "0" * 64, manifest, {})
     path = scratch / "reuse.json"
     path.write_text(manifest.to_json())
     return _timed(ours("reuse", scratch, url, path), scratch)
@@ -173,7 +173,7 @@ def _fill(store: Store, manifest: Manifest, sparse: bool) -> None:
         if not sparse:
             store.backend.write(blob_key(file.sha256), b"0")
             return
-        path = store.near.path(blob_key(file.sha256))
+        path = store.cache.path(blob_key(file.sha256))
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as stream:
             stream.truncate(file.size)

@@ -35,12 +35,12 @@ from requant.tasks.store.folder import FolderBackend
 from requant.tasks.store.gc import Policy, collect, make_plan
 from requant.tasks.store.runs import Run, recorded
 from requant.tasks.store.store import Store
-from requant.tasks.store.verify import verify
+from requant.tasks.store.verify import verify_store
 
 ROOT = Path(__file__).parent.parent.parent
 SECONDS, PROCESSES, GRACE, KILLS_A_SECOND = 120.0, 8, 4.0, 0.5
 STANDSTILL = 60.0  # seconds in which no process did anything, after which none will
-MACHINES = 4  # near caches that the processes of a bucket share in pairs
+MACHINES = 4  # local caches that the processes of a bucket share in pairs
 SIZES = [0, 1, 1000, 20_000, 300_000, 2_000_000]
 LARGE = 70 << 20  # one blob is sent in several parts
 BLOBS = 150
@@ -125,7 +125,7 @@ def torture(
             kill(worker)
     done, problems = read_logs(folder)
     store = opened(open_store(url), folder, 0)
-    problems += [f"afterwards: {text}" for text in verify(store, deep=True).problems]
+    problems += [f"afterwards: {text}" for text in verify_store(store, deep=True).problems]
     problems += clean_up(store)
     counts = collections.Counter(line["did"] for line in done)
     return {
@@ -159,13 +159,13 @@ def clean_up(store: Store) -> list[str]:
     """Collect once more, now that all are dead and everything is old: nothing may be left over, or have gone wrong."""
     later = Policy(grace=-2, unfinished=-2)
     collect(store, later)
-    problems = [f"after gc: {text}" for text in verify(store, deep=True).problems]
+    problems = [f"after gc: {text}" for text in verify_store(store, deep=True).problems]
     named = {file.sha256 for entry in read_catalog(store).entries.values() for file in entry.manifest.files}
     there = {key.rpartition("/")[2] for key in store.backend.keys("blobs")}
     problems += [f"after gc: blob {sha256[:12]} is left, and nothing names it" for sha256 in there - named]
     problems += [f"after gc: {key} is left" for key in store.backend.keys("leases")]
     plan = make_plan(store, later)
-    problems += [f"after gc: {what} is left" for what in (*plan.records, *plan.leftovers, *plan.near)]
+    problems += [f"after gc: {what} is left" for what in (*plan.records, *plan.leftovers, *plan.local_files)]
     return problems
 
 
@@ -185,7 +185,7 @@ def work(whole: Store, folder: Path, number: int, seed: int) -> None:
     does: list[Callable[[Store, random.Random, Path], dict[str, Any]]] = [run, run, run, get, get, get, look, gc]
     with (folder / f"log-{number}").open("w", buffering=1) as log:
         while True:
-            store = opened(Store(whole.backend, whole.near), folder, number)  # what an earlier run needed is forgotten
+            store = opened(Store(whole.backend, whole.cache), folder, number)  # what an earlier run needed is forgotten
             what = chance.choice(does)
             try:
                 outcome = what(store, chance, folder / f"scratch-{number}")

@@ -9,10 +9,10 @@ from typing import Any
 
 import requant
 from requant.tasks.hub.revision import Revision
-from requant.tasks.measuring.gates import Gate
 from requant.tasks.plots import Picture
 from requant.tasks.recipe.quantize import Quantize
 from requant.tasks.recipe.recipe import PACKED_HEADS, Recipe
+from requant.tasks.validating.gates import Gate
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ class Markdown(str):
 
 def rendered(value: object) -> Markdown:
     """Escape a value of a template's `{{ }}`, unless it is Markdown. Passed to Jinja as `finalize`."""
-    return value if isinstance(value, Markdown) else plain(value)
+    return value if isinstance(value, Markdown) else escape(value)
 
 
-def plain(value: object) -> Markdown:
+def escape(value: object) -> Markdown:
     """Escape a part of a sentence: everything that Markdown or HTML could read as more than text becomes `?`."""
     return Markdown(re.sub(r"[^\w .,:;%()'+=-]", "?", str(value)))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from requant.tasks.card.filters import named, number, plain
+from requant.tasks.card.filters import escape, named, number
 from requant.tasks.formatting import gigabytes
 from requant.tasks.serving.measure import summary
 
-QUALITY = ("", "base", "quantized", "95 % of the time between")
-HEAD = ("draft", "base", "quantized", "base, on its own text", "quantized, on its own text")
+QUALITY_COLUMNS = ("", "base", "quantized", "95 % of the time between")
+DRAFT_COLUMNS = ("draft", "base", "quantized", "base, on its own text", "quantized, on its own text")
 TASKS = ("task", "metric", "base", "quantized", "recovery")
 SPEED = ("requests", "without MTP", "with MTP", "speedup", "draft acceptance rate")
 PROMPTS = ("prompt, greedy, alone", "tokens", "without MTP", "with MTP", "draft acceptance rate")
@@ -54,7 +54,7 @@ def task_rows(measured: Mapping[str, Any]) -> list[Row]:
     return [
         (
             named(name),
-            plain(task["metric"]),
+            escape(task["metric"]),
             number(task["base"], ".4g"),
             number(task["ours"], ".4g"),
             number(task["recovery"], ".1%") or "none",
@@ -100,8 +100,8 @@ def stage_rows(provenance: Mapping[str, Mapping[str, Any]]) -> list[Row]:
         (
             name,
             number(record.get("seconds", 0), ".1f"),
-            plain(_hardware(record)),
-            plain(", ".join(f"{tool} {version}" for tool, version in (record.get("tools") or {}).items())),
+            escape(_hardware(record)),
+            escape(", ".join(f"{tool} {version}" for tool, version in (record.get("tools") or {}).items())),
         )
         for name, record in provenance.items()
     ]

@@ -15,7 +15,7 @@ from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION, Checkpoint
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import modules_of
 from requant.tasks.checkpoint.mtp import without_head_entries
-from requant.tasks.checkpoint.packing import PARTS, Scheme, check_parts
+from requant.tasks.checkpoint.packing import GPTQ_PARTS, PackingScheme, check_parts
 from requant.tasks.checkpoint.writer import Layout, index_of, split_into_shards
 from requant.tasks.errors import CheckpointError
 
@@ -39,10 +39,12 @@ def assemble(base: Checkpoint, packed: Checkpoint, bits: Mapping[str, int], out:
     asked = {m for m, b in bits.items() if b < 16 and not m.startswith(in_head)}
     check_modules(base, parts, asked, quantization)
 
-    return lay_out(base, parts, quantization).write(out)
+    return lay_out_shards(base, parts, quantization).write(out)
 
 
-def lay_out(base: Checkpoint, parts: Mapping[str, Mapping[str, Tensor]], quantization: Mapping[str, Any]) -> Layout:
+def lay_out_shards(
+    base: Checkpoint, parts: Mapping[str, Mapping[str, Tensor]], quantization: Mapping[str, Any]
+) -> Layout:
     """The quantized checkpoint without the head: packed parts by module, everything else as in the base."""
     in_head = set(base.head.names if base.head else ())
     shards = split_into_shards(_in_base_order(base, parts, in_head))
@@ -74,7 +76,7 @@ def check_modules(
         weight = base.tensors.get(f"{module}.weight")
         if weight is None or len(weight.shape) != 2:
             raise CheckpointError(f"{module} has a packed weight, but the base has no matrix {module}.weight")
-        wrong = check_parts(module, parts[module], Scheme.of(quantization, module), weight.shape)
+        wrong = check_parts(module, parts[module], PackingScheme.of(quantization, module), weight.shape)
         if wrong:
             raise CheckpointError(wrong)
 
@@ -85,6 +87,6 @@ def _in_base_order(base: Checkpoint, parts: Mapping[str, Mapping[str, Tensor]], 
             continue
         module, _, last = tensor.name.rpartition(".")
         if last == "weight" and module in parts:
-            yield from (parts[module][part] for part in PARTS if part in parts[module])
+            yield from (parts[module][part] for part in GPTQ_PARTS if part in parts[module])
         else:
             yield tensor

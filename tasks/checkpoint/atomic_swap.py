@@ -24,7 +24,7 @@ from requant.tasks.errors import CheckpointError
 
 EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h
 AT_FDCWD = -100
-STAGE = ".mtp-fix"
+STAGING_FOLDER = ".mtp-fix"
 REMOVED = ".removed"  # in a stage: what is to be taken away once the new index is there
 IMPOSSIBLE = {errno.EBUSY, errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK}
 
@@ -47,8 +47,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 def finish(folder: Path) -> None:
     """End what a killed call began: take away the shards that its index, in place by then, no longer names."""
-    noted = folder / STAGE / REMOVED
-    if (folder / STAGE).is_symlink() or not stat.S_ISREG(_mode(noted)) or noted.stat().st_size > 1 << 20:
+    noted = folder / STAGING_FOLDER / REMOVED
+    if (folder / STAGING_FOLDER).is_symlink() or not stat.S_ISREG(_mode(noted)) or noted.stat().st_size > 1 << 20:
         return
     _remove(folder, noted.read_bytes().decode("utf-8", "replace").split("\n"))
 
@@ -66,7 +66,7 @@ def staged(folder: Path) -> Iterator[Path]:
 
 def clear(folder: Path) -> None:
     """Take away the stages of killed calls."""
-    for stage in (folder.parent / f".{folder.name}{STAGE}", folder / STAGE):
+    for stage in (folder.parent / f".{folder.name}{STAGING_FOLDER}", folder / STAGING_FOLDER):
         if stage.is_symlink() or stat.S_ISREG(_mode(stage)):
             stage.unlink()
         elif stage.is_dir():
@@ -86,7 +86,7 @@ def stage_of(folder: Path) -> Path:
     parent = folder.parent
     beside = os.access(parent, os.W_OK | os.X_OK) and parent.stat().st_dev == folder.stat().st_dev
     left_alone = os.path.ismount(folder) or Path.cwd().is_relative_to(folder)  # a shell there would lose its folder
-    return parent / f".{folder.name}{STAGE}" if beside and not left_alone else folder / STAGE
+    return parent / f".{folder.name}{STAGING_FOLDER}" if beside and not left_alone else folder / STAGING_FOLDER
 
 
 def install(stage: Path, folder: Path, removed: Sequence[str]) -> None:

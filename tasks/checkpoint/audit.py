@@ -10,12 +10,12 @@ from typing import Any
 from requant.tasks.artifact import REWRITTEN, sha256_of
 from requant.tasks.checkpoint.assemble import packed_parts
 from requant.tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, read_json
-from requant.tasks.checkpoint.data_checks import finite
+from requant.tasks.checkpoint.data_checks import is_finite
 from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.mtp import without_layer_count
-from requant.tasks.checkpoint.packing import Scheme, check_parts
+from requant.tasks.checkpoint.packing import PackingScheme, check_parts
 from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import CheckpointError
 
@@ -24,7 +24,7 @@ CONTEXT = (
     "max_position_embeddings", "original_max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta",
     "partial_rotary_factor", "sliding_window", "layer_types",
 )  # fmt: skip
-DTYPES = ("dtype", "torch_dtype")  # the second is the earlier name of the first
+DTYPE_KEYS = ("dtype", "torch_dtype")  # the second is the earlier name of the first
 # Keys of config.json that change nothing that is measured: who wrote it, with what, and what a library does by default.
 BOOKKEEPING = {
     "transformers_version", "torch_dtype", "dtype", "_name_or_path", "name_or_path", "_model_name_or_path",
@@ -33,7 +33,7 @@ BOOKKEEPING = {
     "label2id", "tokenizer_class", "processor_class", "pad_token_id",
 }  # fmt: skip
 # In a tokenizer's or processor's own file they decide what is loaded.
-CLASSES = {"tokenizer_class", "processor_class"}
+CLASS_KEYS = {"tokenizer_class", "processor_class"}
 QUANTIZATION_KEYS = {"quantization_config", "compression_config"}
 OWN_FILES = {"config.json", QUANTIZATION, *REWRITTEN}
 
@@ -68,7 +68,7 @@ def account(
     Experts that lie fused in the base may lie there one by one.
     `pack_head`: the head was asked for with packed layers, and has them.
     `completed`: makes of a config what a model is built from, with defaults and under today's names, as
-    `completed_config` of tasks/measuring/model.py does.
+    `completed_config` of tasks/validating/model.py does.
     """
     base = dequantize_fp8(split_fused_experts(base, quantized.tensors, head_too=True))
     found = Account(unaccounted=list(quantized.problems))
@@ -105,12 +105,12 @@ def _check_packed(
     found: Account, module: str, weight: Tensor, parts: Mapping[str, Tensor], quantization: Mapping[str, Any]
 ) -> None:
     try:
-        wrong = check_parts(module, parts, Scheme.of(quantization, module), weight.shape)
+        wrong = check_parts(module, parts, PackingScheme.of(quantization, module), weight.shape)
     except CheckpointError as error:
         wrong = str(error)
     if wrong:
         found.unaccounted.append(wrong)
-    elif not all(finite(chunk, parts["scales"].dtype) for chunk in parts["scales"].chunks()):
+    elif not all(is_finite(chunk, parts["scales"].dtype) for chunk in parts["scales"].chunks()):
         found.not_finite.append(f"{module}.scales")
 
 
@@ -123,7 +123,7 @@ def _check_kept(found: Account, tensor: Tensor, source: Tensor) -> None:
     same = sound = True
     for ours, theirs in zip(tensor.chunks(), source.chunks(), strict=True):
         same = same and ours == theirs
-        sound = sound and finite(ours, tensor.dtype)
+        sound = sound and is_finite(ours, tensor.dtype)
     if not same:
         found.altered.append(f"{tensor.name} differs from the base's")
     if not sound:
@@ -190,10 +190,10 @@ def _places(key: str, ours: Any, theirs: Any) -> list[str]:
 def _difference(place: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     """Say what a difference does that is no part of the structure."""
     *parents, key = place.split(".")
-    if key in DTYPES:
+    if key in DTYPE_KEYS:
         said, wanted = _dtype(ours, parents), _dtype(theirs, parents)
         if said != wanted:
-            name = ".".join([*parents, DTYPES[0]])
+            name = ".".join([*parents, DTYPE_KEYS[0]])
             mine = f"says {name} {said}" if said else f"says no {name}"
             return f"config.json {mine}, the base's {wanted or 'none'}: engines choose by it what they compute in"
     return f"config.json differs from the base's in {place}, which changes nothing that is computed"
@@ -203,7 +203,7 @@ def _dtype(config: Any, parents: Sequence[str]) -> str | None:
     """The type that a part of a config names, under either name."""
     for parent in parents:
         config = config.get(parent) if isinstance(config, dict) else None
-    said = [config[key] for key in DTYPES if config.get(key) is not None] if isinstance(config, dict) else []
+    said = [config[key] for key in DTYPE_KEYS if config.get(key) is not None] if isinstance(config, dict) else []
     return shown(str(said[0]).removeprefix("torch.")) if said else None
 
 
@@ -238,7 +238,7 @@ def _bookkeeping_keys(ours: Path, base: Path) -> list[str]:
     except CheckpointError:
         return []
     keys = _differing(mine, theirs)
-    return keys if (BOOKKEEPING - CLASSES).issuperset(keys) else []
+    return keys if (BOOKKEEPING - CLASS_KEYS).issuperset(keys) else []
 
 
 def _other_files(folder: Path) -> Iterator[str]:

@@ -8,7 +8,7 @@ from collections import Counter
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 
-BLOCK = re.compile(r"(?:^|.*?\.)(?:layers|layer|blocks|block|h)\.\d+(?=\.)")
+BLOCK_NAME = re.compile(r"(?:^|.*?\.)(?:layers|layer|blocks|block|h)\.\d+(?=\.)")
 # Towers whose blocks text does not run through: auto_round/utils/common.py, VISION_MM_KEYS and AUDIO_MM_KEYS (0.16.1).
 TOWERS = re.compile(r"vision|visual|image|img|audio|speech|wav", re.IGNORECASE)
 
@@ -16,7 +16,7 @@ TOWERS = re.compile(r"vision|visual|image|img|audio|speech|wav", re.IGNORECASE)
 def block_of(name: str) -> str | None:
     """The decoder block that a tensor or module lies in, as `model.layers.3`; None outside of them, and in the blocks
     of a vision or audio tower."""
-    match = BLOCK.match(name)
+    match = BLOCK_NAME.match(name)
     return match[0] if match and not TOWERS.search(match[0]) else None
 
 
@@ -31,7 +31,7 @@ def block_sizes(base: Checkpoint) -> dict[str, int]:
     return dict(sizes)
 
 
-def at_once(base: Checkpoint) -> int:
+def streaming_parameters(base: Checkpoint) -> int:
     """How many parameters are in memory at once where blocks come one after the other: all that are in no block, and
     the largest block twice."""
     sizes = Counter[str]()

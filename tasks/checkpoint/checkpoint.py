@@ -24,7 +24,7 @@ QUANTIZATION = "quantization_config.json"
 BESIDE = (QUANTIZATION, "quantize_config.json", "quant_config.json")
 MAX_JSON = 64 << 20
 MAX_SHARDS = 100_000
-MOST_TOLD = 100  # problems of one kind; a hostile index has a million
+MAX_PROBLEMS_OF_KIND = 100  # problems of one kind; a hostile index has a million
 PLAIN_NAME = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)
 WRONG_TOTAL = "the index says total_size"
 STALE = "which the index does not name"
@@ -229,9 +229,11 @@ def _strange(name: str, shard: str, weight_map: Mapping[str, Any]) -> str:
 
 def _tell(problems: list[str], found: Sequence[str], sentence: Callable[[str], str]) -> None:
     """Add a sentence for each, or for the first hundred and their number."""
-    problems += [sentence(name) for name in found[:MOST_TOLD]]
-    if len(found) > MOST_TOLD:
-        problems.append(type(problems[-1])(f"{len(found) - MOST_TOLD:,} more problems are like this: {problems[-1]}"))
+    problems += [sentence(name) for name in found[:MAX_PROBLEMS_OF_KIND]]
+    if len(found) > MAX_PROBLEMS_OF_KIND:
+        problems.append(
+            type(problems[-1])(f"{len(found) - MAX_PROBLEMS_OF_KIND:,} more problems are like this: {problems[-1]}")
+        )
 
 
 def _read(path: Path, problems: list[str]) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from requant.tasks.checkpoint.packing import float_rows
 # Exponent bits all set: infinite or not a number.
 EXPONENT = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
 SIGN = {"<u2": 0x7FFF, "<u4": 0x7FFFFFFF, "<u8": 0x7FFFFFFFFFFFFFFF}
-SCALES = {"scales", "weight_scale", "weight_scale_inv"}
-GROUPS = (32, 64, 128)
-ROWS = 64  # of a matrix are looked at for the traces of a packing: enough for thousands of groups
+SCALE_PARTS = {"scales", "weight_scale", "weight_scale_inv"}
+PROBED_GROUP_SIZES = (32, 64, 128)
+SAMPLED_ROWS = 64  # of a matrix are looked at for the traces of a packing: enough for thousands of groups
 
 
-def finite(chunk: bytes, dtype: str) -> bool:
+def is_finite(chunk: bytes, dtype: str) -> bool:
     """Whether all values of a chunk are numbers."""
     if dtype not in EXPONENT:
         return True
@@ -36,9 +36,9 @@ def deep_problems(checkpoint: Checkpoint) -> Iterator[str]:
     for tensor in checkpoint.tensors.values():
         if tensor.dtype not in EXPONENT:
             continue
-        if not all(finite(chunk, tensor.dtype) for chunk in tensor.chunks()):
+        if not all(is_finite(chunk, tensor.dtype) for chunk in tensor.chunks()):
             yield f"{tensor.name} has values that are not numbers or infinite: quantize this layer again"
-        elif split_name(tensor.name)[1] in SCALES and _has_zero(tensor):
+        elif split_name(tensor.name)[1] in SCALE_PARTS and _has_zero(tensor):
             yield f"{tensor.name} has scales of zero: the groups that they belong to are lost"
     head = checkpoint.head
     for module in modules_of(checkpoint.tensors[n] for n in (head.names if head else ())).values():
@@ -60,13 +60,13 @@ def _traces(weight: Tensor) -> Iterator[str]:
     Their integers have a mean near the zero point: a mean one step off is the zero point read as GPTQ stores it, minus
     one, without adding the one (seen in hand-made fix-up scripts; it costs 6 to 8 points of draft acceptance).
     """
-    if weight.shape[1] % min(GROUPS) or weight.dtype not in EXPONENT:
+    if weight.shape[1] % min(PROBED_GROUP_SIZES) or weight.dtype not in EXPONENT:
         return
     first = next(float_rows(weight), None)
     if first is None:
         return
-    values = first[:ROWS]
-    for size in sorted((size for size in GROUPS if not weight.shape[1] % size), reverse=True):
+    values = first[:SAMPLED_ROWS]
+    for size in sorted((size for size in PROBED_GROUP_SIZES if not weight.shape[1] % size), reverse=True):
         groups = values.reshape(-1, size)
         groups = groups[np.any(groups != 0, axis=1)]
         ordered = np.sort(groups, axis=1)

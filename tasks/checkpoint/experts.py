@@ -23,14 +23,14 @@ from typing import Any
 
 from requant.tasks.checkpoint.blocks import block_of
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.fp8 import SCALES, block_size
+from requant.tasks.checkpoint.fp8 import WEIGHT_SCALE_SUFFIXES, block_size
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import CheckpointError
 
 KNOWN = {"qwen3_5_moe_text"}  # model types of text models with the layout above
-FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
-MOST = 1_000_000  # matrices: ten times those of the largest models
+FUSED_EXPERTS = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
+MAX_MATRICES = 1_000_000  # matrices: ten times those of the largest models
 MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
@@ -45,14 +45,16 @@ def split_fused_experts(checkpoint: Checkpoint, held: Container[str] = (), *, he
     views: dict[str, list[Tensor]] = {}
     count = 0
     for name, weight in checkpoint.tensors.items():
-        match = FUSED.fullmatch(name)
+        match = FUSED_EXPERTS.fullmatch(name)
         if not match or weight.shape != shapes.get(match[2]) or name in head or name in held or not block_of(name):
             continue
         matrices = MATRICES[match[2]]
-        scales = {end: checkpoint.tensors[name + end] for end in SCALES if name + end in checkpoint.tensors}
+        scales = {
+            end: checkpoint.tensors[name + end] for end in WEIGHT_SCALE_SUFFIXES if name + end in checkpoint.tensors
+        }
         if all(_divides(scale, weight, len(matrices), size) for scale in scales.values()):
             count += weight.shape[0] * len(matrices)
-            if count > MOST:
+            if count > MAX_MATRICES:
                 raise CheckpointError(f"{shown(name)} makes {count:,} matrices of experts, more than any model has")
             for end, tensor in {"": weight, **scales}.items():
                 views[tensor.name] = list(_views(tensor, match[1], matrices, f"weight{end}"))

@@ -21,12 +21,12 @@ import numpy.typing as npt
 
 from requant.tasks.checkpoint.checkpoint import INDEX, Checkpoint
 from requant.tasks.checkpoint.header import Tensor
-from requant.tasks.checkpoint.packing import ROWS, to_bytes, to_numpy
+from requant.tasks.checkpoint.packing import STRIPE_ROWS, to_bytes, to_numpy
 from requant.tasks.checkpoint.writer import Computed, index_of, place_shard, split_into_shards, write_json
 from requant.tasks.errors import CheckpointError
 
 FP8 = {"F8_E4M3", "F8_E5M2"}
-SCALES = ("_scale_inv", "_scale")
+WEIGHT_SCALE_SUFFIXES = ("_scale_inv", "_scale")
 # Scales of the activations, which only FP8 kernels read.
 OF_ACTIVATIONS = ("activation_scale", "input_scale")
 
@@ -63,9 +63,11 @@ def dequantized_tensors(tensors: Iterable[Tensor], config: Mapping[str, Any]) ->
     for name, tensor in by_name.items():
         if tensor.dtype not in FP8:
             continue
-        scale = next((by_name[name + end] for end in SCALES if name + end in by_name), None)
+        scale = next((by_name[name + end] for end in WEIGHT_SCALE_SUFFIXES if name + end in by_name), None)
         if scale is None:
-            raise CheckpointError(f"{name} is {tensor.dtype} and has no {name}{SCALES[0]}: use a complete base")
+            raise CheckpointError(
+                f"{name} is {tensor.dtype} and has no {name}{WEIGHT_SCALE_SUFFIXES[0]}: use a complete base"
+            )
         block = _block(tensor, scale, size)
         compute = functools.partial(_pieces, tensor, scale, block)
         found[name] = Computed.of(name, "BF16", tensor.shape, compute)
@@ -93,14 +95,14 @@ def write_dequantized(checkpoint: Checkpoint, out: Path) -> Path:
 
 
 def dequantized_rows(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Iterator[Floats]:
-    """The float32 weight in stripes of at most ROWS rows `[rows, columns]`, the matrices of a 3-D one one after the
-    other."""
+    """Yield a float32 weight `[rows, columns]` in stripes of at most STRIPE_ROWS rows, a 3-D one matrix by
+    matrix."""
     table, columns = values_of(weight.dtype), weight.shape[-1]
     high, wide = block
     for matrix in range(math.prod(weight.shape[:-2])):
         grid = _grid(scale, weight.shape, matrix)
-        for begin in range(0, weight.shape[-2], ROWS):
-            end = min(begin + ROWS, weight.shape[-2])
+        for begin in range(0, weight.shape[-2], STRIPE_ROWS):
+            end = min(begin + STRIPE_ROWS, weight.shape[-2])
             first = weight.begin + (matrix * weight.shape[-2] + begin) * columns
             part = replace(weight, dtype="U8", begin=first, end=first + (end - begin) * columns)
             codes = to_numpy(replace(part, shape=(end - begin, columns)))

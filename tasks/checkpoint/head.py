@@ -22,7 +22,15 @@ from requant.tasks.checkpoint.mtp import (
     without_head_entries,
     without_layer_count,
 )
-from requant.tasks.checkpoint.packing import REQUIRED, Scheme, check_parts, dequantized_rows, float_rows, pack, to_bytes
+from requant.tasks.checkpoint.packing import (
+    REQUIRED,
+    PackingScheme,
+    check_parts,
+    dequantized_rows,
+    float_rows,
+    pack,
+    to_bytes,
+)
 from requant.tasks.checkpoint.writer import Computed, Layout
 from requant.tasks.errors import CheckpointError
 
@@ -88,7 +96,7 @@ def head_tensors(base: Checkpoint, precision: str = "keep", quantization: Mappin
     tensors: Tensors = {name: base.tensors[name] for name in head.names}
     if precision == "keep":
         return tensors
-    scheme = Scheme.of(quantization or {}, "")
+    scheme = PackingScheme.of(quantization or {}, "")
     if (quantization or {}).get("quant_method") != "auto-round" or scheme.group_size <= 0:
         raise CheckpointError(
             f"a head with {precision} needs a checkpoint of auto-round with a group size: keep it as it is"
@@ -102,13 +110,13 @@ def head_tensors(base: Checkpoint, precision: str = "keep", quantization: Mappin
     return tensors
 
 
-def _divides(weight: Tensor, scheme: Scheme) -> bool:
+def _divides(weight: Tensor, scheme: PackingScheme) -> bool:
     """Whether the sides of a weight fit the scheme's groups and words."""
     matrix = len(weight.shape) == 2
     return matrix and not weight.shape[1] % scheme.group_size and not any(side % 32 for side in weight.shape)
 
 
-def _packed(module: str, weight: Tensor, scheme: Scheme) -> Tensors:
+def _packed(module: str, weight: Tensor, scheme: PackingScheme) -> Tensors:
     @functools.cache
     def parts() -> dict[str, Any]:
         return pack(float_rows(weight), (weight.shape[0], weight.shape[1]), scheme)
@@ -142,7 +150,7 @@ def dequantized_head(checkpoint: Checkpoint) -> Tensors:
             continue
         if module.storage != "integer":
             raise CheckpointError(f"{module.name} is stored as {module.storage}: name the base with --base instead")
-        scheme = Scheme.of(checkpoint.quantization, module.name)
+        scheme = PackingScheme.of(checkpoint.quantization, module.name)
         missing = [part for part in REQUIRED if part not in module.parts]
         shape = () if missing else scheme.weight_shape(module.parts)
         wrong = check_parts(module.name, module.packed_parts, scheme, shape)
@@ -154,7 +162,7 @@ def dequantized_head(checkpoint: Checkpoint) -> Tensors:
     return tensors
 
 
-def _dequantized(module: Module, scheme: Scheme, dtype: str) -> Iterator[bytes]:
+def _dequantized(module: Module, scheme: PackingScheme, dtype: str) -> Iterator[bytes]:
     return (to_bytes(rows, dtype) for rows in dequantized_rows(module.packed_parts, scheme))
 
 

@@ -13,8 +13,8 @@ from requant.tasks.checkpoint.inventory import head_document, inventory, scheme_
 from requant.tasks.checkpoint.problems import problems_of
 from requant.tasks.checkpoint.untrusted import shown
 
-MOST_GROUPS = 80  # are shown to a person
-MOST_PROBLEMS = 1000  # are told; a hostile index has a million
+MAX_SHOWN_GROUPS = 80  # are shown to a person
+MAX_PROBLEMS = 1000  # are told; a hostile index has a million
 
 
 def inspect_checkpoint(folder: Path, *, deep: bool = False) -> dict[str, Any]:
@@ -29,8 +29,8 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> dict[str, Any]:
     problems = problems_of(checkpoint, judgement)
     if deep and not checkpoint.fatal:
         problems += deep_problems(checkpoint)
-    if len(problems) > MOST_PROBLEMS:
-        problems = [*problems[:MOST_PROBLEMS], f"and {len(problems) - MOST_PROBLEMS} more problems"]
+    if len(problems) > MAX_PROBLEMS:
+        problems = [*problems[:MAX_PROBLEMS], f"and {len(problems) - MAX_PROBLEMS} more problems"]
     return {
         "tensors": len(checkpoint.tensors),
         "bytes": checkpoint.nbytes,
@@ -53,12 +53,14 @@ def as_text(name: str, result: dict[str, Any]) -> str:
     """The same for a person: what it is made of, the head, the engines, the problems."""
     quantized, mtp = result["quantized"], result["mtp"]
     rows = [("modules", "count", "stored as", "bytes")]
-    rows += [(g["modules"], f"{g['count']:,}", g["storage"], f"{g['bytes']:,}") for g in result["groups"][:MOST_GROUPS]]
+    rows += [
+        (g["modules"], f"{g['count']:,}", g["storage"], f"{g['bytes']:,}") for g in result["groups"][:MAX_SHOWN_GROUPS]
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [f"{name}: {result['tensors']:,} tensors, {result['bytes']:,} bytes", ""]
     lines += [f"{m:{widths[0]}}  {c:>{widths[1]}}  {s:{widths[2]}}  {b:>{widths[3]}}" for m, c, s, b in rows]
-    if len(result["groups"]) > MOST_GROUPS:
-        lines.append(f"and {len(result['groups']) - MOST_GROUPS} more groups (--json has them all)")
+    if len(result["groups"]) > MAX_SHOWN_GROUPS:
+        lines.append(f"and {len(result['groups']) - MAX_SHOWN_GROUPS} more groups (--json has them all)")
     lines.append("")
     if quantized["count"]:
         how = ", ".join(f"{count:,} {storage}" for storage, count in quantized["storage"].items())

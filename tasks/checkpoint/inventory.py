@@ -11,14 +11,14 @@ from typing import Any
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import Head, layer_count
-from requant.tasks.checkpoint.packing import Scheme
+from requant.tasks.checkpoint.packing import PackingScheme
 from requant.tasks.errors import CheckpointError
 
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 # The parts of a head outside its decoder layers. vLLM 0.32: qwen3_5_mtp.py; deepseek_mtp.py and glm4_moe_mtp.py.
 APART = ("mtp.fc", "mtp.norm", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden")
 INLINED = ("eh_proj", "enorm", "hnorm", "shared_head.norm")
-FUSED = re.compile(r"mlp\.experts(\.\d+)?\.(gate_up_proj|gate_proj|up_proj|down_proj)$")
+EXPERT_MATRIX = re.compile(r"mlp\.experts(\.\d+)?\.(gate_up_proj|gate_proj|up_proj|down_proj)$")
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,7 @@ def inventory(checkpoint: Checkpoint) -> list[Group]:
     """The groups, in the order in which the first module of each comes. `shape` is the first one's largest tensor's."""
     groups: dict[tuple[str, str], list[Module]] = {}
     for module in checkpoint.modules.values():
-        groups.setdefault((NUMBER.sub("*", module.name), storage_of(module, checkpoint.quantization)), []).append(
-            module
-        )
+        groups.setdefault((INDEX.sub("*", module.name), storage_of(module, checkpoint.quantization)), []).append(module)
     return [
         Group(pattern, len(found), storage, found[0].tensor.shape, sum(m.nbytes for m in found))
         for (pattern, storage), found in groups.items()
@@ -52,7 +50,7 @@ def storage_of(module: Module, quantization: Mapping[str, Any]) -> str:
     """`BF16`; `INT4` and the like for packed weights, as the config has it; a dtype with a scale beside it."""
     if module.storage == "integer":
         try:
-            return f"INT{Scheme.of(quantization, module.name).bits}"
+            return f"INT{PackingScheme.of(quantization, module.name).bits}"
         except CheckpointError:
             return "packed"
     if module.storage == "compressed":
@@ -147,7 +145,7 @@ def _layer_parts(checkpoint: Checkpoint, own: set[str]) -> set[str]:
 
 def _fused(part: str) -> str:
     """One word for a layer's experts, whether they lie fused or each for itself."""
-    match = FUSED.search(part)
+    match = EXPERT_MATRIX.search(part)
     if not match:
         return part
     return "mlp.experts.down_proj" if match[2] == "down_proj" else "mlp.experts.gate_up_proj"
@@ -155,7 +153,7 @@ def _fused(part: str) -> str:
 
 def _experts(modules: Iterable[str]) -> str | None:
     """Whether the experts of a head lie `fused` in 3-D tensors or `split`, each for itself; None where it has none."""
-    found = [match for name in modules if (match := FUSED.search(name))]
+    found = [match for name in modules if (match := EXPERT_MATRIX.search(name))]
     return ("split" if found[0][1] else "fused") if found else None
 
 

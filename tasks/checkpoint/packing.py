@@ -21,12 +21,12 @@ from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.writer import Computed
 from requant.tasks.errors import CheckpointError
 
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
+GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 REQUIRED = ("qweight", "qzeros", "scales")
-DTYPES = {"qweight": {"I32"}, "qzeros": {"I32"}, "g_idx": {"I32"}, "scales": {"F16", "BF16", "F32"}}
+GPTQ_DTYPES = {"qweight": {"I32"}, "qzeros": {"I32"}, "g_idx": {"I32"}, "scales": {"F16", "BF16", "F32"}}
 CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-SMALLEST = 2.0**-20  # a scale that float16 still holds, for groups of zeros
-ROWS = 512  # of a weight at a time; a multiple of 32, so that stripes end where words do
+MIN_SCALE = 2.0**-20  # a scale that float16 still holds, for groups of zeros
+STRIPE_ROWS = 512  # of a weight at a time; a multiple of 32, so that stripes end where words do
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 NUMPY = {"I32": "<i4", "F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "U8": "u1", "I8": "i1"}
 
@@ -35,7 +35,7 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Scheme:
+class PackingScheme:
     """How one module is packed. `group_size` -1 is one group a column of the whole input."""
 
     bits: int
@@ -43,7 +43,7 @@ class Scheme:
     packing: str = "gptq"  # gptq (stores zero - 1) | gptq_v2 (as is) | awq
 
     @classmethod
-    def of(cls, quantization: Mapping[str, Any], module: str) -> Scheme:
+    def of(cls, quantization: Mapping[str, Any], module: str) -> PackingScheme:
         """The scheme of a module, from a checkpoint's quantization config and its exact `extra_config` entry.
 
         Raises CheckpointError for a method or packing that is not known here.
@@ -101,7 +101,7 @@ def _packing(quantization: Mapping[str, Any]) -> str:
     return known[packing]
 
 
-def check_parts(module: str, parts: Mapping[str, Tensor], scheme: Scheme, weight: tuple[int, ...]) -> str | None:
+def check_parts(module: str, parts: Mapping[str, Tensor], scheme: PackingScheme, weight: tuple[int, ...]) -> str | None:
     """What is wrong with a module's packed parts for a weight of shape `[out, in]`, as a sentence, or None."""
     if len(weight) != 2:
         return f"{module} is packed and no matrix in the base"
@@ -112,12 +112,12 @@ def check_parts(module: str, parts: Mapping[str, Tensor], scheme: Scheme, weight
     for part, tensor in parts.items():
         if tensor.shape != expected[part]:
             return f"{module}.{part} has shape {tensor.shape}, its scheme needs {expected[part]}"
-        if tensor.dtype not in DTYPES[part]:
-            return f"{module}.{part} has dtype {tensor.dtype}, packed are {' or '.join(sorted(DTYPES[part]))}"
+        if tensor.dtype not in GPTQ_DTYPES[part]:
+            return f"{module}.{part} has dtype {tensor.dtype}, packed are {' or '.join(sorted(GPTQ_DTYPES[part]))}"
     return None
 
 
-def pack(rows: Iterable[Floats], shape: tuple[int, int], scheme: Scheme) -> dict[str, Array]:
+def pack(rows: Iterable[Floats], shape: tuple[int, int], scheme: PackingScheme) -> dict[str, Array]:
     """Quantize a `[out, in]` weight by rounding to nearest, symmetrically, and pack it as its scheme says.
 
     `rows` are float32 stripes of it, from the top. The scale of a group is its largest magnitude over the largest
@@ -156,7 +156,7 @@ def _scales(groups: Floats, half: int) -> Floats:
     best = np.full(largest.shape, np.inf, np.float32)
     scales: Floats = np.ones_like(largest)
     for ratio in CLIPPING if half == 8 else (1.0,):
-        tried = np.maximum(largest * ratio / (half - 1), SMALLEST).astype(np.float16).astype(np.float32)
+        tried = np.maximum(largest * ratio / (half - 1), MIN_SCALE).astype(np.float16).astype(np.float32)
         error = np.square(np.clip(np.rint(groups / tried), -half, half - 1) * tried - groups).sum(-1, keepdims=True)
         scales[error < best] = tried[error < best]
         best = np.minimum(error, best)
@@ -174,15 +174,15 @@ def _words(values: Array, bits: int, axis: int) -> Array:
 
 
 def float_rows(tensor: Tensor) -> Iterator[Floats]:
-    """A matrix as float32 stripes of ROWS rows, read one after the other."""
+    """A matrix as float32 stripes of STRIPE_ROWS rows, read one after the other."""
     if isinstance(tensor, Computed):
         for rows in tensor.compute():
             yield _values(rows, tensor.dtype).astype(np.float32).reshape(-1, tensor.shape[1])
         return
     count, width = tensor.shape
     nbytes = tensor.nbytes // max(count, 1)
-    for begin in range(0, count, ROWS):
-        end = min(begin + ROWS, count)
+    for begin in range(0, count, STRIPE_ROWS):
+        end = min(begin + STRIPE_ROWS, count)
         part = replace(
             tensor, shape=(end - begin, width), begin=tensor.begin + begin * nbytes, end=tensor.begin + end * nbytes
         )
@@ -229,21 +229,21 @@ def unpack(words: Array, bits: int, axis: int) -> Array:
     return np.moveaxis(flat, -1, axis)
 
 
-def dequantize(parts: Mapping[str, Tensor], scheme: Scheme) -> Floats:
+def dequantize(parts: Mapping[str, Tensor], scheme: PackingScheme) -> Floats:
     """The float32 `[out, in]` weight that the packed parts stand for."""
     stripes = list(dequantized_rows(parts, scheme))
     weight: Floats = np.concatenate(stripes) if stripes else np.empty((0, 0), np.float32)
     return weight
 
 
-def dequantized_rows(parts: Mapping[str, Tensor], scheme: Scheme) -> Iterator[Floats]:
-    """The same in stripes of ROWS rows, from the top: memory follows the packed parts."""
+def dequantized_rows(parts: Mapping[str, Tensor], scheme: PackingScheme) -> Iterator[Floats]:
+    """The same in stripes of STRIPE_ROWS rows, from the top: memory follows the packed parts."""
     qweight, qzeros = to_numpy(parts["qweight"]), to_numpy(parts["qzeros"])
     scales = to_numpy(parts["scales"])
     inputs = qweight.shape[0] if scheme.packing == "awq" else qweight.shape[0] * 32 // scheme.bits
     group = _groups(parts, scheme, inputs, len(scales))
-    for begin in range(0, scales.shape[1], ROWS):
-        end = min(begin + ROWS, scales.shape[1])
+    for begin in range(0, scales.shape[1], STRIPE_ROWS):
+        end = min(begin + STRIPE_ROWS, scales.shape[1])
         words = slice(begin * scheme.bits // 32, end * scheme.bits // 32)
         if scheme.packing == "awq":
             values = _in_order(unpack(qweight[:, words], scheme.bits, 1))
@@ -262,19 +262,19 @@ def dequantized_rows(parts: Mapping[str, Tensor], scheme: Scheme) -> Iterator[Fl
         yield np.ascontiguousarray(weight.T)
 
 
-def zero_points(parts: Mapping[str, Tensor], scheme: Scheme) -> Array:
+def zero_points(parts: Mapping[str, Tensor], scheme: PackingScheme) -> Array:
     """The zero points of packed parts as they are meant, uint8 `[groups, out]`."""
     return _zero_points(to_numpy(parts["qzeros"]), scheme)
 
 
-def _zero_points(words: Array, scheme: Scheme) -> Array:
+def _zero_points(words: Array, scheme: PackingScheme) -> Array:
     zeros = unpack(words, scheme.bits, 1)
     if scheme.packing == "awq":
         return _in_order(zeros)
     return (zeros + 1) & ((1 << scheme.bits) - 1) if scheme.packing == "gptq" else zeros
 
 
-def _groups(parts: Mapping[str, Tensor], scheme: Scheme, inputs: int, count: int) -> Array | None:
+def _groups(parts: Mapping[str, Tensor], scheme: PackingScheme, inputs: int, count: int) -> Array | None:
     """The group of each input, of `count` groups; None where they are equal and in order."""
     if "g_idx" not in parts and inputs == count * (inputs if scheme.group_size == -1 else scheme.group_size):
         return None

@@ -12,13 +12,13 @@ from requant.tasks.checkpoint.header import CONFIG_DTYPES
 from requant.tasks.checkpoint.inventory import missing_parts
 from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.mtp import layer_count
-from requant.tasks.checkpoint.packing import REQUIRED, Scheme, check_parts
+from requant.tasks.checkpoint.packing import REQUIRED, PackingScheme, check_parts
 from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import CheckpointError
 
 FLOATING = {"BF16", "F16", "F32", "F64"}
 OTHER_TOWERS = re.compile(r"visual|vision|audio|image|projector")
-ROUTER = re.compile(r"(gate|router|score|bias)")  # kept wider than the rest by design
+ROUTER_NAME = re.compile(r"(gate|router|score|bias)")  # kept wider than the rest by design
 LAYER = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.")
 COMPRESSED_NEEDS = {"weight_packed": ("weight_scale", "weight_shape")}
 
@@ -74,7 +74,7 @@ def _integer_parts(checkpoint: Checkpoint, module: Module) -> Iterator[str]:
         yield f"{module.name}.{missing[0]} is missing beside {module.name}.{there}"
         return
     try:
-        scheme = Scheme.of(checkpoint.quantization, module.name)
+        scheme = PackingScheme.of(checkpoint.quantization, module.name)
         wrong = check_parts(module.name, module.packed_parts, scheme, scheme.weight_shape(module.parts))
     except CheckpointError as error:
         wrong = str(error)
@@ -112,7 +112,7 @@ def _weight_shape(checkpoint: Checkpoint, module: Module) -> tuple[int, ...]:
         return module.parts["weight"].shape
     if module.storage == "integer" and all(part in module.parts for part in REQUIRED):
         try:
-            return Scheme.of(checkpoint.quantization, module.name).weight_shape(module.parts)
+            return PackingScheme.of(checkpoint.quantization, module.name).weight_shape(module.parts)
         except CheckpointError:
             return ()
     return ()
@@ -129,7 +129,7 @@ def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:
     for module in checkpoint.modules.values():
         weight = module.parts.get("weight")
         last = module.name.rpartition(".")[2]
-        if module.storage != "plain" or weight is None or len(weight.shape) < 2 or ROUTER.search(last):
+        if module.storage != "plain" or weight is None or len(weight.shape) < 2 or ROUTER_NAME.search(last):
             continue
         if weight.dtype in FLOATING and weight.dtype != declared:
             other.setdefault(weight.dtype, []).append(weight.name)

@@ -33,7 +33,7 @@ Verdicts = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Base:
+class RepairSource:
     """Where the head comes from. `bring` makes the data of these tensors and files readable below the folder."""
 
     folder: Path
@@ -41,7 +41,7 @@ class Base:
 
 
 @dataclass
-class Plan:
+class RepairPlan:
     """What differs from what should be. `restored` are names of the head's tensors."""
 
     shards: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -58,7 +58,9 @@ class Plan:
         return sorted([*self.shards, *self.linked, *self.documents, *self.copied])
 
 
-def repair(folder: Path, base: Base | None, *, precision: str = "keep", dry_run: bool = False) -> dict[str, Any]:
+def repair(
+    folder: Path, base: RepairSource | None, *, precision: str = "keep", dry_run: bool = False
+) -> dict[str, Any]:
     """Give `folder` the head of its base (bit for bit, or packed to `precision`: int8, int4), and index, configs and
     auxiliary files that fit. Without a base, a packed head that no engine can load is dequantized, which loses what the
     packing lost. Returns the document of `requant mtp-fix --json`.
@@ -88,14 +90,14 @@ def repair(folder: Path, base: Base | None, *, precision: str = "keep", dry_run:
     }
 
 
-def plan_repair(folder: Path, base: Base | None, precision: str) -> Plan:
+def plan_repair(folder: Path, base: RepairSource | None, precision: str) -> RepairPlan:
     """What `repair` would do, from headers, configs and the bytes of the head."""
     checkpoint = _readable(folder)
     source = Checkpoint.open(base.folder).sound() if base else None
     if source is not None:
         _check_base(checkpoint, source)
     wanted = _wanted_head(checkpoint, source, precision)
-    plan = Plan()
+    plan = RepairPlan()
     if base is not None and source is not None:
         plan.copied = {n: base.folder / n for n in _auxiliary(base.folder) if not (folder / n).is_file()}
         base.bring((source.tensors[n] for n in (source.head.names if source.head else ())), plan.copied)
@@ -118,7 +120,7 @@ def plan_repair(folder: Path, base: Base | None, precision: str) -> Plan:
     return plan
 
 
-def _check_better(plan: Plan, folder: Path, precision: str) -> None:
+def _check_better(plan: RepairPlan, folder: Path, precision: str) -> None:
     """Raises CheckpointError if an engine would no longer load the checkpoint, or no longer draft from it.
 
     A head that is asked for in fewer bits is no repair: one engine that drafts from it is enough.
@@ -237,7 +239,7 @@ def _layout_of(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
 
 
 def _replace_head(
-    plan: Plan, layout: dict[str, list[Tensor]], wanted: Tensors, old: set[str]
+    plan: RepairPlan, layout: dict[str, list[Tensor]], wanted: Tensors, old: set[str]
 ) -> dict[str, list[Tensor]]:
     """The layout with the wanted head in a shard of its own; shards that held a part of the old one lose it."""
     after: dict[str, list[Tensor]] = {}
@@ -272,7 +274,7 @@ def _index(folder: Path, layout: dict[str, list[Tensor]]) -> dict[str, Any]:
     return {**old, **new}
 
 
-def _put_configs(plan: Plan, checkpoint: Checkpoint, base: Checkpoint | None) -> Checkpoint:
+def _put_configs(plan: RepairPlan, checkpoint: Checkpoint, base: Checkpoint | None) -> Checkpoint:
     """Configs that promise the head's layers and say how its tensors are stored, in words that the engines read.
 
     Returns the checkpoint as it will be.
@@ -304,7 +306,7 @@ def _with_layer_count(config: dict[str, Any], base: Checkpoint) -> dict[str, Any
     return {**config, **counts}
 
 
-def _put(plan: Plan, folder: Path, name: str, document: dict[str, Any]) -> None:
+def _put(plan: RepairPlan, folder: Path, name: str, document: dict[str, Any]) -> None:
     if not (folder / name).exists() or parse((folder / name).read_bytes()) != (document, []):
         plan.documents[name] = document
 
@@ -314,7 +316,7 @@ def _auxiliary(folder: Path) -> list[str]:
     return sorted(name for name in files if name not in NOT_AUXILIARY and not name.startswith("."))
 
 
-def _write(plan: Plan, folder: Path, stage: Path) -> None:
+def _write(plan: RepairPlan, folder: Path, stage: Path) -> None:
     for shard, tensors in plan.shards.items():
         place_shard(stage, shard, tensors)
     for name, old in plan.linked.items():

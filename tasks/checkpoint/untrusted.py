@@ -10,8 +10,8 @@ from typing import Any
 
 MAX_DEPTH = 100  # levels: Python's limit is 1000 frames, and what walks or writes a document takes several each
 MAX_DIGITS = 308
-SMALL = 1 << 20  # bytes that cannot cost much, whatever they hold
-LONGEST = 200  # characters of a name in a sentence
+HARMLESS_BYTES = 1 << 20  # bytes that cannot cost much, whatever they hold
+MAX_SHOWN_LENGTH = 200  # characters of a name in a sentence
 
 
 def parse(raw: bytes) -> tuple[Any, list[str]]:
@@ -21,7 +21,7 @@ def parse(raw: bytes) -> tuple[Any, list[str]]:
     of thousands of digits), and for what is only made to exhaust memory or stack: nesting, millions of tiny values.
     """
     brackets = raw.count(b"{") + raw.count(b"[")
-    if len(raw) > SMALL and (12 * brackets > len(raw) or 6 * raw.count(b",") > len(raw)):
+    if len(raw) > HARMLESS_BYTES and (12 * brackets > len(raw) or 6 * raw.count(b",") > len(raw)):
         raise ValueError("it holds more values than a checkpoint has names for")
     repeated: list[str] = []
 
@@ -41,7 +41,7 @@ def parse(raw: bytes) -> tuple[Any, list[str]]:
 
 def shown(text: str) -> str:
     """A name for a sentence: cut, and with escapes for whatever would move a terminal's cursor or end the line."""
-    cut = text if len(text) <= LONGEST else text[:LONGEST] + "..."
+    cut = text if len(text) <= MAX_SHOWN_LENGTH else text[:MAX_SHOWN_LENGTH] + "..."
     return cut if cut.isprintable() else repr(cut)
 
 

@@ -22,11 +22,18 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.header import Tensor
-from requant.tasks.checkpoint.packing import Scheme, check_parts, dequantized_rows, float_rows, to_numpy, zero_points
+from requant.tasks.checkpoint.packing import (
+    PackingScheme,
+    check_parts,
+    dequantized_rows,
+    float_rows,
+    to_numpy,
+    zero_points,
+)
 from requant.tasks.checkpoint.rounding import SAMPLED, Rounding
 from requant.tasks.errors import CheckpointError
 
-PARALLEL = 2  # matrices at a time: numpy works without the interpreter's lock
+PARALLEL_MATRICES = 2  # matrices at a time: numpy works without the interpreter's lock
 
 
 @dataclass(frozen=True)
@@ -57,20 +64,22 @@ def fidelity(quantized: Checkpoint, base: Checkpoint) -> list[Fidelity]:
         if (module := name.removesuffix(".weight")) in parts and name.endswith(".weight")
         if (scheme := _scheme(quantization, module, parts[module], source)) is not None
     ]
-    with ThreadPoolExecutor(PARALLEL) as pool:
+    with ThreadPoolExecutor(PARALLEL_MATRICES) as pool:
         return list(pool.map(lambda pair: _compare(*pair), pairs))
 
 
-def _scheme(quantization: Mapping[str, Any], module: str, parts: Mapping[str, Tensor], source: Tensor) -> Scheme | None:
+def _scheme(
+    quantization: Mapping[str, Any], module: str, parts: Mapping[str, Tensor], source: Tensor
+) -> PackingScheme | None:
     """How a module is packed; None if its parts are not that of the base's matrix."""
     try:
-        scheme = Scheme.of(quantization, module)
+        scheme = PackingScheme.of(quantization, module)
     except CheckpointError:
         return None
     return None if check_parts(module, parts, scheme, source.shape) else scheme
 
 
-def _compare(name: str, parts: Mapping[str, Tensor], scheme: Scheme, source: Tensor) -> Fidelity:
+def _compare(name: str, parts: Mapping[str, Tensor], scheme: PackingScheme, source: Tensor) -> Fidelity:
     scales = to_numpy(parts["scales"]).astype(np.float64)
     inputs = source.shape[1]
     group = np.arange(inputs) // (inputs if scheme.group_size == -1 else scheme.group_size)

@@ -27,7 +27,7 @@ from requant.tasks.environment import PROXIES, variables_set
 from requant.tasks.errors import HubError, HubUnavailable, redact
 from requant.tasks.http import UNUSABLE, no_client
 
-PASSING = {408, 425, 429, 500, 502, 503, 504}
+TEMPORARY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 STALL_TIMEOUT_S = (
     60.0  # seconds without a byte of an answer; huggingface_hub itself waits for ever for uploads and commits
 )
@@ -98,7 +98,7 @@ def _switched_off(name: str) -> str:
 
 def _explain(error: HfHubHTTPError, repo_id: str, name: str) -> HubError:
     status = error.response.status_code
-    if status in PASSING:
+    if status in TEMPORARY_STATUSES:
         return HubUnavailable(f"the Hub at {constants.ENDPOINT} answers {status} for {name}: try again later")
     if isinstance(error, GatedRepoError):
         return HubError(

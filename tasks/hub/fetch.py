@@ -19,12 +19,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from requant.tasks.errors import HubUnavailable
-from requant.tasks.hub.client import PASSING, hub_errors
+from requant.tasks.hub.client import TEMPORARY_STATUSES, hub_errors
 from requant.tasks.hub.revision import HubFile, Revision
 
-TRIES = 6  # in a row that brought nothing; with the pauses between them, a Hub that is away for 60 s is waited for
+MAX_TRIES = 6  # in a row that brought nothing; with the pauses between them, a Hub that is away for 60 s is waited for
 MAX_PAUSE_S = 60.0
-CHUNK = 1 << 20
+CHUNK_BYTES = 1 << 20
 log = logging.getLogger(__name__)
 
 
@@ -53,7 +53,7 @@ def fetch(base: Revision, file: HubFile, path: Path) -> str:
                     raise
                 error = raised
             failed = failed + 1 if arriving.at <= before else 1
-            if failed >= TRIES:
+            if failed >= MAX_TRIES:
                 raise error
             if arriving.at < file.size:
                 pause = _pause(error, failed)
@@ -74,7 +74,7 @@ class _Arriving:
         self._stream, self.size = stream, size
         self.hasher = hashlib.sha256()
         stream.seek(0)
-        while chunk := stream.read(CHUNK):
+        while chunk := stream.read(CHUNK_BYTES):
             self.hasher.update(chunk)
         self.at = stream.tell()
         if self.at > size:
@@ -110,7 +110,7 @@ def _go_on(url: str, arriving: _Arriving) -> None:
             arriving.start_over()  # the server knows no ranges
             if begins != "bytes 0":
                 return
-        for chunk in response.iter_bytes(CHUNK):
+        for chunk in response.iter_bytes(CHUNK_BYTES):
             arriving.add(chunk)
 
 
@@ -119,7 +119,7 @@ def _passes(error: Exception, url: str) -> bool:
     if not isinstance(error, HfHubHTTPError):
         return True
     elsewhere = error.response.request.url.host != httpx2.URL(url).host
-    return error.response.status_code in PASSING or (elsewhere and error.response.status_code == 403)
+    return error.response.status_code in TEMPORARY_STATUSES or (elsewhere and error.response.status_code == 403)
 
 
 def _pause(error: Exception, failed: int) -> float:

@@ -22,8 +22,8 @@ from requant.tasks.hub.sparse_checkout import stream
 from requant.tasks.redaction import public
 
 FORMAT = 1
-SMALL = 10 << 20  # bytes: what is larger, the Hub keeps in LFS, whatever its name
-MAX_MANIFEST = 64 << 20
+MAX_REGULAR_FILE_BYTES = 10 << 20  # bytes: what is larger, the Hub keeps in LFS, whatever its name
+MAX_MANIFEST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class ReleaseManifest:
 
 
 def _may_be_published(gate: Mapping[str, Any]) -> bool:
-    """Whether a gate passed; or has no limit and could not be measured (tasks/measuring/gates.py)."""
+    """Whether a gate passed; or has no limit and could not be measured (tasks/validating/gates.py)."""
     return gate["passed"] is True or (gate["passed"] is None and gate["limit"] is None)
 
 
@@ -104,7 +104,7 @@ def read_release(revision: Revision) -> ReleaseManifest | None:
     file = next((f for f in revision.files if f.path == RELEASE), None)
     if file is None:
         return None
-    if not 0 < file.size <= MAX_MANIFEST:
+    if not 0 < file.size <= MAX_MANIFEST_BYTES:
         raise HubError(f"the {RELEASE} of {revision.name} has {file.size:,} bytes: restore it")
     return ReleaseManifest.read(b"".join(stream(revision, RELEASE, 0, file.size)), revision.name)
 

@@ -80,11 +80,11 @@ def refuse_changed(main: Revision, base: Revision, *, overwrite: bool, before_wo
         )
     if changed := claimed.differences(main):
         raise HubError(
-            f"{main.repo_id} was changed by someone else since release {claimed.tag} ({told(changed)}): look at it, "
-            "then undo that, or set publish.overwrite: true"
+            f"{main.repo_id} was changed by someone else since release {claimed.tag} ({join_problems(changed)}): "
+            "look at it, then undo that, or set publish.overwrite: true"
         )
 
 
-def told(sentences: list[str]) -> str:
+def join_problems(sentences: list[str]) -> str:
     """The first of some sentences, and how many more there are."""
     return sentences[0] + (f", and {len(sentences) - 1} more" if len(sentences) > 1 else "")

@@ -17,7 +17,7 @@ from huggingface_hub.utils._http import get_session, parse_ratelimit_headers
 
 from requant.tasks.errors import HubUnavailable
 
-PARALLEL = 16
+PARALLEL_REQUESTS = 16
 PATIENCE_S = 900.0  # seconds in which a pass must have asked everything: three windows
 DEFAULT_WAIT_S = 10.0  # seconds to wait after a refusal that does not say for how long
 T = TypeVar("T")
@@ -79,7 +79,7 @@ class Pace:
         if response.status_code == 429:
             seconds = float(told) if told.isdecimal() else limits.reset_in_seconds if limits else DEFAULT_WAIT_S
             seconds = max(seconds, 1.0)
-        elif limits is not None and limits.remaining < PARALLEL:  # as many may be under way
+        elif limits is not None and limits.remaining < PARALLEL_REQUESTS:  # as many may be under way
             seconds = limits.reset_in_seconds
         with self._lock:
             self.requests += 1

@@ -10,7 +10,7 @@ from huggingface_hub import CommitOperationCopy, CommitOperationDelete
 from requant.tasks.errors import HubError
 from requant.tasks.hub.client import hub_api, hub_errors
 from requant.tasks.hub.manifest import ReleaseManifest, read_release
-from requant.tasks.hub.publish_target import told
+from requant.tasks.hub.publish_target import join_problems
 from requant.tasks.hub.release import BACK, Operation, Release, commit_to_main
 from requant.tasks.hub.revision import Revision, resolve
 
@@ -30,8 +30,8 @@ def rollback(repo_id: str, to: str | None = None, *, overwrite: bool = False) ->
     changed = claimed.differences(main) if claimed else []
     if changed:
         raise HubError(
-            f"{repo_id} was changed by someone else since its last release ({told(changed)}): look at it, then undo "
-            "that, or add --overwrite"
+            f"{repo_id} was changed by someone else since its last release ({join_problems(changed)}): "
+            "look at it, then undo that, or add --overwrite"
         )
     tag = to or _before(main, claimed)
     goal = resolve(repo_id, tag)
@@ -80,7 +80,9 @@ def _check_goal(goal: Revision, tag: str) -> None:
     if claimed is None:
         raise HubError(f"{tag} of {goal.repo_id} is no release of Requant: name the tag of one")
     if changed := claimed.differences(goal):
-        raise HubError(f"{tag} of {goal.repo_id} is not what it claims to be ({told(changed)}): name another release")
+        raise HubError(
+            f"{tag} of {goal.repo_id} is not what it claims to be ({join_problems(changed)}): name another release"
+        )
 
 
 def _operations(main: Revision, goal: Revision) -> list[Operation]:

@@ -26,12 +26,14 @@ from requant.tasks.hub.revision import HubFile, Revision
 
 GUESS = 16 << 10  # bytes: holds the header of most shards, so that one request is enough
 PIECE = 1 << 16  # bytes
-PARALLEL = 8
+PARALLEL_DOWNLOADS = 8
 PAUSES = (0.5, 1, 2, 4, 0)  # seconds after an answer that was cut short
 NEIGHBOURS = 1 << 20  # bytes: a gap between wanted tensors that is cheaper to fetch than to ask around
 
 
-def lay_out(revision: Revision, folder: Path, near: Callable[[HubFile], Path | None] = lambda file: None) -> Path:
+def create_checkout(
+    revision: Revision, folder: Path, near: Callable[[HubFile], Path | None] = lambda file: None
+) -> Path:
     """Lay a repo out as a skeleton. `near` says where a file of it lies already: a link leads there, and nothing of it
     is asked for; such a skeleton is for reading alone.
 
@@ -49,7 +51,7 @@ def lay_out(revision: Revision, folder: Path, near: Callable[[HubFile], Path | N
             stream.truncate(file.size)
     fetch_files(revision, folder, (p for p in ("config.json", INDEX, *BESIDE) if 0 < sizes.get(p, 0) <= MAX_JSON))
     shards = [shard for shard in _shards(folder) if sizes.get(shard, 0) >= 8]
-    with ThreadPoolExecutor(PARALLEL) as pool:
+    with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
         list(pool.map(lambda shard: _fetch_header(revision, folder, shard, sizes[shard]), shards))
     return folder
 
@@ -63,7 +65,7 @@ def fill(revision: Revision, folder: Path, tensors: Iterable[Tensor]) -> None:
             pieces[-1] = (path, pieces[-1][1], tensor.end)
         else:
             pieces.append((path, tensor.begin, tensor.end))
-    with ThreadPoolExecutor(PARALLEL) as pool:
+    with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
         list(pool.map(lambda piece: _fetch(revision, folder, *piece), pieces))
 
 
@@ -71,7 +73,7 @@ def fetch_files(revision: Revision, folder: Path, paths: Iterable[str]) -> None:
     """Fetch small files whole into a skeleton."""
     sizes = {file.path: file.size for file in revision.wanted}
     wanted = [path for path in paths if sizes[path]]
-    with ThreadPoolExecutor(PARALLEL) as pool:
+    with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
         list(pool.map(lambda path: _fetch(revision, folder, path, 0, sizes[path]), wanted))
 
 

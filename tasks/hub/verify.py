@@ -15,15 +15,15 @@ from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import CheckpointError, HubError, HubUnavailable
 from requant.tasks.hub.manifest import ReleaseManifest, read_release
 from requant.tasks.hub.revision import HubFile, Revision, resolve
-from requant.tasks.hub.sparse_checkout import lay_out, stream
+from requant.tasks.hub.sparse_checkout import create_checkout, stream
 
 log = logging.getLogger(__name__)
 
-PARALLEL = 4
+PARALLEL_DOWNLOADS = 4
 
 
 @dataclass(frozen=True)
-class Verified:
+class ReleaseCheck:
     """What was looked at, and what is wrong with it. `release`: the tag that the manifest stands for."""
 
     commit: str
@@ -32,7 +32,7 @@ class Verified:
     problems: list[str]
 
 
-def verify(repo_id: str, revision: str = "main", *, deep: bool = False) -> Verified:
+def verify_release(repo_id: str, revision: str = "main", *, deep: bool = False) -> ReleaseCheck:
     """Compare a repo with its manifest: the Hub's sizes and hashes, no file too few or too many, gates that passed, and
     an index and safetensors headers that agree with each other and with the files' sizes.
 
@@ -45,22 +45,22 @@ def verify(repo_id: str, revision: str = "main", *, deep: bool = False) -> Verif
     except HubUnavailable:
         raise
     except HubError as error:
-        return Verified(there.sha, None, 0, [str(error)])
+        return ReleaseCheck(there.sha, None, 0, [str(error)])
     if claimed is None:
-        return Verified(there.sha, None, 0, [f"{repo_id} has no {RELEASE}: Requant did not publish it"])
+        return ReleaseCheck(there.sha, None, 0, [f"{repo_id} has no {RELEASE}: Requant did not publish it"])
     problems = claimed.differences(there)
     problems += [f"the gate {shown(name)} was not passed" for name in claimed.failed_gates]
     problems += _structure(there)
     if deep:
         problems += _bytes(there, claimed)
-    return Verified(there.sha, claimed.tag, len(claimed.files), problems)
+    return ReleaseCheck(there.sha, claimed.tag, len(claimed.files), problems)
 
 
 def _structure(there: Revision) -> list[str]:
     """What index, headers and sizes say against each other."""
     with tempfile.TemporaryDirectory(prefix="requant-") as folder:
         try:
-            return list(Checkpoint.open(lay_out(there, Path(folder))).problems)
+            return list(Checkpoint.open(create_checkout(there, Path(folder))).problems)
         except CheckpointError as error:
             return [str(error).replace(f"{folder}/", "").replace(folder, there.name)]
 
@@ -77,5 +77,5 @@ def _bytes(there: Revision, claimed: ReleaseManifest) -> list[str]:
             return None
         return f"the bytes of {shown(file.path)} are not those that {RELEASE} names (sha256 {hasher.hexdigest()[:12]})"
 
-    with ThreadPoolExecutor(PARALLEL) as pool:
+    with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
         return [problem for problem in pool.map(check, (f for f in there.files if f.path in claimed.files)) if problem]

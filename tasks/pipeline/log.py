@@ -7,7 +7,7 @@ import logging
 from requant.tasks.errors import RequantError, redact
 
 ENDED_WELL = ("Finished in state Completed", "Finished in state Reused")
-OURS = "requant"  # the logger above all of ours
+ROOT_LOGGER = "requant"  # the logger above all of ours
 PREFECTS = ("prefect.flow_runs", "prefect.task_runs", "prefect.engine", "prefect")
 
 
@@ -37,8 +37,8 @@ def set_up_logging() -> None:
 
     A handler sees the records of all loggers below its own; a filter of a logger sees only those of that logger.
     """
-    logging.getLogger(OURS).setLevel(logging.INFO)
-    for name in (None, OURS, *PREFECTS):
+    logging.getLogger(ROOT_LOGGER).setLevel(logging.INFO)
+    for name in (None, ROOT_LOGGER, *PREFECTS):
         for handler in logging.getLogger(name).handlers:
             if not any(isinstance(found, Redacting) for found in handler.filters):
                 handler.addFilter(Redacting())
@@ -53,7 +53,7 @@ def log_into_runs() -> None:
     from prefect.context import FlowRunContext, TaskRunContext
     from prefect.logging.handlers import APILogHandler
 
-    ours = logging.getLogger(OURS)
+    ours = logging.getLogger(ROOT_LOGGER)
     if not any(isinstance(handler, APILogHandler) for handler in ours.handlers):
         handler = APILogHandler()
         handler.addFilter(lambda record: FlowRunContext.get() is not None or TaskRunContext.get() is not None)

@@ -66,7 +66,7 @@ def options(stage: str, hours: float, retries: int = 3) -> dict[str, Any]:
     }
 
 
-def shown(result: StageResult) -> Any:
+def stage_summary(result: StageResult) -> Any:
     """The state a stage ends in: Completed, or Reused, which the UI shows by that name."""
     return Completed(name="Reused", data=result) if result.state == "reused" else result
 

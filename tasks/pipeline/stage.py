@@ -143,7 +143,7 @@ def _make(store: Store, stage: Stage, key: str, work: Callable[[Path], Made], be
         "machine": hardware.machine(),
         "used": sorted(set(store.used[inner:])),  # what stages inside this one made or reused: gc keeps them with it
     }
-    manifest = store.keep(stage.name, key, made.manifest, provenance)
+    manifest = store.commit(stage.name, key, made.manifest, provenance)
     shutil.rmtree(folder, ignore_errors=True)
     return manifest
 

@@ -14,7 +14,7 @@ from requant.tasks.hub.revision import Revision
 from requant.tasks.planning.document import FieldChange, FileChanges, TensorChanges
 from requant.tasks.store import Store
 
-MOST = 100  # entries of one list
+MAX_LISTED = 100  # entries of one list
 
 
 def last_done(store: Store, base: Revision) -> tuple[str, Manifest] | None:
@@ -39,9 +39,9 @@ def changed_files(before: Manifest, base: Revision, hashes: Mapping[str, str | N
     both = now.keys() & old.keys()
     different = [p for p in both if now[p][0] != old[p][0] or (now[p][1] or old[p][1]) != old[p][1]]
     return FileChanges(
-        added=tuple(sorted(now.keys() - old.keys())[:MOST]),
-        removed=tuple(sorted(old.keys() - now.keys())[:MOST]),
-        changed=tuple(sorted(different)[:MOST]),
+        added=tuple(sorted(now.keys() - old.keys())[:MAX_LISTED]),
+        removed=tuple(sorted(old.keys() - now.keys())[:MAX_LISTED]),
+        changed=tuple(sorted(different)[:MAX_LISTED]),
     )
 
 
@@ -49,9 +49,9 @@ def changed_tensors(before: Checkpoint, now: Checkpoint, shards: Collection[str]
     """Compare tensors by dtype and shape, and count those that lie in `shards`, the weight files that changed."""
     old, new = ({n: (t.dtype, t.shape) for n, t in c.tensors.items()} for c in (before, now))
     return TensorChanges(
-        added=tuple(sorted(new.keys() - old.keys())[:MOST]),
-        removed=tuple(sorted(old.keys() - new.keys())[:MOST]),
-        retyped=tuple(sorted(n for n in new.keys() & old.keys() if new[n] != old[n])[:MOST]),
+        added=tuple(sorted(new.keys() - old.keys())[:MAX_LISTED]),
+        removed=tuple(sorted(old.keys() - new.keys())[:MAX_LISTED]),
+        retyped=tuple(sorted(n for n in new.keys() & old.keys() if new[n] != old[n])[:MAX_LISTED]),
         in_changed_shards=sum(_shard(t) in shards for t in now.tensors.values()),
     )
 
@@ -60,7 +60,7 @@ def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[F
     """Compare two config.json, field by field."""
     old, new = dict(_flat(before)), dict(_flat(now))
     differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    return tuple(FieldChange(field=shown(k), before=old.get(k), now=new.get(k)) for k in differing[:MOST])
+    return tuple(FieldChange(field=shown(k), before=old.get(k), now=new.get(k)) for k in differing[:MAX_LISTED])
 
 
 def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

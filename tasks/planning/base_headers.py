@@ -14,10 +14,10 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint, read_json
 from requant.tasks.checkpoint.compat import PROCESSOR
 from requant.tasks.errors import CheckpointError, HubError
 from requant.tasks.hub.revision import Revision, resolve
-from requant.tasks.hub.sparse_checkout import fetch_files, lay_out
+from requant.tasks.hub.sparse_checkout import create_checkout, fetch_files
 from requant.tasks.planning.base_diff import changed_fields, changed_files, changed_tensors, last_done
 from requant.tasks.planning.document import BaseChanges
-from requant.tasks.planning.transfers import Hashes, hashes_of, near_file
+from requant.tasks.planning.transfers import Hashes, hashes_of, local_file
 from requant.tasks.store import Store
 
 
@@ -40,7 +40,7 @@ class BaseHeaders:
         revision.check_names()
         hashes = hashes_of(store, revision)
         folder.mkdir()
-        lay_out(revision, folder, lambda file: near_file(store, file, hashes))
+        create_checkout(revision, folder, lambda file: local_file(store, file, hashes))
         processor = folder / PROCESSOR
         if processor.is_file() and not processor.is_symlink():
             fetch_files(revision, folder, [PROCESSOR])  # whether an engine will load depends on what it says
@@ -49,7 +49,7 @@ class BaseHeaders:
     @cached_property
     def missing_bytes(self) -> int:
         """Add up the files that are not on this machine."""
-        return sum(f.size for f in self.revision.wanted if near_file(self.store, f, self.hashes) is None)
+        return sum(f.size for f in self.revision.wanted if local_file(self.store, f, self.hashes) is None)
 
     @cached_property
     def verbatim_files(self) -> Mapping[str, int]:
@@ -75,7 +75,7 @@ class BaseHeaders:
             with TemporaryDirectory(prefix="requant-") as temporary, contextlib.suppress(CheckpointError, HubError):
                 # The Hub may not have that commit any more.
                 old = resolve(self.revision.repo_id, sha)
-                folder = lay_out(old, Path(temporary), lambda file: near_file(self.store, file, known))
+                folder = create_checkout(old, Path(temporary), lambda file: local_file(self.store, file, known))
                 config = changed_fields(read_json(folder / "config.json"), self.source.config)
                 tensors = changed_tensors(Checkpoint.open(folder), self.source, files.changed)
         return BaseChanges(since=sha, files=files, tensors=tensors, config=config or ())

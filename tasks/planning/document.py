@@ -19,7 +19,7 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
-class Part(BaseModel):
+class DocumentPart(BaseModel):
     """A part of the document."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,7 +29,7 @@ class Part(BaseModel):
         return self.model_dump(mode="json")
 
 
-class PlannedBase(Part):
+class PlannedBase(DocumentPart):
     """The base at the commit that would be used."""
 
     repo_id: str = Field(description="The base's repo on the Hub, owner/name")
@@ -39,7 +39,7 @@ class PlannedBase(Part):
     tensors: int | None = Field(description="Tensors of the checkpoint; null where it cannot be used")
 
 
-class PlannedStage(Part):
+class PlannedStage(DocumentPart):
     """A stage of the run, and what it takes."""
 
     output: str | None = Field(
@@ -53,7 +53,7 @@ class PlannedStage(Part):
     figure: str = Field(description="Where the seconds are from, in words")
 
 
-class QuantizationScheme(Part):
+class QuantizationScheme(DocumentPart):
     """How the weights of most quantized layers are stored."""
 
     bits: int = Field(description="Bits of a weight")
@@ -61,7 +61,7 @@ class QuantizationScheme(Part):
     sym: bool = Field(description="Whether the zero point is the middle of the range")
 
 
-class QuantizedModules(Part):
+class QuantizedModules(DocumentPart):
     """Quantized modules that have one name but for their numbers."""
 
     modules: str = Field(description="Their name, with * for the numbers")
@@ -71,7 +71,7 @@ class QuantizedModules(Part):
     bytes: int = Field(description="Bytes of all of them")
 
 
-class KeptTensors(Part):
+class KeptTensors(DocumentPart):
     """Tensors that stay as the base has them."""
 
     tensors: str = Field(description="Their name, with * for numbers or for all tensors below")
@@ -79,7 +79,7 @@ class KeptTensors(Part):
     why: str = Field(description="Why they are not quantized")
 
 
-class OutputLayout(Part):
+class OutputLayout(DocumentPart):
     """The checkpoint that one result comes to."""
 
     bytes: int = Field(description="Bytes of all files")
@@ -94,7 +94,7 @@ class OutputLayout(Part):
     kept: tuple[KeptTensors, ...] = Field(description="The tensors that stay as they are, in groups")
 
 
-class OutputTotals(Part):
+class OutputTotals(DocumentPart):
     """What several outputs come to together, or nulls where nothing can be made."""
 
     bytes: int | None = Field(description="Bytes of all files of the outputs that can be made; null where none can")
@@ -102,7 +102,7 @@ class OutputTotals(Part):
     kept_tensors: None = Field(description="Stands in the plan of each output")
 
 
-class StageNeeds(Part):
+class StageNeeds(DocumentPart):
     """What one stage takes. A key is absent where the stage takes nothing of the kind."""
 
     disk_bytes: int | None = Field(None, exclude_if=_is_none, description="Bytes of disk that the stage adds")
@@ -116,14 +116,14 @@ class StageNeeds(Part):
     )
 
 
-class MemoryNeeds(Part):
+class MemoryNeeds(DocumentPart):
     """What the run takes of memory."""
 
     ram_bytes: int = Field(description="Peak bytes of memory")
     vram_bytes: int = Field(description="Peak bytes of GPU memory")
 
 
-class Needs(Part):
+class Needs(DocumentPart):
     """What the run takes: disk is the sum of its stages, memory the most of any."""
 
     disk_bytes: int = Field(description="Bytes that must be free below the store now")
@@ -148,7 +148,7 @@ class Needs(Part):
         )
 
 
-class UnknownNeeds(Part):
+class UnknownNeeds(DocumentPart):
     """What a run takes that cannot be planned."""
 
     disk_bytes: None = Field(description="Not known")
@@ -156,19 +156,19 @@ class UnknownNeeds(Part):
     vram_bytes: None = Field(description="Not known")
 
 
-class Transfer(Part):
+class Transfers(DocumentPart):
     """What goes over the network."""
 
     download_bytes: int = Field(description="Bytes of the base that the store lacks")
     upload_bytes: int = Field(description="Bytes that publishing sends")
 
     @classmethod
-    def of(cls, stages: Iterable[PlannedStage]) -> Transfer:
+    def of(cls, stages: Iterable[PlannedStage]) -> Transfers:
         moved = {stage.name: stage.bytes for stage in stages}
         return cls(download_bytes=moved.get("download", 0), upload_bytes=moved.get("publish", 0))
 
 
-class EngineVerdict(Part):
+class EngineVerdict(DocumentPart):
     """Whether an engine will load the result and draft with its MTP head, from headers and configs alone."""
 
     loads: bool = Field(description="Whether the engine loads it")
@@ -176,7 +176,7 @@ class EngineVerdict(Part):
     reason: str = Field(description="What is in the way, or that nothing is")
 
 
-class PlannedHardware(Part):
+class PlannedHardware(DocumentPart):
     """Where the run takes place, how long and for how much."""
 
     gpu: str | None = Field(description="The GPU that the recipe names, or cpu; null: whatever is there")
@@ -185,7 +185,7 @@ class PlannedHardware(Part):
     cost: float | None = Field(description="Cost of all stages that use the GPU; null without a price")
 
 
-class FileChanges(Part):
+class FileChanges(DocumentPart):
     """Paths of the base's files, at most 100 of a kind."""
 
     added: tuple[str, ...] = Field(description="Files that are new")
@@ -193,7 +193,7 @@ class FileChanges(Part):
     changed: tuple[str, ...] = Field(description="Files whose content is another")
 
 
-class TensorChanges(Part):
+class TensorChanges(DocumentPart):
     """Names of the base's tensors, at most 100 of a kind, from headers."""
 
     added: tuple[str, ...] = Field(description="Tensors that are new")
@@ -202,7 +202,7 @@ class TensorChanges(Part):
     in_changed_shards: int = Field(description="How many tensors lie in weight files that changed")
 
 
-class FieldChange(Part):
+class FieldChange(DocumentPart):
     """A field of config.json that has another value."""
 
     field: str = Field(description="Its path, with dots")
@@ -210,7 +210,7 @@ class FieldChange(Part):
     now: str | None = Field(description="Its value now, as JSON; null where it is gone")
 
 
-class BaseChanges(Part):
+class BaseChanges(DocumentPart):
     """What the base's commit changed against the last one that was downloaded."""
 
     since: str = Field(description="The commit that was downloaded last")
@@ -219,14 +219,14 @@ class BaseChanges(Part):
     config: tuple[FieldChange, ...] = Field(description="Fields of config.json, at most 100")
 
 
-class Plan(Part):
+class Plan(DocumentPart):
     """What making one result does, takes and costs, or making all results of a recipe."""
 
     base: PlannedBase = Field(description="The base")
     stages: tuple[PlannedStage, ...] = Field(description="The stages in their order; none where nothing can be made")
     output: OutputLayout | OutputTotals = Field(description="The checkpoint that comes out")
     needs: Needs | UnknownNeeds = Field(description="Disk and memory; of several outputs, the most of any")
-    transfer: Transfer = Field(description="What goes over the network")
+    transfer: Transfers = Field(description="What goes over the network")
     engines: dict[str, EngineVerdict] = Field(description="By engine: will it load; of several outputs, the worst")
     hardware: PlannedHardware = Field(description="Time and cost")
     changes: BaseChanges | None = Field(description="What is new in the base; null where it was never downloaded")
@@ -234,7 +234,7 @@ class Plan(Part):
     problems: tuple[str, ...] = Field(description="What would stop the run, in sentences")
 
 
-class OutputName(Part):
+class OutputName(DocumentPart):
     """Which of several outputs a plan is of."""
 
     name: str = Field(description="The output's name")

@@ -29,7 +29,7 @@ DEFAULT = {"iters": 200, "nsamples": 128, "seqlen": 2048, "batch_size": 8}
 # Bytes a second where nothing was measured: of a network, of a disk, of both models passing through; and seconds that
 # it takes at least: torch is imported, an engine starts twice and answers every prompt.
 ASSUMED = {"download": 100e6, "mtp_fix": 200e6, "validate": 100e6, "benchmark": 25e6, "publish": 50e6}
-LEAST = {"validate": 10.0, "benchmark": 60.0}
+MIN_STAGE_SECONDS = {"validate": 10.0, "benchmark": 60.0}
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def stage_figure(store: Store, stage: str, recipe: Recipe, nbytes: int) -> Figur
         nearest = min(found, key=lambda record: abs(bytes_of(record) - nbytes))
         seconds = nearest["seconds"] * max(1.0, nbytes / bytes_of(nearest))
         return Figure(seconds, f"an earlier run on {device_of(nearest)}, {nearest['started'][:10]}")
-    seconds = LEAST.get(stage, 0.0) + nbytes / ASSUMED[stage]
+    seconds = MIN_STAGE_SECONDS.get(stage, 0.0) + nbytes / ASSUMED[stage]
     return Figure(seconds, f"assumed: {ASSUMED[stage] / 1e6:.0f} MB/s")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.compat.auto_round import GROUPS
+from requant.tasks.checkpoint.compat.auto_round import GROUP_SIZES
 from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
-from requant.tasks.planning.layers import Choice, choose_layers
+from requant.tasks.planning.layers import LayerSelection, choose_layers
 from requant.tasks.recipe.recipe import Recipe
 
 
@@ -21,17 +21,17 @@ def settled(source: Checkpoint, recipe: Recipe) -> Recipe:
     if recipe.quantize.group_size != "auto":
         return recipe
     base = dequantize_fp8(split_fused_experts(source))
-    choice = choose_layers(base, recipe.quantize.with_group_size(GROUPS[0]))
-    return recipe.with_group_size(next(iter(dividing(_inputs(base, choice).values())), GROUPS[0]))
+    choice = choose_layers(base, recipe.quantize.with_group_size(GROUP_SIZES[0]))
+    return recipe.with_group_size(next(iter(dividing(_inputs(base, choice).values())), GROUP_SIZES[0]))
 
 
 def dividing(inputs: Iterable[int]) -> list[int]:
     """The group sizes that engines load and that divide all of these, the largest first."""
     widths = set(inputs)
-    return [size for size in GROUPS if not any(width % size for width in widths)]
+    return [size for size in GROUP_SIZES if not any(width % size for width in widths)]
 
 
-def uneven_problems(base: Checkpoint, choice: Choice, group_sizes: Mapping[str, int]) -> list[str]:
+def uneven_problems(base: Checkpoint, choice: LayerSelection, group_sizes: Mapping[str, int]) -> list[str]:
     """What is wrong with the group sizes of the packed modules, by module: a sentence for the recipe's own, and one for
     those of its `layers`."""
     problems = []
@@ -52,7 +52,7 @@ def uneven_problems(base: Checkpoint, choice: Choice, group_sizes: Mapping[str, 
     return problems
 
 
-def _inputs(base: Checkpoint, choice: Choice) -> dict[str, int]:
+def _inputs(base: Checkpoint, choice: LayerSelection) -> dict[str, int]:
     """The inputs of the packed modules that have the recipe's group size."""
     modules = (name for name in choice.packed if name not in choice.own_group)
     return {name: base.tensors[f"{name}.weight"].shape[1] for name in modules}

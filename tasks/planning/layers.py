@@ -23,7 +23,7 @@ KEPT = "quantize.layers keeps it"
 KEYS = ("bits", "group_size", "sym", "data_type")
 # Matrices in decoder blocks that are no Linear: routers, and what is looked up.
 NO_LINEAR = re.compile(r"(^|\.)(gate|router|[a-z_]*embed[a-z_]*|[a-z_]*norm|wte|wpe)$")
-ROUTER = re.compile(r"\.gate$")  # in a model with experts: kept by a pattern of its own
+ROUTER_SUFFIX = re.compile(r"\.gate$")  # in a model with experts: kept by a pattern of its own
 # What auto-round writes of a layer outside the blocks, beside KEYS.
 OUTSIDE = {
     "act_bits": 16, "act_data_type": "float", "act_dynamic": True, "act_sym": True, "rotation_config": None,
@@ -32,7 +32,7 @@ OUTSIDE = {
 
 
 @dataclass(frozen=True)
-class Choice:
+class LayerSelection:
     """What becomes of the linear layers: the packed ones, the quantization config, and what to say about them.
 
     `why` holds the reason for each matrix of a block that is kept as it is. `problems` are sentences.
@@ -46,7 +46,7 @@ class Choice:
     own_group: frozenset[str] = frozenset()  # packed ones that the recipe's `layers` gives a group size
 
 
-def choose_layers(base: Checkpoint, asked: Quantize) -> Choice:
+def choose_layers(base: Checkpoint, asked: Quantize) -> LayerSelection:
     """Apply auto-round's rule and the recipe's `layers` to a base (BF16, experts one by one: as it is quantized)."""
     bits, group_size, sym = asked.resolved
     default = {"bits": bits, "group_size": group_size, "sym": sym, "data_type": "int"}
@@ -72,7 +72,9 @@ def choose_layers(base: Checkpoint, asked: Quantize) -> Choice:
     extra |= {n: {**OUTSIDE, "act_group_size": group_size, **settings[n]} for n in outside}
     extra |= {key: _differences({**default, **value}, default) for key, value in patterns.items()}
     if any("expert" in name for name in linear):
-        gates = (n for n in linear_names(base.tensors.values()) if ROUTER.search(n) and f"{n}.weight" not in head)
+        gates = (
+            n for n in linear_names(base.tensors.values()) if ROUTER_SUFFIX.search(n) and f"{n}.weight" not in head
+        )
         extra |= {standard_regex(n): {"bits": 16, "data_type": "float"} for n in gates}
     packs_head = packing == "auto_round:auto_gptq" and _packs_head(base, patterns)
     document = {
@@ -93,7 +95,7 @@ def choose_layers(base: Checkpoint, asked: Quantize) -> Choice:
         del document["extra_config"]
     packed = tuple(name for name in linear if name in asked_for)
     own_group = frozenset(name for name in packed if "group_size" in own.get(name, {}))
-    return Choice(packed, document, why, notes, problems, own_group)
+    return LayerSelection(packed, document, why, notes, problems, own_group)
 
 
 def keeps(value: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from requant.tasks.checkpoint.assemble import lay_out
+from requant.tasks.checkpoint.assemble import lay_out_shards
 from requant.tasks.checkpoint.blocks import block_of
 from requant.tasks.checkpoint.checkpoint import INDEX, Checkpoint
 from requant.tasks.checkpoint.compat import verdicts
@@ -16,7 +16,7 @@ from requant.tasks.checkpoint.head import HEAD_SHARD, HeadFiles, with_head, with
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.inventory import inventory
 from requant.tasks.checkpoint.mtp import without_head_entries
-from requant.tasks.checkpoint.packing import Scheme
+from requant.tasks.checkpoint.packing import PackingScheme
 from requant.tasks.checkpoint.writer import Computed, Layout
 from requant.tasks.errors import CheckpointError
 from requant.tasks.planning.document import (
@@ -27,7 +27,7 @@ from requant.tasks.planning.document import (
     QuantizedModules,
 )
 from requant.tasks.planning.groups import uneven_problems
-from requant.tasks.planning.layers import Choice, choose_layers
+from requant.tasks.planning.layers import LayerSelection, choose_layers
 from requant.tasks.planning.reasons import kept_groups
 from requant.tasks.recipe.recipe import Recipe
 
@@ -36,13 +36,13 @@ Parts = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Output:
+class PlannedOutput:
     """What quantize and mtp_fix will write. `before_head` are the bytes of quantize's files, `sizes` of all. `base` is
     `source` as it is quantized: FP8 weights as the BF16 ones that they stand for, fused experts one by one."""
 
     source: Checkpoint
     base: Checkpoint
-    choice: Choice
+    choice: LayerSelection
     checkpoint: Checkpoint
     before_head: dict[str, int]
     sizes: dict[str, int]
@@ -98,7 +98,7 @@ class Output:
         )
 
 
-def plan_output(source: Checkpoint, recipe: Recipe, other_files: Mapping[str, int]) -> Output:
+def plan_output(source: Checkpoint, recipe: Recipe, other_files: Mapping[str, int]) -> PlannedOutput:
     """Lay out what a recipe makes of a base. `other_files`: bytes of the base's files that join verbatim.
 
     What cannot be packed as asked is in `problems`. Raises CheckpointError where nothing can be laid out: FP8 without
@@ -108,7 +108,7 @@ def plan_output(source: Checkpoint, recipe: Recipe, other_files: Mapping[str, in
     choice = choose_layers(base, recipe.quantize)
     quantization = without_head_entries(choice.quantization, base.head)
     parts, problems = _packed_parts(base, choice, quantization)
-    made = lay_out(base, parts, quantization)
+    made = lay_out_shards(base, parts, quantization)
     files = HeadFiles(made.documents["config.json"], made.documents[INDEX])
     if recipe.mtp == "drop" or base.head is None:
         joined = Layout({}, without_head(files, base.head).documents)
@@ -119,22 +119,22 @@ def plan_output(source: Checkpoint, recipe: Recipe, other_files: Mapping[str, in
     tensors = {tensor.name: tensor for shard in shards.values() for tensor in shard}
     total = joined.documents[INDEX]["metadata"]["total_size"]
     result = Checkpoint(source.folder, joined.documents["config.json"], tensors, tuple(shards), total)
-    return Output(source, base, choice, result, made.sizes, sizes, [*choice.problems, *problems], choice.notes)
+    return PlannedOutput(source, base, choice, result, made.sizes, sizes, [*choice.problems, *problems], choice.notes)
 
 
-def head_bytes(output: Output) -> int:
+def head_bytes(output: PlannedOutput) -> int:
     """Bytes of the shard that holds the head."""
     return output.sizes.get(HEAD_SHARD, 0)
 
 
-def _packed_parts(base: Checkpoint, choice: Choice, quantization: Mapping[str, Any]) -> tuple[Parts, list[str]]:
+def _packed_parts(base: Checkpoint, choice: LayerSelection, quantization: Mapping[str, Any]) -> tuple[Parts, list[str]]:
     """The packed parts of each chosen module, and what is wrong with its scheme."""
     parts: Parts = {}
     group_sizes: dict[str, int] = {}
     for module in choice.packed:
         out_features, in_features = base.tensors[f"{module}.weight"].shape
         try:
-            scheme = Scheme.of(quantization, module)
+            scheme = PackingScheme.of(quantization, module)
         except CheckpointError as error:
             return {}, [f"{error}: change quantize.layers"]
         group_sizes[module] = scheme.group_size
@@ -148,7 +148,7 @@ def _packed_parts(base: Checkpoint, choice: Choice, quantization: Mapping[str, A
     return parts, problems
 
 
-def blocks_of(output: Output) -> dict[str, int]:
+def layers_by_block(output: PlannedOutput) -> dict[str, int]:
     """Packed weights by decoder block."""
     sizes: dict[str, int] = {}
     for module in output.choice.packed:

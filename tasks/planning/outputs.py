@@ -17,7 +17,7 @@ from requant.tasks.planning.document import (
     PlannedOutput,
     PlannedStage,
     StageNeeds,
-    Transfer,
+    Transfers,
     UnknownNeeds,
 )
 from requant.tasks.recipe.recipe import Recipe
@@ -56,7 +56,7 @@ def together(recipe: Recipe, plans: Mapping[str, Plan]) -> PlanDocument:
         stages=_stages(plans),
         output=OutputTotals(bytes=_sum(plan.output.bytes for plan in every), quantized_tensors=None, kept_tensors=None),
         needs=_most([plan.needs for plan in every]),
-        transfer=Transfer(
+        transfer=Transfers(
             download_bytes=sum(plan.transfer.download_bytes for plan in every),
             upload_bytes=sum(plan.transfer.upload_bytes for plan in every),
         ),

@@ -9,19 +9,19 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from requant.tasks.checkpoint.blocks import at_once, block_sizes
+from requant.tasks.checkpoint.blocks import block_sizes, streaming_parameters
 from requant.tasks.checkpoint.fp8 import is_fp8
 from requant.tasks.formatting import gigabytes
-from requant.tasks.measuring import LENGTH, PROBE, WINDOWS
 from requant.tasks.planning.document import Needs, StageNeeds
-from requant.tasks.planning.output import Output, head_bytes
+from requant.tasks.planning.output import PlannedOutput, head_bytes
 from requant.tasks.quantizing.auto_settings import ROUTED, sample_bytes, step_bytes
 from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.validating import LENGTH, PROBE, WINDOWS
 
 RUNTIME = 3_000_000_000  # bytes of memory that Python, torch, CUDA and Prefect take before any weight
 
 
-def needs(output: Output, recipe: Recipe, missing: int, to_run: Collection[str], *, kept: int = 0) -> Needs:
+def needs(output: PlannedOutput, recipe: Recipe, missing: int, to_run: Collection[str], *, kept: int = 0) -> Needs:
     """Foretell what the stages `to_run` take. missing: bytes of the base that are not on this machine; kept: bytes
     that the outputs before this one leave there."""
     stages: dict[str, StageNeeds] = {}
@@ -63,7 +63,7 @@ def _own_bytes(path: Path) -> int:
     return 0
 
 
-def _quantize(output: Output, recipe: Recipe) -> StageNeeds:
+def _quantize(output: PlannedOutput, recipe: Recipe) -> StageNeeds:
     """Count the model in memory, a block and its samples on the GPU; in low-memory mode the samples in memory too."""
     base, job = output.base, recipe.quantize.model_dump()
     head = set(base.head.names if base.head else ())
@@ -87,7 +87,7 @@ def _quantize(output: Output, recipe: Recipe) -> StageNeeds:
     )
 
 
-def _quantize_disk(output: Output, recipe: Recipe) -> int:
+def _quantize_disk(output: PlannedOutput, recipe: Recipe) -> int:
     """Add up auto-round's own output, its resume state (a byte a packed weight) and the assembled files; of an FP8
     base a BF16 copy. On a CPU auto-round writes what it does not pack as F32."""
     made = sum(output.before_head.values())
@@ -97,16 +97,16 @@ def _quantize_disk(output: Output, recipe: Recipe) -> int:
     return made + again + output.packed_parameters + made + plain
 
 
-def _measured(output: Output) -> int:
+def _measured(output: PlannedOutput) -> int:
     """Count the bytes that are kept of base and result each: hidden states in float32 at most, and some numbers beside
     each token."""
     states = WINDOWS * LENGTH + (len(block_sizes(output.base)) + 2) * PROBE
     return 2 * (4 * _number(output.base.text_config, "hidden_size") * states + 32 * WINDOWS * LENGTH)
 
 
-def _validate(output: Output) -> StageNeeds:
+def _validate(output: PlannedOutput) -> StageNeeds:
     """Count base and result as they pass through one block at a time, in BF16 on a GPU and float32 on a CPU."""
-    parameters = at_once(output.base)
+    parameters = streaming_parameters(output.base)
     return _same_in_low_memory(RUNTIME + 4 * parameters, 2 * parameters, _measured(output))
 
 

@@ -9,7 +9,7 @@ from requant.tasks.artifact import Manifest
 from requant.tasks.planning.base_headers import BaseHeaders
 from requant.tasks.planning.document import PlannedHardware, PlannedStage, StageName
 from requant.tasks.planning.durations import Figure, hardware, quantize_figure, stage_figure
-from requant.tasks.planning.output import Output, blocks_of, head_bytes
+from requant.tasks.planning.output import PlannedOutput, head_bytes, layers_by_block
 from requant.tasks.planning.transfers import to_download, to_upload
 from requant.tasks.recipe.recipe import Recipe
 
@@ -18,7 +18,7 @@ LINEAR = re.compile(r"\.linear_attn\.")
 
 
 def plan_stages(
-    recipe: Recipe, base: BaseHeaders, output: Output, done: Mapping[str, Manifest], shared: Collection[str]
+    recipe: Recipe, base: BaseHeaders, output: PlannedOutput, done: Mapping[str, Manifest], shared: Collection[str]
 ) -> Iterator[PlannedStage]:
     """Yield the stages in the order of a run. `done`: the artifacts that the store has, by stage; `shared`: the stages
     that an output before this one will have done by then."""
@@ -30,7 +30,7 @@ def plan_stages(
             figure = Figure(0.0, holder)
         elif name == "quantize":
             linear = {m.partition(".linear_attn.")[0] for m in output.choice.packed if LINEAR.search(m)}
-            figure = quantize_figure(base.store, recipe, blocks_of(output), linear)
+            figure = quantize_figure(base.store, recipe, layers_by_block(output), linear)
         else:
             figure = stage_figure(base.store, name, recipe, nbytes)
         yield PlannedStage(
@@ -44,7 +44,7 @@ def plan_stages(
 
 
 def _moved_bytes(
-    recipe: Recipe, base: BaseHeaders, output: Output, done: Mapping[str, Manifest]
+    recipe: Recipe, base: BaseHeaders, output: PlannedOutput, done: Mapping[str, Manifest]
 ) -> dict[StageName, int]:
     """Count what each stage fetches, writes, reads or sends."""
     made = sum(output.sizes.values())

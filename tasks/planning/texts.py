@@ -16,7 +16,6 @@ from typing import Any
 from requant.tasks.checkpoint.checkpoint import read_json
 from requant.tasks.errors import CheckpointError, RecipeError
 from requant.tasks.hub.sparse_checkout import fetch_files
-from requant.tasks.measuring import window_count, window_length
 from requant.tasks.planning.inputs import Inputs
 from requant.tasks.quantizing.samples import shares
 from requant.tasks.recipe.quantize import BUILTIN
@@ -24,6 +23,7 @@ from requant.tasks.recipe.recipe import BUILTIN_EVALUATION, Recipe
 from requant.tasks.texts.rendering import TEMPLATES, TOKENIZER, render
 from requant.tasks.texts.rows import COLUMNS, read_rows, unusable
 from requant.tasks.texts.text import Text, has_rows
+from requant.tasks.validating import window_count, window_length
 
 CHARACTERS_A_TOKEN = 8  # of natural text it has fewer: a text of so many characters for each token needed is enough
 # The built-in texts have fewer too. With a vocabulary of 200,000 entries, which is as large as they come, the prose of

@@ -40,7 +40,7 @@ def base_manifest(base: Revision, hashes: Hashes, unread: Container[str]) -> Man
     return Manifest.of(File(f.path, f.size, hashes[f.path] or found[f.path]) for f in wanted)
 
 
-def near_file(store: Store, file: HubFile, hashes: Hashes) -> Path | None:
+def local_file(store: Store, file: HubFile, hashes: Hashes) -> Path | None:
     """Where a file of the base lies on this machine, if it does."""
     sha256 = hashes.get(file.path)
     return None if sha256 is None else store.local_path(File(file.path, file.size, sha256))

@@ -10,7 +10,6 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from requant.tasks.measuring.gates import slope_off
 from requant.tasks.plots import Picture
 from requant.tasks.plots.style import (
     BLUE,
@@ -29,15 +28,16 @@ from requant.tasks.plots.style import (
     short,
     vertical,
 )
+from requant.tasks.validating.gates import slope_off
 
 Values = Sequence[Mapping[str, Any]]
-LOUD = 3.0  # times the median of its kind: an error that gets a label
+LABELLED_ERROR = 3.0  # times the median of its kind: an error that gets a label
 OFF = 0.02  # of a slope: gets a label
 LABELS = 3  # at most
 # The same colours for the same kinds in each picture, whatever comes first.
 KINDS = {"linear_attention": (BLUE, "o"), "full_attention": (ORANGE, "s")}
-OTHER = (GREEN, "D")
-BLOCK = re.compile(r"^(?!mtp\.).*?\b(?:layers|h|blocks)\.(\d{1,4})(?:\.|$)")
+OTHER_STYLE = (GREEN, "D")
+BLOCK_INDEX = re.compile(r"^(?!mtp\.).*?\b(?:layers|h|blocks)\.(\d{1,4})(?:\.|$)")
 
 
 def block_errors(blocks: Values) -> Picture | None:
@@ -50,7 +50,7 @@ def block_errors(blocks: Values) -> Picture | None:
         return None
     figure, (axes,) = canvas("Error of each block", 3.1)
     for kind in _kinds(blocks):
-        color, marker = KINDS.get(kind, OTHER)
+        color, marker = KINDS.get(kind, OTHER_STYLE)
         mine = [i for i, block in enumerate(blocks) if str(block.get("kind")) == kind and errors[i] > 0]
         axes.scatter(
             [at[i] for i in mine],
@@ -99,14 +99,14 @@ def _loud(blocks: Values, at: Sequence[int], errors: Sequence[float]) -> list[tu
     found = [
         (n, error)
         for n, error, block in zip(at, errors, blocks, strict=True)
-        if error > 0 and error > LOUD * usual[str(block.get("kind"))]
+        if error > 0 and error > LABELLED_ERROR * usual[str(block.get("kind"))]
     ]
     return sorted(found, key=lambda pair: -pair[1])[:LABELS]
 
 
 def matrices(values: Values) -> Picture | None:
     """Of each packed matrix its relative error, and how far its slope `<Wq, W> / <W, W>` is from where rounding alone
-    would put it (tasks/measuring/gates.py)."""
+    would put it (tasks/validating/gates.py)."""
     figures = ("slope", "error", "slope_excess", "scale_factor", "rounding_noise")
     told = [
         (number(v, "error"), slope_off({key: number(v, key) for key in figures if key in v}), _block_of(v), v)
@@ -187,14 +187,14 @@ def losses(blocks: Values) -> Picture | None:
 
 def _block_of(record: Mapping[str, Any]) -> int | None:
     """The decoder block that a name speaks of; None for the head and for what is in no block."""
-    match = BLOCK.match(str(record.get("name")))
+    match = BLOCK_INDEX.match(str(record.get("name")))
     return int(match[1]) if match else None
 
 
 def _module(record: Mapping[str, Any]) -> str:
     """A matrix by its name in its block."""
     name = str(record.get("name")).removesuffix(".weight")
-    match = BLOCK.match(name)
+    match = BLOCK_INDEX.match(name)
     return short(name[match.start(1) :] if match else name)
 
 

@@ -21,9 +21,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from requant.tasks.plots import Picture
 
 INK, GREY, BLUE, ORANGE, GREEN = "#767d86", "#8b949e", "#3b82f6", "#d55e00", "#0f9d76"
-WIDTH = 6.25  # inches, of which SVG makes 600 pixels
+WIDTH_INCHES = 6.25  # inches, of which SVG makes 600 pixels
 DOTS = 160  # per inch, of the PNG: 1000 pixels
-NAME = 30  # characters of a label
+LABEL_LENGTH = 30  # characters of a label
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 COLORED = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "grid.color", "xtick.color")
 STYLE: dict[Any, Any] = {
@@ -47,7 +47,7 @@ STYLE: dict[Any, Any] = {
 
 def canvas(title: str, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """An empty picture with its title above, and `rows` axes that share the horizontal one. Within `styled()`."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="none")
+    figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained", facecolor="none")
     figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
     made = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
     for axes in made:
@@ -85,7 +85,7 @@ def number(record: Mapping[str, Any], key: str) -> float:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
 
 
-def short(text: object, length: int = NAME) -> str:
+def short(text: object, length: int = LABEL_LENGTH) -> str:
     """A label: one line of printable characters, not too long."""
     plain = "".join(c if c.isprintable() else " " for c in str(text))
     return plain if len(plain) <= length else f"{plain[: length - 1]}…"

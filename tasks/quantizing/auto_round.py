@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from requant.tasks.quantizing import reporting, resume, samples
 from requant.tasks.quantizing.auto_settings import LoopSettings
-from requant.tasks.quantizing.events import JobRefused, Report
+from requant.tasks.quantizing.events import EventSink, JobRefused
 from requant.tasks.versions import version_problem
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 CHECKED = {"auto-round": "0.16.1", "transformers": "5.23.0"}  # what all rows were read against
 LOGGER = "autoround"
 NOT_REPORTED = "not reported"
-OURS = "nothing to report: this serves Requant alone"
+NO_UPSTREAM_ISSUE = "nothing to report: this serves Requant alone"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Patch:
     name: str
     replace: Callable[[Any], Any]  # (the original) -> what takes its place
     why: str
-    upstream: str  # the issue or pull request, NOT_REPORTED, or OURS
+    upstream: str  # the issue or pull request, NOT_REPORTED, or NO_UPSTREAM_ISSUE
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class TuningRun:
     clock         measures the phases of each block, if REQUANT_PROFILE asks for it
     """
 
-    report: Report
+    report: EventSink
     seed: int
     loop: LoopSettings | None
     delta_rule: Sequence[ModuleType] = ()
@@ -75,7 +75,7 @@ def refuse_other_versions() -> None:
 
 
 @contextmanager
-def patched(patches: Iterable[Patch], report: Report) -> Iterator[None]:
+def patched(patches: Iterable[Patch], report: EventSink) -> Iterator[None]:
     """Replace names, and report the losses and warnings of auto-round's log, until the block ends in whatever way.
 
     Raises Refused before anything is replaced if versions other than CHECKED are installed.
@@ -166,7 +166,7 @@ def calibrating() -> list[Patch]:
     ]
 
 
-def resuming(report: Report) -> list[Patch]:
+def resuming(report: EventSink) -> list[Patch]:
     """List what makes a killed or moved run go on from its finished blocks, as resume.py describes.
 
     auto-round's own resume state was proposed in https://github.com/intel/auto-round/pull/2062.
@@ -189,7 +189,7 @@ def resuming(report: Report) -> list[Patch]:
             "quantize_block",
             lambda original: resume.keeping_rounded_weights(original, rounded),
             why="The rounded weights are at hand only between the tuning of a block and its packing.",
-            upstream=OURS,
+            upstream=NO_UPSTREAM_ISSUE,
         ),
         Patch(
             theirs.ResumeState,
@@ -204,14 +204,14 @@ def resuming(report: Report) -> list[Patch]:
             "load_q_input",
             lambda original: lambda self: None,
             why="Hidden states are asked for here, before the samples are at hand; `_quantize_blocks` computes them.",
-            upstream=OURS,
+            upstream=NO_UPSTREAM_ISSUE,
         ),
         Patch(
             theirs.ResumeState,
             "load_input_ids",
             lambda original: lambda self: [],
             why="As load_q_input; None would say that the state is lost, and the run would start anew.",
-            upstream=OURS,
+            upstream=NO_UPSTREAM_ISSUE,
         ),
         Patch(
             CompressionOrchestrator,
@@ -259,7 +259,9 @@ def timing(clock: Profile) -> list[Patch]:
     from auto_round.utils.resume import ResumeState
 
     def timed(owner: Any, name: str, phase: str) -> Patch:
-        return Patch(owner, name, lambda original: clock.timed(original, phase), f"The time of {phase}.", OURS)
+        return Patch(
+            owner, name, lambda original: clock.timed(original, phase), f"The time of {phase}.", NO_UPSTREAM_ISSUE
+        )
 
     return [
         timed(BlockForwardRunner, "__call__", "forward passes over all samples"),
@@ -268,5 +270,11 @@ def timing(clock: Profile) -> list[Patch]:
         timed(ShardWriter, "_flush_shard", "writing the packed block"),
         timed(ResumeState, "mark_block_done", "resume state"),
         timed(utils, "immediate_pack", "packing"),
-        Patch(SignRoundQuantizer, "_step", clock.counted, "The steps of auto-round's own loop are counted.", OURS),
+        Patch(
+            SignRoundQuantizer,
+            "_step",
+            clock.counted,
+            "The steps of auto-round's own loop are counted.",
+            NO_UPSTREAM_ISSUE,
+        ),
     ]

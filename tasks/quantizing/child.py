@@ -29,7 +29,7 @@ from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.quantizing import resume
 from requant.tasks.quantizing.auto_round import TuningRun, patched, patches, refuse_other_versions
 from requant.tasks.quantizing.auto_settings import LoopSettings, choose, unknown_layer
-from requant.tasks.quantizing.events import EventWriter, Failed, JobRefused, Report, SettingsChosen, kind_of
+from requant.tasks.quantizing.events import EventSink, EventWriter, Failed, JobRefused, SettingsChosen, kind_of
 from requant.tasks.quantizing.samples import calibration_samples
 from requant.tasks.settings import read_settings
 
@@ -61,7 +61,7 @@ def main(job_path: str, folder_path: str) -> int:
     return 0
 
 
-def quantize(job: dict[str, Any], folder: Path, report: Report) -> dict[str, Any]:
+def quantize(job: dict[str, Any], folder: Path, report: EventSink) -> dict[str, Any]:
     """Load, calibrate, tune, write. Returns what result.json holds.
 
     Raises Refused for a job that cannot work as it is.

@@ -135,7 +135,7 @@ class Failed(Event):
     text: str
 
 
-Report = Callable[[Event], None]
+EventSink = Callable[[Event], None]
 _LINE: TypeAdapter[Event] = TypeAdapter(
     Annotated[
         SettingsChosen

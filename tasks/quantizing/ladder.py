@@ -27,9 +27,9 @@ from requant.tasks.quantizing.events import (
     BlockStarted,
     CompileFailed,
     Event,
+    EventSink,
     Failed,
     LoopChosen,
-    Report,
     RoundingKept,
     SettingsChosen,
     read_events,
@@ -82,7 +82,7 @@ class Progress:
 
 
 def down_the_ladder(
-    job: Mapping[str, Any], folder: Path, report: Report
+    job: Mapping[str, Any], folder: Path, report: EventSink
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run the child with each rung until one ends well; returns its result and what was tried, also in earlier runs."""
     progress = Progress(folder / "ladder.json")
@@ -173,7 +173,7 @@ def last_settings(events: Path) -> SettingsChosen:
     return found[-1] if found else SettingsChosen()
 
 
-def run_child(job: Mapping[str, Any], folder: Path, report: Report, timeout: float = TIMEOUT) -> Failed | None:
+def run_child(job: Mapping[str, Any], folder: Path, report: EventSink, timeout: float = TIMEOUT) -> Failed | None:
     """Run the child to its end. Returns None if result.json is there, else its last event, the error.
 
     Raises QuantizeDied if it was killed from outside, StageTimeout after `timeout` seconds.
@@ -234,7 +234,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
-def blocks_of(events: Path) -> list[dict[str, Any]]:
+def tuned_blocks(events: Path) -> list[dict[str, Any]]:
     """Tell what happened to each block in all attempts: name, seconds, loss before and after (the last attempt's)."""
     blocks: dict[str, dict[str, Any]] = {}
     block: dict[str, Any] | None = None

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from requant.tasks.quantizing.events import BlockDone, BlockLoss, BlockOutput, BlockStarted, Report, Warned
+from requant.tasks.quantizing.events import BlockDone, BlockLoss, BlockOutput, BlockStarted, EventSink, Warned
 
 LOSS = re.compile(r"loss iter 0: ([\d.e+-]+|nan|inf) -> iter (\d+): ([\d.e+-]+|nan|inf)")
 WARNING_CHARACTERS = 500
@@ -22,7 +22,7 @@ WARNING_CHARACTERS = 500
 class LogReader(logging.Handler):
     """Turns auto-round's log into events: the loss of each block that its own loop tuned, and every warning."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: EventSink) -> None:
         super().__init__()
         self._report = report
 
@@ -35,7 +35,7 @@ class LogReader(logging.Handler):
             self._report(Warned(text=text[:WARNING_CHARACTERS]))
 
 
-def reporting_bar(bar: type[Any], report: Report, seed: int, end_block: Callable[[], None]) -> type[Any]:
+def reporting_bar(bar: type[Any], report: EventSink, seed: int, end_block: Callable[[], None]) -> type[Any]:
     """Derive from auto-round's progress bar one that reports when a block starts and when one ends.
 
     As a block starts, it also seeds `random`, from which auto-round draws the block's samples, with `seed` and the name
@@ -59,7 +59,7 @@ def reporting_bar(bar: type[Any], report: Report, seed: int, end_block: Callable
     return Bar
 
 
-def reporting_output(compress_block: Callable[..., Any], report: Report) -> Callable[..., Any]:
+def reporting_output(compress_block: Callable[..., Any], report: EventSink) -> Callable[..., Any]:
     """Wrap `AlgorithmComposer.compress_block` to report how far a block's output moved, over all samples."""
     import torch
     from auto_round.utils.device_manager import device_manager

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from requant.tasks.quantizing.events import Report, Resumed
+from requant.tasks.quantizing.events import EventSink, Resumed
 
 MANIFEST = "resume_manifest.json"
 
@@ -93,7 +93,7 @@ def writing_rounded_weights(rounded: Mapping[str, Any]) -> Callable[..., None]:
     return mark_block_done
 
 
-def passing_finished_blocks(quantize_blocks: Callable[..., None], report: Report) -> Callable[..., None]:
+def passing_finished_blocks(quantize_blocks: Callable[..., None], report: EventSink) -> Callable[..., None]:
     """Wrap `CompressionOrchestrator._quantize_blocks` to pass the samples through the finished blocks first.
 
     `report` gets `Resumed` if there are any.

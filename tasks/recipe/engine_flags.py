@@ -8,13 +8,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,79}(\.[A-Za-z0-9_-]{1,40}){0,4}")
-NUMBER = re.compile(r"-\d+(\.\d+)?")
+FLAG_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,79}(\.[A-Za-z0-9_-]{1,40}){0,4}")
+NEGATIVE_NUMBER = re.compile(r"-\d+(\.\d+)?")
 MODEL = "MODEL"  # stands for the checkpoint in recorded commands
 SPECULATION = "speculative-config"
 SPECULATIVE = (SPECULATION, "spec-method", "spec-model", "spec-tokens")  # what vLLM calls its parts
 # Which model is served, where, under which name and to whom is the benchmark's to say.
-OURS = {
+FLAGS_SET_BY_REQUANT = {
     "model": "the checkpoint is what is measured", "model-tag": "the checkpoint is what is measured",
     "served-model-name": "the benchmark names the model", "host": "the benchmark listens on loopback",
     "port": "the benchmark finds a free port", "uds": "the benchmark listens on loopback",
@@ -39,13 +39,13 @@ def check_flags(flags: Mapping[str, Any]) -> None:
     seen: dict[str, str] = {}
     for name, value in flags.items():
         plain = name.replace("_", "-").lower()
-        if not NAME.fullmatch(name):
+        if not FLAG_NAME.fullmatch(name):
             raise ValueError(f"{name[:80]!r} is not a flag: write it as the engine does, without the dashes")
         if plain in seen:
             raise ValueError(f"{name} and {seen[plain]} are one flag: write it once")
         seen[plain] = name
         first = plain.removeprefix("no-").split(".")[0]
-        for taken, why in (*OURS.items(), *((code, "it names Python code to run") for code in CODE)):
+        for taken, why in (*FLAGS_SET_BY_REQUANT.items(), *((code, "it names Python code to run") for code in CODE)):
             if taken.startswith(first) and first != WHOLE:  # engines complete what is cut short
                 raise ValueError(f"{name} cannot be set here: {why}")
         for item in value if isinstance(value, list) else [value]:
@@ -55,7 +55,9 @@ def check_flags(flags: Mapping[str, Any]) -> None:
 def _check_value(name: str, value: Any) -> None:
     if value is None or isinstance(value, list):
         raise ValueError(f"{name} needs a text, a number, true, false, a mapping, or a list of these")
-    if isinstance(value, str) and ((value.startswith("-") and not NUMBER.fullmatch(value)) or not value.isprintable()):
+    if isinstance(value, str) and (
+        (value.startswith("-") and not NEGATIVE_NUMBER.fullmatch(value)) or not value.isprintable()
+    ):
         raise ValueError(f"{name}: {value[:80]!r} would be read as another flag: values do not begin with a dash")
 
 

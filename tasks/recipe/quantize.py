@@ -23,8 +23,8 @@ BUILTIN = ("builtin:mixed", "builtin:python")
 PRESET_KEYS = frozenset(key for preset in PRESETS.values() for key in preset)
 REPO_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$"
 # What `_publishable` allows, as a form checks it: pydantic's own patterns know no lookahead.
-NAME = r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
-PUBLISHABLE = rf"^(?!.*(--|\.\.))(?!.*\.git$){NAME}/{NAME}$"
+NAME_PATTERN = r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+PUBLISHABLE = rf"^(?!.*(--|\.\.))(?!.*\.git$){NAME_PATTERN}/{NAME_PATTERN}$"
 
 
 def _as_form(schema: dict[str, Any]) -> None:
@@ -94,14 +94,14 @@ Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal["auto", -1, 32, 64, 128, 256, 512, 1024]
 Format = Literal["auto_round", "auto_round:auto_gptq", "auto_round:auto_awq"]
 Iters = Annotated[int, Field(ge=0, le=10_000)]
-Samples = Annotated[int, Field(ge=1, le=100_000)]
+SampleCount = Annotated[int, Field(ge=1, le=100_000)]
 Length = Annotated[int, Field(ge=16, le=131_072)]
 Batch = Annotated[int, Field(ge=1, le=1024)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Layers = Annotated[dict[str, dict[str, Any]], AfterValidator(as_json)]
-Head = Literal["keep", "int8", "int4", "drop"]
+HeadPolicy = Literal["keep", "int8", "int4", "drop"]
 # A form shows one list, not a choice of types.
-Choice = Annotated[Literal["auto"] | bool, WithJsonSchema({"enum": ["auto", True, False]})]
+AutoOrBool = Annotated[Literal["auto"] | bool, WithJsonSchema({"enum": ["auto", True, False]})]
 
 
 def _width(layer: Mapping[str, Any], bits: int) -> Any:
@@ -127,7 +127,7 @@ class Quantize(Section):
     sym: bool | None = Field(None, description="Symmetric zero point. Overrides the scheme's (true)")
     format: Format = Field("auto_round", description="auto-round export format")
     iters: Iters = Field(200, description="Tuning steps a block; 0: round to nearest")
-    nsamples: Samples = Field(128, description="Calibration samples")
+    nsamples: SampleCount = Field(128, description="Calibration samples")
     seqlen: Length = Field(2048, description="Tokens a sample")
     batch_size: Batch = Field(8, description="Samples a step")
     lr: Rate | None = Field(None, description="Step size; by default 1 / iters")
@@ -138,10 +138,12 @@ class Quantize(Section):
         "model that writes Python alone",
     )
     layers: Layers = Field({}, description="Per-layer overrides: auto-round's layer_config")
-    fast: Choice = Field("auto", description="Our tuning loop in place of auto-round's: the same steps")
-    compare_last: Choice = Field("auto", description="Keep the last step's rounding where it is better (in our loop)")
-    torch_compile: Choice = Field("auto", description="Compile each kind of block once")
-    low_gpu_mem: Choice = Field("auto", description="Samples in the CPU's memory")
+    fast: AutoOrBool = Field("auto", description="Our tuning loop in place of auto-round's: the same steps")
+    compare_last: AutoOrBool = Field(
+        "auto", description="Keep the last step's rounding where it is better (in our loop)"
+    )
+    torch_compile: AutoOrBool = Field("auto", description="Compile each kind of block once")
+    low_gpu_mem: AutoOrBool = Field("auto", description="Samples in the CPU's memory")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
 
     @model_validator(mode="before")
@@ -243,12 +245,12 @@ class Output(Section):
     sym: bool | None = Field(None, description="Symmetric zero point")
     format: Format | None = Field(None, description="auto-round export format")
     iters: Iters | None = Field(None, description="Tuning steps a block; 0: round to nearest")
-    nsamples: Samples | None = Field(None, description="Calibration samples")
+    nsamples: SampleCount | None = Field(None, description="Calibration samples")
     seqlen: Length | None = Field(None, description="Tokens a sample")
     batch_size: Batch | None = Field(None, description="Samples a step")
     lr: Rate | None = Field(None, description="Step size")
     layers: Layers | None = Field(None, description="Per-layer overrides, in place of the others")
-    mtp: Head | None = Field(None, description="The MTP head")
+    mtp: HeadPolicy | None = Field(None, description="The MTP head")
 
     def over(self, quantize: Mapping[str, Any]) -> dict[str, Any]:
         """`quantize` with what this output says. A scheme stands for its bits and a preset for all that presets say, so

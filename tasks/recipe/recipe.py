@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 
 from requant.tasks.artifact import digest_of
 from requant.tasks.recipe.engine_flags import check_flags
-from requant.tasks.recipe.quantize import REPO_ID, Head, Output, PublishRepo, Quantize, Section, as_json
+from requant.tasks.recipe.quantize import REPO_ID, HeadPolicy, Output, PublishRepo, Quantize, Section, as_json
 
 # What PyYAML raises for text that is not YAML, or whose tags do not fit their values.
 NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, KeyError, IndexError, AttributeError, TypeError)
@@ -181,7 +181,7 @@ class Recipe(Section):
 
     base: Base
     quantize: Quantize = Quantize()
-    mtp: Head = Field(
+    mtp: HeadPolicy = Field(
         "keep", description="The MTP head: keep (lossless, from the base), its layers packed to int8 or int4, or drop"
     )
     allow_remote_code: bool = Field(False, description="Run Python files of the base's repo")

@@ -26,8 +26,8 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "sampled": {"temperature": 0.7, "top_p": 0.9},
 }
 SILENCE_S = 300.0  # seconds without a word, after which a server has failed
-MOST = 64 << 20  # bytes of one answer
-LINE = 1 << 20  # characters of one event
+MAX_ANSWER_BYTES = 64 << 20  # bytes of one answer
+MAX_EVENT_LENGTH = 1 << 20  # characters of one event
 SETTLED_S = 0.2  # seconds after which an engine has counted what it has sent
 
 
@@ -175,7 +175,7 @@ async def _lines(response: httpx.Response) -> AsyncIterator[str]:
     async for text in response.aiter_text():
         size += len(text)
         *lines, held = (held + text).split("\n")
-        if size > MOST or len(held) > LINE:
+        if size > MAX_ANSWER_BYTES or len(held) > MAX_EVENT_LENGTH:
             raise httpx.DecodingError("its answer does not end")
         for line in lines:
             yield line.rstrip("\r")

@@ -35,7 +35,7 @@ def measure_in_torch(folder: Path, *, remote_code: bool) -> dict[str, Any]:
     import torch
     import transformers
 
-    from requant.tasks.measuring.model import load_tokenizer, pick_device
+    from requant.tasks.validating.model import load_tokenizer, pick_device
 
     device = pick_device(sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 2)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {machine()['cpus']} cores"

@@ -17,7 +17,9 @@ log = logging.getLogger(__name__)
 WARM_UP = 32  # tokens
 
 
-def measure(server: Server, prompts: Sequence[Prompt], concurrency: int, mtp: bool | None) -> list[dict[str, Any]]:
+def measure_speed(
+    server: Server, prompts: Sequence[Prompt], concurrency: int, mtp: bool | None
+) -> list[dict[str, Any]]:
     """A row for each prompt, way of sampling and number of requests at once (1 and `concurrency`).
 
     `mtp` says whether the server drafts; None: nobody knows, and its counters decide. Raises EngineFailed.

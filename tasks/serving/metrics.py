@@ -10,12 +10,12 @@ import math
 import re
 from dataclasses import dataclass, field
 
-LINE = re.compile(
+METRIC_LINE = re.compile(
     r"vllm:spec_decode_num_(drafts|draft_tokens|accepted_tokens|accepted_tokens_per_pos)(?:_total)?"
     r"(?:\{([^\n]{0,2000})\})?[ \t]+([0-9.eE+]{1,40})(?:[ \t]|$)"
 )
 POSITION = re.compile(r'(?:^|,)position="(\d{1,2})"')
-MOST = 2.0**53  # more is no count
+MAX_COUNT = 2.0**53  # more is no count
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def read_drafts(text: str) -> Drafts:
     counts = {"drafts": 0.0, "draft_tokens": 0.0, "accepted_tokens": 0.0}
     by_position: dict[int, float] = {}
     for line in text.split("\n"):
-        match = LINE.match(line)
+        match = METRIC_LINE.match(line)
         value = _count(match[3]) if match else None
         if match is None or value is None:
             continue
@@ -70,4 +70,4 @@ def _count(text: str) -> float | None:
         value = float(text)
     except ValueError:
         return None
-    return value if math.isfinite(value) and value <= MOST else None
+    return value if math.isfinite(value) and value <= MAX_COUNT else None

@@ -15,7 +15,7 @@ from pathlib import Path
 from requant.tasks.artifact import digest_of
 from requant.tasks.texts.text import EVALUATION
 
-FOLDER = Path(__file__).parent.parent / "prompts"
+PROMPTS_FOLDER = Path(__file__).parent.parent / "prompts"
 CODE_COUNT, CODE_LENGTH, CODE_TOKENS = 8, 240, 256  # prompts; characters; tokens that are asked for
 
 
@@ -68,5 +68,5 @@ def _read(name: str) -> tuple[Prompt, ...]:
     if name == "code":
         texts = python_prompts(CODE_COUNT)
         return tuple(Prompt(name, f"function {n}", text, False, CODE_TOKENS) for n, text in enumerate(texts, 1))
-    document = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    document = json.loads((PROMPTS_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return tuple(Prompt(name, p["name"], p["text"], document["chat"], p["tokens"]) for p in document["prompts"])

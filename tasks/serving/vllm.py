@@ -31,7 +31,7 @@ VARIABLE = "REQUANT_VLLM"
 START_TIMEOUT_S = 3600.0  # seconds: reading 100s of GB and compiling take their time; a start that failed ends before
 LINGER_S = 20.0  # seconds that vLLM may take to end after it has said that it failed
 SAID_IT_FAILED = b"Engine core initialization failed"
-NAME = "benchmarked"  # what the model is called while it is measured
+SERVED_MODEL_NAME = "benchmarked"  # what the model is called while it is measured
 
 
 @dataclass
@@ -90,14 +90,14 @@ def vllm(
     port, before = free_port(), hardware.used_bytes()
     model = [str(folder)] if words[-1] == "serve" else ["--model", str(folder)]
     asked = [*(["--trust-remote-code"] if remote_code else []), *arguments(flags)]
-    ours = ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)]
+    ours = ["--served-model-name", SERVED_MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)]
     # What is measured lies on this disk: nothing is looked up.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     bypass_proxy_on_loopback(environment)  # its processes talk to each other
     log.info(f"starting vLLM {' '.join(shlex.quote(word) for word in asked)}".rstrip())
     with running([*words, *model, *asked, *ours], log_path, environment) as engine:
         version = _wait(engine, f"http://127.0.0.1:{port}")
-        server = Server(f"http://127.0.0.1:{port}", NAME, chat, engine.failure)
+        server = Server(f"http://127.0.0.1:{port}", SERVED_MODEL_NAME, chat, engine.failure)
         yield Running(server, version, ["vllm", "serve", MODEL, *asked], engine, before)
 
 

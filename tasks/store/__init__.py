@@ -42,11 +42,11 @@ def open_store(url: str | None = None) -> Store:
         raise RecipeError(f"{named} is not a store: `?` and `#` have no place in it (%3F and %23 in file:///)")
     if parts.scheme == "file" and parts.path and parts.netloc in {"", "localhost"}:
         folder = FolderBackend(Path(unquote(parts.path)))
-        return Store(folder, near=folder)
+        return Store(folder, cache=folder)
     if parts.scheme == "s3" and parts.netloc and _is_prefix(parts.path.strip("/")):
         from requant.tasks.store.s3 import S3Backend  # boto3 takes 0.4 s to import
 
-        return Store(S3Backend(parts.netloc, parts.path.strip("/")), near=FolderBackend(cache_folder() / "near"))
+        return Store(S3Backend(parts.netloc, parts.path.strip("/")), cache=FolderBackend(cache_folder() / "near"))
     raise RecipeError(f"{named} is not a store: use file:///an/absolute/folder or s3://bucket/prefix")
 
 

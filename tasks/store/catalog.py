@@ -17,7 +17,7 @@ from requant.tasks.store.store import Store, record_of
 READERS = 16  # at once: more wait for the client's connections
 
 Name = tuple[str, str]  # stage, stage key
-OURS = re.compile(r"artifacts/([\w-]{1,64})/([\w-]{1,128})", re.ASCII)  # anything else was put there by others
+ARTIFACT_NAME = re.compile(r"artifacts/([\w-]{1,64})/([\w-]{1,128})", re.ASCII)  # anything else was put there by others
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ def read_catalog(store: Store) -> Catalog:
     An artifact that goes meanwhile is left out.
     """
     now = store.backend.now()
-    manifests = {item.key: item.modified for item in store.backend.items("artifacts") if OURS.fullmatch(item.key)}
+    manifests = {
+        item.key: item.modified for item in store.backend.items("artifacts") if ARTIFACT_NAME.fullmatch(item.key)
+    }
     used = {item.key.partition("/")[2]: item.modified for item in store.backend.items("uses")}
     runs = {item.key: item.modified for item in store.backend.items("runs")}
     beside = {key: f"provenance/{key.partition('/')[2]}" for key in manifests}

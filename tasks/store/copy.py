@@ -20,7 +20,7 @@ from requant.tasks.store.store import Store, blob_key
 
 log = logging.getLogger(__name__)
 
-PARALLEL = 4
+PARALLEL_COPIES = 4
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ def copy(source: Store, target: Store, entries: Iterable[Entry]) -> list[Copied]
                 continue
             files = {file.sha256: file for file in entry.manifest.files}
             missing = [file for file in files.values() if not target.has_blob(file)]
-            with ThreadPoolExecutor(PARALLEL) as pool:
+            with ThreadPoolExecutor(PARALLEL_COPIES) as pool:
                 for file in pool.map(lambda file: _copy_blob(source, target, file), missing):
                     log.info(f"{file.path}, {file.size:,} bytes")
             beside = {**entry.provenance, "copied_from": source.url}
-            target.keep(entry.stage, entry.key, entry.manifest, beside)
+            target.commit(entry.stage, entry.key, entry.manifest, beside)
         copied.append(Copied(entry, sum(file.size for file in missing)))
     if others:
         raise RequantError(
@@ -76,7 +76,7 @@ def _copy_blob(source: Store, target: Store, file: File) -> File:
     key = blob_key(file.sha256)
     if not source.sees_blob(file):
         raise StoreError(f"{source.url} has lost {file.path} ({file.sha256[:12]}): run `requant store verify` there")
-    arriving = target.near.path(f"arriving/copy-{file.sha256}-{os.getpid()}")
+    arriving = target.cache.path(f"arriving/copy-{file.sha256}-{os.getpid()}")
     make_folder(arriving.parent)
     arriving.unlink(missing_ok=True)
     try:

@@ -20,14 +20,14 @@ from dataclasses import dataclass, field
 from requant.tasks.artifact import SHA256
 from requant.tasks.errors import StoreError
 from requant.tasks.store.backend import Item
+from requant.tasks.store.cache import Found, find_local_leftovers
 from requant.tasks.store.catalog import Catalog, Entry, Name, read_all, read_catalog
 from requant.tasks.store.lease import LeaseHandle, lease, owner_of
-from requant.tasks.store.near import Found, found_near
 from requant.tasks.store.store import GC, Store, blob_key
 
 GRACE_S = 24 * 3600.0  # seconds: longer than any upload, and than the pauses of any run between two of its stages
 UNFINISHED_S = 7 * 24 * 3600.0  # seconds after which nobody goes on with unfinished work
-PARALLEL = 8
+PARALLEL_REQUESTS = 8
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,22 @@ class Live:
 
 
 @dataclass
-class Plan:
+class CollectionPlan:
     """What goes. `stays`: bytes of the blobs that remain."""
 
     artifacts: list[Entry] = field(default_factory=list)
     blobs: list[Item] = field(default_factory=list)
     records: list[str] = field(default_factory=list)  # other objects: uses, provenance, runs, leases, unfinished work
     leftovers: list[str] = field(default_factory=list)
-    near: list[Found] = field(default_factory=list)
+    local_files: list[Found] = field(default_factory=list)
     stays: int = 0
 
     @property
     def is_empty(self) -> bool:
-        return not (self.artifacts or self.blobs or self.records or self.leftovers or self.near)
+        return not (self.artifacts or self.blobs or self.records or self.leftovers or self.local_files)
 
 
-def collect(store: Store, policy: Policy, *, dry_run: bool = False) -> Plan:
+def collect(store: Store, policy: Policy, *, dry_run: bool = False) -> CollectionPlan:
     """Delete what the policy lets go; what was deleted, or with `dry_run` what would be.
 
     Raises StoreError if a manifest cannot be read: nobody knows then which blobs it names.
@@ -79,7 +79,7 @@ def collect(store: Store, policy: Policy, *, dry_run: bool = False) -> Plan:
     return plan
 
 
-def make_plan(store: Store, policy: Policy) -> Plan:
+def make_plan(store: Store, policy: Policy) -> CollectionPlan:
     """Mark. Everything is read anew, and nothing written."""
     catalog = read_catalog(store)
     for (stage, key), why in catalog.damaged.items():
@@ -88,7 +88,9 @@ def make_plan(store: Store, policy: Policy) -> Plan:
     live = _live(store, young)
     found = ((item.key.rpartition("/")[2], item) for item in store.backend.items("blobs"))
     sizes = {name: item for name, item in found if SHA256.fullmatch(name) and item.key == blob_key(name)}
-    plan = Plan(artifacts=chosen(catalog, policy, live, {sha256: item.size for sha256, item in sizes.items()}))
+    plan = CollectionPlan(
+        artifacts=chosen(catalog, policy, live, {sha256: item.size for sha256, item in sizes.items()})
+    )
     gone = {entry.name for entry in plan.artifacts}
     stays = {name: entry for name, entry in catalog.entries.items() if name not in gone}
     named = {file.sha256 for entry in stays.values() for file in entry.manifest.files}
@@ -100,7 +102,9 @@ def make_plan(store: Store, policy: Policy) -> Plan:
     plan.records = [*_records(store, catalog, gone, young), *_unfinished(store, catalog, live, policy)]
     plan.leftovers = [name for name in store.backend.leftovers(young) if _blob_of(name) not in live.needed]
     digests = {entry.manifest.digest for entry in stays.values()}
-    plan.near = found_near(store, named, digests, live.needed, live.working, policy.grace, policy.unfinished)
+    plan.local_files = find_local_leftovers(
+        store, named, digests, live.needed, live.working, policy.grace, policy.unfinished
+    )
     return plan
 
 
@@ -193,7 +197,7 @@ def _blob_of(leftover: str) -> str:
     return leftover.rpartition("?")[0].rpartition("/")[2]
 
 
-def _sweep(store: Store, plan: Plan, held: LeaseHandle) -> None:
+def _sweep(store: Store, plan: CollectionPlan, held: LeaseHandle) -> None:
     """Manifests first: killed at any moment, there is no manifest without its blobs."""
     backend = store.backend
 
@@ -201,7 +205,7 @@ def _sweep(store: Store, plan: Plan, held: LeaseHandle) -> None:
         def one(name: str) -> None:
             backend.delete(name, held.assert_held)
 
-        with ThreadPoolExecutor(PARALLEL) as pool:
+        with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
             list(pool.map(one, names))
 
     delete(f"artifacts/{entry.stage}/{entry.key}" for entry in plan.artifacts)
@@ -210,6 +214,6 @@ def _sweep(store: Store, plan: Plan, held: LeaseHandle) -> None:
     for leftover in plan.leftovers:
         held.assert_held()
         backend.discard(leftover)
-    for found in plan.near:
+    for found in plan.local_files:
         held.assert_held()
         found.remove()

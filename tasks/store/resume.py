@@ -31,7 +31,7 @@ def prefix(stage: str, key: str) -> str:
     return f"resume/{stage}/{key}"
 
 
-def restore(store: Store, stage: str, key: str, folder: Path, worth: Callable[[Path, list[str]], bool]) -> int:
+def download_resume(store: Store, stage: str, key: str, folder: Path, worth: Callable[[Path, list[str]], bool]) -> int:
     """Fetch what another machine left, if `worth(folder, paths)`; how many files came."""
     if store.is_local:
         return 0
@@ -77,7 +77,7 @@ def _is_small(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def kept(store: Store, stage: str, key: str, folder: Path, snapshot: Snapshot) -> Iterator[None]:
+def resume_uploads(store: Store, stage: str, key: str, folder: Path, snapshot: Snapshot) -> Iterator[None]:
     """Copy what `snapshot` names into the store while the work goes on, and once more when it ends, well or not."""
     if store.is_local:
         yield
@@ -85,13 +85,13 @@ def kept(store: Store, stage: str, key: str, folder: Path, snapshot: Snapshot) -
     sent: Index = {}
 
     def keep() -> None:
-        push(store, stage, key, folder, snapshot(folder), sent)
+        upload_resume(store, stage, key, folder, snapshot(folder), sent)
 
     with repeated(keep, POLL_S, "what is finished could not be copied to the store"):
         yield
 
 
-def push(store: Store, stage: str, key: str, folder: Path, paths: list[str], sent: Index) -> None:
+def upload_resume(store: Store, stage: str, key: str, folder: Path, paths: list[str], sent: Index) -> None:
     """Copy the files at `paths` that were not `sent` yet, then the index. A small one may change and is sent again."""
     index: Index = {}
     for path in paths:
@@ -111,7 +111,7 @@ def push(store: Store, stage: str, key: str, folder: Path, paths: list[str], sen
         sent.update(index)
 
 
-def sweep(store: Store, stage: str, key: str) -> None:
+def delete_resume(store: Store, stage: str, key: str) -> None:
     """Forget the unfinished work of a stage key: its artifact is there."""
     if not store.is_local:
         for name in list(store.backend.keys(prefix(stage, key))):

@@ -42,10 +42,10 @@ T = TypeVar("T")
 
 PATIENCE_S = 150.0  # seconds: a store lost in the middle of a run may come back; GPU hours are at stake
 UPLOADED = ("blobs/", "resume/")  # what is sent in parts; another's upload below the same prefix is not ours to end
-LOST = (  # no answer, half of one, or one that makes no sense
+CONNECTION_ERRORS = (  # no answer, half of one, or one that makes no sense
     HTTPClientError, BotoConnectionError, IncompleteReadError, ResponseParserError, ConnectionError, TimeoutError,
 )  # fmt: skip
-PASSING = {"SlowDown", "RequestTimeout", "IncompleteBody", *REFUSED_HASH}  # of the refusals
+TEMPORARY_CODES = {"SlowDown", "RequestTimeout", "IncompleteBody", *REFUSED_HASH}  # of the refusals
 MAX_SKEW_S = 15 * 60
 READ_TIMEOUT_S = 60.0  # seconds without a byte: a longer stall is a lost connection
 
@@ -241,7 +241,7 @@ class S3Backend:
                     f"the store {self.url} refuses these credentials ({code}): check AWS_ACCESS_KEY_ID, "
                     "AWS_SECRET_ACCESS_KEY and the bucket's policy"
                 )
-            if status >= 500 or status in {408, 429} or code in PASSING:
+            if status >= 500 or status in {408, 429} or code in TEMPORARY_CODES:
                 return StoreUnreachable(f"the store {self.url} answers {status} {code}: try again when it is well")
             return StoreError(
                 f"the store {self.url} refused {error.operation_name} ({status} {code}): check REQUANT_STORE, "
@@ -252,7 +252,7 @@ class S3Backend:
                 f"no AWS credentials for the store {self.url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
         text = (str(error).splitlines() or [type(error).__name__])[0].partition("?")[0].replace('"', "").rstrip(":")
-        if isinstance(error, LOST):
+        if isinstance(error, CONNECTION_ERRORS):
             return StoreUnreachable(
                 f"the store {self.url} cannot be reached ({text}): check AWS_ENDPOINT_URL_S3 and that the server runs"
             )

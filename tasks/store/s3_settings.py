@@ -9,7 +9,7 @@ from requant.tasks.settings import Settings
 
 ENCRYPTION = ("AES256", "aws:kms", "aws:kms:dsse")
 # Those that are read at once: GLACIER and DEEP_ARCHIVE must be restored first, which takes hours.
-CLASSES = (
+STORAGE_CLASSES = (
     "STANDARD", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER_IR", "REDUCED_REDUNDANCY",
     "EXPRESS_ONEZONE", "OUTPOSTS",
 )  # fmt: skip
@@ -25,10 +25,10 @@ def write_settings(settings: Settings) -> tuple[dict[str, str], dict[str, str]]:
         raise RecipeError("REQUANT_S3_SSE_KMS_KEY_ID names a key that nothing uses: set REQUANT_S3_SSE=aws:kms too")
     if key and not re.fullmatch(r"[\w:/.-]{1,2048}", key, re.ASCII):
         raise RecipeError(f"REQUANT_S3_SSE_KMS_KEY_ID={key[:80]!r} is no KMS key: use its id, alias or ARN")
-    if storage and storage not in CLASSES:
+    if storage and storage not in STORAGE_CLASSES:
         raise RecipeError(
             f"REQUANT_S3_STORAGE_CLASS={storage!r} cannot be read at once or is not known: "
-            f"use one of {', '.join(CLASSES)}"
+            f"use one of {', '.join(STORAGE_CLASSES)}"
         )
     every = {"ServerSideEncryption": encryption, "SSEKMSKeyId": key}
     files = {"StorageClass": storage}

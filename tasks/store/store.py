@@ -31,7 +31,7 @@ from requant.tasks.store.folder import FolderBackend, clone, inside, link, make_
 from requant.tasks.store.lease import LeaseHandle, lease, wait_until_released
 
 log = logging.getLogger(__name__)
-PARALLEL = 8
+PARALLEL_REQUESTS = 8
 CHECKOUT_RECORDS = "laid"  # a folder of the machine's own, beside `work`, `arriving` and `checkouts`
 GC = ("gc", "store")  # the lease that is held while anything is deleted (gc.py says how that excludes others)
 
@@ -59,9 +59,9 @@ def _sha256(data: bytes) -> str:
 class Store:
     """Blobs and manifests. `near` holds the blobs that are on this machine; for a local store it is the store."""
 
-    def __init__(self, backend: Backend, near: FolderBackend) -> None:
+    def __init__(self, backend: Backend, cache: FolderBackend) -> None:
         self.backend = backend
-        self.near = near
+        self.cache = cache
         self.used: list[tuple[str, str]] = []  # the artifacts that were made or reused through this object
         self._held: list[LeaseHandle] = []
         self._needs: frozenset[str] = frozenset()
@@ -73,11 +73,11 @@ class Store:
 
     @property
     def is_local(self) -> bool:
-        return self.backend is self.near
+        return self.backend is self.cache
 
     def check(self) -> None:
         """Raises StoreError or StoreUnreachable at once if the store cannot be used."""
-        self.near.check()
+        self.cache.check()
         if not self.is_local:
             self.backend.check()
 
@@ -85,17 +85,17 @@ class Store:
         """A folder for the unfinished work of one stage key; it survives a crash, so that work can be resumed."""
         check_relative(f"{stage}/{key}")
         name = f"{stage}-{key[:16]}" if self.is_local else f"{stage}-{key[:16]}-{digest_of(self.url)[:8]}"
-        folder = inside(self.near.root, f"work/{name}")
+        folder = inside(self.cache.root, f"work/{name}")
         make_folder(folder)
         return folder
 
     def checkout_folder(self, manifest: Manifest) -> Path:
         """Where an artifact's files are laid out beside the store, as read-only links."""
-        return self.near.path(f"checkouts/{manifest.digest}")
+        return self.cache.path(f"checkouts/{manifest.digest}")
 
     def checkout_record(self, folder: Path) -> Path:
         """Where it is written down what was laid into a folder of the user's own (flows/checkout.py)."""
-        return self.near.path(f"{CHECKOUT_RECORDS}/{digest_of(str(folder))}.json")
+        return self.cache.path(f"{CHECKOUT_RECORDS}/{digest_of(str(folder))}.json")
 
     # What gc must leave alone
 
@@ -149,7 +149,7 @@ class Store:
     def local_path(self, file: File) -> Path | None:
         """Find the blob on this machine, without fetching it; None where it is not here in its size."""
         key = blob_key(file.sha256)
-        return self.near.path(key) if self.near.size(key) == file.size else None
+        return self.cache.path(key) if self.cache.size(key) == file.size else None
 
     def put_blob(self, path: Path, file: File) -> None:
         """Keep the file at `path`, which has been hashed as `file`. The file may be moved away.
@@ -162,15 +162,15 @@ class Store:
         self.need([file])
         if not self.is_local and not self.has_blob(file):
             self.backend.put_file(key, path, file.sha256)
-        if self.near.size(key) != file.size:
-            self.near.put_file(key, path)
+        if self.cache.size(key) != file.size:
+            self.cache.put_file(key, path)
 
     def read_blob(self, file: File) -> bytes:
         """A small blob's bytes, checked against its name."""
-        data = self._near_path(file).read_bytes()
+        data = self._cached_path(file).read_bytes()
         if not self.is_local and _sha256(data) != file.sha256:  # the copy that is here; the store has another
-            self.near.delete(blob_key(file.sha256))
-            data = self._near_path(file).read_bytes()
+            self.cache.delete(blob_key(file.sha256))
+            data = self._cached_path(file).read_bytes()
         if _sha256(data) != file.sha256:
             raise CorruptBlob(
                 f"{file.path} in {self.url} does not have the sha256 {file.sha256[:12]} that names it: "
@@ -182,7 +182,7 @@ class Store:
         """Lay an artifact's files (or only `paths`) into `folder` as read-only files, for a stage to read."""
         wanted = [manifest[p] for p in paths] if paths is not None else list(manifest.files)
         self.need(wanted)
-        with ThreadPoolExecutor(PARALLEL) as pool:
+        with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
             list(pool.map(lambda file: self._lay(file, folder), wanted))
         return folder
 
@@ -196,28 +196,28 @@ class Store:
             temporary = target.with_name(f".{target.name[:40]}.part")  # a killed one's is taken over
             temporary.unlink(missing_ok=True)
             try:
-                clone(self._near_path(file), temporary)
+                clone(self._cached_path(file), temporary)
                 os.replace(temporary, target)
             finally:
                 temporary.unlink(missing_ok=True)
         return folder
 
     def _lay(self, file: File, folder: Path) -> None:
-        target, source = inside(folder, file.path), self._near_path(file)
+        target, source = inside(folder, file.path), self._cached_path(file)
         if target.exists() and target.samefile(source):
             return  # from an earlier, interrupted run of the same stage key
         target.unlink(missing_ok=True)
         link(source, target)
 
-    def _near_path(self, file: File) -> Path:
+    def _cached_path(self, file: File) -> Path:
         key = blob_key(file.sha256)
-        path = self.near.path(key)
-        if self.near.size(key) != file.size:
+        path = self.cache.path(key)
+        if self.cache.size(key) != file.size:
             if self.is_local:
                 raise StoreError(
                     f"the store {self.url} has lost {file.path} ({file.sha256[:12]}): run again to make it"
                 )
-            arriving = self.near.path(f"arriving/{file.sha256}-{os.getpid()}-{threading.get_ident()}")
+            arriving = self.cache.path(f"arriving/{file.sha256}-{os.getpid()}-{threading.get_ident()}")
             make_folder(arriving.parent)
             try:
                 if self._fetch(key, arriving) != file.sha256 and self._fetch(key, arriving) != file.sha256:
@@ -225,7 +225,7 @@ class Store:
                         f"{file.path} from {self.url} does not have the sha256 {file.sha256[:12]} that names it: "
                         "run `requant store verify`"
                     )
-                self.near.put_file(key, arriving)
+                self.cache.put_file(key, arriving)
             finally:
                 arriving.unlink(missing_ok=True)
         elif not self.is_local:
@@ -262,10 +262,10 @@ class Store:
         return self.manifest(stage, key)
 
     def _is_whole(self, manifest: Manifest) -> bool:
-        with ThreadPoolExecutor(PARALLEL) as pool:
+        with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
             return all(pool.map(self.sees_blob, manifest.files))
 
-    def keep(self, stage: str, key: str, manifest: Manifest, provenance: dict[str, Any]) -> Manifest:
+    def commit(self, stage: str, key: str, manifest: Manifest, provenance: dict[str, Any]) -> Manifest:
         """Make an artifact visible. All its blobs must be there. The first manifest for a key wins.
 
         One whose blobs were lost is replaced: nothing could have been reading it. Raises Collected if gc took a blob
@@ -299,7 +299,7 @@ class Store:
         Of more than `limit` artifacts, some are left out: those that the store lists last.
         """
         names = list(itertools.islice(self.backend.keys(f"provenance/{stage}"), limit))
-        with ThreadPoolExecutor(PARALLEL) as pool:
+        with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
             texts = pool.map(self.backend.read, names)
             return {name.rpartition("/")[2]: record_of(text) for name, text in zip(names, texts, strict=True)}
 

@@ -1,7 +1,8 @@
 """Large files to and from S3: both cores and the wire kept busy, bounded memory, every byte's hash checked once.
 
-A file up to ONE_PUT is one PutObject signed with the sha256 that names it: the server computes the hash while it
-receives, and refuses anything else, while the client reads once and hashes nothing. A larger one is sent in parts, each
+A file up to MAX_SINGLE_PUT_BYTES is one PutObject signed with the sha256 that names it: the server computes the hash
+while it receives, and refuses anything else, while the client reads once and hashes nothing. A larger one is sent in
+parts, each
 signed with its own hash, and the whole is hashed in the same read. A file is fetched in ranges, and hashed from the
 page cache behind them. What is cut goes on where it stopped: a range at its last byte, an upload at its last part.
 """
@@ -30,10 +31,10 @@ T = TypeVar("T")
 PART = (
     16 << 20
 )  # measured: 8 MB costs the server more, 32 MB the client (its allocator gives such blocks back each time)
-PARTS = 6  # under way at once, of all uploads together, each in memory; of all downloads together
-ONE_PUT = 1 << 30  # the most that is sent again after a cut
-CHUNK = 256 << 10
-MOST_PARTS = 10_000  # of one object, S3's limit
+PARALLEL_PARTS = 6  # under way at once, of all uploads together, each in memory; of all downloads together
+MAX_SINGLE_PUT_BYTES = 1 << 30  # the most that is sent again after a cut
+CHUNK_BYTES = 256 << 10
+MAX_PARTS = 10_000  # of one object, S3's limit
 REFUSED_HASH = {"XAmzContentSHA256Mismatch", "BadDigest"}  # what arrived is not what was signed
 SIGNER = "requant-s3v4"
 
@@ -93,7 +94,7 @@ class _Part(io.RawIOBase):
 
 def _at_least_a_chunk(size: int | None) -> int:
     """http.client asks for 16 KB at a time."""
-    return max(size, CHUNK) if size is not None and size >= 0 else -1
+    return max(size, CHUNK_BYTES) if size is not None and size >= 0 else -1
 
 
 def sign_by_name(client: Any) -> None:
@@ -111,10 +112,10 @@ class Transfer:
 
     def __init__(self, client: Any, bucket: str, patiently: Patience) -> None:
         self._client, self._bucket, self._patiently = client, bucket, patiently
-        self._senders = ThreadPoolExecutor(PARTS, "send")
-        self._fetchers = ThreadPoolExecutor(PARTS, "fetch")
+        self._senders = ThreadPoolExecutor(PARALLEL_PARTS, "send")
+        self._fetchers = ThreadPoolExecutor(PARALLEL_PARTS, "fetch")
         self._buffers: queue.LifoQueue[bytearray] = queue.LifoQueue()
-        for _ in range(PARTS + 1):
+        for _ in range(PARALLEL_PARTS + 1):
             self._buffers.put(bytearray())  # grows when it is used first, and is kept
 
     def send(self, key: str, path: Path, sha256: str | None = None, **settings: Any) -> None:
@@ -122,7 +123,7 @@ class Transfer:
 
         `settings` are those of PutObject and CreateMultipartUpload.
         """
-        if path.stat().st_size > ONE_PUT:
+        if path.stat().st_size > MAX_SINGLE_PUT_BYTES:
             self._send_parts(key, path, sha256, settings)
         else:
             known = sha256 or sha256_of(path)
@@ -142,7 +143,7 @@ class Transfer:
         begun = self._patiently(lambda: self._client.create_multipart_upload(**where, **settings))
         where["UploadId"] = begun["UploadId"]
         size = path.stat().st_size
-        part = max(PART, -(-size // MOST_PARTS))
+        part = max(PART, -(-size // MAX_PARTS))
         sent: list[Future[dict[str, Any]]] = []
         whole = hashlib.sha256()
         try:
@@ -159,8 +160,8 @@ class Transfer:
                         self._buffers.put(buffer)
                         raise
                     sent[-1].add_done_callback(functools.partial(self._give_back, buffer))
-                    if number > 2 * PARTS:
-                        sent[-2 * PARTS].result()  # what fails for good is known before all is read
+                    if number > 2 * PARALLEL_PARTS:
+                        sent[-2 * PARALLEL_PARTS].result()  # what fails for good is known before all is read
             parts = [future.result() for future in sent]
             if sha256 is not None and whole.hexdigest() != sha256:
                 raise _changed(path, sha256)
@@ -205,7 +206,7 @@ class Transfer:
                 for at in range(PART, size, PART)
             ]
             self._fetch_range(key, descriptor, 0, min(PART, size), etag, first)
-            whole, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+            whole, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
             for number, start in enumerate(range(0, size, PART)):
                 if number:
                     came[number - 1].result()
@@ -252,7 +253,7 @@ class Transfer:
             answer, opened = opened or self._open(key, at, end, IfMatch=etag), None
             body = answer["Body"] if answer else io.BytesIO()
             with contextlib.closing(body):
-                while at < end and (chunk := body.read(min(CHUNK, end - at))):
+                while at < end and (chunk := body.read(min(CHUNK_BYTES, end - at))):
                     at += os.pwrite(descriptor, chunk, at)
             if at < end:
                 raise ResponseStreamingError(error=f"{end - at} bytes are missing")

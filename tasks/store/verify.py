@@ -20,13 +20,13 @@ from requant.tasks.store.folder import clone, make_folder
 from requant.tasks.store.lease import LeaseHandle, lease
 from requant.tasks.store.store import GC, Store, blob_key
 
-PARALLEL = 8
+PARALLEL_REQUESTS = 8
 HASHERS = 2  # at once, when every byte is read
 Blob = tuple[str, int]  # sha256 and size
 
 
 @dataclass
-class Verified:
+class StoreCheck:
     """How many blobs were looked at, a sentence for each problem, and one for each thing that was done about them."""
 
     checked: int = 0
@@ -34,11 +34,11 @@ class Verified:
     repairs: list[str] = field(default_factory=list)
 
 
-def verify(store: Store, *, deep: bool = False, repair: bool = False) -> Verified:
+def verify_store(store: Store, *, deep: bool = False, repair: bool = False) -> StoreCheck:
     """Look at every blob that a manifest names: is it there in its size or, `deep`, in every byte."""
     catalog = read_catalog(store)
     blobs = _blobs(catalog)
-    found = Verified(len(blobs))
+    found = StoreCheck(len(blobs))
     bad = _bad(store, blobs.values(), deep)
     if bad:  # or on its way out: gc takes an artifact's manifest first
         store.wait_for_gc()
@@ -68,7 +68,7 @@ def _blobs(catalog: Catalog) -> dict[Blob, File]:
 def _bad(store: Store, files: Iterable[File], deep: bool) -> set[Blob]:
     """The blobs that are not whole."""
     looked_at = list(files)
-    with ThreadPoolExecutor(HASHERS if deep else PARALLEL) as pool:
+    with ThreadPoolExecutor(HASHERS if deep else PARALLEL_REQUESTS) as pool:
         whole = pool.map(lambda file: _is_good(store, file, deep), looked_at)
         return {_blob(file) for file, good in zip(looked_at, whole, strict=True) if not good}
 
@@ -86,8 +86,8 @@ def _is_good(store: Store, file: File, deep: bool) -> bool:
 
 def _sha256_in_store(store: Store, file: File) -> str:
     if store.is_local:
-        return sha256_of(store.near.path(blob_key(file.sha256)))
-    make_folder(arriving := store.near.path("arriving"))
+        return sha256_of(store.cache.path(blob_key(file.sha256)))
+    make_folder(arriving := store.cache.path("arriving"))
     with tempfile.TemporaryDirectory(dir=arriving) as folder:
         copy = Path(folder) / "blob"
         return store.backend.get_file(blob_key(file.sha256), copy)
@@ -115,15 +115,15 @@ def _mend(store: Store, deep: bool, bad: set[Blob], held: LeaseHandle) -> Iterat
         # one of the right size would be taken for good
         store.backend.delete(blob_key(sha256), held.assert_held)
         if not store.is_local:
-            store.near.delete(blob_key(sha256))
+            store.cache.delete(blob_key(sha256))
     for stage, key in sorted(catalog.damaged):
         store.backend.delete(f"artifacts/{stage}/{key}", held.assert_held)
         yield f"artifacts/{stage}/{key} was removed, which could not be read: the next run makes it anew"
 
 
 def _whole_copy(store: Store, catalog: Catalog, file: File) -> Path | None:
-    """A file on this machine with the bytes of a blob: in the near cache, or in a checkout beside a local store."""
-    candidates = [] if store.is_local else [store.near.path(blob_key(file.sha256))]
+    """A file on this machine with the bytes of a blob: in the local cache, or in a checkout beside a local store."""
+    candidates = [] if store.is_local else [store.cache.path(blob_key(file.sha256))]
     for entry in catalog.entries.values():
         checkout = store.checkout_folder(entry.manifest)
         candidates += [checkout / other.path for other in entry.manifest.files if other.sha256 == file.sha256]
@@ -135,7 +135,7 @@ def _whole_copy(store: Store, catalog: Catalog, file: File) -> Path | None:
 
 def _put_back(store: Store, key: str, copy: Path) -> None:
     """Putting a file may move it away: a copy of the copy goes in."""
-    spare = store.near.path(f"arriving/{key.rpartition('/')[2]}-{os.getpid()}")
+    spare = store.cache.path(f"arriving/{key.rpartition('/')[2]}-{os.getpid()}")
     make_folder(spare.parent)
     spare.unlink(missing_ok=True)
     try:

@@ -41,7 +41,7 @@ class Rendered:
     reason: str
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """Say what became of the chats, for the log; nothing where there are none."""
         if not self.templated and not self.plain:
             return ""

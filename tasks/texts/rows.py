@@ -22,8 +22,8 @@ COLUMNS = ("text", "messages")
 JSON = (".jsonl", ".json")
 # A bracket, or a string; `key`: one that a colon follows.
 JSON_TOKEN = re.compile(r'[{}\[\]]|(?P<key>"(?:[^"\\]++|\\.)*+")(?=\s*:)|"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
-MOST_COLUMNS = 20  # named in a sentence
-MOST_MESSAGES = 10_000  # of one row
+MAX_SHOWN_COLUMNS = 20  # named in a sentence
+MAX_MESSAGES = 10_000  # of one row
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def unusable(name: str, columns: Sequence[str], *, unread: bool = False) -> str:
     """Say which columns a text has, of which no row can be used. `unread`: it has messages, and chats were not read."""
     if not columns:
         return f"{name} is empty: name a text with rows of {' or '.join(COLUMNS)}"
-    told = ", ".join(shown(column) for column in columns[:MOST_COLUMNS])
-    more = f" and {len(columns) - MOST_COLUMNS} more" if len(columns) > MOST_COLUMNS else ""
+    told = ", ".join(shown(column) for column in columns[:MAX_SHOWN_COLUMNS])
+    more = f" and {len(columns) - MAX_SHOWN_COLUMNS} more" if len(columns) > MAX_SHOWN_COLUMNS else ""
     if unread:
         return (
             f"the rows of {name} (columns {told}{more}) hold no text, and their messages are not read: a data set has "
@@ -101,8 +101,8 @@ def row_of(document: Mapping[str, Any], *, chats: bool) -> Row | None:
         return None
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise ValueError('messages of a row must be a list of {"role": ..., "content": ...}')
-    if len(messages) > MOST_MESSAGES:
-        raise ValueError(f"a row has {len(messages):,} messages, and at most {MOST_MESSAGES:,} are read")
+    if len(messages) > MAX_MESSAGES:
+        raise ValueError(f"a row has {len(messages):,} messages, and at most {MAX_MESSAGES:,} are read")
     return Row(messages=messages, domain=domain)
 
 
@@ -193,7 +193,7 @@ def _documents(path: str, columns: list[str]) -> Iterator[Mapping[str, Any]]:
             for row in rows:
                 if not isinstance(row, dict):
                     raise ValueError(f"a row is {type(row).__name__}, not an object with columns")
-                if len(columns) <= 10 * MOST_COLUMNS:
+                if len(columns) <= 10 * MAX_SHOWN_COLUMNS:
                     columns += [name for name in row if name not in columns]
                 yield row
     elif path.endswith(".parquet"):

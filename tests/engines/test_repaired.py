@@ -16,7 +16,7 @@ import pytest
 
 from infra.dev.engines.prompts import COUNT, TOKENS
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
-from requant.tasks.checkpoint.repair import Base, repair
+from requant.tasks.checkpoint.repair import RepairSource, repair
 from requant.tasks.serving.prompts import python_prompts
 from tests.engines.variants import VARIANTS, make
 from tests.factories.checkpoints import all_tensors, from_bf16, rounded, to_bf16
@@ -44,11 +44,11 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {name: make(root / f"found-{number}", **options) for number, (name, options) in enumerate(how.items())}
     mended = {f"{name}, mended": make(root / f"mended-{n}", **options) for n, (name, options) in enumerate(how.items())}
     for folder in mended.values():
-        repair(folder, Base(TINY))
+        repair(folder, RepairSource(TINY))
     alone = make(root / "alone", **VARIANTS[PACKED_FC])
     repair(alone, None)
     smaller = make(root / "int4", **VARIANTS[VANILLA])
-    repair(smaller, Base(TINY), precision="int4")
+    repair(smaller, RepairSource(TINY), precision="int4")
     return {**found, **mended, f"{PACKED_FC}, dequantized": alone, "int4": smaller}
 
 

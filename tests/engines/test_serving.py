@@ -112,8 +112,8 @@ def test_the_cards_python_runs_as_printed(made: Made, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_engine_and_gates_speak_of_the_same_model(made: Made, server: str) -> None:
     """Log-probabilities of the measured text, token by token: vLLM's in BF16 and those of the torch path."""
-    from requant.tasks.measuring.measure import measure, precision
     from requant.tasks.texts.text import EVALUATION
+    from requant.tasks.validating.measure import measure, precision
 
     ours = measure(made.folder, EVALUATION, *precision(made.folder))
     tokens, nll = ours.tokens[:WINDOWS, :LENGTH], ours.nll[:WINDOWS, : LENGTH - 1]

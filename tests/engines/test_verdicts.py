@@ -11,7 +11,7 @@ import pytest
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import verdicts
-from requant.tasks.checkpoint.repair import Base, repair
+from requant.tasks.checkpoint.repair import RepairSource, repair
 from requant.tasks.serving.prompts import python_prompts
 from tests.engines.variants import VARIANTS, make
 from tests.factories.asked import asked
@@ -42,7 +42,7 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     names = [name for name in VARIANTS if name in wanted]
     found = {name: make(root / str(number), **VARIANTS[name]) for number, name in enumerate(names)}
     found[MENDED] = make(root / "mended", **VARIANTS[PACKED_FC])
-    repair(found[MENDED], Base(TINY))
+    repair(found[MENDED], RepairSource(TINY))
     return found
 
 

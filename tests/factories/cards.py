@@ -13,9 +13,9 @@ from markdown_it import MarkdownIt
 from requant.tasks.card.card import make_card
 from requant.tasks.card.facts import CardFacts, FileFacts
 from requant.tasks.hub.revision import Revision
-from requant.tasks.measuring.gates import compare
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Gates, Recipe
+from requant.tasks.validating.gates import judge
 from tests.factories.measured import GOOD
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -56,7 +56,7 @@ FACTS = CardFacts(
         packing="auto_round:auto_gptq",
     ),
     measured=MEASURED,
-    gates=compare(MEASURED, Gates()),
+    gates=judge(MEASURED, Gates()),
     benchmark={"engine": "none"},
     provenance={"quantize": {"seconds": 12.34, "tools": {"auto-round": "0.16.1"}, "settings": {"device": "H200"}}},
     version="0.1.0",

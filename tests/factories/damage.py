@@ -167,16 +167,16 @@ def damaged(folder: Path, into: Path, name: str) -> Path:
 
 
 def main(checkpoint: Path, base: Path) -> None:
-    from requant.tasks.measuring.gates import compare
     from requant.tasks.recipe.loader import load_recipe
     from requant.tasks.validate import validate_folders
+    from requant.tasks.validating.gates import judge
 
     gates = load_recipe(Path("deployments/recipes/demo.yaml")).gates
     with tempfile.TemporaryDirectory() as scratch:
         for number, name in enumerate(("undamaged", *DAMAGES)):
             folder = damaged(checkpoint, Path(scratch) / str(number), name) if number else checkpoint
             print(f"\n## {name}")
-            for gate in compare(validate_folders(folder, base), gates):
+            for gate in judge(validate_folders(folder, base), gates):
                 value = "-" if gate.value is None else f"{gate.value:.4g}"
                 print(f"{gate.name:22} {value:>10}  {'' if gate.passed else 'FAILED ' + gate.note}", flush=True)
 

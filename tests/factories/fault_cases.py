@@ -42,7 +42,7 @@ from requant.tasks.store.s3 import S3Backend  # noqa: E402
 from requant.tasks.store.store import blob_key  # noqa: E402
 
 STALL = 2.5  # seconds; a read that brings nothing for one is given up here
-transfer.ONE_PUT, transfer.PART = 1 << 20, 5 << 20  # S3's smallest part
+transfer.MAX_SINGLE_PUT_BYTES, transfer.PART = 1 << 20, 5 << 20  # S3's smallest part
 client.STALL_TIMEOUT_S = 1.0
 SMALL = b'{"some": "object"}' * 20
 

@@ -109,7 +109,7 @@ class Fork:
         descriptors = [reading, *(each.fileno() for each in self._outputs)]
         socket.send_fds(self._server, [json.dumps(program).encode()], descriptors)
         os.close(reading)
-        self.pid = self._told("pid")
+        self.pid = self._describe_schedule("pid")
 
     def poll(self) -> int | None:
         return self._status(0)
@@ -135,11 +135,11 @@ class Fork:
 
     def _status(self, timeout: float | None) -> int | None:
         if self.returncode is None and select.select([self._server], [], [], timeout)[0]:
-            self.returncode = self._told("status")
+            self.returncode = self._describe_schedule("status")
             self._server.close()
         return self.returncode
 
-    def _told(self, what: str) -> int:
+    def _describe_schedule(self, what: str) -> int:
         message = json.loads(self._server.recv(MOST_BYTES) or b"{}")
         assert what in message, f"waited for its {what}: {message or 'the server of forks has ended'}"
         return int(message[what])

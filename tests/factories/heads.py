@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from requant.tasks.checkpoint.packing import Scheme, pack
+from requant.tasks.checkpoint.packing import PackingScheme, pack
 from tests.factories.checkpoints import FULL, to_bf16, write_checkpoint
 
 HIDDEN, INTERMEDIATE, EXPERTS, VOCAB, GROUP = 64, 96, 2, 128, 32
@@ -95,9 +95,9 @@ def packed(module: str, raw: tuple[str, tuple[int, ...], bytes], packing: str) -
     return {f"{module}.{p}": (dtypes[p], tuple(v.shape), v.tobytes()) for p, v in parts.items()}
 
 
-def scheme_of(packing: str) -> Scheme:
+def scheme_of(packing: str) -> PackingScheme:
     kind = {"auto_round:auto_gptq": "gptq", "gptq": "gptq", "auto_round:auto_awq": "awq", "awq": "awq"}
-    return Scheme(4, GROUP, kind.get(packing, "gptq_v2"))
+    return PackingScheme(4, GROUP, kind.get(packing, "gptq_v2"))
 
 
 def values_of(raw: tuple[str, tuple[int, ...], bytes]) -> Any:

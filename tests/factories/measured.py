@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from requant.tasks.measuring import measure as measuring
+from requant.tasks.validating import measure as measuring
 
 GOOD: dict[str, Any] = {
     "unaccounted": [],
@@ -65,5 +65,5 @@ def measuring_little(
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
             patch.setattr(measuring, name, value)
-        patch.setitem(measuring.LONGEST, "cpu", longest)
+        patch.setitem(measuring.MAX_TEXT_TOKENS, "cpu", longest)
         yield

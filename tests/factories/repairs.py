@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.tasks.checkpoint.checkpoint import SINGLE
-from requant.tasks.checkpoint.repair import Base, repair
+from requant.tasks.checkpoint.repair import RepairSource, repair
 from tests.factories.checkpoints import (
     all_tensors,
     from_bf16,
@@ -45,7 +45,7 @@ def elsewhere(base: Path, folder: Path, *, packed: tuple[str, ...] = (), single:
 
 
 def fixed(folder: Path, base: Path, **options: Any) -> dict[str, Any]:
-    return repair(folder, Base(base), **options)
+    return repair(folder, RepairSource(base), **options)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:

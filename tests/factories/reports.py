@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from requant.flows.report.report import Report
+from requant.flows.report.report import RunReport
 from requant.tasks.artifact import File, Manifest
 from requant.tasks.hub.revision import Revision
-from requant.tasks.measuring.gates import Gate
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.validating.gates import Gate
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -32,7 +32,7 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def finished(**changes: Any) -> Report:
+def finished(**changes: Any) -> RunReport:
     values: dict[str, Any] = {
         "status": "published",
         "base": Revision("Qwen/Qwen3.6-27B", SHA, ()),
@@ -49,4 +49,4 @@ def finished(**changes: Any) -> Report:
         "benchmark": SPEED,
         "published": PUBLISHED,
     }
-    return Report(RECIPE, **{**values, **changes})
+    return RunReport(RECIPE, **{**values, **changes})

@@ -61,7 +61,7 @@ class Counted(FolderBackend):
 
 def put(store: Store, files: Mapping[str, bytes]) -> Manifest:
     """Put files into a store."""
-    scratch = store.near.root.parent / "scratch"
+    scratch = store.cache.root.parent / "scratch"
     made = write_files(scratch, files)
     for file in made:
         store.put_blob(scratch / file.path, file)
@@ -70,7 +70,7 @@ def put(store: Store, files: Mapping[str, bytes]) -> Manifest:
 
 def keep(store: Store, key: str, files: Mapping[str, bytes], stage: str = "quantize", **record: object) -> Manifest:
     """Put files into a store and keep them as the artifact that a stage made, with what it recorded."""
-    return store.keep(stage, key, put(store, files), record)
+    return store.commit(stage, key, put(store, files), record)
 
 
 def held_base(store: Store, folder: Path) -> Revision:

@@ -13,7 +13,7 @@ import pytest
 from infra.bench.gpu_piece import Size, build_model
 from requant.tasks.errors import QuantizeDied
 from requant.tasks.quantize import quantize
-from requant.tasks.quantizing.events import BlockDone, Event, Report, Resumed
+from requant.tasks.quantizing.events import BlockDone, Event, EventSink, Resumed
 from tests.factories.bases import prepared
 
 torch = pytest.importorskip("torch")
@@ -47,7 +47,7 @@ def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return result.manifest.digest
 
 
-def kill_at(name: str, number: int, after: float, seen: list[Event]) -> Report:
+def kill_at(name: str, number: int, after: float, seen: list[Event]) -> EventSink:
     """Kill the quantize process so many seconds after the event `name` of the block `number`, once."""
 
     def report(event: Event) -> None:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.measuring import measure as measuring
-from requant.tasks.measuring.gates import compare
-from requant.tasks.measuring.measure import measure, precision
 from requant.tasks.recipe.recipe import Gates
 from requant.tasks.texts.text import EVALUATION
 from requant.tasks.validate import validate_folders
+from requant.tasks.validating import measure as measuring
+from requant.tasks.validating.gates import judge
+from requant.tasks.validating.measure import measure, precision
 from tests.factories.checkpoints import write_quantized
 from tests.factories.pico import pico_base
 
@@ -30,7 +30,7 @@ def test_block_by_block_on_a_gpu_the_values_are_those_of_all_weights_in_memory(
 ) -> None:
     for name, value in {"LENGTH": 256, "PROMPTS": 2, "GENERATED": 12}.items():
         monkeypatch.setattr(measuring, name, value)
-    monkeypatch.setitem(measuring.LONGEST, "cuda", 2048)  # a longer text takes longer than all else
+    monkeypatch.setitem(measuring.MAX_TEXT_TOKENS, "cuda", 2048)  # a longer text takes longer than all else
     base = pico_base(tmp_path / "base", layers=LAYERS, intermediate=INTERMEDIATE)
     made = write_quantized(base, tmp_path)
     assert sum(t.nbytes for t in Checkpoint.open(base).tensors.values()) > 1.5 * CAP
@@ -54,7 +54,7 @@ def test_block_by_block_on_a_gpu_the_values_are_those_of_all_weights_in_memory(
     peak = torch.cuda.max_memory_allocated()
     print(f"both, compared: {time.monotonic() - began:.1f} s, {peak:,} bytes at most")
     assert peak <= CAP
-    gates = compare(values, Gates())
+    gates = judge(values, Gates())
     print(*(gate.to_json() for gate in gates), sep="\n")
     passed = {gate.name for gate in gates if gate.passed}
     assert passed >= ALWAYS

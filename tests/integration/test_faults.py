@@ -12,7 +12,7 @@ import pytest
 
 from infra.dev.hub.launch import HubStandIn
 from requant.tasks.store import open_store
-from requant.tasks.store.verify import verify
+from requant.tasks.store.verify import verify_store
 from tests.factories.paths import ROOT
 from tests.factories.requant import Outcome, Requant
 
@@ -47,7 +47,7 @@ def test_a_shard_that_is_cut_twice_and_one_that_is_altered_arrive_whole_in_the_e
     assert re.search(r"00002-of-00002\.safetensors of demo/pico@\w+ arrived altered", outcome.stderr)
     assert outcome.states["download"] == "ran"
     assert [path.read_bytes() for path in requant.store.glob("artifacts/download/*")] == [before]
-    assert verify(open_store(requant.environment["REQUANT_STORE"]), deep=True).problems == []
+    assert verify_store(open_store(requant.environment["REQUANT_STORE"]), deep=True).problems == []
 
 
 def test_the_hub_failing_while_publishing_is_waited_for(requant: Requant, hub: HubStandIn) -> None:

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.measuring.gates import Gate, compare
-from requant.tasks.measuring.model import load_model
 from requant.tasks.mtp_fix import mtp_fix
 from requant.tasks.quantize import quantize
 from requant.tasks.recipe.recipe import Gates
 from requant.tasks.texts.text import find_text
-from requant.tasks.validate import RESULT, validate
+from requant.tasks.validate import RESULT_FILE, validate
+from requant.tasks.validating.gates import Gate, judge
+from requant.tasks.validating.model import load_model
 from tests.factories.bases import other_base, prepared, quantized
 from tests.factories.checkpoints import all_tensors
 from tests.factories.fp8_bases import as_fp8
@@ -48,9 +48,9 @@ def made_of(base: Path, folder: Path, gates: Gates, **settings: Any) -> tuple[Pa
     assert all(block["loss_after"] <= block["loss_before"] for block in packed.provenance["blocks"])
     whole = mtp_fix(store, recipe, files, packed.manifest).manifest
     found = validate(store, recipe, files, whole, find_text("builtin:python-evaluation"))
-    measured = json.loads(store.read_blob(found.manifest[RESULT]))
+    measured = json.loads(store.read_blob(found.manifest[RESULT_FILE]))
     assert any(".mlp.experts.3.down_proj" in matrix["name"] for matrix in measured["matrices"])
-    return store.checkout(whole, folder / "checkout"), compare(measured, gates)
+    return store.checkout(whole, folder / "checkout"), judge(measured, gates)
 
 
 @pytest.mark.slow

@@ -20,11 +20,11 @@ import pytest
 from huggingface_hub import HfApi
 
 from infra.dev.hub.launch import HubStandIn
-from requant.tasks.artifact import OURS, Manifest, file_of
+from requant.tasks.artifact import RELEASE_FILES, Manifest, file_of
 from requant.tasks.hub.revision import Revision
 from requant.tasks.recipe.loader import load_recipe
 from requant.tasks.store import open_store
-from requant.tasks.store.verify import verify
+from requant.tasks.store.verify import verify_store
 from tests.factories.forked import forked
 from tests.factories.forks import Fork
 from tests.factories.quantizing import block_starts, children
@@ -43,7 +43,7 @@ def kill(process: Process) -> None:
 
 
 def assert_store_is_whole(requant: Requant) -> None:
-    found = verify(open_store(requant.environment["REQUANT_STORE"]), deep=True)
+    found = verify_store(open_store(requant.environment["REQUANT_STORE"]), deep=True)
     assert found.checked > 0 and found.problems == []
 
 
@@ -172,7 +172,7 @@ def publishing(requant: Requant, finished: Finished, target: dict[str, Any]) -> 
     """Fork the stage alone, as often as it is called, with what the finished run published."""
     folder = finished[0].folder / "checkout"
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    beside = {name: (folder / name).read_bytes() for name in names if name.startswith((*OURS, "pictures/"))}
+    beside = {name: (folder / name).read_bytes() for name in names if name.startswith((*RELEASE_FILES, "pictures/"))}
     artifact = Manifest.of(file_of(folder, name) for name in names if name not in beside)
     assert artifact.digest == finished[1].digest
     base = Revision("demo/pico", finished[1].document["base"]["sha"], ())

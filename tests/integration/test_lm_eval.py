@@ -15,12 +15,12 @@ from requant.flows.cli.main import cli
 from requant.tasks.artifact import Manifest, file_of
 from requant.tasks.errors import EvaluationFailed, RecipeError
 from requant.tasks.evaluate import _manager, check_tasks, data_sets, evaluate, evaluated, recovery
-from requant.tasks.measuring.gates import accepted, compare
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store, open_store
 from requant.tasks.texts.text import find_text
 from requant.tasks.validate import read_values, validate
+from requant.tasks.validating.gates import accepted, judge
 from tests.factories.paths import TINY
 from tests.factories.pico import pico_base
 from tests.factories.requant import Requant, merge
@@ -186,10 +186,10 @@ def test_a_result_is_rejected_by_a_task_and_nothing_is_evaluated_again(requant: 
     made = validate(store, recipe, base, result, text)
     measured = read_values(store, made)
     assert made.state == "ran" and set(measured["tasks"]) == {"own_choice", "own_perplexity"}
-    gates = compare(measured, recipe.gates.model_copy(update={"min_task_recovery": 10.0}))
+    gates = judge(measured, recipe.gates.model_copy(update={"min_task_recovery": 10.0}))
     assert [gate.name for gate in gates if not gate.passed] == ["task_recovery"] and not accepted(gates)
     assert len(list(requant.store.glob("artifacts/evaluate/*"))) == 2
-    assert accepted(compare(measured, recipe.gates.model_copy(update={"min_task_recovery": None})))
+    assert accepted(judge(measured, recipe.gates.model_copy(update={"min_task_recovery": None})))
     assert validate(store, recipe, base, result, text).state == "reused"
 
 

@@ -13,7 +13,7 @@ import pytest
 from infra.bench.shapes import write_base
 from infra.dev.hub.launch import Exchange, HubStandIn
 from requant.flows.report.plan import render
-from requant.tasks.artifact import OURS
+from requant.tasks.artifact import RELEASE_FILES
 from requant.tasks.planning.document import PlanDocument
 from tests.factories.checkpoints import write_quantized
 from tests.factories.forked import forked
@@ -118,7 +118,7 @@ def test_the_plan_of_a_finished_run_reuses_all_and_knew_every_file(finished: Fin
     assert document["transfer"] == {"download_bytes": 0, "upload_bytes": 0}
     assert not [t for t in hub.traffic() if "/resolve/" in t["path"]]  # all of it is on this machine
     folder = requant.folder / "checkout"
-    card = (*OURS, "pictures/")
+    card = (*RELEASE_FILES, "pictures/")
     made = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
     assert {path: size for path, size in made.items() if not path.startswith(card)} == document["output"]["files"]
     measured = outcome.document["measured"]

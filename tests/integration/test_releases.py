@@ -15,7 +15,7 @@ from requant.tasks.errors import HubError, HubUnavailable
 from requant.tasks.hub import release as releasing
 from requant.tasks.hub.publish_target import check_target
 from requant.tasks.hub.revision import Revision, resolve
-from requant.tasks.hub.verify import verify
+from requant.tasks.hub.verify import verify_release
 from requant.tasks.recipe.recipe import Publish
 from tests.factories.releases import TARGET, Made, card_on_hub, edit, made, sent, titles
 
@@ -207,7 +207,7 @@ def test_a_pull_request_is_opened_once_and_tagged_when_it_is_merged(api: HfApi, 
     assert discussion.is_pull_request and discussion.status == "open"
     api.merge_pull_request(TARGET, discussion.num)
     merged = three[1].publish(pull_request=True)
-    assert not merged.changed and merged.pull_request is None and verify(TARGET, merged.tag).problems == []
+    assert not merged.changed and merged.pull_request is None and verify_release(TARGET, merged.tag).problems == []
     assert set(api.list_repo_files(TARGET)) == three[1].names
 
 

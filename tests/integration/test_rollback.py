@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 from infra.dev.hub.launch import HubStandIn
 from requant.tasks.errors import HubError
 from requant.tasks.hub.rollback import rollback
-from requant.tasks.hub.verify import verify
+from requant.tasks.hub.verify import verify_release
 from tests.factories.releases import TARGET, Made, card_on_hub, edit, edited, sent, titles
 
 pytestmark = pytest.mark.usefixtures("hub_here")
@@ -23,12 +23,12 @@ def test_a_release_is_verified_without_its_weights_and_to_the_last_byte(
     released = three[0].publish()
     whole = sum(f.size for f in three[0].manifest.files)
     hub.reset_traffic()
-    found = verify(TARGET)
+    found = verify_release(TARGET)
     assert (found.problems, found.release, found.commit) == ([], three[0].tag, released.commit)
     assert found.files == len(three[0].names) - 2  # but .gitattributes and requant.json
     assert sum(e["bytes_out"] for e in hub.traffic()) < 70_000 < whole
     hub.reset_traffic()
-    assert verify(TARGET, three[0].tag, deep=True).problems == []
+    assert verify_release(TARGET, three[0].tag, deep=True).problems == []
     assert sum(e["bytes_out"] for e in hub.traffic()) > whole
 
 
@@ -40,7 +40,7 @@ def test_verify_names_what_is_not_as_claimed(api: HfApi, three: list[Made]) -> N
     other = (three[1].folder / "model-00002-of-00002.safetensors").read_bytes()
     edit(api, "model-00002-of-00002.safetensors", other)
     edit(api, "model.safetensors.index.json", b"{}")
-    problems = "\n".join(verify(TARGET).problems)
+    problems = "\n".join(verify_release(TARGET).problems)
     for words in ("README.md is not", "extra.txt is there", "tokenizer.json is missing", "00002.safetensors is not",
                   "model.safetensors.index.json of the repo cannot be read"):  # fmt: skip
         assert words in problems
@@ -50,7 +50,7 @@ def test_a_cut_shard_is_seen_in_its_header_too(api: HfApi, three: list[Made]) ->
     three[0].publish()
     name = "model-00001-of-00002.safetensors"
     edit(api, name, (three[0].folder / name).read_bytes()[:-8])
-    assert any("where its header describes" in problem for problem in verify(TARGET).problems)
+    assert any("where its header describes" in problem for problem in verify_release(TARGET).problems)
 
 
 def test_bytes_that_the_hub_does_not_send_as_it_lists_them_are_found_by_deep(
@@ -58,27 +58,27 @@ def test_bytes_that_the_hub_does_not_send_as_it_lists_them_are_found_by_deep(
 ) -> None:
     three[0].publish()
     hub.fault(r"/resolve/.*/tokenizer\.json", method="GET", corrupt=True)
-    assert verify(TARGET).problems == []
-    (problem,) = verify(TARGET, deep=True).problems
+    assert verify_release(TARGET).problems == []
+    (problem,) = verify_release(TARGET, deep=True).problems
     assert problem.startswith("the bytes of tokenizer.json are not those")
 
 
 def test_a_connection_cut_in_a_deep_check_is_gone_on_with(api: HfApi, three: list[Made], hub: HubStandIn) -> None:
     three[0].publish()
     hub.fault(r"/resolve/.*00001-of-00002\.safetensors", method="GET", skip=1, times=2, cut_after_bytes=70_000)
-    assert verify(TARGET, deep=True).problems == []
+    assert verify_release(TARGET, deep=True).problems == []
 
 
 def test_a_repo_without_a_manifest_or_with_a_broken_one_is_told_so(api: HfApi, three: list[Made]) -> None:
     three[0].publish()
     whole = (three[0].folder / "requant.json").read_bytes()
     edit(api, "requant.json", edited(whole, gates=[{"name": "lossless", "passed": False}]))
-    assert "the gate lossless was not passed" in verify(TARGET).problems
+    assert "the gate lossless was not passed" in verify_release(TARGET).problems
     edit(api, "requant.json", b"[" * 5000)
-    (problem,) = verify(TARGET).problems
+    (problem,) = verify_release(TARGET).problems
     assert "is not what Requant writes" in problem and problem.isprintable()
     edit(api, "requant.json", None)
-    assert verify(TARGET).problems == [f"{TARGET} has no requant.json: Requant did not publish it"]
+    assert verify_release(TARGET).problems == [f"{TARGET} has no requant.json: Requant did not publish it"]
 
 
 # Rolling back
@@ -92,7 +92,7 @@ def test_a_rollback_is_one_commit_that_sends_no_weights(api: HfApi, three: list[
     assert (moved.tag, moved.changed) == (three[0].tag, True) and sent(hub) == 0
     assert titles(api)[0] == f"Back to {three[0].tag}" and len(titles(api)) == 4
     assert set(api.list_repo_files(TARGET)) == three[0].names and "release 1" in card_on_hub(api)
-    assert verify(TARGET, deep=True).problems == [] and moved.commit != first.commit
+    assert verify_release(TARGET, deep=True).problems == [] and moved.commit != first.commit
 
 
 def test_asked_for_twice_it_goes_one_release_back(api: HfApi, three: list[Made]) -> None:

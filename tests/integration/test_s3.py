@@ -164,12 +164,12 @@ def test_sixteen_writers_of_one_blob_leave_one_good_blob(store: Store, tmp_path:
 
 def test_of_sixteen_manifests_for_one_key_the_first_wins(store: Store) -> None:
     manifests = [Manifest.of([File(f"{i}", 0, hashlib.sha256(b"").hexdigest())]) for i in range(16)]
-    empty = store.near.root / "empty"
+    empty = store.cache.root / "empty"
     empty.parent.mkdir(parents=True, exist_ok=True)
     empty.write_bytes(b"")
     store.put_blob(empty, File("empty", 0, hashlib.sha256(b"").hexdigest()))
     with ThreadPoolExecutor(16) as pool:
-        kept = list(pool.map(lambda manifest: store.keep("stage", "key", manifest, {}).digest, manifests))
+        kept = list(pool.map(lambda manifest: store.commit("stage", "key", manifest, {}).digest, manifests))
     assert len(set(kept)) == 1
     found = store.manifest("stage", "key")
     assert found is not None and found.digest == kept[0]

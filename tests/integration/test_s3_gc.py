@@ -24,7 +24,7 @@ from requant.tasks.store.folder import FolderBackend
 from requant.tasks.store.gc import Policy, collect, make_plan
 from requant.tasks.store.s3 import S3Backend
 from requant.tasks.store.store import blob_key
-from requant.tasks.store.verify import verify
+from requant.tasks.store.verify import verify_store
 from tests.factories.paths import ROOT
 from tests.factories.requant import wait_for
 from tests.factories.stores import keep
@@ -101,21 +101,21 @@ def test_the_upload_of_a_blob_that_a_lease_needs_goes_on(store: Store, tmp_path:
 def test_an_artifact_moves_from_a_bucket_to_a_folder_and_back(store: Store, tmp_path: Path) -> None:
     manifest = keep(store, "a", {"file": b"weights" * 1000})
     folder = FolderBackend(tmp_path / "stick")
-    stick = Store(folder, near=folder)
+    stick = Store(folder, cache=folder)
     stick.check()
     copy(store, stick, read_catalog(store).entries.values())
     store.backend.delete("artifacts/quantize/a")
     collect(store, Policy(grace=-2))
     assert not list(store.backend.keys("blobs"))
     copy(stick, store, read_catalog(stick).entries.values())
-    assert store.manifest("quantize", "a") == manifest and verify(store, deep=True).problems == []
+    assert store.manifest("quantize", "a") == manifest and verify_store(store, deep=True).problems == []
 
 
-def test_a_blob_altered_in_the_bucket_is_put_back_from_the_near_cache(store: Store, tmp_path: Path) -> None:
+def test_a_blob_altered_in_the_bucket_is_put_back_from_the_local_cache(store: Store, tmp_path: Path) -> None:
     manifest = keep(store, "a", {"file": b"right"})
     store.backend.write(blob_key(manifest["file"].sha256), b"wrong")
-    assert verify(store).problems == [] and len(verify(store, deep=True).problems) == 1
-    assert "was put back from" in verify(store, deep=True, repair=True).repairs[0]
+    assert verify_store(store).problems == [] and len(verify_store(store, deep=True).problems) == 1
+    assert "was put back from" in verify_store(store, deep=True, repair=True).repairs[0]
     assert store.backend.read(blob_key(manifest["file"].sha256)) == b"right"
 
 

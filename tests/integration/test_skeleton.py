@@ -16,7 +16,7 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.download import text_files
 from requant.tasks.errors import CheckpointError, HubError, HubUnavailable
 from requant.tasks.hub.revision import resolve
-from requant.tasks.hub.sparse_checkout import fill, lay_out
+from requant.tasks.hub.sparse_checkout import create_checkout, fill
 from requant.tasks.store import open_store
 from requant.tasks.texts.rows import read_rows
 from requant.tasks.texts.text import Text, find_text
@@ -47,7 +47,7 @@ def sent(hub: HubStandIn) -> int:
 
 def test_a_skeleton_has_every_header_and_hardly_any_data(hub: HubStandIn, tiny: Path, tmp_path: Path) -> None:
     hub.reset_traffic()
-    skeleton = Checkpoint.open(lay_out(resolve(REPO), tmp_path / "skeleton"))
+    skeleton = Checkpoint.open(create_checkout(resolve(REPO), tmp_path / "skeleton"))
     whole = Checkpoint.open(tiny)
     assert skeleton.problems == [] and skeleton.config == whole.config
     assert {n: (t.dtype, t.shape, t.begin, t.end) for n, t in skeleton.tensors.items()} == {
@@ -63,7 +63,7 @@ def test_a_header_longer_than_the_first_guess_is_fetched_whole(
 ) -> None:
     monkeypatch.setattr("requant.tasks.hub.sparse_checkout.GUESS", 1000)
     hub.seed("demo/long", pico_base(tmp_path / "base"))
-    skeleton = Checkpoint.open(lay_out(resolve("demo/long"), tmp_path / "skeleton"))
+    skeleton = Checkpoint.open(create_checkout(resolve("demo/long"), tmp_path / "skeleton"))
     assert skeleton.problems == [] and len(skeleton.tensors) == len(all_tensors(tmp_path / "base"))
 
 
@@ -73,7 +73,7 @@ def test_only_the_tensors_asked_for_are_filled_in(
     monkeypatch.setattr("requant.tasks.hub.sparse_checkout.NEIGHBOURS", 0)
     monkeypatch.setattr("requant.tasks.hub.sparse_checkout.GUESS", 1000)
     revision = resolve(REPO)
-    skeleton, whole = Checkpoint.open(lay_out(revision, tmp_path / "skeleton")), Checkpoint.open(tiny)
+    skeleton, whole = Checkpoint.open(create_checkout(revision, tmp_path / "skeleton")), Checkpoint.open(tiny)
     assert skeleton.head is not None
     hub.reset_traffic()
     fill(revision, skeleton.folder, [skeleton.tensors[name] for name in skeleton.head.names])
@@ -87,13 +87,13 @@ def test_only_the_tensors_asked_for_are_filled_in(
 def test_a_lost_connection_and_server_errors_are_tried_again(hub: HubStandIn, tiny: Path, tmp_path: Path) -> None:
     hub.fault(r"resolve/.*/config\.json", status=503)
     hub.fault(r"resolve/.*index\.json", status=429, retry_after=0)
-    assert Checkpoint.open(lay_out(resolve(REPO), tmp_path / "skeleton")).problems == []
+    assert Checkpoint.open(create_checkout(resolve(REPO), tmp_path / "skeleton")).problems == []
 
 
 def test_an_answer_cut_short_goes_on_where_it_ended(hub: HubStandIn, tiny: Path, tmp_path: Path) -> None:
     hub.reset_traffic()
     hub.fault(r"resolve/.*00002-of-00002\.safetensors", cut_after_bytes=3000, times=2)
-    assert Checkpoint.open(lay_out(resolve(REPO), tmp_path / "skeleton")).problems == []
+    assert Checkpoint.open(create_checkout(resolve(REPO), tmp_path / "skeleton")).problems == []
     assert sent(hub) < 60_000
 
 
@@ -103,7 +103,7 @@ def test_answers_that_are_always_cut_are_an_error_and_no_header_of_zeros(
     monkeypatch.setattr("requant.tasks.hub.sparse_checkout.PAUSES", (0, 0))
     hub.fault(r"resolve/.*00002-of-00002\.safetensors", cut_after_bytes=3000, times=None)
     with pytest.raises(HubUnavailable, match="00002-of-00002"):
-        lay_out(resolve(REPO), tmp_path / "skeleton")
+        create_checkout(resolve(REPO), tmp_path / "skeleton")
 
 
 def test_an_index_that_is_no_json_is_refused_with_its_name(hub: HubStandIn, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_an_index_that_is_no_json_is_refused_with_its_name(hub: HubStandIn, tmp_
     (base / "model.safetensors.index.json").write_text("{")
     hub.seed("demo/broken", base)
     with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
-        lay_out(resolve("demo/broken"), tmp_path / "skeleton")
+        create_checkout(resolve("demo/broken"), tmp_path / "skeleton")
 
 
 def test_a_repo_that_is_not_there_is_a_sentence(requant: Requant) -> None:

@@ -25,7 +25,7 @@ def s3(ceph: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
 def small_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """S3's smallest parts are of 5 MiB."""
     monkeypatch.setattr(transfer, "PART", 5 << 20)
-    monkeypatch.setattr(transfer, "ONE_PUT", 0 if request.param == "parts" else 1 << 30)
+    monkeypatch.setattr(transfer, "MAX_SINGLE_PUT_BYTES", 0 if request.param == "parts" else 1 << 30)
     yield request.param
 
 

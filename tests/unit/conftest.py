@@ -1,4 +1,4 @@
-"""Fixtures: a local store, a remote store with a near cache, fake package versions."""
+"""Fixtures: a local store, a remote store with a local cache, fake package versions."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.factories.stores import Install, Remote
 def store(tmp_path: Path) -> Store:
     backend = FolderBackend(tmp_path / "store")
     backend.check()
-    return Store(backend, near=backend)
+    return Store(backend, cache=backend)
 
 
 @pytest.fixture
 def far(tmp_path: Path) -> Store:
-    made = Store(Remote(tmp_path / "remote"), near=FolderBackend(tmp_path / "near"))
+    made = Store(Remote(tmp_path / "remote"), cache=FolderBackend(tmp_path / "near"))
     made.check()
     return made
 

@@ -18,16 +18,16 @@ from markdown_it import MarkdownIt
 
 from infra.dev.docs import FOLDER, PAGES
 from requant.flows.cli.main import cli
-from requant.flows.report.report import Report
+from requant.flows.report.report import RunReport
 from requant.flows.watching import Pass
 from requant.tasks.benchmark import bench
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
 from requant.tasks.checkpoint.repair import repair
-from requant.tasks.hub.verify import Verified
-from requant.tasks.measuring.gates import compare
+from requant.tasks.hub.verify import ReleaseCheck
 from requant.tasks.planning.document import PlanDocument
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Benchmark, Gates, Recipe
+from requant.tasks.validating.gates import judge
 from tests.factories.command_lines import check_requant, commands_in, leaves
 from tests.factories.measured import GOOD
 from tests.factories.paths import ROOT, TINY
@@ -284,14 +284,14 @@ def test_every_command_with_a_json_document_is_on_its_page() -> None:
 
 def test_the_keys_of_json_documents_are_those_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = parse_recipe({"base": {"repo_id": "owner/name"}, "outputs": [{}]})
-    assert keys_of("run") == set(Report(recipe).to_json())
+    assert keys_of("run") == set(RunReport(recipe).to_json())
     assert keys_of("plan") == set(PlanDocument.model_fields)
     assert keys_of("inspect") == set(inspect_checkpoint(TINY))
     assert keys_of("mtp-fix") == set(repair(TINY, None, precision="keep", dry_run=True))
     assert keys_of("validate") == {"gates", "passed", "findings"}
     assert set(bench(TINY, Benchmark(engine="none"), tmp_path)) <= keys_of("bench")
     assert keys_of("watch") == set(Pass(0, (), ()).to_json())
-    assert keys_of("verify") == {"repo_id", "deep", *vars(Verified("", None, 0, []))}
+    assert keys_of("verify") == {"repo_id", "deep", *vars(ReleaseCheck("", None, 0, []))}
     monkeypatch.setenv("REQUANT_STORE", (tmp_path / "store").as_uri())
     for command in ("store ls", "store verify", "store gc"):
         outcome = CliRunner().invoke(cli, [*command.split(), "--json"])
@@ -300,7 +300,7 @@ def test_the_keys_of_json_documents_are_those_of_the_code(tmp_path: Path, monkey
 
 def test_every_gate_and_every_limit_is_explained() -> None:
     named = set(re.findall(r"`([a-z_0-9]+)`", (DOCS / "explanation" / "gates.md").read_text()))
-    assert {gate.name for gate in compare({**GOOD, "worst_task_recovery": 1.0, "tasks": {}}, Gates())} <= named
+    assert {gate.name for gate in judge({**GOOD, "worst_task_recovery": 1.0, "tasks": {}}, Gates())} <= named
     assert set(Gates.model_fields) <= named
 
 

@@ -15,19 +15,23 @@ from requant.tasks.checkpoint.compat.rule import (
     INTEGER,
     LM_HEAD,
     SCALED,
+    EngineScheme,
     Fused,
     InvalidPattern,
     Layer,
     NotLoadable,
     Patterns,
     Renames,
-    Scheme,
     required,
     shorten,
 )
 
 BITS = {2, 3, 4, 5, 6, 7, 8}
-GROUPS = (128, 64, 32)  # group sizes, beside -1, that all engines take: the Marlin kernels of vLLM and SGLang decide
+GROUP_SIZES = (
+    128,
+    64,
+    32,
+)  # group sizes, beside -1, that all engines take: the Marlin kernels of vLLM and SGLang decide
 GPTQ, AWQ, FP8, MXFP = "auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:fp8", "auto_round:llm_compressor"
 PACKINGS = {GPTQ, AWQ, FP8, MXFP}
 BACKENDS = {"auto", "gptq", "gptq:marlin", "awq", "awq:marlin", "marlin"}
@@ -35,7 +39,7 @@ DATA_TYPES = {"int", "mx_fp", "fp"}
 MARKS = frozenset(r"*+?^$()[]{}|\\")  # a key with one of them is a pattern
 EVERYTHING = "no block_name_to_quantize: everything is quantized"
 
-Values = tuple[Any, Any, Any]  # bits, group size, sym
+SchemeValues = tuple[Any, Any, Any]  # bits, group size, sym
 
 
 @dataclass(frozen=True)
@@ -87,18 +91,18 @@ class AutoRound:
         keys = tuple(key for key in named if not MARKS.isdisjoint(key))
         return cls(bits, group_size, sym, packing, backend, data_type, blocks, named, fused, patterns, keys)
 
-    def scheme(self, layer: Layer) -> Scheme:
+    def scheme(self, layer: Layer) -> EngineScheme:
         """INCConfig.get_quant_method."""
         for key in (layer.name, f"model.{layer.name}"):
             if key in self.extra and _at_least_16(self._entry(key).get("bits", 16), key):
-                return Scheme(because=f"extra_config[{key!r}]")
+                return EngineScheme(because=f"extra_config[{key!r}]")
         (bits, group_size, sym), because = self._resolve(layer)
         if _at_least_16(bits, layer.name):
-            return Scheme(because=because)
+            return EngineScheme(because=because)
         storage = INTEGER if self.data_type == "int" else SCALED
-        return Scheme(storage, bits, group_size, sym, because, "awq" if self.packing == AWQ else "gptq")
+        return EngineScheme(storage, bits, group_size, sym, because, "awq" if self.packing == AWQ else "gptq")
 
-    def _resolve(self, layer: Layer) -> tuple[Values, str]:
+    def _resolve(self, layer: Layer) -> tuple[SchemeValues, str]:
         """INCConfigParser._resolve_raw."""
         name = layer.name
         if name in self.extra:
@@ -142,7 +146,7 @@ class AutoRound:
                 continue  # as vLLM does
         return None
 
-    def _values(self, name: str, quantized: bool) -> Values:
+    def _values(self, name: str, quantized: bool) -> SchemeValues:
         bits, group, sym = (self.bits, self.group_size, self.sym) if quantized else (16, -1, True)
         key = name if name in self.extra else self._pattern(name)
         if key is None:
@@ -156,12 +160,12 @@ class AutoRound:
             raise NotLoadable(f"extra_config[{shorten(key)}] is {shorten(entry)}, and no mapping")
         return entry
 
-    def _same(self, found: list[Values], name: str) -> Values:
+    def _same(self, found: list[SchemeValues], name: str) -> SchemeValues:
         if any(values != found[0] for values in found):
             raise NotLoadable(f"extra_config treats the parts of {name} differently, which are one layer in the engine")
         return found[0]
 
-    def kernel_problem(self, layer: Layer, scheme: Scheme) -> str | None:
+    def kernel_problem(self, layer: Layer, scheme: EngineScheme) -> str | None:
         """Why no CUDA kernel takes this scheme. Source: inc/schemes/inc_wna16_scheme.py and inc_wna16_linear.py."""
         if not scheme.quantized or scheme.storage != INTEGER or layer.kind == EXPERTS:
             return None
@@ -169,7 +173,7 @@ class AutoRound:
         if scheme.bits in (2, 3, 5, 6, 7):
             return None  # the humming kernel
         known = scheme.bits in (4, 8) and scheme.sym is True if gptq else scheme.bits == 4
-        if known and (not gptq or scheme.group_size in (-1, *GROUPS)):
+        if known and (not gptq or scheme.group_size in (-1, *GROUP_SIZES)):
             return None
         return (
             f"bits={scheme.bits!r}, group_size={scheme.group_size!r}, sym={scheme.sym!r} has no kernel ({layer.name})"

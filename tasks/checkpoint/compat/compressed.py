@@ -17,12 +17,12 @@ from requant.tasks.checkpoint.compat.rule import (
     EXPERTS,
     LM_HEAD,
     SCALED,
+    EngineScheme,
     Fused,
     Layer,
     NotLoadable,
     Patterns,
     Renames,
-    Scheme,
     expand,
     required,
     shorten,
@@ -37,7 +37,7 @@ EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 class CompressedTensors:
     """One config: schemes by target, in the order of the groups."""
 
-    targets: dict[str, Scheme]
+    targets: dict[str, EngineScheme]
     ignore: list[str]
     fused: Fused
     patterns: Patterns
@@ -50,7 +50,7 @@ class CompressedTensors:
         groups = quantization.get("config_groups", {})
         if not isinstance(groups, dict):
             raise NotLoadable(f"config_groups is {shorten(groups)}, and no mapping")
-        targets: dict[str, Scheme] = {}
+        targets: dict[str, EngineScheme] = {}
         for label, group in groups.items():
             where = f"config_groups[{shorten(label)}]"
             names = group.get("targets") if isinstance(group, dict) else None
@@ -67,7 +67,7 @@ class CompressedTensors:
             raise NotLoadable("sparsity_config has targets, which vLLM no longer takes")
         return cls(targets, [_renamed(name, renames) for name in ignore], fused, patterns)
 
-    def scheme(self, layer: Layer) -> Scheme:
+    def scheme(self, layer: Layer) -> EngineScheme:
         """CompressedTensorsConfig.get_quant_method; for experts CompressedTensorsMoEMethod.get_moe_method."""
         if layer.kind == EXPERTS:
             targets = dict(self.targets)
@@ -79,11 +79,11 @@ class CompressedTensors:
             return schemes[0]
         return self._of(layer.name, layer.cls, self.targets)
 
-    def _of(self, name: str, cls: str, targets: Mapping[str, Scheme]) -> Scheme:
+    def _of(self, name: str, cls: str, targets: Mapping[str, EngineScheme]) -> EngineScheme:
         if self._ignored(name):
-            return Scheme(because="ignore")
+            return EngineScheme(because="ignore")
         target = self._first(name, targets) or self._fused(name, targets) or self._class(cls, targets)
-        return Scheme(because="config_groups") if target is None else targets[target]
+        return EngineScheme(because="config_groups") if target is None else targets[target]
 
     def _ignored(self, name: str) -> bool:
         """should_ignore_layer: a match of the fused name itself goes before its parts. Every pattern is tried."""
@@ -98,7 +98,7 @@ class CompressedTensors:
     def _first(self, name: str, targets: Iterable[str]) -> str | None:
         return next((t for t in targets if self._matches(name, t)), None)
 
-    def _fused(self, name: str, targets: Mapping[str, Scheme]) -> str | None:
+    def _fused(self, name: str, targets: Mapping[str, EngineScheme]) -> str | None:
         """_match_fused_layer: the target of the first part, if all parts have one."""
         whole = next((key for key in self.fused if name.endswith(key)), None)
         if whole is None:
@@ -106,7 +106,7 @@ class CompressedTensors:
         found = [self._first(name.replace(whole, part), targets) for part in self.fused[whole]]
         return found[0] if all(found) else None
 
-    def _class(self, cls: str, targets: Mapping[str, Scheme]) -> str | None:
+    def _class(self, cls: str, targets: Mapping[str, EngineScheme]) -> str | None:
         for target in targets:
             if self._matches(cls, target) if target.startswith("re:") else target.lower() in cls.lower():
                 return target
@@ -135,11 +135,11 @@ class Fp8:
         ignored = quantization.get("ignored_layers") or quantization.get("modules_to_not_convert") or []
         return cls(renames.of_list(ignored, "ignored_layers"), fused)
 
-    def scheme(self, layer: Layer) -> Scheme:
+    def scheme(self, layer: Layer) -> EngineScheme:
         """Fp8Config.get_quant_method."""
         if layer.kind == LM_HEAD or self._skipped(layer.name):
-            return Scheme(because="ignored_layers")
-        return Scheme(SCALED, 8, None, True, "ignored_layers")
+            return EngineScheme(because="ignored_layers")
+        return EngineScheme(SCALED, 8, None, True, "ignored_layers")
 
     def _skipped(self, name: str) -> bool:
         """is_layer_skipped, exact; a layer with `experts` in its name is skipped with any of its parts."""
@@ -158,7 +158,7 @@ def _renamed(target: str, renames: Renames) -> str:
     return renames.of(target, "ignore") if "." in target and not target.startswith("re:") else target
 
 
-def _scheme(group: Mapping[str, Any], general: Any, where: str) -> Scheme:
+def _scheme(group: Mapping[str, Any], general: Any, where: str) -> EngineScheme:
     weights, form = group.get("weights"), group.get("format") or general
     if not isinstance(weights, dict):
         raise NotLoadable(f"{where} has no weights")
@@ -172,7 +172,7 @@ def _scheme(group: Mapping[str, Any], general: Any, where: str) -> Scheme:
     storage = COMPRESSED if form in PACKED_FORMATS else SCALED
     if storage == COMPRESSED and bits not in WNA16_BITS:
         raise NotLoadable(f"{where} has num_bits {bits}")
-    return Scheme(storage, bits, size, weights.get("symmetric", True), where)
+    return EngineScheme(storage, bits, size, weights.get("symmetric", True), where)
 
 
 def _sparse(sparsity: Any) -> bool:

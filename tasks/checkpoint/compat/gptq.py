@@ -16,12 +16,12 @@ from requant.tasks.checkpoint.compat.rule import (
     EXPERTS,
     INTEGER,
     LM_HEAD,
+    EngineScheme,
     Fused,
     Layer,
     NotLoadable,
     Patterns,
     Renames,
-    Scheme,
     Substrings,
     expand,
     required,
@@ -80,16 +80,16 @@ class Gptq:
         lm_head = quantization.get("lm_head", False)
         return cls(bits, group_size, sym, desc_act, lm_head, dynamic, listed, because, fused, patterns)
 
-    def scheme(self, layer: Layer) -> Scheme:
+    def scheme(self, layer: Layer) -> EngineScheme:
         """AutoGPTQConfig.get_quant_method."""
         if layer.kind == LM_HEAD and not self.lm_head:
-            return Scheme(because="lm_head")
+            return EngineScheme(because="lm_head")
         listed = layer.kind == EXPERTS or self._listed(layer.name)  # experts are quantized, listed or not
         key, override = self._override(layer.name)
         if override is False:
-            return Scheme(because=f"dynamic[{shorten(key)}]")
+            return EngineScheme(because=f"dynamic[{shorten(key)}]")
         if not listed:
-            return Scheme(because=self.because)
+            return EngineScheme(because=self.because)
         values: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym}
         if key is not None:
             if not isinstance(override, dict):
@@ -98,7 +98,7 @@ class Gptq:
             values |= {k: override[k] for k, kind in kinds.items() if isinstance(override.get(k), kind)}
         _known(values["bits"], values["sym"])
         because = self.because if key is None else f"dynamic[{shorten(key)}]"
-        return Scheme(INTEGER, values["bits"], values["group_size"], values["sym"], because)
+        return EngineScheme(INTEGER, values["bits"], values["group_size"], values["sym"], because)
 
     def _listed(self, name: str) -> bool:
         """is_layer_gptq_quantized."""
@@ -148,16 +148,16 @@ class Awq:
             bits, group_size, zero_point, quantization.get("lm_head", False), Substrings.of(names), because, fused
         )
 
-    def scheme(self, layer: Layer) -> Scheme:
+    def scheme(self, layer: Layer) -> EngineScheme:
         """AutoAWQConfig.get_quant_method. Experts are looked up by their whole name only."""
         if layer.kind == LM_HEAD and not self.lm_head:
-            return Scheme(because="lm_head")
+            return EngineScheme(because="lm_head")
         fused = {} if layer.kind == EXPERTS else self.fused
         names = expand(layer.name, fused)
         whole = layer.name.rpartition(".")[2] in fused and self.skipped.within(layer.name)
         if whole or agreed(layer.name, [self.skipped.within(name) for name in names], self.because):
-            return Scheme(because=self.because)
-        return Scheme(INTEGER, self.bits, self.group_size, not self.zero_point, self.because, "awq")
+            return EngineScheme(because=self.because)
+        return EngineScheme(INTEGER, self.bits, self.group_size, not self.zero_point, self.because, "awq")
 
 
 def quantized_names(tensors: Iterable[Tensor]) -> tuple[set[str], set[str]]:

@@ -11,16 +11,16 @@ from requant.tasks.checkpoint.compat.rule import (
     INTEGER,
     LINEAR,
     LM_HEAD,
+    EngineScheme,
     Fused,
     Layer,
     NotLoadable,
     Renames,
     Rule,
-    Scheme,
 )
 from requant.tasks.checkpoint.modules import Module
 
-LONGEST_NAME = 500  # no engine's layer has a longer one; patterns are run on these names
+MAX_NAME_LENGTH = 500  # no engine's layer has a longer one; patterns are run on these names
 # Leaves of modules that engines build as quantizable layers. What is plain is judged by them; what is packed, always.
 LINEARS = frozenset(
     [
@@ -50,7 +50,7 @@ LINEARS = frozenset(
         "kv_b_proj",
     ]
 )
-CLASSES = {  # the rest are ColumnParallelLinear; a config can name them as targets
+LAYER_CLASSES = {  # the rest are ColumnParallelLinear; a config can name them as targets
     **dict.fromkeys(("qkv_proj", "qkv"), "QKVParallelLinear"),
     **dict.fromkeys(("gate_up_proj", "in_proj_qkvz", "in_proj_ba", "fused_qkv_a_proj"), "MergedColumnParallelLinear"),
     **dict.fromkeys(("o_proj", "down_proj", "out_proj", "linear_fc2", "proj"), "RowParallelLinear"),
@@ -71,7 +71,7 @@ class Tree:
         found: dict[str, tuple[str, str, list[str]]] = {}
         experts: dict[str, list[str]] = {}  # of one layer: an MoE has a hundred thousand modules
         for module in modules:
-            if len(module.name) > LONGEST_NAME:
+            if len(module.name) > MAX_NAME_LENGTH:
                 continue
             stem, inside, rest = module.name.partition(".experts.")
             if inside and (rest[:1].isdigit() or rest in ("gate_up_proj", "down_proj")):
@@ -85,7 +85,7 @@ class Tree:
                 kind, cls = LM_HEAD, "ParallelLMHead"
             elif leaf in LINEARS or module.quantized or (leaf == "proj" and stem.endswith(".attn")):
                 leaf = wholes.get(leaf, leaf)
-                kind, cls = LINEAR, CLASSES.get(leaf, "ColumnParallelLinear")
+                kind, cls = LINEAR, LAYER_CLASSES.get(leaf, "ColumnParallelLinear")
             else:
                 continue
             name = f"{stem}.{leaf}".lstrip(".")
@@ -98,12 +98,12 @@ def first_problem(
     rule: Rule,
     modules: Mapping[str, Module],
     tree: Tree,
-    kernel_problem: Callable[[Layer, Scheme], str | None] = lambda layer, scheme: None,
+    kernel_problem: Callable[[Layer, EngineScheme], str | None] = lambda layer, scheme: None,
 ) -> str | None:
     """Why the first layer that cannot be loaded cannot: which tensor, and which field of the config."""
     for layer in layers:
         if layer.name.rpartition(".")[2] in tree.plain:
-            scheme = Scheme(because="the engine builds this layer without quantization")
+            scheme = EngineScheme(because="the engine builds this layer without quantization")
         else:
             try:
                 scheme = rule.scheme(layer)
@@ -117,7 +117,7 @@ def first_problem(
     return None
 
 
-def _misfit(layer: Layer, scheme: Scheme, modules: Mapping[str, Module]) -> str | None:
+def _misfit(layer: Layer, scheme: EngineScheme, modules: Mapping[str, Module]) -> str | None:
     shapes_to_check = 3 if layer.kind == EXPERTS else len(layer.parts)  # one expert stands for its hundreds
     for number, part in enumerate(layer.parts):
         module = modules[part]
@@ -141,7 +141,7 @@ def _main(module: Module) -> str:
     return module.tensor.name
 
 
-def shape_problem(module: Module, scheme: Scheme) -> str | None:
+def shape_problem(module: Module, scheme: EngineScheme) -> str | None:
     """What in a packed module's shapes contradicts the scheme's bits, group size or layout; or the part it lacks."""
     if scheme.storage == INTEGER:
         return _integer_problem(module, scheme)
@@ -159,7 +159,7 @@ def shape_problem(module: Module, scheme: Scheme) -> str | None:
     return None
 
 
-def _integer_problem(module: Module, scheme: Scheme) -> str | None:
+def _integer_problem(module: Module, scheme: EngineScheme) -> str | None:
     needed = ("qweight", "scales") if scheme.sym and scheme.layout == "gptq" else ("qweight", "scales", "qzeros")
     for part in needed:
         if part not in module.parts:
@@ -195,7 +195,7 @@ def _uneven(module: Module, inputs: int, group_size: int) -> str | None:
     )
 
 
-def _contradiction(name: str, shape: tuple[int, ...], scheme: Scheme) -> str:
+def _contradiction(name: str, shape: tuple[int, ...], scheme: EngineScheme) -> str:
     return (
         f"{name} has shape {list(shape)}, and quantization_config says {scheme.layout} layout with "
         f"bits={scheme.bits!r}, group_size={scheme.group_size!r}"

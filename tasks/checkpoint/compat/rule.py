@@ -31,7 +31,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Scheme:
+class EngineScheme:
     """What an engine makes of a layer. `because` names the config field that decided; `layout`: integer storage is
     laid out as `gptq` or as `awq`."""
 
@@ -50,7 +50,7 @@ class Scheme:
 class Rule(Protocol):
     """One quantization config, as one engine reads it."""
 
-    def scheme(self, layer: Layer) -> Scheme:
+    def scheme(self, layer: Layer) -> EngineScheme:
         """What the engine makes of a layer. Raises Refused where it raises."""
         ...
 

@@ -34,13 +34,13 @@ from requant.tasks.checkpoint.compat.rule import (
     EXPERTS,
     INTEGER,
     LM_HEAD,
+    EngineScheme,
     InvalidPattern,
     Layer,
     NotLoadable,
     Patterns,
     Renames,
     Rule,
-    Scheme,
     expand,
     required,
     shorten,
@@ -62,7 +62,7 @@ _PLAIN = frozenset({"fc", "eh_proj", "gate", "shared_expert_gate", "conv1d", "em
 class SglangAutoRound(AutoRound):
     """AutoRoundConfig of SGLang: routing.get_layer_config."""
 
-    def scheme(self, layer: Layer) -> Scheme:
+    def scheme(self, layer: Layer) -> EngineScheme:
         name, quantized = layer.name, layer.kind != LM_HEAD
         because = "no block_name_to_quantize: everything is quantized"
         if name in self.extra:
@@ -78,12 +78,12 @@ class SglangAutoRound(AutoRound):
         bits, group_size, sym = self._values(name, quantized)
         return self._made(bits, group_size, sym, because if key is None else f"extra_config[{shorten(key)}]")
 
-    def _made(self, bits: Any, group_size: Any, sym: Any, because: str) -> Scheme:
+    def _made(self, bits: Any, group_size: Any, sym: Any, because: str) -> EngineScheme:
         if not isinstance(bits, int | float):
             raise NotLoadable(f"bits is {shorten(bits)}")
         if bits >= 16:
-            return Scheme(because=because)
-        return Scheme(INTEGER, bits, group_size, sym, because, "awq" if self.packing == AWQ else "gptq")
+            return EngineScheme(because=because)
+        return EngineScheme(INTEGER, bits, group_size, sym, because, "awq" if self.packing == AWQ else "gptq")
 
     def _pattern(self, name: str) -> str | None:
         for key in self.keys:

@@ -21,7 +21,16 @@ from requant.tasks.checkpoint.compat.auto_round import AutoRound
 from requant.tasks.checkpoint.compat.compressed import CompressedTensors, Fp8
 from requant.tasks.checkpoint.compat.gptq import Awq, Gptq
 from requant.tasks.checkpoint.compat.layers import Tree, first_problem
-from requant.tasks.checkpoint.compat.rule import Fused, Layer, NotLoadable, Patterns, Renames, Rule, Scheme, shorten
+from requant.tasks.checkpoint.compat.rule import (
+    EngineScheme,
+    Fused,
+    Layer,
+    NotLoadable,
+    Patterns,
+    Renames,
+    Rule,
+    shorten,
+)
 from requant.tasks.checkpoint.modules import Module
 
 _QKV: dict[str, tuple[str, ...]] = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
@@ -83,7 +92,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Glm4MoeForCausalLM": Architecture(_DENSE, None, _PLAIN_HEAD),
 }
-OTHER = Architecture(_DENSE, None, _PLAIN_HEAD)
+UNKNOWN_ARCHITECTURE = Architecture(_DENSE, None, _PLAIN_HEAD)
 
 # QUANTIZATION_METHODS that vLLM takes and that have no rules here.
 UNJUDGED = frozenset(
@@ -111,15 +120,15 @@ JUDGED = SHARED | {"auto-round", "inc", "gptq", "gptq_marlin", "auto_gptq", "awq
 class Unquantized:
     """The rule of a checkpoint without a quantization config."""
 
-    def scheme(self, layer: Layer) -> Scheme:
-        return Scheme(because="there is no quantization_config")
+    def scheme(self, layer: Layer) -> EngineScheme:
+        return EngineScheme(because="there is no quantization_config")
 
 
 def architecture(checkpoint: Checkpoint) -> Architecture:
     """By the first of the config's `architectures`, as vLLM picks its class."""
     names = checkpoint.config.get("architectures")
     first = names[0] if isinstance(names, list) and names else None
-    return ARCHITECTURES.get(first, OTHER) if isinstance(first, str) else OTHER
+    return ARCHITECTURES.get(first, UNKNOWN_ARCHITECTURE) if isinstance(first, str) else UNKNOWN_ARCHITECTURE
 
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -201,8 +210,8 @@ def head_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns
 
 
 class _LeftOut:
-    def scheme(self, layer: Layer) -> Scheme:
-        return Scheme(because="dynamic leaves mtp out")
+    def scheme(self, layer: Layer) -> EngineScheme:
+        return EngineScheme(because="dynamic leaves mtp out")
 
 
 def _mtp_left_out(quantization: Mapping[str, Any]) -> bool:

@@ -32,7 +32,7 @@ def cut(order: list[int], batch: int) -> list[list[int]]:
     return [order[start : start + batch] for start in range(0, len(order), batch)]
 
 
-class Samples:
+class BlockInputs:
     """Batches of a block's inputs, arguments, targets and masks on the device, fetched one ahead where they are not.
 
     `select` is auto-round's BlockForwardRunner, which knows which arguments are per sample.

@@ -5,7 +5,7 @@ that says more of the batch than of the parameters: they are a dozen steps short
 small and the rounding has settled. Here both are compared over the same samples (`compare_last`), and the last step's
 are kept if three things hold; else auto-round's choice stays:
 
-- there are enough pieces of samples to compare (LEAST);
+- there are enough pieces of samples to compare (MIN_PIECES);
 - over them the loss is lower by more than its standard error, of the differences piece by piece: a lower mean alone may
   be that of one massive activation;
 - no group has lost its scale, at the smallest value that auto-round allows or below what its type holds in full
@@ -21,18 +21,20 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from requant.tasks.quantizing.events import Report, RoundingKept
+from requant.tasks.quantizing.events import EventSink, RoundingKept
 from requant.tasks.quantizing.loop import sign_sgd
 from requant.tasks.quantizing.loop.batches import Loss
 
-COMPARED = 32  # samples: of 2048 tokens each 65,536 pairs, at the price of two or three steps
-LEAST = 4  # pieces: of fewer differences the standard error says little
+COMPARED_SAMPLES = 32  # samples: of 2048 tokens each 65,536 pairs, at the price of two or three steps
+MIN_PIECES = 4  # pieces: of fewer differences the standard error says little
 
 
 def spread(samples: int, whole: int, batch: int) -> list[int]:
-    """Some COMPARED samples, or LEAST batches, at even distances, in whole steps' numbers, so that no piece has another
-    shape."""
-    count = whole * max(1, min(samples, max(COMPARED, LEAST * batch)) // whole)
+    """Return the indices of about COMPARED_SAMPLES evenly spaced samples, or of MIN_PIECES batches if that is more.
+
+    The count is a multiple of a step's samples, so that the compiled graph is reused for each piece.
+    """
+    count = whole * max(1, min(samples, max(COMPARED_SAMPLES, MIN_PIECES * batch)) // whole)
     return [i * samples // count for i in range(count)]
 
 
@@ -52,7 +54,7 @@ def better(
     measured: Callable[[], list[float]],
     sizes: Sequence[int],
     lost: Callable[[], list[torch.Tensor]],
-    report: Report,
+    report: EventSink,
 ) -> list[torch.Tensor]:
     """Of the parameters as they are, the last step's, and `best`, those to keep. `report` gets `RoundingKept`.
 
@@ -81,8 +83,8 @@ def objection(of_last: Sequence[float], of_best: Sequence[float], sizes: Sequenc
     gain, error = gain_of(of_last, of_best, sizes)
     if not gain > 0:  # no number is no gain
         return "its loss is not lower"
-    if len(sizes) < LEAST:
-        return f"{len(sizes)} pieces of samples, of which {LEAST} are needed, do not tell which is better"
+    if len(sizes) < MIN_PIECES:
+        return f"{len(sizes)} pieces of samples, of which {MIN_PIECES} are needed, do not tell which is better"
     if not gain > error:
         return "its loss is lower by less than the samples' noise"
     return None

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-CHUNK = 64
-LEAF = 16  # side of the diagonal blocks that are inverted row by row
+CHUNK_LENGTH = 64
+LEAF_SIDE = 16  # side of the diagonal blocks that are inverted row by row
 REFERENCE = "torch_chunk_gated_delta_rule"
 
 
@@ -37,15 +37,17 @@ def unit_lower_inverse(lower: torch.Tensor) -> torch.Tensor:
     """
     m, n, _ = lower.shape
     result = torch.zeros_like(lower)
-    blocks = n // LEAF
-    leaf = torch.stack([lower[:, s : s + LEAF, s : s + LEAF] for s in range(0, n, LEAF)], 1).reshape(-1, LEAF, LEAF)
-    inverse = torch.eye(LEAF, dtype=lower.dtype, device=lower.device).repeat(m * blocks, 1, 1)
-    for i in range(1, LEAF):
+    blocks = n // LEAF_SIDE
+    leaf = torch.stack([lower[:, s : s + LEAF_SIDE, s : s + LEAF_SIDE] for s in range(0, n, LEAF_SIDE)], 1).reshape(
+        -1, LEAF_SIDE, LEAF_SIDE
+    )
+    inverse = torch.eye(LEAF_SIDE, dtype=lower.dtype, device=lower.device).repeat(m * blocks, 1, 1)
+    for i in range(1, LEAF_SIDE):
         inverse[:, i, :i] = -torch.bmm(leaf[:, i : i + 1, :i], inverse[:, :i, :i])[:, 0]
-    inverse = inverse.reshape(m, blocks, LEAF, LEAF)
+    inverse = inverse.reshape(m, blocks, LEAF_SIDE, LEAF_SIDE)
     for b in range(blocks):
-        result[:, b * LEAF : (b + 1) * LEAF, b * LEAF : (b + 1) * LEAF] = inverse[:, b]
-    size = LEAF
+        result[:, b * LEAF_SIDE : (b + 1) * LEAF_SIDE, b * LEAF_SIDE : (b + 1) * LEAF_SIDE] = inverse[:, b]
+    size = LEAF_SIDE
     while size < n:
         for s in range(0, n, 2 * size):
             first, second = slice(s, s + size), slice(s + size, s + 2 * size)  # the last may be shorter, or empty
@@ -163,22 +165,22 @@ def chunk_gated_delta_rule(
     products = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     b, s, hv, dv = value.shape
     repeat = hv // key.shape[2]
-    padding = -s % CHUNK
+    padding = -s % CHUNK_LENGTH
 
     def chunks(x: torch.Tensor) -> torch.Tensor:
         """`[b, s, h, ...]` -> float32 `[n, b * hv, C, ...]`"""
         if x.shape[2] != hv:
             x = x.repeat_interleave(repeat, dim=2)
         x = pad(x.float(), (0, 0) * (x.dim() - 2) + (0, padding))
-        x = x.reshape(b, -1, CHUNK, hv, *x.shape[3:])
+        x = x.reshape(b, -1, CHUNK_LENGTH, hv, *x.shape[3:])
         order = (1, 0, 3, 2, 4) if x.dim() == 5 else (1, 0, 3, 2)
-        return x.permute(order).reshape(x.shape[1], b * hv, CHUNK, *x.shape[4:])
+        return x.permute(order).reshape(x.shape[1], b * hv, CHUNK_LENGTH, *x.shape[4:])
 
     q, k, v, cum, bt = chunks(query), chunks(key), chunks(value), chunks(g).cumsum(-1), chunks(beta)[..., None]
     if use_qk_l2norm_in_kernel:
         q, k = _normalized(q), _normalized(k)
     q = q * key.shape[-1] ** -0.5
-    above = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
+    above = torch.ones(CHUNK_LENGTH, CHUNK_LENGTH, dtype=torch.bool, device=q.device).triu(1)
     decay = (cum[..., :, None] - cum[..., None, :]).masked_fill(above, float("-inf")).exp()
     grown, last = cum.exp()[..., None], cum[..., -1]
 
@@ -191,7 +193,7 @@ def chunk_gated_delta_rule(
         kept = (k * (last[..., None] - cum).exp()[..., None]).to(products)
         new, states = delta_scan(u, w, kept, last.exp())
         out = (q * grown).to(products) @ states + inside @ new
-    out = out.view(-1, b, hv, CHUNK, dv).permute(1, 0, 3, 2, 4).reshape(b, -1, hv, dv)[:, :s]
+    out = out.view(-1, b, hv, CHUNK_LENGTH, dv).permute(1, 0, 3, 2, 4).reshape(b, -1, hv, dv)[:, :s]
     return out.to(dtype).contiguous(), None
 
 

@@ -34,9 +34,9 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from requant.tasks.quantizing.auto_settings import LoopSettings
-from requant.tasks.quantizing.events import BlockLoss, CompileFailed, LoopChosen, Report, kind_of
+from requant.tasks.quantizing.events import BlockLoss, CompileFailed, EventSink, LoopChosen, kind_of
 from requant.tasks.quantizing.loop import sign_sgd
-from requant.tasks.quantizing.loop.batches import Loss, Samples, cut
+from requant.tasks.quantizing.loop.batches import BlockInputs, Loss, cut
 from requant.tasks.quantizing.loop.best_iteration import better, losses, spread, without_scale
 
 SUPPORTED = (nn.Linear, Conv1D)
@@ -155,7 +155,7 @@ def unfit(task: BlockTask) -> str | None:
 def fast_quantize_block(
     quantize_block: Callable[..., Any],
     settings: LoopSettings,
-    report: Report,
+    report: EventSink,
     after_step: Callable[[], None],
 ) -> Callable[..., Any]:
     """Make a `SignRoundQuantizer.quantize_block` that tunes with `tune`, and a block that is unfit for it as before.
@@ -218,7 +218,7 @@ def tune(
     task: BlockTask,
     step: Callable[..., torch.Tensor],
     settings: LoopSettings,
-    report: Report,
+    report: EventSink,
     after_step: Callable[[], None],
 ) -> dict[str, Any]:
     """Do what `SignRoundQuantizer.quantize_block` (0.16.1) does: leave the block quantized, return its best parameters.
@@ -246,7 +246,7 @@ def tune(
     batch = quantizer.calibration_context.batch_size
     whole = min(len(inputs), batch * quantizer.gradient_accumulate_steps)
     masks = _masks(quantizer, task.input_ids)
-    samples = Samples(quantizer.block_forward, inputs, task.others, task.targets, masks, device)
+    samples = BlockInputs(quantizer.block_forward, inputs, task.others, task.targets, masks, device)
     sampler = IndexSampler(len(inputs), whole)
     count = 1
     autocast = torch.autocast(

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from requant.flows.checkout import check_folder, lay_out
+from requant.flows.checkout import check_folder, copy_to_folder
 from requant.flows.cli.main import main
 from requant.flows.cli.run import lay_out_result
-from requant.flows.report.report import Report
+from requant.flows.report.report import RunReport
 from requant.tasks.artifact import Manifest
 from requant.tasks.errors import FolderInUse
 from requant.tasks.recipe.loader import parse_recipe
@@ -34,11 +34,11 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 def kept(store: Store, files: Mapping[str, bytes], key: str = "a") -> Manifest:
-    scratch = store.near.root.parent / "scratch"
+    scratch = store.cache.root.parent / "scratch"
     made = write_files(scratch, files)
     for file in made:
         store.put_blob(scratch / file.path, file)
-    return store.keep("quantize", key * 64, Manifest.of(made), {})
+    return store.commit("quantize", key * 64, Manifest.of(made), {})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -66,7 +66,7 @@ def test_a_folder_that_holds_a_users_file_is_refused_and_left_as_it_was(store: S
     folder.mkdir()
     (folder / "config.json").write_text("mine")
     with pytest.raises(FolderInUse, match=r"config\.json in it was not laid there by Requant.*--force"):
-        lay_out(store, manifest, folder)
+        copy_to_folder(store, manifest, folder)
     assert contents(folder) == {"config.json": b"mine"}
 
 
@@ -74,7 +74,7 @@ def test_with_force_the_same_names_are_replaced_and_everything_else_stays(store:
     manifest, folder = kept(store, ONE), tmp_path / "friend"
     theirs = {"config.json": b"mine", "notes.md": b"notes", "model-restored-00001.safetensors": b"head"}
     write_files(folder, theirs)
-    _, foreign = lay_out(store, manifest, folder, force=True)
+    _, foreign = copy_to_folder(store, manifest, folder, force=True)
     assert contents(folder) == {**theirs, **ONE}
     assert foreign == ["model-restored-00001.safetensors"], "and the weights that a loader may read too are named"
 
@@ -83,7 +83,7 @@ def test_a_rejected_run_with_force_deletes_no_file_of_the_users_own(store: Store
     folder, recipe = tmp_path / "friend", parse_recipe({"base": {"repo_id": "me/base"}})
     theirs = dict.fromkeys(("README.md", "recipe.yaml", "report.md", "pictures/losses.png"), b"mine")
     write_files(folder, theirs)
-    lay_out_result(Report(recipe, status="rejected", artifact=kept(store, ONE)), folder, force=True)
+    lay_out_result(RunReport(recipe, status="rejected", artifact=kept(store, ONE)), folder, force=True)
     assert contents(folder) == {**theirs, **ONE}, "no card takes the place of the user's"
 
 
@@ -91,11 +91,11 @@ def test_a_rejected_run_removes_the_card_that_an_earlier_run_laid_there(store: S
     folder, recipe = tmp_path / "out", parse_recipe({"base": {"repo_id": "me/base"}})
     made = kept(store, ONE)
     lay_out_result(
-        Report(recipe, status="validated", artifact=made, beside={"README.md": b"card"}), folder, force=False
+        RunReport(recipe, status="validated", artifact=made, beside={"README.md": b"card"}), folder, force=False
     )
     assert (folder / "README.md").read_bytes() == b"card"
     (folder / "notes.md").write_text("mine")
-    lay_out_result(Report(recipe, status="rejected", artifact=made), folder, force=True)
+    lay_out_result(RunReport(recipe, status="rejected", artifact=made), folder, force=True)
     assert contents(folder) == {**ONE, "notes.md": b"mine"}
 
 
@@ -108,22 +108,22 @@ def test_a_new_and_an_empty_folder_are_filled_with_the_artifact_and_nothing_else
         folder.mkdir(parents=True)
     check_folder(store, folder)
     assert folder.exists() == there, "a check leaves nothing behind"
-    lay_out(store, kept(store, ONE), folder, {"README.md": b"card"})
+    copy_to_folder(store, kept(store, ONE), folder, {"README.md": b"card"})
     assert contents(folder) == {**ONE, "README.md": b"card"}
 
 
 def test_an_earlier_checkout_is_replaced_and_none_of_its_shards_and_cards_stay(store: Store, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    lay_out(store, kept(store, ONE), folder, {"README.md": b"card"})
-    lay_out(store, kept(store, OTHER, "b"), folder)
+    copy_to_folder(store, kept(store, ONE), folder, {"README.md": b"card"})
+    copy_to_folder(store, kept(store, OTHER, "b"), folder)
     assert contents(folder) == OTHER
-    lay_out(store, kept(store, ONE), folder)
+    copy_to_folder(store, kept(store, ONE), folder)
     assert contents(folder) == ONE and not (folder / "sub").exists(), "nor folders that are empty now"
 
 
 def test_a_file_that_the_user_changed_in_a_checkout_is_not_replaced(store: Store, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    lay_out(store, kept(store, ONE), folder)
+    copy_to_folder(store, kept(store, ONE), folder)
     (folder / "config.json").write_bytes(b"[]")  # of the same size
     assert "config.json in it was changed since Requant laid it there" in refused(store, folder)
     (folder / "config.json").write_bytes(b"{}")  # as it was, but for its time
@@ -132,7 +132,7 @@ def test_a_file_that_the_user_changed_in_a_checkout_is_not_replaced(store: Store
 
 def test_a_file_that_the_user_put_into_a_checkout_keeps_the_next_one_out(store: Store, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    lay_out(store, kept(store, ONE), folder)
+    copy_to_folder(store, kept(store, ONE), folder)
     (folder / "notes.md").write_text("mine")
     assert "notes.md in it was not laid there" in refused(store, folder)
 
@@ -142,7 +142,7 @@ def test_an_interrupted_checkout_is_continued_by_the_same_command(
     stopped_at: int, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "out"
-    lay_out(store, kept(store, ONE), folder)
+    copy_to_folder(store, kept(store, ONE), folder)
     manifest, replace, count = kept(store, OTHER, "b"), os.replace, 0
 
     def killed(source: Path, target: Path) -> None:
@@ -154,16 +154,16 @@ def test_an_interrupted_checkout_is_continued_by_the_same_command(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", killed)
-        lay_out(store, manifest, folder)
+        copy_to_folder(store, manifest, folder)
     (folder / ".config.json.part").write_bytes(b"half")  # what a kill leaves, which runs no `finally`
-    lay_out(store, manifest, folder)
+    copy_to_folder(store, manifest, folder)
     assert contents(folder) == OTHER
 
 
 def test_a_release_that_was_moved_is_known_by_its_own_requant_json(store: Store, tmp_path: Path) -> None:
     manifest = kept(store, ONE)
     rows = [{"path": f.path, "size": f.size, "sha256": f.sha256} for f in manifest.files]
-    lay_out(store, manifest, tmp_path / "out", {"requant.json": json.dumps({"files": rows}).encode()})
+    copy_to_folder(store, manifest, tmp_path / "out", {"requant.json": json.dumps({"files": rows}).encode()})
     moved = (tmp_path / "out").rename(tmp_path / "moved")
     check_folder(store, moved)
     (moved / "config.json").write_bytes(b"[]")
@@ -176,13 +176,13 @@ def test_a_hostile_requant_json_removes_nothing_outside_its_folder(store: Store,
     rows = [{"path": f"../{outside.path}", "size": outside.size, "sha256": outside.sha256}]
     rows += [{"path": f.path, "size": f.size, "sha256": f.sha256} for f in inside]
     (tmp_path / "out" / "requant.json").write_text(json.dumps({"files": rows}))
-    lay_out(store, kept(store, OTHER, "b"), tmp_path / "out")
+    copy_to_folder(store, kept(store, OTHER, "b"), tmp_path / "out")
     assert (tmp_path / "outside.txt").read_bytes() == b"precious" and contents(tmp_path / "out") == OTHER
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"files": 5}', b'{"files": {"config.json": [{"size": 1}]}}'])
 def test_a_record_that_cannot_be_read_makes_no_folder_ours(damage: bytes, store: Store, tmp_path: Path) -> None:
-    folder, _ = lay_out(store, kept(store, ONE), tmp_path / "out")
+    folder, _ = copy_to_folder(store, kept(store, ONE), tmp_path / "out")
     record = store.checkout_record(folder)
     record.unlink()
     record.write_bytes(damage)
@@ -206,8 +206,8 @@ def test_links_and_what_is_no_folder_are_refused_with_a_sentence(store: Store, t
 def test_gc_takes_the_records_of_folders_that_are_gone(store: Store, tmp_path: Path) -> None:
     from requant.tasks.store.gc import Policy, collect
 
-    stays, _ = lay_out(store, kept(store, ONE), tmp_path / "stays")
-    gone, _ = lay_out(store, kept(store, ONE), tmp_path / "gone")
+    stays, _ = copy_to_folder(store, kept(store, ONE), tmp_path / "stays")
+    gone, _ = copy_to_folder(store, kept(store, ONE), tmp_path / "gone")
     shutil.rmtree(gone)
     for path in (store.checkout_record(stays), store.checkout_record(gone)):
         os.utime(path, (0, 0))

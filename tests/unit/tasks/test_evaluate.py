@@ -11,9 +11,9 @@ import pytest
 
 from requant.tasks.errors import RecipeError
 from requant.tasks.evaluate import _is_whole, _leaves, _scores, asked, check_tasks, recovery
-from requant.tasks.measuring.gates import worst_task
 from requant.tasks.recipe.loader import load_recipe, parse_recipe
 from requant.tasks.recipe.recipe import Eval
+from requant.tasks.validating.gates import worst_task
 
 
 def score(value: float, *, more: bool = True) -> dict[str, Any]:

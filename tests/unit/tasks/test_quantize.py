@@ -13,7 +13,7 @@ from requant.tasks import quantize as quantize_stage
 from requant.tasks.artifact import File, Manifest
 from requant.tasks.quantize import quantize_key, read_part, tokenizer_part
 from requant.tasks.quantizing.events import BlockStarted, read_events
-from requant.tasks.quantizing.ladder import blocks_of, ladder
+from requant.tasks.quantizing.ladder import ladder, tuned_blocks
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.texts.text import Text
@@ -181,7 +181,7 @@ def test_blocks_are_told_with_their_time_and_their_loss(tmp_path: Path) -> None:
         {"event": "warning", "seconds": 3.6, "text": "x"},
         {"event": "progress", "seconds": 4.0, "done": 2, "total": 2},
     )
-    assert blocks_of(events) == [
+    assert tuned_blocks(events) == [
         {"name": "layers.0", "starts": 1, "loss_before": 0.5, "loss_after": 0.1, "seconds": 2.5},
         {"name": "layers.1", "starts": 1, "seconds": 0.5},
     ]
@@ -196,11 +196,11 @@ def test_a_block_started_again_has_the_last_attempts_values(tmp_path: Path) -> N
         {"event": "block", "seconds": 0.5, "name": "layers.0"},
         {"event": "progress", "seconds": 1.0, "done": 1, "total": 1},
     )
-    assert blocks_of(events) == [{"name": "layers.0", "starts": 2, "seconds": 0.5}]
+    assert tuned_blocks(events) == [{"name": "layers.0", "starts": 2, "seconds": 0.5}]
 
 
 def test_a_child_that_never_began_has_no_blocks(tmp_path: Path) -> None:
-    assert blocks_of(tmp_path / "events.jsonl") == []
+    assert tuned_blocks(tmp_path / "events.jsonl") == []
 
 
 def test_a_line_cut_by_a_kill_does_not_spoil_the_next_attempt(tmp_path: Path) -> None:
@@ -210,4 +210,4 @@ def test_a_line_cut_by_a_kill_does_not_spoil_the_next_attempt(tmp_path: Path) ->
     with events.open("a") as stream:
         stream.write('{"event": "settings", "seconds": 0.1}\n' + json.dumps({**first, "seconds": 0.2}) + "\n")
         stream.write('{"event": "progress", "seconds": 1.2, "done": 1, "total": 1}\n')
-    assert blocks_of(events) == [{"name": "layers.0", "starts": 2, "seconds": 1.0}]
+    assert tuned_blocks(events) == [{"name": "layers.0", "starts": 2, "seconds": 1.0}]

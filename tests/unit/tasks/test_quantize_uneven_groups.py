@@ -16,7 +16,7 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import verdicts
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
-from requant.tasks.checkpoint.packing import Scheme
+from requant.tasks.checkpoint.packing import PackingScheme
 from requant.tasks.errors import RecipeError
 from requant.tasks.plan import plan_of
 from requant.tasks.planning.groups import settled
@@ -54,7 +54,9 @@ METHODS: dict[str, dict[str, Any]] = {
 def packed(quantization: dict[str, Any], inputs: int, module: str = LAYER, **own: Any) -> Checkpoint:
     """One packed matrix with 64 outputs, its scheme the config's or its `own`, by shapes alone."""
     layout = "awq" if "awq" in str(quantization.values()) else "gptq"
-    scheme = Scheme(**{"bits": quantization["bits"], "group_size": quantization["group_size"], **own}, packing=layout)
+    scheme = PackingScheme(
+        **{"bits": quantization["bits"], "group_size": quantization["group_size"], **own}, packing=layout
+    )
     shapes = scheme.shapes(64, inputs)
     tensors = {f"{module}.{p}": Tensor(f"{module}.{p}", d, shapes[p], Path("x"), 0, 0) for p, d in DTYPES.items()}
     return Checkpoint(Path("x"), {**CONFIG, "quantization_config": quantization}, tensors, (), None)

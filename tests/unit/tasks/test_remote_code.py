@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.measuring import model
 from requant.tasks.quantizing import child
 from requant.tasks.serving.in_torch import measure_in_torch
 from requant.tasks.texts import rendering_child
+from requant.tasks.validating import model
 from tests.factories.paths import TINY
 
 LOADERS: dict[str, Callable[[Path, bool], object]] = {

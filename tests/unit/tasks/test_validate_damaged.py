@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from requant.tasks.measuring.gates import Gate, compare
-from requant.tasks.measuring.measure import measure
-from requant.tasks.measuring.measured import Measurement
 from requant.tasks.recipe.recipe import Gates
 from requant.tasks.texts.text import EVALUATION
 from requant.tasks.validate import measured_values
+from requant.tasks.validating.gates import Gate, judge
+from requant.tasks.validating.measure import measure
+from requant.tasks.validating.measured import Measurement
 from tests.factories.checkpoints import write_quantized
 from tests.factories.damage import DAMAGES, damaged
 from tests.factories.measured import measuring_little
@@ -47,7 +47,7 @@ def gates(folder: Path, of_base: dict[Path, Measurement]) -> dict[str, Gate]:
         return of_base.setdefault(path, of_base.get(path) or measure(path, EVALUATION, device, dtype))
 
     values = measured_values(folder, TINY, kept, keep_head=True, pack_head=False, remote_code=False)
-    return {gate.name: gate for gate in compare(values, LIMITS)}
+    return {gate.name: gate for gate in judge(values, LIMITS)}
 
 
 def test_an_undamaged_checkpoint_passes_every_gate(made: Path, of_base: dict[Path, Measurement]) -> None:

@@ -12,12 +12,12 @@ import torch
 from click.testing import CliRunner
 
 from requant.flows.cli.validate import validate
-from requant.tasks.measuring.gates import Gate, accepted, compare, refusal
-from requant.tasks.measuring.measure import measure
-from requant.tasks.measuring.measured import Measurement
 from requant.tasks.recipe.recipe import Gates
 from requant.tasks.texts.text import EVALUATION
 from requant.tasks.validate import measured_values
+from requant.tasks.validating.gates import Gate, accepted, judge, refusal
+from requant.tasks.validating.measure import measure
+from requant.tasks.validating.measured import Measurement
 from tests.factories.checkpoints import edited, write_quantized
 from tests.factories.damage import Edit
 from tests.factories.measured import measuring_little
@@ -68,7 +68,7 @@ def reconfigure(folder: Path, change: Callable[[Config], Any], name: str = "conf
 
 
 def by_name(values: dict[str, Any], limits: Gates = NONE) -> dict[str, Gate]:
-    return {gate.name: gate for gate in compare(values, limits)}
+    return {gate.name: gate for gate in judge(values, limits)}
 
 
 def rope_as_before(config: Config) -> None:

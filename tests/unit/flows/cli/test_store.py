@@ -81,7 +81,7 @@ def test_ls_names_what_cannot_be_read(store: Store) -> None:
 def test_verify_fails_until_what_is_lost_is_repaired(store: Store) -> None:
     manifest = keep_model(store, KEYS[0], b"1")
     assert document("verify", "--deep") == {"checked": 2, "problems": [], "repairs": []}
-    store.near.path(f"blobs/sha256/{manifest['config.json'].sha256[:2]}/{manifest['config.json'].sha256}").unlink()
+    store.cache.path(f"blobs/sha256/{manifest['config.json'].sha256[:2]}/{manifest['config.json'].sha256}").unlink()
     assert len(document("verify", status=1)["problems"]) == 1
     assert len(document("verify", "--repair", status=1)["repairs"]) == 1
     assert document("verify") == {"checked": 0, "problems": [], "repairs": []}
@@ -89,7 +89,7 @@ def test_verify_fails_until_what_is_lost_is_repaired(store: Store) -> None:
 
 def test_gc_says_what_would_go_and_then_what_went(store: Store) -> None:
     manifest = keep_model(store, KEYS[0], b"weights")
-    ago(store.near.root, 40)
+    ago(store.cache.root, 40)
     keep_model(store, KEYS[1], b"young")
     said = document("gc", "--older-than", "30d", "--dry-run")
     assert said["dry_run"] and [a["digest"] for a in said["artifacts"]] == [manifest.digest]
@@ -121,7 +121,7 @@ def test_gc_says_when_what_must_stay_does_not_fit(store: Store) -> None:
 )
 def test_a_wrong_value_is_wrong_usage_and_deletes_nothing(store: Store, wrong: tuple[str, str]) -> None:
     keep_model(store, KEYS[0], b"1")
-    ago(store.near.root, 400)
+    ago(store.cache.root, 400)
     result = run("gc", *wrong)
     assert result.exit_code == 2 and wrong[0] in result.stderr
     assert len(document("ls")["artifacts"]) == 1

@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 
 from requant.flows.cli.report_files import write_report
 from requant.flows.report.markdown import markdown
-from requant.flows.report.report import Report
+from requant.flows.report.report import RunReport
 from requant.tasks.plots import Picture
 from tests.factories.pictures import HOSTILE, prompt
 from tests.factories.reports import RECIPE, finished
@@ -30,7 +30,7 @@ MEASURED: dict[str, Any] = {
 PICTURE = Picture("losses", "Tuning made the loss of a block 2 times smaller (median).", b"<svg/>", b"png")
 
 
-def told(report: Report) -> str:
+def told(report: RunReport) -> str:
     return markdown(report, lambda picture: f"there/{picture.name}.svg")
 
 
@@ -52,7 +52,7 @@ def test_a_run_has_a_headline_its_stages_gates_and_where_it_was_published() -> N
 
 
 def test_a_failed_run_is_reported_with_its_sentence() -> None:
-    assert told(Report(RECIPE, error="the disk is full")) == (
+    assert told(RunReport(RECIPE, error="the disk is full")) == (
         "## failed: Qwen/Qwen3.6-27B: nothing made\n\nthe disk is full\n"
     )
 

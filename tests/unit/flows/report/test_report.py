@@ -6,10 +6,10 @@ import json
 import math
 from pathlib import Path
 
-from requant.flows.report.report import Report, gate_rows, headline, published_words, verdict
+from requant.flows.report.report import RunReport, gate_rows, published_words, run_headline, verdict
 from requant.flows.report.terminal import gate_table, render
-from requant.tasks.measuring.gates import Gate, summary
 from requant.tasks.pipeline.stage import StageResult
+from requant.tasks.validating.gates import Gate, summary
 from tests.factories.reports import ARTIFACT, PUBLISHED, RECIPE, SHA, SPEED, finished
 
 
@@ -28,7 +28,7 @@ def test_the_document_has_the_keys_of_the_contract() -> None:
 
 
 def test_a_run_that_failed_early_has_the_same_keys() -> None:
-    failed = Report(RECIPE, error="no such repo").to_json()
+    failed = RunReport(RECIPE, error="no such repo").to_json()
     assert set(failed) == set(finished().to_json())
     assert (failed["status"], failed["error"]) == ("failed", "no such repo")
     assert failed["base"] == {"repo_id": "Qwen/Qwen3.6-27B", "sha": None}
@@ -36,10 +36,10 @@ def test_a_run_that_failed_early_has_the_same_keys() -> None:
 
 
 def test_the_headline_says_what_was_made_of_what() -> None:
-    assert headline(finished()) == (
+    assert run_headline(finished()) == (
         f"Qwen/Qwen3.6-27B@0123456 -> W4A16 g128, 18.00 GB, artifact {ARTIFACT.digest[:12]}"
     )
-    assert headline(Report(RECIPE)) == "Qwen/Qwen3.6-27B: nothing made"
+    assert run_headline(RunReport(RECIPE)) == "Qwen/Qwen3.6-27B: nothing made"
 
 
 def test_a_gate_is_a_row_with_its_note() -> None:
@@ -85,7 +85,7 @@ def test_the_blocks_are_those_that_quantize_recorded() -> None:
 
 
 def test_a_failed_run_says_its_sentence_in_the_terminal() -> None:
-    assert "the disk is full" in render(Report(RECIPE, error="the disk is full"))
+    assert "the disk is full" in render(RunReport(RECIPE, error="the disk is full"))
 
 
 def test_the_terminal_shows_everything_and_no_markup_of_its_own() -> None:

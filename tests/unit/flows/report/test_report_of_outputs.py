@@ -12,16 +12,16 @@ import pytest
 from requant.flows.cli.report_files import write_report
 from requant.flows.gpu_pool import run_name
 from requant.flows.report.markdown import comparison
-from requant.flows.report.report import COMPARED, Report, compared_rows, headline, verdict, worst
+from requant.flows.report.report import COMPARISON_COLUMNS, RunReport, compared_rows, run_headline, verdict, worst
 from requant.flows.report.terminal import render
 from requant.tasks.artifact import File, Manifest
 from requant.tasks.card.card import make_card
 from requant.tasks.errors import RecipeError
 from requant.tasks.hub.revision import Revision
-from requant.tasks.measuring.gates import Gate
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.plots import Picture
 from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.validating.gates import Gate
 from tests.factories.cards import FACTS, SHA
 
 RECIPE = parse_recipe(
@@ -39,20 +39,20 @@ def manifest(gigabytes: int) -> Manifest:
     return Manifest.of([File("model.safetensors", gigabytes * 10**9, "a" * 64), File("config.json", 9, "b" * 64)])
 
 
-def output(name: str, size: int, **changes: Any) -> Report:
+def output(name: str, size: int, **changes: Any) -> RunReport:
     stages = [
         StageResult("download", "base", "ran" if name == FOUR else "reused", 1.0, manifest(54), {}),
         StageResult("quantize", f"q-{name}", "ran", 60.0, manifest(size), {}),
     ]
-    report = Report(RECIPE.each[name], name, base=BASE, stages=stages, artifact=manifest(size))
+    report = RunReport(RECIPE.each[name], name, base=BASE, stages=stages, artifact=manifest(size))
     report.status, report.gates = "published", [Gate("structure", 0.0, 0.0, True)]
     report.measured = {"perplexity_increase": 0.0123, "top1_agreement": 0.95, "mtp_acceptance": 0.871}
     return replace(report, **changes)
 
 
-def three(**changes: Any) -> Report:
+def three(**changes: Any) -> RunReport:
     made = {FOUR: output(FOUR, 18), EIGHT: output(EIGHT, 27), AWQ: output(AWQ, 18, **changes)}
-    return Report(RECIPE, base=BASE, outputs=made, status=worst(made.values()))
+    return RunReport(RECIPE, base=BASE, outputs=made, status=worst(made.values()))
 
 
 REJECTED = {"status": "rejected", "gates": [Gate("finite", 0.0, 0.0, True), Gate("top1_agreement", 0.5, 0.85, False)]}
@@ -74,7 +74,7 @@ def test_the_document_has_the_keys_of_one_result_and_that_of_each_output() -> No
 
 
 def test_a_run_that_ended_before_its_outputs_has_none() -> None:
-    document = Report(RECIPE, error="no such repo").to_json()
+    document = RunReport(RECIPE, error="no such repo").to_json()
     assert (document["status"], document["error"], document["outputs"]) == ("failed", "no such repo", [])
 
 
@@ -89,7 +89,7 @@ def test_a_run_is_the_worst_of_its_outputs_and_says_which() -> None:
 
 
 def test_outputs_are_compared_side_by_side() -> None:
-    rows = [dict(zip(COMPARED, row, strict=True)) for row in compared_rows(three(**REJECTED))]
+    rows = [dict(zip(COMPARISON_COLUMNS, row, strict=True)) for row in compared_rows(three(**REJECTED))]
     assert [row["output"] for row in rows] == [FOUR, EIGHT, AWQ]
     assert (rows[0]["size"], rows[0]["smaller"], rows[1]["smaller"]) == ("18.00 GB", "3.00 times", "2.00 times")
     assert (rows[0]["perplexity"], rows[0]["same token"], rows[0]["drafts taken"]) == ("+1.2%", "95.0%", "87.1%")
@@ -102,7 +102,7 @@ def test_the_terminal_shows_each_output_and_then_all() -> None:
     for name in RECIPE.each:
         assert text.count(f"{name}: Qwen/Qwen3.6-27B@0123456") == 1
     assert text.index("the disk is full") < text.index("drafts taken") < text.index("3.00 times")
-    assert "no such repo" in render(Report(RECIPE, error="no such repo"))
+    assert "no such repo" in render(RunReport(RECIPE, error="no such repo"))
 
 
 def test_a_report_has_a_folder_of_pictures_for_each_output(tmp_path: Path) -> None:
@@ -119,11 +119,11 @@ def test_the_store_keeps_what_any_output_uses_in_the_name_of_the_whole_recipe() 
     assert run is not None and run.recipe == RECIPE.digest[:16]
     assert run.artifacts == (("download", "base"), *(("quantize", f"q-{name}") for name in RECIPE.each))
     assert run.makes == f"me/q-{FOUR}, me/q-{EIGHT}, me/q-{AWQ}"
-    assert Report(RECIPE, base=BASE).run is None
+    assert RunReport(RECIPE, base=BASE).run is None
 
 
 def test_the_headline_and_the_name_of_the_run_say_that_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert headline(three()) == f"Qwen/Qwen3.6-27B@0123456 -> {FOUR}, {EIGHT}, {AWQ}"
+    assert run_headline(three()) == f"Qwen/Qwen3.6-27B@0123456 -> {FOUR}, {EIGHT}, {AWQ}"
     monkeypatch.setattr("prefect.runtime.flow_run.parameters", {"recipe": RECIPE}, raising=False)
     assert run_name() == "Qwen3.6-27B 3 outputs"
 

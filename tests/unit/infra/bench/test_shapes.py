@@ -22,7 +22,7 @@ from infra.bench.shapes import (
     write_quantized,
 )
 from requant.tasks.checkpoint.checkpoint import INDEX, WRONG_TOTAL, Checkpoint
-from requant.tasks.checkpoint.packing import Scheme, check_parts, dequantize, to_numpy
+from requant.tasks.checkpoint.packing import PackingScheme, check_parts, dequantize, to_numpy
 
 TINY_DIMENSIONS = Dimensions(
     layers=4,
@@ -95,7 +95,7 @@ def test_every_tensor_of_the_base_is_kept_or_packed_with_its_schemes_shapes(tmp_
         parts = {p: quantized.tensors[f"{module}.{p}"] for p in ("qweight", "qzeros", "scales")
                  if f"{module}.{p}" in quantized.tensors}  # fmt: skip
         if parts:
-            assert check_parts(module, parts, Scheme(4, 128), spec.shape) is None
+            assert check_parts(module, parts, PackingScheme(4, 128), spec.shape) is None
             seen |= {tensor.name for tensor in parts.values()}
         else:
             assert quantized.tensors[name].shape == spec.shape
@@ -109,7 +109,7 @@ def test_the_heads_data_is_the_same_in_both_up_to_rounding(tmp_path: Path) -> No
     for module in ("mtp.fc", "mtp.layers.0.mlp.down_proj"):
         weight = to_numpy(base.tensors[f"{module}.weight"])
         parts = {p: quantized.tensors[f"{module}.{p}"] for p in ("qweight", "qzeros", "scales")}
-        error = np.linalg.norm(dequantize(parts, Scheme(4, 128)) - weight) / np.linalg.norm(weight)
+        error = np.linalg.norm(dequantize(parts, PackingScheme(4, 128)) - weight) / np.linalg.norm(weight)
         assert weight.std() == pytest.approx(weight.shape[1] ** -0.5, rel=0.05) and 0.08 < error < 0.15
     assert base.tensors["mtp.norm.weight"].read() == quantized.tensors["mtp.norm.weight"].read() != bytes(256)
     assert not any(base.tensors["lm_head.weight"].read())

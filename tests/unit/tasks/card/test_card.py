@@ -11,11 +11,11 @@ import yaml
 from requant.tasks.card.base_card import inherited
 from requant.tasks.card.filters import table
 from requant.tasks.formatting import gigabytes
-from requant.tasks.measuring.gates import compare
 from requant.tasks.planning.reasons import kept_groups
 from requant.tasks.plots import Picture
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Gates
+from requant.tasks.validating.gates import judge
 from tests.factories.cards import HOSTILE, MEASURED, SHA, base_card, card_of, recipe
 from tests.factories.measured import GOOD
 
@@ -135,15 +135,15 @@ def test_every_measured_value_is_in_the_card() -> None:
 
 def test_a_gate_without_a_limit_is_not_said_to_have_passed() -> None:
     limits = Gates(max_weight_offset=None, max_weight_slope_error=None)
-    _, body = card_of(gates=compare({**MEASURED, "matrices": [{**GOOD["matrices"][0], "offset": 3.968}]}, limits))
+    _, body = card_of(gates=judge({**MEASURED, "matrices": [{**GOOD["matrices"][0], "offset": 3.968}]}, limits))
     assert re.search(r"weight_offset\W+3\.968\W+none\W+no limit", body), body
-    _, body = card_of(gates=compare({**MEASURED, "matrices": None}, limits))
+    _, body = card_of(gates=judge({**MEASURED, "matrices": None}, limits))
     assert re.search(r"weight_slope\W+not measured\W+none\W+not measured", body), body
 
 
 def test_a_failed_or_unmeasured_gate_is_not_dressed_up() -> None:
     measured = {**MEASURED, "top1_agreement": 0.5, "mtp_acceptance_ratio": None}
-    _, body = card_of(measured=measured, gates=compare(measured, Gates()))
+    _, body = card_of(measured=measured, gates=judge(measured, Gates()))
     assert "| top1_agreement | 0.5 | 0.85 | failed |" in body
     assert "| mtp_acceptance_ratio | not measured | 0.95 | failed |" in body
 

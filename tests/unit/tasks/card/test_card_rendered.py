@@ -11,10 +11,10 @@ from requant.tasks.card.base_card import MAX_CITATION, cited
 from requant.tasks.card.card import make_card
 from requant.tasks.card.pinned import recipe_text
 from requant.tasks.hub.revision import Revision
-from requant.tasks.measuring.gates import compare
 from requant.tasks.plots import Picture
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Gates
+from requant.tasks.validating.gates import judge
 from tests.factories.cards import (
     HOSTILE,
     MEASURED,
@@ -105,7 +105,7 @@ def test_hostile_names_texts_and_records_render_to_our_page() -> None:
     record = {"seconds": 1.0, "tools": {evil: evil}, "settings": {"device": evil, "torch": evil}, "calibration": evil}
     card = rich(
         measured=measured,
-        gates=compare({**measured, "worst_task_recovery": 1.0}, Gates()),
+        gates=judge({**measured, "worst_task_recovery": 1.0}, Gates()),
         provenance={"quantize": record, "validate": {"machine": {"python": evil, "cpus": evil}}},
         kept_names=(evil, f"mtp.{evil}"),
         packing=evil,

@@ -10,9 +10,9 @@ from jinja2 import UndefinedError
 
 from requant.tasks.card.card import environment, make_card
 from requant.tasks.card.facts import CardFacts
-from requant.tasks.card.filters import Markdown, cell, named, plain, table
-from requant.tasks.measuring.gates import Gate
+from requant.tasks.card.filters import Markdown, cell, escape, named, table
 from requant.tasks.plots import Picture
+from requant.tasks.validating.gates import Gate
 from tests.factories.cards import FACTS, MEASURED, MEASURED_IN_VLLM, SECTIONS, SHA, TAGS, facts_of, page_of
 
 EVIL = "x`](https://evil)[click](https://evil)<b>*x*</b>|![i](https://evil)\n\n# evil\n```\n"
@@ -82,7 +82,7 @@ def test_a_value_that_is_missing_is_an_error() -> None:
 def test_a_cell_shows_what_it_is_given_and_nothing_else() -> None:
     page = page_of(f"\n---\n{table(('one', 'two'), [(EVIL, '_x_ a_b')])}")
     assert page.tags == {"table", "thead", "tbody", "tr", "th", "td"} and not page.links
-    assert cell("a_b") == "a_b" and cell(plain("_x_")) == "_x_"
+    assert cell("a_b") == "a_b" and cell(escape("_x_")) == "_x_"
 
 
 @pytest.mark.parametrize("name", WHOLE)

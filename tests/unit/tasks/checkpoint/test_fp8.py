@@ -13,13 +13,13 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import verdicts
-from requant.tasks.checkpoint.fp8 import ROWS, dequantize_fp8, dequantized_tensors, values_of, write_dequantized
+from requant.tasks.checkpoint.fp8 import STRIPE_ROWS, dequantize_fp8, dequantized_tensors, values_of, write_dequantized
 from requant.tasks.checkpoint.head import head_tensors
 from requant.tasks.checkpoint.header import COPY_CHUNK, Tensor
 from requant.tasks.checkpoint.packing import float_rows, to_numpy
 from requant.tasks.checkpoint.writer import write_shard
 from requant.tasks.errors import CheckpointError
-from requant.tasks.measuring.model import state_dict
+from requant.tasks.validating.model import state_dict
 from tests.factories.checkpoints import write_checkpoint
 from tests.factories.fp8_bases import as_fp8
 from tests.factories.pico import pico_base
@@ -102,12 +102,12 @@ def test_a_weight_without_a_scale_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_memory_follows_some_rows_and_chunks_are_those_of_a_file(tmp_path: Path) -> None:
-    weight = drawn(3 * ROWS, 12288)
+    weight = drawn(3 * STRIPE_ROWS, 12288)
     (ours,) = dequantize_fp8(made(tmp_path, weight, torch.ones(12, 96))).tensors.values()
     write_shard(tmp_path / "out", "model.safetensors", [ours])
     sizes = [len(chunk) for chunk in ours.chunks()]
     assert len(sizes) > 1 and sizes[:-1] == [COPY_CHUNK] * (len(sizes) - 1)
-    assert [len(rows) for rows in float_rows(ours)] == [ROWS] * 3
+    assert [len(rows) for rows in float_rows(ours)] == [STRIPE_ROWS] * 3
     assert np.array_equal(np.concatenate(list(float_rows(ours))), to_numpy(ours))
 
 

@@ -13,7 +13,7 @@ from auto_round_extension.torch import qlinear_torch, qlinear_torch_zp
 from safetensors.torch import save_file
 
 from requant.tasks.checkpoint.header import Tensor, read_header
-from requant.tasks.checkpoint.packing import Scheme, dequantize, to_numpy, unpack
+from requant.tasks.checkpoint.packing import PackingScheme, dequantize, to_numpy, unpack
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import from_bf16, rounded, safetensors_bytes
 
@@ -63,7 +63,7 @@ def test_gptq_version_1_is_read_as_it_was_meant_and_as_auto_round_reads_it(
 ) -> None:
     scales, zeros, _, meant = levels(bits, group_size, sym)
     layer = packed_by(qlinear_torch_zp, bits, group_size, scales, zeros, meant, sym)
-    ours = dequantize(parts_of(layer, tmp_path), Scheme(bits, group_size, "gptq"))
+    ours = dequantize(parts_of(layer, tmp_path), PackingScheme(bits, group_size, "gptq"))
     assert ours.shape == (OUT, IN) and ours.dtype == np.float32
     np.testing.assert_allclose(ours, meant.numpy(), rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(ours, layer(torch.eye(IN)).T.numpy(), rtol=1e-3, atol=1e-4)
@@ -75,7 +75,7 @@ def test_gptq_version_2_is_read_as_it_was_meant_and_as_auto_round_reads_it(
 ) -> None:
     scales, zeros, _, meant = levels(bits, group_size, sym, seed=1)
     layer = packed_by(qlinear_torch, bits, group_size, scales, zeros, meant, sym)
-    ours = dequantize(parts_of(layer, tmp_path), Scheme(bits, group_size, "gptq_v2"))
+    ours = dequantize(parts_of(layer, tmp_path), PackingScheme(bits, group_size, "gptq_v2"))
     np.testing.assert_allclose(ours, meant.numpy(), rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(ours, layer(torch.eye(IN)).T.numpy(), rtol=1e-3, atol=1e-4)
 
@@ -89,7 +89,7 @@ def test_awq_is_read_as_it_was_meant_and_as_auto_round_reads_it(group_size: int,
         linear_of(meant), 4, group_size, scales=by_group, zeros=8 if sym else zeros.t().contiguous(), device="cpu"
     )
     parts = parts_of(layer, tmp_path)
-    ours = dequantize(parts, Scheme(4, group_size, "awq"))
+    ours = dequantize(parts, PackingScheme(4, group_size, "awq"))
     np.testing.assert_allclose(ours, meant.numpy(), rtol=1e-6, atol=1e-7)
     size = IN if group_size == -1 else group_size
     theirs = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, 4, size)
@@ -105,8 +105,8 @@ def test_the_zero_point_trap_version_1_stores_the_zero_point_minus_one(
     layer = packed_by(qlinear_torch_zp, bits, 32, scales, zeros, meant, True)
     parts = parts_of(layer, tmp_path)
     assert set(unpack(to_numpy(parts["qzeros"]), bits, 1).ravel().tolist()) == {stored}
-    right = dequantize(parts, Scheme(bits, 32, "gptq"))
-    wrong = dequantize(parts, Scheme(bits, 32, "gptq_v2"))
+    right = dequantize(parts, PackingScheme(bits, 32, "gptq"))
+    wrong = dequantize(parts, PackingScheme(bits, 32, "gptq_v2"))
     one_scale = scales.repeat_interleave(32, 1).numpy()
     np.testing.assert_allclose(wrong - right, one_scale, rtol=1e-3)
     np.testing.assert_array_equal(right[integers.numpy() == zero], 0.0)
@@ -119,13 +119,13 @@ def test_the_shapes_of_a_scheme_are_those_that_auto_round_makes(module: Any, bit
         layer = module.QuantLinear(bits, group_size, IN, OUT, bias=False, g_idx=True)
         packing = "gptq" if module is qlinear_torch_zp else "gptq_v2"
         theirs = {k: tuple(v.shape) for k, v in layer.state_dict().items()}
-        assert Scheme(bits, group_size, packing).shapes(OUT, IN) == {"g_idx": (IN,)} | theirs
+        assert PackingScheme(bits, group_size, packing).shapes(OUT, IN) == {"g_idx": (IN,)} | theirs
 
 
 def test_the_shapes_of_awq_are_those_that_auto_round_makes() -> None:
     for group_size in (32, 64, -1):
         layer = WQLinear_GEMM(4, group_size, IN, OUT, False, "cpu")
-        expected = Scheme(4, group_size, "awq").shapes(OUT, IN)
+        expected = PackingScheme(4, group_size, "awq").shapes(OUT, IN)
         assert {k: tuple(v.shape) for k, v in layer.state_dict().items()} == {
             k: v for k, v in expected.items() if k != "g_idx"
         }
@@ -136,19 +136,19 @@ def test_a_group_size_that_does_not_divide_the_input_leaves_a_short_last_group(t
     layer = packed_by(qlinear_torch_zp, 4, 128, scales, zeros, meant, False)
     parts = parts_of(layer, tmp_path)
     assert parts["scales"].shape == (2, OUT)
-    np.testing.assert_allclose(dequantize(parts, Scheme(4, 128)), meant.numpy(), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(dequantize(parts, PackingScheme(4, 128)), meant.numpy(), rtol=1e-6, atol=1e-7)
 
 
 def test_an_index_of_groups_decides_which_scale_a_row_has(tmp_path: Path) -> None:
     scales, zeros, _, meant = levels(4, 32, False)
     layer = packed_by(qlinear_torch_zp, 4, 32, scales, zeros, meant, False)
     save_file({**layer.state_dict()}, tmp_path / "plain.safetensors")
-    plain = dequantize(read_header(tmp_path / "plain.safetensors"), Scheme(4, 32))
+    plain = dequantize(read_header(tmp_path / "plain.safetensors"), PackingScheme(4, 32))
     group = torch.arange(IN, dtype=torch.int32) // 32
     save_file({**layer.state_dict(), "g_idx": group}, tmp_path / "same.safetensors")
-    np.testing.assert_array_equal(dequantize(read_header(tmp_path / "same.safetensors"), Scheme(4, 32)), plain)
+    np.testing.assert_array_equal(dequantize(read_header(tmp_path / "same.safetensors"), PackingScheme(4, 32)), plain)
     save_file({**layer.state_dict(), "g_idx": group.flip(0).contiguous()}, tmp_path / "turned.safetensors")
-    turned = dequantize(read_header(tmp_path / "turned.safetensors"), Scheme(4, 32))
+    turned = dequantize(read_header(tmp_path / "turned.safetensors"), PackingScheme(4, 32))
     words = unpack(layer.qweight.numpy(), 4, 0).T
     at, zero = scales[:, -1:].numpy(), zeros[:, -1:].numpy()
     np.testing.assert_allclose(turned[:, :32], (words[:, :32] - zero) * at, rtol=1e-6)
@@ -174,7 +174,7 @@ def test_what_the_other_tests_pack_by_hand_is_read_as_it_was_meant(tmp_path: Pat
     weight = np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32)
     parts, meant = rounded(weight)
     (tmp_path / "x.safetensors").write_bytes(safetensors_bytes(parts))
-    ours = dequantize(read_header(tmp_path / "x.safetensors"), Scheme(4, 32))
+    ours = dequantize(read_header(tmp_path / "x.safetensors"), PackingScheme(4, 32))
     np.testing.assert_allclose(ours, meant, rtol=1e-6)
     assert np.abs(ours - weight).max() < 0.3
 
@@ -193,28 +193,34 @@ def test_a_dtype_that_numpy_does_not_have_is_refused_by_name(tmp_path: Path) -> 
         to_numpy(read_header(tmp_path / "x.safetensors")["t"])
 
 
-SCHEMES: dict[str, tuple[dict[str, Any], Scheme]] = {
-    "auto-round's default": (AUTO_ROUND, Scheme(4, 32, "gptq")),
-    "auto_gptq": ({**AUTO_ROUND, "packing_format": "auto_round:auto_gptq"}, Scheme(4, 32, "gptq")),
-    "auto_round plain": ({**AUTO_ROUND, "packing_format": "auto_round"}, Scheme(4, 32, "gptq_v2")),
-    "gptqmodel": ({**AUTO_ROUND, "packing_format": "auto_round:gptqmodel"}, Scheme(4, 32, "gptq_v2")),
-    "auto_awq": ({**AUTO_ROUND, "packing_format": "auto_round:auto_awq"}, Scheme(4, 32, "awq")),
-    "gptq": ({"quant_method": "gptq", "bits": 8, "group_size": -1}, Scheme(8, -1, "gptq")),
-    "gptq v1": ({"quant_method": "gptq", "checkpoint_format": "gptq", "bits": 4, "group_size": 128}, Scheme(4, 128)),
+SCHEMES: dict[str, tuple[dict[str, Any], PackingScheme]] = {
+    "auto-round's default": (AUTO_ROUND, PackingScheme(4, 32, "gptq")),
+    "auto_gptq": ({**AUTO_ROUND, "packing_format": "auto_round:auto_gptq"}, PackingScheme(4, 32, "gptq")),
+    "auto_round plain": ({**AUTO_ROUND, "packing_format": "auto_round"}, PackingScheme(4, 32, "gptq_v2")),
+    "gptqmodel": ({**AUTO_ROUND, "packing_format": "auto_round:gptqmodel"}, PackingScheme(4, 32, "gptq_v2")),
+    "auto_awq": ({**AUTO_ROUND, "packing_format": "auto_round:auto_awq"}, PackingScheme(4, 32, "awq")),
+    "gptq": ({"quant_method": "gptq", "bits": 8, "group_size": -1}, PackingScheme(8, -1, "gptq")),
+    "gptq v1": (
+        {"quant_method": "gptq", "checkpoint_format": "gptq", "bits": 4, "group_size": 128},
+        PackingScheme(4, 128),
+    ),
     "gptq v2": (
         {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "bits": 4, "group_size": 128},
-        Scheme(4, 128, "gptq_v2"),
+        PackingScheme(4, 128, "gptq_v2"),
     ),
-    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 128}, Scheme(4, 128, "awq")),
-    "bits of its own": ({**AUTO_ROUND, "extra_config": {"m": {"bits": 8}}}, Scheme(8, 32, "gptq")),
-    "a group size of its own": ({**AUTO_ROUND, "extra_config": {"m": {"group_size": -1}}}, Scheme(4, -1, "gptq")),
-    "bits of another": ({**AUTO_ROUND, "extra_config": {"n": {"bits": 8}}}, Scheme(4, 32, "gptq")),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 128}, PackingScheme(4, 128, "awq")),
+    "bits of its own": ({**AUTO_ROUND, "extra_config": {"m": {"bits": 8}}}, PackingScheme(8, 32, "gptq")),
+    "a group size of its own": (
+        {**AUTO_ROUND, "extra_config": {"m": {"group_size": -1}}},
+        PackingScheme(4, -1, "gptq"),
+    ),
+    "bits of another": ({**AUTO_ROUND, "extra_config": {"n": {"bits": 8}}}, PackingScheme(4, 32, "gptq")),
 }
 
 
 @pytest.mark.parametrize(("config", "expected"), SCHEMES.values(), ids=SCHEMES)
-def test_the_scheme_of_a_module_comes_from_the_config(config: dict[str, Any], expected: Scheme) -> None:
-    assert Scheme.of(config, "m") == expected
+def test_the_scheme_of_a_module_comes_from_the_config(config: dict[str, Any], expected: PackingScheme) -> None:
+    assert PackingScheme.of(config, "m") == expected
 
 
 HOSTILE: dict[str, dict[str, Any]] = {
@@ -238,7 +244,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("config", HOSTILE.values(), ids=HOSTILE)
 def test_a_config_that_makes_no_sense_is_a_checkpoint_error(config: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError):
-        Scheme.of(config, "m")
+        PackingScheme.of(config, "m")
 
 
 def test_an_index_of_groups_beyond_the_last_one_is_a_checkpoint_error(tmp_path: Path) -> None:
@@ -246,4 +252,4 @@ def test_an_index_of_groups_beyond_the_last_one_is_a_checkpoint_error(tmp_path: 
     parts["g_idx"] = ("I32", (64,), np.full(64, 9, "<i4").tobytes())
     (tmp_path / "x.safetensors").write_bytes(safetensors_bytes(parts))
     with pytest.raises(CheckpointError):
-        dequantize(read_header(tmp_path / "x.safetensors"), Scheme(4, 32))
+        dequantize(read_header(tmp_path / "x.safetensors"), PackingScheme(4, 32))

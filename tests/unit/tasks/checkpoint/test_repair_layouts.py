@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from requant.tasks.checkpoint.checkpoint import INDEX, Checkpoint
 from requant.tasks.checkpoint.head import HEAD_SHARD
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
-from requant.tasks.checkpoint.repair import Base, repair
+from requant.tasks.checkpoint.repair import RepairSource, repair
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import all_tensors, raw_tensors, to_bf16
 from tests.factories.heads import LAYOUTS, PACKINGS, head_modules, make_base, packed, quantized, sharded, values_of
@@ -45,7 +45,7 @@ def test_a_packed_head_of_any_layout_and_packing_comes_back_bit_for_bit(
     base = make_base(tmp_path / "base", layout)
     folder = damaged(base, tmp_path / "made", layout, packing)
     others = {n: raw for n, raw in all_tensors(folder).items() if n not in head_of(folder, base)}
-    result = repair(folder, Base(base))
+    result = repair(folder, RepairSource(base))
     assert result["source"] == "base" and result["changed"] is True
     assert head_of(folder, base) == head_of(base, base) == raw_tensors(folder / HEAD_SHARD)
     assert all_tensors(folder) == others | head_of(base, base)
@@ -55,7 +55,7 @@ def test_a_packed_head_of_any_layout_and_packing_comes_back_bit_for_bit(
     assert head["complete"] is True and head["experts"] == experts.get(layout)
     assert head["layout"] == layout.removesuffix("-split").removesuffix("-moe")
     before = snapshot(folder)
-    assert repair(folder, Base(base))["changed"] is False
+    assert repair(folder, RepairSource(base))["changed"] is False
     assert repair(folder, None)["changed"] is False
     assert snapshot(folder) == before
 
@@ -92,7 +92,7 @@ def test_a_smaller_head_is_packed_from_the_base_with_the_fusion_layer_as_it_was(
 ) -> None:
     base = make_base(tmp_path / "base", layout)
     folder = damaged(base, tmp_path / "made", layout)
-    repair(folder, Base(base), precision=precision)
+    repair(folder, RepairSource(base), precision=precision)
     result = inspect_checkpoint(folder)
     stored = result["mtp"]["modules"]
     prefix = "mtp.layers.0" if layout.startswith("mtp") else "model.layers.2"
@@ -102,7 +102,7 @@ def test_a_smaller_head_is_packed_from_the_base_with_the_fusion_layer_as_it_was(
     entry = json.loads((folder / "config.json").read_text())["quantization_config"]["extra_config"]
     assert entry[f"{prefix}.self_attn.q_proj"]["bits"] == bits
     before = snapshot(folder)
-    assert repair(folder, Base(base), precision=precision)["changed"] is False
+    assert repair(folder, RepairSource(base), precision=precision)["changed"] is False
     assert snapshot(folder) == before
 
 
@@ -111,16 +111,16 @@ def test_a_smaller_head_needs_a_base_and_a_checkpoint_of_auto_round(tmp_path: Pa
     with pytest.raises(CheckpointError, match="--base"):
         repair(damaged(base, tmp_path / "one", "mtp"), None, precision="int4")
     with pytest.raises(CheckpointError, match="auto-round"):
-        repair(damaged(base, tmp_path / "two", "mtp", "gptq"), Base(base), precision="int4")
+        repair(damaged(base, tmp_path / "two", "mtp", "gptq"), RepairSource(base), precision="int4")
 
 
 def test_a_dry_run_says_what_would_change_and_changes_nothing(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "mtp")
     folder = damaged(base, tmp_path / "made", "mtp")
     before = snapshot(folder)
-    promised = repair(folder, Base(base), dry_run=True)
+    promised = repair(folder, RepairSource(base), dry_run=True)
     assert snapshot(folder) == before and promised["changed"] is False
-    done = repair(folder, Base(base))
+    done = repair(folder, RepairSource(base))
     assert {"writes": done["writes"], "removes": done["removes"], "tensors_restored": done["tensors_restored"]} == {
         key: promised[key] for key in ("writes", "removes", "tensors_restored")
     }
@@ -137,7 +137,7 @@ def test_links_of_a_hub_cache_are_replaced_and_what_they_lead_to_stays(tmp_path:
     for path in blobs.iterdir():
         (folder / path.name).symlink_to(os.path.relpath(path, folder))
     (folder / "tokenizer.json").symlink_to("../../blobs/nowhere")
-    repair(folder, Base(base))
+    repair(folder, RepairSource(base))
     assert snapshot(blobs) == before
     assert head_of(folder, base) == head_of(base, base) and Checkpoint.open(folder).problems == []
     assert not (folder / HEAD_SHARD).is_symlink() and not (folder / "config.json").is_symlink()
@@ -150,7 +150,7 @@ def test_other_files_folders_and_modes_of_the_checkpoint_stay(tmp_path: Path) ->
     (folder / "assets" / "deep" / "picture.png").write_bytes(b"png")
     (folder / ".gitattributes").write_text("x")
     folder.chmod(0o750)
-    repair(folder, Base(base))
+    repair(folder, RepairSource(base))
     assert (folder / "assets" / "deep" / "picture.png").read_bytes() == b"png"
     assert (folder / ".gitattributes").read_text() == "x" and folder.stat().st_mode & 0o777 == 0o750
     assert [path.name for path in tmp_path.iterdir()] == ["base", "made"] or len(list(tmp_path.iterdir())) == 2
@@ -160,7 +160,7 @@ def test_missing_tokenizer_files_come_from_the_base_and_present_ones_stay(tmp_pa
     base = make_base(tmp_path / "base", "mtp")
     folder = damaged(base, tmp_path / "made", "mtp")
     (folder / "generation_config.json").write_text('{"own": 1}')
-    repair(folder, Base(base))
+    repair(folder, RepairSource(base))
     assert (folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     assert (folder / "generation_config.json").read_text() == '{"own": 1}'
 
@@ -172,7 +172,7 @@ def test_a_folder_that_cannot_change_places_gets_its_files_one_by_one(
     folder = damaged(base, tmp_path / "made", "mtp")
     monkeypatch.chdir(folder)
     inode = folder.stat().st_ino
-    repair(Path("."), Base(base))
+    repair(Path("."), RepairSource(base))
     assert folder.stat().st_ino == inode and os.listdir()
     assert head_of(folder, base) == head_of(base, base) and Checkpoint.open(folder).problems == []
 
@@ -183,7 +183,7 @@ def test_two_repairs_of_one_folder_at_once_are_refused(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "mtp")
     folder = damaged(base, tmp_path / "made", "mtp")
     with locked(folder), pytest.raises(CheckpointError, match="another process is repairing"):
-        repair(folder, Base(base))
+        repair(folder, RepairSource(base))
 
 
 def test_an_index_that_contradicts_the_shards_is_made_anew(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_an_index_that_contradicts_the_shards_is_made_anew(tmp_path: Path) -> No
     del index["weight_map"]["lm_head.weight"]
     (folder / INDEX).write_text(json.dumps(index))
     assert Checkpoint.open(folder).fatal
-    repair(folder, Base(base))
+    repair(folder, RepairSource(base))
     assert Checkpoint.open(folder).problems == []
 
 
@@ -204,27 +204,27 @@ def test_an_index_that_contradicts_the_shards_is_made_anew(tmp_path: Path) -> No
 def test_a_head_whose_shard_is_lost_or_broken_comes_back(how: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "mtp")
     folder = damaged(base, tmp_path / "made", "mtp")
-    repair(folder, Base(base))
+    repair(folder, RepairSource(base))
     before = all_tensors(folder)
     raw = (folder / HEAD_SHARD).read_bytes()
     (folder / HEAD_SHARD).unlink()
     if how == "cut":
         (folder / HEAD_SHARD).write_bytes(raw[: len(raw) // 2])
-    repair(folder, Base(base))
+    repair(folder, RepairSource(base))
     assert all_tensors(folder) == before and Checkpoint.open(folder).problems == []
 
 
 def test_a_broken_shard_of_the_head_under_another_name_is_taken_away(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "mtp")
     folder = damaged(base, tmp_path / "made", "mtp")
-    repair(folder, Base(base))
+    repair(folder, RepairSource(base))
     index = json.loads((folder / INDEX).read_text())
     other = "model-00009-of-00009.safetensors"
     index["weight_map"] = {n: other if s == HEAD_SHARD else s for n, s in index["weight_map"].items()}
     (folder / INDEX).write_text(json.dumps(index))
     (folder / HEAD_SHARD).unlink()
     (folder / other).write_bytes(b"broken")
-    result = repair(folder, Base(base))
+    result = repair(folder, RepairSource(base))
     assert result["removes"] == [other] and not (folder / other).exists()
     assert Checkpoint.open(folder).problems == []
 
@@ -232,11 +232,11 @@ def test_a_broken_shard_of_the_head_under_another_name_is_taken_away(tmp_path: P
 def test_an_index_in_which_a_name_stands_twice_is_written_anew(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "mtp")
     folder = damaged(base, tmp_path / "made", "mtp")
-    repair(folder, Base(base))
+    repair(folder, RepairSource(base))
     text = (folder / INDEX).read_text()
     (folder / INDEX).write_text(text.replace('"weight_map": {', '"weight_map": {"mtp.fc.weight": "x.safetensors",'))
     assert Checkpoint.open(folder).problems != []
-    assert repair(folder, Base(base))["changed"] is True
+    assert repair(folder, RepairSource(base))["changed"] is True
     assert Checkpoint.open(folder).problems == []
 
 
@@ -247,7 +247,7 @@ def test_a_config_in_which_a_key_stands_twice_stops_the_repair(tmp_path: Path) -
     (folder / "config.json").write_text(text.replace("{", '{"hidden_size": 64, ', 1))
     before = snapshot(folder)
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        repair(folder, Base(base))
+        repair(folder, RepairSource(base))
     assert snapshot(folder) == before
 
 
@@ -259,7 +259,7 @@ def test_a_lost_tensor_of_the_main_model_stops_the_repair(tmp_path: Path) -> Non
     (folder / INDEX).write_text(json.dumps(index))
     before = snapshot(folder)
     with pytest.raises(CheckpointError, match=r"model\.layers\.7\.lost\.weight"):
-        repair(folder, Base(base))
+        repair(folder, RepairSource(base))
     assert snapshot(folder) == before
 
 
@@ -307,7 +307,7 @@ def test_after_a_repair_the_head_is_the_bases_and_all_else_is_untouched(
     folder = quantized({n: tensors[n] for n in order}, root / "made", config, packing, head=choice,
                        shards=data.draw(st.integers(1, 4)), single=data.draw(st.booleans()))  # fmt: skip
     others = {n: raw for n, raw in all_tensors(folder).items() if n not in head_of(folder, base)}
-    repair(folder, Base(base))
+    repair(folder, RepairSource(base))
     assert all_tensors(folder) == others | head
     checkpoint = Checkpoint.open(folder)
     assert checkpoint.problems == []
@@ -316,7 +316,7 @@ def test_after_a_repair_the_head_is_the_bases_and_all_else_is_untouched(
         assert set(index["weight_map"]) == set(others | head)
         assert index["metadata"]["total_size"] == sum(len(raw[2]) for raw in (others | head).values())
     before = snapshot(folder)
-    assert repair(folder, Base(base))["changed"] is False
+    assert repair(folder, RepairSource(base))["changed"] is False
     assert snapshot(folder) == before
 
 

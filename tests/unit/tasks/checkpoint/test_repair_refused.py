@@ -14,7 +14,7 @@ from requant.flows.cli.mtp_fix import mtp_fix
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import FINE, FIX, verdicts
 from requant.tasks.checkpoint.mtp import find_head, with_head_entries
-from requant.tasks.checkpoint.repair import Base, repair
+from requant.tasks.checkpoint.repair import RepairSource, repair
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import FULL, NARROW, all_tensors, experts_apart, raw_tensors, write_checkpoint
 from tests.factories.fp8_bases import as_fp8
@@ -49,7 +49,7 @@ def test_a_method_whose_words_are_not_known_is_refused_and_nothing_is_changed(
     before = snapshot(folder)
     for dry_run in (True, False):
         with pytest.raises(CheckpointError, match=f"nothing was changed: quant_method is {method!r}") as caught:
-            repair(folder, Base(base), dry_run=dry_run)
+            repair(folder, RepairSource(base), dry_run=dry_run)
         assert len(str(caught.value).splitlines()) == 1
     assert snapshot(folder) == before and not list(tmp_path.glob(".*"))
 
@@ -72,12 +72,12 @@ def test_an_fp8_moe_names_the_fused_experts_of_the_head_that_is_put_in(head: boo
     assert verdicts(Checkpoint.open(folder))["vllm"] == {"loads": True, "mtp": True, "reason": FINE}
     if not head:
         without_the_head(folder)
-    result = repair(folder, Base(base))
+    result = repair(folder, RepairSource(base))
     assert result["changed"] and "mtp.layers.0.mlp.experts" in kept_by(folder)
     assert result["engines"] == verdicts(Checkpoint.open(folder))
     assert result["engines"]["vllm"]["mtp"] is True and result["engines"]["sglang"]["mtp"] is True
     before = snapshot(folder)
-    assert repair(folder, Base(base))["changed"] is False and snapshot(folder) == before
+    assert repair(folder, RepairSource(base))["changed"] is False and snapshot(folder) == before
 
 
 def split(base: Path, folder: Path) -> Path:
@@ -102,7 +102,7 @@ def test_an_fp8_head_that_comes_back_is_not_said_to_be_unquantized(tmp_path: Pat
     kept = [name for name in kept_by(folder) if not name.startswith("mtp.")]
     changed["modules_to_not_convert"] += kept
     (folder / "config.json").write_text(json.dumps({**config_of(folder), "quantization_config": changed}))
-    result = repair(folder, Base(official))
+    result = repair(folder, RepairSource(official))
     assert [name for name in kept_by(folder) if name.startswith("mtp")] == ["mtp.fc"]
     assert {*kept, "lm_head"} <= {*kept_by(folder)}
     assert result["engines"]["vllm"]["mtp"] is True and result["engines"]["sglang"]["mtp"] is True
@@ -114,7 +114,7 @@ def test_the_list_that_vllm_prefers_names_the_head_too(tmp_path: Path) -> None:
     quantization = config_of(folder)["quantization_config"]
     quantization["ignored_layers"] = quantization.pop("modules_to_not_convert")
     (folder / "config.json").write_text(json.dumps({**config_of(folder), "quantization_config": quantization}))
-    assert repair(folder, Base(base))["engines"]["vllm"]["mtp"] is True
+    assert repair(folder, RepairSource(base))["engines"]["vllm"]["mtp"] is True
 
 
 @pytest.mark.parametrize(("method", "key"), [
@@ -149,7 +149,7 @@ def test_no_repair_is_installed_after_which_an_engine_loads_less_than_before(sha
         with pytest.raises(
             CheckpointError, match=r"vllm would no longer load it .*visual.*nothing was changed"
         ) as caught:
-            repair(folder, Base(base), dry_run=dry_run)
+            repair(folder, RepairSource(base), dry_run=dry_run)
         assert len(str(caught.value).splitlines()) == 1 and FIX not in str(caught.value)
     assert snapshot(folder) == before and not list(folder.parent.glob(".*"))
 
@@ -165,7 +165,7 @@ def test_an_awq_checkpoint_without_a_list_keeps_what_its_tensors_say(tmp_path: P
     held = {n: raw for n, raw in raw_tensors(shard).items() if not n.startswith(plain.removesuffix("weight"))}
     write_checkpoint(folder, {shard.name: {**held, plain: tensors[plain]}}, config_of(folder))
     assert verdicts(Checkpoint.open(folder))["vllm"]["loads"] is True
-    assert repair(folder, Base(base))["engines"]["vllm"] == {"loads": True, "mtp": True, "reason": FINE}
+    assert repair(folder, RepairSource(base))["engines"]["vllm"] == {"loads": True, "mtp": True, "reason": FINE}
     assert {"mtp", plain.removesuffix(".weight")} <= {*kept_by(folder)}
 
 
@@ -174,13 +174,13 @@ def test_a_dry_run_says_what_the_engines_will_make_of_the_repaired_checkpoint(tm
     folder = quantized(all_tensors(base), tmp_path / "made", config_of(base), "gptq", head=["mtp.fc"], shards=2,
                        single=False)  # fmt: skip
     assert verdicts(Checkpoint.open(folder))["sglang"]["mtp"] is False
-    promised = repair(folder, Base(base), dry_run=True)
+    promised = repair(folder, RepairSource(base), dry_run=True)
     text = CliRunner().invoke(mtp_fix, [str(folder), "--base", str(base), "--dry-run"]).output
     assert promised["changed"] is False and "would be repaired" in text and "does not draft: there" not in text
     assert [line for line in text.splitlines() if line.startswith("sglang")] == [
         "sglang     loads, drafts: nothing is in the way"
     ]
-    assert repair(folder, Base(base))["engines"] == promised["engines"]
+    assert repair(folder, RepairSource(base))["engines"] == promised["engines"]
 
 
 def test_a_dry_run_counts_the_files_that_come_from_the_base(tmp_path: Path) -> None:
@@ -188,15 +188,15 @@ def test_a_dry_run_counts_the_files_that_come_from_the_base(tmp_path: Path) -> N
     folder = as_fp8(base, tmp_path / "made")
     (folder / "preprocessor_config.json").unlink()
     (folder / "video_preprocessor_config.json").unlink()
-    promised = repair(folder, Base(base), dry_run=True)
+    promised = repair(folder, RepairSource(base), dry_run=True)
     assert promised["engines"]["vllm"]["loads"] is True
-    assert repair(folder, Base(base))["engines"] == promised["engines"]
+    assert repair(folder, RepairSource(base))["engines"] == promised["engines"]
 
 
 def test_a_smaller_head_that_is_asked_for_may_cost_one_engine(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "mtp")
     folder = quantized(all_tensors(base), tmp_path / "made", config_of(base), "auto_round:auto_gptq", head=[], shards=2,
                        single=False)  # fmt: skip
-    repair(folder, Base(base))
-    result = repair(folder, Base(base), precision="int4")
+    repair(folder, RepairSource(base))
+    result = repair(folder, RepairSource(base), precision="int4")
     assert result["changed"] and result["engines"]["vllm"]["mtp"] is True

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from requant.tasks.checkpoint.rounding import Rounding
-from requant.tasks.measuring.gates import slope_error, slope_off
 from requant.tasks.recipe.recipe import Gates
+from requant.tasks.validating.gates import slope_error, slope_off
 
 LIMIT = Gates().max_weight_slope_error or 0.0
 ROWS, INPUTS = 192, 1024

@@ -9,7 +9,7 @@ import pytest
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.weight_error import Fidelity, fidelity
-from requant.tasks.measuring.gates import slope_error
+from requant.tasks.validating.gates import slope_error
 from tests.factories.checkpoints import all_tensors, from_bf16, rounded, write_quantized
 from tests.factories.damage import Edit
 from tests.factories.pico import pico_base

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from requant.tasks.errors import HubError, HubUnavailable
-from requant.tasks.hub.client import PASSING, hub_errors
+from requant.tasks.hub.client import TEMPORARY_STATUSES, hub_errors
 from requant.tasks.hub.revision import resolve
 
 
@@ -33,7 +33,7 @@ def explained(error: BaseException) -> HubError:
     return caught.value
 
 
-@pytest.mark.parametrize("status", sorted(PASSING))
+@pytest.mark.parametrize("status", sorted(TEMPORARY_STATUSES))
 def test_a_server_that_is_busy_or_broken_is_asked_again(status: int) -> None:
     error = explained(http_error(status))
     assert isinstance(error, HubUnavailable) and error.retryable and str(status) in str(error)

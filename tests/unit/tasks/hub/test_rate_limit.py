@@ -18,7 +18,7 @@ from huggingface_hub.utils import get_session, hf_raise_for_status
 from requant.tasks.errors import HubError, HubUnavailable
 from requant.tasks.hub import rate_limit as pace_module
 from requant.tasks.hub.client import hub_errors
-from requant.tasks.hub.rate_limit import PARALLEL, Pace
+from requant.tasks.hub.rate_limit import PARALLEL_REQUESTS, Pace
 
 Answer = tuple[int, dict[str, str]]
 
@@ -121,7 +121,7 @@ def test_a_window_that_ends_is_not_run_into(clock: Clock) -> None:
         left = math.ceil(began + seconds - now)
         return 200 if taken <= limit else 429, {"RateLimit": f'"api";r={max(0, limit - taken)};t={left}'}
 
-    with answering(answers) as (url, times), Pace() as pace, ThreadPoolExecutor(PARALLEL) as pool:
+    with answering(answers) as (url, times), Pace() as pace, ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         list(pool.map(lambda _: pace.ask(lambda: get(url)), range(90)))
     assert (len(times), pace.refused) == (90, 0)
     assert max(b - a for a, b in itertools.pairwise(times)) > 0.2

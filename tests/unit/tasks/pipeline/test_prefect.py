@@ -12,7 +12,7 @@ from prefect.states import Completed, Failed
 from requant.tasks.artifact import Manifest
 from requant.tasks.errors import SECRET_VARIABLES, CheckpointError, HubUnavailable, QuantizeDied, StoreUnreachable
 from requant.tasks.pipeline.log import Redacting, log_into_runs, set_up_logging
-from requant.tasks.pipeline.prefect import options, passes, shown
+from requant.tasks.pipeline.prefect import options, passes, stage_summary
 from requant.tasks.pipeline.stage import StageResult
 
 SECRET = "hf_AbCdEfGhIjKlMnOp"
@@ -127,11 +127,11 @@ def test_a_stage_is_retried_with_a_delay_that_grows_and_never_cached_by_prefect(
 
 def test_a_reused_stage_says_so_in_its_state() -> None:
     result = StageResult("x", "k", "reused", 0.1, Manifest.of([]), {})
-    state = shown(result)
+    state = stage_summary(result)
     assert state.is_completed() and state.name == "Reused" and state.data == result
     assert Completed().name == "Completed"
 
 
 def test_a_stage_that_ran_hands_over_its_result() -> None:
     result = StageResult("x", "k", "ran", 0.1, Manifest.of([]), {})
-    assert shown(result) is result
+    assert stage_summary(result) is result

@@ -34,7 +34,7 @@ KEY = "a" * 64
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setattr(leases, "POLL_S", 0.01)
     folder = FolderBackend(tmp_path / "store")
-    return Store(folder, near=folder)
+    return Store(folder, cache=folder)
 
 
 def made(store: Store, folder: Path, data: bytes = b"result") -> Made:
@@ -62,7 +62,7 @@ def test_a_stage_runs_once_and_is_reused_afterwards(store: Store) -> None:
 
 def test_the_work_folder_is_gone_after_success(store: Store) -> None:
     result = run_stage(store, STAGE, KEY, lambda folder: made(store, folder))
-    assert list((store.near.root / "work").iterdir()) == []
+    assert list((store.cache.root / "work").iterdir()) == []
     assert result.manifest.size == 6
 
 

@@ -35,7 +35,7 @@ def recipe(gpu: str | None = None, **quantize: Any) -> Recipe:
 
 def record(store: Store, stage: str, **facts: Any) -> None:
     """Provenance as a stage leaves it."""
-    store.keep(stage, "0" * 64, Manifest.of([]), {"started": "2026-11-01T10:00:00", **facts})
+    store.commit(stage, "0" * 64, Manifest.of([]), {"started": "2026-11-01T10:00:00", **facts})
 
 
 def test_a_measured_gpus_blocks_foretell_the_whole_model(store: Store) -> None:
@@ -90,7 +90,7 @@ def test_a_toy_run_foretells_nothing_of_a_large_model(store: Store) -> None:
     assert "blocks of 27 B" in quantize_figure(store, recipe("H100"), BLOCKS, LINEAR).source
     assert stage_figure(store, "validate", recipe("H100"), 75_000_000_000).source.startswith("assumed")
     larger = {**work, "parameters": 20_000_000_000, "iters": 200, "nsamples": 128, "seqlen": 2048, "batch_size": 8}
-    store.keep("quantize", "1" * 64, Manifest.of([]), {"started": "2026-10-01T10:00:00", **facts, "work": larger})
+    store.commit("quantize", "1" * 64, Manifest.of([]), {"started": "2026-10-01T10:00:00", **facts, "work": larger})
     assert quantize_figure(store, recipe("H100"), BLOCKS, LINEAR).source.endswith("2026-10-01")
 
 

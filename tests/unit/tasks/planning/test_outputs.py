@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from requant.flows.report.plan import headline, markdown, render
+from requant.flows.report.plan import markdown, plan_headline, render
 from requant.tasks.planning.document import PlanDocument
 from requant.tasks.planning.outputs import Before, together
 from requant.tasks.recipe.loader import parse_recipe
@@ -116,7 +116,7 @@ def test_an_output_finds_done_what_those_before_it_make() -> None:
 
 def test_a_person_sees_one_table_of_stages_and_one_of_outputs() -> None:
     text = render(whole())
-    assert headline(whole()) == "5.0 kB become 0.4 kB in 3 outputs"
+    assert plan_headline(whole()) == "5.0 kB become 0.4 kB in 3 outputs"
     assert f"me/q-{EIGHT}" in text and text.count("download") == 1
     shown = markdown(whole(), "three.yaml")
     assert shown.count("<details>") == 3 and f"tensors of {HEADLESS}" in shown and "`a/b@1111111`: " in shown

@@ -49,7 +49,7 @@ def problems(
         functools.partial(text_files, store),
         Inputs(BASE, calibration, validation),
         TINY,
-        store.near.root / "scratch",
+        store.cache.root / "scratch",
         fetch=fetch,
     )
     found = texts.problems(recipe, to_run, LONG)
@@ -105,7 +105,7 @@ def test_the_recipe_in_the_documentation_has_enough_text(store: Store) -> None:
     recipe = parse_recipe(yaml.safe_load(page.split("```yaml\n")[1].split("```")[0]))
     text = find_text(recipe.quantize.calibration)
     inputs = Inputs(BASE, text, EVALUATION)
-    texts = Texts(functools.partial(text_files, store), inputs, TINY, store.near.root / "scratch", fetch=False)
+    texts = Texts(functools.partial(text_files, store), inputs, TINY, store.cache.root / "scratch", fetch=False)
     for name, one in recipe.each.items():
         assert texts.problems(one, {"quantize"}, LONG) == [], name
 

@@ -18,7 +18,15 @@ from auto_round.utils.resume import ResumeState, compute_run_signature
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from requant.tasks.quantizing import auto_round
-from requant.tasks.quantizing.auto_round import LOGGER, NOT_REPORTED, OURS, Patch, TuningRun, patched, patches
+from requant.tasks.quantizing.auto_round import (
+    LOGGER,
+    NO_UPSTREAM_ISSUE,
+    NOT_REPORTED,
+    Patch,
+    TuningRun,
+    patched,
+    patches,
+)
 from requant.tasks.quantizing.auto_settings import LoopSettings
 from requant.tasks.quantizing.events import BlockDone, BlockLoss, BlockStarted, Event, JobRefused, Warned
 from requant.tasks.quantizing.loop.profile import Profile
@@ -66,7 +74,10 @@ def test_every_original_is_back_after_an_exception(tmp_path: Path) -> None:
 def test_a_row_that_cannot_be_applied_takes_back_those_before_it(tmp_path: Path) -> None:
     rows = patches(run_of(tmp_path))
     before = places(rows)
-    with pytest.raises(KeyError), patched([*rows, Patch(ResumeState, "renamed", lambda o: o, "", OURS)], ignored):
+    with (
+        pytest.raises(KeyError),
+        patched([*rows, Patch(ResumeState, "renamed", lambda o: o, "", NO_UPSTREAM_ISSUE)], ignored),
+    ):
         pytest.fail("a name is missing")
     assert all(places(rows)[place] is original for place, original in before.items())
 
@@ -75,7 +86,7 @@ def test_every_row_says_why_and_where_it_is_known(tmp_path: Path) -> None:
     rows = patches(run_of(tmp_path))
     for row in rows:
         assert row.why.endswith(".")
-        assert row.upstream in (NOT_REPORTED, OURS) or row.upstream.startswith("https://github.com/")
+        assert row.upstream in (NOT_REPORTED, NO_UPSTREAM_ISSUE) or row.upstream.startswith("https://github.com/")
 
 
 def test_what_is_replaced_and_in_which_order(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from requant.tasks.benchmark import bench
-from requant.tasks.checkpoint.packing import Scheme
+from requant.tasks.checkpoint.packing import PackingScheme
 from requant.tasks.errors import CheckpointError, EngineFailed
 from requant.tasks.recipe.recipe import Benchmark
 from requant.tasks.serving.in_torch import as_sentences
@@ -25,7 +25,7 @@ def uneven(tmp_path: Path) -> Path:
     tensors = all_tensors(folder)
     for module in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
         rows, outputs = tensors[f"{module}.qweight"][1]
-        for part, shape in Scheme(4, 128).shapes(outputs, rows * 8).items():
+        for part, shape in PackingScheme(4, 128).shapes(outputs, rows * 8).items():
             if part in SIZES:
                 dtype, size = SIZES[part]
                 tensors[f"{module}.{part}"] = (dtype, shape, bytes(shape[0] * shape[1] * size))

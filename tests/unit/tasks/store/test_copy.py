@@ -12,7 +12,7 @@ from requant.tasks.store.catalog import read_catalog
 from requant.tasks.store.copy import copy, find_entries, store_at
 from requant.tasks.store.folder import FolderBackend
 from requant.tasks.store.store import blob_key
-from requant.tasks.store.verify import verify
+from requant.tasks.store.verify import verify_store
 from tests.factories.stores import keep
 
 KEYS = ("a" * 64, "b" * 64, "c" * 64)
@@ -21,7 +21,7 @@ KEYS = ("a" * 64, "b" * 64, "c" * 64)
 def opened(folder: Path) -> Store:
     backend = FolderBackend(folder)
     backend.check()
-    return Store(backend, near=backend)
+    return Store(backend, cache=backend)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_an_artifact_is_the_same_in_the_other_store_and_stays_in_the_first(
     assert copied.bytes == 3
     assert target.manifest("quantize", KEYS[0]) == manifest == source.manifest("quantize", KEYS[0])
     assert target.provenance("quantize", KEYS[0]) == {"seconds": 7, "copied_from": source.url}
-    assert verify(target, deep=True).problems == [] == verify(source, deep=True).problems
+    assert verify_store(target, deep=True).problems == [] == verify_store(source, deep=True).problems
     assert not list(source.backend.keys("leases")) + list(target.backend.keys("leases"))
 
 
@@ -58,7 +58,7 @@ def test_a_copy_that_was_cut_off_goes_on_and_shows_nothing_before(
     source: Store, target: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep(source, KEYS[0], {"a": b"1", "b": b"22", "c": b"333"})
-    put, left = target.near.put_file, [2]
+    put, left = target.cache.put_file, [2]
 
     def dying(key: str, path: Path, *more: str) -> None:
         left[0] -= 1
@@ -66,13 +66,13 @@ def test_a_copy_that_was_cut_off_goes_on_and_shows_nothing_before(
             raise KeyboardInterrupt
         put(key, path, *more)
 
-    monkeypatch.setattr(target.near, "put_file", dying)
+    monkeypatch.setattr(target.cache, "put_file", dying)
     with pytest.raises(KeyboardInterrupt):
         copy(source, target, read_catalog(source).entries.values())
     monkeypatch.undo()
     assert not list(target.backend.keys("artifacts"))
     (again,) = copy(source, target, read_catalog(source).entries.values())
-    assert 0 < again.bytes < 6 and verify(target, deep=True).problems == []
+    assert 0 < again.bytes < 6 and verify_store(target, deep=True).problems == []
 
 
 def test_another_artifact_for_a_stage_key_stays_and_is_named_and_the_others_arrive(
@@ -91,13 +91,13 @@ def test_another_artifact_for_a_stage_key_stays_and_is_named_and_the_others_arri
 
 def test_a_damaged_blob_is_refused_and_no_artifact_arrives(source: Store, target: Store, tmp_path: Path) -> None:
     manifest = keep(source, KEYS[0], {"a": b"right"})
-    path = source.near.path(blob_key(manifest["a"].sha256))
+    path = source.cache.path(blob_key(manifest["a"].sha256))
     path.chmod(0o644)
     path.write_bytes(b"wrong")
     with pytest.raises(CorruptBlob, match="does not have the sha256"):
         copy(source, target, read_catalog(source).entries.values())
     assert not list(target.backend.keys("artifacts")) + list(target.backend.keys("blobs"))
-    assert not list((target.near.root / "arriving").iterdir())
+    assert not list((target.cache.root / "arriving").iterdir())
 
 
 def test_a_blob_that_the_source_lost_is_named(source: Store, target: Store, tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from requant.tasks.errors import Collected, StoreError
 from requant.tasks.store import Store
 from requant.tasks.store import lease as leases
 from requant.tasks.store.catalog import read_catalog
-from requant.tasks.store.gc import GRACE_S, Plan, Policy, collect
+from requant.tasks.store.gc import GRACE_S, CollectionPlan, Policy, collect
 from requant.tasks.store.lease import Owner, lease, owner_of
 from requant.tasks.store.runs import Run
 from requant.tasks.store.store import GC, blob_key
-from requant.tasks.store.verify import verify
+from requant.tasks.store.verify import verify_store
 from tests.factories.stores import Counted, ago, keep, put
 
 DAY = 86400.0
@@ -35,7 +35,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 def opened(folder: Path) -> Store:
     backend = Counted(folder / "store")
     backend.root.mkdir(exist_ok=True)
-    return Store(backend, near=backend)
+    return Store(backend, cache=backend)
 
 
 def looked_at(store: Store) -> None:
@@ -47,21 +47,21 @@ def looked_at(store: Store) -> None:
 def ran(store: Store, recipe: str, commit: str, *names: str, days: float = 0) -> None:
     run = Run(recipe, f"a/base@{commit}", "b/result", tuple(("quantize", name) for name in names))
     store.backend.write(run.key, run.to_json())
-    ago(store.near.root, days, run.key)
+    ago(store.cache.root, days, run.key)
 
 
 def names(store: Store) -> set[str]:
     return {key for _, key in read_catalog(store).entries}
 
 
-def gone(plan: Plan) -> list[str]:
+def gone(plan: CollectionPlan) -> list[str]:
     return [entry.key for entry in plan.artifacts]
 
 
 def test_without_options_only_old_blobs_go_that_no_artifact_names(store: Store) -> None:
     kept = keep(store, "kept", {"a": b"named"})
     orphan = put(store, {"b": b"orphan"})
-    ago(store.near.root, 2)
+    ago(store.cache.root, 2)
     fresh = put(store, {"c": b"fresh: a run is about to name it"})
     plan = collect(store, Policy())
     assert names(store) == {"kept"} and store.sees_blob(kept["a"])
@@ -72,13 +72,13 @@ def test_without_options_only_old_blobs_go_that_no_artifact_names(store: Store) 
 def test_artifacts_go_by_their_last_use(store: Store) -> None:
     for name in ("old", "reused", "young"):
         keep(store, name, {name: name.encode()})
-    ago(store.near.root, 40)
+    ago(store.cache.root, 40)
     store.find("quantize", "reused")
-    ago(store.near.root, 10, "artifacts/quantize/young")
+    ago(store.cache.root, 10, "artifacts/quantize/young")
     assert gone(collect(store, Policy(older_than=30 * DAY))) == ["old"]
     assert names(store) == {"reused", "young"}
     assert list(store.backend.keys("provenance")) == ["provenance/quantize/reused", "provenance/quantize/young"]
-    assert verify(store, deep=True).problems == []
+    assert verify_store(store, deep=True).problems == []
 
 
 def test_nothing_goes_within_the_grace_period_whatever_the_policy_says(store: Store) -> None:
@@ -93,7 +93,7 @@ def test_what_the_last_runs_of_each_recipe_use_stays_and_what_no_run_names(store
         keep(store, name, {name: name.encode()})
     keep(store, "inside", {"i": b"i"}, stage="measure")
     store.backend.write("provenance/quantize/a3", json.dumps({"used": [["measure", "inside"]]}).encode())
-    ago(store.near.root, 40)
+    ago(store.cache.root, 40)
     for day, (recipe, commit, *used) in enumerate(
         [("a", "1", "a1"), ("a", "2", "a2", "shared"), ("a", "3", "a3", "shared"), ("b", "1", "b1")]
     ):
@@ -107,21 +107,21 @@ def test_what_the_last_runs_of_each_recipe_use_stays_and_what_no_run_names(store
 def test_the_longest_unused_go_until_the_rest_fits_and_shared_blobs_count_once(store: Store) -> None:
     for age, name in ((9, "first"), (8, "second"), (7, "third")):
         keep(store, name, {name: name.encode() * 100, "common": b"c" * 1000})
-        ago(store.near.root, age, f"artifacts/quantize/{name}", "blobs")
+        ago(store.cache.root, age, f"artifacts/quantize/{name}", "blobs")
     plan = collect(store, Policy(max_size=2100))
     assert gone(plan) == ["first"]
     assert plan.stays == 600 + 500 + 1000
     assert gone(collect(store, Policy(max_size=2099))) == ["second"]
-    assert verify(store).problems == []
+    assert verify_store(store).problems == []
 
 
 def test_several_options_must_agree(store: Store) -> None:
     for name in ("old", "new", "last"):
         keep(store, name, {name: b"1" * 100})
-    ago(store.near.root, 40)
+    ago(store.cache.root, 40)
     ran(store, "a", "1", "old", "new", days=39)
     ran(store, "a", "2", "last", days=38)
-    ago(store.near.root, 5, "artifacts/quantize/new")
+    ago(store.cache.root, 5, "artifacts/quantize/new")
     assert gone(collect(store, Policy(keep_last=1, older_than=30 * DAY), dry_run=True)) == ["old"]
     assert gone(collect(store, Policy(older_than=30 * DAY, max_size=10**9), dry_run=True)) == []
 
@@ -129,43 +129,43 @@ def test_several_options_must_agree(store: Store) -> None:
 def test_a_dry_run_says_the_same_and_deletes_nothing(store: Store) -> None:
     keep(store, "old", {"a": b"1"})
     put(store, {"b": b"orphan"})
-    ago(store.near.root, 40)
-    before = sorted(p for p in store.near.root.rglob("*"))
+    ago(store.cache.root, 40)
+    before = sorted(p for p in store.cache.root.rglob("*"))
     said = collect(store, Policy(older_than=DAY), dry_run=True)
-    assert sorted(p for p in store.near.root.rglob("*")) == before
+    assert sorted(p for p in store.cache.root.rglob("*")) == before
     assert collect(store, Policy(older_than=DAY)) == said and names(store) == set()
     assert not list(store.backend.keys("blobs"))
 
 
 def test_what_a_lease_needs_stays_until_it_has_been_silent_for_the_grace_period(store: Store) -> None:
     manifest = keep(store, "old", {"a": b"needed"})
-    ago(store.near.root, 40)
+    ago(store.cache.root, 40)
     with store.lease("quantize", "other"):
         assert store.has_blob(manifest["a"])
-        assert gone(collect(opened(store.near.root.parent), Policy(older_than=DAY))) == []
+        assert gone(collect(opened(store.cache.root.parent), Policy(older_than=DAY))) == []
         assert store.has_blob(manifest["a"])
         (key,) = store.backend.keys("leases")
-        ago(store.near.root, GRACE_S / DAY + 0.1, key)
-        assert gone(collect(opened(store.near.root.parent), Policy(older_than=DAY))) == ["old"]
+        ago(store.cache.root, GRACE_S / DAY + 0.1, key)
+        assert gone(collect(opened(store.cache.root.parent), Policy(older_than=DAY))) == ["old"]
 
 
 def test_a_blob_that_no_artifact_names_yet_stays_while_a_lease_needs_it(store: Store) -> None:
     manifest = put(store, {"a": b"of an artifact that takes days to make"})
-    ago(store.near.root, 40)
+    ago(store.cache.root, 40)
     with store.lease("quantize", "slow"):
         store.need(manifest.files)
-        assert collect(opened(store.near.root.parent), Policy()).blobs == []
+        assert collect(opened(store.cache.root.parent), Policy()).blobs == []
         assert store.sees_blob(manifest["a"])
-    assert len(collect(opened(store.near.root.parent), Policy()).blobs) == 1
+    assert len(collect(opened(store.cache.root.parent), Policy()).blobs) == 1
     assert not store.sees_blob(manifest["a"])
 
 
 def test_what_a_live_run_uses_stays_between_its_stages(store: Store) -> None:
     keep(store, "base", {"a": b"base"})
-    ago(store.near.root, 40)
+    ago(store.cache.root, 40)
     ran(store, "recipe", "1", "base", days=0.9)
     assert gone(collect(store, Policy(older_than=DAY, max_size=0))) == []
-    ago(store.near.root, 1.1, "runs")
+    ago(store.cache.root, 1.1, "runs")
     assert gone(collect(store, Policy(older_than=DAY, max_size=0))) == ["base"]
 
 
@@ -201,7 +201,7 @@ def test_a_manifest_whose_blobs_were_collected_before_it_was_there_is_not_kept(s
     manifest = put(store, {"a": b"1"})
     store.backend.delete(blob_key(manifest["a"].sha256))
     with pytest.raises(Collected, match="run again") as caught:
-        store.keep("quantize", "key", manifest, {})
+        store.commit("quantize", "key", manifest, {})
     assert caught.value.retryable and not list(store.backend.keys("artifacts"))
 
 
@@ -232,7 +232,7 @@ def test_a_manifest_that_gc_took_for_an_old_one_of_its_key_is_written_again(
         settle()
 
     monkeypatch.setattr(store, "wait_for_gc", late)
-    store.keep("quantize", "key", manifest, {})
+    store.commit("quantize", "key", manifest, {})
     assert store.manifest("quantize", "key") == manifest
 
 
@@ -271,7 +271,7 @@ def test_a_gc_that_was_killed_holds_nobody_up(store: Store, monkeypatch: pytest.
 
 def test_a_gc_that_was_suspended_deletes_nothing_more(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(store, "old", {"a": b"1"})
-    ago(store.near.root, 40)
+    ago(store.cache.root, 40)
     monkeypatch.setattr(leases, "DEAD_AFTER_S", 0.0)
     with pytest.raises(StoreError, match="not renewed in time"):
         collect(store, Policy(older_than=DAY))
@@ -285,7 +285,7 @@ def test_killed_after_any_deletion_every_manifest_is_whole_and_the_next_gc_ends_
     for name in ("a", "b"):
         keep(store, name, {name: name.encode(), "both": b"both"})
     keep(store, "stays", {"both": b"both"})
-    ago(store.near.root, 40)
+    ago(store.cache.root, 40)
     store.find("quantize", "stays")
     delete, left = store.backend.delete, [deletions]
 
@@ -300,7 +300,7 @@ def test_killed_after_any_deletion_every_manifest_is_whole_and_the_next_gc_ends_
     with pytest.raises(KeyboardInterrupt):
         collect(store, Policy(older_than=DAY))
     monkeypatch.undo()
-    assert verify(store, deep=True).problems == []
+    assert verify_store(store, deep=True).problems == []
     collect(store, Policy(older_than=DAY))
     assert names(store) == {"stays"} and len(list(store.backend.keys("blobs"))) == 1
     assert not [key for key in store.backend.keys("provenance") if "stays" not in key]
@@ -309,7 +309,7 @@ def test_killed_after_any_deletion_every_manifest_is_whole_and_the_next_gc_ends_
 def test_a_manifest_that_cannot_be_read_stops_gc(store: Store) -> None:
     put(store, {"a": b"perhaps it names this"})
     store.backend.write("artifacts/quantize/bad", b"{")
-    ago(store.near.root, 40)
+    ago(store.cache.root, 40)
     with pytest.raises(StoreError, match="verify --repair"):
         collect(store, Policy())
     assert len(list(store.backend.keys("blobs"))) == 1

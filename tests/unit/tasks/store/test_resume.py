@@ -10,7 +10,7 @@ import pytest
 from requant.tasks.artifact import sha256_of
 from requant.tasks.quantizing import resume
 from requant.tasks.store.folder import FolderBackend
-from requant.tasks.store.resume import Index, kept, push, restore, sweep
+from requant.tasks.store.resume import Index, delete_resume, download_resume, resume_uploads, upload_resume
 from requant.tasks.store.store import Store
 from tests.factories.stores import Remote, ago
 
@@ -21,7 +21,7 @@ def remote(tmp_path: Path) -> Remote:
 
 
 def machine(remote: Remote, folder: Path) -> Store:
-    return Store(remote, near=FolderBackend(folder))
+    return Store(remote, cache=FolderBackend(folder))
 
 
 def finish_block(folder: Path, number: int) -> None:
@@ -41,11 +41,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_another_machine_goes_on_from_the_finished_blocks(remote: Remote, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    with kept(machine(remote, tmp_path / "a"), "quantize", "k", one, resume.portable):
+    with resume_uploads(machine(remote, tmp_path / "a"), "quantize", "k", one, resume.portable):
         for number in range(3):
             finish_block(one, number)
         (one / "ladder.json").write_text('{"rung": 2}')
-    assert restore(machine(remote, tmp_path / "b"), "quantize", "k", two, resume.worth_fetching) == 8
+    assert download_resume(machine(remote, tmp_path / "b"), "quantize", "k", two, resume.worth_fetching) == 8
     assert files(two) == files(one) and resume.finished(two) == 3
 
 
@@ -53,11 +53,11 @@ def test_files_are_copied_while_the_work_goes_on_and_once_only(remote: Remote, t
     folder, sent = tmp_path / "work", Index()
     store = machine(remote, tmp_path / "near")
     finish_block(folder, 0)
-    push(store, "quantize", "k", folder, resume.portable(folder), sent)
+    upload_resume(store, "quantize", "k", folder, resume.portable(folder), sent)
     ago(remote.root, 1)
     first = {key: remote.path(key).stat().st_mtime_ns for key in remote.keys("resume")}
     finish_block(folder, 1)
-    push(store, "quantize", "k", folder, resume.portable(folder), sent)
+    upload_resume(store, "quantize", "k", folder, resume.portable(folder), sent)
     again = {key for key, at in first.items() if remote.path(key).stat().st_mtime_ns != at}
     assert {key.rsplit("/", 1)[1] for key in again} <= {"index", resume.MANIFEST, "block-00000.safetensors",
                                                         "model-shard-00001.safetensors"}  # fmt: skip
@@ -84,19 +84,19 @@ def test_a_block_that_arrives_altered_is_fetched_again_and_else_done_again(
 ) -> None:
     one, two, three = tmp_path / "one", tmp_path / "two", tmp_path / "three"
     finish_block(one, 0)
-    push(machine(remote, tmp_path / "a"), "quantize", "k", one, resume.portable(one), {})
+    upload_resume(machine(remote, tmp_path / "a"), "quantize", "k", one, resume.portable(one), {})
     altered(remote, monkeypatch, 1)
-    assert restore(machine(remote, tmp_path / "b"), "quantize", "k", two, resume.worth_fetching) == 3
+    assert download_resume(machine(remote, tmp_path / "b"), "quantize", "k", two, resume.worth_fetching) == 3
     assert files(two) == files(one)
     altered(remote, monkeypatch, 2)
-    assert restore(machine(remote, tmp_path / "c"), "quantize", "k", three, resume.worth_fetching) == 0
+    assert download_resume(machine(remote, tmp_path / "c"), "quantize", "k", three, resume.worth_fetching) == 0
     assert resume.finished(three) == 0 and not any(b"?" in data for data in files(three).values())
 
 
 @pytest.mark.parametrize("index", [b'{"a": 5}', b"[" * 100_000, b'{"a": [1e999, ""]}', b"[]", b"\xff"])
 def test_an_index_that_nobody_of_ours_wrote_is_passed_over(remote: Remote, tmp_path: Path, index: bytes) -> None:
     remote.write("resume/quantize/k/index", index)
-    assert restore(machine(remote, tmp_path / "b"), "quantize", "k", tmp_path / "w", resume.worth_fetching) == 0
+    assert download_resume(machine(remote, tmp_path / "b"), "quantize", "k", tmp_path / "w", resume.worth_fetching) == 0
 
 
 def test_a_shard_that_is_still_being_written_does_not_count(tmp_path: Path) -> None:
@@ -109,20 +109,20 @@ def test_a_shard_that_is_still_being_written_does_not_count(tmp_path: Path) -> N
 def test_a_machine_that_is_further_keeps_what_it_has(remote: Remote, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     finish_block(one, 0)
-    push(machine(remote, tmp_path / "a"), "quantize", "k", one, resume.portable(one), {})
+    upload_resume(machine(remote, tmp_path / "a"), "quantize", "k", one, resume.portable(one), {})
     for number in range(2):
         finish_block(two, number)
     before = files(two)
-    assert restore(machine(remote, tmp_path / "b"), "quantize", "k", two, resume.worth_fetching) == 0
+    assert download_resume(machine(remote, tmp_path / "b"), "quantize", "k", two, resume.worth_fetching) == 0
     assert files(two) == before
 
 
 def test_the_state_is_swept_once_the_artifact_is_there(remote: Remote, tmp_path: Path) -> None:
     folder, store = tmp_path / "work", machine(remote, tmp_path / "near")
     finish_block(folder, 0)
-    push(store, "quantize", "k", folder, resume.portable(folder), {})
-    push(store, "quantize", "other", folder, resume.portable(folder), {})
-    sweep(store, "quantize", "k")
+    upload_resume(store, "quantize", "k", folder, resume.portable(folder), {})
+    upload_resume(store, "quantize", "other", folder, resume.portable(folder), {})
+    delete_resume(store, "quantize", "k")
     assert not list(remote.keys("resume/quantize/k")) and list(remote.keys("resume/quantize/other"))
 
 
@@ -130,7 +130,7 @@ def test_a_store_that_fails_does_not_stop_the_work(remote: Remote, tmp_path: Pat
     folder = tmp_path / "work"
     finish_block(folder, 0)
     remote.root.write_text("not a folder")
-    with kept(machine(remote, tmp_path / "near"), "quantize", "k", folder, resume.portable):
+    with resume_uploads(machine(remote, tmp_path / "near"), "quantize", "k", folder, resume.portable):
         pass
 
 
@@ -170,7 +170,7 @@ def test_killed_between_the_manifest_and_the_index_the_blocks_before_it_are_gone
     one, two, sent = tmp_path / "one", tmp_path / "two", Index()
     store = machine(remote, tmp_path / "a")
     finish_block(one, 0)
-    push(store, "quantize", "k", one, resume.portable(one), sent)
+    upload_resume(store, "quantize", "k", one, resume.portable(one), sent)
     finish_block(one, 1)
     write = remote.write
 
@@ -181,8 +181,8 @@ def test_killed_between_the_manifest_and_the_index_the_blocks_before_it_are_gone
 
     monkeypatch.setattr(remote, "write", killed)
     with pytest.raises(KeyboardInterrupt):
-        push(store, "quantize", "k", one, resume.portable(one), sent)
-    assert restore(machine(remote, tmp_path / "b"), "quantize", "k", two, resume.worth_fetching) == 3
+        upload_resume(store, "quantize", "k", one, resume.portable(one), sent)
+    assert download_resume(machine(remote, tmp_path / "b"), "quantize", "k", two, resume.worth_fetching) == 3
     assert resume.finished(two) == 1
     resume.trim(two / "resume")
     assert manifest(two)["completed_blocks"] == ["layers.0"]
@@ -195,7 +195,7 @@ def test_a_block_that_ends_while_the_others_are_sent_is_not_missed_by_the_next_m
     finish_block(one, 0)
     paths = resume.portable(one)
     finish_block(one, 1)
-    push(machine(remote, tmp_path / "a"), "quantize", "k", one, paths, {})
-    assert restore(machine(remote, tmp_path / "b"), "quantize", "k", two, resume.worth_fetching) == 3
+    upload_resume(machine(remote, tmp_path / "a"), "quantize", "k", one, paths, {})
+    assert download_resume(machine(remote, tmp_path / "b"), "quantize", "k", two, resume.worth_fetching) == 3
     resume.trim(two / "resume")
     assert manifest(two)["completed_blocks"] == ["layers.0"] and resume.finished(two) == 1

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from requant.flows.report.report import Report
+from requant.flows.report.report import RunReport
 from requant.tasks.artifact import Manifest
 from requant.tasks.errors import StoreError
 from requant.tasks.hub.revision import Revision
@@ -77,7 +77,7 @@ def test_what_is_no_run_is_passed_over(store: Store, text: bytes) -> None:
 
 
 def test_a_report_knows_its_run_once_a_stage_is_done() -> None:
-    report = Report(Recipe.model_validate({"base": {"repo_id": "a/base"}, "publish": {"repo_id": "me/result"}}))
+    report = RunReport(Recipe.model_validate({"base": {"repo_id": "a/base"}, "publish": {"repo_id": "me/result"}}))
     assert report.run is None
     report.base = Revision("a/base", SHA, (), "model")
     assert report.run is None

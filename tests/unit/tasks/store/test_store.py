@@ -27,7 +27,7 @@ def remote(tmp_path: Path) -> Remote:
 
 @pytest.fixture
 def far(remote: Remote, tmp_path: Path) -> Store:
-    return Store(remote, near=FolderBackend(tmp_path / "near"))
+    return Store(remote, cache=FolderBackend(tmp_path / "near"))
 
 
 def put(store: Store, folder: Path, files: dict[str, bytes]) -> Manifest:
@@ -39,7 +39,7 @@ def put(store: Store, folder: Path, files: dict[str, bytes]) -> Manifest:
 
 def kept(store: Store, folder: Path, files: dict[str, bytes], key: str = KEY) -> Manifest:
     manifest = put(store, folder, files)
-    return store.keep("quantize", key, manifest, {"seconds": 1})
+    return store.commit("quantize", key, manifest, {"seconds": 1})
 
 
 FILES = {"config.json": b"{}", "sub/weights.safetensors": b"weights", "empty": b""}
@@ -62,7 +62,7 @@ def test_a_key_or_stage_that_was_never_kept_is_not_found(store: Store, tmp_path:
 def test_what_a_store_lists_of_a_stage_is_read_whether_or_not_its_blobs_are_there(store: Store, tmp_path: Path) -> None:
     assert not store.has_any("quantize") and store.records("quantize") == {}
     manifest = kept(store, tmp_path / "work", FILES)
-    store.keep("quantize", "b" * 64, manifest, {"seconds": 2})
+    store.commit("quantize", "b" * 64, manifest, {"seconds": 2})
     assert store.has_any("quantize") and not store.has_any("validate")
     assert store.records("quantize") == {KEY: {"seconds": 1}, "b" * 64: {"seconds": 2}}
     assert len(store.records("quantize", limit=1)) == 1
@@ -80,7 +80,7 @@ def test_a_blob_has_a_path_on_this_machine_only_while_it_is_here_in_its_size(far
     path = far.local_path(file)
     assert path is not None and path.read_bytes() == FILES["config.json"]
     assert far.local_path(File(file.path, file.size + 1, file.sha256)) is None
-    far.near.delete(blob_key(file.sha256))
+    far.cache.delete(blob_key(file.sha256))
     assert far.local_path(file) is None and far.sees_blob(file)
 
 
@@ -92,8 +92,8 @@ def test_the_first_manifest_of_a_key_wins(store: Store, tmp_path: Path) -> None:
 
 
 def test_the_record_beside_an_artifact_is_that_of_the_run_that_made_it(store: Store, tmp_path: Path) -> None:
-    store.keep("quantize", KEY, put(store, tmp_path / "one", {"a": b"1"}), {"run": "first"})
-    store.keep("quantize", KEY, put(store, tmp_path / "two", {"a": b"2"}), {"run": "second"})
+    store.commit("quantize", KEY, put(store, tmp_path / "one", {"a": b"1"}), {"run": "first"})
+    store.commit("quantize", KEY, put(store, tmp_path / "two", {"a": b"2"}), {"run": "second"})
     assert store.provenance("quantize", KEY) == {"run": "first"}
 
 
@@ -107,7 +107,7 @@ def test_a_manifest_with_a_missing_blob_is_not_found_and_may_be_made_again(store
 
 def test_a_manifest_with_a_cut_blob_is_not_found(store: Store, tmp_path: Path) -> None:
     manifest = kept(store, tmp_path / "one", {"a": b"whole"})
-    path = store.near.path(blob_key(manifest["a"].sha256))
+    path = store.cache.path(blob_key(manifest["a"].sha256))
     path.chmod(0o644)
     path.write_bytes(b"who")
     assert store.manifest("quantize", KEY) is None
@@ -162,7 +162,7 @@ def test_16_threads_can_put_one_blob(store: Store, tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert errors == [] and store.read_blob(file) == data
-    assert [p.name for p in store.near.root.rglob("*") if p.is_file()] == [file.sha256]
+    assert [p.name for p in store.cache.root.rglob("*") if p.is_file()] == [file.sha256]
 
 
 def test_16_threads_can_fetch_one_blob(far: Store, remote: Remote, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_16_threads_can_fetch_one_blob(far: Store, remote: Remote, tmp_path: Pat
     for thread in threads:
         thread.join()
     assert read == [data] * 16
-    assert not list((far.near.root / "arriving").iterdir())
+    assert not list((far.cache.root / "arriving").iterdir())
 
 
 def test_a_file_that_changed_while_it_was_stored_is_refused(store: Store, tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_checkout_over_links_to_blobs_gives_the_user_files_of_their_own(store:
     store.link_files(manifest, tmp_path / "out")
     store.checkout(manifest, tmp_path / "out")
     assert (tmp_path / "out" / "a").stat().st_mode & 0o200
-    assert (tmp_path / "out" / "a").stat().st_ino != store.near.path(blob_key(manifest["a"].sha256)).stat().st_ino
+    assert (tmp_path / "out" / "a").stat().st_ino != store.cache.path(blob_key(manifest["a"].sha256)).stat().st_ino
 
 
 @pytest.mark.parametrize("altered", [b"WEIGHTS", b"weight", b"", b"weights and more"])
@@ -268,7 +268,7 @@ def test_a_blob_altered_on_the_way_in_is_refused_and_not_kept(far: Store, remote
     remote.on_the_way = lambda data: altered
     with pytest.raises(CorruptBlob, match="does not have the sha256"):
         far.read_blob(file)
-    assert [p for p in far.near.root.rglob("*") if p.is_file()] == []
+    assert [p for p in far.cache.root.rglob("*") if p.is_file()] == []
     remote.on_the_way = bytes
     assert far.read_blob(file) == b"weights"
 
@@ -276,7 +276,7 @@ def test_a_blob_altered_on_the_way_in_is_refused_and_not_kept(far: Store, remote
 def test_a_small_blob_that_a_disk_altered_is_never_read(store: Store, far: Store, tmp_path: Path) -> None:
     for each in (store, far):
         manifest = kept(each, tmp_path / "work", {"a": b"right"})
-        path = each.near.path(blob_key(manifest["a"].sha256))
+        path = each.cache.path(blob_key(manifest["a"].sha256))
         path.chmod(0o644)
         path.write_bytes(b"wrong")
     assert far.read_blob(manifest["a"]) == b"right"  # fetched anew
@@ -312,7 +312,7 @@ def test_a_name_that_is_no_sha256_never_becomes_a_path(name: str) -> None:
 def test_a_work_folder_is_the_same_for_one_key_and_stays_inside(store: Store) -> None:
     first = store.work_folder("quantize", KEY)
     assert first.is_dir() and first == store.work_folder("quantize", KEY) != store.work_folder("validate", KEY)
-    assert first.is_relative_to(store.near.root)
+    assert first.is_relative_to(store.cache.root)
     with pytest.raises(ValueError, match="not allowed"):
         store.work_folder("..", "x")
 

@@ -13,7 +13,7 @@ from requant.tasks.errors import CheckpointError, RequantError, StoreError
 from requant.tasks.store import Store
 from requant.tasks.store.folder import FolderBackend, make_folder
 from requant.tasks.store.gc import Policy, collect
-from requant.tasks.store.resume import restore
+from requant.tasks.store.resume import download_resume
 from requant.tasks.store.s3 import S3Backend
 from requant.tasks.store.store import blob_key
 from tests.factories.stores import every_operation, keep
@@ -38,7 +38,7 @@ def test_a_name_without_room_on_a_file_system_or_in_s3_is_refused_by_a_sentence(
     for refused in (
         lambda: check_relative(name),
         lambda: Manifest.of([File(name, 0, EMPTY)]),
-        lambda: store.near.path(name),
+        lambda: store.cache.path(name),
     ):
         with pytest.raises(CheckpointError, match="is not allowed") as caught:
             refused()
@@ -87,7 +87,7 @@ def test_no_key_leaves_the_prefix_of_a_bucket(key: str, bucket: S3Backend, tmp_p
 
 @pytest.mark.parametrize("planted", ["blobs", "blobs/sha256", "blobs/sha256/e3", blob_key(EMPTY)])
 def test_a_link_planted_in_the_store_is_never_followed(store: Store, outside: Path, planted: str) -> None:
-    link = store.near.root / planted
+    link = store.cache.root / planted
     make_folder(link.parent)
     link.symlink_to(outside / "file" if planted.endswith(EMPTY) else outside)
     (outside / "new").write_bytes(b"")
@@ -110,19 +110,19 @@ def test_gc_follows_no_link_out_of_the_store(store: Store, outside: Path) -> Non
     old.mkdir(parents=True)
     (old / ("a" * 64)).write_bytes(b"old")
     os.utime(old / ("a" * 64), (1, 1))
-    make_folder(store.near.root / "blobs")
-    (store.near.root / "blobs" / "sha256").symlink_to(outside / "sha256")
+    make_folder(store.cache.root / "blobs")
+    (store.cache.root / "blobs" / "sha256").symlink_to(outside / "sha256")
     collect(store, Policy())
     assert (old / ("a" * 64)).read_bytes() == b"old"
-    (store.near.root / "work").symlink_to(outside)
+    (store.cache.root / "work").symlink_to(outside)
     with pytest.raises(StoreError, match="is a symbolic link"):
         collect(store, Policy())
     assert (outside / "file").exists()
 
 
-def test_gc_follows_no_link_out_of_the_near_cache(far: Store, outside: Path) -> None:
+def test_gc_follows_no_link_out_of_the_local_cache(far: Store, outside: Path) -> None:
     os.utime(outside / "file", (1, 1))
-    (far.near.root / "blobs").symlink_to(outside)
+    (far.cache.root / "blobs").symlink_to(outside)
     with pytest.raises(StoreError, match="is a symbolic link"):
         collect(far, Policy())
     assert (outside / "file").read_bytes() == b"mine"
@@ -153,23 +153,23 @@ def test_a_link_in_place_of_the_checkouts_beside_a_store_is_not_followed(
     store: Store, tmp_path: Path, outside: Path
 ) -> None:
     manifest = keep(store, KEY, {"file": b"theirs"})
-    (store.near.root / "checkouts").mkdir()
-    (store.near.root / "checkouts" / manifest.digest).symlink_to(outside)
+    (store.cache.root / "checkouts").mkdir()
+    (store.cache.root / "checkouts" / manifest.digest).symlink_to(outside)
     with pytest.raises(StoreError, match="is a symbolic link"):
         store.link_files(manifest, store.checkout_folder(manifest))
     assert (outside / "file").read_bytes() == b"mine"
 
 
 def test_carried_work_names_no_file_outside_its_folder(tmp_path: Path, outside: Path) -> None:
-    far = Store(FolderBackend(tmp_path / "remote"), near=FolderBackend(tmp_path / "near"))
+    far = Store(FolderBackend(tmp_path / "remote"), cache=FolderBackend(tmp_path / "near"))
     far.backend.write("resume/quantize/k/index", b'{"../outside/file": [9, ""]}')
     with pytest.raises(RequantError, match="not allowed"):
-        restore(far, "quantize", "k", tmp_path / "work", lambda folder, paths: True)
+        download_resume(far, "quantize", "k", tmp_path / "work", lambda folder, paths: True)
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "sub").symlink_to(outside)
     far.backend.write("resume/quantize/k/index", b'{"sub/file": [9, ""]}')
     with pytest.raises(StoreError, match="is a symbolic link"):
-        restore(far, "quantize", "k", tmp_path / "work", lambda folder, paths: True)
+        download_resume(far, "quantize", "k", tmp_path / "work", lambda folder, paths: True)
     assert (outside / "file").read_bytes() == b"mine"
 
 
@@ -185,7 +185,7 @@ def test_nothing_that_is_handed_out_can_be_executed(store: Store, tmp_path: Path
 
 @pytest.mark.parametrize("folder", ["", "blobs", "artifacts"])
 def test_a_store_that_every_user_may_write_to_is_refused_with_its_remedy(store: Store, folder: str) -> None:
-    path = store.near.root / folder
+    path = store.cache.root / folder
     path.mkdir(exist_ok=True)
     path.chmod(0o777)
     with pytest.raises(StoreError, match=r"every user .* run `chmod -R o-w ") as caught:
@@ -199,7 +199,7 @@ def test_a_link_to_a_folder_that_every_user_may_write_to_is_told_from_a_folder_o
     store: Store, outside: Path
 ) -> None:
     outside.chmod(0o777)
-    (store.near.root / "work").symlink_to(outside)
+    (store.cache.root / "work").symlink_to(outside)
     with pytest.raises(StoreError, match="is a symbolic link") as caught:
         store.check()
     assert "chmod" not in str(caught.value)  # which would go through the link
@@ -210,7 +210,7 @@ def test_a_store_made_under_a_careless_umask_is_not_writable_by_everyone(tmp_pat
     try:
         backend = FolderBackend(tmp_path / "store")
         backend.check()
-        opened = Store(backend, near=backend)
+        opened = Store(backend, cache=backend)
         keep(opened, KEY, {"sub/a": b"1"})
         opened.work_folder("quantize", KEY)
         opened.check()

@@ -55,7 +55,7 @@ def test_chats_become_what_the_bases_template_makes_of_them(tmp_path: Path, monk
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
     found, documents = rendered(tmp_path, {"text": "x = 1", "domain": "code"}, {"messages": CHAT, "domain": "chat"})
     assert documents == ["x = 1", "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>\n"]
-    assert (found.templated, found.plain) == (1, 0) and "through the base's chat template" in found.told
+    assert (found.templated, found.plain) == (1, 0) and "through the base's chat template" in found.summary
     assert found.tokens.keys() == {"code", "chat"}
     assert found.tokens["chat"] < len(documents[1]) / 2  # a special token is one token
 
@@ -68,7 +68,7 @@ def test_a_base_without_a_template_has_plain_chats_and_it_is_said(tmp_path: Path
         shutil.copyfile(TINY / name, model / name)
     found, documents = rendered(tmp_path, {"messages": CHAT}, model=model)
     assert documents == [PLAIN]
-    assert found.told.endswith("1 as plain `role: content` (the base has no chat template)")
+    assert found.summary.endswith("1 as plain `role: content` (the base has no chat template)")
 
 
 @pytest.mark.usefixtures("quick_rendering")

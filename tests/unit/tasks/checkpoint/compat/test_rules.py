@@ -14,11 +14,11 @@ from requant.tasks.checkpoint.compat import vllm
 from requant.tasks.checkpoint.compat.rule import (
     EXPERTS,
     LM_HEAD,
+    EngineScheme,
     Layer,
     NotLoadable,
     Patterns,
     Renames,
-    Scheme,
     Substrings,
 )
 from tests.factories.checkpoints import (
@@ -45,7 +45,7 @@ def answer(config: Changes, name: str, kind: str = "linear", cls: str = "ColumnP
         return str(refusal)
 
 
-def told(scheme: Scheme) -> Any:
+def told(scheme: EngineScheme) -> Any:
     return (scheme.bits, scheme.group_size, scheme.sym) if scheme.quantized else PLAIN
 
 

@@ -11,7 +11,14 @@ import torch
 from auto_round.data_type.int import quant_tensor_asym, quant_tensor_sym
 from torch import nn
 
-from requant.tasks.quantizing.loop.best_iteration import COMPARED, LEAST, better, gain_of, spread, without_scale
+from requant.tasks.quantizing.loop.best_iteration import (
+    COMPARED_SAMPLES,
+    MIN_PIECES,
+    better,
+    gain_of,
+    spread,
+    without_scale,
+)
 from requant.tasks.quantizing.loop.tune import FakeQuantized
 
 # Losses of a model with the parameter p in each piece of samples: p = 1 is the last step, p = 0 the lowest batch.
@@ -55,11 +62,11 @@ def test_a_difference_within_the_noise_keeps_auto_rounds_choice() -> None:
     assert kept == "lowest batch" and reason is not None and "noise" in reason
 
 
-@pytest.mark.parametrize("pieces", range(1, LEAST))
+@pytest.mark.parametrize("pieces", range(1, MIN_PIECES))
 def test_too_few_samples_keep_auto_rounds_choice(pieces: int) -> None:
     """As of the two samples of a real model: 776.02 against 776.83."""
     kept, reason = chosen(([776.02] * pieces, [776.83] * pieces))
-    assert kept == "lowest batch" and reason is not None and f"of which {LEAST} are needed" in reason
+    assert kept == "lowest batch" and reason is not None and f"of which {MIN_PIECES} are needed" in reason
 
 
 def test_one_group_that_lost_its_scale_keeps_auto_rounds_choice() -> None:
@@ -85,7 +92,7 @@ def test_the_gain_and_its_error_are_those_of_the_differences_of_all_samples() ->
 def test_enough_pieces_of_one_shape_are_compared_where_there_are_samples(samples: int, whole: int, batch: int) -> None:
     order = spread(samples, whole, batch)
     assert len(order) % whole == 0 and len(set(order)) == len(order) and max(order) < samples
-    assert len(order) >= min(samples, COMPARED, LEAST * batch)
+    assert len(order) >= min(samples, COMPARED_SAMPLES, MIN_PIECES * batch)
 
 
 def fake(quantizer: Any, weight: torch.Tensor, coefficient: float) -> FakeQuantized:

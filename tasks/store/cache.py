@@ -30,7 +30,7 @@ class Found:
             self.path.unlink(missing_ok=True)
 
 
-def found_near(
+def find_local_leftovers(
     store: Store,
     named: Collection[str],
     digests: Collection[str],
@@ -40,8 +40,8 @@ def found_near(
     unfinished: float,
 ) -> list[Found]:
     """What may go. `named`: blobs of the artifacts that stay, `digests`: those artifacts; what a lease needs stays."""
-    root = store.near.root
-    now = store.near.now()
+    root = store.cache.root
+    now = store.cache.now()
     found: list[Found] = []
     at_work = tuple(f"{stage}-{key[:16]}" for stage, key in working)
     for folder in _entries(root, "work"):
@@ -57,12 +57,12 @@ def found_near(
         if _last_change(path) < now - grace:
             found.append(Found(path, _bytes(path)))
     if not store.is_local:
-        for item in store.near.items("blobs"):
+        for item in store.cache.items("blobs"):
             sha256 = item.key.rpartition("/")[2]
             patience = UNUSED_S if sha256 in named else grace
             if sha256 not in needed and item.modified < now - patience:
                 found.append(Found(root / item.key, item.size))
-        found += [Found(root / name, (root / name).lstat().st_size) for name in store.near.leftovers(now - grace)]
+        found += [Found(root / name, (root / name).lstat().st_size) for name in store.cache.leftovers(now - grace)]
     return found
 
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.errors import CheckpointError
-from requant.tasks.measuring.model import Skeleton, state_dict
+from requant.tasks.validating.model import Skeleton, state_dict
 
 
 class MtpHead(nn.Module):

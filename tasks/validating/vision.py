@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from requant.tasks.measuring.model import Skeleton
+from requant.tasks.validating.model import Skeleton
 
 SEED, GRID = 1, (1, 8, 12)  # frames, rows and columns of patches
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from requant.tasks.errors import CheckpointError
-from requant.tasks.measuring.model import Skeleton
+from requant.tasks.validating.model import Skeleton
 
 
 @dataclass

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from requant.tasks.measuring.measured import Measurement, interval, perplexity_increase
+from requant.tasks.validating.measured import Measurement, interval, perplexity_increase
 
 
 def measurement(**arrays: Any) -> Measurement:

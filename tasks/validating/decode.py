@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache
 
-from requant.tasks.measuring.blocks import Rows, run_blocks
-from requant.tasks.measuring.head import MtpHead
-from requant.tasks.measuring.model import Skeleton
+from requant.tasks.validating.blocks import Rows, run_blocks
+from requant.tasks.validating.head import MtpHead
+from requant.tasks.validating.model import Skeleton
 
 TIE = 1e-3  # logits this close are a tie, which a pass of one token and one of several may break differently
 

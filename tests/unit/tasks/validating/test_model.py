@@ -10,8 +10,8 @@ import torch
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.errors import CheckpointError
-from requant.tasks.measuring.blocks import Rows, run_blocks
-from requant.tasks.measuring.model import Skeleton, load_model
+from requant.tasks.validating.blocks import Rows, run_blocks
+from requant.tasks.validating.model import Skeleton, load_model
 from tests.factories.bases import other_base
 from tests.factories.checkpoints import write_quantized
 from tests.factories.pico import pico_base

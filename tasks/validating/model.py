@@ -33,11 +33,11 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.fp8 import dequantized_tensors
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import split_name
-from requant.tasks.checkpoint.packing import PARTS, Scheme, dequantize
+from requant.tasks.checkpoint.packing import GPTQ_PARTS, PackingScheme, dequantize
 from requant.tasks.errors import CheckpointError
 from requant.tasks.settings import read_settings
 
-SMALL = 128 << 20  # bytes
+RESIDENT_BYTES = 128 << 20  # bytes
 transformers.logging.set_verbosity_error()  # it warns of every kernel that is not installed
 transformers.logging.disable_progress_bar()
 
@@ -74,7 +74,7 @@ def few_threads(nbytes: int) -> Iterator[None]:
     """One thread for weights of some megabytes: more gain little, and beside another process they wait for each other
     ten times as long as they work."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1 if nbytes < SMALL else threads)
+    torch.set_num_threads(1 if nbytes < RESIDENT_BYTES else threads)
     try:
         yield
     finally:
@@ -188,7 +188,7 @@ class Skeleton:
             if tensor.name in head:
                 continue
             module, part = split_name(tensor.name)
-            name = f"{module}.weight" if part in PARTS else tensor.name
+            name = f"{module}.weight" if part in GPTQ_PARTS else tensor.name
             key, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, known)
             if key not in known and name in known:
                 key = name
@@ -277,7 +277,7 @@ def state_dict(tensors: Iterable[Tensor], config: dict[str, Any], dtype: torch.d
     state = {t.name: to_torch(t) for t in tensors if t.name not in taken}
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     for module, parts in packed.items():
-        scheme = Scheme.of(config.get("quantization_config") or {}, module)
+        scheme = PackingScheme.of(config.get("quantization_config") or {}, module)
         state[f"{module}.weight"] = torch.from_numpy(dequantize(parts, scheme)).to(dtype)
     return state
 

@@ -10,11 +10,11 @@ import torch
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.errors import CheckpointError
-from requant.tasks.measuring import decode as decoding
-from requant.tasks.measuring.decode import agreement, decode, decode_in_blocks, speculate
-from requant.tasks.measuring.head import MtpHead
-from requant.tasks.measuring.model import Skeleton, load_model, load_tokenizer
 from requant.tasks.texts.text import EVALUATION
+from requant.tasks.validating import decode as decoding
+from requant.tasks.validating.decode import agreement, decode, decode_in_blocks, speculate
+from requant.tasks.validating.head import MtpHead
+from requant.tasks.validating.model import Skeleton, load_model, load_tokenizer
 from tests.factories.bases import other_base
 from tests.factories.paths import TINY
 from tests.factories.pico import pico_base

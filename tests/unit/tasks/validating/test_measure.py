@@ -17,15 +17,15 @@ import torch
 from requant.tasks.checkpoint.audit import Account, account
 from requant.tasks.checkpoint.checkpoint import INDEX, Checkpoint
 from requant.tasks.errors import CheckpointError, RecipeError
-from requant.tasks.measuring.compare import compare as compare_folders
-from requant.tasks.measuring.gates import compare
-from requant.tasks.measuring.measure import measure as measure_as
-from requant.tasks.measuring.measure import precision
-from requant.tasks.measuring.measured import Measurement
-from requant.tasks.measuring.model import load_model, state_dict, to_torch
 from requant.tasks.recipe.recipe import Gates
 from requant.tasks.texts.text import EVALUATION
 from requant.tasks.validate import measured_values, side_by_side, validate_folders
+from requant.tasks.validating.compare import compare as compare_folders
+from requant.tasks.validating.gates import judge
+from requant.tasks.validating.measure import measure as measure_as
+from requant.tasks.validating.measure import precision
+from requant.tasks.validating.measured import Measurement
+from requant.tasks.validating.model import load_model, state_dict, to_torch
 from tests.factories.checkpoints import (
     all_tensors,
     from_bf16,
@@ -225,7 +225,7 @@ def test_a_tokenizer_that_makes_too_few_tokens_is_not_measured_and_all_files_are
     values = validate_folders(folder, base, words)
     assert values["not_measured"].startswith(f"the tokenizer of {folder.name} makes only ")
     assert values["not_measured"].endswith(" tokens of the text words.txt, and measuring needs at least 48")
-    gates = {gate.name: gate for gate in compare(values, Gates())}
+    gates = {gate.name: gate for gate in judge(values, Gates())}
     assert gates["files"].note == "tokenizer.json of the base is missing"
     assert gates["structure"].passed and gates["lossless"].passed and gates["weight_slope"].passed
     assert gates["top1_agreement"].failed and gates["top1_agreement"].value is None
@@ -326,7 +326,7 @@ def test_a_model_whose_predictions_are_no_numbers_has_no_acceptance(of_base: Mea
 
 def test_two_folders_are_measured_and_compared(base: Path, made: Path) -> None:
     values = validate_folders(made, base)
-    gates = {g.name: g for g in compare(values, Gates())}
+    gates = {g.name: g for g in judge(values, Gates())}
     assert all(gates[name].passed for name in ("structure", "lossless", "finite", "files", "same_tokens"))
     assert gates["perplexity_increase"].value is not None and gates["top1_agreement"].value is not None
 
@@ -334,12 +334,12 @@ def test_two_folders_are_measured_and_compared(base: Path, made: Path) -> None:
 def test_a_checkpoint_whose_head_was_dropped_is_compared_without_it(base: Path, tmp_path: Path) -> None:
     values = validate_folders(write_quantized(base, tmp_path, head=False), base)
     assert values["head_kept"] is False and values["unaccounted"] == [] and values["mtp_acceptance"] is None
-    assert "mtp_acceptance_ratio" not in {g.name for g in compare(values, Gates())}
+    assert "mtp_acceptance_ratio" not in {g.name for g in judge(values, Gates())}
 
 
 def test_a_checkpoint_that_cannot_be_run_fails_its_gates_and_raises_nothing(base: Path, tmp_path: Path) -> None:
     folder = write_quantized(base, tmp_path)
     (folder / SHARD).unlink()
     values = validate_folders(folder, base)
-    failed = {g.name for g in compare(values, Gates()) if not g.passed}
+    failed = {g.name for g in judge(values, Gates()) if not g.passed}
     assert {"structure", "perplexity_increase", "top1_agreement", "mtp_acceptance_ratio"} <= failed

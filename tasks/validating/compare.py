@@ -11,9 +11,9 @@ import torch
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.header import Tensor
-from requant.tasks.measuring.blocks import Rows
-from requant.tasks.measuring.measured import Measurement
-from requant.tasks.measuring.model import Skeleton, few_threads, free
+from requant.tasks.validating.blocks import Rows
+from requant.tasks.validating.measured import Measurement
+from requant.tasks.validating.model import Skeleton, few_threads, free
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from requant.tasks.measuring.gates import FIXED, MOST_REPEATED, Gate, compare, most_repeated, slope_error
 from requant.tasks.recipe.recipe import MAX_KL_DIVERGENCE, Gates
+from requant.tasks.validating.gates import FIXED, MAX_REPEATED_SHARE, Gate, judge, most_repeated, slope_error
 from tests.factories.measured import GOOD
 
 
@@ -27,12 +27,12 @@ def by_name(gates: list[Gate]) -> dict[str, Gate]:
 
 
 def failed(limits: Gates | None = None, **changes: Any) -> set[str]:
-    return {gate.name for gate in compare({**GOOD, **changes}, limits or Gates()) if gate.failed}
+    return {gate.name for gate in judge({**GOOD, **changes}, limits or Gates()) if gate.failed}
 
 
 def test_a_good_checkpoint_passes_every_gate() -> None:
     assert failed() == set()
-    assert set(by_name(compare(GOOD, Gates()))) == {
+    assert set(by_name(judge(GOOD, Gates()))) == {
         "structure", "lossless", "finite", "files", "context", "weight_slope", "weight_offset", "same_tokens",
         "block_error", "perplexity_increase", "kl_divergence", "top1_agreement", "most_repeated_token", "long_context",
         "vision_output", "mtp_acceptance_ratio", "speculative_decoding",
@@ -67,7 +67,7 @@ def test_each_gate_fails_alone_and_by_its_own_value(name: str) -> None:
 
 def test_a_value_at_its_limit_passes() -> None:
     at = {"perplexity_increase": 0.05, "top1_agreement": 0.85, "mtp_acceptance_ratio": 0.95}
-    assert failed(most_repeated_token=MOST_REPEATED, **at) == set()
+    assert failed(most_repeated_token=MAX_REPEATED_SHARE, **at) == set()
 
 
 UNMEASURED = {
@@ -79,20 +79,20 @@ UNMEASURED = {
 
 @pytest.mark.parametrize("name", UNMEASURED)
 def test_a_value_that_could_not_be_measured_does_not_pass(name: str) -> None:
-    gate = by_name(compare({**GOOD, UNMEASURED[name]: None}, Gates()))[name]
+    gate = by_name(judge({**GOOD, UNMEASURED[name]: None}, Gates()))[name]
     assert not gate.passed and gate.value is None and "could not be measured" in gate.note
     assert ("null" in gate.note) == (name not in FIXED), "only where a recipe can set it"
 
 
 def test_kl_divergence_has_a_limit_unless_the_recipe_says_null() -> None:
-    assert by_name(compare(GOOD, Gates()))["kl_divergence"].limit == MAX_KL_DIVERGENCE
-    assert by_name(compare({**GOOD, "kl_divergence": 9.0}, Gates(max_kl_divergence=None)))["kl_divergence"].passed
+    assert by_name(judge(GOOD, Gates()))["kl_divergence"].limit == MAX_KL_DIVERGENCE
+    assert by_name(judge({**GOOD, "kl_divergence": 9.0}, Gates(max_kl_divergence=None)))["kl_divergence"].passed
     assert failed(Gates(), kl_divergence=0.3) == {"kl_divergence"}
     assert failed(Gates(max_kl_divergence=0.01)) == {"kl_divergence"}
 
 
 def test_the_worst_matrix_and_block_are_named() -> None:
-    gates = by_name(compare({**GOOD, "matrices": matrix(scale_factor=1.05, offset=1.0), "blocks": block(2.0)}, Gates()))
+    gates = by_name(judge({**GOOD, "matrices": matrix(scale_factor=1.05, offset=1.0), "blocks": block(2.0)}, Gates()))
     assert gates["weight_slope"].note == gates["weight_offset"].note == "b.weight"
     assert gates["block_error"].note == "block 1" and gates["block_error"].value == 2.0
 
@@ -132,8 +132,8 @@ def test_a_matrix_that_is_no_number_fails() -> None:
 
 
 def test_what_a_model_has_not_is_not_compared() -> None:
-    assert "vision_output" not in by_name(compare({**GOOD, "vision": False, "vision_difference": None}, Gates()))
-    assert "speculative_decoding" not in by_name(compare({**GOOD, "speculative_agreement": None}, Gates()))
+    assert "vision_output" not in by_name(judge({**GOOD, "vision": False, "vision_difference": None}, Gates()))
+    assert "speculative_decoding" not in by_name(judge({**GOOD, "speculative_agreement": None}, Gates()))
 
 
 def test_a_head_whose_acceptance_could_not_be_measured_does_not_pass_unless_nobody_asks() -> None:
@@ -142,7 +142,7 @@ def test_a_head_whose_acceptance_could_not_be_measured_does_not_pass_unless_nobo
 
 
 def test_a_checkpoint_without_a_head_has_no_gate_for_it() -> None:
-    assert "mtp_acceptance_ratio" not in by_name(compare({**GOOD, "head_kept": False}, Gates()))
+    assert "mtp_acceptance_ratio" not in by_name(judge({**GOOD, "head_kept": False}, Gates()))
 
 
 @pytest.mark.parametrize("name", ["perplexity_increase", "top1_agreement", "mtp_acceptance_ratio", "same_tokens"])
@@ -153,13 +153,13 @@ def test_a_value_that_is_not_a_number_does_not_pass(name: str) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_broken_models_gate_is_still_json(value: float) -> None:
     """A model that predicts nothing has a perplexity of nan or inf; --json must stay one JSON document."""
-    for gate in compare({**GOOD, "perplexity_increase": value}, Gates()):
+    for gate in judge({**GOOD, "perplexity_increase": value}, Gates()):
         assert json.loads(json.dumps(gate.to_json(), allow_nan=False))["name"] == gate.name
 
 
 def test_a_limit_that_is_null_is_reported_and_not_compared() -> None:
     limits = Gates(max_perplexity_increase=None, min_top1_agreement=None, min_mtp_acceptance_ratio=None)
-    gates = by_name(compare({**GOOD, "perplexity_increase": 9.0, "top1_agreement": 0.0}, limits))
+    gates = by_name(judge({**GOOD, "perplexity_increase": 9.0, "top1_agreement": 0.0}, limits))
     assert gates["perplexity_increase"] == Gate("perplexity_increase", 9.0, None, True, "no limit asked for")
     assert gates["top1_agreement"].passed and gates["top1_agreement"].value == 0.0
 
@@ -172,7 +172,7 @@ def test_structure_is_compared_whatever_the_recipe_says() -> None:
 
 
 def test_a_gate_of_sentences_tells_the_first_and_counts_the_others() -> None:
-    gates = by_name(compare({**GOOD, "altered": ["a differs", "b differs", "c differs"]}, Gates()))
+    gates = by_name(judge({**GOOD, "altered": ["a differs", "b differs", "c differs"]}, Gates()))
     assert gates["lossless"] == Gate("lossless", 3.0, 0.0, False, "a differs (and 2 more)")
 
 
@@ -197,7 +197,7 @@ def test_the_share_of_the_most_repeated_token_is_counted(tokens: list[int], shar
 def test_the_task_that_kept_least_is_compared_and_named() -> None:
     tasks = {name: {"recovery": kept} for name, kept in (("gsm8k", 1.01), ("humaneval", 0.9), ("mmlu", 0.99))}
     measured = {**GOOD, "tasks": tasks, "worst_task_recovery": 0.9}
-    gate = by_name(compare(measured, Gates()))["task_recovery"]
+    gate = by_name(judge(measured, Gates()))["task_recovery"]
     assert (gate.value, gate.limit, gate.passed, gate.note) == (0.9, 0.95, False, "humaneval")
-    assert by_name(compare(measured, Gates(min_task_recovery=0.9)))["task_recovery"].passed
+    assert by_name(judge(measured, Gates(min_task_recovery=0.9)))["task_recovery"].passed
     assert failed(tasks={"hard": {"recovery": None}}, worst_task_recovery=None) == {"task_recovery"}

@@ -10,16 +10,16 @@ from typing import Any
 
 from requant.tasks.recipe.recipe import Gates
 
-MOST_REPEATED = 0.9  # share of one token in a greedy continuation from which on it is garbage
+MAX_REPEATED_SHARE = 0.9  # share of one token in a greedy continuation from which on it is garbage
 # Parts of a matrix that its rounding may lose: 0.28 at most in 2 bits and groups of 64, where nothing is clipped.
-MOST_NOISE = 0.3  # up to which more noise leaves more to tuning
-LOST = 0.5  # from which on the rounding says nothing of the matrix
+MAX_TUNABLE_ERROR = 0.3  # up to which more noise leaves more to tuning
+LOST_MATRIX_ERROR = 0.5  # from which on the rounding says nothing of the matrix
 # Gates whose limits no recipe sets.
 FIXED = {"same_tokens", "most_repeated_token", "long_context", "vision_output", "speculative_decoding"}
 
 
 # Gates that say how good the model is; the others ask whether it is whole.
-QUALITY = {"perplexity_increase", "kl_divergence", "top1_agreement"}
+QUALITY_GATES = {"perplexity_increase", "kl_divergence", "top1_agreement"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Gate:
         return {**asdict(self), "value": value}
 
 
-def compare(measured: dict[str, Any], gates: Gates) -> list[Gate]:
+def judge(measured: dict[str, Any], gates: Gates) -> list[Gate]:
     """All gates for the values that validate measured, as far as the model has what they ask for.
 
     Those without a limit are reported as passed if they were measured.
@@ -77,7 +77,7 @@ def compare(measured: dict[str, Any], gates: Gates) -> list[Gate]:
         at_most("perplexity_increase", measured["perplexity_increase"], gates.max_perplexity_increase),
         at_most("kl_divergence", measured["kl_divergence"], gates.max_kl_divergence),
         at_least("top1_agreement", measured["top1_agreement"], gates.min_top1_agreement),
-        at_most("most_repeated_token", measured["most_repeated_token"], MOST_REPEATED),
+        at_most("most_repeated_token", measured["most_repeated_token"], MAX_REPEATED_SHARE),
         at_least("long_context", measured["long_context"], 1.0),
     ]
     if measured["vision"]:
@@ -105,7 +105,7 @@ def accepted(gates: Iterable[Gate]) -> bool:
 
 def measured_quality(gates: Iterable[Gate]) -> list[Gate]:
     """The gates that say how good the model is, as far as they were measured."""
-    return [gate for gate in gates if gate.name in QUALITY and gate.value is not None]
+    return [gate for gate in gates if gate.name in QUALITY_GATES and gate.value is not None]
 
 
 def refusal(gates: Iterable[Gate]) -> str:
@@ -161,10 +161,10 @@ def _slope_parts(matrix: Mapping[str, Any]) -> tuple[float, float, float]:
     """
     slope, noise = float(matrix["slope"]), _noise(matrix)
     scales = float(matrix.get("scale_factor", 1.0)) - 1
-    if noise > LOST:
+    if noise > LOST_MATRIX_ERROR:
         return scales, slope - 1, 0.0
     excess = float(matrix["slope_excess"]) if "scale_factor" in matrix else slope + noise - 1
-    return scales, excess, min(noise, MOST_NOISE) / 4
+    return scales, excess, min(noise, MAX_TUNABLE_ERROR) / 4
 
 
 def _noise(matrix: Mapping[str, Any]) -> float:

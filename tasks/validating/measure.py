@@ -14,22 +14,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from requant.tasks.checkpoint.blocks import at_once
+from requant.tasks.checkpoint.blocks import streaming_parameters
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.errors import CheckpointError, TooFewTokens
-from requant.tasks.measuring import LENGTH, PROBE, WINDOWS, window_count, window_length
-from requant.tasks.measuring.blocks import Rows, run_blocks
-from requant.tasks.measuring.decode import agreement, decode, decode_in_blocks, speculate
-from requant.tasks.measuring.head import MtpHead
-from requant.tasks.measuring.measured import Floats, Ints, Measurement
-from requant.tasks.measuring.model import Skeleton, few_threads, free, load_tokenizer, pick_device, pick_dtype, room
-from requant.tasks.measuring.vision import features
+from requant.tasks.validating import LENGTH, PROBE, WINDOWS, window_count, window_length
+from requant.tasks.validating.blocks import Rows, run_blocks
+from requant.tasks.validating.decode import agreement, decode, decode_in_blocks, speculate
+from requant.tasks.validating.head import MtpHead
+from requant.tasks.validating.measured import Floats, Ints, Measurement
+from requant.tasks.validating.model import Skeleton, few_threads, free, load_tokenizer, pick_device, pick_dtype, room
+from requant.tasks.validating.vision import features
 
 VERSION = 2  # raise it when the same checkpoint and text give other values
 DRAFTS = 3  # as far as engines draft
 PROMPTS, PROMPT, GENERATED = 4, 32, 48  # greedy continuations, in tokens
 GENERATED_IN_BLOCKS = 8  # where every token costs a pass over all weights
-LONGEST = {"cpu": 4096, "cuda": 131_072}  # tokens of one text: more takes longer than everything else
+MAX_TEXT_TOKENS = {"cpu": 4096, "cuda": 131_072}  # tokens of one text: more takes longer than everything else
 PROGRESS_INTERVAL_S = 15.0  # seconds between two lines of progress
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def _measure(skeleton: Skeleton, tokens: Ints) -> Measurement:
 
 def precision(base: Path) -> tuple[torch.device, torch.dtype]:
     """Where and in what a base is measured, and everything that is compared with it."""
-    parameters = at_once(Checkpoint.open(base))
+    parameters = streaming_parameters(Checkpoint.open(base))
     device = pick_device(parameters)
     return device, pick_dtype(parameters, device)
 
@@ -104,7 +104,9 @@ def longest(skeleton: Skeleton) -> int:
     delta = getattr(config, "linear_num_value_heads", 0) * getattr(config, "linear_value_head_dim", 0)
     each = width * skeleton.dtype.itemsize + 16 * 4 * delta  # the delta rule's reference code works in float32
     limit = int(getattr(config, "max_position_embeddings", None) or LENGTH)
-    return int(max(1, min(limit, LONGEST.get(skeleton.device.type, LENGTH), room(skeleton.device) // 2 // each)))
+    return int(
+        max(1, min(limit, MAX_TEXT_TOKENS.get(skeleton.device.type, LENGTH), room(skeleton.device) // 2 // each))
+    )
 
 
 def _long_text(ids: torch.Tensor, length: int) -> torch.Tensor:
