@@ -1,5 +1,5 @@
-"""What runs, in which order, where; and the command line."""
+"""The flows: which stages run, in which order and where; and the command line."""
 
 from pathlib import Path
 
-RECIPES_FOLDER = Path("deployments/recipes")  # whose bases are watched, unless another folder is named
+RECIPES_FOLDER = Path("deployments/recipes")  # the default folder of the watch

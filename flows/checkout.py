@@ -1,10 +1,10 @@
-"""Folders of a user's own that artifacts are laid into: what Requant did not lay there is neither replaced nor removed.
+"""Copy artifacts into folders of the user, and never replace or remove files that Requant did not write there.
 
-A record beside the store says what was laid into which folder. A folder is a checkout of ours if every file in it is
-one that the record names, with the content that it had then. Without a record (another machine, a folder that was
-moved) the folder's own `requant.json` takes its place, which names every file of a release. The record is written
-before the first file, so that an interrupted checkout is known too. No part of it lies in the folder: what a user
-uploads from there is the artifact and what belongs to it.
+The store's machine has a record of the files that were written into each folder. A folder counts as a checkout if every
+file in it is named by the record and has not changed since. Without a record, on another machine or after the folder
+was moved, the folder's own `requant.json` is used, which names every file of a release. The record is written before
+the first file, so that an interrupted checkout is recognized too. It is not in the folder itself: users upload whole
+folders, which must hold the artifact and its release files only.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from requant.tasks.artifact import RELEASE, Manifest, sha256_of
 from requant.tasks.checkpoint.writer import write_file
@@ -28,23 +27,23 @@ from requant.tasks.store.store import Store
 
 
 @dataclass(frozen=True)
-class Laid:
-    """A file as it was laid into a folder. `modified_ns`: its time of change afterwards, None if it is not known."""
+class WrittenFile:
+    """A file that was written into a folder. `modified_ns` is the time of the change, None if it is not known."""
 
     size_bytes: int
     sha256: str
     modified_ns: int | None = None
 
 
-# What was laid into a folder, by path. While a checkout is under way a file may be the earlier one or the new one.
-Known = Mapping[str, Sequence[Laid]]
+# The files that were written into a folder, by path. During a checkout, each may be the earlier or the new file.
+Known = Mapping[str, Sequence[WrittenFile]]
 
 
 def check_folder(store: Store, folder: Path, *, force: bool = False) -> None:
-    """Raises FolderInUse unless an artifact may be laid into the folder.
+    """Raise FolderInUse unless an artifact may be written into the folder.
 
-    The folder may be missing (it will be made), empty, or an earlier checkout in which nobody changed anything. With
-    `force` the files in it do not matter.
+    The folder may be missing, empty, or an earlier checkout in which nobody changed anything. With `force`, its files
+    are not checked.
     """
     where = _resolved(folder)
     if not force:
@@ -57,26 +56,29 @@ def _refuse_foreign_files(store: Store, folder: Path, where: Path) -> None:
     try:
         for path in _files(where):
             known = _known(store, where) if known is None else known
-            if not _is_laid(where, path, known):
+            if not _is_unchanged(where, path, known):
                 why = "was changed since Requant laid it there" if path in known else "was not laid there by Requant"
                 raise FolderInUse(
                     f"{folder} is not empty, and {path} in it {why}: name an empty folder, or add --force to replace "
-                    "files of the same names"
+                    "files of the same names",
+                    path=folder,
                 )
     except OSError as error:
-        raise FolderInUse(f"{folder} cannot be read ({error.strerror}): name another folder") from error
+        raise FolderInUse(f"{folder} cannot be read ({error.strerror}): name another folder", path=folder) from error
 
 
 def check_writable(where: Path, named: Path) -> None:
-    """Raises FolderInUse unless files can be written into the folder `where`, which the user calls `named`. Leaves
-    nothing behind."""
+    """Raise FolderInUse unless files can be written into the folder `where`, which the user calls `named`.
+
+    Leaves nothing behind.
+    """
     missing = [path for path in (where, *where.parents) if not path.exists()]
     try:
         where.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=where):
             pass
     except OSError as error:
-        raise FolderInUse(f"{named} cannot be written to ({error.strerror}): name another place") from error
+        raise FolderInUse(f"{named} cannot be written to ({error.strerror}): name another place", path=named) from error
     finally:
         for path in missing:
             with contextlib.suppress(OSError):
@@ -91,20 +93,21 @@ def copy_to_folder(
     *,
     force: bool = False,
 ) -> tuple[Path, list[str]]:
-    """Lay an artifact, and the files that go beside it, into a folder of the user's own.
+    """Write an artifact, and the release files `beside` it, into a folder of the user.
 
-    The same call goes on after a kill. What earlier checkouts laid there and this one does not is removed; with `force`
-    a file of somebody else's is replaced by one of the same name, and stays otherwise. Returns the folder, and the
-    weight files in it that are somebody else's: a loader may read these too.
+    After a kill, the same call continues. Files of earlier checkouts that are not in this one are removed. Files that
+    Requant did not write stay; with `force`, one is replaced if this checkout has a file of its name. Return the
+    folder, and the weight files in it that are not the artifact's, which a loader may read too.
     """
     check_folder(store, folder, force=force)
     where, beside = _resolved(folder), beside or {}
     known = _known(store, where)
-    present = list(_files(where)) if where.exists() else []  # a requant.json may name files that lie elsewhere
-    earlier = {path for path in present if path in known and _is_laid(where, path, known)}
-    coming = {file.path: Laid(file.size, file.sha256) for file in manifest.files}
-    coming |= {path: Laid(len(data), hashlib.sha256(data).hexdigest()) for path, data in beside.items()}
-    _record(store, where, {path: [*known.get(path, ()), *one] for path, one in _each(coming, earlier)})
+    present = list(_files(where)) if where.exists() else []  # A requant.json may name files that are elsewhere.
+    earlier = {path for path in present if path in known and _is_unchanged(where, path, known)}
+    coming = {file.path: WrittenFile(file.size, file.sha256) for file in manifest.files}
+    coming |= {path: WrittenFile(len(data), hashlib.sha256(data).hexdigest()) for path, data in beside.items()}
+    new = {path: [coming[path]] if path in coming else [] for path in sorted({*coming, *earlier})}
+    _record(store, where, {path: [*known.get(path, ()), *files] for path, files in new.items()})
     unfinished = {path for path in present if path not in known and _is_temporary(path, known)}
     for path in {*earlier, *unfinished} - set(coming):
         (where / path).unlink(missing_ok=True)
@@ -112,38 +115,33 @@ def copy_to_folder(
     store.checkout(manifest, where)
     for path, data in beside.items():
         write_file(where, path, [data])
-    for path, laid in coming.items():
-        coming[path] = Laid(laid.size_bytes, laid.sha256, os.lstat(where / path).st_mtime_ns)
-    _record(store, where, {path: [laid] for path, laid in coming.items()})
+    written = {path: replace(file, modified_ns=os.lstat(where / path).st_mtime_ns) for path, file in coming.items()}
+    _record(store, where, {path: [file] for path, file in written.items()})
     return where, [path for path in _files(where) if path.endswith(".safetensors") and path not in coming]
 
 
-def _each(coming: Mapping[str, Laid], earlier: Iterable[str]) -> Iterator[tuple[str, list[Laid]]]:
-    for path in sorted({*coming, *earlier}):
-        yield path, [coming[path]] if path in coming else []
-
-
 def _resolved(folder: Path) -> Path:
-    """The folder itself, behind whatever links lead to it."""
+    """Resolve a folder, which links may lead to. Raises FolderInUse if it cannot be used."""
     try:
         where = folder.resolve()
         mode = where.stat().st_mode
     except FileNotFoundError:
         if folder.is_symlink():
             raise FolderInUse(
-                f"{folder} is a link to {where}, which is not there: remove the link or name another folder"
+                f"{folder} is a link to {where}, which is not there: remove the link or name another folder",
+                path=folder,
             ) from None
         return where
-    except (OSError, RuntimeError) as error:  # RuntimeError: pathlib's word for links that lead round in a circle
+    except (OSError, RuntimeError) as error:  # pathlib raises RuntimeError for a circle of links.
         said = getattr(error, "strerror", None) or "its links lead round in a circle"
-        raise FolderInUse(f"{folder} cannot be used ({said}): name another folder") from error
+        raise FolderInUse(f"{folder} cannot be used ({said}): name another folder", path=folder) from error
     if not stat.S_ISDIR(mode):
-        raise FolderInUse(f"{folder} is not a folder: name an empty or a new one")
+        raise FolderInUse(f"{folder} is not a folder: name an empty or a new one", path=folder)
     return where
 
 
 def _files(where: Path) -> Iterator[str]:
-    """Every file and link below a folder, as paths below it."""
+    """Yield every file and link below a folder, as paths relative to it."""
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
@@ -156,56 +154,57 @@ def _files(where: Path) -> Iterator[str]:
             yield os.path.relpath(os.path.join(folder, name), where).replace(os.sep, "/")
 
 
-def _is_laid(where: Path, path: str, known: Known) -> bool:
-    """Whether a file is as it was laid: of the same time, else of the same content. What a killed checkout was still
-    writing counts as its own."""
-    found = os.lstat(where / path)
-    if not stat.S_ISREG(found.st_mode):
+def _is_unchanged(where: Path, path: str, known: Known) -> bool:
+    """Check whether a file is as Requant wrote it: by the time of its last change, otherwise by its content.
+
+    The unfinished file of a killed checkout counts as unchanged.
+    """
+    status = os.lstat(where / path)
+    if not stat.S_ISREG(status.st_mode):
         return False
-    same_size = [laid for laid in known.get(path, ()) if laid.size_bytes == found.st_size]
-    if any(laid.modified_ns == found.st_mtime_ns for laid in same_size):
+    same_size = [file for file in known.get(path, ()) if file.size_bytes == status.st_size]
+    if any(file.modified_ns == status.st_mtime_ns for file in same_size):
         return True
-    if same_size and sha256_of(where / path) in {laid.sha256 for laid in same_size}:
+    if same_size and sha256_of(where / path) in {file.sha256 for file in same_size}:
         return True
     return path not in known and _is_temporary(path, known)
 
 
 def _is_temporary(path: str, known: Known) -> bool:
-    """Whether a name is one under which a file of ours is written before it gets its own: `.NAME.part` (Store.checkout)
-    or `.NAME.PROCESS.part` (whole_file)."""
+    """Check whether a path is the temporary name of a known file: `.NAME.part` (Store.checkout), or
+    `.NAME.PROCESS.part` (checkpoint/writer.py).
+    """
     folder, _, name = path.rpartition("/")
     if not (name.startswith(".") and name.endswith(".part")):
         return False
     stem = name[1:].removesuffix(".part")
-    siblings = [each.rpartition("/")[2] for each in known if each.rpartition("/")[0] == folder]
-    return any(stem == each[:40] or stem.rpartition(".")[0] == each for each in siblings)
+    siblings = [other.rpartition("/")[2] for other in known if other.rpartition("/")[0] == folder]
+    return any(stem == sibling[:40] or stem.rpartition(".")[0] == sibling for sibling in siblings)
 
 
 def _known(store: Store, where: Path) -> Known:
-    """What was laid into a folder: by the record beside the store, else by the folder's own requant.json."""
+    """Return the files that were written into a folder, from the record or from the folder's own requant.json."""
     try:
         rows = json.loads(store.checkout_record(where).read_bytes())["files"]
-        return {str(path): [Laid(**laid) for laid in each] for path, each in rows.items()}
+        return {str(path): [WrittenFile(**file) for file in files] for path, files in rows.items()}
     except (FileNotFoundError, PermissionError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return _known_from_release(where)  # there is no record, or none that can be read
+        return _known_from_release(where)  # There is no record, or it is damaged.
 
 
 def _known_from_release(where: Path) -> Known:
     try:
         data = (where / RELEASE).read_bytes()
         rows = json.loads(data)["files"]
-        known = {str(row["path"]): [Laid(int(row["size"]), str(row["sha256"]))] for row in rows}
+        known = {str(row["path"]): [WrittenFile(int(row["size"]), str(row["sha256"]))] for row in rows}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-    return {**known, RELEASE: [Laid(len(data), hashlib.sha256(data).hexdigest())]}
+    return {**known, RELEASE: [WrittenFile(len(data), hashlib.sha256(data).hexdigest())]}
 
 
 def _record(store: Store, where: Path, files: Known) -> None:
-    """Say what lies in a folder. Where that cannot be written down, the next checkout asks for --force."""
-    document: dict[str, Any] = {
-        "folder": str(where),
-        "files": {path: [asdict(laid) for laid in each] for path, each in files.items()},
-    }
+    """Record the files of a folder. If that is not permitted, the next checkout asks for --force."""
+    rows = {path: [asdict(file) for file in written] for path, written in files.items()}
+    document = {"folder": str(where), "files": rows}
     path = store.checkout_record(where)
     with contextlib.suppress(PermissionError):
         make_folder(path.parent)

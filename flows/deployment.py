@@ -1,8 +1,7 @@
-"""What a Prefect server must know of a folder of deployments: flows, recipes, work pools, automations."""
+"""Put a folder of deployments on a Prefect server: deployments, recipes, work pools and automations."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ class Schedule(BaseModel):
 
 
 class WorkPool(BaseModel):
-    """The work pool of a deployment, and what its runs are started with."""
+    """The work pool of a deployment, and its settings for the jobs of runs."""
 
     model_config = ConfigDict(extra="forbid")
     name: str
@@ -41,7 +40,7 @@ class WorkPool(BaseModel):
 
 
 class Deployment(BaseModel):
-    """A deployment as prefect.yaml describes it. Keys of Prefect's that this command does not know are refused."""
+    """A deployment in prefect.yaml. Keys that Prefect knows and this class does not are refused."""
 
     model_config = ConfigDict(extra="forbid")
     name: str
@@ -54,7 +53,7 @@ class Deployment(BaseModel):
     schedules: list[Schedule] = []
 
     def flow(self) -> Flow[..., Any]:
-        """Import the flow of the entrypoint. Raises RecipeError."""
+        """Import the flow of the entrypoint. Raises RecipeError if there is none."""
         from prefect import Flow
         from prefect.exceptions import ScriptError
         from prefect.utilities.importtools import import_object
@@ -69,7 +68,7 @@ class Deployment(BaseModel):
 
 
 def _read(path: Path) -> Any:
-    """A YAML file of the folder. Raises RecipeError."""
+    """Read a YAML file. Raises RecipeError if that is not possible."""
     try:
         return yaml.safe_load(path.read_text())
     except OSError as error:
@@ -79,19 +78,21 @@ def _read(path: Path) -> Any:
 
 
 def read_deployments(folder: Path) -> list[Deployment]:
-    """The deployments of a folder's prefect.yaml, and one for each of its recipes. Raises RecipeError."""
+    """Read the deployments of a folder's prefect.yaml, and add one for each of its recipes. Raises RecipeError."""
     path = folder / "prefect.yaml"
     document = _read(path)
+    rows = document.get("deployments") if isinstance(document, dict) else None
     try:
-        return [Deployment.model_validate(each) for each in with_recipes(document, folder / "recipes")["deployments"]]
+        deployments = [Deployment.model_validate(row) for row in rows] if isinstance(rows, list) else []
     except ValidationError as error:
         raise RecipeError(f"{path}: {_first_problem(error)}") from error
-    except (KeyError, TypeError, StopIteration) as error:
-        raise RecipeError(f"{path} has no deployment requantize: start from the one of the project") from error
+    if not any(deployment.name == "requantize" for deployment in deployments):
+        raise RecipeError(f"{path} has no deployment requantize: start from the one of the project")
+    return with_recipes(deployments, folder / "recipes")
 
 
 def read_automations(folder: Path) -> list[AutomationCore]:
-    """The automations of a folder's automations.yaml, if it has one, without those retired. Raises RecipeError."""
+    """Read a folder's automations.yaml, if it has one, without retired automations. Raises RecipeError."""
     from prefect.events.schemas.automations import AutomationCore
 
     from requant.flows.sweep import RETIRED_AUTOMATIONS
@@ -100,10 +101,10 @@ def read_automations(folder: Path) -> list[AutomationCore]:
     if not path.exists():
         return []
     try:
-        found = TypeAdapter(list[AutomationCore]).validate_python(_read(path))
+        automations = TypeAdapter(list[AutomationCore]).validate_python(_read(path))
     except ValidationError as error:
         raise RecipeError(f"{path}: {_first_problem(error)}") from error
-    return [automation for automation in found if automation.name not in RETIRED_AUTOMATIONS]
+    return [automation for automation in automations if automation.name not in RETIRED_AUTOMATIONS]
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -111,30 +112,31 @@ def _first_problem(error: ValidationError) -> str:
     return f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}"
 
 
-def with_recipes(document: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """prefect.yaml with one more deployment of requantize for each recipe of a folder: its name, its values filled in.
+def with_recipes(deployments: list[Deployment], folder: Path) -> list[Deployment]:
+    """Add a deployment of requantize for each recipe of a folder, named after its file, with the recipe as parameter.
 
-    Raises RecipeError for a recipe that is wrong, or has the name of a deployment that is there without it.
+    The watch gets the absolute path of the folder, since a worker runs in another working folder. Raises RecipeError if
+    a recipe is wrong, or is named like the deployment requantize.
     """
     from requant.tasks.recipe.loader import load_recipe
 
-    whole = next(each for each in document["deployments"] if each["name"] == "requantize")
-    for each in document["deployments"]:
-        if each["name"] == "watch":
-            each["parameters"] = {"folder": str(folder.resolve())}  # a worker does not run where this command does
+    watched = {"folder": str(folder.resolve())}
+    result = [one.model_copy(update={"parameters": watched}) if one.name == "watch" else one for one in deployments]
+    requantize = next(one for one in deployments if one.name == "requantize")
     for path in sorted(folder.glob("*.yaml")):
-        if path.stem == whole["name"]:
+        if path.stem == requantize.name:
             raise RecipeError(f"{path}: the watch starts its runs from the deployment of this name: rename the recipe")
         try:
             recipe = load_recipe(path)
         except RecipeError as error:
             raise RecipeError(f"{path.name}: {error}") from error
-        named = copy.deepcopy(whole)
-        named["name"] = path.stem
-        named["description"] = f"{recipe.base.repo_id}: {whole['description']}"
-        named["parameters"] = {"recipe": recipe.model_dump(mode="json")}
-        document["deployments"].append(named)
-    return document
+        changes = {
+            "name": path.stem,
+            "description": f"{recipe.base.repo_id}: {requantize.description or ''}",
+            "parameters": {"recipe": recipe.model_dump(mode="json")},
+        }
+        result.append(requantize.model_copy(update=changes, deep=True))
+    return result
 
 
 def make_pools(client: SyncPrefectClient) -> None:
@@ -150,9 +152,9 @@ def make_pools(client: SyncPrefectClient) -> None:
 
 
 def apply_deployment(client: SyncPrefectClient, wanted: Deployment) -> tuple[str, bool]:
-    """Make one deployment of the server what is wanted. Return its full name, and whether it was new or different.
+    """Create or update a deployment. Return its full name, and whether it was new or different.
 
-    An update would delete the runs that are scheduled already, so it is made only where it changes something.
+    An update deletes the runs that are already scheduled, so it is made only if something is different.
     """
     from prefect.exceptions import ObjectNotFound
     from prefect.utilities.callables import parameter_schema
@@ -164,18 +166,18 @@ def apply_deployment(client: SyncPrefectClient, wanted: Deployment) -> tuple[str
         "work_pool_name": wanted.work_pool.name,
         "job_variables": wanted.work_pool.job_variables,
         "parameter_openapi_schema": parameter_schema(flow).model_dump_for_openapi(),
-        "pull_steps": [],  # the flows are part of the installed package
+        "pull_steps": [],  # The flows are part of the installed package.
     }
-    there: DeploymentResponse | None
+    existing: DeploymentResponse | None
     try:
-        there = client.read_deployment_by_name(name)
+        existing = client.read_deployment_by_name(name)
     except ObjectNotFound:
-        there = None
-    schedules = _schedules(wanted, there)
+        existing = None
+    schedules = _schedules(wanted, existing)
     if (
-        there is not None
-        and _same_schedules(schedules, there)
-        and all(getattr(there, key) == value for key, value in fields.items())
+        existing is not None
+        and _same_schedules(schedules, existing)
+        and all(getattr(existing, key) == value for key, value in fields.items())
     ):
         return name, False
     client.create_deployment(
@@ -183,21 +185,25 @@ def apply_deployment(client: SyncPrefectClient, wanted: Deployment) -> tuple[str
         name=wanted.name,
         version=flow.version,
         schedules=schedules,
-        paused=there.paused if there else False,
-        concurrency_limit=there.concurrency_limit if there else None,  # Each update sends it, and none would clear it.
+        paused=existing.paused if existing else False,
+        # Each update sends the limit, so that without this one it would be cleared.
+        concurrency_limit=existing.concurrency_limit if existing else None,
         **fields,
     )
     return name, True
 
 
-def _schedules(wanted: Deployment, there: DeploymentResponse | None) -> list[DeploymentScheduleCreate]:
-    """The schedules of a deployment. One that somebody paused on the server stays paused; a new one is paused if
-    somebody paused all that the server has."""
+def _schedules(wanted: Deployment, existing: DeploymentResponse | None) -> list[DeploymentScheduleCreate]:
+    """Return the schedules of a deployment.
+
+    A schedule that somebody paused on the server stays paused. A new one is paused if somebody paused all schedules
+    that the server has.
+    """
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.schedules import construct_schedule
 
-    before = there.schedules if there else []
-    all_paused = bool(before) and not any(each.active for each in before)
+    before = existing.schedules if existing else []
+    all_paused = bool(before) and not any(schedule.active for schedule in before)
     schedules = []
     for document in wanted.schedules:
         try:
@@ -207,29 +213,28 @@ def _schedules(wanted: Deployment, there: DeploymentResponse | None) -> list[Dep
             raise RecipeError(
                 f"prefect.yaml: deployment {wanted.name} has a schedule that is none ({reason})"
             ) from error
-        same = [each.active for each in before if _describe_schedule(each.schedule) == _describe_schedule(schedule)]
+        same = [old.active for old in before if _describe_schedule(old.schedule) == _describe_schedule(schedule)]
         active = same[0] if same else document.active and not all_paused
         schedules.append(DeploymentScheduleCreate(schedule=schedule, active=active))
     return schedules
 
 
-def _same_schedules(wanted: list[DeploymentScheduleCreate], there: DeploymentResponse) -> bool:
-    """Whether the server has these schedules, which it returns in an order of its own."""
-    return sorted(_describe_schedule(each.schedule) for each in wanted) == sorted(
-        _describe_schedule(each.schedule) for each in there.schedules
-    )
+def _same_schedules(wanted: list[DeploymentScheduleCreate], existing: DeploymentResponse) -> bool:
+    """Check whether the server has these schedules, in any order."""
+    old, new = (sorted(_describe_schedule(one.schedule) for one in some) for some in (existing.schedules, wanted))
+    return old == new
 
 
 def _describe_schedule(schedule: BaseModel) -> str:
-    """A schedule in words. The anchor of an interval is the moment of its creation: it differs each time."""
+    """Return a schedule as JSON, without the anchor of an interval, which is the time of its creation."""
     return schedule.model_dump_json(exclude={"anchor_date"})
 
 
 def apply_automations(automations: list[AutomationCore]) -> dict[str, bool]:
-    """Make the server's automations of these names what is wanted; True for those that were new or different.
+    """Create or update automations. Return by name whether each was new or different.
 
-    An update makes an automation forget every event that it has seen, so it is made only where it changes something.
-    One that somebody switched off stays so. All others are left alone.
+    An update makes an automation forget every event that it has seen, so it is made only if something is different.
+    An automation that somebody switched off stays off. Automations of other names are left alone.
     """
     import asyncio
 
@@ -240,12 +245,12 @@ def apply_automations(automations: list[AutomationCore]) -> dict[str, bool]:
         changed: dict[str, bool] = {}
         async with get_client() as client:
             for wanted in automations:
-                there: list[Automation] = await client.read_automations_by_name(wanted.name)
-                if not there:
+                existing: list[Automation] = await client.read_automations_by_name(wanted.name)
+                if not existing:
                     await client.create_automation(wanted)
-                elif changed_from(there[0], wanted):
-                    wanted.enabled = there[0].enabled
-                    await client.update_automation(there[0].id, wanted)
+                elif changed_from(existing[0], wanted):
+                    wanted.enabled = existing[0].enabled
+                    await client.update_automation(existing[0].id, wanted)
                 else:
                     changed[wanted.name] = False
                     continue
@@ -255,14 +260,14 @@ def apply_automations(automations: list[AutomationCore]) -> dict[str, bool]:
     return asyncio.run(apply())
 
 
-def changed_from(there: AutomationCore, wanted: AutomationCore) -> bool:
-    """Whether an automation differs from what is wanted, whatever ids its triggers were given."""
+def changed_from(existing: AutomationCore, wanted: AutomationCore) -> bool:
+    """Check whether an automation differs from the wanted one, other than in the ids of its triggers."""
 
     def without_ids(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: without_ids(each) for key, each in value.items() if key != "id"}
-        return [without_ids(each) for each in value] if isinstance(value, list) else value
+            return {key: without_ids(part) for key, part in value.items() if key != "id"}
+        return [without_ids(part) for part in value] if isinstance(value, list) else value
 
     fields = set(type(wanted).model_fields) - {"enabled"}
-    ours, theirs = (each.model_dump(mode="json", include=fields) for each in (wanted, there))
-    return bool(without_ids(ours) != without_ids(theirs))
+    old, new = (one.model_dump(mode="json", include=fields) for one in (existing, wanted))
+    return bool(without_ids(old) != without_ids(new))

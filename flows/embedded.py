@@ -1,7 +1,7 @@
-"""An embedded Prefect: a server of this process's own, on loopback, with a throwaway database.
+"""An embedded Prefect server for this process alone, on loopback, with a temporary database.
 
-Prefect's own ephemeral server outlives a SIGKILL of its parent, gives up after 20 s on a busy machine, and two of
-them fight over one SQLite file. This one ends when its standard input does, and shares nothing.
+Prefect's own ephemeral server survives a SIGKILL of its parent, gives up after 20 s on a busy machine, and two of them
+fight over one SQLite file. This server ends when its standard input is closed, and shares nothing with others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import httpx
 
 from requant.tasks.environment import bypass_proxy_on_loopback, with_package
 from requant.tasks.errors import RequantError
-from requant.tasks.http import UNUSABLE, http_client, no_client
+from requant.tasks.http import CLIENT_ERRORS, http_client, no_client
 from requant.tasks.store import cache_folder
 from requant.tasks.versions import installed_version
 
@@ -41,7 +41,7 @@ SETTINGS = {
 
 
 def check_server(url: str) -> None:
-    """Raise RequantError if no Prefect server answers at this PREFECT_API_URL: at once, where its client tries on."""
+    """Raise RequantError if no Prefect server answers at this address. Prefect's client would retry for minutes."""
     try:
         with http_client(url, 10) as client:
             answer = client.get(f"{url.rstrip('/')}/health")
@@ -57,9 +57,9 @@ def check_server(url: str) -> None:
 
 @contextlib.contextmanager
 def embedded_prefect() -> Iterator[None]:
-    """Run flows of this process against a server of its own; a PREFECT_API_URL that is set is used instead.
+    """Run an embedded server for the flows of this process, unless PREFECT_API_URL names a server.
 
-    To be entered before Prefect is imported: it reads its settings at that moment.
+    Enter it before Prefect is imported, which reads its settings at import.
     """
     bypass_proxy_on_loopback(os.environ)
     if url := os.environ.get("PREFECT_API_URL"):
@@ -67,21 +67,21 @@ def embedded_prefect() -> Iterator[None]:
         yield
         return
     try:
-        httpx.Client().close()  # as Prefect's own is made, hundreds of lines deep
-    except UNUSABLE as error:
+        httpx.Client().close()  # Prefect makes one too, and would fail with a traceback of hundreds of lines.
+    except CLIENT_ERRORS as error:
         raise RequantError(no_client(error, "the embedded Prefect server")) from error
     home = Path(tempfile.mkdtemp(prefix="requant-prefect-"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     database, migrated = home / "prefect.db", cache_folder() / f"prefect-{installed_version('prefect')}.db"
-    if migrated.exists():  # creating the tables takes 8 s
+    if migrated.exists():  # Creating the tables takes 8 s.
         shutil.copyfile(migrated, database)
     environment = {**os.environ, **SETTINGS, "PREFECT_HOME": str(home)}
     with (home / "server.log").open("wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "requant.flows.embedded", str(port)],
-            cwd=home,  # not where a package of the user's may be called flows too
+            cwd=home,  # The working folder may have modules that hide others.
             env={
                 **with_package(environment),
                 "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{database}",
@@ -94,12 +94,12 @@ def embedded_prefect() -> Iterator[None]:
     try:
         os.environ.update(SETTINGS, PREFECT_HOME=str(home), PREFECT_API_URL=f"http://127.0.0.1:{port}/api")
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO")
-        import prefect  # noqa: F401  while the server starts: both take seconds
+        import prefect  # noqa: F401  Its import takes seconds, as does the start of the server.
 
         _wait(server, port, home)
         if not migrated.exists():
-            with contextlib.suppress(OSError, sqlite3.Error):  # it only saves time
-                _keep(database, migrated)
+            with contextlib.suppress(OSError, sqlite3.Error):  # The copy only saves time.
+                _save_migrated(database, migrated)
         yield
     finally:
         os.environ.pop("PREFECT_API_URL", None)
@@ -108,8 +108,8 @@ def embedded_prefect() -> Iterator[None]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def _keep(database: Path, migrated: Path) -> None:
-    """Keep a copy of the fresh database for the next start."""
+def _save_migrated(database: Path, migrated: Path) -> None:
+    """Save a copy of the new database for the next start."""
     migrated.parent.mkdir(parents=True, exist_ok=True)
     temporary = migrated.with_name(f"{migrated.name}.{os.getpid()}")
     try:
@@ -124,6 +124,7 @@ def _keep(database: Path, migrated: Path) -> None:
 
 
 def _wait(server: subprocess.Popen[bytes], port: int, home: Path) -> None:
+    """Wait until the server answers. Raises RequantError if it does not start."""
     deadline = time.monotonic() + START_TIMEOUT_S
     url = f"http://127.0.0.1:{port}/api/health"
     with http_client(url, 5) as client:
@@ -138,7 +139,7 @@ def _wait(server: subprocess.Popen[bytes], port: int, home: Path) -> None:
 
 
 def _serve(port: int) -> None:
-    """The server process: serve until standard input ends."""
+    """Run the server, in its own process, until standard input is closed."""
     threading.Thread(target=_end_with_parent, args=(os.environ["PREFECT_HOME"],), daemon=True).start()
     import uvicorn
     from prefect.server.api.server import create_app

@@ -1,7 +1,7 @@
-"""The stages that want a GPU, as flows of their own: deployments of the `gpu` work pool, which hold it while they run.
+"""The stages that need a GPU, as flows: deployments of the `gpu` work pool, which occupy a GPU while they run.
 
-A run that a worker started has them done there, and waits. `requant run` does every stage in its own process. What
-they hand on is in the store: a flow gets the names of what it reads, and the stage key that its work must have.
+A run that a worker started waits for them; `requant run` runs every stage in its own process. Stages pass data through
+the store: a flow gets the stage keys of what it reads, and the stage key that its result must have.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
 import httpx
-from prefect import flow, runtime, task
+from prefect import Flow, flow, runtime, task
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
 from prefect.client.schemas.objects import FlowRun, State, StateType
@@ -24,36 +25,39 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling, Completed, Failed, Running
 
 from requant.flows.own_run import end_if_the_run_is_over, end_with_the_run
-from requant.flows.sweep import after_a_crash, propose
+from requant.flows.sweep import propose, state_after_crash
 from requant.flows.work_pool import WorkerNotice, problem_of_pool
-from requant.tasks import benchmark as speed
-from requant.tasks import quantize as quantizing
-from requant.tasks import validate as quality
 from requant.tasks.artifact import Manifest
+from requant.tasks.benchmark import benchmark_key, benchmark_task
 from requant.tasks.errors import RecipeError, RequantError, StoreError
 from requant.tasks.hub.revision import Revision
 from requant.tasks.pipeline.log import log_into_runs
 from requant.tasks.pipeline.prefect import end_earlier_tasks, options, stage_summary
 from requant.tasks.pipeline.stage import Stage, StageResult
 from requant.tasks.planning.stages import ON_GPU
+from requant.tasks.quantize import quantize_key, quantize_task
 from requant.tasks.recipe.loader import recipe_of
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store, open_store
 from requant.tasks.texts.text import Text, find_text
+from requant.tasks.validate import validate_key, validate_task
 
 log = logging.getLogger(__name__)
 
 log_into_runs()
-POLL_S = 2.0
-LARGE = 4_000_000_000  # bytes of weights that a CPU measures in minutes
+P = ParamSpec("P")
+R = TypeVar("R")
+POLL_INTERVAL_S = 2.0
+MAX_ATTEMPTS = 100  # runs of one stage in one run
+LARGE_MODEL_BYTES = 4_000_000_000  # From this size of the weights on, a CPU needs more than minutes to measure a model.
 
 
 class StageFailed(RequantError, RuntimeError):
-    """A stage failed on the worker that did it; the sentence is its own."""
+    """A stage failed on the worker that ran it. The sentence is that of its own error."""
 
 
 def run_name() -> str:
-    """What a list of runs shows of each, from its recipe as it was given, sound or not."""
+    """Name a run in Prefect's lists, after its recipe, which may be invalid."""
     recipe = runtime.flow_run.parameters.get("recipe")
     given = recipe.model_dump() if isinstance(recipe, Recipe) else recipe if isinstance(recipe, Mapping) else {}
     base, quantize = (part if isinstance(part := given.get(key), Mapping) else {} for key in ("base", "quantize"))
@@ -63,132 +67,163 @@ def run_name() -> str:
     return f"{repo} {several or quantize.get('scheme') or 'W4A16'}"[:200]
 
 
-OPTIONS: dict[str, Any] = {
-    "flow_run_name": run_name,
-    "validate_parameters": False,  # recipe_of says in a sentence what is wrong
-    "persist_result": False,
-}
+def recipe_flow(name: str, **more: Any) -> Callable[[Callable[P, R]], Flow[P, R]]:
+    """Return the decorator of a flow that gets a recipe; `more` has further options of Prefect's `flow`.
+
+    Prefect does not validate the parameters, because `recipe_of` says in a sentence what is wrong with a recipe.
+    """
+    return flow(name=name, flow_run_name=run_name, validate_parameters=False, persist_result=False, **more)
+
+
 # The flows of the gpu pool
 
 
-@flow(name="quantize", **OPTIONS)
+@recipe_flow("quantize")
 def quantize(recipe: Recipe, base: str, calibration: str, key: str) -> State[Any]:
     """Quantize the base whose download has the stage key `base`."""
 
     def work() -> Any:
-        asked, store, text = recipe_of(recipe), _store(), find_text(calibration)
-        files = _made(store, "download", base)
-        _expect(key, quantizing.quantize_key(asked, files, text))
-        return quantizing.quantize_task(asked, files, text)
+        asked, store, text = recipe_of(recipe), _open_store(), find_text(calibration)
+        files = _artifact(store, "download", base)
+        _check_key(key, quantize_key(asked, files, text))
+        return quantize_task(asked, files, text)
 
-    return ended(work)
+    return run_to_final_state(work)
 
 
-@flow(name="validate", **OPTIONS)
+@recipe_flow("validate")
 def validate(recipe: Recipe, base: str, artifact: str, text: str, key: str) -> State[Any]:
     """Measure the artifact of the mtp_fix key `artifact` against its base."""
 
     def work() -> Any:
-        asked, store, found = recipe_of(recipe), _store(), find_text(text, "validation.text")
-        files, made = _made(store, "download", base), _made(store, "mtp_fix", artifact)
-        _expect(key, quality.validate_key(asked, files, made, found))
-        return quality.validate_task(asked, files, made, found)
+        asked, store, validation = recipe_of(recipe), _open_store(), find_text(text, "validation.text")
+        files, made = _artifact(store, "download", base), _artifact(store, "mtp_fix", artifact)
+        _check_key(key, validate_key(asked, files, made, validation))
+        return validate_task(asked, files, made, validation)
 
-    return ended(work)
+    return run_to_final_state(work)
 
 
-@flow(name="benchmark", **OPTIONS)
+@recipe_flow("benchmark")
 def benchmark(recipe: Recipe, artifact: str, key: str) -> State[Any]:
     """Measure the speed of the artifact of the mtp_fix key `artifact`."""
 
     def work() -> Any:
-        asked, store = recipe_of(recipe), _store()
-        made = _made(store, "mtp_fix", artifact)
-        _expect(key, speed.benchmark_key(asked, made))
-        return speed.benchmark_task(asked, made)
+        asked, store = recipe_of(recipe), _open_store()
+        made = _artifact(store, "mtp_fix", artifact)
+        _check_key(key, benchmark_key(asked, made))
+        return benchmark_task(asked, made)
 
-    return ended(work)
+    return run_to_final_state(work)
 
 
-def ended(work: Callable[[], Any]) -> State[Any]:
-    """Do the work of a flow; its last state. An expected failure is a sentence, without the words that Prefect adds."""
+def run_to_final_state(work: Callable[[], Any]) -> State[Any]:
+    """Do the work of a flow, and return its final state.
+
+    The message of an expected failure is its sentence alone, without the words that Prefect adds to an exception.
+    """
     end_with_the_run()
     end_earlier_tasks()
     try:
         work()
         state: State[Any] = Completed()
-    except (RequantError, TimeoutError) as error:  # a task's own time limit is a plain TimeoutError
+    except (RequantError, TimeoutError) as error:  # The time limit of a task raises a plain TimeoutError.
         state = Failed(message=str(error), data=error)
     end_if_the_run_is_over()
     return state
 
 
-def _store() -> Store:
+def _open_store() -> Store:
     store = open_store()
     store.check()
     return store
 
 
-def _made(store: Store, stage: str, key: str) -> Manifest:
+def _artifact(store: Store, stage: str, key: str) -> Manifest:
+    """Return an artifact that another worker made. Raises StoreError if the store does not have it."""
     manifest = store.manifest(stage, key)
     if manifest is None:
-        raise StoreError(f"the store {store.url} has no {stage} {key[:12]}: set REQUANT_STORE alike on every worker")
+        raise StoreError(
+            f"the store {store.url} has no {stage} {key[:12]}: set REQUANT_STORE alike on every worker",
+            key=f"artifacts/{stage}/{key}",
+        )
     return manifest
 
 
-def _expect(asked: str, ours: str) -> None:
-    """Two versions of Requant would name their work differently, and each wait for the other's."""
-    if asked != ours:
+def _check_key(asked: str, computed: str) -> None:
+    """Raise RecipeError if this version of Requant computes another stage key than the run that asks.
+
+    The run would wait for an artifact that nobody makes.
+    """
+    if asked != computed:
         raise RecipeError(
-            f"this worker would make {ours[:12]} where {asked[:12]} is asked for: install the same version of Requant "
-            "on every worker"
+            f"this worker would make {computed[:12]} where {asked[:12]} is asked for: install the same version of "
+            "Requant on every worker"
         )
 
 
-# What the run that asks does
+# The run that has stages done by workers of the gpu pool
 
 
-def stages_there(recipe: Recipe, base: Revision) -> frozenset[str]:
-    """The stages of this run that are to be done by a worker of the gpu pool."""
+def gpu_pool_stages(recipe: Recipe, base: Revision) -> frozenset[str]:
+    """Return the stages of this run that workers of the gpu pool do."""
     weights_bytes = sum(file.size for file in base.wanted if file.path.endswith(".safetensors"))
-    return frozenset(stage for stage in ON_GPU if where(stage, recipe, weights_bytes) == "gpu")
+    return frozenset(stage for stage in ON_GPU if place_of_stage(stage, recipe, weights_bytes) == "gpu")
 
 
-def where(stage: str, recipe: Recipe, weights_bytes: int) -> str:
-    """`gpu` if a stage is to be done by a worker of the gpu pool, else `here`: quantize always, and what a CPU cannot
-    measure in minutes. A run that no worker started has no pools.
+def place_of_stage(stage: str, recipe: Recipe, weights_bytes: int) -> str:
+    """Return `gpu` if a worker of the gpu pool does the stage, otherwise `here`.
+
+    A run that a worker started has quantize done there, and what a CPU cannot measure in minutes. Any other run does
+    all stages itself.
     """
     if runtime.deployment.id is None:
         return "here"
-    large = weights_bytes >= LARGE
+    large = weights_bytes >= LARGE_MODEL_BYTES
     runs_engine = recipe.benchmark.engine in {"auto", "vllm", "torch"}
     wanted = {"quantize": True, "validate": large, "benchmark": large and runs_engine}
     return "gpu" if wanted[stage] else "here"
 
 
-def on_gpu(stage: Stage, key: str, recipe: Recipe, **reads: str) -> Any:
-    """Have a stage done by a worker of the gpu pool; none is asked if the store has its artifact."""
-    parameters = {"recipe": recipe.model_dump(mode="json"), **reads, "key": key}
-    return task(_on_gpu, **options(stage.name, hours=72))(stage, key, parameters)
+@dataclass(frozen=True)
+class StageRequest:
+    """A stage that a worker of the gpu pool is to do. `reads` has the other parameters of its flow."""
+
+    stage: Stage
+    key: str
+    recipe: Recipe
+    reads: Mapping[str, str]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters of the flow run, as JSON."""
+        return {"recipe": self.recipe.model_dump(mode="json"), **self.reads, "key": self.key}
 
 
-def _on_gpu(stage: Stage, key: str, parameters: dict[str, Any]) -> Any:
+def run_on_gpu_pool(stage: Stage, key: str, recipe: Recipe, **reads: str) -> Any:
+    """Have a worker of the gpu pool do a stage, unless the store has its artifact."""
+    return task(**options(stage.name, hours=72))(_on_gpu_pool)(StageRequest(stage, key, recipe, reads))
+
+
+def _on_gpu_pool(request: StageRequest) -> Any:
     started, store = time.monotonic(), open_store()
-    manifest = store.manifest(stage.name, key)
+    name, key = request.stage.name, request.key
+    manifest = store.manifest(name, key)
     state = "reused"
     if manifest is None:
         state = "ran"
-        _run_there(stage.name, key, parameters)
-        manifest = _made(store, stage.name, key)
+        _run_and_wait(request)
+        manifest = _artifact(store, name, key)
     seconds = round(time.monotonic() - started, 3)
-    return stage_summary(StageResult(stage.name, key, state, seconds, manifest, store.provenance(stage.name, key)))
+    return stage_summary(StageResult(name, key, state, seconds, manifest, store.provenance(name, key)))
 
 
-def _run_there(name: str, key: str, parameters: dict[str, Any]) -> None:
-    """Start the flow run, or find the one that an earlier life of this run started, and wait for its end."""
-    run = _begin(name, key, parameters)
+def _run_and_wait(request: StageRequest) -> None:
+    """Start the flow run, or find the one that this run had started before it was restarted, and wait for its end."""
+    name = request.stage.name
+    run = _start_run(name, request.key, request.parameters)
     log.info(f"{name}: waiting for run {run.name} of the gpu pool")
-    notice = WorkerNotice(_look_at_pool, functools.partial(_tell, name))
+    notice = WorkerNotice(_problem_of_gpu_pool, functools.partial(_show_problem, name))
     while True:
         state = _state(run.id)
         if state.is_completed():
@@ -198,19 +233,21 @@ def _run_there(name: str, key: str, parameters: dict[str, Any]) -> None:
         elif state.is_final():
             raise StageFailed(state.message or f"{name} ended {state.name} on the gpu pool")
         else:
-            with contextlib.suppress(httpx.HTTPError, PrefectHTTPStatusError):  # A later look finds the server back.
+            with contextlib.suppress(
+                httpx.HTTPError, PrefectHTTPStatusError
+            ):  # The server may be back at the next look.
                 notice.look(waiting=state.is_scheduled())
-        time.sleep(POLL_S)
+        time.sleep(POLL_INTERVAL_S)
 
 
-def _look_at_pool() -> str | None:
+def _problem_of_gpu_pool() -> str | None:
     """Say why the gpu pool takes no run. Raises what the Prefect client raises if the server does not answer."""
     with get_client(sync_client=True) as client:
         return problem_of_pool(client, "gpu")
 
 
-def _tell(stage: str, problem: str | None) -> None:
-    """Say in the log and in the state of this run that no worker takes the run that it waits for, or that one does."""
+def _show_problem(stage: str, problem: str | None) -> None:
+    """Show in the log and the state of this run that no worker takes the run that it waits for, or that one does."""
     log.info(f"{stage} waits: {problem}" if problem else f"{stage}: a worker of the gpu pool takes its run")
     state: State[Any] = Running(name="WaitingForWorker", message=problem) if problem else Running()
     with get_client(sync_client=True) as client:
@@ -219,15 +256,15 @@ def _tell(stage: str, problem: str | None) -> None:
             propose(client, this, state)
 
 
-def _begin(name: str, key: str, parameters: dict[str, Any]) -> FlowRun:
-    """The run of this stage for this run: a new one where an earlier one failed and the user tries again."""
-    for attempt in range(100):
+def _start_run(name: str, key: str, parameters: dict[str, Any]) -> FlowRun:
+    """Return the flow run of a stage for this run. If earlier ones failed and the user tries again, it is a new one."""
+    for attempt in range(MAX_ATTEMPTS):
         try:
             run = run_deployment(
                 f"{name}/{name}",
                 parameters=parameters,
                 timeout=0,
-                flow_run_name=runtime.flow_run.name,  # else it has one by chance while it waits
+                flow_run_name=runtime.flow_run.name,  # Otherwise it has a random name until a worker takes it.
                 idempotency_key=f"{runtime.flow_run.id}:{key}:{attempt}",
             )
         except ObjectNotFound as error:
@@ -240,15 +277,15 @@ def _begin(name: str, key: str, parameters: dict[str, Any]) -> FlowRun:
 
 
 def _restart(run_id: UUID) -> bool:
-    """Start a crashed run again; False if somebody cancelled it, or if it crashed too often.
+    """Start a crashed run again. Return False if somebody cancelled it, or if it crashed too often.
 
-    A server that is away meanwhile is asked again at the next look: the run is still crashed then.
+    If the server does not answer, return True: the next look finds the run still crashed, and tries again.
     """
     try:
         with get_client(sync_client=True) as client:
             run = client.read_flow_run(run_id)
             if run.state is not None and run.state.is_crashed():
-                state = after_a_crash(run.state, client.read_flow_run_states(run_id))
+                state = state_after_crash(run.state, client.read_flow_run_states(run_id))
                 if not state.is_scheduled():
                     return False
                 propose(client, run, state)
@@ -258,8 +295,8 @@ def _restart(run_id: UUID) -> bool:
 
 
 def _state(run_id: UUID) -> State[Any]:
-    """A run's state. A server that is away for a while is waited for: the work goes on without it."""
-    told = False
+    """Read the state of a run. Wait for a server that does not answer: the worker goes on without it."""
+    warned = False
     while True:
         try:
             with get_client(sync_client=True) as client:
@@ -269,14 +306,14 @@ def _state(run_id: UUID) -> State[Any]:
         except ObjectNotFound as error:
             raise StageFailed("its run of the gpu pool is gone: somebody deleted it; start another run") from error
         except (httpx.HTTPError, PrefectHTTPStatusError) as error:
-            if not told:
+            if not warned:
                 log.info(f"the Prefect server does not answer ({type(error).__name__}): waiting for it")
-                told = True
-            time.sleep(POLL_S)
+                warned = True
+            time.sleep(POLL_INTERVAL_S)
 
 
 def cancel_children(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
-    """Cancel what a cancelled run has asked of other workers: Prefect does not pass a cancellation on."""
+    """Cancel the runs on other workers that a cancelled run waits for: Prefect does not pass a cancellation on."""
     with get_client(sync_client=True) as client:
         children = client.read_flow_runs(
             flow_run_filter=FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run.id]))
@@ -288,10 +325,10 @@ def cancel_children(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
 def _cancel(client: SyncPrefectClient, run: FlowRun) -> None:
     if run.state is None or run.state.is_final():
         return
-    began = run.state.type in {StateType.RUNNING, StateType.PENDING, StateType.CANCELLING}
-    client.set_flow_run_state(run.id, Cancelling() if began else Cancelled())
+    has_started = run.state.type in {StateType.RUNNING, StateType.PENDING, StateType.CANCELLING}
+    client.set_flow_run_state(run.id, Cancelling() if has_started else Cancelled())
 
 
-def pinned(text: Text) -> str:
-    """A text by a name that another worker finds too."""
+def name_for_worker(text: Text) -> str:
+    """Return a name of a text by which another worker finds it too."""
     return str(text.path) if text.path is not None and not text.name.startswith("builtin:") else text.name

@@ -1,4 +1,4 @@
-"""What a recipe was last run on: so that a watch starts only what there is a reason for."""
+"""The last run of each recipe, from which a watch knows whether another run is due."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from requant.tasks.store import Store
 
 @dataclass(frozen=True)
 class LastRun:
-    """The base that a recipe's last finished run read, by commit and by content, and how the run ended.
+    """The base of a recipe's last finished run, by commit and by content, and how the run ended.
 
-    `status` is published, validated or rejected: what failed is no finished run. `limits`: a digest of the gates'
-    limits that it was compared with, empty in records of earlier versions.
+    `status` is published, validated or rejected; a failed run does not count as finished. `limits` is the digest of the
+    limits of its gates, which is empty in records of earlier versions.
     """
 
     repo_id: str
@@ -26,28 +26,28 @@ class LastRun:
     limits: str = ""
 
     def settles(self, recipe: Recipe, base: Revision) -> bool:
-        """Whether a recipe needs no run for this content of its base: it had one, and was not rejected by other limits.
+        """Check whether a recipe needs no run for this base: it had one, and was not rejected by other limits.
 
-        Recipes that differ in a limit have different digests, but for `max_kl_divergence: null` and its default.
+        Recipes with different limits have different digests, except for `max_kl_divergence: null` and its default.
         """
         if self.content != base.content:
             return False
-        return self.status != "rejected" or not self.limits or self.limits == limits_of(recipe)
+        return self.status != "rejected" or not self.limits or self.limits == limits_digest(recipe)
 
 
-def limits_of(recipe: Recipe) -> str:
-    """The digest of a recipe's limits."""
+def limits_digest(recipe: Recipe) -> str:
+    """Return the digest of a recipe's limits."""
     return digest_of(recipe.gates.model_dump(mode="json"))
 
 
 def remember_run(store: Store, recipe: Recipe, base: Revision, status: str) -> None:
-    """Record a finished run; a rejected one too, so that a rejected base is not run again until it changes."""
-    record = LastRun(base.repo_id, base.sha, base.content, status, limits_of(recipe))
+    """Record a finished run. A rejected one counts, so that its base is not run again until it changes."""
+    record = LastRun(base.repo_id, base.sha, base.content, status, limits_digest(recipe))
     store.put_fact("last-runs", recipe.digest, json.dumps(asdict(record)))
 
 
 def last_run(store: Store, recipe: Recipe) -> LastRun | None:
-    """The record, or None if there is none that can be read."""
+    """Return the record of a recipe's last run; None if there is none, or if it is damaged."""
     text = store.get_fact("last-runs", recipe.digest)
     try:
         return LastRun(**{key: str(value) for key, value in json.loads(text or "").items()})
@@ -56,8 +56,8 @@ def last_run(store: Store, recipe: Recipe) -> LastRun | None:
 
 
 def first_commit(store: Store, recipe: Recipe, base: Revision) -> str:
-    """The commit under which this content was first asked for: what names the runs of it.
+    """Return the commit with which a run for this content of the base was first asked for. It names the runs.
 
-    So an edited README, while the run of the commit before it waits or works, starts no second one.
+    So no second run is started if the README is edited while the run of an earlier commit waits or works.
     """
     return store.put_first_fact("asked", f"{recipe.digest}/{base.content}", base.sha)

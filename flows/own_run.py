@@ -1,4 +1,4 @@
-"""A process of a flow run that ends itself when its run is somebody else's, or nobody's, any more."""
+"""End the process of a flow run once the run was cancelled, or was started again in another process."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from prefect.client.schemas.objects import State
 
 from requant.flows.sweep import in_order, was_cancelled
 
-EVERY_S = 10.0  # seconds between two looks at the run
+LOOK_INTERVAL_S = 10.0
 
 log = logging.getLogger(__name__)
 
-_lives: dict[UUID, int] = {}  # how often a run of this process had been scheduled when it was first looked at
+_starts: dict[UUID, int] = {}  # by run of this process: how often it had been scheduled at the first look
 
 
 def end_with_the_run() -> None:
-    """End this process once its run was cancelled or started again elsewhere, in a thread that looks at it.
+    """Watch the run of this process in a thread, and end the process once the run was cancelled or restarted elsewhere.
 
-    A worker that was killed leaves the processes of its runs behind, and nobody else can end them. Such a process would
-    go on after its run was cancelled, publish, and put its own last state over the cancellation. A run that no
-    deployment made has no worker: it is left alone.
+    A killed worker leaves the processes of its runs behind, and nobody else can end them. Such a process would continue
+    after its run was cancelled, publish the result, and overwrite the cancellation with its own final state. A run
+    without a deployment has no worker, and is not watched.
     """
     if runtime.deployment.id is not None:
         run_id = UUID(runtime.flow_run.id)
@@ -36,22 +36,22 @@ def end_with_the_run() -> None:
 
 
 def end_if_the_run_is_over() -> None:
-    """Look at the run before this process puts its last state: the thread may not have looked since it was cancelled.
+    """Look at the run once more before this process sets its final state, which would overwrite a cancellation.
 
-    The last state would stand over the cancellation. What cancels a run cancels the run that it waits for on another
-    worker too, and it learns of that sooner than the thread looks.
+    The thread may not have looked since: the cancellation of a run also cancels the run that it waits for on another
+    worker, and the process learns of the latter first.
     """
     run_id = UUID(runtime.flow_run.id) if runtime.deployment.id is not None else None
-    if run_id not in _lives:
+    if run_id not in _starts:
         return
     try:
         with get_client(sync_client=True) as client:
             history = client.read_flow_run_states(run_id)
-    except Exception as error:  # A server that is away takes no last state either.
+    except Exception as error:  # A server that does not answer takes no final state either.
         log.debug("its run cannot be looked at: %s", error)
         return
-    if is_over(history, _lives[run_id]):
-        _end(in_order(history)[-1])
+    if is_over(history, _starts[run_id]):
+        _end_process(in_order(history)[-1])
 
 
 def _watch(run_id: UUID) -> None:
@@ -63,30 +63,30 @@ def _watch(run_id: UUID) -> None:
                     state = client.read_flow_run(run_id).state
                     if state is not None and state.id != seen:
                         history = client.read_flow_run_states(run_id)
-                        if is_over(history, _lives.setdefault(run_id, lives_of(history))):
-                            _end(state)
+                        if is_over(history, _starts.setdefault(run_id, count_starts(history))):
+                            _end_process(state)
                         seen = state.id
-                    time.sleep(EVERY_S)
-        except Exception as error:  # The run goes on while the server is away.
+                    time.sleep(LOOK_INTERVAL_S)
+        except Exception as error:  # The run goes on while the server does not answer.
             log.debug("its run cannot be looked at: %s", error)
-        time.sleep(EVERY_S)
+        time.sleep(LOOK_INTERVAL_S)
 
 
-def lives_of(history: Sequence[State]) -> int:
-    """How often a run was scheduled."""
+def count_starts(history: Sequence[State]) -> int:
+    """Count how often a run was scheduled."""
     return sum(state.is_scheduled() for state in history)
 
 
-def is_over(history: Sequence[State], lives: int) -> bool:
-    """Whether a run that had been scheduled `lives` times when its process began is none of this process any more."""
+def is_over(history: Sequence[State], starts: int) -> bool:
+    """Check whether a run was cancelled, or scheduled again after the `starts` times when this process began."""
     ended = bool(history) and in_order(history)[-1].is_final()
-    return lives_of(history) > lives or (ended and was_cancelled(history))
+    return count_starts(history) > starts or (ended and was_cancelled(history))
 
 
-def _end(state: State) -> None:
-    """End this process and all that it has started, without a word to the server.
+def _end_process(state: State) -> None:
+    """End this process and its children, without telling the server.
 
-    The exit status is that of success: a worker that is there takes any other for a crash of the run.
+    The exit status is 0: a worker takes any other for a crash of the run.
     """
     log.warning("the run is %s: this process of it ends", state.name)
     for child in psutil.Process().children(recursive=True):

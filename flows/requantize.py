@@ -9,20 +9,26 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from prefect import State, flow, task
+from prefect import State, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import Completed, Failed
 
-from requant.flows.gpu_pool import OPTIONS, cancel_children, on_gpu, pinned, stages_there, where
+from requant.flows.gpu_pool import (
+    cancel_children,
+    gpu_pool_stages,
+    name_for_worker,
+    place_of_stage,
+    recipe_flow,
+    run_on_gpu_pool,
+)
 from requant.flows.last_run import remember_run
 from requant.flows.own_run import end_if_the_run_is_over, end_with_the_run
 from requant.flows.report.markdown import comparison, markdown
 from requant.flows.report.report import RunReport, gate_rows, verdict, worst
-from requant.tasks import benchmark as speed
-from requant.tasks import quantize as quantizing
-from requant.tasks import validate as quality
 from requant.tasks.artifact import PICTURES
-from requant.tasks.benchmark import benchmark_task
+from requant.tasks.benchmark import STAGE as BENCHMARK
+from requant.tasks.benchmark import benchmark_key, benchmark_task
+from requant.tasks.benchmark import read_result as read_benchmark
 from requant.tasks.card.facts import CardFacts
 from requant.tasks.download import download_task
 from requant.tasks.errors import RecipeError, RequantError
@@ -35,14 +41,17 @@ from requant.tasks.pipeline.prefect import end_earlier_tasks, options
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.plan import Foreseen, preflight
 from requant.tasks.plots import Picture
-from requant.tasks.publish import file_facts, publish_task, release_files
-from requant.tasks.quantize import quantize_task
+from requant.tasks.publish import PublishResult, file_facts, publish_task, release_files
+from requant.tasks.quantize import STAGE as QUANTIZE
+from requant.tasks.quantize import quantize_key, quantize_task
 from requant.tasks.recipe.loader import recipe_of
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store, open_store
 from requant.tasks.store.runs import recorded
 from requant.tasks.texts.text import Text, find_text
-from requant.tasks.validate import validate_task
+from requant.tasks.validate import STAGE as VALIDATE
+from requant.tasks.validate import read_values as read_measured
+from requant.tasks.validate import validate_key, validate_task
 from requant.tasks.validating.gates import accepted, judge, summary
 
 log = logging.getLogger(__name__)
@@ -51,18 +60,19 @@ log_into_runs()
 
 
 class RunFailed(RequantError):
-    """A run that ended early; `report` holds what was done before."""
+    """A run that failed. `report` has what was done before."""
 
     def __init__(self, report: RunReport) -> None:
         super().__init__(verdict(report))
         self.report = report
 
 
-@flow(name="requantize", on_cancellation=[cancel_children], **OPTIONS)
+@recipe_flow("requantize", on_cancellation=[cancel_children])
 def requantize(recipe: Recipe) -> State[Any]:
     """Turn a base checkpoint into a quantized one, measure it, and publish it if it passes every gate.
 
-    The last state holds a Report, or RunFailed with one; its name is what came of the run, its message says why.
+    The final state has a RunReport as its data, or RunFailed with one. Its name is the status of the run, and its
+    message gives the reason.
     """
     try:
         report = RunReport(recipe_of(recipe))
@@ -74,25 +84,27 @@ def requantize(recipe: Recipe) -> State[Any]:
         end_earlier_tasks()
         _run(report)
 
-    _do(report, work)
+    _run_and_report(report, work)
     end_if_the_run_is_over()
-    return _ended(report)
+    return _final_state(report)
 
 
-def _do(report: RunReport, work: Callable[[], None]) -> None:
-    """Do the work of a run, or of one output of it, and show what came of it."""
+def _run_and_report(report: RunReport, work: Callable[[], None]) -> None:
+    """Do the work of a run, or of one of its outputs, and show the report in Prefect's UI."""
     try:
         work()
-    except (RequantError, TimeoutError) as error:  # a task's own time limit is a plain TimeoutError
+    except (RequantError, TimeoutError) as error:  # The time limit of a task raises a plain TimeoutError.
         report.status, report.error = "failed", str(error)
     finally:
         draw_pictures(report)
-        text = comparison(report) if report.recipe.outputs else markdown(report, embedded)
-        create_markdown_artifact(text, key=_key("report", report), description="What this run made and measured")
+        text = comparison(report) if report.recipe.outputs else markdown(report, as_data_url)
+        create_markdown_artifact(
+            text, key=_artifact_key("report", report), description="What this run made and measured"
+        )
 
 
-def _ended(report: RunReport) -> State[Any]:
-    """The last state of a run, or of one output of it."""
+def _final_state(report: RunReport) -> State[Any]:
+    """Return the final state of a run, or of one of its outputs."""
     if report.status == "failed":
         return Failed(message=verdict(report), data=RunFailed(report))
     if report.status == "rejected":
@@ -101,45 +113,47 @@ def _ended(report: RunReport) -> State[Any]:
 
 
 def _run(report: RunReport) -> None:
-    """Look at everything before the first byte, then make what the recipe asks for."""
+    """Check that the run can end well, then make what the recipe asks for."""
     store, recipe = open_store(), report.recipe
     store.check()
     with recorded(store, lambda: report.run):
         report.base, calibration, text = resolve_task(recipe)
-        there = stages_there(recipe, report.base)
-        foreseen = preflight_task(recipe, report.base, calibration, text, there)
+        delegated = gpu_pool_stages(recipe, report.base)
+        foreseen = preflight_task(recipe, report.base, calibration, text, delegated)
         if recipe.outputs:
-            _outputs(store, report, calibration, text, foreseen)
+            _run_outputs(store, report, calibration, text, foreseen)
         else:
-            _stages(store, report, calibration, text, foreseen)
+            _run_stages(store, report, calibration, text, foreseen)
     if report.status != "failed":
         remember_run(store, recipe, report.base, report.status)
 
 
-def _outputs(store: Store, report: RunReport, calibration: Text, text: Text, foreseen: Mapping[str, Foreseen]) -> None:
-    """Make each output, one after the other; one that fails or is rejected stops no other."""
+def _run_outputs(
+    store: Store, report: RunReport, calibration: Text, text: Text, foreseen: Mapping[str, Foreseen]
+) -> None:
+    """Make the outputs one after another. One that fails or is rejected does not stop the others."""
     recipes = report.recipe.each
     for name, recipe in recipes.items():
         log.info(f"output {len(report.outputs) + 1} of {len(recipes)}: {name}")
         one = report.outputs[name] = RunReport(recipe, name, base=report.base)
         others = {other: foreseen[other].recipe for other in recipes if other != name}
-        _do(one, functools.partial(_stages, store, one, calibration, text, foreseen, others))
-        _show(one)
+        _run_and_report(one, functools.partial(_run_stages, store, one, calibration, text, foreseen, others))
+        _show_output_state(one)
     report.status = worst(report.outputs.values())
     if report.status == "failed":
         report.error = verdict(report)
 
 
-def _show(report: RunReport) -> None:
-    """What came of an output, as a task of its name: Prefect's UI shows the state beside those of the stages.
+def _show_output_state(report: RunReport) -> None:
+    """Show the final state of an output in Prefect's UI, as the state of a task with the output's name.
 
-    The stages themselves are no part of it. A task inside another is part of its transaction, and one that is tried
-    again would roll that back; a flow inside another has runs on other workers that no cancellation of ours reaches.
+    The stages do not run inside this task: a nested task is part of the outer transaction, which its retry would roll
+    back. They do not run in a subflow either: a cancellation would not reach the runs that it has on other workers.
     """
-    task(lambda: _ended(report), **options(report.name, hours=1, retries=0))(return_state=True)
+    task(**options(report.name, hours=1, retries=0))(lambda: _final_state(report))(return_state=True)
 
 
-def _stages(
+def _run_stages(
     store: Store,
     report: RunReport,
     calibration: Text,
@@ -147,22 +161,25 @@ def _stages(
     foreseen: Mapping[str, Foreseen],
     others: Mapping[str, Recipe] | None = None,
 ) -> None:
-    """The stages of one result. foreseen: what the plan knows, by the output's name; others: what else the same run
-    makes of this base, by name."""
+    """Run the stages of one result.
+
+    `foreseen` has what the plan says, by the output's name, and `others` the recipes of the run's other outputs.
+    """
     recipe, base = foreseen[report.name].recipe, report.base
     report.settled = recipe
     assert base is not None
-    downloaded = _done(download_task(base), report)
-    quantized = _done(_quantize(recipe, downloaded, calibration), report)
-    fixed = _done(mtp_fix_task(recipe, downloaded.manifest, quantized.manifest), report)
+    downloaded = _collect(download_task(base), report)
+    quantized = _collect(_quantize(recipe, downloaded, calibration), report)
+    fixed = _collect(mtp_fix_task(recipe, downloaded.manifest, quantized.manifest), report)
     artifact = report.artifact = fixed.manifest
-    report.measured = measured = quality.read_values(store, _done(_validate(recipe, downloaded, fixed, text), report))
+    validated = _collect(_validate(recipe, downloaded, fixed, text), report)
+    report.measured = measured = read_measured(store, validated)
     report.gates = judge(measured, recipe.gates)
     show_gates(report)
     if not accepted(report.gates):
         report.status = "rejected"
         return
-    report.benchmark = speed.read_values(store, _done(_benchmark(recipe, downloaded, fixed), report))
+    report.benchmark = read_benchmark(store, _collect(_benchmark(recipe, downloaded, fixed), report))
     draw_pictures(report)
     report.status = "validated"
     facts = CardFacts(
@@ -180,34 +197,37 @@ def _stages(
     report_text = markdown(report, lambda picture: f"{PICTURES}/{picture.name}.png")
     report.beside = release_files(store, artifact, facts, report_text)
     if recipe.publish is not None:
-        report.published = _done(publish_task(recipe, base, artifact, report.beside), report).provenance["published"]
-        if report.published["pull_request"] is None:  # else main is as it was until a person merges
+        published = _collect(publish_task(recipe, base, artifact, report.beside), report)
+        assert isinstance(published, PublishResult)
+        report.published = published.release
+        if published.release.pull_request is None:  # Otherwise main stays as it is until a person merges.
             report.status = "published"
 
 
 def _quantize(recipe: Recipe, base: StageResult, calibration: Text) -> Any:
-    if where("quantize", recipe, base.manifest.weights) == "here":
+    """Quantize here, or on a worker of the gpu pool."""
+    if place_of_stage("quantize", recipe, base.manifest.weights) == "here":
         return quantize_task(recipe, base.manifest, calibration)
-    key = quantizing.quantize_key(recipe, base.manifest, calibration)
-    return on_gpu(quantizing.STAGE, key, recipe, base=base.key, calibration=pinned(calibration))
+    key = quantize_key(recipe, base.manifest, calibration)
+    return run_on_gpu_pool(QUANTIZE, key, recipe, base=base.key, calibration=name_for_worker(calibration))
 
 
 def _validate(recipe: Recipe, base: StageResult, fixed: StageResult, text: Text) -> Any:
-    if where("validate", recipe, base.manifest.weights) == "here":
+    if place_of_stage("validate", recipe, base.manifest.weights) == "here":
         return validate_task(recipe, base.manifest, fixed.manifest, text)
-    key = quality.validate_key(recipe, base.manifest, fixed.manifest, text)
-    return on_gpu(quality.STAGE, key, recipe, base=base.key, artifact=fixed.key, text=pinned(text))
+    key = validate_key(recipe, base.manifest, fixed.manifest, text)
+    return run_on_gpu_pool(VALIDATE, key, recipe, base=base.key, artifact=fixed.key, text=name_for_worker(text))
 
 
 def _benchmark(recipe: Recipe, base: StageResult, fixed: StageResult) -> Any:
-    if where("benchmark", recipe, base.manifest.weights) == "here":
+    if place_of_stage("benchmark", recipe, base.manifest.weights) == "here":
         return benchmark_task(recipe, fixed.manifest)
-    return on_gpu(speed.STAGE, speed.benchmark_key(recipe, fixed.manifest), recipe, artifact=fixed.key)
+    return run_on_gpu_pool(BENCHMARK, benchmark_key(recipe, fixed.manifest), recipe, artifact=fixed.key)
 
 
 @task(**options("resolve", hours=1))
 def resolve_task(recipe: Recipe) -> tuple[Revision, Text, Text]:
-    """Resolve the base and the texts, to calibrate and to measure, to what they are at this moment."""
+    """Resolve the base to its commit, and the texts for calibration and validation to their content."""
     check_tasks(recipe.eval)
     base = resolve(recipe.base.repo_id, recipe.base.revision)
     log.info(f"{recipe.base.repo_id}@{recipe.base.revision} is {base.sha}")
@@ -219,30 +239,30 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Text, Text]:
 
 @task(**options("preflight", hours=1))
 def preflight_task(
-    recipe: Recipe, base: Revision, calibration: Text, text: Text, there: frozenset[str]
+    recipe: Recipe, base: Revision, calibration: Text, text: Text, delegated: frozenset[str]
 ) -> dict[str, Foreseen]:
-    """Find out before the first byte whether the run can end well: what `requant plan` says."""
-    return preflight(open_store(), recipe, base, calibration, text, there)
+    """Make the plan of the run, and stop the run if it could not end well. `delegated`: the stages of the gpu pool."""
+    return preflight(open_store(), recipe, base, calibration, text, delegated)
 
 
 def show_gates(report: RunReport) -> None:
-    """The gates as a table in Prefect's UI: what failed comes first."""
+    """Show the gates as a table in Prefect's UI, the failed ones first."""
     gates = report.gates
     rows = gate_rows(sorted(gates, key=lambda gate: (not gate.failed, gate.passed is not None)))
     create_table_artifact(
         [dict(zip(("gate", "measured", "limit", "result", "note"), row, strict=True)) for row in rows],
-        key=_key("gates", report),
+        key=_artifact_key("gates", report),
         description=f"All {len(gates)} gates passed" if all(g.passed for g in gates) else f"Gates: {summary(gates)}",
     )
 
 
-def _key(kind: str, report: RunReport) -> str:
-    """The key of an artifact in Prefect's UI, which has small letters, digits and dashes: of each output its own."""
+def _artifact_key(kind: str, report: RunReport) -> str:
+    """Return the key of an artifact in Prefect's UI, in small letters, digits and dashes, with the output's name."""
     return re.sub(r"[^a-z0-9]+", "-", f"requant-{kind} {report.name}".lower()).strip("-")
 
 
 def draw_pictures(report: RunReport) -> None:
-    """Draw what was measured, once. A picture that cannot be drawn ends no run: the numbers are there without it."""
+    """Draw the pictures once. If that fails, the run goes on: the report has the numbers."""
     if report.pictures:
         return
     from requant.tasks.plots.draw import draw
@@ -253,13 +273,13 @@ def draw_pictures(report: RunReport) -> None:
         log.info(f"no pictures: {type(error).__name__}: {error}")
 
 
-def embedded(picture: Picture) -> str:
-    """A picture as an address that holds it: Prefect's UI shows these, and has no files to point to."""
+def as_data_url(picture: Picture) -> str:
+    """Return a data URL with the picture: Prefect's UI can show these, but no files."""
     return f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
 
 
-def _done(outcome: Any, report: RunReport) -> StageResult:
-    """A stage's result. A task that ended in a named state hands over the state, any other its result."""
+def _collect(outcome: Any, report: RunReport) -> StageResult:
+    """Add a stage's result to the report. A task returns the result, or the named state that it ended in."""
     result: StageResult = outcome.result() if isinstance(outcome, State) else outcome
     report.stages.append(result)
     log.info(f"{result.name}: {result.state} in {result.seconds:.1f} s")

@@ -1,4 +1,4 @@
-"""Starting the runs of what is due: on a Prefect server, once however often it is asked for, or here."""
+"""Start the runs of due recipes: on a Prefect server, where each is created only once, or in this process."""
 
 from __future__ import annotations
 
@@ -22,95 +22,96 @@ from requant.tasks.errors import RequantError
 from requant.tasks.store import Store
 
 DEPLOYMENT = "requantize/requantize"
-MAX_RUNS = 3  # runs of one commit and recipe, of which a later one is started when those before it failed
-RETRY_AFTER = datetime.timedelta(minutes=10)  # before that: what restarts crashed runs gets its turn first
-BATCH = 60  # recipes a request: each has ATTEMPTS keys, and the server answers with 200 runs at most
-MAX_TRIES = 5  # to have the server take a run
+MAX_RUNS = 3  # per base commit and recipe: the first run, and two more after failures
+RETRY_AFTER = datetime.timedelta(minutes=10)  # Until then, a sweep may restart a crashed run itself.
+RECIPES_PER_REQUEST = 60  # Each has MAX_RUNS keys, and the server returns at most 200 runs per request.
+MAX_ATTEMPTS = 5  # to create a run
 
 
 def start_here(store: Store, due: Sequence[Due]) -> Iterator[Started | Problem]:
-    """Run them in this process, one after another; what fails is said, and tried again by the next pass."""
-    from requant.flows.requantize import RunFailed, requantize  # torch and all
+    """Run due recipes in this process, one after another. The next pass tries a failed one again."""
+    from requant.flows.requantize import RunFailed, requantize  # This imports torch.
 
-    for each in due:
-        outcome: Any = requantize(each.recipe, return_state=True).result(raise_on_failure=False)
+    for one in due:
+        outcome: Any = requantize(one.recipe, return_state=True).result(raise_on_failure=False)
         if isinstance(outcome, RunFailed):
-            yield Problem(each.name, str(outcome))
+            yield Problem(one.name, str(outcome))
         elif isinstance(outcome, BaseException):
             raise outcome
         else:
-            yield Started(each.name, each.base, None, outcome.status)
+            yield Started(one.name, one.base, None, outcome.status)
 
 
 def start_on_server(store: Store, due: Sequence[Due]) -> Iterator[Started | Problem]:
-    """Create a flow run of the deployment for each, unless there is one; a worker runs it.
+    """Create a flow run of the deployment for each due recipe that has none.
 
-    Runs are named by the idempotency key `repo@sha:recipe digest`, which the server has once, whoever asks and however
-    many at a time. Raises RequantError if the server does not answer, refuses, or lacks the deployment.
+    The idempotency key of a run is `repo@sha:recipe digest`, so the server creates each run only once, even if several
+    processes ask for it. Raises RequantError if the server does not answer, refuses, or lacks the deployment.
     """
     with server_errors(), get_client(sync_client=True) as client:
         deployment = client.read_deployment_by_name(DEPLOYMENT)
-        for begin in range(0, len(due), BATCH):
-            keys = {each.name: run_keys(store, each) for each in due[begin : begin + BATCH]}
-            runs = _runs(client, [key for those in keys.values() for key in those])
+        for begin in range(0, len(due), RECIPES_PER_REQUEST):
+            batch = due[begin : begin + RECIPES_PER_REQUEST]
+            keys = {one.name: run_keys(store, one) for one in batch}
+            runs = _runs(client, [key for keys_of_one in keys.values() for key in keys_of_one])
             wanted: list[tuple[Due, str]] = []
-            for each in due[begin : begin + BATCH]:
-                before = [runs[key] for key in keys[each.name] if key in runs]
+            for one in batch:
+                before = [runs[key] for key in keys[one.name] if key in runs]
                 try:
-                    if another(before, store, each):
-                        wanted.append((each, keys[each.name][len(before)]))
+                    if needs_another_run(before, store, one):
+                        wanted.append((one, keys[one.name][len(before)]))
                 except RequantError as error:
-                    yield Problem(each.name, str(error))
+                    yield Problem(one.name, str(error))
             yield from _create(client, deployment.id, wanted)
 
 
 def _create(client: SyncPrefectClient, deployment: UUID, wanted: list[tuple[Due, str]]) -> Iterator[Started | Problem]:
-    """Create the runs, all in one request: 24 ms of the server's time each, where one at a time takes it 60.
+    """Create the runs in one request, which takes the server 24 ms per run instead of 60 ms one by one.
 
-    What it does not take (SQLite is locked) is asked for again. Recipes have been checked, and their runs check
-    them once more: the server need not.
+    Runs that the server could not create, because SQLite is locked, are asked for again. The server does not check the
+    parameters: the recipes have been checked, and the runs check them again.
     """
-    for attempt in range(MAX_TRIES):
+    for attempt in range(MAX_ATTEMPTS):
         if not wanted:
             return
         bodies = [
             {
-                "parameters": {"recipe": each.recipe.model_dump(mode="json")},
+                "parameters": {"recipe": one.recipe.model_dump(mode="json")},
                 "idempotency_key": key,
-                "name": f"{each.base.repo_id}@{each.base.sha[:7]}",
+                "name": f"{one.base.repo_id}@{one.base.sha[:7]}",
                 "tags": ["watch"],
                 "enforce_parameter_schema": False,
             }
-            for each, key in wanted
+            for one, key in wanted
         ]
-        route: Any = f"/deployments/{deployment}/create_flow_run/bulk"  # the client has no method for it yet
+        route: Any = f"/deployments/{deployment}/create_flow_run/bulk"  # The client has no method for it yet.
         answer = client.request("POST", route, json=bodies)
         results = answer.raise_for_status().json()["results"]
         failed = []
-        for (each, key), result in zip(wanted, results, strict=True):
+        for (one, key), result in zip(wanted, results, strict=True):
             if result["status"] == "CREATED":
-                yield Started(each.name, each.base, result["flow_run_id"], "scheduled")
-            elif attempt + 1 < MAX_TRIES:
-                failed.append((each, key))
+                yield Started(one.name, one.base, result["flow_run_id"], "scheduled")
+            elif attempt + 1 < MAX_ATTEMPTS:
+                failed.append((one, key))
             else:
                 sentence = str(result["error"]).splitlines()[0][:300]
-                yield Problem(each.name, f"the Prefect server does not take its run ({sentence}): see its log")
+                yield Problem(one.name, f"the Prefect server does not take its run ({sentence}): see its log")
         wanted = failed
         time.sleep(1.0 if failed else 0.0)
 
 
 def run_keys(store: Store, due: Due) -> list[str]:
-    """The idempotency keys of a commit and recipe: of the first run, and of those after a failed one."""
+    """Return the idempotency keys of a commit and recipe: one for each run that may be started."""
     key = f"{due.recipe.base.repo_id}@{first_commit(store, due.recipe, due.base)}:{due.recipe.digest}"
     return [key, *(f"{key}:{number}" for number in range(2, MAX_RUNS + 1))]
 
 
-def another(before: Sequence[FlowRun], store: Store, due: Due) -> bool:
-    """Whether one more run is to be started after those before it, the latest last.
+def needs_another_run(before: Sequence[FlowRun], store: Store, due: Due) -> bool:
+    """Check whether another run of a due recipe is needed. `before` has its earlier runs, the latest last.
 
-    One that waits, works or was cancelled (somebody meant it) is left alone. After one that failed or crashed there
-    is another, later. After one that ended well there is another only if the base has moved on since, and back.
-    Raises RequantError if somebody has to look.
+    None is needed while a run waits or works, or after a run that somebody cancelled. A failed or crashed run is
+    followed by another one after a while. A completed run is followed by another one only if the base changed since,
+    and changed back. Raises RequantError if a person has to look at it.
     """
     state = before[-1].state if before else None
     if not before:
@@ -118,7 +119,7 @@ def another(before: Sequence[FlowRun], store: Store, due: Due) -> bool:
     if state is None or not state.is_final() or state.is_cancelled():
         return False
     if state.is_completed():
-        last = last_run(store, due.recipe)  # which it wrote before it ended
+        last = last_run(store, due.recipe)  # The run wrote it before it ended.
         if last is None:
             raise RequantError(
                 f"run {before[-1].name} ended well, and the store {store.url} knows nothing of it: "
@@ -137,14 +138,14 @@ def another(before: Sequence[FlowRun], store: Store, due: Due) -> bool:
 
 
 def _runs(client: SyncPrefectClient, keys: list[str]) -> dict[str, FlowRun]:
-    """The flow runs that have one of these idempotency keys."""
-    only = FlowRunFilter(idempotency_key=FlowRunFilterIdempotencyKey(any_=keys))
-    return {run.idempotency_key or "": run for run in client.read_flow_runs(flow_run_filter=only, limit=200)}
+    """Return the flow runs that have one of these idempotency keys, by key."""
+    run_filter = FlowRunFilter(idempotency_key=FlowRunFilterIdempotencyKey(any_=keys))
+    return {run.idempotency_key or "": run for run in client.read_flow_runs(flow_run_filter=run_filter, limit=200)}
 
 
 @contextlib.contextmanager
 def server_errors() -> Iterator[None]:
-    """Raise a sentence for what the Prefect client raises inside."""
+    """Turn the errors of the Prefect client inside into RequantError with a sentence."""
     url = os.environ.get("PREFECT_API_URL")
     try:
         yield
@@ -154,13 +155,13 @@ def server_errors() -> Iterator[None]:
         ) from error
     except httpx.HTTPStatusError as error:
         hint = ": set PREFECT_API_AUTH_STRING" if error.response.status_code in {401, 403} else ""
-        raise RequantError(f"the Prefect server {url} refuses ({_detail(error)}){hint}") from error
+        raise RequantError(f"the Prefect server {url} refuses ({_server_words(error)}){hint}") from error
     except httpx.HTTPError as error:
         raise RequantError(f"the Prefect server {url} does not answer ({error}): start it") from error
 
 
-def _detail(error: httpx.HTTPStatusError) -> str:
-    """The server's own words, else the status."""
+def _server_words(error: httpx.HTTPStatusError) -> str:
+    """Return the status and, if the server gave it, the reason."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
         return f"{error.response.status_code}, {str(error.response.json()['detail'])[:300]}"
     return str(error.response.status_code)

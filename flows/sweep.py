@@ -1,15 +1,14 @@
-"""Heal flow runs whose process is gone: end what nobody works on any more, and restart crashed `requantize` runs.
+"""Heal flow runs whose process is gone: end runs that no process works on, and restart crashed `requantize` runs.
 
-A Prefect server learns of a dead process only from what no longer arrives. Its automations could watch for that, but
-they keep what they wait for in the memory of one server process: a restart of the server delays them by 15 minutes, an
-update of an automation makes it forget every run that it watched, and none of them can see that somebody cancelled the
-run before it crashed (Prefect 3.8.8). A sweep looks at the state of the runs themselves, so it may be repeated,
-interrupted and done by any number of workers at a time.
+A Prefect server notices a dead process only by its missing heartbeats. Automations could watch for those, but they keep
+their state in the memory of one server process: a restart of the server delays them by 15 minutes, an update of an
+automation makes it forget every run that it watched, and none of them can see that somebody cancelled the run before it
+crashed (Prefect 3.8.8). A sweep looks at the state of the runs themselves, so it may be repeated, interrupted and done
+by any number of workers at a time.
 
-No clocks of different machines are compared: a run is taken for dead if the number of its events has stayed the same
-for as long as the sweeper has watched, without a break in the server's answers or in the sweeper's own work. Every run
-of these deployments sends an event at least every 30 s (`PREFECT_FLOWS_HEARTBEAT_FREQUENCY` in
-deployments/prefect.yaml).
+A sweep compares no clocks of different machines. It takes a run for dead if the number of the run's events has not
+changed during the timeout, while the server answered without a gap and the sweep itself ran without a gap. Every run of
+these deployments sends an event at least every 30 s (`PREFECT_FLOWS_HEARTBEAT_FREQUENCY` in deployments/prefect.yaml).
 """
 
 from __future__ import annotations
@@ -41,21 +40,22 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Failed, to_state_create
 
-TAG = "requant"  # of every deployment in deployments/prefect.yaml
-EVERY_S = 10.0  # seconds between two passes
-GAP_S = 30.0  # seconds between two passes, or in one, after which heartbeats may have been missed
-SILENCE_S = 90.0  # seconds without an event after which a Running run is dead: three heartbeats
-CANCELLING_S = 75.0  # seconds in which a worker ends a process that somebody cancelled
-PROCESS_START_S = 90.0  # seconds in which a worker starts a process on its own machine
-NODE_START_S = 1800.0  # the same where a node may have to be made and an image pulled first
-RESTARTS = 10  # of one crashed run, before it is given up
-GOES_ON = "goes on after a crash"  # the message of the state in which a sweep starts a run again
-RECENT = datetime.timedelta(days=3)  # A run that crashed earlier is not started again: nobody expects it any more.
-FIRST_DELAY_S, LONGEST_DELAY_S = 15.0, 600.0  # before the second restart, doubled each time, and before any
-ANSWERED = 200  # runs that the server returns at most for one request
-FLOWS = ("requantize", "plan", "watch", "quantize", "validate", "benchmark")  # of deployments/prefect.yaml
-SKEW = datetime.timedelta(days=1)  # by which the clock of a machine may be behind the server's
-END_OF_TIME = datetime.datetime(9000, 1, 1, tzinfo=datetime.UTC)  # for machines whose clocks are ahead
+TAG = "requant"  # on every deployment in deployments/prefect.yaml
+FLOWS = ("requantize", "plan", "watch", "quantize", "validate", "benchmark")  # of the same file
+PASS_INTERVAL_S = 10.0
+MAX_PASS_GAP_S = 30.0  # After a longer gap, between two passes or within one, heartbeats may have been missed.
+HEARTBEAT_TIMEOUT_S = 90.0  # three heartbeats
+CANCEL_TIMEOUT_S = 75.0  # A worker ends a cancelled process in this time.
+PROCESS_START_TIMEOUT_S = 90.0  # A worker starts a process on its own machine in this time.
+NODE_START_TIMEOUT_S = 1800.0  # The same where a node may have to be created and an image pulled first.
+MAX_RESTARTS = 10  # of one crashed run
+RESTART_MESSAGE = "goes on after a crash"  # the message of the state in which a sweep restarts a run
+MAX_CRASH_AGE = datetime.timedelta(days=3)  # Nobody expects a run that crashed earlier to be restarted.
+SECOND_RESTART_DELAY_S = 15.0  # The first restart is immediate, and from the second on the delay doubles.
+MAX_RESTART_DELAY_S = 600.0
+MAX_RUNS_PER_REQUEST = 200  # Prefect's own limit
+MAX_CLOCK_SKEW = datetime.timedelta(days=1)  # by which the clock of a machine may be behind the server's
+FAR_FUTURE = datetime.datetime(9000, 1, 1, tzinfo=datetime.UTC)  # for machines whose clocks are ahead
 
 # Automations that earlier versions of `requant deploy` made, and whose work a sweep does.
 RETIRED_AUTOMATIONS = (
@@ -70,58 +70,59 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Watched:
-    """The signs of life of one run, and when the sweeper first saw these (its own monotonic clock, in seconds)."""
+    """A run's sign of life, and when this sweep first saw it, by its own monotonic clock."""
 
     sign: tuple[UUID, int]
     since_s: float
 
 
 class Sweep:
-    """Passes over the runs of one server. The passes of one object belong together: it remembers what it saw."""
+    """Makes passes over the runs of one server, and remembers their signs of life from pass to pass."""
 
     def __init__(self, client: SyncPrefectClient, clock: Callable[[], float] = time.monotonic) -> None:
         self._client = client
         self._clock = clock
         self._watched: dict[UUID, _Watched] = {}
-        self._looked_s: float | None = None
+        self._last_look_s: float | None = None
         self._pool_types: dict[str, str] = {}
 
     def __call__(self) -> list[str]:
-        """Make one pass. Return one sentence for each run that was ended or started again.
+        """Make one pass. Return one sentence for each run that was ended or restarted.
 
-        Raises what the Prefect client raises if the server does not answer. What was watched is forgotten then, and
-        after a pause in which heartbeats may have been missed: of the server, of this process, or of its machine.
+        Raises what the Prefect client raises if the server does not answer. The sweep then forgets all signs of life,
+        and likewise after a gap in which it may have missed heartbeats, because the server, this process or its machine
+        was suspended.
         """
-        if self._looked_s is not None and self._clock() - self._looked_s > GAP_S:
+        if self._last_look_s is not None and self._clock() - self._last_look_s > MAX_PASS_GAP_S:
             self._watched.clear()
-        began_s = self._clock()
+        started_s = self._clock()
         try:
             silent = self._silent(self._runs(StateType.RUNNING, StateType.PENDING, StateType.CANCELLING))
-            self._looked_s = self._clock()
-            if self._looked_s - began_s > GAP_S:
+            self._last_look_s = self._clock()
+            if self._last_look_s - started_s > MAX_PASS_GAP_S:
                 self._watched.clear()
                 silent = []
-            return [*self._each(self._end, silent), *self._each(self._go_on, self._crashed())]
+            return [*self._heal_all(self._end, silent), *self._heal_all(self._restart, self._crashed())]
         except Exception:
             self._watched.clear()
             raise
 
-    def _each(self, heal: Callable[[FlowRun], str | None], runs: Sequence[FlowRun]) -> list[str]:
-        """Heal one run after another. One that cannot be healed keeps no other from it."""
-        done = []
+    def _heal_all(self, heal: Callable[[FlowRun], str | None], runs: Sequence[FlowRun]) -> list[str]:
+        """Heal the runs one after another. If one cannot be healed, the others still are."""
+        sentences = []
         for run in runs:
             try:
                 sentence = heal(run)
-            except httpx.TransportError:  # The server is away, which concerns all of them.
+            except httpx.TransportError:  # The server does not answer, which concerns all runs.
                 raise
             except Exception:
                 log.exception("run %s cannot be healed", run.id)
                 continue
-            done += [sentence] if sentence else []
-        return done
+            sentences += [sentence] if sentence else []
+        return sentences
 
     def _silent(self, runs: Sequence[FlowRun]) -> list[FlowRun]:
-        """Those of the runs that gave no sign of life for longer than their state allows."""
+        """Return the runs that gave no sign of life for longer than their state allows."""
         now_s = self._clock()
         watched: dict[UUID, _Watched] = {}
         silent = []
@@ -135,25 +136,28 @@ class Sweep:
         return silent
 
     def _sign_of_life(self, run: FlowRun) -> tuple[UUID, int]:
-        """The id of a run's state, and the number of its events. Of a run that is being cancelled only the state
-        counts: its process may go on sending heartbeats where no worker is left to end it."""
+        """Return the id of a run's state, and the number of its events.
+
+        Of a run that is being cancelled only the state counts: its process may send heartbeats without a worker that
+        could end it.
+        """
         state = _state(run)
         if state.is_cancelling():
             return state.id, 0
-        assert run.created is not None  # by the server's clock; events carry that of the machine that sent them
+        assert run.created is not None  # The server's clock; events have the time of the machine that sent them.
         events = EventFilter(
             resource=EventResourceFilter(id=[f"prefect.flow-run.{run.id}"]),
-            occurred=EventOccurredFilter(since=run.created - SKEW, until=END_OF_TIME),
+            occurred=EventOccurredFilter(since=run.created - MAX_CLOCK_SKEW, until=FAR_FUTURE),
         )
         return state.id, self._client.read_events(events, limit=1).total
 
     def _limit_s(self, run: FlowRun) -> float:
         kind = _state(run).type
         if kind == StateType.RUNNING:
-            return SILENCE_S
+            return HEARTBEAT_TIMEOUT_S
         if kind == StateType.CANCELLING:
-            return CANCELLING_S
-        return PROCESS_START_S if self._pool_type(run) == "process" else NODE_START_S
+            return CANCEL_TIMEOUT_S
+        return PROCESS_START_TIMEOUT_S if self._pool_type(run) == "process" else NODE_START_TIMEOUT_S
 
     def _pool_type(self, run: FlowRun) -> str:
         name = run.work_pool_name or ""
@@ -162,23 +166,26 @@ class Sweep:
         return self._pool_types.get(name, "")
 
     def _end(self, run: FlowRun) -> str | None:
-        """Put a dead run into its last state."""
+        """Put a dead run into its final state."""
         state: State[None] = {
-            StateType.RUNNING: Crashed(message=f"no heartbeat for {SILENCE_S:.0f} seconds"),
+            StateType.RUNNING: Crashed(message=f"no heartbeat for {HEARTBEAT_TIMEOUT_S:.0f} seconds"),
             StateType.PENDING: Crashed(message="its process did not start"),
-            StateType.CANCELLING: Cancelled(message=f"no worker ended its process within {CANCELLING_S:.0f} seconds"),
+            StateType.CANCELLING: Cancelled(
+                message=f"no worker ended its process within {CANCEL_TIMEOUT_S:.0f} seconds"
+            ),
         }[_state(run).type]
         return self._set(run, state)
 
     def _crashed(self) -> list[FlowRun]:
-        """The crashed runs of `requantize`. Runs of the gpu pool are started again by the run that waits for them."""
-        return self._runs(StateType.CRASHED, flows=("requantize",), ended_within=RECENT)
+        """Return the crashed runs of `requantize`. A run of the gpu pool is restarted by the run that waits for it."""
+        return self._runs(StateType.CRASHED, flows=("requantize",), ended_within=MAX_CRASH_AGE)
 
-    def _go_on(self, run: FlowRun) -> str | None:
-        """Start a crashed run again, or end it for good."""
-        return self._set(run, after_a_crash(_state(run), self._client.read_flow_run_states(run.id)))
+    def _restart(self, run: FlowRun) -> str | None:
+        """Restart a crashed run, or put it into its final state."""
+        return self._set(run, state_after_crash(_state(run), self._client.read_flow_run_states(run.id)))
 
     def _set(self, run: FlowRun, state: State[None]) -> str | None:
+        """Put a run into a state. Return a sentence if the server accepted it."""
         if not propose(self._client, run, state):
             return None
         return f"run {run.name} ({run.id}) was {_state(run).name} and is {state.name}: {state.message}"
@@ -186,76 +193,79 @@ class Sweep:
     def _runs(
         self, *kinds: StateType, flows: Sequence[str] = FLOWS, ended_within: datetime.timedelta | None = None
     ) -> list[FlowRun]:
-        """All runs of our deployments in these states."""
+        """Return all runs of Requant's deployments in these states."""
         after = None
         if ended_within is not None:
             after = FlowRunFilterEndTime(after_=datetime.datetime.now(datetime.UTC) - ended_within)
-        only = FlowRunFilter(
+        run_filter = FlowRunFilter(
             tags=FlowRunFilterTags(all_=[TAG]),
             state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(kinds))),
             end_time=after,
         )
-        of = FlowFilter(name=FlowFilterName(any_=list(flows)))
-        found: list[FlowRun] = []
+        flow_filter = FlowFilter(name=FlowFilterName(any_=list(flows)))
+        runs: list[FlowRun] = []
         while True:
-            page = self._client.read_flow_runs(flow_filter=of, flow_run_filter=only, limit=ANSWERED, offset=len(found))
-            found += page
-            if len(page) < ANSWERED:
-                return [run for run in found if run.deployment_id is not None]
+            page = self._client.read_flow_runs(
+                flow_filter=flow_filter, flow_run_filter=run_filter, limit=MAX_RUNS_PER_REQUEST, offset=len(runs)
+            )
+            runs += page
+            if len(page) < MAX_RUNS_PER_REQUEST:
+                return [run for run in runs if run.deployment_id is not None]
 
 
 def propose(client: SyncPrefectClient, seen: FlowRun, state: State[None]) -> bool:
-    """Put a run into a state, unless its state is another than was seen. Return whether the server took it.
+    """Put a run into a state, unless its state has changed since. Return whether the server accepted it.
 
-    Whoever saw the same state names the same transition, which the server makes once.
+    All sweeps that saw the same state give the transition the same id, and the server makes it only once.
     """
     before = _state(seen)
     if _state(client.read_flow_run(seen.id)).id != before.id:
         return False
     proposed = to_state_create(state)
-    proposed.state_details.transition_id = uuid5(before.id, state.name or "")  # The client's method makes up its own.
+    proposed.state_details.transition_id = uuid5(before.id, state.name or "")  # The client's method has a random one.
     route: Any = f"/flow_runs/{seen.id}/set_state"
     answer = client.request("POST", route, json={"state": proposed.model_dump(mode="json")})
     return bool(answer.raise_for_status().json()["status"] == SetStateStatus.ACCEPT)
 
 
-def after_a_crash(crashed: State, history: Sequence[State]) -> State[None]:
-    """The state that a crashed run gets: it starts again, unless somebody cancelled it or it crashed too often.
+def state_after_crash(crashed: State, history: Sequence[State]) -> State[None]:
+    """Return the next state of a crashed run: a restart, unless somebody cancelled the run or it crashed too often.
 
-    The first restart is made at once and later ones after a while, by the server's clock, which the run's own state
-    carries.
+    The delay of a restart counts from the time of the crash by the server's clock.
     """
     if was_cancelled(history):
         return Cancelled(message="it was being cancelled when its process ended")
-    restarts = restarts_of(history)
-    if restarts >= RESTARTS:
-        sentence = f"it crashed {RESTARTS + 1} times: look for what kills this run, then start another one"
+    restarts = count_restarts(history)
+    if restarts >= MAX_RESTARTS:
+        sentence = f"it crashed {MAX_RESTARTS + 1} times: look for what kills this run, then start another one"
         return Failed(message=sentence)
-    delay_s = min(FIRST_DELAY_S * 2 ** (restarts - 1), LONGEST_DELAY_S) if restarts else 0.0
-    return AwaitingRetry(message=GOES_ON, scheduled_time=crashed.timestamp + datetime.timedelta(seconds=delay_s))
+    delay_s = min(SECOND_RESTART_DELAY_S * 2 ** (restarts - 1), MAX_RESTART_DELAY_S) if restarts else 0.0
+    return AwaitingRetry(
+        message=RESTART_MESSAGE, scheduled_time=crashed.timestamp + datetime.timedelta(seconds=delay_s)
+    )
 
 
 def was_cancelled(history: Sequence[State]) -> bool:
-    """Whether somebody cancelled a run, or was cancelling it, since it was last scheduled.
+    """Check whether somebody cancelled a run, or was cancelling it, since it was last scheduled.
 
-    A run that is scheduled after it was cancelled was started again by a person.
+    If a run was scheduled after its cancellation, a person restarted it.
     """
     ordered = in_order(history)
-    begun = max((index for index, state in enumerate(ordered) if state.is_scheduled()), default=0)
-    return any(state.is_cancelled() or state.is_cancelling() for state in ordered[begun:])
+    last_start = max((index for index, state in enumerate(ordered) if state.is_scheduled()), default=0)
+    return any(state.is_cancelled() or state.is_cancelling() for state in ordered[last_start:])
 
 
-def restarts_of(history: Sequence[State]) -> int:
-    """How often a sweep started a run again since it was last scheduled by anybody else."""
+def count_restarts(history: Sequence[State]) -> int:
+    """Count how often a sweep restarted a run since anybody else scheduled it."""
     restarts = 0
     for state in in_order(history):
         if state.is_scheduled():
-            restarts = restarts + 1 if state.message == GOES_ON else 0
+            restarts = restarts + 1 if state.message == RESTART_MESSAGE else 0
     return restarts
 
 
 def in_order(history: Sequence[State]) -> list[State]:
-    """The states of a run, the earliest first."""
+    """Sort the states of a run, the earliest first."""
     return sorted(history, key=lambda state: state.timestamp)
 
 
@@ -265,8 +275,8 @@ def _state(run: FlowRun) -> State:
 
 
 def sweep_for_ever() -> None:
-    """Make one pass after another, in a thread beside a worker. A server that is away is waited for."""
-    # A client that tries again by itself would hide that the server was away, and sleep for minutes.
+    """Make one pass after another, in a thread of a worker. Wait for a server that does not answer."""
+    # A client that retries by itself would hide that the server did not answer, and sleep for minutes.
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
         while True:
             try:
@@ -276,18 +286,18 @@ def sweep_for_ever() -> None:
                     while True:
                         for sentence in sweep():
                             log.warning("%s", sentence)
-                        time.sleep(EVERY_S)
+                        time.sleep(PASS_INTERVAL_S)
             except PrefectHTTPStatusError as error:
                 log.warning("no sweep: the Prefect server refuses (%s)", error.response.status_code)
             except httpx.HTTPError as error:
                 log.info("no sweep: the Prefect server does not answer (%s)", type(error).__name__)
-            except Exception:  # The thread must outlive whatever one pass meets.
+            except Exception:  # The thread must survive any error of a single pass.
                 log.exception("a sweep failed")
-            time.sleep(EVERY_S)
+            time.sleep(PASS_INTERVAL_S)
 
 
 def remove_retired_automations() -> None:
-    """Delete the automations that earlier versions of Requant made: they restart runs that somebody cancelled."""
+    """Delete the automations of earlier versions of Requant: they restart runs that somebody cancelled."""
 
     async def remove() -> None:
         async with get_client() as client:

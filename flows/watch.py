@@ -1,4 +1,4 @@
-"""New base revisions -> requantize runs: one for each new commit and recipe, however often it is asked for."""
+"""The watch as a flow: it starts one run for each recipe whose base has a new commit."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ log_into_runs()
 
 @flow(name="watch", persist_result=False)
 def watch(folder: str = str(RECIPES_FOLDER)) -> Any:
-    """Compare the base of every recipe in a folder with what the recipe was last run on, and start what is due.
+    """Compare the base of every recipe in a folder with that of the recipe's last run, and start the runs that are due.
 
-    A base that cannot be looked at stops no other: the run then ends in the state Problems, and its table names them.
+    If a base cannot be read, the others still are. The flow run then ends in the state Problems, and its table names
+    them.
     """
     try:
         done = watch_pass(Path(folder), start_on_server)
-    except RequantError as error:  # the state says what is wrong in a sentence, without the words that Prefect adds
+    except RequantError as error:  # The message is the sentence alone, without the words that Prefect adds.
         return Failed(message=str(error), data=error)
     document = done.to_json()
     log.info(done.text)

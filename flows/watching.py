@@ -1,6 +1,6 @@
-"""What is tracked, one recipe a file; which of it is due, since its base holds what it was not run on yet; one pass.
+"""One pass of the watch: read the recipes, ask the Hub for their bases, and start the runs that are due.
 
-Without Prefect: a pass that finds nothing to do needs none.
+This module does not import Prefect, which a pass needs only if it starts a run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from requant.tasks.store import Store, open_store
 
 @dataclass(frozen=True)
 class Tracked:
-    """A recipe, by the name of its file."""
+    """A recipe, and the name of its file."""
 
     name: str
     recipe: Recipe
@@ -31,7 +31,7 @@ class Tracked:
 
 @dataclass(frozen=True)
 class Due:
-    """A tracked recipe, and the commit of its base that it is to be run on."""
+    """A tracked recipe with the commit of its base for which a run is due."""
 
     name: str
     recipe: Recipe
@@ -40,7 +40,7 @@ class Due:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why one tracked recipe could not be looked at or started. It stops no other."""
+    """Why one tracked recipe could not be read, compared or started."""
 
     name: str
     error: str
@@ -48,7 +48,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Started:
-    """A run: its id on a Prefect server, where it is now `scheduled`, or how it ended here."""
+    """A run that was started. `status` is `scheduled` on a Prefect server, otherwise how the run ended here."""
 
     name: str
     base: Revision
@@ -56,19 +56,19 @@ class Started:
     status: str
 
 
-Start = Callable[[Store, Sequence[Due]], Iterator[Started | Problem]]  # starts those that need it: flows/start.py
+Start = Callable[[Store, Sequence[Due]], Iterator[Started | Problem]]  # flows/start.py has two of them
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One look at everything tracked: how many recipes, what was started, what could not be looked at or started."""
+    """The result of a pass: how many recipes there are, which runs were started, and what went wrong."""
 
     checked: int
     started: tuple[Started, ...]
     problems: tuple[Problem, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The document of `requant watch --once --json`."""
+        """Return the document of `requant watch --once --json`."""
         started = [
             {"recipe": s.name, "repo_id": s.base.repo_id, "sha": s.base.sha, "run": s.run, "status": s.status}
             for s in self.started
@@ -78,7 +78,7 @@ class Pass:
 
     @property
     def text(self) -> str:
-        """What happened, in a line, and a line for each start and problem."""
+        """A summary in one line, then a line for each started run and each problem."""
         lines = [f"{self.checked} checked, {len(self.started)} started, {len(self.problems)} problems"]
         lines += [
             f"started   {s.name}: {s.base.name}, {s.status}{f', run {s.run}' if s.run else ''}" for s in self.started
@@ -87,7 +87,7 @@ class Pass:
 
 
 def watch_pass(folder: Path, start: Start, repos: Collection[str] | None = None) -> Pass:
-    """Look at every recipe of a folder, or only those whose base is one of `repos`, and start what is due.
+    """Compare every recipe of a folder, or only those whose base is in `repos`, and start the runs that are due.
 
     Raises RecipeError if there is no such folder, StoreError if the store cannot be used, and what `start` raises.
     """
@@ -95,17 +95,17 @@ def watch_pass(folder: Path, start: Start, repos: Collection[str] | None = None)
     store.check()
     tracked, unread = load_tracked(folder, repos)
     with Pace() as pace:
-        due, unseen = look(store, tracked, pace)
+        due, not_compared = find_due(store, tracked, pace)
     outcomes = list(start(store, due)) if due else []
-    started = tuple(each for each in outcomes if isinstance(each, Started))
-    refused = [each for each in outcomes if isinstance(each, Problem)]
-    return Pass(len(tracked) + len(unread), started, (*unread, *unseen, *refused))
+    started = tuple(outcome for outcome in outcomes if isinstance(outcome, Started))
+    not_started = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
+    return Pass(len(tracked) + len(unread), started, (*unread, *not_compared, *not_started))
 
 
 def load_tracked(folder: Path, repos: Collection[str] | None = None) -> tuple[list[Tracked], list[Problem]]:
-    """Read the recipes of a folder, only those whose base is one of `repos` if given; one recipe twice counts once.
+    """Read the recipes of a folder. If `repos` is given, return only recipes whose base is one of these.
 
-    Raises RecipeError if there is no such folder.
+    Of several files with the same recipe, the first one counts. Raises RecipeError if there is no such folder.
     """
     if not folder.is_dir():
         raise RecipeError(f"the folder of recipes {folder} does not exist: name one with --recipes")
@@ -123,31 +123,32 @@ def load_tracked(folder: Path, repos: Collection[str] | None = None) -> tuple[li
     return list(tracked.values()), problems
 
 
-def look(store: Store, tracked: Sequence[Tracked], pace: Pace) -> tuple[list[Due], list[Problem]]:
-    """Ask the Hub for the commit of every base, one request a base, and compare with the recipes' last runs."""
+def find_due(store: Store, tracked: Sequence[Tracked], pace: Pace) -> tuple[list[Due], list[Problem]]:
+    """Ask the Hub for the commit of each base, in one request per base, and compare it with the recipes' last runs."""
     bases: dict[tuple[str, str], list[Tracked]] = defaultdict(list)
-    for each in tracked:
-        bases[each.recipe.base.repo_id, each.recipe.base.revision].append(each)
+    for one in tracked:
+        bases[one.recipe.base.repo_id, one.recipe.base.revision].append(one)
     pool = ThreadPoolExecutor(PARALLEL_REQUESTS)
     try:
-        found = list(pool.map(lambda group: _compare(store, group, pace), bases.values()))
+        groups = list(pool.map(lambda group: _compare(store, group, pace), bases.values()))
     finally:
-        pace.stop()  # for those who wait, if interrupted
+        pace.stop()  # If the pass was interrupted, no thread goes on waiting.
         pool.shutdown(cancel_futures=True)
-    due = [each for group in found for each in group if isinstance(each, Due)]
-    return due, [each for group in found for each in group if isinstance(each, Problem)]
+    outcomes = [outcome for group in groups for outcome in group]
+    due = [outcome for outcome in outcomes if isinstance(outcome, Due)]
+    return due, [outcome for outcome in outcomes if isinstance(outcome, Problem)]
 
 
 def _compare(store: Store, group: Sequence[Tracked], pace: Pace) -> list[Due | Problem]:
-    """Those of the recipes of one base that are due, or why the base cannot be looked at."""
+    """Return the recipes of one base that are due, or a problem for each if the Hub does not give the base."""
     wanted = group[0].recipe.base
     try:
         base = pace.ask(lambda: resolve(wanted.repo_id, wanted.revision))
     except RequantError as error:
-        return [Problem(each.name, str(error)) for each in group]
-    found: list[Due | Problem] = []
-    for each in group:
-        last = last_run(store, each.recipe)
-        if last is None or not last.settles(each.recipe, base):
-            found.append(Due(each.name, each.recipe, base))
-    return found
+        return [Problem(one.name, str(error)) for one in group]
+    due: list[Due | Problem] = []
+    for one in group:
+        last = last_run(store, one.recipe)
+        if last is None or not last.settles(one.recipe, base):
+            due.append(Due(one.name, one.recipe, base))
+    return due

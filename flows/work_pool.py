@@ -1,4 +1,4 @@
-"""Whether a work pool of a Prefect server can take runs, and who says so while a run waits for it."""
+"""Check whether a work pool of a Prefect server can take runs, and give notice while a run waits for it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.exceptions import ObjectNotFound
 
-EVERY_S = 60.0  # seconds for which a run waits before its work pool is looked at, and between two looks
+LOOK_INTERVAL_S = 60.0  # between two looks at the pool, and before the first one
 
 
 def problem_of_pool(client: SyncPrefectClient, pool: str) -> str | None:
     """Say in a sentence why no run of a work pool starts, and what to do; None if a worker is there to take them.
 
-    Prefect takes a worker for online that sent a heartbeat within the last 90 s.
+    For Prefect, a worker is online if it sent a heartbeat within the last 90 s.
     """
     try:
         if client.read_work_pool(pool).is_paused:
@@ -29,7 +29,7 @@ def problem_of_pool(client: SyncPrefectClient, pool: str) -> str | None:
 
 
 class WorkerNotice:
-    """Notices that no worker takes a run that waits, and that one does at last; each is told once."""
+    """Gives notice once that no worker takes a waiting run, and once that a worker has taken it."""
 
     def __init__(
         self,
@@ -37,26 +37,26 @@ class WorkerNotice:
         tell: Callable[[str | None], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`problem` says why the work pool takes no run, or None; `tell` gets what changed; `clock` is in seconds."""
+        """Create a notice. `problem` says why the pool takes no run, and `tell` gets each change of that."""
         self._problem = problem
         self._tell = tell
         self._clock = clock
-        self._looked_s: float | None = None
-        self._describe_schedule: str | None = None
+        self._last_look_s: float | None = None
+        self._last_problem: str | None = None
 
     def look(self, waiting: bool) -> None:
         """Look at the pool once a minute while the run waits. Raises what `problem` and `tell` raise."""
         now_s = self._clock()
         if not waiting:
-            self._looked_s = None
+            self._last_look_s = None
             self._say(None)
-        elif self._looked_s is None:
-            self._looked_s = now_s
-        elif now_s - self._looked_s >= EVERY_S:
-            self._looked_s = now_s
+        elif self._last_look_s is None:
+            self._last_look_s = now_s
+        elif now_s - self._last_look_s >= LOOK_INTERVAL_S:
+            self._last_look_s = now_s
             self._say(self._problem())
 
     def _say(self, problem: str | None) -> None:
-        if problem != self._describe_schedule:
+        if problem != self._last_problem:
             self._tell(problem)
-            self._describe_schedule = problem
+            self._last_problem = problem

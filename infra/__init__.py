@@ -1,1 +1,1 @@
-"""How to run Requant for real, and local stand-ins for the services it talks to."""
+"""Deployment of Requant, benchmarks, and local stand-ins for the services that it uses."""

@@ -1,8 +1,7 @@
-"""Artifacts: immutable sets of files, named by what they hold.
+"""Artifacts: immutable sets of files, identified by a digest of their content.
 
-A digest covers the sorted (path, size, sha256) of every file and nothing else: no times, no versions, no
-settings. A stage key covers everything that decides what a stage will produce, so that it can be computed
-before the stage runs, on any machine.
+A digest covers the sorted (path, size, sha256) of every file, and no times, versions or settings. A stage key covers
+everything that determines the result of a stage, so that any machine can compute it before the stage runs.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from typing import Any
 from requant.tasks.errors import CheckpointError, StoreError
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-# What a published repo holds beside an artifact, under names of its own. A base's files of these names are not taken
-# over; the Hub writes .gitattributes itself.
+# Files that a published repo has in addition to the artifact. A base's files of these names are not copied. The Hub
+# writes .gitattributes itself.
 RELEASE_FILES = CARD, RELEASE, RECIPE, REPORT = "README.md", "requant.json", "recipe.yaml", "report.md"
 GITATTRIBUTES = ".gitattributes"
 REWRITTEN = (*RELEASE_FILES, GITATTRIBUTES)
-PICTURES = "pictures"  # the folder of a release's pictures, beside its card
+PICTURES = "pictures"  # the folder with the pictures of a release
 
 
 @dataclass(frozen=True, order=True)
 class File:
-    """One file of an artifact: its POSIX path below the artifact's root, its size in bytes, its sha256 in hex."""
+    """A file of an artifact: its POSIX path relative to the root, its size in bytes, and its sha256 in hex."""
 
     path: str
     size: int
@@ -46,10 +45,10 @@ class Manifest:
 
     @classmethod
     def of(cls, files: Iterable[File]) -> Manifest:
-        """Raises CheckpointError for a path that leaves the folder, stands there twice, or is another's folder.
+        """Create a manifest. Raises CheckpointError for a path that leaves the folder, is there twice, or is a folder.
 
-        Paths that differ only in case or in how an accent is spelled are one file on many file systems, where the
-        second would silently take the place of the first.
+        Paths that differ only in case or in the Unicode form of an accent count as one: on many file systems the second
+        file would silently replace the first.
         """
         ordered = tuple(sorted(files))
         seen: dict[str, str] = {}
@@ -72,7 +71,7 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over one line `path NUL size NUL sha256` a file, sorted by path."""
+        """The sha256 over one line `path NUL size NUL sha256` per file, sorted by path."""
         lines = (f"{f.path}\0{f.size}\0{f.sha256}\n" for f in self.files)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -83,7 +82,7 @@ class Manifest:
 
     @property
     def weights(self) -> int:
-        """Bytes of the weight files: what sizes of models speak of."""
+        """Bytes of the weight files, which is the usual size of a model."""
         return sum(f.size for f in self.files if f.path.endswith(".safetensors"))
 
     def __getitem__(self, path: str) -> File:
@@ -102,7 +101,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
-        """Raises StoreError unless the text is a manifest that agrees with its own digest."""
+        """Read a manifest. Raises StoreError if it is damaged, or contradicts its own digest."""
         try:
             document = json.loads(text)
             files = [File(f["path"], f["size"], f["sha256"]) for f in document["files"]]
@@ -118,9 +117,10 @@ class Manifest:
 
 
 def check_relative(path: str) -> None:
-    """Refuse a path that could leave the folder it is joined to (absolute, `..`, backslash, NUL, empty) or has no room.
+    """Raise CheckpointError for a path that could leave the folder that it is joined to, or that is too long.
 
-    A path has at most 1024 bytes (the limit of S3 keys, without their prefix) and a name 255 (that of file systems).
+    Such paths are absolute, empty, or contain `..`, a backslash or NUL. The limits are 1024 bytes for a path, as for S3
+    keys without their prefix, and 255 for a name, as in file systems.
     """
     pure = PurePosixPath(path)
     bad = path in {"", "."} or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path
@@ -133,18 +133,18 @@ def check_relative(path: str) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file in hex, read in chunks."""
+    """Compute the sha256 of a file, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def git_blob_id_of(data: bytes) -> str:
-    """What git calls these bytes: sha1 over `blob SIZE NUL` and the bytes."""
+    """Compute the git blob id of these bytes: the sha1 over `blob SIZE NUL` and the bytes."""
     return hashlib.sha1(f"blob {len(data)}\0".encode() + data, usedforsecurity=False).hexdigest()
 
 
 def git_blob_id(path: Path) -> str:
-    """The same of a file, read in chunks."""
+    """Compute the git blob id of a file."""
     hasher = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 20):
@@ -153,13 +153,13 @@ def git_blob_id(path: Path) -> str:
 
 
 def file_of(root: Path, path: str) -> File:
-    """Describe the file `path` below `root` by reading it once."""
+    """Describe the file `path` below `root`, which is read once."""
     full = root / path
     return File(path, full.stat().st_size, sha256_of(full))
 
 
 def sync(path: Path) -> None:
-    """fsync a file, or a folder after a rename in it."""
+    """Write a file to disk with fsync, or a folder after a rename in it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -168,7 +168,7 @@ def sync(path: Path) -> None:
 
 
 def digest_of(document: Any) -> str:
-    """sha256 of a JSON document in canonical form (sorted keys, no white space)."""
+    """Compute the sha256 of a JSON document in canonical form: sorted keys, no white space."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -176,9 +176,9 @@ def digest_of(document: Any) -> str:
 def stage_key(
     stage: str, version: int, *, reads: Mapping[str, str], settings: Mapping[str, Any], tools: Mapping[str, str]
 ) -> str:
-    """Name what a stage will produce.
+    """Compute the key of a stage, which identifies its result.
 
-    `reads` maps each input's name to a digest of its content, `settings` is the part of the recipe that the
-    stage reads, `tools` the declared (locked) versions of the tools that shape the result.
+    `reads` has a digest of each input by name, `settings` the part of the recipe that the stage reads, and `tools` the
+    declared (locked) versions of the tools that shape the result.
     """
     return digest_of({"stage": stage, "version": version, "reads": reads, "settings": settings, "tools": tools})

@@ -1,7 +1,7 @@
-"""download: the files of one commit, by sha256.
+"""The stage download: copy the files of one commit from the Hub into the store.
 
-What the store already has is not fetched again, so a new revision that changed two shards moves two shards. A file
-comes straight to where its blob will be, on one disk and once; a killed download goes on in the middle of a file.
+Files that the store has already are not fetched again: if a new revision changed two shards, two shards are fetched. A
+file is written once, on the disk of the store. A killed download goes on in the middle of a file.
 """
 
 from __future__ import annotations
@@ -35,49 +35,50 @@ def download_key(base: Revision) -> str:
 
 
 def download(store: Store, base: Revision) -> StageResult:
-    """Bring every wanted file of a commit into the store. Raises HubError, HubUnavailable or DiskFull."""
+    """Copy all wanted files of a commit into the store. Raises HubError, HubUnavailable or DiskFull."""
 
     def work(folder: Path) -> Made:
         base.check_names()
         with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
-            contexts = [contextvars.copy_context() for _ in base.wanted]  # so that threads log into the run at hand
-            have = partial(_have, store, base, folder)
-            fetched = list(pool.map(lambda file, context: context.run(have, file), base.wanted, contexts))
-        moved = sum(file.size for file, was_here in fetched if not was_here)
-        manifest = Manifest.of(file for file, _ in fetched)
-        return Made(manifest, {"base": {"repo_id": base.repo_id, "sha": base.sha}, "bytes_moved": moved})
+            contexts = [contextvars.copy_context() for _ in base.wanted]  # In them, threads log to the current run.
+            fetch_file = partial(_fetch_unless_stored, store, base, folder)
+            files = list(pool.map(lambda file, context: context.run(fetch_file, file), base.wanted, contexts))
+        fetched_bytes = sum(file.size for file, was_stored in files if not was_stored)
+        manifest = Manifest.of(file for file, _ in files)
+        return Made(manifest, {"base": {"repo_id": base.repo_id, "sha": base.sha}, "bytes_moved": fetched_bytes})
 
     return run_stage(store, STAGE, download_key(base), work)
 
 
-def _have(store: Store, base: Revision, folder: Path, file: HubFile) -> tuple[File, bool]:
-    """The file, and whether the store already had it."""
-    known = _known(store, file)
-    if known is not None:
-        return known, True
+def _fetch_unless_stored(store: Store, base: Revision, folder: Path, file: HubFile) -> tuple[File, bool]:
+    """Return the file, and whether the store had it already. Raises HubUnavailable if it arrives altered."""
+    stored = _stored(store, file)
+    if stored is not None:
+        return stored, True
     path = inside(folder, file.path)
-    got = File(file.path, file.size, fetch(base, file, path))
-    if (got.sha256 != file.sha256) if file.sha256 else (git_blob_id(path) != file.blob_id):
+    fetched = File(file.path, file.size, fetch(base, file, path))
+    if (fetched.sha256 != file.sha256) if file.sha256 else (git_blob_id(path) != file.blob_id):
         path.unlink()
         raise HubUnavailable(
-            f"{file.path} of {base.name} arrived altered (sha256 {got.sha256[:12]}): it was thrown away, try again"
+            f"{file.path} of {base.name} arrived altered (sha256 {fetched.sha256[:12]}): it was thrown away, try again",
+            repo_id=base.repo_id,
         )
-    store.put_blob(path, got)
+    store.put_blob(path, fetched)
     if not file.sha256:
-        store.put_fact("git-blobs", file.blob_id, got.sha256)
-    log.info(f"fetched {file.path}, {got.size:,} bytes")
-    return got, False
+        store.put_fact("git-blobs", file.blob_id, fetched.sha256)
+    log.info(f"fetched {file.path}, {fetched.size:,} bytes")
+    return fetched, False
 
 
-def _known(store: Store, file: HubFile) -> File | None:
-    """The file if the store has it."""
+def _stored(store: Store, file: HubFile) -> File | None:
+    """Return the file if the store has it. The store remembers the sha256 of files for which the Hub gives none."""
     sha256 = file.sha256 or store.get_fact("git-blobs", file.blob_id)
-    known = File(file.path, file.size, sha256) if sha256 is not None else None
-    return known if known is not None and store.has_blob(known) else None
+    stored = File(file.path, file.size, sha256) if sha256 is not None else None
+    return stored if stored is not None and store.has_blob(stored) else None
 
 
 def text_files(store: Store, text: Text, folder: Path) -> list[Path]:
-    """The files of a text that have rows; a data set's files are brought into the store, and laid into `folder`."""
+    """List the files of a text that have rows. Those of a data set are downloaded and linked into `folder` first."""
     if text.path is not None:
         return [text.path]
     assert text.dataset is not None

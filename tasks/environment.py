@@ -1,4 +1,4 @@
-"""The environment of this process and of those that it starts: proxies, and where our modules are."""
+"""Environment variables of this process and of its children: proxies, and the search path of modules."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ PACKAGE_PARENT = Path(requant.__file__).absolute().parent.parent  # the folder f
 
 
 def bypass_proxy_on_loopback(environment: MutableMapping[str, str]) -> None:
-    """Keep requests to this machine away from the user's proxy, which reaches no server on it.
+    """Exclude this machine from the user's proxy, which cannot reach servers on it.
 
-    Some clients read no_proxy first and others NO_PROXY: both are set, and the user's hosts stay in each.
+    Both no_proxy and NO_PROXY are set, since clients differ in which they read first. The user's hosts stay in each.
     """
     if not any(value and name.lower() in PROXIES for name, value in environment.items()):
         return
     given = {name: value for name, value in environment.items() if value and name.lower() == "no_proxy"}
-    preferred = given[max(given)] if given else ""  # most clients prefer small letters, which sort behind capitals
+    preferred = given[max(given)] if given else ""  # Most clients prefer small letters, which sort behind capitals.
     for name in ("no_proxy", "NO_PROXY"):
         value = given.get(name, preferred)
         hosts = {host.strip().lower() for host in value.split(",")}
@@ -31,11 +31,11 @@ def bypass_proxy_on_loopback(environment: MutableMapping[str, str]) -> None:
 
 
 def variables_set(*names: str) -> list[str]:
-    """Find which of these variables, named in small letters, are set, in the spelling of the environment."""
+    """Return which of these variables are set. `names` are in small letters, the result as in the environment."""
     return sorted(name for name, value in os.environ.items() if value and name.lower() in names)
 
 
 def with_package(environment: Mapping[str, str]) -> dict[str, str]:
-    """Copy an environment, with our modules before the user's on its PYTHONPATH."""
+    """Copy an environment, and put Requant's modules first on its PYTHONPATH."""
     path = os.pathsep.join(filter(None, [str(PACKAGE_PARENT), environment.get("PYTHONPATH")]))
     return {**environment, "PYTHONPATH": path}

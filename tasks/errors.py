@@ -1,7 +1,8 @@
-"""Every failure that Requant expects, each with a standard-library parent.
+"""The expected failures, each with a parent from the standard library.
 
-The message is one sentence: what went wrong with which name and value, and what to do next.
-`retryable` says whether the same call may succeed later; retries read nothing else.
+The message of an error is one sentence: what went wrong with which name and value, and what to do. `retryable` says
+whether the same call may succeed later; retries depend on nothing else. Some errors also say in attributes what they
+concern: `path`, `repo_id`, `key` and the like, which are None where the error concerns none or several.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import errno
 import os
 
+StrPath = str | os.PathLike[str]
+
 
 class RequantError(Exception):
-    """Base of all expected failures: shown as a sentence, never as a traceback."""
+    """Base of all expected failures, which are shown as a sentence and never as a traceback."""
 
     retryable = False
 
@@ -20,108 +23,137 @@ class RequantError(Exception):
 
 
 class RecipeError(RequantError, ValueError):
-    """The recipe, or a setting of the environment, cannot work as written (exit status 2)."""
+    """The recipe, or a setting of the environment, cannot work as written (exit status 2).
+
+    `path` is the file or folder in question.
+    """
+
+    def __init__(self, message: str, *, path: StrPath | None = None) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class FolderInUse(RecipeError):
-    """A folder or file that the user named to be written holds what is not Requant's, or cannot be written."""
+    """A folder or file that was to be written cannot be, or has content that Requant did not write."""
 
 
 class CheckpointError(RequantError, ValueError):
-    """A checkpoint's files contradict each other or the format."""
+    """The files of a checkpoint contradict each other or the format. `path` is a file or folder, `tensor` a name."""
+
+    def __init__(self, message: str, *, path: StrPath | None = None, tensor: str | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+        self.tensor = tensor
 
 
 class TooFewTokens(CheckpointError):
-    """A checkpoint's tokenizer makes fewer tokens of a text than measuring needs."""
+    """A checkpoint's tokenizer makes too few tokens of a text for measuring."""
 
 
 class StoreError(RequantError, OSError):
-    """The store answered, but cannot do what was asked."""
+    """The store answered, but cannot do what was asked. `key` is that of the object in question."""
+
+    def __init__(self, message: str, *, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class StoreUnreachable(StoreError, ConnectionError):
-    """The store did not answer: a lost connection, a time-out, a server error.
+    """The store did not answer: a lost connection, a timeout, a server error.
 
-    Not retryable: the store itself has waited for it by then, two minutes in the middle of a run.
+    It is not retryable, since the store has retried by itself, in the middle of a run for two minutes.
     """
 
 
 class CorruptBlob(StoreError):
-    """Bytes do not have the sha256 that names them."""
+    """A blob does not have the sha256 in its name."""
 
 
 class Collected(StoreError):
-    """Garbage collection took what was being put together: it can be made again."""
+    """Garbage collection deleted blobs before their manifest was written. The artifact can be made again."""
 
     retryable = True
 
 
 class DiskFull(RequantError, OSError):
-    """No room left where a file was being written."""
+    """There was no room left to write a file to `path`."""
+
+    def __init__(self, message: str, *, path: StrPath | None = None) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class HubError(RequantError, OSError):
-    """The Hub refused: no such repo or revision, no access, a stale parent commit."""
+    """The Hub refused: no such repo or revision, no access, or a stale parent commit. `repo_id` is the repo."""
+
+    def __init__(self, message: str, *, repo_id: str | None = None) -> None:
+        super().__init__(message)
+        self.repo_id = repo_id
 
 
 class HubUnavailable(HubError, ConnectionError):
-    """The Hub failed in a way that passes: 5xx, 429, a cut connection."""
+    """A temporary failure of the Hub: 5xx, 429 or a lost connection."""
 
     retryable = True
 
 
 class Refused(RequantError, ValueError):
-    """A run that could not end well was not begun: the plan's sentence."""
+    """A run was not started, because its plan has problems."""
 
 
 class WrongToolVersion(RequantError, RuntimeError):
-    """A stage was not begun: its result would be kept under tool versions that this machine does not have."""
+    """A `stage` was not started, because its key names versions of tools that this machine does not have."""
+
+    def __init__(self, message: str, *, stage: str | None = None) -> None:
+        super().__init__(message)
+        self.stage = stage
 
 
 class QuantizeFailed(RequantError, RuntimeError):
-    """The quantize child ended without a result, in a way that the same call repeats."""
+    """The quantize child ended without a result, and would do so again."""
 
 
 class QuantizeDied(QuantizeFailed):
-    """The quantize child was killed from outside: its finished blocks stay finished. `killed`: by SIGKILL."""
+    """The quantize child was killed from outside. Its finished blocks are kept. `killed`: by SIGKILL."""
 
     retryable = True
     killed = False
 
 
 class OutOfMemory(QuantizeFailed, MemoryError):
-    """The quantize child ran out of memory at every rung of the ladder."""
+    """The quantize child ran out of memory with all settings of the ladder, or another stage did."""
 
 
 class EvaluationFailed(RequantError, RuntimeError):
-    """lm-eval could not run a task: its data, its definition or its metric."""
+    """lm-eval could not run a task, because of its data, its definition or its metric."""
 
 
 class EngineFailed(RequantError, RuntimeError):
-    """An inference engine did not start, ended, or answered what it should not."""
+    """An inference engine did not start, ended early, or gave an invalid answer."""
 
 
 class StageTimeout(RequantError, TimeoutError):
-    """A stage took longer than it may."""
+    """A stage exceeded its time limit."""
 
 
 class RenderingTimeout(StageTimeout):
-    """Reading a text took longer than it may, by the clock: on a machine that is less busy it may end."""
+    """Reading a text exceeded its time limit. On a machine that is less busy it may not."""
 
     retryable = True
 
 
-# ENOSPC: the disk is full; EDQUOT: the user's quota is; EFBIG: the process's file size limit is reached.
+# The disk is full, the user's quota is used up, or the process's limit of file sizes is reached.
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def explain_os_error(error: OSError, path: str | os.PathLike[str] | None = None) -> RequantError | None:
-    """Turn an operating system error that users meet into a sentence; None for any other."""
+def explain_os_error(error: OSError, path: StrPath | None = None) -> RequantError | None:
+    """Return an expected error, with a sentence, for an error of the operating system; None if it is unusual."""
     where = os.fspath(path) if path is not None else (error.filename or "the working folder")
     if error.errno in NO_ROOM:
         return DiskFull(
             f"no room left while writing {where} ({error.strerror}): free disk space there, "
-            "or set REQUANT_STORE and TMPDIR to a larger disk, and run again"
+            "or set REQUANT_STORE and TMPDIR to a larger disk, and run again",
+            path=where,
         )
     if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
         return StoreError(
@@ -149,7 +181,7 @@ SECRET_VARIABLES = (
 def redact(text: str) -> str:
     """Replace the values of secret environment variables by their names."""
     secrets = [(os.environ.get(name) or "", name) for name in SECRET_VARIABLES]
-    for value, name in sorted(secrets, key=lambda secret: -len(secret[0])):  # one may begin with another
+    for value, name in sorted(secrets, key=lambda secret: -len(secret[0])):  # One may be the beginning of another.
         if len(value) >= 4:
             text = text.replace(value, f"<{name}>")
     return text

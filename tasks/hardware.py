@@ -1,4 +1,4 @@
-"""This machine, and its GPUs as nvidia-smi knows them: their names, and the memory that processes hold there."""
+"""Describe this machine, and ask nvidia-smi for its GPUs and the memory that processes use on them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
 MIB = 1 << 20
 
 
-def query(what: str) -> list[list[str]]:
-    """The rows of an nvidia-smi query, as in `gpu=name`; none where there is no GPU."""
+def query(fields: str) -> list[list[str]]:
+    """Return the rows of an nvidia-smi query such as `gpu=name`. There are none without a GPU."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
     try:
-        command = [program, f"--query-{what}", "--format=csv,noheader,nounits"]
+        command = [program, f"--query-{fields}", "--format=csv,noheader,nounits"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
@@ -27,20 +28,21 @@ def query(what: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.split(",")] for row in rows]
 
 
-def names() -> list[str]:
-    """The names of this machine's GPUs."""
+def gpu_names() -> list[str]:
+    """Return the names of this machine's GPUs."""
     return [row[0] for row in query("gpu=name")]
 
 
 def used_bytes() -> int | None:
-    """Memory that is taken on all GPUs together; None where there is none."""
-    found = [int(row[0]) for row in query("gpu=memory.used") if row[0].isdecimal()]
-    return sum(found) * MIB if found else None
+    """Return the memory in use on all GPUs together; None without a GPU."""
+    used_mib = [int(row[0]) for row in query("gpu=memory.used") if row[0].isdecimal()]
+    return sum(used_mib) * MIB if used_mib else None
 
 
 def held_bytes(pids: Collection[int], before: int | None) -> int | None:
-    """What these processes hold on all GPUs; in a container, whose processes nvidia-smi does not know by these numbers,
-    what has been taken since `before`.
+    """Return the memory that these processes use on all GPUs.
+
+    nvidia-smi does not know the process ids of a container. There it is the memory that is in use beyond `before`.
     """
     rows = [row for row in query("compute-apps=pid,used_memory") if len(row) == 2]
     held = sum(int(size) for pid, size in rows if pid.isdecimal() and size.isdecimal() and int(pid) in pids) * MIB
@@ -50,14 +52,37 @@ def held_bytes(pids: Collection[int], before: int | None) -> int | None:
     return None if now is None or before is None else max(0, now - before)
 
 
+@dataclass(frozen=True)
+class Machine:
+    """A machine, as the record of a stage describes it. What a record does not say is None."""
+
+    system: str | None
+    python: str | None
+    cpus: int | None
+    memory_bytes: int | None
+    gpus: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "gpus": list(self.gpus)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, object]) -> Machine:
+        """Read a description. A value of another type counts as one that is not there."""
+        texts = (document.get("system"), document.get("python"))
+        system, python = (text if isinstance(text, str) else None for text in texts)
+        counts = (document.get("cpus"), document.get("memory_bytes"))
+        cpus, memory_bytes = (count if isinstance(count, int) else None for count in counts)
+        gpus = document.get("gpus")
+        return cls(system, python, cpus, memory_bytes, tuple(map(str, gpus)) if isinstance(gpus, list) else ())
+
+
 @cache
-def machine() -> dict[str, Any]:
-    """Describe this machine, for the record of a stage."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-        "memory_bytes": pages,
-        "gpus": names(),
-    }
+def machine() -> Machine:
+    """Describe this machine."""
+    return Machine(
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        cpus=os.cpu_count(),
+        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        gpus=tuple(gpu_names()),
+    )

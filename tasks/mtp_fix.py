@@ -1,7 +1,8 @@
-"""mtp_fix: the head goes in as the recipe says, and the base's remaining files join.
+"""The stage mtp_fix: adds the MTP head to a quantized checkpoint as the recipe says, and the base's remaining files.
 
-`keep` writes the head bit for bit from the base into a shard of its own; `int8` and `int4` pack its layers. The
-quantized shards are not touched, nor even read: the new artifact names the same blobs. Cost follows the head.
+`keep` copies the head bit for bit from the base to a shard of its own; `int8` and `int4` quantize its layers. The
+quantized shards are neither changed nor read: the new artifact refers to the same blobs, and the cost depends on the
+size of the head alone.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ log = logging.getLogger(__name__)
 
 
 def mtp_fix_key(recipe: Recipe, base: Manifest, quantized: Manifest) -> str:
-    joined = Manifest.of(f for f in base.files if f.path not in REWRITTEN)
+    """Return the stage key."""
+    verbatim = Manifest.of(f for f in base.files if f.path not in REWRITTEN)
     return STAGE.key(
-        reads={"base": joined.digest, "quantized": quantized.digest},
+        reads={"base": verbatim.digest, "quantized": quantized.digest},
         settings={"mtp": recipe.mtp},
     )
 
 
 def mtp_fix(store: Store, recipe: Recipe, base: Manifest, quantized: Manifest) -> StageResult:
-    """Complete a quantized checkpoint. Raises CheckpointError if base and config contradict each other."""
+    """Complete a quantized checkpoint. Raises CheckpointError if the base's tensors contradict its config."""
 
     def work(folder: Path) -> Made:
         store.link_files(quantized, folder / "quantized", ["config.json", INDEX])
@@ -65,10 +67,10 @@ def mtp_fix(store: Store, recipe: Recipe, base: Manifest, quantized: Manifest) -
     return run_stage(store, STAGE, mtp_fix_key(recipe, base, quantized), work)
 
 
-def _remaining(base: Manifest, there: set[str]) -> list[File]:
-    """Every file of the base that is neither weights nor written anew: verbatim."""
+def _remaining(base: Manifest, present: set[str]) -> list[File]:
+    """Return the files of the base that are copied verbatim: all except weights and files that were written."""
     weights = (".safetensors", ".safetensors.index.json")
-    return [f for f in base.files if f.path not in REWRITTEN and f.path not in there and not f.path.endswith(weights)]
+    return [f for f in base.files if f.path not in REWRITTEN and f.path not in present and not f.path.endswith(weights)]
 
 
 @task(**options("mtp_fix", hours=4))

@@ -1,7 +1,7 @@
-"""plan: everything that can be known of a run before weights move, from headers, configs and the store.
+"""plan: what a run will do, take and cost, from headers, configs and the store alone.
 
-`plan` is what `requant plan` prints; `preflight` is the same at the beginning of a run, which it stops. A plan fetches
-no weight and changes nothing.
+`plan` makes the document that `requant plan` prints. `preflight` makes the same plan at the beginning of a run, and
+stops a run that could not end well. A plan fetches no weights and changes nothing.
 """
 
 from __future__ import annotations
@@ -11,19 +11,22 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from requant.tasks import benchmark, evaluate, quantize, validate
 from requant.tasks.artifact import REWRITTEN, Manifest
+from requant.tasks.benchmark import STAGE as BENCHMARK
+from requant.tasks.benchmark import benchmark_key, used_tools
 from requant.tasks.checkpoint.base_check import check_base
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.download import download_key, text_files
 from requant.tasks.errors import CheckpointError, HubError, HubUnavailable, Refused
+from requant.tasks.evaluate import STAGE as EVALUATE
+from requant.tasks.evaluate import check_tasks
 from requant.tasks.hub.revision import Revision, resolve
 from requant.tasks.mtp_fix import mtp_fix_key
 from requant.tasks.pipeline.stage import Stage, tool_problems
 from requant.tasks.planning.base_headers import BaseHeaders
-from requant.tasks.planning.checks import refusals
+from requant.tasks.planning.checks import base_problems
 from requant.tasks.planning.document import (
     OutputLayout,
     OutputTotals,
@@ -33,28 +36,32 @@ from requant.tasks.planning.document import (
     Transfers,
     UnknownNeeds,
 )
-from requant.tasks.planning.groups import settled
+from requant.tasks.planning.groups import resolve_group_size
 from requant.tasks.planning.inputs import Inputs
 from requant.tasks.planning.output import plan_output
-from requant.tasks.planning.outputs import Before, together
-from requant.tasks.planning.resources import disk_problem, needs
+from requant.tasks.planning.outputs import EarlierOutputs, combine_plans
+from requant.tasks.planning.resources import disk_problem, estimate_needs
 from requant.tasks.planning.stages import plan_stages, total_hardware
 from requant.tasks.planning.texts import Texts
 from requant.tasks.planning.transfers import base_manifest
+from requant.tasks.quantize import STAGE as QUANTIZE
+from requant.tasks.quantize import quantize_key
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store
 from requant.tasks.texts.text import Text, find_text
+from requant.tasks.validate import STAGE as VALIDATE
+from requant.tasks.validate import validate_key
+from requant.tasks.validating import window_length
 
 
 def plan(store: Store, recipe: Recipe, *, elsewhere: bool = False) -> PlanDocument:
-    """Plan a run of a recipe. `elsewhere`: it will be on another machine, and neither disk nor tools of this one are
-    judged.
+    """Plan a run of a recipe. With `elsewhere`, neither the disk nor the tools of this machine are checked.
 
-    Raises HubUnavailable, StoreUnreachable, RecipeError for a text that is not there, or for tasks of eval that this
-    machine cannot run.
+    Raises HubUnavailable, StoreUnreachable, or RecipeError if a text does not exist or this machine cannot run the
+    tasks of `eval`.
     """
     if not elsewhere:
-        evaluate.check_tasks(recipe.eval)
+        check_tasks(recipe.eval)
     try:
         inputs = Inputs(
             base=resolve(recipe.base.repo_id, recipe.base.revision),
@@ -70,21 +77,23 @@ def plan(store: Store, recipe: Recipe, *, elsewhere: bool = False) -> PlanDocume
 
 @dataclass(frozen=True)
 class Foreseen:
-    """What is known of a result before the first byte: its recipe, with a number for a group size of auto, and which
-    engines will load it and draft."""
+    """What a plan says about one result: its recipe, with a number for a group size of auto, and how engines load it.
+
+    `engines` has the verdict on each engine, by name.
+    """
 
     recipe: Recipe
-    engines: Mapping[str, Any]
+    engines: Mapping[str, EngineVerdict]
 
 
 def preflight(
-    store: Store, recipe: Recipe, base: Revision, calibration: Text, text: Text, there: Collection[str] = ()
+    store: Store, recipe: Recipe, base: Revision, calibration: Text, text: Text, delegated: Collection[str] = ()
 ) -> dict[str, Foreseen]:
-    """Find out before the first byte whether a run can end well. Raises Refused with the plan's sentences.
+    """Check before anything is downloaded that a run can end well. Raises Refused with the problems of the plan.
 
-    Returns what is foreseen of each result, by the output's name. `there`: the stages that another worker will do.
+    `delegated` names the stages that another worker will do. Return what is foreseen of each result, by output name.
     """
-    document = plan_of(store, recipe, Inputs(base, calibration, text), fetch_texts=True, there=there)
+    document = plan_of(store, recipe, Inputs(base, calibration, text), fetch_texts=True, delegated=delegated)
     if document.problems:
         raise Refused("; ".join(document.problems))
     plans: dict[str, Plan] = {one.name: one for one in document.outputs or ()} or {"": document}
@@ -93,8 +102,7 @@ def preflight(
 
 def _foreseen(recipe: Recipe, plan: Plan) -> Foreseen:
     assert isinstance(plan.output, OutputLayout), "a result that cannot be laid out is a problem"
-    engines = {engine: verdict.to_json() for engine, verdict in plan.engines.items()}
-    return Foreseen(recipe.with_group_size(plan.output.scheme.group_size), engines)
+    return Foreseen(recipe.with_group_size(plan.output.scheme.group_size), plan.engines)
 
 
 def plan_of(
@@ -104,62 +112,62 @@ def plan_of(
     *,
     elsewhere: bool = False,
     fetch_texts: bool = False,
-    there: Collection[str] = (),
+    delegated: Collection[str] = (),
 ) -> PlanDocument:
-    """Plan a run of inputs that are resolved; of several outputs one plan for all.
+    """Plan a run whose inputs are resolved. Several outputs have one plan.
 
-    `fetch_texts`: texts that are Hub data sets are fetched and read too. `there`: the stages that another worker will
-    do, with tools of its own.
+    With `fetch_texts`, texts that are Hub data sets are fetched and read too. `delegated` names the stages that another
+    worker will do, with tools of its own.
     """
     with TemporaryDirectory(prefix="requant-") as temporary:
         folder = Path(temporary) / "base"
         try:
             base = BaseHeaders.fetch(store, inputs.base, folder)
         except CheckpointError as error:
-            return _without_result(recipe, inputs.base, [_of_the_base(error, folder)])
+            return _without_result(recipe, inputs.base, [_without_folder(error, folder)])
         files_of = functools.partial(text_files, store)
         texts = Texts(files_of, inputs, folder, Path(temporary) / "texts", fetch=fetch_texts)
-        planner = _Planner(inputs, base, texts, elsewhere, there)
-        plans, before, makers = dict[str, PlanDocument](), Before(), dict[str, str]()
+        planner = _Planner(inputs, base, texts, elsewhere, delegated)
+        plans, before, makers = dict[str, PlanDocument](), EarlierOutputs(), dict[str, str]()
         for name, asked in recipe.each.items():
-            settled_recipe, document = planner.plan_result(asked, before)
-            first = makers.setdefault(settled_recipe.makes, name)
+            resolved, document = planner.plan_result(asked, before)
+            first = makers.setdefault(resolved.makes, name)
             if first != name:
-                document = _with_problem(document, _made_twice(settled_recipe, first))
-            before.add(settled_recipe, document)
+                document = _with_problem(document, _duplicate_problem(resolved, first))
+            before.add(resolved, document)
             plans[name] = document
-        return together(recipe, plans) if recipe.outputs else plans[""]
+        return combine_plans(recipe, plans) if recipe.outputs else plans[""]
 
 
 @dataclass(frozen=True)
 class _Planner:
-    """Plans the results of one run, one after the other."""
+    """Plans the results of one run, one after another."""
 
     inputs: Inputs
     base: BaseHeaders
     texts: Texts
     elsewhere: bool
-    there: Collection[str]
+    delegated: Collection[str]
 
-    def plan_result(self, recipe: Recipe, before: Before) -> tuple[Recipe, PlanDocument]:
-        """Plan one result. Returns its recipe, with a number for a group size of auto, and the plan."""
+    def plan_result(self, recipe: Recipe, before: EarlierOutputs) -> tuple[Recipe, PlanDocument]:
+        """Plan one result. Return its recipe, with a number for a group size of auto, and the plan."""
         source = self.base.source
-        problems = list(refusals(source, recipe))
+        problems = list(base_problems(source, recipe))
         try:
             check_base(source, recipe.base.repo_id, with_head=recipe.mtp != "drop")
-            recipe = settled(source, recipe)
+            recipe = resolve_group_size(source, recipe)
             output = plan_output(source, recipe, self.base.verbatim_files)
         except CheckpointError as error:
-            problems.append(_of_the_base(error, source.folder))
+            problems.append(_without_folder(error, source.folder))
             return recipe, _without_result(recipe, self.inputs.base, problems)
         done = _finished_stages(recipe, self.inputs, self.base)
         stages = tuple(plan_stages(recipe, self.base, output, done, before.stages(recipe)))
         to_run = {stage.name for stage in stages if stage.state == "run"}
-        needed = needs(output, recipe, self.base.missing_bytes, to_run, kept=before.kept)
+        needed = estimate_needs(output, recipe, self.base.missing_bytes, to_run, kept_bytes=before.kept_bytes)
         problems += output.problems
         problems += self._machine_problems(recipe, to_run, needed.disk_bytes)
-        # What ends the run in any case needs no text to be read.
-        problems += [] if problems else self.texts.problems(recipe, to_run, source.text_config)
+        # The texts are read last, and only if nothing else stops the run: reading them may take long.
+        problems += [] if problems else self.texts.problems(recipe, to_run, window_length(source.text_config))
         return recipe, PlanDocument(
             base=_planned_base(recipe, self.inputs.base, source),
             stages=stages,
@@ -174,54 +182,55 @@ class _Planner:
         )
 
     def _machine_problems(self, recipe: Recipe, to_run: Collection[str], disk_bytes: int) -> list[str]:
-        """Say what this machine lacks, where it is the one that will do the work."""
+        """Say what this machine lacks, if it is the one that will run the stages."""
         if self.elsewhere:
             return []
         store, problems = self.base.store, []
-        # With a store that machines share, the one that quantizes may be another than this.
+        # If machines share the store, another one may quantize.
         if store.is_local and (too_little := disk_problem(disk_bytes, store.cache.root)):
             problems.append(too_little)
-        return [*problems, *tool_problems(_tools(recipe, {*to_run} - {*self.there}))]
+        return [*problems, *tool_problems(_stages_with_tools(recipe, {*to_run} - {*self.delegated}))]
 
 
 def _finished_stages(recipe: Recipe, inputs: Inputs, base: BaseHeaders) -> dict[str, Manifest]:
-    """Find the artifacts of the stages that the store has, followed by the keys that a run computes.
+    """Return the artifacts that a run would reuse, by stage.
 
-    Fetches small files of the base where only they tell, and never a weight.
+    They are found as in a run: the artifact of each stage is part of the key of the next one. Small files of the base
+    may be fetched for it, but no weights.
     """
     store, done = base.store, dict[str, Manifest]()
 
     def look(stage: str, key: str) -> Manifest | None:
-        found = store.manifest(stage, key)
-        if found is not None:
-            done[stage] = found
-        return found
+        manifest = store.manifest(stage, key)
+        if manifest is not None:
+            done[stage] = manifest
+        return manifest
 
     files = look("download", download_key(inputs.base))
     if files is None and store.has_any("quantize"):
-        files = base_manifest(inputs.base, base.hashes, REWRITTEN)  # the same weights may be of another commit
-    quantized = look("quantize", quantize.quantize_key(recipe, files, inputs.calibration)) if files else None
+        files = base_manifest(inputs.base, base.hashes, REWRITTEN)  # Another commit may have the same weights.
+    quantized = look("quantize", quantize_key(recipe, files, inputs.calibration)) if files else None
     artifact = look("mtp_fix", mtp_fix_key(recipe, files, quantized)) if files and quantized else None
     if files and artifact:
-        look("validate", validate.validate_key(recipe, files, artifact, inputs.validation))
-        look("benchmark", benchmark.benchmark_key(recipe, artifact))
+        look("validate", validate_key(recipe, files, artifact, inputs.validation))
+        look("benchmark", benchmark_key(recipe, artifact))
     return done
 
 
-def _tools(recipe: Recipe, to_run: Collection[str]) -> Iterator[tuple[Stage, tuple[str, ...]]]:
-    """Yield the stages that have tools, in the order of a run, each with the tools that it will use."""
+def _stages_with_tools(recipe: Recipe, to_run: Collection[str]) -> Iterator[tuple[Stage, tuple[str, ...]]]:
+    """Yield the stages that depend on tools, in the order of a run, each with the tools that it will use."""
     if "quantize" in to_run:
-        yield quantize.STAGE, quantize.STAGE.tools
+        yield QUANTIZE, QUANTIZE.tools
     if "validate" in to_run:
-        yield validate.STAGE, validate.STAGE.tools
+        yield VALIDATE, VALIDATE.tools
         if recipe.eval is not None:  # Tasks are evaluated inside validate.
-            yield evaluate.STAGE, evaluate.STAGE.tools
+            yield EVALUATE, EVALUATE.tools
     if "benchmark" in to_run:
-        yield benchmark.STAGE, benchmark.used_tools(recipe.benchmark)
+        yield BENCHMARK, used_tools(recipe.benchmark)
 
 
 def _without_result(recipe: Recipe, base: Revision | None, problems: Iterable[str]) -> PlanDocument:
-    """Make the plan of what cannot be made. `base`: None where it does not resolve."""
+    """Return the plan of a run that cannot make anything. `base` is None if its revision does not resolve."""
     return PlanDocument(
         base=_planned_base(recipe, base, None),
         stages=(),
@@ -247,8 +256,8 @@ def _planned_base(recipe: Recipe, base: Revision | None, source: Checkpoint | No
     )
 
 
-def _of_the_base(error: CheckpointError, folder: Path) -> str:
-    """Word an error without the folder that the base's headers lie in."""
+def _without_folder(error: CheckpointError, folder: Path) -> str:
+    """Return the sentence of an error without the temporary folder that holds the base's headers."""
     return str(error).replace(f"{folder}/", "").replace(str(folder), "the base")
 
 
@@ -256,8 +265,8 @@ def _with_problem(plan: PlanDocument, problem: str) -> PlanDocument:
     return plan.model_copy(update={"problems": (*plan.problems, problem)})
 
 
-def _made_twice(recipe: Recipe, other: str) -> str:
-    """Say that an output makes what another makes, which the recipe alone does not show: it has no number for auto."""
+def _duplicate_problem(recipe: Recipe, other: str) -> str:
+    """Say that two outputs are the same, which only shows when a group size of auto has its number."""
     return (
         f"quantize.group_size auto comes to {recipe.quantize.asked[1]} for this base, so that it makes the same as "
         f"{other}: take one of them out"

@@ -1,4 +1,7 @@
-"""publish: the card from measured values, then a staged release. The Hub is always asked what it holds."""
+"""The stage publish: write the card from the measured values, and release the artifact on the Hub.
+
+Its result is not reused: the Hub is always asked what it holds.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from huggingface_hub import constants
@@ -19,27 +22,28 @@ from requant.tasks.card.card import make_card
 from requant.tasks.card.facts import CardFacts, FileFacts
 from requant.tasks.card.pinned import recipe_text
 from requant.tasks.checkpoint.checkpoint import INDEX
-from requant.tasks.checkpoint.packing import GPTQ_PARTS
+from requant.tasks.checkpoint.modules import INTEGER_PARTS
 from requant.tasks.checkpoint.writer import write_file
 from requant.tasks.errors import redact
-from requant.tasks.hub.manifest import MAX_REGULAR_FILE_BYTES, release_document
-from requant.tasks.hub.release import release
+from requant.tasks.hub.manifest import MAX_REGULAR_FILE_BYTES, Origin, release_document
+from requant.tasks.hub.release import Release, release
 from requant.tasks.hub.revision import Revision
 from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import StageResult, machine_errors
 from requant.tasks.planning.reasons import why_kept
 from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.record import StageRecord
 from requant.tasks.serving.prompts import has_chat_template
 from requant.tasks.store import Store, open_store
 
-MAX_CARD = 1 << 20  # bytes: nothing is taken over from a larger card of a base
+MAX_CARD_BYTES = 1 << 20  # A base's card that is larger is ignored.
 log = logging.getLogger(__name__)
 
 
 def file_facts(store: Store, recipe: Recipe, base_files: Manifest, artifact: Manifest) -> FileFacts:
-    """Read what a card tells of the files of an artifact and of its base."""
+    """Collect what a card says about the files of an artifact and of its base."""
     index = json.loads(store.read_blob(artifact[INDEX]))
-    kept_names = tuple(name for name in index["weight_map"] if name.rsplit(".", 1)[-1] not in GPTQ_PARTS)
+    kept_names = tuple(name for name in index["weight_map"] if name.rsplit(".", 1)[-1] not in INTEGER_PARTS)
     return FileFacts(
         digest=artifact.digest,
         weights_bytes=artifact.weights,
@@ -47,46 +51,53 @@ def file_facts(store: Store, recipe: Recipe, base_files: Manifest, artifact: Man
         kept_names=kept_names,
         kept_reasons=why_kept(kept_names, recipe.quantize.layers),
         packing=_quantization(store, artifact).get("packing_format"),
-        fp8=bool(_quantization(store, base_files)),  # of packed bases none comes this far
+        fp8=bool(_quantization(store, base_files)),  # checkpoint/base_check.py refuses all other quantized bases.
         chat=has_chat_template({f.path for f in artifact.files}, lambda name: store.read_blob(artifact[name])),
         base_card=_base_card(store, base_files),
     )
 
 
 def _quantization(store: Store, artifact: Manifest) -> dict[str, Any]:
-    found = json.loads(store.read_blob(artifact["config.json"])).get("quantization_config")
-    return found if isinstance(found, dict) else {}
+    config = json.loads(store.read_blob(artifact["config.json"])).get("quantization_config")
+    return config if isinstance(config, dict) else {}
 
 
 def _base_card(store: Store, base_files: Manifest) -> str:
-    if CARD not in base_files or base_files[CARD].size > MAX_CARD:
+    if CARD not in base_files or base_files[CARD].size > MAX_CARD_BYTES:
         return ""
     return store.read_blob(base_files[CARD]).decode("utf-8", "replace")
 
 
 def release_files(store: Store, artifact: Manifest, facts: CardFacts, report: str) -> dict[str, bytes]:
-    """Make what goes beside an artifact's files, by path: the card, the recipe, the report, the pictures, and
-    `requant.json`. A picture whose path is a file of the artifact already is left out."""
+    """Make the release files, by path: the card, the recipe, the report, the pictures, and `requant.json`.
+
+    They are published next to the artifact's files. A picture is left out if the artifact has a file of its name.
+    """
     pictures = {f"{PICTURES}/{picture.name}.png": picture for picture in facts.pictures}
     pictures = {path: picture for path, picture in pictures.items() if path not in artifact}
-    beside = {
+    files = {
         CARD: redact(make_card(replace(facts, pictures=list(pictures.values())))).encode(),
         RECIPE: recipe_text(facts).encode(),
         REPORT: redact(report).encode(),
         **{path: picture.png for path, picture in pictures.items()},
     }
     small = {f.path: git_blob_id_of(store.read_blob(f)) for f in artifact.files if f.size <= MAX_REGULAR_FILE_BYTES}
-    beside[RELEASE] = release_document(
-        version=facts.version,
-        base=facts.base,
+    files[RELEASE] = release_document(
+        origin=Origin(facts.base, facts.recipe.digest, facts.version),
         artifact=artifact,
-        beside=[File(path, len(data), hashlib.sha256(data).hexdigest()) for path, data in beside.items()],
-        blob_ids=small | {path: git_blob_id_of(data) for path, data in beside.items()},
-        recipe_digest=facts.recipe.digest,
+        release_files=[File(path, len(data), hashlib.sha256(data).hexdigest()) for path, data in files.items()],
+        blob_ids=small | {path: git_blob_id_of(data) for path, data in files.items()},
         gates=[gate.to_json() for gate in facts.gates],
         provenance=facts.provenance,
     )
-    return beside
+    return files
+
+
+@dataclass(frozen=True)
+class PublishResult(StageResult):
+    """The result of publishing, with the release that the repo holds now."""
+
+    release: Release
 
 
 def publish(
@@ -94,9 +105,9 @@ def publish(
     recipe: Recipe,
     base: Revision,
     artifact: Manifest,
-    beside: Mapping[str, bytes],
-) -> StageResult:
-    """Release an artifact, and what goes `beside` it, to the recipe's repo; one release of a repo at a time.
+    files: Mapping[str, bytes],
+) -> PublishResult:
+    """Release an artifact and its `release_files` in the recipe's repo, one release at a time per repo.
 
     Raises HubError, HubUnavailable.
     """
@@ -105,15 +116,15 @@ def publish(
     key = digest_of({"endpoint": constants.ENDPOINT, "repo_id": recipe.publish.repo_id})
     with machine_errors(), store.lease("publish", key):
         folder = store.link_files(artifact, store.work_folder("publish", artifact.digest))
-        for path, data in beside.items():
+        for path, data in files.items():
             write_file(folder, path, [data])
-        released = release(recipe.publish, base, folder, artifact, list(beside))
+        released = release(recipe.publish, base, folder, artifact, list(files))
         shutil.rmtree(folder, ignore_errors=True)
     seconds = round(time.monotonic() - started, 3)
     state = "ran" if released.changed else "reused"
-    return StageResult("publish", key, state, seconds, artifact, {"published": released.to_json()})
+    return PublishResult("publish", key, state, seconds, artifact, StageRecord(), released)
 
 
 @task(**options("publish", hours=12, retries=8))
-def publish_task(recipe: Recipe, base: Revision, artifact: Manifest, beside: Mapping[str, bytes]) -> Any:
-    return stage_summary(publish(open_store(), recipe, base, artifact, beside))
+def publish_task(recipe: Recipe, base: Revision, artifact: Manifest, files: Mapping[str, bytes]) -> Any:
+    return stage_summary(publish(open_store(), recipe, base, artifact, files))

@@ -1,4 +1,4 @@
-"""What may be told to everyone: no secrets, no folders of a machine, no numbers that JSON has not."""
+"""Remove what must not be published: secrets, folders of a machine, and numbers that JSON cannot hold."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from requant.tasks.errors import redact
 
-# An absolute path, or one below a home: all but its last part. Addresses and `owner/name` are none.
+# All but the last part of an absolute path, or of one below a home. URLs and `owner/name` do not match.
 FOLDERS = re.compile(r"(?<![\w:/.@~}-])~?/(?:[^\s/'\"`,:;()]+/)+(?=[^\s/])|(?<![\w:/.@}-])/(?=[^\s/'\"`,:;()]+$)")
 SERVER = re.compile(r"\burl:https?://\S+")
 
 
 def public(value: Any) -> Any:
-    """A document as anyone may read it: secrets by name, files without their folders, a private server as `url`."""
+    """Copy a document without secrets, the folders of files, and the address of a private server."""
     if isinstance(value, dict):
         return {public(key) if isinstance(key, str) else key: public(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -25,7 +25,7 @@ def public(value: Any) -> Any:
 
 
 def without_non_finite(value: Any) -> Any:
-    """A document without numbers that JSON has not: they become null."""
+    """Copy a document, with null for infinity and NaN, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: without_non_finite(part) for key, part in value.items()}
     if isinstance(value, list):

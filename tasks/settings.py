@@ -1,14 +1,14 @@
-"""What the environment of a machine says to Requant: every variable of ours once, with its meaning.
+"""Requant's own environment variables, each with its meaning.
 
-A recipe says what to make, and these say where and on what. They are read anew at each call, so that a test or a
-notebook may change them. The variables of others that Requant honours (HF_TOKEN, HF_ENDPOINT, AWS_*, PREFECT_*,
-proxies, certificates) are read by the libraries that they belong to.
+A recipe says what to make; these settings say where, and on which machine. They are read at each call, so that a test
+or a notebook can change them. Other variables (HF_TOKEN, HF_ENDPOINT, AWS_*, PREFECT_*, proxies, certificates) are read
+by the libraries that they belong to.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -62,7 +62,7 @@ class Settings(BaseSettings):
 
 
 def read_settings() -> Settings:
-    """Read the environment. Raises RecipeError that names the variable and what it must be."""
+    """Read the environment. Raises RecipeError with the name of a variable that is wrong, and what it must be."""
     try:
         return Settings()
     except ValidationError as error:
@@ -73,5 +73,4 @@ def read_settings() -> Settings:
 
 def rows() -> list[tuple[str, str]]:
     """List each variable with its meaning, for the documentation."""
-    fields: dict[str, Any] = Settings.model_fields
-    return [(PREFIX + name.upper(), field.description) for name, field in fields.items()]
+    return [(PREFIX + name.upper(), field.description or "") for name, field in Settings.model_fields.items()]

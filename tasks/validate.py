@@ -1,6 +1,7 @@
-"""validate: is the quantized checkpoint whole, lossless where it should be, and close to its base?
+"""validate: is the quantized checkpoint complete, lossless where it should be, and close to its base?
 
-Measuring is the stage and is kept. Comparing with the recipe's limits is `requant.tasks.validating.gates`, afterwards.
+The stage measures, and the store keeps what it measured. `requant.tasks.validating.gates` compares the values with the
+recipe's limits afterwards.
 """
 
 from __future__ import annotations
@@ -9,51 +10,61 @@ import functools
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from prefect import task
+from pydantic import ValidationError
 
 from requant.tasks.artifact import REWRITTEN, Manifest
-from requant.tasks.checkpoint.audit import Account, account
+from requant.tasks.checkpoint.audit import account
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.weight_error import fidelity
 from requant.tasks.checkpoint.writer import write_file, write_json
 from requant.tasks.download import text_files
-from requant.tasks.errors import CheckpointError, RecipeError, RequantError, TooFewTokens
-from requant.tasks.evaluate import Scores, asked, evaluate, evaluated, recovery, whole
+from requant.tasks.errors import CheckpointError, RecipeError, RequantError, StoreError, TooFewTokens
+from requant.tasks.evaluate import Scores, evaluate, evaluation_key, recovery, stored_scores, whole_model_settings
 from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
 from requant.tasks.recipe.recipe import PACKED_HEADS, Eval, Recipe
 from requant.tasks.store import Store, open_store
-from requant.tasks.texts.rendering import render
+from requant.tasks.texts.rendering import ReadingLimit, render
 from requant.tasks.texts.rows import read_rows
 from requant.tasks.texts.text import EVALUATION, Text
 from requant.tasks.validating.gates import most_repeated
+from requant.tasks.validating.measured import (
+    NOT_COMPARED,
+    NOT_EVALUATED,
+    NOT_RUN,
+    Audit,
+    Behaviour,
+    Divergence,
+    MatrixError,
+    Measured,
+    Side,
+)
 
-if TYPE_CHECKING:  # torch takes seconds to import, and a reused stage needs none of it
-    import torch
-
-    from requant.tasks.validating.measured import Measurement
+if TYPE_CHECKING:  # torch takes seconds to import, and a reused stage does not need it
+    from requant.tasks.validating.measurement import Measurement
+    from requant.tasks.validating.model import RunSettings
 
 STAGE = Stage("validate", 4, tools=("transformers",))
 MEASURE = Stage("measure", 1, tools=("transformers",))
-CHARACTERS = 4_000_000  # of a data set that are looked at: the windows are spread over them
+MAX_CHARACTERS = 4_000_000  # of a data set: the windows that are measured are spread over them
 RESULT_FILE, MEASUREMENT_FILE = "validation.json", "measurement.safetensors"
 log = logging.getLogger(__name__)
 
 
 def compared_part(base: Manifest) -> Manifest:
-    """The files of a base that a checkpoint made of it is compared with."""
+    """Return the files of a base that a checkpoint is compared with."""
     return Manifest.of(f for f in base.files if f.path not in REWRITTEN)
 
 
 def validate_key(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text) -> str:
     return STAGE.key(
         reads={"base": compared_part(base).digest, "artifact": artifact.digest, "text": text.digest},
-        settings={"mtp": recipe.mtp, "allow_remote_code": recipe.allow_remote_code, **asked(recipe.eval)},
+        settings={"mtp": recipe.mtp, "allow_remote_code": recipe.allow_remote_code, **evaluation_key(recipe.eval)},
     )
 
 
@@ -64,36 +75,41 @@ def validate(
     artifact: Manifest,
     text: Text,
 ) -> StageResult:
-    """Measure an artifact against its base on a text; what was measured is in the artifact `validation.json`."""
+    """Measure an artifact against its base on a text. The artifact of the stage is `validation.json`.
+
+    Raises CheckpointError if a checkpoint that is complete cannot be run.
+    """
 
     def work(folder: Path) -> Made:
-        ours = store.link_files(artifact, folder / "artifact")
-        theirs = store.link_files(compared_part(base), folder / "base")
-        manifests = {ours: artifact, theirs: compared_part(base)}
+        quantized_folder = store.link_files(artifact, folder / "artifact")
+        base_folder = store.link_files(compared_part(base), folder / "base")
+        manifests = {quantized_folder: artifact, base_folder: compared_part(base)}
 
         @functools.cache
-        def words() -> Path:
-            return one_file(store, text, folder / "words", theirs, recipe.allow_remote_code)
+        def text_file() -> Path:
+            return one_file(store, text, folder / "words", base_folder, recipe.allow_remote_code)
 
-        def kept(path: Path, device: torch.device, dtype: torch.dtype) -> Measurement:
-            remote_code = recipe.allow_remote_code
-            return measurement(store, manifests[path], path, text, words, device, dtype, remote_code)
+        def measure_one(path: Path, settings: RunSettings) -> Measurement:
+            return stored_measurement(store, manifests[path], path, text, text_file, settings)
 
-        def scored(path: Path) -> Scores:
-            return evaluated(store, recipe, manifests[path], path, *whole(theirs))
+        def evaluate_one(path: Path) -> Scores:
+            return stored_scores(
+                store, recipe, manifests[path], path, whole_model_settings(base_folder, recipe.allow_remote_code)
+            )
 
-        keep_head = recipe.mtp != "drop" and Checkpoint.open(theirs).head is not None
-        values = measured_values(
-            ours,
-            theirs,
-            kept,
-            scored if recipe.eval else None,
-            keep_head=keep_head,
+        measured = measured_values(
+            quantized_folder,
+            base_folder,
+            measure_one,
+            evaluate_one if recipe.eval else None,
+            keep_head=recipe.mtp != "drop" and Checkpoint.open(base_folder).head is not None,
             pack_head=recipe.mtp in PACKED_HEADS,
             remote_code=recipe.allow_remote_code,
         )
-        if values.get("not_measured") and values["same_tokens"] is None and not values["unaccounted"]:
-            raise CheckpointError(str(values["not_measured"]))  # of this machine, perhaps: not kept for ever
+        if measured.not_measured and measured.behaviour.same_tokens is None and not measured.audit.unaccounted:
+            # The cause may be this machine, so the result must not be stored.
+            raise CheckpointError(measured.not_measured)
+        values = measured.to_json()
         files = [write_json(folder / "out", RESULT_FILE, {"text": text.name, **values})]
         put_files(store, folder / "out", files)
         return Made(Manifest.of(files), {"measured": values, "bytes_read": base.size + artifact.size})
@@ -101,31 +117,32 @@ def validate(
     return run_stage(store, STAGE, validate_key(recipe, base, artifact, text), work)
 
 
-def measurement(
+def stored_measurement(
     store: Store,
     manifest: Manifest,
     folder: Path,
     text: Text,
-    words: Callable[[], Path],
-    device: torch.device,
-    dtype: torch.dtype,
-    remote_code: bool,
+    text_file: Callable[[], Path],
+    settings: RunSettings,
 ) -> Measurement:
-    """The measurement of one checkpoint on a text, whose file `words` gives; kept: a base is measured once for all that
-    is made of it."""
+    """Measure one checkpoint on a text, or take the measurement from the store.
+
+    A base is measured once for all checkpoints that are made from it. `text_file` returns the file of the text, and is
+    called only if the checkpoint is measured.
+    """
     from requant.tasks.validating.measure import VERSION, measure
-    from requant.tasks.validating.measured import Measurement
+    from requant.tasks.validating.measurement import Measurement
 
     key = MEASURE.key(
         reads={"checkpoint": manifest.digest, "text": text.digest},
-        settings={"code": VERSION, "device": device.type, "dtype": str(dtype)},
+        settings={"code": VERSION, "device": settings.device.type, "dtype": str(settings.dtype)},
     )
 
     def work(scratch: Path) -> Made:
-        found = measure(folder, words(), device, dtype, remote_code=remote_code)
-        files = [write_file(scratch, MEASUREMENT_FILE, [found.to_bytes()])]
+        result = measure(folder, text_file(), settings)
+        files = [write_file(scratch, MEASUREMENT_FILE, [result.to_bytes()])]
         put_files(store, scratch, files)
-        return Made(Manifest.of(files), {"perplexity": found.perplexity, "acceptance": found.acceptance})
+        return Made(Manifest.of(files), {"perplexity": result.perplexity, "acceptance": result.acceptance})
 
     return Measurement.from_bytes(store.read_blob(run_stage(store, MEASURE, key, work).manifest[MEASUREMENT_FILE]))
 
@@ -137,14 +154,14 @@ def one_file(
     model: Path,
     remote_code: bool = False,
 ) -> Path:
-    """A text as one file to measure on: of a data set its first CHARACTERS, its chats rendered as `model` has them.
+    """Write a text to one file to measure on: the first MAX_CHARACTERS of a data set.
 
-    Raises RecipeError where there is nothing to read.
+    Chats are rendered with the chat template of `model`. Raises RecipeError if there is no text to read.
     """
     if text.path is not None and text.path.suffix == ".txt":
         return text.path
     paths = text_files(store, text, folder / "text")
-    documents, size = [], 0
+    documents, characters = [], 0
     try:
         if text.chats:
             rendered = render(
@@ -153,52 +170,52 @@ def one_file(
                 folder / "rendered",
                 name=text.name,
                 remote_code=remote_code,
-                most_characters=CHARACTERS,
+                limit=ReadingLimit(characters=MAX_CHARACTERS),
             )
             log.info(f"validation text: {rendered.summary}")
             paths = [rendered.path]
         for row in read_rows(paths, text.name):
             documents.append(row.text)
-            size += len(row.text)
-            if size >= CHARACTERS:
+            characters += len(row.text)
+            if characters >= MAX_CHARACTERS:
                 break
     except RecipeError as error:
         raise RecipeError(f"validation.text: {error}") from error
-    write_file(folder, "text.txt", ["\n\n".join(documents)[:CHARACTERS].encode()])
+    write_file(folder, "text.txt", ["\n\n".join(documents)[:MAX_CHARACTERS].encode()])
     return folder / "text.txt"
 
 
 def validate_folders(
-    ours: Path,
-    theirs: Path,
+    quantized_folder: Path,
+    base_folder: Path,
     text: Path = EVALUATION,
     *,
     remote_code: bool = False,
     pack_head: bool = False,
     tasks: Eval | None = None,
-) -> dict[str, Any]:
-    """The same for two folders, without a store: what `requant validate` measures."""
-    checkpoint, base = Checkpoint.open(ours), Checkpoint.open(theirs).sound()
+) -> Measured:
+    """Measure a checkpoint against its base without a store, as `requant validate` does."""
+    checkpoint, base = Checkpoint.open(quantized_folder), Checkpoint.open(base_folder).sound()
 
-    def measured(path: Path, device: torch.device, dtype: torch.dtype) -> Measurement:
+    def measure_one(path: Path, settings: RunSettings) -> Measurement:
         from requant.tasks.validating.measure import measure
 
         try:
-            return measure(path, text, device, dtype, remote_code=remote_code)
+            return measure(path, text, settings)
         except TooFewTokens:
             _check_text(base, text, remote_code)
             raise
 
-    def scored(path: Path) -> Scores:
+    def evaluate_one(path: Path) -> Scores:
         assert tasks is not None
-        return evaluate(path, tasks, *whole(theirs), remote_code=remote_code)
+        return evaluate(path, tasks, whole_model_settings(base_folder, remote_code))
 
     keep_head = base.head is not None and (checkpoint.head is not None or _promises_head(checkpoint))
     return measured_values(
-        ours,
-        theirs,
-        measured,
-        scored if tasks else None,
+        quantized_folder,
+        base_folder,
+        measure_one,
+        evaluate_one if tasks else None,
         keep_head=keep_head,
         pack_head=pack_head,
         remote_code=remote_code,
@@ -206,7 +223,7 @@ def validate_folders(
 
 
 def _check_text(base: Checkpoint, text: Path, remote_code: bool) -> None:
-    """Raises RecipeError if the base's tokenizer too makes too few tokens of a text: then the text is too short."""
+    """Raise RecipeError if the base's tokenizer makes too few tokens of a text, too: then the text is too short."""
     from requant.tasks.validating.measure import windows
 
     try:
@@ -218,58 +235,82 @@ def _check_text(base: Checkpoint, text: Path, remote_code: bool) -> None:
 
 
 def _promises_head(checkpoint: Checkpoint) -> bool:
-    from requant.tasks.checkpoint.mtp import layer_count
-
-    return layer_count(checkpoint.text_config) > 0
+    return checkpoint.config.mtp_layers > 0
 
 
 def measured_values(
-    ours: Path,
-    theirs: Path,
-    measured: Callable[[Path, torch.device, torch.dtype], Measurement],
-    scored: Callable[[Path], Scores] | None = None,
+    quantized_folder: Path,
+    base_folder: Path,
+    measure_one: Callable[[Path, RunSettings], Measurement],
+    evaluate_one: Callable[[Path], Scores] | None = None,
     *,
     keep_head: bool,
     pack_head: bool,
     remote_code: bool,
-) -> dict[str, Any]:
-    """Everything that gates, report and card need: first from the files, then from running both."""
-    from requant.tasks.validating.compare import compare
-    from requant.tasks.validating.measure import precision
+) -> Measured:
+    """Measure everything that gates, report and card need: first from the files, then by running both checkpoints.
+
+    `measure_one` runs a checkpoint on the text, `evaluate_one` in the tasks of lm-eval (None: no tasks were asked for).
+    """
+    from requant.tasks.validating.measure import run_settings
     from requant.tasks.validating.model import completed_config
 
-    checkpoint, base = Checkpoint.open(ours), Checkpoint.open(theirs).sound()
+    checkpoint, base = Checkpoint.open(quantized_folder), Checkpoint.open(base_folder).sound()
     log.info("comparing every tensor and file with the base's")
-    found = account(checkpoint, base, with_head=keep_head, pack_head=pack_head, completed=completed_config)
-    values = from_files(found, keep_head=keep_head, vision="vision_config" in base.config)
-    if scored is not None:
-        values |= {"tasks": None, "worst_task_recovery": None}
-    values["matrices"] = [asdict(matrix) for matrix in fidelity(checkpoint, base)] or None
-    device, dtype = precision(theirs)
+    audit = account(checkpoint, base, with_head=keep_head, pack_head=pack_head, completed=completed_config)
+    matrices = tuple(MatrixError(**vars(matrix)) for matrix in fidelity(checkpoint, base))
+    settings = run_settings(base_folder, remote_code)
+    behaviour, divergence, not_measured = _run_both(
+        quantized_folder, base_folder, measure_one, settings, sound=not audit.unaccounted
+    )
+    evaluation = NOT_EVALUATED if evaluate_one else None
+    if evaluate_one and behaviour.same_tokens is not None:
+        evaluation = recovery(evaluate_one(base_folder), evaluate_one(quantized_folder))
+    return Measured(
+        audit=Audit(**vars(audit)),
+        head_kept=keep_head,
+        vision="vision_config" in base.config,
+        matrices=matrices or None,
+        divergence=divergence,
+        behaviour=behaviour,
+        evaluation=evaluation,
+        not_measured=not_measured,
+    )
+
+
+def _run_both(
+    quantized_folder: Path,
+    base_folder: Path,
+    measure_one: Callable[[Path, RunSettings], Measurement],
+    settings: RunSettings,
+    *,
+    sound: bool,
+) -> tuple[Behaviour, Divergence, str | None]:
+    """Run both checkpoints on the text and compare them. The third value says why something could not be measured.
+
+    `sound`: all tensors and settings of the quantized checkpoint are accounted for.
+    """
+    from requant.tasks.validating.compare import compare
+
     try:
-        of_ours = measured(ours, device, dtype)
+        of_quantized = measure_one(quantized_folder, settings)
     except Exception as error:
-        values["not_measured"] = _why_not(error, sound=not found.unaccounted)
-        return values
-    of_base = measured(theirs, device, dtype)
-    values |= side_by_side(of_base, of_ours)
-    if values["same_tokens"] != 1.0:
-        values["not_measured"] = "its tokenizer makes other tokens than the base's"
-    else:
-        try:
-            values |= compare(ours, theirs, of_ours, of_base, device, dtype, remote_code=remote_code)
-        except Exception as error:
-            values["not_measured"] = _why_not(error, sound=not found.unaccounted)
-    if scored is not None:
-        values |= recovery(scored(theirs), scored(ours))
-    return values
+        return NOT_RUN, NOT_COMPARED, _why_not(error, sound=sound)
+    of_base = measure_one(base_folder, settings)
+    behaviour = side_by_side(of_base, of_quantized)
+    if behaviour.same_tokens != 1.0:
+        return behaviour, NOT_COMPARED, "its tokenizer makes other tokens than the base's"
+    try:
+        return behaviour, compare(quantized_folder, base_folder, of_quantized, of_base, settings), None
+    except Exception as error:
+        return behaviour, NOT_COMPARED, _why_not(error, sound=sound)
 
 
 def _why_not(error: Exception, *, sound: bool) -> str:
-    """Why a checkpoint could not be run, as a sentence. Raises what has another cause than the checkpoint.
+    """Return why a checkpoint could not be run, as a sentence. Raise the error if the checkpoint is not its cause.
 
-    One that is not sound in itself can fail in torch and transformers in any way: its tensors do not fit each other, or
-    not the config.
+    A checkpoint that is not sound can make torch and transformers fail in any way, since its tensors do not fit each
+    other or the config.
     """
     import torch
 
@@ -277,57 +318,61 @@ def _why_not(error: Exception, *, sound: bool) -> str:
         return str(error)
     if sound or isinstance(error, RequantError | OSError | MemoryError | torch.OutOfMemoryError):
         raise error
-    first = next(iter(str(error).splitlines()), "")
-    return f"it cannot be run: {type(error).__name__}: {first[:200]}"
+    first_line = next(iter(str(error).splitlines()), "")
+    return f"it cannot be run: {type(error).__name__}: {first_line[:200]}"
 
 
-def from_files(found: Account, *, keep_head: bool, vision: bool) -> dict[str, Any]:
-    """The values of the files alone. A checkpoint that cannot be run has no others."""
-    names = (
-        "matrices", "blocks", "same_tokens", "perplexity_increase", "kl_divergence", "top1_agreement",
-        "most_repeated_token", "long_context", "vision_difference", "mtp_acceptance_ratio", "speculative_agreement",
-    )  # fmt: skip
-    return {**vars(found), "head_kept": keep_head, "vision": vision, **dict.fromkeys(names)}
+def side_by_side(of_base: Measurement, of_quantized: Measurement) -> Behaviour:
+    """Compare the measurements of both checkpoints on one text."""
+    from requant.tasks.validating.measurement import perplexity_increase
+
+    same_shape = of_base.tokens.shape == of_quantized.tokens.shape
+    increase, increase_interval = perplexity_increase(of_quantized, of_base) if same_shape else (None, None)
+    # Losses of NaN make every choice meaningless. The drafts would then agree with it, so their rate is not reported.
+    finite = bool(np.isfinite(of_quantized.nll).all())
+    rate = of_quantized.acceptance if finite else None
+    tried, finite_places = of_quantized.context.tolist()
+    return Behaviour(
+        same_tokens=float((of_base.tokens == of_quantized.tokens).mean()) if same_shape else 0.0,
+        tokens=int(of_base.tokens.size),
+        perplexity_increase=increase,
+        perplexity_increase_interval=increase_interval,
+        top1_agreement=float((of_base.top1 == of_quantized.top1).mean()) if same_shape else 0.0,
+        most_repeated_token=sum(map(most_repeated, of_quantized.generated.tolist())) / len(of_quantized.generated),
+        long_context=finite_places / tried,
+        long_context_tokens=tried,
+        mtp_acceptance_ratio=rate / of_base.acceptance if rate is not None and of_base.acceptance else None,
+        speculative_agreement=(
+            float(of_quantized.speculative.mean()) if finite and of_quantized.speculative.size else None
+        ),
+        base=_side(of_base),
+        quantized=_side(of_quantized),
+    )
 
 
-def side_by_side(of_base: Measurement, of_ours: Measurement) -> dict[str, Any]:
-    """The figures of two measurements."""
-    from requant.tasks.validating.measured import perplexity_increase
-
-    same = of_base.tokens.shape == of_ours.tokens.shape
-    increase, increase_interval = perplexity_increase(of_ours, of_base) if same else (None, None)
-    numbers = bool(np.isfinite(of_ours.nll).all())  # else it chooses nothing, and its drafts are as good as any
-    drafts = of_ours.acceptance if numbers else None
-    ratio = drafts / of_base.acceptance if drafts is not None and of_base.acceptance else None
-    length, finite = of_ours.context.tolist()
-    return {
-        "same_tokens": float((of_base.tokens == of_ours.tokens).mean()) if same else 0.0,
-        "tokens": int(of_base.tokens.size),
-        "perplexity": of_ours.perplexity,
-        "perplexity_interval": of_ours.perplexity_interval,
-        "base_perplexity": of_base.perplexity,
-        "base_perplexity_interval": of_base.perplexity_interval,
-        "perplexity_increase": increase,
-        "perplexity_increase_interval": increase_interval,
-        "top1_agreement": float((of_base.top1 == of_ours.top1).mean()) if same else 0.0,
-        "most_repeated_token": sum(map(most_repeated, of_ours.generated.tolist())) / len(of_ours.generated),
-        "long_context": finite / length,
-        "long_context_tokens": length,
-        "mtp_acceptance": of_ours.acceptance,
-        "base_mtp_acceptance": of_base.acceptance,
-        "mtp_acceptance_ratio": ratio,
-        "mtp_acceptance_by_position": of_ours.acceptance_by_position,
-        "base_mtp_acceptance_by_position": of_base.acceptance_by_position,
-        "greedy_acceptance_by_position": of_ours.greedy_acceptance_by_position,
-        "base_greedy_acceptance_by_position": of_base.greedy_acceptance_by_position,
-        "speculative_agreement": float(of_ours.speculative.mean()) if numbers and of_ours.speculative.size else None,
-    }
+def _side(measurement: Measurement) -> Side:
+    return Side(
+        perplexity=measurement.perplexity,
+        perplexity_interval=measurement.perplexity_interval,
+        mtp_acceptance=measurement.acceptance,
+        mtp_acceptance_by_position=tuple(measurement.acceptance_by_position),
+        greedy_acceptance_by_position=tuple(measurement.greedy_acceptance_by_position),
+    )
 
 
-def read_values(store: Store, result: StageResult) -> dict[str, Any]:
-    """What a validate stage measured."""
-    values: dict[str, Any] = json.loads(store.read_blob(result.manifest[RESULT_FILE]))
-    return values
+def read_values(store: Store, result: StageResult) -> Measured:
+    """Read what a validate stage measured. Raises StoreError if the file in the store does not fit."""
+    try:
+        return Measured.from_json(json.loads(store.read_blob(result.manifest[RESULT_FILE])))
+    except ValueError as error:
+        where, why = RESULT_FILE, str(error)
+        if isinstance(error, ValidationError):
+            problem = error.errors(include_url=False)[0]
+            where, why = ".".join(map(str, problem["loc"])) or RESULT_FILE, problem["msg"]
+        raise StoreError(
+            f"{RESULT_FILE} of the artifact {STAGE.name}/{result.key} cannot be read ({where}: {why}): "
+            "delete the artifact and run again"
+        ) from error
 
 
 @task(**options("validate", hours=12))

@@ -1,6 +1,6 @@
-"""The packages that shape results: which versions are declared, which are installed, and whether they agree.
+"""Compare the declared and the installed versions of the packages that shape results.
 
-Imported by the process that quantizes too: it needs the standard library alone.
+The process that quantizes imports this module too, so it needs only the standard library.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ def _lock() -> dict[str, str]:
 
 
 def locked_version(package: str) -> str:
-    """Look up the declared version of a tool. Stage keys are made of it, so that all machines compute the same key."""
+    """Return the declared version of a tool. Stage keys contain it, so all machines compute the same keys."""
     return _lock()[package]
 
 
 def installed_version(package: str) -> str:
-    """Look up the version that is installed here; `absent` if there is none."""
+    """Return the installed version of a package; `absent` if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -34,7 +34,7 @@ def installed_version(package: str) -> str:
 def version_problem(stage: str, declared: Mapping[str, str]) -> str | None:
     """Say in one sentence which installed tools differ from the declared versions; None if none does.
 
-    A local version label is no difference: 5.23.0+cpu is a build of 5.23.0.
+    Local version labels are ignored: 5.23.0+cpu is a build of 5.23.0.
     """
     installed = {package: installed_version(package) for package in declared}
     wrong = [package for package, version in declared.items() if installed[package].split("+")[0] != version]

@@ -1,1 +1,1 @@
-"""The command line: one file a command. `main.py` is the entry point."""
+"""The command line, with one file per command. `main.py` is the entry point."""

@@ -1,15 +1,18 @@
-"""`requant bench`: how fast a checkpoint is in an engine, with its MTP head and without."""
+"""`requant bench`: measure how fast a checkpoint is in an engine, with its MTP head and without."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from requant.flows.cli.command import EXISTING_FOLDER, command
+from requant.flows.cli.command import EXISTING_FOLDER, CommandResult, command
 from requant.tasks.errors import RecipeError
+
+if TYPE_CHECKING:
+    from requant.tasks.benchmark import MtpModes
 
 
 @command("bench")
@@ -46,8 +49,8 @@ from requant.tasks.errors import RecipeError
     help="Pass this flag to the engine, spelled as the engine spells it. May be given several times.",
 )
 def bench(
-    folder: Path, mtp: str, recipe: Path | None, prompts: str | None, flags: tuple[str, ...], **asked: Any
-) -> tuple[dict[str, Any], str, int]:
+    folder: Path, mtp: MtpModes, recipe: Path | None, prompts: str | None, flags: tuple[str, ...], **asked: Any
+) -> CommandResult:
     """Measure a checkpoint's speed and draft acceptance in an engine.
 
     FOLDER is the checkpoint. The engine vllm starts `vllm serve`, or the command in REQUANT_VLLM, and stops it
@@ -74,18 +77,14 @@ def bench(
     benchmark_part = {**settings.model_dump(), **changes}
     settings = parse_recipe({"base": {"repo_id": "any/base"}, "benchmark": benchmark_part}).benchmark
     logs = cache_folder() / "bench" / f"{folder.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    values = benchmark.bench(
-        folder,
-        settings,
-        logs,
-        mtp=mtp,
-        remote_code=loaded is not None and loaded.allow_remote_code,
-    )
-    document = {**values, "logs": [str(path) for path in sorted(logs.glob("*.log"))]}
-    return document, bench_text(document, folder.resolve().name), 0
+    remote_code = loaded is not None and loaded.allow_remote_code
+    measured = benchmark.bench(folder, settings, logs, mtp=mtp, remote_code=remote_code)
+    result = measured.with_logs(str(path) for path in sorted(logs.glob("*.log")))
+    return CommandResult(result.to_json(), bench_text(result, folder.resolve().name))
 
 
 def _flag(text: str) -> tuple[str, Any]:
+    """Parse NAME=VALUE, whose value is YAML. A name alone stands for true. Raises RecipeError."""
     import yaml
 
     from requant.tasks.recipe.recipe import NOT_YAML

@@ -1,13 +1,13 @@
-"""What every command of `requant` has: --json, one document on stdout, an exit status."""
+"""Common parts of the commands of `requant`: --json, progress on stderr, and options that several commands have."""
 
 from __future__ import annotations
 
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import click
 
@@ -22,19 +22,27 @@ class OrderedGroup(click.Group):
         return list(self.commands)
 
 
-class _New(click.Path):
-    """A path to write to, whose folders are made if they can be."""
+class CommandResult(NamedTuple):
+    """What a command returns: its JSON document, the text for a terminal, and the exit status."""
+
+    document: Mapping[str, Any]
+    text: str
+    status: int = 0
+
+
+class _NewPath(click.Path):
+    """A path to write to. Missing folders are created later, so none of its parents may be a file."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(str(super().convert(value, param, ctx)))
-        there = next(folder for folder in path.absolute().parents if folder.exists())
-        if not there.is_dir():
-            self.fail(f"{there} is a file, and no folder to write into", param, ctx)
+        existing = next(folder for folder in path.absolute().parents if folder.exists())
+        if not existing.is_dir():
+            self.fail(f"{existing} is a file, and no folder to write into", param, ctx)
         return path
 
 
-NEW_FOLDER = _New(path_type=Path, file_okay=False)
-NEW_FILE = _New(path_type=Path, dir_okay=False)
+NEW_FOLDER = _NewPath(path_type=Path, file_okay=False)
+NEW_FILE = _NewPath(path_type=Path, dir_okay=False)
 EXISTING_FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 FORCE = click.option(
     "--force",
@@ -57,18 +65,18 @@ SET = click.option(
     metavar="KEY=VALUE",
     help="Override a key of the recipe, as in quantize.iters=50. May be given several times.",
 )
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., CommandResult])
 
 
 def command(name: str) -> Callable[[F], click.Command]:
-    """A command that returns (document, text, exit status) and gets --json."""
+    """Return the decorator that makes a command of a function, and adds --json to it."""
 
     def wrap(function: F) -> click.Command:
         @functools.wraps(function)
         def run(as_json: bool, **arguments: Any) -> None:
-            document, text, status = function(**arguments)
-            click.echo(redact(json.dumps(document, indent=1) if as_json else _visible(text)))
-            sys.exit(status)
+            result = function(**arguments)
+            click.echo(redact(json.dumps(result.document, indent=1) if as_json else _visible(result.text)))
+            sys.exit(result.status)
 
         option = click.option("--json", "as_json", is_flag=True, help="Print only a JSON document to stdout.")
         return click.command(name)(option(run))
@@ -77,16 +85,16 @@ def command(name: str) -> Callable[[F], click.Command]:
 
 
 def progress(text: str) -> None:
-    """A line for whoever waits: on stderr, whatever goes to stdout."""
+    """Print a line to stderr."""
     click.echo(redact(_visible(text)), err=True)
 
 
-def tell_foreign(folder: Path, weights: Sequence[str]) -> None:
-    """Say which weight files in a checkout are not the artifact's."""
+def warn_of_foreign_weights(folder: Path, weights: Sequence[str]) -> None:
+    """Warn of weight files in a checkout that are not the artifact's."""
     for path in weights:
         progress(f"{folder / path} is no part of the artifact, and a loader may read it: delete it if it is not needed")
 
 
 def _visible(text: str) -> str:
-    """Text for a terminal: whatever would move its cursor or hide a part, in a name from outside, is spelled out."""
+    """Escape control characters, with which a name from outside could move the cursor or hide text."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

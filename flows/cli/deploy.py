@@ -1,19 +1,18 @@
-"""`requant deploy`: make a Prefect server know the flows, the recipes and the work pools."""
+"""`requant deploy`: put deployments, recipes and work pools on a Prefect server."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from requant.flows.cli.arguments import server_url
-from requant.flows.cli.command import command
+from requant.flows.cli.command import CommandResult, command
 
 
 @command("deploy")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True), default="deployments")
-def deploy(folder: Path) -> tuple[dict[str, Any], str, int]:
+def deploy(folder: Path) -> CommandResult:
     """Put deployments, recipes and work pools on a Prefect server.
 
     PREFECT_API_URL names the server. FOLDER (default: deployments) holds prefect.yaml, recipes/ and, if there are
@@ -46,12 +45,12 @@ def deploy(folder: Path) -> tuple[dict[str, Any], str, int]:
 
     with server_errors(), get_client(sync_client=True) as client:
         make_pools(client)
-        deployed = dict(apply_deployment(client, each) for each in deployments)
+        deployed = dict(apply_deployment(client, deployment) for deployment in deployments)
         applied = apply_automations(automations)
         notes = [problem for pool in POOLS if (problem := problem_of_pool(client, pool))]
     lines = [f"deployment {name}{'' if new else ' (unchanged)'}" for name, new in deployed.items()]
     lines += [f"automation {name}{'' if new else ' (unchanged)'}" for name, new in applied.items()]
-    lines += [f"note: {each}" for each in notes]
+    lines += [f"note: {note}" for note in notes]
     changed = [name for name, new in (deployed | applied).items() if new]
-    answer = {"deployments": list(deployed), "automations": list(applied), "changed": changed, "notes": notes}
-    return answer, "\n".join(lines), 0
+    document = {"deployments": list(deployed), "automations": list(applied), "changed": changed, "notes": notes}
+    return CommandResult(document, "\n".join(lines))

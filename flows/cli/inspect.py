@@ -1,16 +1,11 @@
-"""`requant inspect`: what a checkpoint is, from its headers and config."""
+"""`requant inspect`: describe a checkpoint from its headers and config."""
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-from typing import Any
-
 import click
 
-from requant.flows.cli.arguments import resolve_repo
-from requant.flows.cli.command import command
-from requant.tasks.errors import RequantError
+from requant.flows import api
+from requant.flows.cli.command import CommandResult, command
 
 
 @command("inspect")
@@ -20,7 +15,7 @@ from requant.tasks.errors import RequantError
     is_flag=True,
     help="Read the tensors of a folder too, and find NaN values, scales of zero and lossy MTP heads.",
 )
-def inspect(checkpoint: str, deep: bool) -> tuple[dict[str, Any], str, int]:
+def inspect(checkpoint: str, deep: bool) -> CommandResult:
     """Say how a checkpoint is quantized and where its MTP head works.
 
     CHECKPOINT is a folder, or repo_id[@revision], of which a few hundred KB are fetched. Headers and configs are
@@ -32,15 +27,7 @@ def inspect(checkpoint: str, deep: bool) -> tuple[dict[str, Any], str, int]:
       requant inspect Qwen/Qwen3.6-27B
       requant inspect build/result --deep
     """
-    from requant.tasks.checkpoint.inspect import as_text, inspect_checkpoint
+    from requant.tasks.checkpoint.inspect import as_text
 
-    if Path(checkpoint).is_dir():
-        result = inspect_checkpoint(Path(checkpoint), deep=deep)
-    elif deep:
-        raise RequantError(f"--deep reads the data of a folder, and {checkpoint} is none: download it first")
-    else:
-        from requant.tasks.hub.sparse_checkout import create_checkout
-
-        with tempfile.TemporaryDirectory(prefix="requant-") as folder:
-            result = inspect_checkpoint(create_checkout(resolve_repo(checkpoint), Path(folder)))
-    return result, as_text(checkpoint, result), 1 if result["problems"] else 0
+    document = api.inspect(checkpoint, deep=deep)
+    return CommandResult(document.to_json(), as_text(checkpoint, document), 1 if document.problems else 0)

@@ -45,7 +45,7 @@ def cli() -> None:
 
 
 # The help lists the commands in this order, which is that of the README's table.
-for each in (
+for subcommand in (
     run,
     plan,
     validate,
@@ -61,17 +61,17 @@ for each in (
     worker,
     store,
 ):
-    cli.add_command(each)
+    cli.add_command(subcommand)
 
 
 def main() -> None:
-    """Entry point: every expected failure is one sentence on stderr."""
+    """Run the command line. Every expected failure is one sentence on stderr."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     bypass_proxy_on_loopback(os.environ)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     set_up_logging()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended well, as by Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends the process as Ctrl-C does.
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as done:
@@ -92,6 +92,7 @@ def main() -> None:
 
 
 def _fail(sentence: str, status: int) -> None:
+    """Print an error, with --json as a document too, and exit."""
     sentence = redact(sentence)
     if "--json" in sys.argv:
         click.echo(json.dumps({"status": "failed", "error": sentence}))

@@ -1,13 +1,13 @@
-"""`requant plan`: the dry run."""
+"""`requant plan`: say what a run would do, take and cost."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from requant.flows.cli.command import NEW_FILE, SET, command
+from requant.flows import api
+from requant.flows.cli.command import NEW_FILE, SET, CommandResult, command
 
 
 @command("plan")
@@ -19,9 +19,7 @@ from requant.flows.cli.command import NEW_FILE, SET, command
 @click.option(
     "--markdown", "markdown_path", type=NEW_FILE, metavar="FILE", help="Write the plan to this file too, as Markdown."
 )
-def plan(
-    recipe: Path, overrides: tuple[str, ...], elsewhere: bool, markdown_path: Path | None
-) -> tuple[dict[str, Any], str, int]:
+def plan(recipe: Path, overrides: tuple[str, ...], elsewhere: bool, markdown_path: Path | None) -> CommandResult:
     """Say what a run would do, take and cost, and what would stop it.
 
     RECIPE is a YAML file. The headers of the base's files are enough: no weights are fetched and no GPU is needed.
@@ -32,14 +30,10 @@ def plan(
       requant plan deployments/recipes/qwen3.6-27b-int4.yaml --elsewhere
       requant plan recipe.yaml --set quantize.iters=50 --markdown build/plan.md
     """
-    from requant.flows.report.plan import markdown, render
+    from requant.flows.report.plan import plan_markdown, plan_text
     from requant.tasks.checkpoint.writer import write_file
-    from requant.tasks.plan import plan as make_plan
-    from requant.tasks.recipe.loader import load_recipe
-    from requant.tasks.store import open_store
 
-    loaded = load_recipe(recipe, overrides)
-    document = make_plan(open_store(), loaded, elsewhere=elsewhere)
+    document = api.plan(recipe, overrides=overrides, elsewhere=elsewhere)
     if markdown_path is not None:
-        write_file(markdown_path.parent, markdown_path.name, [markdown(document, recipe.name).encode()])
-    return document.to_json(), render(document), 1 if document.problems else 0
+        write_file(markdown_path.parent, markdown_path.name, [plan_markdown(document, recipe.name).encode()])
+    return CommandResult(document.to_json(), plan_text(document), 1 if document.problems else 0)

@@ -1,14 +1,12 @@
-"""`requant publish --rollback`: `main` of a published repo moves back to an earlier release."""
+"""`requant publish --rollback`: move `main` of a published repo back to an earlier release."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from requant.flows.cli.arguments import check_repo_id
-from requant.flows.cli.command import command
+from requant.flows.cli.command import CommandResult, command
 from requant.tasks.errors import RecipeError
 
 
@@ -17,7 +15,7 @@ from requant.tasks.errors import RecipeError
 @click.option("--rollback", is_flag=True, help="Move main back to the release before, in one commit.")
 @click.option("--to", "tag", metavar="TAG", help="Move main to the release with this tag instead.")
 @click.option("--overwrite", is_flag=True, help="Move main even if someone else has changed it since.")
-def publish(recipe_or_repo: str, rollback: bool, tag: str | None, overwrite: bool) -> tuple[dict[str, Any], str, int]:
+def publish(recipe_or_repo: str, rollback: bool, tag: str | None, overwrite: bool) -> CommandResult:
     """Move main of a published repo back to an earlier release.
 
     RECIPE_OR_REPO is a repo_id, or a recipe's YAML file, which stands for the repo that it publishes to. No weights
@@ -28,18 +26,21 @@ def publish(recipe_or_repo: str, rollback: bool, tag: str | None, overwrite: boo
       requant publish YOU/Qwen3.6-27B-int4-AutoRound --rollback
       requant publish recipe.yaml --rollback --to TAG
     """
-    from requant.tasks.hub.rollback import rollback as moved_back
+    from requant.tasks.hub.rollback import rollback as roll_back
 
     if not rollback:
         raise click.UsageError("requant run publishes a recipe's result; here --rollback is what can be asked for")
-    released = moved_back(target_of(recipe_or_repo), tag, overwrite=overwrite)
+    released = roll_back(target_of(recipe_or_repo), tag, overwrite=overwrite)
     done = "moved back" if released.changed else "nothing to do"
-    return {"published": released.to_json()}, f"{released.url} holds release {released.tag} ({done})", 0
+    text = f"{released.url} holds release {released.tag} ({done})"
+    return CommandResult({"published": released.model_dump()}, text)
 
 
 def target_of(name: str) -> str:
-    """The repo that is meant: a recipe's target, or the one that is named."""
+    """Return the repo with this name, or the one that the recipe in the file with this name publishes to."""
     if not name.endswith((".yaml", ".yml")):
+        from requant.tasks.hub.revision import check_repo_id
+
         return check_repo_id(name)
     from requant.tasks.recipe.loader import load_recipe
 

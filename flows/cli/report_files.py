@@ -1,4 +1,4 @@
-"""A report as files: the JSON document, a report in Markdown and a folder of pictures."""
+"""Write the report of a run to files: the JSON document, a report in Markdown and a folder of pictures."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 
 def write_report(report: RunReport, path: Path) -> None:
-    """Write the JSON document as `path`, and beside it STEM.md and the folder STEM-pictures (of outputs, one in it for
-    each)."""
+    """Write the JSON document to `path`, and STEM.md and the folder STEM-pictures next to it.
+
+    If there are several outputs, the folder has a folder for each.
+    """
     from requant.flows.report.markdown import comparison, markdown
 
-    write_json(path.parent, path.name, report.to_json())
+    write_json(path.parent, path.name, report.document().to_json())
     parts = [comparison(report)] if report.recipe.outputs else []
     for name, one in report.each.items():
         folder = path.with_name(f"{path.stem}-pictures") / name
@@ -33,10 +35,12 @@ def write_report(report: RunReport, path: Path) -> None:
 
 
 def check_report(path: Path) -> None:
-    """Raises FolderInUse unless a report can be written to `path` and beside it, while nothing is done yet."""
+    """Check before a run that its report can be written to `path` and next to it. Raises FolderInUse if it cannot."""
     check_writable(path.parent.resolve(), path)
     pictures = path.with_name(f"{path.stem}-pictures")
     if pictures.exists() and not pictures.is_dir():
-        raise FolderInUse(f"{pictures} is a file, and the report's pictures go into a folder of this name: move it")
+        raise FolderInUse(
+            f"{pictures} is a file, and the report's pictures go into a folder of this name: move it", path=pictures
+        )
     if (text := path.with_name(f"{path.stem}.md")).is_dir():
-        raise FolderInUse(f"{text} is a folder, and the report in markdown gets this name: move it")
+        raise FolderInUse(f"{text} is a folder, and the report in markdown gets this name: move it", path=text)

@@ -1,4 +1,4 @@
-"""`requant run`: the whole pipeline, here and now."""
+"""`requant run`: run the pipeline of a recipe in this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from requant.flows.checkout import check_folder, copy_to_folder
-from requant.flows.cli.command import FORCE, NEW_FILE, NEW_FOLDER, SET, command, tell_foreign
+from requant.flows.cli.command import FORCE, NEW_FILE, NEW_FOLDER, SET, CommandResult, command, warn_of_foreign_weights
 from requant.flows.cli.report_files import check_report, write_report
 from requant.tasks.artifact import PICTURES, RELEASE_FILES
 from requant.tasks.checkpoint.writer import write_file
@@ -47,7 +47,7 @@ def _report_path(context: click.Context, parameter: click.Parameter, path: Path 
 )
 def run(
     recipe: Path, overrides: tuple[str, ...], checkout: Path | None, force: bool, report_path: Path | None
-) -> tuple[dict[str, Any], str, int]:
+) -> CommandResult:
     """Run the whole pipeline of a recipe, here and now.
 
     RECIPE is a YAML file. The stages are download, quantize, mtp_fix, validate, benchmark and publish; one that is
@@ -63,7 +63,7 @@ def run(
     from requant.tasks.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    store = open_store()  # a wrong REQUANT_STORE is a wrong usage, found before anything starts
+    store = open_store()  # Raises RecipeError for a wrong REQUANT_STORE, before anything starts.
     check_tasks(loaded.eval)
     if force and checkout is None:
         raise click.UsageError("--force is about the folder of --checkout: name one")
@@ -85,16 +85,17 @@ def run(
     try:
         for name, one in report.each.items():
             lay_out_result(one, checkout / name if checkout else None, force=force)
-    finally:  # a folder that was filled in the meantime costs nobody the report
+    finally:  # The report is written even if somebody has put files into the folder in the meantime.
         if report_path is not None:
-            _keep_report(report, report_path)
-    return report.to_json(), render(report), 0 if report.status in {"published", "validated"} else 1
+            _write_report(report, report_path)
+    document = report.document().to_json()
+    return CommandResult(document, render(report), 0 if report.status in {"published", "validated"} else 1)
 
 
-def _keep_report(report: RunReport, path: Path) -> None:
+def _write_report(report: RunReport, path: Path) -> None:
     try:
         write_report(report, path)
-    except OSError as error:  # the place could be written to when the run began
+    except OSError as error:  # It could be written when the run began.
         raise RequantError(
             f"the run ended as {report.status}, and its report {path} cannot be written ({error.strerror}): name "
             "another place and run again, which reuses every finished stage"
@@ -102,18 +103,18 @@ def _keep_report(report: RunReport, path: Path) -> None:
 
 
 def lay_out_result(report: RunReport, checkout: Path | None, *, force: bool) -> None:
-    """Give the result a path: a checkout of the user's own, or read-only links beside a local store."""
+    """Write the result into the user's folder; without one, link its files in a folder of a local store."""
     store = open_store()
     if report.artifact is None or not (checkout or store.is_local):
         return
     if checkout is not None:
         report.path, foreign = copy_to_folder(store, report.artifact, checkout, report.beside, force=force)
-        tell_foreign(report.path, foreign)
+        warn_of_foreign_weights(report.path, foreign)
         return
     report.path = store.link_files(report.artifact, store.checkout_folder(report.artifact))
-    ours = {*RELEASE_FILES, *(f"{PICTURES}/{name}.png" for name in NAMES)}
-    for path in ours - set(report.beside):
-        if path not in report.artifact:  # An earlier run laid it into this folder, which is the store's own.
+    release_paths = {*RELEASE_FILES, *(f"{PICTURES}/{name}.png" for name in NAMES)}
+    for path in release_paths - set(report.beside):
+        if path not in report.artifact:  # A file of an earlier run, since the folder is the store's own.
             (report.path / path).unlink(missing_ok=True)
     for path, data in report.beside.items():
         write_file(report.path, path, [data])

@@ -1,28 +1,34 @@
-"""`requant schema`: the JSON Schema of what a command prints with --json."""
+"""`requant schema`: print the JSON Schema of what a command prints with --json."""
 
 from __future__ import annotations
 
 import importlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from requant.flows.cli.command import command
+from requant.flows.cli.command import CommandResult, command
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-# The pydantic model of each command's document. Strings, since a command's help imports neither pydantic nor the model.
+# The pydantic model of each command's document, as a string: help texts must not wait for the import of pydantic.
 MODELS = {
+    "run": "requant.flows.report.document:RunDocument",
     "plan": "requant.tasks.planning.document:PlanDocument",
+    "inspect": "requant.tasks.checkpoint.document:InspectDocument",
+    "mtp-fix": "requant.tasks.checkpoint.document:MtpFixDocument",
+    "validate": "requant.tasks.validating.gates:ValidationDocument",
+    "bench": "requant.tasks.serving.result:BenchmarkResult",
+    "verify": "requant.tasks.hub.verify:ReleaseCheck",
 }
 DIALECT = "https://json-schema.org/draft/2020-12/schema"  # of the schemas that pydantic makes
 
 
 @command("schema")
 @click.argument("words", metavar="[COMMAND]", nargs=-1)
-def schema(words: tuple[str, ...]) -> tuple[dict[str, Any], str, int]:
+def schema(words: tuple[str, ...]) -> CommandResult:
     """Print the JSON Schema of what a command prints with --json.
 
     Without COMMAND, list the commands whose documents have a schema. A command that fails prints another
@@ -35,15 +41,15 @@ def schema(words: tuple[str, ...]) -> tuple[dict[str, Any], str, int]:
     """
     name = " ".join(words)
     if not name:
-        return {"commands": list(MODELS)}, "\n".join(MODELS), 0
+        return CommandResult({"commands": list(MODELS)}, "\n".join(MODELS))
     if name not in MODELS:
         raise click.UsageError(f"no schema of {name!r}: there is one of {', '.join(MODELS)}")
     document = {"$schema": DIALECT, **model_of(name).model_json_schema(mode="serialization")}
-    return document, json.dumps(document, indent=1), 0
+    return CommandResult(document, json.dumps(document, indent=1))
 
 
 def model_of(name: str) -> type[BaseModel]:
     """Import the model of a command's document."""
     module, _, model = MODELS[name].partition(":")
-    found: type[BaseModel] = getattr(importlib.import_module(module), model)
-    return found
+    imported: type[BaseModel] = getattr(importlib.import_module(module), model)
+    return imported

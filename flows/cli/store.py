@@ -1,24 +1,22 @@
-"""`requant store ...`: what lies in the store, whether it is whole, what may go, and artifacts in and out."""
+"""`requant store ...`: list, check, clean up and copy the artifacts of a store."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from requant.flows.cli.command import FORCE, NEW_FOLDER, OrderedGroup, command, tell_foreign
+from requant.flows.cli.command import FORCE, NEW_FOLDER, CommandResult, OrderedGroup, command, warn_of_foreign_weights
 from requant.tasks.store import Store, open_store
-
-if TYPE_CHECKING:
-    from requant.tasks.store.catalog import Catalog, Entry
 
 
 class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic in click's types alone
-    """A number with a unit, such as 30d or 500GB; the value is in the unit that counts one."""
+    """A number with a unit, such as 30d or 500GB. The value is in the unit whose factor is 1: seconds or bytes."""
 
     def __init__(self, name: str, units: dict[str, float]) -> None:
         self.name, self.units = name, units
@@ -51,7 +49,7 @@ def store() -> None:
 
 
 @command("ls")
-def store_ls() -> tuple[dict[str, Any], str, int]:
+def store_ls() -> CommandResult:
     """List every artifact: its base, size and age, and its runs.
 
     The artifact that was not used for the longest time comes first.
@@ -61,41 +59,17 @@ def store_ls() -> tuple[dict[str, Any], str, int]:
       requant store ls
       REQUANT_STORE=s3://bucket/prefix requant store ls --json
     """
-    from requant.flows.report.store import artifact_table
+    from requant.flows.report.store import StoredArtifact, artifact_table
     from requant.tasks.store.catalog import read_catalog
 
-    opened = _opened()
+    opened = _open_store()
     catalog = read_catalog(opened)
-    rows = [artifact_row(catalog, entry) for entry in sorted(catalog.entries.values(), key=lambda entry: entry.used)]
+    entries = sorted(catalog.entries.values(), key=lambda entry: entry.last_used)
+    rows = [StoredArtifact.of(catalog, entry) for entry in entries]
     text = artifact_table(rows) if rows else f"{opened.url} is empty"
     damaged = [f"artifacts/{stage}/{key}: {why}" for (stage, key), why in sorted(catalog.damaged.items())]
-    return {"store": opened.url, "artifacts": rows, "damaged": damaged}, "\n".join([text.rstrip(), *damaged]), 0
-
-
-def artifact_row(catalog: Catalog, entry: Entry) -> dict[str, Any]:
-    """One artifact as a row of `ls`; ages in seconds by the store's clock."""
-    runs = catalog.users.get(entry.name, [])
-    recorded = entry.provenance.get("base")
-    base = f"{recorded.get('repo_id')}@{recorded.get('sha')}" if isinstance(recorded, dict) else None
-    return {
-        "stage": entry.stage,
-        "key": entry.key,
-        "digest": entry.manifest.digest,
-        "base": runs[0].base if runs else base,
-        "files": len(entry.manifest.files),
-        "bytes": entry.manifest.size,
-        "started": entry.provenance.get("started"),
-        "unused_seconds": round(max(catalog.now - entry.used, 0.0)),
-        "used_by": [
-            {
-                "recipe": run.recipe,
-                "base": run.base,
-                "makes": run.makes,
-                "seconds": round(max(catalog.now - run.seen, 0.0)),
-            }
-            for run in runs
-        ],
-    }
+    document = {"store": opened.url, "artifacts": [asdict(row) for row in rows], "damaged": damaged}
+    return CommandResult(document, "\n".join([text.rstrip(), *damaged]))
 
 
 @command("verify")
@@ -106,7 +80,7 @@ def artifact_row(catalog: Catalog, entry: Entry) -> dict[str, Any]:
     help="Restore missing and damaged blobs from an intact copy on this machine. Where there is none, remove the "
     "artifacts that need the blob, so that the next run makes them again.",
 )
-def store_verify(deep: bool, repair: bool) -> tuple[dict[str, Any], str, int]:
+def store_verify(deep: bool, repair: bool) -> CommandResult:
     """Check that the blobs of every artifact are there.
 
     Exit status 1: there are problems, or there were some that --repair has dealt with.
@@ -118,11 +92,9 @@ def store_verify(deep: bool, repair: bool) -> tuple[dict[str, Any], str, int]:
     """
     from requant.tasks.store.verify import verify_store
 
-    found = verify_store(_opened(), deep=deep, repair=repair)
-    text = "\n".join(
-        [f"{found.checked} blobs checked, {len(found.problems)} problems", *found.problems, *found.repairs]
-    )
-    return vars(found), text, 1 if found.problems else 0
+    check = verify_store(_open_store(), deep=deep, repair=repair)
+    summary = f"{check.checked} blobs checked, {len(check.problems)} problems"
+    return CommandResult(vars(check), "\n".join([summary, *check.problems, *check.repairs]), 1 if check.problems else 0)
 
 
 @command("gc")
@@ -146,7 +118,7 @@ def store_verify(deep: bool, repair: bool) -> tuple[dict[str, Any], str, int]:
 @click.option("--dry-run", is_flag=True, help="Say what would be deleted, and delete nothing.")
 def store_gc(
     keep_last: int | None, older_than: float | None, max_size: float | None, grace: float, dry_run: bool
-) -> tuple[dict[str, Any], str, int]:
+) -> CommandResult:
     """Delete leftovers, and the artifacts that the options select.
 
     With several options, an artifact is deleted only if each of them selects it. Without options no artifact is
@@ -166,9 +138,10 @@ def store_gc(
 
     if grace < 600:
         raise click.BadParameter("the grace period must be longer than any upload: at least 10m", param_hint="--grace")
-    opened = _opened()
+    opened = _open_store()
     policy = Policy(keep_last, older_than, None if max_size is None else int(max_size), grace)
     plan = collect(opened, policy, dry_run=dry_run)
+    fits = max_size is None or plan.remaining_bytes <= max_size
     document = {
         "store": opened.url,
         "dry_run": dry_run,
@@ -183,17 +156,17 @@ def store_gc(
             "paths": [str(f.path) for f in plan.local_files],
             "bytes": sum(f.bytes for f in plan.local_files),
         },
-        "stays": {"bytes": plan.stays},
-        "fits": max_size is None or plan.stays <= max_size,
+        "stays": {"bytes": plan.remaining_bytes},
+        "fits": fits,
     }
-    return document, gc_text(document), 0
+    return CommandResult(document, gc_text(plan, dry_run=dry_run, fits=fits))
 
 
 @command("checkout")
 @click.argument("name", metavar="KEY-or-DIGEST")
 @click.argument("folder", type=NEW_FOLDER)
 @FORCE
-def store_checkout(name: str, folder: Path, force: bool) -> tuple[dict[str, Any], str, int]:
+def store_checkout(name: str, folder: Path, force: bool) -> CommandResult:
     """Copy the files of an artifact into a folder.
 
     KEY-or-DIGEST is the beginning of the artifact's stage key or digest. FOLDER may be new, empty or an earlier
@@ -208,20 +181,20 @@ def store_checkout(name: str, folder: Path, force: bool) -> tuple[dict[str, Any]
     from requant.tasks.store.catalog import read_catalog
     from requant.tasks.store.copy import find_entries
 
-    opened = _opened()
+    opened = _open_store()
     check_folder(opened, folder, force=force)
     manifest = find_entries(read_catalog(opened), name)[0].manifest
     with opened.lease("checkout", os.urandom(8).hex()):
         opened.need(manifest.files)
         path, foreign = copy_to_folder(opened, manifest, folder, force=force)
-    tell_foreign(path, foreign)
-    return {"digest": manifest.digest, "path": str(path)}, f"{manifest.size:,} bytes in {path}", 0
+    warn_of_foreign_weights(path, foreign)
+    return CommandResult({"digest": manifest.digest, "path": str(path)}, f"{manifest.size:,} bytes in {path}")
 
 
 @command("export")
 @click.argument("name", metavar="KEY-or-DIGEST")
 @click.argument("destination", metavar="DEST")
-def store_export(name: str, destination: str) -> tuple[dict[str, Any], str, int]:
+def store_export(name: str, destination: str) -> CommandResult:
     """Copy an artifact from this store into another one.
 
     KEY-or-DIGEST is the beginning of the artifact's stage key or digest. DEST is file:///folder, s3://bucket/prefix
@@ -234,13 +207,13 @@ def store_export(name: str, destination: str) -> tuple[dict[str, Any], str, int]
     """
     from requant.tasks.store.copy import store_at
 
-    return _moved(_opened(), _opened(store_at(destination)), [name])
+    return _copy(_open_store(), _open_store(store_at(destination)), [name])
 
 
 @command("import")
 @click.argument("source", metavar="SRC")
 @click.argument("names", metavar="[KEY-or-DIGEST]...", nargs=-1)
-def store_import(source: str, names: tuple[str, ...]) -> tuple[dict[str, Any], str, int]:
+def store_import(source: str, names: tuple[str, ...]) -> CommandResult:
     """Copy artifacts from another store into this one.
 
     SRC is file:///folder, s3://bucket/prefix or a folder. KEY-or-DIGEST is the beginning of the stage key or digest of
@@ -253,10 +226,11 @@ def store_import(source: str, names: tuple[str, ...]) -> tuple[dict[str, Any], s
     """
     from requant.tasks.store.copy import store_at
 
-    return _moved(_opened(store_at(source), must_exist=True), _opened(), names)
+    return _copy(_open_store(store_at(source), must_exist=True), _open_store(), names)
 
 
-def _moved(source: Store, target: Store, names: Iterable[str]) -> tuple[dict[str, Any], str, int]:
+def _copy(source: Store, target: Store, names: Iterable[str]) -> CommandResult:
+    """Copy the artifacts with these names, or all of a store."""
     from requant.tasks.store.catalog import read_catalog
     from requant.tasks.store.copy import copy, find_entries
 
@@ -276,10 +250,11 @@ def _moved(source: Store, target: Store, names: Iterable[str]) -> tuple[dict[str
     ]
     moved = sum(c.bytes for c in copied)
     text = f"{len(rows)} artifacts from {source.url} are in {target.url}; {moved:,} bytes had to move"
-    return {"source": source.url, "store": target.url, "artifacts": rows, "bytes_moved": moved}, text, 0
+    document = {"source": source.url, "store": target.url, "artifacts": rows, "bytes_moved": moved}
+    return CommandResult(document, text)
 
 
-def _opened(url: str | None = None, *, must_exist: bool = False) -> Store:
+def _open_store(url: str | None = None, *, must_exist: bool = False) -> Store:
     opened = open_store(url)
     if must_exist and opened.is_local and not opened.cache.root.is_dir():
         raise click.UsageError(f"there is no store at {opened.url}")
@@ -287,5 +262,5 @@ def _opened(url: str | None = None, *, must_exist: bool = False) -> Store:
     return opened
 
 
-for each in (store_ls, store_verify, store_gc, store_checkout, store_export, store_import):
-    store.add_command(each)
+for subcommand in (store_ls, store_verify, store_gc, store_checkout, store_export, store_import):
+    store.add_command(subcommand)

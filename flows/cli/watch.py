@@ -7,11 +7,11 @@ import functools
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from requant.flows.cli.command import RECIPES, command, progress
+from requant.flows.cli.command import RECIPES, CommandResult, command, progress
 from requant.tasks.errors import RecipeError, RequantError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Wait for this many seconds between passes. Without effect if --once is given.",
 )
-def watch(once: bool, recipes: Path, interval: int) -> tuple[dict[str, Any], str, int]:
+def watch(once: bool, recipes: Path, interval: int) -> CommandResult:
     """Look for new revisions of the recipes' bases, and start runs.
 
     Runs start on the Prefect server that PREFECT_API_URL names. Without a server they happen on this machine, one
@@ -49,7 +49,7 @@ def watch(once: bool, recipes: Path, interval: int) -> tuple[dict[str, Any], str
 
         @functools.cache
         def starter() -> Start:
-            """Prefect is brought up, or asked whether it is there, when there is something to start."""
+            """Start the embedded Prefect server, or check that of PREFECT_API_URL, once a run is due."""
             from requant.flows.embedded import embedded_prefect
 
             prefect.enter_context(embedded_prefect())
@@ -68,6 +68,7 @@ def watch(once: bool, recipes: Path, interval: int) -> tuple[dict[str, Any], str
             except RequantError as error:
                 if once:
                     raise
-                progress(f"no pass: {error}")  # the store or the server may be back at the next
+                progress(f"no pass: {error}")  # The store or the server may answer again at the next one.
             time.sleep(interval)
-    return done.to_json(), done.text, 1 if done.problems or any(s.status == "rejected" for s in done.started) else 0
+    failed = done.problems or any(started.status == "rejected" for started in done.started)
+    return CommandResult(done.to_json(), done.text, 1 if failed else 0)

@@ -1,4 +1,4 @@
-"""`requant webhook`: the relay that takes the Hub's webhooks."""
+"""`requant webhook`: receive the Hub's webhooks, and start runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def webhook(recipes: Path, host: str, port: int) -> None:
         raise RecipeError("PREFECT_API_URL must name the Prefect server on which runs are to be started")
     if not recipes.is_dir():
         raise RecipeError(f"the folder of recipes {recipes} does not exist: name one with --recipes")
-    open_store()  # A wrong REQUANT_STORE is found before anything listens.
+    open_store()  # Raises RecipeError for a wrong REQUANT_STORE, before the server listens.
     from requant.flows.webhook.serve import serve
 
     for handler in logging.getLogger().handlers:

@@ -33,7 +33,7 @@ def worker(arguments: tuple[str, ...]) -> None:
 
     from requant.flows.sweep import sweep_for_ever
 
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Prefect's worker handles it itself: it waits for its runs.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Prefect's worker installs its own handler.
     threading.Thread(target=sweep_for_ever, name="sweep", daemon=True).start()
-    sys.argv = ["prefect", "worker", "start", *arguments]  # which Prefect's command line reads its arguments from
+    sys.argv = ["prefect", "worker", "start", *arguments]  # Prefect's command line reads its arguments from here.
     app()

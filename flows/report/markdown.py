@@ -1,10 +1,10 @@
-"""The report for a person who reads markdown: a file beside the JSON document, and an artifact in Prefect's UI."""
+"""The report as Markdown: a file next to the JSON document, and an artifact in Prefect's UI."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from requant.flows.report.report import (
     COMPARISON_COLUMNS,
@@ -17,34 +17,37 @@ from requant.flows.report.report import (
     verdict,
 )
 from requant.tasks.card.filters import Markdown, escape, named, number, table
-from requant.tasks.card.rows import DRAFT_COLUMNS, QUALITY_COLUMNS, TASKS, head_rows, quality_rows, task_rows
+from requant.tasks.card.rows import DRAFT_COLUMNS, QUALITY_COLUMNS, TASK_COLUMNS, head_rows, quality_rows, task_rows
 from requant.tasks.plots import Picture
+from requant.tasks.serving.result import BenchmarkResult, PromptResult
 from requant.tasks.validating.gates import slope_error
+from requant.tasks.validating.measured import Measured
 
-WORST = 5  # blocks and matrices
+WORST_ROWS = 5  # of blocks, and of matrices
 Row = tuple[str, ...]
 
 
 def markdown(report: RunReport, link: Callable[[Picture], str]) -> str:
-    """The whole report; `link` says where a picture is to be found."""
+    """Render the report of one result. `link` returns the address of a picture."""
     parts = [f"## {report.status}: {run_headline(report)}"]
     if report.error:
         parts.append(report.error)
     if report.published:
-        parts.append(f"[{report.published['repo_id']}]({report.published['url']}): {published_words(report.published)}")
+        parts.append(f"[{report.published.repo_id}]({report.published.url}): {published_words(report.published)}")
     if report.stages:
         parts.append(table(("stage", "state", "seconds", "artifact"), stage_rows(report)))
     if report.gates:
         parts += ["### Gates", table(("gate", "measured", "limit", "", "note"), gate_rows(report.gates))]
-    if rows := quality_rows(report.measured or {}):
+    measured = report.measured or Measured()
+    if rows := quality_rows(measured):
         parts += ["### Quality", table(QUALITY_COLUMNS, rows)]
-    if rows := head_rows(report.measured or {}):
-        parts += ["### Drafts taken", table(DRAFT_COLUMNS, rows)]
-    if rows := task_rows(report.measured or {}):
-        parts += ["### Tasks", table(TASKS, rows)]
-    if rows := worst_rows(report.measured or {}):
+    if rows := head_rows(measured):
+        parts += ["### Draft acceptance rate", table(DRAFT_COLUMNS, rows)]
+    if rows := task_rows(measured):
+        parts += ["### Tasks", table(TASK_COLUMNS, rows)]
+    if rows := worst_rows(measured):
         parts += ["### Worst layers", table(("", "error", "slope", "bits"), rows)]
-    if report.benchmark and report.benchmark.get("engine") != "none":
+    if report.benchmark and report.benchmark.engine != "none":
         parts += ["### Speed", *_speed(report.benchmark)]
     if report.pictures:
         parts.append("### Pictures")
@@ -54,52 +57,48 @@ def markdown(report: RunReport, link: Callable[[Picture], str]) -> str:
 
 
 def comparison(report: RunReport) -> str:
-    """Several outputs side by side: what stands before the report of each."""
+    """Render the report of a run with outputs: its verdict, and a table that compares the outputs."""
     parts = [f"## {report.status}: {run_headline(report)}", verdict(report)]
     if report.outputs:
         parts.append(table(COMPARISON_COLUMNS, compared_rows(report)))
     return "\n\n".join(parts) + "\n"
 
 
-def worst_rows(measured: Mapping[str, Any]) -> list[Row]:
-    """The blocks with the largest error, and the matrices whose slope is farthest from where rounding would put it."""
-    blocks = sorted(measured.get("blocks") or [], key=lambda block: -_size(block["error"]))
-    matrices = sorted(measured.get("matrices") or [], key=lambda matrix: -_size(slope_error(matrix)))
+def worst_rows(measured: Measured) -> list[Row]:
+    """List the blocks with the largest errors, and the matrices whose slopes are farthest from those of a rounding."""
+    blocks = sorted(measured.divergence.blocks or (), key=lambda block: -_nan_as_infinity(block.error))
+    matrices = sorted(measured.matrices or (), key=lambda matrix: -_nan_as_infinity(slope_error(matrix)))
     return [
         *(
-            (Markdown(f"block {b['block']}, {named(b['kind'])}"), number(b["error"], ".2%"), "", "")
-            for b in blocks[:WORST]
+            (Markdown(f"block {block.block}, {named(block.kind)}"), number(block.error, ".2%"), "", "")
+            for block in blocks[:WORST_ROWS]
         ),
         *(
-            (named(m["name"]), number(m["error"], ".2%"), number(m["slope"], ".4f"), str(m["bits"]))
-            for m in matrices[:WORST]
+            (named(matrix.name), number(matrix.error, ".2%"), number(matrix.slope, ".4f"), str(matrix.bits))
+            for matrix in matrices[:WORST_ROWS]
         ),
     ]
 
 
-def _speed(benchmark: Mapping[str, Any]) -> list[str]:
-    """The medians of each setting, and each prompt of the first."""
+def _speed(benchmark: BenchmarkResult) -> list[str]:
+    """Render the medians of each setting, and a row for each prompt of the first setting."""
     from requant.tasks.plots.prompts import first_setting
 
-    where = escape(
-        f"{benchmark['version']} on {benchmark['hardware']}" if "version" in benchmark else "a server that ran already"
-    )
-    prompts = [p for p in benchmark.get("prompts") or [] if "mtp" in p and "sampling" in p]
+    where = escape(f"{benchmark.version} on {benchmark.hardware}" if benchmark.version else "a server that ran already")
+    prompts = benchmark.prompts
     if not prompts:
-        said = f"{benchmark['prefill_tokens_per_second']:.0f} tokens per second of prompt"
-        return [f"{where}: {said}, {benchmark['tokens_per_second']:.1f} decoded."]
-    head = ("tokens/s", "first token, s", "between tokens, ms: median", "99 %", "drafts accepted")
-    settings: dict[tuple[str, int, bool], list[Mapping[str, Any]]] = {}
+        prefill = f"{number(benchmark.prefill_tokens_per_second, '.0f')} tokens per second of prompt"
+        return [f"{where}: {prefill}, {number(benchmark.tokens_per_second, '.1f')} decoded."]
+    head = ("tokens/s", "first token, s", "between tokens, ms: median", "99 %", "draft acceptance rate")
+    settings: dict[tuple[str, int, bool], list[PromptResult]] = {}
     for p in prompts:
-        settings.setdefault((str(p["sampling"]), int(p["concurrency"]), bool(p["mtp"])), []).append(p)
+        settings.setdefault((p.sampling, p.concurrency, p.mtp), []).append(p)
     by_setting = [
-        (escape(sampling), str(requests), "on" if mtp else "off", *_figures(found))
-        for (sampling, requests, mtp), found in sorted(settings.items())
+        (escape(sampling), str(requests), "on" if mtp else "off", *_medians(rows))
+        for (sampling, requests, mtp), rows in sorted(settings.items())
     ]
     words, first = first_setting(prompts)
-    by_prompt = [
-        (Markdown(f"{named(p['set'])} {named(p['name'])}"), "on" if p["mtp"] else "off", *_figures([p])) for p in first
-    ]
+    by_prompt = [(Markdown(f"{named(p.set)} {named(p.name)}"), "on" if p.mtp else "off", *_medians([p])) for p in first]
     return [
         f"{where}; medians over the prompts:",
         table(("sampling", "requests at once", "MTP", *head), by_setting),
@@ -108,22 +107,22 @@ def _speed(benchmark: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _figures(prompts: list[Mapping[str, Any]]) -> Row:
-    """The medians over some prompts."""
-    between = [p.get("inter_token_seconds") or {} for p in prompts]
+def _medians(prompts: Sequence[PromptResult]) -> Row:
+    """Return the medians over some prompts, as the last five cells of a row."""
+    gaps = [p.inter_token_seconds for p in prompts]
     return (
-        _median([p.get("tokens_per_second") for p in prompts], "{:.1f}"),
-        _median([p.get("first_token_seconds") for p in prompts], "{:.3f}"),
-        *(_median([1000 * b[key] for b in between if b.get(key) is not None], "{:.1f}") for key in ("median", "p99")),
-        _median([p.get("acceptance") for p in prompts], "{:.1%}"),
+        _median([p.tokens_per_second for p in prompts], ".1f"),
+        _median([p.first_token_seconds for p in prompts], ".3f"),
+        _median([gap.median * 1000 for gap in gaps if gap.median is not None], ".1f"),
+        _median([gap.p99 * 1000 for gap in gaps if gap.p99 is not None], ".1f"),
+        _median([p.acceptance for p in prompts if p.acceptance is not None], ".1%"),
     )
 
 
-def _median(values: list[Any], form: str) -> str:
-    numbers = [value for value in values if value is not None]
-    return form.format(statistics.median(numbers)) if numbers else ""
+def _median(values: Sequence[float], form: str) -> str:
+    return number(statistics.median(values), form) if values else ""
 
 
-def _size(value: Any) -> float:
-    """A value to sort by; what is no number is larger than any."""
-    return value if isinstance(value, int | float) and value == value else float("inf")
+def _nan_as_infinity(value: float) -> float:
+    """Return a value to sort by: NaN counts as larger than any number."""
+    return math.inf if math.isnan(value) else value

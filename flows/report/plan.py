@@ -1,4 +1,4 @@
-"""A plan for a person: a table in a terminal, markdown for a pull request and for Prefect's UI."""
+"""Show a plan as text in a terminal, and as Markdown in a pull request and in Prefect's UI."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from rich.console import Console
 
 from requant.flows.report.terminal import table_of
 from requant.tasks.card.filters import escape, named, table
-from requant.tasks.formatting import gigabytes
-from requant.tasks.pipeline.prefect import duration
+from requant.tasks.formatting import format_duration, gigabytes
 from requant.tasks.planning.document import BaseChanges, Needs, OutputLayout, Plan, PlanDocument, PlannedOutput
 
 Row = tuple[str, ...]
-STAGES = ("stage", "state", "bytes", "time", "cost", "figure from")
-NEEDS = ("stage", "disk", "memory", "GPU memory", "low_gpu_mem: memory", "GPU memory there")
-TENSORS = ("tensors", "count", "", "why")
-OUTPUTS = ("output", "repo", "bytes", "scheme and packing", "packed", "kept")
+STAGE_COLUMNS = ("stage", "state", "bytes", "time", "cost", "figure from")
+NEED_COLUMNS = ("stage", "disk", "memory", "GPU memory", "low_gpu_mem: memory", "GPU memory there")
+TENSOR_COLUMNS = ("tensors", "count", "", "why")
+OUTPUT_COLUMNS = ("output", "repo", "bytes", "scheme and packing", "quantized", "kept")
 
 
 def subject(document: PlanDocument) -> str:
-    """Name the base and its commit."""
+    """Return the base and its commit."""
     base = document.base
     return f"{base.repo_id}@{base.sha[:7] if base.sha else base.revision}"
 
@@ -33,7 +32,7 @@ def plan_headline(document: PlanDocument) -> str:
     sizes = f"{gigabytes(base.bytes)} become {gigabytes(output.bytes)}"
     if not isinstance(output, OutputLayout):
         return f"{sizes} in {len(document.outputs or ())} outputs"
-    counts = f"{output.quantized_tensors} matrices packed, {output.kept_tensors} tensors kept"
+    counts = f"{output.quantized_tensors} matrices quantized, {output.kept_tensors} tensors kept"
     return f"{sizes}, {_scheme(output)}: {counts}"
 
 
@@ -43,75 +42,76 @@ def _scheme(output: OutputLayout) -> str:
     return f"W{scheme.bits}A16, {group}, {output.packing}"
 
 
-def render(document: PlanDocument) -> str:
-    """Lay the plan out for a terminal."""
+def plan_text(document: PlanDocument) -> str:
+    """Format the plan for a terminal."""
     console = Console(width=160 if document.outputs else 130, no_color=True, force_terminal=False)
     with console.capture() as capture:
         console.print(
             f"\n{subject(document)}: {plan_headline(document)}\n", highlight=False, markup=False, soft_wrap=True
         )
         if document.stages:
-            console.print(table_of(stage_header(document), stage_rows(document)), "")
-            console.print(table_of(NEEDS, need_rows(document)), "")
+            console.print(table_of(stage_columns(document), stage_rows(document)), "")
+            console.print(table_of(NEED_COLUMNS, need_rows(document)), "")
             if document.outputs:
-                console.print(table_of(OUTPUTS, output_rows(document.outputs)), "")
+                console.print(table_of(OUTPUT_COLUMNS, output_rows(document.outputs)), "")
             else:
-                console.print(table_of(TENSORS, tensor_rows(document)), "")
+                console.print(table_of(TENSOR_COLUMNS, tensor_rows(document)), "")
         for word, sentence in sentences(document):
             console.print(f"{word:12} {sentence}", highlight=False, markup=False, soft_wrap=True)
     return capture.get()
 
 
-def markdown(document: PlanDocument, title: str) -> str:
-    """Write the plan as markdown. Names and sentences come from outside: nothing in them is more than text."""
+def plan_markdown(document: PlanDocument, title: str) -> str:
+    """Format the plan as Markdown, and escape names and sentences, which are untrusted."""
     verdict = "would be stopped" if document.problems else "would run"
     parts = [f"### {escape(title)}: {verdict}", f"{_verbatim(subject(document))}: {escape(plan_headline(document))}"]
     if document.stages:
-        parts.append(table(stage_header(document), stage_rows(document)))
-        parts.append(table(NEEDS, need_rows(document)))
+        parts.append(table(stage_columns(document), stage_rows(document)))
+        parts.append(table(NEED_COLUMNS, need_rows(document)))
         if document.outputs:
-            parts.append(table(OUTPUTS, output_rows(document.outputs)))
+            parts.append(table(OUTPUT_COLUMNS, output_rows(document.outputs)))
         plans: Sequence[Plan] = document.outputs or [document]
         for one in plans:
             rows = [(named(row[0]), *row[1:]) for row in tensor_rows(one)]
             summary = f"tensors of {one.name}" if isinstance(one, PlannedOutput) else "tensors"
-            parts.append(f"<details><summary>{summary}</summary>\n\n{table(TENSORS, rows)}\n\n</details>")
+            parts.append(f"<details><summary>{summary}</summary>\n\n{table(TENSOR_COLUMNS, rows)}\n\n</details>")
     parts.append("\n".join(f"- {word}: {_verbatim(sentence)}" for word, sentence in sentences(document)))
     return "\n\n".join(parts) + "\n"
 
 
 def _verbatim(sentence: str) -> str:
-    """Write a sentence as code, which nothing in it can leave."""
+    """Format an untrusted sentence as inline code."""
     return "`" + "".join(c if c.isprintable() and c != "`" else " " for c in sentence) + "`"
 
 
-def stage_header(document: PlanDocument) -> Row:
-    return ("output", *STAGES) if document.outputs else STAGES
+def stage_columns(document: PlanDocument) -> Row:
+    """Return the headers of the table of stages."""
+    return ("output", *STAGE_COLUMNS) if document.outputs else STAGE_COLUMNS
 
 
 def stage_rows(document: PlanDocument) -> list[Row]:
-    """List the stages, and under them what all take together."""
-    several = bool(document.outputs)
+    """Return a row for each stage, and one for all stages together."""
+    has_outputs = bool(document.outputs)
     rows = [
         (
-            *([stage.output or ""] if several else []),
+            *([stage.output or ""] if has_outputs else []),
             stage.name,
             stage.state,
             gigabytes(stage.bytes) if stage.state == "run" else "",
-            duration(stage.seconds) if stage.state == "run" else "",
+            format_duration(stage.seconds) if stage.state == "run" else "",
             "" if stage.cost is None else f"{stage.cost:.2f}",
             stage.figure,
         )
         for stage in document.stages
     ]
-    whole = document.hardware
-    cost = "" if whole.cost is None else f"{whole.cost:.2f}"
-    on = f"on {whole.gpu}" if whole.gpu else ""
-    return [*rows, ("all", *([""] if several else []), "", "", duration(whole.seconds), cost, on)]
+    total = document.hardware
+    cost = "" if total.cost is None else f"{total.cost:.2f}"
+    on = f"on {total.gpu}" if total.gpu else ""
+    return [*rows, ("all", *([""] if has_outputs else []), "", "", format_duration(total.seconds), cost, on)]
 
 
 def need_rows(document: PlanDocument) -> list[Row]:
-    """List what each stage takes of disk and memory."""
+    """Return a row for each stage with the disk and memory that it needs."""
     stages = document.needs.stages if isinstance(document.needs, Needs) else {}
     rows: list[Row] = []
     for name, need in stages.items():
@@ -121,7 +121,7 @@ def need_rows(document: PlanDocument) -> list[Row]:
 
 
 def output_rows(outputs: Sequence[PlannedOutput]) -> list[Row]:
-    """List what each output comes to; one that cannot be made has no figures."""
+    """Return a row for each output. One that cannot be made has no figures."""
     rows: list[Row] = []
     for one in outputs:
         output, figures = one.output, ("", "", "", "")
@@ -133,7 +133,7 @@ def output_rows(outputs: Sequence[PlannedOutput]) -> list[Row]:
 
 
 def tensor_rows(plan: Plan) -> list[Row]:
-    """List the packed modules and the tensors that are kept, in groups; none of a result that cannot be made."""
+    """Return a row for each group of quantized modules and of kept tensors. A result that cannot be made has none."""
     output = plan.output
     if not isinstance(output, OutputLayout):
         return []
@@ -144,19 +144,16 @@ def tensor_rows(plan: Plan) -> list[Row]:
 
 
 def sentences(document: PlanDocument) -> list[tuple[str, str]]:
-    """Say what no table holds, each with the word that it stands under."""
-    found: list[tuple[str, str]] = []
+    """Return the lines that are in no table, each with the word in front of it."""
+    lines: list[tuple[str, str]] = []
     needs, transfer = document.needs, document.transfer
     if isinstance(needs, Needs):
         moved = f"{gigabytes(transfer.download_bytes)} down, {gigabytes(transfer.upload_bytes)} up"
-        found.append(("moves", f"{moved}; {gigabytes(needs.disk_bytes)} of disk below the store"))
-    for engine, verdict in document.engines.items():
-        loads = "loads" if verdict.loads else "does not load"
-        drafts = "drafts" if verdict.mtp else "does not draft"
-        found.append((engine, f"{loads}, {drafts}: {verdict.reason}"))
-    found += [("changed", line) for line in _changes(document.changes)]
-    found += [("note", note) for note in document.notes]
-    return found + ([("problem", problem) for problem in document.problems] or [("problems", "none")])
+        lines.append(("moves", f"{moved}; {gigabytes(needs.disk_bytes)} of disk below the store"))
+    lines += [(engine, str(verdict)) for engine, verdict in document.engines.items()]
+    lines += [("changed", line) for line in _changes(document.changes)]
+    lines += [("note", note) for note in document.notes]
+    return lines + ([("problem", problem) for problem in document.problems] or [("problems", "none")])
 
 
 def _changes(changes: BaseChanges | None) -> list[str]:

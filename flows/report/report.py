@@ -1,87 +1,85 @@
-"""What a run says at its end: a JSON document, and the rows of the tables that a person reads.
+"""The report of a run: its JSON document, and the rows of the tables that a person reads.
 
-A run of a recipe with outputs has a report for each of them, and one of its own that holds these.
+A run of a recipe with outputs has one report per output, and a report of its own that holds these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from requant.flows.report.document import RunArtifact, RunBase, RunDocument, RunStage, Status
 from requant.tasks.artifact import Manifest
 from requant.tasks.card.filters import number
 from requant.tasks.formatting import gigabytes
+from requant.tasks.hub.release import Release
 from requant.tasks.hub.revision import Revision
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.plots import Picture
 from requant.tasks.recipe.recipe import Recipe
-from requant.tasks.redaction import without_non_finite
+from requant.tasks.record import RecordedBlock
+from requant.tasks.serving.result import BenchmarkResult
 from requant.tasks.store.runs import Run
 from requant.tasks.validating.gates import Gate, refusal, summary
+from requant.tasks.validating.measured import Measured
 
-STATUSES = ("published", "validated", "rejected", "failed")  # the worst last
-COMPARISON_COLUMNS = ("output", "", "size", "smaller", "perplexity", "same token", "drafts taken", "tokens/s", "gates")
+STATUSES: tuple[Status, ...] = ("published", "validated", "rejected", "failed")  # from the best to the worst
+COMPARISON_COLUMNS = (
+    "output", "", "size", "smaller", "perplexity", "same token", "draft acceptance", "tokens/s", "gates",
+)  # fmt: skip
 
 
 @dataclass
 class RunReport:
-    """A run so far, or one output of it, by `name`. `status` is published, validated, rejected (a gate failed) or
-    failed."""
+    """A run up to now, or the output of it that has this name.
+
+    `status` is published, validated, rejected (a gate failed) or failed.
+    """
 
     recipe: Recipe
     name: str = ""
-    settled: Recipe | None = None  # the recipe with a number for a group size of auto, once the base is known
-    status: str = "failed"
+    settled: Recipe | None = None  # the recipe with a number for group_size: auto, once the base is known
+    status: Status = "failed"
     base: Revision | None = None
     artifact: Manifest | None = None
     path: Path | None = None
     stages: list[StageResult] = field(default_factory=list)
-    measured: dict[str, Any] | None = None
+    measured: Measured | None = None
     gates: list[Gate] = field(default_factory=list)
-    benchmark: dict[str, Any] | None = None
-    published: dict[str, Any] | None = None
-    beside: Mapping[str, bytes] = field(default_factory=dict)  # the card and what else goes with the artifact
+    benchmark: BenchmarkResult | None = None
+    published: Release | None = None
+    beside: Mapping[str, bytes] = field(default_factory=dict)  # the card and other release files, by name
     pictures: list[Picture] = field(default_factory=list)
     error: str | None = None
-    outputs: dict[str, RunReport] = field(default_factory=dict)  # by name, if the recipe has several
+    outputs: dict[str, RunReport] = field(default_factory=dict)  # by name, for a recipe with outputs
 
     @property
     def each(self) -> dict[str, RunReport]:
-        """The reports of one result each: as `Recipe.each`, as far as the run came."""
+        """The reports with one result each, by the names of `Recipe.each`. Outputs that were not begun are absent."""
         return self.outputs if self.recipe.outputs else {"": self}
 
-    def to_json(self) -> dict[str, Any]:
-        """The document of `requant run --json`. Of several outputs it holds theirs, and their stages and gates in a
-        row; what only one result can have is null."""
-        document = self._document()
-        if self.recipe.outputs:
-            outputs = [{"name": name, **one.to_json()} for name, one in self.outputs.items()]
-            for key in ("stages", "gates"):
-                document[key] = [{"output": each["name"], **row} for each in outputs for row in each[key]]
-            document["outputs"] = outputs
-        return document
-
-    def _document(self) -> dict[str, Any]:
-        return {
-            "status": self.status,
-            "base": {"repo_id": self.recipe.base.repo_id, "sha": self.base.sha if self.base else None},
-            "artifact": {
-                "digest": self.artifact.digest if self.artifact else None,
-                "path": str(self.path) if self.path else None,
-            },
-            "stages": [{"name": s.name, "state": s.state, "seconds": s.seconds} for s in self.stages],
-            "gates": [gate.to_json() for gate in self.gates],
-            "benchmark": self.benchmark,
-            "published": self.published,
-            "measured": without_non_finite(self.measured),
-            "error": self.error,
-        }
+    def document(self) -> RunDocument:
+        """Return the document of `requant run --json`. With outputs, it has a document for each of them."""
+        return RunDocument(
+            name=self.name or None,
+            status=self.status,
+            base=RunBase(repo_id=self.recipe.base.repo_id, sha=self.base.sha if self.base else None),
+            artifact=RunArtifact(
+                digest=self.artifact.digest if self.artifact else None, path=str(self.path) if self.path else None
+            ),
+            stages=tuple(RunStage(name=s.name, state=s.state, seconds=s.seconds) for s in self.stages),
+            gates=tuple(self.gates),
+            benchmark=self.benchmark,
+            published=self.published,
+            measured=self.measured,
+            error=self.error,
+            outputs=tuple(one.document() for one in self.outputs.values()) if self.recipe.outputs else None,
+        )
 
     @property
     def run(self) -> Run | None:
-        """What the store keeps of it: which artifacts are in use, by which recipe on which base."""
+        """The record for the store, which says that this recipe uses these artifacts for this base."""
         artifacts = {(stage.name, stage.key): None for one in [*self.each.values()] for stage in one.stages}
         if self.base is None or not artifacts:
             return None
@@ -89,19 +87,19 @@ class RunReport:
         return Run(self.recipe.digest[:16], f"{self.base.repo_id}@{self.base.sha}", makes, tuple(artifacts))
 
     @property
-    def blocks(self) -> list[dict[str, Any]]:
-        """The quantize stage's record of its blocks."""
-        return next((s.provenance.get("blocks") or [] for s in self.stages if s.name == "quantize"), [])
+    def blocks(self) -> Sequence[RecordedBlock]:
+        """The decoder blocks as the quantize stage recorded them, with losses before and after tuning."""
+        return next((stage.provenance.blocks for stage in self.stages if stage.name == "quantize"), [])
 
 
 def scheme_of(recipe: Recipe) -> str:
-    """Bits and group size, as a run is known by."""
+    """Name the bits and the group size."""
     bits, group_size, _ = recipe.quantize.asked
     return f"W{bits}A16 g{group_size}"
 
 
 def run_headline(report: RunReport) -> str:
-    """What was made from what, in one line."""
+    """Say in one line what was made from which base."""
     base = f"{report.recipe.base.repo_id}@{report.base.sha[:7]}" if report.base else report.recipe.base.repo_id
     name = f"{report.name}: " if report.name else ""
     if report.outputs:
@@ -115,52 +113,52 @@ def run_headline(report: RunReport) -> str:
 
 
 def verdict(report: RunReport) -> str:
-    """What came of a run, in one sentence; of several outputs each by its name."""
+    """Say in one sentence how a run ended; with outputs, how each of them ended."""
     if report.error is not None:
         return report.error
     if report.outputs:
-        return "; ".join(f"{name} {_came_to(one)}" for name, one in report.outputs.items())
+        return "; ".join(f"{name} {_status_words(one)}" for name, one in report.outputs.items())
     if report.status == "rejected":
         return f"nothing was published: {refusal(report.gates)}"
     return run_headline(report)
 
 
-def _came_to(report: RunReport) -> str:
+def _status_words(report: RunReport) -> str:
     return report.status if report.status in STATUSES[:2] else f"{report.status} ({verdict(report)})"
 
 
-def worst(reports: Iterable[RunReport]) -> str:
-    """The status that several come to."""
-    return max((report.status for report in reports), key=STATUSES.index, default="failed")
+def worst(reports: Iterable[RunReport]) -> Status:
+    """Return the worst status of some reports; failed if there are none."""
+    return STATUSES[max((STATUSES.index(report.status) for report in reports), default=-1)]
 
 
 def compared_rows(report: RunReport) -> list[tuple[str, ...]]:
-    """The outputs side by side. Headed COMPARISON_COLUMNS."""
-    return [_compared(name, one) for name, one in report.outputs.items()]
+    """Make a row for each output, with the columns COMPARISON_COLUMNS."""
+    return [_compared_row(name, one) for name, one in report.outputs.items()]
 
 
-def _compared(name: str, report: RunReport) -> tuple[str, ...]:
-    measured, speed = report.measured or {}, report.benchmark or {}
-    size = report.artifact.weights if report.artifact else 0
-    base = next((stage.manifest.weights for stage in report.stages if stage.name == "download"), 0)
+def _compared_row(name: str, report: RunReport) -> tuple[str, ...]:
+    measured, speed = report.measured or Measured(), report.benchmark
+    size_bytes = report.artifact.weights if report.artifact else 0
+    base_bytes = next((stage.manifest.weights for stage in report.stages if stage.name == "download"), 0)
     return (
         name,
         report.status,
-        gigabytes(size) if size else "",
-        f"{base / size:.2f} times" if base and size else "",
-        number(measured.get("perplexity_increase"), "+.1%"),
-        number(measured.get("top1_agreement"), ".1%"),
-        number(measured.get("mtp_acceptance"), ".1%"),
-        number(speed.get("tokens_per_second"), ".1f"),
+        gigabytes(size_bytes) if size_bytes else "",
+        f"{base_bytes / size_bytes:.2f} times" if base_bytes and size_bytes else "",
+        number(measured.behaviour.perplexity_increase, "+.1%"),
+        number(measured.behaviour.top1_agreement, ".1%"),
+        number(measured.behaviour.quantized.mtp_acceptance, ".1%"),
+        number(speed.tokens_per_second if speed else None, ".1f"),
         summary(report.gates) if report.gates else "",
     )
 
 
-def published_words(published: Mapping[str, Any]) -> str:
-    """What became of a release: `published` is its document."""
-    if published["pull_request"]:
-        return f"waits to be merged: {published['pull_request']}"
-    return f"{'published' if published['changed'] else 'already published'}, tag {published['tag']}"
+def published_words(release: Release) -> str:
+    """Say whether a release was published, was published before, or waits in a pull request."""
+    if release.pull_request:
+        return f"waits to be merged: {release.pull_request}"
+    return f"{'published' if release.changed else 'already published'}, tag {release.tag}"
 
 
 def stage_rows(report: RunReport) -> list[tuple[str, ...]]:

@@ -1,9 +1,8 @@
-"""A report for a person at a terminal."""
+"""The report as text for a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
@@ -19,30 +18,31 @@ from requant.flows.report.report import (
     stage_rows,
 )
 from requant.tasks.formatting import gigabytes
+from requant.tasks.serving.result import BenchmarkResult, PromptResult
 from requant.tasks.validating.gates import Gate
 
 RIGHT = {
-    "seconds", "measured", "limit", "at once", "tokens/s", "first token", "between, p99", "accepted", "bytes", "time",
+    "seconds", "measured", "limit", "at once", "tokens/s", "first token", "between, p99", "bytes", "time",
     "cost", "count", "memory", "GPU memory", "low_gpu_mem: memory", "GPU memory there", "size", "smaller", "perplexity",
-    "same token", "drafts taken", "packed", "kept",
+    "same token", "draft acceptance", "quantized", "kept",
 }  # fmt: skip
 
 
 def render(report: RunReport) -> str:
-    """A run: what came of each output, and at the end how they compare."""
+    """Render the report of a run. With outputs, render the report of each, and a comparison at the end."""
     if not report.outputs:
-        return _render(report)
+        return _render_one(report)
     console = Console(width=130, no_color=True, force_terminal=False)
     with console.capture() as capture:
         console.print(
             f"\n{report.status.upper()}  {run_headline(report)}", highlight=False, markup=False, soft_wrap=True
         )
         console.print(table_of(COMPARISON_COLUMNS, compared_rows(report)))
-    return "".join([*map(_render, report.outputs.values()), capture.get()])
+    return "".join([*map(_render_one, report.outputs.values()), capture.get()])
 
 
-def _render(report: RunReport) -> str:
-    """What was made from what, how long each stage took, the gates, and where everything is."""
+def _render_one(report: RunReport) -> str:
+    """Render the report of one result: its base, stages and gates, its speed, and where its files are."""
     console = Console(width=110, no_color=True, force_terminal=False)
     with console.capture() as capture:
         console.print(f"\n{report.status.upper()}  {run_headline(report)}", highlight=False, markup=False)
@@ -50,7 +50,7 @@ def _render(report: RunReport) -> str:
             console.print(table_of(("stage", "state", "seconds", "artifact"), stage_rows(report)))
         if report.gates:
             console.print(table_of(("gate", "measured", "limit", "", ""), gate_rows(report.gates)))
-        if report.benchmark and report.benchmark["engine"] != "none":
+        if report.benchmark and report.benchmark.engine != "none":
             speed = f"speed       {speed_line(report.benchmark)}"
             console.print(speed, highlight=False, markup=False, soft_wrap=True)
         if report.path:
@@ -58,7 +58,7 @@ def _render(report: RunReport) -> str:
         if report.path and report.beside:
             console.print(f"card        {report.path / 'README.md'}", highlight=False, markup=False, soft_wrap=True)
         if report.published:
-            where = f"{report.published['url']} ({published_words(report.published)})"
+            where = f"{report.published.url} ({published_words(report.published)})"
             console.print(f"{'Hub':11} {where}", highlight=False, markup=False, soft_wrap=True)
         if report.error:
             console.print(f"error       {report.error}", highlight=False, markup=False, soft_wrap=True)
@@ -66,65 +66,68 @@ def _render(report: RunReport) -> str:
 
 
 def gate_table(gates: Iterable[Gate]) -> str:
-    """The gates alone."""
+    """Render the gates as a table."""
     console = Console(width=110, no_color=True, force_terminal=False)
     with console.capture() as capture:
         console.print(table_of(("gate", "measured", "limit", "", ""), gate_rows(gates)))
     return capture.get()
 
 
-def bench_text(document: Mapping[str, Any], name: str) -> str:
-    """A benchmark: a row for each prompt, what they come to, and where the engine's log is."""
+def bench_text(result: BenchmarkResult, name: str) -> str:
+    """Render a benchmark: a row for each prompt, the totals with MTP and without, and the paths of engine logs."""
     console = Console(width=110, no_color=True, force_terminal=False)
     with console.capture() as capture:
-        console.print(f"\n{name}  {speed_line(document)}", highlight=False, markup=False, soft_wrap=True)
-        header = ("prompt", "sampling", "at once", "MTP", "tokens/s", "first token", "between, p99", "accepted")
-        console.print(table_of(header, map(_bench_row, document["prompts"])))
-        for key, word in (("off", "MTP off"), ("on", "MTP on")):
-            if one := document.get("mtp", {}).get(key):
-                drafted = "" if one["acceptance"] is None else f", {one['acceptance']:.1%} of drafts accepted"
-                line = f"{word:9} {one['tokens_per_second']:.1f} tokens/s, greedy, one request at a time{drafted}"
+        console.print(f"\n{name}  {speed_line(result)}", highlight=False, markup=False, soft_wrap=True)
+        header = ("prompt", "sampling", "at once", "MTP", "tokens/s", "first token", "between, p99", "draft acceptance")
+        if result.prompts:
+            console.print(table_of(header, map(_bench_row, result.prompts)))
+        modes = (("MTP off", result.mtp.off), ("MTP on", result.mtp.on)) if result.mtp else ()
+        for word, one in modes:
+            if one is not None:
+                drafted = "" if one.acceptance is None else f", draft acceptance rate {one.acceptance:.1%}"
+                line = f"{word:9} {one.tokens_per_second:.1f} tokens/s, greedy, one request at a time{drafted}"
                 console.print(line, highlight=False, markup=False)
-        if speedup := document.get("mtp", {}).get("speedup"):
-            console.print(f"speed-up  {speedup:.2f} times", highlight=False, markup=False)
-        if peak := document.get("peak_gpu_bytes"):
-            console.print(f"GPU       {gigabytes(peak)}", highlight=False, markup=False)
-        for path in document.get("logs", ()):
+        if result.mtp and result.mtp.speedup:
+            console.print(f"speed-up  {result.mtp.speedup:.2f} times", highlight=False, markup=False)
+        if result.peak_gpu_bytes:
+            console.print(f"GPU       {gigabytes(result.peak_gpu_bytes)}", highlight=False, markup=False)
+        for path in result.logs or ():
             console.print(f"log       {path}", highlight=False, markup=False, soft_wrap=True)
     return capture.get()
 
 
-def speed_line(benchmark: Mapping[str, Any]) -> str:
-    """A benchmark in one line."""
-    engine = ", ".join(str(benchmark[key]) for key in ("version", "hardware") if key in benchmark)
-    line = f"{benchmark['tokens_per_second']:.1f} tokens/s"
-    if benchmark["acceptance"] is not None:
-        line += f", {benchmark['acceptance']:.1%} of drafts accepted"
-    speedup = benchmark.get("mtp", {}).get("speedup")
-    if speedup is not None:
-        line += f", {speedup:.2f} times as fast as without MTP"
-    return f"{line} ({engine or benchmark['engine']})"
+def speed_line(benchmark: BenchmarkResult) -> str:
+    """Sum up a benchmark in one line."""
+    engine = ", ".join(word for word in (benchmark.version, benchmark.hardware) if word)
+    if benchmark.tokens_per_second is None:
+        return f"not measured ({engine or benchmark.engine})"
+    line = f"{benchmark.tokens_per_second:.1f} tokens/s"
+    if benchmark.acceptance is not None:
+        line += f", draft acceptance rate {benchmark.acceptance:.1%}"
+    if benchmark.mtp and benchmark.mtp.speedup is not None:
+        line += f", {benchmark.mtp.speedup:.2f} times as fast as without MTP"
+    return f"{line} ({engine or benchmark.engine})"
 
 
-def _bench_row(row: Mapping[str, Any]) -> tuple[str, ...]:
-    gaps = row["inter_token_seconds"]
+def _bench_row(row: PromptResult) -> tuple[str, ...]:
+    gaps = (row.inter_token_seconds.median, row.inter_token_seconds.p99)
     return (
-        f"{row['set']}/{row['name']}",
-        row["sampling"],
-        str(row["concurrency"]),
-        "on" if row["mtp"] else "off",
-        f"{row['tokens_per_second']:.1f}",
-        f"{row['first_token_seconds'] * 1000:.0f} ms",
-        " ".join("-" if gaps[key] is None else f"{gaps[key] * 1000:.1f}" for key in ("median", "p99")) + " ms",
-        "-" if row["acceptance"] is None else f"{row['acceptance']:.1%}",
+        f"{row.set}/{row.name}",
+        row.sampling,
+        str(row.concurrency),
+        "on" if row.mtp else "off",
+        f"{row.tokens_per_second:.1f}",
+        f"{row.first_token_seconds * 1000:.0f} ms",
+        " ".join("-" if gap is None else f"{gap * 1000:.1f}" for gap in gaps) + " ms",
+        "-" if row.acceptance is None else f"{row.acceptance:.1%}",
     )
 
 
 def table_of(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
-    """A table without lines."""
-    made = Table(box=None, pad_edge=False)
+    """Lay out a table without lines. The columns that RIGHT names are aligned to the right."""
+    table = Table(box=None, pad_edge=False)
     for name in header:
-        made.add_column(name, justify="right" if name in RIGHT else "left", overflow="fold")
+        table.add_column(name, justify="right" if name in RIGHT else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(Text(cell) for cell in row))
-    return made
+        table.add_row(*(Text(cell) for cell in row))
+    return table

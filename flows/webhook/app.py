@@ -1,4 +1,4 @@
-"""What the relay answers: 202 at once for a payload with the right secret, and the look comes afterwards."""
+"""The HTTP side of the relay: a payload with the right secret is answered with 202 before its repo is checked."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from requant.flows.webhook.looker import Looker
-from requant.tasks.recipe.quantize import REPO_ID
+from requant.tasks.recipe.quantize_section import REPO_ID
 
-MAX_BODY_BYTES = 64 << 10  # bytes; a payload of the Hub has 2 KB
-BODY_TIMEOUT_S = 10.0  # for a body to arrive
+MAX_BODY_BYTES = 64 << 10  # A payload of the Hub has 2 KB.
+BODY_TIMEOUT_S = 10.0
 SECRET_HEADER = b"x-webhook-secret"
 
 
 class PayloadPart(BaseModel):
-    """Of the Hub's payload (version 3) only what is read; the rest is not even looked at."""
+    """A part of the Hub's payload (version 3). Other keys are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -41,6 +41,7 @@ class Payload(PayloadPart):
 
     @property
     def may_move_a_branch(self) -> bool:
+        """Whether the event may have given a model repo a new commit."""
         return (
             self.repo.type == "model"
             and self.event.action in {"create", "update", "move"}
@@ -49,7 +50,7 @@ class Payload(PayloadPart):
 
 
 class RelayRefusal(Exception):
-    """An answer other than 202: a status, and one sentence."""
+    """An answer other than 202: its status and one sentence."""
 
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
@@ -57,7 +58,7 @@ class RelayRefusal(Exception):
 
 
 def create_app(secret: str, looker: Looker) -> FastAPI:
-    """The relay's one address, POST /hub, and /health."""
+    """Create the app, with the routes POST /hub and /health."""
     app = FastAPI(title="Requant webhook relay", docs_url=None, redoc_url=None, openapi_url=None)
     expected = _digest(secret.encode())
 
@@ -72,7 +73,7 @@ def create_app(secret: str, looker: Looker) -> FastAPI:
     @app.post("/hub", status_code=202)
     async def hub(request: Request) -> dict[str, str]:
         sent = b"".join(value for name, value in request.headers.raw if name == SECRET_HEADER)
-        if not hmac.compare_digest(_digest(sent), expected):  # before a byte of the body is read
+        if not hmac.compare_digest(_digest(sent), expected):  # The body of such a request is not read.
             raise RelayRefusal(401, "X-Webhook-Secret is missing or not the one that this relay was given")
         payload = _parse(await _body(request))
         if not payload.may_move_a_branch:
@@ -87,12 +88,12 @@ def create_app(secret: str, looker: Looker) -> FastAPI:
 
 
 def _digest(secret: bytes) -> bytes:
-    """So that not even the secret's length decides how long a comparison takes."""
+    """Hash a secret, so that the time of a comparison does not reveal its length."""
     return hashlib.sha256(secret).digest()
 
 
 async def _body(request: Request) -> bytes:
-    """The whole body, or Refused as soon as it is known to be too large: announced or not."""
+    """Read the body of a request. Raises RelayRefusal if it is too large or too slow."""
     too_large = RelayRefusal(413, f"the body has more than {MAX_BODY_BYTES} bytes: a payload of the Hub is far smaller")
     announced = request.headers.get("content-length", "0")
     if not announced.isdecimal() or int(announced[:20]) > MAX_BODY_BYTES:
@@ -110,6 +111,7 @@ async def _body(request: Request) -> bytes:
 
 
 def _parse(body: bytes) -> Payload:
+    """Parse a payload. Raises RelayRefusal if it is none."""
     try:
         return Payload.model_validate_json(body)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Connections that end: uvicorn waits for a request's head for ever, and serves so many at a time and no more."""
+"""Connections with a maximum age: uvicorn waits forever for a request, and limits how many it serves at a time."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import asyncio
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-MAX_AGE_S = 15.0  # of a connection; a request that is under way by then is answered first
+MAX_CONNECTION_AGE_S = 15.0  # A request that is being processed by then is answered first.
 
 
 class Connection(H11Protocol):
-    """Closed when it is old, so that nobody without the secret shuts others out by asking nothing, or slowly."""
+    """A connection that is closed at a maximum age, so that slow clients without the secret cannot block others."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.loop.call_later(MAX_AGE_S, self._end)
+        self.loop.call_later(MAX_CONNECTION_AGE_S, self._end)
 
     def _end(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:  # it ends by itself: see app.MAX_SECONDS
+        if self.cycle is not None and not self.cycle.response_complete:  # app.BODY_TIMEOUT_S limits the request.
             self.loop.call_later(1.0, self._end)
         else:
             self.transport.close()

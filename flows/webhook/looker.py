@@ -1,4 +1,4 @@
-"""Looking at repos one pass after another, in a thread of its own, while the relay answers."""
+"""Check repos in a thread, one pass after another, while the relay answers requests."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Protocol
 from requant.flows.watching import Pass
 from requant.tasks.errors import RequantError
 
-MAX_WAITING = 1000  # repos; each counts once, however many payloads name it
+MAX_WAITING_REPOS = 1000  # A repo counts once, however many payloads name it.
 log = logging.getLogger(__name__)
 
 
 class Look(Protocol):
     def __call__(self, repos: Set[str]) -> Pass:
-        """One pass of the watch over the recipes whose base is one of these repos."""
+        """Make a pass of the watch over the recipes whose base is one of these repos."""
         ...
 
 
 class Looker:
-    """Takes names of repos at once, and looks at all that wait in one pass."""
+    """Collects the names of repos, and checks all that have come in one pass."""
 
     def __init__(self, look: Look) -> None:
         self._look = look
@@ -30,9 +30,9 @@ class Looker:
         threading.Thread(target=self._work, name="looker", daemon=True).start()
 
     def look_at(self, repo: str) -> bool:
-        """Have a repo looked at soon; False if too many wait already."""
+        """Have a repo checked soon. Return False if too many are waiting."""
         with self._change:
-            if repo not in self._waiting and len(self._waiting) >= MAX_WAITING:
+            if repo not in self._waiting and len(self._waiting) >= MAX_WAITING_REPOS:
                 return False
             self._waiting.add(repo)
             self._change.notify()
@@ -47,7 +47,7 @@ class Looker:
                 done = self._look(repos)
             except RequantError as error:
                 log.warning("nothing was started: %s; the scheduled watch looks again", error)
-            except Exception:  # the thread must outlive whatever one pass meets
+            except Exception:  # The thread must survive any error of a single pass.
                 log.exception("a pass failed")
             else:
                 log.info("%s", done.text)

@@ -1,4 +1,4 @@
-"""The relay as a server that listens until it is interrupted."""
+"""Run the relay as a server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from requant.flows.webhook.looker import Looker
 
 
 def serve(secret: str, recipes: Path, host: str, port: int) -> None:
-    """Listen on `host` and `port`. Payloads with `secret` have the bases of `recipes` looked at."""
+    """Listen on `host` and `port` until interrupted. Payloads with `secret` start a pass over the folder `recipes`."""
     looker = Looker(lambda repos: watch_pass(recipes, start_on_server, repos))
     uvicorn.run(
         create_app(secret, looker),

@@ -1,16 +1,16 @@
-"""The fix-up script of the reference card, done again: `python -m infra.bench.card_script FOLDER`.
+"""The fix-up script of the reference card, written again: `python -m infra.bench.card_script FOLDER`.
 
-A reconstruction from the steps that the card (`Qwen3.6-27B INT4 AutoRound`) describes and shows, in words of our own:
+It follows the steps that the card (`Qwen3.6-27B INT4 AutoRound`) describes:
 
 1. read every tensor of the shard that auto-round writes for the head;
-2. dequantize `mtp.fc` and nothing else, with the stored zero point as it is (7 for 8: every weight comes out one
-   scale too high);
-3. save that shard over the old one, where it lies;
-4. for `total_size`, get every tensor of every shard, one after the other; write the index.
+2. dequantize only `mtp.fc`, with the zero point as it is stored (7 for 8, so that every weight becomes one scale too
+   high);
+3. overwrite that shard;
+4. read every tensor of every shard to compute `total_size`, and write the index.
 
-Step 4 is what makes its cost follow the checkpoint. How much data it moves is up to safetensors: `get_tensor` of 0.8
-hands out a view of the mapped file, whose pages come in by faults and readahead, about half of them; versions and
-file systems that cannot map files read all. Prints the bytes of the tensors that it got.
+Because of step 4, the cost depends on the size of the checkpoint. How much data is read depends on safetensors:
+`get_tensor` of version 0.8 returns a view of the mapped file, of which about half the pages are loaded by page faults
+and readahead. Where files cannot be mapped, everything is read. The script prints the bytes of the tensors it read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GROUP = 128
 
 
 def main(folder: Path) -> None:
-    """Give `folder` a plain `mtp.fc`, and its index the true total_size. Every intermediate lives to the end."""
+    """Dequantize `mtp.fc` in `folder`, and correct `total_size`. Intermediate tensors are never freed."""
     head: dict[str, torch.Tensor] = {}
     with safe_open(folder / HEAD_SHARD, framework="pt") as shard:
         metadata = shard.metadata() or {}
@@ -66,7 +66,7 @@ def main(folder: Path) -> None:
 
 
 def nibbles(words: torch.Tensor, axis: int) -> torch.Tensor:
-    """The eight values of each int32 word along a new axis, lowest bits first."""
+    """Unpack the eight 4-bit values of each int32 word along a new axis, the lowest bits first."""
     shape = [1, 1, 1]
     shape[axis] = 8
     shifts = torch.arange(0, 32, 4, dtype=torch.int32).reshape(shape)

@@ -1,11 +1,12 @@
-"""One piece of `make bench-gpu`: one kind of block, one variant, in a process of its own.
+"""One measurement of `make bench-gpu`: one kind of block and one variant, in a process of its own.
 
     python -m infra.bench.gpu_piece KIND VARIANT FOLDER SIZE CHANGES    # prints nothing; writes FOLDER/result.json
 
-SIZE and CHANGES are JSON: fields of `Size`, and settings of the recipe's `quantize` (of auto-round's only `seed`).
+SIZE and CHANGES are JSON: fields of `Size`, and settings of the recipe's section `quantize` (for auto-round only
+`seed`).
 
-`auto-round` is AutoRound's own entry with the reference card's flags; `requant` is our quantize stage, with a store of
-its own. Both quantize the same model of two equal blocks, with the same samples.
+The variant `auto-round` calls AutoRound with the flags of the reference card. The variant `requant` runs the stage
+`quantize` with a store of its own. Both quantize the same model of two equal blocks with the same samples.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Size:
-    """What a piece is made of. The defaults are Qwen3.6-27B's block and the reference card's settings."""
+    """Dimensions of the model and settings of tuning. Defaults are those of Qwen3.6-27B and of the reference card."""
 
     hidden: int = 5120
     intermediate: int = 17408
@@ -46,7 +47,7 @@ class Size:
     batch_size: int = 8
 
     def weights(self, kind: str) -> int:
-        """Weights of a block's large matrices."""
+        """Count the weights of a block's large matrices."""
         mlp = 3 * self.hidden * self.intermediate
         if kind == "full":
             return mlp + self.hidden * self.head_dim * (3 * self.heads + 2 * self.kv_heads)
@@ -54,12 +55,12 @@ class Size:
         return mlp + self.hidden * (2 * keys + 3 * values)
 
     def flops(self, kind: str) -> float:
-        """Arithmetic of tuning a block: forward, backward by weights and by inputs, each 2 a weight and token."""
+        """Count the operations of tuning a block: for each weight and token, 2 forward and 4 backward."""
         return 6.0 * self.weights(kind) * self.batch_size * self.seqlen * self.iters
 
 
 def build_model(folder: Path, kind: str, size: Size) -> Path:
-    """A text-only Qwen3.5 of equal blocks with random weights (transformers' own initialization), saved once."""
+    """Save a text-only Qwen3.5 of equal blocks with the random weights that transformers gives it, unless it exists."""
     import torch
     import transformers
 
@@ -93,12 +94,12 @@ def build_model(folder: Path, kind: str, size: Size) -> Path:
 
 
 def auto_round(model_folder: Path, folder: Path, size: Size, seed: int = 42) -> dict[str, Any]:
-    """AutoRound(...).quantize_and_save as the reference card calls it: low_gpu_mem_usage, enable_torch_compile."""
+    """Quantize with AutoRound and the flags of the reference card: low_gpu_mem_usage, enable_torch_compile."""
     import torch
     import transformers
     from auto_round import AutoRound
 
-    from requant.tasks.quantizing.auto_round import TuningRun, patched, telling, timing
+    from requant.tasks.quantizing.auto_round import TuningRun, patched, profile_patches, progress_patches
     from requant.tasks.quantizing.events import EventWriter
     from requant.tasks.quantizing.loop.profile import Profile
     from requant.tasks.quantizing.samples import calibration_samples
@@ -106,12 +107,12 @@ def auto_round(model_folder: Path, folder: Path, size: Size, seed: int = 42) -> 
 
     report = EventWriter(folder / "events.jsonl").write
     clock = Profile(Path(os.environ["REQUANT_PROFILE"])) if os.environ.get("REQUANT_PROFILE") else None
-    # The seed only orders the samples, block by block as in our stage: the losses can be compared.
+    # The seed sets only the order of the samples, block by block as in our stage, so that losses can be compared.
     run = TuningRun(report, seed, loop=None, clock=clock)
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
     text = find_text("builtin:python").path
-    with patched([*telling(run), *(timing(clock) if clock else [])], report):
+    with patched([*progress_patches(run), *(profile_patches(clock) if clock else [])], report):
         rounder = AutoRound(
             model,
             tokenizer,
@@ -132,7 +133,7 @@ def auto_round(model_folder: Path, folder: Path, size: Size, seed: int = 42) -> 
 
 
 def requant(model_folder: Path, folder: Path, size: Size, changes: dict[str, Any]) -> dict[str, Any]:
-    """Our quantize stage: a folder store, the model's files as its base."""
+    """Quantize with the stage `quantize`: the base is the model's files in a local store."""
     from requant.tasks.artifact import Manifest, file_of
     from requant.tasks.quantize import quantize
     from requant.tasks.quantizing.events import line_of
@@ -148,16 +149,16 @@ def requant(model_folder: Path, folder: Path, size: Size, changes: dict[str, Any
         os.link(model_folder / file.path, copy)
         store.put_blob(copy, file)
     settings = {"nsamples": size.nsamples, "seqlen": size.seqlen, "iters": size.iters, "batch_size": size.batch_size}
-    asked = {"calibration": "builtin:python", **settings, **changes}  # as bare auto-round has it
+    asked = {"calibration": "builtin:python", **settings, **changes}  # the text that the variant auto-round uses
     recipe = parse_recipe({"base": {"repo_id": "bench/random"}, "mtp": "drop", "quantize": asked})
     text = find_text(recipe.quantize.calibration)
     with (folder / "events.jsonl").open("a") as stream:
         result = quantize(store, recipe, base, text, lambda event: print(line_of(event), file=stream, flush=True))
-    return {k: result.provenance[k] for k in ("peak_gpu_bytes", "settings", "attempts", "blocks", "seconds")}
+    return {k: result.provenance.document[k] for k in ("peak_gpu_bytes", "settings", "attempts", "blocks", "seconds")}
 
 
 def blocks_of(events: Path, variant: str) -> list[dict[str, Any]]:
-    """List the blocks with their seconds and losses; of auto-round's seconds without those of measuring the output."""
+    """List the blocks with their seconds and losses. auto-round's seconds exclude measuring the output error."""
     from requant.tasks.quantizing.events import BlockDone, BlockLoss, BlockOutput, BlockStarted, read_events
 
     blocks: list[dict[str, Any]] = []
@@ -177,7 +178,7 @@ def blocks_of(events: Path, variant: str) -> list[dict[str, Any]]:
 
 
 def main(kind: str, variant: str, folder: Path, size: Size, changes: dict[str, Any]) -> None:
-    """Run the piece and write result.json: per block its seconds and losses, the seconds before the first one."""
+    """Run the measurement and write result.json."""
     started = time.time()
     folder.mkdir(parents=True, exist_ok=True)
     model = build_model(folder.parent / f"model-{kind}", kind, size)

@@ -1,7 +1,7 @@
-"""What `requant run` costs over the same auto-round call in a bare script: `make bench`.
+"""Measure what `requant run` costs over the same auto-round call in a plain script: `make bench`.
 
-Alternates the two, ROUNDS times each, on the tiny model with the demo recipe's settings, every time from nothing, and
-prints where the difference goes.
+Both run ROUNDS times, in turn, on the tiny model with the settings of the demo recipe and an empty store. The table
+shows where the difference comes from.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from infra.dev.hub.launch import HubStandIn
-from requant.tasks.quantizing.ladder import ladder
 from requant.tasks.recipe.loader import load_recipe
 from requant.tasks.texts.text import find_text
 
@@ -43,10 +42,10 @@ AutoRound(model, tokenizer, processor=tokenizer, scheme=job["scheme"], iters=job
 
 
 def main() -> None:
-    """Print a table of medians, and all figures as JSON in build/bench-overhead.json."""
+    """Print a table of medians, and write all figures to build/bench-overhead.json."""
     recipe = load_recipe(RECIPE)
     text = find_text(recipe.quantize.calibration)
-    job = {**next(iter(ladder(recipe.quantize.model_dump()))), "model": str(MODEL), "texts": [str(text.path)]}
+    job = {**recipe.quantize.model_dump(), "model": str(MODEL), "texts": [str(text.path)]}
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, HubStandIn(Path(folder) / "hub") as hub:
         hub.seed("demo/tiny-qwen3_5-mtp", MODEL)
@@ -78,7 +77,7 @@ def main() -> None:
 
 
 def timed(command: list[str], environment: dict[str, str]) -> tuple[float, str]:
-    """Seconds of wall time, and stdout, of a command that must succeed."""
+    """Run a command that must succeed, and return its wall-clock seconds and its stdout."""
     started = time.perf_counter()
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, check=True, text=True, capture_output=True

@@ -1,7 +1,7 @@
-"""What proving a checkpoint costs as models grow: `python -m infra.bench.proof [SIZE ...]`.
+"""Measure what `requant validate` costs for models of several sizes: `python -m infra.bench.proof [SIZE ...]`.
 
-Makes bases of 2, 20 and 200 million parameters with random weights, packs them by rounding, and measures each in a
-process of its own, as `requant validate` does: wall time, peak memory, and what each gate's measurement takes.
+Bases of 2, 20 and 200 million parameters get random weights and are quantized by rounding. Each pair is measured in a
+process of its own: wall-clock time, peak memory, and the time of each gate's measurement.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SIZES = {
         **{**HEADS, "heads": 16, "head_dim": 256, "linear_key_heads": 16, "linear_value_heads": 32},
     ),
 }  # fmt: skip
-# What is timed in the measuring process: where it lies, and the gates that it is for.
+# The functions that are timed, and the gates that they measure for.
 PARTS = {
     "requant.tasks.validate.account": "structure, lossless, finite, files, context",
     "requant.tasks.validate.fidelity": "weight_slope, weight_offset",
@@ -57,13 +57,13 @@ PARTS = {
     "requant.tasks.validating.head.MtpHead.drafts": "mtp_acceptance_ratio",
     "requant.tasks.validating.measure._continuations": "most_repeated_token, speculative_decoding",
     "requant.tasks.validating.measure.features": "vision_output",
-    "requant.tasks.validating.compare._blocks": "block_error",
-    "requant.tasks.validating.compare._divergence": "kl_divergence",
+    "requant.tasks.validating.compare._block_errors": "block_error",
+    "requant.tasks.validating.compare._kl_divergence": "kl_divergence",
 }
 
 
 def main(sizes: list[str]) -> None:
-    """Print a table, and all figures as JSON in build/bench-proof.json."""
+    """Print a table, and write all figures to build/bench-proof.json."""
     figures = {}
     for size in sizes:
         with tempfile.TemporaryDirectory() as scratch:
@@ -78,8 +78,8 @@ def main(sizes: list[str]) -> None:
 
 
 def write_pair(folder: Path, dims: Dimensions) -> tuple[Path, Path]:
-    """A base with random weights, and the same with its blocks packed: W4A16, group 128."""
-    from infra.bench.shapes import _copy_other_files  # the tiny model's tokenizer
+    """Write a base with random weights, and the same with quantized blocks: W4A16, group size 128."""
+    from infra.bench.shapes import _copy_other_files  # with the tokenizer of the tiny model
 
     base, ours = folder / "base", folder / "ours"
     random = torch.Generator().manual_seed(0)
@@ -116,12 +116,12 @@ def _spread(shape: tuple[int, ...]) -> float:
 
 
 def measure(ours: Path, base: Path) -> dict[str, Any]:
-    """Measure a pair in this process: seconds, peak bytes and seconds by part."""
+    """Validate a pair in this process, and return seconds, in all and of each function in PARTS, and peak memory."""
     import importlib
 
     from requant.tasks import validate
     from requant.tasks.checkpoint.checkpoint import Checkpoint
-    from requant.tasks.validating import compare  # noqa: F401  its parts are timed
+    from requant.tasks.validating import compare  # noqa: F401  functions of it are timed
     from requant.tasks.validating import measure as measuring
 
     spent: dict[str, float] = defaultdict(float)
@@ -133,25 +133,25 @@ def measure(ours: Path, base: Path) -> dict[str, Any]:
         setattr(place, name, _timed(getattr(place, name), spent, gates))
     before = peak_bytes()
     began = time.monotonic()
-    values = validate.validate_folders(ours, base)
-    device, dtype = measuring.precision(base)
+    measured = validate.validate_folders(ours, base)
+    settings = measuring.run_settings(base)
     peak = peak_bytes()
     return {
         "seconds": round(time.monotonic() - began, 2),
-        "device": str(device),
-        "dtype": str(dtype),
+        "device": str(settings.device),
+        "dtype": str(settings.dtype),
         "parameters": sum(math.prod(t.shape) for t in Checkpoint.open(base).tensors.values()),
         "peak_bytes": peak,
         "imports_bytes": before,
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if settings.device.type == "cuda" else None,
         "parts": {gates: round(seconds, 2) for gates, seconds in spent.items()},
-        "perplexity_increase": values["perplexity_increase"],
-        "long_context_tokens": values["long_context_tokens"],
+        "perplexity_increase": measured.behaviour.perplexity_increase,
+        "long_context_tokens": measured.behaviour.long_context_tokens,
     }
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held. Not getrusage: that begins with what the parent held."""
+    """Return the peak memory of this process. getrusage would include that of its parent."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 

@@ -1,9 +1,9 @@
-"""Publish throughput beside `huggingface_hub.upload_folder` alone, on the Hub stand-in: `make bench`.
+"""Compare the throughput of a release with that of `huggingface_hub.upload_folder`: `make bench`.
 
-Four shards of random bytes, SIZE in all, go to a new repo each time; the two take turns, ROUNDS times. A release is
-more than an upload: a branch, what the Hub lists compared with every hash, one commit that moves main, a tag. Its files
-have been hashed when they were made; upload_folder hashes them itself. Client, stand-in and disk share this machine, so
-the figures say what a release costs over an upload, not how fast a network is.
+Both upload SHARDS shards of random bytes to a new repo on the Hub stand-in, in turn, ROUNDS times. A release does more
+than an upload: it makes a branch, compares what the Hub lists with every hash, moves main in one commit, and sets a
+tag. Its files were hashed when they were made, while upload_folder hashes them. The client, the stand-in and the disk
+share this machine: the figures show what a release costs over an upload, and not how fast a network is.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from requant.tasks.artifact import Manifest
 from requant.tasks.checkpoint.writer import write_file
 
 ROOT = Path(__file__).parent.parent.parent
-SIZE, SHARDS, ROUNDS = 1 << 30, 4, 3  # bytes
-PIECE = 16 << 20
+SIZE_BYTES, SHARDS, ROUNDS = 1 << 30, 4, 3
+PIECE_BYTES = 16 << 20
 
 
 def main() -> None:
-    """Print MB/s of both, and all seconds as JSON in build/bench-publish.json."""
+    """Print MB/s of both, and write all seconds to build/bench-publish.json."""
     with tempfile.TemporaryDirectory() as scratch, HubStandIn(Path(scratch) / "hub") as hub:
-        os.environ.update(hub.env)  # read when the client is imported
+        os.environ.update(hub.env)  # the client reads it when it is imported
         from huggingface_hub import HfApi
 
         from requant.tasks.hub.release import release
@@ -38,8 +38,8 @@ def main() -> None:
 
         folder = Path(scratch) / "model"
         names = [f"model-{number:05d}-of-{SHARDS:05d}.safetensors" for number in range(1, SHARDS + 1)]
-        pieces = SIZE // SHARDS // PIECE
-        manifest = Manifest.of(write_file(folder, n, (os.urandom(PIECE) for _ in range(pieces))) for n in names)
+        pieces = SIZE_BYTES // SHARDS // PIECE_BYTES
+        manifest = Manifest.of(write_file(folder, n, (os.urandom(PIECE_BYTES) for _ in range(pieces))) for n in names)
         write_file(folder, "README.md", [b"---\nlicense: mit\n---\n# bench\n"])
         base, api = Revision("demo/base", "0" * 40, ()), HfApi()
 
@@ -56,17 +56,18 @@ def main() -> None:
             seconds["requant"].append(timed(publish, f"me/release-{number}"))
             seconds["requant, nothing new"].append(timed(publish, f"me/release-{number}"))
             for repo_id in (f"me/upload-{number}", f"me/release-{number}"):
-                api.delete_repo(repo_id)  # the disk need not hold all of them
+                api.delete_repo(repo_id)  # to save disk space
     for name, taken in seconds.items():
-        middle = statistics.median(taken)
-        speed = "" if "nothing" in name else f"  {manifest.size / middle / 1e6:8.0f} MB/s"
-        sys.stdout.write(f"{name:22} {middle:7.2f} s{speed}\n")
+        median_s = statistics.median(taken)
+        speed = "" if "nothing" in name else f"  {manifest.size / median_s / 1e6:8.0f} MB/s"
+        sys.stdout.write(f"{name:22} {median_s:7.2f} s{speed}\n")
     out = ROOT / "build" / "bench-publish.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps({"bytes": manifest.size, "seconds": seconds}, indent=1))
 
 
 def timed(work: Callable[[str], None], repo_id: str) -> float:
+    """Return the seconds that `work` takes with this repo."""
     started = time.perf_counter()
     work(repo_id)
     return time.perf_counter() - started

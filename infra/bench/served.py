@@ -1,8 +1,9 @@
-"""What a Prefect server and its workers cost over `requant run`: `make bench`.
+"""Measure what a Prefect server and its workers cost over `requant run`: `make bench`.
 
-Starts a stack, and runs the demo recipe with few steps, ROUNDS times each way in turn, always another seed: by the
-server, from the request to the run's end, and as a process. The base is downloaded and measured beforehand, for both.
-Prints seconds, and the memory (PSS, so that shared pages count once) of each service, idle and at the most during runs.
+A stack is started, and the demo recipe runs with few steps: on the server, from the request to the end of the run, and
+as the command `requant run`, in turn, ROUNDS times each and with a new seed each time. The base is downloaded and
+measured beforehand. Seconds are printed, and the memory of each service, idle and at its peak during runs. Memory is
+PSS, in which shared pages count once.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ROUNDS = 3
 
 
 def main() -> None:
-    """Start, measure, print, stop."""
+    """Measure a new stack, and print and write the figures."""
     with tempfile.TemporaryDirectory() as name:
         settings = up(Path(name) / "stack", say=lambda text: None)
         try:
@@ -45,13 +46,13 @@ def main() -> None:
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """The figures of a running stack."""
+    """Measure a running stack."""
     run_here(settings, seed=1)
     idle = memory(settings)
     seconds: dict[str, list[float]] = {"requant run": [], "by the server": []}
-    most: dict[str, int] = {}
+    peaks_mb: dict[str, int] = {}
     ended = threading.Event()
-    watcher = threading.Thread(target=watch_memory, args=(settings, most, ended), daemon=True)
+    watcher = threading.Thread(target=watch_memory, args=(settings, peaks_mb, ended), daemon=True)
     watcher.start()
     for number in range(ROUNDS):
         seconds["requant run"].append(run_here(settings, seed=10 + number))
@@ -60,32 +61,32 @@ def measure(settings: Settings) -> dict[str, Any]:
     watcher.join()
     medians = {way: round(statistics.median(times), 1) for way, times in seconds.items()}
     return {
-        "seconds": {way: [round(each, 1) for each in times] for way, times in seconds.items()},
+        "seconds": {way: [round(time_s, 1) for time_s in times] for way, times in seconds.items()},
         "medians": medians,
         "overhead_seconds": round(medians["by the server"] - medians["requant run"], 1),
-        "memory_mb": {name: {"idle": idle[name], "most": most[name]} for name in idle},
+        "memory_mb": {name: {"idle": idle[name], "most": peaks_mb[name]} for name in idle},
     }
 
 
-def few(seed: int) -> list[str]:
-    """What is changed of the recipe: few steps, and a seed that no other run has."""
+def changes(seed: int) -> list[str]:
+    """Return changes to the recipe: few steps, and a seed that no other run has."""
     return ["quantize.iters=10", "benchmark.engine=none", "gates.max_perplexity_increase=1", f"quantize.seed={seed}"]
 
 
 def run_here(settings: Settings, seed: int) -> float:
-    """Seconds of `requant run`, with the same Hub and store."""
+    """Measure the seconds of `requant run`, with the Hub and the store of the stack."""
     client = {n: v for n, v in settings.client().items() if not n.startswith("PREFECT_")}
-    changes = [f"--set={change}" for change in few(seed)]
+    options = [f"--set={change}" for change in changes(seed)]
     began = time.perf_counter()
-    command = [sys.executable, "-m", "requant", "run", str(RECIPE), *changes, "--json"]
+    command = [sys.executable, "-m", "requant", "run", str(RECIPE), *options, "--json"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **client}, check=False, capture_output=True, text=True)
     assert json.loads(done.stdout)["status"] in {"validated", "published"}, done.stdout[-2000:]
     return time.perf_counter() - began
 
 
 def run_served(settings: Settings, seed: int) -> float:
-    """Seconds from the request for a run of the deployment to its last state."""
-    recipe = load_recipe(RECIPE, few(seed)).model_dump(mode="json")
+    """Measure the seconds from the request for a run of the deployment to its final state."""
+    recipe = load_recipe(RECIPE, changes(seed)).model_dump(mode="json")
     with httpx.Client(base_url=f"{settings.ui}/api/", auth=("requant", settings.password), timeout=30) as api:
         deployment = api.get("deployments/name/requantize/requantize").raise_for_status().json()
         began = time.perf_counter()
@@ -101,24 +102,25 @@ def run_served(settings: Settings, seed: int) -> float:
 
 
 def memory(settings: Settings) -> dict[str, int]:
-    """MB of each service and all processes below it but those of runs."""
+    """Measure the memory of each service and of the processes below it, without those of runs, in MB."""
     supervisor = Supervisor(settings)
-    found = {}
+    used_mb = {}
     for service in services(settings):
         process = psutil.Process(supervisor.pid(service.name))
         below = [] if service.name.startswith("worker") else process.children(recursive=True)
-        found[service.name] = round(sum(p.memory_full_info().pss for p in (process, *below)) / 1e6)
-    return found
+        used_mb[service.name] = round(sum(p.memory_full_info().pss for p in (process, *below)) / 1e6)
+    return used_mb
 
 
-def watch_memory(settings: Settings, most: dict[str, int], ended: threading.Event) -> None:
+def watch_memory(settings: Settings, peaks_mb: dict[str, int], ended: threading.Event) -> None:
+    """Update the peaks once a second, until `ended` is set."""
     while not ended.wait(1.0):
         try:
             now = memory(settings)
-        except psutil.Error:  # a process of a service's has just ended
+        except psutil.Error:  # a process of a service has just ended
             continue
         for name, megabytes in now.items():
-            most[name] = max(most.get(name, 0), megabytes)
+            peaks_mb[name] = max(peaks_mb.get(name, 0), megabytes)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Checkpoints of the size of Qwen3.6-27B that take no room: true headers, index and configs, and holes for weights.
+"""Sparse checkpoints of the size of Qwen3.6-27B: real headers, index and configs, and holes in place of weights.
 
-`write_base` makes the BF16 model, `write_quantized` what a plain auto-round makes of it, both from the dimensions
-alone. The MTP head holds data (random, of the usual spread), all else is a hole that reads as zeros. Names and config
-fields are those of `infra/dev/models/tiny-qwen3_5-mtp`; names and count of tensors, and the layout of the quantized
-one, are those of auto-round 0.16.1 run on that model. Qwen3.6-27B has 1199 tensors, 2013 with all but `mtp.fc` packed.
+`write_base` makes the BF16 model, and `write_quantized` what auto-round makes of it, both from the dimensions. The MTP
+head has random data with the usual spread; all other tensors read as zeros. Names and config fields are those of
+`infra/dev/models/tiny-qwen3_5-mtp`. The names and the number of tensors and the layout of the quantized model are those
+of auto-round 0.16.1 run on that model. Qwen3.6-27B has 1199 tensors, and 2013 if all but `mtp.fc` are quantized.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ import numpy.typing as npt
 
 TINY = Path(__file__).parent.parent / "dev" / "models" / "tiny-qwen3_5-mtp"
 INDEX = "model.safetensors.index.json"
-EXTRA = "model_extra_tensors.safetensors"  # auto-round's name for the shard of what transformers does not load
-VIDEO = "video_preprocessor_config.json"  # what auto-round forgets
+EXTRA = "model_extra_tensors.safetensors"  # auto-round's shard for tensors that transformers does not load
+VIDEO = "video_preprocessor_config.json"  # auto-round does not copy this file
 GROUP = 128
 FULL_PRECISION = {"bits": 16, "data_type": "fp"}
-ITEM = {"BF16": 2, "F16": 2, "I32": 4}
-ROWS = 1024  # of a matrix, made at a time
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "I32": 4}
+ROWS_AT_A_TIME = 1024
 
 Floats = npt.NDArray[np.float32]
 Shape = tuple[int, ...]
 
 
 class Spec(NamedTuple):
-    """A tensor without its data, dtype as safetensors spells it."""
+    """Dtype, as safetensors names it, and shape of a tensor."""
 
     dtype: str
     shape: Shape
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEM[self.dtype]
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 Specs = Mapping[str, Spec]
@@ -65,10 +65,10 @@ class Vision:
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Dimensions of a dense Qwen3.5 or 3.6 with vision; as they stand, those of Qwen3.6-27B.
+    """Dimensions of a dense Qwen3.5 or 3.6 with vision. The defaults are those of Qwen3.6-27B.
 
-    Every `period`-th layer is a full-attention layer, the others are gated DeltaNets. `q_proj` is twice as high as
-    the heads need: it makes the output gate too.
+    Every `period`-th layer has full attention, the others are gated DeltaNets. `q_proj` has twice the rows that the
+    heads need, since it also computes the output gate.
     """
 
     layers: int = 64
@@ -96,7 +96,7 @@ QWEN36_27B = Dimensions()
 
 
 def base_tensors(dims: Dimensions = QWEN36_27B) -> dict[str, Spec]:
-    """All tensors of the BF16 model, in the order in which its shards hold them: the MTP head comes last."""
+    """Return all tensors of the BF16 model in the order of its shards, with the MTP head last."""
     shapes: dict[str, Shape] = {"model.language_model.embed_tokens.weight": (dims.vocab, dims.hidden)}
     for layer, kind in enumerate(dims.layer_types):
         shapes |= _layer(f"model.language_model.layers.{layer}", kind, dims)
@@ -107,23 +107,23 @@ def base_tensors(dims: Dimensions = QWEN36_27B) -> dict[str, Spec]:
 
 
 def quantized_tensors(dims: Dimensions = QWEN36_27B) -> dict[str, Spec]:
-    """All tensors of W4A16, group 128, `auto_round:auto_gptq`, in auto-round's order: blocks, the rest, the head.
+    """Return all tensors of W4A16, group size 128, `auto_round:auto_gptq`, in the order blocks, others, head.
 
-    Packed are the linears of the layers whose sides are multiples of 32, the head's among them, and `mtp.fc`: the
-    variant that no engine loads, as auto-round left it before 0.16.
+    Linear layers whose sides are multiples of 32 are quantized, also those of the head and `mtp.fc`. This is what
+    auto-round made before 0.16, and no engine loads it.
     """
-    whole: dict[str, Spec] = {}
+    tensors: dict[str, Spec] = {}
     for name, spec in base_tensors(dims).items():
         module = name.removesuffix(".weight")
-        whole |= packed_parts(module, spec.shape) if _is_packed(name, spec) else {name: spec}
-    blocks = {n: s for n, s in whole.items() if n.startswith("model.language_model.layers.")}
-    head = {n: s for n, s in whole.items() if is_head(n)}
-    rest = {n: s for n, s in whole.items() if n not in blocks and n not in head}
-    return {**blocks, **rest, **head}
+        tensors |= packed_parts(module, spec.shape) if _is_packed(name, spec) else {name: spec}
+    blocks = {n: s for n, s in tensors.items() if n.startswith("model.language_model.layers.")}
+    head = {n: s for n, s in tensors.items() if is_head(n)}
+    others = {n: s for n, s in tensors.items() if n not in blocks and n not in head}
+    return {**blocks, **others, **head}
 
 
 def packed_parts(module: str, shape: Shape) -> dict[str, Spec]:
-    """The three tensors that a packed `[out, in]` matrix becomes."""
+    """Return the three tensors of a packed `[out, in]` matrix."""
     out, into = shape
     return {
         f"{module}.qweight": Spec("I32", (into // 8, out)),
@@ -133,16 +133,16 @@ def packed_parts(module: str, shape: Shape) -> dict[str, Spec]:
 
 
 def is_head(name: str) -> bool:
-    """Whether a tensor belongs to the MTP head."""
+    """Check whether a tensor belongs to the MTP head."""
     return name.startswith("mtp.")
 
 
 def write_base(
     folder: Path, dims: Dimensions = QWEN36_27B, *, data: bool = True, max_shard: int = 4_500_000_000
 ) -> Path:
-    """Write the BF16 model: 55.6 GB in 13 shards, of which the head's 0.85 GB are on the disk if it gets `data`.
+    """Write the BF16 model: 55.6 GB in 13 shards. With `data`, the 0.85 GB of the head are on the disk.
 
-    The last shard holds the head, behind `lm_head` and the vision tower.
+    The last shard has the head, after `lm_head` and the vision tower.
     """
     folder.mkdir(parents=True)
     _copy_other_files(folder, skip=set())
@@ -163,10 +163,10 @@ def write_quantized(
     stale_total: bool = True,
     max_shard: int = 5_000_000_000,
 ) -> Path:
-    """Write the model as a plain auto-round leaves it: 19 GB, the head packed and in a shard of its own.
+    """Write the model as auto-round leaves it: 19 GB, with a quantized head in a shard of its own.
 
-    The head's data is the base's, rounded to nearest. `total_size` does not count the head (`stale_total`),
-    `video_preprocessor_config.json` is missing, and the two quantization configs differ in the blocks they name.
+    The head's data is that of the base, rounded to nearest. `total_size` does not include the head (`stale_total`),
+    `video_preprocessor_config.json` is missing, and the two quantization configs name different blocks.
     """
     folder.mkdir(parents=True)
     _copy_other_files(folder, skip={VIDEO})
@@ -184,15 +184,15 @@ def write_quantized(
     for name, specs in shards.items():
         write_sparse(folder / name, specs, None, data=data)
     _write_json(folder / INDEX, _index(shards, metadata))
-    beside = quantization_config(dims)
-    within = {**beside, "block_name_to_quantize": [beside["block_name_to_quantize"], "mtp.layers"]}
-    _write_json(folder / "config.json", {**base_config(dims), "quantization_config": dict(sorted(within.items()))})
-    _write_json(folder / "quantization_config.json", beside)
+    own_file = quantization_config(dims)
+    in_config = {**own_file, "block_name_to_quantize": [own_file["block_name_to_quantize"], "mtp.layers"]}
+    _write_json(folder / "config.json", {**base_config(dims), "quantization_config": dict(sorted(in_config.items()))})
+    _write_json(folder / "quantization_config.json", own_file)
     return folder
 
 
 def base_config(dims: Dimensions = QWEN36_27B) -> dict[str, Any]:
-    """The tiny model's config.json with other dimensions."""
+    """Return the tiny model's config.json with these dimensions."""
     config: dict[str, Any] = json.loads((TINY / "config.json").read_text())
     rotary = int(dims.head_dim * config["text_config"]["partial_rotary_factor"]) // 2
     config["text_config"] |= {
@@ -233,7 +233,7 @@ def base_config(dims: Dimensions = QWEN36_27B) -> dict[str, Any]:
 
 
 def quantization_config(dims: Dimensions = QWEN36_27B) -> dict[str, Any]:
-    """auto-round's quantization_config.json, before it hears of the head."""
+    """Return auto-round's quantization_config.json, which does not name the head."""
     small = [
         f"model.language_model.layers.{layer}.linear_attn.{name}"
         for layer, kind in enumerate(dims.layer_types)
@@ -255,7 +255,7 @@ def quantization_config(dims: Dimensions = QWEN36_27B) -> dict[str, Any]:
 
 
 def split(tensors: Specs, limit: int) -> dict[str, Specs]:
-    """Lay tensors out over `model-0000i-of-0000n.safetensors`, in order, each at most `limit` bytes of data."""
+    """Distribute tensors in their order over shards `model-0000i-of-0000n.safetensors` of at most `limit` bytes."""
     groups: list[dict[str, Spec]] = [{}]
     size = 0
     for name, spec in tensors.items():
@@ -268,8 +268,8 @@ def split(tensors: Specs, limit: int) -> dict[str, Specs]:
 
 
 def write_sparse(path: Path, tensors: Specs, metadata: Mapping[str, str] | None, *, data: bool) -> None:
-    """Write one safetensors file whose data is a hole, but for the head's tensors if there is to be `data`."""
-    tensors = dict(sorted(tensors.items(), key=lambda item: (-ITEM[item[1].dtype], item[1].dtype, item[0])))
+    """Write a safetensors file with a hole in place of the data. With `data`, tensors of the head have data."""
+    tensors = dict(sorted(tensors.items(), key=lambda item: (-DTYPE_BYTES[item[1].dtype], item[1].dtype, item[0])))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offsets: dict[str, int] = {}
     end = 0
@@ -290,7 +290,7 @@ def write_sparse(path: Path, tensors: Specs, metadata: Mapping[str, str] | None,
 
 
 def _fill(stream: BinaryIO, tensors: Mapping[str, tuple[int, Spec]]) -> None:
-    """Write the head's tensors: plain ones as BF16, packed ones as the same values rounded to nearest."""
+    """Write the tensors of the head: as BF16, or for a quantized one the same values rounded to nearest."""
     for name, (begin, spec) in tensors.items():
         module, _, part = name.rpartition(".")
         if part in {"weight", "bias"}:
@@ -303,7 +303,7 @@ def _fill(stream: BinaryIO, tensors: Mapping[str, tuple[int, Spec]]) -> None:
 
 
 def _fill_packed(stream: BinaryIO, places: Mapping[str, int], module: str, shape: Shape) -> None:
-    """Values of rows become columns: qweight and scales are written in stripes of columns."""
+    """Quantize a matrix of shape `[out, in]` and write its parts. Rows of the matrix are columns of the parts."""
     out, into = shape
     qweight = np.empty((into // 8, out), dtype="<u4")
     scales = np.empty((into // GROUP, out), dtype="<f2")
@@ -323,17 +323,17 @@ def _fill_packed(stream: BinaryIO, places: Mapping[str, int], module: str, shape
     stream.seek(places["scales"])
     stream.write(scales.tobytes())
     stream.seek(places["qzeros"])
-    stream.write(b"\x77" * (into // GROUP * out // 2))  # zero point 8, stored minus one
+    stream.write(b"\x77" * (into // GROUP * out // 2))  # the zero point 8 is stored minus one
 
 
 def _values(name: str, shape: Shape) -> Iterator[Floats]:
-    """A tensor's values in pieces of rows, the same at each call; those of a vector in one piece."""
+    """Yield the values of a tensor in pieces of ROWS_AT_A_TIME rows. They depend on the name only."""
     random = np.random.default_rng(zlib.crc32(name.encode()))
     if len(shape) == 1:
         yield random.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
         return
-    for begin in range(0, shape[0], ROWS):
-        rows = random.standard_normal((min(ROWS, shape[0] - begin), shape[1]), dtype=np.float32)
+    for begin in range(0, shape[0], ROWS_AT_A_TIME):
+        rows = random.standard_normal((min(ROWS_AT_A_TIME, shape[0] - begin), shape[1]), dtype=np.float32)
         yield rows * np.float32(shape[1] ** -0.5)
 
 
@@ -420,7 +420,7 @@ def _index(shards: Mapping[str, Iterable[str]], metadata: Mapping[str, Any]) -> 
 
 
 def _copy_other_files(folder: Path, skip: set[str]) -> None:
-    """The tiny model's tokenizer and processor files stand in for the large one's."""
+    """Copy the tokenizer and processor files of the tiny model."""
     for path in sorted(TINY.iterdir()):
         weights = path.suffix == ".safetensors" or path.name in {"config.json", INDEX}
         if not weights and path.name not in {"README.md", *skip}:

@@ -1,14 +1,15 @@
-"""How fast the store moves files, beside awscli, s3fs and boto3 on the same Ceph: `make bench-store`.
+"""Compare the speed of the store with awscli, s3fs and boto3 on the same Ceph: `make bench-store`.
 
-SIZE (MB, 4096) of incompressible data in FILES (8) files, REPEATS (5) rounds in which the four take turns in another
-order each time; every operation is a process of its own, from its start to its end. What Requant moves has its sha256
-checked, and what it fetched is on the disk; the peers do neither. Fetching again what is present costs the peers the
-same as the first time, so they do it in the first round only. No round begins that would not end within MINUTES (18).
+SIZE MB (4096) of random data in FILES files (8) are moved in REPEATS rounds (5), in which the order of the four clients
+changes. Each operation is a process of its own, measured from start to end. Requant checks the sha256 of what it moves
+and waits until fetched files are on the disk; the other clients do neither. Fetching what is present already takes them
+as long as the first time, so they do it in the first round only. No round begins that would not end within MINUTES
+(18).
 
-Then the same files in a local store beside `cp -r`, and finding a present artifact of 18 GB. Prints JSON, also in
-build/bench-store.json: every time in seconds, CPU seconds and peak memory of each client (not below this process's
-own, which Linux counts in), and ratios, the best peer's median over ours. Leaves nothing else behind but the peers'
-virtual environments, in build/bench-peers.
+Afterwards the same files are moved in a local store and with `cp -r`, and a present artifact of 18 GB is looked up. The
+figures are printed as JSON and written to build/bench-store.json: all times in seconds, CPU seconds and peak memory of
+each client (at least that of this process, which Linux counts in), and ratios, the median of the best other client
+divided by ours. The virtual environments of the other clients stay in build/bench-peers.
 """
 
 from __future__ import annotations
@@ -27,24 +28,25 @@ from pathlib import Path
 
 from infra.bench.store_contenders import PEERS, ours, peer
 from requant.tasks.artifact import File, Manifest, file_of
+from requant.tasks.record import StageRecord
 from requant.tasks.store import Store, open_store
 from requant.tasks.store.store import blob_key
 
 ROOT = Path(__file__).parent.parent.parent
 CEPH = str(ROOT / "infra" / "dev" / "s3" / "ceph")
 PINNED = {"aws": "awscli==1.46.3", "boto3": "boto3==1.44.8", "s3fs": "s3fs==2026.9.0"}
-SIZE = int(os.environ.get("SIZE") or 4096) << 20
+SIZE_BYTES = int(os.environ.get("SIZE") or 4096) << 20
 REPEATS = int(os.environ.get("REPEATS") or 5)
 MINUTES = float(os.environ.get("MINUTES") or 18)
 FILES = int(os.environ.get("FILES") or 8)
-ARTIFACT = 18 * 10**9
+ARTIFACT_BYTES = 18 * 10**9
 Times = dict[str, dict[str, list[dict[str, float]]]]  # by operation, by contender, by round
 
 
 def main() -> None:
-    """Run the benchmark, print and keep its JSON."""
+    """Run the benchmark, and print and write its figures."""
     began = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is here is cleaned up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs the clean-up below
     venvs = {name: _venv(name) for name in PEERS}
     (ROOT / "build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "build", prefix="bench-store-") as name:
@@ -60,7 +62,7 @@ def main() -> None:
         reuse["local"] = _reuse(scratch, (scratch / "reuse").as_uri(), sparse=True)
         local = _local(scratch, manifest)
     document = {
-        "size": SIZE,
+        "size": SIZE_BYTES,
         "files": FILES,
         "rounds": len(times["put"]["requant"]),
         "ratios": {operation: _ratio(times[operation], PEERS) for operation in times},
@@ -81,6 +83,7 @@ def main() -> None:
 
 
 def _rounds(scratch: Path, venvs: dict[str, Path], until: float) -> Times:
+    """Run the rounds that end before `until`, by `time.monotonic`."""
     times: Times = defaultdict(lambda: defaultdict(list))
     order = ["requant", *PEERS]
     longest = 0.0
@@ -98,18 +101,18 @@ def _rounds(scratch: Path, venvs: dict[str, Path], until: float) -> Times:
 
 
 def _one(scratch: Path, venvs: dict[str, Path], who: str, number: int, times: Times) -> None:
-    """One contender puts, gets, and gets again what is present; afterwards its files are gone everywhere."""
+    """Measure a client: put, get, and get again what is present. Afterwards its files are deleted everywhere."""
     prefix, url = f"{who}-{number}", f"s3://requant/{who}-{number}"
     put, got = scratch / "put", scratch / "got"
     shutil.copytree(scratch / "files", put, copy_function=os.link)
 
     def do(operation: str, verb: str, folder: Path) -> None:
-        mine = ours(verb, folder, url, scratch / "manifest.json")
-        command = mine if who == "requant" else peer(who, venvs[who], verb, folder, "requant", prefix)
+        own = ours(verb, folder, url, scratch / "manifest.json")
+        command = own if who == "requant" else peer(who, venvs[who], verb, folder, "requant", prefix)
         times[operation][who].append(_timed(command, scratch))
 
     do("put", "put", put)
-    shutil.rmtree(scratch / "cache", ignore_errors=True)  # where Requant keeps what is on this machine
+    shutil.rmtree(scratch / "cache", ignore_errors=True)  # the local cache
     do("get", "get", got)
     if who == "requant":
         do("get_present", "get", got)
@@ -130,7 +133,7 @@ def _one(scratch: Path, venvs: dict[str, Path], who: str, number: int, times: Ti
 
 
 def _local(scratch: Path, manifest: Manifest) -> Times:
-    """Into a local store (the files are renamed), out of it (hard links), and a copy of the user's own."""
+    """Measure a local store and `cp -r`: put (renames), get (hard links), and copy."""
     times: Times = defaultdict(lambda: defaultdict(list))
     for number in range(REPEATS):
         store, folder = scratch / f"local-{number}", scratch / f"put-{number}"
@@ -140,9 +143,9 @@ def _local(scratch: Path, manifest: Manifest) -> Times:
             ("get", "get", scratch / "got"),
             ("copy", "copy", scratch / "copy"),
         ):
-            mine = ours(verb, where, store.as_uri(), scratch / "manifest.json")
-            theirs = ["cp", "-r", str(scratch / "files"), str(scratch / "cp")]
-            for who, command in (("requant", mine), ("cp", theirs))[:: -1 if number % 2 else 1]:
+            own = ours(verb, where, store.as_uri(), scratch / "manifest.json")
+            copy = ["cp", "-r", str(scratch / "files"), str(scratch / "cp")]
+            for who, command in (("requant", own), ("cp", copy))[:: -1 if number % 2 else 1]:
                 times[operation][who].append(_timed(command, scratch))
                 shutil.rmtree(scratch / "cp", ignore_errors=True)
             shutil.rmtree(where)
@@ -151,22 +154,23 @@ def _local(scratch: Path, manifest: Manifest) -> Times:
 
 
 def _reuse(scratch: Path, url: str, *, sparse: bool) -> dict[str, float]:
-    """Seconds to find a present artifact of 18 GB, with the start of Python: sizes are asked for, no byte is read.
+    """Measure how long it takes to find a present artifact of 18 GB, with the start of Python. Only sizes are read.
 
-    A local one is of 8 sparse files. In S3 it is of 200 objects: what counts there is how many.
+    A local artifact has 8 sparse files. In S3 it has 200 small objects, since their number determines the time.
     """
     store = open_store(url)
     count = 8 if sparse else 200
-    size = ARTIFACT // count if sparse else 1
+    size = ARTIFACT_BYTES // count if sparse else 1
     manifest = Manifest.of(File(f"{i}", size, f"{i:064x}") for i in range(count))
     _fill(store, manifest, sparse)
-    store.commit("bench", "0" * 64, manifest, {})
+    store.commit("bench", "0" * 64, manifest, StageRecord())
     path = scratch / "reuse.json"
     path.write_text(manifest.to_json())
     return _timed(ours("reuse", scratch, url, path), scratch)
 
 
 def _fill(store: Store, manifest: Manifest, sparse: bool) -> None:
+    """Write the blobs of an artifact: sparse files, or objects of one byte."""
     from concurrent.futures import ThreadPoolExecutor
 
     def fill(file: File) -> None:
@@ -183,7 +187,7 @@ def _fill(store: Store, manifest: Manifest, sparse: bool) -> None:
 
 
 def _timed(command: list[str], scratch: Path) -> dict[str, float]:
-    """Wall seconds, CPU seconds and peak memory of a process that must succeed; nothing waits to be written before."""
+    """Run a command that must succeed, after a sync of the disk; return its seconds, CPU seconds and peak memory."""
     os.sync()
     environment = {**os.environ, "XDG_CACHE_HOME": str(scratch / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
     with tempfile.TemporaryFile() as output:
@@ -191,7 +195,7 @@ def _timed(command: list[str], scratch: Path) -> dict[str, float]:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
         try:
             _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:  # interrupted
+        except BaseException:  # KeyboardInterrupt or SystemExit
             process.kill()
             raise
         seconds = time.perf_counter() - started
@@ -217,8 +221,8 @@ def _make_files(scratch: Path) -> Manifest:
     folder.mkdir()
     for number in range(FILES):
         with (folder / f"model-{number:05d}.safetensors").open("wb") as stream:
-            for start in range(0, SIZE // FILES, 16 << 20):
-                stream.write(os.urandom(min(16 << 20, SIZE // FILES - start)))
+            for start in range(0, SIZE_BYTES // FILES, 16 << 20):
+                stream.write(os.urandom(min(16 << 20, SIZE_BYTES // FILES - start)))
     manifest = Manifest.of(file_of(folder, path.name) for path in folder.iterdir())
     (scratch / "manifest.json").write_text(manifest.to_json())
     return manifest
@@ -231,7 +235,7 @@ def _take_variables(env: Path) -> None:
 
 
 def _venv(name: str) -> Path:
-    """A peer's own virtual environment; s3fs wants another botocore than the others."""
+    """Make a virtual environment for a client: s3fs needs another botocore than the others."""
     folder = ROOT / "build" / "bench-peers" / name
     if not (folder / "ready").exists():
         _say(f"installing {PINNED[name]}")

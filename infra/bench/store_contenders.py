@@ -1,4 +1,4 @@
-"""What `make bench-store` compares: each a process of its own that moves a folder to or from s3://BUCKET/PREFIX."""
+"""The commands that `make bench-store` compares. Each moves a folder to or from s3://BUCKET/PREFIX."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PEERS = ("aws", "boto3", "s3fs")
 
 
 def peer(name: str, venv: Path, verb: str, folder: Path, bucket: str, prefix: str) -> list[str]:
-    """The command with which a peer does `verb`, put or get."""
+    """Return the command with which another client does `verb`: put or get."""
     if name == "aws":
         remote = f"s3://{bucket}/{prefix}"
         return [
@@ -44,12 +44,12 @@ def peer(name: str, venv: Path, verb: str, folder: Path, bucket: str, prefix: st
 
 
 def ours(verb: str, folder: Path, url: str, manifest: Path) -> list[str]:
-    """The command with which Requant does the same: files whose sha256 is known, as a stage has them."""
+    """Return the command with which Requant does `verb`. It knows the sha256 of the files, as a stage does."""
     return [sys.executable, "-m", "infra.bench.store_contenders", verb, str(folder), url, str(manifest)]
 
 
 def main() -> None:
-    """`put` moves a folder's files into the store, `get` hands them out, `copy` checks them out, `reuse` finds them."""
+    """Put files into the store (`put`), link them (`get`), check them out (`copy`), or only find them (`reuse`)."""
     from requant.tasks.artifact import Manifest
     from requant.tasks.pipeline.stage import put_files
     from requant.tasks.store import open_store

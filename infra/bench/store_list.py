@@ -1,7 +1,7 @@
-"""How long `requant store ls` and a dry gc take over many artifacts: `python -m infra.bench.store_list [STORE]`.
+"""Measure `requant store ls` and a dry run of gc with many artifacts: `python -m infra.bench.store_list [STORE]`.
 
-Fills the store at STORE (by default a bucket of a Ceph of its own) with ARTIFACTS artifacts of 20 files, of which only
-the manifests, records and uses are there, and prints JSON: seconds, medians of three, and reads one by one beside them.
+STORE is by default a bucket of a new Ceph. It is filled with ARTIFACTS artifacts of FILES files, without their blobs.
+The medians of ROUNDS rounds are printed as JSON, in seconds, also for a list that reads one object at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def measure(store: Store) -> None:
-    """Fill the store, time it, print."""
+    """Fill the store, measure, and print the figures."""
     store.check()
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda number: write(store, number), range(ARTIFACTS)))
@@ -41,13 +41,13 @@ def measure(store: Store) -> None:
         "list": median(lambda: catalog.read_catalog(store)),
         "gc, dry": median(lambda: make_plan(store, Policy(keep_last=2))),
     }
-    catalog.READERS = 1
+    catalog.PARALLEL_READS = 1
     seconds["list, one read at a time"] = median(lambda: catalog.read_catalog(store))
     print(json.dumps({"store": store.url, "artifacts": ARTIFACTS, "seconds": seconds}, indent=1))
 
 
 def write(store: Store, number: int) -> None:
-    """One artifact without its blobs: listing does not look at them."""
+    """Write an artifact without its blobs, which are not needed for listing."""
     files = [File(f"model-{i:05d}.safetensors", 10**9, digest_of([number, i])) for i in range(FILES)]
     key = digest_of(number)
     record = {"stage": "quantize", "seconds": 1.0, "blocks": [{"name": f"layers.{i}", "loss": 0.1} for i in range(64)]}
@@ -57,6 +57,7 @@ def write(store: Store, number: int) -> None:
 
 
 def median(call: Callable[[], object]) -> float:
+    """Return the median seconds of ROUNDS calls."""
     times = []
     for _ in range(ROUNDS):
         began = time.perf_counter()

@@ -1,11 +1,11 @@
-"""Eight processes put, get, list and collect at random in one store, and are killed at random: `make torture`.
+"""Let eight processes use one store at random, and kill them at random: `make torture`.
 
-Runs on a directory and on a bucket (Ceph), SECONDS each. Afterwards every manifest's blobs must be whole, in every
-byte, and no run that was alive may have missed anything that it relied on; then one more gc must leave nothing behind.
-Prints JSON; exit status 1 if there was a problem.
+They put, get, list and collect, for SECONDS on a directory and again on a bucket (Ceph). Afterwards, all blobs of every
+manifest must be there with the right content, no running process may have missed a file that it relied on, and one more
+gc must leave nothing unused. Results are printed as JSON. The exit status is 1 if there was a problem.
 
-Everything is quicker than in life so that it happens often: a grace period of 4 s, heartbeats of half a second. A run
-pauses between its stages for longer than the grace period, as one does that quantizes for days.
+All periods are short, so that much happens: 4 s of grace, heartbeats of half a second. A run pauses between its stages
+for longer than the grace period, as a real run does that quantizes for days.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from requant.tasks.store.store import Store
 from requant.tasks.store.verify import verify_store
 
 ROOT = Path(__file__).parent.parent.parent
-SECONDS, PROCESSES, GRACE, KILLS_A_SECOND = 120.0, 8, 4.0, 0.5
-STANDSTILL = 60.0  # seconds in which no process did anything, after which none will
-MACHINES = 4  # local caches that the processes of a bucket share in pairs
-SIZES = [0, 1, 1000, 20_000, 300_000, 2_000_000]
-LARGE = 70 << 20  # one blob is sent in several parts
+SECONDS, PROCESSES, GRACE_S, KILLS_A_SECOND = 120.0, 8, 4.0, 0.5
+STANDSTILL_S = 60.0  # without any operation, after which the processes have stopped for good
+MACHINES = 4  # each has a local cache, which two of the processes share
+SIZES_BYTES = [0, 1, 1000, 20_000, 300_000, 2_000_000]
+LARGE_BYTES = 70 << 20  # uploaded in several parts
 BLOBS = 150
-Enough = Callable[[int, Sequence[dict[str, Any]]], bool]  # by the number of kills, and what the workers said they did
-FORK = multiprocessing.get_context("fork")  # quick, so that many can be killed
+Enough = Callable[[int, Sequence[dict[str, Any]]], bool]  # from the number of kills, and the workers' logs
+FORK = multiprocessing.get_context("fork")  # starts quickly, so that many processes can be killed
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 class bucket:
-    """A Ceph of our own, its variables in the environment."""
+    """A new Ceph, whose variables are in the environment."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -82,7 +82,7 @@ class bucket:
 
 
 def for_so_long(seconds: float) -> Enough:
-    """Enough once so many seconds have passed."""
+    """Make a condition that is true after so many seconds."""
     deadline = time.monotonic() + seconds
     return lambda kills, done: time.monotonic() >= deadline
 
@@ -90,24 +90,25 @@ def for_so_long(seconds: float) -> Enough:
 def torture(
     url: str, folder: Path, enough: Enough, seed: int = 0, kills_a_second: float = KILLS_A_SECOND
 ) -> dict[str, Any]:
-    """Let the processes at the store at `url` until it is enough; what they did, and every problem found.
+    """Run and kill processes until `enough` is true. Return what they did, and every problem found.
 
-    Raises TimeoutError if all of them stand still, since what is asked for would never be enough.
+    Raises TimeoutError if none of them does anything for STANDSTILL_S.
     """
     folder.mkdir(parents=True)
-    whole = open_store(url)
+    shared = open_store(url)
     for machine in range(MACHINES):
-        opened(whole, folder, machine).check()
-    getattr(whole.backend, "_client", None)  # made once, and not yet connected: each process would take a second for it
+        opened(shared, folder, machine).check()
+    # The S3 client is made here, without a connection: making it takes a second, which each process would spend.
+    getattr(shared.backend, "_client", None)
     chance = random.Random(seed)
     number, kills = 0, 0
     workers: list[multiprocessing.process.BaseProcess] = []
-    started = moved = time.monotonic()
+    started_s = progress_s = time.monotonic()
     done: list[dict[str, Any]] = []
     try:
         while not enough(kills, done):
             while len(workers) < PROCESSES:
-                workers.append(FORK.Process(target=work, args=(whole, folder, number, seed), daemon=True))
+                workers.append(FORK.Process(target=work, args=(shared, folder, number, seed), daemon=True))
                 workers[-1].start()
                 number += 1
             time.sleep(chance.expovariate(kills_a_second))
@@ -116,10 +117,10 @@ def torture(
             kills += 1
             before, (done, _) = len(done), read_logs(folder)
             if len(done) > before:
-                moved = time.monotonic()
-            elif time.monotonic() >= moved + STANDSTILL:
-                raise TimeoutError(f"no process has done anything in the store at {url} for {STANDSTILL:.0f} s")
-        seconds = round(time.monotonic() - started, 1)
+                progress_s = time.monotonic()
+            elif time.monotonic() >= progress_s + STANDSTILL_S:
+                raise TimeoutError(f"no process has done anything in the store at {url} for {STANDSTILL_S:.0f} s")
+        seconds = round(time.monotonic() - started_s, 1)
     finally:
         for worker in workers:
             kill(worker)
@@ -149,15 +150,15 @@ def kill(worker: multiprocessing.process.BaseProcess) -> None:
 
 
 def read_logs(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """What the workers said they did, and their problems. The last line of a killed one may be cut."""
+    """Read what the workers did, and their problems. The last line of a killed worker may be incomplete."""
     lines = [line for path in sorted(folder.glob("log-*")) for line in path.read_text().splitlines()]
     done = [json.loads(line) for line in lines if line.endswith("}")]
     return done, [line["problem"] for line in done if "problem" in line]
 
 
 def clean_up(store: Store) -> list[str]:
-    """Collect once more, now that all are dead and everything is old: nothing may be left over, or have gone wrong."""
-    later = Policy(grace=-2, unfinished=-2)
+    """Collect once more, with all processes dead and everything old; return what is damaged or left over."""
+    later = Policy(grace_s=-2, unfinished_s=-2)
     collect(store, later)
     problems = [f"after gc: {text}" for text in verify_store(store, deep=True).problems]
     named = {file.sha256 for entry in read_catalog(store).entries.values() for file in entry.manifest.files}
@@ -169,41 +170,44 @@ def clean_up(store: Store) -> list[str]:
     return problems
 
 
-# One process
+# What one process does.
 
 
 def opened(store: Store, folder: Path, number: int) -> Store:
-    """The store as one of several machines sees it."""
-    return store if store.is_local else Store(store.backend, FolderBackend(folder / f"near-{number % MACHINES}"))
+    """Return the store as one of several machines sees it."""
+    return store if store.is_local else Store(store.backend, FolderBackend(folder / f"cache-{number % MACHINES}"))
 
 
-def work(whole: Store, folder: Path, number: int, seed: int) -> None:
-    """Do things at random until killed, and write each into a log."""
+def work(shared: Store, folder: Path, number: int, seed: int) -> None:
+    """Do random operations until this process is killed, and log each."""
     leases.BEAT_S, leases.POLL_S, leases.DEAD_AFTER_S = 0.5, 0.1, 10.0
     runs.BEAT_S, runs.POLL_S = 0.5, 0.1
     chance = random.Random(f"{seed}-{number}")
-    does: list[Callable[[Store, random.Random, Path], dict[str, Any]]] = [run, run, run, get, get, get, look, gc]
+    operations: list[Callable[[Store, random.Random, Path], dict[str, Any]]] = [run, run, run, get, get, get, look, gc]
     with (folder / f"log-{number}").open("w", buffering=1) as log:
         while True:
-            store = opened(Store(whole.backend, whole.cache), folder, number)  # what an earlier run needed is forgotten
-            what = chance.choice(does)
+            store = opened(Store(shared.backend, shared.cache), folder, number)  # without what an earlier run declared
+            operation = chance.choice(operations)
             try:
-                outcome = what(store, chance, folder / f"scratch-{number}")
+                outcome = operation(store, chance, folder / f"scratch-{number}")
             except Collected:
                 outcome = {"did": "made again"}
-            except Exception as error:  # whatever it is, it is what the torture looks for
-                outcome = {"did": what.__name__, "problem": f"{what.__name__}: {type(error).__name__}: {error}"}
+            except Exception as error:  # the torture looks for errors of any kind
+                outcome = {
+                    "did": operation.__name__,
+                    "problem": f"{operation.__name__}: {type(error).__name__}: {error}",
+                }
             log.write(json.dumps(outcome) + "\n")
 
 
 def content(number: int) -> bytes:
-    """The bytes of the blob of this number, the same in every process."""
-    size = LARGE if number == 0 else SIZES[number % len(SIZES)]
+    """Return the content of the blob with this number, the same in every process."""
+    size = LARGE_BYTES if number == 0 else SIZES_BYTES[number % len(SIZES_BYTES)]
     return random.Random(number).randbytes(min(size, 1 << 20)) * max(1, size >> 20)
 
 
 def run(store: Store, chance: random.Random, scratch: Path) -> dict[str, Any]:
-    """A run of three stages over one base; the last names blobs of those before, as mtp_fix does."""
+    """Run three stages on a base. The last one names blobs of those before, as mtp_fix does."""
     base, made = chance.randrange(12), list[Manifest]()
     names: list[tuple[str, str]] = []
     states: list[str] = []
@@ -219,14 +223,14 @@ def run(store: Store, chance: random.Random, scratch: Path) -> dict[str, Any]:
             states.append(result.state)
             names.append((stage, key))
             made.append(result.manifest)
-            time.sleep(chance.random() < 0.1 and GRACE * 1.5)
+            time.sleep(chance.random() < 0.1 and GRACE_S * 1.5)
         for manifest in made:
             read_back(store, manifest, scratch)
     return {"did": "run: all reused" if set(states) == {"reused"} else "run"}
 
 
 def worker(store: Store, key: str, before: list[Manifest], pauses: random.Random) -> Callable[[Path], Made]:
-    """The work of a stage: blobs chosen by its key, written unless the store has them, and some inherited."""
+    """Make the work of a stage: blobs that its key chooses, written unless present, and those of `before`."""
 
     def make(folder: Path) -> Made:
         chance = random.Random(key)
@@ -237,7 +241,7 @@ def worker(store: Store, key: str, before: list[Manifest], pauses: random.Random
             file = File(path.name, path.stat().st_size, sha256_of(path))
             if not store.has_blob(file):
                 store.put_blob(path, file)
-            time.sleep(pauses.random() < 0.05 and GRACE * 1.5)  # a slow download: gc comes in between
+            time.sleep(pauses.random() < 0.05 and GRACE_S * 1.5)  # like a slow download, during which gc runs
             files[file.path] = file
         return Made(Manifest.of(files.values()), {"base": {"repo_id": "demo/base", "sha": key}})
 
@@ -245,7 +249,7 @@ def worker(store: Store, key: str, before: list[Manifest], pauses: random.Random
 
 
 def read_back(store: Store, manifest: Manifest, scratch: Path) -> None:
-    """Check an artifact out and hash every file. Raises StoreError for what is not there or not right."""
+    """Check an artifact out and hash every file. Raises StoreError for a file that is missing or wrong."""
     with store.lease("checkout", os.urandom(8).hex()):
         store.checkout(manifest, scratch)
     for file in manifest.files:
@@ -255,7 +259,7 @@ def read_back(store: Store, manifest: Manifest, scratch: Path) -> None:
 
 
 def get(store: Store, chance: random.Random, scratch: Path) -> dict[str, Any]:
-    """Read one artifact that is listed; what is there once a lease needs it must stay."""
+    """Read a listed artifact. Blobs that are there once a lease needs them must stay."""
     entries = list(read_catalog(store).entries.values())
     if not entries:
         return {"did": "get: empty"}
@@ -264,13 +268,13 @@ def get(store: Store, chance: random.Random, scratch: Path) -> dict[str, Any]:
         store.need(entry.manifest.files)
         if not all(store.sees_blob(file) for file in entry.manifest.files):
             return {"did": "get: collected before"}
-        time.sleep(chance.random() < 0.15 and GRACE * 1.5)
+        time.sleep(chance.random() < 0.15 and GRACE_S * 1.5)
         read_back(store, entry.manifest, scratch)
     return {"did": "get"}
 
 
 def look(store: Store, chance: random.Random, scratch: Path) -> dict[str, Any]:
-    """List, and verify. What looks damaged must be going: the manifest is gone once nobody deletes."""
+    """List the store. An artifact without its blobs must be one that gc is deleting: its manifest must go as well."""
     catalog = read_catalog(store)
     for entry in catalog.entries.values():
         if not all(store.sees_blob(file) for file in entry.manifest.files):
@@ -282,15 +286,15 @@ def look(store: Store, chance: random.Random, scratch: Path) -> dict[str, Any]:
 
 
 def gc(store: Store, chance: random.Random, scratch: Path) -> dict[str, Any]:
-    """Collect by one of the rules."""
+    """Collect with a random policy."""
     rules: list[dict[str, Any]] = [
         {},
         {"keep_last": 1},
-        {"older_than": GRACE * 1.5},
-        {"max_size": 20_000_000},
-        {"max_size": 0},
+        {"older_than_s": GRACE_S * 1.5},
+        {"max_bytes": 20_000_000},
+        {"max_bytes": 0},
     ]
-    plan = collect(store, Policy(**chance.choice(rules), grace=GRACE, unfinished=GRACE * 2))
+    plan = collect(store, Policy(**chance.choice(rules), grace_s=GRACE_S, unfinished_s=GRACE_S * 2))
     return {"did": "gc", "artifacts": len(plan.artifacts), "blobs": len(plan.blobs)}
 
 

@@ -1,22 +1,23 @@
-"""mtp-fix and inspect on a checkpoint of 27B's size, beside the reference card's script: `make bench`.
+"""Measure mtp-fix and inspect on a checkpoint of 27 B, and the reference card's script: `make bench`.
 
-The checkpoint is sparse (`infra.bench.shapes`): 19 GB quantized, 56 GB base; only the heads' 1.1 GB are on the disk.
-Each measurement is a process of its own, on a fresh copy whose untouched shards are hard links. Card's script and
-mtp-fix take turns, ROUNDS times, with nothing of the checkpoints in the page cache (cold) and with what the runs
-before left there (warm). A hole is read without the disk, at the speed of memory: a real checkpoint's shards cost the
-card's script more, mtp-fix nothing. The script does not wait for the disk to hold what it wrote; mtp-fix does.
+The checkpoint is sparse (`infra.bench.shapes`): 19 GB quantized and 56 GB of base, of which only the 1.1 GB of the
+heads are on the disk. Each measurement is a process of its own, on a new copy whose untouched shards are hard links.
+The card's script and mtp-fix run in turn, ROUNDS times, with an empty page cache (cold) and with what earlier runs left
+in it (warm). Holes are read at the speed of memory: on a real checkpoint the card's script takes longer, and mtp-fix
+does not. The script does not wait until its files are on the disk; mtp-fix does.
 
-wall       seconds from start to end, Python's start included
-cpu        seconds of processor, user and system: on a busy machine the fairer figure
-peak       VmHWM: resident memory at its highest, mapped pages of files included
-read       rchar: bytes that went through read calls, Python's own modules included (mapped files do not count)
-others     bytes of the shards, but for the head's tensors, that the run brought into the page cache, by read or by
-           mapping, as mincore sees them: headers, data, and what the kernel read ahead (cold runs only)
-imports    which of torch, prefect, auto_round and transformers it loaded
+wall       seconds from start to end, with the start of Python
+cpu        seconds of processor time, user and system, which depend less on other processes
+peak       peak resident memory (VmHWM), with mapped pages of files
+read       bytes of read calls (rchar), also for Python's modules, without mapped files
+others     bytes of the shards, without the head's tensors, that the run loaded into the page cache by reading or
+           mapping, according to mincore: headers, data and readahead (only for cold runs)
+imports    which of torch, prefect, auto_round and transformers were imported
 
 Inspect is measured on both folders (cold), and on both as repos of the Hub stand-in, which counts requests and bytes.
-Their large files are linked into its state under names that are no hashes of their content (74 GB would take minutes
-to hash); nobody asks. Answers of more than RESPONSE_LIMIT are cut, upon which an inspect that downloads weights fails.
+Their large files are linked into its state under names that are not hashes of their content, since hashing 74 GB would
+take minutes, and inspect does not check them. Answers are cut after RESPONSE_LIMIT_BYTES, so that an inspect that
+downloads weights fails.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ from infra.dev.hub.tree import Entry, Put
 
 ROOT = Path(__file__).parent.parent.parent
 ROUNDS = 3
-RESPONSE_LIMIT = 8 << 20
-TIMEOUT = 300.0
+RESPONSE_LIMIT_BYTES = 8 << 20
+TIMEOUT_S = 300.0
 MB = 1_000_000
 
-# Runs a module as `python -m` does and leaves what the kernel says of the process in a file.
+# Runs a module as `python -m` does, and writes what the kernel counted for the process to a file.
 WRAPPER = """
 import json, os, runpy, sys
 report, sys.argv = sys.argv[1], sys.argv[2:]
@@ -70,7 +71,7 @@ Run = dict[str, Any]
 
 
 def main() -> None:
-    """Print a table of medians, and everything as JSON in build/bench-surgery.json."""
+    """Print a table of medians, and write all figures to build/bench-surgery.json."""
     build = ROOT / "build"
     build.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=build, prefix="surgery-") as folder:
@@ -79,14 +80,14 @@ def main() -> None:
         base, quantized = write_base(scratch / "base"), write_quantized(scratch / "quantized")
         runs = surgery(scratch, base, quantized) + inspections(scratch, base, quantized)
     rows = medians(runs)
-    asked = targets(rows)
-    sys.stdout.write("\n".join([*map(line, rows), "", *asked]) + "\n")
-    document = {"rounds": runs, "medians": rows, "targets": asked}
+    verdicts = targets(rows)
+    sys.stdout.write("\n".join([*map(line, rows), "", *verdicts]) + "\n")
+    document = {"rounds": runs, "medians": rows, "targets": verdicts}
     (build / "bench-surgery.json").write_text(json.dumps(document, indent=1))
 
 
 def surgery(scratch: Path, base: Path, quantized: Path) -> list[Run]:
-    """Card's script and mtp-fix in turns, cold and warm, and mtp-fix once more where there is nothing left to do."""
+    """Measure the card's script and mtp-fix in turn, cold and warm, and mtp-fix where there is nothing left to do."""
     runs: list[Run] = []
     bodies = bodies_of(base) | bodies_of(quantized)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in bodies}
@@ -96,11 +97,11 @@ def surgery(scratch: Path, base: Path, quantized: Path) -> list[Run]:
         for state in ("cold", "warm"):
             for name, command in commands.items():
                 if name == LOSSY and state == "warm":
-                    continue  # nothing that it reads is large enough to make a difference
+                    continue  # it reads too little for the page cache to matter
                 copy = fresh_copy(quantized, scratch / "copy")
                 if state == "cold":
                     drop_from_cache([*base.iterdir(), *copy.iterdir()])
-                # auto-round forgot a processor file: without a base it stays missing, and no engine loads the result.
+                # auto-round forgets a processor file. Without a base it stays missing, and mtp-fix exits with 1.
                 run = measure([*command, str(copy)], scratch, statuses=(0, 1) if name == LOSSY else (0,))
                 run |= {"name": f"{name}, {state}", "round": number}
                 if state == "cold":
@@ -114,12 +115,12 @@ def surgery(scratch: Path, base: Path, quantized: Path) -> list[Run]:
                 shutil.rmtree(copy)
     after = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in bodies}
     if after != before:
-        raise RuntimeError("a shard that was to be left alone was written: the runs are worth nothing")
+        raise RuntimeError("a shard that must not change was written: the figures mean nothing")
     return runs
 
 
 def inspections(scratch: Path, base: Path, quantized: Path) -> list[Run]:
-    """Inspect on both folders and both repos."""
+    """Measure inspect on both folders and both repos."""
     runs: list[Run] = []
     folders = {"quantized": quantized, "base": base}
     for number in range(1, ROUNDS + 1):
@@ -133,7 +134,7 @@ def inspections(scratch: Path, base: Path, quantized: Path) -> list[Run]:
     for kind, folder in folders.items():
         link_into_hub(state, f"me/{kind}", folder)
     with HubStandIn(state) as hub:
-        hub.fault(r"\.safetensors", method="GET", times=None, cut_after_bytes=RESPONSE_LIMIT)
+        hub.fault(r"\.safetensors", method="GET", times=None, cut_after_bytes=RESPONSE_LIMIT_BYTES)
         for number in range(1, ROUNDS + 1):
             for kind in folders:
                 home = scratch / "home"
@@ -165,7 +166,7 @@ def measure(
         text=True,
     )
     try:
-        output, errors = process.communicate(timeout=TIMEOUT)
+        output, errors = process.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         process.kill()
         output, errors = process.communicate()
@@ -178,7 +179,7 @@ def measure(
 
 
 def fresh_copy(quantized: Path, copy: Path) -> Path:
-    """The checkpoint again: hard links to the shards without a head, copies of all else, on the disk."""
+    """Copy the checkpoint, with hard links to the shards without a head, and sync the disk."""
     copy.mkdir()
     for path in quantized.iterdir():
         if path.suffix == ".safetensors" and path.name != EXTRA:
@@ -190,7 +191,7 @@ def fresh_copy(quantized: Path, copy: Path) -> Path:
 
 
 def bodies_of(folder: Path) -> dict[Path, int]:
-    """The shards, and of each the bytes that come before a tensor of the head: all of them in most."""
+    """Return the shards, with the number of bytes before the first tensor of the head: in most, all bytes."""
     bodies: dict[Path, int] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as stream:
@@ -202,7 +203,7 @@ def bodies_of(folder: Path) -> dict[Path, int]:
 
 
 def drop_from_cache(paths: Iterable[Path]) -> None:
-    """Have the kernel forget what it holds of these files. They must have been synced."""
+    """Drop these files from the page cache. They must have been synced."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -212,7 +213,7 @@ def drop_from_cache(paths: Iterable[Path]) -> None:
 
 
 def resident(path: Path, size: int) -> int:
-    """How many of the first `size` bytes of a file are in the page cache (mincore)."""
+    """Count how many of the first `size` bytes of a file are in the page cache, with mincore(2)."""
     pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_COPY) as view:
         start = ctypes.addressof(ctypes.c_char.from_buffer(view))
@@ -223,14 +224,14 @@ def resident(path: Path, size: int) -> int:
 
 
 def link_into_hub(state: Path, repo_id: str, folder: Path) -> None:
-    """Make a folder a repo of the stand-in, which must not be running: weights by hard link, under a made-up hash."""
-    hub = Hub(state)  # holds the state's lock until the function returns
+    """Make a folder a repo of the stand-in, which must not be running: weights are hard links with a made-up hash."""
+    hub = Hub(state)
     repository = hub.create("models", repo_id)
     operations = []
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
             entry = Entry.lfs(hashlib.sha256(f"{repo_id}/{path.name}".encode()).hexdigest(), path.stat().st_size)
-            temporary = hub.durable.temporary()
+            temporary = hub.temporary()
             os.link(path, temporary)
             repository.adopt_lfs(temporary, entry)
         else:
@@ -240,49 +241,51 @@ def link_into_hub(state: Path, repo_id: str, folder: Path) -> None:
 
 
 def medians(runs: list[Run]) -> list[Run]:
-    """One row for each name: medians of the numbers of the runs that succeeded, and the last error if one did not."""
+    """Make a row for each name: the medians of the runs that succeeded, and the last error of those that did not."""
     rows: list[Run] = []
     for name in dict.fromkeys(run["name"] for run in runs):
-        own = [run for run in runs if run["name"] == name]
-        row: Run = {"name": name, "imports": own[-1].get("imports", [])}
+        named = [run for run in runs if run["name"] == name]
+        row: Run = {"name": name, "imports": named[-1].get("imports", [])}
         for key in ("wall", "cpu", "peak", "read", "others", "requests", "sent"):
-            values = [run[key] for run in own if key in run and "error" not in run]
+            values = [run[key] for run in named if key in run and "error" not in run]
             if values:
                 row[key] = statistics.median(values)
-        errors = [run["error"] for run in own if "error" in run]
+        errors = [run["error"] for run in named if "error" in run]
         rows.append({**row, "error": errors[-1]} if errors else row)
     return rows
 
 
 def targets(rows: list[Run]) -> list[str]:
-    """What was asked for, and what came out, as sentences."""
+    """Say in sentences which targets were set, and what was measured."""
     by_name = {row["name"]: row for row in rows}
-    said: list[str] = []
-    head = max(spec.nbytes for name, spec in base_tensors().items() if is_head(name))
-    largest = max(spec.nbytes for spec in quantized_tensors().values())
+    sentences: list[str] = []
+    head_bytes = max(spec.nbytes for name, spec in base_tensors().items() if is_head(name))
+    largest_bytes = max(spec.nbytes for spec in quantized_tensors().values())
     for name in (FIX, LOSSY):
         for state in ("cold", "warm"):
             card, fix = by_name[f"{CARD}, {state}"], by_name.get(f"{name}, {state}", {"error": "not run"})
             if "error" not in card and "error" not in fix:
                 times = card["wall"] / fix["wall"]
-                said.append(f"{name}, {state}: {times:.1f} times faster than {CARD} (asked for: 5)")
+                sentences.append(f"{name}, {state}: {times:.1f} times faster than {CARD} (asked for: 5)")
     fix = by_name[f"{FIX}, cold"]
     if "error" not in fix:
-        limits = f"{(1.2 * head + 300 * MB) / MB:.0f} MB by the head's largest tensor"
-        limits += f", {(1.2 * largest + 300 * MB) / MB:.0f} MB by the checkpoint's"
-        said.append(f"{FIX}: peak {fix['peak'] / MB:.0f} MB (allowed: {limits})")
-        said.append(f"{FIX}: {fix['others'] / MB:.1f} MB of data that is not the head's in memory (asked for: none)")
+        limits = f"{(1.2 * head_bytes + 300 * MB) / MB:.0f} MB by the head's largest tensor"
+        limits += f", {(1.2 * largest_bytes + 300 * MB) / MB:.0f} MB by the checkpoint's"
+        sentences.append(f"{FIX}: peak {fix['peak'] / MB:.0f} MB (allowed: {limits})")
+        sentences.append(
+            f"{FIX}: {fix['others'] / MB:.1f} MB of data that is not the head's in memory (asked for: none)"
+        )
     for name, row in by_name.items():
         if name.startswith("inspect") and "error" not in row:
             sent = f", {row['sent'] / 1000:.0f} kB in {row['requests']:.0f} requests" if "sent" in row else ""
             asked = ", a few hundred kB" if sent else ""
-            said.append(f"{name}: {row['wall']:.2f} s{sent} (asked for: 2 s{asked})")
-    said += [f"{row['name']} FAILED: {row['error']}" for row in rows if "error" in row]
-    return said
+            sentences.append(f"{name}: {row['wall']:.2f} s{sent} (asked for: 2 s{asked})")
+    sentences += [f"{row['name']} FAILED: {row['error']}" for row in rows if "error" in row]
+    return sentences
 
 
 def line(run: Run) -> str:
-    """One run or median in one line."""
+    """Write a run or a median in one line."""
     parts = [f"{run['name']:38}"]
     if "wall" in run:
         parts.append(f"{run['wall']:7.2f} s")
@@ -301,7 +304,6 @@ def line(run: Run) -> str:
 
 
 def say(sentence: str) -> None:
-    """Progress, on stderr."""
     sys.stderr.write(sentence + "\n")
 
 

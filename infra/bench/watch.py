@@ -1,7 +1,7 @@
-"""One pass of the watch over 1,000 bases on a Hub that is 50 ms away: `make bench`.
+"""Measure a pass of `requant watch` over 1,000 bases on a Hub with a latency of 50 ms: `make bench`.
 
-`requant watch --once` as a process, against the stand-in: with nothing to do, with refusals on the way (429), and with
-every base new, on the Prefect server of a stack (PostgreSQL). Prints seconds and requests, and keeps them in
+`requant watch --once` runs against the Hub stand-in: with nothing new, with some requests refused (429), and with every
+base new, which starts runs on a Prefect server with PostgreSQL. Seconds and requests are printed, and written to
 build/bench-watch.json.
 """
 
@@ -22,20 +22,19 @@ import httpx
 
 from infra.dev.hub.hub import Hub
 from infra.dev.hub.launch import HubStandIn
-from infra.dev.hub.seeding import seed
+from infra.dev.hub.seeding import Seed, seed
 from infra.dev.stack.__main__ import down, up
 from infra.dev.stack.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
-BASES, LATENCY = 1000, 0.05  # seconds
-REFUSALS, RETRY_AFTER = 20, 3
+BASES, LATENCY_S = 1000, 0.05
+REFUSALS, RETRY_AFTER_S = 20, 3
 
 
 def main() -> None:
-    """Seed, measure, print."""
+    """Measure all cases, and print and write the figures."""
     figures: dict[str, Any] = {}
-    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # the stand-in syncs every file that it is given
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         sys.stderr.write(f"seeding {BASES} repos\n")
         make_bases(root)
@@ -44,12 +43,12 @@ def main() -> None:
             known, empty = (root / "known").as_uri(), (root / "empty").as_uri()
             os.environ["REQUANT_STORE"] = known
             mark_all_done(root / "recipes")
-            hub.fault(delay=LATENCY, times=None)
+            hub.fault(delay=LATENCY_S, times=None)
             figures["nothing new"] = one_pass(hub, root, {"REQUANT_STORE": known})
             hub.clear_faults()
-            hub.fault("/api/models/", status=429, retry_after=RETRY_AFTER, times=REFUSALS, skip=300)
-            hub.fault(delay=LATENCY, times=None)
-            figures[f"{REFUSALS} refused, for {RETRY_AFTER} s"] = one_pass(hub, root, {"REQUANT_STORE": known})
+            hub.fault("/api/models/", status=429, retry_after=RETRY_AFTER_S, times=REFUSALS, skip=300)
+            hub.fault(delay=LATENCY_S, times=None)
+            figures[f"{REFUSALS} refused, for {RETRY_AFTER_S} s"] = one_pass(hub, root, {"REQUANT_STORE": known})
             settings = up(root / "stack", say=lambda text: None)
             try:
                 hold_workers(settings)
@@ -67,7 +66,7 @@ def main() -> None:
 
 
 def make_bases(root: Path) -> None:
-    """1,000 small repos, written where the stand-in will find them, and a recipe for each."""
+    """Write BASES small repos into the state of the stand-in, and a recipe for each."""
     hub = Hub(root / "hub")
     (root / "recipes").mkdir()
 
@@ -76,7 +75,7 @@ def make_bases(root: Path) -> None:
         content.mkdir(parents=True)
         for name in ("README.md", "config.json", "tokenizer.json", "model.safetensors"):
             (content / name).write_text(f"{name} of {number}")
-        seed(hub, "models", f"bases/model-{number}", content, message="Seed")
+        seed(hub, Seed(repo_id=f"bases/model-{number}", folder=content))
         (root / "recipes" / f"{number:04}.yaml").write_text(f"base: {{repo_id: bases/model-{number}}}\n")
 
     with ThreadPoolExecutor(8) as pool:
@@ -84,22 +83,22 @@ def make_bases(root: Path) -> None:
 
 
 def mark_all_done(recipes: Path) -> None:
-    """Record in the store of REQUANT_STORE what finished runs of all recipes would have recorded."""
+    """Record in the store a finished run of every recipe."""
     from requant.flows.last_run import remember_run
-    from requant.flows.watching import load_tracked, look  # the Hub client reads HF_ENDPOINT when it is imported
+    from requant.flows.watching import find_due, load_tracked  # imports the Hub client, which reads HF_ENDPOINT then
     from requant.tasks.hub.rate_limit import Pace
     from requant.tasks.store import open_store
 
     store = open_store()
     with Pace() as pace:
-        due, problems = look(store, load_tracked(recipes)[0], pace)
+        due, problems = find_due(store, load_tracked(recipes)[0], pace)
     assert len(due) == BASES, problems[:3]
-    for each in due:
-        remember_run(store, each.recipe, each.base, "published")
+    for tracked in due:
+        remember_run(store, tracked.recipe, tracked.base, "published")
 
 
 def one_pass(hub: HubStandIn, root: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """Seconds of wall time of one `requant watch --once`, what it started, and what the Hub answered."""
+    """Run `requant watch --once`; return its wall-clock seconds, how many runs it started, and the Hub's answers."""
     hub.reset_traffic()
     command = [sys.executable, "-m", "requant", "watch", "--once", "--json", "--recipes", str(root / "recipes")]
     began = time.perf_counter()
@@ -109,13 +108,13 @@ def one_pass(hub: HubStandIn, root: Path, environment: dict[str, str]) -> dict[s
     seconds = time.perf_counter() - began
     document = json.loads(done.stdout)
     assert document["checked"] == BASES and not document["problems"], document["problems"][:3]
-    # huggingface_hub asks for other things too, once a day: which agents there are, for its User-Agent.
-    answers = Counter(str(each["status"]) for each in hub.traffic() if each["path"].startswith("/api/models/"))
+    # Once a day huggingface_hub also asks for other things, such as the names of coding agents for its User-Agent.
+    answers = Counter(str(request["status"]) for request in hub.traffic() if request["path"].startswith("/api/models/"))
     return {"seconds": round(seconds, 2), "started": len(document["started"]), "answers": dict(answers)}
 
 
 def hold_workers(settings: Settings) -> None:
-    """Pause the pools: runs are created, and no worker takes them."""
+    """Pause the work pools, so that runs are created and no worker takes them."""
     for pool in ("cpu", "gpu"):
         url = f"{settings.ui}/api/work_pools/{pool}"
         httpx.patch(url, json={"is_paused": True}, auth=("requant", settings.password)).raise_for_status()

@@ -1,1 +1,1 @@
-"""What development and tests need on one machine: stand-ins for the Hub and S3, a Prefect stack, vLLM, a tiny model."""
+"""Services for development and tests on one machine: a Hub stand-in, an S3 server, a stack, vLLM, and a tiny model."""

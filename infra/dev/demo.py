@@ -1,4 +1,4 @@
-"""`make demo`: the whole pipeline against the local Hub stand-in, with a store and state of its own in build/demo."""
+"""`make demo`: the whole pipeline with the Hub stand-in, and a store in build/demo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RECIPE = ROOT / "deployments" / "recipes" / "demo.yaml"
 
 
 def main() -> int:
-    """Seed the stand-in with the tiny base, run the recipe, write build/demo/report.json."""
+    """Seed the stand-in with the tiny base, run the recipe, and write build/demo/report.json."""
     BUILD.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(BUILD / "checkpoint", ignore_errors=True)
     with HubStandIn(BUILD / "hub") as hub:

@@ -1,8 +1,8 @@
-"""Write the reference pages that follow from the code: `python -m infra.dev.docs`.
+"""Write the reference pages that are made from the code: `python -m infra.dev.docs`.
 
-The pages are files of the project and not made while the site is built: so a reader on the forge sees them, a change of
-an option or a default shows in the diff of a review, and the site needs no torch and no Prefect to be built. A test
-compares them with the code.
+The pages are committed, and not made when the site is built. So they can be read in the repository, a review shows
+changes of options and defaults, and building the site needs neither torch nor Prefect. A test compares them with the
+code.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 import click
 
 from requant.flows.cli.main import cli
-from requant.tasks.recipe.quantize import PRESETS
+from requant.tasks.recipe.quantize_section import PRESETS
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.settings import rows
 
 FOLDER = Path(__file__).parent.parent.parent / "docs" / "reference"
-MADE = "\n<!-- Made from the code by `python -m infra.dev.docs`: change it there. -->\n"
+GENERATED_NOTE = "\n<!-- Made from the code by `python -m infra.dev.docs`: change it there. -->\n"
 COMMANDS = """# Commands
 
 `requant COMMAND --help`, or `-h`, prints the same. Every command but `worker` and `webhook` takes `--json`: see
@@ -37,40 +37,40 @@ PRESET_TEXT = """
 `quantize.preset` and `outputs[].preset` stand for these keys. Keys that are given beside a preset win.
 
 """
-WIDTH = 80  # characters, which fit the column of the site; otherwise click takes the width of the terminal at hand
+WIDTH_CHARACTERS = 80  # fit the column of the site; by default, click uses the width of the terminal
 Schema = Mapping[str, Any]
 
 
 def command_pages(command: click.Command, name: str, parent: click.Context | None = None) -> Iterator[str]:
     """Yield the help of a command and of all commands below it."""
-    settings = {**command.context_settings, "terminal_width": WIDTH}
+    settings = {**command.context_settings, "terminal_width": WIDTH_CHARACTERS}
     context = click.Context(command, parent=parent, info_name=name, **settings)
     if isinstance(command, click.Group):
-        for sub in command.list_commands(context):
-            each = command.get_command(context, sub)
-            if each is not None:
-                yield from command_pages(each, sub, context)
+        for sub_name in command.list_commands(context):
+            sub_command = command.get_command(context, sub_name)
+            if sub_command is not None:
+                yield from command_pages(sub_command, sub_name, context)
         return
     without_help = copy.copy(command)
-    without_help.add_help_option = False  # click keeps how --help was spelled when a command was first asked for it
+    without_help.add_help_option = False  # click caches that option with the spelling of its first use
     help_text = "\n".join(line.rstrip() for line in without_help.get_help(context).splitlines())
     yield f"\n## {context.command_path}\n\n```text\n{help_text}\n```\n"
 
 
 def commands_page() -> str:
     """Return the page of the command line."""
-    return COMMANDS + MADE + "".join(command_pages(cli, "requant"))
+    return COMMANDS + GENERATED_NOTE + "".join(command_pages(cli, "requant"))
 
 
 def recipe_page() -> str:
-    """Return the page of the recipe's keys, from the JSON schema that Prefect's form is made of too."""
+    """Return the page of the recipe's keys, from the JSON schema that Prefect's form uses too."""
     schema = Recipe.model_json_schema()
     groups: dict[str, Schema] = {"": schema}
     for name, field in schema["properties"].items():
         section = _section(field, schema["$defs"])
         if section is not None:
             groups[f"{name}[]" if field.get("type") == "array" else name] = section
-    parts = [RECIPE, MADE]
+    parts = [RECIPE, GENERATED_NOTE]
     for name, group in groups.items():
         title = name or "Top level"
         text = "" if not name else f"\n{_cell(group['description'])}\n"
@@ -87,23 +87,23 @@ def recipe_page() -> str:
 
 
 def settings_page() -> str:
-    """Return the page of the settings, whose table of our own variables follows from the code."""
+    """Return the page of the settings, with a new table of Requant's own variables."""
     before, heading, rest = (FOLDER / "settings.md").read_text().partition("\n## Requant\n")
     _, next_heading, after = rest.partition("\n## ")
     table = "".join(f"| `{name}` | {_cell(meaning)} |\n" for name, meaning in rows())
-    return f"{before}{heading}{MADE}\n| Variable | Meaning |\n|---|---|\n{table}{next_heading}{after}"
+    return f"{before}{heading}{GENERATED_NOTE}\n| Variable | Meaning |\n|---|---|\n{table}{next_heading}{after}"
 
 
 def _section(field: Schema, definitions: Schema) -> Schema | None:
-    """Return the group of keys that a key holds, or that each entry of its list is; None for a single value."""
+    """Return the schema of a key's value, or of each entry of its list, if that is a group of keys."""
     choices = [field, *field.get("anyOf", []), *([field["items"]] if "items" in field else [])]
     names = [choice["$ref"].rpartition("/")[2] for choice in choices if "$ref" in choice]
-    found: Schema | None = definitions[names[0]] if names else None
-    return found
+    section: Schema | None = definitions[names[0]] if names else None
+    return section
 
 
 def _row(key: str, field: Schema, required: bool, definitions: Schema) -> str:
-    """Return the row of one key."""
+    """Return the table row of one key."""
     section = _section(field, definitions)
     meaning = field.get("description", "")
     if section is not None:
@@ -116,7 +116,7 @@ def _row(key: str, field: Schema, required: bool, definitions: Schema) -> str:
 
 
 def _default(field: Schema, section: Schema | None) -> str:
-    """Say what a key is if a recipe leaves it out."""
+    """Return the value of a key that a recipe leaves out."""
     value = field.get("default")
     if section is not None and isinstance(value, dict):
         return "its defaults"
@@ -126,7 +126,7 @@ def _default(field: Schema, section: Schema | None) -> str:
 
 
 def _type(field: Schema) -> str:
-    """Say which values a key takes."""
+    """Return the values that a key takes, in words."""
     if "anyOf" in field:
         *others, last = (_type(choice) for choice in field["anyOf"])
         return f"{', '.join(others)} or {last}"
@@ -152,7 +152,7 @@ def _yaml(value: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a description as one cell of a table."""
+    """Return a description as a table cell."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

@@ -1,6 +1,6 @@
-"""Run a command against a Hub stand-in that has the bases of all recipes: `python -m infra.dev.plan COMMAND...`.
+"""Run a command with a Hub stand-in that has the bases of all recipes: `python -m infra.dev.plan COMMAND...`.
 
-Of the 27 B base it serves headers alone, made from its dimensions: nothing of that size is ever on a disk.
+Of the base with 27 billion parameters it has only headers, which are made from the dimensions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TEXTS = Path(__file__).parent.parent.parent / "tasks" / "texts" / "builtin"
 
 
 def seed_bases(hub: HubStandIn, folder: Path) -> None:
-    """The bases and texts that deployments/recipes name."""
+    """Seed the bases and texts that deployments/recipes name."""
     hub.seed("demo/tiny-qwen3_5-mtp", TINY)
     hub.seed("Qwen/Qwen3.6-27B", write_base(folder / "27b", data=False), headers_only=True)
     (folder / "texts").mkdir()

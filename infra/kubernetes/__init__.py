@@ -1,1 +1,1 @@
-"""Base job templates for Prefect work pools of the type `kubernetes`: one template, and the values of each pool."""
+"""Base job templates of Prefect work pools of the type `kubernetes`, made from one job and the values of each pool."""

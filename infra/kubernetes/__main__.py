@@ -15,19 +15,22 @@ import yaml
 
 FOLDER = Path(__file__).parent
 POOLS = ("cpu", "gpu")
-RUNS = {"name": "string", "labels": "object", "annotations": "object", "command": "string", "env": "object"}
-WORKERS = ("namespace", "job_watch_timeout_seconds", "pod_watch_timeout_seconds", "stream_output")
+RUN_VARIABLES = {"name": "string", "labels": "object", "annotations": "object", "command": "string", "env": "object"}
+WORKER_VARIABLES = ("namespace", "job_watch_timeout_seconds", "pod_watch_timeout_seconds", "stream_output")
 TYPES = {str: "string", int: "integer", bool: "boolean", dict: "object", list: "array"}
 
 
 def base_job_template(pool: str) -> dict[str, Any]:
-    """`job_configuration`: what the worker reads; `variables`: its placeholders' schema, with the pool's defaults."""
+    """Return the base job template of a pool.
+
+    `job_configuration` is what the worker reads, `variables` the schema of its placeholders with the pool's defaults.
+    """
     values = yaml.safe_load((FOLDER / "values.yaml").read_text())
-    properties: dict[str, Any] = {name: {"type": kind, "title": name.title()} for name, kind in RUNS.items()}
+    properties: dict[str, Any] = {name: {"type": kind, "title": name.title()} for name, kind in RUN_VARIABLES.items()}
     for name, value in {**values["all"], **values[pool]}.items():
         schema = {"anyOf": [{"type": "integer"}, {"type": "null"}]} if value is None else {"type": TYPES[type(value)]}
         properties[name] = {"title": name.replace("_", " ").capitalize(), **schema, "default": value}
-    configuration = {name: f"{{{{ {name} }}}}" for name in (*RUNS, *WORKERS)}
+    configuration = {name: f"{{{{ {name} }}}}" for name in (*RUN_VARIABLES, *WORKER_VARIABLES)}
     manifest = yaml.safe_load((FOLDER / "job.yaml").read_text())
     return {
         "job_configuration": {**configuration, "job_manifest": manifest},
@@ -36,7 +39,7 @@ def base_job_template(pool: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print one."""
+    """Print the base job template of one pool."""
     parser = argparse.ArgumentParser(
         prog="python -m infra.kubernetes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,7 @@
-"""What is taken over from the base's card, which a stranger wrote: little, and only in the form that is expected."""
+"""Parts of the base's card that a release takes over.
+
+A stranger wrote that card, so only a few known parts of the expected form are taken.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ BIBTEX = re.compile(r"@\w{1,40}\s*\{")
 
 
 def inherited(base_card: str) -> dict[str, Any]:
-    """Read license, language and pipeline_tag, as far as they are plain words."""
+    """Read the keys of INHERITED from the front matter, if their values have the form that it allows."""
     match = re.match(r"---\r?\n(.{0,65536}?)\r?\n---", base_card, re.DOTALL)
     try:
         document = yaml.safe_load(match[1]) if match else None
@@ -33,17 +36,19 @@ def inherited(base_card: str) -> dict[str, Any]:
         document = None
     if not isinstance(document, dict):
         return {}
-    kept: dict[str, Any] = {}
-    for key, pattern in INHERITED.items():
-        value = document.get(key)
-        values = value if isinstance(value, list) and key in LISTS else [value]
-        if values and all(isinstance(v, str) and re.fullmatch(pattern, v) for v in values):
-            kept[key] = value
-    return kept
+    return {key: document[key] for key in INHERITED if _is_allowed(key, document.get(key))}
+
+
+def _is_allowed(key: str, value: object) -> bool:
+    values = value if isinstance(value, list) and key in LISTS else [value]
+    return bool(values) and all(isinstance(v, str) and re.fullmatch(INHERITED[key], v) for v in values)
 
 
 def cited(base_card: str) -> Markdown | None:
-    """Read the first BibTeX block, in one pass over the lines, and fence it anew, without what does not print."""
+    """Return the first fenced BibTeX block, with a new fence and without characters that do not print.
+
+    The card is read in one pass over its lines, so that no card takes long. None if there is no such block.
+    """
     fence_of_block, block = "", [""]
     for line in base_card.splitlines():
         words = line.strip()

@@ -1,4 +1,7 @@
-"""The model card: every number from what was measured, every command marked as run or not. Its text: card.md.jinja."""
+"""The model card. Its text is in card.md.jinja.
+
+Every number was measured, and every command is marked as run or not run.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +46,8 @@ def make_card(facts: CardFacts) -> str:
 
 
 def environment() -> Environment:
-    """Make what renders the template: values that are not Markdown are escaped, and missing ones are errors."""
-    made = Environment(
+    """Make the Jinja environment of the card, which escapes all values but Markdown. Missing values are errors."""
+    jinja = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         finalize=rendered,
         undefined=StrictUndefined,
@@ -53,5 +56,5 @@ def environment() -> Environment:
         keep_trailing_newline=True,
     )
     for filter_ in (named, hub_link, repo_name, fence, number, gigabytes, public, scheme_words):
-        made.filters[filter_.__name__] = filter_
-    return made
+        jinja.filters[filter_.__name__] = filter_
+    return jinja

@@ -1,4 +1,4 @@
-"""The front matter of a card: what the Hub reads of it, with the measured values as `model-index`.
+"""The front matter of a card, which the Hub reads. `model-index` has the measured values.
 
 Source: huggingface_hub 2.4 (repocard_data.py). A result needs the type of a task, a data set's type and name, a
 metric's type, and a value.
@@ -7,7 +7,6 @@ metric's type, and a value.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -16,15 +15,16 @@ from requant.tasks.card.base_card import inherited
 from requant.tasks.card.facts import CardFacts
 from requant.tasks.card.filters import name_characters
 from requant.tasks.redaction import public
+from requant.tasks.validating.measured import Measured
 
 
 def card_data(facts: CardFacts) -> ModelCardData:
-    """Build the front matter. From the base's card come plain values of known keys, and nothing else."""
-    taken = {key: value for key, value in inherited(facts.files.base_card).items() if not key.startswith("license")}
-    taken.setdefault("pipeline_tag", "image-text-to-text" if facts.vision else "text-generation")
+    """Build the front matter. Only plain values of known keys are taken from the base's card."""
+    from_base = {key: value for key, value in inherited(facts.files.base_card).items() if not key.startswith("license")}
+    from_base.setdefault("pipeline_tag", "image-text-to-text" if facts.vision else "text-generation")
     return ModelCardData(
         **license_of(facts),
-        **taken,
+        **from_base,
         base_model=facts.recipe.base.repo_id,
         base_model_relation="quantized",
         library_name="transformers",
@@ -36,25 +36,26 @@ def card_data(facts: CardFacts) -> ModelCardData:
 
 
 def license_of(facts: CardFacts) -> dict[str, Any]:
-    """Take the recipe's license, else the base's."""
+    """Return the keys of the recipe's license, or of the base's if the recipe names none."""
     if facts.recipe.publish is not None and facts.recipe.publish.license is not None:
         return {"license": facts.recipe.publish.license}
     return {key: value for key, value in inherited(facts.files.base_card).items() if key.startswith("license")}
 
 
 def license_name(facts: CardFacts) -> str:
-    """Name the license as a sentence does; empty where none is named."""
+    """Name the license for a sentence. Empty if it has no name."""
     license_ = license_of(facts)
     names = license_.get("license_name") or license_.get("license") or []
     return names if isinstance(names, str) else ", ".join(names)
 
 
-def eval_results(measured: Mapping[str, Any]) -> list[EvalResult]:
+def eval_results(measured: Measured) -> list[EvalResult]:
     """List the perplexity on the pinned text and the score in each lm-eval task, as far as they were measured."""
-    name, _, revision = str(public(measured["text"])).partition("@")
-    found = [("perplexity", "perplexity", name, revision, measured.get("perplexity"))]
-    for task, scores in (measured.get("tasks") or {}).items():
-        found.append((scores["metric"].partition(",")[0], scores["metric"], task, "", scores["ours"]))
+    text, _, revision = str(public(measured.text)).partition("@")
+    rows = [("perplexity", "perplexity", text, revision, measured.behaviour.quantized.perplexity)]
+    tasks = measured.evaluation.tasks if measured.evaluation else None
+    for task, scores in (tasks or {}).items():
+        rows.append((scores.metric.partition(",")[0], scores.metric, task, "", scores.ours))
     return [
         EvalResult(
             task_type="text-generation",
@@ -65,6 +66,6 @@ def eval_results(measured: Mapping[str, Any]) -> list[EvalResult]:
             metric_name=name_characters(metric_name),
             metric_value=round(value, 4),
         )
-        for metric, metric_name, dataset, commit, value in found
+        for metric, metric_name, dataset, commit, value in rows
         if value is not None and math.isfinite(value)
     ]

@@ -1,54 +1,57 @@
-"""What a model card is made of: the recipe, what came of it, and what every stage recorded."""
+"""The values that a model card shows: the recipe, its result, and the records of the stages."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import requant
+from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.hub.revision import Revision
 from requant.tasks.plots import Picture
-from requant.tasks.recipe.quantize import Quantize
+from requant.tasks.recipe.quantize_section import Quantize
 from requant.tasks.recipe.recipe import PACKED_HEADS, Recipe
+from requant.tasks.record import StageRecord
+from requant.tasks.serving.result import BenchmarkResult
 from requant.tasks.validating.gates import Gate
+from requant.tasks.validating.measured import Measured
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a card tells of the files of a result and of its base."""
+    """The files of a result and of its base."""
 
     digest: str  # of the artifact
     weights_bytes: int
     base_weights_bytes: int
-    kept_names: tuple[str, ...]  # of tensors that are not packed
-    kept_reasons: Mapping[str, str] = field(default_factory=dict)  # why layers of decoder blocks are kept, by name
-    packing: str | None = None  # as config.json calls it
-    fp8: bool = False  # the base holds FP8, which is BF16 in the result
-    chat: bool = True  # there is a chat template
+    kept_names: tuple[str, ...]  # of tensors that are not quantized
+    kept_reasons: Mapping[str, str] = field(default_factory=dict)  # why layers of blocks are not quantized, by name
+    packing: str | None = None  # its name in config.json
+    fp8: bool = False  # whether the base has FP8 tensors, which become BF16 in the result
+    chat: bool = True  # whether there is a chat template
     base_card: str = ""
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card is made of. `measured` and `benchmark` are the values that these stages keep."""
+    """The values of a card."""
 
     recipe: Recipe
     base: Revision
     files: FileFacts
-    measured: Mapping[str, Any]
+    measured: Measured
     gates: Sequence[Gate]
-    benchmark: Mapping[str, Any]
-    provenance: Mapping[str, Mapping[str, Any]]  # each stage's record
+    benchmark: BenchmarkResult
+    provenance: Mapping[str, StageRecord]  # by stage
     pictures: Sequence[Picture] = ()
-    others: Mapping[str, Recipe] = field(default_factory=dict)  # what the same run makes of the base beside this
-    engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the plan's verdicts, by engine
+    others: Mapping[str, Recipe] = field(default_factory=dict)  # the other outputs of the same run, by name
+    engines: Mapping[str, EngineVerdict] = field(default_factory=dict)  # the plan's verdicts, by engine
     version: str = requant.__version__
 
     @property
     def model(self) -> str:
-        """The repo to serve; before it is published, the folder that the card lies in."""
+        """The repo to serve, or for a result that is not published the card's own folder."""
         return self.recipe.publish.repo_id if self.recipe.publish else "."
 
     @property
@@ -58,11 +61,11 @@ class CardFacts:
     @property
     def head(self) -> bool:
         """Whether the result has an MTP head."""
-        return bool(self.measured["head_kept"])
+        return self.measured.head_kept
 
     @property
     def packed_head(self) -> bool:
-        """Whether an MTP head, if there is one, is packed."""
+        """Whether an MTP head, if there is one, is quantized."""
         return self.recipe.mtp in PACKED_HEADS
 
     @property
@@ -71,29 +74,29 @@ class CardFacts:
 
     @property
     def bits(self) -> int:
-        return self.recipe.quantize.resolved[0]
+        return self.recipe.quantize.resolved.bits
 
     @property
     def calibration(self) -> str:
         """The calibration text, pinned to what it was."""
-        return str(self.provenance.get("quantize", {}).get("calibration") or self.recipe.quantize.calibration)
+        return self.record("quantize").calibration or self.recipe.quantize.calibration
 
     @property
     def tools(self) -> dict[str, str]:
         """Versions by tool; Python's and torch's as the quantize stage had them."""
-        quantize = self.provenance.get("quantize", {})
-        versions = {
-            "requant": self.version,
-            "Python": (quantize.get("machine") or {}).get("python"),
-            "torch": (quantize.get("settings") or {}).get("torch"),
-        }
+        record = self.record("quantize")
+        versions = {"requant": self.version, "Python": record.machine.python, "torch": record.torch}
         for record in self.provenance.values():
-            versions |= record.get("tools") or {}
+            versions |= record.tools
         return {name: version for name, version in versions.items() if version}
+
+    def record(self, stage: str) -> StageRecord:
+        """Return the record of a stage; an empty one if the stage did not run."""
+        return self.provenance.get(stage, StageRecord())
 
 
 def scheme_words(quantize: Quantize) -> str:
-    """Name the bits, groups and symmetry of a scheme."""
+    """Describe a scheme: its bits, group size and symmetry."""
     bits, group_size, sym = quantize.asked
     groups = "one scale a row" if group_size == -1 else f"group size {group_size}"
     return f"W{bits}A16, {groups}, {'symmetric' if sym else 'asymmetric'}"

@@ -1,8 +1,8 @@
-"""Escaping for Markdown: what comes from outside is shown as text, whatever it holds.
+"""Escaping for Markdown, so that a page shows every value from outside as text.
 
-A `Markdown` string may stand in a page as it is. Everything else is escaped where it is rendered: by `rendered` behind
-every `{{ }}` of a template, and by `table` in every cell. What Python or Jinja make of a Markdown string, as `+`, `%`,
-`join` or an f-string, is a plain `str` again. So what is not marked is escaped, and nothing is let through by mistake.
+A `Markdown` string is put into a page as it is. All other values are escaped where they are rendered: by `rendered` in
+every `{{ }}` of a template, and by `table` in every cell. An operation on a Markdown string, such as `+`, `join` or an
+f-string, returns a plain `str`, which is escaped. So no value gets into a page unescaped by mistake.
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-MAX_NAME = 160  # characters: a data set's id and commit have room
+MAX_NAME = 160  # characters: enough for the id and the commit of a data set
 
 
 class Markdown(str):
-    """Text that nothing has to be escaped in: our own, or the result of a function of this module."""
+    """Text that needs no escaping: Requant's own, or the result of a function of this module."""
 
     __slots__ = ()
 
 
 def rendered(value: object) -> Markdown:
-    """Escape a value of a template's `{{ }}`, unless it is Markdown. Passed to Jinja as `finalize`."""
+    """Escape a value of a template's `{{ }}`, unless it is Markdown. Jinja calls this function as its `finalize`."""
     return value if isinstance(value, Markdown) else escape(value)
 
 
 def escape(value: object) -> Markdown:
-    """Escape a part of a sentence: everything that Markdown or HTML could read as more than text becomes `?`."""
+    """Escape a part of a sentence: every character that could be markup in Markdown or HTML becomes `?`."""
     return Markdown(re.sub(r"[^\w .,:;%()'+=-]", "?", str(value)))
 
 
 def named(name: object) -> Markdown:
-    """Show a name as code, which nothing in it can leave."""
+    """Show a name as code. No character of the name can end the code."""
     return Markdown(f"`{name_characters(name) or '?'}`")
 
 
@@ -46,18 +46,18 @@ def hub_link(repo_id: str) -> Markdown:
 
 
 def repo_name(repo_id: str) -> Markdown:
-    """Show the id of a repo, or `.` for a folder, as a word of a sentence or of a program."""
+    """Show the id of a repo, or `.` for a folder, as a plain word in a sentence or in code."""
     return Markdown(re.sub(r"[^\w./-]", "?", repo_id))
 
 
 def fence(text: str, language: str = "bash") -> Markdown:
-    """Show a block of code, fenced by more backticks than it holds."""
+    """Show a block of code, in a fence of more backticks than the code has in a row."""
     ticks = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
     return Markdown(f"{ticks}{language}\n{text}\n{ticks}")
 
 
 def cell(value: object) -> Markdown:
-    """Escape a cell of a table: it stays one cell, and nothing in it is a link, code, emphasis or HTML."""
+    """Escape a cell of a table. It stays one cell, without links, code, emphasis or HTML."""
     if isinstance(value, Markdown):
         return value
     line = re.sub(r"[\r\n]+", " ", str(value))
@@ -65,11 +65,11 @@ def cell(value: object) -> Markdown:
 
 
 def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Markdown:
-    """Lay out a table. Cells that are Markdown must hold no `|` and no line break, as those of `named` do."""
+    """Lay out a table. Cells that are Markdown must not have `|` or line breaks; those of `named` have none."""
     lines = [header, tuple("---" for _ in header), *rows]
     return Markdown("\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines))
 
 
 def number(value: float | None, form: str) -> str:
-    """Format a number as `form` of Python's format() says; nothing for None."""
+    """Format a number by a format specification of Python. Empty for None."""
     return "" if value is None else format(value, form)

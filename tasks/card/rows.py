@@ -1,91 +1,95 @@
-"""Rows of tables: for the card, and the first three for a run's report too. Each has its header beside it."""
+"""Rows of the card's tables, and their columns. A run's report has the tables of quality, drafts and tasks, too."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from requant.tasks.card.filters import escape, named, number
 from requant.tasks.formatting import gigabytes
-from requant.tasks.serving.measure import summary
+from requant.tasks.record import StageRecord
+from requant.tasks.serving.result import BenchmarkResult, PromptResult, SpeedSummary
+from requant.tasks.validating.measured import Interval, Measured
 
 QUALITY_COLUMNS = ("", "base", "quantized", "95 % of the time between")
 DRAFT_COLUMNS = ("draft", "base", "quantized", "base, on its own text", "quantized, on its own text")
-TASKS = ("task", "metric", "base", "quantized", "recovery")
-SPEED = ("requests", "without MTP", "with MTP", "speedup", "draft acceptance rate")
-PROMPTS = ("prompt, greedy, alone", "tokens", "without MTP", "with MTP", "draft acceptance rate")
+TASK_COLUMNS = ("task", "metric", "base", "quantized", "recovery")
+SPEED_COLUMNS = ("requests", "without MTP", "with MTP", "speedup", "draft acceptance rate")
+PROMPT_COLUMNS = ("prompt, greedy, alone", "tokens", "without MTP", "with MTP", "draft acceptance rate")
 Row = tuple[str, ...]
 
 
-def quality_rows(measured: Mapping[str, Any]) -> list[Row]:
-    """Compare what was measured of both models, with the quantized one's 95 % interval where there is one."""
-    rows = [
-        ("perplexity", "base_perplexity", "perplexity", "perplexity_interval", ".4f"),
-        ("perplexity over the base's, minus 1", "", "perplexity_increase", "perplexity_increase_interval", ".2%"),
-        ("KL divergence, nats", "", "kl_divergence", "", ".4f"),
-        ("KL divergence, 99 % of places below", "", "kl_divergence_p99", "", ".4f"),
-        ("same next token", "", "top1_agreement", "", ".2%"),
-        ("first draft accepted", "base_mtp_acceptance", "mtp_acceptance", "", ".1%"),
+def quality_rows(measured: Measured) -> list[Row]:
+    """Compare the measured quality of both models, with the 95 % interval of the quantized one where it has one."""
+    behaviour, divergence = measured.behaviour, measured.divergence
+    base, quantized = behaviour.base, behaviour.quantized
+    increase, increase_interval = behaviour.perplexity_increase, behaviour.perplexity_increase_interval
+    rows: list[tuple[str, float | None, float | None, Interval | None, str]] = [
+        ("perplexity", base.perplexity, quantized.perplexity, quantized.perplexity_interval, ".4f"),
+        ("perplexity over the base's, minus 1", None, increase, increase_interval, ".2%"),
+        ("KL divergence, nats", None, divergence.kl_divergence, None, ".4f"),
+        ("KL divergence, 99 % of places below", None, divergence.kl_divergence_p99, None, ".4f"),
+        ("same next token", None, behaviour.top1_agreement, None, ".2%"),
+        ("draft acceptance rate, first draft", base.mtp_acceptance, quantized.mtp_acceptance, None, ".1%"),
     ]
     return [
-        (
-            name,
-            number(measured.get(base), form),
-            number(measured.get(ours), form),
-            " and ".join(number(end, form) for end in measured.get(interval) or []),
-        )
-        for name, base, ours, interval, form in rows
-        if measured.get(ours) is not None
+        (name, number(of_base, form), number(value, form), " and ".join(number(end, form) for end in interval or ()))
+        for name, of_base, value, interval, form in rows
+        if value is not None
     ]
 
 
-def head_rows(measured: Mapping[str, Any]) -> list[Row]:
+def head_rows(measured: Measured) -> list[Row]:
     """Compare the shares of steps that accept each draft and all before it, on the pinned text and on greedy text."""
-    kinds = ("base_mtp", "mtp", "base_greedy", "greedy")
-    columns = [measured.get(f"{kind}_acceptance_by_position") or [] for kind in kinds]
+    base, quantized = measured.behaviour.base, measured.behaviour.quantized
+    columns = [
+        base.mtp_acceptance_by_position or (),
+        quantized.mtp_acceptance_by_position or (),
+        base.greedy_acceptance_by_position or (),
+        quantized.greedy_acceptance_by_position or (),
+    ]
     return [
-        (str(place + 1), *(number(column[place] if place < len(column) else None, ".1%") for column in columns))
-        for place in range(max(map(len, columns)))
+        (str(position + 1), *(number(rates[position] if position < len(rates) else None, ".1%") for rates in columns))
+        for position in range(max(map(len, columns)))
     ]
 
 
-def task_rows(measured: Mapping[str, Any]) -> list[Row]:
+def task_rows(measured: Measured) -> list[Row]:
     """Compare the scores of both models in lm-eval tasks."""
+    tasks = measured.evaluation.tasks if measured.evaluation else None
     return [
         (
             named(name),
-            escape(task["metric"]),
-            number(task["base"], ".4g"),
-            number(task["ours"], ".4g"),
-            number(task["recovery"], ".1%") or "none",
+            escape(task.metric),
+            number(task.base, ".4g"),
+            number(task.ours, ".4g"),
+            number(task.recovery, ".1%") or "none",
         )
-        for name, task in (measured.get("tasks") or {}).items()
+        for name, task in (tasks or {}).items()
     ]
 
 
-def speed_rows(benchmark: Mapping[str, Any]) -> list[Row]:
+def speed_rows(benchmark: BenchmarkResult) -> list[Row]:
     """Compare output tokens per second without and with MTP, for each sampling and number of requests at once."""
-    prompts = benchmark["prompts"]
     rows: list[Row] = []
-    for sampling in benchmark["sampling"]:
-        for at_once in sorted({row["concurrency"] for row in prompts}):
-            off, on = (summary(prompts, mtp=mtp, sampling=sampling, concurrency=at_once) for mtp in (False, True))
-            speedup = on["tokens_per_second"] / off["tokens_per_second"] if on and off else None
+    for sampling in benchmark.sampling or ():
+        for at_once in sorted({row.concurrency for row in benchmark.prompts}):
+            off, on = (benchmark.summary(mtp=mtp, sampling=sampling, concurrency=at_once) for mtp in (False, True))
+            speedup = on.tokens_per_second / off.tokens_per_second if on and off else None
             words = f"{sampling}, {'one at a time' if at_once == 1 else f'{at_once} at once'}"
             rows.append((words, _speed(off), _speed(on), number(speedup, ".2f") or "-", _acceptance(on)))
     return rows
 
 
-def prompt_rows(benchmark: Mapping[str, Any]) -> list[Row]:
+def prompt_rows(benchmark: BenchmarkResult) -> list[Row]:
     """Compare output tokens per second for each prompt, decoded greedily, one request at a time."""
-    prompts: dict[tuple[str, str], dict[bool, Mapping[str, Any]]] = {}
-    for row in benchmark["prompts"]:
-        if row["sampling"] == "greedy" and row["concurrency"] == 1:
-            prompts.setdefault((row["set"], row["name"]), {})[row["mtp"]] = row
+    prompts: dict[tuple[str, str], dict[bool, PromptResult]] = {}
+    for row in benchmark.prompts:
+        if row.sampling == "greedy" and row.concurrency == 1:
+            prompts.setdefault((row.set, row.name), {})[row.mtp] = row
     return [
         (
             f"{name[0]}: {name[1]}",
-            str(next(iter(modes.values()))["tokens"]),
+            str(next(iter(modes.values())).tokens),
             _speed(modes.get(False)),
             _speed(modes.get(True)),
             _acceptance(modes.get(True)),
@@ -94,34 +98,34 @@ def prompt_rows(benchmark: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def stage_rows(provenance: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """List each stage's seconds, hardware and tools, from its record."""
+def stage_rows(provenance: Mapping[str, StageRecord]) -> list[Row]:
+    """List the seconds, hardware and tools of each stage."""
     return [
         (
             name,
-            number(record.get("seconds", 0), ".1f"),
+            number(record.seconds or 0, ".1f"),
             escape(_hardware(record)),
-            escape(", ".join(f"{tool} {version}" for tool, version in (record.get("tools") or {}).items())),
+            escape(", ".join(f"{tool} {version}" for tool, version in record.tools.items())),
         )
         for name, record in provenance.items()
     ]
 
 
-def _speed(row: Mapping[str, Any] | None) -> str:
-    return number(row["tokens_per_second"], ".1f") if row else "-"
+def _speed(row: PromptResult | SpeedSummary | None) -> str:
+    return number(row.tokens_per_second, ".1f") if row else "-"
 
 
-def _acceptance(row: Mapping[str, Any] | None) -> str:
-    return number(row["acceptance"], ".1%") or "-" if row else "-"
+def _acceptance(row: PromptResult | SpeedSummary | None) -> str:
+    return number(row.acceptance, ".1%") or "-" if row else "-"
 
 
-def _hardware(record: Mapping[str, Any]) -> str:
+def _hardware(record: StageRecord) -> str:
     """Name the device that the stage used, where it says so, and the machine around it."""
-    machine = record.get("machine") or {}
-    device = (record.get("settings") or {}).get("device") or (record.get("measured") or {}).get("hardware")
-    words = [str(device)] if device and not str(device).lower().startswith("cpu") else []
-    if "cpus" in machine:
-        words.append(f"{machine['cpus']} CPU cores")
-    if "memory_bytes" in machine:
-        words.append(f"{gigabytes(machine['memory_bytes'])} of memory")
+    machine = record.machine
+    device = record.device or record.benchmark_hardware
+    words = [device] if device and not device.lower().startswith("cpu") else []
+    if machine.cpus is not None:
+        words.append(f"{machine.cpus} CPU cores")
+    if machine.memory_bytes is not None:
+        words.append(f"{gigabytes(machine.memory_bytes)} of memory")
     return ", ".join(words)

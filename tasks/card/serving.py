@@ -1,4 +1,4 @@
-"""How a card says that its model is served: commands as the benchmark ran them, or as it would have."""
+"""Commands that serve a model: those that the benchmark ran, or else those that it would have run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
 
 @dataclass(frozen=True)
 class VllmCommand:
-    """How vLLM serves a model, with its MTP head (`mtp`) or without.
+    """A command that serves a model in vLLM, with its MTP head (`mtp`) or without.
 
     line: the command to type; ran: whether the benchmark ran it; no_drafts: why vLLM does not draft with the head.
     """
@@ -27,22 +27,22 @@ class VllmCommand:
 
 @dataclass(frozen=True)
 class Serving:
-    """Which engines load a model, and the commands that serve it."""
+    """The engines that load a model, and the commands that serve it."""
 
-    refused: Mapping[str, str]  # engines that do not load it, and why
+    refused: Mapping[str, str]  # why an engine does not load it, by engine
     vllm: Sequence[VllmCommand]
     sglang: str  # the command
     sglang_drafts: bool
 
     def loads(self, engine: str) -> bool:
-        """Tell whether vllm, sglang or transformers loads the model, as far as is known."""
+        """Check whether `vllm`, `sglang` or `transformers` loads the model. True if that is not known."""
         return engine not in self.refused
 
 
 def serving_of(facts: CardFacts) -> Serving:
-    """Choose the commands, by the benchmark's record and the plan's verdicts on engines."""
+    """Choose the commands by the benchmark's result and the plan's verdicts on engines."""
     refused = {engine: why for engine in ENGINES if (why := _refusal(facts, engine, "loads"))}
-    if facts.benchmark.get("commands"):  # vLLM has just served it: the plan's verdict was wrong
+    if facts.benchmark.commands:  # vLLM has just served it, so the plan's verdict was wrong
         refused.pop("vllm", None)
     drafts = facts.head and not facts.packed_head and not _refusal(facts, "sglang", "mtp")
     modes = (True, False) if facts.head else (False,)
@@ -50,14 +50,14 @@ def serving_of(facts: CardFacts) -> Serving:
 
 
 def _refusal(facts: CardFacts, engine: str, what: str) -> str | None:
-    """Say why an engine does not load the model (`loads`) or draft (`mtp`); None if it does, or is not known."""
+    """Say why an engine does not load the model (`loads`) or draft (`mtp`). None if it does, or if nobody knows."""
     verdict = facts.engines.get(engine)
-    return None if verdict is None or verdict[what] else str(verdict["reason"])
+    return None if verdict is None or getattr(verdict, what) else verdict.reason
 
 
 def _vllm(facts: CardFacts, *, mtp: bool) -> VllmCommand:
-    """Write the command as the benchmark ran it, a path of its machine cut to the name of the file."""
-    ran = next((one["words"] for one in facts.benchmark.get("commands", ()) if one["mtp"] is mtp), None)
+    """Write the command as the benchmark ran it, if it did. Paths of its machine are cut to file names."""
+    ran = next((one.words for one in facts.benchmark.commands or () if one.mtp is mtp), None)
     if ran is not None:
         return VllmCommand(mtp, command_line(public(list(ran)), facts.model), ran=True)
     asked = facts.recipe.benchmark

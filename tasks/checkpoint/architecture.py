@@ -1,24 +1,22 @@
-"""Whether an architecture can be loaded: what transformers knows, from its source, without importing it or torch."""
+"""Checks whether transformers can load an architecture, without importing transformers or torch."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
+from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.untrusted import shown
 
-# Weights of these lie transposed (transformers' Conv1D): packed, they are no longer the base's matrices.
+# Model types that store weights transposed (transformers' Conv1D): quantized, they would not be the base's matrices.
 TRANSPOSED = {"gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer"}
 
 
-def architecture_problem(
-    config: Mapping[str, Any], known: Container[str], *, allow_remote_code: bool = False
-) -> str | None:
-    """Why a base of this config cannot be loaded, or None. known: the model types of transformers."""
+def architecture_problem(config: ModelConfig, known: Container[str], *, allow_remote_code: bool = False) -> str | None:
+    """Return why a base with this config cannot be loaded, or None. `known`: the model types of transformers."""
     kind = config.get("model_type")
     named = shown(repr(kind))
     if isinstance(kind, str) and kind in TRANSPOSED:
@@ -34,14 +32,14 @@ def architecture_problem(
 
 @cache
 def known_model_types() -> frozenset[str] | None:
-    """The model types that the installed transformers has a config for; None where its source does not tell."""
+    """Return the model types of the installed transformers, or None if its source does not list them as expected."""
     spec = find_spec("transformers")
     if spec is None or spec.origin is None:
         return None
     folder = Path(spec.origin).parent / "models" / "auto"
-    found: set[str] = set()
+    types: set[str] = set()
     for name in ("auto_mappings.py", "configuration_auto.py"):
         path = folder / name
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        found |= set(re.findall(r'"([\w.-]+)"(?:,|:) "\w+Config"', text))
-    return frozenset(found) or None
+        types |= set(re.findall(r'"([\w.-]+)"(?:,|:) "\w+Config"', text))
+    return frozenset(types) or None

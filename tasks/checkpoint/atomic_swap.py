@@ -1,9 +1,9 @@
-"""Puts changed files into a folder at one stroke, so that a reader finds the old checkpoint or the new one.
+"""Replaces files of a folder in one step, so that a reader finds either the old checkpoint or the new one.
 
-New files are written into a stage. Where the file system allows it, the stage is completed with links to all that
-stays, and the two folders change places (`renameat2(RENAME_EXCHANGE)`, Linux). A folder that cannot be exchanged (a
-mount point, a parent that may not be written) gets the new files one by one, weights before the index, the index
-before what it no longer names; killed in between, the next call goes on.
+New files are written to a staging folder. If the file system allows it, links to all files that stay are added there,
+and the two folders are exchanged (`renameat2` with RENAME_EXCHANGE, Linux). A folder that cannot be exchanged, such as
+a mount point, gets the new files one by one: shards, then the index, then the configs. Shards that the index no longer
+names are removed last. If the process is killed in between, the next call continues.
 """
 
 from __future__ import annotations
@@ -19,43 +19,43 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from requant.tasks.artifact import sync
-from requant.tasks.checkpoint.checkpoint import INDEX, PLAIN_NAME, read_json
+from requant.tasks.checkpoint.checkpoint import INDEX, SHARD_NAME, read_json
 from requant.tasks.errors import CheckpointError
 
 EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h
 AT_FDCWD = -100
 STAGING_FOLDER = ".mtp-fix"
-REMOVED = ".removed"  # in a stage: what is to be taken away once the new index is there
-IMPOSSIBLE = {errno.EBUSY, errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK}
+REMOVED = ".removed"  # a file in the staging folder: names of the shards to remove once the new index is in place
+NOT_EXCHANGEABLE = {errno.EBUSY, errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK}
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time on a folder. Raises CheckpointError if there is another."""
+    """Lock a folder. Raises CheckpointError if another process has locked it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise CheckpointError(f"another process is repairing {folder}: wait for it") from error
-        except OSError:  # a network file system without locks on folders
+        except OSError:  # network file systems may not be able to lock folders
             pass
         yield
     finally:
         os.close(descriptor)
 
 
-def finish(folder: Path) -> None:
-    """End what a killed call began: take away the shards that its index, in place by then, no longer names."""
-    noted = folder / STAGING_FOLDER / REMOVED
-    if (folder / STAGING_FOLDER).is_symlink() or not stat.S_ISREG(_mode(noted)) or noted.stat().st_size > 1 << 20:
+def finish_interrupted(folder: Path) -> None:
+    """Complete the work of a call that was killed: remove the shards that its index no longer names."""
+    names = folder / STAGING_FOLDER / REMOVED
+    if (folder / STAGING_FOLDER).is_symlink() or not stat.S_ISREG(_mode(names)) or names.stat().st_size > 1 << 20:
         return
-    _remove(folder, noted.read_bytes().decode("utf-8", "replace").split("\n"))
+    _remove(folder, names.read_bytes().decode("utf-8", "replace").split("\n"))
 
 
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """An empty folder on the same file system, for what will be installed into `folder`; taken away at the end."""
+    """Create an empty staging folder on the file system of `folder`, and remove it at the end."""
     stage = stage_of(folder)
     stage.mkdir()
     try:
@@ -64,8 +64,8 @@ def staged(folder: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def clear(folder: Path) -> None:
-    """Take away the stages of killed calls."""
+def remove_stages(folder: Path) -> None:
+    """Remove the staging folders of calls that were killed."""
     for stage in (folder.parent / f".{folder.name}{STAGING_FOLDER}", folder / STAGING_FOLDER):
         if stage.is_symlink() or stat.S_ISREG(_mode(stage)):
             stage.unlink()
@@ -81,16 +81,17 @@ def _mode(path: Path) -> int:
 
 
 def stage_of(folder: Path) -> Path:
-    """Beside the folder where the two can change places, else inside it."""
+    """Return the path of the staging folder: next to the folder if the two can be exchanged, otherwise inside it."""
     folder = folder.resolve()
     parent = folder.parent
-    beside = os.access(parent, os.W_OK | os.X_OK) and parent.stat().st_dev == folder.stat().st_dev
-    left_alone = os.path.ismount(folder) or Path.cwd().is_relative_to(folder)  # a shell there would lose its folder
-    return parent / f".{folder.name}{STAGING_FOLDER}" if beside and not left_alone else folder / STAGING_FOLDER
+    exchangeable = os.access(parent, os.W_OK | os.X_OK) and parent.stat().st_dev == folder.stat().st_dev
+    # A shell whose working directory is the folder would be left in the old one.
+    exchangeable = exchangeable and not os.path.ismount(folder) and not Path.cwd().is_relative_to(folder)
+    return parent / f".{folder.name}{STAGING_FOLDER}" if exchangeable else folder / STAGING_FOLDER
 
 
 def install(stage: Path, folder: Path, removed: Sequence[str]) -> None:
-    """Make `folder` hold the stage's files, and no longer the `removed` ones; everything else stays as it is."""
+    """Move the files of the staging folder into `folder`, and remove the `removed` ones. All other files stay."""
     if stage.parent == folder or not _exchange(stage, folder, removed):
         _move_in(stage, folder, removed)
 
@@ -102,10 +103,10 @@ def _exchange(stage: Path, folder: Path, removed: Sequence[str]) -> bool:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.renameat2(AT_FDCWD, os.fsencode(stage), AT_FDCWD, os.fsencode(folder), EXCHANGE) != 0:
             raise OSError(ctypes.get_errno(), "renameat2")
-    except AttributeError:  # another C library
+    except AttributeError:  # the C library has no renameat2
         return False
     except OSError as error:
-        if error.errno in IMPOSSIBLE:
+        if error.errno in NOT_EXCHANGEABLE:
             return False
         raise
     sync(folder.parent)
@@ -113,7 +114,7 @@ def _exchange(stage: Path, folder: Path, removed: Sequence[str]) -> bool:
 
 
 def _link_rest(source: Path, target: Path, skip: set[str]) -> None:
-    """Link every file of `source` that `target` has not; symbolic links are made again, and lead where they did."""
+    """Hard-link every file of `source` that `target` lacks. Symbolic links are recreated with the same target."""
     for entry in sorted(os.scandir(source), key=lambda e: e.name):
         there = target / entry.name
         if entry.name in skip or (os.path.lexists(there) and not entry.is_dir(follow_symlinks=False)):
@@ -129,29 +130,29 @@ def _link_rest(source: Path, target: Path, skip: set[str]) -> None:
 
 
 def _move_in(stage: Path, folder: Path, removed: Sequence[str]) -> None:
-    names = [p.name for p in stage.iterdir() if not p.is_dir() and not _stays(p, folder / p.name)]
+    names = [p.name for p in stage.iterdir() if not p.is_dir() and not _is_unchanged(p, folder / p.name)]
     (stage / REMOVED).write_text("\n".join(removed))
-    for name in sorted(names, key=_turn):
+    for name in sorted(names, key=_install_order):
         os.replace(stage / name, folder / name)
     sync(folder)
     _remove(folder, removed)
 
 
 def _remove(folder: Path, names: Sequence[str]) -> None:
-    """Take away shards that the index does not name, and nothing else, whatever the names say."""
+    """Remove those of the named files that are shards and that the index does not name."""
     if not (folder / INDEX).is_file():
         return
     named = set(read_json(folder / INDEX).get("weight_map", {}).values())
     for name in names:
-        if name not in named and PLAIN_NAME.fullmatch(name):
+        if name not in named and SHARD_NAME.fullmatch(name):
             (folder / name).unlink(missing_ok=True)
 
 
-def _stays(path: Path, there: Path) -> bool:
-    """Whether a file of the stage is only a link to what the folder has."""
+def _is_unchanged(path: Path, there: Path) -> bool:
+    """Check whether a file of the staging folder is only a link to a file of the folder."""
     return there.exists() and (path.is_symlink() or os.path.samefile(path, there))
 
 
-def _turn(name: str) -> int:
-    """Shards first, under names that are new; then the index, then the configs."""
+def _install_order(name: str) -> int:
+    """Sort shards first, whose names are new, then the index, then the configs."""
     return 0 if name.endswith(".safetensors") else 1 if name == INDEX else 2

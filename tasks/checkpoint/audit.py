@@ -1,4 +1,4 @@
-"""Accounts for every tensor and file of a quantized checkpoint against its base: packed, or bit-identical."""
+"""Compares every tensor and file of a quantized checkpoint with its base: each must be quantized or identical."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any
 from requant.tasks.artifact import REWRITTEN, sha256_of
 from requant.tasks.checkpoint.assemble import packed_parts
 from requant.tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, read_json
+from requant.tasks.checkpoint.config import ModelConfig, QuantizationConfig
 from requant.tasks.checkpoint.data_checks import is_finite
 from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.header import Tensor
-from requant.tasks.checkpoint.mtp import without_layer_count
 from requant.tasks.checkpoint.packing import PackingScheme, check_parts
 from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import CheckpointError
 
-# What says how long a text may be, and where its tokens are.
-CONTEXT = (
+# Keys of the context length and of the positions of tokens.
+CONTEXT_KEYS = (
     "max_position_embeddings", "original_max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta",
     "partial_rotary_factor", "sliding_window", "layer_types",
 )  # fmt: skip
-DTYPE_KEYS = ("dtype", "torch_dtype")  # the second is the earlier name of the first
-# Keys of config.json that change nothing that is measured: who wrote it, with what, and what a library does by default.
+DTYPE_KEYS = ("dtype", "torch_dtype")  # the second is the former name
+# Keys of config.json that do not change what the model computes, such as who wrote it and defaults of a library.
 BOOKKEEPING = {
     "transformers_version", "torch_dtype", "dtype", "_name_or_path", "name_or_path", "_model_name_or_path",
     "_commit_hash", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "torchscript",
     "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "problem_type", "id2label",
     "label2id", "tokenizer_class", "processor_class", "pad_token_id",
 }  # fmt: skip
-# In a tokenizer's or processor's own file they decide what is loaded.
+# In the files of a tokenizer or processor, these keys decide which class is loaded.
 CLASS_KEYS = {"tokenizer_class", "processor_class"}
 QUANTIZATION_KEYS = {"quantization_config", "compression_config"}
 OWN_FILES = {"config.json", QUANTIZATION, *REWRITTEN}
@@ -40,8 +40,12 @@ OWN_FILES = {"config.json", QUANTIZATION, *REWRITTEN}
 
 @dataclass
 class Account:
-    """What was found; every list holds sentences, and all are empty for a checkpoint that Requant made. `differences`
-    are those that change nothing that is measured; each of the others keeps the checkpoint from being sound."""
+    """The result of the comparison.
+
+    `packed`, `kept` and `head` count quantized matrices, tensors that are the base's, and such tensors of the MTP head.
+    Every list holds sentences, and is empty for a checkpoint that Requant made. `differences` do not change what the
+    model computes. An entry of any other list means that the checkpoint is not sound.
+    """
 
     packed: int = 0
     kept: int = 0
@@ -60,63 +64,64 @@ def account(
     *,
     with_head: bool,
     pack_head: bool = False,
-    completed: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda config: None,
+    completed: Callable[[ModelConfig], ModelConfig | None] = lambda config: None,
 ) -> Account:
-    """Compare a quantized checkpoint with its base. Reads all tensors of both once, a chunk at a time.
+    """Compare a quantized checkpoint with its base. Reads all tensors of both once, chunk by chunk.
 
-    What is FP8 in the base must be packed, or BF16 as the base's scales have it, and no scale may be left of it.
-    Experts that lie fused in the base may lie there one by one.
-    `pack_head`: the head was asked for with packed layers, and has them.
-    `completed`: makes of a config what a model is built from, with defaults and under today's names, as
-    `completed_config` of tasks/validating/model.py does.
+    An FP8 weight of the base must be quantized, or dequantized to BF16 with the base's scales, and its scales must be
+    gone. Experts that are fused in the base may be split.
+
+    `with_head`: the MTP head must be there. `pack_head`: the recipe asks for a quantized head.
+    `completed`: adds all defaults to a config, and renames old keys, as `completed_config` of tasks/validating/model.py
+    does; returns None if it cannot.
     """
     base = dequantize_fp8(split_fused_experts(base, quantized.tensors, head_too=True))
-    found = Account(unaccounted=list(quantized.problems))
-    quantization = quantized.config.get("quantization_config") or {}
+    result = Account(unaccounted=list(quantized.problems))
+    quantization = quantized.config.quantization
     parts = packed_parts(quantized.tensors.values())
     head_names = set(base.head.names if base.head else ())
     seen: set[str] = set()
     for name, source in base.tensors.items():
         module, _, last = name.rpartition(".")
         if last == "weight" and module in parts and name not in quantized.tensors:
-            found.packed += 1
+            result.packed += 1
             if name in head_names and not pack_head:
-                found.altered.append(f"{module} of the MTP head is packed")
+                result.altered.append(f"{module} of the MTP head is packed")
             seen.update(t.name for t in parts[module].values())
-            _check_packed(found, module, source, parts[module], quantization)
+            _check_packed(result, module, source, parts[module], quantization)
         elif name in quantized.tensors:
             seen.add(name)
             if name in head_names and not with_head:
-                found.unaccounted.append(f"{name} is there, and the head was to be dropped")
-            found.head += name in head_names
-            found.kept += name not in head_names
-            _check_kept(found, quantized.tensors[name], source)
+                result.unaccounted.append(f"{name} is there, and the head was to be dropped")
+            result.head += name in head_names
+            result.kept += name not in head_names
+            _check_kept(result, quantized.tensors[name], source)
         elif with_head or name not in head_names:
-            found.unaccounted.append(f"{name} of the base is missing")
-    found.unaccounted += [f"{name} is not in the base" for name in quantized.tensors if name not in seen]
-    if not found.packed:
-        found.unaccounted.append("no tensor is quantized")
-    _check_config(found, quantized, base, with_head, completed)
-    _check_files(found, quantized.folder, base.folder)
-    return found
+            result.unaccounted.append(f"{name} of the base is missing")
+    result.unaccounted += [f"{name} is not in the base" for name in quantized.tensors if name not in seen]
+    if not result.packed:
+        result.unaccounted.append("no tensor is quantized")
+    _check_config(result, quantized, base, with_head, completed)
+    _check_files(result, quantized.folder, base.folder)
+    return result
 
 
 def _check_packed(
-    found: Account, module: str, weight: Tensor, parts: Mapping[str, Tensor], quantization: Mapping[str, Any]
+    result: Account, module: str, weight: Tensor, parts: Mapping[str, Tensor], quantization: QuantizationConfig
 ) -> None:
     try:
         wrong = check_parts(module, parts, PackingScheme.of(quantization, module), weight.shape)
     except CheckpointError as error:
         wrong = str(error)
     if wrong:
-        found.unaccounted.append(wrong)
+        result.unaccounted.append(wrong)
     elif not all(is_finite(chunk, parts["scales"].dtype) for chunk in parts["scales"].chunks()):
-        found.not_finite.append(f"{module}.scales")
+        result.not_finite.append(f"{module}.scales")
 
 
-def _check_kept(found: Account, tensor: Tensor, source: Tensor) -> None:
+def _check_kept(result: Account, tensor: Tensor, source: Tensor) -> None:
     if (tensor.dtype, tensor.shape) != (source.dtype, source.shape):
-        found.altered.append(
+        result.altered.append(
             f"{tensor.name} is {tensor.dtype} {tensor.shape}, in the base {source.dtype} {source.shape}"
         )
         return
@@ -125,59 +130,57 @@ def _check_kept(found: Account, tensor: Tensor, source: Tensor) -> None:
         same = same and ours == theirs
         sound = sound and is_finite(ours, tensor.dtype)
     if not same:
-        found.altered.append(f"{tensor.name} differs from the base's")
+        result.altered.append(f"{tensor.name} differs from the base's")
     if not sound:
-        found.not_finite.append(tensor.name)
+        result.not_finite.append(tensor.name)
 
 
 def _check_config(
-    found: Account,
+    result: Account,
     quantized: Checkpoint,
     base: Checkpoint,
     with_head: bool,
-    completed: Callable[[dict[str, Any]], dict[str, Any] | None],
+    completed: Callable[[ModelConfig], ModelConfig | None],
 ) -> None:
-    """What differs and is computed with is unaccounted for; what only says the same otherwise is a difference.
+    """Sort the differences of the configs: those that change what the model computes are unaccounted for.
 
-    So is the type that engines compute in: measuring takes it from the base."""
-    stated = base.config if with_head or base.head is None else without_layer_count(base.config)
+    The dtype in which engines compute counts as a difference, since measuring takes it from the base.
+    """
+    expected = base.config if with_head or base.head is None else base.config.without_mtp_layers()
     ours, theirs = (
-        {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
-        for config in (quantized.config, stated)
+        ModelConfig({key: value for key, value in config.items() if key not in QUANTIZATION_KEYS})
+        for config in (quantized.config, expected)
     )
-    mine, others = _computed(ours), _computed(theirs)
-    computed = _differing(mine, others)
-    if computed:  # unless defaults are left out in one of them, or keys have other names
-        built = [whole for config in (ours, theirs) if (whole := completed(config)) is not None]
+    our_computed, their_computed = (ModelConfig(_computed(config)) for config in (ours, theirs))
+    computed = _differing(our_computed, their_computed)
+    if computed:  # one config may leave out defaults, or use old names of keys
+        built = [full for config in (ours, theirs) if (full := completed(config)) is not None]
         if len(built) == 2:
-            mine, others = map(_computed, built)
-            computed = _differing(mine, others)
-    found.unaccounted += [f"config.json differs from the base's in {key}" for key in computed]
-    told = (
+            our_computed, their_computed = (ModelConfig(_computed(config)) for config in built)
+            computed = _differing(our_computed, their_computed)
+    result.unaccounted += [f"config.json differs from the base's in {key}" for key in computed]
+    sentences = (
         _difference(place, ours, theirs)
         for key in _differing(ours, theirs)
         if key not in computed
         for place in _places(key, ours.get(key), theirs.get(key))
     )
-    found.differences += dict.fromkeys(told)
-    texts = [
-        config["text_config"] if isinstance(config.get("text_config"), dict) else config for config in (mine, others)
-    ]
-    for key in CONTEXT:
-        said, wanted = (text.get(key) for text in texts)
-        if said != wanted:
-            found.context.append(f"config.json says {key} {shown(str(said))}, the base's {shown(str(wanted))}")
+    result.differences += dict.fromkeys(sentences)
+    for key in CONTEXT_KEYS:
+        stated, wanted = our_computed.text.get(key), their_computed.text.get(key)
+        if stated != wanted:
+            result.context.append(f"config.json says {key} {shown(str(stated))}, the base's {shown(str(wanted))}")
 
 
 def _differing(ours: Any, theirs: Any) -> list[str]:
-    """The keys in which two objects differ; a key that is not there is one that is null."""
+    """Return the keys in which two objects differ. A missing key equals one that is null."""
     if not isinstance(ours, dict) or not isinstance(theirs, dict):
         return [] if ours == theirs else [""]
     return [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
 
 
 def _places(key: str, ours: Any, theirs: Any) -> list[str]:
-    """What differs below a key, by its whole name; the key itself where it has no parts."""
+    """Return the paths of the differing values below a key; the key itself if one of its values is not an object."""
     if not isinstance(ours, dict) or not isinstance(theirs, dict):
         return [key]
     return [
@@ -187,52 +190,52 @@ def _places(key: str, ours: Any, theirs: Any) -> list[str]:
     ]
 
 
-def _difference(place: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """Say what a difference does that is no part of the structure."""
+def _difference(place: str, ours: ModelConfig, theirs: ModelConfig) -> str:
+    """Describe a difference that does not change what the model computes."""
     *parents, key = place.split(".")
     if key in DTYPE_KEYS:
-        said, wanted = _dtype(ours, parents), _dtype(theirs, parents)
-        if said != wanted:
+        stated, wanted = _dtype(ours, parents), _dtype(theirs, parents)
+        if stated != wanted:
             name = ".".join([*parents, DTYPE_KEYS[0]])
-            mine = f"says {name} {said}" if said else f"says no {name}"
+            mine = f"says {name} {stated}" if stated else f"says no {name}"
             return f"config.json {mine}, the base's {wanted or 'none'}: engines choose by it what they compute in"
     return f"config.json differs from the base's in {place}, which changes nothing that is computed"
 
 
 def _dtype(config: Any, parents: Sequence[str]) -> str | None:
-    """The type that a part of a config names, under either name."""
+    """Return the dtype that a part of a config states, under either key."""
     for parent in parents:
         config = config.get(parent) if isinstance(config, dict) else None
-    said = [config[key] for key in DTYPE_KEYS if config.get(key) is not None] if isinstance(config, dict) else []
-    return shown(str(said[0]).removeprefix("torch.")) if said else None
+    stated = [config[key] for key in DTYPE_KEYS if config.get(key) is not None] if isinstance(config, dict) else []
+    return shown(str(stated[0]).removeprefix("torch.")) if stated else None
 
 
 def _computed(value: Any) -> Any:
-    """A config without what changes nothing that is computed, in its parts too."""
+    """Return a config, or a part of one, without the keys that do not change what the model computes."""
     if isinstance(value, dict):
         return {
-            key: _computed(each)
-            for key, each in value.items()
-            if key not in BOOKKEEPING | QUANTIZATION_KEYS and each is not None
+            key: _computed(part)
+            for key, part in value.items()
+            if key not in BOOKKEEPING | QUANTIZATION_KEYS and part is not None
         }
     return value
 
 
-def _check_files(found: Account, ours: Path, base: Path) -> None:
-    """Every other file of the base must be there, byte for byte."""
+def _check_files(result: Account, ours: Path, base: Path) -> None:
+    """Check that every other file of the base is there, byte for byte."""
     for path in _other_files(base):
         if not (ours / path).is_file():
-            found.files.append(f"{path} of the base is missing")
+            result.files.append(f"{path} of the base is missing")
         elif sha256_of(ours / path) != sha256_of(base / path):
             keys = _bookkeeping_keys(ours / path, base / path) if path.endswith(".json") else []
             if keys:
-                found.differences.append(f"{path} differs from the base's in {', '.join(keys)} alone")
+                result.differences.append(f"{path} differs from the base's in {', '.join(keys)} alone")
             else:
-                found.files.append(f"{path} differs from the base's")
+                result.files.append(f"{path} differs from the base's")
 
 
 def _bookkeeping_keys(ours: Path, base: Path) -> list[str]:
-    """The keys in which two JSON objects differ, if they are bookkeeping; none if there are others, or no keys."""
+    """Return the keys in which two JSON files differ, if all of them are bookkeeping; otherwise none."""
     try:
         mine, theirs = read_json(ours), read_json(base)
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint can be the base of a run."""
+"""Checks whether a checkpoint can be the base of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from requant.tasks.errors import CheckpointError
 
 
 def check_base(base: Checkpoint, repo_id: str, *, with_head: bool) -> None:
-    """Find out before hours of work whether a base can be quantized, and its MTP head kept if that is asked for.
+    """Check before hours of work that a base can be quantized and, if `with_head`, that its MTP head is complete.
 
     Raises CheckpointError, which names the base by `repo_id`.
     """

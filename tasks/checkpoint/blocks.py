@@ -1,4 +1,4 @@
-"""The decoder blocks of a checkpoint, told from the names of its tensors."""
+"""Finds the decoder blocks of a checkpoint by the names of its tensors."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from collections import Counter
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 
 BLOCK_NAME = re.compile(r"(?:^|.*?\.)(?:layers|layer|blocks|block|h)\.\d+(?=\.)")
-# Towers whose blocks text does not run through: auto_round/utils/common.py, VISION_MM_KEYS and AUDIO_MM_KEYS (0.16.1).
+# Names of vision and audio towers: VISION_MM_KEYS and AUDIO_MM_KEYS of auto_round/utils/common.py (0.16.1).
 TOWERS = re.compile(r"vision|visual|image|img|audio|speech|wav", re.IGNORECASE)
 
 
 def block_of(name: str) -> str | None:
-    """The decoder block that a tensor or module lies in, as `model.layers.3`; None outside of them, and in the blocks
-    of a vision or audio tower."""
+    """Return the decoder block that a tensor or module is in, as `model.layers.3`.
+
+    Returns None outside of blocks, and for the blocks of a vision or audio tower.
+    """
     match = BLOCK_NAME.match(name)
     return match[0] if match and not TOWERS.search(match[0]) else None
 
 
 def block_sizes(base: Checkpoint) -> dict[str, int]:
-    """Parameters of each decoder block of the main model, its MTP head left out."""
+    """Count the parameters of each decoder block, without the MTP head."""
     head = set(base.head.names if base.head else ())
     sizes = Counter[str]()
     for tensor in base.tensors.values():
@@ -32,8 +34,10 @@ def block_sizes(base: Checkpoint) -> dict[str, int]:
 
 
 def streaming_parameters(base: Checkpoint) -> int:
-    """How many parameters are in memory at once where blocks come one after the other: all that are in no block, and
-    the largest block twice."""
+    """Count the parameters that are in memory at once if blocks are loaded one after the other.
+
+    These are all parameters outside of blocks, and twice those of the largest block.
+    """
     sizes = Counter[str]()
     for tensor in base.tensors.values():
         block = re.search(r"(?:^|\.)layers\.\d+\.", tensor.name)

@@ -1,6 +1,6 @@
-"""What only the data can tell: values that are no numbers, scales of zero, a head that was dequantized.
+"""Finds problems in the data of a checkpoint: NaN and infinity, scales of zero, an MTP head that was dequantized.
 
-Reads every scale and every floating point tensor once, a chunk at a time.
+Every floating point tensor is read once, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import modules_of, split_name
 from requant.tasks.checkpoint.packing import float_rows
 
-# Exponent bits all set: infinite or not a number.
+# The bits of the exponent by dtype: all are set in infinity and NaN.
 EXPONENT = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
-SIGN = {"<u2": 0x7FFF, "<u4": 0x7FFFFFFF, "<u8": 0x7FFFFFFFFFFFFFFF}
+MAGNITUDE = {"<u2": 0x7FFF, "<u4": 0x7FFFFFFF, "<u8": 0x7FFFFFFFFFFFFFFF}
 SCALE_PARTS = {"scales", "weight_scale", "weight_scale_inv"}
 PROBED_GROUP_SIZES = (32, 64, 128)
-SAMPLED_ROWS = 64  # of a matrix are looked at for the traces of a packing: enough for thousands of groups
+SAMPLED_ROWS = 64  # rows of a matrix that are searched for traces of quantization: thousands of groups
 
 
 def is_finite(chunk: bytes, dtype: str) -> bool:
-    """Whether all values of a chunk are numbers."""
+    """Check whether no value of a chunk is NaN or infinite. True for dtypes that are not floating point."""
     if dtype not in EXPONENT:
         return True
     kind, mask = EXPONENT[dtype]
@@ -32,7 +32,7 @@ def is_finite(chunk: bytes, dtype: str) -> bool:
 
 
 def deep_problems(checkpoint: Checkpoint) -> Iterator[str]:
-    """Problems in the data of a checkpoint, as sentences."""
+    """Yield the problems in the data of a checkpoint as sentences."""
     for tensor in checkpoint.tensors.values():
         if tensor.dtype not in EXPONENT:
             continue
@@ -44,21 +44,21 @@ def deep_problems(checkpoint: Checkpoint) -> Iterator[str]:
     for module in modules_of(checkpoint.tensors[n] for n in (head.names if head else ())).values():
         weight = module.parts.get("weight")
         if module.storage == "plain" and weight is not None and len(weight.shape) == 2:
-            yield from _traces(weight)
+            yield from _dequantization_traces(weight)
 
 
 def _has_zero(tensor: Tensor) -> bool:
     kind = EXPONENT[tensor.dtype][0]
-    magnitude = np.array(SIGN[kind], dtype=kind)
+    magnitude = np.array(MAGNITUDE[kind], dtype=kind)
     return any(bool(np.any((np.frombuffer(c, dtype=kind) & magnitude) == 0)) for c in tensor.chunks())
 
 
-def _traces(weight: Tensor) -> Iterator[str]:
-    """Whether a plain weight is a packed one made plain again, and with the wrong zero point.
+def _dequantization_traces(weight: Tensor) -> Iterator[str]:
+    """Find out whether a weight was dequantized from 4 bits, and whether its zero point is wrong.
 
-    A group of a 4 bit packing holds at most 16 distinct values, equally far apart; trained BF16 weights hold dozens.
-    Their integers have a mean near the zero point: a mean one step off is the zero point read as GPTQ stores it, minus
-    one, without adding the one (seen in hand-made fix-up scripts; it costs 6 to 8 points of draft acceptance).
+    A group of 4 bits has at most 16 distinct values at equal distances; a group of trained BF16 weights has dozens. The
+    mean of a group is near zero. If it is one step off, the zero point was read as GPTQ stores it, minus one, without
+    adding the one. Some published scripts do this; it costs 6 to 8 percentage points of draft acceptance rate.
     """
     if weight.shape[1] % min(PROBED_GROUP_SIZES) or weight.dtype not in EXPONENT:
         return

@@ -1,25 +1,27 @@
-"""FP8 checkpoints (Qwen's and DeepSeek's `-FP8`) read as the BF16 ones that they stand for, with numpy alone.
+"""Dequantizes FP8 checkpoints, such as Qwen's and DeepSeek's `-FP8`, to BF16, with numpy alone.
 
-An FP8 weight has a scale for each block of it: `weight_scale_inv` `[rows / block, columns / block]` beside `weight`, or
-`gate_up_proj_scale_inv` beside fused experts; a single scale, or one a row, are blocks too. The weight is `fp8 * scale`
-in float32, rounded to BF16: transformers' `Fp8Dequantize`, DeepSeek-V3's `weight_dequant`.
+Each block of an FP8 weight has a scale. The tensor `weight_scale_inv`, or `gate_up_proj_scale_inv` for fused experts,
+has the shape `[rows / block rows, columns / block columns]`. A single scale, and one scale for each row, are handled as
+large blocks. The weight is `fp8 * scale` in float32, rounded to BF16, as in transformers' `Fp8Dequantize` and
+DeepSeek-V3's `weight_dequant`.
 
-auto-round's config has no words for FP8 tensors, so what is made of such a base holds BF16 where nothing is packed.
+A config of auto-round cannot describe FP8 tensors. Therefore a checkpoint that is made of an FP8 base holds BF16
+wherever it is not quantized.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from requant.tasks.checkpoint.checkpoint import INDEX, Checkpoint
+from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.packing import STRIPE_ROWS, to_bytes, to_numpy
 from requant.tasks.checkpoint.writer import Computed, index_of, place_shard, split_into_shards, write_json
@@ -27,8 +29,7 @@ from requant.tasks.errors import CheckpointError
 
 FP8 = {"F8_E4M3", "F8_E5M2"}
 WEIGHT_SCALE_SUFFIXES = ("_scale_inv", "_scale")
-# Scales of the activations, which only FP8 kernels read.
-OF_ACTIVATIONS = ("activation_scale", "input_scale")
+ACTIVATION_SCALES = ("activation_scale", "input_scale")
 
 Floats = npt.NDArray[np.float32]
 
@@ -38,28 +39,28 @@ def is_fp8(tensors: Iterable[Tensor]) -> bool:
 
 
 def dequantize_fp8(checkpoint: Checkpoint) -> Checkpoint:
-    """Put BF16 weights in place of FP8 ones, computed when they are read, and drop scales and quantization config.
+    """Replace FP8 weights by BF16 ones that are computed when they are read, and drop scales and quantization config.
 
-    Returns the same checkpoint where nothing is FP8. Raises CheckpointError as `dequantized_tensors`.
+    Returns the same checkpoint if it has no FP8 tensor. Raises CheckpointError as `dequantized_tensors` does.
     """
     if not is_fp8(checkpoint.tensors.values()):
         return checkpoint
     tensors = dequantized_tensors(checkpoint.tensors.values(), checkpoint.config)
-    config = _without_quantization(checkpoint.config)
+    config = checkpoint.config.without_quantization()
     return replace(checkpoint, config=config, tensors={t.name: t for t in tensors}, total_size=None)
 
 
-def dequantized_tensors(tensors: Iterable[Tensor], config: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors, FP8 ones as BF16 and their scales left out. `config` is the checkpoint's.
+def dequantized_tensors(tensors: Iterable[Tensor], config: ModelConfig) -> list[Tensor]:
+    """Return the tensors with FP8 weights as BF16, and without their scales.
 
     Raises CheckpointError for an FP8 weight without a scale that fits it.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
     if not is_fp8(by_name.values()):
         return list(by_name.values())
-    size = block_size(config)
+    stated_block = config.fp8_block
     left_out: set[str] = set()
-    found: dict[str, Tensor] = {}
+    dequantized: dict[str, Tensor] = {}
     for name, tensor in by_name.items():
         if tensor.dtype not in FP8:
             continue
@@ -68,16 +69,19 @@ def dequantized_tensors(tensors: Iterable[Tensor], config: Mapping[str, Any]) ->
             raise CheckpointError(
                 f"{name} is {tensor.dtype} and has no {name}{WEIGHT_SCALE_SUFFIXES[0]}: use a complete base"
             )
-        block = _block(tensor, scale, size)
+        block = _block(tensor, scale, stated_block)
         compute = functools.partial(_pieces, tensor, scale, block)
-        found[name] = Computed.of(name, "BF16", tensor.shape, compute)
+        dequantized[name] = Computed.of(name, "BF16", tensor.shape, compute)
         module = name.rpartition(".")[0]
-        left_out |= {scale.name, *(f"{module}.{part}" for part in OF_ACTIVATIONS)}
-    return [found.get(name, tensor) for name, tensor in by_name.items() if name not in left_out]
+        left_out |= {scale.name, *(f"{module}.{part}" for part in ACTIVATION_SCALES)}
+    return [dequantized.get(name, tensor) for name, tensor in by_name.items() if name not in left_out]
 
 
 def write_dequantized(checkpoint: Checkpoint, out: Path) -> Path:
-    """Write the BF16 checkpoint that an FP8 one stands for, its other files as links. What is complete stays."""
+    """Write an FP8 checkpoint as BF16 to the folder `out`, with links to its other files.
+
+    Does nothing if `out` is complete already.
+    """
     if (out / INDEX).exists():
         return out
     out.mkdir(exist_ok=True)
@@ -85,9 +89,9 @@ def write_dequantized(checkpoint: Checkpoint, out: Path) -> Path:
         if path.is_file() and path.suffix != ".safetensors" and path.name not in {"config.json", INDEX}:
             (out / path.name).unlink(missing_ok=True)
             (out / path.name).symlink_to(path)
-    same = dequantize_fp8(checkpoint)
-    write_json(out, "config.json", same.config)
-    layout = split_into_shards(same.tensors.values())
+    dequantized = dequantize_fp8(checkpoint)
+    write_json(out, "config.json", dequantized.config)
+    layout = split_into_shards(dequantized.tensors.values())
     for shard, tensors in layout.items():
         place_shard(out, shard, tensors)
     write_json(out, INDEX, index_of(layout))
@@ -95,8 +99,7 @@ def write_dequantized(checkpoint: Checkpoint, out: Path) -> Path:
 
 
 def dequantized_rows(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Iterator[Floats]:
-    """Yield a float32 weight `[rows, columns]` in stripes of at most STRIPE_ROWS rows, a 3-D one matrix by
-    matrix."""
+    """Yield a weight as float32 stripes `[at most STRIPE_ROWS, columns]`, a 3-D weight matrix by matrix."""
     table, columns = values_of(weight.dtype), weight.shape[-1]
     high, wide = block
     for matrix in range(math.prod(weight.shape[:-2])):
@@ -116,9 +119,10 @@ def _pieces(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Iterator[b
 
 @functools.cache
 def values_of(dtype: str) -> Floats:
-    """The 256 values of an FP8 dtype by their bits. E4M3 (fn): bias 7, no infinities; E5M2: the upper half of float16.
+    """Return the 256 values of an FP8 dtype, indexed by their bits.
 
-    Micikevicius et al., FP8 Formats for Deep Learning, 2022.
+    E4M3 (fn) has bias 7 and no infinities; E5M2 is the upper byte of float16. Source: Micikevicius et al., FP8 Formats
+    for Deep Learning, 2022.
     """
     bits = np.arange(256, dtype=np.uint16)
     if dtype == "F8_E5M2":
@@ -130,15 +134,18 @@ def values_of(dtype: str) -> Floats:
     return signed
 
 
-def _block(weight: Tensor, scale: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Rows and columns that one scale is for. Told from the scale's shape; the config's size where blocks at the edges
-    are smaller. Raises CheckpointError where neither fits."""
+def _block(weight: Tensor, scale: Tensor, stated: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the rows and columns that share one scale.
+
+    The size that the config states counts if it fits the scale's shape, as blocks at the edges may be smaller.
+    Otherwise all blocks are equal, and the shape says how large. Raises CheckpointError if neither fits.
+    """
     if len(weight.shape) < 2:
         raise CheckpointError(f"{weight.name} is {weight.dtype} and no matrix: use the base that it was made of")
     rows, columns = weight.shape[-2:]
     down, across = _grid_shape(scale, weight.shape)
-    if size is not None and (down, across) == (-(-rows // size[0]), -(-columns // size[1])):
-        return size
+    if stated is not None and (down, across) == (-(-rows // stated[0]), -(-columns // stated[1])):
+        return stated
     if scale.dtype in {"F32", "BF16", "F16", "U8", "F8_E8M0"} and down and across:
         leading = math.prod(scale.shape) == math.prod(weight.shape[:-2]) * down * across
         if leading and not rows % down and not columns % across:
@@ -150,7 +157,10 @@ def _block(weight: Tensor, scale: Tensor, size: tuple[int, int] | None) -> tuple
 
 
 def _grid_shape(scale: Tensor, weight: tuple[int, ...]) -> tuple[int, int]:
-    """Scales down and across one matrix: `[]` and `[1]` are one for all, `[rows]` one a row."""
+    """Return how many scales a matrix has down and across; `(0, 0)` for a shape that fits no matrix.
+
+    Shapes `[]` and `[1]` mean one scale for the matrix, and `[rows]` one scale for each row.
+    """
     if len(scale.shape) >= 2 and len(scale.shape) == len(weight):
         return scale.shape[-2], scale.shape[-1]
     count = math.prod(scale.shape)
@@ -158,7 +168,7 @@ def _grid_shape(scale: Tensor, weight: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _grid(scale: Tensor, weight: tuple[int, ...], matrix: int) -> Floats:
-    """The scales `[down, across]` float32 of one matrix. Bytes are exponents: `2 ** (byte - 127)` (E8M0)."""
+    """Return the float32 scales `[down, across]` of one matrix. A byte is an exponent (E8M0): `2 ** (byte - 127)`."""
     down, across = _grid_shape(scale, weight)
     exponents = scale.dtype in {"U8", "F8_E8M0"}
     values = to_numpy(replace(scale, dtype="U8") if exponents else scale).reshape(-1, down, across)[matrix]
@@ -166,20 +176,3 @@ def _grid(scale: Tensor, weight: tuple[int, ...], matrix: int) -> Floats:
     if exponents:
         grid = np.exp2(grid - 127)
     return grid
-
-
-def block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns that one FP8 scale is for, if a config says."""
-    for part in (config, config.get("text_config")):
-        quantization = part.get("quantization_config") if isinstance(part, Mapping) else None
-        size = quantization.get("weight_block_size") if isinstance(quantization, Mapping) else None
-        if isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size):
-            return size[0], size[1]
-    return None
-
-
-def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    bare = {key: value for key, value in config.items() if key != "quantization_config"}
-    if isinstance(bare.get("text_config"), dict):
-        bare["text_config"] = {k: v for k, v in bare["text_config"].items() if k != "quantization_config"}
-    return bare

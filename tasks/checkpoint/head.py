@@ -1,4 +1,4 @@
-"""Puts the MTP head into a checkpoint, or takes it out: the shard, the index and both configs, in one place."""
+"""Adds the MTP head to a checkpoint or removes it: its shard, the index and both configs."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from requant.tasks.artifact import File
 from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION, Checkpoint, read_json
+from requant.tasks.checkpoint.config import HEAD_BITS, JsonObject, ModelConfig, QuantizationConfig
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.header import CONFIG_DTYPES, Tensor
 from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import (
     Head,
     find_head,
-    layer_count,
     with_head_entries,
     without_head_entries,
-    without_layer_count,
 )
 from requant.tasks.checkpoint.packing import (
     REQUIRED,
+    Array,
     PackingScheme,
     check_parts,
     dequantized_rows,
@@ -31,11 +30,11 @@ from requant.tasks.checkpoint.packing import (
     pack,
     to_bytes,
 )
-from requant.tasks.checkpoint.writer import Computed, Layout
+from requant.tasks.checkpoint.writer import Computed, Layout, index_document
 from requant.tasks.errors import CheckpointError
 
 HEAD_SHARD = "model-mtp.safetensors"
-# Linear layers of a head that engines build without quantization: the fusion layer and the routers.
+# Linear layers of a head that engines never quantize: the fusion layer, routers, embeddings and output layer.
 PLAIN_LINEAR = re.compile(r"\.(fc|eh_proj|mlp\.gate|shared_expert_gate|embed_tokens|shared_head\.head)$")
 
 Tensors = dict[str, Tensor]
@@ -43,51 +42,49 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class HeadFiles:
-    """The three small files of a quantized checkpoint that speak of its head."""
+    """The files of a quantized checkpoint, besides the shards, that depend on its MTP head."""
 
-    config: dict[str, Any]
-    index: dict[str, Any]
+    config: ModelConfig
+    index: JsonObject
 
     @classmethod
     def read(cls, folder: Path) -> HeadFiles:
-        return cls(read_json(folder / "config.json"), read_json(folder / INDEX))
+        return cls.of({name: read_json(folder / name) for name in ("config.json", INDEX)})
+
+    @classmethod
+    def of(cls, documents: Mapping[str, JsonObject]) -> HeadFiles:
+        """Take config.json and the index from documents by name."""
+        return cls(ModelConfig(documents["config.json"]), documents[INDEX])
 
     @property
-    def quantization(self) -> dict[str, Any]:
-        document = self.config.get("quantization_config")
-        return document if isinstance(document, dict) else {}
-
-    def with_quantization(self, quantization: Mapping[str, Any]) -> HeadFiles:
-        return replace(self, config={**self.config, "quantization_config": dict(quantization)})
-
-    @property
-    def documents(self) -> dict[str, Any]:
-        """The three by name, config.json and quantization_config.json saying the same."""
+    def documents(self) -> dict[str, JsonObject]:
+        """The files by name. quantization_config.json repeats what config.json says."""
+        quantization = self.config.quantization
         documents = {INDEX: self.index, "config.json": self.config}
-        return documents | ({QUANTIZATION: self.quantization} if self.quantization else {})
+        return documents | ({QUANTIZATION: quantization} if quantization else {})
 
     def write(self, out: Path) -> list[File]:
         return Layout({}, self.documents).write(out)
 
 
 def shards_with_head(base: Path) -> list[str]:
-    """The shards of a base that hold a part of its head, from config and index alone; the first one if it has none."""
-    config, index = read_json(base / "config.json"), read_json(base / INDEX)
-    text = config.get("text_config")
-    head = find_head(index["weight_map"], text if isinstance(text, dict) else config)
-    shards = {index["weight_map"][name] for name in head.names} if head else set(index["weight_map"].values())
+    """Return the shards of a base that hold a part of its head; the first shard if it has no head."""
+    config, weight_map = ModelConfig(read_json(base / "config.json")), read_json(base / INDEX)["weight_map"]
+    head = find_head(weight_map, config)
+    shards = {weight_map[name] for name in head.names} if head else set(weight_map.values())
     return sorted(shards) if head else sorted(shards)[:1]
 
 
-def head_tensors(base: Checkpoint, precision: str = "keep", quantization: Mapping[str, Any] | None = None) -> Tensors:
-    """The base's head as a checkpoint with this quantization config is to hold it.
+def head_tensors(base: Checkpoint, precision: str, quantization: QuantizationConfig) -> Tensors:
+    """Return the base's head in the form in which a checkpoint with this quantization config must hold it.
 
-    `keep`: every tensor as it is. `int8`, `int4`: the linear layers of its decoder layers rounded to nearest and packed
-    with the checkpoint's group size and packing; the fusion layer, routers, fused experts and norms as they are, since
-    no engine reads those packed. An FP8 head is BF16 in a checkpoint that is not FP8 itself. Raises CheckpointError if
-    the base has no complete head, or the packing none for it.
+    `precision` keep: all tensors unchanged. int8, int4: linear layers of the decoder layers are rounded to nearest and
+    packed with the checkpoint's group size and packing; the fusion layer, routers, fused experts and norms stay, since
+    no engine reads them quantized. An FP8 head becomes BF16 unless the checkpoint is FP8 too.
+
+    Raises CheckpointError if the base has no complete head, or if the checkpoint's packing cannot hold it.
     """
-    if (quantization or {}).get("quant_method") != base.quantization.get("quant_method"):
+    if quantization.method != base.quantization.method:
         base = dequantize_fp8(base)
     head = base.head
     if head is None:
@@ -96,29 +93,29 @@ def head_tensors(base: Checkpoint, precision: str = "keep", quantization: Mappin
     tensors: Tensors = {name: base.tensors[name] for name in head.names}
     if precision == "keep":
         return tensors
-    scheme = PackingScheme.of(quantization or {}, "")
-    if (quantization or {}).get("quant_method") != "auto-round" or scheme.group_size <= 0:
+    scheme = PackingScheme.of(quantization, "")
+    if quantization.method != "auto-round" or scheme.group_size <= 0:
         raise CheckpointError(
             f"a head with {precision} needs a checkpoint of auto-round with a group size: keep it as it is"
         )
-    scheme = replace(scheme, bits=int(precision.removeprefix("int")))
+    scheme = replace(scheme, bits=HEAD_BITS[precision])
     for module in head.modules:
         weight = tensors.get(f"{module}.weight")
-        if weight is not None and "layers." in module and not PLAIN_LINEAR.search(module) and _divides(weight, scheme):
+        if weight is not None and "layers." in module and not PLAIN_LINEAR.search(module) and _fits(weight, scheme):
             del tensors[weight.name]
             tensors |= _packed(module, weight, scheme)
     return tensors
 
 
-def _divides(weight: Tensor, scheme: PackingScheme) -> bool:
-    """Whether the sides of a weight fit the scheme's groups and words."""
+def _fits(weight: Tensor, scheme: PackingScheme) -> bool:
+    """Check whether a weight is a matrix whose sides are multiples of the group size and of 32."""
     matrix = len(weight.shape) == 2
     return matrix and not weight.shape[1] % scheme.group_size and not any(side % 32 for side in weight.shape)
 
 
 def _packed(module: str, weight: Tensor, scheme: PackingScheme) -> Tensors:
     @functools.cache
-    def parts() -> dict[str, Any]:
+    def parts() -> dict[str, Array]:
         return pack(float_rows(weight), (weight.shape[0], weight.shape[1]), scheme)
 
     shapes, tensors = scheme.shapes(*weight.shape), Tensors()
@@ -128,14 +125,14 @@ def _packed(module: str, weight: Tensor, scheme: PackingScheme) -> Tensors:
     return tensors
 
 
-def _bytes_of(parts: Callable[[], dict[str, Any]], part: str, dtype: str) -> Iterator[bytes]:
+def _bytes_of(parts: Callable[[], dict[str, Array]], part: str, dtype: str) -> Iterator[bytes]:
     yield to_bytes(parts()[part], dtype)
 
 
 def dequantized_head(checkpoint: Checkpoint) -> Tensors:
-    """A checkpoint's own head with its packed modules as plain weights of the config's dtype, nothing else changed.
+    """Return a checkpoint's own head with its packed modules dequantized to the dtype of the config.
 
-    Lossy: the weights are what the packing left of them. Zero points are read as the checkpoint's packing has them.
+    The precision that quantization lost stays lost. Raises CheckpointError for modules that cannot be dequantized.
     """
     head = checkpoint.head
     if head is None:
@@ -153,9 +150,9 @@ def dequantized_head(checkpoint: Checkpoint) -> Tensors:
         scheme = PackingScheme.of(checkpoint.quantization, module.name)
         missing = [part for part in REQUIRED if part not in module.parts]
         shape = () if missing else scheme.weight_shape(module.parts)
-        wrong = check_parts(module.name, module.packed_parts, scheme, shape)
-        if wrong:
-            raise CheckpointError(f"{wrong}: name the base with --base instead")
+        problem = check_parts(module.name, module.packed_parts, scheme, shape)
+        if problem:
+            raise CheckpointError(f"{problem}: name the base with --base instead")
         compute = functools.partial(_dequantized, module, scheme, dtype)
         tensors[f"{module.name}.weight"] = Computed.of(f"{module.name}.weight", dtype, shape, compute)
         tensors |= {t.name: t for part, t in module.parts.items() if part == "bias"}
@@ -167,44 +164,42 @@ def _dequantized(module: Module, scheme: PackingScheme, dtype: str) -> Iterator[
 
 
 def keep_head(files: HeadFiles, base: Checkpoint, out: Path, precision: str = "keep") -> list[File]:
-    """Write the base's head in a shard of its own, and index and configs that say so. Raises as `head_tensors`."""
+    """Write the base's head to a shard of its own, with index and configs. Raises as `head_tensors` does."""
     return with_head(files, base, precision).write(out)
 
 
 def with_head(files: HeadFiles, base: Checkpoint, precision: str = "keep") -> Layout:
-    """What `keep_head` writes."""
-    tensors = head_tensors(base, precision, files.quantization)
+    """Plan the files that `keep_head` writes."""
+    quantization = files.config.quantization
+    tensors = head_tensors(base, precision, quantization)
     head = Head(base.head.layout if base.head else "mtp", tuple(sorted(tensors)))
     bare = without_head(files, head, keep_count=True)
     weight_map = {**bare.index["weight_map"], **dict.fromkeys(head.names, HEAD_SHARD)}
     total = bare.index["metadata"]["total_size"] + sum(t.nbytes for t in tensors.values())
-    complete = replace(bare, index=_index(bare.index, weight_map, total))
-    if files.quantization:
-        complete = complete.with_quantization(with_head_entries(files.quantization, head, tensors))
+    complete = replace(bare, index=index_document(weight_map, total, bare.index))
+    if quantization:
+        stated = with_head_entries(quantization, head, tensors)
+        complete = replace(complete, config=complete.config.with_quantization(stated))
     return Layout({HEAD_SHARD: list(tensors.values())}, complete.documents)
 
 
 def without_head(files: HeadFiles, head: Head | None, *, keep_count: bool = False) -> HeadFiles:
-    """The three files of a checkpoint that holds no head tensors; the config promises no MTP layer either."""
-    quantization = without_head_entries(files.quantization, head)
-    bare = files.with_quantization(quantization) if files.quantization else files
-    return bare if keep_count else replace(bare, config=without_layer_count(bare.config))
-
-
-def _index(index: Mapping[str, Any], weight_map: Mapping[str, str], total: int) -> dict[str, Any]:
-    metadata = {**index.get("metadata", {}), "total_size": total}
-    return {**index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    """Return the files of the checkpoint without a head. Unless `keep_count`, config.json promises no MTP layers."""
+    config = files.config
+    if config.quantization:
+        config = config.with_quantization(without_head_entries(config.quantization, head))
+    return replace(files, config=config if keep_count else config.without_mtp_layers())
 
 
 def check_head(base: Checkpoint) -> None:
-    """Raises CheckpointError if the config of a base promises more MTP layers than its tensors have, or fewer."""
-    head, promised = base.head, layer_count(base.text_config)
-    present: set[str] = set()
+    """Check that a base has as many MTP layers as its config promises. Raises CheckpointError if not."""
+    head, promised = base.head, base.config.mtp_layers
+    layers: set[str] = set()
     if head is not None:
-        inside = (name.split("layers.")[1].split(".")[0] for name in head.names if "layers." in name)
-        present = set(inside if head.layout == "mtp" else head.prefixes)
-    if promised and len(present) != promised:
+        numbers = (name.split("layers.")[1].split(".")[0] for name in head.names if "layers." in name)
+        layers = set(numbers if head.layout == "mtp" else head.prefixes)
+    if promised and len(layers) != promised:
         raise CheckpointError(
-            f"its config promises {promised} MTP layers and its tensors have {len(present)}: "
+            f"its config promises {promised} MTP layers and its tensors have {len(layers)}: "
             "use a complete base, or mtp: drop"
         )

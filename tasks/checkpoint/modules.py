@@ -1,16 +1,17 @@
-"""Tensor names grouped into modules, and which of them hold packed or scaled weights.
+"""Groups tensors into modules, and says how the weights of each module are stored.
 
-What tells is the name of a part and its dtype, never a config: a config may lie about the tensors.
+This is decided by the names and dtypes of the tensors and never by a config, which may contradict the tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from requant.tasks.checkpoint.header import Tensor
 
-# Parts of GPTQ and AWQ packings (auto-round's among them), then of compressed-tensors, then of scaled FP8 and INT8.
+# Parts of weights that GPTQ, AWQ or auto-round packed; of compressed-tensors; of scaled FP8 and INT8 weights.
 INTEGER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 COMPRESSED_PARTS = (
     "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale",
@@ -19,26 +20,32 @@ COMPRESSED_PARTS = (
 SCALED_PARTS = ("weight_scale_inv", "weight_scale_2", "activation_scale")
 PLAIN_PARTS = ("weight", "bias")
 PARTS = (*INTEGER_PARTS, *COMPRESSED_PARTS, *SCALED_PARTS, *PLAIN_PARTS)
-NARROW = {"I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4"}  # dtypes that need a scale beside them
+NARROW_DTYPES = {"I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4"}  # they need a scale
+
+
+Storage = Literal["plain", "integer", "compressed", "scaled"]
 
 
 @dataclass(frozen=True)
 class Module:
-    """A module and its tensors by part. A parameter that is no module's `weight` (fused 3-D experts, `A_log`) stands
-    alone, under the part `""`."""
+    """A module and its tensors by part.
+
+    A parameter whose name does not end in the name of a part (fused 3-D experts, `A_log`) is a module of its own, with
+    the part `""`.
+    """
 
     name: str
     parts: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def storage(self) -> str:
-        """How the weight lies there: `integer` (GPTQ, AWQ), `compressed` (compressed-tensors), `scaled` or `plain`."""
+    def storage(self) -> Storage:
+        """How the weight is stored: packed integers of GPTQ or AWQ, compressed-tensors, scaled, or plain."""
         if any(part in self.parts for part in INTEGER_PARTS):
             return "integer"
         if "weight_packed" in self.parts:
             return "compressed"
         weight = self.parts.get("weight")
-        if weight is not None and weight.dtype in NARROW:
+        if weight is not None and weight.dtype in NARROW_DTYPES:
             return "scaled"
         return "plain"
 
@@ -48,12 +55,12 @@ class Module:
 
     @property
     def packed_parts(self) -> dict[str, Tensor]:
-        """The parts of a GPTQ or AWQ packing."""
+        """The packed tensors of GPTQ or AWQ."""
         return {part: self.parts[part] for part in INTEGER_PARTS if part in self.parts}
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor that holds most of it."""
+        """The largest tensor of the module."""
         return max(self.parts.values(), key=lambda t: t.nbytes)
 
     @property
@@ -62,13 +69,13 @@ class Module:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """`(module, part)` of a tensor's name; the part is empty where the name ends in no part's name."""
+    """Split a tensor's name into module and part. The part is empty if the name does not end in the name of a part."""
     module, _, part = name.rpartition(".")
     return (module, part) if module and part in PARTS else (name, "")
 
 
 def modules_of(tensors: Iterable[Tensor]) -> dict[str, Module]:
-    """All modules, in the order in which their first tensor comes."""
+    """Group tensors into modules, in the order of their first tensors."""
     modules: dict[str, Module] = {}
     for tensor in tensors:
         name, part = split_name(tensor.name)

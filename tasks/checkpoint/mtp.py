@@ -1,8 +1,8 @@
-"""The MTP head: which tensors it is made of, and what the configs must say about it.
+"""Finds the tensors of an MTP head, and writes what a quantization config must say about them.
 
-Two layouts: `mtp.*` beside the main model (Qwen3.5, Qwen3.6, counted by `mtp_num_hidden_layers`), and decoder layers
-inlined behind the last one (DeepSeek, GLM: `model.layers.{num_hidden_layers + i}`, counted by
-`num_nextn_predict_layers`).
+There are two layouts. `mtp`: tensors `mtp.*` (Qwen3.5, Qwen3.6), whose layers `mtp_num_hidden_layers` counts.
+`inlined`: decoder layers behind the last one of the model, `model.layers.{num_hidden_layers + i}` (DeepSeek, GLM),
+which `num_nextn_predict_layers` counts.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
+from requant.tasks.checkpoint.config import JsonObject, ModelConfig, QuantizationConfig
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import modules_of
 from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import CheckpointError
 
-LAYER_COUNTS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
-_LAYER = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.")
-FUSED_EXPERTS = {"gate_up_proj", "down_proj"}  # 3-D parameters of an `experts` module
-FULL_PRECISION = {"bits": 16, "data_type": "fp"}  # auto-round's words for "not quantized"
-# Values of quant_method by the words that their configs have for modules that are not quantized.
+LAYER_NAME = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.")
+FUSED_EXPERTS = {"gate_up_proj", "down_proj"}  # names of 3-D parameters
+FULL_PRECISION = {"bits": 16, "data_type": "fp"}  # says in a config of auto-round that a layer is not quantized
+# Values of quant_method, grouped by how their configs name modules that are not quantized.
 AUTO_ROUND_METHODS = frozenset({"auto-round", "inc"})
 GPTQ_METHODS = frozenset({"gptq", "gptq_marlin", "auto_gptq"})
 AWQ_METHODS = frozenset({"awq", "awq_marlin", "auto_awq"})
@@ -31,66 +31,60 @@ FP8_METHODS = frozenset({"fp8", "fbgemm_fp8"})
 
 @dataclass(frozen=True)
 class Head:
-    """The head's tensor names, sorted, and its layout: `mtp` or `inlined`."""
+    """The MTP head: its layout, and the sorted names of its tensors."""
 
-    layout: str
+    layout: Literal["mtp", "inlined"]
     names: tuple[str, ...]
 
     @property
     def modules(self) -> list[str]:
-        """Names of the head's linear modules as far as names tell: everything with a weight but norms."""
+        """Names of the linear modules, as far as names say: all modules with a weight, except norms."""
         stems = {n.rpartition(".")[0] for n in self.names if n.rpartition(".")[2] in {"weight", "qweight"}}
         return sorted(s for s in stems if "norm" not in s.rpartition(".")[2])
 
     @property
     def prefixes(self) -> list[str]:
-        """Module prefixes under which all of the head lies: `mtp`, or `model.layers.N` for each inlined layer."""
+        """Module prefixes that cover all of the head: `mtp`, or `model.layers.N` for each inlined layer."""
         if self.layout == "mtp":
             return sorted({n[: n.index("mtp") + 3] for n in self.names})
-        return sorted({m.group(0).rstrip(".") for n in self.names if (m := _LAYER.match(n))})
+        return sorted({m.group(0).rstrip(".") for n in self.names if (m := LAYER_NAME.match(n))})
 
 
-def layer_count(text_config: Mapping[str, Any]) -> int:
-    """How many MTP layers the config promises; 0 if it says nothing."""
-    counts = (text_config.get(key) for key in LAYER_COUNTS)
-    return max((count for count in counts if type(count) is int), default=0)
-
-
-def find_head(names: Iterable[str], text_config: Mapping[str, Any]) -> Head | None:
-    """The head among these tensor names, or None."""
+def find_head(names: Iterable[str], config: ModelConfig) -> Head | None:
+    """Return the MTP head among the names of a checkpoint's tensors, or None."""
     names = list(names)
-    apart = sorted(n for n in names if re.match(r"^(?:model\.)?mtp\.", n))
-    if apart:
-        return Head("mtp", tuple(apart))
-    layers = text_config.get("num_hidden_layers")
-    if not isinstance(layers, int) or not layer_count(text_config):
+    named_mtp = sorted(n for n in names if re.match(r"^(?:model\.)?mtp\.", n))
+    if named_mtp:
+        return Head("mtp", tuple(named_mtp))
+    layers = config.text.integer("num_hidden_layers")
+    if layers is None or not config.mtp_layers:
         return None
-    inlined = sorted(n for n in names if (m := _LAYER.match(n)) and int(m.group(1)) >= layers)
+    inlined = sorted(n for n in names if (m := LAYER_NAME.match(n)) and int(m.group(1)) >= layers)
     return Head("inlined", tuple(inlined)) if inlined else None
 
 
-def unquantized_entries(head: Head, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """`extra_config` entries that keep every engine from expecting packed weights in the head.
+def unquantized_entries(head: Head, tensors: Mapping[str, Tensor]) -> dict[str, JsonObject]:
+    """Return the entries of `extra_config` that tell every engine that the head is not quantized.
 
-    Exact names for vLLM's dense layers, a regex for its fused and expert layers (which ignore exact names) and for
-    SGLang, which matches with re.fullmatch.
+    These are exact names for vLLM's dense layers, and a regular expression both for vLLM's fused and expert layers,
+    which ignore exact names, and for SGLang, which uses re.fullmatch.
     """
     linear = [m for m in head.modules if f"{m}.weight" in tensors and len(tensors[f"{m}.weight"].shape) >= 2]
-    return {key: dict(FULL_PRECISION) for key in (*_patterns(head), *linear, *_fused_experts(head))}
+    return {key: JsonObject(FULL_PRECISION) for key in (*_patterns(head), *linear, *_fused_experts(head))}
 
 
 def _patterns(head: Head) -> list[str]:
-    """Regexes for all of the head and nothing else."""
+    """Return regular expressions that match all modules of the head and no other module."""
     if head.layout == "mtp":
         return [".*mtp.*"]
     return [f".*{re.escape(prefix)}\\..*" for prefix in head.prefixes]
 
 
-def without_head_entries(quantization: Mapping[str, Any], head: Head | None) -> dict[str, Any]:
-    """A quantization config whose `extra_config` says nothing of the head."""
-    document = copy.deepcopy(dict(quantization))
-    extra = document.get("extra_config")
-    if isinstance(extra, dict) and head is not None:
+def without_head_entries(quantization: QuantizationConfig, head: Head | None) -> QuantizationConfig:
+    """Return a copy of a quantization config whose `extra_config` has no entries for the MTP head."""
+    document = copy.deepcopy(quantization)
+    extra = document.child("extra_config")
+    if extra is not None and head is not None:
         document["extra_config"] = {
             key: value
             for key, value in extra.items()
@@ -100,33 +94,36 @@ def without_head_entries(quantization: Mapping[str, Any], head: Head | None) -> 
     return document
 
 
-def with_head_entries(quantization: Mapping[str, Any], head: Head, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A quantization config that says of the head what its tensors are: not quantized, or its own layers packed.
+def with_head_entries(
+    quantization: QuantizationConfig, head: Head, tensors: Mapping[str, Tensor]
+) -> QuantizationConfig:
+    """Return a copy of a quantization config that says which of the head's modules are quantized.
 
-    Each method has its own words for that: auto-round's `extra_config`; GPTQ's `dynamic`, whose `-:` rules turn
-    quantization off; compressed-tensors' `ignore`; AWQ's and FP8's `modules_to_not_convert`. Raises CheckpointError for
-    a method whose words are not known here: another method's words would promise what no engine reads.
+    Each method has its own field for that: auto-round has `extra_config`; GPTQ has `dynamic`, whose `-:` rules turn
+    quantization off; compressed-tensors has `ignore`; AWQ and FP8 have `modules_to_not_convert`. Raises CheckpointError
+    for any other method, as no engine would read another method's field.
     """
     document = without_head_entries(quantization, head)
-    method = str(document.get("quant_method", "")).lower().replace("compressed_tensors", "compressed-tensors")
+    method = document.method
     if method in GPTQ_METHODS:
-        rules: dict[str, Any] = {f"-:{pattern}": {} for pattern in _patterns(head)}
-        document["dynamic"] = {**rules, **_mapping(document.get("dynamic"))}
+        rules = {f"-:{pattern}": JsonObject() for pattern in _patterns(head)}
+        document["dynamic"] = {**rules, **(document.child("dynamic") or {})}
     elif method == "compressed-tensors":
         document["ignore"] = _with(document.get("ignore"), [f"re:{pattern}" for pattern in _patterns(head)])
     elif method in {*AWQ_METHODS, *FP8_METHODS}:
         keys = ["modules_to_not_convert"]
         if method in FP8_METHODS and document.get("ignored_layers"):
-            keys.append("ignored_layers")  # where vLLM finds it, it does not look at the other
+            keys.append("ignored_layers")  # vLLM reads modules_to_not_convert only without ignored_layers
         if method in AWQ_METHODS and not document.get(keys[0]):
-            document[keys[0]] = _plain_matrices(tensors, head)  # as vLLM takes them from the tensors without a list
+            document[keys[0]] = _plain_matrices(tensors, head)  # vLLM takes them from the tensors if there is no list
         for key in keys:
-            document[key] = _with(_of_others(document.get(key), head), _unconverted(head, tensors))
+            document[key] = _with(_without_head(document.get(key), head), _unconverted(head, tensors))
     elif method in AUTO_ROUND_METHODS:
-        packed = packed_entries(head, tensors, document)
-        plain = unquantized_entries(head, tensors)
-        kept = {key: value for key, value in plain.items() if not packed or key not in _patterns(head)}
-        document["extra_config"] = {**_mapping(document.get("extra_config")), **kept, **packed}
+        quantized = quantized_entries(head, tensors, document)
+        unquantized = unquantized_entries(head, tensors)
+        if quantized:  # the patterns would match the quantized layers too
+            unquantized = {key: value for key, value in unquantized.items() if key not in _patterns(head)}
+        document["extra_config"] = {**(document.child("extra_config") or {}), **unquantized, **quantized}
     else:
         raise CheckpointError(
             f"quant_method is {shown(repr(quantization.get('quant_method')))}, and Requant does not know how its "
@@ -136,68 +133,52 @@ def with_head_entries(quantization: Mapping[str, Any], head: Head, tensors: Mapp
 
 
 def _plain_matrices(tensors: Mapping[str, Tensor], head: Head) -> list[str]:
-    """Modules outside the head with matrices, none of them packed."""
+    """Return the modules outside the head that have matrices and are not quantized."""
     matrices = [t for name, t in tensors.items() if name not in head.names and len(t.shape) >= 2]
     packed = {t.name.rpartition(".")[0] for t in tensors.values() if t.dtype not in {"F16", "BF16", "F32"}}
     return sorted({t.name.rpartition(".")[0] for t in matrices} - packed)
 
 
 def _unconverted(head: Head, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The head's modules that are not quantized, by their exact names, as FP8 in vLLM wants them: fused experts by the
-    name of their module too. The head's prefixes stand for all of it only where nothing in it is quantized."""
+    """Return the names of the head's modules that are not quantized.
+
+    vLLM's FP8 needs exact names, for fused experts too. The head's prefixes are added if nothing in it is quantized.
+    """
     modules = modules_of(tensors[name] for name in head.names if name in tensors)
-    plain = [name for name in head.modules if name in modules and not modules[name].quantized]
-    everything = not any(module.quantized for module in modules.values())
-    return [*(head.prefixes if everything else []), *plain, *_fused_experts(head)]
+    unquantized = [name for name in head.modules if name in modules and not modules[name].quantized]
+    prefixes = [] if any(module.quantized for module in modules.values()) else head.prefixes
+    return [*prefixes, *unquantized, *_fused_experts(head)]
 
 
 def _fused_experts(head: Head) -> list[str]:
-    """The modules whose experts lie fused in 3-D tensors, as `mtp.layers.0.mlp.experts`."""
+    """Return the modules with fused experts, as `mtp.layers.0.mlp.experts`."""
     return sorted({name.rpartition(".")[0] for name in head.names if name.rpartition(".")[2] in FUSED_EXPERTS})
 
 
-def _of_others(value: Any, head: Head) -> list[Any]:
-    """The entries of a list that name no part of the head: what they said of it may not be true any more."""
+def _without_head(value: object, head: Head) -> list[object]:
+    """Return the entries of a list that do not name a part of the head."""
     entries = value if isinstance(value, list) else []
     below = tuple(f"{prefix}." for prefix in head.prefixes)
     return [e for e in entries if not (isinstance(e, str) and (e in head.prefixes or e.startswith(below)))]
 
 
-def packed_entries(
-    head: Head, tensors: Mapping[str, Tensor], quantization: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """`extra_config` entries for the packed layers of a head, told from the shapes of their parts."""
-    entries = {}
+def quantized_entries(
+    head: Head, tensors: Mapping[str, Tensor], quantization: QuantizationConfig
+) -> dict[str, JsonObject]:
+    """Return the entries of `extra_config` for the packed layers of a head. Shapes of the parts give the bits."""
+    entries: dict[str, JsonObject] = {}
+    group_size = quantization.integer("group_size") or 1
     for module in head.modules:
         packed, scales = tensors.get(f"{module}.qweight"), tensors.get(f"{module}.scales")
         if packed is None or scales is None:
             continue
-        along_input = packed.shape[1] == scales.shape[1]  # GPTQ; AWQ packs along the output
-        bits = 32 * packed.shape[0] // (scales.shape[0] * _group_size(quantization)) if along_input else 4
-        entries[module] = {"bits": bits, "group_size": quantization.get("group_size"), "sym": True, "data_type": "int"}
+        along_input = packed.shape[1] == scales.shape[1]  # false for AWQ, which has 4 bits
+        bits = 32 * packed.shape[0] // (scales.shape[0] * max(group_size, 1)) if along_input else 4
+        entries[module] = JsonObject(bits=bits, group_size=quantization.get("group_size"), sym=True, data_type="int")
     return entries
 
 
-def _group_size(quantization: Mapping[str, Any]) -> int:
-    size = quantization.get("group_size")
-    return size if type(size) is int and size > 0 else 1
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _with(value: Any, names: list[str]) -> list[Any]:
-    there = value if isinstance(value, list) else []
-    return [*there, *(name for name in names if name not in there)]
-
-
-def without_layer_count(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A model config that promises no head: every MTP layer count is 0."""
-    document = copy.deepcopy(dict(config))
-    parts = [document, *(v for v in document.values() if isinstance(v, dict))]
-    for part in parts:
-        for key in LAYER_COUNTS:
-            if key in part:
-                part[key] = 0
-    return document
+def _with(value: object, names: list[str]) -> list[object]:
+    """Append those of the names that a list lacks. A value that is not a list counts as an empty one."""
+    entries = value if isinstance(value, list) else []
+    return [*entries, *(name for name in names if name not in entries)]

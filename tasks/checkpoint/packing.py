@@ -1,52 +1,60 @@
-"""Packed integer weights: shapes, and back to real values, with numpy alone.
+"""Packs integer weights into int32 words, and dequantizes them, with numpy alone.
 
-GPTQ packing (auto-round's `auto_round:auto_gptq`, AutoGPTQ): for `bits` b and `32 / b` values a word,
-`qweight` int32 `[in * b / 32, out]` packs along the input, `qzeros` int32 `[in / group, out * b / 32]` along the
-output, `scales` fp16 `[in / group, out]`, optional `g_idx` int32 `[in]`. The weight is `(q - zero) * scale`, and
-`qzeros` stores zero minus one (7 for the symmetric zero point 8): that is GPTQ's version 1 format.
-AWQ packing (`auto_round:auto_awq`): `qweight` int32 `[in, out * b / 32]` packed along the output in the order
-0, 2, 4, 6, 1, 3, 5, 7, `qzeros` likewise, zero points as they are.
+GPTQ (auto-round's `auto_round:auto_gptq`, AutoGPTQ), with b bits and `32 / b` values in a word:
+
+    qweight  int32 [in * b / 32, out]         packed along the input
+    qzeros   int32 [in / group, out * b / 32] packed along the output
+    scales   fp16  [in / group, out]
+    g_idx    int32 [in]                       the group of each input; optional
+
+The weight is `(q - zero point) * scale`. Version 1 of the format stores the zero point minus one in `qzeros`: 7 for the
+symmetric zero point 8. Version 2 (`gptq_v2`) stores the zero point itself.
+
+AWQ (`auto_round:auto_awq`): `qweight` int32 `[in, out * b / 32]` is packed along the output in the order 0, 2, 4, 6, 1,
+3, 5, 7, and so is `qzeros`, which stores the zero points themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.writer import Computed
 from requant.tasks.errors import CheckpointError
 
-GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 REQUIRED = ("qweight", "qzeros", "scales")
+BITS = (2, 3, 4, 8)  # the widths that Requant can dequantize; AWQ has 4 only
 GPTQ_DTYPES = {"qweight": {"I32"}, "qzeros": {"I32"}, "g_idx": {"I32"}, "scales": {"F16", "BF16", "F32"}}
-CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-MIN_SCALE = 2.0**-20  # a scale that float16 still holds, for groups of zeros
-STRIPE_ROWS = 512  # of a weight at a time; a multiple of 32, so that stripes end where words do
+CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # factors that `pack` tries on the scales of 4 bits
+MIN_SCALE = 2.0**-20  # for groups of zeros; float16 can represent it
+STRIPE_ROWS = 512  # rows of a weight in memory at once; a multiple of 32, so that no word belongs to two stripes
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 NUMPY = {"I32": "<i4", "F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "U8": "u1", "I8": "i1"}
 
+Packing = Literal["gptq", "gptq_v2", "awq"]
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class PackingScheme:
-    """How one module is packed. `group_size` -1 is one group a column of the whole input."""
+    """How one module is packed. Group size -1: one group for the complete input."""
 
     bits: int
     group_size: int
-    packing: str = "gptq"  # gptq (stores zero - 1) | gptq_v2 (as is) | awq
+    packing: Packing = "gptq"
 
     @classmethod
-    def of(cls, quantization: Mapping[str, Any], module: str) -> PackingScheme:
-        """The scheme of a module, from a checkpoint's quantization config and its exact `extra_config` entry.
+    def of(cls, quantization: QuantizationConfig, module: str) -> PackingScheme:
+        """Read the scheme of a module from a quantization config, and from the entry of that name in `extra_config`.
 
-        Raises CheckpointError for a method or packing that is not known here.
+        Raises CheckpointError for a method, packing, width or group size that Requant does not know.
         """
         extra = quantization.get("extra_config") or {}
         own = extra.get(module, {}) if isinstance(extra, dict) else None
@@ -55,13 +63,13 @@ class PackingScheme:
         bits: Any = own.get("bits", quantization.get("bits"))
         group_size: Any = own.get("group_size", quantization.get("group_size"))
         packing = _packing(quantization)
-        known = bits == 4 if packing == "awq" else bits in (2, 3, 4, 8)
+        known = bits == 4 if packing == "awq" else bits in BITS
         if not known or type(group_size) is not int or not (group_size == -1 or group_size > 0):
             raise CheckpointError(f"the quantization config gives {module} bits={bits!r}, group_size={group_size!r}")
         return cls(bits, group_size, packing)
 
     def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
-        """The shapes that the packed parts of a `[out, in]` weight must have."""
+        """Return the shapes of the packed parts of a weight `[out, in]`."""
         groups = 1 if self.group_size == -1 else -(-in_features // self.group_size)
         words = out_features * self.bits // 32
         if self.packing == "awq":
@@ -76,17 +84,17 @@ class PackingScheme:
         }
 
     def weight_shape(self, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """The `[out, in]` that packed parts stand for, told from the shapes of `scales` and `qweight`."""
+        """Return the shape `[out, in]` of the weight that was packed; empty if the parts are not matrices."""
         qweight, scales = parts["qweight"].shape, parts["scales"].shape
         if len(qweight) != 2 or len(scales) != 2:
             return ()
         return scales[1], qweight[0] if self.packing == "awq" else qweight[0] * 32 // self.bits
 
 
-def _packing(quantization: Mapping[str, Any]) -> str:
+def _packing(quantization: QuantizationConfig) -> Packing:
     method = quantization.get("quant_method")
     packing = str(quantization.get("packing_format", "auto_round:auto_gptq" if method == "auto-round" else method))
-    known = {
+    known: dict[str, Packing] = {
         "auto_round:auto_gptq": "gptq",
         "auto_round:gptqmodel": "gptq_v2",
         "auto_round": "gptq_v2",
@@ -102,7 +110,7 @@ def _packing(quantization: Mapping[str, Any]) -> str:
 
 
 def check_parts(module: str, parts: Mapping[str, Tensor], scheme: PackingScheme, weight: tuple[int, ...]) -> str | None:
-    """What is wrong with a module's packed parts for a weight of shape `[out, in]`, as a sentence, or None."""
+    """Return what is wrong with the packed parts of a weight `[out, in]` as a sentence, or None."""
     if len(weight) != 2:
         return f"{module} is packed and no matrix in the base"
     missing = [part for part in REQUIRED if part not in parts]
@@ -118,16 +126,16 @@ def check_parts(module: str, parts: Mapping[str, Tensor], scheme: PackingScheme,
 
 
 def pack(rows: Iterable[Floats], shape: tuple[int, int], scheme: PackingScheme) -> dict[str, Array]:
-    """Quantize a `[out, in]` weight by rounding to nearest, symmetrically, and pack it as its scheme says.
+    """Quantize a weight `[out, in]` symmetrically by rounding to nearest, and pack it.
 
-    `rows` are float32 stripes of it, from the top. The scale of a group is its largest magnitude over the largest
-    integer; with 4 bits, CLIPPING of it, whichever has the least squared error. Raises CheckpointError where the sides
-    do not divide into groups and words.
+    `rows`: float32 stripes of the weight, from the top. The scale of a group is its largest magnitude divided by the
+    largest integer. With 4 bits, each factor in CLIPPING is tried on it, and the one with the least squared error
+    counts. Raises CheckpointError if the sides are not multiples of groups and words.
     """
     out_features, in_features = shape
     group = in_features if scheme.group_size == -1 else scheme.group_size
-    words = 32 // scheme.bits
-    if 32 % scheme.bits or in_features % group or in_features % words or out_features % words:
+    per_word = 32 // scheme.bits
+    if 32 % scheme.bits or in_features % group or in_features % per_word or out_features % per_word:
         raise CheckpointError(f"a weight of {out_features} x {in_features} cannot be packed with {scheme}")
     half = 1 << (scheme.bits - 1)
     integers = np.empty((in_features, out_features), np.uint8)
@@ -137,8 +145,8 @@ def pack(rows: Iterable[Floats], shape: tuple[int, int], scheme: PackingScheme) 
         end = begin + len(stripe)
         groups = stripe.reshape(-1, in_features // group, group)
         scale = _scales(groups, half)
-        whole = np.clip(np.rint(groups / scale), -half, half - 1) + half
-        integers[:, begin:end] = whole.reshape(end - begin, -1).T
+        rounded = np.clip(np.rint(groups / scale), -half, half - 1) + half
+        integers[:, begin:end] = rounded.reshape(end - begin, -1).T
         scales[:, begin:end] = scale[..., 0].T
         begin = end
     zeros = np.full(scales.shape, half - (scheme.packing == "gptq"), np.uint8)
@@ -151,7 +159,7 @@ def pack(rows: Iterable[Floats], shape: tuple[int, int], scheme: PackingScheme) 
 
 
 def _scales(groups: Floats, half: int) -> Floats:
-    """The scale of each group `[rows, groups, 1]`, as float16 can hold it, with the least squared error."""
+    """Return the scale `[rows, groups, 1]` of each group that has the least squared error, rounded to float16."""
     largest = np.abs(groups).max(-1, keepdims=True)
     best = np.full(largest.shape, np.inf, np.float32)
     scales: Floats = np.ones_like(largest)
@@ -164,17 +172,18 @@ def _scales(groups: Floats, half: int) -> Floats:
 
 
 def _words(values: Array, bits: int, axis: int) -> Array:
-    """Unsigned integers to int32 words along `axis`, lowest bits first; for widths that divide 32."""
-    each = 32 // bits
+    """Pack unsigned integers into int32 words along `axis`, lowest bits first. The width must divide 32."""
+    per_word = 32 // bits
     words = sum(
-        (values[number::each] if axis == 0 else values[:, number::each]).astype(np.uint32) << np.uint32(bits * number)
-        for number in range(each)
+        (values[number::per_word] if axis == 0 else values[:, number::per_word]).astype(np.uint32)
+        << np.uint32(bits * number)
+        for number in range(per_word)
     )
     return np.ascontiguousarray(words).view(np.int32)
 
 
 def float_rows(tensor: Tensor) -> Iterator[Floats]:
-    """A matrix as float32 stripes of STRIPE_ROWS rows, read one after the other."""
+    """Read a matrix in float32 stripes of STRIPE_ROWS rows."""
     if isinstance(tensor, Computed):
         for rows in tensor.compute():
             yield _values(rows, tensor.dtype).astype(np.float32).reshape(-1, tensor.shape[1])
@@ -190,7 +199,7 @@ def float_rows(tensor: Tensor) -> Iterator[Floats]:
 
 
 def to_numpy(tensor: Tensor) -> Array:
-    """Read a tensor; BF16 becomes float32. Raises CheckpointError for a dtype that numpy has not."""
+    """Read a tensor; BF16 becomes float32. Raises CheckpointError for a dtype that numpy does not have."""
     if tensor.dtype != "BF16" and tensor.dtype not in NUMPY:
         raise CheckpointError(f"{tensor.name} has dtype {tensor.dtype}, which cannot be read here")
     return _values(tensor.read(), tensor.dtype).reshape(tensor.shape)
@@ -203,7 +212,7 @@ def _values(raw: bytes, dtype: str) -> Array:
 
 
 def to_bytes(values: Array, dtype: str) -> bytes:
-    """The bytes of an array as a safetensors dtype; BF16 by rounding float32 to nearest even."""
+    """Convert an array to the bytes of a safetensors dtype; float32 is rounded to BF16 to nearest even."""
     if dtype != "BF16":
         return np.ascontiguousarray(values, dtype=NUMPY[dtype]).tobytes()
     bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
@@ -212,15 +221,15 @@ def to_bytes(values: Array, dtype: str) -> bytes:
 
 
 def unpack(words: Array, bits: int, axis: int) -> Array:
-    """int32 words to uint8 along `axis`, 0 or 1, lowest bits first. 3 bits run across word borders."""
+    """Unpack int32 words to uint8 along `axis` (0 or 1), lowest bits first. Values of 3 bits may be in two words."""
     words = words.view(np.uint32)
     if 32 % bits == 0:
-        each, shape = 32 // bits, list(words.shape)
-        shape[axis] *= each
+        per_word, shape = 32 // bits, list(words.shape)
+        shape[axis] *= per_word
         values = np.empty(shape, np.uint8)
-        for number in range(each):
-            place = values[number::each] if axis == 0 else values[:, number::each]
-            place[...] = (words >> np.uint32(bits * number)) & np.uint32((1 << bits) - 1)
+        for number in range(per_word):
+            part = values[number::per_word] if axis == 0 else values[:, number::per_word]
+            part[...] = (words >> np.uint32(bits * number)) & np.uint32((1 << bits) - 1)
         return values
     words = np.moveaxis(words, axis, -1)
     as_bits = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")
@@ -230,14 +239,14 @@ def unpack(words: Array, bits: int, axis: int) -> Array:
 
 
 def dequantize(parts: Mapping[str, Tensor], scheme: PackingScheme) -> Floats:
-    """The float32 `[out, in]` weight that the packed parts stand for."""
+    """Dequantize packed parts to a float32 weight `[out, in]`."""
     stripes = list(dequantized_rows(parts, scheme))
     weight: Floats = np.concatenate(stripes) if stripes else np.empty((0, 0), np.float32)
     return weight
 
 
 def dequantized_rows(parts: Mapping[str, Tensor], scheme: PackingScheme) -> Iterator[Floats]:
-    """The same in stripes of STRIPE_ROWS rows, from the top: memory follows the packed parts."""
+    """Yield the dequantized weight as float32 stripes of STRIPE_ROWS rows, from the top."""
     qweight, qzeros = to_numpy(parts["qweight"]), to_numpy(parts["qzeros"])
     scales = to_numpy(parts["scales"])
     inputs = qweight.shape[0] if scheme.packing == "awq" else qweight.shape[0] * 32 // scheme.bits
@@ -246,13 +255,13 @@ def dequantized_rows(parts: Mapping[str, Tensor], scheme: PackingScheme) -> Iter
         end = min(begin + STRIPE_ROWS, scales.shape[1])
         words = slice(begin * scheme.bits // 32, end * scheme.bits // 32)
         if scheme.packing == "awq":
-            values = _in_order(unpack(qweight[:, words], scheme.bits, 1))
+            values = _undo_awq_order(unpack(qweight[:, words], scheme.bits, 1))
         else:
             values = unpack(qweight[:, begin:end], scheme.bits, 0)
         zeros = _zero_points(qzeros[:, words], scheme)
         scale = scales[:, begin:end].astype(np.float32)
         weight: Floats = values.astype(np.float32)
-        if group is None:  # equal groups, one after the other
+        if group is None:
             by_group = weight.reshape(len(scale), -1, weight.shape[1])
             by_group -= zeros[:, None].astype(np.float32)
             by_group *= scale[:, None]
@@ -263,19 +272,19 @@ def dequantized_rows(parts: Mapping[str, Tensor], scheme: PackingScheme) -> Iter
 
 
 def zero_points(parts: Mapping[str, Tensor], scheme: PackingScheme) -> Array:
-    """The zero points of packed parts as they are meant, uint8 `[groups, out]`."""
+    """Return the zero points of packed parts, uint8 `[groups, out]`, whatever the format stores for them."""
     return _zero_points(to_numpy(parts["qzeros"]), scheme)
 
 
 def _zero_points(words: Array, scheme: PackingScheme) -> Array:
     zeros = unpack(words, scheme.bits, 1)
     if scheme.packing == "awq":
-        return _in_order(zeros)
+        return _undo_awq_order(zeros)
     return (zeros + 1) & ((1 << scheme.bits) - 1) if scheme.packing == "gptq" else zeros
 
 
 def _groups(parts: Mapping[str, Tensor], scheme: PackingScheme, inputs: int, count: int) -> Array | None:
-    """The group of each input, of `count` groups; None where they are equal and in order."""
+    """Return the group of each input, of `count` groups; None if the groups are of equal size and in order."""
     if "g_idx" not in parts and inputs == count * (inputs if scheme.group_size == -1 else scheme.group_size):
         return None
     if "g_idx" not in parts:
@@ -286,6 +295,6 @@ def _groups(parts: Mapping[str, Tensor], scheme: PackingScheme, inputs: int, cou
     return group
 
 
-def _in_order(values: Array) -> Array:
-    """AWQ's integers along the output, as they were before packing."""
+def _undo_awq_order(values: Array) -> Array:
+    """Undo AWQ's order of the outputs."""
     return values.reshape(len(values), -1, len(AWQ_ORDER))[..., np.argsort(AWQ_ORDER)].reshape(len(values), -1)

@@ -1,30 +1,28 @@
-"""What is wrong with a checkpoint, from headers and configs alone: sentences that name the tensor or the field."""
+"""Finds problems of a checkpoint from headers and configs alone. The sentences name the tensor or the field."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from requant.tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, read_json
 from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
 from requant.tasks.checkpoint.inventory import missing_parts
 from requant.tasks.checkpoint.modules import Module
-from requant.tasks.checkpoint.mtp import layer_count
+from requant.tasks.checkpoint.mtp import LAYER_NAME
 from requant.tasks.checkpoint.packing import REQUIRED, PackingScheme, check_parts
 from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import CheckpointError
 
 FLOATING = {"BF16", "F16", "F32", "F64"}
 OTHER_TOWERS = re.compile(r"visual|vision|audio|image|projector")
-ROUTER_NAME = re.compile(r"(gate|router|score|bias)")  # kept wider than the rest by design
-LAYER = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.")
-COMPRESSED_NEEDS = {"weight_packed": ("weight_scale", "weight_shape")}
+ROUTER_NAME = re.compile(r"(gate|router|score|bias)")  # stored in a wider dtype than other weights, by design
+COMPRESSED_REQUIRED = ("weight_scale", "weight_shape")
 
 
 def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
-    """All problems, index and headers first. `judgement` is the engines' of this checkpoint."""
+    """Return all problems, those of index and headers first. `judgement`: the engines' judgement of the checkpoint."""
     return [
         *checkpoint.problems,
         *_configs(checkpoint),
@@ -39,11 +37,11 @@ def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
 
 
 def _configs(checkpoint: Checkpoint) -> Iterator[str]:
-    inside = checkpoint.config.get("quantization_config")
-    beside = checkpoint.folder / QUANTIZATION
-    if beside.is_file() and inside is not None and read_json(beside) != inside:
+    stated = checkpoint.config.get("quantization_config")
+    file = checkpoint.folder / QUANTIZATION
+    if file.is_file() and stated is not None and read_json(file) != stated:
         yield f"{QUANTIZATION} and config.json disagree about the quantization: run requant mtp-fix, or copy one"
-    elif beside.is_file() and inside is None:
+    elif file.is_file() and stated is None:
         yield f"{QUANTIZATION} is there, and config.json has no quantization_config: put it there too"
     quantized = any(module.quantized for module in checkpoint.modules.values())
     if checkpoint.quantization and not quantized and checkpoint.tensors:
@@ -53,12 +51,12 @@ def _configs(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _parts(checkpoint: Checkpoint) -> Iterator[str]:
-    """Quantized modules with a missing part, parts that do not fit each other, and weights that are there twice."""
+    """Find quantized modules with missing or contradictory parts, and weights that are stored twice."""
     for module in checkpoint.modules.values():
         if module.storage == "integer":
             yield from _integer_parts(checkpoint, module)
         elif module.storage == "compressed":
-            lacking = [p for p in COMPRESSED_NEEDS["weight_packed"] if p not in module.parts]
+            lacking = [p for p in COMPRESSED_REQUIRED if p not in module.parts]
             if lacking:
                 yield f"{module.name}.{lacking[0]} is missing beside {module.name}.weight_packed"
         elif module.storage == "scaled" and not any(part.startswith("weight_scale") for part in module.parts):
@@ -83,16 +81,16 @@ def _integer_parts(checkpoint: Checkpoint, module: Module) -> Iterator[str]:
 
 
 def _shapes(checkpoint: Checkpoint) -> Iterator[str]:
-    """Matrices of the language model whose sides are not what the config's sizes make of them."""
+    """Find matrices of the language model whose shapes contradict the sizes in the config."""
     text = checkpoint.text_config
-    hidden, vocab = text.get("hidden_size"), text.get("vocab_size")
-    if type(hidden) is not int:
+    hidden, vocab = text.integer("hidden_size"), text.integer("vocab_size")
+    if hidden is None:
         return
-    into, out_of = (None, hidden), (hidden, None)
-    vocabulary = (vocab if type(vocab) is int else None, hidden)
+    from_hidden, to_hidden = (None, hidden), (hidden, None)
+    vocabulary = (vocab, hidden)
     expected: dict[str, tuple[int | None, ...]] = {
-        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), into),
-        **dict.fromkeys(("o_proj", "down_proj"), out_of),
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), from_hidden),
+        **dict.fromkeys(("o_proj", "down_proj"), to_hidden),
         **dict.fromkeys(("embed_tokens", "lm_head"), vocabulary),
         **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (hidden,)),
         **dict.fromkeys(("mtp.fc", "eh_proj"), (hidden, 2 * hidden)),
@@ -119,7 +117,7 @@ def _weight_shape(checkpoint: Checkpoint, module: Module) -> tuple[int, ...]:
 
 
 def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:
-    """Matrices that were re-typed, as auto-round does on a CPU: the file grows, and nothing is the base's any more."""
+    """Find matrices whose dtype was changed, as auto-round does on a CPU, so that they are not the base's any more."""
     word = checkpoint.text_config.get("dtype") or checkpoint.text_config.get("torch_dtype")
     word = word or checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     declared = CONFIG_DTYPES.get(word) if isinstance(word, str) else None
@@ -139,16 +137,16 @@ def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _layers(checkpoint: Checkpoint) -> Iterator[str]:
-    promised = checkpoint.text_config.get("num_hidden_layers")
-    numbers = {int(m[1]) for name in checkpoint.modules if (m := LAYER.match(name)) and len(m[1]) < 9}
-    if type(promised) is int and numbers and not checkpoint.fatal:
+    promised = checkpoint.text_config.integer("num_hidden_layers")
+    numbers = {int(m[1]) for name in checkpoint.modules if (m := LAYER_NAME.match(name)) and len(m[1]) < 9}
+    if promised is not None and numbers and not checkpoint.fatal:
         lost = sorted(set(range(min(promised, 100_000))) - numbers)
         if lost:
             yield f"config.json promises {promised} layers, and layer {lost[0]} has no tensors: restore its shard"
 
 
 def _head(checkpoint: Checkpoint, judgement: Judgement) -> Iterator[str]:
-    promised, head = layer_count(checkpoint.text_config), checkpoint.head
+    promised, head = checkpoint.config.mtp_layers, checkpoint.head
     if head is None:
         if promised > 0:
             yield (
@@ -156,7 +154,7 @@ def _head(checkpoint: Checkpoint, judgement: Judgement) -> Iterator[str]:
                 "restore it with requant mtp-fix --base"
             )
         return
-    missing: list[Any] = missing_parts(checkpoint, head)
+    missing = missing_parts(checkpoint, head)
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         yield f"the MTP head lacks {missing[0]}{more}: restore it with requant mtp-fix --base"

@@ -1,4 +1,4 @@
-"""JSON and names that strangers wrote: parsed within bounds, told without control characters."""
+"""Reads JSON from untrusted files within limits, and makes untrusted names safe to print."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-MAX_DEPTH = 100  # levels: Python's limit is 1000 frames, and what walks or writes a document takes several each
-MAX_DIGITS = 308
-HARMLESS_BYTES = 1 << 20  # bytes that cannot cost much, whatever they hold
-MAX_SHOWN_LENGTH = 200  # characters of a name in a sentence
+MAX_DEPTH = 100  # Python's limit is 1000 frames, and code that walks or writes a document needs several for a level
+MAX_DIGITS = 308  # every integer of so many digits fits into a double
+HARMLESS_BYTES = 1 << 20  # a file of this size is cheap to parse whatever it holds
+MAX_SHOWN_LENGTH = 200
 
 
 def parse(raw: bytes) -> tuple[Any, list[str]]:
-    """The document, and the keys that stand twice in an object of it (the last one counts, as in json.loads).
+    """Parse JSON. Returns the document, and for each object with a repeated key the first such key.
 
-    Raises ValueError or RecursionError for what other readers refuse too (no strict UTF-8, half characters, integers
-    of thousands of digits), and for what is only made to exhaust memory or stack: nesting, millions of tiny values.
+    The last value of a repeated key counts, as in json.loads. Raises ValueError or RecursionError for input that other
+    readers refuse too (invalid UTF-8, lone surrogates, integers of thousands of digits), and for input that would
+    exhaust memory or stack (deep nesting, millions of tiny values).
     """
     brackets = raw.count(b"{") + raw.count(b"[")
     if len(raw) > HARMLESS_BYTES and (12 * brackets > len(raw) or 6 * raw.count(b",") > len(raw)):
@@ -35,19 +36,22 @@ def parse(raw: bytes) -> tuple[Any, list[str]]:
     with without_collector():
         document = json.loads(raw.decode("utf-8"), object_pairs_hook=collect, parse_int=_integer)
     if b"\\u" in raw:
-        json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair is no text, and cannot be written
+        json.dumps(document, ensure_ascii=False).encode()  # raises for a lone surrogate, which cannot be written
     return document, repeated
 
 
 def shown(text: str) -> str:
-    """A name for a sentence: cut, and with escapes for whatever would move a terminal's cursor or end the line."""
+    """Shorten a text and escape control characters, so that it can be part of a sentence."""
     cut = text if len(text) <= MAX_SHOWN_LENGTH else text[:MAX_SHOWN_LENGTH] + "..."
     return cut if cut.isprintable() else repr(cut)
 
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """No search for cycles while millions of objects are made that have none: it would take half of the time."""
+    """Disable the cyclic garbage collector while JSON is parsed.
+
+    JSON has no cycles, and searching millions of new objects for them would take half of the time.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -58,14 +62,14 @@ def without_collector() -> Iterator[None]:
 
 
 def _integer(text: str) -> int | float:
-    """As the reference reader has it: `-0` is no size, and what is beyond a float's range is no number."""
+    """Parse an integer as the reference reader of safetensors does: `-0` is a float. Raises ValueError if too long."""
     if len(text) > MAX_DIGITS:
         raise ValueError(f"it has a number of {len(text)} digits")
     return -0.0 if text == "-0" else int(text)
 
 
 def check_depth(document: Any) -> None:
-    """Raises ValueError for a document that is nested deeper than any checkpoint's."""
+    """Check that a document is not nested deeper than MAX_DEPTH. Raises ValueError if it is."""
     level = [document]
     for _ in range(MAX_DEPTH):
         inner = (part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list))

@@ -1,11 +1,11 @@
-"""How far each packed matrix is from the base's: read from both files, without a model or torch.
+"""Measures how far each quantized matrix Q is from the base's matrix W, from both files, without a model or torch.
 
-Noise of rounding hides damage in a norm: scales that are 5 % off add to an error of 10 % hardly anything. Three figures
-tell it apart, since rounding is nearly unbiased:
+A norm of the difference hardly shows damage: scales that are 5 % off add almost nothing to a rounding error of 10 %.
+As rounding is nearly unbiased, three figures together do show it:
 
-    slope   <Q, W> / <W, W>: 1 but for clipping; 1.05 where scales are 5 % too large, 0 where it is another matrix
-    offset  the mean of (Q - W) in steps of its scale: 0; 1 or -1 where zero points are off by one
-    error   |Q - W| / |W|: what rounding costs, about 0.1 in 4 bits
+    slope   <Q, W> / <W, W>: 1 apart from clipping; 1.05 if scales are 5 % too large, 0 for an unrelated matrix
+    offset  the mean of (Q - W) in steps of the scale: 0; 1 or -1 if zero points are off by one
+    error   |Q - W| / |W|: the rounding error, about 0.1 with 4 bits
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from requant.tasks.checkpoint.assemble import packed_parts
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.header import Tensor
@@ -30,15 +30,15 @@ from requant.tasks.checkpoint.packing import (
     to_numpy,
     zero_points,
 )
-from requant.tasks.checkpoint.rounding import SAMPLED, Rounding
+from requant.tasks.checkpoint.rounding import SAMPLED_WEIGHTS, Rounding
 from requant.tasks.errors import CheckpointError
 
-PARALLEL_MATRICES = 2  # matrices at a time: numpy works without the interpreter's lock
+PARALLEL_MATRICES = 2  # numpy releases the interpreter's lock
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One packed matrix beside the base's. The last three are rounding.py's, of a sample of its rows."""
+    """A quantized matrix compared with the base's. rounding.py explains the last three figures."""
 
     name: str
     bits: int
@@ -51,13 +51,14 @@ class Fidelity:
 
 
 def fidelity(quantized: Checkpoint, base: Checkpoint) -> list[Fidelity]:
-    """Every packed matrix that the base has too, in the order of its tensors. Reads both once, some rows at a time.
+    """Compare every quantized matrix with the base's, in the order of the base's tensors.
 
-    Packed parts that contradict their scheme are left out: `account` says which.
+    Both checkpoints are read once, some rows at a time. Matrices whose packed parts contradict their scheme are left
+    out; `account` of audit.py names them.
     """
     base = dequantize_fp8(split_fused_experts(base))
     parts = packed_parts(quantized.tensors.values())
-    quantization = quantized.config.get("quantization_config") or {}
+    quantization = quantized.config.quantization
     pairs = [
         (name, parts[module], scheme, source)
         for name, source in base.tensors.items()
@@ -69,9 +70,9 @@ def fidelity(quantized: Checkpoint, base: Checkpoint) -> list[Fidelity]:
 
 
 def _scheme(
-    quantization: Mapping[str, Any], module: str, parts: Mapping[str, Tensor], source: Tensor
+    quantization: QuantizationConfig, module: str, parts: Mapping[str, Tensor], source: Tensor
 ) -> PackingScheme | None:
-    """How a module is packed; None if its parts are not that of the base's matrix."""
+    """Return how a module is packed; None if its parts do not fit the base's matrix."""
     try:
         scheme = PackingScheme.of(quantization, module)
     except CheckpointError:
@@ -89,7 +90,7 @@ def _compare(name: str, parts: Mapping[str, Tensor], scheme: PackingScheme, sour
     in_order = bool((order[1:] > order[:-1]).all())
     present, begins, counts = np.unique(group[order], return_index=True, return_counts=True)
     zeros = zero_points(parts, scheme)
-    every = max(1, -(-source.shape[0] * inputs // SAMPLED))  # rows, of which one is sampled
+    row_step = max(1, -(-source.shape[0] * inputs // SAMPLED_WEIGHTS))
     sample = Rounding(scheme.bits)
     ww = qw = dd = steps = 0.0
     row = 0
@@ -101,12 +102,12 @@ def _compare(name: str, parts: Mapping[str, Tensor], scheme: PackingScheme, sour
         by_group = np.add.reduceat(difference if in_order else difference[:, order], begins, axis=1) / counts
         scale = scales[present, row : row + len(ours)].T
         steps += float(np.divide(by_group, scale, out=np.zeros_like(scale), where=scale != 0).sum())
-        taken = slice(-row % every, None, every)
-        by_weight = [values[:, row : row + len(ours)].T[taken][:, group] for values in (scales, zeros)]
-        sample.add(ours[taken], theirs[taken], by_weight[0].astype(np.float32), by_weight[1])
+        sampled = slice(-row % row_step, None, row_step)
+        by_weight = [values[:, row : row + len(ours)].T[sampled][:, group] for values in (scales, zeros)]
+        sample.add(ours[sampled], theirs[sampled], by_weight[0].astype(np.float32), by_weight[1])
         row += len(ours)
     cells = row * len(present)
-    if not ww or not cells:  # A base of zeros has no slope, and nothing but zeros is a rounding of it.
+    if not ww or not cells:  # a base of zeros has no slope, and its only rounding is zeros
         return Fidelity(name, scheme.bits, float(dd == 0), 0.0, float(dd > 0), rounding_noise=float(dd > 0))
     fitted = (sample.slope_excess, sample.scale_factor, sample.rounding_noise)
     return Fidelity(name, scheme.bits, qw / ww, steps / cells, (dd / ww) ** 0.5, *fitted)

@@ -1,4 +1,4 @@
-"""Writes checkpoint files: streamed, hashed on the way, whole or not at all."""
+"""Writes the files of a checkpoint. Data is streamed, and a file gets its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from requant.tasks.artifact import File
-from requant.tasks.checkpoint.header import COPY_CHUNK, DTYPE_BITS, Tensor
+from requant.tasks.checkpoint.config import JsonObject
+from requant.tasks.checkpoint.header import CHUNK_BYTES, DTYPE_BITS, Tensor
 from requant.tasks.errors import CheckpointError
 
-SLICE = 32 << 20  # bytes
-MAX_SHARD = 5_000_000_000  # bytes, as transformers splits
+SLICE_BYTES = 32 << 20
+MAX_SHARD_BYTES = 5_000_000_000  # the default of transformers
 
 
 @dataclass(frozen=True)
 class Computed(Tensor):
-    """A tensor that lies in no file yet: `compute` makes its bytes, whole rows at a time, when they are read. They come
-    in chunks as a file's do. `path` is where it will lie."""
+    """A tensor that is computed when it is read. `compute` yields its bytes; `chunks` are of the usual size."""
 
     compute: Callable[[], Iterable[bytes]]
 
@@ -36,22 +36,22 @@ class Computed(Tensor):
         return cls(name, dtype, shape, Path(), 0, nbytes, compute)
 
     def chunks(self) -> Iterator[bytes]:
-        made, held = 0, bytearray()
+        computed_bytes, buffer = 0, bytearray()
         for data in self.compute():
-            made += len(data)
-            held += data
-            while len(held) > COPY_CHUNK:
-                yield bytes(held[:COPY_CHUNK])
-                del held[:COPY_CHUNK]
-        if held:
-            yield bytes(held)
-        if made != self.nbytes:
-            raise ValueError(f"{self.name} was computed with {made} bytes, not {self.nbytes}")
+            computed_bytes += len(data)
+            buffer += data
+            while len(buffer) > CHUNK_BYTES:
+                yield bytes(buffer[:CHUNK_BYTES])
+                del buffer[:CHUNK_BYTES]
+        if buffer:
+            yield bytes(buffer)
+        if computed_bytes != self.nbytes:
+            raise ValueError(f"{self.name} was computed with {computed_bytes} bytes, not {self.nbytes}")
 
 
 @contextlib.contextmanager
-def whole_file(target: Path) -> Iterator[BinaryIO]:
-    """A stream into a temporary file that is synced and gets its name at the end; on an exception nothing is left."""
+def atomic_file(target: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that is synced and renamed to `target` at the end. After an exception nothing is left."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -64,9 +64,9 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
 
 
 def write_file(root: Path, path: str, pieces: Iterable[bytes]) -> File:
-    """Write `root/path` whole or not at all, and describe it."""
+    """Write the file `root/path` atomically. Returns its size and hash."""
     hasher, size = hashlib.sha256(), 0
-    with whole_file(root / path) as stream:
+    with atomic_file(root / path) as stream:
         for piece in pieces:
             _write(stream, piece)
             hasher.update(piece)
@@ -76,12 +76,12 @@ def write_file(root: Path, path: str, pieces: Iterable[bytes]) -> File:
 
 def _write(stream: BinaryIO, piece: bytes) -> None:
     left = memoryview(piece)
-    while left:  # an unbuffered stream may take a part
+    while left:  # an unbuffered stream may write only a part
         left = left[stream.write(left) :]
 
 
 def json_bytes(document: Any) -> bytes:
-    """JSON the way the Hub's repos have it: two spaces, a newline at the end, order kept."""
+    """Serialize JSON as in repos of the Hub: indented by two spaces, keys in their order, a newline at the end."""
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -90,29 +90,29 @@ def write_json(root: Path, path: str, document: Any) -> File:
 
 
 def write_shard(root: Path, path: str, tensors: Sequence[Tensor]) -> File:
-    """Write one safetensors file from tensors that lie in other files. Memory stays at one chunk."""
+    """Write a safetensors file from tensors of other files, chunk by chunk. Returns its size and hash."""
     ordered, header = _lay_out(tensors)
     return write_file(root, path, itertools.chain([header], *(tensor.chunks() for tensor in ordered)))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Files of a checkpoint before they are written: shards with their tensors, JSON documents by name.
+    """Files of a checkpoint before they are written: shards with their tensors, and JSON documents, by name.
 
-    Made from headers alone, so that a plan knows every byte of what a run will write.
+    A layout needs only headers, so that a plan can say the size of every file that a run will write.
     """
 
     shards: Mapping[str, Sequence[Tensor]]
-    documents: Mapping[str, Any]
+    documents: Mapping[str, JsonObject]
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file, as it will be written."""
+        """The size of each file in bytes."""
         shards = {path: len(_lay_out(tensors)[1]) + _nbytes(tensors) for path, tensors in self.shards.items()}
         return shards | {path: len(json_bytes(document)) for path, document in self.documents.items()}
 
     def write(self, out: Path) -> list[File]:
-        """Write and describe them."""
+        """Write the files. Returns their sizes and hashes."""
         shards = [write_shard(out, path, tensors) for path, tensors in self.shards.items()]
         return shards + [write_json(out, path, document) for path, document in self.documents.items()]
 
@@ -122,9 +122,9 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 def place_shard(root: Path, path: str, tensors: Sequence[Tensor]) -> None:
-    """The same for a folder that no manifest describes: without a hash, and the kernel does the copying."""
+    """Write a safetensors file as `write_shard`, without a hash: the kernel can copy the data."""
     ordered, header = _lay_out(tensors)
-    with whole_file(root / path) as stream:
+    with atomic_file(root / path) as stream:
         _write(stream, header)
         for tensor in ordered:
             if isinstance(tensor, Computed) or not _copied_by_kernel(tensor, stream):
@@ -133,12 +133,12 @@ def place_shard(root: Path, path: str, tensors: Sequence[Tensor]) -> None:
 
 
 def _lay_out(tensors: Sequence[Tensor]) -> tuple[list[Tensor], bytes]:
-    """The tensors in the order of their bytes, and what comes before these.
+    """Return the tensors in the order of their data, and the bytes in front of the data: length and header.
 
-    Wide dtypes come first, so that every tensor is aligned to its element size: readers view the file's bytes.
+    Wide dtypes come first, so that every tensor is aligned to the size of its elements. Readers map the file.
     """
     ordered = sorted(tensors, key=lambda t: -DTYPE_BITS[t.dtype])
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header = JsonObject(__metadata__={"format": "pt"})
     offset = 0
     for tensor in ordered:
         header[tensor.name] = {
@@ -148,55 +148,60 @@ def _lay_out(tensors: Sequence[Tensor]) -> tuple[list[Tensor], bytes]:
         }
         offset += tensor.nbytes
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)  # the data begins at a multiple of 8, as the reference writer has it
+    raw += b" " * (-len(raw) % 8)  # the reference writer aligns the data to 8 bytes too
     return ordered, struct.pack("<Q", len(raw)) + raw
 
 
 def _copied_by_kernel(tensor: Tensor, stream: BinaryIO) -> bool:
-    """Copy a tensor without its bytes passing through this process. False where that cannot be: nothing is written.
+    """Let the kernel copy a tensor. Returns False, with nothing written, if it cannot.
 
-    Slice by slice; while one is copied, the one before goes to the disk and out of the page cache: a head must not push
-    out what a server on this machine has there, and on virtual machines new pages cost more than the copying.
+    While one slice is copied, the slice before is written to the disk and dropped from the page cache. Otherwise the
+    copy would evict what a server on this machine has cached; on virtual machines, new pages also cost more time than
+    the copying.
     """
     position, target = tensor.begin, stream.fileno()
     before: Future[None] | None = None
     with ThreadPoolExecutor(1) as pool, tensor.path.open("rb") as source:
         while position < tensor.end:
             try:
-                copied = os.copy_file_range(source.fileno(), target, min(SLICE, tensor.end - position), position)
-            except (OSError, AttributeError):  # another file system, or another system
+                copied = os.copy_file_range(source.fileno(), target, min(SLICE_BYTES, tensor.end - position), position)
+            except (OSError, AttributeError):  # two file systems, or no Linux
                 if position == tensor.begin:
                     return False
                 raise
             if not copied:
-                raise CheckpointError(f"{tensor.path.name} ends inside {tensor.name}: download the file again")
+                raise CheckpointError(
+                    f"{tensor.path.name} ends inside {tensor.name}: download the file again",
+                    path=tensor.path,
+                    tensor=tensor.name,
+                )
             if before is not None:
                 before.result()
-            if tensor.nbytes > SLICE:
-                before = pool.submit(_let_go, target, source.fileno(), position, copied)
+            if tensor.nbytes > SLICE_BYTES:
+                before = pool.submit(_drop_from_page_cache, target, source.fileno(), position, copied)
             position += copied
         if before is not None:
             before.result()
     return True
 
 
-def _let_go(target: int, source: int, position: int, count: int) -> None:
-    """Bring what was written to the disk, and drop it and what was read from the page cache."""
+def _drop_from_page_cache(target: int, source: int, position: int, count: int) -> None:
+    """Write the target to the disk, and drop what was written and read from the page cache."""
     os.fdatasync(target)
     os.posix_fadvise(target, 0, 0, os.POSIX_FADV_DONTNEED)
     os.posix_fadvise(source, position, count, os.POSIX_FADV_DONTNEED)
 
 
-def split_into_shards(tensors: Iterable[Tensor], limit: int = MAX_SHARD) -> dict[str, list[Tensor]]:
-    """Lay tensors out over `model-0000i-of-0000n.safetensors`, in order, each at most `limit` bytes of data.
+def split_into_shards(tensors: Iterable[Tensor], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[Tensor]]:
+    """Distribute tensors in their order over shards `model-0000i-of-0000n.safetensors` of at most `max_bytes` of data.
 
-    A single shard has that name too, never `model.safetensors`: loaders prefer that name to an index, and would
-    miss a head that is added later in a shard of its own.
+    A single shard is not named `model.safetensors`: loaders prefer that name to an index, and would miss an MTP head
+    that is added later in a shard of its own.
     """
     groups: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
-        if groups[-1] and size + tensor.nbytes > limit:
+        if groups[-1] and size + tensor.nbytes > max_bytes:
             groups.append([])
             size = 0
         groups[-1].append(tensor)
@@ -204,8 +209,17 @@ def split_into_shards(tensors: Iterable[Tensor], limit: int = MAX_SHARD) -> dict
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def index_of(layout: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
-    """The index document for a layout, with the true total_size (bytes of data, headers not counted)."""
+def index_of(layout: Mapping[str, Sequence[Tensor]], old: JsonObject | None = None) -> JsonObject:
+    """Return the index of shards; `old` as in `index_document`."""
     weight_map = {t.name: shard for shard, tensors in layout.items() for t in tensors}
-    total = sum(map(_nbytes, layout.values()))
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return index_document(weight_map, sum(map(_nbytes, layout.values())), old)
+
+
+def index_document(weight_map: Mapping[str, str], total_size: int, old: JsonObject | None = None) -> JsonObject:
+    """Return the content of an index. `total_size`: bytes of all tensors, without the headers of the files.
+
+    Everything else that the `old` index says stays.
+    """
+    old = old or JsonObject()
+    metadata = {**(old.child("metadata") or {}), "total_size": total_size}
+    return JsonObject({**old, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})

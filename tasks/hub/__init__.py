@@ -1,1 +1,1 @@
-"""The Hugging Face Hub: revisions, files, the model card, staged publishing."""
+"""The Hugging Face Hub: revisions, downloads, staged publishing, rollback, and checks of published repos."""

@@ -1,6 +1,6 @@
-"""One HfApi for everything, its failures as sentences, no request without a time-out.
+"""The client of the Hub: HfApi with a time-out for every request, and its errors as sentences.
 
-HF_ENDPOINT and HF_TOKEN are honoured.
+huggingface_hub reads HF_ENDPOINT and HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -21,22 +21,20 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils._http import default_client_factory
 
 from requant.tasks.environment import PROXIES, variables_set
 from requant.tasks.errors import HubError, HubUnavailable, redact
-from requant.tasks.http import UNUSABLE, no_client
+from requant.tasks.http import CLIENT_ERRORS, no_client
+from requant.tasks.hub._http import default_client_factory
 
 TEMPORARY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
-STALL_TIMEOUT_S = (
-    60.0  # seconds without a byte of an answer; huggingface_hub itself waits for ever for uploads and commits
-)
+STALL_TIMEOUT_S = 60.0  # between two bytes of an answer; huggingface_hub sets no limit for uploads and commits
 
 
 def _client() -> httpx2.Client:
     try:
         client = default_client_factory()
-    except (*UNUSABLE, httpx2.InvalidURL) as error:
+    except (*CLIENT_ERRORS, httpx2.InvalidURL) as error:
         raise HubError(no_client(error, "the Hub")) from error
     client.timeout = httpx2.Timeout(STALL_TIMEOUT_S, connect=10.0)
     return client
@@ -51,33 +49,33 @@ def hub_api() -> HfApi:
 
 @contextlib.contextmanager
 def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Raise HubError or HubUnavailable, with a sentence, for whatever huggingface_hub raises inside."""
+    """Turn the errors that huggingface_hub raises inside the block into HubError or HubUnavailable."""
     name = f"{repo_id}@{revision}" if revision else repo_id
     try:
         yield
     except HfHubHTTPError as error:
         raise _explain(error, repo_id, name) from error
     except (LocalEntryNotFoundError, RuntimeError) as error:
-        # huggingface_hub masks failed HEAD requests as the one, and failed LFS uploads as the other.
+        # huggingface_hub raises the first for failed HEAD requests, and the second for failed LFS uploads.
         if isinstance(error.__cause__, HfHubHTTPError):
             raise _explain(error.__cause__, repo_id, name) from error
         if isinstance(error.__cause__, OfflineModeIsEnabled):
-            raise HubError(_switched_off(name)) from error
+            raise HubError(_switched_off(name), repo_id=repo_id) from error
         if isinstance(error.__cause__, httpx2.HTTPError) or isinstance(error, LocalEntryNotFoundError):
-            raise HubUnavailable(_unanswered(error.__cause__ or error)) from error
+            raise HubUnavailable(_unanswered(error.__cause__ or error), repo_id=repo_id) from error
         raise
-    except OfflineModeIsEnabled as error:  # an OSError too
-        raise HubError(_switched_off(name)) from error
+    except OfflineModeIsEnabled as error:  # is an OSError too, and so must come first
+        raise HubError(_switched_off(name), repo_id=repo_id) from error
     except OSError as error:
-        if "Consistency check failed" in str(error):  # fewer bytes arrived than the Hub announced
-            raise HubUnavailable(f"{name}: {_first_line(error)}") from error
+        if "Consistency check failed" in str(error):  # fewer bytes arrived than the Hub had announced
+            raise HubUnavailable(f"{name}: {_first_line(error)}", repo_id=repo_id) from error
         raise
     except HFValidationError as error:
-        raise HubError(f"{name} cannot be asked for: {_first_line(error)}") from error
+        raise HubError(f"{name} cannot be asked for: {_first_line(error)}", repo_id=repo_id) from error
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-        raise HubError(_unanswered(error)) from error
+        raise HubError(_unanswered(error), repo_id=repo_id) from error
     except httpx2.HTTPError as error:
-        raise HubUnavailable(_unanswered(error)) from error
+        raise HubUnavailable(_unanswered(error), repo_id=repo_id) from error
 
 
 def _unanswered(error: BaseException) -> str:
@@ -86,7 +84,7 @@ def _unanswered(error: BaseException) -> str:
 
 
 def _switched_off(name: str) -> str:
-    """Say which variable keeps the Hub from being asked, and what to do."""
+    """Return a sentence that names the variable that switches the Hub off, and what to do."""
     # huggingface_hub reads both, in this order.
     variable = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
     said = f"{variable}={os.environ[variable]}" if variable in os.environ else variable
@@ -99,32 +97,42 @@ def _switched_off(name: str) -> str:
 def _explain(error: HfHubHTTPError, repo_id: str, name: str) -> HubError:
     status = error.response.status_code
     if status in TEMPORARY_STATUSES:
-        return HubUnavailable(f"the Hub at {constants.ENDPOINT} answers {status} for {name}: try again later")
+        return HubUnavailable(
+            f"the Hub at {constants.ENDPOINT} answers {status} for {name}: try again later", repo_id=repo_id
+        )
     if isinstance(error, GatedRepoError):
         return HubError(
             f"{repo_id} is gated and this account has no access: accept its terms at "
-            f"{constants.ENDPOINT}/{repo_id} and set HF_TOKEN to a token of that account"
+            f"{constants.ENDPOINT}/{repo_id} and set HF_TOKEN to a token of that account",
+            repo_id=repo_id,
         )
     if status == 401 and "credential" in str(error).lower():
-        return HubError(f"the Hub at {constants.ENDPOINT} refuses HF_TOKEN: set it to a valid token, or unset it")
+        return HubError(
+            f"the Hub at {constants.ENDPOINT} refuses HF_TOKEN: set it to a valid token, or unset it", repo_id=repo_id
+        )
     if isinstance(error, RepositoryNotFoundError):
         return HubError(
             f"{repo_id} does not exist at {constants.ENDPOINT}, or is private: correct the repo_id, "
-            "or set HF_TOKEN to a token that may read it"
+            "or set HF_TOKEN to a token that may read it",
+            repo_id=repo_id,
         )
     if isinstance(error, RevisionNotFoundError):
-        return HubError(f"{name} does not exist: use a branch, tag or commit of {repo_id}")
+        return HubError(f"{name} does not exist: use a branch, tag or commit of {repo_id}", repo_id=repo_id)
     if isinstance(error, RemoteEntryNotFoundError):
-        return HubError(f"a file of {name} is gone from the Hub: resolve the revision again")
+        return HubError(f"a file of {name} is gone from the Hub: resolve the revision again", repo_id=repo_id)
     if status in {401, 403}:
         return HubError(
-            f"this account may not do that with {repo_id} ({status}): set HF_TOKEN to a token with write access to it"
+            f"this account may not do that with {repo_id} ({status}): set HF_TOKEN to a token with write access to it",
+            repo_id=repo_id,
         )
     if status == 404:
-        return HubError(f"{name} does not exist at {constants.ENDPOINT}, or this account may not see it: correct it")
+        return HubError(
+            f"{name} does not exist at {constants.ENDPOINT}, or this account may not see it: correct it",
+            repo_id=repo_id,
+        )
     if status == 412:
-        return HubError(f"{repo_id} was changed by someone else meanwhile: look at it, then run again")
-    return HubError(f"the Hub refused {name} ({status}): {_first_line(error)}")
+        return HubError(f"{repo_id} was changed by someone else meanwhile: look at it, then run again", repo_id=repo_id)
+    return HubError(f"the Hub refused {name} ({status}): {_first_line(error)}", repo_id=repo_id)
 
 
 def _first_line(error: BaseException) -> str:

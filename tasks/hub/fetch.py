@@ -1,6 +1,6 @@
-"""Fetches one file of a revision, hashed while it comes; killed or cut anywhere, it goes on where it stopped.
+"""Download one file of a revision, and hash it on the way. A download that was cut off or killed is resumed.
 
-huggingface_hub resumes inside one call only: a killed process starts the file again.
+huggingface_hub resumes a download only within one call. After a kill, it would download the whole file again.
 """
 
 from __future__ import annotations
@@ -16,59 +16,60 @@ from typing import BinaryIO
 import httpx2
 from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from requant.tasks.errors import HubUnavailable
+from requant.tasks.hub._http import build_hf_headers, get_session, hf_raise_for_status
 from requant.tasks.hub.client import TEMPORARY_STATUSES, hub_errors
 from requant.tasks.hub.revision import HubFile, Revision
 
-MAX_TRIES = 6  # in a row that brought nothing; with the pauses between them, a Hub that is away for 60 s is waited for
+MAX_TRIES = 6  # in a row without a new byte: with the pauses between them, this outlasts an outage of 60 s
 MAX_PAUSE_S = 60.0
 CHUNK_BYTES = 1 << 20
 log = logging.getLogger(__name__)
 
 
 def fetch(base: Revision, file: HubFile, path: Path) -> str:
-    """Bring a file to `path`, behind the bytes that an earlier process left there; the sha256 of the whole.
+    """Download a file to `path`, after the bytes that an earlier process has left there. Return the sha256 of the file.
 
-    The caller compares it: what the disk kept of a machine that lost its power may be anything. A read that brings
-    nothing for HF_HUB_DOWNLOAD_TIMEOUT seconds (10) is a lost connection. Raises HubError or HubUnavailable.
+    The caller must compare the sha256: after a power cut, the bytes on the disk may be wrong. A connection that sends
+    nothing for HF_HUB_DOWNLOAD_TIMEOUT seconds (10) counts as lost. Raises HubError or HubUnavailable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with hub_errors(base.repo_id, base.sha), open(path, "ab+", buffering=0, opener=_ours) as stream:
-        arriving = _Arriving(stream, file.size)
-        if arriving.at:
-            log.info(f"going on with {file.path} after {arriving.at:,} of {file.size:,} bytes")
+    with hub_errors(base.repo_id, base.sha), open(path, "ab+", buffering=0, opener=_open_unshared) as stream:
+        partial = _PartialFile(stream, file.size)
+        if partial.at:
+            log.info(f"going on with {file.path} after {partial.at:,} of {file.size:,} bytes")
         url = hf_hub_url(base.repo_id, file.path, repo_type=base.repo_type, revision=base.sha)
-        failed = 0
-        while arriving.at < file.size:
-            before = arriving.at
+        failures = 0
+        while partial.at < file.size:
+            before = partial.at
             try:
-                _go_on(url, arriving)
+                _request_rest(url, partial)
                 error: Exception = HubUnavailable(
-                    f"{file.path} of {base.name} ended after {arriving.at} of {file.size} bytes: try again later"
+                    f"{file.path} of {base.name} ended after {partial.at} of {file.size} bytes: try again later",
+                    repo_id=base.repo_id,
                 )
             except (httpx2.TransportError, HfHubHTTPError) as raised:
-                if not _passes(raised, url):
+                if not _is_temporary(raised, url):
                     raise
                 error = raised
-            failed = failed + 1 if arriving.at <= before else 1
-            if failed >= MAX_TRIES:
+            failures = failures + 1 if partial.at <= before else 1
+            if failures >= MAX_TRIES:
                 raise error
-            if arriving.at < file.size:
-                pause = _pause(error, failed)
-                log.info("%s was cut after %d bytes (%s); going on in %.1f s", file.path, arriving.at, error, pause)
-                time.sleep(pause)
-        return arriving.hasher.hexdigest()
+            if partial.at < file.size:
+                pause_s = _choose_pause(error, failures)
+                log.info("%s was cut after %d bytes (%s); going on in %.1f s", file.path, partial.at, error, pause_s)
+                time.sleep(pause_s)
+        return partial.hasher.hexdigest()
 
 
-def _ours(path: str, flags: int) -> int:
-    """For no umask writable by others, who could alter what has been hashed already."""
+def _open_unshared(path: str, flags: int) -> int:
+    """Open a file that, whatever the umask, other users cannot write to: they could alter bytes that were hashed."""
     return os.open(path, flags, 0o644)
 
 
-class _Arriving:
-    """The file as far as it came, and the hash of that."""
+class _PartialFile:
+    """A file that is being downloaded, and the hash of the bytes that it has. `at` is their number."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._stream, self.size = stream, size
@@ -94,36 +95,36 @@ class _Arriving:
         self.at += len(chunk)
 
 
-def _go_on(url: str, arriving: _Arriving) -> None:
-    """Ask for what is missing. The Hub names another host by a redirect, where httpx sends no token."""
+def _request_rest(url: str, partial: _PartialFile) -> None:
+    """Request the missing bytes. The Hub redirects to another host, to which httpx sends no token."""
     headers = {**build_hf_headers(library_name="requant"), "Accept-Encoding": "identity"}
-    if arriving.at:
-        headers["Range"] = f"bytes={arriving.at}-"
+    if partial.at:
+        headers["Range"] = f"bytes={partial.at}-"
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
         if response.status_code == 416:
-            arriving.start_over()
+            partial.start_over()
             return
         hf_raise_for_status(response)
         begins = response.headers.get("Content-Range", "bytes 0-").partition("-")[0]
-        if begins != f"bytes {arriving.at}":
-            arriving.start_over()  # the server knows no ranges
+        if begins != f"bytes {partial.at}":
+            partial.start_over()  # the server ignores ranges
             if begins != "bytes 0":
                 return
         for chunk in response.iter_bytes(CHUNK_BYTES):
-            arriving.add(chunk)
+            partial.add(chunk)
 
 
-def _passes(error: Exception, url: str) -> bool:
-    """Whether the same request may succeed; the address that the Hub redirects to is valid for some time only."""
+def _is_temporary(error: Exception, url: str) -> bool:
+    """Check whether the request may succeed later. A 403 may be, as the address of a redirect expires."""
     if not isinstance(error, HfHubHTTPError):
         return True
     elsewhere = error.response.request.url.host != httpx2.URL(url).host
     return error.response.status_code in TEMPORARY_STATUSES or (elsewhere and error.response.status_code == 403)
 
 
-def _pause(error: Exception, failed: int) -> float:
-    """Seconds to wait: what the server asks for, or 1, 2, 4 and so on, but never more than a minute."""
-    asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
-    seconds = float(asked) if asked.isdigit() else random.uniform(0.75, 1.25) * 2 ** (failed - 1)
+def _choose_pause(error: Exception, failures: int) -> float:
+    """Return the seconds to wait: Retry-After, or about 1, 2, 4 and so on, but at most MAX_PAUSE_S."""
+    retry_after = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    seconds = float(retry_after) if retry_after.isdigit() else random.uniform(0.75, 1.25) * 2 ** (failures - 1)
     return min(seconds, MAX_PAUSE_S)

@@ -1,7 +1,8 @@
-"""Asking the Hub as often as it allows, from any number of threads.
+"""Requests to the Hub from many threads, as fast as its rate limit allows.
 
-The Hub counts requests in windows of 300 s and says in every answer what is left (`RateLimit: "api";r=12;t=55`, IETF
-draft-ietf-httpapi-ratelimit-headers); beyond that it refuses with 429, and perhaps `Retry-After`.
+The Hub counts requests in windows of 300 s. Every answer has a header with the remaining requests and the seconds until
+the next window (`RateLimit: "api";r=12;t=55`, IETF draft-ietf-httpapi-ratelimit-headers). Further requests are refused
+with 429, and perhaps `Retry-After`.
 """
 
 from __future__ import annotations
@@ -13,45 +14,48 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import httpx2
-from huggingface_hub.utils._http import get_session, parse_ratelimit_headers
 
 from requant.tasks.errors import HubUnavailable
+from requant.tasks.hub._http import get_session, parse_ratelimit_headers
 
 PARALLEL_REQUESTS = 16
-PATIENCE_S = 900.0  # seconds in which a pass must have asked everything: three windows
-DEFAULT_WAIT_S = 10.0  # seconds to wait after a refusal that does not say for how long
+MAX_PASS_S = 900.0  # three windows
+DEFAULT_WAIT_S = 10.0  # after a 429 that does not name a time
 T = TypeVar("T")
 
 
 class Pace:
-    """One clock for all threads that ask: whoever is told to wait, all wait."""
+    """The pace of requests of all threads: if the Hub asks one of them to wait, all wait.
 
-    def __init__(self, patience: float = PATIENCE_S) -> None:
+    `requests` and `refused` count all answers, and those with status 429.
+    """
+
+    def __init__(self, max_pass_s: float = MAX_PASS_S) -> None:
         self.requests = self.refused = 0
-        self._open = time.monotonic()
-        self._deadline = self._open + patience
+        self._next_request = time.monotonic()
+        self._deadline = self._next_request + max_pass_s
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._hooks = get_session().event_hooks["response"]  # huggingface_hub has one session for all threads
+        self._hooks = get_session().event_hooks["response"]  # of the one session for all threads
 
     def __enter__(self) -> Self:
-        self._hooks.append(self._heard)
+        self._hooks.append(self._read_answer)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
-        self._hooks.remove(self._heard)
+        self._hooks.remove(self._read_answer)
 
     def stop(self) -> None:
-        """Wake all who wait; they get HubUnavailable."""
+        """Wake all waiting threads, which then raise HubUnavailable."""
         self._stopped.set()
 
     def ask(self, question: Callable[[], T]) -> T:
-        """The answer to a question; asked again if it was refused for having come too early.
+        """Call a function that makes a request. Call it again if the Hub refuses it with 429.
 
-        Raises HubUnavailable if the Hub wants to be left alone for longer than there is patience.
+        Raises HubUnavailable if the Hub asks for a longer wait than is left of the pass.
         """
         while True:
             self._wait()
@@ -63,25 +67,25 @@ class Pace:
                     raise
 
     def _wait(self) -> None:
-        while (left := self._open - time.monotonic()) > 0:
-            if self._open > self._deadline:
+        while (left := self._next_request - time.monotonic()) > 0:
+            if self._next_request > self._deadline:
                 raise HubUnavailable(f"the Hub wants no requests for another {left:.0f} s: try again then")
             if self._stopped.wait(left):
                 break
         if self._stopped.is_set():
             raise HubUnavailable("stopped while waiting for the Hub's rate limit")
 
-    def _heard(self, response: httpx2.Response) -> None:
-        """Called with every answer: note for how long it asks to be left alone."""
+    def _read_answer(self, response: httpx2.Response) -> None:
+        """Take from an answer how long the Hub asks to wait."""
         limits = parse_ratelimit_headers(response.headers)
-        told = response.headers.get("retry-after", "").strip()
-        seconds = 0.0
+        retry_after = response.headers.get("retry-after", "").strip()
+        wait_s = 0.0
         if response.status_code == 429:
-            seconds = float(told) if told.isdecimal() else limits.reset_in_seconds if limits else DEFAULT_WAIT_S
-            seconds = max(seconds, 1.0)
-        elif limits is not None and limits.remaining < PARALLEL_REQUESTS:  # as many may be under way
-            seconds = limits.reset_in_seconds
+            named_s = limits.reset_in_seconds if limits else DEFAULT_WAIT_S
+            wait_s = max(float(retry_after) if retry_after.isdecimal() else named_s, 1.0)
+        elif limits is not None and limits.remaining < PARALLEL_REQUESTS:  # other threads may have sent as many
+            wait_s = limits.reset_in_seconds
         with self._lock:
             self.requests += 1
             self.refused += response.status_code == 429
-            self._open = max(self._open, time.monotonic() + seconds)
+            self._next_request = max(self._next_request, time.monotonic() + wait_s)

@@ -1,18 +1,17 @@
-"""Staged publishing: upload to a branch, verify what the Hub says it holds, move `main` in one commit, tag.
+"""Staged publishing: upload to a branch, compare the files that the Hub lists, move `main` in one commit, and tag it.
 
-Killed at any step, the next call goes on: the Hub keeps what was uploaded, `main` is the old model or the new one
-and never a part of it, and an artifact that `main` already holds makes no commit.
+After a kill at any step, the next call continues: the Hub keeps what was uploaded. `main` has either the old release or
+the new one, and never a part of it. No commit is made if `main` already has the artifact.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, constants
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from requant.tasks.artifact import GITATTRIBUTES, PICTURES, REWRITTEN, File, Manifest, file_of, git_blob_id
 from requant.tasks.errors import HubError, HubUnavailable
@@ -22,28 +21,25 @@ from requant.tasks.hub.publish_target import open_target, refuse_changed
 from requant.tasks.hub.revision import HubFile, Revision, resolve
 from requant.tasks.recipe.recipe import Publish
 
-BACK = "Back to "  # and a tag: the title of the commit that a rollback makes
+ROLLBACK_TITLE = "Back to "  # the title of a rollback's commit begins so, and ends with a tag
 log = logging.getLogger(__name__)
 Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
 
 
-@dataclass(frozen=True)
-class Release:
-    """What is on the Hub now, and whether this call changed it. `commit` is main's, or the pull request's."""
+class Release(BaseModel):
+    """A release on the Hub."""
 
-    repo_id: str
-    commit: str
-    tag: str
-    changed: bool
-    pull_request: str | None = None  # the address of one that waits to be merged
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
-    @property
+    repo_id: str = Field(description="The repo")
+    commit: str = Field(description="The commit of main, or of the pull request in which the release waits")
+    tag: str = Field(description="The release's tag")
+    changed: bool = Field(description="Whether this run made the release")
+    pull_request: str | None = Field(None, description="Address of the pull request, or null")
+
+    @computed_field(description="Address of the repo")
     def url(self) -> str:
         return f"{constants.ENDPOINT}/{self.repo_id}"
-
-    def to_json(self) -> dict[str, Any]:
-        """What `--json` has under `published`."""
-        return {**vars(self), "url": self.url}
 
 
 def release(
@@ -51,25 +47,25 @@ def release(
     base: Revision,
     folder: Path,
     manifest: Manifest,
-    beside: Sequence[str],
+    release_files: Sequence[str],
 ) -> Release:
-    """Make `main` of the recipe's repo hold exactly `manifest` and what lies `beside` it: card, recipe, report.
+    """Make `main` of the recipe's repo hold exactly the artifact and its release files: card, recipe, report, pictures.
 
-    All of them are files in `folder`. What lies beside is not compared: it goes with an artifact that is new there.
-    With `publish.pull_request` main is left to whoever merges; the next call tags it.
-    Raises HubError (no right to write, changed by someone else meanwhile) or HubUnavailable.
+    `folder` has the files of both. If `main` already has the artifact, other release files make no new release. With
+    `publish.pull_request`, a person moves `main` by a merge, and the next call tags it.
+    Raises HubError (no write access, or a change by someone else) or HubUnavailable.
     """
     repo_id, tag = publish.repo_id, tag_of(base.sha, manifest.digest)
     message = f"Requant of {base.repo_id}@{base.sha[:7]} ({manifest.digest[:7]})"
-    files = [*manifest.files, *(file_of(folder, path) for path in beside)]
+    files = [*manifest.files, *(file_of(folder, path) for path in release_files)]
     main = open_target(publish, base)
-    changed = not holds(main, manifest.files, folder, aside={*REWRITTEN, *_pictures(main, manifest)})
+    changed = not holds(main, manifest.files, folder, ignored={*REWRITTEN, *_list_pictures(main, manifest)})
     if not changed:
         log.info(f"{repo_id} already holds this artifact")
     else:
         refuse_changed(main, base, overwrite=publish.overwrite)
         if not publish.overwrite:
-            _refuse_taken_back(repo_id, tag)
+            _refuse_rolled_back(repo_id, tag)
         if publish.pull_request:
             return _propose(repo_id, tag, message, folder, files)
         branch = f"requant-{manifest.digest[:12]}"
@@ -78,16 +74,18 @@ def release(
         staged = _stage(repo_id, branch, folder, files, message)
         main = _move_main(main, staged, folder, files, message)
     _finish(publish, manifest, main, tag, message)
-    return Release(repo_id, main.sha, tag, changed)
+    return Release(repo_id=repo_id, commit=main.sha, tag=tag, changed=changed)
 
 
-def _refuse_taken_back(repo_id: str, tag: str) -> None:
-    """Refuse to release again what a person has rolled back."""
+def _refuse_rolled_back(repo_id: str, tag: str) -> None:
+    """Raise HubError if a person has rolled this release back."""
     with hub_errors(repo_id):
         api = hub_api()
         latest = next(iter(api.list_repo_commits(repo_id)))
-        taken_back = latest.title.startswith(BACK) and tag in {t.name for t in api.list_repo_refs(repo_id).tags}
-    if taken_back:
+        rolled_back = latest.title.startswith(ROLLBACK_TITLE) and tag in {
+            t.name for t in api.list_repo_refs(repo_id).tags
+        }
+    if rolled_back:
         raise HubError(
             f"release {tag} of {repo_id} was rolled back: to have it again, requant publish {repo_id} --rollback "
             f"--to {tag}, or set publish.overwrite: true"
@@ -101,34 +99,35 @@ def _propose(
     folder: Path,
     files: Sequence[File],
 ) -> Release:
-    """Bring the files into a pull request of this name; one that is open already is used."""
+    """Upload the files to the open pull request with this title, or to a new one."""
     api = hub_api()
     with hub_errors(repo_id):
-        asked = api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open")
-        found = next((d for d in asked if d.title == message), None)
-        number = (
-            found.num if found else api.create_pull_request(repo_id, title=message, description=f"Release {tag}").num
-        )
+        requests = api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open")
+        request = next((request for request in requests if request.title == message), None)
+        if request is None:
+            request = api.create_pull_request(repo_id, title=message, description=f"Release {tag}")
+        number = request.num
     before = resolve(repo_id, f"refs/pr/{number}")
     staged = _stage(repo_id, f"refs/pr/{number}", folder, files, message)
     with hub_errors(repo_id):
         if api.get_discussion_details(repo_id, number).status == "draft":
             api.change_discussion_status(repo_id, number, "open")
     url = f"{constants.ENDPOINT}/{repo_id}/discussions/{number}"
-    return Release(repo_id, staged.sha, tag, staged.sha != before.sha, url)
+    changed = staged.sha != before.sha
+    return Release(repo_id=repo_id, commit=staged.sha, tag=tag, changed=changed, pull_request=url)
 
 
 def _stage(repo_id: str, reference: str, folder: Path, files: Sequence[File], message: str) -> Revision:
-    """Bring a branch or pull request to exactly these files, and check what the Hub says it holds."""
+    """Make a branch or pull request hold exactly these files, and compare them with the files that the Hub lists."""
     before = resolve(repo_id, reference)
-    there = {f.path: f for f in before.files}
+    on_hub = {f.path: f for f in before.files}
     operations: list[Operation] = []
     for file in files:
-        if file.path not in there or not same(there[file.path], file, folder):
+        if file.path not in on_hub or not same(on_hub[file.path], file, folder):
             operation = CommitOperationAdd(file.path, folder / file.path)
-            operation.upload_info.sha256 = bytes.fromhex(file.sha256)  # known: the client need not hash it again
+            operation.upload_info.sha256 = bytes.fromhex(file.sha256)  # the client then does not hash the file again
             operations.append(operation)
-    operations += [CommitOperationDelete(path) for path in _stale(before, files)]
+    operations += [CommitOperationDelete(path) for path in _list_stale(before, files)]
     if operations:
         log.info(f"uploading {len(operations)} changes to {reference} of {repo_id}")
         with hub_errors(repo_id, reference):
@@ -137,12 +136,14 @@ def _stage(repo_id: str, reference: str, folder: Path, files: Sequence[File], me
             )
     staged = resolve(repo_id, reference)
     if not holds(staged, files, folder):
-        raise HubUnavailable(f"{reference} of {repo_id} does not hold what was uploaded: main stays as it is")
+        raise HubUnavailable(
+            f"{reference} of {repo_id} does not hold what was uploaded: main stays as it is", repo_id=repo_id
+        )
     return staged
 
 
 def _move_main(main: Revision, staged: Revision, folder: Path, files: Sequence[File], message: str) -> Revision:
-    """One commit on main with everything; large files are named by their sha256 and not sent again."""
+    """Make one commit on `main` with all files. Large files are copied by their sha256, and not uploaded again."""
     large = {file.path for file in staged.files if file.sha256 is not None}
     operations: list[Operation] = [
         CommitOperationCopy(file.path, file.path, src_revision=staged.sha)
@@ -150,34 +151,40 @@ def _move_main(main: Revision, staged: Revision, folder: Path, files: Sequence[F
         else CommitOperationAdd(file.path, folder / file.path)
         for file in files
     ]
-    operations += [CommitOperationDelete(path) for path in _stale(main, files)]
+    operations += [CommitOperationDelete(path) for path in _list_stale(main, files)]
     return commit_to_main(main, operations, message, lambda moved: holds(moved, files, folder))
 
 
 def commit_to_main(
-    main: Revision, operations: Sequence[Operation], message: str, arrived: Callable[[Revision], bool]
+    main: Revision, operations: Sequence[Operation], message: str, is_wanted: Callable[[Revision], bool]
 ) -> Revision:
-    """The one commit that moves main, on top of the main that was looked at. `arrived` says whether it came about."""
+    """Make a commit on `main`, whose parent must be the revision `main`. Return the new revision.
+
+    `is_wanted` tells whether a revision has the result of the operations. Raises HubError, HubUnavailable.
+    """
     try:
         with hub_errors(main.repo_id, "main"):
             hub_api().create_commit(
                 main.repo_id, operations, commit_message=message, revision="main", parent_commit=main.sha
             )
     except HubError:
-        # The answer may have been lost after the commit was made.
-        if not arrived(resolve(main.repo_id)):
+        # The commit may have been made, and the answer was lost.
+        if not is_wanted(resolve(main.repo_id)):
             raise
     moved = resolve(main.repo_id)
-    if not arrived(moved):
-        raise HubError(f"main of {main.repo_id} was changed by someone else meanwhile: look at it, then run again")
+    if not is_wanted(moved):
+        raise HubError(
+            f"main of {main.repo_id} was changed by someone else meanwhile: look at it, then run again",
+            repo_id=main.repo_id,
+        )
     return moved
 
 
 def _finish(publish: Publish, manifest: Manifest, main: Revision, tag: str, message: str) -> None:
-    """What can be done only when main holds the artifact: each of it once, however often it is asked for."""
+    """Tag `main`, add the repo to the collection, and delete the branch. Steps that were done before are skipped."""
     api, repo_id, branch = hub_api(), publish.repo_id, f"requant-{manifest.digest[:12]}"
     with hub_errors(repo_id):
-        # A tag is never moved: if it is there, an earlier run of this artifact got that far.
+        # A tag is never moved: an existing one was made by an earlier run for the same artifact.
         api.create_tag(repo_id, tag=tag, revision=main.sha, tag_message=message, exist_ok=True)
         if publish.collection is not None:
             api.add_collection_item(publish.collection, item_id=repo_id, item_type="model", exists_ok=True)
@@ -185,26 +192,26 @@ def _finish(publish: Publish, manifest: Manifest, main: Revision, tag: str, mess
             api.delete_branch(repo_id, branch=branch)
 
 
-def holds(revision: Revision, files: Iterable[File], folder: Path, aside: Iterable[str] = (GITATTRIBUTES,)) -> bool:
-    """Whether a revision has exactly these files, by the Hub's hashes, those `aside` not counted."""
-    ours, passed_over = {file.path: file for file in files}, set(aside)
-    there = {f.path: f for f in revision.files if f.path not in passed_over}
-    return set(there) == set(ours) and all(same(there[path], file, folder) for path, file in ours.items())
+def holds(revision: Revision, files: Iterable[File], folder: Path, ignored: Iterable[str] = (GITATTRIBUTES,)) -> bool:
+    """Check by the Hub's hashes whether a revision has exactly these files. Paths in `ignored` may be there or not."""
+    wanted, skipped = {file.path: file for file in files}, set(ignored)
+    on_hub = {f.path: f for f in revision.files if f.path not in skipped}
+    return set(on_hub) == set(wanted) and all(same(on_hub[path], file, folder) for path, file in wanted.items())
 
 
-def same(theirs: HubFile, ours: File, folder: Path) -> bool:
-    """Compare by sha256 where the Hub has one (LFS), else by git blob id."""
-    if theirs.sha256 is not None:
-        return theirs.sha256 == ours.sha256
-    return theirs.size == ours.size and theirs.blob_id == git_blob_id(folder / ours.path)
+def same(on_hub: HubFile, file: File, folder: Path) -> bool:
+    """Compare a file on the Hub and one in `folder`: by sha256 where the Hub has one (LFS), and else by git blob id."""
+    if on_hub.sha256 is not None:
+        return on_hub.sha256 == file.sha256
+    return on_hub.size == file.size and on_hub.blob_id == git_blob_id(folder / file.path)
 
 
-def _pictures(revision: Revision, manifest: Manifest) -> list[str]:
-    """The pictures of a card: they go with it, and are not compared."""
+def _list_pictures(revision: Revision, manifest: Manifest) -> list[str]:
+    """List the pictures of the card, which are no part of the artifact."""
     return [f.path for f in revision.files if f.path.startswith(f"{PICTURES}/") and f.path not in manifest]
 
 
-def _stale(revision: Revision, files: Iterable[File]) -> list[str]:
-    """What is there and should not be."""
+def _list_stale(revision: Revision, files: Iterable[File]) -> list[str]:
+    """List the files of a revision that are not among `files`."""
     kept = {GITATTRIBUTES, *(file.path for file in files)}
     return [path for path in (*(f.path for f in revision.files), *revision.left_out) if path not in kept]

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from requant.tasks.artifact import REWRITTEN, SHA256, File, Manifest, check_relative, digest_of
-from requant.tasks.errors import HubError
+from requant.tasks.errors import HubError, RequantError
 from requant.tasks.hub.client import hub_api, hub_errors
 
-TIMEOUT_S = 60.0  # seconds without a byte of an answer; huggingface_hub would wait for ever
+TIMEOUT_S = 60.0  # between two bytes of an answer; huggingface_hub sets no limit
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# Other frameworks' copies of the weights. Pickles are never fetched, so that none can be opened.
+# Weights for other frameworks. Pickles are never downloaded, so that none can be opened.
 NOT_FETCHED = (
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.onnx_data",
     "*.tflite", "*.npz", "*.npy", "*.ot", "*.mlmodel", "consolidated*.safetensors", "original/*", "onnx/*",
@@ -22,7 +22,7 @@ NOT_FETCHED = (
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file as the Hub lists it: size in bytes, git blob id, and the sha256 of an LFS file."""
+    """A file in the Hub's listing: size in bytes, git blob id, and the sha256 if it is in LFS."""
 
     path: str
     size: int
@@ -32,7 +32,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Revision:
-    """A repo at one commit, and who may read it. `left_out`: files whose names no file of ours can have."""
+    """A repo at one commit, and who may read it. `left_out` are files with control characters in their names."""
 
     repo_id: str
     sha: str
@@ -48,7 +48,7 @@ class Revision:
 
     @property
     def wanted(self) -> list[HubFile]:
-        """The files that a checkpoint is made of, without other frameworks' weights."""
+        """The files without those in NOT_FETCHED."""
         return [f for f in self.files if not any(fnmatch.fnmatch(f.path, pattern) for pattern in NOT_FETCHED)]
 
     @property
@@ -57,33 +57,53 @@ class Revision:
         return sum(f.size for f in self.wanted)
 
     def check_names(self) -> None:
-        """Raises CheckpointError for wanted files that cannot lie in one folder everywhere (Manifest.of)."""
+        """Raise CheckpointError if the wanted files cannot lie in one folder of every file system (`Manifest.of`)."""
         Manifest.of(File(f.path, f.size, f.sha256 or f.blob_id) for f in self.wanted)
 
     @property
     def content(self) -> str:
-        """sha256 over what a result depends on: path, size and hash of every wanted file but those REWRITTEN.
+        """A sha256 over path, size and hash of the wanted files without REWRITTEN, from the Hub's listing alone.
 
-        Known from the Hub's list alone. Two commits with one content differ in nothing that matters.
+        Two commits with the same content lead to the same result.
         """
         return digest_of([[f.path, f.size, f.sha256 or f.blob_id] for f in self.wanted if f.path not in REWRITTEN])
 
 
-def resolve(repo_id: str, revision: str = "main", repo_type: Literal["model", "dataset"] = "model") -> Revision:
-    """Ask the Hub for the commit of a branch, tag or commit, and its files, in one request (two for a gated one).
+def resolve_name(name: str) -> Revision:
+    """Resolve `repo_id[@revision]`, which a user gave where a folder could stand, to a commit.
 
-    Raises HubError (no such repo or revision, no access), HubUnavailable, or CheckpointError for a name that leads out
-    of the repo. A name with line breaks or other control characters is left out: nothing of a checkpoint has one.
+    Raises RequantError for what cannot be a repo's name, otherwise as `resolve`.
+    """
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise RequantError(f"{name} is not a folder: name a checkpoint's folder, or repo_id[@revision]")
+    repo_id, _, revision = name.partition("@")
+    return resolve(repo_id, revision or "main")
+
+
+def check_repo_id(name: str) -> str:
+    """Return a repo's name as it is. Raises RequantError for what cannot be one."""
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise RequantError(f"{name} is not a repo on the Hub: name it as owner/name")
+    return name
+
+
+def resolve(repo_id: str, revision: str = "main", repo_type: Literal["model", "dataset"] = "model") -> Revision:
+    """Ask the Hub for the commit of a branch, tag or commit, and its files, in one request (two for a gated repo).
+
+    Raises HubError (no such repo or revision, no access), HubUnavailable, or CheckpointError for a file name that leads
+    out of the repo. Names with control characters are left out, as no file of a checkpoint has one.
     """
     with hub_errors(repo_id, revision):
         api = hub_api()
         ask = api.dataset_info if repo_type == "dataset" else api.model_info
         info = ask(repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
-        if info.gated:  # its list of files is public, its files are not
+        if info.gated:  # anyone may list the files of a gated repo
             api.auth_check(repo_id, repo_type=repo_type)
     sha = info.sha or ""
     if not COMMIT.fullmatch(sha):
-        raise HubError(f"the Hub answers {sha!r} as the commit of {repo_id}@{revision}: that is not a commit")
+        raise HubError(
+            f"the Hub answers {sha!r} as the commit of {repo_id}@{revision}: that is not a commit", repo_id=repo_id
+        )
     files, left_out = [], []
     for sibling in info.siblings or []:
         if not sibling.rfilename.isprintable():
@@ -92,8 +112,8 @@ def resolve(repo_id: str, revision: str = "main", repo_type: Literal["model", "d
         check_relative(sibling.rfilename)
         sha256 = sibling.lfs.sha256 if sibling.lfs else None
         if sha256 is not None and not SHA256.fullmatch(sha256):
-            raise HubError(f"the Hub names no sha256 for {sibling.rfilename} of {repo_id}: {sha256!r}")
+            raise HubError(f"the Hub names no sha256 for {sibling.rfilename} of {repo_id}: {sha256!r}", repo_id=repo_id)
         files.append(HubFile(sibling.rfilename, sibling.size or 0, sibling.blob_id or "", sha256))
     ordered = tuple(sorted(files, key=lambda f: f.path))
-    gated = info.gated or None  # False: open to all
+    gated = info.gated or None  # the Hub answers False for a repo that is not gated
     return Revision(repo_id, sha, ordered, repo_type, bool(info.private), gated, tuple(sorted(left_out)))

@@ -1,4 +1,4 @@
-"""Rollback: `main` holds again what it held before the last release. One commit, and no weights are sent."""
+"""Rollback: move `main` back to an earlier release, in one commit and without an upload of weights."""
 
 from __future__ import annotations
 
@@ -11,87 +11,94 @@ from requant.tasks.errors import HubError
 from requant.tasks.hub.client import hub_api, hub_errors
 from requant.tasks.hub.manifest import ReleaseManifest, read_release
 from requant.tasks.hub.publish_target import join_problems
-from requant.tasks.hub.release import BACK, Operation, Release, commit_to_main
+from requant.tasks.hub.release import ROLLBACK_TITLE, Operation, Release, commit_to_main
 from requant.tasks.hub.revision import Revision, resolve
 
 log = logging.getLogger(__name__)
 
 
 def rollback(repo_id: str, to: str | None = None, *, overwrite: bool = False) -> Release:
-    """Move `main` back to the release before the one that it holds, or to the release with the tag `to`.
+    """Move `main` back to the release before the current one, or to the release with the tag `to`.
 
-    Asked for twice, it goes one release back, not two: to go on, name a tag. `overwrite`: also where someone else
-    changed main since. Raises HubError (no such release; changed by someone else) or HubUnavailable.
+    A second call without `to` changes nothing: to go further back, name a tag. With `overwrite`, changes that someone
+    else made to `main` are lost. Raises HubError (no such release, or changes by someone else) or HubUnavailable.
     """
     main = resolve(repo_id)
     claimed = None if overwrite else read_release(main)
     if claimed is None and not overwrite:
-        raise HubError(f"{repo_id} holds no release of Requant: name a repo that Requant published to")
+        raise HubError(f"{repo_id} holds no release of Requant: name a repo that Requant published to", repo_id=repo_id)
     changed = claimed.differences(main) if claimed else []
     if changed:
         raise HubError(
             f"{repo_id} was changed by someone else since its last release ({join_problems(changed)}): "
-            "look at it, then undo that, or add --overwrite"
+            "look at it, then undo that, or add --overwrite",
+            repo_id=repo_id,
         )
-    tag = to or _before(main, claimed)
+    tag = to or _find_previous(main, claimed)
     goal = resolve(repo_id, tag)
     _check_goal(goal, tag)
     if _same(main, goal):
         log.info(f"{repo_id} already holds release {tag}")
-        return Release(repo_id, main.sha, tag, False)
-    if claimed:  # a kill may have kept its tag from it: what is left must be found again
+        return Release(repo_id=repo_id, commit=main.sha, tag=tag, changed=False)
+    if claimed:  # a killed run may not have tagged the current release, which a later rollback must find
         with hub_errors(repo_id):
             hub_api().create_tag(repo_id, tag=claimed.tag, revision=main.sha, exist_ok=True)
-    moved = commit_to_main(main, _operations(main, goal), f"{BACK}{tag}", lambda there: _same(there, goal))
-    return Release(repo_id, moved.sha, tag, True)
+    moved = commit_to_main(main, _operations(main, goal), f"{ROLLBACK_TITLE}{tag}", lambda moved: _same(moved, goal))
+    return Release(repo_id=repo_id, commit=moved.sha, tag=tag, changed=True)
 
 
-def _before(main: Revision, claimed: ReleaseManifest | None) -> str:
-    """The tag of the release that main held before the one that it holds now."""
-    held = _releases(main.repo_id)
-    now = claimed.tag if claimed else held[0][0] if held else ""
-    if held and held[0] == (now, True):
-        return now  # it was moved back already
-    before = next((tag for tag, _ in held if tag != now), None)
-    if before is None:
-        raise HubError(f"{main.repo_id} has no release before {now or 'the first'}: there is nothing to move back to")
-    return before
+def _find_previous(main: Revision, claimed: ReleaseManifest | None) -> str:
+    """Return the tag of the release before the current one. Raises HubError if there is none."""
+    releases = _list_releases(main.repo_id)
+    current = claimed.tag if claimed else releases[0][0] if releases else ""
+    if releases and releases[0] == (current, True):
+        return current  # main was rolled back already
+    previous = next((tag for tag, _ in releases if tag != current), None)
+    if previous is None:
+        raise HubError(
+            f"{main.repo_id} has no release before {current or 'the first'}: there is nothing to move back to"
+        )
+    return previous
 
 
-def _releases(repo_id: str) -> Sequence[tuple[str, bool]]:
-    """What main held, newest first: the tag of each release, and whether main was moved back to it."""
+def _list_releases(repo_id: str) -> Sequence[tuple[str, bool]]:
+    """List the releases that `main` had, newest first: their tags, and whether `main` was rolled back to them."""
     with hub_errors(repo_id):
         api = hub_api()
         tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repo_id).tags}
         commits = api.list_repo_commits(repo_id)
-    made = {commit: name for name, commit in sorted(tags.items(), reverse=True)}
-    held = []
+    tag_of_commit = {commit: name for name, commit in sorted(tags.items(), reverse=True)}
+    releases = []
     for commit in commits:
-        back_to = commit.title.removeprefix(BACK)
-        if commit.title.startswith(BACK) and back_to in tags:
-            held.append((back_to, True))
-        elif commit.commit_id in made:
-            held.append((made[commit.commit_id], False))
-    return held
+        goal = commit.title.removeprefix(ROLLBACK_TITLE)
+        if commit.title.startswith(ROLLBACK_TITLE) and goal in tags:
+            releases.append((goal, True))
+        elif commit.commit_id in tag_of_commit:
+            releases.append((tag_of_commit[commit.commit_id], False))
+    return releases
 
 
 def _check_goal(goal: Revision, tag: str) -> None:
     claimed = read_release(goal)
     if claimed is None:
-        raise HubError(f"{tag} of {goal.repo_id} is no release of Requant: name the tag of one")
+        raise HubError(f"{tag} of {goal.repo_id} is no release of Requant: name the tag of one", repo_id=goal.repo_id)
     if changed := claimed.differences(goal):
         raise HubError(
-            f"{tag} of {goal.repo_id} is not what it claims to be ({join_problems(changed)}): name another release"
+            f"{tag} of {goal.repo_id} is not what it claims to be ({join_problems(changed)}): name another release",
+            repo_id=goal.repo_id,
         )
 
 
 def _operations(main: Revision, goal: Revision) -> list[Operation]:
-    """What makes main the goal: large files are named by their sha256, small ones pass through this machine."""
-    held = {file.path: file for file in main.files}
+    """Return the operations that turn `main` into `goal`.
+
+    The client copies large files by their sha256, and downloads and uploads small ones.
+    """
+    on_main = {file.path: file for file in main.files}
     wanted = {file.path for file in goal.files}
     return [
-        *(CommitOperationCopy(f.path, f.path, src_revision=goal.sha) for f in goal.files if held.get(f.path) != f),
-        *(CommitOperationDelete(path) for path in (*held, *main.left_out) if path not in wanted),
+        *(CommitOperationCopy(f.path, f.path, src_revision=goal.sha) for f in goal.files if on_main.get(f.path) != f),
+        *(CommitOperationDelete(path) for path in (*on_main, *main.left_out) if path not in wanted),
     ]
 
 

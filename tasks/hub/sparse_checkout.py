@@ -1,8 +1,7 @@
-"""A repo's files as sparse files of their true sizes, with little more in them than configs, index and headers.
+"""A sparse checkout: files with the sizes of a repo's, of which only configs, index and headers are downloaded.
 
-Whatever reads headers and configs of a folder can so read them of a repo, for a few hundred KB of a 54 GB one. The
-bytes of chosen tensors can be filled in later. What is not filled in reads as zeros: never read data of a skeleton
-but what `fill` has brought.
+Code that reads headers and configs of a folder can thereby read those of a repo, with a few hundred KB of a repo of
+54 GB. `fill` downloads the bytes of chosen tensors. All other bytes read as zeros, and must not be used.
 """
 
 from __future__ import annotations
@@ -16,40 +15,41 @@ from pathlib import Path
 
 import httpx2
 from huggingface_hub import hf_hub_url
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff  # type: ignore[attr-defined]
 
-from requant.tasks.checkpoint.checkpoint import BESIDE, INDEX, MAX_JSON, SINGLE
-from requant.tasks.checkpoint.header import MAX_HEADER, Tensor
+from requant.tasks.checkpoint.checkpoint import INDEX, MAX_JSON_BYTES, QUANTIZATION_FILES, SINGLE
+from requant.tasks.checkpoint.header import MAX_HEADER_BYTES, Tensor
 from requant.tasks.errors import CheckpointError, HubUnavailable
+from requant.tasks.hub._http import build_hf_headers, hf_raise_for_status, http_stream_backoff
 from requant.tasks.hub.client import hub_errors
 from requant.tasks.hub.revision import HubFile, Revision
 
-GUESS = 16 << 10  # bytes: holds the header of most shards, so that one request is enough
-PIECE = 1 << 16  # bytes
+FIRST_READ_BYTES = 16 << 10  # most headers are smaller, and need one request
+CHUNK_BYTES = 1 << 16
 PARALLEL_DOWNLOADS = 8
-PAUSES = (0.5, 1, 2, 4, 0)  # seconds after an answer that was cut short
-NEIGHBOURS = 1 << 20  # bytes: a gap between wanted tensors that is cheaper to fetch than to ask around
+PAUSES_S = (0.5, 1, 2, 4, 0)  # after answers that were cut off
+MAX_GAP_BYTES = 1 << 20  # downloading a gap between two tensors is faster than a second request
 
 
 def create_checkout(
-    revision: Revision, folder: Path, near: Callable[[HubFile], Path | None] = lambda file: None
+    revision: Revision, folder: Path, find_local: Callable[[HubFile], Path | None] = lambda file: None
 ) -> Path:
-    """Lay a repo out as a skeleton. `near` says where a file of it lies already: a link leads there, and nothing of it
-    is asked for; such a skeleton is for reading alone.
+    """Create a sparse checkout of a revision.
 
-    Raises HubError, HubUnavailable, CheckpointError for an index that is no JSON.
+    `find_local` returns the path of a file that is on this machine already. The checkout has a link to it, and must
+    then not be written to. Raises HubError, HubUnavailable, or CheckpointError for an index that is not JSON.
     """
     sizes = {}
     for file in revision.wanted:
         (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
-        here = near(file)
-        if here is not None:
-            (folder / file.path).symlink_to(here)
+        local = find_local(file)
+        if local is not None:
+            (folder / file.path).symlink_to(local)
             continue
         sizes[file.path] = file.size
         with (folder / file.path).open("wb") as stream:
             stream.truncate(file.size)
-    fetch_files(revision, folder, (p for p in ("config.json", INDEX, *BESIDE) if 0 < sizes.get(p, 0) <= MAX_JSON))
+    small = (p for p in ("config.json", INDEX, *QUANTIZATION_FILES) if 0 < sizes.get(p, 0) <= MAX_JSON_BYTES)
+    fetch_files(revision, folder, small)
     shards = [shard for shard in _shards(folder) if sizes.get(shard, 0) >= 8]
     with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
         list(pool.map(lambda shard: _fetch_header(revision, folder, shard, sizes[shard]), shards))
@@ -57,20 +57,20 @@ def create_checkout(
 
 
 def fill(revision: Revision, folder: Path, tensors: Iterable[Tensor]) -> None:
-    """Fetch the bytes of these tensors into a skeleton's files; neighbours in one request."""
-    pieces: list[tuple[str, int, int]] = []
+    """Download the bytes of these tensors into a sparse checkout, with one request for tensors that lie together."""
+    ranges: list[tuple[str, int, int]] = []
     for tensor in sorted(tensors, key=lambda t: (t.path, t.begin)):
         path = tensor.path.relative_to(folder).as_posix()
-        if pieces and pieces[-1][0] == path and tensor.begin - pieces[-1][2] <= NEIGHBOURS:
-            pieces[-1] = (path, pieces[-1][1], tensor.end)
+        if ranges and ranges[-1][0] == path and tensor.begin - ranges[-1][2] <= MAX_GAP_BYTES:
+            ranges[-1] = (path, ranges[-1][1], tensor.end)
         else:
-            pieces.append((path, tensor.begin, tensor.end))
+            ranges.append((path, tensor.begin, tensor.end))
     with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
-        list(pool.map(lambda piece: _fetch(revision, folder, *piece), pieces))
+        list(pool.map(lambda wanted: _fetch(revision, folder, *wanted), ranges))
 
 
 def fetch_files(revision: Revision, folder: Path, paths: Iterable[str]) -> None:
-    """Fetch small files whole into a skeleton."""
+    """Download whole files into a sparse checkout."""
     sizes = {file.path: file.size for file in revision.wanted}
     wanted = [path for path in paths if sizes[path]]
     with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
@@ -88,30 +88,33 @@ def _shards(folder: Path) -> Sequence[str]:
 
 
 def _fetch_header(revision: Revision, folder: Path, shard: str, size: int) -> None:
-    _fetch(revision, folder, shard, 0, min(GUESS, size))
+    _fetch(revision, folder, shard, 0, min(FIRST_READ_BYTES, size))
     with (folder / shard).open("rb") as stream:
         end = 8 + int(struct.unpack("<Q", stream.read(8))[0])
-    if GUESS < end <= min(size, MAX_HEADER):  # else there is nothing more, or read_header says what is wrong with it
-        _fetch(revision, folder, shard, GUESS, end)
+    if FIRST_READ_BYTES < end <= min(size, MAX_HEADER_BYTES):  # read_header refuses a longer header
+        _fetch(revision, folder, shard, FIRST_READ_BYTES, end)
 
 
 def _fetch(revision: Revision, folder: Path, path: str, begin: int, end: int) -> None:
     with (folder / path).open("r+b") as file:
         file.seek(begin)
-        for piece in stream(revision, path, begin, end):
-            file.write(piece)
+        for chunk in stream(revision, path, begin, end):
+            file.write(chunk)
 
 
 def stream(revision: Revision, path: str, begin: int, end: int) -> Iterator[bytes]:
-    """Bytes `[begin, end)` of a file, in pieces. What a lost connection has brought is not asked for again, and a
-    server that sends the whole file is left after as many bytes. Raises HubError, HubUnavailable."""
+    """Yield the bytes `[begin, end)` of a file in chunks.
+
+    After a lost connection, only the missing bytes are requested. If a server ignores the range and sends the whole
+    file, reading ends at `end`. Raises HubError, HubUnavailable.
+    """
     url = hf_hub_url(revision.repo_id, path, revision=revision.sha, repo_type=revision.repo_type)
     headers = {
         **build_hf_headers(library_name="requant"),
-        "Accept-Encoding": "identity",
-    }  # ranges are of the file itself
-    lost = ""
-    for pause in PAUSES:
+        "Accept-Encoding": "identity",  # a range of a compressed answer would have other bytes
+    }
+    problem = ""
+    for pause_s in PAUSES_S:
         headers["Range"] = f"bytes={begin}-{end - 1}"
         with (
             hub_errors(revision.repo_id, revision.sha),
@@ -119,17 +122,20 @@ def stream(revision: Revision, path: str, begin: int, end: int) -> Iterator[byte
         ):
             hf_raise_for_status(response)
             position = begin if response.status_code == 206 else 0
-            lost = "the answer was short"
+            problem = "the answer was short"
             try:
-                for chunk in response.iter_bytes(PIECE):
-                    piece = chunk[max(begin - position, 0) : end - position]
+                for chunk in response.iter_bytes(CHUNK_BYTES):
+                    wanted = chunk[max(begin - position, 0) : end - position]
                     position += len(chunk)
-                    if piece:
-                        begin += len(piece)
-                        yield piece
+                    if wanted:
+                        begin += len(wanted)
+                        yield wanted
                     if position >= end:
                         return
-            except httpx2.HTTPError as error:  # must not reach http_stream_backoff, which would yield a second time
-                lost = str(error)
-        time.sleep(pause)
-    raise HubUnavailable(f"the Hub sent {path} of {revision.name} without its last {end - begin} bytes ({lost})")
+            except httpx2.HTTPError as error:  # http_stream_backoff would retry, and yield a second response
+                problem = str(error)
+        time.sleep(pause_s)
+    raise HubUnavailable(
+        f"the Hub sent {path} of {revision.name} without its last {end - begin} bytes ({problem})",
+        repo_id=revision.repo_id,
+    )

@@ -1,17 +1,20 @@
-"""Is a published repo what its `requant.json` claims? From listings, headers and small files, or from every byte."""
+"""Check that a published repo has what its `requant.json` claims: by listings and headers, or by every byte."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import Field
 
 from requant.tasks.artifact import RELEASE
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.untrusted import shown
+from requant.tasks.documents import Document
 from requant.tasks.errors import CheckpointError, HubError, HubUnavailable
 from requant.tasks.hub.manifest import ReleaseManifest, read_release
 from requant.tasks.hub.revision import HubFile, Revision, resolve
@@ -22,60 +25,69 @@ log = logging.getLogger(__name__)
 PARALLEL_DOWNLOADS = 4
 
 
-@dataclass(frozen=True)
-class ReleaseCheck:
-    """What was looked at, and what is wrong with it. `release`: the tag that the manifest stands for."""
+class ReleaseCheck(Document):
+    """The document of `requant verify --json`."""
 
-    commit: str
-    release: str | None
-    files: int
-    problems: list[str]
+    repo_id: str = Field(description="The repo")
+    deep: bool = Field(description="Whether every byte was read")
+    commit: str = Field(description="The commit that was read")
+    release: str | None = Field(None, description="The tag of the release; null if the repo has none")
+    files: int = Field(0, description="How many files the release claims")
+    problems: list[str] = Field(description="What is not as the manifest claims, in sentences")
 
 
 def verify_release(repo_id: str, revision: str = "main", *, deep: bool = False) -> ReleaseCheck:
-    """Compare a repo with its manifest: the Hub's sizes and hashes, no file too few or too many, gates that passed, and
-    an index and safetensors headers that agree with each other and with the files' sizes.
+    """Compare a repo with its manifest: the paths, sizes and hashes of all files, and the gates.
 
-    `deep` fetches every file and hashes it, a piece at a time: 18 GB are read, none are kept.
-    Raises HubError where there is no such repo, HubUnavailable.
+    Also compare the index and the safetensors headers with each other and with the files' sizes. With `deep`, download
+    and hash every file, without storing it. Raises HubError if there is no such repo, or HubUnavailable.
     """
-    there = resolve(repo_id, revision)
+    resolved = resolve(repo_id, revision)
+
+    def check(problems: Sequence[str], claimed: ReleaseManifest | None = None) -> ReleaseCheck:
+        release, files = (claimed.tag, len(claimed.files)) if claimed else (None, 0)
+        return ReleaseCheck(
+            repo_id=repo_id, deep=deep, commit=resolved.sha, release=release, files=files, problems=list(problems)
+        )
+
     try:
-        claimed = read_release(there)
+        claimed = read_release(resolved)
     except HubUnavailable:
         raise
     except HubError as error:
-        return ReleaseCheck(there.sha, None, 0, [str(error)])
+        return check([str(error)])
     if claimed is None:
-        return ReleaseCheck(there.sha, None, 0, [f"{repo_id} has no {RELEASE}: Requant did not publish it"])
-    problems = claimed.differences(there)
+        return check([f"{repo_id} has no {RELEASE}: Requant did not publish it"])
+    problems = claimed.differences(resolved)
     problems += [f"the gate {shown(name)} was not passed" for name in claimed.failed_gates]
-    problems += _structure(there)
+    problems += _check_structure(resolved)
     if deep:
-        problems += _bytes(there, claimed)
-    return ReleaseCheck(there.sha, claimed.tag, len(claimed.files), problems)
+        problems += _check_bytes(resolved, claimed)
+    return check(problems, claimed)
 
 
-def _structure(there: Revision) -> list[str]:
-    """What index, headers and sizes say against each other."""
+def _check_structure(revision: Revision) -> list[str]:
+    """Return the contradictions between index, headers and sizes."""
     with tempfile.TemporaryDirectory(prefix="requant-") as folder:
         try:
-            return list(Checkpoint.open(create_checkout(there, Path(folder))).problems)
+            return list(Checkpoint.open(create_checkout(revision, Path(folder))).problems)
         except CheckpointError as error:
-            return [str(error).replace(f"{folder}/", "").replace(folder, there.name)]
+            return [str(error).replace(f"{folder}/", "").replace(folder, revision.name)]
 
 
-def _bytes(there: Revision, claimed: ReleaseManifest) -> list[str]:
-    """Hash what the Hub sends of each file that is there and claimed."""
+def _check_bytes(revision: Revision, claimed: ReleaseManifest) -> list[str]:
+    """Download and hash the files that the manifest lists. Return a sentence for each wrong hash."""
 
     def check(file: HubFile) -> str | None:
         hasher = hashlib.sha256()
-        for piece in stream(there, file.path, 0, file.size) if file.size else ():  # an empty file has no range
-            hasher.update(piece)
+        for chunk in stream(revision, file.path, 0, file.size) if file.size else ():  # an empty file has no range
+            hasher.update(chunk)
         log.info(f"read {shown(file.path)}, {file.size:,} bytes")
         if hasher.hexdigest() == claimed.files[file.path].sha256:
             return None
         return f"the bytes of {shown(file.path)} are not those that {RELEASE} names (sha256 {hasher.hexdigest()[:12]})"
 
     with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
-        return [problem for problem in pool.map(check, (f for f in there.files if f.path in claimed.files)) if problem]
+        return [
+            problem for problem in pool.map(check, (f for f in revision.files if f.path in claimed.files)) if problem
+        ]

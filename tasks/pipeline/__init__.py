@@ -1,1 +1,1 @@
-"""What all stages share: reuse by stage key, the lease, the record of a result, and how Prefect runs them."""
+"""Common parts of all stages: reuse by stage key, the lease, the record of a result, and Prefect's tasks."""

@@ -1,17 +1,18 @@
-"""How Prefect runs a stage: retries for failures that pass, logs without tracebacks or secrets, progress, the state.
+"""Run stages under Prefect: retries of failures that may pass, progress, and the final state of a task.
 
-Nothing here decides what a stage does; without Prefect the stages are plain functions.
+The stages themselves are plain functions, which also run without Prefect.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypedDict
 from uuid import UUID
 
 from prefect import State, runtime
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.cache_policies import NO_CACHE
+from prefect.cache_policies import NO_CACHE, CachePolicy
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -26,6 +27,7 @@ from prefect.states import Completed, Crashed
 from prefect.tasks import Task, exponential_backoff
 
 from requant.tasks.errors import RequantError
+from requant.tasks.formatting import format_duration
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.quantizing.events import (
     BlockDone,
@@ -40,26 +42,43 @@ from requant.tasks.quantizing.events import (
 log = logging.getLogger(__name__)
 
 
-def passes(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Whether the same call may succeed later: errors say so themselves, and unexpected ones do not."""
+def may_succeed_later(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Check whether a failed task may succeed later, which expected errors say by `retryable`; others may not."""
     error = getattr(state.data, "exception", None) or state.data
     if not isinstance(error, BaseException):
         try:
             state.result()
-        except BaseException as raised:  # the state holds what the task raised
+        except BaseException as raised:  # The state raises the error of the task.
             error = raised
     return isinstance(error, RequantError) and error.retryable
 
 
-def options(stage: str, hours: float, retries: int = 3) -> dict[str, Any]:
-    """The options of a stage's task. Delays between tries: 1, 2, 4 s and so on, each up to doubled at random."""
+class TaskOptions(TypedDict):
+    """Options of Prefect's `task`."""
+
+    name: str
+    tags: list[str]
+    retries: int
+    retry_delay_seconds: Callable[[int], list[float]]
+    retry_jitter_factor: float
+    retry_condition_fn: Callable[[Task[..., Any], TaskRun, State[Any]], bool]
+    timeout_seconds: float
+    persist_result: bool
+    cache_policy: CachePolicy
+
+
+def options(stage: str, hours: float, retries: int = 3) -> TaskOptions:
+    """Return the options of a stage's task, which may take some hours.
+
+    It is retried after 1, 2, 4 s and so on, each delay up to doubled at random.
+    """
     return {
         "name": stage,
         "tags": ["requant", stage],
         "retries": retries,
         "retry_delay_seconds": exponential_backoff(1),
         "retry_jitter_factor": 1.0,
-        "retry_condition_fn": passes,
+        "retry_condition_fn": may_succeed_later,
         "timeout_seconds": hours * 3600,
         "persist_result": False,
         "cache_policy": NO_CACHE,
@@ -67,31 +86,34 @@ def options(stage: str, hours: float, retries: int = 3) -> dict[str, Any]:
 
 
 def stage_summary(result: StageResult) -> Any:
-    """The state a stage ends in: Completed, or Reused, which the UI shows by that name."""
+    """Return the result of a task: a reused one in a state named Reused, which Prefect's UI shows."""
     return Completed(name="Reused", data=result) if result.state == "reused" else result
 
 
 def end_earlier_tasks() -> None:
-    """End what an earlier life of this run left Running: its process was killed, and whoever starts a run again sees
-    to the run alone. What stands for a run on another worker is none of these: it may still be at work."""
+    """End the tasks that an earlier process of this run left in the state Running when it was killed.
+
+    A restart of a run does not change their states. Tasks that stand for a run on another worker are left alone, since
+    that run may still be at work.
+    """
     if (runtime.flow_run.run_count or 0) < 2:
         return
-    left = TaskRunFilter(
+    unfinished = TaskRunFilter(
         state=TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])),
         subflow_runs=TaskRunFilterSubFlowRuns(exists_=False),
     )
     this = FlowRunFilter(id=FlowRunFilterId(any_=[UUID(runtime.flow_run.id)]))
     with get_client(sync_client=True) as client:
-        for run in client.read_task_runs(flow_run_filter=this, task_run_filter=left):
+        for run in client.read_task_runs(flow_run_filter=this, task_run_filter=unfinished):
             client.set_task_run_state(run.id, Crashed(message="the process of the run was killed"), force=True)
 
 
 class BlockProgress:
-    """The quantize child's events as log lines and a Prefect progress artifact."""
+    """Reports the events of the quantize child as log lines and as a progress artifact of Prefect."""
 
     def __init__(self) -> None:
         artifact = create_progress_artifact(0.0, key="quantize-progress", description="Blocks quantized")
-        assert isinstance(artifact, UUID)  # and not a coroutine: stages run in a thread without an event loop
+        assert isinstance(artifact, UUID)  # It is no coroutine, since stages run in a thread without an event loop.
         self._artifact = artifact
         self._lines = BlockLines()
 
@@ -103,10 +125,10 @@ class BlockProgress:
 
 
 class BlockLines:
-    """The quantize child's events in words: block i of n, its seconds and losses, the time left, the memory taken."""
+    """Puts the events of the quantize child into words: each block with its time, its losses and the time left."""
 
     def __init__(self) -> None:
-        self._block, self._loss, self._began = "", "", 0.0
+        self._block, self._loss, self._started_s = "", "", 0.0
         self._seconds: list[float] = []
 
     def __call__(self, event: Event) -> list[str]:
@@ -114,7 +136,7 @@ class BlockLines:
             case SettingsChosen():
                 self._block, self._seconds = "", []
             case BlockStarted():
-                self._block, self._loss, self._began = event.name, "", event.seconds
+                self._block, self._loss, self._started_s = event.name, "", event.seconds
             case BlockLoss():
                 self._loss = f", loss {event.before:.3g} to {event.after:.3g}"
             case Resumed():
@@ -122,27 +144,21 @@ class BlockLines:
             case CompileFailed():
                 return [f"{self._block}: {event.text}"]
             case BlockDone() if self._block:
-                self._seconds.append(event.seconds - self._began)
+                self._seconds.append(event.seconds - self._started_s)
                 return [self._line(event)]
         return []
 
     def _line(self, event: BlockDone) -> str:
         line = f"block {event.done} of {event.total}: {self._block}, {self._seconds[-1]:.1f} s{self._loss}"
-        left = (event.total - event.done) * seconds_a_block(self._seconds)
+        left = (event.total - event.done) * seconds_per_block(self._seconds)
         if left:
-            line += f", about {duration(left)} left"
+            line += f", about {format_duration(left)} left"
         if event.peak_gpu_bytes:
             line += f", at most {event.peak_gpu_bytes / 1e9:.1f} GB of GPU memory"
         return line
 
 
-def seconds_a_block(seconds: list[float]) -> float:
-    """What a block will take, from those done in this process; the first compiles, and counts only if it is alone."""
+def seconds_per_block(seconds: list[float]) -> float:
+    """Estimate the seconds of a block. The first one includes compilation, and counts only if there is no other."""
     counted = seconds[1:] or seconds
     return sum(counted) / len(counted) if counted else 0.0
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""What a new revision of a base changed against the last one that was done: files, tensors by header, config fields."""
+"""Compare a new revision of a base with the last one that was downloaded: files, tensor headers, config fields."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ from requant.tasks.hub.revision import Revision
 from requant.tasks.planning.document import FieldChange, FileChanges, TensorChanges
 from requant.tasks.store import Store
 
-MAX_LISTED = 100  # entries of one list
+MAX_LISTED = 100  # entries per list
 
 
-def last_done(store: Store, base: Revision) -> tuple[str, Manifest] | None:
-    """The commit of this base that was downloaded last before the one at hand, and its files."""
-    latest: tuple[str, str, str] | None = None
-    for key, record in store.records("download").items():
-        told = record.get("base") or {}
-        if told.get("repo_id") != base.repo_id or told.get("sha") == base.sha:
-            continue
-        found = (str(record.get("started", "")), str(told.get("sha")), key)
-        latest = max(latest, found) if latest else found
-    if latest is None:
+def last_download(store: Store, base: Revision) -> tuple[str, Manifest] | None:
+    """Find the last download of another commit of this base: the commit and its files. None if there was none."""
+    downloads = [
+        (record.started, record.base.sha, key)
+        for key, record in store.records("download").items()
+        if record.base and record.base.repo_id == base.repo_id and record.base.sha != base.sha
+    ]
+    if not downloads:
         return None
-    manifest = store.read_manifest("download", latest[2])
-    return (latest[1], manifest) if manifest is not None else None
+    _, sha, key = max(downloads)
+    manifest = store.read_manifest("download", key)
+    return (sha, manifest) if manifest is not None else None
 
 
 def changed_files(before: Manifest, base: Revision, hashes: Mapping[str, str | None]) -> FileChanges:
-    """Compare files by path and sha256. One whose sha256 is not known is compared by size."""
+    """Compare files by path and sha256; a file whose sha256 is not known is compared by size."""
     now = {file.path: (file.size, hashes.get(file.path)) for file in base.wanted}
     old = {file.path: (file.size, file.sha256) for file in before.files}
     both = now.keys() & old.keys()

@@ -1,4 +1,4 @@
-"""What would stop a run, as the sentences that it would stop with."""
+"""Find what would stop a run, before the base is laid out."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from requant.tasks.quantizing.auto_settings import unknown_layer
 from requant.tasks.recipe.recipe import Recipe
 
 
-def refusals(base: Checkpoint, recipe: Recipe) -> Iterator[str]:
-    """What is wrong with a base or the recipe's words for it, but for what only laying it out shows."""
+def base_problems(base: Checkpoint, recipe: Recipe) -> Iterator[str]:
+    """Yield a sentence for each reason why this base cannot be quantized as the recipe says."""
     known = known_model_types()
     if known is not None:
         problem = architecture_problem(base.config, known, allow_remote_code=recipe.allow_remote_code)

@@ -1,16 +1,19 @@
-"""The document of a plan, which `requant plan --json` prints and a run reads before its first byte.
+"""The document of a plan, which `requant plan --json` prints and which a run makes before it downloads anything.
 
 Its keys are a contract with users: `requant schema plan` prints them as a JSON Schema. Sizes are in bytes, times in
-seconds, costs in the currency of `hardware.price_per_hour`. What cannot be known is null. A key that is marked
-"absent" below is left out where it has no meaning.
+seconds, costs in the currency of `hardware.price_per_hour`. An unknown value is null. A key whose description says
+"absent" is left out where it has no meaning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from requant.tasks.checkpoint.document import EngineVerdict, ModuleGroup
+from requant.tasks.documents import Document
 
 StageName = Literal["download", "quantize", "mtp_fix", "validate", "benchmark", "publish"]
 
@@ -19,17 +22,7 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
-class DocumentPart(BaseModel):
-    """A part of the document."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the part as `json.dumps` takes it."""
-        return self.model_dump(mode="json")
-
-
-class PlannedBase(DocumentPart):
+class PlannedBase(Document):
     """The base at the commit that would be used."""
 
     repo_id: str = Field(description="The base's repo on the Hub, owner/name")
@@ -39,7 +32,7 @@ class PlannedBase(DocumentPart):
     tensors: int | None = Field(description="Tensors of the checkpoint; null where it cannot be used")
 
 
-class PlannedStage(DocumentPart):
+class PlannedStage(Document):
     """A stage of the run, and what it takes."""
 
     output: str | None = Field(
@@ -53,7 +46,7 @@ class PlannedStage(DocumentPart):
     figure: str = Field(description="Where the seconds are from, in words")
 
 
-class QuantizationScheme(DocumentPart):
+class QuantizationScheme(Document):
     """How the weights of most quantized layers are stored."""
 
     bits: int = Field(description="Bits of a weight")
@@ -61,17 +54,7 @@ class QuantizationScheme(DocumentPart):
     sym: bool = Field(description="Whether the zero point is the middle of the range")
 
 
-class QuantizedModules(DocumentPart):
-    """Quantized modules that have one name but for their numbers."""
-
-    modules: str = Field(description="Their name, with * for the numbers")
-    count: int = Field(description="How many modules there are")
-    storage: str = Field(description="How a weight is stored, as INT4")
-    shape: tuple[int, ...] = Field(description="Shape of the first module's largest stored tensor")
-    bytes: int = Field(description="Bytes of all of them")
-
-
-class KeptTensors(DocumentPart):
+class KeptTensors(Document):
     """Tensors that stay as the base has them."""
 
     tensors: str = Field(description="Their name, with * for numbers or for all tensors below")
@@ -79,7 +62,7 @@ class KeptTensors(DocumentPart):
     why: str = Field(description="Why they are not quantized")
 
 
-class OutputLayout(DocumentPart):
+class OutputLayout(Document):
     """The checkpoint that one result comes to."""
 
     bytes: int = Field(description="Bytes of all files")
@@ -90,11 +73,11 @@ class OutputLayout(DocumentPart):
     packing: str = Field(description="auto-round's name of the layout of packed weights, as auto_round:auto_gptq")
     shards: dict[str, int] = Field(description="Bytes of each weight file, by path")
     files: dict[str, int] = Field(description="Bytes of each file, by path")
-    quantized: tuple[QuantizedModules, ...] = Field(description="The quantized modules, in groups")
+    quantized: tuple[ModuleGroup, ...] = Field(description="The quantized modules, in groups")
     kept: tuple[KeptTensors, ...] = Field(description="The tensors that stay as they are, in groups")
 
 
-class OutputTotals(DocumentPart):
+class OutputTotals(Document):
     """What several outputs come to together, or nulls where nothing can be made."""
 
     bytes: int | None = Field(description="Bytes of all files of the outputs that can be made; null where none can")
@@ -102,7 +85,7 @@ class OutputTotals(DocumentPart):
     kept_tensors: None = Field(description="Stands in the plan of each output")
 
 
-class StageNeeds(DocumentPart):
+class StageNeeds(Document):
     """What one stage takes. A key is absent where the stage takes nothing of the kind."""
 
     disk_bytes: int | None = Field(None, exclude_if=_is_none, description="Bytes of disk that the stage adds")
@@ -116,14 +99,14 @@ class StageNeeds(DocumentPart):
     )
 
 
-class MemoryNeeds(DocumentPart):
+class MemoryNeeds(Document):
     """What the run takes of memory."""
 
     ram_bytes: int = Field(description="Peak bytes of memory")
     vram_bytes: int = Field(description="Peak bytes of GPU memory")
 
 
-class Needs(DocumentPart):
+class Needs(Document):
     """What the run takes: disk is the sum of its stages, memory the most of any."""
 
     disk_bytes: int = Field(description="Bytes that must be free below the store now")
@@ -134,7 +117,7 @@ class Needs(DocumentPart):
 
     @classmethod
     def of(cls, stages: dict[str, StageNeeds], kept_bytes: int = 0) -> Needs:
-        """Sum up the stages. `kept_bytes`: what outputs before this one leave on the disk."""
+        """Add up the stages. `kept_bytes` is the disk space that earlier outputs of the same run keep occupied."""
         every = stages.values()
         return cls(
             disk_bytes=kept_bytes + sum(stage.disk_bytes or 0 for stage in every),
@@ -148,7 +131,7 @@ class Needs(DocumentPart):
         )
 
 
-class UnknownNeeds(DocumentPart):
+class UnknownNeeds(Document):
     """What a run takes that cannot be planned."""
 
     disk_bytes: None = Field(description="Not known")
@@ -156,7 +139,7 @@ class UnknownNeeds(DocumentPart):
     vram_bytes: None = Field(description="Not known")
 
 
-class Transfers(DocumentPart):
+class Transfers(Document):
     """What goes over the network."""
 
     download_bytes: int = Field(description="Bytes of the base that the store lacks")
@@ -168,15 +151,7 @@ class Transfers(DocumentPart):
         return cls(download_bytes=moved.get("download", 0), upload_bytes=moved.get("publish", 0))
 
 
-class EngineVerdict(DocumentPart):
-    """Whether an engine will load the result and draft with its MTP head, from headers and configs alone."""
-
-    loads: bool = Field(description="Whether the engine loads it")
-    mtp: bool = Field(description="Whether the engine drafts with its MTP head")
-    reason: str = Field(description="What is in the way, or that nothing is")
-
-
-class PlannedHardware(DocumentPart):
+class PlannedHardware(Document):
     """Where the run takes place, how long and for how much."""
 
     gpu: str | None = Field(description="The GPU that the recipe names, or cpu; null: whatever is there")
@@ -185,7 +160,7 @@ class PlannedHardware(DocumentPart):
     cost: float | None = Field(description="Cost of all stages that use the GPU; null without a price")
 
 
-class FileChanges(DocumentPart):
+class FileChanges(Document):
     """Paths of the base's files, at most 100 of a kind."""
 
     added: tuple[str, ...] = Field(description="Files that are new")
@@ -193,7 +168,7 @@ class FileChanges(DocumentPart):
     changed: tuple[str, ...] = Field(description="Files whose content is another")
 
 
-class TensorChanges(DocumentPart):
+class TensorChanges(Document):
     """Names of the base's tensors, at most 100 of a kind, from headers."""
 
     added: tuple[str, ...] = Field(description="Tensors that are new")
@@ -202,7 +177,7 @@ class TensorChanges(DocumentPart):
     in_changed_shards: int = Field(description="How many tensors lie in weight files that changed")
 
 
-class FieldChange(DocumentPart):
+class FieldChange(Document):
     """A field of config.json that has another value."""
 
     field: str = Field(description="Its path, with dots")
@@ -210,7 +185,7 @@ class FieldChange(DocumentPart):
     now: str | None = Field(description="Its value now, as JSON; null where it is gone")
 
 
-class BaseChanges(DocumentPart):
+class BaseChanges(Document):
     """What the base's commit changed against the last one that was downloaded."""
 
     since: str = Field(description="The commit that was downloaded last")
@@ -219,7 +194,7 @@ class BaseChanges(DocumentPart):
     config: tuple[FieldChange, ...] = Field(description="Fields of config.json, at most 100")
 
 
-class Plan(DocumentPart):
+class Plan(Document):
     """What making one result does, takes and costs, or making all results of a recipe."""
 
     base: PlannedBase = Field(description="The base")
@@ -234,7 +209,7 @@ class Plan(DocumentPart):
     problems: tuple[str, ...] = Field(description="What would stop the run, in sentences")
 
 
-class OutputName(DocumentPart):
+class OutputName(Document):
     """Which of several outputs a plan is of."""
 
     name: str = Field(description="The output's name")

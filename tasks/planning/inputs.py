@@ -1,4 +1,4 @@
-"""What a run reads from outside, resolved to what it is at this moment."""
+"""The inputs of a run, resolved to what they are now."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which layers auto-round packs, and the quantization config that it writes: its rule, from names and shapes.
+"""Which layers auto-round quantizes, and the quantization config that it writes, from names and shapes alone.
 
 Source: auto_round 0.16.1, compressors/layer_config_resolver.py, export/export_to_autoround/export.py, export/utils.py
-and special_model_handler.py. Compared with what it really does by tests/integration/test_plan_auto_round.py.
+and special_model_handler.py. tests/integration/test_plan_auto_round.py compares this module with auto-round.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from typing import Any
 
 from requant.tasks.checkpoint.blocks import block_of
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.header import Tensor
-from requant.tasks.recipe.quantize import SCHEME, Quantize, packing_format
+from requant.tasks.recipe.quantize_section import SCHEME, Quantize, packing_format
 from requant.tasks.versions import locked_version
 
-FULL = {"bits": 16, "data_type": "fp"}
 KEPT = "quantize.layers keeps it"
-KEYS = ("bits", "group_size", "sym", "data_type")
-# Matrices in decoder blocks that are no Linear: routers, and what is looked up.
+# Matrices of decoder blocks that are no Linear: routers, and tables that are looked up.
 NO_LINEAR = re.compile(r"(^|\.)(gate|router|[a-z_]*embed[a-z_]*|[a-z_]*norm|wte|wpe)$")
-ROUTER_SUFFIX = re.compile(r"\.gate$")  # in a model with experts: kept by a pattern of its own
-# What auto-round writes of a layer outside the blocks, beside KEYS.
+ROUTER_SUFFIX = re.compile(r"\.gate$")  # auto-round keeps the routers of a model with experts by a pattern
+# What auto-round writes of a layer outside the blocks, in addition to its setting.
 OUTSIDE = {
     "act_bits": 16, "act_data_type": "float", "act_dynamic": True, "act_sym": True, "rotation_config": None,
     "super_bits": None, "super_group_size": None,
@@ -32,50 +31,92 @@ OUTSIDE = {
 
 
 @dataclass(frozen=True)
-class LayerSelection:
-    """What becomes of the linear layers: the packed ones, the quantization config, and what to say about them.
+class LayerSetting:
+    """How layers are quantized, in auto-round's terms. None: as other layers are."""
 
-    `why` holds the reason for each matrix of a block that is kept as it is. `problems` are sentences.
+    bits: int | None = None
+    group_size: int | None = None
+    sym: bool | None = None
+    data_type: str | None = None
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any], sym: bool) -> LayerSetting:
+        """Read one entry of `layers`, in which a scheme stands for its values.
+
+        `sym` is the recipe's: 8 bits are symmetric unless the entry itself says otherwise.
+        """
+        setting = cls(*(entry.get(key) for key in ("bits", "group_size", "sym", "data_type")))
+        if match := SCHEME.fullmatch(str(entry.get("scheme", "")).upper()):
+            setting = setting.over(cls(int(match["bits"]), int(match["group_size"] or 128), True))
+        return setting.over(cls(sym=True)) if setting.bits == 8 and not sym else setting
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether layers with this setting stay in 16 bits."""
+        return self.bits is not None and self.bits >= 16
+
+    def over(self, other: LayerSetting) -> LayerSetting:
+        """Return this setting, with the values of another one where it has none."""
+        return LayerSetting(**{**other.to_json(), **self.to_json()})
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+    def differences(self, other: LayerSetting) -> dict[str, Any]:
+        """Return the values that another setting does not have."""
+        return {key: value for key, value in self.to_json().items() if value != getattr(other, key)}
+
+
+FULL_PRECISION = LayerSetting(bits=16, data_type="fp")
+
+
+@dataclass(frozen=True)
+class LayerSelection:
+    """Which linear layers are quantized, and the quantization config.
+
+    `quantization` is config.json's quantization_config. `why` has the reason for each matrix of a block that is not
+    quantized. `notes` and `problems` are sentences. `own_group` names the quantized layers that `layers` of the recipe
+    gives a group size.
     """
 
-    packed: tuple[str, ...]
-    quantization: dict[str, Any]
+    quantized: tuple[str, ...]
+    quantization: QuantizationConfig
     why: dict[str, str]
     notes: list[str]
     problems: list[str]
-    own_group: frozenset[str] = frozenset()  # packed ones that the recipe's `layers` gives a group size
+    own_group: frozenset[str] = frozenset()
 
 
 def choose_layers(base: Checkpoint, asked: Quantize) -> LayerSelection:
-    """Apply auto-round's rule and the recipe's `layers` to a base (BF16, experts one by one: as it is quantized)."""
+    """Apply auto-round's rule and the recipe's `layers` to a base in BF16 whose fused experts are split."""
     bits, group_size, sym = asked.resolved
-    default = {"bits": bits, "group_size": group_size, "sym": sym, "data_type": "int"}
+    default = LayerSetting(bits, group_size, sym, "int")
     head = set(base.head.names if base.head else ())
     linear = {name: tensor for name, tensor in linear_layers(base.tensors.values()) if tensor.name not in head}
     odd = {name for name, tensor in linear.items() if any(side % 32 for side in tensor.shape)}
     notes: list[str] = []
-    layers = {key: _setting(value, sym) for key, value in asked.layers.items() if is_pattern(key)}
+    entries = {key: LayerSetting.read(entry, sym) for key, entry in asked.layers.items() if is_pattern(key)}
     if base.config.get("tie_word_embeddings") or base.text_config.get("tie_word_embeddings"):
-        layers.pop("lm_head", None)
-    own, patterns = _overrides(layers, linear, odd, notes)
-    settings = {name: {**default, **own.get(name, {}), **(FULL if name in odd else {})} for name in linear}
-    asked_for = {n for n, s in settings.items() if s["bits"] < 16 and (block_of(n) or n in own)}
-    outside = sorted(n for n in asked_for if not block_of(n))
-    widths = {settings[name]["bits"] for name in asked_for} | {s.get("bits", bits) for s in patterns.values()}
+        entries.pop("lm_head", None)
+    own, patterns = _overrides(entries, linear, odd, notes)
+    settings = {name: own.get(name, default).over(default) for name in linear}
+    settings |= {name: FULL_PRECISION.over(settings[name]) for name in odd}
+    asked_for = {name for name, s in settings.items() if not s.is_kept and (block_of(name) or name in own)}
+    outside = sorted(name for name in asked_for if not block_of(name))
+    widths = {settings[name].bits or bits for name in asked_for} | {s.bits or bits for s in patterns.values()}
     packing = packing_format(asked.format, bits, sym, widths)
     problems = _impossible(asked, packing, widths)
     problems += _outside(outside, vision=isinstance(base.config.get("vision_config"), dict))
-    why = {n: "its sides are no multiples of 32" for n in odd if block_of(n)}
-    why |= {n: KEPT for n, s in settings.items() if s["bits"] >= 16 and n not in odd}
+    why = {name: "its sides are no multiples of 32" for name in odd if block_of(name)}
+    why |= {name: KEPT for name, setting in settings.items() if setting.is_kept and name not in odd}
 
-    extra = {n: _differences(settings[n], default) for n in linear if block_of(n)}
-    extra |= {n: {**OUTSIDE, "act_group_size": group_size, **settings[n]} for n in outside}
-    extra |= {key: _differences({**default, **value}, default) for key, value in patterns.items()}
+    extra = {name: settings[name].differences(default) for name in linear if block_of(name)}
+    extra |= {name: {**OUTSIDE, "act_group_size": group_size, **settings[name].to_json()} for name in outside}
+    extra |= {regex: setting.differences(default) for regex, setting in patterns.items()}
     if any("expert" in name for name in linear):
-        gates = (
-            n for n in linear_names(base.tensors.values()) if ROUTER_SUFFIX.search(n) and f"{n}.weight" not in head
-        )
-        extra |= {standard_regex(n): {"bits": 16, "data_type": "float"} for n in gates}
+        names = linear_names(base.tensors.values())
+        routers = (name for name in names if ROUTER_SUFFIX.search(name) and f"{name}.weight" not in head)
+        extra |= {standard_regex(name): {"bits": 16, "data_type": "float"} for name in routers}
     packs_head = packing == "auto_round:auto_gptq" and _packs_head(base, patterns)
     document = {
         "autoround_version": locked_version("auto-round"),
@@ -86,24 +127,20 @@ def choose_layers(base: Checkpoint, asked: Quantize) -> LayerSelection:
         "extra_config": {key: dict(sorted(value.items())) for key, value in sorted(extra.items()) if value},
         "group_size": group_size,
         **({"iters": asked.iters} if asked.iters not in {0, 200} else {}),
-        **({"lr": asked.lr, "minmax_lr": asked.lr} if _lr_is_told(asked) else {}),
+        **({"lr": asked.lr, "minmax_lr": asked.lr} if _lr_is_recorded(asked) else {}),
         "packing_format": packing,
         "quant_method": "auto-round",
         "sym": sym,
     }
     if not document["extra_config"]:
         del document["extra_config"]
-    packed = tuple(name for name in linear if name in asked_for)
-    own_group = frozenset(name for name in packed if "group_size" in own.get(name, {}))
-    return LayerSelection(packed, document, why, notes, problems, own_group)
-
-
-def keeps(value: Mapping[str, Any]) -> bool:
-    return bool(_setting(value, True).get("bits", 4) >= 16)
+    quantized = tuple(name for name in linear if name in asked_for)
+    own_group = frozenset(name for name in quantized if name in own and own[name].group_size is not None)
+    return LayerSelection(quantized, QuantizationConfig(document), why, notes, problems, own_group)
 
 
 def linear_layers(tensors: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Modules that are a Linear as far as name and shape tell, with their weight."""
+    """Yield the modules that are a Linear, as far as name and shape show, each with its weight."""
     for tensor in tensors:
         module, _, last = tensor.name.rpartition(".")
         if last == "weight" and len(tensor.shape) == 2 and not NO_LINEAR.search(module):
@@ -111,12 +148,12 @@ def linear_layers(tensors: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def linear_names(tensors: Iterable[Tensor]) -> list[str]:
-    """Names of all modules with a matrix for a weight."""
+    """Return the names of all modules whose weight is a matrix."""
     return [t.name.removesuffix(".weight") for t in tensors if t.name.endswith(".weight") and len(t.shape) == 2]
 
 
 def standard_regex(key: str) -> str:
-    """auto-round's reading of a name in `layers`: to_standard_regex in auto_round/utils/common.py."""
+    """Turn a name in `layers` into auto-round's regex (to_standard_regex in auto_round/utils/common.py)."""
     if not any(mark in key for mark in (".*", "^", "$", "|", "(", ")", "[", "]", "?", "+")):
         return f".*{re.escape(key)}.*"
     pattern = re.sub(r"\.(?!\*)", r"\\.", key)
@@ -126,6 +163,7 @@ def standard_regex(key: str) -> str:
 
 
 def is_pattern(key: str) -> bool:
+    """Check whether a name in `layers` is a regular expression, as auto-round reads it."""
     try:
         re.compile(standard_regex(key))
     except re.error:
@@ -134,67 +172,53 @@ def is_pattern(key: str) -> bool:
 
 
 def _overrides(
-    layers: Mapping[str, dict[str, Any]], linear: Mapping[str, Tensor], odd: set[str], notes: list[str]
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """`layers` by layer, and its patterns by auto-round's regex. A pattern wins over a name, a later one over it.
+    entries: Mapping[str, LayerSetting], linear: Mapping[str, Tensor], odd: set[str], notes: list[str]
+) -> tuple[dict[str, LayerSetting], dict[str, LayerSetting]]:
+    """Resolve `layers`: the setting of each layer that it names, and those of its patterns, by auto-round's regex.
 
-    All layers that one pattern names share one setting in auto-round: where one of them cannot be packed, all are kept.
+    A pattern takes precedence over a name, and a later pattern over an earlier one. All layers that a pattern matches
+    share one setting in auto-round: if one of them cannot be quantized, all of them are kept.
     """
-    own = {name: setting for name, setting in layers.items() if name in linear}
-    patterns: dict[str, dict[str, Any]] = {}
-    for key, setting in layers.items():
+    own = {name: setting for name, setting in entries.items() if name in linear}
+    patterns: dict[str, LayerSetting] = {}
+    for key, setting in entries.items():
         if key in linear:
             continue
         regex = standard_regex(key)
         patterns[regex] = setting
-        found = [name for name in linear if re.search(regex, name)]
-        stuck = [name for name in found if name in odd]
-        if stuck and setting.get("bits", 0) < 16 and len(stuck) < len(found):
+        matched = [name for name in linear if re.search(regex, name)]
+        stuck = [name for name in matched if name in odd]
+        if stuck and not setting.is_kept and len(stuck) < len(matched):
             notes.append(
-                f"quantize.layers {key!r}: auto-round keeps all {len(found)} layers that it names in 16 bits, because "
-                f"{stuck[0]} is one of them, whose sides are no multiples of 32: name the others alone"
+                f"quantize.layers {key!r}: auto-round keeps all {len(matched)} layers that it names in 16 bits, "
+                f"because {stuck[0]} is one of them, whose sides are no multiples of 32: name the others alone"
             )
-        own |= dict.fromkeys(found, {**setting, **FULL} if stuck else setting)
+        own |= dict.fromkeys(matched, FULL_PRECISION.over(setting) if stuck else setting)
     return own, patterns
 
 
-def _setting(value: Mapping[str, Any], sym: bool) -> dict[str, Any]:
-    """One entry of `layers`, its scheme spelled out. 8 bits are symmetric, whatever the recipe says of the others."""
-    setting = {key: value[key] for key in KEYS if value.get(key) is not None}
-    match = SCHEME.fullmatch(str(value.get("scheme", "")).upper())
-    if match:
-        named = {"bits": int(match["bits"]), "group_size": int(match["group_size"] or 128), "sym": True}
-        setting = {**named, **setting}
-    if setting.get("bits") == 8 and not sym:
-        setting.setdefault("sym", True)
-    return setting
-
-
-def _differences(setting: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: setting[key] for key in KEYS if setting[key] != default[key]}
-
-
 def _containers(linear: Iterable[str], packs_head: bool) -> str | list[str]:
-    """The lists of blocks, as `model.layers`."""
+    """Return the names of the lists of blocks, such as `model.layers`; one name is no list in auto-round's config."""
     blocks = (block_of(name) for name in linear)
     names = list(dict.fromkeys(block.rpartition(".")[0] for block in blocks if block))
     names += ["mtp.layers"] if packs_head else []
     return names[0] if len(names) == 1 else names
 
 
-def _packs_head(base: Checkpoint, patterns: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether a pattern makes auto-round pack a part of an `mtp` head, which Requant then leaves away."""
+def _packs_head(base: Checkpoint, patterns: Mapping[str, LayerSetting]) -> bool:
+    """Check whether a pattern makes auto-round pack a part of an `mtp` head, which Requant then leaves out."""
     head = split_fused_experts(base, head_too=True).head
     inside = [module for module in (head.modules if head else ()) if module.startswith("mtp.layers.")]
-    return any(p.get("bits", 4) < 16 and re.search(regex, m) for regex, p in patterns.items() for m in inside)
+    return any(not s.is_kept and re.search(regex, module) for regex, s in patterns.items() for module in inside)
 
 
-def _lr_is_told(asked: Quantize) -> bool:
+def _lr_is_recorded(asked: Quantize) -> bool:
+    """Check whether auto-round writes the learning rate: only where it is not the default."""
     return asked.lr is not None and asked.lr != (1.0 / asked.iters if asked.iters else 5e-3)
 
 
 def _impossible(asked: Quantize, packing: str, widths: set[int]) -> list[str]:
-    """Settings of single layers that auto-round refuses, hours later or at once."""
+    """Find settings of single layers that auto-round refuses, some of them only after hours."""
     problems = []
     for key, value in asked.layers.items():
         if not is_pattern(key):
@@ -210,6 +234,7 @@ def _impossible(asked: Quantize, packing: str, widths: set[int]) -> list[str]:
 
 
 def _outside(names: list[str], *, vision: bool) -> list[str]:
+    """Say that layers outside the decoder blocks cannot be quantized. Without vision, auto-round can do `lm_head`."""
     foreign = [name for name in names if vision or name != "lm_head"]
     if not foreign:
         return []

@@ -1,15 +1,16 @@
-"""The checkpoint that comes out, to the byte: laid out by the code that writes it, from the base's headers."""
+"""Plan the resulting checkpoint to the byte, from the base's headers, with the code that later writes it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from requant.tasks.checkpoint.assemble import lay_out_shards
 from requant.tasks.checkpoint.blocks import block_of
-from requant.tasks.checkpoint.checkpoint import INDEX, Checkpoint
+from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import verdicts
+from requant.tasks.checkpoint.config import QuantizationConfig
+from requant.tasks.checkpoint.document import EngineVerdict, ModuleGroup
 from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.head import HEAD_SHARD, HeadFiles, with_head, without_head
@@ -20,11 +21,9 @@ from requant.tasks.checkpoint.packing import PackingScheme
 from requant.tasks.checkpoint.writer import Computed, Layout
 from requant.tasks.errors import CheckpointError
 from requant.tasks.planning.document import (
-    EngineVerdict,
     KeptTensors,
     OutputLayout,
     QuantizationScheme,
-    QuantizedModules,
 )
 from requant.tasks.planning.groups import uneven_problems
 from requant.tasks.planning.layers import LayerSelection, choose_layers
@@ -36,9 +35,12 @@ Parts = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class PlannedOutput:
-    """What quantize and mtp_fix will write. `before_head` are the bytes of quantize's files, `sizes` of all. `base` is
-    `source` as it is quantized: FP8 weights as the BF16 ones that they stand for, fused experts one by one."""
+class CheckpointPlan:
+    """The checkpoint that quantize and mtp_fix will write.
+
+    `base` is `source` in the form that is quantized: FP8 weights as BF16, and fused experts split. `before_head` has
+    the bytes of the files that quantize writes, `sizes` those of all files, each by path.
+    """
 
     source: Checkpoint
     base: Checkpoint
@@ -56,30 +58,43 @@ class PlannedOutput:
 
     @property
     def kept_names(self) -> list[str]:
-        """Tensors that are the base's, as it has them."""
+        """The names of the tensors that stay as they are in the base."""
         return [name for name in self.checkpoint.tensors if name in self.base.tensors]
 
     @property
-    def packed_parameters(self) -> int:
-        """Weights that are tuned and packed, the head's aside."""
-        shapes = (self.base.tensors[f"{module}.weight"].shape for module in self.choice.packed)
-        return sum(rows * columns for rows, columns in shapes)
+    def quantized_parameters(self) -> int:
+        """How many weights are tuned and quantized, without the MTP head's."""
+        return sum(self.block_parameters.values())
+
+    @property
+    def block_parameters(self) -> dict[str, int]:
+        """How many weights are quantized, by decoder block."""
+        sizes: dict[str, int] = {}
+        for module in self.choice.quantized:
+            rows, columns = self.base.tensors[f"{module}.weight"].shape
+            block = block_of(module) or ""
+            sizes[block] = sizes.get(block, 0) + rows * columns
+        return sizes
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the shard with the MTP head; 0 if the result has none."""
+        return self.sizes.get(HEAD_SHARD, 0)
 
     def engines(self) -> dict[str, EngineVerdict]:
-        """Judge whether each engine will load the result, and draft."""
-        return {engine: EngineVerdict(**verdict) for engine, verdict in verdicts(self.checkpoint).items()}
+        """Judge whether each engine will load the result, and draft with its MTP head."""
+        return verdicts(self.checkpoint)
 
     def kept(self) -> tuple[KeptTensors, ...]:
-        """List the tensors that are not packed, in the card's groups, with the card's reasons or auto-round's own."""
+        """List the tensors that are not quantized, with the groups and reasons of the model card."""
         return tuple(
             KeptTensors(tensors=group.strip("`"), count=int(count), why=why)
             for group, count, why in kept_groups(self.kept_names, self.choice.why)
         )
 
-    def packed(self) -> tuple[QuantizedModules, ...]:
-        """List the packed modules in groups: how many, how wide, bytes."""
-        groups = (group for group in inventory(self.checkpoint) if group.storage.startswith("INT"))
-        return tuple(QuantizedModules(**group.to_json()) for group in groups)
+    def quantized(self) -> tuple[ModuleGroup, ...]:
+        """List the quantized modules in groups."""
+        return tuple(group for group in inventory(self.checkpoint) if group.storage.startswith("INT"))
 
     def layout(self, recipe: Recipe) -> OutputLayout:
         """Describe the result for the plan's document."""
@@ -87,29 +102,30 @@ class PlannedOutput:
         return OutputLayout(
             bytes=sum(self.sizes.values()),
             weights_bytes=sum(self.weights.values()),
-            quantized_tensors=len(self.choice.packed),
+            quantized_tensors=len(self.choice.quantized),
             kept_tensors=len(self.kept_names),
             scheme=QuantizationScheme(bits=bits, group_size=group_size, sym=sym),
             packing=self.choice.quantization["packing_format"],
             shards=self.weights,
             files=self.sizes,
-            quantized=self.packed(),
+            quantized=self.quantized(),
             kept=self.kept(),
         )
 
 
-def plan_output(source: Checkpoint, recipe: Recipe, other_files: Mapping[str, int]) -> PlannedOutput:
-    """Lay out what a recipe makes of a base. `other_files`: bytes of the base's files that join verbatim.
+def plan_output(source: Checkpoint, recipe: Recipe, other_files: Mapping[str, int]) -> CheckpointPlan:
+    """Lay out what a recipe makes of a base.
 
-    What cannot be packed as asked is in `problems`. Raises CheckpointError where nothing can be laid out: FP8 without
-    its scales, a head that is not whole.
+    `other_files` has the bytes of the base's files that are copied, by path. What cannot be quantized as the recipe
+    says is in `problems`. Raises CheckpointError if nothing can be laid out, because FP8 weights have no scales or the
+    MTP head is incomplete.
     """
     base = dequantize_fp8(split_fused_experts(source))
     choice = choose_layers(base, recipe.quantize)
     quantization = without_head_entries(choice.quantization, base.head)
     parts, problems = _packed_parts(base, choice, quantization)
     made = lay_out_shards(base, parts, quantization)
-    files = HeadFiles(made.documents["config.json"], made.documents[INDEX])
+    files = HeadFiles.of(made.documents)
     if recipe.mtp == "drop" or base.head is None:
         joined = Layout({}, without_head(files, base.head).documents)
     else:
@@ -117,21 +133,19 @@ def plan_output(source: Checkpoint, recipe: Recipe, other_files: Mapping[str, in
     sizes = {**other_files, **made.sizes, **joined.sizes}
     shards = {**made.shards, **joined.shards}
     tensors = {tensor.name: tensor for shard in shards.values() for tensor in shard}
-    total = joined.documents[INDEX]["metadata"]["total_size"]
-    result = Checkpoint(source.folder, joined.documents["config.json"], tensors, tuple(shards), total)
-    return PlannedOutput(source, base, choice, result, made.sizes, sizes, [*choice.problems, *problems], choice.notes)
+    written = HeadFiles.of(joined.documents)
+    total = written.index["metadata"]["total_size"]
+    result = Checkpoint(source.folder, written.config, tensors, tuple(shards), total)
+    return CheckpointPlan(source, base, choice, result, made.sizes, sizes, [*choice.problems, *problems], choice.notes)
 
 
-def head_bytes(output: PlannedOutput) -> int:
-    """Bytes of the shard that holds the head."""
-    return output.sizes.get(HEAD_SHARD, 0)
-
-
-def _packed_parts(base: Checkpoint, choice: LayerSelection, quantization: Mapping[str, Any]) -> tuple[Parts, list[str]]:
-    """The packed parts of each chosen module, and what is wrong with its scheme."""
+def _packed_parts(
+    base: Checkpoint, choice: LayerSelection, quantization: QuantizationConfig
+) -> tuple[Parts, list[str]]:
+    """Lay out the packed tensors of each quantized module. Return them by module, and problems with their schemes."""
     parts: Parts = {}
     group_sizes: dict[str, int] = {}
-    for module in choice.packed:
+    for module in choice.quantized:
         out_features, in_features = base.tensors[f"{module}.weight"].shape
         try:
             scheme = PackingScheme.of(quantization, module)
@@ -146,13 +160,3 @@ def _packed_parts(base: Checkpoint, choice: LayerSelection, quantization: Mappin
             "no layer would be quantized: the base has no decoder blocks with linear layers, or all are kept"
         )
     return parts, problems
-
-
-def layers_by_block(output: PlannedOutput) -> dict[str, int]:
-    """Packed weights by decoder block."""
-    sizes: dict[str, int] = {}
-    for module in output.choice.packed:
-        rows, columns = output.base.tensors[f"{module}.weight"].shape
-        block = block_of(module) or ""
-        sizes[block] = sizes.get(block, 0) + rows * columns
-    return sizes

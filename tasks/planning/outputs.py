@@ -1,4 +1,4 @@
-"""Several outputs of one base: what each finds done by those before it, and one plan for all."""
+"""Combine the plans of several outputs of one base into one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.planning.document import (
-    EngineVerdict,
     MemoryNeeds,
     Needs,
     OutputTotals,
@@ -26,29 +26,28 @@ Number = TypeVar("Number", int, float)
 
 
 @dataclass
-class Before:
-    """What the outputs before one leave to it in the same run: their artifacts in the store, and `kept` bytes less of
-    disk."""
+class EarlierOutputs:
+    """The outputs that a run makes before another one: their recipes, and the bytes of disk that they keep occupied."""
 
     recipes: list[Recipe] = field(default_factory=list)
-    kept: int = 0
+    kept_bytes: int = 0
 
     def add(self, recipe: Recipe, plan: Plan) -> None:
-        """Add one more, by its plan; what cannot be made leaves nothing."""
+        """Add an output with its plan. One that cannot be made is left out."""
         if not plan.stages:
             return
         self.recipes.append(recipe)
         if any(stage.state == "run" for stage in plan.stages if stage.name in {"quantize", "mtp_fix"}):
-            self.kept += plan.output.bytes or 0
+            self.kept_bytes += plan.output.bytes or 0
 
     def stages(self, recipe: Recipe) -> set[str]:
-        """List the stages that a recipe finds done: the base is one, and the head is joined after quantizing."""
+        """Return the stages that the run of another recipe reuses from these outputs."""
         quantized = any(one.quantize == recipe.quantize for one in self.recipes)
         return {*(["download"] if self.recipes else []), *(["quantize"] if quantized else [])}
 
 
-def together(recipe: Recipe, plans: Mapping[str, Plan]) -> PlanDocument:
-    """Make one plan of the plans of each output, by name: bytes, seconds and costs are sums, needs the most of any."""
+def combine_plans(recipe: Recipe, plans: Mapping[str, Plan]) -> PlanDocument:
+    """Combine the plans of all outputs, by name. Bytes, seconds and costs are added up; of needs the largest counts."""
     every = list(plans.values())
     targets = {name: one.publish.repo_id if one.publish else None for name, one in recipe.each.items()}
     return PlanDocument(
@@ -75,20 +74,20 @@ def together(recipe: Recipe, plans: Mapping[str, Plan]) -> PlanDocument:
 
 
 def _stages(plans: Mapping[str, Plan]) -> tuple[PlannedStage, ...]:
-    """Line up the stages of all outputs, each with its output's name. The base is downloaded once, for the first."""
+    """List the stages of all outputs, each with its output's name. The base is downloaded once, for the first one."""
     stages = [stage.model_copy(update={"output": name}) for name, plan in plans.items() for stage in plan.stages]
     download = next((stage for stage in stages if stage.name == "download"), None)
     return tuple(stage for stage in stages if stage.name != "download" or stage is download)
 
 
 def _sum(values: Iterable[Number | None]) -> Number | None:
-    """Sum up what is known; None if nothing is."""
+    """Add up the values that are known; None if there are none."""
     known = [value for value in values if value is not None]
     return round(sum(known), 2) if known else None
 
 
 def _most(needs: Sequence[Needs | UnknownNeeds]) -> Needs | UnknownNeeds:
-    """Take the most of any, number by number: the outputs are made one after the other."""
+    """Return the largest need of each kind: the outputs are made one after the other."""
     known = [need for need in needs if isinstance(need, Needs)]
     if not known:
         return UnknownNeeds(disk_bytes=None, ram_bytes=None, vram_bytes=None)
@@ -113,19 +112,19 @@ def _most_of_stage(needs: Collection[StageNeeds]) -> StageNeeds:
 
 
 def _engines(plans: Mapping[str, Plan]) -> dict[str, EngineVerdict]:
-    """Take of each engine the worst verdict; where they differ, its reason says of which output it is."""
-    found: dict[str, EngineVerdict] = {}
+    """Return the worst verdict of each engine. If the verdicts differ, its reason names the output."""
+    worst: dict[str, EngineVerdict] = {}
     for engine in dict.fromkeys(engine for plan in plans.values() for engine in plan.engines):
         verdicts = {name: plan.engines[engine] for name, plan in plans.items() if engine in plan.engines}
         name, verdict = min(verdicts.items(), key=lambda item: (item[1].loads, item[1].mtp))
         alike = all(other == verdict for other in verdicts.values())
-        found[engine] = verdict if alike else verdict.model_copy(update={"reason": f"{name}: {verdict.reason}"})
-    return found
+        worst[engine] = verdict if alike else verdict.model_copy(update={"reason": f"{name}: {verdict.reason}"})
+    return worst
 
 
 def _sentences(plans: Mapping[str, Plan], kind: Literal["notes", "problems"]) -> tuple[str, ...]:
-    """List sentences once: what is true of all outputs as it is, the others with the output's name."""
-    told: dict[str, tuple[str, ...]] = {name: getattr(plan, kind) for name, plan in plans.items()}
-    common = set[str].intersection(*map(set, told.values()))
-    rows = [s if s in common else f"{name}: {s}" for name, sentences in told.items() for s in sentences]
+    """List each sentence once. One that does not hold for all outputs gets the name of its output."""
+    by_output: dict[str, tuple[str, ...]] = {name: getattr(plan, kind) for name, plan in plans.items()}
+    common = set[str].intersection(*map(set, by_output.values()))
+    rows = [s if s in common else f"{name}: {s}" for name, sentences in by_output.items() for s in sentences]
     return tuple(dict.fromkeys(rows))

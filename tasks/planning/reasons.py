@@ -1,4 +1,4 @@
-"""Why tensors of a result are not quantized, in words for a plan and for the card."""
+"""Say why tensors of a result are not quantized, for the plan and the model card."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from requant.tasks.checkpoint.blocks import block_of
-from requant.tasks.planning.layers import KEPT, is_pattern, keeps, standard_regex
+from requant.tasks.planning.layers import KEPT, LayerSetting, is_pattern, standard_regex
 
-# Why tensors are not quantized: first match wins.
+# Reasons by a pattern of the tensor's name. The first match counts.
 REASONS = (
     (r"(^|\.)mtp\.", "MTP head: packed, it drafts worse or does not load"),
     (r"linear_attn\.in_proj_[ab]\b", "as many rows as heads: too few to pack in words"),
@@ -24,31 +24,39 @@ REASONS = (
 
 
 def kept_groups(names: Iterable[str], own: Mapping[str, str] | None = None) -> list[tuple[str, ...]]:
-    """Tensors that are not packed, each group with its reason. Numbers fold to `*`, head and vision to a row.
+    """Group the tensors that are not quantized. Return rows of name, count and reason.
 
-    own: reasons of single layers, by name, where a tensor's name does not tell one.
+    Numbers in names become `*`; an MTP head and a vision tower are one group each. `own` has reasons of single layers
+    by name, for tensors whose name alone gives none.
     """
     groups: dict[str, list[str]] = {}
     for name in names:
-        whole = re.match(r"(mtp|(?:model\.)?visual|(?:model\.)?vision_tower)\.", name)
-        folded = f"{whole[1]}.*" if whole else re.sub(r"\.\d+\.", ".*.", name)
+        tower = re.match(r"(mtp|(?:model\.)?visual|(?:model\.)?vision_tower)\.", name)
+        folded = f"{tower[1]}.*" if tower else re.sub(r"\.\d+\.", ".*.", name)
         groups.setdefault(folded, []).append(name.removesuffix(".weight"))
-    plain = {group: re.sub(r"[^\w.*-]", "?", group) for group in groups}
+    escaped = {group: re.sub(r"[^\w.*-]", "?", group) for group in groups}
     return [
-        (f"`{plain[group]}`", str(len(layers)), _reason(group, layers, own or {}))
+        (f"`{escaped[group]}`", str(len(layers)), _reason(group, layers, own or {}))
         for group, layers in sorted(groups.items())
     ]
 
 
 def _reason(group: str, layers: Iterable[str], own: Mapping[str, str]) -> str:
-    told = [why for pattern, why in REASONS if re.search(pattern, group)]
-    given = [own[layer] for layer in layers if layer in own]
-    return next(iter([*told, *given, "not a matrix of a decoder block"]))
+    of_group = [why for pattern, why in REASONS if re.search(pattern, group)]
+    of_layers = [own[layer] for layer in layers if layer in own]
+    return next(iter([*of_group, *of_layers, "not a matrix of a decoder block"]))
 
 
 def why_kept(names: Iterable[str], layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Why matrices of decoder blocks are not packed, by layer: of a result, whose base is not at hand any more."""
-    keep = [re.compile(standard_regex(key)) for key, value in layers.items() if is_pattern(key) and keeps(value)]
+    """Say why matrices of decoder blocks are not quantized, by layer, without the base.
+
+    `names` are those of a result's tensors that are not quantized, and `layers` is that of the recipe.
+    """
+    keep = [
+        re.compile(standard_regex(key))
+        for key, entry in layers.items()
+        if is_pattern(key) and LayerSetting.read(entry, sym=True).is_kept
+    ]
     modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight") and block_of(name)]
     uneven = "its sides, or those of a layer that quantize.layers sets with it, are no multiples of 32"
-    return {module: KEPT if any(p.search(module) for p in keep) else uneven for module in modules}
+    return {module: KEPT if any(pattern.search(module) for pattern in keep) else uneven for module in modules}

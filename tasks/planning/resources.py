@@ -1,51 +1,58 @@
-"""What a run takes of disk, memory and GPU memory, stage by stage."""
+"""Estimate how much disk, memory and GPU memory each stage of a run needs."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from requant.tasks.checkpoint.blocks import block_sizes, streaming_parameters
+from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.fp8 import is_fp8
 from requant.tasks.formatting import gigabytes
 from requant.tasks.planning.document import Needs, StageNeeds
-from requant.tasks.planning.output import PlannedOutput, head_bytes
+from requant.tasks.planning.output import CheckpointPlan
 from requant.tasks.quantizing.auto_settings import ROUTED, sample_bytes, step_bytes
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.validating import LENGTH, PROBE, WINDOWS
 
-RUNTIME = 3_000_000_000  # bytes of memory that Python, torch, CUDA and Prefect take before any weight
+RUNTIME_BYTES = 3_000_000_000  # memory that Python, torch, CUDA and Prefect take before any weight is loaded
 
 
-def needs(output: PlannedOutput, recipe: Recipe, missing: int, to_run: Collection[str], *, kept: int = 0) -> Needs:
-    """Foretell what the stages `to_run` take. missing: bytes of the base that are not on this machine; kept: bytes
-    that the outputs before this one leave there."""
+def estimate_needs(
+    output: CheckpointPlan, recipe: Recipe, missing_bytes: int, to_run: Collection[str], *, kept_bytes: int = 0
+) -> Needs:
+    """Estimate what the stages `to_run` need.
+
+    `missing_bytes` counts the part of the base that is not on this machine, and `kept_bytes` what earlier outputs of
+    the same run leave on it.
+    """
     stages: dict[str, StageNeeds] = {}
     if not set(to_run) - {"publish"}:
         return Needs.of(stages)
-    if missing:
-        stages["download"] = StageNeeds(disk_bytes=missing)
+    if missing_bytes:
+        stages["download"] = StageNeeds(disk_bytes=missing_bytes)
     if "quantize" in to_run:
         stages["quantize"] = _quantize(output, recipe)
-    if "mtp_fix" in to_run and head_bytes(output):
-        stages["mtp_fix"] = StageNeeds(disk_bytes=head_bytes(output))
+    if "mtp_fix" in to_run and output.head_bytes:
+        stages["mtp_fix"] = StageNeeds(disk_bytes=output.head_bytes)
     if "validate" in to_run:
         stages["validate"] = _validate(output)
     if "benchmark" in to_run and recipe.benchmark.engine != "none":
         weights = sum(output.weights.values())
-        stages["benchmark"] = _same_in_low_memory(RUNTIME + weights, weights)
-    return Needs.of(stages, kept)
+        stages["benchmark"] = _same_in_low_memory(RUNTIME_BYTES + weights, weights)
+    return Needs.of(stages, kept_bytes)
 
 
 def disk_problem(needed: int, folder: Path) -> str | None:
-    """What is wrong if that much is not free where the store works on this machine. What an interrupted run has left
-    in its work folders counts as free: the next one goes on from it."""
-    there = next(path for path in (folder, *folder.parents) if path.is_dir())
-    free = shutil.disk_usage(there).free + sum(map(_own_bytes, (folder / "work").rglob("*")))
+    """Say in a sentence that less than `needed` bytes are free below `folder`; None if there is enough room.
+
+    The work folders of an interrupted run count as free, since the next run continues in them.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free + sum(map(_own_bytes, (folder / "work").rglob("*")))
     if needed <= free:
         return None
     return (
@@ -55,7 +62,7 @@ def disk_problem(needed: int, folder: Path) -> str | None:
 
 
 def _own_bytes(path: Path) -> int:
-    """Bytes that a file takes for itself: none if it is a link, or gone by now."""
+    """Count the bytes of disk that deleting a file would free: none for a link, or a file that is gone."""
     with contextlib.suppress(OSError):
         status = path.lstat()
         if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
@@ -63,55 +70,61 @@ def _own_bytes(path: Path) -> int:
     return 0
 
 
-def _quantize(output: PlannedOutput, recipe: Recipe) -> StageNeeds:
-    """Count the model in memory, a block and its samples on the GPU; in low-memory mode the samples in memory too."""
-    base, job = output.base, recipe.quantize.model_dump()
+def _quantize(output: CheckpointPlan, recipe: Recipe) -> StageNeeds:
+    """Estimate quantize: the model in memory, one block and its samples on the GPU (or in memory with low_gpu_mem)."""
+    base, asked = output.base, recipe.quantize
     head = set(base.head.names if base.head else ())
     model = sum(tensor.nbytes for name, tensor in base.tensors.items() if name not in head)
-    hidden = _number(base.text_config, "hidden_size")
-    width = hidden + (_number(base.text_config, "intermediate_size") or 4 * hidden)
+    hidden = _config_size(base, "hidden_size")
+    width = hidden + (_config_size(base, "intermediate_size") or 4 * hidden)
     routed = any(word in name.lower() for name in base.tensors for word in ROUTED)
     largest = max(block_sizes(base).values(), default=0)
     on_cpu = recipe.quantize.device == "cpu"
-    step = step_bytes(job, largest, width, not (routed or on_cpu or recipe.quantize.torch_compile is False))
-    samples = sample_bytes(job, hidden)
+    compiled = not (routed or on_cpu or asked.torch_compile is False)
+    step = step_bytes(asked.batch_size * asked.seqlen, largest, width, compiled)
+    samples = sample_bytes(asked.nsamples * asked.seqlen, hidden)
     disk_bytes = _quantize_disk(output, recipe)
     if on_cpu:
-        return _same_in_low_memory(RUNTIME + model + samples + step, 0, disk_bytes)
+        return _same_in_low_memory(RUNTIME_BYTES + model + samples + step, 0, disk_bytes)
     return StageNeeds(
         disk_bytes=disk_bytes,
-        ram_bytes=RUNTIME + model,
+        ram_bytes=RUNTIME_BYTES + model,
         vram_bytes=samples + step,
-        low_ram_bytes=RUNTIME + model + samples,
+        low_ram_bytes=RUNTIME_BYTES + model + samples,
         low_vram_bytes=step,
     )
 
 
-def _quantize_disk(output: PlannedOutput, recipe: Recipe) -> int:
-    """Add up auto-round's own output, its resume state (a byte a packed weight) and the assembled files; of an FP8
-    base a BF16 copy. On a CPU auto-round writes what it does not pack as F32."""
-    made = sum(output.before_head.values())
+def _quantize_disk(output: CheckpointPlan, recipe: Recipe) -> int:
+    """Add up auto-round's output, the assembled files, the resume state, and a BF16 copy of an FP8 base.
+
+    The resume state has one byte per quantized weight. On a CPU, auto-round writes the other tensors as float32, which
+    takes twice their bytes.
+    """
+    assembled = sum(output.before_head.values())
     kept = sum(t.nbytes for name, t in output.checkpoint.tensors.items() if name in output.base.tensors)
-    plain = output.base.nbytes if is_fp8(output.source.tensors.values()) else 0
-    again = kept if recipe.quantize.device in {"cpu", "auto"} else 0
-    return made + again + output.packed_parameters + made + plain
+    written = assembled + (kept if recipe.quantize.device in {"cpu", "auto"} else 0)
+    dequantized = output.base.nbytes if is_fp8(output.source.tensors.values()) else 0
+    return written + output.quantized_parameters + assembled + dequantized
 
 
-def _measured(output: PlannedOutput) -> int:
-    """Count the bytes that are kept of base and result each: hidden states in float32 at most, and some numbers beside
-    each token."""
+def _measurement_bytes(output: CheckpointPlan) -> int:
+    """Count the bytes of both measurements, of the base and of the result.
+
+    Each holds hidden states in float32 at most, and 32 bytes of other values per token.
+    """
     states = WINDOWS * LENGTH + (len(block_sizes(output.base)) + 2) * PROBE
-    return 2 * (4 * _number(output.base.text_config, "hidden_size") * states + 32 * WINDOWS * LENGTH)
+    return 2 * (4 * _config_size(output.base, "hidden_size") * states + 32 * WINDOWS * LENGTH)
 
 
-def _validate(output: PlannedOutput) -> StageNeeds:
-    """Count base and result as they pass through one block at a time, in BF16 on a GPU and float32 on a CPU."""
+def _validate(output: CheckpointPlan) -> StageNeeds:
+    """Estimate validate, which computes one block at a time: in BF16 on a GPU, in float32 on a CPU."""
     parameters = streaming_parameters(output.base)
-    return _same_in_low_memory(RUNTIME + 4 * parameters, 2 * parameters, _measured(output))
+    return _same_in_low_memory(RUNTIME_BYTES + 4 * parameters, 2 * parameters, _measurement_bytes(output))
 
 
 def _same_in_low_memory(ram_bytes: int, vram_bytes: int, disk_bytes: int | None = None) -> StageNeeds:
-    """Give the needs of a stage that `quantize.low_gpu_mem` does not change."""
+    """Return the needs of a stage that do not depend on `quantize.low_gpu_mem`."""
     return StageNeeds(
         disk_bytes=disk_bytes,
         ram_bytes=ram_bytes,
@@ -121,6 +134,7 @@ def _same_in_low_memory(ram_bytes: int, vram_bytes: int, disk_bytes: int | None 
     )
 
 
-def _number(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
+def _config_size(base: Checkpoint, key: str) -> int:
+    """Read a size from the config of the text model; 0 if it has none."""
+    value = base.text_config.get(key)
     return value if type(value) is int and value > 0 else 0

@@ -1,6 +1,6 @@
-"""Pictures of a run, from the values that its report holds: what was lost where, what is accepted, how fast it is.
+"""Pictures of a run, from the values in its report: errors, draft acceptance rates, speed.
 
-`draw.py` makes them, and alone of a run needs matplotlib.
+`draw.py` makes them. Nothing else in a run needs matplotlib.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from requant.tasks.checkpoint.writer import write_file
 
-# All that there can be, in the order in which they are worth looking at.
+# All pictures that a run can have, the most important first.
 NAMES = (
     "block-errors", "matrices", "losses", "acceptance-by-position", "acceptance-by-prompt", "throughput",
 )  # fmt: skip
@@ -19,7 +19,7 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture by the stem of its files. `caption` says in a sentence, with numbers, what is to be seen."""
+    """A picture. `name` is the stem of its files; `caption` says in a sentence what it shows, with numbers."""
 
     name: str
     caption: str
@@ -28,7 +28,7 @@ class Picture:
 
 
 def write_pictures(folder: Path, pictures: Iterable[Picture], kinds: Sequence[str] = ("svg", "png")) -> list[str]:
-    """Write them as `NAME.KIND`, and take away what an earlier run drew and this one did not. Returns the names."""
+    """Write pictures as `NAME.KIND`, delete those of an earlier run that this one lacks, and return the file names."""
     written = [
         write_file(folder, f"{picture.name}.{kind}", [getattr(picture, kind)]).path
         for picture in pictures

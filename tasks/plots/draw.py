@@ -1,34 +1,33 @@
-"""All pictures that some values give."""
+"""All pictures of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from requant.tasks.plots import Picture
 from requant.tasks.plots.blocks import block_errors, losses, matrices
 from requant.tasks.plots.prompts import acceptance_by_position, acceptance_by_prompt, throughput
 from requant.tasks.plots.style import styled
+from requant.tasks.record import RecordedBlock
+from requant.tasks.serving.result import BenchmarkResult
+from requant.tasks.validating.measured import Measured
 
 
-def draw(
-    measured: Mapping[str, Any] | None, benchmark: Mapping[str, Any] | None, blocks: Sequence[Mapping[str, Any]]
-) -> list[Picture]:
-    """The pictures that these values give, in the order in which they are worth looking at.
+def draw(measured: Measured | None, benchmark: BenchmarkResult | None, tuned: Sequence[RecordedBlock]) -> list[Picture]:
+    """Draw all pictures for which there are values, the most important first.
 
-    `measured` is what validate measured, `benchmark` what the benchmark did, `blocks` the quantize stage's record of
-    its blocks. A picture whose values are absent is not made.
+    `measured` is the result of the stage validate, `benchmark` that of the stage benchmark, and `tuned` are the blocks
+    that the stage quantize tuned.
     """
-    measured, prompts = measured or {}, (benchmark or {}).get("prompts") or []
+    measured, prompts = measured or Measured(), benchmark.prompts if benchmark else ()
+    quantized, base = measured.behaviour.quantized, measured.behaviour.base
     with styled():
-        made = [
-            block_errors(measured.get("blocks") or []),
-            matrices(measured.get("matrices") or []),
-            losses(blocks),
-            acceptance_by_position(
-                measured.get("mtp_acceptance_by_position"), measured.get("base_mtp_acceptance_by_position")
-            ),
+        pictures = [
+            block_errors(measured.divergence.blocks or ()),
+            matrices(measured.matrices or ()),
+            losses(tuned),
+            acceptance_by_position(quantized.mtp_acceptance_by_position, base.mtp_acceptance_by_position),
             acceptance_by_prompt(prompts),
             throughput(prompts),
         ]
-    return [picture for picture in made if picture is not None]
+    return [picture for picture in pictures if picture is not None]

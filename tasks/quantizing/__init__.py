@@ -1,12 +1,17 @@
-"""What the quantize stage is made of: a child process that runs auto-round, and what watches it.
+"""The parts of the stage quantize: a child process that runs auto-round, and the code that starts and watches it.
 
-ladder.py          starts and watches the child, and steps to settings that need less memory
+The stage itself is `tasks/quantize.py`. Its settings are the section `quantize` of a recipe, in
+`tasks/recipe/quantize_section.py`.
+
+job.py             what the child is asked to do, and its result
+ladder.py          starts and watches the child, and steps down to settings that need less memory
 child.py           the process itself
-auto_settings.py   settings from the GPU and the model, each with its reason
+auto_settings.py   settings chosen from the GPU and the model, with reasons
 samples.py         the calibration samples
-auto_round.py      every name of auto-round's that is replaced meanwhile, in one table
-events.py          what the child tells of its progress, written and read
-reporting.py       how auto-round's progress becomes events
-resume.py          what a killed or moved run goes on from
-loop/              the tuning loop, in less time than auto-round's
+auto_round.py      all names of auto-round that are replaced at run time, in one table
+events.py          the child's events, written and read
+reporting.py       turns auto-round's progress into events
+tuned_blocks.py    turns the events into the record of each block
+resume.py          continues a run that was killed or moved to another machine
+loop/              our tuning loop: auto-round's, but faster
 """

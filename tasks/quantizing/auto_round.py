@@ -1,18 +1,18 @@
-"""Every name of auto-round and transformers that is replaced while a model is quantized, in one table.
+"""All names of auto-round and transformers that are replaced while a model is quantized, in one table.
 
-`patches` lists the rows in the order in which they are applied: what is replaced, by what, why, and where it is known
-upstream. `patched` applies rows for the time of a `with` block and then puts every original back. What a row puts in
-place is a plain function of another module that takes the original and returns the replacement, so that nothing else in
-this project assigns to a name of these packages.
+`patches` lists the rows in the order in which they are applied. Each says what is replaced, by what, why, and where the
+problem is known upstream. `patched` applies rows during a `with` block and then restores the originals. A replacement
+is made by a function of another module, which gets the original. Nothing else in this project assigns to a name of
+these packages.
 
-The order matters where a name is replaced more than once: a later row wraps what an earlier one put there.
+The order matters for names that are replaced more than once, because a later row wraps the result of an earlier one:
 
-- `SignRoundQuantizer.quantize_block`, from the inside out: our loop, or auto-round's; what keeps the rounded weights of
-  the block that either has tuned; the clock around both.
-- `ResumeState.mark_block_done`: ours, and the clock around it.
+- `SignRoundQuantizer.quantize_block`, from the inside out: our loop or auto-round's, then the wrapper that keeps the
+  rounded weights of the tuned block, then the clock.
+- `ResumeState.mark_block_done`: our replacement, then the clock.
 
-The names are internal ones, and another version may call them differently or not at all. So `patched` refuses versions
-other than CHECKED. An upgrade means to read each row against the new version, and then to change CHECKED.
+The names are internal. Another version may have different ones, so `patched` refuses all versions but CHECKED_VERSIONS.
+For an upgrade, check each row against the new version, and then change CHECKED_VERSIONS.
 """
 
 from __future__ import annotations
@@ -31,34 +31,36 @@ from requant.tasks.quantizing.events import EventSink, JobRefused
 from requant.tasks.versions import version_problem
 
 if TYPE_CHECKING:
+    import torch
+
     from requant.tasks.quantizing.loop.profile import Profile
 
-CHECKED = {"auto-round": "0.16.1", "transformers": "5.23.0"}  # what all rows were read against
-LOGGER = "autoround"
+CHECKED_VERSIONS = {"auto-round": "0.16.1", "transformers": "5.23.0"}  # the versions that all rows fit
+LOGGER_NAME = "autoround"
 NOT_REPORTED = "not reported"
 NO_UPSTREAM_ISSUE = "nothing to report: this serves Requant alone"
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A row of the table: the attribute `name` of `owner`, a module or class, and what stands there in the meantime."""
+    """A row of the table: the attribute `name` of `owner`, a module or class, and how it is replaced."""
 
     owner: Any
     name: str
-    replace: Callable[[Any], Any]  # (the original) -> what takes its place
+    replace: Callable[[Any], Any]  # gets the original and returns the replacement
     why: str
-    upstream: str  # the issue or pull request, NOT_REPORTED, or NO_UPSTREAM_ISSUE
+    upstream: str  # the URL of an issue or pull request, NOT_REPORTED, or NO_UPSTREAM_ISSUE
 
 
 @dataclass(frozen=True)
 class TuningRun:
-    """What the replacements need to know of the run.
+    """What the replacements need to know about the run.
 
     report        gets the events
-    seed          the recipe's: each block draws its samples from it
-    loop          the settings of our tuning loop; None leaves auto-round's in place
+    seed          the recipe's seed, which decides the order of the samples in each block
+    loop          the settings of our tuning loop; None for auto-round's loop
     delta_rule    the modules whose gated delta rule is replaced (`modules_with_reference`)
-    clock         measures the phases of each block, if REQUANT_PROFILE asks for it
+    clock         measures the phases of each block if REQUANT_PROFILE is set
     """
 
     report: EventSink
@@ -69,19 +71,19 @@ class TuningRun:
 
 
 def refuse_other_versions() -> None:
-    """Raise Refused, naming the packages and the remedy, if versions other than CHECKED are installed."""
-    if problem := version_problem("quantize", CHECKED):
+    """Raise JobRefused, naming the packages and the remedy, if other versions than CHECKED_VERSIONS are installed."""
+    if problem := version_problem("quantize", CHECKED_VERSIONS):
         raise JobRefused(problem)
 
 
 @contextmanager
 def patched(patches: Iterable[Patch], report: EventSink) -> Iterator[None]:
-    """Replace names, and report the losses and warnings of auto-round's log, until the block ends in whatever way.
+    """Replace names, and report the losses and warnings of auto-round's log, until the `with` block ends.
 
-    Raises Refused before anything is replaced if versions other than CHECKED are installed.
+    Raises JobRefused before anything is replaced if other versions than CHECKED_VERSIONS are installed.
     """
     refuse_other_versions()
-    log, reader = logging.getLogger(LOGGER), reporting.LogReader(report)
+    log, reader = logging.getLogger(LOGGER_NAME), reporting.LogReader(report)
     with ExitStack() as undo:
         log.addHandler(reader)
         undo.callback(log.removeHandler, reader)
@@ -93,13 +95,19 @@ def patched(patches: Iterable[Patch], report: EventSink) -> Iterator[None]:
 
 
 def patches(run: TuningRun) -> list[Patch]:
-    """List what is replaced in a run of the quantize stage, in the order in which `patched` has to apply it."""
-    rows = [*starting(), *tuning(run), *calibrating(), *resuming(run.report), *telling(run)]
-    return [*rows, *timing(run.clock)] if run.clock else rows
+    """List all patches for a run of the quantize stage, in the order in which `patched` must apply them."""
+    rows = [
+        *start_patches(),
+        *tuning_patches(run),
+        *calibration_patches(),
+        *resume_patches(run.report),
+        *progress_patches(run),
+    ]
+    return [*rows, *profile_patches(run.clock)] if run.clock else rows
 
 
-def starting() -> list[Patch]:
-    """List what auto-round need not wait for before it begins."""
+def start_patches() -> list[Patch]:
+    """List the patches that make auto-round start faster."""
     from auto_round.utils import device
 
     arch = "X86_64" if platform.machine().lower() in {"x86_64", "amd64"} else platform.machine()
@@ -108,15 +116,15 @@ def starting() -> list[Patch]:
             device.cpuinfo,
             "get_cpu_info",
             lambda original: lambda: {"arch": arch},
-            why="On a CPU auto-round reads the architecture from the answer and nothing else, and waits 1.5 s for it: "
-            "py-cpuinfo measures the clock of the processor for a second.",
+            why="On a CPU, auto-round reads only the architecture from the result, but waits 1.5 s for it: py-cpuinfo "
+            "measures the clock of the processor for a second.",
             upstream=NOT_REPORTED,
         )
     ]
 
 
-def tuning(run: TuningRun) -> list[Patch]:
-    """List what makes tuning a block faster. Other rows wrap these: they come first."""
+def tuning_patches(run: TuningRun) -> list[Patch]:
+    """List the patches that make tuning a block faster. They come first, because other patches wrap them."""
     if run.loop is None:
         return []
     from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
@@ -130,9 +138,9 @@ def tuning(run: TuningRun) -> list[Patch]:
             module,
             gated_delta_rule.REFERENCE,
             lambda original: gated_delta_rule.chunk_gated_delta_rule,
-            why="The reference walks the chunks in Python: compiled, that is a graph that takes minutes to compile; "
-            "not compiled, autograd copies a large tensor for every chunk.",
-            upstream="https://github.com/huggingface/transformers/pull/47625 made it faster, and still walks",
+            why="The reference loops over the chunks in Python. Compiled, that is a graph that takes minutes to "
+            "compile; not compiled, autograd copies a large tensor for every chunk.",
+            upstream="https://github.com/huggingface/transformers/pull/47625 made it faster, but it still loops",
         )
         for module in run.delta_rule
     ]
@@ -143,15 +151,15 @@ def tuning(run: TuningRun) -> list[Patch]:
             lambda original: tune.fast_quantize_block(original, loop, run.report, after_step),
             why="Without auto-round's waits and copies, and with each kind of block compiled once, the same steps on "
             "the same samples take less than a third of the time on an H100 (loop/tune.py lists the differences).",
-            upstream="https://github.com/intel/auto-round/issues/1679 tells of compiling anew; the rest is "
+            upstream="https://github.com/intel/auto-round/issues/1679 reports the repeated compiling; the rest is "
             + NOT_REPORTED,
         )
     )
     return rows
 
 
-def calibrating() -> list[Patch]:
-    """List what makes auto-round calibrate with all samples that it is given."""
+def calibration_patches() -> list[Patch]:
+    """List the patches that make auto-round calibrate with all samples that it gets."""
     from auto_round.calibration.mllm import MLLMCalibrator
 
     return [
@@ -159,73 +167,73 @@ def calibrating() -> list[Patch]:
             MLLMCalibrator,
             "calib",
             samples.counting_every_sample,
-            why="For a vision-language base it counts a batch for each entry of a list of samples: of 128 samples it "
-            "takes the first 16 at batch size 8, without a word.",
+            why="For a vision-language base, it counts each entry of a list of samples as a batch: at batch size 8 it "
+            "takes only the first 16 of 128 samples, without a warning.",
             upstream=NOT_REPORTED,
         )
     ]
 
 
-def resuming(report: EventSink) -> list[Patch]:
-    """List what makes a killed or moved run go on from its finished blocks, as resume.py describes.
+def resume_patches(report: EventSink) -> list[Patch]:
+    """List the patches that make a killed or moved run continue after its finished blocks, as resume.py describes.
 
     auto-round's own resume state was proposed in https://github.com/intel/auto-round/pull/2062.
     """
     from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
     from auto_round.compressors.orchestrator import CompressionOrchestrator
-    from auto_round.utils import resume as theirs
+    from auto_round.utils import resume as auto_round_resume
 
-    rounded: dict[str, Any] = {}  # the weights of the block that was tuned last, for the file that is written of it
+    rounded: dict[str, torch.Tensor] = {}  # the weights of the block that was tuned last, until they are written
     return [
         Patch(
-            theirs,
+            auto_round_resume,
             "compute_run_signature",
             resume.signing_without_folder,
-            why="The signature holds the folder of the base, which another machine has elsewhere: it would start anew.",
+            why="The signature includes the folder of the base. Another machine has it elsewhere and would start anew.",
             upstream=NOT_REPORTED,
         ),
         Patch(
             SignRoundQuantizer,
             "quantize_block",
             lambda original: resume.keeping_rounded_weights(original, rounded),
-            why="The rounded weights are at hand only between the tuning of a block and its packing.",
+            why="The rounded weights exist only between the tuning of a block and its packing.",
             upstream=NO_UPSTREAM_ISSUE,
         ),
         Patch(
-            theirs.ResumeState,
+            auto_round_resume.ResumeState,
             "mark_block_done",
             lambda original: resume.writing_rounded_weights(rounded),
-            why="It writes the hidden states of all samples anew after each block, 5.4 GB at 27 B dimensions; the "
+            why="It writes the hidden states of all samples anew after each block, 5.4 GB at 27 B dimensions. The "
             "rounded weights take 0.4 GB and are written once.",
             upstream=NOT_REPORTED,
         ),
         Patch(
-            theirs.ResumeState,
+            auto_round_resume.ResumeState,
             "load_q_input",
             lambda original: lambda self: None,
-            why="Hidden states are asked for here, before the samples are at hand; `_quantize_blocks` computes them.",
+            why="It loads hidden states before the samples are known. `_quantize_blocks` computes them instead.",
             upstream=NO_UPSTREAM_ISSUE,
         ),
         Patch(
-            theirs.ResumeState,
+            auto_round_resume.ResumeState,
             "load_input_ids",
             lambda original: lambda self: [],
-            why="As load_q_input; None would say that the state is lost, and the run would start anew.",
+            why="As for load_q_input. None would mean that the state is lost, and the run would start anew.",
             upstream=NO_UPSTREAM_ISSUE,
         ),
         Patch(
             CompressionOrchestrator,
             "_quantize_blocks",
             lambda original: resume.passing_finished_blocks(original, report),
-            why="Where a run goes on, the samples are passed through the finished blocks, whose weights are then "
-            "dropped, or auto-round would write them once more, unpacked.",
-            upstream="https://github.com/intel/auto-round/issues/2350 tells of the weights that are written twice",
+            why="A resumed run passes the samples through the finished blocks. It then drops the weights of these, "
+            "which auto-round would otherwise write again, unpacked.",
+            upstream="https://github.com/intel/auto-round/issues/2350 reports the weights that are written twice",
         ),
     ]
 
 
-def telling(run: TuningRun) -> list[Patch]:
-    """List what reports the progress of auto-round as events."""
+def progress_patches(run: TuningRun) -> list[Patch]:
+    """List the patches that report auto-round's progress as events."""
     from auto_round.algorithms.composer import AlgorithmComposer
     from auto_round.compressors import orchestrator
 
@@ -235,23 +243,23 @@ def telling(run: TuningRun) -> list[Patch]:
             orchestrator,
             "tqdm",
             lambda original: reporting.reporting_bar(original, run.report, run.seed, end_block),
-            why="Nothing but this bar tells when a block starts. The samples of all blocks are drawn from one "
-            "sequence, so that a run that went on would end with other weights: the bar seeds it for each block.",
+            why="Only this bar shows when a block starts. All blocks draw their samples from one random sequence, so "
+            "a resumed run would end with other weights: the bar seeds the sequence for each block.",
             upstream=NOT_REPORTED,
         ),
         Patch(
             AlgorithmComposer,
             "compress_block",
             lambda original: reporting.reporting_output(original, run.report),
-            why="The loss that auto-round tells is the lowest of single batches, which says as much of the batch as of "
-            "the block; the error of the output over all samples is told beside it.",
+            why="The loss that auto-round logs is the lowest of single batches, so it depends on the batch as much as "
+            "on the block. The error of the output over all samples is reported too.",
             upstream=NOT_REPORTED,
         ),
     ]
 
 
-def timing(clock: Profile) -> list[Patch]:
-    """List the phases of a block that REQUANT_PROFILE measures. Clocks go around all else: they come last."""
+def profile_patches(clock: Profile) -> list[Patch]:
+    """List the patches that measure the phases of a block. They come last, because clocks wrap all other patches."""
     from auto_round.algorithms.block_runner import BlockForwardRunner
     from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
     from auto_round.compressors import utils

@@ -1,17 +1,20 @@
-"""Settings that the recipe leaves to the machine (`auto`), chosen from the card and the model, each with its reason."""
+"""The settings that the recipe leaves to the machine (`auto`): chosen from the GPU and the model, with reasons."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-# Bytes a weight of the block being tuned takes on the device: bf16 weight and its quantized copy, float32 rounding
-# values, their gradients and the best of them so far.
+from requant.tasks.quantizing.job import Job
+
+# Bytes per weight of the block that is tuned, on the GPU: the BF16 weight and its quantized copy, the rounding value in
+# float32, its gradient, and the best rounding value so far.
 TUNED_BYTES = 2 + 2 + 4 + 4 + 4
-# Bytes of activations that a step keeps for its backward pass, per token and unit of width (hidden + intermediate),
-# compiled or not: 16.5 measured on a compiled linear-attention block of 27 B dimensions (H200, torch 2.11), and room.
+# Bytes of activations that a step keeps for its backward pass, per token and unit of width (hidden + intermediate
+# size), by whether the block is compiled. 16.5 were measured for a compiled linear-attention block of 27 B dimensions
+# (H200, torch 2.11); the rest is a margin.
 ACTIVATION_BYTES = {True: 20, False: 60}
 ROUTED = ("expert", "router", "moe")
 GB = 1e9
@@ -19,9 +22,9 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What our tuning loop is told, as `choose` settles it.
+    """The settings of our tuning loop.
 
-    torch_compile    compile one step of each kind of block; where that fails, the kind is tuned without
+    torch_compile    compile one step of each kind of block; a kind that fails to compile is tuned without
     offload          keep what the backward pass needs in the CPU's memory
     compare_last     compare the last step's rounding with that of the lowest batch (loop/best_iteration.py)
     """
@@ -31,73 +34,95 @@ class LoopSettings:
     compare_last: bool
 
 
-def choose(
-    job: dict[str, Any], model: Any, device: str, free: int | None, same_bits: bool = False
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """(settings, reasons).
+@dataclass(frozen=True)
+class ChosenSettings(LoopSettings):
+    """All settings of a run that a machine may choose.
 
-    model: the loaded one; free: bytes free on the GPU, None on a CPU; same_bits: the same bits are wanted in every run.
+    fast           use our tuning loop instead of auto-round's
+    low_gpu_mem    keep the samples in the CPU's memory
+    reasons        why each setting was chosen, by its name
+    """
+
+    fast: bool
+    low_gpu_mem: bool
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def choose(job: Job, model: Any, device: str, free_bytes: int | None, same_bits: bool = False) -> ChosenSettings:
+    """Choose the settings that the job leaves open, for a loaded transformers model.
+
+    `free_bytes` of the GPU may be used; None on a CPU. `same_bits`: two runs must give the same bits.
     """
     on_gpu = device.startswith("cuda")
     routed = any(word in name.lower() for name, _ in model.named_modules() for word in ROUTED)
-    settings: dict[str, Any] = {}
     reasons: dict[str, str] = {}
 
-    def settle(name: str, value: bool, reason: str) -> None:
-        asked = job.get(name, "auto")
-        settings[name] = value if asked == "auto" else asked
+    def settle(name: str, asked: Literal["auto"] | bool, value: bool, reason: str) -> bool:
         reasons[name] = reason if asked == "auto" else "asked for"
+        return value if asked == "auto" else asked
 
-    settle("fast", True, "auto-round's steps without its waits and copies")
-    settle("compare_last", True, "the last step's rounding is mostly better than that of the lowest batch")
-    if not settings["fast"]:
-        settings["compare_last"], reasons["compare_last"] = False, "auto-round's loop keeps that of the lowest batch"
-    settings["offload"] = bool(job.get("offload"))
+    fast = settle("fast", job.settings.fast, True, "auto-round's steps without its waits and copies")
+    reason = "the last step's rounding is mostly better than that of the lowest batch"
+    compare_last = settle("compare_last", job.settings.compare_last, True, reason)
+    if not fast:
+        compare_last, reasons["compare_last"] = False, "auto-round's loop keeps that of the lowest batch"
+
     if not on_gpu:
-        settle("torch_compile", False, "on a CPU compiling takes longer than it saves")
-        settle("low_gpu_mem", False, "there is no GPU")
-        return settings, reasons
-    if routed:
-        settle("torch_compile", False, "blocks with experts take another path for each batch: nothing to compile once")
+        compiles, reason = False, "on a CPU compiling takes longer than it saves"
+    elif routed:
+        compiles, reason = False, "blocks with experts take another path for each batch: nothing to compile once"
     elif same_bits:
-        settle("torch_compile", False, "compiled blocks do not end with the same bits in every run")
+        compiles, reason = False, "compiled blocks do not end with the same bits in every run"
     else:
-        settle("torch_compile", True, "each kind of block is compiled once and serves all its blocks")
-    if settings["offload"]:
-        settings["torch_compile"] = False
-        reasons["torch_compile"] = "what a compiled step keeps cannot be moved to the CPU"
-    needed = resident_bytes(job, model, settings["torch_compile"])
-    fits = free is None or needed <= free
-    say = f"a step needs about {needed / GB:.0f} GB with its samples on the GPU, of {(free or 0) / GB:.0f} GB free"
-    settle("low_gpu_mem", not fits, say)
-    return settings, reasons
+        compiles, reason = True, "each kind of block is compiled once and serves all its blocks"
+    torch_compile = settle("torch_compile", job.rung.torch_compile, compiles, reason)
+    if on_gpu and job.rung.offload:
+        torch_compile, reasons["torch_compile"] = False, "what a compiled step keeps cannot be moved to the CPU"
+
+    if on_gpu:
+        needed = resident_bytes(job, model, torch_compile)
+        fits = free_bytes is None or needed <= free_bytes
+        free_gb = (free_bytes or 0) / GB
+        reason = f"a step needs about {needed / GB:.0f} GB with its samples on the GPU, of {free_gb:.0f} GB free"
+    else:
+        fits, reason = True, "there is no GPU"
+    low_gpu_mem = settle("low_gpu_mem", job.rung.low_gpu_mem, not fits, reason)
+    return ChosenSettings(torch_compile, job.rung.offload, compare_last, fast, low_gpu_mem, reasons)
 
 
-def resident_bytes(job: dict[str, Any], model: Any, compiled: bool) -> int:
-    """What tuning the largest block takes with its inputs, the reference's outputs and their successors on the GPU."""
+def resident_bytes(job: Job, model: Any, compiled: bool) -> int:
+    """Estimate the GPU memory in bytes for tuning the largest block, with the samples on the GPU."""
     config = getattr(model.config, "text_config", model.config)
     hidden = int(config.hidden_size)
     blocks = [b for m in model.modules() if type(m).__name__ == "ModuleList" for b in m]
     largest = max((sum(p.numel() for p in b.parameters()) for b in blocks), default=0)
     width = hidden + int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    return sample_bytes(job, hidden) + step_bytes(job, largest, width, compiled)
+    samples = sample_bytes(job.settings.nsamples * job.settings.seqlen, hidden)
+    return samples + step_bytes(job.rung.batch_size * job.settings.seqlen, largest, width, compiled)
 
 
-def sample_bytes(job: Mapping[str, Any], hidden: int) -> int:
-    """A block's inputs, the reference's outputs and their successors, BF16: on the GPU, or in memory (low_gpu_mem)."""
-    return 3 * int(job["nsamples"]) * int(job["seqlen"]) * hidden * 2
+def sample_bytes(tokens: int, hidden: int) -> int:
+    """Estimate the bytes of a block's inputs, its outputs in full precision, and the next block's inputs, all in BF16.
 
-
-def step_bytes(job: Mapping[str, Any], largest: int, width: int, compiled: bool) -> int:
-    """A step of tuning: the largest block's weights with what is tuned of them, and activations.
-
-    largest: parameters of that block; width: hidden and intermediate size together.
+    They are on the GPU, or with low_gpu_mem in the CPU's memory. `tokens` is the number of tokens of all samples.
     """
-    return largest * TUNED_BYTES + int(job["batch_size"]) * int(job["seqlen"]) * width * ACTIVATION_BYTES[compiled]
+    return 3 * tokens * hidden * 2
+
+
+def step_bytes(tokens: int, largest: int, width: int, compiled: bool) -> int:
+    """Estimate the GPU memory in bytes that a tuning step takes: a block's weights and activations.
+
+    `tokens` is the number of tokens of the step, `largest` the number of parameters of the largest block, and `width`
+    the sum of the hidden and the intermediate size.
+    """
+    return largest * TUNED_BYTES + tokens * width * ACTIVATION_BYTES[compiled]
 
 
 def unknown_layer(layers: Iterable[str], names: Iterable[str]) -> str | None:
-    """What is wrong with a name in the recipe's `layers` that matches no module: auto-round only warns of it."""
+    """Say in a sentence which name in the recipe's `layers` matches no module; None if all match.
+
+    auto-round only logs a warning for such a name.
+    """
     names = list(names)
     for key in layers:
         try:

@@ -1,9 +1,8 @@
-"""What the quantize child tells of its work: a class for each event, and the file of lines that carries them.
+"""The events that the quantize child reports, and the file events.jsonl that holds them.
 
-The child appends to `events.jsonl` with an `EventWriter`, one JSON object a line: `event` says of which class it is,
-and `seconds` how long after the start of its process it happened. The process that started it reads them with
-`read_events`. The file outlives both, so that a reader may find lines of an earlier version: fields that came later
-have a default.
+The child appends events with an `EventWriter`, one JSON object per line. `event` names the class, and `seconds` is the
+time since the start of the process. The process that started the child reads them with `read_events`. The file can be
+older than the code that reads it, so fields that were added later have a default.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 
 class JobRefused(ValueError):
-    """The job cannot work as it is; the message is a sentence for the user."""
+    """The job cannot work as it is. The message is a sentence for the user."""
 
 
 class Event(BaseModel):
-    """What all events have. `seconds`: from the start of the child to the event, set by the `EventWriter`."""
+    """The base class of events. The `EventWriter` sets `seconds`: the time since the child's start."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -32,12 +31,12 @@ class Event(BaseModel):
     seconds: float = 0.0
 
     def details(self) -> dict[str, Any]:
-        """List the fields that were given, without the kind of the event and its time."""
+        """Return the fields that were given, without the name of the event and its time."""
         return self.model_dump(exclude={"event", "seconds"}, exclude_unset=True)
 
 
 class SettingsChosen(Event):
-    """Which settings the child runs with, the first event of each process; `reasons` holds why, by setting."""
+    """The settings that the child runs with, and the reason for each. It is the first event of each process."""
 
     event: Literal["settings"] = "settings"
     device: str | None = None
@@ -49,20 +48,20 @@ class SettingsChosen(Event):
     batch_size: int | None = None
     gradient_accumulate_steps: int | None = None
     reasons: dict[str, str] = Field(default_factory=dict)
-    torch: str | None = Field(None, description="version")
-    transformers: str | None = Field(None, description="version")
+    torch: str | None = Field(None, description="the version of torch")
+    transformers: str | None = Field(None, description="the version of transformers")
     delta_rule: list[str] = Field(default_factory=list, description="modules whose gated delta rule is replaced")
 
 
 class Resumed(Event):
-    """The child goes on after `blocks` blocks that an earlier process finished."""
+    """The child continues after this number of blocks that an earlier process finished."""
 
     event: Literal["resumed"] = "resumed"
     blocks: int
 
 
 class BlockStarted(Event):
-    """The block `name` is begun, the number `index` (from 0) of `total`."""
+    """The child begins the block `name`, number `index` (from 0) of `total`."""
 
     event: Literal["block"] = "block"
     name: str
@@ -71,7 +70,7 @@ class BlockStarted(Event):
 
 
 class LoopChosen(Event):
-    """The block is tuned by another loop than ours, and why."""
+    """Another loop than ours tunes the block, for this reason."""
 
     event: Literal["loop"] = "loop"
     loop: str
@@ -79,14 +78,17 @@ class LoopChosen(Event):
 
 
 class CompileFailed(Event):
-    """The block is tuned without torch.compile, which failed: `text` says how."""
+    """The block is tuned without torch.compile, which failed as `text` says."""
 
     event: Literal["fallback"] = "fallback"
     text: str
 
 
 class BlockLoss(Event):
-    """The loss of the first batch and the lowest of all, with its iteration: mean squared errors of the output."""
+    """The loss of the first batch, and the lowest loss of all batches with its iteration.
+
+    A loss is the mean squared error of the block's output.
+    """
 
     event: Literal["loss"] = "loss"
     before: float
@@ -95,7 +97,7 @@ class BlockLoss(Event):
 
 
 class RoundingKept(Event):
-    """Of the last step and the lowest batch, which one's rounding the block keeps; `losses` by these two names."""
+    """Which rounding the block keeps: that of `last step` or of `lowest batch`; `losses` holds the losses of both."""
 
     event: Literal["kept"] = "kept"
     kept: str
@@ -104,7 +106,7 @@ class RoundingKept(Event):
 
 
 class BlockOutput(Event):
-    """The mean squared error of a quantized block's output over all samples, and the seconds spent on measuring it."""
+    """The mean squared error of a quantized block's output over all samples; measuring it took `spent` seconds."""
 
     event: Literal["output"] = "output"
     error: float
@@ -112,7 +114,7 @@ class BlockOutput(Event):
 
 
 class BlockDone(Event):
-    """A block has ended: `done` of `total`, with the most bytes of GPU memory in use so far, None without a GPU."""
+    """A block has ended, the `done`-th of `total`; `peak_gpu_bytes` of the process so far is None without a GPU."""
 
     event: Literal["progress"] = "progress"
     done: int
@@ -121,14 +123,14 @@ class BlockDone(Event):
 
 
 class Warned(Event):
-    """A warning of auto-round's."""
+    """A warning in auto-round's log."""
 
     event: Literal["warning"] = "warning"
     text: str
 
 
 class Failed(Event):
-    """The last event of a child that made no result. `kind`: what cures it (`kind_of`), or `refused`."""
+    """The last event of a child without a result. `kind` is one of `kind_of`, or `refused` for a JobRefused."""
 
     event: Literal["error"] = "error"
     kind: str
@@ -155,30 +157,30 @@ _LINE: TypeAdapter[Event] = TypeAdapter(
 
 
 def line_of(event: Event) -> str:
-    """Write an event as a line of events.jsonl, without the line break. A loss may be NaN, as Python's json has it."""
+    """Format an event as a line of events.jsonl, without the line break. Python's json writes and reads NaN too."""
     return json.dumps({"event": event.event, "seconds": event.seconds, **event.details()})
 
 
 class EventWriter:
-    """Appends to events.jsonl; every line is whole when its line break is there."""
+    """Appends to events.jsonl. A line is complete once its line break is there."""
 
     def __init__(self, path: Path) -> None:
-        cut = path.exists() and not path.read_bytes().endswith(b"\n")
+        has_cut_line = path.exists() and not path.read_bytes().endswith(b"\n")
         self._stream = path.open("a", buffering=1)
-        if cut:  # by a kill in the middle of a line
+        if has_cut_line:  # An earlier process was killed while it wrote the line.
             self._stream.write("\n")
         self._started = time.monotonic()
 
     def write(self, event: Event) -> None:
-        """Append an event, with the seconds since this writer was made."""
+        """Append an event, with the seconds since this writer was created."""
         seconds = round(time.monotonic() - self._started, 3)
         self._stream.write(line_of(event.model_copy(update={"seconds": seconds})) + "\n")
 
 
 def read_events(path: Path, position: int = 0) -> tuple[int, list[Event]]:
-    """Read the whole lines of events.jsonl behind the byte `position`: (the position after them, their events).
+    """Read the complete lines of events.jsonl from the byte `position` on.
 
-    A line that a kill cut short, or whose event is not known here, is skipped.
+    Returns the position after them, and their events. Lines that are not valid JSON or not a known event are skipped.
     """
     if not path.exists():
         return position, []
@@ -188,13 +190,13 @@ def read_events(path: Path, position: int = 0) -> tuple[int, list[Event]]:
     end = data.rfind(b"\n") + 1
     events = []
     for line in data[:end].splitlines():
-        with contextlib.suppress(ValueError):  # which pydantic's ValidationError is too
+        with contextlib.suppress(ValueError):  # pydantic's ValidationError is a ValueError too.
             events.append(_LINE.validate_python(json.loads(line)))
     return position + end, events
 
 
 def kind_of(error: Exception) -> str:
-    """Tell errors apart by what cures them: `oom` and `compile` are cured by other settings, `failed` is not."""
+    """Classify an error by its remedy: `oom` needs less memory, `compile` needs no torch.compile, `failed` has none."""
     text = f"{type(error).__module__}.{type(error).__name__}: {error}"
     if isinstance(error, MemoryError) or re.search(r"out of memory|allocate memory|_ALLOC_FAILED", text, re.IGNORECASE):
         return "oom"

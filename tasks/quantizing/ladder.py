@@ -1,7 +1,7 @@
-"""Running the quantize child to its end: watched, started again with less memory, and what it did.
+"""Run the child process until it succeeds: watch it, and start it again with settings that need less memory.
 
-Below the work folder, next to what the child keeps there, lies `ladder.json`: how far down the ladder of settings it
-is, and every attempt. It is read again after a crash, so that a run does not fail twice in the same place.
+`ladder.json` in the work folder holds the position on the ladder of settings and all attempts. It survives a crash, so
+that the next run does not fail again where an earlier one did.
 """
 
 from __future__ import annotations
@@ -14,140 +14,151 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from requant.tasks.environment import with_package
 from requant.tasks.errors import SECRET_VARIABLES, OutOfMemory, QuantizeDied, QuantizeFailed, StageTimeout
-from requant.tasks.quantizing.events import (
-    BlockDone,
-    BlockLoss,
-    BlockOutput,
-    BlockStarted,
-    CompileFailed,
-    Event,
-    EventSink,
-    Failed,
-    LoopChosen,
-    RoundingKept,
-    SettingsChosen,
-    read_events,
-)
+from requant.tasks.quantizing.events import BlockStarted, Event, EventSink, Failed, SettingsChosen, read_events
+from requant.tasks.quantizing.job import Job, JobResult, Rung
 
 log = logging.getLogger(__name__)
 
-TIMEOUT = 48 * 3600.0  # seconds
-DEATHS = 3  # by SIGKILL in one block, one after another: taken for the kernel's answer to a lack of memory
+TIMEOUT_S = 48 * 3600.0
+POLL_INTERVAL_S = 0.3
+MAX_DEATHS = 3  # A child that dies so many times in a row in one block, and by SIGKILL, has run out of memory.
 
 
-def ladder(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The job as asked, then settings that need less memory and give the same result but for float noise."""
-    rung: dict[str, Any] = {**job, "gradient_accumulate_steps": 1}
+def ladder(asked: Rung) -> Iterator[Rung]:
+    """Yield the settings that were asked for, then settings that need less and less memory.
+
+    All of them give the same result, except for rounding noise.
+    """
+    rung = asked
     yield rung
-    if rung["low_gpu_mem"] is not True:  # it may be "auto"
-        rung = {**rung, "low_gpu_mem": True}
+    if rung.low_gpu_mem is not True:  # It can also be "auto".
+        rung = rung.model_copy(update={"low_gpu_mem": True})
         yield rung
-    asked = job["batch_size"]
-    for batch in (size for size in range(asked // 2, 0, -1) if asked % size == 0):
-        rung = {**rung, "batch_size": batch, "gradient_accumulate_steps": asked // batch}
+    total = asked.batch_size
+    for batch_size in (size for size in range(total // 2, 0, -1) if total % size == 0):
+        smaller = {"batch_size": batch_size, "gradient_accumulate_steps": total // batch_size}
+        rung = rung.model_copy(update=smaller)
         yield rung
-    yield {**rung, "offload": True}
+    yield rung.model_copy(update={"offload": True})
+
+
+class Attempt(Rung):
+    """A rung that was tried, how that ended, and in which block unless it succeeded."""
+
+    ended: str
+    block: str | None = None
 
 
 class Progress:
-    """`ladder.json`: the rung, every attempt, and how often the child was killed in which block."""
+    """The file `ladder.json`: the rung, all attempts, and how often the child died in the last block."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.rung, self.compiled = 0, True
-        self.attempts: list[dict[str, Any]] = []
+        self.attempts: list[Attempt] = []
         self.deaths: dict[str, int] = {}
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads(path.read_text())
-            self.rung, self.compiled = int(kept["rung"]), bool(kept["compiled"])
-            self.attempts, self.deaths = list(kept["attempts"]), dict(kept["deaths"])
+            saved = json.loads(path.read_text())
+            self.attempts = [Attempt.model_validate(attempt) for attempt in saved["attempts"]]
+            self.rung, self.compiled, self.deaths = int(saved["rung"]), bool(saved["compiled"]), dict(saved["deaths"])
 
-    def keep(self) -> None:
+    def save(self) -> None:
+        """Replace the file."""
+        attempts = [attempt.model_dump(exclude_unset=True) for attempt in self.attempts]
+        document = {"rung": self.rung, "compiled": self.compiled, "attempts": attempts, "deaths": self.deaths}
         temporary = self._path.with_suffix(".part")
-        kept = {"rung": self.rung, "compiled": self.compiled, "attempts": self.attempts, "deaths": self.deaths}
-        temporary.write_text(json.dumps(kept))
+        temporary.write_text(json.dumps(document))
         os.replace(temporary, self._path)
 
-    def tried(self, settings: Mapping[str, Any], ended: str, block: str | None) -> None:
-        names = ("batch_size", "gradient_accumulate_steps", "low_gpu_mem", "torch_compile", "offload")
-        asked = {name: settings[name] for name in names if name in settings}
-        self.attempts.append({**asked, "ended": ended, **({"block": block} if block and ended != "done" else {})})
-        self.keep()
+    def add(self, rung: Rung, ended: str, block: str | None = None) -> None:
+        """Add an attempt, and save it."""
+        where = {"block": block} if block else {}
+        self.attempts.append(Attempt(**rung.model_dump(exclude_unset=True), ended=ended, **where))
+        self.save()
+
+    def count_death(self, block: str | None) -> int:
+        """Return how many times in a row the child has died in this block, this time included."""
+        self.deaths = {str(block): self.deaths.get(str(block), 0) + 1}
+        return self.deaths[str(block)]
 
 
-def down_the_ladder(
-    job: Mapping[str, Any], folder: Path, report: EventSink
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Run the child with each rung until one ends well; returns its result and what was tried, also in earlier runs."""
+def down_the_ladder(job: Job, folder: Path, report: EventSink) -> tuple[JobResult, list[Attempt]]:
+    """Run the child with one rung after another until it succeeds; `report` gets its events as they come.
+
+    Returns its result and all attempts, those of earlier runs in this folder included. Raises QuantizeFailed,
+    OutOfMemory below the last rung, QuantizeDied if the child was killed from outside, and StageTimeout.
+    """
     progress = Progress(folder / "ladder.json")
-    result_path = folder / "result.json"
-    rungs = list(ladder(job))
+    events, log_file, result_path = folder / "events.jsonl", folder / "log.txt", folder / "result.json"
+    rungs = list(ladder(job.rung))
     while not result_path.exists():
-        settings = dict(rungs[min(progress.rung, len(rungs) - 1)])
+        rung = rungs[min(progress.rung, len(rungs) - 1)]
         if not progress.compiled:
-            settings["torch_compile"] = False
-        kills = kernel_kills()
-        block = None
+            rung = rung.model_copy(update={"torch_compile": False})
+        kills_before = kernel_kills()
         try:
-            error = run_child(settings, folder, report)
+            error = run_child(job.model_copy(update={"rung": rung}), folder, report)
         except QuantizeDied as died:
-            block = last_block(folder / "events.jsonl")
-            progress.deaths = {str(block): progress.deaths.get(str(block), 0) + 1}
-            starved = kernel_kills() > kills or progress.deaths[str(block)] >= DEATHS
-            if not (died.killed and starved):
-                progress.tried(settings, "died", block)
+            block = last_block(events)
+            out_of_memory = progress.count_death(block) >= MAX_DEATHS or kernel_kills() > kills_before
+            if not (died.killed and out_of_memory):
+                progress.add(rung, "died", block)
                 raise
             error = Failed(kind="host oom", text=str(died))
         if error is None:
-            progress.tried(settings, "done", None)
+            progress.add(rung, "done")
             break
-        kind = error.kind
-        block = last_block(folder / "events.jsonl")
-        progress.tried(settings, kind, block)
-        if kind == "compile" and progress.compiled:
+        block = last_block(events)
+        progress.add(rung, error.kind, block)
+        if error.kind == "compile" and progress.compiled:
             log.info("torch.compile failed: going on without it")
             progress.compiled = False
-        elif kind in {"oom", "host oom"}:
-            host, low = kind == "host oom", last_settings(folder / "events.jsonl").low_gpu_mem is True
-            progress.rung = _next_rung(rungs, progress.rung, skips=host or low, host=host)
+        elif error.kind in {"oom", "host oom"}:
+            where = block or "the calibration"
+            progress.rung = _next_rung(rungs, progress.rung, events, host=error.kind == "host oom")
             progress.deaths = {}
             if progress.rung >= len(rungs):
                 raise OutOfMemory(
-                    f"out of memory even with one sample a step, in {block or 'the calibration'} "
-                    f"({folder / 'log.txt'}): use a machine or a device with more memory"
+                    f"out of memory even with one sample a step, in {where} ({log_file}): use a machine or a device "
+                    "with more memory"
                 )
-            now = {k: v for k, v in rungs[progress.rung].items() if rungs[progress.rung][k] != settings.get(k)}
-            changed = ", ".join(f"{k} {v}" for k, v in now.items() if k != "torch_compile")
-            log.info(f"out of memory in {block or 'the calibration'}: going on from there with {changed}")
-        elif kind == "refused":
+            log.info(f"out of memory in {where}: going on from there with {_changes(rung, rungs[progress.rung])}")
+        elif error.kind == "refused":
             raise QuantizeFailed(error.text)
         else:
-            raise QuantizeFailed(f"auto-round failed: {error.text} (its log: {folder / 'log.txt'})")
-        progress.keep()
-    result: dict[str, Any] = json.loads(result_path.read_text())
-    return result, progress.attempts
+            raise QuantizeFailed(f"auto-round failed: {error.text} (its log: {log_file})")
+        progress.save()
+    return JobResult.model_validate_json(result_path.read_text()), progress.attempts
 
 
-def _next_rung(rungs: list[dict[str, Any]], rung: int, *, skips: bool, host: bool) -> int:
-    """The next rung; one with a smaller batch where low_gpu_mem brings nothing: it is on, or the machine's own memory
-    (`host`), to which it moves the samples, is what ran out.
+def _next_rung(rungs: Sequence[Rung], number: int, events: Path, *, host: bool) -> int:
+    """Return the number of the next rung after one that ran out of memory: of the machine's if `host`, else the GPU's.
+
+    Where low_gpu_mem does not help, the rungs with the same batch size are skipped: if the child used it already, or if
+    the memory that ran out is the machine's, to which low_gpu_mem moves the samples.
     """
-    following = rung + 1
-    while following < len(rungs) and skips and rungs[following]["batch_size"] == rungs[rung]["batch_size"]:
-        if rungs[following].get("offload") and not host:
+    same_batch_helps = not host and last_settings(events).low_gpu_mem is not True
+    following = number + 1
+    while following < len(rungs) and not same_batch_helps and rungs[following].batch_size == rungs[number].batch_size:
+        if rungs[following].offload and not host:
             break
         following += 1
     return following
 
 
+def _changes(before: Rung, after: Rung) -> str:
+    """List the settings that another rung changes. torch.compile is not a matter of the rung."""
+    values, earlier = after.model_dump(exclude={"torch_compile"}), before.model_dump()
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value != earlier[name])
+
+
 def kernel_kills() -> int:
-    """How many processes the kernel has killed for want of memory, in this control group or else on this machine."""
+    """Count the processes that the kernel has killed for lack of memory, in this control group or on this machine."""
     for path, name in ((Path("/sys/fs/cgroup/memory.events"), "oom_kill"), (Path("/proc/vmstat"), "oom_kill")):
         with contextlib.suppress(OSError, ValueError):
             for line in path.read_text().splitlines():
@@ -157,7 +168,7 @@ def kernel_kills() -> int:
 
 
 def last_block(events: Path) -> str | None:
-    """Name the block that the child was at, None before its first."""
+    """Return the name of the block that the last child was working on; None before its first block."""
     name: str | None = None
     for event in read_events(events)[1]:
         if isinstance(event, BlockStarted):
@@ -168,22 +179,22 @@ def last_block(events: Path) -> str | None:
 
 
 def last_settings(events: Path) -> SettingsChosen:
-    """Look up what the child last made of the settings left to it; none of them is set if it never came so far."""
-    found = [event for event in read_events(events)[1] if isinstance(event, SettingsChosen)]
-    return found[-1] if found else SettingsChosen()
+    """Return the settings that the last child ran with; none of them is set if no child has chosen any."""
+    chosen = [event for event in read_events(events)[1] if isinstance(event, SettingsChosen)]
+    return chosen[-1] if chosen else SettingsChosen()
 
 
-def run_child(job: Mapping[str, Any], folder: Path, report: EventSink, timeout: float = TIMEOUT) -> Failed | None:
-    """Run the child to its end. Returns None if result.json is there, else its last event, the error.
+def run_child(job: Job, folder: Path, report: EventSink, timeout_s: float = TIMEOUT_S) -> Failed | None:
+    """Run the child to its end. Returns None if it wrote result.json, else the error, which is its last event.
 
-    Raises QuantizeDied if it was killed from outside, StageTimeout after `timeout` seconds.
+    Raises QuantizeDied if it ended without either, and StageTimeout.
     """
-    (folder / "job.json").write_text(json.dumps(job))
+    (folder / "job.json").write_text(job.model_dump_json())
     events = folder / "events.jsonl"
     position = events.stat().st_size if events.exists() else 0
     environment = with_package({k: v for k, v in os.environ.items() if k not in SECRET_VARIABLES})
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    environment["AR_LOG_LEVEL"] = "INFO"  # At this level its own loop logs its losses (reporting.py reads them).
+    environment["AR_LOG_LEVEL"] = "INFO"  # At this level auto-round's loop logs the losses, which reporting.py reads.
     command = [sys.executable, "-m", "requant.tasks.quantizing.child", str(folder / "job.json"), str(folder)]
     last: Event | None = None
     with (folder / "log.txt").open("ab") as output:
@@ -196,7 +207,7 @@ def run_child(job: Mapping[str, Any], folder: Path, report: EventSink, timeout: 
             stderr=output,
             start_new_session=True,
         )
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout_s
         try:
             running = True
             while running:
@@ -206,9 +217,9 @@ def run_child(job: Mapping[str, Any], folder: Path, report: EventSink, timeout: 
                     last = event
                     report(event)
                 if time.monotonic() > deadline:
-                    raise StageTimeout(f"quantize ran for {timeout / 3600:.0f} hours: its finished blocks are kept")
+                    raise StageTimeout(f"quantize ran for {timeout_s / 3600:.0f} hours: its finished blocks are kept")
                 if running:
-                    time.sleep(0.3)
+                    time.sleep(POLL_INTERVAL_S)
         finally:
             _end(child)
     if (folder / "result.json").exists():
@@ -226,45 +237,9 @@ def run_child(job: Mapping[str, Any], folder: Path, report: EventSink, timeout: 
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """End the child and everything it started."""
+    """Kill the child and all processes that it has started."""
     if child.stdin is not None:
         child.stdin.close()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-
-
-def tuned_blocks(events: Path) -> list[dict[str, Any]]:
-    """Tell what happened to each block in all attempts: name, seconds, loss before and after (the last attempt's)."""
-    blocks: dict[str, dict[str, Any]] = {}
-    block: dict[str, Any] | None = None
-    began = 0.0
-    for event in read_events(events)[1]:
-        if isinstance(event, BlockStarted):
-            starts = blocks.get(event.name, {}).get("starts", 0)
-            block = blocks[event.name] = {"name": event.name, "starts": starts + 1}
-            began = event.seconds
-        elif block is not None:
-            block |= _told_of_block(event, began)
-    return list(blocks.values())
-
-
-def _told_of_block(event: Event, began: float) -> dict[str, Any]:
-    """List what an event adds to the record of the block that it happened in, which `began` at that second."""
-    match event:
-        case BlockLoss():
-            found = {} if event.iteration is None else {"best_iteration": event.iteration}
-            return {"loss_before": event.before, "loss_after": event.after, **found}
-        case BlockOutput():
-            return {"output_error": event.error}
-        case RoundingKept():
-            because = {"kept_because": event.reason} if event.reason else {}
-            return {"kept": event.kept, "compared": event.losses, **because}
-        case LoopChosen():
-            return {"loop": event.reason}
-        case CompileFailed():
-            return {"fallback": event.text}
-        case BlockDone():
-            peak = {} if event.peak_gpu_bytes is None else {"peak_gpu_bytes": event.peak_gpu_bytes}
-            return {"seconds": round(event.seconds - began, 3), **peak}
-    return {}

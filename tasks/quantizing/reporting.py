@@ -1,6 +1,6 @@
-"""How auto-round's progress becomes events: by its progress bar, by the output of its blocks, and by its log.
+"""Turn auto-round's progress bar, the output of its blocks, and its log into events.
 
-It offers no other way: auto-round 0.16.1 has no callback for a block.
+auto-round 0.16.1 offers no other way: it has no callback for a block.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ WARNING_CHARACTERS = 500
 
 
 class LogReader(logging.Handler):
-    """Turns auto-round's log into events: the loss of each block that its own loop tuned, and every warning."""
+    """Turns auto-round's log into events: the loss of each block that auto-round's loop tuned, and all warnings."""
 
     def __init__(self, report: EventSink) -> None:
         super().__init__()
         self._report = report
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Report a record that tells of a loss, or that is a warning or worse."""
+        """Report a record with a loss, and any other record from level WARNING on."""
         text = record.getMessage()
         if match := LOSS.search(text):
             self._report(BlockLoss(before=float(match[1]), after=float(match[3]), iteration=int(match[2])))
@@ -36,10 +36,10 @@ class LogReader(logging.Handler):
 
 
 def reporting_bar(bar: type[Any], report: EventSink, seed: int, end_block: Callable[[], None]) -> type[Any]:
-    """Derive from auto-round's progress bar one that reports when a block starts and when one ends.
+    """Derive a class from auto-round's progress bar that reports when a block starts and when it ends.
 
-    As a block starts, it also seeds `random`, from which auto-round draws the block's samples, with `seed` and the name
-    of the block. `end_block` is called as a block ends.
+    When a block starts, it also seeds `random` with `seed` and the name of the block: auto-round draws the block's
+    samples from it. When a block ends, it calls `end_block`.
     """
 
     class Bar(bar):  # type: ignore[misc]
@@ -60,7 +60,7 @@ def reporting_bar(bar: type[Any], report: EventSink, seed: int, end_block: Calla
 
 
 def reporting_output(compress_block: Callable[..., Any], report: EventSink) -> Callable[..., Any]:
-    """Wrap `AlgorithmComposer.compress_block` to report how far a block's output moved, over all samples."""
+    """Wrap `AlgorithmComposer.compress_block` to report the mean squared error of a block's output over all samples."""
     import torch
     from auto_round.utils.device_manager import device_manager
 
@@ -68,20 +68,20 @@ def reporting_output(compress_block: Callable[..., Any], report: EventSink) -> C
     def compress_and_report(self: Any, *args: Any, **kwargs: Any) -> Any:
         quantized, reference = compress_block(self, *args, **kwargs)
         if isinstance(quantized, list) and isinstance(reference, list):
-            began = time.monotonic()
+            started = time.monotonic()
             device = torch.device(device_manager.device)
             total = torch.zeros((), device=device)
-            for one, other in zip(quantized, reference, strict=True):
-                total += (one.to(device).float() - other.to(device).float()).square().mean()
+            for output, target in zip(quantized, reference, strict=True):
+                total += (output.to(device).float() - target.to(device).float()).square().mean()
             error = float(total) / len(reference)
-            report(BlockOutput(error=float(f"{error:.6g}"), spent=round(time.monotonic() - began, 3)))
+            report(BlockOutput(error=float(f"{error:.6g}"), spent=round(time.monotonic() - started, 3)))
         return quantized, reference
 
     return compress_and_report
 
 
 def _peak_gpu_bytes() -> int | None:
-    """Ask torch for the most GPU memory that was in use at once; None without a GPU."""
+    """Return the most bytes of GPU memory that torch has had in use at once; None without a GPU."""
     import torch
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

@@ -1,14 +1,14 @@
-"""What a killed or moved run goes on from: the packed files of its finished blocks, and their rounded weights.
+"""Continue a run that was killed or moved: from the packed files of its finished blocks and their rounded weights.
 
-auto-round keeps the values that the next block starts with: all samples' hidden states, twice, 5.4 GB a block at 27 B
-dimensions, written anew after each block. Here each finished block leaves its rounded weights once, a byte each
-(0.4 GB); a resumed run passes the samples through the finished blocks again, which takes a second or two a block and
-gives the same values bit for bit. Below `resume/group_N/`:
+auto-round saves the inputs of the next block: the hidden states of all samples, twice. At 27 B dimensions it writes
+5.4 GB after each block. Here, each finished block saves its rounded weights instead, one byte per weight (0.4 GB). A
+resumed run passes the samples through the finished blocks again. That takes one or two seconds per block and gives the
+same values bit for bit. The files in `resume/group_N/` are:
 
-    resume_manifest.json    auto-round's: the finished blocks, in order; written last
-    block-NNNNN.safetensors the rounded weights of one: a layer's `.q` int8 or int16 and `.scale`, or its `.weight`
+    resume_manifest.json       auto-round's list of the finished blocks, in order; written last
+    block-NNNNN.safetensors    the rounded weights of a block: per layer `.q` (int8 or int16) and `.scale`, or `.weight`
 
-A file never changes once it has its name, so that it can be copied to another machine as it appears.
+No file changes once it has its name, so it can be copied to another machine as soon as it appears.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from requant.tasks.quantizing.events import EventSink, Resumed
+
+if TYPE_CHECKING:
+    import torch
 
 MANIFEST = "resume_manifest.json"
 
 
 def clean_unfinished(out: Path) -> None:
-    """Make what a killed process left fit to be resumed.
+    """Repair the output folder that a killed process left, so that auto-round can resume from it.
 
-    auto-round finds its finished blocks again as `model-shard-*.safetensors`. Killed while it writes one, it leaves a
-    cut file that it then fails to open; killed while it renames them at the very end, it no longer finds those that
-    have their final name already.
+    auto-round finds its finished blocks as `model-shard-*.safetensors`. If it was killed while it wrote one, it fails
+    to open the incomplete file: this function deletes it. If it was killed while it renamed the files at the end, it
+    does not find those with their final name: this function renames them back.
     """
     from requant.tasks.checkpoint.header import read_header
     from requant.tasks.errors import CheckpointError
@@ -53,12 +56,15 @@ def clean_unfinished(out: Path) -> None:
 
 
 def block_file(folder: Path, index: int) -> Path:
-    """Name the file of the rounded weights of a group's block number `index`."""
+    """Return the path of the rounded weights of block number `index` of a group."""
     return folder / f"block-{index:05d}.safetensors"
 
 
 def signing_without_folder(sign: Callable[..., str]) -> Callable[..., str]:
-    """Wrap `compute_run_signature`: leave out the folder of the base and the samples, which the stage key names."""
+    """Wrap `compute_run_signature` to leave out the samples and the folder of the base, which machines have elsewhere.
+
+    The stage key covers both.
+    """
 
     @functools.wraps(sign)
     def compute_run_signature(model_dir: Any, scheme: str, dataset: str, *rest: Any) -> str:
@@ -67,21 +73,21 @@ def signing_without_folder(sign: Callable[..., str]) -> Callable[..., str]:
     return compute_run_signature
 
 
-def keeping_rounded_weights(tune: Callable[..., Any], rounded: dict[str, Any]) -> Callable[..., Any]:
-    """Wrap `SignRoundQuantizer.quantize_block` to leave the block's `rounded_weights` in `rounded`."""
+def keeping_rounded_weights(quantize_block: Callable[..., Any], rounded: dict[str, torch.Tensor]) -> Callable[..., Any]:
+    """Wrap `SignRoundQuantizer.quantize_block` to put the block's `rounded_weights` into `rounded`."""
 
-    @functools.wraps(tune)
-    def quantize_block(self: Any, block: Any, *args: Any, **kwargs: Any) -> Any:
-        result = tune(self, block, *args, **kwargs)
+    @functools.wraps(quantize_block)
+    def quantize_and_keep(self: Any, block: Any, *args: Any, **kwargs: Any) -> Any:
+        result = quantize_block(self, block, *args, **kwargs)
         rounded.clear()
         rounded.update(rounded_weights(block))
         return result
 
-    return quantize_block
+    return quantize_and_keep
 
 
-def writing_rounded_weights(rounded: Mapping[str, Any]) -> Callable[..., None]:
-    """Make a `ResumeState.mark_block_done` that writes `rounded` as the block's file, and then the manifest."""
+def writing_rounded_weights(rounded: Mapping[str, torch.Tensor]) -> Callable[..., None]:
+    """Return a `ResumeState.mark_block_done` that writes `rounded` as the block's file, and then the manifest."""
     from auto_round.utils.resume import _atomic_write_json
 
     def mark_block_done(self: Any, block_name: str, q_input: Any, input_ids: Any) -> None:
@@ -96,7 +102,7 @@ def writing_rounded_weights(rounded: Mapping[str, Any]) -> Callable[..., None]:
 def passing_finished_blocks(quantize_blocks: Callable[..., None], report: EventSink) -> Callable[..., None]:
     """Wrap `CompressionOrchestrator._quantize_blocks` to pass the samples through the finished blocks first.
 
-    `report` gets `Resumed` if there are any.
+    If there are any, `report` gets `Resumed`.
     """
 
     @functools.wraps(quantize_blocks)
@@ -107,43 +113,44 @@ def passing_finished_blocks(quantize_blocks: Callable[..., None], report: EventS
             report(Resumed(blocks=len(done)))
             kwargs["q_input"], kwargs["resume_input_ids"] = pass_through(self, model, inputs, done, state.dir)
             if kwargs.get("pbar") is not None:
-                kwargs["pbar"].n -= 1  # auto-round counts once more before it begins the first of the others
+                kwargs["pbar"].n -= 1  # auto-round adds 1 before it begins the first unfinished block.
         quantize_blocks(self, model, inputs, block_names, *args, **kwargs)
 
     return resume_and_quantize
 
 
-def rounded_weights(block: Any) -> dict[str, Any]:
-    """A quantized block's layers as integers and scales, on the CPU: `q * scale` in float32 is the weight.
+def rounded_weights(block: Any) -> dict[str, torch.Tensor]:
+    """Return the weights of a quantized block's layers, on the CPU.
 
-    A layer of which that is not exactly true is kept as its weight.
+    Of a layer NAME they are the integers `NAME.q` `[out, in]` and the scales `NAME.scale` `[out, groups]`, or
+    `NAME.weight` if their product (`weight_of`) is not exactly the weight.
     """
     import torch
 
-    kept: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, layer in block.named_modules():
         scale, weight = getattr(layer, "scale", None), getattr(layer, "weight", None)
         if not isinstance(scale, torch.Tensor) or weight is None:
             continue
         weight = weight.detach()
-        wide = scale.to(weight.device)
+        scale_on_device = scale.to(weight.device)
         if scale.dim() == 2 and weight.dim() == 2 and weight.shape[1] % scale.shape[1] == 0:
-            q = (weight.float().view(*scale.shape, -1) / wide.float()[..., None]).round().view(weight.shape)
+            q = (weight.float().view(*scale.shape, -1) / scale_on_device.float()[..., None]).round().view(weight.shape)
             dtype = torch.int8 if float(q.abs().max()) < 128 else torch.int16
-            if torch.equal(weight_of(q.to(dtype), wide, weight.dtype), weight):
-                kept[f"{name}.q"], kept[f"{name}.scale"] = q.to(dtype).cpu(), scale.cpu().contiguous()
+            if torch.equal(weight_of(q.to(dtype), scale_on_device, weight.dtype), weight):
+                tensors[f"{name}.q"], tensors[f"{name}.scale"] = q.to(dtype).cpu(), scale.cpu().contiguous()
                 continue
-        kept[f"{name}.weight"] = weight.cpu().contiguous()
-    return kept
+        tensors[f"{name}.weight"] = weight.cpu().contiguous()
+    return tensors
 
 
-def weight_of(q: Any, scale: Any, dtype: Any) -> Any:
-    """The weight that integers `[out, in]` and scales `[out, groups]` stand for, as auto-round computes it."""
+def weight_of(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Compute the weight from integers `[out, in]` and scales `[out, groups]`, in float32 as auto-round does."""
     return (q.float().view(*scale.shape, -1) * scale.float()[..., None]).view(q.shape).to(dtype)
 
 
-def write_block(path: Path, tensors: Mapping[str, Any]) -> None:
-    """Write tensors as a safetensors file that is whole as soon as it has its name."""
+def write_block(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file under a temporary name, and rename it once it is complete."""
     from safetensors.torch import save_file
 
     temporary = path.with_suffix(".part")
@@ -153,11 +160,11 @@ def write_block(path: Path, tensors: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def trim(folder: Path) -> None:
-    """Forget the blocks that cannot be resumed: in each manifest, the first whose file is not there and all behind it.
+def drop_unusable_blocks(folder: Path) -> None:
+    """Remove the blocks that cannot be resumed from each manifest: the first one without a file, and all after it.
 
-    What a killed machine left in the store can have a manifest that is ahead of the files in the index: it was sent,
-    and the new index no more, or a block ended after the files were listed.
+    A killed machine can leave a manifest in the store that names more blocks than there are files: it uploaded the
+    manifest but not the new index of files, or a block ended after the files were listed.
     """
     from requant.tasks.checkpoint.writer import write_json
 
@@ -169,41 +176,45 @@ def trim(folder: Path) -> None:
             write_json(path.parent, path.name, {**manifest, "completed_blocks": done})
 
 
-def finished(folder: Path) -> int:
-    """How many blocks below a work folder a run can go on from."""
+def count_finished(folder: Path) -> int:
+    """Count the finished blocks in a work folder, after which a run can continue."""
     return sum(len(_resumable(path)[1]) for path in folder.glob(f"resume/group_*/{MANIFEST}"))
 
 
 def _resumable(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """A manifest, {} if it cannot be read, and its finished blocks up to the first whose file is missing."""
+    """Read a manifest. Returns it, or {} if it cannot be read, and its blocks up to the first one without a file."""
     try:
         manifest = json.loads(path.read_text())
         blocks = list(manifest["completed_blocks"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}, []
-    there = itertools.takewhile(lambda i: block_file(path.parent, i).exists(), range(len(blocks)))
-    return manifest, [blocks[i] for i in there]
+    usable = itertools.takewhile(lambda i: block_file(path.parent, i).exists(), range(len(blocks)))
+    return manifest, [blocks[i] for i in usable]
 
 
-def portable(folder: Path) -> list[str]:
-    """The files of a work folder that another machine needs to go on, the manifests last.
+def portable_files(folder: Path) -> list[str]:
+    """List the files of a work folder that another machine needs to continue, the manifests last.
 
-    A packed file counts only if it is older than the manifest: it was whole when its block was marked as done.
+    Of the packed files, only those that are older than the manifest are listed: they were complete when their block was
+    marked as done.
     """
     manifests = sorted(folder.glob(f"resume/group_*/{MANIFEST}"))
     if not manifests:
         return []
     newest = max(path.stat().st_mtime_ns for path in manifests)
     files = [*folder.glob("out/*/model-shard-*.safetensors"), *folder.glob("resume/group_*/block-*.safetensors")]
-    whole = sorted(path for path in files if path.stat().st_mtime_ns <= newest)
+    complete = sorted(path for path in files if path.stat().st_mtime_ns <= newest)
     ladder = [path for path in (folder / "ladder.json",) if path.exists()]
-    return [path.relative_to(folder).as_posix() for path in [*whole, *ladder, *manifests]]
+    return [path.relative_to(folder).as_posix() for path in [*complete, *ladder, *manifests]]
 
 
 def worth_fetching(folder: Path, paths: list[str]) -> bool:
-    """Whether what is offered has more finished blocks than the folder. What the folder has then gives way to it."""
+    """Check whether the files that the store offers hold more finished blocks than the folder.
+
+    If they do, the folder's own resume state is deleted, to make room for them.
+    """
     offered = sum(Path(path).name.startswith("block-") for path in paths)
-    if offered <= finished(folder):
+    if offered <= count_finished(folder):
         return False
     for name in ("out", "resume"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -212,9 +223,11 @@ def worth_fetching(folder: Path, paths: list[str]) -> bool:
 
 
 def pass_through(orchestrator: Any, model: Any, inputs: Any, names: list[str], folder: Path) -> tuple[Any, Any]:
-    """The samples behind the finished blocks `names`: (through the quantized ones, or None; through the base's).
+    """Compute the inputs of the block after the finished blocks `names`, by passing the samples through these.
 
-    The same passes, in the same batches, as when the blocks were tuned (`compress_block`, auto-round 0.16.1).
+    Returns the outputs of the quantized blocks, None if auto-round does not use them, and the outputs of the base's
+    blocks. The passes and their batches are the same as when the blocks were tuned (`compress_block`, auto-round
+    0.16.1).
     """
     import torch
     from auto_round.modeling.fused_moe.replace_modules import materialize_model_

@@ -4,47 +4,53 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from requant.tasks.errors import RecipeError
 from requant.tasks.quantizing.events import JobRefused
 from requant.tasks.texts.rows import read_rows
 
+if TYPE_CHECKING:
+    import torch
+
 
 def calibration_samples(
-    tokenizer: Any, texts: list[str], nsamples: int, seqlen: int, *, mixed: bool = False, seed: int = 0
-) -> list[Any]:
-    """Cut `nsamples` token tensors `[1, seqlen]` int64 at even distances from the texts read one after another.
+    tokenizer: Any, texts: Sequence[str | Path], nsamples: int, seqlen: int, *, mixed: bool = False, seed: int = 0
+) -> list[torch.Tensor]:
+    """Cut `nsamples` token tensors `[1, seqlen]` int64 at even distances from the texts, read one after another.
 
-    Of a `mixed` text they are cut from the rows of each domain by turns, at places that `seed` draws.
+    If the text is `mixed`, the domains of its rows take turns, and `seed` decides where in a domain a sample begins.
 
-    Raises Refused if the texts have too few tokens: samples are never repeated, padded, or overlap.
+    Raises JobRefused if the texts have too few tokens: samples are never repeated or padded, and never overlap.
     """
     import torch
 
     ids: dict[str, list[int]] = {}
-    most = None if mixed else 4 * nsamples * seqlen
+    max_tokens = None if mixed else 4 * nsamples * seqlen
     try:
         for row in read_rows(texts, "the calibration text"):
             tokens = ids.setdefault(row.domain if mixed else "", [])
             tokens += tokenizer(row.text, add_special_tokens=False)["input_ids"]
-            if most is not None and len(tokens) >= most:
+            if max_tokens is not None and len(tokens) >= max_tokens:
                 break
         counts = shares({domain: len(tokens) for domain, tokens in ids.items()}, nsamples, seqlen, seed)
     except RecipeError as error:
         raise JobRefused(str(error)) from error
     if mixed:
-        return [torch.tensor([ids[domain][at : at + seqlen]]) for domain, at in _places(ids, counts, seqlen, seed)]
+        starts = _starts(ids, counts, seqlen, seed)
+        return [torch.tensor([ids[domain][start : start + seqlen]]) for domain, start in starts]
     (all_ids,) = ids.values()
     stride = (len(all_ids) - seqlen) // max(nsamples - 1, 1)
     return [torch.tensor([all_ids[i * stride : i * stride + seqlen]]) for i in range(nsamples)]
 
 
 def shares(tokens: Mapping[str, int], nsamples: int, seqlen: int, seed: int = 0) -> dict[str, int]:
-    """Say how many samples each domain gives, from its tokens: as many as the others, or as many as it has.
+    """Return the number of samples to take from each domain, given its number of tokens.
 
-    With fewer samples than domains, `seed` says which give one. Raises RecipeError if the tokens do not suffice.
+    Every domain gives the same number, or as many as it has tokens for. With fewer samples than domains, `seed` decides
+    which domains give one. Raises RecipeError if there are too few tokens.
     """
     room = {domain: count // seqlen for domain, count in tokens.items()}
     most = sum(room.values())
@@ -70,21 +76,24 @@ def shares(tokens: Mapping[str, int], nsamples: int, seqlen: int, seed: int = 0)
     return counts
 
 
-def _places(ids: Mapping[str, list[int]], counts: Mapping[str, int], seqlen: int, seed: int) -> list[tuple[str, int]]:
-    """Draw where each sample begins, in its domain's tokens: one in each of as many equal parts as it gives samples."""
-    places: list[tuple[float, str, int]] = []
+def _starts(ids: Mapping[str, list[int]], counts: Mapping[str, int], seqlen: int, seed: int) -> list[tuple[str, int]]:
+    """Draw the domain and the first token of each sample, in the order of the samples.
+
+    The tokens of a domain are cut into as many equal parts as it gives samples, and one sample begins in each part.
+    """
+    starts: list[tuple[float, str, int]] = []
     for domain, count in counts.items():
         draw = random.Random(f"{seed} {domain}")
         for number in range(count):
             begin, end = (len(ids[domain]) * n // count for n in (number, number + 1))
-            places.append(((number + 0.5) / count, domain, draw.randrange(begin, end - seqlen + 1)))
-    return [(domain, at) for _, domain, at in sorted(places, key=lambda place: place[0])]
+            starts.append(((number + 0.5) / count, domain, draw.randrange(begin, end - seqlen + 1)))
+    return [(domain, start) for _, domain, start in sorted(starts, key=lambda item: item[0])]
 
 
 def counting_every_sample(calib: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `MLLMCalibrator.calib` (auto-round 0.16.1, calibration/mllm.py) to count each entry of a list as a sample.
+    """Wrap `MLLMCalibrator.calib` (auto-round 0.16.1, calibration/mllm.py) to count each entry of a list as one sample.
 
-    It adds the batch size for each entry that it has taken, and ends at `nsamples`.
+    auto-round counts an entry as a batch: it adds the batch size for each one, and stops at `nsamples`.
     """
 
     @functools.wraps(calib)

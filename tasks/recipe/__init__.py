@@ -1,1 +1,1 @@
-"""Recipes: the model that validates them, and how a YAML file becomes one."""
+"""Recipes: the models that validate them, and how a YAML file becomes one."""

@@ -1,4 +1,4 @@
-"""Reading a recipe: from a YAML file and overrides, and what is wrong with it in one sentence."""
+"""Read a recipe from a YAML file and overrides, and say in one sentence what is wrong with it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from requant.tasks.errors import RecipeError
-from requant.tasks.recipe.quantize import Output, Quantize
+from requant.tasks.recipe.quantize_section import Output, Quantize
 from requant.tasks.recipe.recipe import NOT_YAML, Base, Benchmark, Eval, Gates, Hardware, Publish, Recipe, Validation
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file; `overrides` are `a.b=c` with YAML values. A calibration file is relative to the recipe.
+    """Read a recipe file and apply `overrides`, each `a.b=c` with a YAML value.
+
+    Names of local text files in it become absolute paths: they are relative to the folder of the recipe.
 
     Raises RecipeError with one sentence that names the file or key, the value and what is allowed.
     """
@@ -26,18 +28,18 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise RecipeError(f"the recipe {path} cannot be read ({reason}): name a YAML file") from error
+        raise RecipeError(f"the recipe {path} cannot be read ({reason}): name a YAML file", path=path) from error
     try:
         document = yaml.safe_load(text)
     except NOT_YAML as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())[:200]
-        raise RecipeError(f"the recipe {path} is not YAML ({problem}{where})") from error
+        raise RecipeError(f"the recipe {path} is not YAML ({problem}{where})", path=path) from error
     if not isinstance(document, dict):
-        raise RecipeError(f"the recipe {path} is not a mapping: it needs at least base: {{repo_id: ...}}")
+        raise RecipeError(f"the recipe {path} is not a mapping: it needs at least base: {{repo_id: ...}}", path=path)
     for override in overrides:
-        _set(document, override)
+        _override(document, override)
     recipe = parse_recipe(document)
     recipe = _with_text_file(recipe, "quantize", "calibration", path.parent)
     recipe = _with_text_file(recipe, "validation", "text", path.parent)
@@ -49,11 +51,11 @@ def parse_recipe(document: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise RecipeError(_sentence(error, document)) from None
+        raise RecipeError(_sentence(error)) from None
 
 
 def recipe_of(given: Recipe | Mapping[str, Any]) -> Recipe:
-    """The recipe that a run of a deployment was given: what Prefect hands on is JSON. Raises RecipeError."""
+    """Return the recipe in a flow's parameters, where Prefect passes it as JSON. Raises RecipeError."""
     if isinstance(given, Recipe):
         return given
     if not isinstance(given, Mapping):
@@ -62,35 +64,40 @@ def recipe_of(given: Recipe | Mapping[str, Any]) -> Recipe:
 
 
 def _with_text_file(recipe: Recipe, section: str, key: str, folder: Path) -> Recipe:
-    """The recipe with a text that is a local file by its whole path: it is relative to the recipe."""
+    """Replace the name of a local text file by its absolute path, and leave all other texts as they are.
+
+    Raises RecipeError if the file does not exist.
+    """
     part = getattr(recipe, section)
     name = getattr(part, key)
     if name.startswith("builtin:") or not (name.endswith((".txt", ".jsonl")) or name.startswith((".", "/", "~"))):
         return recipe
-    path = _beside(folder, name)
-    if not os.path.isfile(path):  # Path's own raises for a name that is too long
-        raise RecipeError(f"{section}.{key}: the file {path} does not exist: correct the path in the recipe")
+    path = _absolute(folder, name)
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long.
+        raise RecipeError(f"{section}.{key}: the file {path} does not exist: correct the path in the recipe", path=path)
     return recipe.model_copy(update={section: part.model_copy(update={key: str(path)})})
 
 
 def _with_definitions(recipe: Recipe, folder: Path) -> Recipe:
     if recipe.eval is None or recipe.eval.definitions is None:
         return recipe
-    path = _beside(folder, recipe.eval.definitions)
+    path = _absolute(folder, recipe.eval.definitions)
     if not os.path.isdir(path):
-        raise RecipeError(f"eval.definitions: the folder {path} does not exist: correct the path in the recipe")
+        raise RecipeError(
+            f"eval.definitions: the folder {path} does not exist: correct the path in the recipe", path=path
+        )
     return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"definitions": str(path)})})
 
 
-def _beside(folder: Path, name: str) -> Path:
-    """A path that a recipe in this folder names."""
+def _absolute(folder: Path, name: str) -> Path:
+    """Resolve a path that a recipe in this folder names."""
     try:
         return (folder / Path(name).expanduser()).resolve()
-    except (RuntimeError, ValueError):  # no such user; a NUL in the name
+    except (RuntimeError, ValueError):  # The user after ~ does not exist, or the name has a NUL.
         return Path(name)
 
 
-def _set(document: dict[str, Any], override: str) -> None:
+def _override(document: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"--set {override!r} is not KEY=VALUE: write for instance --set quantize.iters=50")
@@ -112,11 +119,11 @@ def _set(document: dict[str, Any], override: str) -> None:
     part[last] = parsed
 
 
-def _sentence(error: ValidationError, document: Mapping[str, Any]) -> str:
-    """The first problem of a validation as one sentence: key, value, what is allowed."""
+def _sentence(error: ValidationError) -> str:
+    """Say the first problem of a validation in one sentence: the key, the value and what is allowed."""
     problem = error.errors(include_url=False)[0]
     location = [str(p) for p in problem["loc"] if p not in {"function-after[possible(), Quantize]"}]
-    key = _plain(".".join(location))
+    key = _printable(".".join(location))
     kind, value = problem["type"], problem["input"]
     if kind == "extra_forbidden":
         known = _keys_at(location[:-1])
@@ -132,11 +139,11 @@ def _sentence(error: ValidationError, document: Mapping[str, Any]) -> str:
     if kind == "string_pattern_mismatch" and location[-1] == "repo_id":
         allowed = "write a repo as owner/name"
     location = [p for p in location if p in _all_keys() or p == location[0] or p.isdecimal()]
-    return f"{_plain('.'.join(location))}: {_short(value)} is not allowed: {allowed}"
+    return f"{_printable('.'.join(location))}: {_short(value)} is not allowed: {allowed}"
 
 
-def _plain(key: str) -> str:
-    """A key as one may print it, whatever it holds."""
+def _printable(key: str) -> str:
+    """Make a key safe to print, whatever it contains: short and without control characters."""
     return key if key.isprintable() and len(key) <= 120 else reprlib.repr(key)
 
 
@@ -149,7 +156,7 @@ def _short(value: Any) -> str:
 def _keys_at(location: Sequence[str]) -> list[str]:
     model: Any = Recipe
     for name in location:
-        if name.isdecimal():  # which of a list
+        if name.isdecimal():  # an index into a list
             continue
         annotation = model.model_fields[name].annotation
         sections = (annotation, *get_args(annotation))

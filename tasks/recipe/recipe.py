@@ -1,4 +1,7 @@
-"""The recipe: one YAML file that says what to make of which base, which gates it must pass and where it goes."""
+"""The recipe: what to make of which base, which gates the result must pass, and where it is published.
+
+The sections `quantize` and `outputs` are in `quantize_section.py`; `loader.py` reads a recipe from a YAML file.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,26 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from requant.tasks.artifact import digest_of
-from requant.tasks.recipe.engine_flags import check_flags
-from requant.tasks.recipe.quantize import REPO_ID, HeadPolicy, Output, PublishRepo, Quantize, Section, as_json
+from requant.tasks.recipe.engine_flags import checked_flags
+from requant.tasks.recipe.quantize_section import (
+    REPO_ID,
+    HeadPolicy,
+    Output,
+    PublishRepo,
+    Quantize,
+    Section,
+    as_json,
+)
 
-# What PyYAML raises for text that is not YAML, or whose tags do not fit their values.
+# The errors that PyYAML raises for text that is not YAML, or whose tags do not fit their values.
 NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, KeyError, IndexError, AttributeError, TypeError)
 PACKED_HEADS = ("int8", "int4")
 COLLECTION = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,200}$"
-# Texts of this package to measure on, in tasks/texts. They share nothing with those to calibrate with.
+# Evaluation texts of this package, in tasks/texts. They have no text in common with the calibration texts.
 BUILTIN_EVALUATION = ("builtin:mixed-evaluation", "builtin:python-evaluation")
-# What loses more than this lost as much as a model of 135 M parameters does in 4 bits without any tuning, or tuned on
-# another kind of text than it is measured on (0.25 to 0.36 nats). Tuned on text of the same kind, such a model loses
-# 0.18 to 0.22, and a larger one less.
+# The default limit in nats. A model of 135 M parameters in 4 bits reaches 0.25 to 0.36 without tuning, or when it is
+# tuned on another kind of text than it is measured on. Tuned on the same kind of text, it reaches 0.18 to 0.22. Larger
+# models stay below that.
 MAX_KL_DIVERGENCE = 0.25
 ENGINES = ("auto", "vllm", "torch", "none")
 ENGINE_URL = re.compile(r"url:https?://[A-Za-z0-9.-]{1,253}(:\d{1,5})?(/[A-Za-z0-9._~/-]{0,200})?")
@@ -110,7 +121,7 @@ class Benchmark(Section):
         description="auto (vllm where there is one, else torch), vllm, url:http://..., torch, none",
         json_schema_extra={"pattern": rf"^({'|'.join(ENGINES)}|{ENGINE_URL.pattern})$"},
     )
-    flags: Annotated[dict[str, Any], AfterValidator(as_json)] = Field(
+    flags: Annotated[dict[str, Any], AfterValidator(as_json), AfterValidator(checked_flags)] = Field(
         {}, description="The engine's own, as it spells them"
     )
     prompts: list[Literal["card", "code", "prose", "chat"]] = Field(
@@ -125,12 +136,6 @@ class Benchmark(Section):
     def known_engine(cls, value: str) -> str:
         if value not in ENGINES and not ENGINE_URL.fullmatch(value):
             raise ValueError(f"use {', '.join(ENGINES)}, or url:http://HOST:PORT of a server without a password in it")
-        return value
-
-    @field_validator("flags")
-    @classmethod
-    def possible_flags(cls, value: dict[str, Any]) -> dict[str, Any]:
-        check_flags(value)
         return value
 
 
@@ -159,8 +164,8 @@ class Hardware(Section):
     price_per_hour: Annotated[float, Field(ge=0, le=10_000)] | None = Field(None, description="In any currency")
 
 
-def _said(error: ValidationError) -> str:
-    """The first problem of the recipe of one output: its single values have been looked at before."""
+def _problem_of_output(error: ValidationError) -> str:
+    """Say in a sentence what is wrong with the recipe of one output, whose single values are valid already."""
     problem = error.errors(include_url=False)[0]
     key, value = ".".join(map(str, problem["loc"])), problem["input"]
     if "error" not in problem.get("ctx", {}):
@@ -170,7 +175,7 @@ def _said(error: ValidationError) -> str:
 
 
 def _both_packed_as(one: Quantize, other: Quantize) -> str:
-    """Say why two outputs are one although their formats have two names."""
+    """Say why two outputs are equal although their formats have different names; empty if the names are equal."""
     if one.format == other.format:
         return ""
     return f" (format {one.format} and format {other.format} are both packed as {one.packing})"
@@ -196,9 +201,12 @@ class Recipe(Section):
     )
 
     @model_validator(mode="after")
-    def own_tasks_are_code(self) -> Recipe:
-        """Source: lm_eval 0.4.13. `!function` and `class` import what stands beside the YAML (tasks/_yaml_loader.py),
-        and prompts are Jinja templates without a sandbox (utils.py)."""
+    def own_tasks_need_remote_code(self) -> Recipe:
+        """Refuse task definitions of the user's own unless remote code is allowed.
+
+        Source: lm_eval 0.4.13. `!function` and `class` import Python files next to the YAML (tasks/_yaml_loader.py),
+        and prompts are Jinja templates without a sandbox (utils.py).
+        """
         if self.eval is not None and self.eval.definitions is not None and not self.allow_remote_code:
             raise ValueError(
                 f"eval.definitions {self.eval.definitions} can run Python: trust it with allow_remote_code: true"
@@ -207,7 +215,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def not_over_the_base(self) -> Recipe:
-        if self.publish is None or self.outputs:  # of outputs, each has a repo of its own, and is looked at then
+        if self.publish is None or self.outputs:  # Each output has its own repo, which its own recipe checks.
             return self
         if self.publish.repo_id.lower() == self.base.repo_id.lower():
             raise ValueError(f"publish.repo_id {self.publish.repo_id} is the base itself: name a repo of your own")
@@ -223,9 +231,9 @@ class Recipe(Section):
             if output.repo_id is not None and self.publish is None:
                 raise ValueError(f"{where}.repo_id {output.repo_id}: without publish, nothing is published: add it")
             try:
-                name, recipe = self._alone(output)
+                name, recipe = self._recipe_of(output)
             except ValidationError as error:
-                raise ValueError(f"{where}: {_said(error)}") from None
+                raise ValueError(f"{where}: {_problem_of_output(error)}") from None
             first, other = made.setdefault(recipe.makes, (number, recipe))
             if first != number:
                 formats = _both_packed_as(other.quantize, recipe.quantize)
@@ -240,14 +248,14 @@ class Recipe(Section):
 
     @property
     def each(self) -> dict[str, Recipe]:
-        """The recipes of one result each, by the output's name. A recipe without outputs is its own, without a name."""
-        return dict(map(self._alone, self.outputs)) if self.outputs else {"": self}
+        """The recipe of each output by its name. A recipe without outputs is its own only one, with an empty name."""
+        return dict(map(self._recipe_of, self.outputs)) if self.outputs else {"": self}
 
-    def _alone(self, output: Output) -> tuple[str, Recipe]:
-        """Name and recipe of one output. Raises ValidationError if it is impossible."""
+    def _recipe_of(self, output: Output) -> tuple[str, Recipe]:
+        """Return the name and the recipe of one output. Raises ValidationError if it is impossible."""
         document = self.model_dump(exclude_unset=True, exclude={"outputs"})
-        document["quantize"] = quantize = output.over(document.get("quantize", {}))
-        name = output.called(Quantize.model_validate(quantize))
+        document["quantize"] = quantize = output.applied_to(self.quantize)
+        name = output.name_for(quantize)
         if output.mtp is not None:
             document["mtp"] = output.mtp
         if self.publish is not None:
@@ -255,27 +263,35 @@ class Recipe(Section):
         return name, Recipe.model_validate(document)
 
     def with_group_size(self, group_size: int) -> Recipe:
-        """This recipe with a number where quantize.group_size is auto; of one result."""
+        """Return this recipe, which has no outputs, with a number in place of the group size `auto`."""
         quantize = self.quantize.with_group_size(group_size)
         return self if quantize is self.quantize else self.model_copy(update={"quantize": quantize})
 
     @property
     def digest(self) -> str:
-        """sha256 of all that the recipe says, defaults too, but the hardware: how runs of a recipe know each other."""
+        """The sha256 of the recipe, its defaults included, without the hardware. Runs of one recipe share it."""
         return digest_of(self._document())
 
     @property
     def makes(self) -> str:
-        """The same of what it makes, however that is spelled and wherever it goes; of one result."""
+        """The sha256 of what this recipe makes, however it is spelled and wherever that is published.
+
+        The recipe must have no outputs: `each` holds the recipe of each output.
+        """
         return digest_of(self._document() | {"publish": None, "quantize": self.quantize.makes})
 
     def _document(self) -> dict[str, Any]:
-        """All that it says but the hardware. What came later only where it is used: digests stay what they were."""
-        left_out: dict[str, Any] = {"hardware": True, "outputs": not self.outputs}
+        """Return the recipe as JSON for its digest, without the hardware.
+
+        Keys that were added later are left out unless they are used, so that the digests of earlier recipes stay.
+        """
+        unused: dict[str, Literal[True] | set[str]] = {"hardware": True}
+        if not self.outputs:
+            unused["outputs"] = True
         if self.quantize.compare_last == "auto":
-            left_out["quantize"] = {"compare_last": True}
-        document = self.model_dump(mode="json", exclude={name: what for name, what in left_out.items() if what})
-        # Null was this limit's default before it had one, so that recipes of that time have it in their digest.
+            unused["quantize"] = {"compare_last"}
+        document = self.model_dump(mode="json", exclude=unused)
+        # Null was the default of this limit at first, so recipes of that time have it in their digest.
         if document["gates"]["max_kl_divergence"] == MAX_KL_DIVERGENCE:
             document["gates"]["max_kl_divergence"] = None
         return document

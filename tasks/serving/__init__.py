@@ -1,1 +1,1 @@
-"""A checkpoint in an inference engine: starting one and ending it for sure, asking it, counting what it does."""
+"""Measuring a checkpoint in an inference engine: starting and ending the engine, requests, counters, results."""

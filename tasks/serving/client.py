@@ -1,45 +1,47 @@
-"""Asking a server that speaks OpenAI's HTTP API: one prompt, several times at once, streamed and timed.
+"""A client for servers with OpenAI's HTTP API that sends a prompt several times at once and times streamed answers.
 
-Answers come from a process or a machine that may be anybody's: sizes, numbers and waiting are bounded here.
+The server may be anybody's: the size of its answers, its numbers and the time to wait for it are bounded here.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
 
 from requant.tasks.errors import EngineFailed
 from requant.tasks.http import is_loopback
-from requant.tasks.serving.metrics import Drafts, read_drafts
+from requant.tasks.serving.events import StreamEvent
+from requant.tasks.serving.metrics import DraftCounters, parse_counters
 from requant.tasks.serving.prompts import Prompt
 from requant.tasks.settings import read_settings
 
 SEED = 42
-SAMPLING: dict[str, dict[str, Any]] = {
+SAMPLING: dict[str, dict[str, float]] = {
     "greedy": {"temperature": 0.0},
     "sampled": {"temperature": 0.7, "top_p": 0.9},
 }
-SILENCE_S = 300.0  # seconds without a word, after which a server has failed
-MAX_ANSWER_BYTES = 64 << 20  # bytes of one answer
-MAX_EVENT_LENGTH = 1 << 20  # characters of one event
-SETTLED_S = 0.2  # seconds after which an engine has counted what it has sent
+READ_TIMEOUT_S = 300.0
+MAX_ANSWER_LENGTH = 64 << 20  # characters
+MAX_EVENT_LENGTH = 1 << 20  # characters
+COUNTER_DELAY_S = 0.2  # an engine updates its counters shortly after it has sent the last token
 
 
 def api_key_header() -> dict[str, str]:
-    """Give the header with the key of REQUANT_API_KEY; none where it is unset."""
+    """Return the header with the key in REQUANT_API_KEY, or no header if it is unset."""
     key = read_settings().api_key
     return {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers. `chat`: the model has a chat template. `failure` words an error of this server."""
+    """A server that is ready.
+
+    chat: whether the model has a chat template; failure: makes the error for a failure of this server from a sentence.
+    """
 
     url: str
     model: str
@@ -51,7 +53,7 @@ class Server:
         return httpx.AsyncClient(
             base_url=self.url,
             headers=api_key_header(),
-            timeout=httpx.Timeout(SILENCE_S, connect=10),
+            timeout=httpx.Timeout(READ_TIMEOUT_S, connect=10),
             limits=limits,
             verify=httpx.create_ssl_context(),
             trust_env=not is_loopback(self.url),
@@ -60,55 +62,59 @@ class Server:
 
 @dataclass(frozen=True)
 class Answer:
-    """One streamed answer: its tokens, when it was asked for, and the moment and tokens of each piece (seconds)."""
+    """A streamed answer.
+
+    tokens: how many it has; sent_s: when the request was sent; pieces: when each piece of the answer came, and its
+    number of tokens. Times are seconds of `time.perf_counter`.
+    """
 
     tokens: int
-    asked: float
+    sent_s: float
     pieces: tuple[tuple[float, int], ...]
 
     @property
-    def first(self) -> float:
+    def first_token_s(self) -> float:
         """Seconds to the first token."""
-        return self.pieces[0][0] - self.asked
+        return self.pieces[0][0] - self.sent_s
 
     @property
-    def gaps(self) -> list[float]:
-        """Seconds between tokens. Those that came in one piece, as accepted drafts do, share the wait for it."""
-        found: list[float] = []
+    def gaps_s(self) -> list[float]:
+        """Seconds between tokens. Tokens of one piece, such as accepted drafts, share the time since the last piece."""
+        gaps: list[float] = []
         for (before, _), (now, tokens) in zip(self.pieces, self.pieces[1:], strict=False):
-            found += [(now - before) / tokens] * tokens
-        return found
+            gaps += [(now - before) / tokens] * tokens
+        return gaps
 
 
-def ask(server: Server, prompt: Prompt, sampling: str, times: int = 1) -> tuple[list[Answer], Drafts]:
-    """Ask one prompt `times` times at once; the answers, and what was drafted for them.
+def ask(server: Server, prompt: Prompt, sampling: str, times: int = 1) -> tuple[list[Answer], DraftCounters]:
+    """Send a prompt `times` times at once. Return the answers, and what the engine counted of their drafts.
 
-    Drafts are the difference of the server's counters: of a server that others use too, theirs are in it.
+    The counts are differences of the server's counters, and include other requests that the server answers meanwhile.
     Raises EngineFailed.
     """
     return asyncio.run(_ask(server, prompt, sampling, times))
 
 
-async def _ask(server: Server, prompt: Prompt, sampling: str, times: int) -> tuple[list[Answer], Drafts]:
+async def _ask(server: Server, prompt: Prompt, sampling: str, times: int) -> tuple[list[Answer], DraftCounters]:
     async with server.client() as client:
         try:
-            before = await drafts(client)
+            before = await _read_counters(client)
             tasks = [_answer(server, client, prompt, sampling, SEED + number) for number in range(times)]
             answers = await asyncio.gather(*tasks)
-            await asyncio.sleep(SETTLED_S)
-            return answers, (await drafts(client)).since(before)
+            await asyncio.sleep(COUNTER_DELAY_S)
+            return answers, (await _read_counters(client)).since(before)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            said = str(error) or type(error).__name__
-            raise server.failure(f"{server.url} failed while it was asked {prompt.name!r} ({said})") from error
+            reason = str(error) or type(error).__name__
+            raise server.failure(f"{server.url} failed while it was asked {prompt.name!r} ({reason})") from error
 
 
-async def drafts(client: httpx.AsyncClient) -> Drafts:
-    """The server's counters; all zero where it shows none."""
+async def _read_counters(client: httpx.AsyncClient) -> DraftCounters:
+    """Read the server's counters, which are zero if it has none."""
     async with client.stream("GET", "/metrics") as response:
         if response.status_code != 200:
-            return Drafts()
+            return DraftCounters()
         body = [line async for line in _lines(response)]
-    return read_drafts("\n".join(body))
+    return parse_counters("\n".join(body))
 
 
 async def _answer(server: Server, client: httpx.AsyncClient, prompt: Prompt, sampling: str, seed: int) -> Answer:
@@ -118,14 +124,14 @@ async def _answer(server: Server, client: httpx.AsyncClient, prompt: Prompt, sam
         "model": server.model,
         **({"messages": [{"role": "user", "content": prompt.text}]} if chat else {"prompt": prompt.text}),
         "max_tokens": prompt.tokens,
-        "ignore_eos": True,  # the same number of tokens of every checkpoint; vLLM's and SGLang's word
+        "ignore_eos": True,  # a parameter of vLLM and SGLang; every checkpoint gives the same number of tokens
         **SAMPLING[sampling],
         "seed": seed,
         "stream": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     }
-    asked = time.perf_counter()
-    total: int | None = None
+    sent_s = time.perf_counter()
+    total = 0
     pieces: list[tuple[float, int]] = []
     async with client.stream("POST", path, json=body) as response:
         if response.status_code != 200:
@@ -134,68 +140,53 @@ async def _answer(server: Server, client: httpx.AsyncClient, prompt: Prompt, sam
                 f"{server.url}{path} refused {prompt.name!r} with status {response.status_code}: {words}"
             )
         async for event in _events(response, server):
-            now, before = time.perf_counter(), total or 0
-            total = _completion_tokens(event, before)
+            now, before = time.perf_counter(), total
+            total = max(before, event.completion_tokens or 0)
             if total > before:
                 pieces.append((now, total - before))
-            elif _has_text(event):
-                pieces.append((now, 0))  # a server that counts at the end only
+            elif event.has_text:
+                pieces.append((now, 0))  # some servers report the number of tokens only at the end
     if not total or not pieces:
         raise server.failure(f"{server.url}{path} answered {prompt.name!r} without counting its tokens (usage)")
-    return Answer(total, asked, _told_apart(pieces, total))
+    return Answer(total, sent_s, _share_tokens(pieces, total))
 
 
-def _told_apart(pieces: list[tuple[float, int]], total: int) -> tuple[tuple[float, int], ...]:
-    """The pieces with their tokens; where only the total is known, each piece holds an equal share, at least one."""
-    known = [piece for piece in pieces if piece[1]]
-    if len(known) > 1 or len(pieces) == 1:
-        return tuple(known)
-    silent = [moment for moment, tokens in pieces if not tokens]
-    share = max(1, round(total / len(silent)))
-    return tuple((moment, share) for moment in silent)
+def _share_tokens(pieces: list[tuple[float, int]], total: int) -> tuple[tuple[float, int], ...]:
+    """Return the pieces with their tokens.
+
+    If the server reported the total only, each piece gets an equal share of it, at least one token.
+    """
+    counted = [piece for piece in pieces if piece[1]]
+    if len(counted) > 1 or len(pieces) == 1:
+        return tuple(counted)
+    times = [time_s for time_s, tokens in pieces if not tokens]
+    share = max(1, round(total / len(times)))
+    return tuple((time_s, share) for time_s in times)
 
 
-async def _events(response: httpx.Response, server: Server) -> AsyncIterator[Mapping[str, Any]]:
+async def _events(response: httpx.Response, server: Server) -> AsyncIterator[StreamEvent]:
+    """Yield the events of a streamed answer. Raises EngineFailed for one that is an error or not JSON."""
     async for line in _lines(response):
         if not line.startswith("data:") or line == "data: [DONE]":
             continue
         try:
-            event = json.loads(line[5:])
+            event = StreamEvent.from_json(line[5:])
         except (ValueError, RecursionError) as error:
             raise server.failure(f"{server.url} streamed what is not JSON: {line[:120]!r}") from error
-        if isinstance(event, dict):
-            if event.get("error"):
-                raise server.failure(f"{server.url} answered with an error: {str(event['error'])[:300]}")
-            yield event
+        if event.error is not None:
+            raise server.failure(f"{server.url} answered with an error: {event.error[:300]}")
+        yield event
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[str]:
-    """The lines of an answer. Raises httpx.DecodingError for one without measure."""
-    held, size = "", 0
+    """Yield the lines of an answer. Raises httpx.DecodingError if it is too long, or one of its lines is."""
+    rest, length = "", 0
     async for text in response.aiter_text():
-        size += len(text)
-        *lines, held = (held + text).split("\n")
-        if size > MAX_ANSWER_BYTES or len(held) > MAX_EVENT_LENGTH:
+        length += len(text)
+        *lines, rest = (rest + text).split("\n")
+        if length > MAX_ANSWER_LENGTH or len(rest) > MAX_EVENT_LENGTH:
             raise httpx.DecodingError("its answer does not end")
         for line in lines:
             yield line.rstrip("\r")
-    if held:
-        yield held
-
-
-def _completion_tokens(event: Mapping[str, Any], before: int) -> int:
-    usage = event.get("usage")
-    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return tokens if isinstance(tokens, int) and before <= tokens < 1 << 31 else before
-
-
-def _has_text(event: Mapping[str, Any]) -> bool:
-    choices = event.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(choice, dict):
-        return False
-    delta = choice.get("delta")
-    parts = delta if isinstance(delta, dict) else choice
-    return any(
-        isinstance(parts.get(key), str) and parts[key] for key in ("text", "content", "reasoning_content", "reasoning")
-    )
+    if rest:
+        yield rest

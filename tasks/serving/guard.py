@@ -1,8 +1,8 @@
 """Run a command that cannot outlive the process that started it: `python -m requant.tasks.serving.guard COMMAND...`.
 
-The guard sits between the two, in a session of its own, where no Ctrl-C reaches it. It ends the command when that
-process closes the guard's standard input, which SIGKILL does too; and it adopts whatever the command's processes leave
-behind, so that an engine's workers are found however they detached themselves. Linux only.
+The guard runs between the two, in a session of its own, so that Ctrl-C does not reach it. It ends the command as soon
+as its standard input is closed, which also happens when its parent process is killed. It becomes the parent of every
+orphan below it, and so finds an engine's workers even if they have detached themselves. Linux only.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ import time
 
 import psutil
 
-SUBREAPER = 36  # prctl(2): orphans below become children of this process
-GRACE_S = 5.0  # seconds between SIGTERM and SIGKILL
+PR_SET_CHILD_SUBREAPER = 36  # prctl(2): orphans below this process become its children
+TERM_TIMEOUT_S = 5.0  # after SIGTERM, before SIGKILL
 
 
 def main(command: list[str]) -> int:
-    """The command's exit status, as a shell has it: 128 and the signal's number if one ended it."""
-    ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+    """Run the command and return its exit status, or 128 plus the number of the signal that ended it, as shells do."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         while child.poll() is None:
-            if select.select([sys.stdin], [], [], 0.2)[0]:  # nobody writes: it is at its end
+            if select.select([sys.stdin], [], [], 0.2)[0]:  # nothing is ever written: standard input was closed
                 return 128 + signal.SIGTERM
         return child.returncode if child.returncode >= 0 else 128 - child.returncode
     finally:
-        end_all()
+        end_descendants()
 
 
-def end_all() -> None:
-    """End every process below this one: asked first, then killed, until none is left."""
-    deadline = time.monotonic() + GRACE_S
-    send(signal.SIGTERM)
-    while left():
+def end_descendants() -> None:
+    """End every process below this one, with SIGTERM at first and with SIGKILL after TERM_TIMEOUT_S."""
+    deadline = time.monotonic() + TERM_TIMEOUT_S
+    signal_descendants(signal.SIGTERM)
+    while descendants():
         if time.monotonic() > deadline:
-            send(signal.SIGKILL)
+            signal_descendants(signal.SIGKILL)
         time.sleep(0.05)
 
 
-def left() -> list[psutil.Process]:
-    """What runs below this process; what has ended is reaped."""
+def descendants() -> list[psutil.Process]:
+    """Return the processes that run below this one, and reap those that have ended."""
     running = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error, ChildProcessError):
@@ -57,8 +57,8 @@ def left() -> list[psutil.Process]:
     return running
 
 
-def send(number: signal.Signals) -> None:
-    for process in left():
+def signal_descendants(number: signal.Signals) -> None:
+    for process in descendants():
         with contextlib.suppress(psutil.Error):
             process.send_signal(number)
 

@@ -1,6 +1,6 @@
-"""The prompt sets: fixed words and fixed numbers of tokens, so that two checkpoints are asked the same.
+"""Prompt sets with fixed texts and fixed numbers of output tokens, so that checkpoints can be compared.
 
-`card`, `prose` and `chat` lie in tasks/prompts; `code` is the beginnings of functions of the pinned evaluation text.
+`card`, `prose` and `chat` are files in tasks/prompts; `code` is the beginnings of functions in the evaluation text.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ from requant.tasks.artifact import digest_of
 from requant.tasks.texts.text import EVALUATION
 
 PROMPTS_FOLDER = Path(__file__).parent.parent / "prompts"
-CODE_COUNT, CODE_LENGTH, CODE_TOKENS = 8, 240, 256  # prompts; characters; tokens that are asked for
+CODE_PROMPTS = 8
+CODE_LENGTH = 240  # characters
+CODE_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """`chat` says that the text is a message to answer; otherwise it is to be continued. `tokens` are asked for."""
+    """A prompt: a message to answer (`chat`) or a text to continue, with so many output `tokens`.
+
+    The names of the fields are part of the digest in stage keys.
+    """
 
     set: str
     name: str
@@ -30,19 +35,19 @@ class Prompt:
     tokens: int
 
 
-def prompts_of(sets: Sequence[str], most: int | None = None) -> list[Prompt]:
-    """The prompts of the named sets, in that order; `most` limits the tokens of each."""
-    found = [prompt for name in dict.fromkeys(sets) for prompt in _read(name)]
-    return [Prompt(p.set, p.name, p.text, p.chat, min(p.tokens, most or p.tokens)) for p in found]
+def load_prompts(sets: Sequence[str], most: int | None = None) -> list[Prompt]:
+    """Load the prompts of the named sets, in this order. `most` limits the output tokens of each."""
+    prompts = [prompt for name in dict.fromkeys(sets) for prompt in _load_set(name)]
+    return [Prompt(p.set, p.name, p.text, p.chat, min(p.tokens, most or p.tokens)) for p in prompts]
 
 
 def digest_of_prompts(prompts: Sequence[Prompt]) -> str:
-    """Names what is asked: for stage keys."""
+    """Return the digest of prompts, which a stage key names."""
     return digest_of([vars(prompt) for prompt in prompts])
 
 
 def python_prompts(count: int, length: int = CODE_LENGTH) -> list[str]:
-    """Beginnings of `count` functions and classes of `length` characters, spread over the pinned evaluation text."""
+    """Return the first `length` characters of `count` functions and classes, spread over the evaluation text."""
     text = EVALUATION.read_text(encoding="utf-8")
     starts = [match.start() for match in re.finditer(r"^(?:def|class) \w", text, re.MULTILINE)]
     starts = [start for start in starts if start + length <= len(text)]
@@ -53,7 +58,7 @@ def python_prompts(count: int, length: int = CODE_LENGTH) -> list[str]:
 
 
 def has_chat_template(files: Collection[str], read: Callable[[str], bytes]) -> bool:
-    """Whether a checkpoint says how messages are put into words: in a file of its own, or in its tokenizer's."""
+    """Check whether a checkpoint has a chat template: in a file of its own, or in that of its tokenizer."""
     if {"chat_template.jinja", "chat_template.json"} & set(files):
         return True
     try:
@@ -64,9 +69,9 @@ def has_chat_template(files: Collection[str], read: Callable[[str], bytes]) -> b
 
 
 @cache
-def _read(name: str) -> tuple[Prompt, ...]:
+def _load_set(name: str) -> tuple[Prompt, ...]:
     if name == "code":
-        texts = python_prompts(CODE_COUNT)
+        texts = python_prompts(CODE_PROMPTS)
         return tuple(Prompt(name, f"function {n}", text, False, CODE_TOKENS) for n, text in enumerate(texts, 1))
     document = json.loads((PROMPTS_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return tuple(Prompt(name, p["name"], p["text"], document["chat"], p["tokens"]) for p in document["prompts"])

@@ -1,8 +1,8 @@
 """Object storage for artifacts: blobs named by their sha256, manifests named by their stage key.
 
 store = open_store()                        # REQUANT_STORE: file:///dir or s3://bucket/prefix
-store.check()                               # raises at once when it cannot be used
-manifest = store.manifest("quantize", key)  # None, or an artifact whose blobs are all there
+store.check()                               # raises at once if the store cannot be used
+manifest = store.manifest("quantize", key)  # an artifact whose blobs are all in the store, or None
 """
 
 from __future__ import annotations
@@ -18,40 +18,43 @@ from requant.tasks.store.store import Store
 
 __all__ = ["Store", "cache_folder", "open_store"]
 
+LOCAL_CACHE = "near"  # the folder's name on disk, which must not change: users have downloaded blobs there
+
 
 def cache_folder() -> Path:
-    """Where Requant keeps what can be fetched or made again: `$XDG_CACHE_HOME/requant` or `~/.cache/requant`."""
+    """Return the folder for files that can be downloaded or made again: `$XDG_CACHE_HOME/requant`, or else
+    `~/.cache/requant`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "requant"
 
 
 def open_store(url: str | None = None) -> Store:
-    """Open the store at `url`, by default REQUANT_STORE, by default a folder in the user's cache.
+    """Open the store at `url`. The default is REQUANT_STORE, and without that a folder in the user's cache.
 
-    Nothing is contacted yet. Raises RecipeError for a URL that is neither file:///dir nor s3://bucket/prefix.
+    No server is contacted. Raises RecipeError for a URL that is neither file:///dir nor s3://bucket/prefix.
     """
     named = f"the address {url!r}"
     if not url:
-        from requant.tasks.settings import (
-            read_settings,  # pydantic takes 0.2 s to import, and `requant --help` reads none
-        )
+        # pydantic takes 0.2 s to import, and `requant --help` reads no settings.
+        from requant.tasks.settings import read_settings
 
         url = read_settings().store or (cache_folder() / "store").as_uri()
         named = f"REQUANT_STORE={url!r}"
     parts = urlsplit(url)
-    if "?" in url or "#" in url:  # would be cut off, and the store be another one
+    if "?" in url or "#" in url:  # urlsplit cuts both off, which would open another store
         raise RecipeError(f"{named} is not a store: `?` and `#` have no place in it (%3F and %23 in file:///)")
     if parts.scheme == "file" and parts.path and parts.netloc in {"", "localhost"}:
         folder = FolderBackend(Path(unquote(parts.path)))
         return Store(folder, cache=folder)
     if parts.scheme == "s3" and parts.netloc and _is_prefix(parts.path.strip("/")):
-        from requant.tasks.store.s3 import S3Backend  # boto3 takes 0.4 s to import
+        # boto3 takes 0.4 s to import.
+        from requant.tasks.store.s3 import S3Backend
 
-        return Store(S3Backend(parts.netloc, parts.path.strip("/")), cache=FolderBackend(cache_folder() / "near"))
+        return Store(S3Backend(parts.netloc, parts.path.strip("/")), cache=FolderBackend(cache_folder() / LOCAL_CACHE))
     raise RecipeError(f"{named} is not a store: use file:///an/absolute/folder or s3://bucket/prefix")
 
 
 def _is_prefix(path: str) -> bool:
-    """Whether keys below it are keys of its own: `..` is resolved on the way to some servers."""
+    """Check whether a path is a plain prefix. Some proxies resolve `..`, so that keys would lie outside of it."""
     try:
         check_relative(path or "-")
     except CheckpointError:

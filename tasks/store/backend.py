@@ -1,4 +1,4 @@
-"""What a place must be able to do to hold a store: a few operations on named objects."""
+"""The interface of a place that can hold a store: a few operations on named objects."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Item:
-    """One object as a listing shows it: its size in bytes, when it was last written in seconds of the store's clock."""
+    """One object in a listing: its size in bytes, and when it was last written, in seconds of the store's clock."""
 
     key: str
     size: int
@@ -18,7 +18,7 @@ class Item:
 
 
 class Backend(Protocol):
-    """Objects by key (`a/b/c`). Every write is whole or absent; only `write_new` is conditional."""
+    """Objects by key (`a/b/c`). A failed write leaves no partial object. Only `write_new` is conditional."""
 
     @property
     def url(self) -> str:
@@ -26,11 +26,11 @@ class Backend(Protocol):
         ...
 
     def check(self) -> None:
-        """Find out at once, without retries, whether the place can be used. Raises StoreError."""
+        """Check at once, without retries, whether the place can be used. Raises StoreError."""
         ...
 
     def read(self, key: str) -> bytes | None:
-        """The whole object, or None."""
+        """Return the content of an object, or None if there is none."""
         ...
 
     def write(self, key: str, data: bytes) -> None:
@@ -38,44 +38,45 @@ class Backend(Protocol):
         ...
 
     def write_new(self, key: str, data: bytes) -> bool:
-        """Create a small object; False, and nothing written, if there is one already. Atomic."""
+        """Create a small object atomically. Return False, and write nothing, if there already is one."""
         ...
 
     def size(self, key: str) -> int | None:
-        """The object's size in bytes, or None."""
+        """Return the size of an object in bytes, or None if there is none."""
         ...
 
     def put_file(self, key: str, path: Path, sha256: str | None = None) -> None:
-        """Create an object from a local file of any size. The file may be moved or linked, not changed.
+        """Create an object from a local file of any size. The file may be moved or linked, but not changed.
 
-        Where bytes are sent, raises CorruptBlob if they do not have this sha256.
+        Raises CorruptBlob if bytes are sent to a server and do not have this sha256.
         """
         ...
 
     def get_file(self, key: str, path: Path) -> str:
-        """Fetch an object of any size into a new local file; the sha256 of what came."""
+        """Download an object of any size into a new local file, and return the sha256 of the received bytes."""
         ...
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """All keys below `prefix/`."""
+        """Yield all keys below `prefix/`."""
         ...
 
     def items(self, prefix: str) -> Iterator[Item]:
-        """All objects below `prefix/`."""
+        """Yield all objects below `prefix/`."""
         ...
 
     def now(self) -> float:
-        """The time by the clock that `Item.modified` is of: no machine's own clock is compared with it."""
+        """Return the time of the clock that sets `Item.modified`. Ages are never measured with another clock."""
         ...
 
     def leftovers(self, before: float) -> Iterator[str]:
-        """What writers that were killed left, last written `before`: temporary files, unfinished multipart uploads."""
+        """Yield names of what killed writers left and last wrote before that time: temporary files, or unfinished
+        multipart uploads."""
         ...
 
     def discard(self, leftover: str) -> None:
-        """Remove what `leftovers` named; no error if it is gone."""
+        """Delete one of the `leftovers`. One that no longer exists is no error."""
         ...
 
     def delete(self, key: str, before_try: Callable[[], None] = lambda: None) -> None:
-        """Remove an object; no error if there is none. `before_try` is called before each try, and may raise."""
+        """Delete an object, if there is one. `before_try` is called before each attempt, and may raise."""
         ...

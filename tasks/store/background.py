@@ -1,4 +1,4 @@
-"""Work that is done again and again while something else goes on."""
+"""Work that is repeated in a thread while other work goes on."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def repeated(
-    work: Callable[[], None], every: float, failed: str, *, at_end: bool = True, patience: float | None = None
+    work: Callable[[], None], every_s: float, failure: str, *, at_end: bool = True, join_timeout_s: float | None = None
 ) -> Iterator[None]:
-    """Call `work` every so many seconds in a thread, and once more `at_end`.
+    """Call `work` in a thread, with pauses of `every_s` seconds, and once more `at_end`.
 
-    What it cannot read or write is logged as `failed`, into the log of the run at hand; the next call may succeed.
-    `patience`: seconds that the end waits for it; None: as long as it takes.
+    An OSError of `work` is logged with the words `failure`, into the log of the current run. The next call may succeed.
+    On exit, wait up to `join_timeout_s` seconds for the thread, or with None until it ends.
     """
     stop = threading.Event()
 
     def loop() -> None:
         ending = False
         while not ending:
-            ending = stop.wait(every)
+            ending = stop.wait(every_s)
             if ending and not at_end:
                 return
             try:
                 work()
-            except OSError as error:  # StoreError is one; a full disk another
-                log.warning("%s: %s", failed, error)
+            except OSError as error:  # a StoreError, or a full disk
+                log.warning("%s: %s", failure, error)
 
     thread = threading.Thread(target=contextvars.copy_context().run, args=(loop,), daemon=True)
     thread.start()
@@ -39,4 +39,4 @@ def repeated(
         yield
     finally:
         stop.set()
-        thread.join(patience)
+        thread.join(join_timeout_s)

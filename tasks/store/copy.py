@@ -1,6 +1,6 @@
-"""Artifacts move between stores: blob by blob, each checked by its sha256 on the way, the manifest last.
+"""Copy artifacts between stores: blob by blob, with a check of each sha256, and the manifest last.
 
-Killed, the same command goes on: blobs that have arrived are not sent again.
+A command that was killed can be repeated: blobs that the target has are not copied again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from requant.tasks.artifact import File
 from requant.tasks.errors import CorruptBlob, RequantError, StoreError
 from requant.tasks.store.catalog import Catalog, Entry
 from requant.tasks.store.folder import make_folder
-from requant.tasks.store.store import Store, blob_key
+from requant.tasks.store.store import PARTIAL_FILES, Store, blob_key
 
 log = logging.getLogger(__name__)
 
@@ -25,16 +25,16 @@ PARALLEL_COPIES = 4
 
 @dataclass(frozen=True)
 class Copied:
-    """An artifact that is in both stores now; the bytes of it that had to move."""
+    """An artifact that both stores now have, and the bytes that had to be copied."""
 
     entry: Entry
     bytes: int
 
 
 def find_entries(catalog: Catalog, name: str) -> list[Entry]:
-    """The artifacts whose digest or stage key begins with `name`: several only if they hold the same files.
+    """Return the artifacts whose digest or stage key begins with `name`. They all hold the same files.
 
-    Raises RequantError if none or several different ones are found.
+    Raises RequantError if there is none, or if there are several with different files.
     """
     found = [e for e in catalog.entries.values() if e.manifest.digest.startswith(name) or e.key.startswith(name)]
     digests = {entry.manifest.digest for entry in found}
@@ -44,11 +44,14 @@ def find_entries(catalog: Catalog, name: str) -> list[Entry]:
 
 
 def copy(source: Store, target: Store, entries: Iterable[Entry]) -> list[Copied]:
-    """Copy artifacts with their records. Raises CorruptBlob for a blob that is not what its name says, and in the end
-    RequantError if `target` has another artifact for a stage key: the first one stays."""
+    """Copy artifacts with their records.
+
+    Raises CorruptBlob for a blob whose content does not have the sha256 in its name. Where `target` has another
+    artifact for a stage key, that one stays: raises RequantError after everything else was copied.
+    """
     copied, others = [], []
     for entry in entries:
-        name = os.urandom(8).hex()  # gc of either store leaves alone what a lease names
+        name = os.urandom(8).hex()  # of leases, in which gc of either store can read what it must not delete
         with source.lease("export", name), target.lease("import", name):
             source.need(entry.manifest.files)
             target.need(entry.manifest.files)
@@ -61,8 +64,8 @@ def copy(source: Store, target: Store, entries: Iterable[Entry]) -> list[Copied]
             with ThreadPoolExecutor(PARALLEL_COPIES) as pool:
                 for file in pool.map(lambda file: _copy_blob(source, target, file), missing):
                     log.info(f"{file.path}, {file.size:,} bytes")
-            beside = {**entry.provenance, "copied_from": source.url}
-            target.commit(entry.stage, entry.key, entry.manifest, beside)
+            record = entry.provenance.with_values(copied_from=source.url)
+            target.commit(entry.stage, entry.key, entry.manifest, record)
         copied.append(Copied(entry, sum(file.size for file in missing)))
     if others:
         raise RequantError(
@@ -75,22 +78,25 @@ def copy(source: Store, target: Store, entries: Iterable[Entry]) -> list[Copied]
 def _copy_blob(source: Store, target: Store, file: File) -> File:
     key = blob_key(file.sha256)
     if not source.sees_blob(file):
-        raise StoreError(f"{source.url} has lost {file.path} ({file.sha256[:12]}): run `requant store verify` there")
-    arriving = target.cache.path(f"arriving/copy-{file.sha256}-{os.getpid()}")
-    make_folder(arriving.parent)
-    arriving.unlink(missing_ok=True)
+        raise StoreError(
+            f"{source.url} has lost {file.path} ({file.sha256[:12]}): run `requant store verify` there", key=key
+        )
+    partial = target.cache.path(f"{PARTIAL_FILES}/copy-{file.sha256}-{os.getpid()}")
+    make_folder(partial.parent)
+    partial.unlink(missing_ok=True)
     try:
-        if source.backend.get_file(key, arriving) != file.sha256:
+        if source.backend.get_file(key, partial) != file.sha256:
             raise CorruptBlob(
                 f"{file.path} in {source.url} does not have the sha256 {file.sha256[:12]} that names it: "
-                "run `requant store verify --deep --repair` there"
+                "run `requant store verify --deep --repair` there",
+                key=key,
             )
-        target.backend.put_file(key, arriving, file.sha256)
+        target.backend.put_file(key, partial, file.sha256)
     finally:
-        arriving.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     return file
 
 
 def store_at(place: str) -> str:
-    """The address of the store at `place`: file:///dir, s3://bucket/prefix, or a folder as the user types it."""
+    """Return the address of the store at `place`: file:///dir, s3://bucket/prefix, or a path of a folder."""
     return place if "://" in place else Path(place).expanduser().resolve().as_uri()

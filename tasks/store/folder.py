@@ -1,4 +1,4 @@
-"""A store in a local folder. Writes go to a temporary name, are synced and renamed."""
+"""A store in a local folder. A file is written under a temporary name, synced, and then renamed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from requant.tasks.artifact import check_relative, sha256_of, sync
 from requant.tasks.errors import NO_ROOM, StoreError, explain_os_error
 from requant.tasks.store.backend import Item
 
-# The folders of a store that hold objects; `work`, `arriving`, `checkouts` and `laid` beside them hold files of one
-# machine.
+# The folders of a store that hold objects. The folders beside them (`work`, `checkouts`, and those that store.py names)
+# belong to one machine.
 OBJECTS = ("artifacts", "blobs", "facts", "leases", "provenance", "resume", "runs", "uses")
 
 
 class FolderBackend:
-    """Objects as files below `root`. Object files are read-only (0444), so that a hard link to one is too."""
+    """Objects as files below `root`. The files are read-only (0444), and so are the hard links that stages get."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -31,7 +31,7 @@ class FolderBackend:
         return self.root.as_uri()
 
     def path(self, key: str) -> Path:
-        """Where the object `key` lies, whether it is there or not."""
+        """Return the path of the object `key`, whether it exists or not."""
         return inside(self.root, key)
 
     def check(self) -> None:
@@ -50,7 +50,7 @@ class FolderBackend:
             ) from error
         for folder in folders:
             if folder.is_symlink() and folder != self.root:
-                raise _planted(folder)
+                raise _foreign_link(folder)
             _refuse_world_writable(folder)
 
     def read(self, key: str) -> bytes | None:
@@ -80,16 +80,16 @@ class FolderBackend:
     def put_file(self, key: str, path: Path, sha256: str | None = None) -> None:
         target = self.path(key)
         if path.is_symlink():
-            raise _planted(path)
+            raise _foreign_link(path)
         make_folder(target.parent)
         temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}.{os.urandom(4).hex()}")
         try:
             try:
                 os.rename(path, temporary)
-            except OSError:  # another file system
+            except OSError:  # the file lies on another file system
                 clone(path, temporary)
             os.chmod(temporary, 0o444)
-            os.utime(temporary)  # its age counts from now: gc leaves young blobs alone
+            os.utime(temporary)  # gc measures the blob's age from now, and deletes no young one
             sync(temporary)
             os.replace(temporary, target)
             sync(target.parent)
@@ -109,7 +109,8 @@ class FolderBackend:
                 yield item
 
     def now(self) -> float:
-        with tempfile.TemporaryFile(dir=self.root) as probe:  # the file system's clock, which may be a server's
+        # The clock of the file system sets the times of files. It may be the clock of a file server.
+        with tempfile.TemporaryFile(dir=self.root) as probe:
             return os.fstat(probe.fileno()).st_mtime
 
     def leftovers(self, before: float) -> Iterator[str]:
@@ -130,10 +131,10 @@ class FolderBackend:
             folders.sort()
             for name in sorted(names):
                 path = os.path.join(folder, name)
-                with contextlib.suppress(FileNotFoundError):  # deleted or renamed since
-                    found = os.lstat(path)
-                    if stat.S_ISREG(found.st_mode):
-                        yield Item(os.path.relpath(path, self.root), found.st_size, found.st_mtime)
+                with contextlib.suppress(FileNotFoundError):  # the file was deleted or renamed since it was listed
+                    status = os.lstat(path)
+                    if stat.S_ISREG(status.st_mode):
+                        yield Item(os.path.relpath(path, self.root), status.st_size, status.st_mtime)
 
     @contextlib.contextmanager
     def _temporary(self, key: str, data: bytes) -> Iterator[Path]:
@@ -154,25 +155,27 @@ class FolderBackend:
 
 
 def inside(folder: Path, path: str) -> Path:
-    """`folder / path`, refused if it may lie elsewhere: a name that leaves the folder, a symbolic link below it.
+    """Return `folder / path`.
 
-    `folder` itself may be reached through links: it is the user's choice, what lies in it is not.
+    Raises CheckpointError for a `path` that leads out of `folder`, and StoreError for a symbolic link below it.
+
+    `folder` itself may contain links, as the user chose it. What lies in it may have been put there by others.
     """
     check_relative(path)
     full = folder
     for part in path.split("/"):
         full = full / part
         if full.is_symlink():
-            raise _planted(full)
+            raise _foreign_link(full)
     return full
 
 
-def _planted(link: Path) -> StoreError:
+def _foreign_link(link: Path) -> StoreError:
     return StoreError(f"{link} is a symbolic link, and nothing of ours is: remove it and run again")
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, writable by others for no umask."""
+    """Make a folder and its parents. Whatever the umask, they are not writable by everyone."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(mode=0o775, exist_ok=True)
@@ -187,7 +190,7 @@ def _refuse_world_writable(folder: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Hand out a read-only file: a hard link (the same 0444 file), or a copy across file systems."""
+    """Make `target` a read-only file with the content of `source`: a hard link, or a copy across file systems."""
     make_folder(target.parent)
     try:
         os.link(source, target)
@@ -197,26 +200,26 @@ def link(source: Path, target: Path) -> None:
 
 
 def clone(source: Path, target: Path) -> None:
-    """Copy a file's bytes into a new file of its own, sharing the blocks where the file system can (reflink)."""
+    """Copy a file into a new file. Where the file system can (reflink), both share their blocks."""
     make_folder(target.parent)
     with source.open("rb", buffering=0) as reader, target.open("xb") as writer:
-        if not _reflinked(reader.fileno(), writer.fileno()):
+        if not _reflink(reader.fileno(), writer.fileno()):
             _copy(reader, writer)
 
 
 def _copy(reader: BinaryIO, writer: BinaryIO) -> None:
-    """Inside the kernel where it can, as cp does."""
+    """Copy the bytes inside the kernel where it can, as cp does."""
     try:
         while os.copy_file_range(reader.fileno(), writer.fileno(), 1 << 30):
             pass
     except (AttributeError, OSError) as error:
         if getattr(error, "errno", None) in NO_ROOM:
             raise
-        shutil.copyfileobj(reader, writer, 256 << 10)  # stays in the cache: larger pieces take four times as long
+        shutil.copyfileobj(reader, writer, 256 << 10)  # larger pieces leave the CPU's cache: four times as slow
 
 
-def _reflinked(source: int, target: int) -> bool:
-    """Try FICLONE (Btrfs, XFS, bcachefs); False where the file system or the platform has none."""
+def _reflink(source: int, target: int) -> bool:
+    """Share the blocks with FICLONE (Btrfs, XFS, bcachefs). Return False where file system or platform has none."""
     try:
         import fcntl
 

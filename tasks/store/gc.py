@@ -1,13 +1,18 @@
-"""Garbage collection: mark what must stay, sweep the rest.
+"""Garbage collection: mark what must stay, and delete the rest.
 
-What goes: artifacts that the policy chooses, blobs that no manifest names, and what killed processes left. What stays
-whatever the policy says: everything written or used within the grace period, what a run that was alive within it uses,
-and what a lease that beat within it needs. Ages are those of the store's own clock.
+gc deletes artifacts that the policy selects, blobs that no manifest names, and what killed processes left. Whatever
+the policy says, it keeps everything that was written or used within the grace period, everything that is used by a run
+that was alive within it, and everything that is named by a lease that was renewed within it. Ages are measured with the
+store's clock.
 
-No run loses what it relies on. Deleting happens only under the lease `gc/store`, and everything is read after it is
-taken. A run writes first (a lease that names the blobs it needs, a manifest, a use), then waits until that lease is
-free, and then looks whether what it relies on is there. So either gc has read what the run wrote, and leaves it alone,
-or the run looks after gc is done, and makes again what is gone.
+No run loses an object that it relies on:
+
+- gc deletes only while it holds the lease `gc/store`, and reads the whole store after it has taken that lease.
+- A run writes first: a lease that names the blobs it needs, a manifest, or a use. Then it waits until nobody holds
+  `gc/store`. Only then does it check that the objects it relies on exist.
+
+Either gc has read what the run wrote, and keeps those objects. Or gc read the store before the run wrote: then the run
+waits until gc has finished, sees which objects are missing, and makes them again.
 """
 
 from __future__ import annotations
@@ -20,45 +25,56 @@ from dataclasses import dataclass, field
 from requant.tasks.artifact import SHA256
 from requant.tasks.errors import StoreError
 from requant.tasks.store.backend import Item
-from requant.tasks.store.cache import Found, find_local_leftovers
+from requant.tasks.store.cache import InUse, LocalLeftover, find_local_leftovers
 from requant.tasks.store.catalog import Catalog, Entry, Name, read_all, read_catalog
 from requant.tasks.store.lease import LeaseHandle, lease, owner_of
 from requant.tasks.store.store import GC, Store, blob_key
 
-GRACE_S = 24 * 3600.0  # seconds: longer than any upload, and than the pauses of any run between two of its stages
-UNFINISHED_S = 7 * 24 * 3600.0  # seconds after which nobody goes on with unfinished work
+GRACE_S = 24 * 3600.0  # longer than any upload, and than the time between two stages of a run
+UNFINISHED_S = 7 * 24 * 3600.0  # unfinished work that is older will not be resumed
 PARALLEL_REQUESTS = 8
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Which artifacts go: those that every option given says of. None of them given: no artifact goes."""
+    """The artifacts to delete: those that every given option selects. Without an option, no artifact is deleted.
 
-    keep_last: int | None = None  # of each recipe, all but what its last runs use; what no run names is not meant
-    older_than: float | None = None  # seconds since the last use
-    max_size: int | None = None  # bytes of all blobs: the longest unused goes first, until the rest fits
-    grace: float = GRACE_S
-    unfinished: float = UNFINISHED_S
+    keep_last: of each recipe, the artifacts that its last so many runs do not use. An artifact of no run is kept.
+    older_than_s: artifacts that were not used for so many seconds.
+    max_bytes: the artifacts that were unused for longest, until all blobs together have at most so many bytes.
+    grace_s: nothing that was written or used within so many seconds is deleted.
+    unfinished_s: unfinished work is deleted after so many seconds.
+    """
+
+    keep_last: int | None = None
+    older_than_s: float | None = None
+    max_bytes: int | None = None
+    grace_s: float = GRACE_S
+    unfinished_s: float = UNFINISHED_S
 
 
 @dataclass(frozen=True)
-class Live:
-    """What the leases say that beat within the grace period: stage keys under way, and the sha256 of blobs needed."""
+class Leased:
+    """The stage keys of leases that were renewed within the grace period, and the sha256 of blobs that they name."""
 
-    working: frozenset[Name]
-    needed: frozenset[str]
+    keys: frozenset[Name]
+    blobs: frozenset[str]
 
 
 @dataclass
 class CollectionPlan:
-    """What goes. `stays`: bytes of the blobs that remain."""
+    """What gc deletes, and how many bytes the other blobs have.
+
+    `records` are keys of other objects: uses, provenance, runs, leases, unfinished work. `leftovers` are names from
+    `Backend.leftovers`.
+    """
 
     artifacts: list[Entry] = field(default_factory=list)
     blobs: list[Item] = field(default_factory=list)
-    records: list[str] = field(default_factory=list)  # other objects: uses, provenance, runs, leases, unfinished work
+    records: list[str] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
-    local_files: list[Found] = field(default_factory=list)
-    stays: int = 0
+    local_files: list[LocalLeftover] = field(default_factory=list)
+    remaining_bytes: int = 0
 
     @property
     def is_empty(self) -> bool:
@@ -66,9 +82,9 @@ class CollectionPlan:
 
 
 def collect(store: Store, policy: Policy, *, dry_run: bool = False) -> CollectionPlan:
-    """Delete what the policy lets go; what was deleted, or with `dry_run` what would be.
+    """Delete what the policy selects. Return what was deleted, or with `dry_run` what would be.
 
-    Raises StoreError if a manifest cannot be read: nobody knows then which blobs it names.
+    Raises StoreError if a manifest cannot be read, as the blobs that it names are then unknown.
     """
     plan = make_plan(store, policy)
     if dry_run or plan.is_empty:
@@ -80,133 +96,146 @@ def collect(store: Store, policy: Policy, *, dry_run: bool = False) -> Collectio
 
 
 def make_plan(store: Store, policy: Policy) -> CollectionPlan:
-    """Mark. Everything is read anew, and nothing written."""
+    """Read the whole store, and list what the policy selects. Nothing is written."""
     catalog = read_catalog(store)
     for (stage, key), why in catalog.damaged.items():
-        raise StoreError(f"artifacts/{stage}/{key}: {why.partition(':')[0]}: run requant store verify --repair first")
-    young = catalog.now - policy.grace
-    live = _live(store, young)
-    found = ((item.key.rpartition("/")[2], item) for item in store.backend.items("blobs"))
-    sizes = {name: item for name, item in found if SHA256.fullmatch(name) and item.key == blob_key(name)}
-    plan = CollectionPlan(
-        artifacts=chosen(catalog, policy, live, {sha256: item.size for sha256, item in sizes.items()})
+        raise StoreError(
+            f"artifacts/{stage}/{key}: {why.partition(':')[0]}: run requant store verify --repair first",
+            key=f"artifacts/{stage}/{key}",
+        )
+    grace_begin = catalog.now - policy.grace_s
+    leased = _read_leases(store, grace_begin)
+    named = ((item.key.rpartition("/")[2], item) for item in store.backend.items("blobs"))
+    blobs = {sha256: item for sha256, item in named if SHA256.fullmatch(sha256) and item.key == blob_key(sha256)}
+    sizes = {sha256: item.size for sha256, item in blobs.items()}
+    plan = CollectionPlan(artifacts=_choose_artifacts(catalog, policy, leased, sizes))
+    doomed = {entry.name for entry in plan.artifacts}
+    kept = [entry for name, entry in catalog.entries.items() if name not in doomed]
+    in_use = InUse(
+        digests={entry.manifest.digest for entry in kept},
+        blobs={file.sha256 for entry in kept for file in entry.manifest.files},
+        leased_blobs=leased.blobs,
+        leased_keys=leased.keys,
     )
-    gone = {entry.name for entry in plan.artifacts}
-    stays = {name: entry for name, entry in catalog.entries.items() if name not in gone}
-    named = {file.sha256 for entry in stays.values() for file in entry.manifest.files}
-    for sha256, item in sizes.items():
-        if sha256 not in named and sha256 not in live.needed and item.modified < young:
+    for sha256, item in blobs.items():
+        if sha256 not in in_use.blobs and sha256 not in leased.blobs and item.modified < grace_begin:
             plan.blobs.append(item)
         else:
-            plan.stays += item.size
-    plan.records = [*_records(store, catalog, gone, young), *_unfinished(store, catalog, live, policy)]
-    plan.leftovers = [name for name in store.backend.leftovers(young) if _blob_of(name) not in live.needed]
-    digests = {entry.manifest.digest for entry in stays.values()}
-    plan.local_files = find_local_leftovers(
-        store, named, digests, live.needed, live.working, policy.grace, policy.unfinished
-    )
+            plan.remaining_bytes += item.size
+    plan.records = [
+        *_find_stale_records(store, catalog, doomed, grace_begin),
+        *_find_abandoned_work(store, catalog, leased, policy),
+    ]
+    plan.leftovers = [
+        name for name in store.backend.leftovers(grace_begin) if _blob_of_upload(name) not in leased.blobs
+    ]
+    plan.local_files = find_local_leftovers(store, in_use, policy.grace_s, policy.unfinished_s)
     return plan
 
 
-def chosen(catalog: Catalog, policy: Policy, live: Live, sizes: dict[str, int]) -> list[Entry]:
-    """The artifacts that go, the longest unused first."""
-    entries = sorted(catalog.entries.values(), key=lambda entry: entry.used)
-    if policy.keep_last is None and policy.older_than is None and policy.max_size is None:
+def _choose_artifacts(catalog: Catalog, policy: Policy, leased: Leased, sizes: dict[str, int]) -> list[Entry]:
+    """Choose the artifacts to delete. Those that were unused for longest come first."""
+    entries = sorted(catalog.entries.values(), key=lambda entry: entry.last_used)
+    if policy.keep_last is None and policy.older_than_s is None and policy.max_bytes is None:
         return []
-    young = catalog.now - policy.grace
-    in_use = catalog.closure(name for run in catalog.runs if run.seen >= young for name in run.artifacts)
-    go = [entry for entry in entries if entry.used < young and entry.name not in in_use | live.working]
-    go = [entry for entry in go if not {f.sha256 for f in entry.manifest.files} <= live.needed]
-    if policy.older_than is not None:
-        unused_since = catalog.now - policy.older_than
-        go = [entry for entry in go if entry.used < unused_since]
+    grace_begin = catalog.now - policy.grace_s
+    in_use = catalog.closure(name for run in catalog.runs if run.seen >= grace_begin for name in run.artifacts)
+    chosen = [entry for entry in entries if entry.last_used < grace_begin and entry.name not in in_use | leased.keys]
+    chosen = [entry for entry in chosen if not {f.sha256 for f in entry.manifest.files} <= leased.blobs]
+    if policy.older_than_s is not None:
+        unused_since = catalog.now - policy.older_than_s
+        chosen = [entry for entry in chosen if entry.last_used < unused_since]
     if policy.keep_last is not None:
-        last = _last_runs(catalog, policy.keep_last)
-        go = [entry for entry in go if entry.name in catalog.users and entry.name not in last]
-    if policy.max_size is not None:
-        go = _until_it_fits(catalog, go, sizes, policy.max_size)
-    return go
+        kept = _artifacts_of_last_runs(catalog, policy.keep_last)
+        chosen = [entry for entry in chosen if entry.name in catalog.users and entry.name not in kept]
+    if policy.max_bytes is not None:
+        chosen = _limit_size(catalog, chosen, sizes, policy.max_bytes)
+    return chosen
 
 
-def _last_runs(catalog: Catalog, count: int) -> set[Name]:
-    """What the last runs of each recipe use."""
-    seen: Counter[str] = Counter()
+def _artifacts_of_last_runs(catalog: Catalog, count: int) -> set[Name]:
+    """Return the artifacts that the last `count` runs of each recipe use."""
+    runs_of_recipe: Counter[str] = Counter()
     names: list[Name] = []
     for run in sorted(catalog.runs, key=lambda run: -run.seen):
-        seen[run.recipe] += 1
-        if seen[run.recipe] <= count:
+        runs_of_recipe[run.recipe] += 1
+        if runs_of_recipe[run.recipe] <= count:
             names += run.artifacts
     return catalog.closure(names)
 
 
-def _until_it_fits(catalog: Catalog, candidates: list[Entry], sizes: dict[str, int], limit: int) -> list[Entry]:
+def _limit_size(catalog: Catalog, candidates: list[Entry], sizes: dict[str, int], max_bytes: int) -> list[Entry]:
+    """Choose so many of the candidates, in their order, that all blobs that are still named fit into `max_bytes`."""
     blobs = {entry.name: {file.sha256 for file in entry.manifest.files} for entry in catalog.entries.values()}
     uses = Counter(sha256 for names in blobs.values() for sha256 in names)
     total = sum(sizes.get(sha256, 0) for sha256 in uses)
-    go = []
+    chosen = []
     for entry in candidates:
-        if total <= limit:
+        if total <= max_bytes:
             break
-        go.append(entry)
+        chosen.append(entry)
         for sha256 in blobs[entry.name]:
             uses[sha256] -= 1
             total -= sizes.get(sha256, 0) if uses[sha256] == 0 else 0
-    return go
+    return chosen
 
 
-def _live(store: Store, young: float) -> Live:
-    beating = {item.key: item.key.split("/") for item in store.backend.items("leases") if item.modified >= young}
-    owners = [owner_of(text) for text in read_all(store, beating).values() if text is not None]
-    return Live(
-        frozenset((parts[1], parts[2]) for parts in beating.values() if len(parts) == 4),
+def _read_leases(store: Store, grace_begin: float) -> Leased:
+    """Read the leases that were renewed since `grace_begin`."""
+    renewed = {item.key: item.key.split("/") for item in store.backend.items("leases") if item.modified >= grace_begin}
+    owners = [owner_of(text) for text in read_all(store, renewed).values() if text is not None]
+    return Leased(
+        frozenset((parts[1], parts[2]) for parts in renewed.values() if len(parts) == 4),
         frozenset(sha256 for owner in owners if owner is not None for sha256 in owner.needs),
     )
 
 
-def _records(store: Store, catalog: Catalog, gone: set[Name], young: float) -> list[str]:
-    """What stands beside artifacts that go or are gone, runs of which nothing is left, and leases of the dead."""
-    go = [f"{kind}/{stage}/{key}" for stage, key in gone for kind in ("uses", "provenance")]
-    there = {"/".join(name) for name in catalog.entries}
+def _find_stale_records(store: Store, catalog: Catalog, doomed: set[Name], grace_begin: float) -> list[str]:
+    """Find records of artifacts that do not exist or will be deleted, runs without artifacts, and dead leases."""
+    keys = [f"{kind}/{stage}/{key}" for stage, key in doomed for kind in ("uses", "provenance")]
+    existing = {"/".join(name) for name in catalog.entries}
     for kind in ("uses", "provenance"):
         for item in store.backend.items(kind):
-            if item.modified < young and item.key.partition("/")[2] not in there:
-                go.append(item.key)
-    stays = catalog.entries.keys() - gone
-    go += [run.key for run in catalog.runs if run.seen < young and stays.isdisjoint(run.artifacts)]
-    ours = "/".join(("leases", *GC, ""))
-    go += [i.key for i in store.backend.items("leases") if i.modified < young and not i.key.startswith(ours)]
-    return go
+            if item.modified < grace_begin and item.key.partition("/")[2] not in existing:
+                keys.append(item.key)
+    kept = catalog.entries.keys() - doomed
+    keys += [run.key for run in catalog.runs if run.seen < grace_begin and kept.isdisjoint(run.artifacts)]
+    gc_lease = "/".join(("leases", *GC, ""))
+    keys += [
+        item.key
+        for item in store.backend.items("leases")
+        if item.modified < grace_begin and not item.key.startswith(gc_lease)
+    ]
+    return keys
 
 
-def _unfinished(store: Store, catalog: Catalog, live: Live, policy: Policy) -> list[str]:
-    """Carried work that nobody went on with, or whose artifact has long been there."""
+def _find_abandoned_work(store: Store, catalog: Catalog, leased: Leased, policy: Policy) -> list[str]:
+    """Find unfinished work (resume.py) that no run has resumed for long, or whose artifact exists."""
     groups: dict[Name, list[Item]] = {}
     for item in store.backend.items("resume"):
         parts = item.key.split("/")
         if len(parts) > 3:
             groups.setdefault((parts[1], parts[2]), []).append(item)
-    go: list[str] = []
+    keys: list[str] = []
     for name, items in groups.items():
-        patience = policy.grace if name in catalog.entries else policy.unfinished
-        if name not in live.working and max(item.modified for item in items) < catalog.now - patience:
-            go += [item.key for item in items]
-    return go
+        max_age_s = policy.grace_s if name in catalog.entries else policy.unfinished_s
+        if name not in leased.keys and max(item.modified for item in items) < catalog.now - max_age_s:
+            keys += [item.key for item in items]
+    return keys
 
 
-def _blob_of(leftover: str) -> str:
+def _blob_of_upload(leftover: str) -> str:
+    """Return the sha256 of the blob that an unfinished upload (`KEY?UPLOAD_ID`) is for."""
     return leftover.rpartition("?")[0].rpartition("/")[2]
 
 
 def _sweep(store: Store, plan: CollectionPlan, held: LeaseHandle) -> None:
-    """Manifests first: killed at any moment, there is no manifest without its blobs."""
+    """Delete what the plan lists. Manifests go before blobs: also after a kill, no manifest names a missing blob."""
     backend = store.backend
 
-    def delete(names: Iterable[str]) -> None:
-        def one(name: str) -> None:
-            backend.delete(name, held.assert_held)
-
+    def delete(keys: Iterable[str]) -> None:
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-            list(pool.map(one, names))
+            list(pool.map(lambda key: backend.delete(key, held.assert_held), keys))
 
     delete(f"artifacts/{entry.stage}/{entry.key}" for entry in plan.artifacts)
     delete(item.key for item in plan.blobs)
@@ -214,6 +243,6 @@ def _sweep(store: Store, plan: CollectionPlan, held: LeaseHandle) -> None:
     for leftover in plan.leftovers:
         held.assert_held()
         backend.discard(leftover)
-    for found in plan.local_files:
+    for local_file in plan.local_files:
         held.assert_held()
-        found.remove()
+        local_file.remove()

@@ -1,11 +1,12 @@
-"""Leases: two runs of one stage key do the work once, on any number of machines.
+"""Leases: of several runs that need the same stage key, on any number of machines, one does the work.
 
-A lease is an object `leases/<stage>/<key>/<generation>` that names its owner and counts heartbeats. Taking one is
-a conditional write of the next generation's name; the owner beats by rewriting its object. A lease that stops
-beating, or whose process on this machine is gone, is dead, and the next generation may be taken. No clocks of
-two machines are ever compared: an observer only watches whether the count moves.
+A lease is an object `leases/<stage>/<key>/<generation>` with its owner and a count of heartbeats. To take a lease, a
+process writes the object of the next generation, on the condition that it does not exist. To renew the lease, the
+owner rewrites that object with a higher count. A lease is dead if its count no longer changes, or if its owner is a
+process of this machine that has ended. Then the next generation may be taken. Clocks of different machines are never
+compared: an observer measures with its own clock for how long the count has not changed.
 
-A lease also names the blobs that its owner's work relies on, which gc leaves alone (gc.py).
+A lease also names the blobs that the owner's work relies on. gc does not delete those (gc.py).
 """
 
 from __future__ import annotations
@@ -30,21 +31,24 @@ from requant.tasks.store.background import repeated
 
 log = logging.getLogger(__name__)
 
-BEAT_S = 10.0  # seconds between heartbeats
-DEAD_AFTER_S = 60.0  # seconds without one, as the observer sees it
+BEAT_S = 10.0
+DEAD_AFTER_S = 60.0  # without a heartbeat, by the observer's clock
 POLL_S = 1.0
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lease: machine, process, when that process started, and how often it has beaten."""
+    """The content of a lease: the process that holds it, a random token, a count of heartbeats, and the blobs it needs.
+
+    `started` is when the process started (`_start_of`). `needs` has the sha256 of each blob.
+    """
 
     machine: str
     pid: int
     started: float
     token: str
     beats: int = 0
-    needs: Sequence[str] = ()  # the sha256 of blobs that its work relies on: gc leaves them alone
+    needs: Sequence[str] = ()
 
     @classmethod
     def this_process(cls) -> Owner:
@@ -52,7 +56,7 @@ class Owner:
 
     @property
     def is_gone(self) -> bool:
-        """True only if it ran on this machine and certainly no longer does."""
+        """Whether the process ran on this machine and has ended. False for a process of another machine."""
         if self.machine != _machine():
             return False
         try:
@@ -65,7 +69,7 @@ class Owner:
 
 
 class LeaseHandle:
-    """A lease in hand."""
+    """A lease that this process holds. `needs` returns the sha256 of the blobs that its work relies on."""
 
     def __init__(self, backend: Backend, name: str, owner: Owner, needs: Callable[[], Iterable[str]]) -> None:
         self._backend, self._name, self._owner, self._needs = backend, name, owner, needs
@@ -73,15 +77,15 @@ class LeaseHandle:
         self._renewed = time.monotonic()
 
     def renew(self) -> None:
-        """One heartbeat, at once: from now on everyone can read what is needed."""
+        """Write a heartbeat now, with the blobs that are needed now."""
         with self._writing:
-            asked = time.monotonic()
+            began = time.monotonic()
             self._owner = replace(self._owner, beats=self._owner.beats + 1, needs=sorted(self._needs()))
             self._backend.write(self._name, self._owner.to_json())
-            self._renewed = asked
+            self._renewed = began
 
     def assert_held(self) -> None:
-        """Raises StoreError if others may take this process for dead by now, as when it was suspended."""
+        """Raise StoreError if other processes may soon take this one for dead, for example because it was suspended."""
         if time.monotonic() - self._renewed > DEAD_AFTER_S / 2:
             raise StoreError(f"the lease {self._name} was not renewed in time: run again")
 
@@ -91,19 +95,19 @@ def lease(
     backend: Backend,
     stage: str,
     key: str,
-    beat: float | None = None,
+    beat_s: float | None = None,
     needs: Callable[[], Iterable[str]] = tuple,
 ) -> Iterator[LeaseHandle]:
-    """Hold the lease of a stage key. Blocks while another run holds it, and logs once who that is.
+    """Hold the lease of a stage key. Wait while another run holds it, and log once which process that is.
 
-    After it is held, look for the artifact again: the run that held it before may have made it. `needs` says at each
-    heartbeat which blobs the work relies on.
+    Callers must look for the artifact again when they hold the lease: the previous owner may have made it. `needs` is
+    called at each heartbeat, and returns the sha256 of the blobs that the work relies on.
     """
     folder = f"leases/{stage}/{key}"
-    owner, generation = _take(backend, folder)
+    owner, generation = _acquire(backend, folder)
     held = LeaseHandle(backend, f"{folder}/{generation:06d}", owner, needs)
     try:
-        with repeated(held.renew, BEAT_S if beat is None else beat, "heartbeat failed", at_end=False):
+        with repeated(held.renew, BEAT_S if beat_s is None else beat_s, "heartbeat failed", at_end=False):
             yield held
     finally:
         for number in _generations(backend, folder):
@@ -112,64 +116,68 @@ def lease(
 
 
 def wait_until_released(backend: Backend, stage: str, key: str) -> None:
-    """Wait until whoever holds a lease at this moment does no longer.
+    """Wait until those who hold a lease when this is called have released it.
 
-    Others may hold it by then: they began after this call did. A dead owner's lease is taken over, and released.
+    Others may hold it afterwards: they took it after the call began. The lease of a dead owner is taken and released.
     """
     folder = f"leases/{stage}/{key}"
-    watch = _Watch()
-    first: set[str] | None = None  # the tokens seen at first, of a generation that is being given up too
+    observer = _Observer()
+    # Tokens of the owners at the time of the call that still hold a lease. There may be two of them: an owner that is
+    # just releasing its generation, and the one that has taken the next generation.
+    remaining: set[str] | None = None
     while generations := sorted(_generations(backend, folder)):
         texts = [backend.read(f"{folder}/{generation:06d}") for generation in generations]
         tokens = {owner.token for text in texts if text is not None and (owner := owner_of(text))}
-        first = tokens if first is None else first & tokens
-        if texts[-1] is not None and watch.says_dead(texts[-1]):
+        remaining = tokens if remaining is None else remaining & tokens
+        if texts[-1] is not None and observer.is_dead(texts[-1]):
             with lease(backend, stage, key):
                 return
-        if tokens and not first:
+        if tokens and not remaining:
             return
         time.sleep(POLL_S)
 
 
-class _Watch:
-    """Tells a dead owner from a living one, by looking at a lease again and again."""
+class _Observer:
+    """Decides whether the owner of a lease is dead, from repeated looks at the lease."""
 
     def __init__(self) -> None:
-        self._seen: bytes | None = None
+        self._last: bytes | None = None
         self._since = time.monotonic()
 
-    def says_dead(self, held: bytes) -> bool:
-        if held != self._seen:
-            self._seen, self._since = held, time.monotonic()
-        owner = owner_of(held)
+    def is_dead(self, text: bytes) -> bool:
+        if text != self._last:
+            self._last, self._since = text, time.monotonic()
+        owner = owner_of(text)
         return owner is None or owner.is_gone or time.monotonic() - self._since > DEAD_AFTER_S
 
 
-def _take(backend: Backend, folder: str) -> tuple[Owner, int]:
+def _acquire(backend: Backend, folder: str) -> tuple[Owner, int]:
+    """Wait until nobody holds a lease, and take its next generation. Return its owner, this process, and its number."""
     owner = Owner.this_process()
-    watch = _Watch()
-    told = False
+    observer = _Observer()
+    logged = False
     while True:
         generation = max(_generations(backend, folder), default=0)
-        held = backend.read(f"{folder}/{generation:06d}") if generation else None
-        if generation and held is None:
+        text = backend.read(f"{folder}/{generation:06d}") if generation else None
+        if generation and text is None:
             time.sleep(0.05)
-            continue  # released between the two reads
-        if held is not None and not watch.says_dead(held):
-            other = owner_of(held)
-            if not told and other is not None:
+            continue  # the lease was released between the listing and the read
+        if text is not None and not observer.is_dead(text):
+            other = owner_of(text)
+            if not logged and other is not None:
                 log.info(f"waiting for process {other.pid} on {other.machine.split('/')[0]}, which does this work")
-                told = True
+                logged = True
             time.sleep(POLL_S)
             continue
-        mine = f"{folder}/{generation + 1:06d}"
-        if backend.write_new(mine, owner.to_json()):
-            # Another run may have taken over, finished and released what was seen above, and a third begun anew.
+        key = f"{folder}/{generation + 1:06d}"
+        if backend.write_new(key, owner.to_json()):
+            # Since the listing, a second run may have taken over, finished and released the lease, and a third run may
+            # have begun with generation 1. Then both this process and the third run have created an object.
             newest = max(_generations(backend, folder), default=0)
-            before = backend.read(f"{folder}/{generation:06d}") if generation else None
-            if newest == generation + 1 and before == held:
+            previous = backend.read(f"{folder}/{generation:06d}") if generation else None
+            if newest == generation + 1 and previous == text:
                 return owner, newest
-            backend.delete(mine)
+            backend.delete(key)
             time.sleep(random.uniform(0, POLL_S))
 
 
@@ -179,17 +187,17 @@ def _generations(backend: Backend, folder: str) -> list[int]:
 
 
 def owner_of(data: bytes) -> Owner | None:
-    """Whose lease it is; None for what nobody of ours wrote, which counts as dead."""
+    """Parse the content of a lease. Return None for one that Requant did not write, which counts as dead."""
     try:
         owner = Owner(**json.loads(data))
     except (ValueError, TypeError, RecursionError):
         return None
-    words = [owner.machine, owner.token, *owner.needs] if isinstance(owner.needs, list) else [None]
-    return owner if type(owner.pid) is int and all(isinstance(word, str) for word in words) else None
+    texts = [owner.machine, owner.token, *owner.needs] if isinstance(owner.needs, list) else [None]
+    return owner if type(owner.pid) is int and all(isinstance(text, str) for text in texts) else None
 
 
 def _start_of(pid: int) -> float:
-    """When a process started, in ticks since boot (proc(5), field 22), which no change of the clock moves."""
+    """Return when a process started, in ticks since boot (proc(5), field 22): a changed clock does not change it."""
     if not Path("/proc/self/stat").exists():
         return psutil.Process(pid).create_time()
     stat = Path(f"/proc/{pid}/stat").read_text()
@@ -197,7 +205,7 @@ def _start_of(pid: int) -> float:
 
 
 def _machine() -> str:
-    """Host name and process namespace: a pid means something only inside one of those."""
+    """Return host name and pid namespace: a pid identifies a process only within both."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:

@@ -1,7 +1,7 @@
-"""Which run used which artifacts: what `requant store ls` and `gc --keep-last` know of recipes and bases.
+"""Records of runs and the artifacts that they used, for `requant store ls` and `gc --keep-last`.
 
-`runs/<recipe>/<commit of the base>` is rewritten while a run goes on, so that its age says when it was last alive; the
-next run of the same recipe on the same commit takes its place.
+A run rewrites its record `runs/<recipe>/<commit of the base>` while it goes on. The record's age tells when the run was
+last alive. The next run of the same recipe on the same commit replaces it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from requant.tasks.store.background import repeated
 from requant.tasks.store.store import Store
 
-BEAT_S = 60.0  # seconds; gc's grace period must be much longer
-POLL_S = 1.0  # seconds between two looks at what the run has used
+BEAT_S = 60.0  # gc's grace period must be much longer
+POLL_S = 1.0
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run: the digest of its recipe, its base as repo@commit, what it makes, and what it used so far.
+    """A run: the digest of its recipe, its base as repo@commit, what it makes, and the artifacts that it used so far.
 
-    `artifacts`: pairs of stage and stage key. `seen`: when it was last alive, by the store's clock.
+    `artifacts` are pairs of stage and stage key. `seen` is when the run was last alive, by the store's clock.
     """
 
     recipe: str
@@ -42,7 +42,7 @@ class Run:
 
     @classmethod
     def from_json(cls, text: bytes, seen: float) -> Run | None:
-        """None for what is no run: what it names is then known by its age alone."""
+        """Parse the record of a run. Return None for one that cannot be read."""
         try:
             document = json.loads(text)
             recipe, base, makes = (str(document[name]) for name in ("recipe", "base", "makes"))
@@ -53,17 +53,20 @@ class Run:
 
 @contextlib.contextmanager
 def recorded(store: Store, describe: Callable[[], Run | None]) -> Iterator[None]:
-    """Keep the record of a run while it lasts, to its last artifact; None from `describe`: nothing to tell yet."""
+    """Write the record of a run whenever it changes, at least every BEAT_S seconds, and once more at the end.
+
+    `describe` returns the run, or None while there is nothing to record.
+    """
     written: Run | None = None
-    at = 0.0
+    written_at = 0.0
 
-    def keep() -> None:
-        nonlocal written, at
+    def write() -> None:
+        nonlocal written, written_at
         run = describe()
-        if run is not None and (run != written or time.monotonic() - at > BEAT_S):
+        if run is not None and (run != written or time.monotonic() - written_at > BEAT_S):
             store.backend.write(run.key, run.to_json())
-            written, at = run, time.monotonic()
+            written, written_at = run, time.monotonic()
 
-    # A store that is lost holds up no run that ends.
-    with repeated(keep, POLL_S, "the run's record could not be written", patience=10):
+    # The time limit keeps a store that is out of reach from delaying the end of the run.
+    with repeated(write, POLL_S, "the run's record could not be written", join_timeout_s=10):
         yield

@@ -1,7 +1,7 @@
 """A store in an S3 bucket, through boto3.
 
-Works on servers that are not AWS (Ceph, Swift, MinIO and others): path-style addressing, no checksum trailers
-unless required, and PutObject with `IfNoneMatch='*'` as the only conditional write.
+It works with servers other than AWS (Ceph, Swift, MinIO and others): it uses path-style addressing, checksum trailers
+only where S3 requires them, and PutObject with `IfNoneMatch='*'` as the only conditional write.
 """
 
 from __future__ import annotations
@@ -35,37 +35,37 @@ from requant.tasks.errors import CheckpointError, RecipeError, StoreError, Store
 from requant.tasks.settings import read_settings
 from requant.tasks.store.backend import Item
 from requant.tasks.store.s3_settings import write_settings
-from requant.tasks.store.transfer import REFUSED_HASH, Transfer, error_code, sign_by_name
+from requant.tasks.store.transfer import REFUSED_HASH, Transfer, error_code, sign_known_hashes
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PATIENCE_S = 150.0  # seconds: a store lost in the middle of a run may come back; GPU hours are at stake
-UPLOADED = ("blobs/", "resume/")  # what is sent in parts; another's upload below the same prefix is not ours to end
-CONNECTION_ERRORS = (  # no answer, half of one, or one that makes no sense
+RETRY_S = 150.0  # a failure in the middle of a run would cost GPU hours
+# Prefixes of objects that are uploaded in parts. gc aborts no multipart upload of other keys, which is not Requant's.
+MULTIPART_PREFIXES = ("blobs/", "resume/")
+CONNECTION_ERRORS = (  # no answer, a part of one, or one that cannot be parsed
     HTTPClientError, BotoConnectionError, IncompleteReadError, ResponseParserError, ConnectionError, TimeoutError,
 )  # fmt: skip
-TEMPORARY_CODES = {"SlowDown", "RequestTimeout", "IncompleteBody", *REFUSED_HASH}  # of the refusals
+TEMPORARY_CODES = {"SlowDown", "RequestTimeout", "IncompleteBody", *REFUSED_HASH}
 MAX_SKEW_S = 15 * 60
-READ_TIMEOUT_S = 60.0  # seconds without a byte: a longer stall is a lost connection
+READ_TIMEOUT_S = 60.0  # between two bytes of an answer
 
 
 class S3Backend:
     """Objects below `prefix` in `bucket`. The usual AWS variables apply (AWS_ENDPOINT_URL_S3 and others).
 
-    How objects are written: s3_settings.py. Raises RecipeError for a setting that cannot be.
-    `patience` is how many seconds an operation is retried while the server cannot be reached, stalls for
-    `read_timeout` or answers 5xx.
+    s3_settings.py has further settings; raises RecipeError for an invalid one. An operation is retried for `retry_s`
+    seconds while the server cannot be reached, answers 5xx, or sends nothing for `read_timeout_s`.
     """
 
     def __init__(
-        self, bucket: str, prefix: str = "", patience: float = PATIENCE_S, read_timeout: float = READ_TIMEOUT_S
+        self, bucket: str, prefix: str = "", retry_s: float = RETRY_S, read_timeout_s: float = READ_TIMEOUT_S
     ) -> None:
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
-        self.patience = patience
-        self.read_timeout = read_timeout
-        self._every, self._files = write_settings(read_settings())  # arguments of every write; of a file's beside those
+        self.retry_s = retry_s
+        self.read_timeout_s = read_timeout_s
+        self._put_settings, self._file_settings = write_settings(read_settings())
 
     @property
     def url(self) -> str:
@@ -73,11 +73,11 @@ class S3Backend:
 
     def check(self) -> None:
         try:
-            once = _client(connect_timeout=4, read_timeout=10, total_max_attempts=1)
-            once.list_objects_v2(Bucket=self.bucket, MaxKeys=1, Prefix=self.prefix)
+            client = _client(connect_timeout=4, read_timeout=10, total_max_attempts=1)
+            client.list_objects_v2(Bucket=self.bucket, MaxKeys=1, Prefix=self.prefix)
         except (BotoCoreError, ClientError) as error:
             raise self._explain(error) from error
-        except ValueError as error:  # an endpoint that is no URL
+        except ValueError as error:  # the endpoint is not a URL
             raise RecipeError(f"the store {self.url} cannot be used ({error}): check AWS_ENDPOINT_URL_S3") from error
 
     def read(self, key: str) -> bytes | None:
@@ -88,29 +88,31 @@ class S3Backend:
 
         def get_intact() -> bytes:
             body, intact = get()
-            # Not every server's ETag is an MD5: what comes twice is what is there.
+            # Not every server's ETag is an MD5. Where it is not, two equal answers are taken for intact.
             if not intact and get()[0] != body:
-                raise StoreUnreachable(f"{key} from the store {self.url} arrived altered: check the network to it")
+                raise StoreUnreachable(
+                    f"{key} from the store {self.url} arrived altered: check the network to it", key=key
+                )
             return body
 
         return self._unless_missing(get_intact)
 
     def write(self, key: str, data: bytes) -> None:
-        self._patiently(lambda: self._put(key, data))
+        self._retry(lambda: self._put(key, data))
 
     def write_new(self, key: str, data: bytes) -> bool:
         def put() -> bool:
             try:
                 self._put(key, data, IfNoneMatch="*")
             except ClientError as error:
-                # 409: another conditional write of this key is under way, and one of them wins.
+                # 409: another conditional write of this key is in progress, and one of the two succeeds.
                 if _status(error) in {412, 409}:
                     return False
                 raise
             return True
 
-        written = self._patiently(put)
-        # A retried PutObject can lose against its own first attempt whose answer got lost.
+        written = self._retry(put)
+        # The first attempt of a retried PutObject may have succeeded, and its answer was lost.
         return written or self.read(key) == data
 
     def size(self, key: str) -> int | None:
@@ -119,11 +121,11 @@ class S3Backend:
         )
 
     def put_file(self, key: str, path: Path, sha256: str | None = None) -> None:
-        self._transfer.send(self._name(key), path, sha256, **self._every, **self._files)
+        self._transfer.upload(self._name(key), path, sha256, **self._put_settings, **self._file_settings)
 
     def get_file(self, key: str, path: Path) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return self._transfer.fetch(self._name(key), path)
+        return self._transfer.download(self._name(key), path)
 
     def keys(self, prefix: str) -> Iterator[str]:
         return (item.key for item in self.items(prefix))
@@ -131,27 +133,27 @@ class S3Backend:
     def items(self, prefix: str) -> Iterator[Item]:
         token: dict[str, str] = {}
         while True:
-            page = self._patiently(functools.partial(self._page, f"{self.prefix}{prefix}/", token))
+            page = self._retry(functools.partial(self._page, f"{self.prefix}{prefix}/", token))
             for item in page.get("Contents", []):
                 key = item["Key"].removeprefix(self.prefix)
-                if _is_ours(key):
+                if _is_valid(key):
                     yield Item(key, item["Size"], item["LastModified"].timestamp())
             if not page.get("IsTruncated"):
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
     def now(self) -> float:
-        page = self._patiently(functools.partial(self._page, self.prefix, {}, 1))
+        page = self._retry(functools.partial(self._page, self.prefix, {}, 1))
         date: str = page["ResponseMetadata"]["HTTPHeaders"]["date"]
         return parsedate_to_datetime(date).timestamp()
 
     def leftovers(self, before: float) -> Iterator[str]:
         marker: dict[str, str] = {}
         while True:
-            page = self._patiently(functools.partial(self._uploads, marker))
+            page = self._retry(functools.partial(self._uploads, marker))
             for upload in page.get("Uploads", []):
                 key = upload["Key"].removeprefix(self.prefix)
-                if upload["Initiated"].timestamp() < before and key.startswith(UPLOADED) and _is_ours(key):
+                if upload["Initiated"].timestamp() < before and key.startswith(MULTIPART_PREFIXES) and _is_valid(key):
                     yield f"{key}?{upload['UploadId']}"
             if not page.get("IsTruncated"):
                 return
@@ -165,20 +167,22 @@ class S3Backend:
     def delete(self, key: str, before_try: Callable[[], None] = lambda: None) -> None:
         def delete() -> None:
             before_try()
-            self._once.delete_object(Bucket=self.bucket, Key=self._name(key))
+            self._client_without_retries.delete_object(Bucket=self.bucket, Key=self._name(key))
 
-        self._patiently(delete)
+        self._retry(delete)
 
     def _name(self, key: str) -> str:
-        """The object's full key. Names from outside stay below the prefix, also where a proxy resolves `..`."""
+        """Return the key with the prefix. Raises CheckpointError for `..`, which some proxies would resolve."""
         check_relative(key)
         return self.prefix + key
 
     def _put(self, key: str, data: bytes, **condition: str) -> None:
-        self._client.put_object(Bucket=self.bucket, Key=self._name(key), Body=data, **self._every, **condition)
+        self._client.put_object(Bucket=self.bucket, Key=self._name(key), Body=data, **self._put_settings, **condition)
 
-    def _page(self, prefix: str, token: dict[str, str], most: int = 1000) -> dict[str, Any]:
-        page: dict[str, Any] = self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=most, **token)
+    def _page(self, prefix: str, token: dict[str, str], max_keys: int = 1000) -> dict[str, Any]:
+        page: dict[str, Any] = self._client.list_objects_v2(
+            Bucket=self.bucket, Prefix=prefix, MaxKeys=max_keys, **token
+        )
         return page
 
     def _uploads(self, marker: dict[str, str]) -> dict[str, Any]:
@@ -187,16 +191,16 @@ class S3Backend:
 
     @functools.cached_property
     def _client(self) -> Any:
-        return _client(connect_timeout=10, read_timeout=self.read_timeout, total_max_attempts=3)
+        return _client(connect_timeout=10, read_timeout=self.read_timeout_s, total_max_attempts=3)
 
     @functools.cached_property
-    def _once(self) -> Any:
-        """Sends each request once and soon, or not at all: by a later one the lease to delete may be lost."""
-        return _client(connect_timeout=10, read_timeout=min(self.read_timeout, 20), total_max_attempts=1)
+    def _client_without_retries(self) -> Any:
+        """A client that does not retry. Deleting needs a lease, which may be lost by the time of a later attempt."""
+        return _client(connect_timeout=10, read_timeout=min(self.read_timeout_s, 20), total_max_attempts=1)
 
     @functools.cached_property
     def _transfer(self) -> Transfer:
-        return Transfer(self._client, self.bucket, self._patiently)
+        return Transfer(self._client, self.bucket, self._retry)
 
     def _unless_missing(self, call: Callable[[], T]) -> T | None:
         def unless() -> T | None:
@@ -207,27 +211,27 @@ class S3Backend:
                     return None
                 raise
 
-        return self._patiently(unless)
+        return self._retry(unless)
 
-    def _patiently(self, call: Callable[[], T]) -> T:
-        """Retry with exponential backoff and jitter for `patience` seconds, but only failures that pass."""
-        give_up = time.monotonic() + self.patience
-        delay = 0.5
+    def _retry(self, call: Callable[[], T]) -> T:
+        """Call a function. Retry temporary failures for `retry_s` seconds, with exponential backoff and jitter."""
+        deadline = time.monotonic() + self.retry_s
+        delay_s = 0.5
         while True:
             try:
                 return call()
             except Exception as error:
                 explained = self._explain(error)
-                if not isinstance(explained, StoreUnreachable) or time.monotonic() + delay > give_up:
+                if not isinstance(explained, StoreUnreachable) or time.monotonic() + delay_s > deadline:
                     if explained is error:
                         raise
                     raise explained from error
-                log.warning("%s; trying again in %.1f s", explained, delay)
-                time.sleep(delay * random.uniform(0.75, 1.25))
-                delay = min(delay * 2, 20.0)
+                log.warning("%s; trying again in %.1f s", explained, delay_s)
+                time.sleep(delay_s * random.uniform(0.75, 1.25))
+                delay_s = min(delay_s * 2, 20.0)
 
     def _explain(self, error: Exception) -> Exception:
-        """The sentence for a boto3 failure; the error itself where it is not about S3."""
+        """Return an error with a sentence for a failure of boto3, and any other error as it is."""
         if isinstance(error, StoreError):
             return error
         if isinstance(error, ClientError):
@@ -263,8 +267,8 @@ class S3Backend:
         return error
 
 
-def _is_ours(key: str) -> bool:
-    """Whether we may have written it: what others put below the prefix, by names that we never use, is passed over."""
+def _is_valid(key: str) -> bool:
+    """Check whether Requant may have written a key. Other programs may have objects below the same prefix."""
     try:
         check_relative(key)
     except CheckpointError:
@@ -273,7 +277,7 @@ def _is_ours(key: str) -> bool:
 
 
 def _client(*, connect_timeout: float, read_timeout: float, total_max_attempts: int) -> Any:
-    """A boto3 S3 client; the type is Any because boto3 makes its classes at run time."""
+    """Create an S3 client. Its type is Any because boto3 makes its classes at run time."""
     client = boto3.session.Session().client(
         "s3",
         config=Config(
@@ -286,19 +290,20 @@ def _client(*, connect_timeout: float, read_timeout: float, total_max_attempts: 
             max_pool_connections=32,
         ),
     )
-    sign_by_name(client)
+    sign_known_hashes(client)
     return client
 
 
 def _is_skewed(error: ClientError) -> bool:
-    """Whether the server's clock is further from ours than S3 allows; an answer to HEAD has no body to say so."""
+    """Check whether the server's clock differs by more than S3 allows. An answer to HEAD has no error code."""
     date = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
     try:
-        theirs = parsedate_to_datetime(date).timestamp()
+        server_time = parsedate_to_datetime(date).timestamp()
     except ValueError:
         return False
-    ours: float = botocore.auth.get_current_datetime(remove_tzinfo=False).timestamp()  # the clock that we sign with
-    return abs(theirs - ours) > MAX_SKEW_S
+    # botocore signs requests with this clock.
+    own_time: float = botocore.auth.get_current_datetime(remove_tzinfo=False).timestamp()
+    return abs(server_time - own_time) > MAX_SKEW_S
 
 
 def _status(error: ClientError) -> int:

@@ -1,4 +1,4 @@
-"""How objects are written to S3: encryption by the server, and the storage class of files."""
+"""Settings of uploads to S3: encryption by the server, and the storage class of files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from requant.tasks.errors import RecipeError
 from requant.tasks.settings import Settings
 
 ENCRYPTION = ("AES256", "aws:kms", "aws:kms:dsse")
-# Those that are read at once: GLACIER and DEEP_ARCHIVE must be restored first, which takes hours.
+# Only classes whose objects can be read at once: those of GLACIER and DEEP_ARCHIVE must be restored for hours.
 STORAGE_CLASSES = (
     "STANDARD", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER_IR", "REDUCED_REDUNDANCY",
     "EXPRESS_ONEZONE", "OUTPOSTS",
@@ -16,7 +16,7 @@ STORAGE_CLASSES = (
 
 
 def write_settings(settings: Settings) -> tuple[dict[str, str], dict[str, str]]:
-    """Arguments of PutObject: those of every object, and those of files beside them. Raises RecipeError."""
+    """Return arguments of PutObject: those for every object, and additional ones for files. Raises RecipeError."""
     encryption, key = settings.s3_sse or "", settings.s3_sse_kms_key_id or ""
     storage = settings.s3_storage_class or ""
     if encryption and encryption not in ENCRYPTION:
@@ -30,6 +30,6 @@ def write_settings(settings: Settings) -> tuple[dict[str, str], dict[str, str]]:
             f"REQUANT_S3_STORAGE_CLASS={storage!r} cannot be read at once or is not known: "
             f"use one of {', '.join(STORAGE_CLASSES)}"
         )
-    every = {"ServerSideEncryption": encryption, "SSEKMSKeyId": key}
-    files = {"StorageClass": storage}
-    return {k: v for k, v in every.items() if v}, {k: v for k, v in files.items() if v}
+    for_all = {"ServerSideEncryption": encryption, "SSEKMSKeyId": key}
+    for_files = {"StorageClass": storage}
+    return {k: v for k, v in for_all.items() if v}, {k: v for k, v in for_files.items() if v}

@@ -1,10 +1,11 @@
-"""Large files to and from S3: both cores and the wire kept busy, bounded memory, every byte's hash checked once.
+"""Transfer of large files to and from S3, with parallel requests, bounded memory, and one check of every byte.
 
-A file up to MAX_SINGLE_PUT_BYTES is one PutObject signed with the sha256 that names it: the server computes the hash
-while it receives, and refuses anything else, while the client reads once and hashes nothing. A larger one is sent in
-parts, each
-signed with its own hash, and the whole is hashed in the same read. A file is fetched in ranges, and hashed from the
-page cache behind them. What is cut goes on where it stopped: a range at its last byte, an upload at its last part.
+- A file of up to MAX_SINGLE_PUT_BYTES is one PutObject, signed with the sha256 that the caller knows. The server hashes
+  what it receives and refuses other content, so that the client reads the file once and does not hash it.
+- A larger file is sent in parts. Each part is signed with its own hash, and the sha256 of the file is computed from the
+  same read.
+- A file is downloaded in ranges, and hashed from the page cache behind them.
+- A range that is cut off continues after its last byte, and an upload after its last part.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import hashlib
 import io
 import os
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypedDict, TypeVar
 
 from botocore.auth import AUTH_TYPE_MAPS, S3SigV4Auth
 from botocore.exceptions import ClientError, ResponseStreamingError
@@ -28,32 +30,55 @@ from requant.tasks.errors import CorruptBlob
 
 T = TypeVar("T")
 
-PART = (
-    16 << 20
-)  # measured: 8 MB costs the server more, 32 MB the client (its allocator gives such blocks back each time)
-PARALLEL_PARTS = 6  # under way at once, of all uploads together, each in memory; of all downloads together
-MAX_SINGLE_PUT_BYTES = 1 << 30  # the most that is sent again after a cut
+# Measured: parts of 8 MB cost the server more time, and parts of 32 MB the client, whose allocator returns such blocks.
+PART_BYTES = 16 << 20
+PARALLEL_PARTS = 6  # of all uploads together, each in memory, and of all downloads together
+MAX_SINGLE_PUT_BYTES = 1 << 30  # after a lost connection, a PutObject is sent again from its beginning
 CHUNK_BYTES = 256 << 10
-MAX_PARTS = 10_000  # of one object, S3's limit
-REFUSED_HASH = {"XAmzContentSHA256Mismatch", "BadDigest"}  # what arrived is not what was signed
+MAX_PARTS = 10_000  # S3's limit for one object
+REFUSED_HASH = {"XAmzContentSHA256Mismatch", "BadDigest"}  # error codes for content without the signed hash
 SIGNER = "requant-s3v4"
 
 
-class Patience(Protocol):
-    """Calls again what failed in a way that passes."""
+class Retry(Protocol):
+    """A function that calls its argument again after temporary failures."""
 
     def __call__(self, call: Callable[[], T], /) -> T: ...
 
 
-class _SignedByName(S3SigV4Auth):  # type: ignore[misc]  # botocore has no types
-    """Signs a body that knows its sha256 without reading it."""
+class SentPart(TypedDict):
+    """A part of a multipart upload, as CompleteMultipartUpload lists it."""
+
+    PartNumber: int
+    ETag: str
+
+
+class UploadId(TypedDict):
+    """The arguments that name a multipart upload in every request."""
+
+    Bucket: str
+    Key: str
+    UploadId: str
+
+
+@dataclass(frozen=True)
+class _Range:
+    """The answer to a GetObject with a range: size and ETag of the whole object, and a stream of the range."""
+
+    object_bytes: int
+    etag: str
+    body: BinaryIO
+
+
+class _KnownHashSigner(S3SigV4Auth):  # type: ignore[misc]  # botocore has no types
+    """A signer that does not read a body with a known sha256."""
 
     def payload(self, request: Any) -> Any:
         return getattr(request.body, "sha256", None) or super().payload(request)
 
 
-class _Named(io.FileIO):
-    """A file whose content should have this sha256."""
+class _HashedFile(io.FileIO):
+    """A file with a known sha256."""
 
     def __init__(self, path: Path, sha256: str) -> None:
         super().__init__(path)
@@ -64,7 +89,7 @@ class _Named(io.FileIO):
 
 
 class _Part(io.RawIOBase):
-    """A part in memory, sent in pieces: at once, all of it would have to leave within one time-out of the socket."""
+    """A part in memory that is read in chunks. A single write would have to end within one time-out of the socket."""
 
     def __init__(self, data: memoryview) -> None:
         self._data, self._at = data, 0
@@ -93,13 +118,13 @@ class _Part(io.RawIOBase):
 
 
 def _at_least_a_chunk(size: int | None) -> int:
-    """http.client asks for 16 KB at a time."""
+    """Return a size of at least CHUNK_BYTES: http.client reads bodies in pieces of 16 KB."""
     return max(size, CHUNK_BYTES) if size is not None and size >= 0 else -1
 
 
-def sign_by_name(client: Any) -> None:
-    """Let `client` put files that know their sha256 without reading them first."""
-    AUTH_TYPE_MAPS[SIGNER] = _SignedByName
+def sign_known_hashes(client: Any) -> None:
+    """Let a boto3 client send files with a known sha256 without hashing them first."""
+    AUTH_TYPE_MAPS[SIGNER] = _KnownHashSigner
 
     def choose(signature_version: Any, **_: Any) -> str | None:
         return SIGNER if signature_version in {"s3v4", "v4"} else None
@@ -108,29 +133,29 @@ def sign_by_name(client: Any) -> None:
 
 
 class Transfer:
-    """Moves files between this machine and one bucket; any number of threads may use one."""
+    """Upload and download of files of one bucket. Threads may share an instance."""
 
-    def __init__(self, client: Any, bucket: str, patiently: Patience) -> None:
-        self._client, self._bucket, self._patiently = client, bucket, patiently
-        self._senders = ThreadPoolExecutor(PARALLEL_PARTS, "send")
-        self._fetchers = ThreadPoolExecutor(PARALLEL_PARTS, "fetch")
+    def __init__(self, client: Any, bucket: str, retry: Retry) -> None:
+        self._client, self._bucket, self._retry = client, bucket, retry
+        self._uploaders = ThreadPoolExecutor(PARALLEL_PARTS, "upload")
+        self._downloaders = ThreadPoolExecutor(PARALLEL_PARTS, "download")
         self._buffers: queue.LifoQueue[bytearray] = queue.LifoQueue()
         for _ in range(PARALLEL_PARTS + 1):
-            self._buffers.put(bytearray())  # grows when it is used first, and is kept
+            self._buffers.put(bytearray())  # gets its size when it is first used, and is reused
 
-    def send(self, key: str, path: Path, sha256: str | None = None, **settings: Any) -> None:
+    def upload(self, key: str, path: Path, sha256: str | None = None, **settings: str) -> None:
         """Upload a file. Raises CorruptBlob if it does not have this sha256.
 
-        `settings` are those of PutObject and CreateMultipartUpload.
+        `settings` are arguments of PutObject and CreateMultipartUpload.
         """
         if path.stat().st_size > MAX_SINGLE_PUT_BYTES:
-            self._send_parts(key, path, sha256, settings)
+            self._upload_parts(key, path, sha256, settings)
         else:
             known = sha256 or sha256_of(path)
-            self._patiently(lambda: self._send_whole(key, path, known, settings))
+            self._retry(lambda: self._put(key, path, known, settings))
 
-    def _send_whole(self, key: str, path: Path, sha256: str, settings: dict[str, Any]) -> None:
-        with _Named(path, sha256) as body:
+    def _put(self, key: str, path: Path, sha256: str, settings: Mapping[str, str]) -> None:
+        with _HashedFile(path, sha256) as body:
             try:
                 self._client.put_object(Bucket=self._bucket, Key=key, Body=body, **settings)
             except ClientError as error:
@@ -138,127 +163,127 @@ class Transfer:
                     raise _changed(path, sha256) from error
                 raise
 
-    def _send_parts(self, key: str, path: Path, sha256: str | None, settings: dict[str, Any]) -> None:
-        where = {"Bucket": self._bucket, "Key": key}
-        begun = self._patiently(lambda: self._client.create_multipart_upload(**where, **settings))
-        where["UploadId"] = begun["UploadId"]
+    def _upload_parts(self, key: str, path: Path, sha256: str | None, settings: Mapping[str, str]) -> None:
+        name = {"Bucket": self._bucket, "Key": key}
+        created = self._retry(lambda: self._client.create_multipart_upload(**name, **settings))
+        upload: UploadId = {"Bucket": self._bucket, "Key": key, "UploadId": created["UploadId"]}
         size = path.stat().st_size
-        part = max(PART, -(-size // MAX_PARTS))
-        sent: list[Future[dict[str, Any]]] = []
-        whole = hashlib.sha256()
+        part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
+        sent: list[Future[SentPart]] = []
+        hasher = hashlib.sha256()
         try:
             with path.open("rb", buffering=0) as stream:
-                for number in range(1, -(-size // part) + 1):
+                for number in range(1, -(-size // part_bytes) + 1):
                     buffer = self._buffers.get()
                     try:
-                        if len(buffer) < part:
-                            buffer = bytearray(part)
+                        if len(buffer) < part_bytes:
+                            buffer = bytearray(part_bytes)
                         data = memoryview(buffer)[: stream.readinto(buffer)]
-                        whole.update(data)
-                        sent.append(self._senders.submit(self._send_part, where, number, data))
+                        hasher.update(data)
+                        sent.append(self._uploaders.submit(self._upload_part, upload, number, data))
                     except BaseException:
                         self._buffers.put(buffer)
                         raise
-                    sent[-1].add_done_callback(functools.partial(self._give_back, buffer))
+                    sent[-1].add_done_callback(functools.partial(self._return_buffer, buffer))
                     if number > 2 * PARALLEL_PARTS:
-                        sent[-2 * PARALLEL_PARTS].result()  # what fails for good is known before all is read
+                        sent[-2 * PARALLEL_PARTS].result()  # raises a permanent failure before all parts are read
             parts = [future.result() for future in sent]
-            if sha256 is not None and whole.hexdigest() != sha256:
+            if sha256 is not None and hasher.hexdigest() != sha256:
                 raise _changed(path, sha256)
-            self._patiently(lambda: self._complete(where, parts, size))
+            self._retry(lambda: self._complete(upload, parts, size))
         except BaseException:
             for future in sent:
                 future.cancel()
-            with contextlib.suppress(Exception):  # what is left is swept by `requant store gc`
-                self._client.abort_multipart_upload(**where)
+            with contextlib.suppress(Exception):  # `requant store gc` aborts uploads that are left
+                self._client.abort_multipart_upload(**upload)
             raise
 
-    def _give_back(self, buffer: bytearray, _: Future[dict[str, Any]]) -> None:
+    def _return_buffer(self, buffer: bytearray, _: Future[SentPart]) -> None:
         self._buffers.put(buffer)
 
-    def _send_part(self, where: dict[str, str], number: int, data: memoryview) -> dict[str, Any]:
-        answer = self._patiently(lambda: self._client.upload_part(**where, PartNumber=number, Body=_Part(data)))
+    def _upload_part(self, upload: UploadId, number: int, data: memoryview) -> SentPart:
+        answer = self._retry(lambda: self._client.upload_part(**upload, PartNumber=number, Body=_Part(data)))
         return {"PartNumber": number, "ETag": answer["ETag"]}
 
-    def _complete(self, where: dict[str, str], parts: list[dict[str, Any]], size: int) -> None:
+    def _complete(self, upload: UploadId, parts: list[SentPart], size: int) -> None:
         try:
-            self._client.complete_multipart_upload(**where, MultipartUpload={"Parts": parts})
+            self._client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
         except ClientError as error:
-            # Done before, by a request whose answer got lost or that was delivered twice.
+            # An earlier request may have completed the upload, and its answer was lost.
             if error_code(error) != "NoSuchUpload":
                 raise
-            there = self._client.head_object(Bucket=self._bucket, Key=where["Key"])
-            if there["ContentLength"] != size:
+            existing = self._client.head_object(Bucket=self._bucket, Key=upload["Key"])
+            if existing["ContentLength"] != size:
                 raise
 
-    def fetch(self, key: str, path: Path) -> str:
-        """Download into a new file; the sha256 of what came. The file is on the disk when this returns."""
-        first = self._patiently(lambda: self._open(key, 0, PART))
-        if first is None:  # empty
+    def download(self, key: str, path: Path) -> str:
+        """Download an object into a new file, and return the sha256 of its content. The file is synced."""
+        first = self._retry(lambda: self._open(key, 0, PART_BYTES))
+        if first is None:
             path.touch(exist_ok=False)
             return hashlib.sha256().hexdigest()
-        size, etag = int(first["ContentRange"].rpartition("/")[2]), first["ETag"]
+        size, etag = first.object_bytes, first.etag
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        came: list[Future[None]] = []
+        ranges: list[Future[None]] = []
         try:
-            came += [
-                self._fetchers.submit(self._fetch_range, key, descriptor, at, min(at + PART, size), etag)
-                for at in range(PART, size, PART)
+            ranges += [
+                self._downloaders.submit(self._download_range, key, descriptor, at, min(at + PART_BYTES, size), etag)
+                for at in range(PART_BYTES, size, PART_BYTES)
             ]
-            self._fetch_range(key, descriptor, 0, min(PART, size), etag, first)
-            whole, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
-            for number, start in enumerate(range(0, size, PART)):
+            self._download_range(key, descriptor, 0, min(PART_BYTES, size), etag, first)
+            hasher, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+            for number, start in enumerate(range(0, size, PART_BYTES)):
                 if number:
-                    came[number - 1].result()
-                at, end = start, min(start + PART, size)
+                    ranges[number - 1].result()
+                at, end = start, min(start + PART_BYTES, size)
                 while at < end:
-                    read = os.preadv(descriptor, [buffer[: end - at]], at)
-                    whole.update(buffer[:read])
-                    at += read
+                    read_bytes = os.preadv(descriptor, [buffer[: end - at]], at)
+                    hasher.update(buffer[:read_bytes])
+                    at += read_bytes
                 _write_back(descriptor, start, end - start)
             os.fsync(descriptor)
-            return whole.hexdigest()
+            return hasher.hexdigest()
         except BaseException:
             path.unlink(missing_ok=True)
             raise
         finally:
-            for future in came:
+            for future in ranges:
                 future.cancel()
-            for future in came:
+            for future in ranges:
                 if not future.cancelled():
-                    future.exception()  # nothing may write to a descriptor that is closed
+                    future.exception()  # waits for the thread, which must not write to a closed descriptor
             os.close(descriptor)
 
-    def _open(self, key: str, start: int, end: int, **condition: str) -> dict[str, Any] | None:
-        """GetObject from `start` up to `end`; None if there is nothing at all."""
+    def _open(self, key: str, start: int, end: int, **condition: str) -> _Range | None:
+        """Request the bytes `[start, end)` of an object. Return None for an empty object."""
         try:
-            answer: dict[str, Any] = self._client.get_object(
+            answer = self._client.get_object(
                 Bucket=self._bucket, Key=key, Range=f"bytes={start}-{end - 1}", **condition
             )
         except ClientError as error:
             if start == 0 and error_code(error) == "InvalidRange":
                 return None
             if error_code(error) == "PreconditionFailed":
-                raise CorruptBlob(f"{key} was replaced while it was being fetched: run again") from error
+                raise CorruptBlob(f"{key} was replaced while it was being fetched: run again", key=key) from error
             raise
-        return answer
+        return _Range(int(answer["ContentRange"].rpartition("/")[2]), answer["ETag"], answer["Body"])
 
-    def _fetch_range(
-        self, key: str, descriptor: int, start: int, end: int, etag: str, opened: dict[str, Any] | None = None
+    def _download_range(
+        self, key: str, descriptor: int, start: int, end: int, etag: str, opened: _Range | None = None
     ) -> None:
         at = start
 
-        def go_on() -> None:
+        def read_rest() -> None:
             nonlocal at, opened
             answer, opened = opened or self._open(key, at, end, IfMatch=etag), None
-            body = answer["Body"] if answer else io.BytesIO()
+            body = answer.body if answer else io.BytesIO()
             with contextlib.closing(body):
                 while at < end and (chunk := body.read(min(CHUNK_BYTES, end - at))):
                     at += os.pwrite(descriptor, chunk, at)
             if at < end:
                 raise ResponseStreamingError(error=f"{end - at} bytes are missing")
 
-        self._patiently(go_on)
+        self._retry(read_rest)
 
 
 def error_code(error: ClientError) -> str:
@@ -272,6 +297,7 @@ def _changed(path: Path, sha256: str) -> CorruptBlob:
 
 
 def _write_back(descriptor: int, start: int, length: int) -> None:
-    """Start writing a finished range to the disk, so that the fsync at the end finds little to do."""
+    """Start writing a finished range to the disk, so that the fsync at the end is quick."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)  # keeps what is not written yet
+        # Linux starts to write dirty pages, keeps them cached, and drops pages that are written.
+        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)

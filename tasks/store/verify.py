@@ -1,7 +1,7 @@
-"""Checks a store: is everything there that its manifests name? And mends it.
+"""Check and repair a store: do all blobs that its manifests name exist, and are they intact?
 
-What is damaged or missing is put back from a whole copy on this machine, if there is one; otherwise the artifacts that
-need it are taken out of sight, and the next run makes them anew.
+A missing or damaged blob is replaced by an intact copy on this machine, if there is one. Otherwise the manifests that
+name it are deleted, and the next run makes the artifacts again.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from requant.tasks.errors import StoreError
 from requant.tasks.store.catalog import Catalog, read_catalog
 from requant.tasks.store.folder import clone, make_folder
 from requant.tasks.store.lease import LeaseHandle, lease
-from requant.tasks.store.store import GC, Store, blob_key
+from requant.tasks.store.store import GC, PARTIAL_FILES, Store, blob_key
 
 PARALLEL_REQUESTS = 8
-HASHERS = 2  # at once, when every byte is read
-Blob = tuple[str, int]  # sha256 and size
+PARALLEL_HASHES = 2
+Blob = tuple[str, int]  # sha256 and size in bytes
 
 
 @dataclass
 class StoreCheck:
-    """How many blobs were looked at, a sentence for each problem, and one for each thing that was done about them."""
+    """The number of checked blobs, and a sentence for each problem and for each repair."""
 
     checked: int = 0
     problems: list[str] = field(default_factory=list)
@@ -35,45 +35,51 @@ class StoreCheck:
 
 
 def verify_store(store: Store, *, deep: bool = False, repair: bool = False) -> StoreCheck:
-    """Look at every blob that a manifest names: is it there in its size or, `deep`, in every byte."""
+    """Check the size of every blob that a manifest names, or with `deep` every byte. With `repair`, repair the store.
+
+    Raises StoreError or StoreUnreachable.
+    """
     catalog = read_catalog(store)
-    blobs = _blobs(catalog)
-    found = StoreCheck(len(blobs))
-    bad = _bad(store, blobs.values(), deep)
-    if bad:  # or on its way out: gc takes an artifact's manifest first
+    blobs = _named_blobs(catalog)
+    check = StoreCheck(len(blobs))
+    bad = _find_bad(store, blobs.values(), deep)
+    if bad:  # A gc that is deleting an artifact deletes its manifest first, so that the catalog may be out of date.
         store.wait_for_gc()
         catalog = read_catalog(store)
-        bad = _bad(store, (file for blob, file in _blobs(catalog).items() if blob in bad), deep)
+        bad = _find_bad(store, (file for blob, file in _named_blobs(catalog).items() if blob in bad), deep)
     for (stage, key), entry in sorted(catalog.entries.items()):
         for file in entry.manifest.files:
             if _blob(file) in bad:
                 text = f"{file.path} ({file.sha256[:12]}) is missing or damaged"
-                found.problems.append(f"artifacts/{stage}/{key}: {text}")
-    found.problems += [f"artifacts/{stage}/{key}: {why}" for (stage, key), why in sorted(catalog.damaged.items())]
-    if repair and found.problems:
+                check.problems.append(f"artifacts/{stage}/{key}: {text}")
+    check.problems += [f"artifacts/{stage}/{key}: {why}" for (stage, key), why in sorted(catalog.damaged.items())]
+    if repair and check.problems:
         with lease(store.backend, *GC) as held:
-            found.repairs = list(_mend(store, deep, bad, held))
-    return found
+            check.repairs = list(_repair(store, deep, bad, held))
+    return check
 
 
 def _blob(file: File) -> Blob:
     return file.sha256, file.size
 
 
-def _blobs(catalog: Catalog) -> dict[Blob, File]:
-    """The blobs that manifests name, each once; one that two manifests give two sizes is two, and one of them wrong."""
+def _named_blobs(catalog: Catalog) -> dict[Blob, File]:
+    """Return the blobs that manifests name, without repetition.
+
+    If two manifests give one sha256 two sizes, both are returned: one of them is wrong.
+    """
     return {_blob(file): file for _, entry in sorted(catalog.entries.items()) for file in entry.manifest.files}
 
 
-def _bad(store: Store, files: Iterable[File], deep: bool) -> set[Blob]:
-    """The blobs that are not whole."""
-    looked_at = list(files)
-    with ThreadPoolExecutor(HASHERS if deep else PARALLEL_REQUESTS) as pool:
-        whole = pool.map(lambda file: _is_good(store, file, deep), looked_at)
-        return {_blob(file) for file, good in zip(looked_at, whole, strict=True) if not good}
+def _find_bad(store: Store, files: Iterable[File], deep: bool) -> set[Blob]:
+    """Return the blobs that are missing or damaged."""
+    checked = list(files)
+    with ThreadPoolExecutor(PARALLEL_HASHES if deep else PARALLEL_REQUESTS) as pool:
+        intact = pool.map(lambda file: _is_intact(store, file, deep), checked)
+        return {_blob(file) for file, good in zip(checked, intact, strict=True) if not good}
 
 
-def _is_good(store: Store, file: File, deep: bool) -> bool:
+def _is_intact(store: Store, file: File, deep: bool) -> bool:
     if not store.sees_blob(file):
         return False
     try:
@@ -81,28 +87,28 @@ def _is_good(store: Store, file: File, deep: bool) -> bool:
     except OSError:  # StoreError is one
         if store.sees_blob(file):
             raise
-        return False  # it went meanwhile
+        return False  # the blob was deleted meanwhile
 
 
 def _sha256_in_store(store: Store, file: File) -> str:
     if store.is_local:
         return sha256_of(store.cache.path(blob_key(file.sha256)))
-    make_folder(arriving := store.cache.path("arriving"))
-    with tempfile.TemporaryDirectory(dir=arriving) as folder:
+    make_folder(partial_files := store.cache.path(PARTIAL_FILES))
+    with tempfile.TemporaryDirectory(dir=partial_files) as folder:
         copy = Path(folder) / "blob"
         return store.backend.get_file(blob_key(file.sha256), copy)
 
 
-def _mend(store: Store, deep: bool, bad: set[Blob], held: LeaseHandle) -> Iterator[str]:
-    """Mend what is still bad now that nobody deletes beside us; a sentence for each thing done."""
+def _repair(store: Store, deep: bool, bad: set[Blob], held: LeaseHandle) -> Iterator[str]:
+    """Repair what is still bad under the lease of gc, when nobody else deletes. Yield a sentence for each repair."""
     catalog = read_catalog(store)
-    blobs = _blobs(catalog)
+    blobs = _named_blobs(catalog)
     lost: set[Blob] = set()
-    for blob in sorted(_bad(store, (file for blob, file in blobs.items() if blob in bad), deep)):
+    for blob in sorted(_find_bad(store, (file for blob, file in blobs.items() if blob in bad), deep)):
         file = blobs[blob]
         key = blob_key(file.sha256)
-        if copy := _whole_copy(store, catalog, file):
-            _put_back(store, key, copy)
+        if copy := _find_intact_copy(store, catalog, file):
+            _restore(store, key, copy)
             yield f"{file.path} ({file.sha256[:12]}) was put back from {copy}"
         else:
             lost.add(blob)
@@ -112,7 +118,7 @@ def _mend(store: Store, deep: bool, bad: set[Blob], held: LeaseHandle) -> Iterat
             store.backend.delete(f"artifacts/{stage}/{key}", held.assert_held)
             yield f"artifacts/{stage}/{key} was removed, for want of {', '.join(names)}: the next run makes it anew"
     for sha256 in sorted({sha256 for sha256, _ in lost} - {sha256 for sha256, _ in blobs.keys() - lost}):
-        # one of the right size would be taken for good
+        # A later run would take a damaged blob of the right size for an intact one.
         store.backend.delete(blob_key(sha256), held.assert_held)
         if not store.is_local:
             store.cache.delete(blob_key(sha256))
@@ -121,8 +127,8 @@ def _mend(store: Store, deep: bool, bad: set[Blob], held: LeaseHandle) -> Iterat
         yield f"artifacts/{stage}/{key} was removed, which could not be read: the next run makes it anew"
 
 
-def _whole_copy(store: Store, catalog: Catalog, file: File) -> Path | None:
-    """A file on this machine with the bytes of a blob: in the local cache, or in a checkout beside a local store."""
+def _find_intact_copy(store: Store, catalog: Catalog, file: File) -> Path | None:
+    """Find a file on this machine with the content of a blob: in the local cache, or in a checkout."""
     candidates = [] if store.is_local else [store.cache.path(blob_key(file.sha256))]
     for entry in catalog.entries.values():
         checkout = store.checkout_folder(entry.manifest)
@@ -133,9 +139,9 @@ def _whole_copy(store: Store, catalog: Catalog, file: File) -> Path | None:
     return None
 
 
-def _put_back(store: Store, key: str, copy: Path) -> None:
-    """Putting a file may move it away: a copy of the copy goes in."""
-    spare = store.cache.path(f"arriving/{key.rpartition('/')[2]}-{os.getpid()}")
+def _restore(store: Store, key: str, copy: Path) -> None:
+    """Store a blob from an intact copy. `put_file` may move its file away, so it gets a copy of the copy."""
+    spare = store.cache.path(f"{PARTIAL_FILES}/{key.rpartition('/')[2]}-{os.getpid()}")
     make_folder(spare.parent)
     spare.unlink(missing_ok=True)
     try:

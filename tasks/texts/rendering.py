@@ -1,37 +1,49 @@
-"""Chats as a model is given them: rows of `messages` through the chat template of the base.
+"""Chats rendered as a model reads them: rows of `messages` go through the chat template of the base.
 
 A chat template is a program that a stranger wrote. It runs in a process of its own (rendering_child.py), in the sandbox
-of transformers, with bounds on time and memory. Where there is no template, or it fails, a chat is `role: content`.
+of transformers, with bounds on time and memory. Without a template, or if it fails, a chat is rendered as
+`role: content`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from requant.tasks.environment import with_package
 from requant.tasks.errors import SECRET_VARIABLES, CheckpointError, RecipeError, RenderingTimeout
+from requant.tasks.texts.rendering_child import RenderingAnswer, RenderingJob
 
-TIMEOUT_S = 3600.0  # of the clock, which says nothing of the text: the same is tried again
-# What a tokenizer and its chat template are made of, beside config.json.
+# Wall-clock time depends on the machine and not on the text, so that a rendering that takes too long is tried again.
+TIMEOUT_S = 3600.0
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*")
+# Files of a tokenizer, besides those of its chat template and config.json.
 TOKENIZER = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """Documents, one JSON row of `text` and `domain` each, and the tokens that they have, by domain.
+class ReadingLimit:
+    """After how many tokens or characters reading ends; None: it does not end before the text does."""
 
-    `templated` and `plain` count the chats; `reason` says why the first plain one is plain.
+    tokens: int | None = None
+    characters: int | None = None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A rendered text.
+
+    path: a file of JSON rows with `text` and `domain`; tokens: how many there are, by domain; templated, plain: how
+    many chats went through the chat template, and how many are `role: content`; reason: why the first plain one is
+    plain.
     """
 
     path: Path
@@ -42,7 +54,7 @@ class Rendered:
 
     @property
     def summary(self) -> str:
-        """Say what became of the chats, for the log; nothing where there are none."""
+        """How the chats were rendered, for the log; empty where there are none."""
         if not self.templated and not self.plain:
             return ""
         plain = f"; {self.plain} as plain `role: content` ({self.reason})" if self.plain else ""
@@ -60,43 +72,48 @@ def render(
     name: str = "the text",
     chats: bool = True,
     remote_code: bool = False,
-    most_tokens: int | None = None,
-    most_characters: int | None = None,
+    limit: ReadingLimit | None = None,
 ) -> Rendered:
-    """Render the rows of these files with the tokenizer of `model`, into a file below `folder`.
+    """Render the rows of these files with the tokenizer of `model`, into a file in `folder`.
 
-    Reading ends after `most_tokens` or `most_characters`. Raises RecipeError for rows that cannot be used,
-    CheckpointError for a tokenizer that cannot be loaded, RenderingTimeout (retryable) if the clock ends it.
+    Raises RecipeError for rows that cannot be used, CheckpointError for a tokenizer that cannot be loaded,
+    RenderingTimeout (retryable) after TIMEOUT_S seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    job = {
-        "model": str(model.absolute()), "paths": [str(path.absolute()) for path in paths], "name": name, "chats": chats,
-        "remote_code": remote_code, "most_tokens": most_tokens, "most_characters": most_characters,
-        "out": str(folder.absolute() / "documents.jsonl"), "template": True, "reason": "",
-    }  # fmt: skip
-    found = _run(job, folder)
-    if found is None:  # the kernel ended it in the middle of a template that does not come back to Python
-        job |= {"template": False, "reason": "the base's chat template did not end"}
-        found = _run(job, folder)
-    if found is None:
+    limit = limit or ReadingLimit()
+    job = RenderingJob(
+        model=str(model.absolute()),
+        paths=[str(path.absolute()) for path in paths],
+        out=str(folder.absolute() / "documents.jsonl"),
+        name=name,
+        chats=chats,
+        remote_code=remote_code,
+        max_tokens=limit.tokens,
+        max_characters=limit.characters,
+    )
+    answer = _run(job, folder)
+    if answer is None:
+        answer = _run(replace(job, no_template="the base's chat template did not end"), folder)
+    if answer is None:
         raise CheckpointError(f"reading {name} took too long even without the base's chat template")
-    if problem := found.get("recipe"):
-        raise RecipeError(problem)
-    if problem := found.get("checkpoint"):
-        raise CheckpointError(problem)
-    return Rendered(Path(found["out"]), found["tokens"], found["templated"], found["plain"], found["reason"])
+    if answer.recipe_error:
+        raise RecipeError(answer.recipe_error)
+    if answer.checkpoint_error:
+        raise CheckpointError(answer.checkpoint_error)
+    return Rendered(Path(job.out), answer.tokens, answer.templated, answer.plain, answer.reason)
 
 
-def _run(job: dict[str, Any], folder: Path) -> dict[str, Any] | None:
-    """Run the child; its answer, or None if its template took more CPU time than it may."""
-    (folder / "rendering.json").write_text(json.dumps(job))
+def _run(job: RenderingJob, folder: Path) -> RenderingAnswer | None:
+    """Run the child, and return its answer; None if the kernel ended it because its template took too much CPU time."""
+    job_path = folder.absolute() / "rendering.json"
+    job_path.write_text(job.to_json())
     environment = {k: v for k, v in os.environ.items() if k not in SECRET_VARIABLES}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment |= {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}  # that there is no torch would be its last word
-    command = [sys.executable, "-m", "requant.tasks.texts.rendering_child", str(folder.absolute() / "rendering.json")]
+    # transformers would warn that there is no torch, and the warning would hide why the child ended early.
+    environment |= {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
     try:
         done = subprocess.run(
-            command,
+            [sys.executable, "-m", "requant.tasks.texts.rendering_child", str(job_path)],
             cwd=folder,
             env=with_package(environment),
             stdin=subprocess.DEVNULL,
@@ -105,14 +122,13 @@ def _run(job: dict[str, Any], folder: Path) -> dict[str, Any] | None:
         )
     except subprocess.TimeoutExpired as error:
         raise RenderingTimeout(
-            f"reading {job['name']} took over {TIMEOUT_S:g} s: try again on a machine that is less busy, or name a "
+            f"reading {job.name} took over {TIMEOUT_S:g} s: try again on a machine that is less busy, or name a "
             "smaller text"
         ) from error
     if done.returncode == -signal.SIGPROF:
         return None
     try:
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    except (ValueError, IndexError) as error:
+        return RenderingAnswer.from_json(done.stdout.splitlines()[-1])
+    except (ValueError, TypeError, IndexError) as error:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no word"])[-1]
-        raise CheckpointError(f"the process that reads {job['name']} ended early: {last[:300]}") from error
-    return answer
+        raise CheckpointError(f"the process that reads {job.name} ended early: {last[:300]}") from error

@@ -1,6 +1,6 @@
 """Render chats and count tokens in a process of its own: `python -m requant.tasks.texts.rendering_child JOB.json`.
 
-Its last line on standard output is a JSON object: what came of it, or `recipe` or `checkpoint` with a sentence.
+JOB.json is a RenderingJob. The last line on standard output is a RenderingAnswer.
 """
 
 from __future__ import annotations
@@ -13,83 +13,125 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from requant.tasks.errors import RecipeError
-from requant.tasks.texts.rows import content_of, plain_chat, read_rows
+from requant.tasks.texts.rows import Message, plain_chat, read_rows
 
-# Seconds of CPU time, and none of the clock: what a text becomes is kept for every machine, so that one that swaps or
-# stands still must not decide it.
-ROW_S = 10  # that the template may take for one chat: real ones take milliseconds
-HARD_S = 20  # after which the kernel ends the process: Python cannot stop one long operation
-ALL_S = 300  # for all chats of a text
-MEMORY_BYTES = 4 << 30  # what the process may take beyond what it has when the tokenizer is loaded
-GROWTH = 20  # times as long as its words may a rendered chat be
-OVERHEAD = 100_000  # characters that any chat may have beside its words: a system prompt, tools
-
-
-class Unending(Exception):
-    """A chat that took the template longer than it may."""
+# The rendered text is reused on every machine. So limits are CPU time and not wall-clock time: a machine that swaps or
+# stands still must not change the text.
+CHAT_LIMIT_S = 10  # for one chat: real templates take milliseconds
+KILL_LIMIT_S = 20  # for one chat, after which the kernel ends the process: Python cannot interrupt one long operation
+TEXT_LIMIT_S = 300  # for all chats of a text
+MAX_MEMORY_BYTES = 4 << 30  # beyond what the process uses once the tokenizer is loaded
+MAX_GROWTH = 20  # how many times as long as its messages a rendered chat may be
+MAX_OVERHEAD = 100_000  # characters that a chat may have besides: a system prompt, tools
 
 
-def main(job_path: str) -> int:
-    """Do the job; 0, whatever came of it: the answer says it."""
-    job = json.loads(Path(job_path).read_text())
-    answer: dict[str, Any]
-    with contextlib.redirect_stdout(sys.stderr):  # a tokenizer of the base's own code may print
-        try:
-            answer = rendered(job)
-        except RecipeError as error:
-            answer = {"recipe": str(error)}
-        except Unloadable as error:
-            answer = {"checkpoint": str(error)}
-    sys.stdout.write(json.dumps(answer) + "\n")
-    return 0
+@dataclass(frozen=True)
+class RenderingJob:
+    """What to render. `no_template` is empty, or says why the chat template is not used."""
+
+    model: str
+    paths: Sequence[str]
+    out: str
+    name: str
+    chats: bool
+    remote_code: bool
+    max_tokens: int | None = None
+    max_characters: int | None = None
+    no_template: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return cls(**json.loads(text))
 
 
-class Unloadable(Exception):
+@dataclass(frozen=True)
+class RenderingAnswer:
+    """What a RenderingJob came to: fields as in Rendered, or a sentence that says why it cannot be done."""
+
+    tokens: dict[str, int] = field(default_factory=dict)
+    templated: int = 0
+    plain: int = 0
+    reason: str = ""
+    recipe_error: str = ""
+    checkpoint_error: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: bytes) -> Self:
+        """Read an answer. Raises ValueError or TypeError for anything else."""
+        return cls(**json.loads(line))
+
+
+class TemplateTimeout(Exception):
+    """The chat template took more CPU time than it may."""
+
+
+class TokenizerError(Exception):
     """A tokenizer that cannot be loaded."""
 
 
-def rendered(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the documents; a template that does not end is left out for all of them, so that no limit of time decides
-    about a single one."""
-    tokenizer = _tokenizer(Path(job["model"]), job["remote_code"])
+def main(job_path: str) -> int:
+    """Do a job and write the answer. The exit status is 0 whatever the answer is."""
+    job = RenderingJob.from_json(Path(job_path).read_text())
+    with contextlib.redirect_stdout(sys.stderr):  # a tokenizer of the base's own code may print
+        try:
+            answer = render_text(job)
+        except RecipeError as error:
+            answer = RenderingAnswer(recipe_error=str(error))
+        except TokenizerError as error:
+            answer = RenderingAnswer(checkpoint_error=str(error))
+    sys.stdout.write(answer.to_json() + "\n")
+    return 0
+
+
+def render_text(job: RenderingJob) -> RenderingAnswer:
+    """Render a text, and bound the memory of this process.
+
+    If the template does not end for one chat, it is used for none: a time limit must not decide about single chats.
+    """
+    tokenizer = _tokenizer(Path(job.model), job.remote_code)
     bytes_now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    most = bytes_now + MEMORY_BYTES
+    most = bytes_now + MAX_MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
     try:
-        return _rendered(job, Template(tokenizer, job["reason"] if not job["template"] else _missing(tokenizer)))
-    except Unending:
-        reason = f"the base's chat template took over {ROW_S} s of CPU time for one chat, or {ALL_S} s for all"
-        return _rendered(job, Template(tokenizer, reason))
+        return _write_rows(job, Template(tokenizer, job.no_template or _explain_missing(tokenizer)))
+    except TemplateTimeout:
+        limits = f"{CHAT_LIMIT_S} s of CPU time for one chat, or {TEXT_LIMIT_S} s for all"
+        return _write_rows(job, Template(tokenizer, f"the base's chat template took over {limits}"))
 
 
-def _rendered(job: Mapping[str, Any], template: Template) -> dict[str, Any]:
+def _write_rows(job: RenderingJob, template: Template) -> RenderingAnswer:
+    """Write the rendered rows, up to the limits of the job. Raises TemplateTimeout."""
     tokens, characters = Counter[str](), 0
-    part = Path(job["out"] + ".part")
+    part = Path(f"{job.out}.part")
     with part.open("w", encoding="utf-8") as out:
-        for row in read_rows(job["paths"], job["name"], chats=job["chats"]):
+        for row in read_rows(job.paths, job.name, chats=job.chats):
             text = row.text or template.chat(row.messages)
             out.write(json.dumps({"text": text, "domain": row.domain}) + "\n")
             tokens[row.domain] += len(template.tokenizer(text, add_special_tokens=False)["input_ids"])
             characters += len(text)
-            if job["most_tokens"] is not None and tokens.total() >= job["most_tokens"]:
+            if job.max_tokens is not None and tokens.total() >= job.max_tokens:
                 break
-            if job["most_characters"] is not None and characters >= job["most_characters"]:
+            if job.max_characters is not None and characters >= job.max_characters:
                 break
-    os.replace(part, job["out"])
-    return {
-        "out": job["out"], "tokens": dict(tokens), "templated": template.templated, "plain": template.plain,
-        "reason": template.reason,
-    }  # fmt: skip
+    os.replace(part, job.out)
+    return RenderingAnswer(dict(tokens), template.templated, template.plain, template.reason)
 
 
 class Template:
-    """The chat template of a tokenizer. `missing`: why it is not used at all."""
+    """The chat template of a tokenizer. `missing` is empty, or says why the template is not used."""
 
     def __init__(self, tokenizer: Any, missing: str = "") -> None:
         self.tokenizer = tokenizer
@@ -97,32 +139,32 @@ class Template:
         self._seconds = 0.0
         self.reason = self._missing = missing
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Render a chat; plainly if the template refuses it. Raises Unending."""
-        text = None if self._missing else self._rendered(messages)
+    def chat(self, messages: Sequence[Message]) -> str:
+        """Render a chat, as `role: content` if the template refuses it. Raises TemplateTimeout."""
+        text = None if self._missing else self._apply(messages)
         if text is None:
             self.plain += 1
             return plain_chat(messages)
         self.templated += 1
         return text
 
-    def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> str | None:
-        """Render a chat by the template; None if it refuses the chat."""
-        if self._seconds > ALL_S:
-            raise Unending
+    def _apply(self, messages: Sequence[Message]) -> str | None:
+        """Render a chat with the template; return None if the template refuses it."""
+        if self._seconds > TEXT_LIMIT_S:
+            raise TemplateTimeout
         began = time.process_time()
         try:
-            with _bounded():
-                text = self.tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False)
+            with _limit_cpu_time():
+                text = self.tokenizer.apply_chat_template([dict(m.fields) for m in messages], tokenize=False)
             if not isinstance(text, str) or not text.strip():
                 raise ValueError("it makes nothing of a chat")
-            if len(text) > GROWTH * sum(len(content_of(m)) for m in messages) + OVERHEAD:
+            if len(text) > MAX_GROWTH * sum(len(m.text) for m in messages) + MAX_OVERHEAD:
                 raise ValueError(f"it makes {len(text):,} characters of a chat")
-            text.encode()  # half a surrogate pair is no text, and cannot be written
+            text.encode()  # raises for half a surrogate pair, which cannot be written
             return text
-        except Unending:
+        except TemplateTimeout:
             raise
-        except Exception as error:  # whatever a stranger's template raises
+        except Exception as error:  # a stranger's template may raise anything
             first = next(iter(str(error).splitlines()), "")[:150]
             said = first if first.isprintable() else repr(first)
             self.reason = self.reason or f"the base's chat template refuses it: {type(error).__name__}: {said}"
@@ -131,35 +173,40 @@ class Template:
             self._seconds += time.process_time() - began
 
 
-def _missing(tokenizer: Any) -> str:
+def _explain_missing(tokenizer: Any) -> str:
+    """Say why there is no chat template; return nothing if there is one."""
     return "" if getattr(tokenizer, "chat_template", None) else "the base has no chat template"
 
 
 def _tokenizer(folder: Path, remote_code: bool) -> Any:
-    if not remote_code and "torch" not in sys.modules:  # the base's own code may need it
-        # A tokenizer works without torch, and transformers takes 1.4 s less to import where there seems to be none.
+    """Load the tokenizer of a checkpoint. Raises TokenizerError."""
+    if not remote_code and "torch" not in sys.modules:  # the base's own code may need torch
+        # A tokenizer works without torch, and without it transformers takes 1.4 s less to import.
         sys.modules["torch"] = None  # type: ignore[assignment]
     import transformers
 
     transformers.logging.set_verbosity_error()
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
-    except Exception as error:  # whatever the files of a stranger make it raise
+    except Exception as error:  # a stranger's files may make it raise anything
         first = next(iter(str(error).splitlines()), "")[:300]
-        raise Unloadable(f"the tokenizer of the base cannot be loaded ({type(error).__name__}: {first})") from error
+        raise TokenizerError(f"the tokenizer of the base cannot be loaded ({type(error).__name__}: {first})") from error
 
 
 @contextlib.contextmanager
-def _bounded() -> Iterator[None]:
-    """Raise Unending after ROW_S of CPU time; end the process after HARD_S of it in one operation."""
+def _limit_cpu_time() -> Iterator[None]:
+    """Raise TemplateTimeout in the block after CHAT_LIMIT_S of CPU time.
+
+    After KILL_LIMIT_S the kernel ends the process, also in the middle of one operation.
+    """
 
     def end(*_: object) -> None:
-        raise Unending
+        raise TemplateTimeout
 
     signal.signal(signal.SIGVTALRM, end)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_VIRTUAL, ROW_S)
-    signal.setitimer(signal.ITIMER_PROF, HARD_S)
+    signal.setitimer(signal.ITIMER_VIRTUAL, CHAT_LIMIT_S)
+    signal.setitimer(signal.ITIMER_PROF, KILL_LIMIT_S)
     try:
         yield
     finally:

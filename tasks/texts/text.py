@@ -1,4 +1,4 @@
-"""Texts to calibrate and to measure on, pinned by what they hold."""
+"""Texts to calibrate and to measure on, pinned by a digest of their content."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from requant.tasks.artifact import digest_of, sha256_of
 from requant.tasks.errors import RecipeError
 from requant.tasks.hub.revision import Revision, resolve
 from requant.tasks.hub.sparse_checkout import stream
-from requant.tasks.recipe.quantize import BUILTIN
+from requant.tasks.recipe.quantize_section import BUILTIN
 from requant.tasks.recipe.recipe import BUILTIN_EVALUATION
 from requant.tasks.texts.rows import COLUMNS, columns_of, needs_template
 
-TEXTS = Path(__file__).parent / "builtin"
-EVALUATION = TEXTS / "python-evaluation.txt"
+BUILTIN_FOLDER = Path(__file__).parent / "builtin"
+EVALUATION = BUILTIN_FOLDER / "python-evaluation.txt"
 READABLE = (".parquet", ".jsonl", ".json", ".txt")
-MIXED = ("builtin:mixed",)  # of these, samples are taken from each domain
+MIXED = ("builtin:mixed",)  # samples are taken from each domain of these
 CHATS = ("builtin:mixed", "builtin:mixed-evaluation")
-MAX_DATASET = 4_000_000_000  # bytes: more is not for calibration
-# What describes a data set is JSON too, and no rows: it is part of what pins a data set, and is not read.
+MAX_DATASET_BYTES = 4_000_000_000  # calibration needs far less
+# JSON files that describe a data set and have no rows. They are part of its digest, but are not read.
 DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
-PEEK = 1 << 16  # bytes of a data set's first file that tell its columns
-MAX_ROW = 4 << 20  # bytes of its first row, where that is longer
-MAX_FOOTER = 16 << 20  # bytes of a Parquet file's footer: larger ones tell nothing
+# How much of a data set's first file is read to find its columns: at first, of a long first row, of a Parquet footer.
+PEEK_BYTES = 1 << 16
+MAX_ROW_BYTES = 4 << 20
+MAX_FOOTER_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text by name: `digest` says what it holds; it is a local file, or the data files of a Hub data set.
+    """A text: a local file (`path`), or the data files of a Hub data set (`dataset`).
 
-    `chats`: rows of it are messages, which the base's chat template renders. `columns`: those of a data set's first
-    file, as far as they are known.
+    digest: of its content; chats: whether rows have messages, which the base's chat template renders; columns: the
+    names of those of a data set's first file, if they are known.
     """
 
     name: str
@@ -43,26 +44,26 @@ class Text:
 
     @property
     def mixed(self) -> bool:
-        """Tell whether samples are taken from each of its domains."""
+        """Whether samples are taken from each of its domains."""
         return self.name in MIXED
 
 
 def find_text(name: str, key: str = "quantize.calibration") -> Text:
     """Find the text that a recipe's `key` names: `builtin:NAME`, a local file, or a Hub data set `id[@revision]`.
 
-    A data set is resolved to a commit; its digest is that of its data files. Raises RecipeError, HubError or
+    A data set is resolved to a commit, and its digest is that of its data files. Raises RecipeError, HubError,
     HubUnavailable.
     """
     if name.startswith("builtin:"):
         if name not in BUILTIN + BUILTIN_EVALUATION:
             raise RecipeError(f"{key}: {name} does not exist: use {' or '.join(BUILTIN + BUILTIN_EVALUATION)}")
-        path = TEXTS / f"{name.removeprefix('builtin:')}.{'jsonl' if name in CHATS else 'txt'}"
+        path = BUILTIN_FOLDER / f"{name.removeprefix('builtin:')}.{'jsonl' if name in CHATS else 'txt'}"
         return _text(name, sha256_of(path), name in CHATS, path=path)
     if Path(name).is_absolute():
         try:
-            held = sha256_of(Path(name))
-            return _text(Path(name).name, held, needs_template([name]), path=Path(name))
-        except (OSError, ValueError) as error:  # a NUL in the name
+            digest = sha256_of(Path(name))
+            return _text(Path(name).name, digest, needs_template([name]), path=Path(name))
+        except (OSError, ValueError) as error:  # ValueError: the name has a NUL
             reason = getattr(error, "strerror", None) or error
             raise RecipeError(
                 f"{key}: {name} cannot be read ({reason}) on this machine: put the file there, or name a Hub data set"
@@ -70,51 +71,54 @@ def find_text(name: str, key: str = "quantize.calibration") -> Text:
     repo_id, _, revision = name.partition("@")
     dataset = resolve(repo_id, revision or "main", "dataset")
     files = tuple(f for f in dataset.files if f.path.endswith(READABLE) and not f.path.startswith("."))
-    if not any(has_rows(f.path) for f in files) or sum(f.size for f in files) > MAX_DATASET:
+    if not any(has_rows(f.path) for f in files) or sum(f.size for f in files) > MAX_DATASET_BYTES:
         raise RecipeError(
             f"{key}: {name} has no readable data files ({', '.join(READABLE)}) "
-            f"of together at most {MAX_DATASET:,} bytes: name a smaller data set or a local file"
+            f"of together at most {MAX_DATASET_BYTES:,} bytes: name a smaller data set or a local file"
         )
     pinned = Revision(dataset.repo_id, dataset.sha, files, "dataset")
-    held = digest_of([(f.path, f.size, f.sha256 or f.blob_id) for f in files])  # an edited README changes nothing
+    digest = digest_of([(f.path, f.size, f.sha256 or f.blob_id) for f in files])  # an edited README does not change it
     columns = _columns(pinned)
     chats = COLUMNS[1] in columns and COLUMNS[0] not in columns
-    return _text(f"{repo_id}@{dataset.sha}", f"dataset:{held}", chats, dataset=pinned, columns=columns)
+    return _text(f"{repo_id}@{dataset.sha}", f"dataset:{digest}", chats, dataset=pinned, columns=columns)
 
 
 def _text(
     name: str,
-    held: str,
+    digest: str,
     chats: bool,
     path: Path | None = None,
     dataset: Revision | None = None,
     columns: tuple[str, ...] = (),
 ) -> Text:
-    """Make a text. Chats came later than texts: only the digest of a text that has chats says so."""
-    return Text(name, f"chats:{held}" if chats else held, path, dataset, chats, columns)
+    """Make a text.
+
+    The digest of a text with chats has a prefix. Other digests have none, so that stage keys from before chats hold.
+    """
+    return Text(name, f"chats:{digest}" if chats else digest, path, dataset, chats, columns)
 
 
 def has_rows(path: str) -> bool:
-    """Tell whether a file of a data set is read, by its name."""
+    """Check by its name whether a file of a data set has rows to read."""
     return path.endswith(READABLE) and Path(path).name not in DESCRIPTIONS
 
 
 def _columns(dataset: Revision) -> tuple[str, ...]:
-    """Tell the columns of a data set from a few KB of its first file with rows; none where these do not tell."""
+    """Find the columns of a data set in a few KB of its first file with rows; return none if these are not enough."""
     rows = [f for f in dataset.files if has_rows(f.path) and not f.path.endswith(".txt") and f.size]
     if not rows:
         return ()
-    # A JSON file may be about the data set: files that can only be data tell more.
+    # A JSON file may describe the data set: files of other kinds, which can only be data, are preferred.
     file = min(rows, key=lambda f: (f.path.endswith(".json"), not f.path.endswith(".parquet"), f.path))
     suffix = Path(file.path).suffix
     if suffix != ".parquet":
-        head, most, columns = b"", min(file.size, MAX_ROW), tuple[str, ...]()
-        while not columns and len(head) < most:
-            head += b"".join(stream(dataset, file.path, len(head), min(most, 4 * len(head) or PEEK)))
-            columns = columns_of(head, b"", suffix, cut=len(head) >= most)
+        head, max_bytes, columns = b"", min(file.size, MAX_ROW_BYTES), tuple[str, ...]()
+        while not columns and len(head) < max_bytes:
+            head += b"".join(stream(dataset, file.path, len(head), min(max_bytes, 4 * len(head) or PEEK_BYTES)))
+            columns = columns_of(head, b"", suffix, cut=len(head) >= max_bytes)
         return columns
-    tail = b"".join(stream(dataset, file.path, max(0, file.size - PEEK), file.size))
-    footer = int.from_bytes(tail[-8:-4], "little") + 8
-    if len(tail) < footer <= min(file.size, MAX_FOOTER):
-        tail = b"".join(stream(dataset, file.path, file.size - footer, file.size))
+    tail = b"".join(stream(dataset, file.path, max(0, file.size - PEEK_BYTES), file.size))
+    footer_bytes = int.from_bytes(tail[-8:-4], "little") + 8
+    if len(tail) < footer_bytes <= min(file.size, MAX_FOOTER_BYTES):
+        tail = b"".join(stream(dataset, file.path, file.size - footer_bytes, file.size))
     return columns_of(b"", tail, suffix)

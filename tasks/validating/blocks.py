@@ -1,7 +1,7 @@
-"""A pass over a whole model with one decoder block in memory at a time.
+"""A pass through a complete model with one decoder block in memory at a time.
 
-The model's own forward is run with its blocks recording what they are called with; then each block, once its weights
-are there, goes over all rows before the next one comes.
+First the model's own forward is run, with blocks that only record their arguments. Then the blocks are loaded one after
+the other, and each processes all rows before the next one is loaded.
 """
 
 from __future__ import annotations
@@ -18,46 +18,59 @@ from requant.tasks.errors import CheckpointError
 from requant.tasks.validating.model import Skeleton
 
 
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a block besides the hidden states, such as masks and rotary embeddings."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 @dataclass
 class Rows:
-    """Rows of equal length on their way through the blocks: hidden states `[1, length, hidden]` each, and what every
-    block gets beside them (masks, rotary embeddings), which is the same for all of them."""
+    """Rows of tokens of equal length on their way through the blocks.
+
+    hidden: the hidden states of each row, `[1, length, hidden]`; calls: the other arguments of each block, which are
+    the same for all rows.
+    """
 
     hidden: list[torch.Tensor]
-    extra: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    calls: list[Call]
 
     @classmethod
     def of(cls, skeleton: Skeleton, tokens: torch.Tensor) -> Rows:
-        """Embed rows of tokens, int64 `[rows, length]`. The skeleton's ends are loaded.
+        """Embed rows of tokens, int64 `[rows, length]`. The skeleton's ends must be loaded.
 
-        Raises CheckpointError for a model whose blocks get something else for other rows: it cannot be run this way.
+        Raises CheckpointError if the other arguments of a block depend on the row: such a model cannot be run this way.
         """
         hidden: list[torch.Tensor] = []
-        extra: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        calls: list[Call] = []
         for row in tokens:
-            with _recording(skeleton.blocks) as calls:
+            with _recording(skeleton.blocks) as recorded:
                 skeleton.text(input_ids=row[None].to(skeleton.device), use_cache=False)
-            if len(calls) != len(skeleton.blocks):
+            if len(recorded) != len(skeleton.blocks):
                 raise CheckpointError(f"{type(skeleton.model).__name__} does not run each of its blocks once")
-            hidden.append(calls[0][0][0])
-            now = [(args[1:], kwargs) for args, kwargs in calls]
-            if not extra:
-                extra = now
-            elif not _same(extra, now):
+            hidden.append(recorded[0].args[0])
+            others = [Call(call.args[1:], call.kwargs) for call in recorded]
+            if not calls:
+                calls = others
+            elif not all(map(_same_arguments, calls, others)):
                 raise CheckpointError(f"the blocks of {type(skeleton.model).__name__} get more than hidden states")
-        return cls(hidden, extra)
+        return cls(hidden, calls)
 
     def through(self, number: int, block: nn.Module) -> None:
-        """Replace the hidden states by what a block makes of them."""
-        args, kwargs = self.extra[number]
-        self.hidden = [_output(block(state, *args, **kwargs)) for state in self.hidden]
+        """Replace the hidden states by the block's output for them."""
+        call = self.calls[number]
+        self.hidden = [_hidden_states(block(state, *call.args, **call.kwargs)) for state in self.hidden]
 
 
 def run_blocks(
     skeleton: Skeleton, groups: list[Rows], after: Callable[[int], None] = lambda number: None
 ) -> list[torch.Tensor]:
-    """Run every group through all blocks, and the final norm: `[rows, length, hidden]` each. `after` a block is called
-    with its number."""
+    """Run groups of rows through all blocks and the final norm, and return `[rows, length, hidden]` for each group.
+
+    `after` is called behind each block, with its index.
+    """
     for number in range(len(skeleton.blocks)):
         with skeleton.loaded(number) as block:
             for rows in groups:
@@ -68,12 +81,12 @@ def run_blocks(
 
 
 @contextlib.contextmanager
-def _recording(blocks: list[nn.Module]) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Let blocks hand their input on, and keep what each was called with."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+def _recording(blocks: list[nn.Module]) -> Iterator[list[Call]]:
+    """Make blocks return their input, and record the arguments of each. The hidden states are the first of `args`."""
+    calls: list[Call] = []
 
     def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(((hidden_states, *args), kwargs))
+        calls.append(Call((hidden_states, *args), kwargs))
         return hidden_states
 
     for block in blocks:
@@ -85,9 +98,13 @@ def _recording(blocks: list[nn.Module]) -> Iterator[list[tuple[tuple[Any, ...], 
             del block.forward
 
 
-def _output(output: Any) -> torch.Tensor:
+def _hidden_states(output: Any) -> torch.Tensor:
     hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
+
+
+def _same_arguments(one: Call, other: Call) -> bool:
+    return _same(one.args, other.args) and _same(one.kwargs, other.kwargs)
 
 
 def _same(one: Any, other: Any) -> bool:

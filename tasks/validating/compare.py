@@ -1,10 +1,8 @@
-"""What a quantized checkpoint does beside its base, place by place: distributions, blocks, hidden states."""
+"""Comparison of a quantized checkpoint with its base: next-token distributions, decoder blocks, vision features."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,104 +10,99 @@ import torch
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.validating.blocks import Rows
-from requant.tasks.validating.measured import Measurement
-from requant.tasks.validating.model import Skeleton, few_threads, free
-
-
-@dataclass(frozen=True)
-class Block:
-    """One decoder block beside the base's. `error`: how far off its own work is, given what the base's block was given,
-    relative to that work (what the block adds to the hidden states). `drift`: how far the hidden states after it are
-    off, all blocks before it being quantized too, relative to the base's."""
-
-    block: int
-    kind: str
-    error: float
-    drift: float
+from requant.tasks.validating.measured import BlockError, Divergence
+from requant.tasks.validating.measurement import Floats, Measurement
+from requant.tasks.validating.model import RunSettings, Skeleton, few_threads, free
 
 
 @torch.inference_mode()
 def compare(
-    ours: Path,
-    theirs: Path,
-    of_ours: Measurement,
+    quantized_folder: Path,
+    base_folder: Path,
+    of_quantized: Measurement,
     of_base: Measurement,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    remote_code: bool = False,
-) -> dict[str, Any]:
-    """The divergence of the next-token distributions, the errors of the blocks, the difference of the vision towers.
+    settings: RunSettings,
+) -> Divergence:
+    """Compare next-token distributions, decoder blocks and vision features.
 
-    Both measurements are of the same tokens. Runs our blocks on the base's hidden states, one in memory at a time.
+    Both measurements are of the same tokens. The quantized blocks are run on the base's hidden states, one block in
+    memory at a time.
     """
-    skeleton = Skeleton(Checkpoint.open(ours), dtype, device, remote_code=remote_code)
+    skeleton = Skeleton(Checkpoint.open(quantized_folder), settings)
     skeleton.load_ends()
-    source = Checkpoint.open(theirs)
+    base_checkpoint = Checkpoint.open(base_folder)
     base = skeleton
-    if not _same_output_layer(skeleton.checkpoint, source):
-        base = Skeleton(source, dtype, device, remote_code=remote_code)
+    if not _same_output_layer(skeleton.checkpoint, base_checkpoint):
+        base = Skeleton(base_checkpoint, settings)
         base.load_ends()
     with few_threads(skeleton.nbytes):
-        blocks = _blocks(skeleton, of_ours, of_base)
-        divergence = _divergence(skeleton, base, of_ours, of_base)
-    result: dict[str, Any] = {
-        "blocks": [asdict(block) for block in blocks],
-        "kl_divergence": float(divergence.mean()),
-        "kl_divergence_p99": float(np.quantile(divergence, 0.99)),
-    }
+        blocks = _block_errors(skeleton, of_quantized, of_base)
+        divergence = _kl_divergence(skeleton, base, of_quantized, of_base)
     del skeleton, base
-    free(device)
-    if of_base.features.numel():
-        same_shape = of_ours.features.shape == of_base.features.shape
-        difference = (of_ours.features.float() - of_base.features.float()).abs().max() if same_shape else torch.inf
-        result["vision_difference"] = float(difference)
-    return result
-
-
-def _blocks(skeleton: Skeleton, of_ours: Measurement, of_base: Measurement) -> list[Block]:
-    tokens = torch.from_numpy(of_base.tokens[:1, : of_base.probes.shape[1]]).long()
-    rows = Rows.of(skeleton, tokens)
-    kinds = getattr(skeleton.text.config, "layer_types", None) or ["decoder"] * len(skeleton.blocks)
-    found = []
-    for number in range(len(skeleton.blocks)):
-        given, expected = (of_base.probes[number + k].to(skeleton.device) for k in (0, 1))
-        rows.hidden = [given[None]]
-        with skeleton.loaded(number) as block:
-            rows.through(number, block)
-        error = _relative(rows.hidden[0][0] - expected, expected - given)
-        reached = of_base.probes[number + 1]
-        drift = _relative(of_ours.probes[number + 1] - reached, reached)
-        found.append(Block(number, kinds[number], error, drift))
-    return found
-
-
-def _divergence(skeleton: Skeleton, base: Skeleton, of_ours: Measurement, of_base: Measurement) -> Any:
-    """KL(base || ours) of every next-token distribution, in nats."""
-    found = []
-    for ours, theirs in zip(of_ours.hidden, of_base.hidden, strict=True):
-        one = skeleton.logits(ours[:-1].to(skeleton.device)).log_softmax(-1)
-        other = base.logits(theirs[:-1].to(base.device)).log_softmax(-1)
-        found.append((other.exp() * (other - one)).sum(-1).cpu().numpy())
-    return np.stack(found)
-
-
-def _same_output_layer(ours: Checkpoint, theirs: Checkpoint) -> bool:
-    """Whether both have the same embeddings and output layer, byte for byte; the final norm is in the hidden states."""
-    mine, others = _outside(ours), _outside(theirs)
-    return mine.keys() == others.keys() and all(
-        mine[name].nbytes == tensor.nbytes
-        and all(a == b for a, b in zip(mine[name].chunks(), tensor.chunks(), strict=True))
-        for name, tensor in others.items()
+    free(settings.device)
+    return Divergence(
+        blocks=tuple(blocks),
+        kl_divergence=float(divergence.mean()),
+        kl_divergence_p99=float(np.quantile(divergence, 0.99)),
+        vision_difference=_vision_difference(of_quantized.features, of_base.features),
     )
 
 
-def _outside(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def _block_errors(skeleton: Skeleton, of_quantized: Measurement, of_base: Measurement) -> list[BlockError]:
+    tokens = torch.from_numpy(of_base.tokens[:1, : of_base.probes.shape[1]]).long()
+    rows = Rows.of(skeleton, tokens)
+    kinds = getattr(skeleton.text.config, "layer_types", None) or ["decoder"] * len(skeleton.blocks)
+    errors = []
+    for number in range(len(skeleton.blocks)):
+        base_input, base_output = (of_base.probes[number + k].to(skeleton.device) for k in (0, 1))
+        rows.hidden = [base_input[None]]
+        with skeleton.loaded(number) as block:
+            rows.through(number, block)
+        error = _relative(rows.hidden[0][0] - base_output, base_output - base_input)
+        reached = of_base.probes[number + 1]
+        drift = _relative(of_quantized.probes[number + 1] - reached, reached)
+        errors.append(BlockError(block=number, kind=kinds[number], error=error, drift=drift))
+    return errors
+
+
+def _kl_divergence(skeleton: Skeleton, base: Skeleton, of_quantized: Measurement, of_base: Measurement) -> Floats:
+    """Return KL(base || quantized) of every next-token distribution, in nats: float32 `[n, L-1]`."""
+    divergence = []
+    for quantized_hidden, base_hidden in zip(of_quantized.hidden, of_base.hidden, strict=True):
+        quantized_log = skeleton.logits(quantized_hidden[:-1].to(skeleton.device)).log_softmax(-1)
+        base_log = base.logits(base_hidden[:-1].to(base.device)).log_softmax(-1)
+        divergence.append((base_log.exp() * (base_log - quantized_log)).sum(-1).cpu().numpy())
+    return np.stack(divergence)
+
+
+def _vision_difference(quantized: torch.Tensor, base: torch.Tensor) -> float | None:
+    """Return the largest difference of two features, infinity for another shape; None if the base has no features."""
+    if not base.numel():
+        return None
+    if quantized.shape != base.shape:
+        return float("inf")
+    return float((quantized.float() - base.float()).abs().max())
+
+
+def _same_output_layer(quantized: Checkpoint, base: Checkpoint) -> bool:
+    """Check whether both have the same embeddings and output layer, byte for byte.
+
+    The final norm does not matter: the measured hidden states have passed through it.
+    """
+    tensors, base_tensors = _embeddings(quantized), _embeddings(base)
+    return tensors.keys() == base_tensors.keys() and all(
+        tensors[name].nbytes == tensor.nbytes
+        and all(a == b for a, b in zip(tensors[name].chunks(), tensor.chunks(), strict=True))
+        for name, tensor in base_tensors.items()
+    )
+
+
+def _embeddings(checkpoint: Checkpoint) -> dict[str, Tensor]:
     names = ("embed_tokens.weight", "lm_head")
     return {name: t for name, t in checkpoint.tensors.items() if any(part in name for part in names)}
 
 
 def _relative(difference: torch.Tensor, size: torch.Tensor) -> float:
-    norm = float(size.float().norm())
-    off = float(difference.float().norm())
-    return off / norm if norm else float(off > 0)
+    size_norm = float(size.float().norm())
+    difference_norm = float(difference.float().norm())
+    return difference_norm / size_norm if size_norm else float(difference_norm > 0)

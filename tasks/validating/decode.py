@@ -1,8 +1,8 @@
-"""Greedy decoding in torch: plainly, and speculatively with the MTP head as an engine does it.
+"""Greedy decoding in torch: plain, and speculative with the MTP head as an engine does it.
 
-The speculative decoder verifies all drafts of a step in one pass of the main model. Where one is refused, keys and
-values, convolution and delta rule states go back to what they were before the pass, and only what was accepted is read
-again: a recurrent state cannot be cropped.
+The speculative decoder verifies all drafts of a step in one pass of the main model. A recurrent state cannot be
+cropped. So after a draft is refused, the cache (keys and values, convolution and delta rule states) is set back to what
+it was before the pass, and only the accepted tokens are read again.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from requant.tasks.validating.blocks import Rows, run_blocks
 from requant.tasks.validating.head import MtpHead
 from requant.tasks.validating.model import Skeleton
 
-TIE = 1e-3  # logits this close are a tie, which a pass of one token and one of several may break differently
+TIE = 1e-3  # logits closer than this are a tie, which passes of one token and of several may break differently
 
 
 @dataclass
 class Speculation:
-    """What became of the drafts: `accepted[k]` of `steps` steps took the draft at position k and all before it."""
+    """The tokens, and the fate of the drafts: `accepted[k]` of `steps` steps accepted draft k and all before it."""
 
     tokens: list[int]
     steps: int = 0
@@ -30,7 +30,10 @@ class Speculation:
 
 
 def decode(skeleton: Skeleton, prompt: torch.Tensor, new: int) -> tuple[list[int], list[float]]:
-    """`new` greedy tokens after a prompt, int64 `[n]`, and by how much each logit led. Every weight is held."""
+    """Decode `new` tokens after a prompt, int64 `[n]`. All weights must be loaded.
+
+    The second list has the difference of the best two logits at each token.
+    """
     cache = DynamicCache(config=skeleton.text.config)
     fed = prompt
     tokens: list[int] = []
@@ -45,7 +48,10 @@ def decode(skeleton: Skeleton, prompt: torch.Tensor, new: int) -> tuple[list[int
 
 
 def decode_in_blocks(skeleton: Skeleton, prompts: torch.Tensor, new: int) -> torch.Tensor:
-    """The same for `[rows, n]` prompts at once -> `[rows, new]`, with one block in memory: a pass over all for each."""
+    """Decode `new` tokens after each of several prompts, int64 `[rows, n]` -> `[rows, new]`.
+
+    One block is in memory at a time, so that each token costs a pass over all weights.
+    """
     tokens = prompts
     for _ in range(new):
         (hidden,) = run_blocks(skeleton, [Rows.of(skeleton, tokens)])
@@ -54,34 +60,34 @@ def decode_in_blocks(skeleton: Skeleton, prompts: torch.Tensor, new: int) -> tor
 
 
 def speculate(skeleton: Skeleton, head: MtpHead, prompt: torch.Tensor, new: int, drafts: int) -> Speculation:
-    """`new` greedy tokens after a prompt with `drafts` draft tokens a step. Every weight is held."""
-    main, drafted = DynamicCache(config=skeleton.text.config), head.cache()
-    hidden = _read(skeleton, prompt, main)
-    found = Speculation([], accepted=[0] * drafts)
-    # The head reads hidden states beside the tokens that follow them: `unread` are those that it has not seen yet.
+    """Decode `new` tokens after a prompt, int64 `[n]`, with `drafts` drafts per step. All weights must be loaded."""
+    cache, head_cache = DynamicCache(config=skeleton.text.config), head.cache()
+    hidden = _read(skeleton, prompt, cache)
+    result = Speculation([], accepted=[0] * drafts)
+    # The head reads each hidden state together with the token that follows it. `unread`: states that it has not read.
     unread, tokens = hidden, torch.cat([prompt[1:], skeleton.logits(hidden[-1:]).argmax(-1)])
-    found.tokens.append(int(tokens[-1]))
-    while len(found.tokens) < new:
-        guesses = _draft(skeleton, head, drafted, unread, tokens, drafts)
-        before = copy.deepcopy(main)
+    result.tokens.append(int(tokens[-1]))
+    while len(result.tokens) < new:
+        guesses = _draft(skeleton, head, head_cache, unread, tokens, drafts)
+        cache_before = copy.deepcopy(cache)
         fed = torch.cat([tokens[-1:], guesses])
-        hidden = _read(skeleton, fed, main)
+        hidden = _read(skeleton, fed, cache)
         choices = skeleton.logits(hidden).argmax(-1)
-        taken = int((guesses == choices[:-1]).long().cumprod(0).sum())
-        if taken < drafts:
-            main = before
-            hidden = _read(skeleton, fed[: taken + 1], main)
-        unread, tokens = hidden, choices[: taken + 1]
-        found.tokens += tokens.tolist()
-        found.steps += 1
-        for position in range(taken):
-            found.accepted[position] += 1
-    del found.tokens[new:]
-    return found
+        accepted = int((guesses == choices[:-1]).long().cumprod(0).sum())
+        if accepted < drafts:
+            cache = cache_before
+            hidden = _read(skeleton, fed[: accepted + 1], cache)
+        unread, tokens = hidden, choices[: accepted + 1]
+        result.tokens += tokens.tolist()
+        result.steps += 1
+        for position in range(accepted):
+            result.accepted[position] += 1
+    del result.tokens[new:]
+    return result
 
 
 def _read(skeleton: Skeleton, tokens: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-    """Tokens `[n]` after those in the cache -> their hidden states `[n, hidden]`, after the final norm."""
+    """Run tokens, int64 `[n]`, after those in the cache. Returns hidden states after the final norm, `[n, hidden]`."""
     output = skeleton.text(input_ids=tokens[None], past_key_values=cache, use_cache=True)
     hidden: torch.Tensor = output.last_hidden_state[0]
     return hidden
@@ -90,7 +96,7 @@ def _read(skeleton: Skeleton, tokens: torch.Tensor, cache: DynamicCache) -> torc
 def _draft(
     skeleton: Skeleton, head: MtpHead, cache: DynamicCache, unread: torch.Tensor, tokens: torch.Tensor, drafts: int
 ) -> torch.Tensor:
-    """`drafts` guesses after `tokens`, `[drafts]`. The cache keeps what is true, and nothing that was guessed."""
+    """Draft tokens after `tokens`: int64 `[drafts]`. Afterwards the cache holds true tokens and none of the drafts."""
     begin = cache.get_seq_length()
     positions = torch.arange(begin, begin + len(tokens), device=tokens.device)
     state = head(tokens[None], unread[None], positions[None], cache=cache)[0, -1:]
@@ -104,8 +110,11 @@ def _draft(
 
 
 def agreement(plain: list[int], leads: list[float], speculative: list[int]) -> float:
-    """The share of tokens that are equal, up to the first tie that was broken the other way."""
-    for place, (one, other) in enumerate(zip(plain, speculative, strict=True)):
+    """Return the share of tokens before the first that differs. 1.0 if that token was a tie, broken the other way.
+
+    `leads`: the difference of the best two logits at each token of plain decoding.
+    """
+    for index, (one, other) in enumerate(zip(plain, speculative, strict=True)):
         if one != other:
-            return 1.0 if leads[place] < TIE else place / len(plain)
+            return 1.0 if leads[index] < TIE else index / len(plain)
     return 1.0

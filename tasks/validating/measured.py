@@ -1,102 +1,211 @@
-"""What was measured of one checkpoint, and the figures that follow from it. Two of them make a comparison."""
+"""The values that validate measures, as gates, report, card and pictures read them.
+
+Their JSON form is one flat object: the artifact `validation.json`, and `measured` in the document of `requant run`. Its
+keys are a contract. A value that could not be measured is null; a key that has no meaning for a checkpoint is absent.
+To tell the two apart, a part writes the fields that were set, and no others.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from pydantic import BeforeValidator, Field
 
-RESAMPLED, LEVEL, SEED = 2000, 0.95, 0
+from requant.tasks.documents import StoredDocument
 
-Ints = npt.NDArray[np.int32]
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
+# A number that is not finite is null in the document of a run, since JSON has no NaN.
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+Interval = tuple[Number, Number]
+# The keys are written in this order, so that equal values have equal bytes in the store.
+KEYS = (
+    "text", "packed", "kept", "head", "unaccounted", "altered", "not_finite", "files", "context", "differences",
+    "head_kept", "vision", "matrices", "blocks", "same_tokens", "perplexity_increase", "kl_divergence",
+    "top1_agreement", "most_repeated_token", "long_context", "vision_difference", "mtp_acceptance_ratio",
+    "speculative_agreement", "tasks", "worst_task_recovery", "tokens", "perplexity", "perplexity_interval",
+    "base_perplexity", "base_perplexity_interval", "perplexity_increase_interval", "long_context_tokens",
+    "mtp_acceptance", "base_mtp_acceptance", "mtp_acceptance_by_position", "base_mtp_acceptance_by_position",
+    "greedy_acceptance_by_position", "base_greedy_acceptance_by_position", "kl_divergence_p99", "not_measured",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Arrays by position, of n windows of L tokens of the pinned text. What could not be measured is empty."""
+def _is_none(value: object) -> bool:
+    return value is None
 
-    tokens: Ints  # [n, L]
-    nll: Floats  # [n, L-1], natural log, of token t+1 after the tokens up to t
-    top1: Ints  # [n, L-1], the choice at t
-    drafts: Ints  # [drafts, n, L-1], the head's choices for token t+2 and those after it
-    generated: Ints  # [prompts, new], greedy
-    speculation: Ints  # [prompts, 1 + drafts]: steps, and in how many of them each draft was taken
-    speculative: Floats  # [prompts], share of tokens that are those of plain decoding (only in float32)
-    context: Ints  # [2]: the longest text that was tried, and at how many of its positions all is finite
-    hidden: torch.Tensor  # [n, L, hidden] after the final norm
-    probes: torch.Tensor  # [blocks + 1, probe, hidden], what goes into each block and comes out of the last
-    features: torch.Tensor  # [patches, hidden] of a synthetic image
 
-    @property
-    def perplexity(self) -> float:
-        return float(np.exp(self.nll.mean(dtype=np.float64)))
+class Audit(StoredDocument):
+    """The comparison of all tensors and files with the base's, without running either model.
 
-    @property
-    def perplexity_interval(self) -> tuple[float, float]:
-        """Where the perplexity of other such windows would lie, at LEVEL: bootstrap over windows."""
-        return interval(self.nll.mean(axis=1, dtype=np.float64), np.exp)
+    Every list holds sentences. All but `differences` must be empty for a sound checkpoint.
+    """
 
-    @property
-    def acceptance(self) -> float | None:
-        """Share of first drafts that the main model would choose itself, given the true text before them."""
-        by_position = self.acceptance_by_position
-        return by_position[0] if by_position else None
+    packed: int = Field(0, description="Matrices that are quantized")
+    kept: int = Field(0, description="Tensors that are the base's, without those of the MTP head")
+    head: int = Field(0, description="Tensors of the MTP head that are the base's")
+    unaccounted: tuple[str, ...] = Field((), description="Missing, surplus and contradictory tensors and settings")
+    altered: tuple[str, ...] = Field((), description="Tensors that are not quantized, and differ from the base's")
+    not_finite: tuple[str, ...] = Field((), description="Tensors and scales that hold NaN or infinity")
+    files: tuple[str, ...] = Field((), description="Files other than weights and configs that differ from the base's")
+    context: tuple[str, ...] = Field((), description="Settings of context length and rotary embeddings that differ")
+    differences: tuple[str, ...] = Field((), description="Differences that change nothing that is computed")
 
-    @property
-    def acceptance_by_position(self) -> list[float]:
-        """For 1, 2, ... draft tokens the share of steps that take this one and all before it, as engines count it.
 
-        Whether a later draft is taken can be told only where the true text goes on as the drafts before it said: it is
-        measured there, and the shares are multiplied.
-        """
-        shares: list[float] = []
-        on_track = np.ones(self.drafts.shape[1:], bool)
-        for k, draft in enumerate(self.drafts):
-            last = draft.shape[1] - 1 - k  # the main model's choice for token t + 2 + k stands at t + 1 + k
-            taken = (draft[:, :last] == self.top1[:, k + 1 :])[on_track[:, :last]]
-            shares.append(float(taken.mean()) * (shares[-1] if shares else 1.0) if taken.size else 0.0)
-            true = np.zeros_like(on_track)
-            true[:, :last] = draft[:, :last] == self.tokens[:, k + 2 :]
-            on_track &= true
-        return shares
+class MatrixError(StoredDocument):
+    """The distance of one quantized matrix Q from the base's W. See `tasks/checkpoint/weight_error.py`.
 
-    @property
-    def greedy_acceptance_by_position(self) -> list[float]:
-        """The same share over the steps of a speculative decoding of its own greedy text; empty if none was made."""
-        if not self.speculation.size:
-            return []
-        steps, *taken = self.speculation.sum(axis=0).tolist()
-        return [count / steps for count in taken]
+    The last three compare it with a rounding of W by Q's own scales. Records of earlier versions do not have them.
+    """
 
-    def to_bytes(self) -> bytes:
-        """A safetensors file."""
-        tensors = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
-        return save_tensors({k: v.contiguous() for k, v in tensors.items()})
+    name: str = Field(description="The name of the base's tensor")
+    bits: int = Field(description="Bits of a quantized weight")
+    slope: Number = Field(description="<Q, W> / <W, W>; 1, or less where rounding clips")
+    offset: Number = Field(description="Mean of Q - W, in steps of the scale")
+    error: Number = Field(description="|Q - W| / |W|")
+    slope_excess: float | None = Field(None, description="The slope minus that of the rounding")
+    scale_factor: float | None = Field(None, description="The factor by which the scales of Q are too large")
+    rounding_noise: float | None = Field(None, description="|R - W|^2 / |W|^2 of the rounding R")
+
+
+class BlockError(StoredDocument):
+    """The distance of one decoder block from the base's."""
+
+    block: int = Field(description="Index of the block")
+    kind: str = Field(description="Its entry in the config's `layer_types`, or `decoder`")
+    error: Number = Field(
+        description="Error of its output, given the base's input, relative to what the block adds to the hidden states"
+    )
+    drift: Number = Field(
+        description="Error of the hidden states after it in the quantized model, relative to the base's"
+    )
+
+
+class Divergence(StoredDocument):
+    """The distances of decoder blocks, distributions and vision features from the base's, on the same tokens."""
+
+    blocks: tuple[BlockError, ...] | None = Field(None, description="The decoder blocks in their order")
+    kl_divergence: float | None = Field(None, description="Mean KL(base || quantized) of the next token, in nats")
+    kl_divergence_p99: float | None = Field(None, description="99 % quantile of the same, in nats")
+    vision_difference: float | None = Field(
+        None, description="Largest difference of a vision feature of one synthetic image; null without such features"
+    )
+
+
+class Side(StoredDocument):
+    """The behaviour of one of the two models on the text.
+
+    A draft acceptance rate is a share of 1: null, or an empty list, without a head. A rate by position is the share of
+    steps that accept this draft and all before it.
+    """
+
+    perplexity: float | None = Field(None, description="Perplexity per token")
+    perplexity_interval: Interval | None = Field(None, description="Its 95 % interval")
+    mtp_acceptance: float | None = Field(None, description="Draft acceptance rate of the first draft, after true text")
+    mtp_acceptance_by_position: tuple[Number, ...] | None = Field(None, description="The same for each draft")
+    greedy_acceptance_by_position: tuple[Number, ...] | None = Field(
+        None, description="Draft acceptance rate of each draft while the model decodes greedily"
+    )
+
+
+class Behaviour(StoredDocument):
+    """The behaviour of both models on the same text. Shares are of 1."""
+
+    same_tokens: float | None = Field(None, description="Share of the text's tokens that both tokenizers agree on")
+    perplexity_increase: float | None = Field(None, description="Perplexity divided by the base's, minus 1")
+    top1_agreement: float | None = Field(None, description="Share of places at which both choose the same next token")
+    most_repeated_token: float | None = Field(None, description="Share of the most frequent token in greedy text")
+    long_context: float | None = Field(None, description="Share of a long text's places where all values are finite")
+    mtp_acceptance_ratio: float | None = Field(None, description="Draft acceptance rate divided by the base's")
+    speculative_agreement: float | None = Field(
+        None, description="Share of tokens that speculative decoding leaves as they are without it"
+    )
+    tokens: int | None = Field(None, description="Number of tokens of the text")
+    perplexity_increase_interval: Interval | None = Field(None, description="95 % interval of `perplexity_increase`")
+    long_context_tokens: int | None = Field(None, description="Number of tokens of the long text")
+    base: Side = Side()
+    quantized: Side = Side()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields that were set, with those of both sides beside the others."""
+        own = self.model_dump(mode="json", exclude={"base", "quantized"})
+        base = {f"base_{key}": value for key, value in self.base.to_json().items()}
+        return {**own, **self.quantized.to_json(), **base}
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Measurement:
-        kept = {"hidden", "probes", "features"}
-        fields: dict[str, Any] = {k: v if k in kept else v.numpy() for k, v in load_tensors(data).items()}
-        return cls(**fields)
+    def from_json(cls, document: Mapping[str, Any]) -> Behaviour:
+        """Read the part from a document of all values. Raises pydantic's ValidationError for a wrong value."""
+        base = {key: document[f"base_{key}"] for key in Side.model_fields if f"base_{key}" in document}
+        sides = {"base": Side.model_validate(base), "quantized": Side.model_validate(document)}
+        return cls.model_validate({**document, **sides})
 
 
-def perplexity_increase(ours: Measurement, base: Measurement) -> tuple[float, tuple[float, float]]:
-    """Our perplexity over the base's, minus 1, and its interval: the same windows of both are compared."""
-    difference = ours.nll.mean(axis=1, dtype=np.float64) - base.nll.mean(axis=1, dtype=np.float64)
-    return float(np.expm1(difference.mean())), interval(difference, np.expm1)
+class TaskScore(StoredDocument):
+    """The scores of both models in one lm-eval task."""
+
+    metric: str = Field(description="lm-eval's name of the metric")
+    base: Number = Field(description="The base's score")
+    ours: Number = Field(description="The quantized model's score")
+    recovery: float | None = Field(description="Share of the base's score that is left; null where the base scores 0")
+    base_stderr: float | None = Field(None, description="Standard error of the base's score")
+    stderr: float | None = Field(None, description="Standard error of the quantized model's score")
+    samples: int | None = Field(None, description="Number of samples of the task")
 
 
-def interval(by_window: Doubles, figure: Any) -> tuple[float, float]:
-    """The middle LEVEL of `figure` of the mean over windows drawn again and again, always the same ones."""
-    random = np.random.default_rng(SEED)
-    drawn = random.integers(0, len(by_window), (RESAMPLED, len(by_window)))
-    ends = np.quantile(by_window[drawn].mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    low, high = figure(ends).tolist()
-    return low, high
+class Evaluation(StoredDocument):
+    """The scores of the lm-eval tasks that the recipe names."""
+
+    tasks: dict[str, TaskScore] | None = Field(None, description="The scores by task; null where neither model was run")
+    worst_task_recovery: float | None = Field(None, description="The smallest recovery; null if one of them is null")
+
+
+class Measured(StoredDocument):
+    """Everything that validate measured of a quantized checkpoint and its base."""
+
+    text: str | None = Field(None, exclude_if=_is_none, description="The name of the text; absent without a store")
+    audit: Audit = Audit()
+    head_kept: bool = Field(False, description="Whether the checkpoint must have the base's MTP head")
+    vision: bool = Field(False, description="Whether the base has a vision tower")
+    matrices: tuple[MatrixError, ...] | None = Field(None, description="The quantized matrices; null without one")
+    divergence: Divergence = Divergence()
+    behaviour: Behaviour = Behaviour()
+    evaluation: Evaluation | None = Field(None, description="None if the recipe names no tasks")
+    not_measured: str | None = Field(
+        None, exclude_if=_is_none, description="Why values are null; absent if all were measured"
+    )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all values as one flat object."""
+        parts = {"audit", "divergence", "behaviour", "evaluation"}
+        own = self.model_dump(mode="json", exclude=parts)
+        evaluation = self.evaluation.to_json() if self.evaluation else {}
+        values = {**own, **self.audit.to_json(), **self.divergence.to_json(), **self.behaviour.to_json(), **evaluation}
+        return dict(sorted(values.items(), key=lambda item: KEYS.index(item[0])))
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Measured:
+        """Read what `to_json` returned, in this version or an earlier one. Missing keys get defaults.
+
+        Raises ValueError (pydantic's ValidationError) for a value that does not fit.
+        """
+        parts: dict[str, StoredDocument] = {
+            "audit": Audit.model_validate(document),
+            "divergence": Divergence.model_validate(document),
+            "behaviour": Behaviour.from_json(document),
+        }
+        if document.keys() & Evaluation.model_fields.keys():
+            parts["evaluation"] = Evaluation.model_validate(document)
+        return cls.model_validate({**document, **parts})
+
+
+# The values that gates ask for are null, and all others absent, where a checkpoint could not be run or not be compared.
+NOT_RUN = Behaviour(
+    same_tokens=None,
+    perplexity_increase=None,
+    top1_agreement=None,
+    most_repeated_token=None,
+    long_context=None,
+    mtp_acceptance_ratio=None,
+    speculative_agreement=None,
+)
+NOT_COMPARED = Divergence(blocks=None, kl_divergence=None, vision_difference=None)
+NOT_EVALUATED = Evaluation(tasks=None, worst_task_recovery=None)

@@ -1,4 +1,4 @@
-"""What a vision tower makes of synthetic pixels: no processor, and so none of its dependencies, is needed."""
+"""Features of a vision tower for synthetic pixels, so that no processor and none of its dependencies are needed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ SEED, GRID = 1, (1, 8, 12)  # frames, rows and columns of patches
 
 
 def features(skeleton: Skeleton) -> torch.Tensor | None:
-    """The features of one synthetic image, or None where there is no tower, or one that is not known here.
+    """Return the features of one synthetic image, `[patches, hidden]`; None without a tower of a known kind.
 
-    Known: towers that take patches `[patches, channels * frames * side * side]` and a grid (the Qwen-VL families), and
-    those that take pixels `[1, channels, size, size]`.
+    Known are towers that take patches `[patches, channels * frames * side * side]` and a grid (the Qwen-VL families),
+    and those that take pixels `[1, channels, size, size]`.
     """
     vision = getattr(skeleton.model.config, "vision_config", None)
     if vision is None:
@@ -25,12 +25,12 @@ def features(skeleton: Skeleton) -> torch.Tensor | None:
         width = channels * vision.temporal_patch_size * vision.patch_size**2
         rows, columns = (side * vision.spatial_merge_size // 2 for side in GRID[1:])
         pixels = torch.randn(GRID[0] * rows * columns, width, generator=random)
-        more = {"image_grid_thw": torch.tensor([[GRID[0], rows, columns]], device=skeleton.device)}
+        grid = {"image_grid_thw": torch.tensor([[GRID[0], rows, columns]], device=skeleton.device)}
     elif isinstance(getattr(vision, "image_size", None), int):
-        pixels, more = torch.randn(1, channels, vision.image_size, vision.image_size, generator=random), {}
+        pixels, grid = torch.randn(1, channels, vision.image_size, vision.image_size, generator=random), {}
     else:
         return None
     pixels = pixels.to(device=skeleton.device, dtype=skeleton.dtype)
-    output = skeleton.model.model.get_image_features(pixel_values=pixels, **more)
-    found = getattr(output, "pooler_output", output)
-    return found if isinstance(found, torch.Tensor) else torch.cat(list(found))
+    output = skeleton.model.model.get_image_features(pixel_values=pixels, **grid)
+    states = getattr(output, "pooler_output", output)
+    return states if isinstance(states, torch.Tensor) else torch.cat(list(states))

@@ -70,12 +70,12 @@ def drafted(vllm_python: str, published: dict[str, Path], tmp_path_factory: pyte
 
 def test_each_is_diagnosed_as_what_it_is(published: dict[str, Path]) -> None:
     vanilla = inspect_checkpoint(published[VANILLA], deep=True)
-    assert vanilla["mtp"]["precision"] == "BF16+INT4" and vanilla["engines"]["vllm"]["mtp"] is True
-    assert vanilla["problems"] == []
+    assert vanilla.mtp.precision == "BF16+INT4" and vanilla.engines["vllm"].mtp is True
+    assert vanilla.problems == []
     packed = inspect_checkpoint(published[PACKED_FC])
-    assert packed["engines"]["vllm"] | {"reason": ""} == {"loads": True, "mtp": False, "reason": ""}
-    assert any("mtp.fc.qweight is packed" in problem for problem in packed["problems"])
-    (wrong,) = inspect_checkpoint(published[CARD], deep=True)["problems"]
+    assert packed.engines["vllm"].to_json() | {"reason": ""} == {"loads": True, "mtp": False, "reason": ""}
+    assert any("mtp.fc.qweight is packed" in problem for problem in packed.problems)
+    (wrong,) = inspect_checkpoint(published[CARD], deep=True).problems
     assert "mtp.fc.weight was dequantized from 4 bits with a zero point that is one off" in wrong
 
 
@@ -84,7 +84,7 @@ def test_every_mended_head_is_the_bases_and_has_no_problem(published: dict[str, 
     for name, folder in published.items():
         if name.endswith(", mended"):
             assert {n: raw for n, raw in all_tensors(folder).items() if n.startswith("mtp.")} == head
-            assert inspect_checkpoint(folder, deep=True)["problems"] == []
+            assert inspect_checkpoint(folder, deep=True).problems == []
 
 
 def test_every_mended_checkpoint_drafts_as_the_one_with_the_bases_head(drafted: dict[str, Any]) -> None:

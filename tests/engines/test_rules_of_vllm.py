@@ -14,6 +14,7 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import vllm
 from requant.tasks.checkpoint.compat.layers import Tree
 from requant.tasks.checkpoint.compat.rule import Layer, NotLoadable, Patterns, Renames
+from requant.tasks.checkpoint.config import ModelConfig, QuantizationConfig
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import modules_of
 from tests.engines.cases import ARCHITECTURES, METHODS, generate
@@ -24,7 +25,7 @@ ASK = Path(__file__).parent / "ask_vllm.py"
 
 def checkpoint_of(case: dict[str, Any]) -> Checkpoint:
     tensors = {n: Tensor(n, dtype, (1, 1), Path("x"), 0, 0) for n, dtype in case["tensors"].items()}
-    return Checkpoint(Path("x"), {"architectures": [case["architecture"]]}, tensors, (), None)
+    return Checkpoint(Path("x"), ModelConfig(architectures=[case["architecture"]]), tensors, (), None)
 
 
 def tree_of(case: dict[str, Any]) -> Tree:
@@ -45,7 +46,7 @@ def ours(case: dict[str, Any]) -> Any:
     tree = tree_of(case)
     config = {**case["config"], "quant_method": case["method"]}
     try:
-        rule = vllm.read_rule(config, tree.renames, tree.fused, Patterns(), checkpoint_of(case))
+        rule = vllm.read_rule(QuantizationConfig(config), tree.renames, tree.fused, Patterns(), checkpoint_of(case))
     except NotLoadable as refusal:
         return {"error": str(refusal)}
     assert rule is not None

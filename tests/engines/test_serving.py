@@ -20,7 +20,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from requant.tasks.serving.process import free_port, running
+from requant.tasks.serving.process import free_port, run_engine
 from tests.engines.pipeline import TARGET, Made, engine_environment
 from tests.factories.paths import ROOT
 
@@ -51,7 +51,7 @@ def server(made: Made, vllm_python: str, log: Path, tmp_path_factory: pytest.Tem
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     environment = {**made.environment, "PATH": path, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "0"}
     command, before = made.snippets("bash")[0], engines()
-    with running(["sh", "-c", command], log, environment) as engine:
+    with run_engine(["sh", "-c", command], log, environment) as engine:
         url = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + 300
         while True:
@@ -113,9 +113,9 @@ def test_the_cards_python_runs_as_printed(made: Made, tmp_path: Path) -> None:
 def test_engine_and_gates_speak_of_the_same_model(made: Made, server: str) -> None:
     """Log-probabilities of the measured text, token by token: vLLM's in BF16 and those of the torch path."""
     from requant.tasks.texts.text import EVALUATION
-    from requant.tasks.validating.measure import measure, precision
+    from requant.tasks.validating.measure import measure, run_settings
 
-    ours = measure(made.folder, EVALUATION, *precision(made.folder))
+    ours = measure(made.folder, EVALUATION, run_settings(made.folder))
     tokens, nll = ours.tokens[:WINDOWS, :LENGTH], ours.nll[:WINDOWS, : LENGTH - 1]
     body = {"model": TARGET, "prompt": tokens.tolist(), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
     answer = httpx.post(f"{server}/v1/completions", json=body, timeout=300).json()

@@ -68,13 +68,13 @@ def test_the_verdict_is_what_vllm_does(name: str, folders: dict[str, Path], trie
     error = with_mtp["error"] if without is None or without["error"] is None else without["error"]
     print(f"{name} | {verdict} | loads {loads}, acceptance {with_mtp['acceptance']} | {(error or '')[:160]}")
     if name in STRICTER:
-        assert verdict["mtp"] is False and loads
+        assert verdict.mtp is False and loads
     else:
-        assert (verdict["loads"], verdict["mtp"]) == (loads, drafts)
+        assert (verdict.loads, verdict.mtp) == (loads, drafts)
 
 
 def test_a_mended_head_drafts_as_the_bases(folders: dict[str, Path], tried: dict[str, Any]) -> None:
-    assert verdicts(Checkpoint.open(folders[MENDED]))["vllm"]["mtp"] is True
+    assert verdicts(Checkpoint.open(folders[MENDED]))["vllm"].mtp is True
     mended, sound = tried[MENDED]["with"], tried[SOUND]["with"]
     assert mended["error"] is None and mended["warnings"] == [] and sound["acceptance"] > DRAFTS
     assert mended["drafted"] > 50

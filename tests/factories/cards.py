@@ -15,7 +15,10 @@ from requant.tasks.card.facts import CardFacts, FileFacts
 from requant.tasks.hub.revision import Revision
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Gates, Recipe
+from requant.tasks.record import StageRecord
+from requant.tasks.serving.result import BenchmarkResult
 from requant.tasks.validating.gates import judge
+from requant.tasks.validating.measured import Measured
 from tests.factories.measured import GOOD
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -55,16 +58,22 @@ FACTS = CardFacts(
         kept_names=("model.layers.0.input_layernorm.weight", "model.layers.1.input_layernorm.weight", "mtp.fc.weight"),
         packing="auto_round:auto_gptq",
     ),
-    measured=MEASURED,
-    gates=judge(MEASURED, Gates()),
-    benchmark={"engine": "none"},
-    provenance={"quantize": {"seconds": 12.34, "tools": {"auto-round": "0.16.1"}, "settings": {"device": "H200"}}},
+    measured=Measured.from_json(MEASURED),
+    gates=judge(Measured.from_json(MEASURED), Gates()),
+    benchmark=BenchmarkResult(engine="none"),
+    provenance={
+        "quantize": StageRecord({"seconds": 12.34, "tools": {"auto-round": "0.16.1"}, "settings": {"device": "H200"}})
+    },
     version="0.1.0",
 )
 
 
 def facts_of(**changes: Any) -> CardFacts:
-    """Change FACTS: fields of its own, or those of its files."""
+    """Change FACTS: fields of its own, or those of its files. `measured` and `benchmark` are given as documents."""
+    if "measured" in changes:
+        changes["measured"] = Measured.from_json(changes["measured"])
+    if "benchmark" in changes:
+        changes["benchmark"] = BenchmarkResult.model_validate(changes["benchmark"])
     files = {field.name for field in fields(FileFacts)} & changes.keys()
     of_files = {name: changes.pop(name) for name in files}
     return replace(FACTS, files=replace(FACTS.files, **of_files), **changes)
@@ -194,3 +203,12 @@ MEASURED_IN_VLLM: dict[str, Any] = {
         {"mtp": True, "words": ["vllm", "serve", "MODEL", "--dtype", "half", "--speculative-config", '{"a":1}']},
     ],
 }
+
+
+SUMMARY = {
+    "tokens": 100, "tokens_per_second": 100.0, "first_token_seconds": 0.1, "inter_token_seconds": 0.01,
+    "acceptance": 0.8,
+}  # fmt: skip
+
+
+COMPARED_IN_VLLM: dict[str, Any] = {**MEASURED_IN_VLLM, "mtp": {"speedup": 2.0, "on": SUMMARY, "off": SUMMARY}}

@@ -42,7 +42,7 @@ from requant.tasks.store.s3 import S3Backend  # noqa: E402
 from requant.tasks.store.store import blob_key  # noqa: E402
 
 STALL = 2.5  # seconds; a read that brings nothing for one is given up here
-transfer.MAX_SINGLE_PUT_BYTES, transfer.PART = 1 << 20, 5 << 20  # S3's smallest part
+transfer.MAX_SINGLE_PUT_BYTES, transfer.PART_BYTES = 1 << 20, 5 << 20  # S3's smallest part
 client.STALL_TIMEOUT_S = 1.0
 SMALL = b'{"some": "object"}' * 20
 
@@ -73,11 +73,11 @@ class Operation:
 def main() -> None:
     folder = Path(sys.argv[1]).resolve()
     with endpoint(S3_URL):
-        direct = S3Backend("requant", "faults", patience=10)
+        direct = S3Backend("requant", "faults", retry_s=10)
         direct.keys("x"), direct.size("x")
     with endpoint(S3.url):
-        through = S3Backend("requant", "faults", patience=10, read_timeout=1.0)
-        impatient = S3Backend("requant", "faults", patience=3, read_timeout=1.0)
+        through = S3Backend("requant", "faults", retry_s=10, read_timeout_s=1.0)
+        impatient = S3Backend("requant", "faults", retry_s=3, read_timeout_s=1.0)
         through.size("x"), impatient.size("x")
     hub = HubStandIn(folder / "nothing")
     hub.url = HUB_URL

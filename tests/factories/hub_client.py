@@ -1,4 +1,4 @@
-"""What tests of the Hub stand-in ask of it through the real `huggingface_hub` client."""
+"""Requests that tests of the Hub stand-in make with the real `huggingface_hub` client."""
 
 from __future__ import annotations
 

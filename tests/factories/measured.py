@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from requant.tasks.validating import measure as measuring
+from requant.tasks.validating.measured import Measured
 
 GOOD: dict[str, Any] = {
     "unaccounted": [],
@@ -54,6 +55,11 @@ GOOD: dict[str, Any] = {
     "speculative_agreement": 1.0,
     "head_kept": True,
 }
+
+
+def good(**changes: Any) -> Measured:
+    """Return what validate measures of a good checkpoint, with changes to its JSON form."""
+    return Measured.from_json({**GOOD, **changes})
 
 
 @contextmanager

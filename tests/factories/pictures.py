@@ -6,6 +6,9 @@ from typing import Any
 
 from requant.tasks.plots import Picture
 from requant.tasks.plots.draw import draw
+from requant.tasks.record import StageRecord
+from requant.tasks.serving.result import BenchmarkResult, PromptResult, TokenGaps
+from requant.tasks.validating.measured import Measured
 
 HOSTILE = (
     "</text><script>alert(1)</script>", '"/><image href="x" onload="alert(1)"/>', "$x^{2}$ $", "\\frac{", "a\nb\tc",
@@ -13,12 +16,18 @@ HOSTILE = (
 )  # fmt: skip
 
 
-def prompt(name: str, *, mtp: bool, speed: float = 50.0, **more: Any) -> dict[str, Any]:
-    accepted = {"acceptance": 0.8, "acceptance_by_position": [0.9, 0.7]} if mtp else {"acceptance": None}
-    return {
+def prompt(name: str, *, mtp: bool, speed: float = 50.0, **more: Any) -> PromptResult:
+    values: dict[str, Any] = {
         "set": "card", "name": name, "mtp": mtp, "sampling": "greedy", "concurrency": 1, "tokens": 64,
-        "tokens_per_second": speed, **accepted, **more,
+        "tokens_per_second": speed, "first_token_seconds": 0.1, "inter_token_seconds": TokenGaps(),
     }  # fmt: skip
+    if mtp:
+        values |= {"acceptance": 0.8, "acceptance_by_position": (0.9, 0.7)}
+    return PromptResult(**{**values, **more})
+
+
+def benchmark(*prompts: PromptResult) -> BenchmarkResult:
+    return BenchmarkResult(engine="vllm", prompts=prompts)
 
 
 def model(count: int, **broken: float) -> dict[str, Any]:
@@ -51,4 +60,4 @@ def tuned(count: int) -> list[dict[str, Any]]:
 def everything(count: int = 4) -> list[Picture]:
     """Every picture that there is."""
     prompts = [prompt("p", mtp=mtp, speed=50.0 + 40 * mtp) for mtp in (False, True)]
-    return draw(model(count), {"prompts": prompts}, tuned(count))
+    return draw(Measured.from_json(model(count)), benchmark(*prompts), StageRecord({"blocks": tuned(count)}).blocks)

@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from infra.dev.hub.launch import HubStandIn
 from requant.tasks.artifact import CARD, RECIPE, RELEASE, REPORT, File, Manifest, file_of, git_blob_id, git_blob_id_of
-from requant.tasks.hub.manifest import release_document, tag_of
+from requant.tasks.hub.manifest import Origin, release_document, tag_of
 from requant.tasks.hub.release import Release, release
 from requant.tasks.hub.revision import Revision
 from requant.tasks.recipe.recipe import Publish
@@ -64,13 +64,11 @@ def made(folder: Path, seed: int, *, files: Mapping[str, bytes] | None = None, *
         "pictures/losses.png": b"\x89PNG of " + str(seed).encode(),
     }
     beside[RELEASE] = release_document(
-        version="0.1.0",
-        base=revision,
+        origin=Origin(revision, "e" * 64, "0.1.0"),
         artifact=manifest,
-        beside=[File(path, len(data), hashlib.sha256(data).hexdigest()) for path, data in beside.items()],
+        release_files=[File(path, len(data), hashlib.sha256(data).hexdigest()) for path, data in beside.items()],
         blob_ids={path: git_blob_id(folder / path) for path in paths}
         | {path: git_blob_id_of(data) for path, data in beside.items()},
-        recipe_digest="e" * 64,
         gates=[{"name": "structure", "value": 0.0, "limit": 0.0, "passed": True}],
         provenance={},
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from requant.tasks.artifact import Manifest, file_of, sha256_of
 from requant.tasks.hub.revision import HubFile, Revision
+from requant.tasks.record import StageRecord
 from requant.tasks.store import Store
 from requant.tasks.store.backend import Backend
 from requant.tasks.store.folder import FolderBackend
@@ -70,7 +71,7 @@ def put(store: Store, files: Mapping[str, bytes]) -> Manifest:
 
 def keep(store: Store, key: str, files: Mapping[str, bytes], stage: str = "quantize", **record: object) -> Manifest:
     """Put files into a store and keep them as the artifact that a stage made, with what it recorded."""
-    return store.commit(stage, key, put(store, files), record)
+    return store.commit(stage, key, put(store, files), StageRecord(record))
 
 
 def held_base(store: Store, folder: Path) -> Revision:

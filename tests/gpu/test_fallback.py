@@ -1,4 +1,4 @@
-"""torch.compile fails on a GPU, because the machine has no C compiler: each kind of block is tuned without it."""
+"""torch.compile fails on a GPU because the machine has no C compiler: each kind of block is tuned without it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SETTINGS = {"nsamples": SIZE.nsamples, "seqlen": SIZE.seqlen, "iters": SIZE.iter
 def test_where_compiling_fails_each_kind_of_block_is_tuned_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the same process, with the same samples: to the bits of a run that was asked not to compile."""
+    """Compare the weights with those of a run that was asked not to compile: they have the same bits."""
     base = build_model(tmp_path / "base", "mixed", SIZE)  # linear attention, full attention, linear attention
     monkeypatch.setenv("REQUANT_DETERMINISTIC", "1")
     for folder in ("asked", "failed"):
@@ -31,9 +31,9 @@ def test_where_compiling_fails_each_kind_of_block_is_tuned_without(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     failed, _ = quantized(tmp_path / "failed", base, torch_compile=True, **SETTINGS)
-    print(*failed.provenance["blocks"], sep="\n")
-    assert failed.provenance["settings"]["torch_compile"] is True
-    assert [a["ended"] for a in failed.provenance["attempts"]] == ["done"]
-    told = [block.get("fallback", "") for block in failed.provenance["blocks"]]
-    assert [text.startswith("torch.compile failed") for text in told] == [True, True, False]
+    print(*failed.provenance.document["blocks"], sep="\n")
+    assert failed.provenance.document["settings"]["torch_compile"] is True
+    assert [a["ended"] for a in failed.provenance.document["attempts"]] == ["done"]
+    fallbacks = [block.get("fallback", "") for block in failed.provenance.document["blocks"]]
+    assert [text.startswith("torch.compile failed") for text in fallbacks] == [True, True, False]
     assert failed.manifest.digest == asked.manifest.digest

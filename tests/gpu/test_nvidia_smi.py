@@ -1,4 +1,4 @@
-"""What nvidia-smi says of a process that holds memory of the GPU: what the benchmark reads beside an engine."""
+"""The GPU memory that nvidia-smi reports for a process, as the benchmark reads it for an engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ GIB = 1 << 30
 
 
 def test_what_a_process_holds_is_its_memory_and_its_context() -> None:
-    """Asked by its number, and, as in a container that hides numbers, by what was taken since before it began."""
+    """Measure it by the process number, and as the increase since before its start.
+
+    In a container that hides process numbers, only the second way works.
+    """
     before = hardware.used_bytes()
     assert before is not None
     with subprocess.Popen([sys.executable, "-c", HOLDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -38,4 +41,4 @@ def test_what_a_process_holds_is_its_memory_and_its_context() -> None:
 
 
 def test_the_gpus_have_their_names() -> None:
-    assert torch.cuda.get_device_name() in hardware.names()
+    assert torch.cuda.get_device_name() in hardware.gpu_names()

@@ -1,4 +1,4 @@
-"""The quantize stage where the GPU's memory runs out: `make test-gpu` on a machine with one."""
+"""The quantize stage when the GPU's memory runs out."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import pytest
 from infra.bench.gpu_piece import Size, build_model
 from requant.tasks.checkpoint.audit import account
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.quantizing.ladder import Attempt
 from tests.factories.bases import quantized
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-# Long samples and small weights: what a step keeps for its backward pass is most of what it takes.
+# With long samples and small weights, a step needs most of its memory for the activations that it keeps.
 SIZE = Size(
     hidden=1024, intermediate=4096, heads=4, kv_heads=2, key_heads=4, value_heads=8, nsamples=8, seqlen=4096, iters=6
 )
@@ -22,7 +23,7 @@ SIZE = Size(
 WIDE = Size(hidden=2048, intermediate=8192, heads=8, kv_heads=2, key_heads=8, value_heads=16, nsamples=32, iters=12)
 
 
-def settings(size: Size, **changes: Any) -> dict[str, Any]:
+def settings(size: Size, **changes: int | bool) -> dict[str, int | bool]:
     names = ("iters", "nsamples", "seqlen", "batch_size")
     return {**{name: getattr(size, name) for name in names}, "group_size": 128, **changes}
 
@@ -34,25 +35,25 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(base: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
-    """Bytes that tuning with one sample a step takes where there is enough of everything, not compiled."""
+    """Measure the bytes that uncompiled tuning with one sample per step takes if there is enough memory."""
     with_one = settings(SIZE, batch_size=1, low_gpu_mem=True, torch_compile=False)
-    peak = quantized(tmp_path_factory.mktemp("single"), base, **with_one)[0].provenance["peak_gpu_bytes"]
+    peak = quantized(tmp_path_factory.mktemp("single"), base, **with_one)[0].provenance.document["peak_gpu_bytes"]
     assert isinstance(peak, int)
     return peak
 
 
-def descend(cap: float, folder: Path, base: Path, patch: pytest.MonkeyPatch, **asked: Any) -> list[dict[str, Any]]:
-    """Quantize with so many bytes of the GPU: the attempts. The artifact is sound, and the provenance says it all."""
-    patch.setenv("REQUANT_GPU_GB", str(cap / 1e9))
+def descend(limit_bytes: float, folder: Path, base: Path, patch: pytest.MonkeyPatch, **asked: Any) -> list[Attempt]:
+    """Quantize with a limit of GPU memory. Returns the attempts, and checks the artifact and its provenance."""
+    patch.setenv("REQUANT_GPU_GB", str(limit_bytes / 1e9))
     result, made = quantized(folder, base, **asked)
-    attempts: list[dict[str, Any]] = result.provenance["attempts"]
-    print(f"at most {cap / 1e9:.2f} GB", *attempts, *result.provenance["blocks"], sep="\n")
-    assert [a["ended"] for a in attempts] == ["oom"] * (len(attempts) - 1) + ["done"] and len(attempts) > 1
-    assert all(a["batch_size"] * a["gradient_accumulate_steps"] == asked["batch_size"] for a in attempts)
-    assert all(b["loss_after"] <= b["loss_before"] for b in result.provenance["blocks"])
-    assert result.provenance["peak_gpu_bytes"] <= cap
-    found = account(Checkpoint.open(made), Checkpoint.open(base), with_head=False)
-    assert found.packed and not (found.unaccounted or found.altered or found.not_finite)
+    attempts = [Attempt.model_validate(attempt) for attempt in result.provenance.document["attempts"]]
+    print(f"at most {limit_bytes / 1e9:.2f} GB", *attempts, *result.provenance.document["blocks"], sep="\n")
+    assert [a.ended for a in attempts] == ["oom"] * (len(attempts) - 1) + ["done"] and len(attempts) > 1
+    assert all(a.batch_size * a.gradient_accumulate_steps == asked["batch_size"] for a in attempts)
+    assert all(b["loss_after"] <= b["loss_before"] for b in result.provenance.document["blocks"])
+    assert result.provenance.document["peak_gpu_bytes"] <= limit_bytes
+    audit = account(Checkpoint.open(made), Checkpoint.open(base), with_head=False)
+    assert audit.packed and not (audit.unaccounted or audit.altered or audit.not_finite)
     return attempts
 
 
@@ -60,18 +61,18 @@ def test_out_of_memory_it_goes_down_to_single_samples(
     base: Path, single: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempts = descend(1.3 * single, tmp_path, base, monkeypatch, **settings(SIZE, torch_compile=False))
-    assert [a["batch_size"] for a in attempts] == [8, 4, 2, 1]
-    assert not any(a.get("offload") for a in attempts)
+    assert [a.batch_size for a in attempts] == [8, 4, 2, 1]
+    assert not any(a.offload for a in attempts)
 
 
 def test_where_a_single_sample_does_not_fit_activations_go_to_the_cpus_memory(
     base: Path, single: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempts = descend(0.8 * single, tmp_path, base, monkeypatch, **settings(SIZE, torch_compile=False))
-    assert [(a["batch_size"], a.get("offload", False)) for a in attempts[-2:]] == [(1, False), (1, True)]
+    assert [(a.batch_size, a.offload) for a in attempts[-2:]] == [(1, False), (1, True)]
 
 
 def test_a_compiled_step_goes_down_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = build_model(tmp_path / "base", "mixed", WIDE)
     attempts = descend(2.0e9, tmp_path, base, monkeypatch, **settings(WIDE, torch_compile=True))
-    assert attempts[-1]["batch_size"] < WIDE.batch_size
+    assert attempts[-1].batch_size < WIDE.batch_size

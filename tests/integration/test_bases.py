@@ -38,25 +38,25 @@ def test_every_block_of_this_base_is_tuned(kind: str, tmp_path: Path, monkeypatc
     monkeypatch.setenv("AR_LOG_LEVEL", "ERROR")  # the user's own, which hides no loss from the record
     base = pico_base(tmp_path / "base", head=False) if kind == "without head" else other_base(tmp_path / "base", kind)
     result, _ = quantized(tmp_path, base)
-    blocks = result.provenance["blocks"]
+    blocks = result.provenance.document["blocks"]
     assert len(blocks) == 2
     for block in blocks:
         assert block["loss_after"] <= block["loss_before"] and block["output_error"] > 0
         assert "loop" not in block and "fallback" not in block
-    assert [picture.name for picture in draw(None, None, blocks)] == ["losses"]
-    reasons = result.provenance["settings"]["reasons"]
+    assert [picture.name for picture in draw(None, None, result.provenance.blocks)] == ["losses"]
+    reasons = result.provenance.document["settings"]["reasons"]
     assert set(reasons) == {"fast", "compare_last", "torch_compile", "low_gpu_mem"}
 
 
 def test_our_loop_ends_where_auto_rounds_does(loops: tuple[StageResult, StageResult]) -> None:
     """On blocks without the delta rule: the same losses, and the artifact to the last bit."""
     assert loops[0].manifest.digest == loops[1].manifest.digest
-    losses = [[(b["loss_before"], b["loss_after"]) for b in end.provenance["blocks"]] for end in loops]
+    losses = [[(b["loss_before"], b["loss_after"]) for b in end.provenance.document["blocks"]] for end in loops]
     assert len(losses[0]) == 2 and losses[0] == losses[1]
 
 
 def test_auto_rounds_own_loop_keeps_the_lowest_batch_whatever_is_asked(loops: tuple[StageResult, StageResult]) -> None:
-    settings = loops[0].provenance["settings"]
+    settings = loops[0].provenance.document["settings"]
     assert settings["fast"] is False and settings["compare_last"] is False
     assert "lowest batch" in settings["reasons"]["compare_last"]
 
@@ -68,7 +68,7 @@ def test_with_the_delta_rule_the_losses_are_the_same_to_float_noise(tmp_path: Pa
     for fast in (False, True):
         folder = tmp_path / str(fast)
         folder.mkdir()
-        blocks = quantized(folder, base, fast=fast, compare_last=False)[0].provenance["blocks"]
+        blocks = quantized(folder, base, fast=fast, compare_last=False)[0].provenance.document["blocks"]
         losses.append([value for b in blocks for value in (b["loss_before"], b["loss_after"])])
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
@@ -82,7 +82,7 @@ def test_each_block_keeps_the_last_steps_rounding_where_it_is_better_than_the_lo
         folder = tmp_path / str(compare_last)
         folder.mkdir()
         asked = {"iters": 40, "nsamples": 16, "compare_last": compare_last}
-        runs[compare_last] = quantized(folder, base, **asked)[0].provenance["blocks"]
+        runs[compare_last] = quantized(folder, base, **asked)[0].provenance.document["blocks"]
     assert not any("kept" in block for block in runs[False])
     for block in runs[True]:
         lower = min(block["compared"], key=block["compared"].get)

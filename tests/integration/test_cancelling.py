@@ -16,13 +16,13 @@ PROGRAM = """
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.states import Cancelling, Completed, Running
-from requant.flows.gpu_pool import _begin
+from requant.flows.gpu_pool import _start_run
 from requant.flows.requantize import requantize
 
 @flow(persist_result=False, on_cancellation=requantize.on_cancellation_hooks)
 def cancelled():
     parameters = {"recipe": {"base": {"repo_id": "a/b"}}, "base": "b", "calibration": "builtin:python", "key": "k"}
-    begun, waiting, done = (_begin("quantize", key, parameters) for key in ("begun", "waiting", "done"))
+    begun, waiting, done = (_start_run("quantize", key, parameters) for key in ("begun", "waiting", "done"))
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(begun.id, Running(), force=True)
         client.set_flow_run_state(done.id, Completed(), force=True)

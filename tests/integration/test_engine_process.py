@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from requant.tasks.errors import EngineFailed
-from requant.tasks.serving.process import free_port, running
-from requant.tasks.serving.vllm import vllm
+from requant.tasks.serving.process import free_port, run_engine
+from requant.tasks.serving.vllm import serve_vllm
 from tests.factories.forked import forked
 from tests.factories.forks import Fork
 from tests.factories.paths import ROOT
@@ -111,7 +111,7 @@ def test_the_engine_and_its_workers_end_with_us(
 
 def test_an_engine_ends_with_the_block_that_started_it(tmp_path: Path, stand_in: Path) -> None:
     command = [sys.executable, str(ENGINE), "--never-ready"]
-    with pytest.raises(ZeroDivisionError), running(command, tmp_path / "log", os.environ) as engine:
+    with pytest.raises(ZeroDivisionError), run_engine(command, tmp_path / "log", os.environ) as engine:
         wait_for(lambda: len(alive(stand_in)) == 2)
         assert engine.status is None
         raise ZeroDivisionError
@@ -121,7 +121,7 @@ def test_an_engine_ends_with_the_block_that_started_it(tmp_path: Path, stand_in:
 def test_secrets_do_not_reach_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     log = tmp_path / "log"
-    with running(["env"], log, os.environ) as engine:
+    with run_engine(["env"], log, os.environ) as engine:
         wait_for(lambda: engine.status is not None)
     assert "PATH=" in log.read_text() and "verysecret" not in log.read_text()
 
@@ -152,7 +152,7 @@ def test_a_failed_start_is_explained_by_the_lines_that_say_why(name: str, tmp_pa
     log = tmp_path / "vllm.log"
     with (
         pytest.raises(EngineFailed) as failure,
-        vllm(tmp_path, {"die-with": words}, log, chat=True),
+        serve_vllm(tmp_path, {"die-with": words}, log, chat=True),
     ):
         pass
     assert str(failure.value).startswith("vLLM did not start, exit status 1: ")
@@ -163,7 +163,7 @@ def test_a_failed_start_is_explained_by_the_lines_that_say_why(name: str, tmp_pa
 def test_a_server_that_runs_already_is_asked_and_left_alone(start_bench: Start, tmp_path: Path, stand_in: Path) -> None:
     port = free_port()
     command = [sys.executable, str(ENGINE), "--port", str(port)]
-    with running(command, tmp_path / "log", os.environ):
+    with run_engine(command, tmp_path / "log", os.environ):
         wait_for(lambda: len(alive(stand_in)) == 2)
         asked = ["--engine", f"url:http://127.0.0.1:{port}", "--max-tokens", "8", "--concurrency", "1"]
         wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)

@@ -34,7 +34,7 @@ from requant.tasks.store import open_store
 logging.getLogger("requant").addHandler(logging.StreamHandler(sys.stdout))
 set_up_logging()
 result = download(open_store(), resolve(sys.argv[1]))
-print(result.provenance["bytes_moved"])
+print(result.provenance.document["bytes_moved"])
 """
 SHARD = "model.safetensors"
 SIZE = 6 << 20

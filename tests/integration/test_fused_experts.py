@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +16,9 @@ from requant.tasks.mtp_fix import mtp_fix
 from requant.tasks.quantize import quantize
 from requant.tasks.recipe.recipe import Gates
 from requant.tasks.texts.text import find_text
-from requant.tasks.validate import RESULT_FILE, validate
+from requant.tasks.validate import read_values, validate
 from requant.tasks.validating.gates import Gate, judge
-from requant.tasks.validating.model import load_model
+from requant.tasks.validating.model import RunSettings, load_model
 from tests.factories.bases import other_base, prepared, quantized
 from tests.factories.checkpoints import all_tensors
 from tests.factories.fp8_bases import as_fp8
@@ -45,11 +44,11 @@ def made_of(base: Path, folder: Path, gates: Gates, **settings: Any) -> tuple[Pa
     store, recipe, files, text = prepared(folder, base, **settings)
     recipe = recipe.model_copy(update={"mtp": "keep"})
     packed = quantize(store, recipe, files, text)
-    assert all(block["loss_after"] <= block["loss_before"] for block in packed.provenance["blocks"])
+    assert all(block.loss_after <= block.loss_before for block in packed.provenance.blocks)
     whole = mtp_fix(store, recipe, files, packed.manifest).manifest
     found = validate(store, recipe, files, whole, find_text("builtin:python-evaluation"))
-    measured = json.loads(store.read_blob(found.manifest[RESULT_FILE]))
-    assert any(".mlp.experts.3.down_proj" in matrix["name"] for matrix in measured["matrices"])
+    measured = read_values(store, found)
+    assert any(".mlp.experts.3.down_proj" in matrix.name for matrix in measured.matrices or ())
     return store.checkout(whole, folder / "checkout"), judge(measured, gates)
 
 
@@ -66,7 +65,7 @@ def test_a_trained_moe_passes_every_gate_and_transformers_reads_it_as_we_do(tmp_
     command = [sys.executable, "-c", THEIRS, str(made), str(tmp_path / "logits")]
     subprocess.run(command, check=True, capture_output=True)
     theirs = torch.from_numpy(np.fromfile(tmp_path / "logits", np.float32))
-    ours = load_model(Checkpoint.open(made), torch.float32, torch.device("cpu"))
+    ours = load_model(Checkpoint.open(made), RunSettings(torch.device("cpu"), torch.float32))
     with torch.no_grad():
         logits = ours(input_ids=torch.arange(300, 340)[None]).logits
     assert (theirs - logits.flatten()).abs().max() < 0.1  # it computes in float16

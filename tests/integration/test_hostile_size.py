@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from requant.tasks.checkpoint.checkpoint import INDEX, MAX_JSON
-from requant.tasks.checkpoint.header import MAX_HEADER, read_header
+from requant.tasks.checkpoint.checkpoint import INDEX, MAX_JSON_BYTES
+from requant.tasks.checkpoint.header import MAX_HEADER_BYTES, read_header
 from tests.factories.checkpoints import safetensors_bytes, with_header
 from tests.factories.counting import calls
 from tests.factories.paths import ROOT
@@ -45,17 +45,17 @@ BIG: dict[str, Callable[[Path], object]] = {
     "an index of a million names": lambda f: write_index(f, {f"model.layers.{i}": SHARD for i in range(MILLION)}),
     "an index of a million shards": lambda f: write_index(f, {f"m{i}": f"{i}.safetensors" for i in range(MILLION)}),
     "an index of a million ways out": lambda f: write_index(f, {f"m{i}": f"../{i}" for i in range(99_000)}),
-    "an index one byte too large": lambda f: sparse(f / INDEX, MAX_JSON + 1),
+    "an index one byte too large": lambda f: sparse(f / INDEX, MAX_JSON_BYTES + 1),
     "an index of 64 MB of brackets": lambda f: (f / INDEX).write_bytes(b'{"weight_map":[' + b"[]," * (21 << 20)),
-    "an index of 64 MB of open lists": lambda f: (f / INDEX).write_bytes(b"[" * MAX_JSON),
+    "an index of 64 MB of open lists": lambda f: (f / INDEX).write_bytes(b"[" * MAX_JSON_BYTES),
     "a config of a 10 MB number": lambda f: (f / "config.json").write_bytes(b'{"a":' + b"9" * 10_000_000 + b"}"),
     "legal but large: a config of a 60 MB string": lambda f: (f / "config.json").write_bytes(
         b'{"model_type":"%s"}' % (b"\\n" * (30 << 20))
     ),
     "a header of 100 MB of objects": lambda f: header_of(f, b'{"a":[' + b"{}," * 33_000_000),
-    "a header of 100 MB of open objects": lambda f: header_of(f, b'{"a":' * (MAX_HEADER // 5)),
-    "a header of 100 MB of one name": lambda f: header_of(f, b'{"%s":5}' % (b"n" * (MAX_HEADER - 10))),
-    "a header of 100 MB of zeroes": lambda f: header_of(f, b"\0" * MAX_HEADER),
+    "a header of 100 MB of open objects": lambda f: header_of(f, b'{"a":' * (MAX_HEADER_BYTES // 5)),
+    "a header of 100 MB of one name": lambda f: header_of(f, b'{"%s":5}' % (b"n" * (MAX_HEADER_BYTES - 10))),
+    "a header of 100 MB of zeroes": lambda f: header_of(f, b"\0" * MAX_HEADER_BYTES),
     "a header of 2^63 in a sparse terabyte": lambda f: (sparse(f / SHARD, 1 << 40), cut(f / SHARD)),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from huggingface_hub import constants
@@ -14,7 +14,7 @@ from infra.dev.hub.launch import HubStandIn
 from requant.flows.cli.main import cli
 from requant.tasks.artifact import Manifest, file_of
 from requant.tasks.errors import EvaluationFailed, RecipeError
-from requant.tasks.evaluate import _manager, check_tasks, data_sets, evaluate, evaluated, recovery
+from requant.tasks.evaluate import Scores, _task_manager, check_tasks, data_sets, evaluate, recovery, stored_scores
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store, open_store
@@ -24,6 +24,9 @@ from requant.tasks.validating.gates import accepted, judge
 from tests.factories.paths import TINY
 from tests.factories.pico import pico_base
 from tests.factories.requant import Requant, merge
+
+if TYPE_CHECKING:
+    from requant.tasks.validating.model import RunSettings
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'requant[eval]'")
 
@@ -96,30 +99,33 @@ def asking(definitions: Path, *tasks: str, **more: Any) -> Recipe:
     return parse_recipe({"base": {"repo_id": "a/b"}, "allow_remote_code": True, "eval": section})
 
 
-def cpu() -> tuple[Any, Any]:
+def cpu() -> RunSettings:
     import torch
 
-    return torch.device("cpu"), torch.float32
+    from requant.tasks.validating.model import RunSettings
+
+    return RunSettings(torch.device("cpu"), torch.float32)
 
 
 def test_a_trained_model_keeps_its_score_and_a_random_one_loses_it(definitions: Path, tmp_path: Path) -> None:
     asked = asking(definitions, "own_choice", "own_perplexity").eval
     assert asked is not None
-    trained = evaluate(TINY, asked, *cpu())
-    random = evaluate(pico_base(tmp_path / "pico"), asked, *cpu())
-    assert trained["own_choice"]["value"] == 1.0 and trained["own_choice"]["samples"] == 4
-    assert trained["own_perplexity"]["metric"] == "perplexity" and not trained["own_perplexity"]["higher_is_better"]
-    assert recovery(trained, trained)["worst_task_recovery"] == 1.0
+    trained = evaluate(TINY, asked, cpu())
+    random = evaluate(pico_base(tmp_path / "pico"), asked, cpu())
+    assert trained["own_choice"].value == 1.0 and trained["own_choice"].samples == 4
+    assert trained["own_perplexity"].metric == "perplexity" and not trained["own_perplexity"].higher_is_better
+    assert recovery(trained, trained).worst_task_recovery == 1.0
     assert marker(definitions).exists()
     lost = recovery(trained, random)
-    assert lost["worst_task_recovery"] == lost["tasks"]["own_perplexity"]["recovery"] < 0.5
-    assert lost["tasks"]["own_choice"]["recovery"] < 1
+    tasks, worst = lost.to_json()["tasks"], lost.worst_task_recovery
+    assert worst is not None and worst == tasks["own_perplexity"]["recovery"] < 0.5
+    assert tasks["own_choice"]["recovery"] < 1
 
 
 def test_a_limit_is_kept(definitions: Path) -> None:
     asked = asking(definitions, "own_choice", limit=2).eval
     assert asked is not None
-    assert evaluate(TINY, asked, *cpu())["own_choice"]["samples"] == 2
+    assert evaluate(TINY, asked, cpu())["own_choice"].samples == 2
 
 
 def test_a_checkpoint_is_evaluated_once(definitions: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -128,8 +134,8 @@ def test_a_checkpoint_is_evaluated_once(definitions: Path, tmp_path: Path, caplo
     manifest = Manifest.of(file_of(base, path.name) for path in sorted(base.iterdir()))
     caplog.set_level(logging.INFO, "requant")
 
-    def scores(recipe: Recipe) -> dict[str, Any]:
-        return evaluated(store, recipe, manifest, base, *cpu())
+    def scores(recipe: Recipe) -> Scores:
+        return stored_scores(store, recipe, manifest, base, cpu())
 
     def evaluations() -> int:
         return sum(message.startswith("evaluating") for message in caplog.messages)
@@ -146,7 +152,7 @@ def test_a_checkpoint_is_evaluated_once(definitions: Path, tmp_path: Path, caplo
 def test_tasks_are_checked_before_any_work_and_without_running_them(definitions: Path) -> None:
     marker(definitions).unlink(missing_ok=True)
     own = asking(definitions, "own_choice", "own_perplexity").eval
-    assert own is not None and "mmlu" not in _manager(own).task_index  # nor is it read, which takes seconds
+    assert own is not None and "mmlu" not in _task_manager(own).task_index  # nor is it read, which takes seconds
     check_tasks(own)
     check_tasks(asking(definitions, "own_choice", "own_perplexity", "gsm8k", "mmlu").eval)
     assert not marker(definitions).exists()
@@ -161,7 +167,7 @@ def test_a_task_that_cannot_be_run_is_a_sentence(definitions: Path, tmp_path: Pa
     asked = asking(definitions, "own_lost").eval
     assert asked is not None
     with pytest.raises(EvaluationFailed, match=r"^lm-eval failed on own_lost \(FileNotFoundError: "):
-        evaluate(TINY, asked, *cpu())
+        evaluate(TINY, asked, cpu())
 
 
 def test_a_data_set_of_the_hub_is_pinned_to_its_commit(
@@ -185,7 +191,7 @@ def test_a_result_is_rejected_by_a_task_and_nothing_is_evaluated_again(requant: 
     text = find_text(recipe.validation.text, "validation.text")
     made = validate(store, recipe, base, result, text)
     measured = read_values(store, made)
-    assert made.state == "ran" and set(measured["tasks"]) == {"own_choice", "own_perplexity"}
+    assert made.state == "ran" and set(measured.to_json()["tasks"]) == {"own_choice", "own_perplexity"}
     gates = judge(measured, recipe.gates.model_copy(update={"min_task_recovery": 10.0}))
     assert [gate.name for gate in gates if not gate.passed] == ["task_recovery"] and not accepted(gates)
     assert len(list(requant.store.glob("artifacts/evaluate/*"))) == 2

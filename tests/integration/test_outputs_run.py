@@ -127,7 +127,7 @@ def test_the_report_compares_them_and_prefect_has_gates_and_a_report_of_each(two
         assert "structure" in gates["data"] and len(two.shown[f"requant-report-{key}"]) == 1
     (shown,) = two.tasks
     assert (shown["state"]["type"], shown["state"]["name"]) == ("COMPLETED", "Published")
-    assert any(FOUR in a["data"] and "drafts taken" in a["data"] for a in two.shown["requant-report"])
+    assert any(FOUR in a["data"] and "draft acceptance" in a["data"] for a in two.shown["requant-report"])
 
 
 def test_the_plan_knows_all_of_it_and_the_second_run_reuses_all(two: Two, hub: HubStandIn) -> None:

@@ -15,7 +15,7 @@ from requant.tasks.checkpoint.head import HeadFiles, keep_head
 from requant.tasks.checkpoint.packing import PackingScheme
 from requant.tasks.planning.layers import choose_layers
 from requant.tasks.planning.output import plan_output
-from requant.tasks.recipe.quantize import Quantize
+from requant.tasks.recipe.quantize_section import Quantize
 from requant.tasks.recipe.recipe import Base, Recipe
 from tests.factories.auto_round_itself import pack_with_auto_round
 from tests.factories.bases import other_base
@@ -87,7 +87,7 @@ def check(folder: Path, asked: Quantize) -> None:
     assert json.dumps(extra) == json.dumps(chosen.quantization.get("extra_config", {}))
     parts = {n: t.shape for n, t in made.tensors.items() if n.endswith((".qweight", ".qzeros", ".scales"))}
     ours: dict[str, tuple[int, ...]] = {}
-    for module in chosen.packed:
+    for module in chosen.quantized:
         shapes = PackingScheme.of(chosen.quantization, module).shapes(*base.tensors[f"{module}.weight"].shape)
         ours |= {f"{module}.{part}": shapes[part] for part in ("qweight", "qzeros", "scales")}
     assert ours == {n: shape for n, shape in parts.items() if not n.startswith("mtp.")}

@@ -12,7 +12,7 @@ import pytest
 
 from infra.bench.shapes import write_base
 from infra.dev.hub.launch import Exchange, HubStandIn
-from requant.flows.report.plan import render
+from requant.flows.report.plan import plan_text
 from requant.tasks.artifact import RELEASE_FILES
 from requant.tasks.planning.document import PlanDocument
 from tests.factories.checkpoints import write_quantized
@@ -104,7 +104,7 @@ def test_the_markdown_is_what_a_pull_request_shows(planned: dict[str, Any]) -> N
 def test_the_plan_in_the_documentation_is_this_one(planned: dict[str, Any]) -> None:
     page = (ROOT / "docs" / "explanation" / "plan.md").read_text()
     shown = page.split("int4.yaml --elsewhere\n")[1].split("```")[0].splitlines()
-    now = {line.rstrip() for line in render(PlanDocument.model_validate(planned["document"])).splitlines()}
+    now = {line.rstrip() for line in plan_text(PlanDocument.model_validate(planned["document"])).splitlines()}
     assert [line for line in shown if line not in {*now, "..."}] == []
 
 

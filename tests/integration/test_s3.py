@@ -22,6 +22,7 @@ from requant.tasks.artifact import File, Manifest, file_of
 from requant.tasks.errors import CorruptBlob, StoreError, StoreUnreachable
 from requant.tasks.pipeline.stage import Made, Stage, run_stage
 from requant.tasks.quantizing import resume
+from requant.tasks.record import StageRecord
 from requant.tasks.store import Store
 from requant.tasks.store.folder import FolderBackend
 from requant.tasks.store.s3 import S3Backend
@@ -38,7 +39,7 @@ CEPH = str(ROOT / "infra" / "dev" / "s3" / "ceph")
 def s3(ceph: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> S3Backend:
     for name, value in ceph.items():
         monkeypatch.setenv(name, value)
-    return S3Backend("requant", request.node.name[:40], patience=60)
+    return S3Backend("requant", request.node.name[:40], retry_s=60)
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def on_s3(tmp_path_factory: pytest.TempPathFactory, finished: Finished, ceph: di
     process = machines[0].fork_run()
     work = folder / "one" / "cache" / "requant" / "near" / "work"
     (child,) = wait_for(lambda: children(folder / "one"), process=process)
-    wait_for(lambda: any(map(resume.finished, work.glob("quantize-*"))), process=process)
+    wait_for(lambda: any(map(resume.count_finished, work.glob("quantize-*"))), process=process)
     child.suspend()  # it gets no further
     wait_for(lambda: has_block(list(read_all(ceph, "resume/quantize"))), process=process)
     process.kill()
@@ -169,7 +170,7 @@ def test_of_sixteen_manifests_for_one_key_the_first_wins(store: Store) -> None:
     empty.write_bytes(b"")
     store.put_blob(empty, File("empty", 0, hashlib.sha256(b"").hexdigest()))
     with ThreadPoolExecutor(16) as pool:
-        kept = list(pool.map(lambda manifest: store.commit("stage", "key", manifest, {}).digest, manifests))
+        kept = list(pool.map(lambda manifest: store.commit("stage", "key", manifest, StageRecord()).digest, manifests))
     assert len(set(kept)) == 1
     found = store.manifest("stage", "key")
     assert found is not None and found.digest == kept[0]
@@ -253,6 +254,6 @@ def test_a_store_that_stays_lost_is_given_up_after_its_patience(s3: S3Backend, m
     lost = S3Backend("requant")
     with pytest.raises(StoreUnreachable, match="cannot be reached"):
         lost.read("anything")
-    assert lost.patience >= 120
-    assert lost.patience - 25 < sum(pauses) <= lost.patience + 5  # the last pause of 20 s would have been too long
+    assert lost.retry_s >= 120
+    assert lost.retry_s - 25 < sum(pauses) <= lost.retry_s + 5  # the last pause of 20 s would have been too long
     assert 8 <= len(pauses) <= 15

@@ -36,7 +36,7 @@ POLICY = ROOT / "infra" / "dev" / "s3" / "policy.json"
 def backend(ceph: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> S3Backend:
     for name, value in ceph.items():
         monkeypatch.setenv(name, value)
-    return S3Backend("requant", request.node.name[:40], patience=30)
+    return S3Backend("requant", request.node.name[:40], retry_s=30)
 
 
 @pytest.fixture
@@ -55,8 +55,8 @@ def test_gc_goes_by_the_servers_clock_whatever_this_machine_says(
 ) -> None:
     keep(store, "old", {"file": b"old"})
     monkeypatch.setattr("time.time", lambda: 4e9)  # boto3 signs with datetime, which this leaves alone
-    assert collect(store, Policy(max_size=0)).artifacts == []
-    assert [entry.key for entry in collect(store, Policy(max_size=0, grace=-2)).artifacts] == ["old"]
+    assert collect(store, Policy(max_bytes=0)).artifacts == []
+    assert [entry.key for entry in collect(store, Policy(max_bytes=0, grace_s=-2)).artifacts] == ["old"]
     assert not list(store.backend.keys("blobs")) + list(store.backend.keys("artifacts"))
 
 
@@ -67,7 +67,7 @@ def test_our_uploads_that_were_cut_off_are_ended_and_no_others(store: Store) -> 
         upload = client().create_multipart_upload(Bucket="requant", Key=key)["UploadId"]
         client().upload_part(Bucket="requant", Key=key, UploadId=upload, PartNumber=1, Body=b"x" * (5 << 20))
     assert collect(store, Policy()).leftovers == []  # an upload may be going on
-    gone = collect(store, Policy(grace=-2)).leftovers
+    gone = collect(store, Policy(grace_s=-2)).leftovers
     assert len(gone) == 1 and gone[0].startswith(blob_key("a" * 64))
     left = client().list_multipart_uploads(Bucket="requant")["Uploads"]
     assert {upload["Key"] for upload in left} >= set(others) and ours not in {upload["Key"] for upload in left}
@@ -81,7 +81,7 @@ def test_what_others_put_below_the_prefix_is_passed_over(store: Store) -> None:
     for key in theirs:
         client().put_object(Bucket="requant", Key=key, Body=b"x")
     assert read_catalog(store).entries == {}
-    assert collect(store, Policy(grace=-2, unfinished=-2)).is_empty
+    assert collect(store, Policy(grace_s=-2, unfinished_s=-2)).is_empty
     listed = client().list_objects_v2(Bucket="requant", Prefix=f"{prefix}/")["Contents"]
     assert {item["Key"] for item in listed} == set(theirs)
 
@@ -90,7 +90,7 @@ def test_the_upload_of_a_blob_that_a_lease_needs_goes_on(store: Store, tmp_path:
     manifest = keep(store, "a", {"file": b"x"})
     key = blob_key(manifest["file"].sha256)
     client().create_multipart_upload(Bucket="requant", Key=store.backend.url.partition("requant/")[2] + "/" + key)
-    policy = Policy(grace=2)
+    policy = Policy(grace_s=2)
     wait_for(lambda: make_plan(store, policy).leftovers, pause=0.1)  # it is old enough to be collected
     with store.lease("download", "key"):
         store.need(manifest.files)
@@ -105,7 +105,7 @@ def test_an_artifact_moves_from_a_bucket_to_a_folder_and_back(store: Store, tmp_
     stick.check()
     copy(store, stick, read_catalog(store).entries.values())
     store.backend.delete("artifacts/quantize/a")
-    collect(store, Policy(grace=-2))
+    collect(store, Policy(grace_s=-2))
     assert not list(store.backend.keys("blobs"))
     copy(stick, store, read_catalog(stick).entries.values())
     assert store.manifest("quantize", "a") == manifest and verify_store(store, deep=True).problems == []
@@ -134,7 +134,7 @@ def test_the_policy_is_enough_for_a_store_and_reaches_nothing_else(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", keys["access_key"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", keys["secret_key"])
 
-    least = Store(S3Backend("requant", prefix, patience=0), FolderBackend(tmp_path / "least"))
+    least = Store(S3Backend("requant", prefix, retry_s=0), FolderBackend(tmp_path / "least"))
     least.check()
     assert least.manifest("quantize", "not there") is None  # 404, and not 403
     with least.lease("quantize", "large"):
@@ -143,10 +143,10 @@ def test_the_policy_is_enough_for_a_store_and_reaches_nothing_else(
     other = Store(least.backend, FolderBackend(tmp_path / "other"))
     other.link_files(manifest, tmp_path / "out")
     least.backend.delete("artifacts/quantize/large")
-    collect(least, Policy(grace=-2, unfinished=-2))
+    collect(least, Policy(grace_s=-2, unfinished_s=-2))
     assert not list(least.backend.keys("blobs"))
 
-    elsewhere = S3Backend("requant", "private", patience=0)
+    elsewhere = S3Backend("requant", "private", retry_s=0)
     for refused in (
         lambda: elsewhere.read("secret"),
         lambda: elsewhere.write("x", b""),
@@ -208,7 +208,7 @@ def test_encryption_and_storage_class_are_sent_as_configured(tmp_path: Path, mon
             "REQUANT_S3_STORAGE_CLASS": "STANDARD_IA",
         }.items():
             monkeypatch.setenv(name, value)
-        backend = S3Backend("bucket", "p", patience=0)
+        backend = S3Backend("bucket", "p", retry_s=0)
         backend.write("small", b"1")
         backend.write_new("new", b"1")
         backend.put_file("blobs/large", tmp_path / "file")
@@ -233,5 +233,5 @@ def test_a_deletion_is_not_tried_again_once_the_lease_to_delete_may_be_lost(monk
     with recorder() as (url, seen):
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
         with pytest.raises(StoreError, match="not renewed in time"):
-            S3Backend("bucket", "p", patience=60).delete("blobs/needed", assert_held)
+            S3Backend("bucket", "p", retry_s=60).delete("blobs/needed", assert_held)
     assert len(asked) == 3 and len(seen) == 2

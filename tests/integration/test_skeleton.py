@@ -61,7 +61,7 @@ def test_a_skeleton_has_every_header_and_hardly_any_data(hub: HubStandIn, tiny: 
 def test_a_header_longer_than_the_first_guess_is_fetched_whole(
     hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("requant.tasks.hub.sparse_checkout.GUESS", 1000)
+    monkeypatch.setattr("requant.tasks.hub.sparse_checkout.FIRST_READ_BYTES", 1000)
     hub.seed("demo/long", pico_base(tmp_path / "base"))
     skeleton = Checkpoint.open(create_checkout(resolve("demo/long"), tmp_path / "skeleton"))
     assert skeleton.problems == [] and len(skeleton.tensors) == len(all_tensors(tmp_path / "base"))
@@ -70,8 +70,8 @@ def test_a_header_longer_than_the_first_guess_is_fetched_whole(
 def test_only_the_tensors_asked_for_are_filled_in(
     hub: HubStandIn, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("requant.tasks.hub.sparse_checkout.NEIGHBOURS", 0)
-    monkeypatch.setattr("requant.tasks.hub.sparse_checkout.GUESS", 1000)
+    monkeypatch.setattr("requant.tasks.hub.sparse_checkout.MAX_GAP_BYTES", 0)
+    monkeypatch.setattr("requant.tasks.hub.sparse_checkout.FIRST_READ_BYTES", 1000)
     revision = resolve(REPO)
     skeleton, whole = Checkpoint.open(create_checkout(revision, tmp_path / "skeleton")), Checkpoint.open(tiny)
     assert skeleton.head is not None
@@ -100,7 +100,7 @@ def test_an_answer_cut_short_goes_on_where_it_ended(hub: HubStandIn, tiny: Path,
 def test_answers_that_are_always_cut_are_an_error_and_no_header_of_zeros(
     hub: HubStandIn, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("requant.tasks.hub.sparse_checkout.PAUSES", (0, 0))
+    monkeypatch.setattr("requant.tasks.hub.sparse_checkout.PAUSES_S", (0, 0))
     hub.fault(r"resolve/.*00002-of-00002\.safetensors", cut_after_bytes=3000, times=None)
     with pytest.raises(HubUnavailable, match="00002-of-00002"):
         create_checkout(resolve(REPO), tmp_path / "skeleton")

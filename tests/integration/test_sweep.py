@@ -20,14 +20,14 @@ from prefect.events.filters import EventFilter, EventOccurredFilter, EventResour
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Crashed, Pending, Running
 
 from requant.flows.sweep import (
-    CANCELLING_S,
-    EVERY_S,
-    GOES_ON,
-    PROCESS_START_S,
-    RESTARTS,
-    SILENCE_S,
+    CANCEL_TIMEOUT_S,
+    HEARTBEAT_TIMEOUT_S,
+    MAX_RESTARTS,
+    PASS_INTERVAL_S,
+    PROCESS_START_TIMEOUT_S,
+    RESTART_MESSAGE,
     Sweep,
-    after_a_crash,
+    state_after_crash,
 )
 from tests.factories.paths import ROOT
 from tests.factories.requant import Requant, wait_for
@@ -116,9 +116,9 @@ def send_heartbeats(client: SyncPrefectClient, clock_errors_s: Mapping[UUID, flo
 def watch(sweep: Sweep, clock: Clock, seconds: float) -> list[str]:
     """Sweep for so long, a pass every ten seconds."""
     done = []
-    for _ in range(int(seconds // EVERY_S)):
+    for _ in range(int(seconds // PASS_INTERVAL_S)):
         done += sweep()
-        clock.now_s += EVERY_S
+        clock.now_s += PASS_INTERVAL_S
     return done
 
 
@@ -126,9 +126,9 @@ def test_a_run_without_a_heartbeat_is_crashed_and_started_again(
     client: SyncPrefectClient, sweep: Sweep, clock: Clock, run_in: Callable[..., UUID]
 ) -> None:
     run, child = run_in(Pending(), Running()), run_in(Pending(), Running(), deployment="quantize/quantize")
-    assert watch(sweep, clock, SILENCE_S) == []
+    assert watch(sweep, clock, HEARTBEAT_TIMEOUT_S) == []
     assert len(sweep()) == 3
-    assert (state(client, run).name, state(client, run).message) == ("AwaitingRetry", GOES_ON)
+    assert (state(client, run).name, state(client, run).message) == ("AwaitingRetry", RESTART_MESSAGE)
     assert state(client, child).name == "Crashed"  # The run that waits for it starts it again.
     assert sweep() == []
 
@@ -138,7 +138,7 @@ def test_runs_that_send_heartbeats_are_left_alone_whatever_the_clocks_of_their_m
 ) -> None:
     runs = {run_in(Pending(), Running()): error_s for error_s in (0, -600, 600)}
     for _ in range(3):
-        assert watch(sweep, clock, SILENCE_S - EVERY_S) == []
+        assert watch(sweep, clock, HEARTBEAT_TIMEOUT_S - PASS_INTERVAL_S) == []
         send_heartbeats(client, runs)
     assert sweep() == [] and all(state(client, run).is_running() for run in runs)
 
@@ -147,7 +147,7 @@ def test_a_server_that_was_away_has_missed_heartbeats_and_so_the_time_begins_ane
     client: SyncPrefectClient, sweep: Sweep, clock: Clock, run_in: Callable[..., UUID], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_in(Pending(), Running())
-    watch(sweep, clock, SILENCE_S - EVERY_S)
+    watch(sweep, clock, HEARTBEAT_TIMEOUT_S - PASS_INTERVAL_S)
     with monkeypatch.context() as away:
 
         def refuse(*arguments: Any, **options: Any) -> None:
@@ -156,7 +156,7 @@ def test_a_server_that_was_away_has_missed_heartbeats_and_so_the_time_begins_ane
         away.setattr(client, "read_flow_runs", refuse)
         with pytest.raises(httpx.ConnectError):
             sweep()
-    assert watch(sweep, clock, SILENCE_S) == [] and state(client, run).is_running()
+    assert watch(sweep, clock, HEARTBEAT_TIMEOUT_S) == [] and state(client, run).is_running()
 
 
 def test_a_sweeper_that_stood_still_has_missed_heartbeats_too(
@@ -164,9 +164,9 @@ def test_a_sweeper_that_stood_still_has_missed_heartbeats_too(
 ) -> None:
     """A machine that was suspended, or a client that waited for the server by itself."""
     run = run_in(Pending(), Running())
-    watch(sweep, clock, SILENCE_S - EVERY_S)
+    watch(sweep, clock, HEARTBEAT_TIMEOUT_S - PASS_INTERVAL_S)
     clock.now_s += 600
-    assert watch(sweep, clock, SILENCE_S) == [] and state(client, run).is_running()
+    assert watch(sweep, clock, HEARTBEAT_TIMEOUT_S) == [] and state(client, run).is_running()
 
 
 def test_a_run_that_cannot_be_healed_keeps_no_other_from_it(
@@ -201,16 +201,16 @@ def test_a_cancelled_run_that_a_person_started_again_is_started_again_after_a_cr
 ) -> None:
     run = run_in(Running(), Cancelling(), Cancelled(), AwaitingRetry(), Pending(), Running(), Crashed())
     assert len(sweep()) == 1
-    assert state(client, run).message == GOES_ON
+    assert state(client, run).message == RESTART_MESSAGE
 
 
 def test_a_run_that_nobody_ends_is_cancelled_even_where_its_process_still_sends_heartbeats(
     client: SyncPrefectClient, sweep: Sweep, clock: Clock, run_in: Callable[..., UUID]
 ) -> None:
     run = run_in(Pending(), Running(), Cancelling())
-    assert watch(sweep, clock, CANCELLING_S - EVERY_S) == []
+    assert watch(sweep, clock, CANCEL_TIMEOUT_S - PASS_INTERVAL_S) == []
     send_heartbeats(client, {run: 0})
-    assert len(watch(sweep, clock, 3 * EVERY_S)) == 1
+    assert len(watch(sweep, clock, 3 * PASS_INTERVAL_S)) == 1
     assert state(client, run).is_cancelled() and "no worker ended its process" in str(state(client, run).message)
 
 
@@ -218,26 +218,28 @@ def test_a_run_whose_process_did_not_start_is_started_again(
     client: SyncPrefectClient, sweep: Sweep, clock: Clock, run_in: Callable[..., UUID]
 ) -> None:
     run = run_in(Pending())
-    assert watch(sweep, clock, PROCESS_START_S) == []
+    assert watch(sweep, clock, PROCESS_START_TIMEOUT_S) == []
     assert len(sweep()) == 2
-    assert state(client, run).message == GOES_ON
+    assert state(client, run).message == RESTART_MESSAGE
 
 
 def test_a_run_that_crashes_again_and_again_is_given_up(
     client: SyncPrefectClient, sweep: Sweep, run_in: Callable[..., UUID]
 ) -> None:
-    lives = [each for _ in range(RESTARTS) for each in (AwaitingRetry(message=GOES_ON), Running(), Crashed())]
+    lives = [
+        each for _ in range(MAX_RESTARTS) for each in (AwaitingRetry(message=RESTART_MESSAGE), Running(), Crashed())
+    ]
     run = run_in(Running(), Crashed(), *lives)
     assert len(sweep()) == 1
-    assert state(client, run).is_failed() and f"crashed {RESTARTS + 1} times" in str(state(client, run).message)
+    assert state(client, run).is_failed() and f"crashed {MAX_RESTARTS + 1} times" in str(state(client, run).message)
 
 
 def test_the_second_restart_waits_a_while_and_later_ones_longer() -> None:
     """What keeps a run from starting, such as a registry that is away, is given time to pass."""
     crashed = Crashed()
     delays_s = []
-    for restarts in range(RESTARTS):
-        state = after_a_crash(crashed, [AwaitingRetry(message=GOES_ON) for _ in range(restarts)])
+    for restarts in range(MAX_RESTARTS):
+        state = state_after_crash(crashed, [AwaitingRetry(message=RESTART_MESSAGE) for _ in range(restarts)])
         delays_s.append((state.state_details.scheduled_time - crashed.timestamp).total_seconds())
     assert delays_s[:4] == [0, 15, 30, 60] and max(delays_s) == 600 and delays_s == sorted(delays_s)
 
@@ -258,7 +260,7 @@ def test_runs_that_no_deployment_made_are_left_alone(client: SyncPrefectClient, 
         Flow(lambda recipe: None, name="requantize"), parameters={"recipe": {}}, tags=["requant"], state=Running()
     )
     try:
-        assert watch(sweep, clock, SILENCE_S + EVERY_S) == [] and state(client, run.id).is_running()
+        assert watch(sweep, clock, HEARTBEAT_TIMEOUT_S + PASS_INTERVAL_S) == [] and state(client, run.id).is_running()
     finally:
         client.delete_flow_run(run.id)
 

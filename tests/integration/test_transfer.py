@@ -18,13 +18,13 @@ from requant.tasks.store.s3 import S3Backend
 def s3(ceph: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> S3Backend:
     for name, value in ceph.items():
         monkeypatch.setenv(name, value)
-    return S3Backend("requant", request.node.name[:40], patience=10)
+    return S3Backend("requant", request.node.name[:40], retry_s=10)
 
 
 @pytest.fixture(params=["one request", "parts"])
 def small_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """S3's smallest parts are of 5 MiB."""
-    monkeypatch.setattr(transfer, "PART", 5 << 20)
+    monkeypatch.setattr(transfer, "PART_BYTES", 5 << 20)
     monkeypatch.setattr(transfer, "MAX_SINGLE_PUT_BYTES", 0 if request.param == "parts" else 1 << 30)
     yield request.param
 

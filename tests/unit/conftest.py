@@ -34,6 +34,7 @@ def far(tmp_path: Path) -> Store:
 @pytest.fixture
 def quick_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
     """Render texts in this process instead of new ones, which import transformers for 2 s each."""
+    import torch  # noqa: F401 (a process that renders texts hides torch from transformers unless it is imported)
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
         with contextlib.redirect_stdout(io.StringIO()) as written:

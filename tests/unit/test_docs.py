@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Iterator
@@ -20,16 +21,16 @@ from infra.dev.docs import FOLDER, PAGES
 from requant.flows.cli.main import cli
 from requant.flows.report.report import RunReport
 from requant.flows.watching import Pass
-from requant.tasks.benchmark import bench
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
 from requant.tasks.checkpoint.repair import repair
 from requant.tasks.hub.verify import ReleaseCheck
 from requant.tasks.planning.document import PlanDocument
 from requant.tasks.recipe.loader import parse_recipe
-from requant.tasks.recipe.recipe import Benchmark, Gates, Recipe
+from requant.tasks.recipe.recipe import Gates, Recipe
+from requant.tasks.serving.result import BenchmarkResult
 from requant.tasks.validating.gates import judge
 from tests.factories.command_lines import check_requant, commands_in, leaves
-from tests.factories.measured import GOOD
+from tests.factories.measured import good
 from tests.factories.paths import ROOT, TINY
 
 DOCS = ROOT / "docs"
@@ -93,9 +94,17 @@ def blocks(*languages: str) -> list[Any]:
 
 
 def test_every_block_says_what_it_is() -> None:
-    assert [str(b) for b in BLOCKS if b.language not in {"", "bash", "yaml", "text"}] == []
+    assert [str(b) for b in BLOCKS if b.language not in {"", "bash", "yaml", "text", "python"}] == []
     unmarked = [b for b in BLOCKS if b.language == ""]
     assert [str(b) for b in unmarked if not b.text.startswith(("$ requant ", "requant/"))] == []
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_is_a_file_that_lint_checks(block: Block) -> None:
+    """mypy checks the file with all others: it takes a minute for one alone."""
+    assert block.text == block.path.with_suffix(".py").read_text()
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert name_of(block.path.with_suffix(".py")) in settings["tool"]["mypy"]["files"]
 
 
 def check_command(words: list[str]) -> None:
@@ -284,23 +293,31 @@ def test_every_command_with_a_json_document_is_on_its_page() -> None:
 
 def test_the_keys_of_json_documents_are_those_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = parse_recipe({"base": {"repo_id": "owner/name"}, "outputs": [{}]})
-    assert keys_of("run") == set(RunReport(recipe).to_json())
+    assert keys_of("run") == set(RunReport(recipe).document().to_json())
     assert keys_of("plan") == set(PlanDocument.model_fields)
-    assert keys_of("inspect") == set(inspect_checkpoint(TINY))
-    assert keys_of("mtp-fix") == set(repair(TINY, None, precision="keep", dry_run=True))
+    assert keys_of("inspect") == set(inspect_checkpoint(TINY).to_json())
+    assert keys_of("mtp-fix") == set(repair(TINY, None, precision="keep", dry_run=True).to_json())
     assert keys_of("validate") == {"gates", "passed", "findings"}
-    assert set(bench(TINY, Benchmark(engine="none"), tmp_path)) <= keys_of("bench")
+    assert keys_of("bench") == set(BenchmarkResult.model_fields)
     assert keys_of("watch") == set(Pass(0, (), ()).to_json())
-    assert keys_of("verify") == {"repo_id", "deep", *vars(ReleaseCheck("", None, 0, []))}
+    assert keys_of("verify") == {*ReleaseCheck.model_fields}
     monkeypatch.setenv("REQUANT_STORE", (tmp_path / "store").as_uri())
     for command in ("store ls", "store verify", "store gc"):
         outcome = CliRunner().invoke(cli, [*command.split(), "--json"])
         assert keys_of(command) == set(yaml.safe_load(outcome.stdout)), command
 
 
+def test_every_measured_value_is_explained() -> None:
+    recorded = json.loads((ROOT / "tests" / "unit" / "tasks" / "validating" / "measured.json").read_text())
+    section = (DOCS / "reference" / "json.md").read_text().split("## Measured values\n")[1].split("\n## ")[0]
+    named = set(re.findall(r"`([a-z_0-9]+)`", section))
+    missing = {key for document in recorded.values() for key in document if key.removeprefix("base_") not in named}
+    assert missing == set()
+
+
 def test_every_gate_and_every_limit_is_explained() -> None:
     named = set(re.findall(r"`([a-z_0-9]+)`", (DOCS / "explanation" / "gates.md").read_text()))
-    assert {gate.name for gate in judge({**GOOD, "worst_task_recovery": 1.0, "tasks": {}}, Gates())} <= named
+    assert {gate.name for gate in judge(good(worst_task_recovery=1.0, tasks={}), Gates())} <= named
     assert set(Gates.model_fields) <= named
 
 

@@ -1,7 +1,8 @@
-"""draft.py MODEL_DIR PROMPTS.json --tokens N: what vLLM makes of a checkpoint and its MTP head, as JSON.
+"""Generate text with vLLM and a checkpoint's MTP head: `draft.py MODEL_DIR PROMPTS.json --tokens N`.
 
-Runs in the interpreter that infra/dev/engines/install makes, and imports nothing of this project. One engine in this
-process, greedy, one draft token, all prompts in one call. Acceptance measured on a CPU is right; speed is not.
+It runs in the interpreter that infra/dev/engines/install makes, and imports nothing of this project. vLLM runs in this
+process and decodes all prompts in one call, greedily, with one draft token. The result is printed as JSON. Draft
+acceptance rates measured on a CPU are valid; speeds are not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-# Small models gain nothing from threads, and beside another process their barriers cost tenfold.
+# Threads do not make small models faster, and while other processes run they make them ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
@@ -28,16 +29,15 @@ SKIPPED = ("not found in params", "skip", "not initialized", "nexpected", "gnori
 def draft(
     model: Path, prompts: list[str], tokens: int, *, mtp: bool = True, vision: bool = False, dtype: str = "bfloat16"
 ) -> dict[str, Any]:
-    """Load a checkpoint and continue the prompts by `tokens` tokens each, with a draft token from its head or without.
+    """Load a checkpoint and continue the prompts by `tokens` tokens each, with draft tokens of its MTP head if `mtp`.
 
-    Without `vision`, vLLM builds no vision tower and asks for no processor.
-
-    `error` is vLLM's own, where it does not start; then nothing is drafted. `warnings` are its words about weights.
+    Without `vision`, vLLM builds no vision tower and needs no processor. In the result, `error` is that of vLLM if it
+    does not start, and `warnings` are those of vLLM about weights.
     """
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
-    heard = _Ear()
-    logging.getLogger("vllm").addHandler(heard)
+    weight_warnings = _WeightWarnings()
+    logging.getLogger("vllm").addHandler(weight_warnings)
     began = time.perf_counter()
     result: dict[str, Any] = {"model": str(model), "mtp": mtp, "error": None, "drafted": 0, "accepted": 0}
     result |= {"acceptance": None, "outputs": [], "load_seconds": None, "generate_seconds": None}
@@ -64,30 +64,30 @@ def draft(
         result["accepted"] = int(counted.get("vllm:spec_decode_num_accepted_tokens", 0))
         if result["drafted"]:
             result["acceptance"] = round(result["accepted"] / result["drafted"], 4)
-    except Exception as error:  # whatever vLLM raises is the answer
+    except Exception as error:  # any error of vLLM is a result
         result["error"] = f"{type(error).__name__}: {error}"[:1000]
     finally:
-        logging.getLogger("vllm").removeHandler(heard)
+        logging.getLogger("vllm").removeHandler(weight_warnings)
         del llm
         _clean_up()
-    return {**result, "warnings": heard.words}
+    return {**result, "warnings": weight_warnings.texts}
 
 
-class _Ear(logging.Handler):
-    """Keeps warnings about weights."""
+class _WeightWarnings(logging.Handler):
+    """A log handler that collects warnings about weights."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.words: list[str] = []
+        self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        if about_weights(text) and len(self.words) < 20:
-            self.words.append(text[:300])
+        if about_weights(text) and len(self.texts) < 20:
+            self.texts.append(text[:300])
 
 
 def about_weights(warning: str) -> bool:
-    """Whether one of vLLM's warnings says that weights are missing, too many, or skipped."""
+    """Check whether a warning of vLLM says that weights are missing, superfluous or skipped."""
     return any(word in warning for word in SKIPPED) and "CPU backend" not in warning
 
 
@@ -99,7 +99,7 @@ def _clean_up() -> None:
 
 
 def quiet_stdout() -> Any:
-    """Everything that is printed goes to stderr from here on; what is returned writes to the real stdout."""
+    """Redirect everything that is printed to stderr, and return a stream that writes to the real stdout."""
     real = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return real
@@ -116,8 +116,8 @@ def main() -> None:
     arguments = parser.parse_args()
     out = quiet_stdout()
     prompts = json.loads(arguments.prompts.read_text())
-    how = {"mtp": not arguments.no_mtp, "vision": arguments.vision, "dtype": arguments.dtype}
-    result = draft(arguments.model, prompts, arguments.tokens, **how)
+    options = {"mtp": not arguments.no_mtp, "vision": arguments.vision, "dtype": arguments.dtype}
+    result = draft(arguments.model, prompts, arguments.tokens, **options)
     json.dump(result, out)
     out.write("\n")
     out.flush()

@@ -1,11 +1,11 @@
-"""Prompts to measure draft acceptance on: `python -m infra.dev.engines.prompts [--places] > prompts.json`.
+"""Prompts for measuring draft acceptance rates: `python -m infra.dev.engines.prompts [--places] > prompts.json`.
 
-Heads of one model are compared on 52 beginnings of functions, 200 tokens each: more than 5,000 drafted tokens at an
-acceptance of 95 %. Their outputs are the same tokens, and so their drafts differ by the heads alone.
+Heads of one model are compared on the beginnings of 52 functions, with 200 tokens each: more than 5,000 drafted tokens
+at a draft acceptance rate of 95 %. The output tokens are the same for all heads, so only the drafts differ.
 
-Models are compared at 2,100 places of a real text, 16 tokens each: about 19,000 drafted tokens. Left to run for 200
-tokens, a small model soon repeats itself, and its acceptance is that of the loop it fell into: results that differed in
-nothing but the seed were 5 points apart. At many places they are less than one point apart.
+Models are compared at 2,100 places of a real text, with 16 tokens each: about 19,000 drafted tokens. A small model that
+generates 200 tokens soon repeats itself, and its rate is that of the repetition: results of different seeds were 5
+points apart. At many places they are less than one point apart.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PLACES, PLACE_TOKENS = 2100, 16
 
 
 def places(count: int = PLACES, length: int = CODE_LENGTH) -> list[str]:
-    """`count` pieces of `length` characters of the pinned evaluation text, evenly spread from its start to its end."""
+    """Return `count` pieces of `length` characters of the evaluation text, evenly spread from its start to its end."""
     text = EVALUATION.read_text(encoding="utf-8")
     last = len(text) - length
     return [text[start : start + length] for start in (last * number // count for number in range(count))]

@@ -1,11 +1,10 @@
-"""Makes the CPU wheel of vLLM run on a plain x86-64 machine. Loaded at interpreter start through a .pth file.
+"""Make the CPU wheel of vLLM run on a plain x86-64 machine. A .pth file imports this module when Python starts.
 
-Three gaps are closed, nothing else of vLLM is touched: its config parsing, weight loading, speculative decoding and
-server are its own.
-- torchvision has no CPU build on the registry, and its import needs two operator schemas that only its C++ part has;
-- the wheel's AVX2 build has no int4 GEMM: that one kernel is replaced by an exact dequantize + matmul;
-- sampling with speculation: the kernel that gives each drafted token its request's temperature, top_k and top_p writes
-  into a copy, so that everything is sampled at random values. Greedy decoding does not use it.
+Three gaps are closed. Config parsing, weight loading, speculative decoding and the server stay vLLM's.
+- torchvision has no CPU build on the package index, and its import needs two operator schemas of its C++ part.
+- The wheel's AVX2 build has no int4 GEMM. That kernel is replaced by an exact dequantization and a matrix product.
+- In sampling with speculation, the kernel that gives each drafted token the temperature, top_k and top_p of its request
+  writes into a copy, so that tokens are sampled with random values. It is replaced. Greedy decoding does not use it.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ SAMPLING_KERNELS = "vllm.utils.cpu_triton_utils"
 
 
 class _Hook(importlib.abc.MetaPathFinder):
+    """An import hook that declares torchvision's operators, and patches modules of vLLM when they are imported."""
+
     def __init__(self) -> None:
         self.torchvision_done = False
         self.looking_up = False
@@ -44,13 +45,13 @@ class _Hook(importlib.abc.MetaPathFinder):
         return None
 
 
-def _declare_torchvision_ops(keep: Any) -> None:
+def _declare_torchvision_ops(hook: Any) -> None:
     import torch
 
     library: Any = torch.library.Library
-    keep.library = library("torchvision", "DEF")
+    hook.library = library("torchvision", "DEF")
     for op in ("nms", "qnms"):
-        keep.library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        hook.library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def _replace_int4_kernel(module: Any) -> None:

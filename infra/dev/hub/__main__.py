@@ -1,4 +1,4 @@
-"""Run the stand-in: `python -m infra.dev.hub --state DIR`."""
+"""Run the Hub stand-in: `python -m infra.dev.hub --state DIR`."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ import uvicorn
 
 from infra.dev.hub.app import create_app
 from infra.dev.hub.hub import Hub, Limits, User
-from infra.dev.hub.seeding import seed
+from infra.dev.hub.seeding import Seed, seed
 
 
 def _token(text: str) -> tuple[str, User]:
@@ -32,10 +32,9 @@ def _seed(text: str) -> tuple[str, Path]:
 def _arguments() -> argparse.Namespace:
     limits = Limits()
     parser = argparse.ArgumentParser(prog="python -m infra.dev.hub", description=__doc__)
-    parser.add_argument("--state", type=Path, required=True, help="folder that holds everything")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=0, help="0: any that is free")
-    parser.add_argument("--url-file", type=Path, help="written when the stand-in is ready")
+    parser.add_argument("--state", type=Path, required=True, help="folder that holds the repositories")
+    parser.add_argument("--port", type=int, default=0, help="0: any free port")
+    parser.add_argument("--url-file", type=Path, help="file to write the address to, once the stand-in is ready")
     parser.add_argument("--token", type=_token, action="append", default=[], metavar="TOKEN=USER")
     parser.add_argument("--seed", type=_seed, action="append", default=[], metavar="ID=FOLDER")
     parser.add_argument("--multipart-over", type=int, default=limits.multipart_over)
@@ -46,7 +45,7 @@ def _arguments() -> argparse.Namespace:
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens, once it does."""
+    """A server that writes its address to stderr and to a file, once it listens."""
 
     def __init__(self, config: uvicorn.Config, url: str, url_file: Path | None) -> None:
         super().__init__(config)
@@ -71,12 +70,11 @@ def main() -> None:
     limits = Limits(arguments.multipart_over, arguments.part_size, arguments.tree_page)
     hub = Hub(arguments.state, limits)
     for token, user in arguments.token:
-        hub.add_token(token, user)
+        hub.users[token] = user
     for repo_id, folder in arguments.seed:
-        seed(hub, "models", repo_id, folder, message="Seed")
-    listener = socket.create_server((arguments.host, arguments.port))
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each answer takes 40 ms
-    host, port = listener.getsockname()[:2]
+        seed(hub, Seed(repo_id=repo_id, folder=folder))
+    listener = socket.create_server(("127.0.0.1", arguments.port))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # Nagle's algorithm would delay each answer by 40 ms
     config = uvicorn.Config(
         create_app(hub),
         log_level="warning",
@@ -84,7 +82,7 @@ def main() -> None:
         proxy_headers=False,
         timeout_graceful_shutdown=1,
     )
-    server = _Server(config, f"http://{host}:{port}", arguments.url_file)
+    server = _Server(config, f"http://127.0.0.1:{listener.getsockname()[1]}", arguments.url_file)
     if arguments.exit_with_stdin:
         threading.Thread(target=server.stop_with_stdin, daemon=True).start()
     server.run(sockets=[listener])

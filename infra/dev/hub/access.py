@@ -1,8 +1,7 @@
 """What a request may see and do, and the errors that the client understands.
 
-The client tells its exceptions apart by the header `X-Error-Code`, and a wrong token by
-`X-Error-Message`. As on the Hub, a repository that is private and one that does not exist look
-the same: 404 to users, 401 to anonymous callers.
+The client chooses its exception by the header `X-Error-Code`, and recognizes a wrong token by `X-Error-Message`. As on
+the Hub, a private repository and one that does not exist look the same: 404 to users, 401 to anonymous callers.
 """
 
 from typing import Annotated
@@ -42,7 +41,7 @@ STATUS_OF_ERROR: dict[type[Exception], tuple[int, str | None]] = {
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
-    """Turn an error of this package into what the Hub would answer."""
+    """Turn an error of this package into the answer that the Hub would give."""
     if not isinstance(error, HubError):
         status, code = STATUS_OF_ERROR[type(error)]
         message = "Invalid rev id: " if isinstance(error, RevisionNotFound) else ""
@@ -59,11 +58,11 @@ HubState = Annotated[Hub, Depends(get_hub)]
 
 
 def get_caller(request: Request, hub: HubState) -> User | None:
-    """Who asks: a user, or nobody. A token that nobody has is refused everywhere."""
+    """Return the user whose token the request carries, or None without one. Raises HubError for an unknown token."""
     header = request.headers.get("authorization")
     if header is None:
         return None
-    user = hub.users().get(header.removeprefix("Bearer "))
+    user = hub.users.get(header.removeprefix("Bearer "))
     if user is None:
         raise HubError(401, "Invalid credentials in Authorization header")
     return user
@@ -73,9 +72,9 @@ Caller = Annotated[User | None, Depends(get_caller)]
 
 
 def get_writer(request: Request, caller: Caller) -> User:
-    """A caller who may write somewhere."""
+    """Return a caller whose token may write. Raises HubError."""
     if caller is None:
-        # The client takes a 401 to these for a missing repository; over http it needs the code.
+        # The client reads a 401 from these addresses as a missing repository; over plain http only with this code.
         about_repository = request.url.path.startswith(("/api/models/", "/api/datasets/"))
         code = "RepoNotFound" if about_repository else None
         raise HubError(401, "Invalid username or password.", code)
@@ -88,14 +87,12 @@ Writer = Annotated[User, Depends(get_writer)]
 
 
 def get_repository(request: Request, hub: HubState, caller: Caller) -> Repository:
-    """The repository that the address names, if the caller may know of it."""
+    """Return the repository that the address names. Raises HubError if the caller may not know of it."""
     parameters = {key: unquote(value) for key, value in request.path_params.items()}
     repo_id = f"{parameters['namespace']}/{parameters['name']}"
     repository = hub.find(parameters.get("kind", "models"), repo_id)
-    if repository:
-        settings = repository.settings
-        if not settings.private or (caller and caller.owns(repo_id)):
-            return repository
+    if repository and (not repository.state.private or (caller and caller.owns(repo_id))):
+        return repository
     if caller is None:
         raise HubError(401, "Invalid username or password.", "RepoNotFound")
     raise HubError(404, "Repository not found", "RepoNotFound")
@@ -105,9 +102,8 @@ ReadableRepository = Annotated[Repository, Depends(get_repository)]
 
 
 def get_open_repository(repository: ReadableRepository, caller: Caller) -> Repository:
-    """A repository whose files the caller may read: one that is not behind a gate."""
-    settings = repository.settings
-    if settings.gated is None or (caller and (caller.owns(repository.id) or caller.name in settings.granted)):
+    """Return a repository whose files the caller may read. Raises HubError for a gated one of someone else."""
+    if repository.state.gated is None or (caller and caller.owns(repository.id)):
         return repository
     message = f"Access to {repository.id} is restricted and you are not in the authorized list."
     raise HubError(403 if caller else 401, message, "GatedRepo")
@@ -117,7 +113,7 @@ OpenRepository = Annotated[Repository, Depends(get_open_repository)]
 
 
 def get_writable_repository(repository: ReadableRepository, writer: Writer) -> Repository:
-    """A repository that the caller may write to."""
+    """Return a repository that the caller may write to. Raises HubError."""
     if not writer.owns(repository.id):
         raise HubError(403, f"You don't have the rights to write to {repository.id}.")
     return repository
@@ -148,6 +144,6 @@ FilePath = Annotated[str, Depends(get_file_path)]
 
 
 def repo_url(request: Request, repository: Repository) -> str:
-    """The address of a repository's page."""
+    """Return the address of a repository's page."""
     prefix = "" if repository.kind == "models" else f"{repository.kind}/"
     return f"{request.base_url}{prefix}{repository.id}"

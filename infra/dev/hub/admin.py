@@ -1,20 +1,18 @@
-"""What tests tell the stand-in, under `/_standin/`, from the machine it runs on only.
+"""The requests under `/_standin/`, with which tests control the stand-in.
 
     POST   /_standin/tokens     {token, user, orgs?, role?: write|read}
     POST   /_standin/seed       {repo_id, folder, repo_type?, message?, revision?,
                                  delete_missing?, headers_only?} -> {commit}
-    PUT    /_standin/repos/{id} {repo_type?, private?, gated?, granted?}
+    PUT    /_standin/repos/{id} {repo_type?, private?, gated?}
     POST   /_standin/faults     a fault, see `infra.dev.hub.faults.Fault`
     DELETE /_standin/faults
     GET    /_standin/traffic -> [{method, path, query, status, bytes_in, bytes_out}]
     DELETE /_standin/traffic
 
-Requests to these are not disturbed and not logged.
+Faults do not apply to these requests, and they are not logged.
 """
 
 from dataclasses import asdict
-from ipaddress import ip_address
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
@@ -23,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from infra.dev.hub.access import HubError, HubState
 from infra.dev.hub.faults import Disturbance, Fault
 from infra.dev.hub.hub import User
-from infra.dev.hub.seeding import seed
+from infra.dev.hub.seeding import Seed, seed
 
 
 class _Body(BaseModel):
@@ -37,27 +35,10 @@ class TokenBody(_Body):
     role: Literal["write", "read"] = "write"
 
 
-class SeedBody(_Body):
-    repo_id: str
-    folder: Path
-    repo_type: Literal["model", "dataset"] = "model"
-    message: str = "Seed"
-    revision: str = "main"
-    delete_missing: bool = False
-    headers_only: bool = False
-
-
 class RepositoryBody(_Body):
     repo_type: Literal["model", "dataset"] = "model"
     private: bool | None = None
-    gated: bool | Literal["auto", "manual"] | None = None
-    granted: tuple[str, ...] | None = None
-
-
-def only_from_here(request: Request) -> None:
-    """Refuse whoever is not on this machine."""
-    if request.client is None or not ip_address(request.client.host).is_loopback:
-        raise HubError(403, "The stand-in takes orders from its own machine only")
+    gated: bool | None = None
 
 
 def get_disturbance(request: Request) -> Disturbance:
@@ -66,30 +47,20 @@ def get_disturbance(request: Request) -> Disturbance:
 
 
 Disturbed = Annotated[Disturbance, Depends(get_disturbance)]
-router = APIRouter(prefix="/_standin", dependencies=[Depends(only_from_here)])
+router = APIRouter(prefix="/_standin")
 
 
 @router.post("/tokens")
 def add_token(hub: HubState, body: TokenBody) -> None:
-    hub.add_token(body.token, User(body.user, body.orgs, body.role))
+    hub.users[body.token] = User(body.user, body.orgs, body.role)
 
 
 @router.post("/seed")
-def seed_folder(hub: HubState, body: SeedBody) -> dict[str, str]:
+def seed_folder(hub: HubState, body: Seed) -> dict[str, str]:
     try:
-        commit = seed(
-            hub,
-            f"{body.repo_type}s",
-            body.repo_id,
-            body.folder,
-            message=body.message,
-            revision=body.revision,
-            delete_missing=body.delete_missing,
-            headers_only=body.headers_only,
-        )
+        return {"commit": seed(hub, body).id}
     except NotADirectoryError as error:
         raise HubError(400, str(error)) from error
-    return {"commit": commit.id}
 
 
 @router.put("/repos/{namespace}/{name}")
@@ -97,10 +68,11 @@ def change_repository(hub: HubState, namespace: str, name: str, body: Repository
     repository = hub.find(f"{body.repo_type}s", f"{namespace}/{name}")
     if repository is None:
         raise HubError(404, "Repository not found", "RepoNotFound")
-    changes: dict[str, Any] = body.model_dump(exclude_none=True, exclude={"repo_type"})
-    if "gated" in changes:
-        changes["gated"] = {True: "manual", False: None}.get(changes["gated"], changes["gated"])
-    repository.change_settings(**changes)
+    with repository.changing() as state:
+        if body.private is not None:
+            state.private = body.private
+        if body.gated is not None:
+            state.gated = "manual" if body.gated else None
 
 
 @router.post("/faults")

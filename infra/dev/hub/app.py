@@ -10,7 +10,7 @@ from infra.dev.hub.hub import Hub
 
 
 class RawPath:
-    """Routes by the path as it was sent, so that `refs%2Fpr%2F1` is one segment.
+    """Middleware that routes by the path as it was sent, so that `refs%2Fpr%2F1` is one segment.
 
     Handlers unquote the segments that they use.
     """
@@ -25,7 +25,7 @@ class RawPath:
 
 
 def create_app(hub: Hub) -> ASGIApp:
-    """The application for one state folder."""
+    """Return the application that serves a Hub."""
     app = FastAPI(title="Hub stand-in", redirect_slashes=False, openapi_url=None)
     for module in (admin, collections_api, repo_api, refs_api, commits, discussions, lfs, content):
         app.include_router(module.router)

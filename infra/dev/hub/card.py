@@ -1,4 +1,4 @@
-"""The YAML at the top of a model card, and what the Hub says about it."""
+"""The YAML at the top of a model card, and the checks that the Hub makes of it."""
 
 import re
 from typing import Any
@@ -7,9 +7,9 @@ import yaml
 
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 
-# What the Hub asks of the fields that it reads: each a text, or a list of texts, of this form.
+# The patterns that the Hub asks of the fields that it reads. Each field is a text or a list of texts.
 _REPO = r"[\w.-]{1,96}/[\w.-]{1,96}"
-_KINDS = {
+_PATTERNS = {
     "license": r"[a-z0-9.+-]+",
     "license_name": r"[a-z0-9-.]+",
     "license_link": r"LICENSE|LICENSE\.md|https?://\S+",
@@ -25,13 +25,13 @@ _KINDS = {
 
 def _fits(key: str, loaded: dict[str, Any]) -> bool:
     value = loaded[key]
-    several = key in {"license", "language", "tags", "datasets", "base_model"}
-    values = value if isinstance(value, list) and several else [value]
-    return all(isinstance(each, str) and re.fullmatch(_KINDS[key], each) for each in values)
+    may_be_list = key in {"license", "language", "tags", "datasets", "base_model"}
+    values = value if isinstance(value, list) and may_be_list else [value]
+    return all(isinstance(text, str) and re.fullmatch(_PATTERNS[key], text) for text in values)
 
 
 def check_card(text: str) -> tuple[list[str], list[str]]:
-    """Errors, with which the Hub refuses a card, and warnings."""
+    """Return the errors, for which the Hub refuses a card, and the warnings."""
     match = _FRONT_MATTER.search(text)
     if match is None:
         return [], ["empty or missing yaml metadata in repo card"]
@@ -42,14 +42,14 @@ def check_card(text: str) -> tuple[list[str], list[str]]:
     if not isinstance(loaded, dict):
         return ["The metadata of the card must be a mapping of names to values"], []
     if wrong := [
-        f'"{key}" is not valid: {loaded[key]!r}' for key in _KINDS if key in loaded and not _fits(key, loaded)
+        f'"{key}" is not valid: {loaded[key]!r}' for key in _PATTERNS if key in loaded and not _fits(key, loaded)
     ]:
         return wrong, []
     return [], [] if "license" in loaded else ['"license" is missing in the metadata of the card']
 
 
 def metadata(text: str) -> dict[str, Any] | None:
-    """The metadata of a card, if it has any that is valid."""
+    """Return the metadata of a card, if it has any and it is valid."""
     match = _FRONT_MATTER.search(text)
     if match is None or check_card(text)[0]:
         return None

@@ -1,4 +1,4 @@
-"""What a revision holds: listings, and the files themselves."""
+"""The content of a revision: listings, and the files themselves."""
 
 import re
 from pathlib import Path
@@ -8,18 +8,16 @@ from urllib.parse import parse_qs
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
-from infra.dev.hub.access import FilePath, HubError, HubState, OpenRepository, ReadableRepository, ResolvedCommit
+from infra.dev.hub.access import FilePath, HubError, HubState, OpenRepository, ResolvedCommit
 from infra.dev.hub.paging import one_page
-from infra.dev.hub.repository import Commit, Repository
-from infra.dev.hub.tree import Entry, Tree, folder_id, folders
+from infra.dev.hub.tree import Tree, folder_id, folders
 
 router = APIRouter()
-EXPANDED_PAGE = 50
-LARGEST_RANGE = 2**24
+MAX_RANGE_BYTES = 2**24
 
 
 class BlobResponse(FileResponse):
-    """Streams an object, or the range of it that was asked for."""
+    """A stream of an object, or of the range that the request names."""
 
     chunk_size = 2**20
 
@@ -27,7 +25,7 @@ class BlobResponse(FileResponse):
 @router.api_route("/{namespace}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
 @router.api_route("/{kind}/{namespace}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
 def resolve(request: Request, repository: OpenRepository, commit: ResolvedCommit, path: FilePath) -> Response:
-    entry = repository.tree(commit).get(path)
+    entry = commit.tree.get(path)
     if entry is None:
         raise HubError(404, "Entry not found", "EntryNotFound", commit=commit.id)
     headers = {"X-Repo-Commit": commit.id, "ETag": f'"{entry.etag}"'}
@@ -41,7 +39,7 @@ def resolve(request: Request, repository: OpenRepository, commit: ResolvedCommit
 
 
 def _from_header(request: Request, stored: Path, size: int, headers: dict[str, str]) -> Response:
-    """A range of a file of which only the header is kept: the rest are zeros, and nobody gets it whole."""
+    """Answer with a range of a file of which only the header is stored: zeros follow. Refuse to send the whole file."""
     headers |= {"Accept-Ranges": "bytes", "Content-Length": str(size)}
     if request.method == "HEAD":
         return Response(headers=headers)
@@ -49,36 +47,23 @@ def _from_header(request: Request, stored: Path, size: int, headers: dict[str, s
     if match is None:
         raise HubError(400, "Only the header of this file is here: ask for a range of it")
     begin, end = int(match[1]), min(int(match[2]) + 1, size)
-    if not begin < end <= begin + LARGEST_RANGE:
-        raise HubError(416, f"Ranges of at most {LARGEST_RANGE} bytes of this file are served")
-    kept = stored.read_bytes()[begin:end]
+    if not begin < end <= begin + MAX_RANGE_BYTES:
+        raise HubError(416, f"Ranges of at most {MAX_RANGE_BYTES} bytes of this file are served")
+    header = stored.read_bytes()[begin:end]
     headers |= {"Content-Length": str(end - begin), "Content-Range": f"bytes {begin}-{end - 1}/{size}"}
-    return Response(kept.ljust(end - begin, b"\0"), 206, headers, "application/octet-stream")
+    return Response(header.ljust(end - begin, b"\0"), 206, headers, "application/octet-stream")
 
 
 @router.get("/api/{kind}/{namespace}/{name}/tree/{revision}")
-def list_root(
-    request: Request,
-    hub: HubState,
-    repository: ReadableRepository,
-    commit: ResolvedCommit,
-    recursive: bool = False,
-    expand: bool = False,
-) -> JSONResponse:
-    return list_folder(request, hub, repository, commit, "", recursive, expand)
+def list_root(request: Request, hub: HubState, commit: ResolvedCommit, recursive: bool = False) -> JSONResponse:
+    return list_folder(request, hub, commit, "", recursive)
 
 
 @router.get("/api/{kind}/{namespace}/{name}/tree/{revision}/{path:path}")
 def list_folder(
-    request: Request,
-    hub: HubState,
-    repository: ReadableRepository,
-    commit: ResolvedCommit,
-    path: FilePath,
-    recursive: bool = False,
-    expand: bool = False,
+    request: Request, hub: HubState, commit: ResolvedCommit, path: FilePath, recursive: bool = False
 ) -> JSONResponse:
-    tree = repository.tree(commit)
+    tree = commit.tree
     prefix = f"{path}/" if path else ""
     found = [
         name
@@ -87,34 +72,20 @@ def list_folder(
     ]
     if path and not found:
         raise HubError(404, f"{path} does not exist", "EntryNotFound", commit=commit.id)
-    size = min(hub.limits.tree_page, EXPANDED_PAGE) if expand else hub.limits.tree_page
-    page, headers = one_page(request, found, size)
-    return JSONResponse(_describe(repository, commit, page, expand), headers=headers)
+    page, headers = one_page(request, found, hub.limits.tree_page)
+    return JSONResponse([_describe(tree, name) for name in page], headers=headers)
 
 
 @router.post("/api/{kind}/{namespace}/{name}/paths-info/{revision}")
-async def paths_info(request: Request, repository: ReadableRepository, commit: ResolvedCommit) -> list[dict[str, Any]]:
-    """Describe the paths that exist among those in a form of `paths` and `expand`."""
+async def paths_info(request: Request, commit: ResolvedCommit) -> list[dict[str, Any]]:
+    """Describe those of the form's `paths` that exist."""
     form = parse_qs((await request.body()).decode())
-    tree = repository.tree(commit)
-    existing = tree.keys() | folders(tree)
-    found = [path for path in form.get("paths", []) if path in existing]
-    return _describe(repository, commit, found, form.get("expand") in (["true"], ["True"]))
+    existing = commit.tree.keys() | folders(commit.tree)
+    return [_describe(commit.tree, path) for path in form.get("paths", []) if path in existing]
 
 
-def _describe(repository: Repository, commit: Commit, paths: list[str], expand: bool) -> list[dict[str, Any]]:
-    """Files and folders as the Hub lists them; with `expand`, also who changed them last."""
-    tree = repository.tree(commit)
-    rows = [_describe_path(tree, path) for path in paths]
-    if expand:
-        changes = _last_changes(repository, commit, paths)
-        for row in rows:
-            last = changes[row["path"]]
-            row["lastCommit"] = {"id": last.id, "title": last.title, "date": last.date}
-    return rows
-
-
-def _describe_path(tree: Tree, path: str) -> dict[str, Any]:
+def _describe(tree: Tree, path: str) -> dict[str, Any]:
+    """Describe a file or folder as the Hub lists it."""
     entry = tree.get(path)
     if entry is None:
         return {"type": "directory", "path": path, "oid": folder_id(tree, path), "size": 0}
@@ -126,20 +97,3 @@ def _describe_path(tree: Tree, path: str) -> dict[str, Any]:
             "pointerSize": entry.pointer_size,
         }
     return row
-
-
-def _last_changes(repository: Repository, commit: Commit, paths: list[str]) -> dict[str, Commit]:
-    """The commit that last changed each path."""
-    changes: dict[str, Commit] = {}
-    tree: Tree = repository.tree(commit)
-    for step in repository.history(commit):
-        before: Tree = repository.tree(repository.load_commit(step.parents[0])) if step.parents else {}
-        for path in paths:
-            if path not in changes and _state_of(tree, path) != _state_of(before, path):
-                changes[path] = step
-        tree = before
-    return changes
-
-
-def _state_of(tree: Tree, path: str) -> Entry | str:
-    return tree.get(path) or folder_id(tree, path)

@@ -1,10 +1,10 @@
 """Failures on demand, and a log of the traffic.
 
-A fault says which requests it is for and what happens to them. The first that matches a request
-is applied, `times` times; several effects may be combined. See `Fault` for what there is.
+A fault names the requests that it applies to and what happens to them. The first fault that matches a request is
+applied; its effects may be combined. See `Fault` for all of them.
 
-This is plain ASGI middleware around the whole application: bodies stay streams, and a cut leaves
-a response unfinished, upon which the server closes the connection under the client.
+This is plain ASGI middleware around the whole application: bodies stay streams, and a cut leaves a response
+unfinished, so that the server closes the connection under the client.
 """
 
 import asyncio
@@ -23,23 +23,23 @@ _METHODS_WITH_BODY = {"POST", "PUT", "PATCH"}
 
 
 class Fault(BaseModel):
-    """Which requests go wrong, and how.
+    """Which requests fail, and how.
 
-    path_regex: searched for in the decoded path and query.
-    method: only this method; otherwise any.
-    times: for how many requests; None for all.
-    skip: how many matching requests are let through first.
-    status: answer with this status at once, and `retry_after` as `Retry-After`.
+    path_regex: applies to requests with a match in their decoded path and query.
+    method: applies to this method only; None for all.
+    times: how many requests fail; None for all.
+    skip: how many matching requests succeed first.
+    status: answer with this status at once, and `retry_after` (seconds) as `Retry-After`.
     delay: seconds before anything happens.
-    bytes_per_second: how fast the response body is sent.
-    cut_after_bytes: close the connection after so many bytes of the response body. 0 loses the
-        whole answer to a request that was carried out.
-    cut_request_after_bytes: close it after so many bytes of the request body, if that is read.
-    corrupt: flip one bit, of the request body of a POST or PUT, else of the response body.
-    hold_request: keep the request until the faults are cleared. If its connection ends before, it is
-        never carried out.
-    hold_after_bytes: after so many bytes of the response body send nothing until the faults are
-        cleared or the connection ends. 0 holds the whole answer to a request that was carried out.
+    bytes_per_second: the speed at which the response body is sent.
+    cut_after_bytes: close the connection after so many bytes of the response body. 0 loses the whole answer to a
+        request that was carried out.
+    cut_request_after_bytes: close the connection after so many bytes of the request body, if that is read.
+    corrupt: flip one bit of the request body of a POST, PUT or PATCH, and of the response body otherwise.
+    hold_request: hold the request back until the faults are cleared. If its connection ends before that, the request
+        is never carried out.
+    hold_after_bytes: send nothing after so many bytes of the response body, until the faults are cleared or the
+        connection ends. 0 holds the whole answer to a request that was carried out.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -58,8 +58,8 @@ class Fault(BaseModel):
     hold_request: bool = False
     hold_after_bytes: int | None = None
 
-    def takes(self, method: str, address: str) -> bool:
-        """Whether this request is one to spoil; counts it if so."""
+    def matches(self, method: str, address: str) -> bool:
+        """Check whether the fault applies to this request, and count it."""
         if self.times == 0 or (self.method and self.method.upper() != method):
             return False
         if not re.search(self.path_regex, address):
@@ -74,7 +74,7 @@ class Fault(BaseModel):
 
 @dataclass
 class Exchange:
-    """One request and its answer, counted in bytes of their bodies. `status` 0: no answer."""
+    """One request and its answer, with the sizes of both bodies. `status` is 0 while there is no answer."""
 
     method: str
     path: str
@@ -85,11 +85,11 @@ class Exchange:
 
 
 class ConnectionCut(Exception):
-    """Ends a request whose connection is to be closed."""
+    """The connection of the request is to be closed."""
 
 
 class Disturbance:
-    """Middleware that logs every request and spoils those that a fault is for."""
+    """Middleware that logs every request and applies faults."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -98,7 +98,7 @@ class Disturbance:
         self._cleared = asyncio.Event()
 
     def clear(self) -> None:
-        """Forget all faults, and let go what they hold."""
+        """Remove all faults, and let the requests go on that they hold."""
         self.faults.clear()
         self._cleared.set()
         self._cleared = asyncio.Event()
@@ -110,7 +110,7 @@ class Disturbance:
         exchange = Exchange(scope["method"], scope["path"], scope["query_string"].decode())
         self.traffic.append(exchange)
         address = f"{exchange.path}?{exchange.query}" if exchange.query else exchange.path
-        fault = next((each for each in self.faults if each.takes(exchange.method, address)), None)
+        fault = next((fault for fault in self.faults if fault.matches(exchange.method, address)), None)
         channel = _Channel(exchange, fault or Fault(), receive, send, self._cleared)
         await asyncio.sleep(channel.fault.delay)
         if channel.fault.status:
@@ -125,7 +125,7 @@ class Disturbance:
 
 
 class _Channel:
-    """The two directions of one request, with a fault in between."""
+    """Both directions of one request, with a fault applied to them."""
 
     def __init__(self, exchange: Exchange, fault: Fault, receive: Receive, send: Send, cleared: asyncio.Event) -> None:
         self.fault = fault
@@ -138,8 +138,8 @@ class _Channel:
         self._is_cut = False
 
     async def hold(self) -> None:
-        """Wait until the faults are cleared. Raises ConnectionCut if the client leaves before."""
-        gone, cleared = asyncio.ensure_future(self._leaving()), asyncio.ensure_future(self._cleared.wait())
+        """Wait until the faults are cleared. Raises ConnectionCut if the client closes the connection before that."""
+        gone, cleared = asyncio.ensure_future(self._wait_for_end()), asyncio.ensure_future(self._cleared.wait())
         await asyncio.wait({gone, cleared}, return_when=asyncio.FIRST_COMPLETED)
         left = gone.done()
         for waiting in (gone, cleared):
@@ -148,8 +148,8 @@ class _Channel:
             self._is_cut = True
             raise ConnectionCut
 
-    async def _leaving(self) -> None:
-        """Wait for the end of the connection; what the client sends meanwhile is kept."""
+    async def _wait_for_end(self) -> None:
+        """Wait for the end of the connection. What the client sends meanwhile is received later."""
         while True:
             message = await self._receive()
             self._received.append(message)
@@ -172,7 +172,7 @@ class _Channel:
 
     async def send(self, message: Message) -> None:
         if self._is_cut:
-            raise ConnectionCut  # the application's answer to having been cut
+            raise ConnectionCut  # the application tries to answer the request whose body was cut
         if message["type"] == "http.response.start":
             self._exchange.status = message["status"]
             if self.fault.hold_after_bytes == 0:

@@ -1,4 +1,4 @@
-"""Which files go to LFS, as the repository's `.gitattributes` says."""
+"""Which files go to LFS, according to the repository's `.gitattributes`."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -17,10 +17,9 @@ DEFAULT_GITATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\
 
 
 def lfs_patterns(repository: Repository, tree: Tree) -> list[str]:
-    """The patterns of the `.gitattributes` in this tree, or of a new repository's."""
+    """Return the LFS patterns of the `.gitattributes` in this tree, or those of a new repository."""
     entry = tree.get(".gitattributes")
-    text = repository.object_path(entry).read_text() if entry else DEFAULT_GITATTRIBUTES
-    return parse_lfs_patterns(text)
+    return parse_lfs_patterns(repository.object_path(entry).read_text() if entry else DEFAULT_GITATTRIBUTES)
 
 
 def parse_lfs_patterns(text: str) -> list[str]:
@@ -29,7 +28,7 @@ def parse_lfs_patterns(text: str) -> list[str]:
 
 
 def goes_to_lfs(path: str, size: int, patterns: Sequence[str]) -> bool:
-    """Whether a file is stored as a large file. Empty files never are."""
+    """Check whether a file is stored as a large file. Empty files never are."""
     name = path.rpartition("/")[2]
     matches = any(fnmatchcase(path if "/" in pattern else name, pattern) for pattern in patterns)
     return size > 0 and (size > LARGE_FILE_BYTES or matches)

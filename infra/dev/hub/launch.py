@@ -1,4 +1,4 @@
-"""Start the stand-in as a process of its own, and tell it what to do.
+"""Start the Hub stand-in as a process, and control it.
 
 with HubStandIn(tmp_path / "hub") as hub:
     base = hub.seed("Qwen/tiny", folder)
@@ -16,15 +16,15 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypedDict
+from typing import Any, Self, TypedDict, Unpack
 
 _CHECKOUT = Path(__file__).resolve().parents[3]
-_START_SECONDS = 30.0
-_STOP_SECONDS = 10.0
+_START_TIMEOUT_S = 30.0
+_STOP_TIMEOUT_S = 10.0
 
 
 class Exchange(TypedDict):
-    """One request that the stand-in was sent; `status` 0 if it was never answered."""
+    """A request to the stand-in, with the sizes of both bodies. `status` is 0 if there was no answer."""
 
     method: str
     path: str
@@ -34,12 +34,28 @@ class Exchange(TypedDict):
     bytes_out: int
 
 
-class HubStandIn:
-    """A stand-in for the Hub, whose state outlives it in one folder.
+class FaultOptions(TypedDict, total=False):
+    """The fields of `infra.dev.hub.faults.Fault` but `path_regex`."""
 
-    `user` is the owner of `token` and of the namespace of that name; `tokens` adds others. After
-    `stop` or `kill`, `start` brings it back with the same state at the same address. It dies
-    with its parent.
+    method: str | None
+    times: int | None
+    skip: int
+    status: int | None
+    retry_after: int | None
+    delay: float
+    bytes_per_second: int | None
+    cut_after_bytes: int | None
+    cut_request_after_bytes: int | None
+    corrupt: bool
+    hold_request: bool
+    hold_after_bytes: int | None
+
+
+class HubStandIn:
+    """A process of the stand-in with its state in a folder. It ends with its parent process.
+
+    `user` is the owner of `token` and of the namespace of that name. `tokens` are further tokens and their users. See
+    `infra.dev.hub.hub.Limits` for the sizes.
     """
 
     def __init__(
@@ -79,17 +95,16 @@ class HubStandIn:
 
     @property
     def env(self) -> dict[str, str]:
-        """What a process needs in its environment to take this for the Hub."""
+        """The variables that let a process take this for the Hub."""
         return {"HF_ENDPOINT": self.url, "HF_TOKEN": self.token, "HF_HUB_DISABLE_XET": "1"}
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start the process, and wait until it answers. Raises RuntimeError."""
         self.state.mkdir(parents=True, exist_ok=True)
         url_file = self.state / "url"
         url_file.unlink(missing_ok=True)
         command = [sys.executable, "-m", "infra.dev.hub", "--exit-with-stdin"]
         command += ["--state", str(self.state.resolve()), "--url-file", str(url_file.resolve())]
-        command += ["--port", self.url.rpartition(":")[2] or "0"]
         for token, user in self._tokens.items():
             command += ["--token", f"{token}={user}"]
         for option, value in self._limits.items():
@@ -104,29 +119,28 @@ class HubStandIn:
                 stderr=log,
                 env={**os.environ, "PYTHONPATH": search_path},
             )
-        deadline = time.monotonic() + _START_SECONDS
+        deadline = time.monotonic() + _START_TIMEOUT_S
         while not url_file.exists():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                self.kill()
+                self._kill()
                 tail = self.log.read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"The Hub stand-in did not start; its log ends with:\n{tail}")
             time.sleep(0.02)
         self.url = url_file.read_text()
 
     def stop(self) -> None:
-        """Let it finish what it is doing, and stop it."""
+        """Let the process finish its requests, and stop it."""
         if self._process is None:
             return
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
-            self._process.wait(_STOP_SECONDS)
+            self._process.wait(_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            self.kill()
+            self._kill()
         self._process = None
 
-    def kill(self) -> None:
-        """SIGKILL, as a power cut would."""
+    def _kill(self) -> None:
         if self._process is None:
             return
         self._process.kill()
@@ -146,8 +160,11 @@ class HubStandIn:
         delete_missing: bool = False,
         headers_only: bool = False,
     ) -> str:
-        """Commit a folder to a branch, if it differs; the id of the branch's commit. `headers_only`: of safetensors
-        files nothing but the header is kept, and zeros are served behind it, by Range only."""
+        """Commit a folder to a branch, unless it holds those files, and return the id of the branch's commit.
+
+        With `headers_only`, only the headers of safetensors files are stored. Zeros are served behind them, and only
+        to requests with a Range. See `infra.dev.hub.seeding.Seed` for the rest.
+        """
         body = {
             "repo_id": repo_id,
             "folder": str(Path(folder).resolve()),
@@ -164,60 +181,27 @@ class HubStandIn:
         self,
         repo_id: str,
         *,
-        gated: bool | str | None = None,
+        gated: bool | None = None,
         private: bool | None = None,
-        granted: Sequence[str] | None = None,
         repo_type: str = "model",
     ) -> None:
-        """Change who sees a repository. `granted`: the users let through its gate."""
-        body = {"gated": gated, "private": private, "granted": granted, "repo_type": repo_type}
-        self._call("PUT", f"repos/{repo_id}", body)
+        """Change who may see a repository and read its files."""
+        self._call("PUT", f"repos/{repo_id}", {"gated": gated, "private": private, "repo_type": repo_type})
 
     def add_token(self, token: str, user: str, *, orgs: Sequence[str] = (), role: str = "write") -> None:
         """Make a token valid. `role` is `write` or `read`."""
         self._call("POST", "tokens", {"token": token, "user": user, "orgs": list(orgs), "role": role})
 
-    def fault(
-        self,
-        path_regex: str = "",
-        *,
-        method: str | None = None,
-        times: int | None = 1,
-        skip: int = 0,
-        status: int | None = None,
-        retry_after: int | None = None,
-        delay: float = 0,
-        bytes_per_second: int | None = None,
-        cut_after_bytes: int | None = None,
-        cut_request_after_bytes: int | None = None,
-        corrupt: bool = False,
-        hold_request: bool = False,
-        hold_after_bytes: int | None = None,
-    ) -> None:
-        """Spoil requests to come, as `infra.dev.hub.faults.Fault` describes."""
-        body = {
-            "path_regex": path_regex,
-            "method": method,
-            "times": times,
-            "skip": skip,
-            "status": status,
-            "retry_after": retry_after,
-            "delay": delay,
-            "bytes_per_second": bytes_per_second,
-            "cut_after_bytes": cut_after_bytes,
-            "cut_request_after_bytes": cut_request_after_bytes,
-            "corrupt": corrupt,
-            "hold_request": hold_request,
-            "hold_after_bytes": hold_after_bytes,
-        }
-        self._call("POST", "faults", body)
+    def fault(self, path_regex: str = "", **options: Unpack[FaultOptions]) -> None:
+        """Make coming requests fail, as `infra.dev.hub.faults.Fault` describes."""
+        self._call("POST", "faults", {"path_regex": path_regex, **options})
 
     def clear_faults(self) -> None:
-        """Forget all faults, and let go what they hold."""
+        """Remove all faults, and let the requests go on that they hold."""
         self._call("DELETE", "faults")
 
     def traffic(self) -> list[Exchange]:
-        """All requests since the start or the last `reset_traffic`, oldest first."""
+        """Return all requests since the start or the last `reset_traffic`, oldest first."""
         exchanges: list[Exchange] = self._call("GET", "traffic")
         return exchanges
 

@@ -1,8 +1,7 @@
-"""Uploads of large files: the LFS batch call, then one PUT, or one for each part.
+"""Uploads of large files: the LFS batch call, then one PUT for the file or one for each part.
 
-The addresses that the batch call hands out carry a signature instead of a token, as the client
-uses them without one. A body becomes an object only if its size and sha256 are what its name
-says.
+The upload addresses in the answer to the batch call carry a signature, as the client uses them without a token. A
+body becomes an object only if it has the announced size and sha256.
 """
 
 import hashlib
@@ -10,12 +9,14 @@ import hmac
 import math
 import shutil
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
-from fastapi import APIRouter, Body, Request, Response
+from fastapi import APIRouter, Body, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from pydantic import BaseModel
 
 from infra.dev.hub.access import HubError, HubState, OpenRepository, Writer
 from infra.dev.hub.hub import Hub
@@ -32,16 +33,18 @@ JsonBody = Annotated[dict[str, Any], Body()]
 def batch(
     request: Request, hub: HubState, repository: OpenRepository, writer: Writer, body: JsonBody
 ) -> dict[str, Any]:
-    """Say, for each object, where to send it; nothing for those that are already here."""
+    """Say where to send each object; nothing for those that the repository holds."""
     multipart = "multipart" in body.get("transfers", ["basic"])
+    base = f"{request.base_url}_lfs/{repository.kind}/{repository.id}"
     objects = [
-        _instructions(request, hub, repository, wanted["oid"], wanted["size"], multipart) for wanted in body["objects"]
+        _instruct(hub, repository, f"{base}/{wanted['oid']}", wanted["oid"], wanted["size"], multipart=multipart)
+        for wanted in body["objects"]
     ]
     return {"transfer": "multipart" if multipart else "basic", "objects": objects}
 
 
-def _instructions(
-    request: Request, hub: Hub, repository: Repository, oid: str, size: int, multipart: bool
+def _instruct(
+    hub: Hub, repository: Repository, address: str, oid: str, size: int, *, multipart: bool
 ) -> dict[str, Any]:
     instructions: dict[str, Any] = {"oid": oid, "size": size}
     held = repository.lfs_entry(oid)
@@ -49,77 +52,90 @@ def _instructions(
         return {**instructions, "error": {"code": 422, "message": "Invalid oid or size"}}
     if held:
         return instructions
-    base = f"{request.base_url}_lfs/{repository.kind}/{repository.id}/{oid}"
 
-    def signed(part: int) -> str:
+    def sign(part: int) -> str:
         signature = hub.sign(repository.kind, repository.id, oid, size, part)
-        return f"{base}?{urlencode({'size': size, 'part': part, 'signature': signature})}"
+        return f"{address}?{urlencode({'size': size, 'part': part, 'signature': signature})}"
 
-    upload: dict[str, Any] = {"href": signed(0)}
+    upload: dict[str, Any] = {"href": sign(0)}
     if multipart and size > hub.limits.multipart_over:
         parts = range(1, math.ceil(size / hub.limits.part_size) + 1)
-        upload["header"] = {
-            "chunk_size": str(hub.limits.part_size),
-            **{str(part): signed(part) for part in parts},
-        }
-    verify = f"{base}/verify"
-    return {**instructions, "actions": {"upload": upload, "verify": {"href": verify}}}
+        upload["header"] = {"chunk_size": str(hub.limits.part_size), **{str(part): sign(part) for part in parts}}
+    return {**instructions, "actions": {"upload": upload, "verify": {"href": f"{address}/verify"}}}
+
+
+class SignedQuery(BaseModel):
+    """The query of an upload address. Part 0 is the whole object."""
+
+    size: int
+    part: int
+    signature: str
+
+
+@dataclass(frozen=True)
+class Upload:
+    """The object, or part of an object, that a signed address is for."""
+
+    repository: Repository
+    oid: str
+    size: int
+    part: int
+
+    @property
+    def parts_folder(self) -> Path:
+        return self.repository.folder / "uploads" / self.oid
+
+    def adopt(self, path: Path, size: int, sha256: str) -> None:
+        """Make a received file an object, if it is the one that was announced."""
+        if (size, sha256) != (self.size, self.oid):
+            message = f"Received {size} bytes with sha256 {sha256}, not {self.size} bytes with {self.oid}"
+            raise HubError(400, message)
+        self.repository.adopt_lfs(path, Entry.lfs(self.oid, size))
+
+
+def get_upload(request: Request, hub: HubState, query: Annotated[SignedQuery, Query()]) -> Upload:
+    """Return the upload that a signed address is for. Raises HubError if the signature is not valid."""
+    kind, namespace, name, oid = (request.path_params[key] for key in ("kind", "namespace", "name", "oid"))
+    repository = hub.find(kind, f"{namespace}/{name}")
+    expected = hub.sign(kind, f"{namespace}/{name}", oid, query.size, query.part)
+    if repository is None or not hmac.compare_digest(query.signature, expected):
+        raise HubError(403, "The signature of this upload address is not valid")
+    return Upload(repository, oid, query.size, query.part)
+
+
+SignedUpload = Annotated[Upload, Depends(get_upload)]
 
 
 @router.put("/_lfs/{kind}/{namespace}/{name}/{oid}")
-async def upload(
-    request: Request,
-    hub: HubState,
-    kind: str,
-    namespace: str,
-    name: str,
-    oid: str,
-    size: int,
-    part: int,
-    signature: str,
-) -> Response:
-    """Take a whole object (part 0), or one part of it."""
-    repository = _addressed(hub, kind, f"{namespace}/{name}", oid, size, part, signature)
-    temporary = hub.durable.temporary()
+async def receive(request: Request, hub: HubState, upload: SignedUpload) -> Response:
+    """Store a whole object, or one part of it."""
+    temporary = hub.temporary()
     try:
-        received, digest = await _receive(request.stream(), temporary)
-        if part == 0:
-            await run_in_threadpool(_adopt, repository, temporary, oid, size, received, digest)
+        size, sha256 = await _write_body(request.stream(), temporary)
+        if upload.part == 0:
+            await run_in_threadpool(upload.adopt, temporary, size, sha256)
         else:
-            path = _parts_folder(repository, oid) / f"{part}.{digest}"
-            await run_in_threadpool(hub.durable.publish, temporary, path)
+            upload.parts_folder.mkdir(parents=True, exist_ok=True)
+            temporary.replace(upload.parts_folder / f"{upload.part}.{sha256}")
     finally:
         temporary.unlink(missing_ok=True)
-    return Response(headers={"ETag": f'"{digest}"'})
+    return Response(headers={"ETag": f'"{sha256}"'})
 
 
 @router.post("/_lfs/{kind}/{namespace}/{name}/{oid}")
-def complete(
-    hub: HubState,
-    kind: str,
-    namespace: str,
-    name: str,
-    oid: str,
-    size: int,
-    part: int,
-    signature: str,
-    body: JsonBody,
-) -> None:
+def complete(hub: HubState, upload: SignedUpload, body: JsonBody) -> None:
     """Join the parts of an object."""
-    repository = _addressed(hub, kind, f"{namespace}/{name}", oid, size, part, signature)
-    if repository.lfs_entry(oid):
-        return  # a completion whose answer was lost
-    folder = _parts_folder(repository, oid)
-    paths = [folder / f"{int(each['partNumber'])}.{_etag(each['etag'])}" for each in body["parts"]]
+    if upload.repository.lfs_entry(upload.oid):
+        return  # the client asks again because the answer to its first request was lost
+    paths = [upload.parts_folder / f"{int(part['partNumber'])}.{_read_etag(part['etag'])}" for part in body["parts"]]
     if missing := [path.name for path in paths if not path.exists()]:
         raise HubError(400, f"Parts were not uploaded: {', '.join(missing)}")
-    temporary = hub.durable.temporary()
+    temporary = hub.temporary()
     try:
-        joined, digest = _join(paths, temporary)
-        _adopt(repository, temporary, oid, size, joined, digest)
+        upload.adopt(temporary, *_join(paths, temporary))
     finally:
         temporary.unlink(missing_ok=True)
-        shutil.rmtree(folder)
+        shutil.rmtree(upload.parts_folder)
 
 
 @router.post("/_lfs/{kind}/{namespace}/{name}/{oid}/verify")
@@ -129,17 +145,8 @@ def verify(repository: OpenRepository, writer: Writer, oid: str, body: JsonBody)
         raise HubError(404, f"LFS object {oid} is not here")
 
 
-def _addressed(hub: Hub, kind: str, repo_id: str, oid: str, size: int, part: int, signature: str) -> Repository:
-    """The repository that a signed upload address is for."""
-    repository = hub.find(kind, repo_id)
-    expected = hub.sign(kind, repo_id, oid, size, part)
-    if repository is None or not hmac.compare_digest(signature, expected):
-        raise HubError(403, "The signature of this upload address is not valid")
-    return repository
-
-
-async def _receive(body: AsyncIterator[bytes], path: Path) -> tuple[int, str]:
-    """Write a body to a file; its size and sha256."""
+async def _write_body(body: AsyncIterator[bytes], path: Path) -> tuple[int, str]:
+    """Write a body to a file. Returns its size in bytes and its sha256."""
     size, digest = 0, hashlib.sha256()
     with path.open("wb") as file:
         async for chunk in body:
@@ -150,7 +157,7 @@ async def _receive(body: AsyncIterator[bytes], path: Path) -> tuple[int, str]:
 
 
 def _join(parts: Iterable[Path], path: Path) -> tuple[int, str]:
-    """Write all parts to one file; its size and sha256."""
+    """Write all parts to one file. Returns its size in bytes and its sha256."""
     size, digest = 0, hashlib.sha256()
     with path.open("wb") as joined:
         for part in parts:
@@ -162,19 +169,7 @@ def _join(parts: Iterable[Path], path: Path) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _adopt(repository: Repository, path: Path, oid: str, size: int, received: int, digest: str) -> None:
-    """Make a received file an object, if it is the one that was announced."""
-    if (received, digest) != (size, oid):
-        message = f"Received {received} bytes with sha256 {digest}, not {size} bytes with {oid}"
-        raise HubError(400, message)
-    repository.adopt_lfs(path, Entry.lfs(oid, size))
-
-
-def _parts_folder(repository: Repository, oid: str) -> Path:
-    return repository.folder / "uploads" / oid
-
-
-def _etag(text: str) -> str:
+def _read_etag(text: str) -> str:
     etag = text.strip('"')
     if not SHA256.fullmatch(etag):
         raise HubError(400, f"'{text}' is not the ETag of a part")

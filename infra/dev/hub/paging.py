@@ -9,7 +9,7 @@ Row = TypeVar("Row")
 
 
 def one_page(request: Request, rows: Sequence[Row], size: int) -> tuple[list[Row], dict[str, str]]:
-    """The rows that `?cursor=` asks for, and the headers of the answer."""
+    """Return the rows from `?cursor=` on, and the headers of the answer."""
     start = int(request.query_params.get("cursor", 0))
     end = start + size
     following = request.url.include_query_params(cursor=end)

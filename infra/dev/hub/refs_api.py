@@ -9,25 +9,25 @@ from infra.dev.hub.access import HubError, ReadableRepository, ResolvedCommit, R
 from infra.dev.hub.paging import one_page
 
 router = APIRouter(prefix="/api/{kind}/{namespace}/{name}")
-COMMITS_PAGE = 50
+PAGE_ROWS = 50
 JsonBody = Annotated[dict[str, Any], Body()]
 
 
 @router.get("/refs")
 def list_refs(repository: ReadableRepository, include_prs: bool = False) -> dict[str, Any]:
-    def described(kind: str) -> list[dict[str, str]]:
+    def describe(kind: str) -> list[dict[str, str]]:
         return [
             {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit_id}
             for name, commit_id in repository.refs(kind).items()
         ]
 
-    refs = {"branches": described("heads"), "tags": described("tags"), "converts": []}
-    return {**refs, "pullRequests": described("pr")} if include_prs else refs
+    refs = {"branches": describe("heads"), "tags": describe("tags"), "converts": []}
+    return {**refs, "pullRequests": describe("pr")} if include_prs else refs
 
 
 @router.get("/commits/{revision}")
 def list_commits(request: Request, repository: ReadableRepository, commit: ResolvedCommit) -> JSONResponse:
-    page, headers = one_page(request, list(repository.history(commit)), COMMITS_PAGE)
+    page, headers = one_page(request, list(repository.history(commit)), PAGE_ROWS)
     rows = [
         {
             "id": commit.id,

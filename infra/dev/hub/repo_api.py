@@ -1,4 +1,4 @@
-"""Repositories as a whole: who am I, create, delete, settings, info, the check of a card."""
+"""The account of a token; repositories: create, delete, settings, info; the check of a model card."""
 
 from typing import Annotated, Any
 
@@ -67,19 +67,18 @@ def delete_repo(hub: HubState, writer: Writer, body: JsonBody) -> None:
 
 
 def _named_repository(body: dict[str, Any], writer: User) -> tuple[str, str]:
-    """Kind and id of the repository that the body of a request names."""
+    """Return kind and id of the repository that the body of a request names."""
     namespace = body.get("organization") or writer.name
     return f"{body.get('type') or 'model'}s", f"{namespace}/{body['name']}"
 
 
 @router.put("/api/{kind}/{namespace}/{name}/settings")
 def change_settings(repository: WritableRepository, body: JsonBody) -> None:
-    changes: dict[str, Any] = {}
-    if "private" in body or "visibility" in body:
-        changes["private"] = body.get("private") or body.get("visibility") == "private"
-    if "gated" in body:
-        changes["gated"] = body["gated"] or None
-    repository.change_settings(**changes)
+    with repository.changing() as state:
+        if "private" in body or "visibility" in body:
+            state.private = body.get("private") or body.get("visibility") == "private"
+        if "gated" in body:
+            state.gated = body["gated"] or None
 
 
 @router.get("/api/{kind}/{namespace}/{name}")
@@ -93,7 +92,7 @@ def info_at(repository: ReadableRepository, commit: ResolvedCommit, blobs: bool 
 
 
 def _info(repository: Repository, commit: Commit, blobs: bool) -> dict[str, Any]:
-    tree, settings = repository.tree(commit), repository.settings
+    tree, state = commit.tree, repository.state
     *_, first = repository.history(commit)
     card = tree.get("README.md")
     card_text = repository.object_path(card).read_text(errors="replace") if card else ""
@@ -105,8 +104,8 @@ def _info(repository: Repository, commit: Commit, blobs: bool) -> dict[str, Any]
         "sha": commit.id,
         "lastModified": commit.date,
         "createdAt": first.date,
-        "private": settings.private,
-        "gated": settings.gated or False,
+        "private": state.private,
+        "gated": state.gated or False,
         "disabled": False,
         "downloads": 0,
         "likes": 0,

@@ -1,35 +1,32 @@
-"""One repository on the disk: objects, commits, refs.
+"""One repository: its files on the disk, and the rest in memory with a copy in `repository.json`.
 
-    repo.json               settings
-    objects/git/ab/<sha1>   regular files, by git blob id
-    objects/lfs/ab/<sha256> large files; of one seeded by its header alone, the header
-    trees/<id>  commits/<id>
-    refs/heads/<name>  refs/tags/<name>  refs/pr/<number>     one commit id each, names quoted
-    discussions/<number>
-    uploads/<sha256>/<part>.<etag>                            parts of an unfinished upload
+    repository.json                 settings, refs, commits with their trees, pull requests
+    objects/git/ab/<sha1>           regular files, by git blob id
+    objects/lfs/ab/<sha256>         large files; only the header of one that was seeded with `headers_only`
+    uploads/<sha256>/<part>.<etag>  parts of an unfinished upload
 
-Objects, tree and commit are written and synced before the ref that leads to them is renamed
-into place: a commit is visible as a whole, or not at all.
+`repository.json` is replaced as a whole after each change. A killed process therefore leaves either the old state or
+the new one, and the next process goes on with it. Nothing is synced: a power cut may lose what was written last.
 """
 
 import hashlib
 import json
 import re
 import threading
+import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, unquote
 
-from infra.dev.hub.durable import Durable
-from infra.dev.hub.tree import Entry, Operation, Tree, apply, dump_tree, git_blob_id, load_tree, tree_id
+from pydantic import BaseModel
 
+from infra.dev.hub.tree import Entry, Operation, Tree, apply, git_blob_id, tree_id
+
+STATE = "repository.json"  # Earlier stand-ins kept another state in repo.json, which this one does not read.
 SHA256 = re.compile(r"[0-9a-f]{64}")
-_LONGEST_FILE_NAME = 255
-_COMMIT_ID = re.compile(r"[0-9a-f]{40}")
-_BAD_REF = re.compile(r"^[./-]|\.\.|//|[\x00-\x20\x7f~^:?*\[\\]|@\{|[./]$|\.lock$|/\.")
+_BAD_REF_NAME = re.compile(r"^$|^[./-]|\.\.|//|[\x00-\x20\x7f~^:?*\[\\]|@\{|[./]$|\.lock$|/\.")
 
 
 class RevisionNotFound(LookupError):
@@ -37,11 +34,11 @@ class RevisionNotFound(LookupError):
 
 
 class RefExists(ValueError):
-    """A branch or tag of that name is already there."""
+    """A branch or tag of that name already exists."""
 
 
 class StaleParent(ValueError):
-    """The branch is no longer where the caller believed it to be."""
+    """The branch has moved since the caller looked at it."""
 
 
 class InvalidRef(ValueError):
@@ -49,78 +46,96 @@ class InvalidRef(ValueError):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Who sees a repository. `granted`: users let through the gate."""
-
-    private: bool = False
-    gated: str | None = None
-    granted: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Commit:
-    """A commit. Its id covers parents, message and tree, and no clock."""
+    """A commit. Its id is a hash of its parents, message and tree, and not of its date."""
 
     id: str
     parents: tuple[str, ...]
     title: str
     description: str
-    tree: str
+    tree: dict[str, Entry]
     author: str
     date: str
 
 
+class PullRequest(BaseModel):
+    """A pull request, with its commits on `refs/pr/<number>`. `base` is the commit of `main` that it started from."""
+
+    number: int
+    title: str
+    author: str
+    created: str
+    status: str
+    base: str
+    merged_as: str | None = None
+
+
+class State(BaseModel):
+    """The content of `repository.json`. The keys of `refs` are full names such as `refs/heads/main`."""
+
+    private: bool = False
+    gated: str | None = None
+    refs: dict[str, str] = {}
+    commits: dict[str, Commit] = {}
+    pull_requests: dict[int, PullRequest] = {}
+
+
 def now() -> str:
-    """The time as the Hub writes it."""
+    """Return the time as the Hub writes it."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
 
-class Repository:
-    """One repository. `lock` guards every read of a ref that is followed by a write."""
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name and rename it: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    temporary.write_bytes(data)
+    temporary.replace(path)
 
-    def __init__(self, kind: str, id: str, folder: Path, durable: Durable) -> None:
+
+class Repository:
+    """One repository in `folder`. Its state is read from there, and is new if there is none."""
+
+    def __init__(self, kind: str, id: str, folder: Path) -> None:
         self.kind, self.id = kind, id
         self.folder = folder
-        self.durable = durable
         self.lock = threading.RLock()
+        path = folder / STATE
+        self.state = State.model_validate_json(path.read_bytes()) if path.exists() else State()
 
-    # settings
-
-    @property
-    def settings(self) -> Settings:
-        stored = json.loads((self.folder / "repo.json").read_bytes())
-        return Settings(stored["private"], stored["gated"], tuple(stored["granted"]))
-
-    def change_settings(self, **changes: Any) -> None:
+    @contextmanager
+    def changing(self) -> Iterator[State]:
+        """Hold the lock while the state is changed, and write it down afterwards."""
         with self.lock:
-            settings = replace(self.settings, **changes)
-            self.durable.write(self.folder / "repo.json", json.dumps(asdict(settings)).encode())
+            yield self.state
+            write_file(self.folder / STATE, self.state.model_dump_json().encode())
 
     # objects
 
     def put_blob(self, data: bytes) -> Entry:
-        """Keep a regular file."""
-        entry = Entry(git_blob_id(data), len(data))
+        """Store a regular file."""
+        return self._put(Entry(git_blob_id(data), len(data)), data)
+
+    def put_header(self, header: bytes, size: int) -> Entry:
+        """Store only the beginning of a large file of `size` bytes. Its sha256 is made up."""
+        return self._put(Entry.lfs(hashlib.sha256(b"%d " % size + header).hexdigest(), size), header)
+
+    def _put(self, entry: Entry, data: bytes) -> Entry:
         if not self.object_path(entry).exists():
-            self.durable.write(self.object_path(entry), data)
+            write_file(self.object_path(entry), data)
         return entry
 
     def adopt_lfs(self, temporary: Path, entry: Entry) -> None:
-        """Keep a large file that was written to a temporary path and checked."""
-        self.durable.publish(temporary, self.object_path(entry))
+        """Store a large file by moving a file whose content was checked."""
+        path = self.object_path(entry)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.replace(path)
 
     def lfs_entry(self, sha256: str) -> Entry | None:
-        """The large file with this hash, if the repository holds it."""
+        """Return the large file with this hash, if the repository holds it."""
         if not SHA256.fullmatch(sha256) or not self._lfs_path(sha256).exists():
             return None
         return Entry.lfs(sha256, self._lfs_path(sha256).stat().st_size)
-
-    def put_header(self, header: bytes, size: int) -> Entry:
-        """Keep the beginning of a large file that nobody will fetch whole. Its sha256 is made up."""
-        entry = Entry.lfs(hashlib.sha256(b"%d " % size + header).hexdigest(), size)
-        if not self.object_path(entry).exists():
-            self.durable.write(self.object_path(entry), header)
-        return entry
 
     def object_path(self, entry: Entry) -> Path:
         if entry.sha256:
@@ -133,67 +148,46 @@ class Repository:
     # refs
 
     def refs(self, kind: str) -> dict[str, str]:
-        """Names and commit ids of all `heads`, `tags` or `pr`."""
-        folder = self.folder / "refs" / kind
-        paths = sorted(folder.iterdir()) if folder.is_dir() else []
-        return {unquote(path.name): path.read_text() for path in paths}
-
-    def _ref_path(self, ref: str) -> Path:
-        """Where a full ref such as `refs/heads/main` is kept."""
-        _, kind, name = ref.split("/", 2)
-        file_name = quote(name, safe="")
-        if not name or _BAD_REF.search(name) or len(file_name) > _LONGEST_FILE_NAME:
-            raise InvalidRef(f"'{name}' is not a valid name for a branch or tag")
-        return self.folder / "refs" / kind / file_name
+        """Return names and commit ids of all `heads`, `tags` or `pr`."""
+        prefix = f"refs/{kind}/"
+        return {ref.removeprefix(prefix): id for ref, id in sorted(self.state.refs.items()) if ref.startswith(prefix)}
 
     def full_ref(self, revision: str) -> str | None:
-        """The full name of the branch, tag or pull request that `revision` names, if any."""
-        if revision.startswith(("refs/heads/", "refs/tags/", "refs/pr/")):
-            candidates = [revision]
-        else:
-            candidates = [f"refs/heads/{revision}", f"refs/tags/{revision}"]
-        try:
-            return next((ref for ref in candidates if self._ref_path(ref).exists()), None)
-        except InvalidRef:
-            return None
+        """Return the full name of the branch, tag or pull request that `revision` names, if any."""
+        candidates = (revision, f"refs/heads/{revision}", f"refs/tags/{revision}")
+        return next((ref for ref in candidates if ref in self.state.refs), None)
 
     def create_ref(self, ref: str, commit_id: str) -> None:
-        with self.lock:
-            if self._ref_path(ref).exists():
+        """Create a branch or tag. Raises InvalidRef or RefExists."""
+        name = ref.split("/", 2)[2]
+        if _BAD_REF_NAME.search(name):
+            raise InvalidRef(f"'{name}' is not a valid name for a branch or tag")
+        with self.changing() as state:
+            if ref in state.refs:
                 raise RefExists(f"Reference already exists: {ref}")
-            self.durable.write(self._ref_path(ref), commit_id.encode())
+            state.refs[ref] = commit_id
 
     def delete_ref(self, ref: str) -> None:
-        with self.lock:
-            if self.full_ref(ref) is None:
+        """Delete a branch or tag. Raises RevisionNotFound."""
+        with self.changing() as state:
+            if state.refs.pop(ref, None) is None:
                 raise RevisionNotFound(ref)
-            self.durable.remove(self._ref_path(ref))
 
     # commits
 
     def resolve(self, revision: str) -> Commit:
-        """The commit that a branch, tag, pull request or commit id stands for."""
-        if ref := self.full_ref(revision):
-            return self.load_commit(self._ref_path(ref).read_text())
-        if _COMMIT_ID.fullmatch(revision) and self._commit_path(revision).exists():
-            return self.load_commit(revision)
-        raise RevisionNotFound(revision)
-
-    def _commit_path(self, commit_id: str) -> Path:
-        return self.folder / "commits" / commit_id
-
-    def load_commit(self, commit_id: str) -> Commit:
-        stored = json.loads(self._commit_path(commit_id).read_bytes())
-        return Commit(**{**stored, "parents": tuple(stored["parents"])})
-
-    def tree(self, commit: Commit) -> dict[str, Entry]:
-        return load_tree((self.folder / "trees" / commit.tree).read_bytes())
+        """Return the commit of a branch, tag, pull request or commit id. Raises RevisionNotFound."""
+        ref = self.full_ref(revision)
+        commit = self.state.commits.get(self.state.refs[ref] if ref else revision)
+        if commit is None:
+            raise RevisionNotFound(revision)
+        return commit
 
     def history(self, commit: Commit) -> Iterator[Commit]:
-        """The commit and those before it, newest first."""
+        """Yield the commit and those before it, newest first."""
         yield commit
         while commit.parents:
-            commit = self.load_commit(commit.parents[0])
+            commit = self.state.commits[commit.parents[0]]
             yield commit
 
     def commit(
@@ -206,27 +200,19 @@ class Repository:
         author: str,
         parent: str | None = None,
     ) -> Commit:
-        """Commit to a branch or pull request, if it is still at `parent`."""
+        """Commit to a branch or pull request. Raises StaleParent if it is no longer at `parent`."""
         with self.lock:
             head = self.resolve(ref)
             if parent is not None and parent != head.id:
                 raise StaleParent("A commit has happened since. Please refresh and try again.")
-            tree = apply(self.tree(head), operations)
-            commit = self.store_commit((head.id,), tree, title, description, author)
-            self.move_ref(ref, commit)
-            return commit
+            return self.commit_tree(ref, apply(head.tree, operations), title, description, author)
 
-    def store_commit(self, parents: tuple[str, ...], tree: Tree, title: str, description: str, author: str) -> Commit:
-        """Write a commit that no ref leads to yet."""
-        content = tree_id(tree)
-        identity = json.dumps([parents, title, description, content]).encode()
-        commit_id = hashlib.sha1(identity, usedforsecurity=False).hexdigest()
-        if not self._commit_path(commit_id).exists():
-            commit = Commit(commit_id, parents, title, description, content, author, now())
-            self.durable.write(self.folder / "trees" / content, dump_tree(tree))
-            self.durable.write(self._commit_path(commit_id), json.dumps(asdict(commit)).encode())
-        return self.load_commit(commit_id)
-
-    def move_ref(self, ref: str, commit: Commit) -> None:
-        """The one rename that makes a commit visible."""
-        self.durable.write(self._ref_path(ref), commit.id.encode())
+    def commit_tree(self, ref: str, tree: Tree, title: str, description: str, author: str) -> Commit:
+        """Make a commit of a whole tree, and move the ref to it. The ref is created if there is none."""
+        with self.changing() as state:
+            parents = (state.refs[ref],) if ref in state.refs else ()
+            identity = json.dumps([parents, title, description, tree_id(tree)]).encode()
+            commit_id = hashlib.sha1(identity, usedforsecurity=False).hexdigest()
+            commit = Commit(commit_id, parents, title, description, dict(tree), author, now())
+            state.refs[ref] = commit_id
+            return state.commits.setdefault(commit_id, commit)

@@ -1,4 +1,4 @@
-"""What a commit holds: a flat listing of paths, and what operations make of it."""
+"""The files of a commit as a flat mapping of paths, and the operations that change it."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ class MissingPath(ValueError):
 
 
 def git_blob_id(data: bytes) -> str:
-    """The id that git gives to a file with this content."""
+    """Return the id that git gives to a file with this content."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def lfs_pointer(sha256: str, size: int) -> bytes:
-    """The small text that git holds in place of a large file."""
+    """Return the small text that git holds in place of a large file."""
     return (f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n").encode()
 
 
@@ -68,7 +68,7 @@ Operation = Put | Delete
 
 
 def check_path(path: str) -> str:
-    """Return the path if a repository can hold it."""
+    """Return the path. Raises InvalidPath if no repository can hold it."""
     parts = path.split("/")
     if not all(parts) or {".", "..", ".git"} & set(parts) or "\0" in path or "\\" in path:
         raise InvalidPath(f"'{path}' is not a valid path in a repository")
@@ -76,7 +76,7 @@ def check_path(path: str) -> str:
 
 
 def apply(tree: Tree, operations: Iterable[Operation]) -> dict[str, Entry]:
-    """The tree after the operations, in their order."""
+    """Return the tree after the operations, applied in order. Raises InvalidPath or MissingPath."""
     result = dict(tree)
     for operation in operations:
         path = check_path(operation.path)
@@ -96,7 +96,7 @@ def apply(tree: Tree, operations: Iterable[Operation]) -> dict[str, Entry]:
 
 
 def folders(paths: Iterable[str]) -> set[str]:
-    """All folders that these paths lie in."""
+    """Return all folders above these paths."""
     found: set[str] = set()
     for path in paths:
         while "/" in path and (path := path.rpartition("/")[0]) not in found:
@@ -105,37 +105,11 @@ def folders(paths: Iterable[str]) -> set[str]:
 
 
 def folder_id(tree: Tree, folder: str) -> str:
-    """An id that changes when anything below the folder does."""
+    """Return an id that changes when anything below the folder does."""
     return tree_id({path: entry for path, entry in tree.items() if path.startswith(folder + "/")})
 
 
-def changed_paths(old: Tree, new: Tree) -> list[str]:
-    """The paths that were added, altered or deleted."""
-    return sorted(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))
-
-
-def merge(base: Tree, ours: Tree, theirs: Tree) -> tuple[dict[str, Entry], list[str]]:
-    """Bring what changed from `base` to `theirs` into `ours`; also the paths in conflict."""
-    result, conflicts = dict(ours), []
-    for path in changed_paths(base, theirs):
-        if ours.get(path) not in (base.get(path), theirs.get(path)):
-            conflicts.append(path)
-        elif path in theirs:
-            result[path] = theirs[path]
-        else:
-            result.pop(path, None)
-    return result, conflicts
-
-
-def dump_tree(tree: Tree) -> bytes:
-    """The tree as canonical JSON."""
-    rows = [[path, entry.oid, entry.size, entry.sha256] for path, entry in sorted(tree.items())]
-    return json.dumps(rows).encode()
-
-
-def load_tree(data: bytes) -> dict[str, Entry]:
-    return {path: Entry(oid, size, sha256) for path, oid, size, sha256 in json.loads(data)}
-
-
 def tree_id(tree: Tree) -> str:
-    return hashlib.sha1(dump_tree(tree), usedforsecurity=False).hexdigest()
+    """Return an id that two trees share exactly if they hold the same files."""
+    rows = [[path, entry.oid, entry.size, entry.sha256] for path, entry in sorted(tree.items())]
+    return hashlib.sha1(json.dumps(rows).encode(), usedforsecurity=False).hexdigest()

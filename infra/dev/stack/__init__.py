@@ -1,1 +1,1 @@
-"""The whole of Requant on one machine, without containers: `make up`, `make down`."""
+"""All services of Requant on one machine, without containers: `make up`, `make down`."""

@@ -1,4 +1,4 @@
-"""`python -m infra.dev.stack up | down | status [--folder DIR] [--gpus N]`."""
+"""Start, stop or show a stack: `python -m infra.dev.stack up | down | status [--folder DIR] [--gpus N]`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from infra.dev.stack.services import ROOT, Supervisor, services
 from infra.dev.stack.settings import Settings
 from requant.tasks.environment import bypass_proxy_on_loopback
 
-PATIENCE = 180.0  # seconds for one service to answer
+START_TIMEOUT_S = 180.0  # for one service
 CEPH = ROOT / "infra" / "dev" / "s3" / "ceph"
 
 
 def up(folder: Path, gpus: int = 1, say: Callable[[str], None] = print) -> Settings:
-    """Start what is not running, in order. Raises RuntimeError, CalledProcessError."""
+    """Start the services that are not running, in their order. Raises RuntimeError or CalledProcessError."""
     settings = Settings.of(folder)
     postgres.install()
     say("S3 server (Ceph)")
@@ -34,7 +34,7 @@ def up(folder: Path, gpus: int = 1, say: Callable[[str], None] = print) -> Setti
     supervisor = Supervisor(settings)
     supervisor.start(programs)
     ready: dict[str, Callable[[], object]] = {
-        "postgres": lambda: _database(settings),
+        "postgres": lambda: _create_database(settings),
         "hub": lambda: httpx.get(f"{settings.client()['HF_ENDPOINT']}/api/models/demo/none", timeout=5),
         "prefect-server": lambda: httpx.get(f"{settings.ui}/api/health", timeout=5).raise_for_status(),
     }
@@ -45,7 +45,7 @@ def up(folder: Path, gpus: int = 1, say: Callable[[str], None] = print) -> Setti
         say(service.name)
         supervisor.start_service(service.name)
         if service.name in ready:
-            _wait(ready[service.name], functools.partial(supervisor.last_words, service.name))
+            _wait(ready[service.name], functools.partial(supervisor.read_log_end, service.name))
     environment = settings.write_environment()
     say(f"Prefect: {settings.ui} (log in with {settings.login})\nfor a shell: . {environment}")
     return settings
@@ -62,27 +62,27 @@ def deploy(settings: Settings) -> None:
 
 
 def down(folder: Path) -> None:
-    """End the processes of this stack, and no others. What it keeps stays."""
+    """End the processes of this stack. Its data stays."""
     settings = Settings.of(folder)
     Supervisor(settings).stop()
     if (settings.folder / "s3").exists():
         subprocess.run([CEPH, "down", str(settings.folder / "s3")], check=True)
 
 
-def _database(settings: Settings) -> None:
+def _create_database(settings: Settings) -> None:
     if postgres.run_sql(settings, "select 1 from pg_database where datname = 'prefect'") != "1":
         postgres.run_sql(settings, "create database prefect")
 
 
-def _wait(ready: Callable[[], object], last_words: Callable[[], str]) -> None:
-    deadline = time.monotonic() + PATIENCE
+def _wait(ready: Callable[[], object], read_log_end: Callable[[], str]) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         try:
             ready()
             return
         except (httpx.HTTPError, subprocess.CalledProcessError) as error:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"it does not answer ({error}): {last_words()}") from error
+                raise RuntimeError(f"it does not answer ({error}): {read_log_end()}") from error
         time.sleep(0.2)
 
 

@@ -1,4 +1,4 @@
-"""A PostgreSQL of a stack's own, from Debian's packages. It refuses to run as root: root runs it as `postgres`."""
+"""The PostgreSQL server of a stack, from Debian's packages. As it refuses to run as root, it runs as `postgres`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ USER = "postgres"
 
 
 def install() -> None:
-    """Install Debian's postgresql if it is missing. Raises RuntimeError where that cannot be."""
+    """Install Debian's package postgresql if it is missing. Raises RuntimeError without root or apt-get."""
     if (_binaries() / "initdb").exists():
         return
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         raise RuntimeError("PostgreSQL is missing, and only root can install it: apt-get install postgresql")
     command = ["apt-get", "install", "-y", "-q", "--no-install-recommends", "postgresql"]
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # starts no service
+    # RUNLEVEL=1 keeps the package from starting a service.
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
     if subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode:
         subprocess.run(["apt-get", "update", "-q"], stdout=subprocess.DEVNULL, check=True)
         subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
 
 
 def create(settings: Settings) -> None:
-    """Make the database cluster, once: whole or not at all."""
+    """Create the database cluster, if there is none. A failure leaves no incomplete cluster."""
     data = settings.folder / "postgres"
     if data.exists():
         return
@@ -53,14 +54,14 @@ def create(settings: Settings) -> None:
 
 
 def command(settings: Settings) -> list[str]:
-    """The server in the foreground, on loopback only."""
+    """Return the command that runs the server in the foreground, on loopback only."""
     options = {"listen_addresses": "127.0.0.1", "port": settings.ports["postgres"], "unix_socket_directories": ""}
     flags = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
     return [*as_user(), str(_binaries() / "postgres"), "-D", str(settings.folder / "postgres"), *flags]
 
 
 def run_sql(settings: Settings, sql: str, database: str = "postgres") -> str:
-    """The answer to a statement. Raises CalledProcessError while the server does not answer."""
+    """Return the answer to a statement. Raises CalledProcessError while the server does not answer."""
     address = f"postgresql://requant@127.0.0.1:{settings.ports['postgres']}/{database}"
     done = subprocess.run(
         [str(_binaries() / "psql"), "-AtXq", "-d", address, "-c", sql],
@@ -73,7 +74,10 @@ def run_sql(settings: Settings, sql: str, database: str = "postgres") -> str:
 
 
 def as_user() -> list[str]:
-    """Words before a command of PostgreSQL's. The capability lets it pass a folder that only root may enter."""
+    """Return the beginning of a command that runs a program as USER, if this process is root.
+
+    The capability lets the program pass through folders that only root may enter.
+    """
     if os.geteuid() != 0:
         return []
     capability = "+dac_override"
@@ -84,7 +88,7 @@ def as_user() -> list[str]:
 
 
 def _binaries() -> Path:
-    """Debian keeps them off PATH, by version."""
+    """Return the folder of PostgreSQL's programs. Debian installs them by version, outside of PATH."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[4]))
     on_path = shutil.which("initdb")
     return found[-1].parent if found else Path(on_path).parent if on_path else Path()

@@ -1,4 +1,4 @@
-"""The services of a stack, kept running by supervisord (supervisord.org): what ends is started again."""
+"""The services of a stack. supervisord (supervisord.org) restarts those that end."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from requant.tasks.checkpoint.writer import write_file
 from requant.tasks.environment import bypass_proxy_on_loopback, with_package
 
 ROOT = Path(__file__).resolve().parents[3]
-STOP = 180.0  # seconds
+STOP_TIMEOUT_S = 180.0
 DEMO = ("demo/tiny-qwen3_5-mtp", ROOT / "infra" / "dev" / "models" / "tiny-qwen3_5-mtp")
 
 
 @dataclass(frozen=True)
 class Service:
-    """One process: started in this order, ended in the other; `patience` seconds to end by itself."""
+    """One process. It is killed if it has not ended `stop_timeout_s` seconds after the signal."""
 
     name: str
     command: list[str]
-    patience: int = 30
+    stop_timeout_s: int = 30
     signal: str = "TERM"
 
 
 def services(settings: Settings, gpus: int = 1) -> list[Service]:
-    """All services. A worker of the gpu pool takes one run at a time, and sees one GPU."""
+    """Return all services, in the order of their start. A worker of the gpu pool has one GPU, and one run at a time."""
     python, ports = sys.executable, settings.ports
     hub = [
         python, "-m", "infra.dev.hub", "--state", str(settings.folder / "hub"), "--port", str(ports["hub"]),
@@ -42,7 +42,7 @@ def services(settings: Settings, gpus: int = 1) -> list[Service]:
     ]  # fmt: skip
     server = [python, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(ports["prefect"])]
     return [
-        Service("postgres", postgres.command(settings), signal="INT"),  # a fast shutdown
+        Service("postgres", postgres.command(settings), signal="INT"),  # PostgreSQL's fast shutdown
         Service("hub", hub),
         Service("prefect-server", server),
         Service("worker-cpu", worker("cpu", "cpu", limit=4)),
@@ -59,14 +59,14 @@ def worker(pool: str, name: str, limit: int) -> list[str]:
 
 
 class Supervisor:
-    """supervisord of one stack. Secrets are in its environment, which its services inherit, not in its files."""
+    """The supervisord of one stack. Services inherit secrets from its environment. Its files have none."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.path = settings.folder / "supervisord.conf"
 
     def start(self, programs: list[Service]) -> None:
-        """Start supervisord, with no service running yet. One that runs already keeps its services."""
+        """Start supervisord without services. If it is running already, its services go on."""
         write_file(self.settings.folder, self.path.name, [configuration(self.settings, programs).encode()])
         (self.settings.folder / "log").mkdir(exist_ok=True)
         if self.running():
@@ -81,7 +81,7 @@ class Supervisor:
     def start_service(self, name: str) -> None:
         done = self.ask("start", name)
         if done.returncode and "already started" not in done.stdout:
-            raise RuntimeError(f"{name} did not start: {self.last_words(name)}")
+            raise RuntimeError(f"{name} did not start: {self.read_log_end(name)}")
 
     def status(self) -> str:
         return self.ask("status").stdout
@@ -94,9 +94,10 @@ class Supervisor:
         if self.running():
             process = psutil.Process(int(self.ask("pid").stdout))
             self.ask("shutdown")
-            process.wait(STOP)
+            process.wait(STOP_TIMEOUT_S)
 
-    def last_words(self, name: str) -> str:
+    def read_log_end(self, name: str) -> str:
+        """Return the last 60 words of the log of a service."""
         log = self.settings.folder / "log" / f"{name}.log"
         return " ".join(log.read_text(errors="replace").split()[-60:]) if log.exists() else "it wrote no log"
 
@@ -107,7 +108,7 @@ class Supervisor:
 
 
 def configuration(settings: Settings, programs: list[Service]) -> str:
-    """supervisord.conf. A percent sign stands for itself when it is doubled."""
+    """Return the content of supervisord.conf, where each percent sign must be doubled."""
     parser = configparser.RawConfigParser()
     log = settings.folder / "log"
     address = str(settings.socket)
@@ -133,7 +134,7 @@ def configuration(settings: Settings, programs: list[Service]) -> str:
             "startsecs": "1",
             "startretries": "100",
             "stopsignal": service.signal,
-            "stopwaitsecs": str(service.patience),
+            "stopwaitsecs": str(service.stop_timeout_s),
             "stopasgroup": "false",
             "killasgroup": "true",
             "redirect_stderr": "true",

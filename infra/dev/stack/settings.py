@@ -1,4 +1,4 @@
-"""What a stack is started with: its ports and secrets, made once and kept in its folder."""
+"""The ports and secrets of a stack, which are chosen once and stored in its folder."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from requant.tasks.artifact import digest_of
 from requant.tasks.checkpoint.writer import write_file
 
-PORTS = {"prefect": 4200, "hub": 4281, "postgres": 4232}  # where they are free
+PORTS = {"prefect": 4200, "hub": 4281, "postgres": 4232}  # other ports are chosen where these are taken
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One stack. `folder` holds everything it keeps."""
+    """The settings of the stack whose data is in `folder`."""
 
     folder: Path
     ports: dict[str, int]
@@ -28,15 +28,15 @@ class Settings:
 
     @classmethod
     def of(cls, folder: Path) -> Settings:
-        """The settings of the stack in this folder, made if it has none."""
+        """Read the settings of the stack in this folder, or choose new ones if it has none."""
         folder = folder.resolve()
         path = folder / "stack.json"
         if not path.exists():
             made = cls(folder, {name: _port(port) for name, port in PORTS.items()}, secrets.token_hex(12), _token())
             folder.mkdir(parents=True, exist_ok=True)
             os.chmod(folder, 0o711)
-            kept = {**asdict(made), "folder": None}
-            write_file(folder, path.name, [json.dumps(kept, indent=1).encode()])
+            document = {**asdict(made), "folder": None}
+            write_file(folder, path.name, [json.dumps(document, indent=1).encode()])
             path.chmod(0o600)
         return cls(**{**json.loads(path.read_text()), "folder": folder})
 
@@ -50,18 +50,18 @@ class Settings:
 
     @property
     def socket(self) -> Path:
-        """Where supervisord listens. A socket's path may have 108 characters, so it cannot lie in any folder."""
+        """The path of supervisord's socket. It is not below `folder`, as it may have only 108 characters."""
         return Path(tempfile.gettempdir()) / f"requant-{digest_of(str(self.folder))[:16]}.sock"
 
     def client(self) -> dict[str, str]:
-        """The environment of everything that talks to this stack: workers, `requant`, `prefect`."""
+        """Return the environment of the clients of this stack: workers, `requant`, `prefect`."""
         return {
             **self._s3(),
             "PREFECT_API_URL": f"{self.ui}/api",
             "PREFECT_API_AUTH_STRING": self.login,
             "PREFECT_HOME": str(self.folder / "prefect"),
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-            "PREFECT_CLIENT_MAX_RETRIES": "10",  # a server that restarts is waited for
+            "PREFECT_CLIENT_MAX_RETRIES": "10",  # outlasts a restart of the server
             "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
             "DO_NOT_TRACK": "1",
             "HF_ENDPOINT": f"http://127.0.0.1:{self.ports['hub']}",
@@ -71,7 +71,7 @@ class Settings:
         }
 
     def server(self) -> dict[str, str]:
-        """The environment of the Prefect server, beside the client's."""
+        """Return the environment that the Prefect server needs in addition to that of the clients."""
         database = f"postgresql+asyncpg://requant:{self.password}@127.0.0.1:{self.ports['postgres']}/prefect"
         return {
             "PREFECT_API_DATABASE_CONNECTION_URL": database,
@@ -82,14 +82,14 @@ class Settings:
         }
 
     def write_environment(self) -> Path:
-        """A file for a shell: `. FOLDER/env`, and `requant` and `prefect` speak to this stack."""
+        """Write FOLDER/env. After `. FOLDER/env`, the commands `requant` and `prefect` of a shell use this stack."""
         lines = [f"export {name}={shlex.quote(value)}\n" for name, value in self.client().items()]
         write_file(self.folder, "env", ["".join(lines).encode()])
         (self.folder / "env").chmod(0o600)
         return self.folder / "env"
 
     def _s3(self) -> dict[str, str]:
-        """The variables of the S3 server, once it has been started."""
+        """Return the variables of the S3 server, or none before its first start."""
         path = self.folder / "s3" / "env"
         if not path.exists():
             return {}

@@ -1,25 +1,24 @@
-"""Will each engine load a checkpoint, and will MTP draft there? Decided from headers and configs alone.
+"""Judges from headers and configs whether each engine will load a checkpoint and draft with its MTP head.
 
-One module per engine (`vllm`, `sglang`, `hf`) and per quantization method (`auto_round`, `gptq`, `compressed`), each
-naming the source and version of its rules. The rules for vLLM are compared with vLLM's own classes, and the verdicts
-with what vLLM does, by tests/engines.
+There is one module for each engine (`vllm`, `sglang`, `transformers`) and for each quantization method (`auto_round`,
+`gptq`, `compressed`). Each names the source and version of its rules. tests/engines compares the rules for vLLM with
+vLLM's own classes, and the verdicts with what vLLM does.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import sglang, transformers, vllm
 from requant.tasks.checkpoint.compat.rule import Patterns
+from requant.tasks.checkpoint.config import LAYER_COUNTS, JsonObject, QuantizationConfig
+from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.checkpoint.inventory import missing_parts
 from requant.tasks.checkpoint.modules import modules_of
-from requant.tasks.checkpoint.mtp import LAYER_COUNTS, layer_count
 
 VIDEO, IMAGE, PROCESSOR = "video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json"
 _REPEATED_REPEAT = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")
@@ -29,8 +28,11 @@ FIX = "run requant mtp-fix"
 
 @dataclass(frozen=True)
 class Judgement:
-    """What keeps each engine from loading, and from drafting; and the patterns on which an engine would hang: too slow
-    when tried, or repeats of repeats, which `re`, as SGLang uses it, does not get out of."""
+    """What keeps each engine from loading a checkpoint, and from drafting; None if nothing does.
+
+    `hostile`: regular expressions on which an engine would hang. They were too slow when tried, or repeat a repetition,
+    on which the module `re` that SGLang uses may not terminate.
+    """
 
     loading: dict[str, str | None]
     drafting: dict[str, str | None]
@@ -38,107 +40,107 @@ class Judgement:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Judgement:
+        """Judge a checkpoint."""
         patterns = Patterns()
-        first = checkpoint.fatal[0] if checkpoint.fatal else None
+        fatal = checkpoint.fatal[0] if checkpoint.fatal else None
         head = checkpoint.head
-        of_head = modules_of(checkpoint.tensors[name] for name in head.names) if head else {}
-        rest = {name: module for name, module in checkpoint.modules.items() if name not in of_head}
-        vision = missing_vision_files(checkpoint)
-        file = f"{vision[0]} is missing: copy it from the base" if vision else None
-        incomplete = _incomplete(checkpoint)
+        head_modules = modules_of(checkpoint.tensors[name] for name in head.names) if head else {}
+        main_modules = {name: module for name, module in checkpoint.modules.items() if name not in head_modules}
+        missing = missing_vision_files(checkpoint)
+        lacks_file = f"{missing[0]} is missing: copy it from the base" if missing else None
+        incomplete = _incomplete_head(checkpoint)
         loading = {
-            "vllm": file or first or vllm.load_problem(checkpoint, rest, patterns),
-            "sglang": file or first or sglang.load_problem(checkpoint, rest, patterns),
-            "transformers": first or transformers.load_problem(checkpoint),
+            "vllm": lacks_file or fatal or vllm.load_problem(checkpoint, main_modules, patterns),
+            "sglang": lacks_file or fatal or sglang.load_problem(checkpoint, main_modules, patterns),
+            "transformers": fatal or transformers.load_problem(checkpoint),
         }
         drafting = {
-            "vllm": incomplete or _mendable(vllm.head_problem(checkpoint, of_head, patterns)),
-            "sglang": incomplete or _mendable(sglang.head_problem(checkpoint, of_head, patterns)),
+            "vllm": incomplete or _with_remedy(vllm.head_problem(checkpoint, head_modules, patterns)),
+            "sglang": incomplete or _with_remedy(sglang.head_problem(checkpoint, head_modules, patterns)),
             "transformers": transformers.IGNORED,
         }
-        looks = [
-            p for p in _strings(checkpoint.quantization) if p not in patterns.hostile and _REPEATED_REPEAT.search(p)
-        ]
-        return cls(loading, drafting, [*patterns.hostile, *looks])
+        suspicious = (p for p in _possible_patterns(checkpoint.quantization) if _REPEATED_REPEAT.search(p))
+        hostile = [*patterns.hostile, *(p for p in suspicious if p not in patterns.hostile)]
+        return cls(loading, drafting, hostile)
 
     @property
-    def verdicts(self) -> dict[str, dict[str, Any]]:
-        found = {}
-        for engine, loading in self.loading.items():
-            drafting = self.drafting[engine]
-            found[engine] = {
-                "loads": loading is None,
-                "mtp": loading is None and drafting is None,
-                "reason": loading or drafting or FINE,
-            }
-        return found
+    def verdicts(self) -> dict[str, EngineVerdict]:
+        """The verdict on each engine. `reason` names what to change."""
+        return {
+            engine: EngineVerdict(
+                loads=loading is None,
+                mtp=loading is None and self.drafting[engine] is None,
+                reason=loading or self.drafting[engine] or FINE,
+            )
+            for engine, loading in self.loading.items()
+        }
 
     @property
     def draft_problem(self) -> str | None:
         return self.drafting["vllm"] or self.drafting["sglang"]
 
 
-def _strings(quantization: Mapping[str, Any]) -> list[str]:
-    """What may be a pattern: the keys and list entries of a quantization config's parts; as many as one can look at."""
+def _possible_patterns(quantization: QuantizationConfig) -> list[str]:
+    """Return keys and list entries in the parts of a quantization config, at most 100,000."""
     parts = (part for part in quantization.values() if isinstance(part, dict | list))
-    every = (entry for part in parts for entry in part if isinstance(entry, str) and len(entry) <= 1000)
-    return list(islice(every, 100_000))
+    entries = (entry for part in parts for entry in part if isinstance(entry, str) and len(entry) <= 1000)
+    return list(islice(entries, 100_000))
 
 
-def verdicts(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """`{engine: {loads, mtp, reason}}`. `mtp` is False without a head; `reason` names what to change."""
+def verdicts(checkpoint: Checkpoint) -> dict[str, EngineVerdict]:
+    """Judge by engine whether it will load a checkpoint and draft with its MTP head."""
     return Judgement.of(checkpoint).verdicts
 
 
 def draft_problem(checkpoint: Checkpoint) -> str | None:
-    """Why vLLM or SGLang would not draft from this checkpoint's head, or None."""
+    """Return why vLLM or SGLang would not draft with this checkpoint's head, or None."""
     return Judgement.of(checkpoint).draft_problem
 
 
 def missing_vision_files(checkpoint: Checkpoint) -> list[str]:
-    """The processor files that vLLM needs for a vision model.
+    """Return the missing processor files that vLLM needs for a vision model.
 
-    Settings for images, and for videos where the config has a token for them; each in a file of its own, or both in
-    transformers 5's `processor_config.json`. vLLM 0.32 does not start without the former. Without the latter it does
-    not either, or, where `preprocessor_config.json` is there, takes the sizes of images for videos; both count here.
-    With the limits of images and videos set to 0 it asks for neither.
+    These are settings for images and, if the config has a token for videos, for videos. Each has a file of its own, or
+    both are in transformers 5's `processor_config.json`. vLLM 0.32 does not start without the settings for images.
+    Without those for videos it does not start either, or uses those for images if `preprocessor_config.json` is there;
+    both are reported. vLLM needs no settings if its limits of images and videos are set to 0.
     """
     if not isinstance(checkpoint.config.get("vision_config"), dict):
         return []
     needed = {IMAGE: "image_processor"}
     if "video_token_id" in checkpoint.config:
         needed[VIDEO] = "video_processor"
-    nested = _nested(checkpoint)
-    return [file for file, key in needed.items() if key not in nested and not checkpoint.file(file).is_file()]
+    processor = _read_processor_config(checkpoint)
+    return [file for file, key in needed.items() if key not in processor and not checkpoint.file(file).is_file()]
 
 
-def _nested(checkpoint: Checkpoint) -> dict[str, Any]:
-    """processor_config.json, or {}: what is wrong with it is told elsewhere."""
+def _read_processor_config(checkpoint: Checkpoint) -> JsonObject:
+    """Read processor_config.json; an empty object if there is none, or if it cannot be read."""
     path = checkpoint.file(PROCESSOR)
     try:
         document = json.loads(path.read_bytes()) if path.is_file() and path.stat().st_size < 1 << 20 else {}
     except (OSError, ValueError, RecursionError):
-        return {}
-    return document if isinstance(document, dict) else {}
+        return JsonObject()
+    return JsonObject(document if isinstance(document, dict) else {})
 
 
-def _incomplete(checkpoint: Checkpoint) -> str | None:
-    """What the head lacks before any config is asked."""
+def _incomplete_head(checkpoint: Checkpoint) -> str | None:
+    """Return what the head lacks, or how it contradicts the number of layers in config.json; or None."""
     head = checkpoint.head
-    promised = layer_count(checkpoint.text_config)
-    if head is None:  # vLLM starts with an uninitialized head where one is promised, and accepts no draft
+    promised = checkpoint.config.mtp_layers
+    if head is None:  # vLLM starts with an uninitialized head if config.json promises one, and accepts no draft
         return f"there is no MTP head, though config.json promises one: {FIX}" if promised else "there is no MTP head"
     missing = missing_parts(checkpoint, head)
     if missing:
         return f"{missing[0]} is missing from the head: {FIX}"
     if not promised and any(key in checkpoint.text_config for key in LAYER_COUNTS):
         return f"config.json promises 0 MTP layers ({' or '.join(LAYER_COUNTS)}), and there is a head: {FIX}"
-    stray = _stray(checkpoint, promised)
+    stray = _uncounted_tensor(checkpoint, promised)
     return f"{stray} is beyond the {promised} MTP layers that config.json promises: {FIX}" if stray else None
 
 
-def _stray(checkpoint: Checkpoint, promised: int) -> str | None:
-    """A tensor of a layer that the config does not count: vLLM has no parameter for it."""
+def _uncounted_tensor(checkpoint: Checkpoint, promised: int) -> str | None:
+    """Return a tensor of a layer that the config does not count, for which vLLM has no parameter; or None."""
     head = checkpoint.head
     if head is None or not promised:
         return None
@@ -150,5 +152,5 @@ def _stray(checkpoint: Checkpoint, promised: int) -> str | None:
     return None
 
 
-def _mendable(problem: str | None) -> str | None:
+def _with_remedy(problem: str | None) -> str | None:
     return f"{problem}: {FIX}" if problem else None

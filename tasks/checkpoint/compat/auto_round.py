@@ -6,8 +6,7 @@ Source: vLLM 0.32.0, model_executor/layers/quantization/inc/inc.py (INCConfig) a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from requant.tasks.checkpoint.compat.rule import (
@@ -22,29 +21,31 @@ from requant.tasks.checkpoint.compat.rule import (
     NotLoadable,
     Patterns,
     Renames,
+    SchemeValues,
+    mapping,
     required,
     shorten,
 )
+from requant.tasks.checkpoint.config import JsonObject, QuantizationConfig
+from requant.tasks.checkpoint.modules import Storage
 
 BITS = {2, 3, 4, 5, 6, 7, 8}
-GROUP_SIZES = (
-    128,
-    64,
-    32,
-)  # group sizes, beside -1, that all engines take: the Marlin kernels of vLLM and SGLang decide
+# Group sizes besides -1 that the Marlin kernels of vLLM and SGLang take.
+GROUP_SIZES = (128, 64, 32)
 GPTQ, AWQ, FP8, MXFP = "auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:fp8", "auto_round:llm_compressor"
 PACKINGS = {GPTQ, AWQ, FP8, MXFP}
 BACKENDS = {"auto", "gptq", "gptq:marlin", "awq", "awq:marlin", "marlin"}
 DATA_TYPES = {"int", "mx_fp", "fp"}
-MARKS = frozenset(r"*+?^$()[]{}|\\")  # a key with one of them is a pattern
+MARKS = frozenset(r"*+?^$()[]{}|\\")  # a key of extra_config with one of these characters is a regular expression
 EVERYTHING = "no block_name_to_quantize: everything is quantized"
-
-SchemeValues = tuple[Any, Any, Any]  # bits, group size, sym
 
 
 @dataclass(frozen=True)
 class AutoRound:
-    """One config. `extra` and `blocks` hold names as the engine calls them."""
+    """A config of auto-round. `extra` and `blocks` have the engine's names.
+
+    `keys`: those keys of `extra` that are regular expressions.
+    """
 
     bits: Any
     group_size: Any
@@ -53,14 +54,14 @@ class AutoRound:
     backend: str
     data_type: str
     blocks: list[str] | None
-    extra: dict[str, Any]
+    extra: JsonObject
     fused: Fused
     patterns: Patterns
-    keys: tuple[str, ...] = field(default=())  # those of `extra` that are patterns
+    keys: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, quantization: Mapping[str, Any], renames: Renames, fused: Fused, patterns: Patterns) -> AutoRound:
-        """INCConfig.from_config, then apply_vllm_mapper. Raises Refused where they raise."""
+    def read(cls, quantization: QuantizationConfig, renames: Renames, fused: Fused, patterns: Patterns) -> AutoRound:
+        """Read a config as INCConfig.from_config and apply_vllm_mapper do. Raises NotLoadable if they raise."""
         data_type = quantization.get("data_type", "int")
         data_type = "fp" if data_type == "fp8" else data_type
         bits = required(quantization, "bits")
@@ -77,33 +78,31 @@ class AutoRound:
             _one_of("data_type", data_type, DATA_TYPES)
         _one_of("packing_format", packing, PACKINGS)
         _one_of("backend", backend, BACKENDS)
-        _check_together(quantization, data_type, bits, group_size, sym, packing, backend)
+        _check_together(quantization, data_type, SchemeValues(bits, group_size, sym), packing, backend)
         blocks = next(
             (quantization[key] for key in ("block_name_to_quantize", "to_quant_block_names") if key in quantization),
             None,
         )
         if blocks is not None:
             blocks = renames.of_list(blocks.split(",") if isinstance(blocks, str) else blocks, "block_name_to_quantize")
-        extra = quantization.get("extra_config")
-        if extra is not None and not isinstance(extra, dict):
-            raise NotLoadable(f"extra_config is {shorten(extra)}, and no mapping")
-        named = {renames.of(key, "extra_config"): value for key, value in (extra or {}).items()}
+        extra = mapping(quantization, "extra_config")
+        named = JsonObject({renames.of(key, "extra_config"): value for key, value in extra.items()})
         keys = tuple(key for key in named if not MARKS.isdisjoint(key))
         return cls(bits, group_size, sym, packing, backend, data_type, blocks, named, fused, patterns, keys)
 
     def scheme(self, layer: Layer) -> EngineScheme:
-        """INCConfig.get_quant_method."""
+        """Decide as INCConfig.get_quant_method does."""
         for key in (layer.name, f"model.{layer.name}"):
             if key in self.extra and _at_least_16(self._entry(key).get("bits", 16), key):
                 return EngineScheme(because=f"extra_config[{key!r}]")
         (bits, group_size, sym), because = self._resolve(layer)
         if _at_least_16(bits, layer.name):
             return EngineScheme(because=because)
-        storage = INTEGER if self.data_type == "int" else SCALED
+        storage: Storage = INTEGER if self.data_type == "int" else SCALED
         return EngineScheme(storage, bits, group_size, sym, because, "awq" if self.packing == AWQ else "gptq")
 
     def _resolve(self, layer: Layer) -> tuple[SchemeValues, str]:
-        """INCConfigParser._resolve_raw."""
+        """Decide as INCConfigParser._resolve_raw does."""
         name = layer.name
         if name in self.extra:
             return self._values(name, True), f"extra_config[{name!r}]"
@@ -113,31 +112,31 @@ class AutoRound:
         quantized, because = layer.kind != LM_HEAD, EVERYTHING
         if self.blocks:
             quantized, because = name.startswith(tuple(self.blocks)), "block_name_to_quantize"
-        if self.extra and "fusedmoe" in layer.cls.lower():  # vLLM's own class is RoutedExperts since 0.2x: never
-            found = [self._values(key, quantized) for key in self.extra if key.startswith(name)]
-            if found:
-                return self._same(found, name), "extra_config"
+        if self.extra and "fusedmoe" in layer.cls.lower():  # vLLM 0.32 has no such class any more
+            schemes = [self._values(key, quantized) for key in self.extra if key.startswith(name)]
+            if schemes:
+                return self._agreed(schemes, name), "extra_config"
         if self.extra:
-            for whole, parts in self.fused.items():
-                if name.count(whole) != 1:
+            for fused_name, parts in self.fused.items():
+                if name.count(fused_name) != 1:
                     continue
-                names = [name.replace(whole, part) for part in parts]
+                names = [name.replace(fused_name, part) for part in parts]
                 if any(self._explicit(n) for n in names):
-                    return self._same([self._values(n, quantized) for n in names], name), "extra_config"
-        key = self._pattern(name) if self.extra else None
+                    return self._agreed([self._values(n, quantized) for n in names], name), "extra_config"
+        key = self._matching_key(name) if self.extra else None
         return self._values(name, quantized), because if key is None else f"extra_config[{shorten(key)}]"
 
     def _suffix(self, name: str) -> str | None:
-        """The first key, in the order of the file, that the name ends with after a dot."""
+        """Return the first key, in the order of the file, that the name ends with after a dot."""
         tails = {name[at + 1 :] for at, c in enumerate(name) if c == "."} & self.extra.keys()
         if len(tails) < 2:
             return next(iter(tails), None)
         return next(key for key in self.extra if key in tails)
 
     def _explicit(self, name: str) -> bool:
-        return name in self.extra or self._pattern(name) is not None
+        return name in self.extra or self._matching_key(name) is not None
 
-    def _pattern(self, name: str) -> str | None:
+    def _matching_key(self, name: str) -> str | None:
         for key in self.keys:
             try:
                 if self.patterns.search(key, name):
@@ -147,31 +146,35 @@ class AutoRound:
         return None
 
     def _values(self, name: str, quantized: bool) -> SchemeValues:
-        bits, group, sym = (self.bits, self.group_size, self.sym) if quantized else (16, -1, True)
-        key = name if name in self.extra else self._pattern(name)
+        values = SchemeValues(self.bits, self.group_size, self.sym) if quantized else SchemeValues(16, -1, True)
+        key = name if name in self.extra else self._matching_key(name)
         if key is None:
-            return bits, group, sym
+            return values
         entry = self._entry(key)
-        return entry.get("bits", bits), normal_group(entry.get("group_size", group)), entry.get("sym", sym)
+        group_size = normal_group(entry.get("group_size", values.group_size))
+        return SchemeValues(entry.get("bits", values.bits), group_size, entry.get("sym", values.sym))
 
-    def _entry(self, key: str) -> dict[str, Any]:
-        entry = self.extra[key]
-        if not isinstance(entry, dict):
-            raise NotLoadable(f"extra_config[{shorten(key)}] is {shorten(entry)}, and no mapping")
+    def _entry(self, key: str) -> JsonObject:
+        entry = self.extra.child(key)
+        if entry is None:
+            raise NotLoadable(f"extra_config[{shorten(key)}] is {shorten(self.extra[key])}, and no mapping")
         return entry
 
-    def _same(self, found: list[SchemeValues], name: str) -> SchemeValues:
-        if any(values != found[0] for values in found):
+    def _agreed(self, schemes: list[SchemeValues], name: str) -> SchemeValues:
+        if any(values != schemes[0] for values in schemes):
             raise NotLoadable(f"extra_config treats the parts of {name} differently, which are one layer in the engine")
-        return found[0]
+        return schemes[0]
 
     def kernel_problem(self, layer: Layer, scheme: EngineScheme) -> str | None:
-        """Why no CUDA kernel takes this scheme. Source: inc/schemes/inc_wna16_scheme.py and inc_wna16_linear.py."""
+        """Return why no CUDA kernel takes this scheme, or None.
+
+        Sources: inc/schemes/inc_wna16_scheme.py and inc_wna16_linear.py.
+        """
         if not scheme.quantized or scheme.storage != INTEGER or layer.kind == EXPERTS:
             return None
         gptq = "gptq" in self.packing or "gptq" in self.backend
         if scheme.bits in (2, 3, 5, 6, 7):
-            return None  # the humming kernel
+            return None  # vLLM uses its humming kernel
         known = scheme.bits in (4, 8) and scheme.sym is True if gptq else scheme.bits == 4
         if known and (not gptq or scheme.group_size in (-1, *GROUP_SIZES)):
             return None
@@ -181,7 +184,7 @@ class AutoRound:
 
 
 def normal_group(group: Any) -> Any:
-    """An int, or two as a tuple. Raises Refused for anything else."""
+    """Return a group size: an integer, or a tuple of two. Raises NotLoadable for anything else."""
     if isinstance(group, list | tuple):
         if len(group) != 2 or not all(isinstance(side, int) for side in group):
             raise NotLoadable(f"group_size is {shorten(group)}")
@@ -192,7 +195,7 @@ def normal_group(group: Any) -> Any:
 
 
 def default_packing(data_type: str, bits: Any, group_size: Any) -> str:
-    """The packing of a config that names none."""
+    """Return the packing of a config that states none."""
     if data_type == "fp" and bits == 8 and isinstance(group_size, tuple):
         return FP8
     return MXFP if "mx_fp" in data_type else GPTQ
@@ -210,9 +213,10 @@ def _at_least_16(bits: Any, name: str) -> bool:
 
 
 def _check_together(
-    quantization: Mapping[str, Any], data_type: str, bits: Any, group_size: Any, sym: Any, packing: Any, backend: Any
+    quantization: QuantizationConfig, data_type: str, values: SchemeValues, packing: str, backend: str
 ) -> None:
-    """INCConfig._validate_supported_quantization and _validate_raw_config."""
+    """Check a config as INCConfig._validate_supported_quantization and _validate_raw_config do."""
+    bits, group_size, sym = values
     if data_type == "int":
         if isinstance(group_size, tuple) or packing not in (GPTQ, AWQ):
             raise NotLoadable(f"data_type int with group_size {group_size!r} and packing_format {packing!r}")
@@ -231,7 +235,7 @@ def _check_together(
         _expect(quantization, act_bits=8, act_data_type="mx_fp", act_group_size=32, act_sym=True, act_dynamic=True)
 
 
-def _expect(quantization: Mapping[str, Any], **values: Any) -> None:
+def _expect(quantization: QuantizationConfig, **values: Any) -> None:
     for key, value in values.items():
         if quantization.get(key, value) != value:
             raise NotLoadable(f"{key} is {shorten(quantization[key])}; it takes {value!r} only")

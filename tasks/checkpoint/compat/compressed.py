@@ -27,6 +27,8 @@ from requant.tasks.checkpoint.compat.rule import (
     required,
     shorten,
 )
+from requant.tasks.checkpoint.config import JsonObject, QuantizationConfig
+from requant.tasks.checkpoint.modules import Storage
 
 PACKED_FORMATS = {"pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "marlin-24"}
 WNA16_BITS = {2, 3, 4, 5, 6, 7, 8}
@@ -35,7 +37,7 @@ EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class CompressedTensors:
-    """One config: schemes by target, in the order of the groups."""
+    """A config of compressed-tensors: schemes by target, in the order of the groups."""
 
     targets: dict[str, EngineScheme]
     ignore: list[str]
@@ -44,20 +46,24 @@ class CompressedTensors:
 
     @classmethod
     def read(
-        cls, quantization: Mapping[str, Any], renames: Renames, fused: Fused, patterns: Patterns
+        cls, quantization: QuantizationConfig, renames: Renames, fused: Fused, patterns: Patterns
     ) -> CompressedTensors:
-        """CompressedTensorsConfig.from_config, then apply_vllm_mapper. Raises Refused where they raise."""
+        """Read a config as CompressedTensorsConfig.from_config and apply_vllm_mapper do.
+
+        Raises NotLoadable if they raise.
+        """
         groups = quantization.get("config_groups", {})
         if not isinstance(groups, dict):
             raise NotLoadable(f"config_groups is {shorten(groups)}, and no mapping")
         targets: dict[str, EngineScheme] = {}
         for label, group in groups.items():
             where = f"config_groups[{shorten(label)}]"
-            names = group.get("targets") if isinstance(group, dict) else None
+            group = JsonObject(group if isinstance(group, dict) else {})
+            names = group.get("targets")
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise NotLoadable(f"{where} has no list of targets")
             if len(names) == 1 and names[0].endswith("Attention"):
-                continue  # goes with the KV cache
+                continue  # a scheme of the KV cache
             scheme = _scheme(group, quantization.get("format"), where)
             targets |= {_renamed(name, renames): scheme for name in names}
         ignore = quantization.get("ignore", [])
@@ -68,7 +74,10 @@ class CompressedTensors:
         return cls(targets, [_renamed(name, renames) for name in ignore], fused, patterns)
 
     def scheme(self, layer: Layer) -> EngineScheme:
-        """CompressedTensorsConfig.get_quant_method; for experts CompressedTensorsMoEMethod.get_moe_method."""
+        """Decide as CompressedTensorsConfig.get_quant_method does.
+
+        For experts, CompressedTensorsMoEMethod.get_moe_method decides.
+        """
         if layer.kind == EXPERTS:
             targets = dict(self.targets)
             if "Linear" in targets:
@@ -86,7 +95,7 @@ class CompressedTensors:
         return EngineScheme(because="config_groups") if target is None else targets[target]
 
     def _ignored(self, name: str) -> bool:
-        """should_ignore_layer: a match of the fused name itself goes before its parts. Every pattern is tried."""
+        """Decide as should_ignore_layer does: a match of the fused name precedes its parts. Every pattern is tried."""
         if self._listed(name):
             return True
         parts = expand(name, self.fused)
@@ -99,12 +108,12 @@ class CompressedTensors:
         return next((t for t in targets if self._matches(name, t)), None)
 
     def _fused(self, name: str, targets: Mapping[str, EngineScheme]) -> str | None:
-        """_match_fused_layer: the target of the first part, if all parts have one."""
-        whole = next((key for key in self.fused if name.endswith(key)), None)
-        if whole is None:
+        """Return the target of the first part, if all parts have one, as _match_fused_layer does."""
+        fused_name = next((key for key in self.fused if name.endswith(key)), None)
+        if fused_name is None:
             return None
-        found = [self._first(name.replace(whole, part), targets) for part in self.fused[whole]]
-        return found[0] if all(found) else None
+        matches = [self._first(name.replace(fused_name, part), targets) for part in self.fused[fused_name]]
+        return matches[0] if all(matches) else None
 
     def _class(self, cls: str, targets: Mapping[str, EngineScheme]) -> str | None:
         for target in targets:
@@ -118,14 +127,14 @@ class CompressedTensors:
 
 @dataclass(frozen=True)
 class Fp8:
-    """A config of quant_method fp8, as DeepSeek and Qwen publish it."""
+    """A config of the method fp8, as DeepSeek and Qwen publish it."""
 
     ignored: list[str]
     fused: Fused
 
     @classmethod
-    def read(cls, quantization: Mapping[str, Any], renames: Renames, fused: Fused) -> Fp8:
-        """Fp8Config.from_config, then apply_vllm_mapper. Raises Refused where they raise."""
+    def read(cls, quantization: QuantizationConfig, renames: Renames, fused: Fused) -> Fp8:
+        """Read a config as Fp8Config.from_config and apply_vllm_mapper do. Raises NotLoadable if they raise."""
         activation = required(quantization, "activation_scheme")
         if activation not in ("static", "dynamic"):
             raise NotLoadable(f"activation_scheme is {shorten(activation)}; it takes static or dynamic")
@@ -136,13 +145,13 @@ class Fp8:
         return cls(renames.of_list(ignored, "ignored_layers"), fused)
 
     def scheme(self, layer: Layer) -> EngineScheme:
-        """Fp8Config.get_quant_method."""
+        """Decide as Fp8Config.get_quant_method does."""
         if layer.kind == LM_HEAD or self._skipped(layer.name):
             return EngineScheme(because="ignored_layers")
         return EngineScheme(SCALED, 8, None, True, "ignored_layers")
 
     def _skipped(self, name: str) -> bool:
-        """is_layer_skipped, exact; a layer with `experts` in its name is skipped with any of its parts."""
+        """Decide as is_layer_skipped does: names match exactly, but experts are skipped if one of their parts is."""
         leaf = name.rpartition(".")[2]
         if leaf in self.fused and name in self.ignored:
             return True
@@ -154,11 +163,11 @@ class Fp8:
 
 
 def _renamed(target: str, renames: Renames) -> str:
-    """Only what looks like a path is renamed: no pattern, no class."""
+    """Rename a target that is a path; patterns and classes stay."""
     return renames.of(target, "ignore") if "." in target and not target.startswith("re:") else target
 
 
-def _scheme(group: Mapping[str, Any], general: Any, where: str) -> EngineScheme:
+def _scheme(group: JsonObject, general: Any, where: str) -> EngineScheme:
     weights, form = group.get("weights"), group.get("format") or general
     if not isinstance(weights, dict):
         raise NotLoadable(f"{where} has no weights")
@@ -167,9 +176,9 @@ def _scheme(group: Mapping[str, Any], general: Any, where: str) -> EngineScheme:
     bits, size = weights.get("num_bits", 8), weights.get("group_size")
     if type(bits) is not int or not (size is None or type(size) is int):
         raise NotLoadable(f"{where} has num_bits {shorten(bits)} and group_size {shorten(size)}")
-    if weights.get("actorder") in ("group", "dynamic", True):  # True stands for group
+    if weights.get("actorder") in ("group", "dynamic", True):  # True means group
         raise NotLoadable(f"{where} has actorder {weights['actorder']!r}, which vLLM no longer takes")
-    storage = COMPRESSED if form in PACKED_FORMATS else SCALED
+    storage: Storage = COMPRESSED if form in PACKED_FORMATS else SCALED
     if storage == COMPRESSED and bits not in WNA16_BITS:
         raise NotLoadable(f"{where} has num_bits {bits}")
     return EngineScheme(storage, bits, size, weights.get("symmetric", True), where)

@@ -2,13 +2,13 @@
 
 Sources: vLLM 0.32.0, model_executor/layers/quantization/auto_gptq.py, auto_awq.py, utils/gptq_utils.py and
 utils/quant_utils.py (is_layer_skipped). Compared with these classes by tests/engines/test_rules.py.
-Both take what is quantized from the tensors' dtypes where the config has no list; then the rule cannot disagree with
-the tensors but through names: lists are matched as substrings.
+If the config has no list of modules, both take the quantized modules from the dtypes of the tensors. The rule can then
+contradict the tensors only because names in lists match as substrings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,14 @@ from requant.tasks.checkpoint.compat.rule import (
     NotLoadable,
     Patterns,
     Renames,
+    SchemeValues,
     Substrings,
     expand,
+    mapping,
     required,
     shorten,
 )
+from requant.tasks.checkpoint.config import JsonObject, QuantizationConfig
 from requant.tasks.checkpoint.header import Tensor
 
 GPTQ_SCHEMES = {(4, True), (8, True)}  # AutoGPTQConfig.TYPE_MAP: bits, sym
@@ -36,14 +39,13 @@ FLOATS = {"F16", "BF16", "F32"}
 
 @dataclass(frozen=True)
 class Gptq:
-    """A GPTQ config. `listed` is None where nothing is known: then everything is quantized."""
+    """A config of GPTQ. `listed`: the quantized modules; None if unknown, which means all."""
 
     bits: int
     group_size: Any
     sym: Any
-    desc_act: Any
     lm_head: Any
-    dynamic: dict[str, Any]
+    dynamic: JsonObject
     listed: Substrings | None
     because: str
     fused: Fused
@@ -52,17 +54,17 @@ class Gptq:
     @classmethod
     def read(
         cls,
-        quantization: Mapping[str, Any],
+        quantization: QuantizationConfig,
         renames: Renames,
         fused: Fused,
         patterns: Patterns,
         tensors: Iterable[Tensor],
     ) -> Gptq:
-        """AutoGPTQConfig.from_config, maybe_update_config, apply_vllm_mapper. Raises Refused where they raise."""
-        dynamic = quantization.get("dynamic")
-        dynamic = {} if dynamic is None else dynamic
-        if not isinstance(dynamic, dict):
-            raise NotLoadable(f"dynamic is {shorten(dynamic)}, and no mapping")
+        """Read a config as AutoGPTQConfig.from_config, maybe_update_config and apply_vllm_mapper do.
+
+        Raises NotLoadable if they raise.
+        """
+        dynamic = mapping(quantization, "dynamic")
         bits, group_size = required(quantization, "bits"), required(quantization, "group_size")
         desc_act, sym = required(quantization, "desc_act"), required(quantization, "sym")
         check_order(desc_act, group_size, dynamic)
@@ -75,13 +77,12 @@ class Gptq:
         else:
             names = [renames.of(name, because) for name in sorted(quantized_names(tensors)[0])]
             because = "the tensors"
-        desc_act = desc_act and group_size != -1
         listed = Substrings.of(names) if names else None
         lm_head = quantization.get("lm_head", False)
-        return cls(bits, group_size, sym, desc_act, lm_head, dynamic, listed, because, fused, patterns)
+        return cls(bits, group_size, sym, lm_head, dynamic, listed, because, fused, patterns)
 
     def scheme(self, layer: Layer) -> EngineScheme:
-        """AutoGPTQConfig.get_quant_method."""
+        """Decide as AutoGPTQConfig.get_quant_method does."""
         if layer.kind == LM_HEAD and not self.lm_head:
             return EngineScheme(because="lm_head")
         listed = layer.kind == EXPERTS or self._listed(layer.name)  # experts are quantized, listed or not
@@ -90,24 +91,29 @@ class Gptq:
             return EngineScheme(because=f"dynamic[{shorten(key)}]")
         if not listed:
             return EngineScheme(because=self.because)
-        values: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym}
+        values = SchemeValues(self.bits, self.group_size, self.sym)
         if key is not None:
             if not isinstance(override, dict):
                 raise NotLoadable(f"dynamic[{shorten(key)}] is {shorten(override)}, and no mapping")
             kinds = {"bits": int, "group_size": int, "sym": bool}
-            values |= {k: override[k] for k, kind in kinds.items() if isinstance(override.get(k), kind)}
-        _known(values["bits"], values["sym"])
+            values = values._replace(
+                **{k: override[k] for k, kind in kinds.items() if isinstance(override.get(k), kind)}
+            )
+        _known(values.bits, values.sym)
         because = self.because if key is None else f"dynamic[{shorten(key)}]"
-        return EngineScheme(INTEGER, values["bits"], values["group_size"], values["sym"], because)
+        return EngineScheme(INTEGER, *values, because)
 
     def _listed(self, name: str) -> bool:
-        """is_layer_gptq_quantized."""
+        """Decide as is_layer_gptq_quantized does."""
         if self.listed is None:
             return True
         return agreed(name, [self.listed.within(part) for part in expand(name, self.fused)], self.because)
 
     def _override(self, name: str) -> tuple[str | None, Any]:
-        """get_dynamic_override: the first key that matches, and its value; False for one that begins with `-:`."""
+        """Return the first key of `dynamic` that matches, and its value, as get_dynamic_override does.
+
+        The value is False for a key that begins with `-:`. Without a match, key and value are None.
+        """
         for key, value in self.dynamic.items():
             if key.startswith("-:"):
                 if self.patterns.match(key.removeprefix("-:"), name):
@@ -119,7 +125,7 @@ class Gptq:
 
 @dataclass(frozen=True)
 class Awq:
-    """An AWQ config. `skipped` are names of modules that are not quantized."""
+    """A config of AWQ. `skipped`: names of modules that are not quantized."""
 
     bits: int
     group_size: Any
@@ -130,8 +136,11 @@ class Awq:
     fused: Fused
 
     @classmethod
-    def read(cls, quantization: Mapping[str, Any], renames: Renames, fused: Fused, tensors: Iterable[Tensor]) -> Awq:
-        """AutoAWQConfig.from_config, maybe_update_config, apply_vllm_mapper. Raises Refused where they raise."""
+    def read(cls, quantization: QuantizationConfig, renames: Renames, fused: Fused, tensors: Iterable[Tensor]) -> Awq:
+        """Read a config as AutoAWQConfig.from_config, maybe_update_config and apply_vllm_mapper do.
+
+        Raises NotLoadable if they raise.
+        """
         bits = required(quantization, "w_bit", "bits")
         group_size = required(quantization, "q_group_size", "group_size")
         zero_point = required(quantization, "zero_point")
@@ -141,38 +150,41 @@ class Awq:
         if modules:
             names = renames.of_list(modules, because)
         else:
-            packed, every = quantized_names(tensors)
-            names = [renames.of(name, because) for name in every - packed]
+            quantized, names_of_all = quantized_names(tensors)
+            names = [renames.of(name, because) for name in names_of_all - quantized]
             because = "the tensors"
         return cls(
             bits, group_size, zero_point, quantization.get("lm_head", False), Substrings.of(names), because, fused
         )
 
     def scheme(self, layer: Layer) -> EngineScheme:
-        """AutoAWQConfig.get_quant_method. Experts are looked up by their whole name only."""
+        """Decide as AutoAWQConfig.get_quant_method does. Experts are looked up only by the name of their layer."""
         if layer.kind == LM_HEAD and not self.lm_head:
             return EngineScheme(because="lm_head")
         fused = {} if layer.kind == EXPERTS else self.fused
         names = expand(layer.name, fused)
-        whole = layer.name.rpartition(".")[2] in fused and self.skipped.within(layer.name)
-        if whole or agreed(layer.name, [self.skipped.within(name) for name in names], self.because):
+        fused_itself = layer.name.rpartition(".")[2] in fused and self.skipped.within(layer.name)
+        if fused_itself or agreed(layer.name, [self.skipped.within(name) for name in names], self.because):
             return EngineScheme(because=self.because)
         return EngineScheme(INTEGER, self.bits, self.group_size, not self.zero_point, self.because, "awq")
 
 
 def quantized_names(tensors: Iterable[Tensor]) -> tuple[set[str], set[str]]:
-    """Names of modules with a tensor of another dtype than 16- or 32-bit floats, and of all modules."""
-    packed, every = set(), set()
+    """Return the names of quantized modules and of all modules.
+
+    A module with a tensor that is not F16, BF16 or F32 counts as quantized.
+    """
+    quantized, all_modules = set(), set()
     for tensor in tensors:
         module = tensor.name.rsplit(".", 1)[0]
-        every.add(module)
+        all_modules.add(module)
         if tensor.dtype not in FLOATS:
-            packed.add(module)
-    return packed, every
+            quantized.add(module)
+    return quantized, all_modules
 
 
-def check_order(desc_act: Any, group_size: Any, dynamic: Mapping[str, Any]) -> None:
-    """normalize_and_validate_gptq_desc_act. Raises Refused."""
+def check_order(desc_act: Any, group_size: Any, dynamic: JsonObject) -> None:
+    """Check as normalize_and_validate_gptq_desc_act does. Raises NotLoadable."""
     if desc_act and group_size != -1:
         raise NotLoadable(
             "desc_act is true with groups, which vLLM no longer takes: quantize again with desc_act false"
@@ -185,7 +197,7 @@ def check_order(desc_act: Any, group_size: Any, dynamic: Mapping[str, Any]) -> N
 
 
 def agreed(name: str, answers: list[bool], where: str) -> bool:
-    """The one answer for all parts of a layer. Raises Refused if they differ."""
+    """Return the answer that all parts of a layer share. Raises NotLoadable if the answers differ."""
     if len(set(answers)) > 1:
         raise NotLoadable(f"{where} treats the parts of {name} differently, which are one layer in the engine")
     return answers[0]

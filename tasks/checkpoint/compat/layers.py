@@ -1,4 +1,4 @@
-"""The layers that an engine builds for a checkpoint's modules, and whether the tensors fit what it makes of them."""
+"""Lists the layers that an engine builds for a checkpoint's modules, and checks that the tensors fit them."""
 
 from __future__ import annotations
 
@@ -20,37 +20,16 @@ from requant.tasks.checkpoint.compat.rule import (
 )
 from requant.tasks.checkpoint.modules import Module
 
-MAX_NAME_LENGTH = 500  # no engine's layer has a longer one; patterns are run on these names
-# Leaves of modules that engines build as quantizable layers. What is plain is judged by them; what is packed, always.
-LINEARS = frozenset(
-    [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "qkv_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-        "gate_up_proj",
-        "fc",
-        "qkv",
-        "linear_fc1",
-        "linear_fc2",
-        "in_proj_qkv",
-        "in_proj_z",
-        "in_proj_b",
-        "in_proj_a",
-        "in_proj_qkvz",
-        "in_proj_ba",
-        "out_proj",
-        "q_a_proj",
-        "q_b_proj",
-        "kv_a_proj_with_mqa",
-        "kv_b_proj",
-    ]
-)
-LAYER_CLASSES = {  # the rest are ColumnParallelLinear; a config can name them as targets
+MAX_NAME_LENGTH = 500  # longer names are no layer of an engine; regular expressions are run on these names
+# Names (last component) of layers that engines can quantize. A module that is not quantized is checked only if its name
+# is listed; a quantized module is always checked.
+LINEARS = frozenset({
+    "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc",
+    "qkv", "linear_fc1", "linear_fc2", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "in_proj_qkvz",
+    "in_proj_ba", "out_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
+})  # fmt: skip
+# vLLM's classes, which a config can name as targets. All other layers are ColumnParallelLinear.
+LAYER_CLASSES = {
     **dict.fromkeys(("qkv_proj", "qkv"), "QKVParallelLinear"),
     **dict.fromkeys(("gate_up_proj", "in_proj_qkvz", "in_proj_ba", "fused_qkv_a_proj"), "MergedColumnParallelLinear"),
     **dict.fromkeys(("o_proj", "down_proj", "out_proj", "linear_fc2", "proj"), "RowParallelLinear"),
@@ -59,38 +38,41 @@ LAYER_CLASSES = {  # the rest are ColumnParallelLinear; a config can name them a
 
 @dataclass(frozen=True)
 class Tree:
-    """How an engine names the layers of a model. `plain`: leaves of layers that it builds without quantization."""
+    """How an engine names the layers of a model.
+
+    `plain`: names (last component) of layers that the engine never quantizes.
+    """
 
     renames: Renames = field(default_factory=Renames)
     fused: Fused = field(default_factory=dict)
     plain: frozenset[str] = frozenset()
 
     def layers(self, modules: Iterable[Module]) -> list[Layer]:
-        """The layers, in the order in which their first module comes."""
-        wholes = {part: whole for whole, parts in self.fused.items() for part in parts if len(parts) > 1}
-        found: dict[str, tuple[str, str, list[str]]] = {}
-        experts: dict[str, list[str]] = {}  # of one layer: an MoE has a hundred thousand modules
+        """Return the layers, in the order of their first modules."""
+        fused_names = {part: name for name, parts in self.fused.items() for part in parts if len(parts) > 1}
+        layers: dict[str, tuple[str, str, list[str]]] = {}
+        experts: dict[str, list[str]] = {}  # kept by layer, since renaming is slow for the 100,000 modules of an MoE
         for module in modules:
             if len(module.name) > MAX_NAME_LENGTH:
                 continue
-            stem, inside, rest = module.name.partition(".experts.")
-            if inside and (rest[:1].isdigit() or rest in ("gate_up_proj", "down_proj")):
+            stem, is_expert, rest = module.name.partition(".experts.")
+            if is_expert and (rest[:1].isdigit() or rest in ("gate_up_proj", "down_proj")):
                 if stem not in experts:
                     name = self.renames.of_module(f"{stem}.experts")
-                    experts[stem] = found.setdefault(name, (EXPERTS, "RoutedExperts", []))[2]
+                    experts[stem] = layers.setdefault(name, (EXPERTS, "RoutedExperts", []))[2]
                 experts[stem].append(module.name)
                 continue
             stem, _, leaf = self.renames.of_module(module.name).rpartition(".")
             if leaf == "lm_head":
                 kind, cls = LM_HEAD, "ParallelLMHead"
             elif leaf in LINEARS or module.quantized or (leaf == "proj" and stem.endswith(".attn")):
-                leaf = wholes.get(leaf, leaf)
+                leaf = fused_names.get(leaf, leaf)
                 kind, cls = LINEAR, LAYER_CLASSES.get(leaf, "ColumnParallelLinear")
             else:
                 continue
             name = f"{stem}.{leaf}".lstrip(".")
-            found.setdefault(name, (kind, cls, []))[2].append(module.name)
-        return [Layer(name, kind, cls, tuple(parts)) for name, (kind, cls, parts) in found.items()]
+            layers.setdefault(name, (kind, cls, []))[2].append(module.name)
+        return [Layer(name, kind, cls, tuple(parts)) for name, (kind, cls, parts) in layers.items()]
 
 
 def first_problem(
@@ -100,7 +82,10 @@ def first_problem(
     tree: Tree,
     kernel_problem: Callable[[Layer, EngineScheme], str | None] = lambda layer, scheme: None,
 ) -> str | None:
-    """Why the first layer that cannot be loaded cannot: which tensor, and which field of the config."""
+    """Return why the first layer that the engine cannot load cannot be loaded; None if it can load all.
+
+    The sentence names the tensor and the field of the config.
+    """
     for layer in layers:
         if layer.name.rpartition(".")[2] in tree.plain:
             scheme = EngineScheme(because="the engine builds this layer without quantization")
@@ -118,23 +103,25 @@ def first_problem(
 
 
 def _misfit(layer: Layer, scheme: EngineScheme, modules: Mapping[str, Module]) -> str | None:
-    shapes_to_check = 3 if layer.kind == EXPERTS else len(layer.parts)  # one expert stands for its hundreds
+    shapes_to_check = 3 if layer.kind == EXPERTS else len(layer.parts)  # the shapes of one expert are enough
     for number, part in enumerate(layer.parts):
         module = modules[part]
         if scheme.quantized != module.quantized:
             if not module.quantized:
                 return f"{module.tensor.name} is not packed, and quantization_config says otherwise ({scheme.because})"
-            held = "packed" if module.storage in (INTEGER, COMPRESSED) else "quantized"
-            return f"{_main(module)} is {held}, and quantization_config says otherwise ({scheme.because})"
+            stored = "packed" if module.storage in (INTEGER, COMPRESSED) else "quantized"
+            return f"{_main_tensor(module)} is {stored}, and quantization_config says otherwise ({scheme.because})"
         if scheme.storage != module.storage:
-            return f"{_main(module)} is stored as {module.storage}, and quantization_config says {scheme.storage}"
+            return (
+                f"{_main_tensor(module)} is stored as {module.storage}, and quantization_config says {scheme.storage}"
+            )
         if number < shapes_to_check and (problem := shape_problem(module, scheme)):
             return problem
     return None
 
 
-def _main(module: Module) -> str:
-    """The name of the tensor with the weights."""
+def _main_tensor(module: Module) -> str:
+    """Return the name of the tensor that holds the weights."""
     for part in ("qweight", "weight_packed", "weight"):
         if part in module.parts:
             return module.parts[part].name
@@ -142,7 +129,7 @@ def _main(module: Module) -> str:
 
 
 def shape_problem(module: Module, scheme: EngineScheme) -> str | None:
-    """What in a packed module's shapes contradicts the scheme's bits, group size or layout; or the part it lacks."""
+    """Return how a quantized module's shapes contradict the scheme, or which part it lacks; None if it fits."""
     if scheme.storage == INTEGER:
         return _integer_problem(module, scheme)
     if scheme.storage != COMPRESSED:
@@ -166,7 +153,7 @@ def _integer_problem(module: Module, scheme: EngineScheme) -> str | None:
             return f"{module.name}.{part} is missing beside {module.tensor.name}"
     qweight, scales, qzeros = (module.parts.get(part) for part in ("qweight", "scales", "qzeros"))
     if qweight is None or scales is None or len(qweight.shape) != 2 or len(scales.shape) != 2:
-        return f"{_main(module)} and {module.name}.scales are no matrices"
+        return f"{_main_tensor(module)} and {module.name}.scales are no matrices"
     bits, (groups, out) = scheme.bits, scales.shape
     if type(bits) is not int or bits <= 0 or type(scheme.group_size) is not int:
         return _contradiction(qweight.name, qweight.shape, scheme)
@@ -182,10 +169,10 @@ def _integer_problem(module: Module, scheme: EngineScheme) -> str | None:
 
 
 def _uneven(module: Module, inputs: int, group_size: int) -> str | None:
-    """What keeps an engine from loading a last group that is smaller than the others.
+    """Return why an engine cannot load a module whose last group is smaller than the others; None if groups are equal.
 
-    Sources: vLLM 0.32.0, auto_gptq.py, auto_awq.py, compressed_tensors_wNa16.py and moe_wna16.py; SGLang 0.5.23, the
-    same names below layers/quantization. They make inputs // group_size rows of scales, or raise at once.
+    The engines allocate inputs // group_size rows of scales, or raise. Sources: vLLM 0.32.0, auto_gptq.py, auto_awq.py,
+    compressed_tensors_wNa16.py and moe_wna16.py; SGLang 0.5.23, the same names below layers/quantization.
     """
     if group_size <= 0 or not inputs % group_size:
         return None

@@ -1,28 +1,34 @@
-"""The words in which engines' rules are written: layers, schemes, refusals, and patterns that cannot run away."""
+"""What the rules of engines have in common: layers, schemes, refusals, and regular expressions with a time limit."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import regex  # type: ignore[import-untyped, unused-ignore]
 
+from requant.tasks.checkpoint.config import JsonObject, QuantizationConfig
+from requant.tasks.checkpoint.modules import Storage
+
 LINEAR, LM_HEAD, EXPERTS = "linear", "lm_head", "experts"
-PLAIN_STORAGE, INTEGER, COMPRESSED, SCALED = "plain", "integer", "compressed", "scaled"  # Module.storage has the same
+PLAIN_STORAGE: Final = "plain"
+INTEGER: Final = "integer"
+COMPRESSED: Final = "compressed"
+SCALED: Final = "scaled"
 
 InvalidPattern = regex.error
-Fused = Mapping[str, tuple[str, ...]]  # an engine's fused layer -> the checkpoint's modules it is made of
+Fused = Mapping[str, tuple[str, ...]]  # names of the checkpoint's modules by the name of an engine's fused layer
 
 
 class NotLoadable(Exception):
-    """The engine raises an error here. The text says of which field and why, as a part of a sentence."""
+    """The engine would raise an error here. The text is a part of a sentence, and names the field."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of an engine's module tree: its name there, its class, and the checkpoint's modules it is loaded from."""
+    """A layer of an engine: its name and class there, and the checkpoint's modules from which it is loaded."""
 
     name: str
     kind: str = LINEAR
@@ -32,10 +38,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class EngineScheme:
-    """What an engine makes of a layer. `because` names the config field that decided; `layout`: integer storage is
-    laid out as `gptq` or as `awq`."""
+    """How an engine expects the weights of a layer to be stored.
 
-    storage: str = PLAIN_STORAGE
+    `because` names the field of the config that decided. `layout` of integers: gptq or awq.
+    """
+
+    storage: Storage = PLAIN_STORAGE
     bits: Any = 16
     group_size: Any = -1
     sym: Any = True
@@ -47,22 +55,30 @@ class EngineScheme:
         return self.storage != PLAIN_STORAGE
 
 
+class SchemeValues(NamedTuple):
+    """Values of a quantization config, which an engine may not have checked yet."""
+
+    bits: Any
+    group_size: Any
+    sym: Any
+
+
 class Rule(Protocol):
     """One quantization config, as one engine reads it."""
 
     def scheme(self, layer: Layer) -> EngineScheme:
-        """What the engine makes of a layer. Raises Refused where it raises."""
+        """Return how the engine expects a layer to be stored. Raises NotLoadable if the engine would raise."""
         ...
 
 
 @dataclass(frozen=True)
 class Renames:
-    """Prefixes that an engine replaces in names from config and checkpoint (vLLM's `hf_to_vllm_mapper`)."""
+    """Prefixes that an engine replaces in the names of config and checkpoint (vLLM's `hf_to_vllm_mapper`)."""
 
     prefixes: tuple[tuple[str, str], ...] = ()
 
     def of(self, name: Any, where: str) -> str:
-        """A name from a config, as the engine calls it. Raises Refused if it is no text."""
+        """Rename a name of a config as the engine does. Raises NotLoadable if it is not a string."""
         if not isinstance(name, str):
             raise NotLoadable(f"{where} holds {shorten(name)}, which is no name")
         renamed = name
@@ -72,10 +88,11 @@ class Renames:
         return renamed
 
     def of_module(self, module: str) -> str:
-        """A module of the checkpoint, whose tensors' names have one more component."""
+        """Rename a module of the checkpoint as the engine does."""
         return self.of(f"{module}.", "").removesuffix(".")
 
     def of_list(self, names: Any, where: str) -> list[str]:
+        """Rename a list of names. Raises NotLoadable if it is not a list of strings."""
         if not isinstance(names, list):
             raise NotLoadable(f"{where} is {shorten(names)}, and no list of names")
         return [self.of(name, where) for name in names]
@@ -83,51 +100,51 @@ class Renames:
 
 @dataclass
 class Patterns:
-    """Regular expressions from a config, run with vLLM's own regex module, each try and all together bounded in time.
+    """Runs regular expressions of a config with the module `regex`, as vLLM does, within limits of time.
 
-    They come from files of anybody. One that is too long, or takes too long, is remembered in `hostile`, and everything
-    that depends on it is refused: an engine, which has no limits, would hang there.
+    A config may come from anywhere. A pattern that is too long or too slow is added to `hostile`, and everything that
+    depends on it is refused: an engine, which has no limits, would hang.
     """
 
-    seconds_each: float = 0.05
-    seconds: float = 1.5
-    longest: int = 1000
+    search_timeout_s: float = 0.05
+    total_timeout_s: float = 1.5
+    max_length: int = 1000
     hostile: list[str] = field(default_factory=list)
-    _spent: float = 0.0
-    _compiled: dict[str, Any] = field(default_factory=dict)
+    _spent_s: float = 0.0
+    _compiled: dict[str, regex.Pattern[str] | regex.error] = field(default_factory=dict)
 
     def search(self, pattern: str, name: str) -> bool:
-        """re.search. Raises Refused (hostile) and InvalidPattern (no pattern at all)."""
+        """Search as re.search does. Raises NotLoadable for a hostile pattern, InvalidPattern for an invalid one."""
         return self._run("search", pattern, name)
 
     def match(self, pattern: str, name: str) -> bool:
-        """re.match; an invalid pattern is refused, as engines do not catch it there."""
+        """Match as re.match does. Raises NotLoadable for an invalid pattern too, as engines do not catch that error."""
         try:
             return self._run("match", pattern, name)
         except InvalidPattern as error:
             raise NotLoadable(f"the pattern {shorten(pattern)} is no regular expression ({error})") from error
 
     def fullmatch(self, pattern: str, name: str) -> bool:
-        """re.fullmatch. Raises as search does."""
+        """Match as re.fullmatch does. Raises as `search` does."""
         return self._run("fullmatch", pattern, name)
 
     def _run(self, how: str, pattern: str, name: str) -> bool:
         if pattern in self.hostile:
             raise NotLoadable(_hangs(pattern))
-        if self._spent > self.seconds:
+        if self._spent_s > self.total_timeout_s:
             raise NotLoadable("its patterns take too long to match the names of all layers")
         began = time.perf_counter()
         try:
-            return getattr(self._compile(pattern), how)(name, timeout=self.seconds_each) is not None
+            return getattr(self._compile(pattern), how)(name, timeout=self.search_timeout_s) is not None
         except (TimeoutError, RecursionError, MemoryError, OverflowError) as error:
             self.hostile.append(pattern)
             raise NotLoadable(_hangs(pattern)) from error
         finally:
-            self._spent += time.perf_counter() - began
+            self._spent_s += time.perf_counter() - began
 
     def _compile(self, pattern: str) -> Any:
         if pattern not in self._compiled:
-            if len(pattern) > self.longest:
+            if len(pattern) > self.max_length:
                 raise OverflowError
             try:
                 self._compiled[pattern] = regex.compile(pattern, cache_pattern=False)
@@ -145,17 +162,18 @@ def _hangs(pattern: str) -> str:
 
 @dataclass(frozen=True)
 class Substrings:
-    """Whether any of many names lies within a text, without trying them one by one: an MoE has 100,000."""
+    """Names to find within a text without trying them one by one: an MoE has 100,000."""
 
     names: frozenset[str]
     lengths: tuple[int, ...]
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Substrings:
-        held = frozenset(names)
-        return cls(held, tuple(sorted({len(name) for name in held})))
+        names = frozenset(names)
+        return cls(names, tuple(sorted({len(name) for name in names})))
 
     def within(self, text: str) -> bool:
+        """Check whether a text contains one of the names."""
         return any(
             text[start : start + length] in self.names
             for length in self.lengths
@@ -164,23 +182,31 @@ class Substrings:
         )
 
 
-def expand(name: str, fused: Fused, whole: bool = True) -> list[str]:
-    """The names of a fused layer's parts, or the name itself where its last component is no fused one."""
+def expand(name: str, fused: Fused) -> list[str]:
+    """Return the names of a fused layer's parts; for any other layer, its own name."""
     leaf = name.rpartition(".")[2]
-    if whole and leaf in fused:
+    if leaf in fused:
         return [name.replace(leaf, part) for part in fused[leaf]]
     return [name]
 
 
-def required(quantization: Mapping[str, Any], *keys: str) -> Any:
-    """The first of these fields that is there. Raises Refused if none is."""
+def required(quantization: QuantizationConfig, *keys: str) -> Any:
+    """Return the first of some fields that is there. Raises NotLoadable if none is."""
     for key in keys:
         if key in quantization:
             return quantization[key]
     raise NotLoadable(f"quantization_config has no {keys[-1]}")
 
 
+def mapping(quantization: QuantizationConfig, key: str) -> JsonObject:
+    """Return the mapping under a key; empty if it is missing or null. Raises NotLoadable for anything else."""
+    value = quantization.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise NotLoadable(f"{key} is {shorten(value)}, and no mapping")
+    return JsonObject(value or {})
+
+
 def shorten(value: Any) -> str:
-    """A value from a file in words of bounded length."""
+    """Return the repr of a value of a config, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

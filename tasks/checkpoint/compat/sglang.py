@@ -1,32 +1,33 @@
-"""SGLang: the same configs, read a little differently. Read in its source, not run: no CPU build can be installed.
+"""SGLang: the same configs, with some differences. The rules are from its source and were not tried: there is no build
+for CPUs that can be installed.
 
 Sources, in the repository sgl-project/sglang as stored nearest to 0.5.23: layers/quantization/auto_round/auto_round.py
 and routing.py, layers/quantization/gptq/gptq.py, layers/quantization/awq/awq.py,
 layers/quantization/compressed_tensors/compressed_tensors.py, layers/quantization/fp8.py and utils.py (0.5.23),
 model_loader/loader.py (_get_quantization_config), models/qwen3_5.py and models/qwen3_5_mtp.py.
 
-What differs from vLLM:
-- names stay as in the checkpoint (Qwen3.5 has no `hf_to_sglang_mapper`);
-- auto-round: patterns must match the whole name, there is no suffix match, and `packed_modules_mapping` stays empty:
-  a fused layer is looked up by its own name, never by its parts';
-- FP8: a name in `modules_to_not_convert` stands for all below it too, and fused layers are asked for by their parts;
-- GPTQ: everything is quantized that `dynamic` does not leave out; AWQ: that `modules_to_not_convert` does not contain;
-- `mtp.fc` is an nn.Linear and only one MTP layer is built; a tensor of the head without a parameter is skipped with a
-  warning: the server starts and drafts nothing (accept length 1.0).
+Differences from vLLM:
+- Names stay as in the checkpoint (Qwen3.5 has no `hf_to_sglang_mapper`).
+- auto-round: a pattern must match the complete name, suffixes do not match, and `packed_modules_mapping` stays empty:
+  a fused layer is looked up by its own name and never by the names of its parts.
+- FP8: a name in `modules_to_not_convert` includes all modules below it, and fused layers are looked up by their parts.
+- GPTQ quantizes every layer that `dynamic` does not exclude, AWQ every layer that `modules_to_not_convert` does not
+  name.
+- `mtp.fc` is an nn.Linear, and only one MTP layer is built. A tensor of the head without a parameter is skipped with a
+  warning: the server starts, and no draft is accepted (accept length 1.0).
 
-Fused layers of the main model are not judged: read literally, the second point would leave no auto-round checkpoint of
-Qwen3.5 with plain `in_proj_a` and `in_proj_b`, and that cannot be tried here.
+Fused layers of the main model are not judged. By the second point, SGLang could not load any auto-round checkpoint of
+Qwen3.5 whose `in_proj_a` and `in_proj_b` are not quantized, and that cannot be tried here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import vllm
-from requant.tasks.checkpoint.compat.auto_round import AWQ, GPTQ, AutoRound
+from requant.tasks.checkpoint.compat.auto_round import AWQ, EVERYTHING, GPTQ, AutoRound
 from requant.tasks.checkpoint.compat.compressed import Fp8
 from requant.tasks.checkpoint.compat.gptq import Awq, Gptq, agreed
 from requant.tasks.checkpoint.compat.layers import Tree, first_problem
@@ -41,10 +42,12 @@ from requant.tasks.checkpoint.compat.rule import (
     Patterns,
     Renames,
     Rule,
+    SchemeValues,
     expand,
     required,
     shorten,
 )
+from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.modules import Module
 
 BITS = {2, 3, 4, 8}
@@ -60,32 +63,33 @@ _PLAIN = frozenset({"fc", "eh_proj", "gate", "shared_expert_gate", "conv1d", "em
 
 @dataclass(frozen=True)
 class SglangAutoRound(AutoRound):
-    """AutoRoundConfig of SGLang: routing.get_layer_config."""
+    """A config of auto-round, as routing.get_layer_config of SGLang reads it."""
 
     def scheme(self, layer: Layer) -> EngineScheme:
+        """Decide as routing.get_layer_config does."""
         name, quantized = layer.name, layer.kind != LM_HEAD
-        because = "no block_name_to_quantize: everything is quantized"
+        because = EVERYTHING
         if name in self.extra:
             quantized, because = True, f"extra_config[{name!r}]"
         elif self.blocks:
             quantized, because = name.startswith(tuple(self.blocks)), "block_name_to_quantize"
         if layer.kind == EXPERTS and name not in self.extra:
-            found = [self._values(key, quantized) for key in self.extra if key.startswith(name)]
-            if found:
-                bits, group_size, sym = self._same(found, name)
-                return self._made(bits, group_size, sym, "extra_config")
-        key = self._pattern(name)
-        bits, group_size, sym = self._values(name, quantized)
-        return self._made(bits, group_size, sym, because if key is None else f"extra_config[{shorten(key)}]")
+            schemes = [self._values(key, quantized) for key in self.extra if key.startswith(name)]
+            if schemes:
+                return self._engine_scheme(self._agreed(schemes, name), "extra_config")
+        key = self._matching_key(name)
+        return self._engine_scheme(
+            self._values(name, quantized), because if key is None else f"extra_config[{shorten(key)}]"
+        )
 
-    def _made(self, bits: Any, group_size: Any, sym: Any, because: str) -> EngineScheme:
-        if not isinstance(bits, int | float):
-            raise NotLoadable(f"bits is {shorten(bits)}")
-        if bits >= 16:
+    def _engine_scheme(self, values: SchemeValues, because: str) -> EngineScheme:
+        if not isinstance(values.bits, int | float):
+            raise NotLoadable(f"bits is {shorten(values.bits)}")
+        if values.bits >= 16:
             return EngineScheme(because=because)
-        return EngineScheme(INTEGER, bits, group_size, sym, because, "awq" if self.packing == AWQ else "gptq")
+        return EngineScheme(INTEGER, *values, because, "awq" if self.packing == AWQ else "gptq")
 
-    def _pattern(self, name: str) -> str | None:
+    def _matching_key(self, name: str) -> str | None:
         for key in self.keys:
             try:
                 if self.patterns.fullmatch(key, name):
@@ -97,7 +101,10 @@ class SglangAutoRound(AutoRound):
 
 @dataclass(frozen=True)
 class SglangFp8(Fp8):
-    """Fp8Config of SGLang: utils.is_layer_skipped, which compares whole components of a path, anywhere in it."""
+    """A config of the method fp8, as utils.is_layer_skipped of SGLang reads it.
+
+    It looks for complete components of a path, anywhere in the path.
+    """
 
     def _skipped(self, name: str) -> bool:
         if name.rpartition(".")[2] in _FUSED_FP8:
@@ -110,7 +117,10 @@ class SglangFp8(Fp8):
 
 
 def load_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns: Patterns) -> str | None:
-    """Why SGLang would not load the main model as it is meant, or None. Fused layers are not judged."""
+    """Return why SGLang would not load the main model correctly, or None. Fused layers are not judged.
+
+    `modules`: the modules outside the MTP head.
+    """
     known = vllm.architecture(checkpoint).tree
     try:
         rule = _read_rule(checkpoint, patterns)
@@ -122,7 +132,7 @@ def load_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns
 
 
 def head_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns: Patterns) -> str | None:
-    """Why SGLang would not load the head as it is meant, or None. `modules` are the head's."""
+    """Return why SGLang would not load the MTP head correctly, or None. `modules`: the modules of the head."""
     known = vllm.architecture(checkpoint).tree
     tree = Tree(Renames(), known.fused, known.plain | _PLAIN)
     layers = tree.layers(modules.values())
@@ -135,13 +145,17 @@ def head_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns
 
 
 def _read_rule(checkpoint: Checkpoint, patterns: Patterns) -> Rule | None:
-    """The rule of the config; None where none is written for its method. Raises Refused where SGLang refuses it."""
+    """Return the rule of the config; None if Requant has no rules for its method.
+
+    Raises NotLoadable if SGLang refuses the config.
+    """
     quantization = vllm.quantization_of(checkpoint.config)
-    method = quantization.get("quant_method", "") if quantization else ""
-    if not isinstance(method, str):
-        raise NotLoadable(f"quant_method is {shorten(method)}")
-    method = method.lower().replace("compressed_tensors", "compressed-tensors")
-    if quantization is None or not method:
+    if quantization is None:
+        return vllm.Unquantized()
+    if not isinstance(stated := quantization.get("quant_method", ""), str):
+        raise NotLoadable(f"quant_method is {shorten(stated)}")
+    method = quantization.method
+    if not method:
         return vllm.Unquantized()
     if method not in METHODS:
         raise NotLoadable(f"quant_method is {shorten(method)}, which SGLang does not know")
@@ -149,10 +163,10 @@ def _read_rule(checkpoint: Checkpoint, patterns: Patterns) -> Rule | None:
         return _auto_round(quantization, patterns)
     if method.startswith("gptq"):
         if [quantization.get("bits"), quantization.get("sym")] not in ([4, True], [8, True]):
-            return None  # not Marlin's, but another class's, which takes more
-        # Never by the tensors: a list that names everything stands for "all".
-        everything = {**quantization, "modules_in_block_to_quantize": [""]}
-        return Gptq.read({**everything, "desc_act": False}, Renames(), {}, patterns, ())
+            return None  # a class other than Marlin's handles it, and takes more
+        # SGLang does not look at the tensors. A list with an empty name matches every module.
+        everything = QuantizationConfig({**quantization, "modules_in_block_to_quantize": [""], "desc_act": False})
+        return Gptq.read(everything, Renames(), {}, patterns, ())
     if method.startswith("awq"):
         return Awq.read(quantization, Renames(), {}, ())
     if method == "fp8":
@@ -160,7 +174,7 @@ def _read_rule(checkpoint: Checkpoint, patterns: Patterns) -> Rule | None:
     return vllm.read_rule(quantization, Renames(), {}, patterns, checkpoint) if method in vllm.SHARED else None
 
 
-def _auto_round(quantization: Mapping[str, Any], patterns: Patterns) -> SglangAutoRound:
+def _auto_round(quantization: QuantizationConfig, patterns: Patterns) -> SglangAutoRound:
     required(quantization, "sym")
     rule = SglangAutoRound.read(quantization, Renames(), {}, patterns)
     if rule.bits not in BITS or rule.packing not in PACKINGS or rule.data_type != "int":

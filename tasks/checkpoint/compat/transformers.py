@@ -1,4 +1,4 @@
-"""transformers: what it loads. It has no speculative decoding from an MTP head: the tensors are ignored.
+"""transformers: what it loads. It ignores the tensors of an MTP head and does not draft with them.
 
 Source: transformers 5.23.0, quantizers/auto.py (AUTO_QUANTIZER_MAPPING), models/qwen3_5/modeling_qwen3_5.py
 (`_keys_to_ignore_on_load_unexpected = [r"^mtp.*"]`), models/deepseek_v3 and models/glm4_moe (layers beyond
@@ -7,12 +7,10 @@ Source: transformers 5.23.0, quantizers/auto.py (AUTO_QUANTIZER_MAPPING), models
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat.rule import NotLoadable, shorten
 from requant.tasks.checkpoint.compat.vllm import quantization_of
+from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.modules import Module
 
 METHODS = {
@@ -24,7 +22,7 @@ IGNORED = "transformers ignores the MTP head"
 
 
 def load_problem(checkpoint: Checkpoint) -> str | None:
-    """Why transformers would not load it, or None."""
+    """Return why transformers would not load a checkpoint, or None."""
     try:
         quantization = quantization_of(checkpoint.config)
     except NotLoadable as refusal:
@@ -40,16 +38,17 @@ def load_problem(checkpoint: Checkpoint) -> str | None:
     return _uneven(checkpoint, quantization) if method == "auto-round" else None
 
 
-def _uneven(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> str | None:
-    """Why auto-round, which unpacks for transformers, cannot load the first layer whose last group is smaller.
+def _uneven(checkpoint: Checkpoint, quantization: QuantizationConfig) -> str | None:
+    """Return why auto-round, which unpacks for transformers, cannot load a layer whose last group is smaller; or None.
 
-    Source: auto_round 0.16.1, inference/backend.py: every kernel for a CPU wants inputs that the group size divides.
-    Tried with transformers 5.23.0 on a CPU. On a GPU its Triton kernel takes them by its source, which nobody tried.
+    Source: auto_round 0.16.1, inference/backend.py. Every kernel for CPUs needs inputs that are a multiple of the group
+    size, which was tried with transformers 5.23.0. By its source, the Triton kernel for GPUs takes other inputs too,
+    which was not tried.
     """
     extra = quantization.get("extra_config")
     entries = [quantization, *(extra.values() if isinstance(extra, dict) else ())]
-    found = (entry.get("group_size") for entry in entries if isinstance(entry, dict))
-    sizes = {size for size in found if type(size) is int}
+    stated = (entry.get("group_size") for entry in entries if isinstance(entry, dict))
+    sizes = {size for size in stated if type(size) is int}
     for module in checkpoint.modules.values():
         inputs, rows = _inputs_and_groups(module)
         if not rows or (-1 in sizes and rows == 1) or any(rows * size == inputs for size in sizes):
@@ -64,7 +63,7 @@ def _uneven(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> str | No
 
 
 def _inputs_and_groups(module: Module) -> tuple[int, int]:
-    """Inputs and groups of a packed matrix, from the shapes of its parts; (0, 0) of any other module."""
+    """Return the inputs and groups of a packed matrix, from the shapes of its parts; (0, 0) for any other module."""
     parts = [module.parts.get(part) for part in ("qweight", "qzeros", "scales")]
     shapes = [part.shape for part in parts if part is not None and len(part.shape) == 2]
     if len(shapes) < 3:

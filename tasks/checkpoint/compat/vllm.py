@@ -1,20 +1,19 @@
-"""vLLM: which quantization configs it takes, how it names layers, and whether a head would draft there.
+"""vLLM: the quantization configs that it accepts, the names of its layers, and whether an MTP head would draft.
 
 Sources: vLLM 0.32.0 (0.33 the same as far as read): config/model.py (_verify_quantization),
 config/speculative.py (hf_config_override), model_executor/model_loader/utils.py (configure_quant_config),
 model_executor/models/{qwen3_5,qwen3_5_mtp,qwen3_next,qwen3_next_mtp,deepseek_v2,deepseek_mtp,glm4_moe,glm4_moe_mtp}.py.
 
-The draft model is built with the main model's quantization config object: names in it are already renamed for the main
-model, and the draft's own table of fused layers replaces the main model's where it has one. In a quantized model
-vLLM does not check that every parameter got a tensor: what is missing stays uninitialized without a word. A tensor
-that has no parameter stops the start.
+vLLM builds the draft model with the quantization config object of the main model. Its names are already renamed for the
+main model, and if the draft model has a table of fused layers, that replaces the main model's. In a quantized model,
+vLLM does not check that every parameter got a tensor: a parameter without one stays uninitialized, without a warning. A
+tensor without a parameter is an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat.auto_round import AutoRound
@@ -31,7 +30,9 @@ from requant.tasks.checkpoint.compat.rule import (
     Rule,
     shorten,
 )
+from requant.tasks.checkpoint.config import ModelConfig, QuantizationConfig
 from requant.tasks.checkpoint.modules import Module
+from requant.tasks.checkpoint.mtp import AUTO_ROUND_METHODS, AWQ_METHODS, GPTQ_METHODS
 
 _QKV: dict[str, tuple[str, ...]] = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 _GATE_UP: dict[str, tuple[str, ...]] = {"gate_up_proj": ("gate_proj", "up_proj")}
@@ -51,22 +52,23 @@ _ROUTERS = frozenset({"gate", "shared_expert_gate", "conv1d", "embed_tokens", "w
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of vLLM's model classes: its names, and those of its draft model.
+    """One of vLLM's model classes: the names of its layers, and what differs in its draft model.
 
-    `draft_fused`: the draft's own table of fused layers; None where it keeps the main model's. `draft_plain`: leaves
-    of the head's layers that are built plain.
+    `draft_fused`: the draft model's table of fused layers; None if it uses the main model's.
+    `draft_plain`: names (last component) of layers of the draft model that are never quantized.
+    `dynamic_shortcut`: the decoder layers of the draft model are not quantized if `dynamic` has a key that starts with
+    `-:` and contains `mtp` (qwen3_5_mtp.py).
     """
 
     tree: Tree
     draft_fused: Fused | None = None
     draft_plain: frozenset[str] = frozenset()
-    dynamic_shortcut: bool = False  # qwen3_5_mtp.py: a `-:` key of `dynamic` with `mtp` in it makes the layers plain
+    dynamic_shortcut: bool = False
 
 
 _DENSE = Tree(Renames(), {**_QKV, **_GATE_UP}, _ROUTERS)
-_LATENT = Tree(
-    Renames(), {**_GATE_UP, "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}, _ROUTERS
-)  # deepseek_v2.py fuses the two where q_lora_rank is set
+# deepseek_v2.py fuses q_a_proj and kv_a_proj_with_mqa if q_lora_rank is set.
+_LATENT = Tree(Renames(), {**_GATE_UP, "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}, _ROUTERS)
 _VISION = Tree(_WRAPPED, {**_QKV, **_GATE_UP, "qkv": ("qkv",), **_GDN}, _ROUTERS)
 _PLAIN_HEAD = frozenset({"eh_proj"})  # nn.Linear in deepseek_mtp.py and glm4_moe_mtp.py
 ARCHITECTURES: dict[str, Architecture] = {
@@ -94,80 +96,74 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 UNKNOWN_ARCHITECTURE = Architecture(_DENSE, None, _PLAIN_HEAD)
 
-# QUANTIZATION_METHODS that vLLM takes and that have no rules here.
-UNJUDGED = frozenset(
-    [
-        "modelopt",
-        "modelopt_fp4",
-        "modelopt_mxfp8",
-        "modelopt_mixed",
-        "humming",
-        "experts_int8",
-        "quark",
-        "moe_wna16",
-        "torchao",
-        "mxfp4",
-        "gpt_oss_mxfp4",
-        "deepseek_v4_fp8",
-        "online",
-        "mxfp8",
-    ]
-)
-SHARED = frozenset({"fp8", "compressed-tensors"})  # SGLang's are the same as far as read
-JUDGED = SHARED | {"auto-round", "inc", "gptq", "gptq_marlin", "auto_gptq", "awq", "awq_marlin", "auto_awq"}
+# Entries of vLLM's QUANTIZATION_METHODS for which there are no rules here.
+UNJUDGED = frozenset({
+    "modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed", "humming", "experts_int8", "quark", "moe_wna16",
+    "torchao", "mxfp4", "gpt_oss_mxfp4", "deepseek_v4_fp8", "online", "mxfp8",
+})  # fmt: skip
+SHARED = frozenset({"fp8", "compressed-tensors"})  # SGLang has the same rules, as far as its source was read
+JUDGED = SHARED | AUTO_ROUND_METHODS | GPTQ_METHODS | AWQ_METHODS
 
 
 class Unquantized:
     """The rule of a checkpoint without a quantization config."""
 
     def scheme(self, layer: Layer) -> EngineScheme:
+        """Return the scheme of plain weights."""
         return EngineScheme(because="there is no quantization_config")
 
 
 def architecture(checkpoint: Checkpoint) -> Architecture:
-    """By the first of the config's `architectures`, as vLLM picks its class."""
+    """Return the model class that vLLM picks: by the first of the config's `architectures`."""
     names = checkpoint.config.get("architectures")
     first = names[0] if isinstance(names, list) and names else None
     return ARCHITECTURES.get(first, UNKNOWN_ARCHITECTURE) if isinstance(first, str) else UNKNOWN_ARCHITECTURE
 
 
-def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The quantization config that vLLM finds in a model config, or None. Raises Refused if it is no mapping."""
-    text = config.get("text_config")
-    for place in (config, text if isinstance(text, dict) else {}):
+def quantization_of(config: ModelConfig) -> QuantizationConfig | None:
+    """Return the quantization config that vLLM finds in config.json, or None.
+
+    Raises NotLoadable if it is not a mapping.
+    """
+    for place in (config, config.text):
         found = place.get("quantization_config", place.get("compression_config"))
         if isinstance(found, dict):
-            return found
+            return QuantizationConfig(found)
         if found is not None:
             raise NotLoadable(f"it is {shorten(found)}, and no mapping")
     return None
 
 
-def method_of(quantization: Mapping[str, Any]) -> str:
-    """`quant_method` as model_arch_config_convertor.py normalizes it. Raises Refused if vLLM does not know it."""
-    method = quantization.get("quant_method", "")
-    if not isinstance(method, str):
-        raise NotLoadable(f"quant_method is {shorten(method)}")
-    method = method.lower().replace("compressed_tensors", "compressed-tensors")
+def method_of(quantization: QuantizationConfig) -> str:
+    """Return `quant_method` as model_arch_config_convertor.py normalizes it.
+
+    Raises NotLoadable if vLLM does not know the method.
+    """
+    if not isinstance(stated := quantization.get("quant_method", ""), str):
+        raise NotLoadable(f"quant_method is {shorten(stated)}")
+    method = quantization.method
     if method and method not in JUDGED | UNJUDGED:
         raise NotLoadable(f"quant_method is {shorten(method)}, which vLLM does not know")
     return method
 
 
 def read_rule(
-    quantization: Mapping[str, Any] | None, renames: Renames, fused: Fused, patterns: Patterns, checkpoint: Checkpoint
+    quantization: QuantizationConfig | None, renames: Renames, fused: Fused, patterns: Patterns, checkpoint: Checkpoint
 ) -> Rule | None:
-    """The rule of a config; None where none is written for its method. Raises Refused where vLLM refuses it."""
+    """Return the rule of a config; None if Requant has no rules for its method.
+
+    Raises NotLoadable if vLLM refuses the config.
+    """
     method = method_of(quantization) if quantization is not None else ""
     if quantization is None or not method:
         return Unquantized()
     if method in UNJUDGED:
         return None
-    if method in ("auto-round", "inc"):
+    if method in AUTO_ROUND_METHODS:
         return AutoRound.read(quantization, renames, fused, patterns)
-    if "gptq" in method:
+    if method in GPTQ_METHODS:
         return Gptq.read(quantization, renames, fused, patterns, checkpoint.tensors.values())
-    if "awq" in method:
+    if method in AWQ_METHODS:
         return Awq.read(quantization, renames, fused, checkpoint.tensors.values())
     if method == "fp8":
         return Fp8.read(quantization, renames, fused)
@@ -175,7 +171,7 @@ def read_rule(
 
 
 def load_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns: Patterns) -> str | None:
-    """Why vLLM would not load the main model as it is meant, or None."""
+    """Return why vLLM would not load the main model correctly, or None. `modules`: the modules outside the MTP head."""
     tree = architecture(checkpoint).tree
     try:
         rule = read_rule(quantization_of(checkpoint.config), tree.renames, tree.fused, patterns, checkpoint)
@@ -187,22 +183,22 @@ def load_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns
 
 
 def head_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns: Patterns) -> str | None:
-    """Why vLLM would not load the head as it is meant, or None. `modules` are the head's."""
+    """Return why vLLM would not load the MTP head correctly, or None. `modules`: the modules of the head."""
     known = architecture(checkpoint)
     fused = known.tree.fused if known.draft_fused is None else known.draft_fused
     tree = Tree(known.tree.renames, fused, known.tree.plain | known.draft_plain)
     try:
         quantization = quantization_of(checkpoint.config)
         rule = read_rule(quantization, tree.renames, fused, patterns, checkpoint)
-        shortcut = known.dynamic_shortcut and bool(quantization) and _mtp_left_out(quantization or {})
+        shortcut = known.dynamic_shortcut and quantization is not None and _mtp_left_out(quantization)
     except NotLoadable as refusal:
         return f"vLLM refuses quantization_config: {refusal}"
     if rule is None:
         return None
     layers = tree.layers(modules.values())
     if shortcut:
-        inner = [layer for layer in layers if ".layers." in layer.name]
-        problem = _first_problem(_LeftOut(), inner, modules, tree)
+        decoder_layers = [layer for layer in layers if ".layers." in layer.name]
+        problem = _first_problem(_LeftOut(), decoder_layers, modules, tree)
         if problem:
             return problem
         layers = [layer for layer in layers if ".layers." not in layer.name]
@@ -214,7 +210,7 @@ class _LeftOut:
         return EngineScheme(because="dynamic leaves mtp out")
 
 
-def _mtp_left_out(quantization: Mapping[str, Any]) -> bool:
+def _mtp_left_out(quantization: QuantizationConfig) -> bool:
     dynamic = quantization.get("dynamic", {})
     if not isinstance(dynamic, dict):
         raise NotLoadable(f"dynamic is {shorten(dynamic)}, and no mapping")

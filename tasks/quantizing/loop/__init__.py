@@ -1,1 +1,1 @@
-"""The tuning loop that takes the place of auto-round's: the same algorithm, in less time."""
+"""Our tuning loop, which replaces auto-round's: the same algorithm in less time."""

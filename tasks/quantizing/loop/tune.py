@@ -1,29 +1,31 @@
-"""auto-round's tuning loop of a block, rearranged for a GPU: the same steps on the same samples, without the waste.
+"""Our tuning loop for a block: the same steps on the same samples as auto-round's, arranged for a GPU.
 
-What auto-round 0.16.1 does around the arithmetic, and what is done here instead (`make bench-gpu` shows both):
+What auto-round 0.16.1 does around the arithmetic, and what this loop does instead (`make bench-gpu` measures both):
 
-- it gathers each batch on the CPU and copies it over from pageable memory: here the samples are on the GPU, or in
-  pinned memory and fetched one batch ahead;
-- it copies the best parameters to the CPU each time the loss falls (1.5 GB at 27 B dimensions): here they stay;
-- it waits for each step's loss before it starts the backward pass: here the loss is read while that runs;
-- it compiles a block with wrappers that hold functions of their own, so that every block of a model is compiled anew:
-  here a block's kind is compiled once;
-- it updates parameters one after another;
-- with accumulation it sums squares instead of taking their mean, and the gradients of the scales, which pass through
-  float16, overflow: here a batch in pieces has the gradients of the whole batch.
+- It gathers each batch on the CPU and copies it from pageable memory. Here, the samples are on the GPU, or in pinned
+  memory and fetched one batch ahead.
+- It copies the best parameters to the CPU each time the loss falls, 1.5 GB at 27 B dimensions. Here, they stay on the
+  GPU.
+- It waits for the loss of each step before it starts the backward pass. Here, the loss is read while that runs.
+- It compiles a block with wrappers that hold their own functions, so that it compiles each block of a model anew. Here,
+  each kind of block is compiled once.
+- It updates the parameters one by one. Here, all are updated at once.
+- With accumulation, it adds up the squared errors instead of taking their mean, and the gradients of the scales, which
+  pass through float16, overflow. Here, a batch in pieces has the same gradients as the batch at once.
 
-Everything else is auto-round's: its wrappers, its quantization function, its sampler, its schedule, its loss. Blocks
-that need more than this loop knows go to auto-round's own (`unfit` says why).
+Everything else is auto-round's: its wrappers, its quantization function, its sampler, its schedule and its loss. Blocks
+that need more than this loop supports are tuned by auto-round's loop (`reason_for_other_loop`).
 
-The one exception, `compare_last`, is described in best_iteration.py.
+The one difference in the result, `compare_last`, is described in best_iteration.py.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -36,17 +38,23 @@ from transformers.pytorch_utils import Conv1D
 from requant.tasks.quantizing.auto_settings import LoopSettings
 from requant.tasks.quantizing.events import BlockLoss, CompileFailed, EventSink, LoopChosen, kind_of
 from requant.tasks.quantizing.loop import sign_sgd
-from requant.tasks.quantizing.loop.batches import BlockInputs, Loss, cut
-from requant.tasks.quantizing.loop.best_iteration import better, losses, spread, without_scale
+from requant.tasks.quantizing.loop.batches import BlockInputs, Loss, split
+from requant.tasks.quantizing.loop.best_iteration import (
+    better_parameters,
+    groups_without_scale,
+    losses_of,
+    spread_indices,
+)
 
 SUPPORTED = (nn.Linear, Conv1D)
 OTHER_FORMATS = ("super_bits", "imatrix", "init_scale", "awq_clip_max")
+BestParameters = dict[str, dict[str, torch.Tensor]]  # by the layer's name in the block, then the parameter's
 
 
 class FakeQuantized(nn.Module):
-    """A linear layer whose weight is quantized and dequantized on the way, by auto-round's own function.
+    """A linear layer that quantizes and dequantizes its weight in the forward pass, with auto-round's function.
 
-    Unlike auto-round's wrapper it holds tensors and constants only: two of one shape share one compiled graph.
+    Unlike auto-round's wrapper, it holds only tensors and constants. So layers of one shape share a compiled graph.
     """
 
     def __init__(self, wrapper: Any) -> None:
@@ -69,11 +77,11 @@ class FakeQuantized(nn.Module):
 
     @torch.no_grad()
     def lost_groups(self) -> torch.Tensor:
-        """Which groups have no scale with the parameters as they are."""
-        return without_scale(self._quantized()[1], self.threshold)
+        """Return a mask of the groups that have no scale with the current parameters (`groups_without_scale`)."""
+        return groups_without_scale(self._quantized()[1], self.threshold)
 
     def _quantized(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weight that the parameters stand for, and its scales."""
+        """Compute the fake-quantized weight `[out, in]` and its scales from the current parameters."""
         weight, scale, _ = self.quantizer(
             self.weight,
             bits=self.bits,
@@ -92,40 +100,40 @@ class FakeQuantized(nn.Module):
 
 @dataclass(frozen=True)
 class BlockTask:
-    """A block to tune: what `SignRoundQuantizer.quantize_block` is called with (auto-round 0.16.1).
+    """A block to tune: the arguments of `SignRoundQuantizer.quantize_block` (auto-round 0.16.1).
 
-    quantizer    the SignRoundQuantizer, with iters, learning rates and the context of the run
-    block        its layers that are to be quantized have the attributes bits, group_size, scale_dtype and so on
-    inputs       the block's inputs, behind quantized blocks where auto-round has it so: per sample `[1, s, hidden]`
+    quantizer    the SignRoundQuantizer, which holds iters, the learning rates and the context of the run
+    block        the block; its layers to quantize have the attributes bits, group_size, scale_dtype and so on
+    inputs       the block's inputs per sample, `[1, s, hidden]`; auto-round may use the outputs of quantized blocks
     others       the other arguments of the block's forward pass
-    targets      what the block in full precision makes of its own inputs: per sample `[1, s, hidden]`
-    input_ids    the tokens, per sample `[1, s]`, of which padding does not count; None if all count
+    targets      the outputs of the block in full precision for the base's inputs, per sample `[1, s, hidden]`
+    input_ids    the tokens per sample, `[1, s]`, to find padding, which does not count; None if all tokens count
     """
 
     quantizer: Any
     block: nn.Module
     inputs: list[torch.Tensor]
-    others: dict[str, Any]
+    others: dict[str, object]
     targets: list[torch.Tensor]
     input_ids: Any
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> BlockTask:
-        """Take a task from the arguments of `quantize_block` by name, its quantizer as `self`."""
-        quantizer, q_inputs = arguments["self"], arguments["q_inputs"]
-        quantized = q_inputs is not None and quantizer.enable_quanted_input
+    def of(cls, call: inspect.BoundArguments) -> BlockTask:
+        """Read the task from the arguments of a call of `quantize_block`."""
+        given = call.arguments
+        quantizer, q_inputs = given["self"], given["q_inputs"]
         return cls(
-            quantizer,
-            arguments["block"],
-            q_inputs if quantized else arguments["fp_inputs"],
-            arguments["input_others"],
-            arguments["fp_outputs"],
-            arguments.get("input_ids"),
+            quantizer=quantizer,
+            block=given["block"],
+            inputs=q_inputs if q_inputs is not None and quantizer.enable_quanted_input else given["fp_inputs"],
+            others=given["input_others"],
+            targets=given["fp_outputs"],
+            input_ids=given.get("input_ids"),
         )
 
 
-def unfit(task: BlockTask) -> str | None:
-    """Say why a block needs auto-round's own loop; None if it does not."""
+def reason_for_other_loop(task: BlockTask) -> str | None:
+    """Say what a block has that only auto-round's loop supports; None if our loop can tune it."""
     quantizer = task.quantizer
     if type(quantizer).__name__ != "SignRoundQuantizer" or quantizer.momentum or quantizer.enable_norm_bias_tuning:
         return "another algorithm than plain sign descent"
@@ -138,7 +146,7 @@ def unfit(task: BlockTask) -> str | None:
         return "inputs that are not a list of samples"
     for name, layer in task.block.named_modules():
         if getattr(layer, "bits", 16) < 16 and type(layer) in SUPPORTED:
-            more = {
+            unsupported = {
                 "hooks": layer._forward_hooks or layer._forward_pre_hooks,
                 "parameters of another format": [a for a in OTHER_FORMATS if getattr(layer, a, None) is not None],
                 f"the type {type(layer).__name__}": type(layer) is not nn.Linear,
@@ -146,9 +154,9 @@ def unfit(task: BlockTask) -> str | None:
                 "quantized activations": layer.act_bits <= 8,
                 "no weight yet": layer.weight.device.type == "meta",
             }
-            found = [what for what, there in more.items() if there]
-            if found:
-                return f"{name} with {found[0]}"
+            reasons = [reason for reason, applies in unsupported.items() if applies]
+            if reasons:
+                return f"{name} with {reasons[0]}"
     return None
 
 
@@ -158,56 +166,57 @@ def fast_quantize_block(
     report: EventSink,
     after_step: Callable[[], None],
 ) -> Callable[..., Any]:
-    """Make a `SignRoundQuantizer.quantize_block` that tunes with `tune`, and a block that is unfit for it as before.
+    """Wrap `SignRoundQuantizer.quantize_block` to tune blocks with `tune`, unless only auto-round's loop supports them.
 
-    `report` gets `BlockLoss`, `LoopChosen`, `CompileFailed` and `RoundingKept`; `after_step` is called after each step.
+    `report` gets `BlockLoss`, `LoopChosen`, `CompileFailed` and `RoundingKept`. `after_step` is called after each step.
     """
-    # By default inductor keeps the float16 scale in float32 inside a fused kernel: what is tuned would not be what is
-    # stored (torch 2.13 on a CPU: 0.04 % of the weights on another level; with this none, bit for bit).
-    exact: dict[str, Any] = {"emulate_precision_casts": True}
-    compiled = settings.torch_compile
-    fast = torch.compile(masked_loss, dynamic=False, options=exact) if compiled else masked_loss
-    failed: set[tuple[str, ...]] = set()
+    compiled_loss: Callable[..., torch.Tensor] | None = None
+    if settings.torch_compile:
+        # By default, inductor keeps the float16 scale in float32 inside a fused kernel, so that the tuned weight would
+        # differ from the stored one. With torch 2.13 on a CPU, 0.04 % of the weights were on another level; with this
+        # option none, bit for bit.
+        compiled_loss = torch.compile(masked_loss, dynamic=False, options={"emulate_precision_casts": True})
+    kinds_that_failed: set[tuple[str, ...]] = set()
     signature = inspect.signature(quantize_block)
 
     @functools.wraps(quantize_block)
     def tune_block(*args: Any, **kwargs: Any) -> Any:
-        task = BlockTask.of(signature.bind(*args, **kwargs).arguments)
-        reason = unfit(task)
+        task = BlockTask.of(signature.bind(*args, **kwargs))
+        reason = reason_for_other_loop(task)
         if reason is not None:
             report(LoopChosen(loop="auto-round", reason=f"the block has {reason}"))
             return quantize_block(*args, **kwargs)
 
-        def run(step: Callable[..., torch.Tensor]) -> dict[str, Any]:
-            return tune(task, step, settings, report, after_step)
+        def tune_with(loss: Callable[..., torch.Tensor]) -> BestParameters:
+            return tune(task, loss, settings, report, after_step)
 
         kind = tuple(sorted({type(module).__name__ for module in task.block.modules()}))
-        if not compiled or kind in failed:
-            return run(masked_loss)
-        order = random.getstate()
+        if compiled_loss is None or kind in kinds_that_failed:
+            return tune_with(masked_loss)
+        random_state = random.getstate()
         try:
-            return run(fast)
+            return tune_with(compiled_loss)
         except Exception as error:
             if kind_of(error) != "compile":
                 raise
-            failed.add(kind)
-            first = next(iter(str(error).splitlines()), "")
-            text = f"torch.compile failed ({type(error).__name__}: {first[:200]}): tuned without it"
+            kinds_that_failed.add(kind)
+            first_line = next(iter(str(error).splitlines()), "")
+            text = f"torch.compile failed ({type(error).__name__}: {first_line[:200]}): tuned without it"
             report(CompileFailed(text=text))
         for name, module in list(task.block.named_modules()):
             if hasattr(module, "orig_layer"):
-                _put(task.block, name, module.orig_layer)
-        random.setstate(order)
-        return run(masked_loss)
+                _replace_module(task.block, name, module.orig_layer)
+        random.setstate(random_state)
+        return tune_with(masked_loss)
 
     return tune_block
 
 
 def masked_loss(
-    block: nn.Module, others: dict[str, Any], target: torch.Tensor, mask: torch.Tensor | None
+    block: nn.Module, arguments: dict[str, object], target: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Mean squared error of a block's output, float32, over the tokens that count. others: the block's arguments."""
-    output = block(**others)
+    """Compute the mean squared error of a block's output, in float32; tokens outside the mask count as correct."""
+    output = block(**arguments)
     output = output[0] if isinstance(output, (tuple, list)) else output
     if mask is not None:
         output, target = output * mask, target * mask
@@ -216,14 +225,14 @@ def masked_loss(
 
 def tune(
     task: BlockTask,
-    step: Callable[..., torch.Tensor],
+    loss_of: Callable[..., torch.Tensor],
     settings: LoopSettings,
     report: EventSink,
     after_step: Callable[[], None],
-) -> dict[str, Any]:
-    """Do what `SignRoundQuantizer.quantize_block` (0.16.1) does: leave the block quantized, return its best parameters.
+) -> BestParameters:
+    """Quantize a block in place as `SignRoundQuantizer.quantize_block` (0.16.1) does, and return its best parameters.
 
-    step: `masked_loss`, compiled or not. `report` gets `BlockLoss`, and `RoundingKept` with `compare_last`.
+    `loss_of` is `masked_loss`, compiled or not. `report` gets `BlockLoss`, and with `compare_last` also `RoundingKept`.
     """
     from auto_round.compressors.utils import IndexSampler
     from auto_round.utils.device_manager import device_manager
@@ -235,98 +244,105 @@ def tune(
         block, quantizer.enable_minmax_tuning, False, enable_torch_compile=False, device=device, enable_neuqi=False
     )
     wrappers = {name: module for name, module in block.named_modules() if hasattr(module, "orig_layer")}
-    groups = sign_sgd.groups_by_rate(quantizer, wrappers.values())
+    groups = sign_sgd.group_parameters(quantizer, wrappers.values())
     if not groups:
         unwrapper_block(block, {})
         return {}
-    rates = [sign_sgd.rates(lr, quantizer.iters) for lr, _ in groups]
-    parameters = [p for _, group in groups for p in group]
+    step_sizes = [sign_sgd.step_sizes(group.learning_rate, quantizer.iters) for group in groups]
+    parameters = [p for group in groups for p in group.parameters]
     bounded = [p for w in wrappers.values() for key, p in w.params.items() if key in {"min_scale", "max_scale"}]
 
-    batch = quantizer.calibration_context.batch_size
-    whole = min(len(inputs), batch * quantizer.gradient_accumulate_steps)
+    batch_size = quantizer.calibration_context.batch_size
+    step_samples = min(len(inputs), batch_size * quantizer.gradient_accumulate_steps)
     masks = _masks(quantizer, task.input_ids)
     samples = BlockInputs(quantizer.block_forward, inputs, task.others, task.targets, masks, device)
-    sampler = IndexSampler(len(inputs), whole)
-    count = 1
+    sampler = IndexSampler(len(inputs), step_samples)
     autocast = torch.autocast(
         device.type, dtype=quantizer.model_context.amp_dtype, enabled=bool(quantizer.model_context.amp)
     )
 
-    def forward(piece: list[int], after: list[int]) -> torch.Tensor:
-        arguments, target, mask = samples.get(piece)
-        samples.fetch(after)
-        with autocast, saved(offload, device):
-            return step(block, arguments, target, mask)
+    def forward(piece: list[int], next_piece: list[int]) -> torch.Tensor:
+        batch = samples.get(piece)
+        samples.fetch(next_piece)
+        with autocast, saved_tensors(offload, device):
+            return loss_of(block, batch.arguments, batch.target, batch.mask)
 
     best: list[torch.Tensor] = []
-    first = lowest = float("inf")
-    best_at, at = 0, 0
+    first_loss = lowest_loss = float("inf")
+    best_iteration = 0
     fakes = {name: FakeQuantized(wrapper) for name, wrapper in wrappers.items()}
     for name, fake in fakes.items():
-        _put(block, name, fake)
-    replaced = block.__dict__.get("forward")
-    if getattr(replaced, "__func__", None) is type(block).forward:  # left there by calibration: no other block has it
+        _replace_module(block, name, fake)
+    # Calibration leaves a `forward` on the first block alone. Without it, all blocks of a kind share a compiled graph.
+    own_forward = block.__dict__.get("forward")
+    if getattr(own_forward, "__func__", None) is type(block).forward:
         del block.forward
     try:
-        order = sampler.next_batch()
-        for at in range(quantizer.iters):
-            found = []
-            if masks:
-                count = int(sum(masks[i].count_nonzero() for i in order))
-            following = sampler.next_batch() if at + 1 < quantizer.iters else []
-            pieces = cut(order, batch)
-            for piece, after in zip(pieces, [*pieces[1:], following[:batch]], strict=True):
-                loss = forward(piece, after) * (len(piece) / len(order))
-                found.append(Loss(loss))
-                torch.autograd.backward(loss * 1000)
+        indices = sampler.next_batch()
+        for iteration in range(quantizer.iters):
+            losses = []
+            # auto-round too divides a masked loss by the number of tokens that count, and an unmasked one by nothing.
+            divisor = int(sum(masks[i].count_nonzero() for i in indices)) if masks else 1
+            next_indices = sampler.next_batch() if iteration + 1 < quantizer.iters else []
+            pieces = split(indices, batch_size)
+            for piece, next_piece in zip(pieces, [*pieces[1:], next_indices[:batch_size]], strict=True):
+                loss = forward(piece, next_piece) * (len(piece) / len(indices))
+                losses.append(Loss(loss))
+                torch.autograd.backward(loss * 1000)  # auto-round scales the loss so.
                 del loss
-            total = sum(loss.read() for loss in found) / max(count, 1)
-            first = total if at == 0 else first
-            if total < lowest or (at == 0 and total != total):
-                lowest, best_at = total, at
-                best = sign_sgd.copied(parameters, best, offload)
-            sign_sgd.update(groups, [rate[at] for rate in rates], bounded)
+            step_loss = sum(loss.read() for loss in losses) / max(divisor, 1)
+            first_loss = step_loss if iteration == 0 else first_loss
+            if step_loss < lowest_loss or (iteration == 0 and math.isnan(step_loss)):
+                lowest_loss, best_iteration = step_loss, iteration
+                best = sign_sgd.copy_parameters(parameters, best, offload)
+            sign_sgd.take_step(groups, [sizes[iteration] for sizes in step_sizes], bounded)
             after_step()
-            order = following
+            indices = next_indices
         if settings.compare_last:
-            pieces = cut(spread(len(inputs), whole, batch), batch)
-
-            def lost() -> list[torch.Tensor]:
-                return [fake.lost_groups() for fake in fakes.values()]
-
-            sizes = [len(piece) for piece in pieces]
-            best = better(parameters, best, offload, lambda: losses(forward, pieces), sizes, lost, report)
+            pieces = split(spread_indices(len(inputs), step_samples, batch_size), batch_size)
+            best = better_parameters(
+                parameters,
+                best,
+                offload,
+                lambda: losses_of(forward, pieces),
+                [len(piece) for piece in pieces],
+                lambda: [fake.lost_groups() for fake in fakes.values()],
+                report,
+            )
     finally:
-        if replaced is not None:
-            block.forward = replaced
+        if own_forward is not None:
+            block.forward = own_forward
         for name, wrapper in wrappers.items():
-            _put(block, name, wrapper)
-    where = {id(p): value for p, value in zip(parameters, best, strict=True)}
-    chosen = {n: {key: where[id(p)] for key, p in w.params.items()} for n, w in wrappers.items()}
+            _replace_module(block, name, wrapper)
+    best_of = {id(p): value for p, value in zip(parameters, best, strict=True)}
+    chosen = {name: {key: best_of[id(p)] for key, p in w.params.items()} for name, w in wrappers.items()}
     with torch.no_grad():
         unwrapper_block(block, chosen)
-    report(BlockLoss(before=_logged(first), after=_logged(lowest), iteration=best_at))
+    report(BlockLoss(before=_rounded(first_loss), after=_rounded(lowest_loss), iteration=best_iteration))
     return chosen
 
 
-def _logged(loss: float) -> float:
-    """Round a loss as auto-round does where it logs one, so that those of both loops can be compared."""
+def _rounded(loss: float) -> float:
+    """Round a loss as auto-round does in its log, so that the losses of both loops can be compared."""
     return float(f"{loss:.3e}")
 
 
-def saved(offload: bool, device: torch.device) -> AbstractContextManager[Any]:
-    """Where a forward pass keeps what its backward pass needs."""
+def saved_tensors(offload: bool, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context for a forward pass: with `offload`, it saves tensors for backward in the CPU's memory."""
     return torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda") if offload else nullcontext()
 
 
-def _put(block: nn.Module, name: str, module: nn.Module) -> None:
+def _replace_module(block: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place that the dotted `name` has below the block."""
     parent, _, last = name.rpartition(".")
     setattr(block.get_submodule(parent), last, module)
 
 
 def _masks(quantizer: Any, input_ids: Any) -> list[torch.Tensor] | None:
-    """Per sample `[1, s]` int64, 1 where a token counts; None if all do. Kept on the quantizer, as auto-round does."""
+    """Return a mask per sample, `[1, s]` int64, with 1 for each token that counts; None if all tokens count.
+
+    The masks are cached on the quantizer, as auto-round does.
+    """
     if input_ids is None:
         return None
     if not hasattr(quantizer, "_cached_valid_token_mask"):

@@ -15,7 +15,7 @@ from tests.factories.hub_client import PART_SIZE, WEIGHTS
 
 @pytest.fixture(autouse=True)
 def client_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the client reads from the environment when it is imported."""
+    """Set what the client reads from the environment when it is imported."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
@@ -57,14 +57,14 @@ def other(hub: HubStandIn) -> HfApi:
 
 @pytest.fixture
 def repo(api: HfApi, request: pytest.FixtureRequest) -> str:
-    """An empty repository of this test's own."""
+    """Create an empty repository for one test."""
     digest = hashlib.sha1(request.node.name.encode()).hexdigest()
     return api.create_repo(f"me/{digest}").repo_id
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small checkpoint."""
+    """Write a small checkpoint."""
     folder = tmp_path / "checkpoint"
     (folder / "sub").mkdir(parents=True)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")

@@ -99,8 +99,7 @@ def test_a_gated_repo_shows_its_info_but_not_its_files(
         assert caught.value.response.status_code == status
         with pytest.raises(GatedRepoError):
             stranger.auth_check(repo)
-    hub.set_repo(repo, granted=["other"])
-    assert read(other, repo, ".gitattributes", tmp_path)
+    assert read(api, repo, ".gitattributes", tmp_path)
     hub.set_repo(repo, gated=False)
     anonymous.auth_check(repo)
 
@@ -128,10 +127,10 @@ def test_a_card_must_hold_a_mapping_and_should_name_a_license(api: HfApi, repo: 
 
 def test_paths_that_leave_the_repo_are_refused(hub: HubStandIn, repo: str) -> None:
     addresses = [
-        f"{repo}/resolve/main/..%2F..%2Frepo.json",
-        f"{repo}/resolve/..%2F..%2Frepo.json/x",
+        f"{repo}/resolve/main/..%2F..%2Frepository.json",
+        f"{repo}/resolve/..%2F..%2Frepository.json/x",
         f"{repo}/resolve/refs%2Fpr%2F/x",
-        f"{repo}/resolve/refs%2Fpr%2F..%2F..%2Frepo.json/x",
+        f"{repo}/resolve/refs%2Fpr%2F..%2F..%2Frepository.json/x",
         "me%2F..%2F..%2Fme/x/resolve/main/x",
         f"api/models/{repo}/tree/main/..%2F..",
         "api/models/..%2F..%2F/x",
@@ -147,7 +146,7 @@ def test_paths_that_leave_the_repo_are_refused(hub: HubStandIn, repo: str) -> No
             body = "\n".join(map(json.dumps, lines))
             answer = client.post(f"/api/models/{repo}/commit/main", content=body)
             assert answer.status_code == 400, path
-        for oid in ("../../../repo.json", "x", ""):
+        for oid in ("../../../repository.json", "x", ""):
             wanted = {"objects": [{"oid": oid, "size": 1}]}
             answer = client.post(f"/{repo}.git/info/lfs/objects/batch", json=wanted)
             assert answer.json()["objects"][0]["error"]["code"] == 422, oid

@@ -44,17 +44,9 @@ def test_a_tree_is_listed_over_several_pages(api: HfApi, repo: str) -> None:
         list(api.list_repo_tree(repo, "b"))
 
 
-def test_an_expanded_tree_says_which_commit_changed_a_file_last(api: HfApi, repo: str) -> None:
-    first = commit(api, repo, add("a/x"), add("b"))
-    second = commit(api, repo, add("a/y"))
-    rows = api.list_repo_tree(repo, recursive=True, expand=True)
-    last = {row.path: row.last_commit.oid for row in rows if row.last_commit}
-    assert (last["a/x"], last["b"], last["a/y"], last["a"]) == (first, first, second, second)
-
-
 def test_paths_info_describes_the_paths_that_exist(api: HfApi, repo: str) -> None:
     commit(api, repo, add("a/x.bin", b"12"), add("b ü&.txt"))
-    found = api.get_paths_info(repo, ["a/x.bin", "b ü&.txt", "a", "missing"], expand=True)
+    found = api.get_paths_info(repo, ["a/x.bin", "b ü&.txt", "a", "missing"])
     assert [row.path for row in found] == ["a/x.bin", "b ü&.txt", "a"]
     assert isinstance(found[0], RepoFile)
     assert found[0].lfs is not None

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from infra.dev.hub.app import create_app
 from infra.dev.hub.hub import Hub
 from infra.dev.hub.launch import HubStandIn
-from infra.dev.hub.seeding import seed
+from infra.dev.hub.seeding import Seed, seed
 from tests.factories.hub_client import WEIGHTS, add, commit, read
 from tests.factories.requant import wait_for
 
@@ -82,7 +82,7 @@ def test_the_answer_to_a_commit_can_be_lost(hub: HubStandIn, api: HfApi, repo: s
 
 
 def connected(hub: HubStandIn, repo: str) -> socket.socket:
-    """A connection over which a branch of this repository is asked for."""
+    """Return a connection over which the creation of a branch was requested."""
     sock = socket.create_connection(("127.0.0.1", int(hub.url.rpartition(":")[2])))
     head = f"POST /api/models/{repo}/branch/asked HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {hub.token}\r\n"
     sock.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{{}}".encode())
@@ -96,7 +96,7 @@ def branches(api: HfApi, repo: str) -> list[str]:
 def test_a_request_can_be_held_until_its_client_is_gone_or_the_faults_are_cleared(
     hub: HubStandIn, api: HfApi, repo: str
 ) -> None:
-    """One whose client is gone is not carried out: the branch is new to the next one."""
+    """Check that a request whose client is gone is not carried out: the next one creates the branch."""
     hub.fault("/branch/", hold_request=True, times=2)
     hub.reset_traffic()
     with connected(hub, repo):
@@ -144,7 +144,7 @@ def test_a_fault_lets_as_many_requests_through_first_as_it_is_told(hub: HubStand
 
 
 def test_answers_can_be_slow_and_late(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its pauses are noted here instead of made."""
+    """Record the pauses of the stand-in instead of making them."""
     pauses: list[float] = []
 
     async def pause(seconds: float) -> None:
@@ -152,7 +152,7 @@ def test_answers_can_be_slow_and_late(folder: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("infra.dev.hub.faults.asyncio", SimpleNamespace(sleep=pause, Event=asyncio.Event))
     hub = Hub(tmp_path / "state")
-    seed(hub, "models", "base/slow", folder, message="Seed", revision="main", delete_missing=False)
+    seed(hub, Seed(repo_id="base/slow", folder=folder))
     app = create_app(hub)
 
     async def ask(method: str, **fault: Any) -> bytes:

@@ -8,27 +8,26 @@ from tests.factories.hub_client import WEIGHTS, add, commit, status_of
 
 
 def test_a_pull_request_is_merged_in_one_commit(api: HfApi, other: HfApi, repo: str) -> None:
-    opened = other.create_commit(repo, [add("a")], commit_message="Add a", create_pr=True)
-    assert opened.pr_num == 1
-    commit(api, repo, add("b"), revision="refs/pr/1")
-    commit(api, repo, add("c"))
-    assert api.list_repo_files(repo) == [".gitattributes", "c"]
-    assert [discussion.title for discussion in api.get_repo_discussions(repo)] == ["Add a"]
-    assert "b/a\n" in (api.get_discussion_details(repo, 1).diff or "")
+    opened = other.create_pull_request(repo, title="Add a and b")
+    assert (opened.num, opened.author) == (1, "other")
+    for path in ("a", "b"):
+        commit(api, repo, add(path), revision="refs/pr/1")
+    assert api.list_repo_files(repo) == [".gitattributes"]
+    assert [discussion.title for discussion in api.get_repo_discussions(repo)] == ["Add a and b"]
+    api.change_discussion_status(repo, 1, new_status="open")
     api.merge_pull_request(repo, 1)
-    assert api.list_repo_files(repo) == [".gitattributes", "a", "b", "c"]
+    assert api.list_repo_files(repo) == [".gitattributes", "a", "b"]
     commits = api.list_repo_commits(repo)
-    assert len(commits) == 3
+    assert [made.title for made in commits] == ["Add a and b (#1)", "initial commit"]
     details = api.get_discussion_details(repo, 1)
     assert (details.status, details.merge_commit_oid) == ("merged", commits[0].commit_id)
     assert status_of(lambda: api.merge_pull_request(repo, 1)) == 400
 
 
-def test_a_pull_request_in_conflict_is_not_merged(api: HfApi, repo: str) -> None:
-    number = api.create_commit(repo, [add("a", b"theirs")], commit_message="x", create_pr=True).pr_num
-    assert number is not None
-    commit(api, repo, add("a", b"ours"))
-    assert api.get_discussion_details(repo, number).conflicting_files == ["a"]
+def test_a_pull_request_is_not_merged_after_main_has_moved(api: HfApi, repo: str) -> None:
+    number = api.create_pull_request(repo, title="x").num
+    api.change_discussion_status(repo, number, new_status="open")
+    commit(api, repo, add("a"))
     assert status_of(lambda: api.merge_pull_request(repo, number)) == 409
 
 
@@ -40,3 +39,8 @@ def test_a_draft_is_opened_before_it_is_merged(api: HfApi, repo: str) -> None:
     api.change_discussion_status(repo, draft.num, new_status="open")
     api.merge_pull_request(repo, draft.num)
     assert "model.safetensors" in api.list_repo_files(repo)
+
+
+def test_what_the_stand_in_lacks_is_refused(api: HfApi, repo: str) -> None:
+    assert status_of(lambda: api.create_commit(repo, [add("a")], commit_message="x", create_pr=True)) == 501
+    assert status_of(lambda: api.create_discussion(repo, title="x")) == 501

@@ -18,6 +18,7 @@ from requant.flows.report.report import RunReport
 from requant.tasks.artifact import Manifest
 from requant.tasks.errors import FolderInUse
 from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.record import StageRecord
 from requant.tasks.store import Store, open_store
 from tests.factories.checkpoints import write_files
 
@@ -38,7 +39,7 @@ def kept(store: Store, files: Mapping[str, bytes], key: str = "a") -> Manifest:
     made = write_files(scratch, files)
     for file in made:
         store.put_blob(scratch / file.path, file)
-    return store.commit("quantize", key * 64, Manifest.of(made), {})
+    return store.commit("quantize", key * 64, Manifest.of(made), StageRecord())
 
 
 def contents(folder: Path) -> dict[str, bytes]:

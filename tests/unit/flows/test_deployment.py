@@ -21,12 +21,12 @@ from prefect.utilities.importtools import import_object
 
 from requant.flows.cli.deploy import deploy
 from requant.flows.deployment import POOLS, Deployment, WorkPool, read_automations, read_deployments, with_recipes
-from requant.flows.gpu_pool import pinned, run_name, where
+from requant.flows.gpu_pool import name_for_worker, place_of_stage, run_name
 from requant.flows.requantize import requantize
-from requant.flows.sweep import SILENCE_S, TAG
+from requant.flows.sweep import HEARTBEAT_TIMEOUT_S, TAG
 from requant.tasks.errors import RecipeError, RequantError
 from requant.tasks.recipe.loader import load_recipe, parse_recipe, recipe_of
-from requant.tasks.recipe.quantize import PRESETS
+from requant.tasks.recipe.quantize_section import PRESETS
 from requant.tasks.texts.text import find_text
 from tests.factories.paths import ROOT
 
@@ -34,9 +34,14 @@ DEPLOYMENTS = ROOT / "deployments"
 RECIPES = sorted((DEPLOYMENTS / "recipes").glob("*.yaml"))
 
 
+def deployments_with(recipes: Path) -> list[Deployment]:
+    """The project's deployments, with one for each recipe of a folder."""
+    document = yaml.safe_load((DEPLOYMENTS / "prefect.yaml").read_text())
+    return with_recipes([Deployment.model_validate(row) for row in document["deployments"]], recipes)
+
+
 def deployments() -> dict[str, dict[str, Any]]:
-    document = with_recipes(yaml.safe_load((DEPLOYMENTS / "prefect.yaml").read_text()), DEPLOYMENTS / "recipes")
-    return {each["name"]: each for each in document["deployments"]}
+    return {each.name: each.model_dump() for each in deployments_with(DEPLOYMENTS / "recipes")}
 
 
 @functools.cache
@@ -63,8 +68,7 @@ def test_a_recipe_is_a_deployment_whose_form_holds_and_accepts_all_that_it_says(
 
 def test_a_limit_that_a_recipe_takes_away_stays_away(tmp_path: Path) -> None:
     (tmp_path / "free.yaml").write_text("base: {repo_id: a/b}\ngates: {min_top1_agreement: null}\n")
-    document = with_recipes(yaml.safe_load((DEPLOYMENTS / "prefect.yaml").read_text()), tmp_path)
-    assert recipe_of(document["deployments"][-1]["parameters"]["recipe"]).gates.min_top1_agreement is None
+    assert recipe_of(deployments_with(tmp_path)[-1].parameters["recipe"]).gates.min_top1_agreement is None
 
 
 def test_the_form_has_an_order_bounds_and_lists_to_choose_from() -> None:
@@ -126,13 +130,15 @@ def test_a_recipe_with_a_preset_may_be_given_whole_and_the_fields_of_the_form_st
 
 def test_a_run_that_no_worker_started_does_every_stage_itself() -> None:
     recipe = parse_recipe({"base": {"repo_id": "a/b"}})
-    assert {where(stage, recipe, 54_000_000_000) for stage in ("quantize", "validate", "benchmark")} == {"here"}
+    assert {place_of_stage(stage, recipe, 54_000_000_000) for stage in ("quantize", "validate", "benchmark")} == {
+        "here"
+    }
 
 
 def test_a_text_goes_to_another_worker_by_a_name_that_it_finds(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("words")
-    assert pinned(find_text(str(tmp_path / "mine.txt"))) == str(tmp_path / "mine.txt")
-    assert pinned(find_text("builtin:python")) == "builtin:python"
+    assert name_for_worker(find_text(str(tmp_path / "mine.txt"))) == str(tmp_path / "mine.txt")
+    assert name_for_worker(find_text("builtin:python")) == "builtin:python"
 
 
 def test_a_recipe_that_is_no_mapping_is_refused_in_a_sentence_and_its_run_still_has_a_name(
@@ -149,13 +155,12 @@ def test_a_run_sends_several_heartbeats_before_it_is_taken_for_dead_whatever_its
     """Prefect's own default is one heartbeat in 180 s."""
     for each in deployments().values():
         heartbeat_s = int(each["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
-        assert 3 * heartbeat_s <= SILENCE_S
+        assert 3 * heartbeat_s <= HEARTBEAT_TIMEOUT_S
 
 
 def test_a_recipe_called_as_a_flow_is_a_deployment_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "watch.yaml").write_text("base: {repo_id: a/b}\n")
-    document = with_recipes(yaml.safe_load((DEPLOYMENTS / "prefect.yaml").read_text()), tmp_path)
-    parameters = {each["entrypoint"]: each["parameters"] for each in document["deployments"] if each["name"] == "watch"}
+    parameters = {each.entrypoint: each.parameters for each in deployments_with(tmp_path) if each.name == "watch"}
     assert parameters["requant.flows.watch.watch"] == {"folder": str(tmp_path)}
     assert parameters["requant.flows.requantize.requantize"]["recipe"]["base"]["repo_id"] == "a/b"
 
@@ -163,7 +168,7 @@ def test_a_recipe_called_as_a_flow_is_a_deployment_of_its_own(tmp_path: Path) ->
 def test_a_recipe_may_not_stand_in_for_the_deployment_that_the_watch_starts(tmp_path: Path) -> None:
     (tmp_path / "requantize.yaml").write_text("base: {repo_id: a/b}\n")
     with pytest.raises(RecipeError, match=r"requantize\.yaml.*rename"):
-        with_recipes(yaml.safe_load((DEPLOYMENTS / "prefect.yaml").read_text()), tmp_path)
+        deployments_with(tmp_path)
 
 
 class NoEntry(BaseHTTPRequestHandler):

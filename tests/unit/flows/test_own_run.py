@@ -25,7 +25,7 @@ from prefect.states import (
 )
 
 from requant.flows import own_run
-from requant.flows.own_run import end_if_the_run_is_over, is_over, lives_of
+from requant.flows.own_run import count_starts, end_if_the_run_is_over, is_over
 
 BEGUN = (Scheduled(), Pending(), Running())
 
@@ -50,7 +50,7 @@ def history(*states: State[Any]) -> list[State[Any]]:
     ids=str,
 )
 def test_a_run_that_works_or_ended_by_itself_is_not_over(later: tuple[State[Any], ...]) -> None:
-    assert not is_over(history(*BEGUN, *later), lives=1)
+    assert not is_over(history(*BEGUN, *later), starts=1)
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,12 @@ def test_a_run_that_works_or_ended_by_itself_is_not_over(later: tuple[State[Any]
 def test_a_run_that_was_cancelled_or_started_again_is_over_for_its_process(
     later: tuple[State[Any], ...],
 ) -> None:
-    assert is_over(history(*BEGUN, *later), lives=1)
+    assert is_over(history(*BEGUN, *later), starts=1)
 
 
 def test_the_process_of_a_later_life_goes_on() -> None:
     states = history(*BEGUN, Cancelling(), Cancelled(), AwaitingRetry(), Pending(), Running())
-    assert lives_of(states) == 2 and not is_over(states, lives=2)
+    assert count_starts(states) == 2 and not is_over(states, starts=2)
 
 
 @pytest.fixture
@@ -81,8 +81,8 @@ def look_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[UUID], list[
     run_id, ended = uuid4(), list[str]()
     there = SimpleNamespace(deployment=SimpleNamespace(id=str(uuid4())), flow_run=SimpleNamespace(id=str(run_id)))
     monkeypatch.setattr(own_run, "runtime", there)
-    monkeypatch.setitem(own_run._lives, run_id, 1)
-    monkeypatch.setattr(own_run, "_end", lambda state: ended.append(state.name))
+    monkeypatch.setitem(own_run._starts, run_id, 1)
+    monkeypatch.setattr(own_run, "_end_process", lambda state: ended.append(state.name))
 
     def look(read: Callable[[UUID], list[State[Any]]]) -> list[str]:
         @contextlib.contextmanager

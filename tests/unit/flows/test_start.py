@@ -9,7 +9,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.types import DateTime
 
 from requant.flows.last_run import remember_run
-from requant.flows.start import MAX_RUNS, RETRY_AFTER, another, run_keys
+from requant.flows.start import MAX_RUNS, RETRY_AFTER, needs_another_run, run_keys
 from requant.flows.watching import Due
 from requant.tasks.errors import RequantError
 from requant.tasks.hub.revision import HubFile, Revision
@@ -35,7 +35,7 @@ def test_the_first_key_names_repo_commit_and_recipe_and_later_ones_are_numbered(
 
 
 def test_the_first_run_is_started(store: Store) -> None:
-    assert another([], store, DUE)
+    assert needs_another_run([], store, DUE)
 
 
 @pytest.mark.parametrize(
@@ -46,14 +46,14 @@ def test_the_first_run_is_started(store: Store) -> None:
     ],
 )  # fmt: skip
 def test_a_run_that_waits_works_or_was_cancelled_is_left_alone(kind: StateType, store: Store) -> None:
-    assert not another([run(kind)], store, DUE)
+    assert not needs_another_run([run(kind)], store, DUE)
 
 
 @pytest.mark.parametrize("kind", [StateType.FAILED, StateType.CRASHED])
 def test_a_failed_run_is_followed_by_another_but_not_at_once(kind: StateType, store: Store) -> None:
-    assert not another([run(kind, NOW)], store, DUE)
-    assert another([run(kind)], store, DUE)
-    assert not another([run(kind), run(StateType.SCHEDULED, NOW)], store, DUE)
+    assert not needs_another_run([run(kind, NOW)], store, DUE)
+    assert needs_another_run([run(kind)], store, DUE)
+    assert not needs_another_run([run(kind), run(StateType.SCHEDULED, NOW)], store, DUE)
 
 
 def test_after_the_last_attempt_somebody_has_to_look(store: Store) -> None:
@@ -61,19 +61,19 @@ def test_after_the_last_attempt_somebody_has_to_look(store: Store) -> None:
     with pytest.raises(
         RequantError, match=f"{MAX_RUNS} runs of a/b@1+ were started, .* Failed \\(the base is gated\\)"
     ):
-        another([failed] * MAX_RUNS, store, DUE)
+        needs_another_run([failed] * MAX_RUNS, store, DUE)
 
 
 def test_a_run_that_ended_meanwhile_is_seen(store: Store) -> None:
     remember_run(store, RECIPE, BASE, "published")
-    assert not another([run(StateType.COMPLETED, NOW)], store, DUE)
+    assert not needs_another_run([run(StateType.COMPLETED, NOW)], store, DUE)
 
 
 def test_a_base_that_moved_on_and_back_is_run_again(store: Store) -> None:
     remember_run(store, RECIPE, OTHER, "published")
-    assert another([run(StateType.COMPLETED, NOW)], store, DUE)
+    assert needs_another_run([run(StateType.COMPLETED, NOW)], store, DUE)
 
 
 def test_a_store_that_is_not_the_workers_starts_no_run_after_another(store: Store) -> None:
     with pytest.raises(RequantError, match="knows nothing of it: set REQUANT_STORE to the workers' store"):
-        another([run(StateType.COMPLETED)], store, DUE)
+        needs_another_run([run(StateType.COMPLETED)], store, DUE)

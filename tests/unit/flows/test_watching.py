@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from requant.flows.last_run import LastRun, first_commit, last_run, limits_of, remember_run
+from requant.flows.last_run import LastRun, first_commit, last_run, limits_digest, remember_run
 from requant.flows.watching import load_tracked
 from requant.tasks.errors import RecipeError
 from requant.tasks.hub.revision import HubFile, Revision
@@ -59,7 +59,7 @@ def test_a_file_more_or_less_changes_the_content() -> None:
 def test_the_last_run_of_a_recipe_is_remembered_and_replaced(store: Store) -> None:
     assert last_run(store, RECIPE) is None
     remember_run(store, RECIPE, BASE, "rejected")
-    assert last_run(store, RECIPE) == LastRun("a/b", BASE.sha, BASE.content, "rejected", limits_of(RECIPE))
+    assert last_run(store, RECIPE) == LastRun("a/b", BASE.sha, BASE.content, "rejected", limits_digest(RECIPE))
     remember_run(store, RECIPE, changed("config.json", size=1), "published")
     last = last_run(store, RECIPE)
     assert last is not None and (last.sha, last.status) == ("2" * 40, "published")
@@ -131,7 +131,7 @@ def test_a_rejected_base_is_run_again_once_the_recipe_has_other_limits() -> None
     off = parse_recipe({"base": {"repo_id": "a/b"}, "gates": {"max_kl_divergence": None}})
     assert off.digest == RECIPE.digest
     rejected, published = (
-        LastRun("a/b", BASE.sha, BASE.content, status, limits_of(RECIPE)) for status in ("rejected", "published")
+        LastRun("a/b", BASE.sha, BASE.content, status, limits_digest(RECIPE)) for status in ("rejected", "published")
     )
     assert rejected.settles(RECIPE, BASE) and not rejected.settles(off, BASE)
     assert published.settles(off, BASE) and not published.settles(RECIPE, changed("config.json", size=1))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from requant.flows.work_pool import EVERY_S, WorkerNotice
+from requant.flows.work_pool import LOOK_INTERVAL_S, WorkerNotice
 
 
 @dataclass
@@ -35,7 +35,7 @@ def notice(pool: Pool) -> WorkerNotice:
 
 def test_a_run_that_has_just_begun_to_wait_says_nothing_and_asks_nobody(pool: Pool, notice: WorkerNotice) -> None:
     notice.look(waiting=True)
-    pool.now_s += EVERY_S - 1
+    pool.now_s += LOOK_INTERVAL_S - 1
     notice.look(waiting=True)
     assert (pool.told, pool.looks) == ([], 0)
 
@@ -45,7 +45,7 @@ def test_the_problem_is_told_once_after_a_minute_and_its_end_when_the_run_starts
 ) -> None:
     for _ in range(4):
         notice.look(waiting=True)
-        pool.now_s += EVERY_S
+        pool.now_s += LOOK_INTERVAL_S
     assert (pool.told, pool.looks) == (["no worker is online"], 3)
     notice.look(waiting=False)
     notice.look(waiting=False)
@@ -56,7 +56,7 @@ def test_a_problem_that_changes_is_told_again(pool: Pool, notice: WorkerNotice) 
     notice.look(waiting=True)
     for problem in ("no worker is online", "the pool is paused", None):
         pool.problem = problem
-        pool.now_s += EVERY_S
+        pool.now_s += LOOK_INTERVAL_S
         notice.look(waiting=True)
     assert pool.told == ["no worker is online", "the pool is paused", None]
 
@@ -71,10 +71,10 @@ def test_what_could_not_be_told_is_told_at_the_next_look(pool: Pool) -> None:
 
     notice = WorkerNotice(pool.look, tell, lambda: pool.now_s)
     notice.look(waiting=True)
-    pool.now_s += EVERY_S
+    pool.now_s += LOOK_INTERVAL_S
     with pytest.raises(ConnectionError):
         notice.look(waiting=True)
-    pool.now_s += EVERY_S
+    pool.now_s += LOOK_INTERVAL_S
     notice.look(waiting=True)
     assert told == ["no worker is online", "no worker is online"]
 
@@ -83,6 +83,6 @@ def test_a_run_that_waits_behind_another_says_nothing(pool: Pool, notice: Worker
     pool.problem = None
     for _ in range(3):
         notice.look(waiting=True)
-        pool.now_s += EVERY_S
+        pool.now_s += LOOK_INTERVAL_S
     notice.look(waiting=False)
     assert pool.told == []

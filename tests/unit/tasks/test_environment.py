@@ -16,7 +16,7 @@ from requant.tasks.environment import bypass_proxy_on_loopback, with_package
 from requant.tasks.errors import RequantError
 from requant.tasks.http import is_loopback
 from requant.tasks.serving.client import Server
-from requant.tasks.serving.vllm import server_at
+from requant.tasks.serving.vllm import find_server
 from tests.factories.answers import Answers, answers
 from tests.factories.paths import ROOT
 
@@ -134,7 +134,7 @@ def test_servers_of_this_machine_are_asked_without_a_proxy_in_a_worker_too(
     here = f"http://localhost:{ours.server_port}"
     check_server(f"{here}/api")
     with pytest.raises(RequantError, match="names no model"):
-        server_at(here, chat=False)
+        find_server(here, chat=False)
     assert ours.asked == ["/api/health", "/v1/models"] and proxy.asked == []
     assert not Server(here, "m", chat=False).client().trust_env
     with pytest.raises(RequantError, match="answers 403"):

@@ -10,51 +10,51 @@ from typing import Any
 import pytest
 
 from requant.tasks.errors import RecipeError
-from requant.tasks.evaluate import _is_whole, _leaves, _scores, asked, check_tasks, recovery
+from requant.tasks.evaluate import Score, _is_complete, _leaves, _scores, check_tasks, evaluation_key, recovery
 from requant.tasks.recipe.loader import load_recipe, parse_recipe
 from requant.tasks.recipe.recipe import Eval
 from requant.tasks.validating.gates import worst_task
 
 
-def score(value: float, *, more: bool = True) -> dict[str, Any]:
-    return {"metric": "acc", "value": value, "stderr": 0.01, "samples": 200, "higher_is_better": more}
+def score(value: float, *, more: bool = True) -> Score:
+    return Score(metric="acc", value=value, stderr=0.01, samples=200, higher_is_better=more)
 
 
 def test_recovery_is_the_share_of_the_bases_score_and_the_worst_task_counts() -> None:
     found = recovery({"a": score(0.8), "b": score(0.5)}, {"a": score(0.84), "b": score(0.4)})
-    assert found["tasks"]["a"]["recovery"] == pytest.approx(1.05)
-    assert found["worst_task_recovery"] == found["tasks"]["b"]["recovery"] == pytest.approx(0.8)
-    assert worst_task(found["tasks"]) == "b"
-    assert {"metric", "base", "ours", "recovery"} <= set(found["tasks"]["a"])
+    assert found.tasks is not None
+    assert found.tasks["a"].recovery == pytest.approx(1.05)
+    assert found.worst_task_recovery == found.tasks["b"].recovery == pytest.approx(0.8)
+    assert worst_task(found.tasks) == "b"
+    assert {"metric", "base", "ours", "recovery"} <= set(found.to_json()["tasks"]["a"])
 
 
 def test_where_less_is_better_recovery_is_the_bases_over_ours() -> None:
     found = recovery({"ppl": score(10.0, more=False)}, {"ppl": score(12.5, more=False)})
-    assert found["worst_task_recovery"] == pytest.approx(0.8)
+    assert found.worst_task_recovery == pytest.approx(0.8)
 
 
 def test_a_task_on_which_the_base_scores_nothing_shows_nothing() -> None:
     found = recovery({"a": score(0.8), "hard": score(0.0)}, {"a": score(0.8), "hard": score(0.0)})
-    assert found["tasks"]["hard"]["recovery"] is None and found["worst_task_recovery"] is None
-    assert worst_task(found["tasks"]) == "hard"
+    assert found.tasks is not None
+    assert found.tasks["hard"].recovery is None and found.worst_task_recovery is None
+    assert worst_task(found.tasks) == "hard"
 
 
 def test_a_task_that_was_lost_altogether_has_recovery_zero() -> None:
-    assert recovery({"a": score(0.8)}, {"a": score(0.0)})["worst_task_recovery"] == 0.0
+    assert recovery({"a": score(0.8)}, {"a": score(0.0)}).worst_task_recovery == 0.0
 
 
 def test_the_first_metric_of_a_task_is_its_score() -> None:
     entry = {"alias": "x", "sample_len": 9, "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.7}
-    found = {"results": {"x": entry}, "higher_is_better": {"x": {"acc": True}}}
-    assert _scores(found) == {
-        "x": {"metric": "acc", "value": 0.5, "stderr": 0.1, "samples": 9, "higher_is_better": True}
-    }
+    (found,) = _scores({"results": {"x": entry}, "higher_is_better": {"x": {"acc": True}}}).values()
+    assert found.to_json() == {"metric": "acc", "value": 0.5, "stderr": 0.1, "samples": 9, "higher_is_better": True}
 
 
 def test_a_metric_behind_a_filter_says_so_and_a_missing_error_is_none() -> None:
     entry = {"exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": "N/A"}
     (found,) = _scores({"results": {"x": entry}, "higher_is_better": {}}).values()
-    assert (found["metric"], found["stderr"]) == ("exact_match, strict-match", None)
+    assert (found.metric, found.stderr) == ("exact_match, strict-match", None)
 
 
 def test_members_of_an_aggregated_group_are_in_their_group() -> None:
@@ -94,7 +94,7 @@ def test_own_tasks_suffice_if_all_that_they_stand_for_is_there(name: str, whole:
         "group with one of no name": entry("GROUP", task=["a", {"task": ["a"]}]),
         "circle": entry("GROUP", task=["circle"]),
     }
-    assert _is_whole(known, name) is whole
+    assert _is_complete(known, name) is whole
 
 
 def test_groups_and_tags_stand_for_their_tasks_also_in_a_circle() -> None:
@@ -118,12 +118,15 @@ def recipe(**changes: Any) -> Eval:
 
 def test_what_is_asked_is_part_of_a_key_and_the_batch_size_is_not(tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text("task: x")
-    plain = asked(recipe())
-    assert asked(recipe(batch_size=1)) == plain and asked(None) == {}
-    own = [asked(recipe(definitions=str(tmp_path)))]
+    plain = evaluation_key(recipe())
+    assert evaluation_key(recipe(batch_size=1)) == plain and evaluation_key(None) == {}
+    own = [evaluation_key(recipe(definitions=str(tmp_path)))]
     (tmp_path / "task.yaml").write_text("task: y")
-    own.append(asked(recipe(definitions=str(tmp_path))))
-    others = [asked(recipe(**c)) for c in ({"limit": 5}, {"num_fewshot": 0}, {"chat_template": True}, {"tasks": ["b"]})]
+    own.append(evaluation_key(recipe(definitions=str(tmp_path))))
+    others = [
+        evaluation_key(recipe(**c))
+        for c in ({"limit": 5}, {"num_fewshot": 0}, {"chat_template": True}, {"tasks": ["b"]})
+    ]
     assert all(a != b for i, a in enumerate([plain, *own, *others]) for b in [plain, *own, *others][:i])
     assert str(tmp_path) not in str(own)
 

@@ -58,7 +58,7 @@ def fixed(store: Store, base: Path, mtp: str) -> tuple[Path, Manifest, Manifest,
     theirs, quantized = put(store, base), put(store, quantized_of(base))
     result = mtp_fix(store, recipe(mtp), theirs, quantized)
     folder = store.checkout(result.manifest, base.parent / f"result-{mtp}")
-    return folder, result.manifest, quantized, result.provenance["mtp"]
+    return folder, result.manifest, quantized, result.provenance.document["mtp"]
 
 
 def test_a_kept_head_joins_the_quantized_shards_and_every_other_file_of_the_base(store: Store, base: Path) -> None:

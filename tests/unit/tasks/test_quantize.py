@@ -13,8 +13,11 @@ from requant.tasks import quantize as quantize_stage
 from requant.tasks.artifact import File, Manifest
 from requant.tasks.quantize import quantize_key, read_part, tokenizer_part
 from requant.tasks.quantizing.events import BlockStarted, read_events
-from requant.tasks.quantizing.ladder import ladder, tuned_blocks
+from requant.tasks.quantizing.job import Rung
+from requant.tasks.quantizing.ladder import ladder
+from requant.tasks.quantizing.tuned_blocks import tuned_blocks
 from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.recipe.quantize_section import Quantize
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.texts.text import Text
 
@@ -132,31 +135,37 @@ def test_a_preset_has_the_key_of_what_it_stands_for() -> None:
     assert key(recipe(quantize={"preset": "auto-round"})) == key(recipe())
 
 
+def rungs_of(**settings: Any) -> list[Rung]:
+    return list(ladder(Rung.asked(Quantize(**settings))))
+
+
 def test_the_ladder_begins_as_asked_and_ends_with_one_sample_a_step() -> None:
-    rungs = list(ladder({"batch_size": 8, "low_gpu_mem": "auto", "seed": 1}))
-    assert [(r["batch_size"], r["gradient_accumulate_steps"], r["low_gpu_mem"]) for r in rungs] == [
+    rungs = rungs_of(batch_size=8)
+    assert [(r.batch_size, r.gradient_accumulate_steps, r.low_gpu_mem) for r in rungs] == [
         (8, 1, "auto"), (8, 1, True), (4, 2, True), (2, 4, True), (1, 8, True), (1, 8, True),
     ]  # fmt: skip
-    assert all(r["seed"] == 1 for r in rungs)
 
 
 def test_a_ladder_that_begins_low_has_no_rung_twice() -> None:
-    rungs = list(ladder({"batch_size": 1, "low_gpu_mem": True}))
-    assert [(r["batch_size"], r.get("offload", False)) for r in rungs] == [(1, False), (1, True)]
+    assert [(r.batch_size, r.offload) for r in rungs_of(batch_size=1, low_gpu_mem=True)] == [(1, False), (1, True)]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 6, 7, 8, 12, 15, 16, 100])
 def test_every_rung_needs_less_and_sees_as_many_samples_a_step(batch: int) -> None:
     """The same samples a step, accumulated: the result is the same but for float noise."""
-    rungs = list(ladder({"batch_size": batch, "low_gpu_mem": False}))
-    assert {r["batch_size"] * r["gradient_accumulate_steps"] for r in rungs} == {batch}
-    sizes = [r["batch_size"] for r in rungs]
+    rungs = rungs_of(batch_size=batch, low_gpu_mem=False)
+    assert {r.batch_size * r.gradient_accumulate_steps for r in rungs} == {batch}
+    sizes = [r.batch_size for r in rungs]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 1
 
 
 def write_events(path: Path, *events: dict[str, Any], end: str = "\n") -> Path:
     path.write_text("\n".join(json.dumps(event) for event in events) + end)
     return path
+
+
+def recorded_blocks(events: Path) -> list[dict[str, Any]]:
+    return [block.to_json() for block in tuned_blocks(events)]
 
 
 def test_events_are_read_line_by_line_as_they_come(tmp_path: Path) -> None:
@@ -181,7 +190,7 @@ def test_blocks_are_told_with_their_time_and_their_loss(tmp_path: Path) -> None:
         {"event": "warning", "seconds": 3.6, "text": "x"},
         {"event": "progress", "seconds": 4.0, "done": 2, "total": 2},
     )
-    assert tuned_blocks(events) == [
+    assert recorded_blocks(events) == [
         {"name": "layers.0", "starts": 1, "loss_before": 0.5, "loss_after": 0.1, "seconds": 2.5},
         {"name": "layers.1", "starts": 1, "seconds": 0.5},
     ]
@@ -196,11 +205,11 @@ def test_a_block_started_again_has_the_last_attempts_values(tmp_path: Path) -> N
         {"event": "block", "seconds": 0.5, "name": "layers.0"},
         {"event": "progress", "seconds": 1.0, "done": 1, "total": 1},
     )
-    assert tuned_blocks(events) == [{"name": "layers.0", "starts": 2, "seconds": 0.5}]
+    assert recorded_blocks(events) == [{"name": "layers.0", "starts": 2, "seconds": 0.5}]
 
 
 def test_a_child_that_never_began_has_no_blocks(tmp_path: Path) -> None:
-    assert tuned_blocks(tmp_path / "events.jsonl") == []
+    assert recorded_blocks(tmp_path / "events.jsonl") == []
 
 
 def test_a_line_cut_by_a_kill_does_not_spoil_the_next_attempt(tmp_path: Path) -> None:
@@ -210,4 +219,4 @@ def test_a_line_cut_by_a_kill_does_not_spoil_the_next_attempt(tmp_path: Path) ->
     with events.open("a") as stream:
         stream.write('{"event": "settings", "seconds": 0.1}\n' + json.dumps({**first, "seconds": 0.2}) + "\n")
         stream.write('{"event": "progress", "seconds": 1.2, "done": 1, "total": 1}\n')
-    assert tuned_blocks(events) == [{"name": "layers.0", "starts": 2, "seconds": 1.0}]
+    assert recorded_blocks(events) == [{"name": "layers.0", "starts": 2, "seconds": 1.0}]

@@ -14,12 +14,13 @@ from requant.tasks.artifact import Manifest
 from requant.tasks.card.facts import scheme_words
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import verdicts
+from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
 from requant.tasks.checkpoint.packing import PackingScheme
 from requant.tasks.errors import RecipeError
 from requant.tasks.plan import plan_of
-from requant.tasks.planning.groups import settled
+from requant.tasks.planning.groups import resolve_group_size
 from requant.tasks.planning.inputs import Inputs
 from requant.tasks.planning.output import plan_output
 from requant.tasks.quantize import quantize_key
@@ -59,53 +60,53 @@ def packed(quantization: dict[str, Any], inputs: int, module: str = LAYER, **own
     )
     shapes = scheme.shapes(64, inputs)
     tensors = {f"{module}.{p}": Tensor(f"{module}.{p}", d, shapes[p], Path("x"), 0, 0) for p, d in DTYPES.items()}
-    return Checkpoint(Path("x"), {**CONFIG, "quantization_config": quantization}, tensors, (), None)
+    return Checkpoint(Path("x"), ModelConfig({**CONFIG, "quantization_config": quantization}), tensors, (), None)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_vllm_and_sglang_load_no_matrix_whose_inputs_the_group_does_not_divide(method: str) -> None:
     for engine in ("vllm", "sglang"):
         verdict = verdicts(packed(METHODS[method], 576))[engine]
-        assert verdict["loads"] is False
-        assert f"{LAYER} has 576 inputs, no multiple of group_size 128" in verdict["reason"]
-        assert verdicts(packed(METHODS[method], 640))[engine]["loads"] is True
+        assert verdict.loads is False
+        assert f"{LAYER} has 576 inputs, no multiple of group_size 128" in verdict.reason
+        assert verdicts(packed(METHODS[method], 640))[engine].loads is True
 
 
 @pytest.mark.parametrize("method", ["auto-round", "auto-round AWQ"])
 def test_transformers_loads_none_of_auto_round_on_a_cpu(method: str) -> None:
     verdict = verdicts(packed(METHODS[method], 576))["transformers"]
-    assert verdict["loads"] is False and "on a CPU" in verdict["reason"]
-    assert f"{LAYER} has 576 inputs, no multiple of group_size 128" in verdict["reason"]
-    assert verdicts(packed(METHODS[method], 640))["transformers"]["loads"] is True
+    assert verdict.loads is False and "on a CPU" in verdict.reason
+    assert f"{LAYER} has 576 inputs, no multiple of group_size 128" in verdict.reason
+    assert verdicts(packed(METHODS[method], 640))["transformers"].loads is True
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_other_widths_are_compared_too(bits: int) -> None:
     found = verdicts(packed(auto_round(bits=bits), 576))
-    assert [verdict["loads"] for verdict in found.values()] == [False] * 3
-    assert all("576 inputs" in verdict["reason"] for verdict in found.values())
+    assert [verdict.loads for verdict in found.values()] == [False] * 3
+    assert all("576 inputs" in verdict.reason for verdict in found.values())
 
 
 @pytest.mark.parametrize(("group_size", "inputs"), [(-1, 576), (64, 576), (32, 96), (128, 128)])
 def test_whole_rows_and_groups_that_divide_load_everywhere(group_size: int, inputs: int) -> None:
     found = verdicts(packed(auto_round(group_size=group_size), inputs))
-    assert [verdict["loads"] for verdict in found.values()] == [True] * 3
+    assert [verdict.loads for verdict in found.values()] == [True] * 3
 
 
 def test_a_matrix_that_is_smaller_than_a_group_loads_nowhere() -> None:
-    assert not any(verdict["loads"] for verdict in verdicts(packed(auto_round(), 64)).values())
+    assert not any(verdict.loads for verdict in verdicts(packed(auto_round(), 64)).values())
 
 
 @pytest.mark.parametrize(("own", "loads"), [(64, True), (128, False), (-1, True)])
 def test_a_layer_of_its_own_group_size_is_compared_with_that_one(own: int, loads: bool) -> None:
     quantization = auto_round(group_size=32, extra_config={LAYER: {"bits": 4, "group_size": own}})
     found = verdicts(packed(quantization, 576, group_size=own))
-    assert [verdict["loads"] for verdict in found.values()] == [loads] * 3
+    assert [verdict.loads for verdict in found.values()] == [loads] * 3
 
 
 def test_experts_are_compared_as_other_matrices_are() -> None:
     found = verdicts(packed(auto_round(), 704, "model.layers.0.mlp.experts.0.down_proj"))
-    assert [verdict["loads"] for verdict in found.values()] == [False] * 3
+    assert [verdict.loads for verdict in found.values()] == [False] * 3
 
 
 def test_compressed_tensors_is_compared_too() -> None:
@@ -117,8 +118,10 @@ def test_compressed_tensors_is_compared_too() -> None:
     for inputs, loads in ((576, False), (640, True)):
         shapes = {"weight_packed": ("I32", (64, inputs // 8)), "weight_scale": ("F16", (64, -(-inputs // 128)))}
         tensors = {f"{LAYER}.{p}": Tensor(f"{LAYER}.{p}", d, s, Path("x"), 0, 0) for p, (d, s) in shapes.items()}
-        checkpoint = Checkpoint(Path("x"), {**CONFIG, "quantization_config": quantization}, tensors, (), None)
-        assert verdicts(checkpoint)["vllm"]["loads"] is loads
+        checkpoint = Checkpoint(
+            Path("x"), ModelConfig({**CONFIG, "quantization_config": quantization}), tensors, (), None
+        )
+        assert verdicts(checkpoint)["vllm"].loads is loads
 
 
 @pytest.mark.parametrize("size", [0, True, "128", [128, 128], None, 2**70])
@@ -128,8 +131,8 @@ def test_nonsense_for_a_group_size_gives_a_verdict_and_no_traceback(size: Any) -
     for changed in ({"group_size": size}, {"extra_config": extra}):
         config = {**checkpoint.config, "quantization_config": auto_round(**changed)}
         assert all(
-            verdict["reason"]
-            for verdict in verdicts(Checkpoint(Path("x"), config, checkpoint.tensors, (), None)).values()
+            verdict.reason
+            for verdict in verdicts(Checkpoint(Path("x"), ModelConfig(config), checkpoint.tensors, (), None)).values()
         )
 
 
@@ -141,9 +144,9 @@ def test_inspect_says_of_an_existing_checkpoint_that_no_engine_loads_it(tmp_path
         rows, columns = tensor.shape
         raw[name] = (tensor.dtype, tensor.shape, bytes(rows * columns * sizes[tensor.dtype]))
     folder = write_checkpoint(tmp_path / "made", {"model-00001-of-00001.safetensors": raw}, checkpoint.config)
-    engines = inspect_checkpoint(folder)["engines"]
-    assert [verdict["loads"] for verdict in engines.values()] == [False] * 3
-    assert json.dumps(engines)
+    engines = inspect_checkpoint(folder).engines
+    assert [verdict.loads for verdict in engines.values()] == [False] * 3
+    assert json.dumps({engine: verdict.to_json() for engine, verdict in engines.items()})
 
 
 # The plan, and group_size: auto
@@ -199,7 +202,7 @@ def test_auto_is_the_largest_group_that_divides_the_inputs_of_all_packed_layers(
     intermediate: int, layers: dict[str, Any], expected: int, tmp_path: Path
 ) -> None:
     base = base_of(tmp_path, intermediate)
-    found = settled(base, recipe(group_size="auto", layers=layers))
+    found = resolve_group_size(base, recipe(group_size="auto", layers=layers))
     assert found.quantize.resolved == (4, expected, True)
     assert plan_output(base, found, {}).problems == []
 
@@ -207,15 +210,15 @@ def test_auto_is_the_largest_group_that_divides_the_inputs_of_all_packed_layers(
 def test_auto_is_128_where_that_divides_and_a_number_stays_what_it_is(tmp_path: Path) -> None:
     shapes = {f"model.layers.0.mlp.{name}_proj.weight": (256, 256) for name in ("gate", "up", "down")}
     tensors = {name: Tensor(name, "BF16", shape, Path("x"), 0, 0) for name, shape in shapes.items()}
-    base = Checkpoint(Path("x"), CONFIG, tensors, (), None)
-    assert settled(base, recipe(group_size="auto")).quantize.resolved == (4, 128, True)
+    base = Checkpoint(Path("x"), ModelConfig(CONFIG), tensors, (), None)
+    assert resolve_group_size(base, recipe(group_size="auto")).quantize.resolved == (4, 128, True)
     for asked in (recipe(), recipe(group_size=1024)):
-        assert settled(base_of(tmp_path), asked) is asked
+        assert resolve_group_size(base_of(tmp_path), asked) is asked
 
 
 def test_auto_has_the_stage_key_of_the_number_that_it_comes_to_and_none_before(tmp_path: Path) -> None:
     text, files = Text("t", "0" * 64), Manifest.of([])
-    found = settled(base_of(tmp_path), recipe(group_size="auto"))
+    found = resolve_group_size(base_of(tmp_path), recipe(group_size="auto"))
     assert quantize_key(found, files, text) == quantize_key(recipe(group_size=64), files, text)
     with pytest.raises(RecipeError, match="group_size auto is not settled yet"):
         quantize_key(recipe(group_size="auto"), files, text)

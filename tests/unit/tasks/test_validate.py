@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from requant.tasks import validate as stage
 from requant.tasks.artifact import File, Manifest
 from requant.tasks.errors import RecipeError
 from requant.tasks.recipe.loader import parse_recipe
@@ -16,7 +17,11 @@ from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import open_store
 from requant.tasks.texts.text import Text, find_text
 from requant.tasks.validate import compared_part, one_file, validate_key
+from requant.tasks.validating.measured import Measured
+from tests.factories.bases import prepared
+from tests.factories.measured import good
 from tests.factories.paths import TINY
+from tests.factories.pico import pico_base
 
 A, B = "a" * 64, "b" * 64
 BASE = Manifest.of(File(p, 1, A) for p in ("config.json", "model.safetensors", "README.md", ".gitattributes"))
@@ -95,3 +100,28 @@ def test_rows_without_a_text_are_refused_with_a_sentence(
     (tmp_path / "rows.jsonl").write_text(content)
     with pytest.raises(RecipeError, match=rf"^validation\.text: {reason}"):
         one_file(open_store(), Text("rows.jsonl", A, path=tmp_path / "rows.jsonl"), tmp_path / "work", TINY)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tasks_and_text_are_run_with_the_code_of_a_checkpoint_only_where_the_recipe_allows_it(
+    allowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _, files, text = prepared(tmp_path, pico_base(tmp_path / "base"))
+    settings: dict[str, bool] = {}
+
+    def stored_scores(*arguments: Any) -> Any:
+        settings["tasks"] = arguments[-1].remote_code
+        return {}
+
+    def measured_values(quantized: Path, base: Path, measure: Any, evaluate: Any, **how: Any) -> Measured:
+        settings["text"] = how["remote_code"]
+        evaluate(quantized)
+        return good()
+
+    monkeypatch.setattr(stage, "measured_values", measured_values)
+    monkeypatch.setattr(stage, "stored_scores", stored_scores)
+    asked = recipe(allow_remote_code=allowed, eval={"tasks": ["gsm8k"]})
+    result = stage.validate(store, asked, files, files, text)
+    assert settings == {"tasks": allowed, "text": allowed}
+    assert stage.read_values(store, result) == good(text=text.name)
+    assert result.provenance.document["measured"] == good().to_json()

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from requant.tasks.recipe.recipe import Gates
 from requant.tasks.texts.text import EVALUATION
 from requant.tasks.validate import measured_values
 from requant.tasks.validating.gates import Gate, judge
 from requant.tasks.validating.measure import measure
-from requant.tasks.validating.measured import Measurement
+from requant.tasks.validating.measurement import Measurement
+from requant.tasks.validating.model import RunSettings
 from tests.factories.checkpoints import write_quantized
 from tests.factories.damage import DAMAGES, damaged
 from tests.factories.measured import measuring_little
@@ -41,10 +41,10 @@ def of_base() -> dict[Path, Measurement]:
 def gates(folder: Path, of_base: dict[Path, Measurement]) -> dict[str, Gate]:
     """Every gate of a checkpoint; the base is measured once."""
 
-    def kept(path: Path, device: torch.device, dtype: torch.dtype) -> Measurement:
+    def kept(path: Path, settings: RunSettings) -> Measurement:
         if path != TINY:
-            return measure(path, EVALUATION, device, dtype)
-        return of_base.setdefault(path, of_base.get(path) or measure(path, EVALUATION, device, dtype))
+            return measure(path, EVALUATION, settings)
+        return of_base.setdefault(path, of_base.get(path) or measure(path, EVALUATION, settings))
 
     values = measured_values(folder, TINY, kept, keep_head=True, pack_head=False, remote_code=False)
     return {gate.name: gate for gate in judge(values, LIMITS)}

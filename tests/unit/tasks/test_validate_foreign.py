@@ -17,7 +17,9 @@ from requant.tasks.texts.text import EVALUATION
 from requant.tasks.validate import measured_values
 from requant.tasks.validating.gates import Gate, accepted, judge, refusal
 from requant.tasks.validating.measure import measure
-from requant.tasks.validating.measured import Measurement
+from requant.tasks.validating.measured import Measured
+from requant.tasks.validating.measurement import Measurement
+from requant.tasks.validating.model import RunSettings
 from tests.factories.checkpoints import edited, write_quantized
 from tests.factories.damage import Edit
 from tests.factories.measured import measuring_little
@@ -42,7 +44,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def of_base(base: Path) -> Measurement:
-    return measure(base, EVALUATION, torch.device("cpu"), torch.float32)
+    return measure(base, EVALUATION, RunSettings(torch.device("cpu"), torch.float32))
 
 
 @pytest.fixture
@@ -51,11 +53,11 @@ def made(base: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def measured(base: Path, of_base: Measurement) -> Callable[[Path], dict[str, Any]]:
+def measured(base: Path, of_base: Measurement) -> Callable[[Path], Measured]:
     """What validate measures of a checkpoint."""
 
-    def run(path: Path, device: torch.device, dtype: torch.dtype) -> Measurement:
-        return of_base if path == base else measure(path, EVALUATION, device, dtype)
+    def run(path: Path, settings: RunSettings) -> Measurement:
+        return of_base if path == base else measure(path, EVALUATION, settings)
 
     return lambda folder: measured_values(folder, base, run, keep_head=True, pack_head=False, remote_code=False)
 
@@ -67,7 +69,7 @@ def reconfigure(folder: Path, change: Callable[[Config], Any], name: str = "conf
     path.write_text(json.dumps(document))
 
 
-def by_name(values: dict[str, Any], limits: Gates = NONE) -> dict[str, Gate]:
+def by_name(values: Measured, limits: Gates = NONE) -> dict[str, Gate]:
     return {gate.name: gate for gate in judge(values, limits)}
 
 
@@ -88,38 +90,38 @@ HARMLESS: dict[str, Callable[[Config], Any]] = {
 
 @pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)
 def test_a_difference_that_changes_nothing_is_a_finding_and_all_is_measured(
-    change: Callable[[Config], Any], made: Path, measured: Callable[[Path], dict[str, Any]]
+    change: Callable[[Config], Any], made: Path, measured: Callable[[Path], Measured]
 ) -> None:
     reconfigure(made, change)
     values = measured(made)
     gates = by_name(values)
-    assert values["differences"] and values["unaccounted"] == values["context"] == []
-    assert gates["structure"].passed and gates["structure"].note.startswith(values["differences"][0])
+    assert values.audit.differences and values.audit.unaccounted == values.audit.context == ()
+    assert gates["structure"].passed and gates["structure"].note.startswith(values.audit.differences[0])
     assert all(gates[name].value is not None for name in QUALITY)
     assert accepted(gates.values())
 
 
 def test_a_config_of_an_earlier_transformers_is_the_same_under_other_names(
-    made: Path, measured: Callable[[Path], dict[str, Any]]
+    made: Path, measured: Callable[[Path], Measured]
 ) -> None:
     reconfigure(made, rope_as_before)
     values = measured(made)
-    assert values["unaccounted"] == values["context"] == [], values
-    assert any("text_config.rope_theta" in sentence for sentence in values["differences"])
+    assert values.audit.unaccounted == values.audit.context == (), values
+    assert any("text_config.rope_theta" in sentence for sentence in values.audit.differences)
 
 
 def test_a_difference_that_is_computed_with_fails_and_all_is_measured(
-    made: Path, measured: Callable[[Path], dict[str, Any]]
+    made: Path, measured: Callable[[Path], Measured]
 ) -> None:
     reconfigure(made, lambda config: config["text_config"].update(rms_norm_eps=1e-2))
     values = measured(made)
     gates = by_name(values)
-    assert values["unaccounted"] == ["config.json differs from the base's in text_config"]
+    assert values.audit.unaccounted == ("config.json differs from the base's in text_config",)
     assert gates["structure"].failed and not accepted(gates.values())
     assert all(gates[name].value is not None for name in QUALITY)
 
 
-def test_a_tensor_too_many_fails_and_all_is_measured(made: Path, measured: Callable[[Path], dict[str, Any]]) -> None:
+def test_a_tensor_too_many_fails_and_all_is_measured(made: Path, measured: Callable[[Path], Measured]) -> None:
     with edited(made, SHARD) as tensors:
         tensors["model.extra.weight"] = ("BF16", (1,), b"\0\0")
     gates = by_name(measured(made))
@@ -146,7 +148,7 @@ def _without(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("damage", BROKEN.values(), ids=BROKEN)
 def test_what_cannot_be_run_is_not_passed_and_says_why(
-    damage: Callable[[Path], Any], made: Path, measured: Callable[[Path], dict[str, Any]]
+    damage: Callable[[Path], Any], made: Path, measured: Callable[[Path], Measured]
 ) -> None:
     damage(made)
     values = measured(made)
@@ -156,7 +158,7 @@ def test_what_cannot_be_run_is_not_passed_and_says_why(
             limit = gates[name].limit
             assert gates[name].passed is (None if limit is None else False)
             assert gates[name].value is None and "could not be measured" in gates[name].note
-        assert [gate.name for gate in gates.values() if values["not_measured"] in gate.note] == ["same_tokens"]
+        assert [gate.name for gate in gates.values() if (values.not_measured or "?") in gate.note] == ["same_tokens"]
         assert gates["weight_slope"].value is not None, "the files are compared all the same"
         assert not accepted(gates.values())
 
@@ -167,7 +169,7 @@ def test_where_nothing_was_measured_the_verdict_says_so() -> None:
     assert accepted([*unmeasured, Gate("top1_agreement", 0.9, None, True)])
 
 
-def test_other_tokens_leave_no_distributions_to_compare(made: Path, measured: Callable[[Path], dict[str, Any]]) -> None:
+def test_other_tokens_leave_no_distributions_to_compare(made: Path, measured: Callable[[Path], Measured]) -> None:
     from tests.factories.damage import wrong_tokenizer
 
     wrong_tokenizer(made)
@@ -177,26 +179,26 @@ def test_other_tokens_leave_no_distributions_to_compare(made: Path, measured: Ca
 
 
 def test_a_matrix_that_contradicts_its_scheme_does_not_keep_the_others_from_being_compared(
-    made: Path, measured: Callable[[Path], dict[str, Any]]
+    made: Path, measured: Callable[[Path], Measured]
 ) -> None:
-    count = len(measured(made)["matrices"])
+    count = len(measured(made).matrices or ())
     edit = Edit(made)
     name = "model.language_model.layers.0.mlp.down_proj.scales"
     dtype, shape, data = edit[name]
     edit[name] = (dtype, (1, shape[0] * shape[1]), data)
     edit.write()
-    assert len(measured(made)["matrices"]) == count - 1
+    assert len(measured(made).matrices or ()) == count - 1
 
 
 def test_a_json_file_that_differs_in_its_version_alone_is_a_finding(
-    base: Path, made: Path, measured: Callable[[Path], dict[str, Any]]
+    base: Path, made: Path, measured: Callable[[Path], Measured]
 ) -> None:
     reconfigure(made, lambda config: config.update(transformers_version="4.0"), "generation_config.json")
     values = measured(made)
-    assert values["files"] == []
-    assert values["differences"] == ["generation_config.json differs from the base's in transformers_version alone"]
+    assert values.audit.files == ()
+    assert values.audit.differences == ("generation_config.json differs from the base's in transformers_version alone",)
     reconfigure(made, lambda config: config.update(temperature=9.0), "generation_config.json")
-    assert measured(made)["files"] == ["generation_config.json differs from the base's"]
+    assert measured(made).audit.files == ("generation_config.json differs from the base's",)
 
 
 def test_validate_tells_findings_at_the_terminal_and_as_json(base: Path, made: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -13,8 +14,12 @@ from pydantic import BaseModel
 
 from requant.flows.cli.main import cli
 from requant.flows.cli.schema import DIALECT, MODELS, model_of
+from requant.tasks.checkpoint.inspect import inspect_checkpoint
+from requant.tasks.checkpoint.repair import RepairSource, repair
 from requant.tasks.planning.document import PlanDocument
 from tests.factories.paths import ROOT
+from tests.factories.pico import pico_base
+from tests.factories.repairs import elsewhere
 
 PLANS = json.loads((ROOT / "tests" / "unit" / "tasks" / "planning" / "plans.json").read_text())
 
@@ -60,6 +65,17 @@ def test_documents_of_plan_are_as_the_schema_says(case: str) -> None:
     without = {key: value for key, value in PLANS[case].items() if key != "base"}
     with pytest.raises(jsonschema.ValidationError, match="'base' is a required property"):
         jsonschema.validate(without, schema)
+
+
+def test_documents_of_inspect_and_mtp_fix_are_as_their_schemas_say(tmp_path: Path) -> None:
+    base = pico_base(tmp_path / "base")
+    made = elsewhere(base, tmp_path / "made", packed=("mtp.fc",))
+    for folder in (base, made):
+        jsonschema.validate(inspect_checkpoint(folder).to_json(), schema_of("inspect"))
+    repaired = repair(made, RepairSource(base), dry_run=True)
+    jsonschema.validate(repaired.to_json(), schema_of("mtp-fix"))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**repaired.to_json(), "surprise": 1}, schema_of("mtp-fix"))
 
 
 @pytest.mark.parametrize("words", [["nothing"], ["plan", "nothing"], ["store", "ls", "x"]])

@@ -16,7 +16,7 @@ from requant.flows.report.markdown import markdown
 from requant.flows.report.report import RunReport
 from requant.tasks.plots import Picture
 from tests.factories.pictures import HOSTILE, prompt
-from tests.factories.reports import RECIPE, finished
+from tests.factories.reports import PUBLISHED, RECIPE, finished
 
 MEASURED: dict[str, Any] = {
     "perplexity": 3.14159, "base_perplexity": 3.0, "perplexity_interval": [3.1, 3.2], "perplexity_increase": 0.0472,
@@ -48,7 +48,7 @@ def test_a_run_has_a_headline_its_stages_gates_and_where_it_was_published() -> N
     assert text.startswith("## published: Qwen/Qwen3.6-27B@0123456 -> W4A16 g128")
     assert "| quantize | ran | 75.5 | 18.00 GB |" in text
     assert "| top1_agreement | not measured | 0.85 | FAILED | could not be measured |" in text
-    assert "[me/x](https://hub/me/x): published, tag v1" in text
+    assert f"[me/x]({PUBLISHED.url}): published, tag v1" in text
 
 
 def test_a_failed_run_is_reported_with_its_sentence() -> None:
@@ -64,7 +64,7 @@ def test_quality_stands_beside_the_bases_with_its_interval() -> None:
         "| perplexity over the base's, minus 1 |  | 4.72% | 4.00% and 5.50% |",
         "| KL divergence, nats |  | 0.0123 |  |",
         "| same next token |  | 95.10% |  |",
-        "| first draft accepted | 89.4% | 87.1% |  |",
+        "| draft acceptance rate, first draft | 89.4% | 87.1% |  |",
     ]
 
 
@@ -149,7 +149,7 @@ def test_a_hostile_name_becomes_no_markup(name: str) -> None:
     report = finished(measured=measured, benchmark=speed, pictures=[Picture("losses", name, b"", b"")])
     page = Tags(MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(told(report)))
     assert page.found <= {"h2", "h3", "p", "a", "code", "table", "thead", "tbody", "tr", "th", "td", "img"}
-    assert {html.unescape(link) for link in page.links} == {"https://hub/me/x", "there/losses.svg"}
+    assert {html.unescape(link) for link in page.links} == {PUBLISHED.url, "there/losses.svg"}
 
 
 def test_a_report_is_a_document_a_markdown_file_and_a_folder_of_pictures(tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 from requant.flows.report.report import RunReport, gate_rows, published_words, run_headline, verdict
 from requant.flows.report.terminal import gate_table, render
 from requant.tasks.pipeline.stage import StageResult
+from requant.tasks.record import RecordedBlock, StageRecord
 from requant.tasks.validating.gates import Gate, summary
 from tests.factories.reports import ARTIFACT, PUBLISHED, RECIPE, SHA, SPEED, finished
 
 
 def test_the_document_has_the_keys_of_the_contract() -> None:
-    document = json.loads(json.dumps(finished().to_json()))
+    document = json.loads(json.dumps(finished().document().to_json()))
     contract = {"status", "base", "artifact", "stages", "gates", "benchmark", "published"}
     assert contract <= set(document)
     assert document["base"] == {"repo_id": "Qwen/Qwen3.6-27B", "sha": SHA}
@@ -24,12 +25,12 @@ def test_the_document_has_the_keys_of_the_contract() -> None:
         {"name": "quantize", "state": "ran", "seconds": 75.5},
     ]
     assert [{"name", "value", "limit", "passed"} <= set(gate) for gate in document["gates"]] == [True, True]
-    assert (document["benchmark"], document["published"], document["error"]) == (SPEED, PUBLISHED, None)
+    assert (document["benchmark"], document["published"], document["error"]) == (SPEED, PUBLISHED.model_dump(), None)
 
 
 def test_a_run_that_failed_early_has_the_same_keys() -> None:
-    failed = RunReport(RECIPE, error="no such repo").to_json()
-    assert set(failed) == set(finished().to_json())
+    failed = RunReport(RECIPE, error="no such repo").document().to_json()
+    assert set(failed) == set(finished().document().to_json())
     assert (failed["status"], failed["error"]) == ("failed", "no such repo")
     assert failed["base"] == {"repo_id": "Qwen/Qwen3.6-27B", "sha": None}
     assert failed["artifact"] == {"digest": None, "path": None} and failed["stages"] == failed["gates"] == []
@@ -69,19 +70,20 @@ def test_a_rejected_run_says_which_gates_failed_or_that_nothing_was_measured() -
 
 
 def test_a_number_that_json_has_not_is_null() -> None:
-    measured = {"blocks": [{"block": 0, "error": math.nan}], "perplexity": math.inf, "tokens": 5, "head_kept": True}
-    document = json.loads(json.dumps(finished(measured=measured).to_json(), allow_nan=False))
+    block = {"block": 0, "kind": "decoder", "drift": 0.1}
+    measured = {"blocks": [{**block, "error": math.nan}], "perplexity": math.inf, "tokens": 5, "head_kept": True}
+    document = json.loads(json.dumps(finished(measured=measured).document().to_json(), allow_nan=False))
     assert document["measured"] == {
-        "blocks": [{"block": 0, "error": None}], "perplexity": None, "tokens": 5, "head_kept": True,
+        "blocks": [{**block, "error": None}], "perplexity": None, "tokens": 5, "head_kept": True,
     }  # fmt: skip
 
 
 def test_the_blocks_are_those_that_quantize_recorded() -> None:
     blocks = [{"name": "layers.0", "loss_before": 2.0, "loss_after": 1.0}]
-    stages = [StageResult(name, "k", "ran", 1, ARTIFACT, {}) for name in ("download", "quantize")]
-    assert finished(stages=stages).blocks == []
-    stages[1].provenance["blocks"] = blocks
-    assert finished(stages=stages).blocks == blocks
+    download = StageResult("download", "k", "ran", 1, ARTIFACT, StageRecord())
+    quantize = StageResult("quantize", "k", "ran", 1, ARTIFACT, StageRecord({"blocks": blocks}))
+    assert finished(stages=[download]).blocks == []
+    assert finished(stages=[download, quantize]).blocks == [RecordedBlock("layers.0", None, 2.0, 1.0)]
 
 
 def test_a_failed_run_says_its_sentence_in_the_terminal() -> None:
@@ -97,7 +99,7 @@ def test_the_terminal_shows_everything_and_no_markup_of_its_own() -> None:
         "FAILED",
         "50.0 tokens/s (transformers 5",
         "/out",
-        "https://hub/me/x",
+        PUBLISHED.url,
         "v1",
     ):
         assert part in text
@@ -115,7 +117,7 @@ def test_a_path_in_brackets_is_shown_whole() -> None:
 
 
 def test_what_became_of_a_release_is_told_in_words() -> None:
-    waiting = {**PUBLISHED, "pull_request": "https://hub/me/x/discussions/1"}
+    waiting = PUBLISHED.model_copy(update={"pull_request": "https://hub/me/x/discussions/1"})
     assert published_words(waiting) == "waits to be merged: https://hub/me/x/discussions/1"
     assert published_words(PUBLISHED) == "published, tag v1"
-    assert published_words({**PUBLISHED, "changed": False}) == "already published, tag v1"
+    assert published_words(PUBLISHED.model_copy(update={"changed": False})) == "already published, tag v1"

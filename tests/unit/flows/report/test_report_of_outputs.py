@@ -21,8 +21,10 @@ from requant.tasks.hub.revision import Revision
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.plots import Picture
 from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.record import StageRecord
 from requant.tasks.validating.gates import Gate
-from tests.factories.cards import FACTS, SHA
+from requant.tasks.validating.measured import Measured
+from tests.factories.cards import FACTS, MEASURED, SHA, facts_of
 
 RECIPE = parse_recipe(
     {
@@ -41,12 +43,14 @@ def manifest(gigabytes: int) -> Manifest:
 
 def output(name: str, size: int, **changes: Any) -> RunReport:
     stages = [
-        StageResult("download", "base", "ran" if name == FOUR else "reused", 1.0, manifest(54), {}),
-        StageResult("quantize", f"q-{name}", "ran", 60.0, manifest(size), {}),
+        StageResult("download", "base", "ran" if name == FOUR else "reused", 1.0, manifest(54), StageRecord()),
+        StageResult("quantize", f"q-{name}", "ran", 60.0, manifest(size), StageRecord()),
     ]
     report = RunReport(RECIPE.each[name], name, base=BASE, stages=stages, artifact=manifest(size))
     report.status, report.gates = "published", [Gate("structure", 0.0, 0.0, True)]
-    report.measured = {"perplexity_increase": 0.0123, "top1_agreement": 0.95, "mtp_acceptance": 0.871}
+    report.measured = Measured.from_json(
+        {"perplexity_increase": 0.0123, "top1_agreement": 0.95, "mtp_acceptance": 0.871}
+    )
     return replace(report, **changes)
 
 
@@ -60,8 +64,8 @@ FAILED = {"status": "failed", "error": "the disk is full", "artifact": None}
 
 
 def test_the_document_has_the_keys_of_one_result_and_that_of_each_output() -> None:
-    document = json.loads(json.dumps(three().to_json()))
-    single = set(output(FOUR, 18).to_json())
+    document = json.loads(json.dumps(three().document().to_json()))
+    single = set(output(FOUR, 18).document().to_json()) - {"name"}
     assert [set(each) for each in document["outputs"]] == [single | {"name"}] * 3
     assert set(document) == single | {"outputs"}
     assert [each["name"] for each in document["outputs"]] == [FOUR, EIGHT, AWQ]
@@ -74,7 +78,7 @@ def test_the_document_has_the_keys_of_one_result_and_that_of_each_output() -> No
 
 
 def test_a_run_that_ended_before_its_outputs_has_none() -> None:
-    document = RunReport(RECIPE, error="no such repo").to_json()
+    document = RunReport(RECIPE, error="no such repo").document().to_json()
     assert (document["status"], document["error"], document["outputs"]) == ("failed", "no such repo", [])
 
 
@@ -92,7 +96,7 @@ def test_outputs_are_compared_side_by_side() -> None:
     rows = [dict(zip(COMPARISON_COLUMNS, row, strict=True)) for row in compared_rows(three(**REJECTED))]
     assert [row["output"] for row in rows] == [FOUR, EIGHT, AWQ]
     assert (rows[0]["size"], rows[0]["smaller"], rows[1]["smaller"]) == ("18.00 GB", "3.00 times", "2.00 times")
-    assert (rows[0]["perplexity"], rows[0]["same token"], rows[0]["drafts taken"]) == ("+1.2%", "95.0%", "87.1%")
+    assert (rows[0]["perplexity"], rows[0]["same token"], rows[0]["draft acceptance"]) == ("+1.2%", "95.0%", "87.1%")
     assert [row["gates"] for row in rows] == ["1 passed", "1 passed", "1 of 2 failed"]
     assert compared_rows(three(**FAILED))[2][2:4] == ("", "")
 
@@ -101,7 +105,7 @@ def test_the_terminal_shows_each_output_and_then_all() -> None:
     text = render(three(**FAILED))
     for name in RECIPE.each:
         assert text.count(f"{name}: Qwen/Qwen3.6-27B@0123456") == 1
-    assert text.index("the disk is full") < text.index("drafts taken") < text.index("3.00 times")
+    assert text.index("the disk is full") < text.index("draft acceptance") < text.index("3.00 times")
     assert "no such repo" in render(RunReport(RECIPE, error="no such repo"))
 
 
@@ -145,7 +149,9 @@ def test_siblings_of_a_base_without_a_head_are_not_said_to_keep_one() -> None:
         FACTS, recipe=RECIPE.each[EIGHT], others={name: r for name, r in RECIPE.each.items() if name != EIGHT}
     )
     assert "| keep |" in make_card(facts)
-    assert "| keep |" not in make_card(replace(facts, measured={**facts.measured, "head_kept": False}))
+    assert "| keep |" not in make_card(
+        replace(facts, measured=facts_of(measured={**MEASURED, "head_kept": False}).measured)
+    )
 
 
 def test_a_rollback_of_several_must_name_the_repo(tmp_path: Path) -> None:

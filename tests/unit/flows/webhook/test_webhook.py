@@ -154,14 +154,14 @@ def test_connections_on_which_nothing_more_is_asked_shut_nobody_out(
         else:
             connection.loop.call_later(0.02, connection._end)
 
-    monkeypatch.setattr(relay_connection, "MAX_AGE_S", 0.02)
+    monkeypatch.setattr(relay_connection, "MAX_CONNECTION_AGE_S", 0.02)
     monkeypatch.setattr(Connection, "_end", end_once_full)
     idle = [socket.create_connection(address, timeout=5) for _ in range(4)]
     for sock in idle:
         sock.sendall(head)
     assert client.post("/hub", json=PAYLOAD, headers=GOOD).status_code == 503
     # A connection to come must not be old before its request arrives, which on a busy machine takes some time.
-    monkeypatch.setattr(relay_connection, "MAX_AGE_S", 60.0)
+    monkeypatch.setattr(relay_connection, "MAX_CONNECTION_AGE_S", 60.0)
     full.set()
     wait_for(lambda: client.post("/hub", json=PAYLOAD, headers=GOOD).status_code == 202, 30)
     for sock in idle:
@@ -217,7 +217,7 @@ def test_payloads_that_come_during_a_pass_wait_for_one_more(client: httpx.Client
 def test_too_many_repos_at_once_are_told_to_come_again(
     client: httpx.Client, looks: Looks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay_looker, "MAX_WAITING", 2)
+    monkeypatch.setattr(relay_looker, "MAX_WAITING_REPOS", 2)
     looks.gate.clear()
     client.post("/hub", json=PAYLOAD, headers=GOOD)
     looks.wait_for(1)

@@ -15,9 +15,11 @@ from requant.tasks.planning.reasons import kept_groups
 from requant.tasks.plots import Picture
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Gates
+from requant.tasks.record import StageRecord
 from requant.tasks.validating.gates import judge
+from requant.tasks.validating.measured import Measured
 from tests.factories.cards import HOSTILE, MEASURED, SHA, base_card, card_of, recipe
-from tests.factories.measured import GOOD
+from tests.factories.measured import GOOD, good
 
 OWN = {
     "base_model": "Qwen/Qwen3.6-27B",
@@ -135,15 +137,15 @@ def test_every_measured_value_is_in_the_card() -> None:
 
 def test_a_gate_without_a_limit_is_not_said_to_have_passed() -> None:
     limits = Gates(max_weight_offset=None, max_weight_slope_error=None)
-    _, body = card_of(gates=judge({**MEASURED, "matrices": [{**GOOD["matrices"][0], "offset": 3.968}]}, limits))
+    _, body = card_of(gates=judge(good(matrices=[{**GOOD["matrices"][0], "offset": 3.968}]), limits))
     assert re.search(r"weight_offset\W+3\.968\W+none\W+no limit", body), body
-    _, body = card_of(gates=judge({**MEASURED, "matrices": None}, limits))
+    _, body = card_of(gates=judge(good(matrices=None), limits))
     assert re.search(r"weight_slope\W+not measured\W+none\W+not measured", body), body
 
 
 def test_a_failed_or_unmeasured_gate_is_not_dressed_up() -> None:
     measured = {**MEASURED, "top1_agreement": 0.5, "mtp_acceptance_ratio": None}
-    _, body = card_of(measured=measured, gates=judge(measured, Gates()))
+    _, body = card_of(measured=measured, gates=judge(Measured.from_json(measured), Gates()))
     assert "| top1_agreement | 0.5 | 0.85 | failed |" in body
     assert "| mtp_acceptance_ratio | not measured | 0.95 | failed |" in body
 
@@ -186,7 +188,7 @@ def test_a_command_that_was_not_run_is_marked_so_and_asks_for_the_head() -> None
 
 
 def test_a_head_that_the_recipe_drops_is_said_to_be_left_out() -> None:
-    fixed = {"mtp_fix": {"seconds": 1.0, "mtp": {"asked": "drop", "in_base": True}}}
+    fixed = {"mtp_fix": StageRecord({"seconds": 1.0, "mtp": {"asked": "drop", "in_base": True}})}
     _, body = card_of(measured={**MEASURED, "head_kept": False}, recipe=recipe(mtp="drop"), provenance=fixed)
     assert "The result has no MTP head: the base's was left out, as the recipe says." in body
 

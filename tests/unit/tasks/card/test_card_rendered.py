@@ -14,8 +14,11 @@ from requant.tasks.hub.revision import Revision
 from requant.tasks.plots import Picture
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Gates
+from requant.tasks.record import StageRecord
 from requant.tasks.validating.gates import judge
+from requant.tasks.validating.measured import Measured
 from tests.factories.cards import (
+    COMPARED_IN_VLLM,
     HOSTILE,
     MEASURED,
     MEASURED_IN_VLLM,
@@ -35,7 +38,7 @@ BIBTEX = "@misc{qwen3,\n  title = {Qwen3 {\\&} friends},\n  url = {https://qwen.
 def rich(**changes: Any) -> str:
     """A card with everything in it."""
     pictures = (Picture("losses", "Errors, block by block.", b"", b""),)
-    speed = {**MEASURED_IN_VLLM, "mtp": {"speedup": 2.0, "on": {"acceptance": 0.8}, "off": {}}}
+    speed = COMPARED_IN_VLLM
     return make_card(facts_of(**{"pictures": pictures, "benchmark": speed, **changes}))
 
 
@@ -47,12 +50,12 @@ def test_every_section_is_there_in_its_order_and_nothing_is_no_tag_of_ours() -> 
 
 
 def test_the_summary_has_sizes_quality_and_speed() -> None:
-    _, body = card_of(benchmark={**MEASURED_IN_VLLM, "mtp": {"speedup": 2.0, "on": {"acceptance": 0.8}, "off": {}}})
+    _, body = card_of(benchmark=COMPARED_IN_VLLM)
     summary = body.split("## TL;DR\n\n")[1].split("\n\n##")[0].splitlines()
     assert [line[:2] for line in summary] == ["- "] * 4
     assert "54.00 GB to 18.00 GB (3.00 times smaller)" in summary[0]
     assert "same next token" in summary[2].lower() and "95.0%" in summary[2] and "+1.0%" in summary[2]
-    assert "2.00 times as fast as without" in summary[3] and "80% of drafts" in summary[3]
+    assert "2.00 times as fast as without" in summary[3] and "draft acceptance rate 80%" in summary[3]
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
@@ -105,8 +108,11 @@ def test_hostile_names_texts_and_records_render_to_our_page() -> None:
     record = {"seconds": 1.0, "tools": {evil: evil}, "settings": {"device": evil, "torch": evil}, "calibration": evil}
     card = rich(
         measured=measured,
-        gates=judge({**measured, "worst_task_recovery": 1.0}, Gates()),
-        provenance={"quantize": record, "validate": {"machine": {"python": evil, "cpus": evil}}},
+        gates=judge(Measured.from_json({**measured, "worst_task_recovery": 1.0}), Gates()),
+        provenance={
+            "quantize": StageRecord(record),
+            "validate": StageRecord({"machine": {"python": evil, "cpus": evil}}),
+        },
         kept_names=(evil, f"mtp.{evil}"),
         packing=evil,
         base=Revision("Qwen/Qwen3.6-27B", SHA, (), left_out=(evil,)),

@@ -11,23 +11,37 @@ from jinja2 import UndefinedError
 from requant.tasks.card.card import environment, make_card
 from requant.tasks.card.facts import CardFacts
 from requant.tasks.card.filters import Markdown, cell, escape, named, table
+from requant.tasks.planning.document import EngineVerdict
 from requant.tasks.plots import Picture
+from requant.tasks.record import StageRecord
 from requant.tasks.validating.gates import Gate
-from tests.factories.cards import FACTS, MEASURED, MEASURED_IN_VLLM, SECTIONS, SHA, TAGS, facts_of, page_of
+from tests.factories.cards import (
+    COMPARED_IN_VLLM,
+    FACTS,
+    MEASURED,
+    MEASURED_IN_VLLM,
+    SECTIONS,
+    SHA,
+    TAGS,
+    facts_of,
+    page_of,
+)
 
 EVIL = "x`](https://evil)[click](https://evil)<b>*x*</b>|![i](https://evil)\n\n# evil\n```\n"
-VERDICT = {"loads": True, "mtp": True, "reason": "none"}
+VERDICT = EngineVerdict(loads=True, mtp=True, reason="none")
 WHOLE: dict[str, Any] = {
     "measured": {**MEASURED, "tasks": {"a": {"metric": "acc", "base": 1.0, "ours": 1.0, "recovery": 1.0}}},
-    "benchmark": {**MEASURED_IN_VLLM, "mtp": {"speedup": 2.0, "on": {"acceptance": 0.8}, "off": {}}},
+    "benchmark": COMPARED_IN_VLLM,
     "provenance": {
-        "quantize": {
-            "seconds": 1.0,
-            "tools": {"auto-round": "0.16.1"},
-            "settings": {"device": "H200", "torch": "2.11"},
-            "machine": {"python": "3.12", "cpus": 8},
-            "calibration": "builtin:mixed",
-        }
+        "quantize": StageRecord(
+            {
+                "seconds": 1.0,
+                "tools": {"auto-round": "0.16.1"},
+                "settings": {"device": "H200", "torch": "2.11"},
+                "machine": {"python": "3.12", "cpus": 8},
+                "calibration": "builtin:mixed",
+            }
+        )
     },
     "engines": {"vllm": VERDICT, "sglang": VERDICT, "transformers": VERDICT},
     "gates": [Gate("structure", 0.0, 0.0, True)],
@@ -42,6 +56,10 @@ def hostile(value: Any) -> Any:
         return {key: hostile(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(hostile, value))
+    if isinstance(value, EngineVerdict):
+        return value.model_copy(update={"reason": EVIL})
+    if isinstance(value, StageRecord):
+        return StageRecord(hostile(value.document))
     return EVIL if isinstance(value, str) else value
 
 
@@ -100,10 +118,10 @@ def test_whatever_text_of_the_facts_is_a_strangers_the_page_is_ours(name: str) -
 
 def test_names_that_the_facts_are_listed_by_are_escaped_too() -> None:
     prompts = [{**prompt, "set": EVIL, "name": EVIL} for prompt in MEASURED_IN_VLLM["prompts"]]
-    sampling = {"greedy": {}, "sampled": {EVIL: EVIL}}
+    sampling = {"greedy": {}, "sampled": {EVIL: 0.7}}
     commands = [{**one, "words": [*one["words"], EVIL]} for one in MEASURED_IN_VLLM["commands"]]
     benchmark = {**WHOLE["benchmark"], "prompts": prompts, "sampling": sampling, "commands": commands}
-    provenance = {EVIL: {"tools": {EVIL: EVIL}}, **WHOLE["provenance"]}
+    provenance = {EVIL: StageRecord({"tools": {EVIL: EVIL}}), **WHOLE["provenance"]}
     measured = {**MEASURED, "tasks": {EVIL: WHOLE["measured"]["tasks"]["a"]}}
     check(facts_of(**{**WHOLE, "benchmark": benchmark, "provenance": provenance, "measured": measured}))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from requant.tasks.planning.document import EngineVerdict
 from tests.factories.cards import MEASURED_IN_VLLM, card_of, recipe
 
 COMMANDS: list[dict[str, Any]] = MEASURED_IN_VLLM["commands"]
@@ -44,9 +45,9 @@ def test_a_file_in_a_command_is_named_without_the_folder_it_lies_in() -> None:
     assert "--chat-template chat.jinja" in body and "/srv/mine" not in body
 
 
-GOOD = {"loads": True, "mtp": True, "reason": "nothing is in the way"}
-NO_DRAFTS = {"loads": True, "mtp": False, "reason": "its head is packed"}
-NO_MODEL = {"loads": False, "mtp": False, "reason": "no kernel takes <3> bits"}
+GOOD = EngineVerdict(loads=True, mtp=True, reason="nothing is in the way")
+NO_DRAFTS = EngineVerdict(loads=True, mtp=False, reason="its head is packed")
+NO_MODEL = EngineVerdict(loads=False, mtp=False, reason="no kernel takes <3> bits")
 
 
 def test_no_command_is_shown_for_an_engine_that_does_not_load_it() -> None:

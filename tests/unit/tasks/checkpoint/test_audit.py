@@ -305,7 +305,7 @@ def test_a_tensor_of_many_chunks_is_compared_to_its_end(
 ) -> None:
     from requant.tasks.checkpoint import header
 
-    monkeypatch.setattr(header, "COPY_CHUNK", 1000)
+    monkeypatch.setattr(header, "CHUNK_BYTES", 1000)
     assert pair.found().altered == []
     pair.edit(replaced(KEPT, lambda data: flipped(data, len(data) - 2)))
     assert pair.found().altered == [f"{KEPT} differs from the base's"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from requant.tasks.checkpoint.checkpoint import INDEX, MAX_JSON, SINGLE, STALE, WRONG_TOTAL, Checkpoint, read_json
+from requant.tasks.checkpoint.checkpoint import INDEX, MAX_JSON_BYTES, SINGLE, STALE, WRONG_TOTAL, Checkpoint, read_json
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import all_tensors, safetensors_bytes, write_checkpoint
 from tests.factories.pico import pico_base
@@ -288,7 +288,7 @@ def test_a_damaged_json_file_is_an_error_that_names_it(folder: Path, name: str, 
 
 def test_a_json_file_of_a_gigabyte_is_refused_unread(folder: Path) -> None:
     with (folder / "config.json").open("r+b") as stream:
-        stream.truncate(MAX_JSON + 1)
+        stream.truncate(MAX_JSON_BYTES + 1)
     with pytest.raises(CheckpointError, match="larger than 64 MiB"):
         read_json(folder / "config.json")
 

@@ -15,7 +15,7 @@ from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.head import HEAD_SHARD
 from requant.tasks.checkpoint.weight_error import fidelity
 from requant.tasks.errors import CheckpointError
-from requant.tasks.planning.checks import refusals
+from requant.tasks.planning.checks import base_problems
 from requant.tasks.planning.output import plan_output
 from requant.tasks.recipe.loader import parse_recipe
 from tests.factories.bases import other_base
@@ -71,13 +71,13 @@ def test_a_layout_that_is_not_known_is_left_and_refused_by_name(change: dict[str
     assert split_fused_experts(checkpoint) is checkpoint
     problem = unknown_layout(checkpoint)
     assert problem and problem.startswith(f"the experts of the base lie fused in {EXPERTS}.down_proj [3, 64, 96]")
-    assert problem in list(refusals(checkpoint, parse_recipe({"base": {"repo_id": "a/b"}})))
+    assert problem in list(base_problems(checkpoint, parse_recipe({"base": {"repo_id": "a/b"}})))
 
 
 def test_a_known_layout_is_not_refused_nor_is_a_layers_own_name(base: Path) -> None:
     layers = {f"{EXPERTS}.2.down_proj": {"bits": 8}}
     recipe = parse_recipe({"base": {"repo_id": "a/b"}, "quantize": {"layers": layers}})
-    assert list(refusals(Checkpoint.open(base), recipe)) == []
+    assert list(base_problems(Checkpoint.open(base), recipe)) == []
 
 
 def test_a_matrix_that_is_there_twice_is_refused(base: Path) -> None:

@@ -13,9 +13,10 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import verdicts
+from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.fp8 import STRIPE_ROWS, dequantize_fp8, dequantized_tensors, values_of, write_dequantized
 from requant.tasks.checkpoint.head import head_tensors
-from requant.tasks.checkpoint.header import COPY_CHUNK, Tensor
+from requant.tasks.checkpoint.header import CHUNK_BYTES, Tensor
 from requant.tasks.checkpoint.packing import float_rows, to_numpy
 from requant.tasks.checkpoint.writer import write_shard
 from requant.tasks.errors import CheckpointError
@@ -106,7 +107,7 @@ def test_memory_follows_some_rows_and_chunks_are_those_of_a_file(tmp_path: Path)
     (ours,) = dequantize_fp8(made(tmp_path, weight, torch.ones(12, 96))).tensors.values()
     write_shard(tmp_path / "out", "model.safetensors", [ours])
     sizes = [len(chunk) for chunk in ours.chunks()]
-    assert len(sizes) > 1 and sizes[:-1] == [COPY_CHUNK] * (len(sizes) - 1)
+    assert len(sizes) > 1 and sizes[:-1] == [CHUNK_BYTES] * (len(sizes) - 1)
     assert [len(rows) for rows in float_rows(ours)] == [STRIPE_ROWS] * 3
     assert np.array_equal(np.concatenate(list(float_rows(ours))), to_numpy(ours))
 
@@ -134,11 +135,11 @@ def test_nothing_of_fp8_is_left_of_a_base(scales: str, tmp_path: Path) -> None:
 
 def test_a_head_is_bf16_in_an_int4_checkpoint_and_fp8_in_an_fp8_one(tmp_path: Path) -> None:
     fp8 = Checkpoint.open(as_fp8(pico_base(tmp_path / "bf16"), tmp_path / "fp8"))
-    made = head_tensors(fp8, "keep", {"quant_method": "auto-round", "bits": 4, "group_size": 32})
+    made = head_tensors(fp8, "keep", QuantizationConfig(quant_method="auto-round", bits=4, group_size=32))
     assert {t.dtype for t in made.values()} == {"BF16"} and not any("scale" in name for name in made)
     kept = head_tensors(fp8, "keep", fp8.quantization)
     assert {t.dtype for t in kept.values()} == {"BF16", "F8_E4M3", "F32"}
-    packed = head_tensors(fp8, "int8", {"quant_method": "auto-round", "bits": 4, "group_size": 32})
+    packed = head_tensors(fp8, "int8", QuantizationConfig(quant_method="auto-round", bits=4, group_size=32))
     assert any(name.endswith("qweight") for name in packed) and all(t.read() for t in packed.values())
 
 
@@ -146,4 +147,4 @@ def test_inspect_and_engines_read_the_base_as_fp8(tmp_path: Path) -> None:
     folder = as_fp8(pico_base(tmp_path / "bf16"), tmp_path / "fp8")
     found = verdicts(Checkpoint.open(folder))
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
-    assert all(engine["loads"] for engine in found.values())
+    assert all(engine.loads for engine in found.values())

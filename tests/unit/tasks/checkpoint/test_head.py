@@ -211,4 +211,4 @@ def test_keeping_and_then_dropping_leaves_no_word_of_an_inlined_head(tmp_path: P
     head = Checkpoint.open(base).head
     kept(made, base)
     dropped = without_head(HeadFiles.read(made), head)
-    assert dropped.quantization == {**before, "extra_config": {}}
+    assert dropped.config.quantization == {**before, "extra_config": {}}

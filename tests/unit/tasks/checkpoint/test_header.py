@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
-from requant.tasks.checkpoint.header import DTYPE_BITS, MAX_HEADER, read_header
+from requant.tasks.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, read_header
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import safetensors_bytes, with_header
 from tests.factories.watching import watching
@@ -86,8 +86,8 @@ def test_a_header_length_that_cannot_be_right_is_refused_without_reading_it(leng
 
 def test_a_header_larger_than_any_is_refused_also_where_the_file_has_as_many_bytes(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    path.write_bytes(struct.pack("<Q", MAX_HEADER + 1))
-    os.truncate(path, 8 + MAX_HEADER + 1)
+    path.write_bytes(struct.pack("<Q", MAX_HEADER_BYTES + 1))
+    os.truncate(path, 8 + MAX_HEADER_BYTES + 1)
     with pytest.raises(CheckpointError, match="header length"):
         read_header(path)
 

@@ -12,7 +12,7 @@ import pytest
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.inspect import as_text, inspect_checkpoint
-from requant.tasks.checkpoint.inventory import missing_parts, scheme_fields
+from requant.tasks.checkpoint.inventory import missing_parts
 from tests.factories.checkpoints import all_tensors, from_bf16, rounded, to_bf16, write_checkpoint
 from tests.factories.repairs import elsewhere, fixed
 
@@ -53,49 +53,50 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 
 def problems(folder: Path, **options: Any) -> list[str]:
-    found: list[str] = inspect_checkpoint(folder, **options)["problems"]
-    return found
+    return inspect_checkpoint(folder, **options).problems
 
 
 def test_a_base_is_said_to_be_what_it_is(base: Path) -> None:
     result = inspect_checkpoint(base, deep=True)
-    assert result["tensors"] == len(all_tensors(base)) and result["dtypes"] == {"BF16": len(all_tensors(base))}
-    assert result["bytes"] == sum(len(data) for _, _, data in all_tensors(base).values())
-    assert result["quantized"]["count"] == 0 and result["quantized"]["bits"] is None
-    head = {key: result["mtp"][key] for key in ("present", "layout", "layers", "precision", "complete", "tensors")}
+    assert result.tensors == len(all_tensors(base)) and result.dtypes == {"BF16": len(all_tensors(base))}
+    assert result.bytes == sum(len(data) for _, _, data in all_tensors(base).values())
+    assert result.quantized.count == 0 and result.quantized.bits is None
+    head = {
+        key: getattr(result.mtp, key) for key in ("present", "layout", "layers", "precision", "complete", "tensors")
+    }
     assert head == {
         "present": True, "layout": "mtp", "layers": 1, "precision": "BF16", "complete": True, "tensors": 15,
     }  # fmt: skip
-    assert result["problems"] == [] and result["engines"]["vllm"]["mtp"] is True
-    assert result["engines"]["transformers"]["loads"] is True and result["engines"]["transformers"]["mtp"] is False
+    assert result.problems == [] and result.engines["vllm"].mtp is True
+    assert result.engines["transformers"].loads is True and result.engines["transformers"].mtp is False
 
 
 def test_a_sound_quantized_checkpoint_has_no_problems_on_the_surface_or_below(made: Path) -> None:
     result = inspect_checkpoint(made, deep=True)
-    assert result["problems"] == []
-    quantized = result["quantized"]
-    assert (quantized["count"], quantized["bits"], quantized["group_size"], quantized["sym"]) == (13, 4, 32, True)
-    assert quantized["storage"] == {"INT4": 13} and quantized["packing"] == "auto_round:auto_gptq"
+    assert result.problems == []
+    quantized = result.quantized
+    assert (quantized.count, quantized.bits, quantized.group_size, quantized.sym) == (13, 4, 32, True)
+    assert quantized.storage == {"INT4": 13} and quantized.packing == "auto_round:auto_gptq"
 
 
 def test_the_groups_hold_every_tensor_once(made: Path) -> None:
     result = inspect_checkpoint(made)
-    assert sum(group["bytes"] for group in result["groups"]) == result["bytes"]
-    stored = {group["modules"]: group for group in result["groups"]}
+    assert sum(group.bytes for group in result.groups) == result.bytes
+    stored = {group.modules: group for group in result.groups}
     gate = stored["model.language_model.layers.*.mlp.gate_proj"]
-    assert (gate["count"], gate["storage"]) == (2, "INT4")
-    assert stored["mtp.fc"] | {"shape": None} == {
+    assert (gate.count, gate.storage) == (2, "INT4")
+    assert stored["mtp.fc"].to_json() | {"shape": None} == {
         "modules": "mtp.fc", "count": 1, "storage": "BF16", "shape": None, "bytes": 64 * 128 * 2,
     }  # fmt: skip
 
 
 def test_a_packed_fc_is_said_not_to_draft_in_any_engine(base: Path, tmp_path: Path) -> None:
     result = inspect_checkpoint(elsewhere(base, tmp_path / "made", packed=("mtp.fc",)))
-    assert result["mtp"]["precisions"] == {"F32": 14, "INT4": 1} and result["mtp"]["modules"]["mtp.fc"] == "INT4"
+    assert result.mtp.precisions == {"F32": 14, "INT4": 1} and result.mtp.modules["mtp.fc"] == "INT4"
     for engine in ("vllm", "sglang"):
-        assert result["engines"][engine]["mtp"] is False
-        assert "mtp.fc.qweight is packed" in result["engines"][engine]["reason"]
-    assert any("mtp.fc.qweight" in problem and "requant mtp-fix" in problem for problem in result["problems"])
+        assert result.engines[engine].mtp is False
+        assert "mtp.fc.qweight is packed" in result.engines[engine].reason
+    assert any("mtp.fc.qweight" in problem and "requant mtp-fix" in problem for problem in result.problems)
 
 
 def test_a_head_that_engines_would_take_for_packed_is_said_not_to_draft(made: Path) -> None:
@@ -104,24 +105,24 @@ def test_a_head_that_engines_would_take_for_packed_is_said_not_to_draft(made: Pa
     del config["quantization_config"]["block_name_to_quantize"]
     config["quantization_config"]["extra_config"] = {}
     (made / "config.json").write_text(json.dumps(config))
-    verdict = inspect_checkpoint(made)["engines"]["vllm"]
-    assert verdict["mtp"] is False
+    verdict = inspect_checkpoint(made).engines["vllm"]
+    assert verdict.mtp is False
 
 
 def test_a_missing_processor_file_is_a_problem_and_keeps_vllm_from_loading(base: Path) -> None:
     (base / "video_preprocessor_config.json").unlink()
     result = inspect_checkpoint(base)
-    assert result["engines"]["vllm"]["loads"] is False
-    assert "video_preprocessor_config.json is missing" in result["engines"]["vllm"]["reason"]
+    assert result.engines["vllm"].loads is False
+    assert "video_preprocessor_config.json is missing" in result.engines["vllm"].reason
     assert problems(base) == ["video_preprocessor_config.json is missing: copy it from the base"]
-    assert result["engines"]["transformers"]["loads"] is True
+    assert result.engines["transformers"].loads is True
 
 
 def test_a_promised_head_that_is_not_there_is_a_problem(base: Path) -> None:
     change_tensors(base, lambda t: {n: raw for n, raw in t.items() if not n.startswith("mtp.")})
     result = inspect_checkpoint(base)
-    assert [p for p in result["problems"] if "promises 1 MTP layers, and there are no tensors of a head" in p]
-    assert result["mtp"]["present"] is False and result["engines"]["vllm"]["mtp"] is False
+    assert [p for p in result.problems if "promises 1 MTP layers, and there are no tensors of a head" in p]
+    assert result.mtp.present is False and result.engines["vllm"].mtp is False
 
 
 @pytest.mark.parametrize("lost", ["mtp.fc.weight", "mtp.norm.weight", "mtp.layers.0.self_attn.q_norm.weight",
@@ -129,9 +130,9 @@ def test_a_promised_head_that_is_not_there_is_a_problem(base: Path) -> None:
 def test_a_head_that_lacks_a_tensor_is_incomplete(lost: str, base: Path) -> None:
     change_tensors(base, lambda t: {n: raw for n, raw in t.items() if n != lost})
     result = inspect_checkpoint(base)
-    assert result["mtp"]["missing"] == [lost.removesuffix(".weight")] and result["mtp"]["complete"] is False
-    assert [p for p in result["problems"] if f"the MTP head lacks {lost.removesuffix('.weight')}" in p]
-    assert result["engines"]["vllm"]["mtp"] is False
+    assert result.mtp.missing == [lost.removesuffix(".weight")] and result.mtp.complete is False
+    assert [p for p in result.problems if f"the MTP head lacks {lost.removesuffix('.weight')}" in p]
+    assert result.engines["vllm"].mtp is False
 
 
 def test_two_configs_that_disagree_are_a_problem(made: Path) -> None:
@@ -262,7 +263,7 @@ def test_a_quantization_config_of_nonsense_is_looked_at_without_a_traceback(
     quantization: dict[str, Any], base: Path
 ) -> None:
     change_config(base, quantization_config=quantization)
-    assert inspect_checkpoint(base)["mtp"]["present"] is True
+    assert inspect_checkpoint(base).mtp.present is True
 
 
 def test_the_text_for_a_person_says_the_same(base: Path, tmp_path: Path) -> None:
@@ -270,17 +271,3 @@ def test_the_text_for_a_person_says_the_same(base: Path, tmp_path: Path) -> None
     text = as_text("x", inspect_checkpoint(folder))
     assert "14 INT4, group 32, auto_round:auto_gptq" in text and "1 layers, mtp, F32+INT4" in text
     assert "does not draft" in text and "problem       mtp.fc.qweight" in text
-
-
-@pytest.mark.parametrize(("quantization", "fields"), [
-    ({"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True}, (4, 128, True)),
-    ({"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True}, (4, 64, False)),
-    ({"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "zero_point": False}, (4, 128, True)),
-    ({"quant_method": "fp8", "fmt": "e4m3"}, (None, None, None)),
-    ({"quant_method": "compressed-tensors", "config_groups": {
-        "group_0": {"weights": {"num_bits": 4, "group_size": 32, "symmetric": True}}}}, (4, 32, True)),
-    ({"quant_method": "compressed-tensors", "config_groups": {
-        "a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}}}, (None, None, None)),
-], ids=lambda value: str(value)[:60])  # fmt: skip
-def test_the_scheme_is_told_in_one_way_for_every_method(quantization: dict[str, Any], fields: Any) -> None:
-    assert tuple(scheme_fields(quantization).values()) == fields

@@ -8,19 +8,18 @@ from typing import Any
 
 import pytest
 
+from requant.tasks.checkpoint.config import ModelConfig, QuantizationConfig
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.mtp import (
     Head,
     find_head,
-    layer_count,
     unquantized_entries,
     with_head_entries,
     without_head_entries,
-    without_layer_count,
 )
 
 FULL = {"bits": 16, "data_type": "fp"}
-AUTO_ROUND = {"quant_method": "auto-round", "bits": 4}
+AUTO_ROUND = QuantizationConfig(quant_method="auto-round", bits=4)
 APART = {
     "mtp.fc.weight": (8, 16),
     "mtp.norm.weight": (8,),
@@ -37,7 +36,7 @@ INLINED = {
     "model.layers.2.mlp.gate.e_score_correction_bias": (4,),
 }
 MAIN = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight")
-COUNTED = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}
+COUNTED = ModelConfig(num_hidden_layers=2, num_nextn_predict_layers=1)
 
 
 def head_and_tensors(shapes: dict[str, tuple[int, ...]]) -> tuple[Head, dict[str, Tensor]]:
@@ -47,13 +46,13 @@ def head_and_tensors(shapes: dict[str, tuple[int, ...]]) -> tuple[Head, dict[str
 
 
 def test_tensors_below_mtp_are_the_head_whatever_the_config_says() -> None:
-    head = find_head([*MAIN, *APART], {})
+    head = find_head([*MAIN, *APART], ModelConfig())
     assert head == Head("mtp", tuple(sorted(APART)))
     assert head.prefixes == ["mtp"]
 
 
 def test_a_head_below_model_mtp_is_found_with_its_prefix() -> None:
-    head = find_head(["model.mtp.fc.weight", "model.mtp.layers.0.x.weight", *MAIN], {})
+    head = find_head(["model.mtp.fc.weight", "model.mtp.layers.0.x.weight", *MAIN], ModelConfig())
     assert head is not None and head.layout == "mtp" and head.prefixes == ["model.mtp"]
 
 
@@ -65,12 +64,12 @@ def test_layers_behind_the_last_one_are_the_head_if_the_config_counts_them() -> 
 
 @pytest.mark.parametrize("config", [{}, {"num_hidden_layers": 2}, {**COUNTED, "num_nextn_predict_layers": 0}])
 def test_layers_behind_the_last_one_are_no_head_if_the_config_counts_none(config: dict[str, Any]) -> None:
-    assert find_head([*MAIN, *INLINED], config) is None
+    assert find_head([*MAIN, *INLINED], ModelConfig(config)) is None
 
 
 @pytest.mark.parametrize("name", ["smtp.fc.weight", "model.layers.0.mtp.fc.weight", "mtpx.weight", "mtp"])
 def test_a_name_that_only_looks_like_the_heads_is_not(name: str) -> None:
-    assert find_head([*MAIN, name], {"num_hidden_layers": 2, "mtp_num_hidden_layers": 1}) is None
+    assert find_head([*MAIN, name], ModelConfig(num_hidden_layers=2, mtp_num_hidden_layers=1)) is None
 
 
 @pytest.mark.parametrize(
@@ -85,11 +84,6 @@ def test_layers_of_another_tower_are_not_the_head(name: str) -> None:
 def test_the_modules_of_a_head_are_everything_with_a_weight_but_norms() -> None:
     head, _ = head_and_tensors(APART)
     assert head.modules == ["mtp.fc", "mtp.layers.0.mlp.gate", "mtp.layers.0.self_attn.q_proj"]
-
-
-def test_layers_are_counted_by_either_key() -> None:
-    assert layer_count({"mtp_num_hidden_layers": 1}) == layer_count({"num_nextn_predict_layers": 1}) == 1
-    assert layer_count({"num_nextn_predict_layers": None}) == layer_count({}) == 0
 
 
 def test_the_entries_name_matrices_exactly_and_all_of_the_head_by_a_regex() -> None:
@@ -115,7 +109,9 @@ def test_a_regex_covers_every_module_of_the_head_and_no_other(shapes: dict[str, 
 @pytest.mark.parametrize("shapes", [APART, INLINED], ids=["apart", "inlined"])
 def test_saying_that_the_head_is_not_quantized_twice_says_it_once(shapes: dict[str, tuple[int, ...]]) -> None:
     head, tensors = head_and_tensors(shapes)
-    once = with_head_entries({**AUTO_ROUND, "extra_config": {"lm_head": {"bits": 8}}}, head, tensors)
+    once = with_head_entries(
+        QuantizationConfig({**AUTO_ROUND, "extra_config": {"lm_head": {"bits": 8}}}), head, tensors
+    )
     assert with_head_entries(once, head, tensors) == once
     assert once["extra_config"]["lm_head"] == {"bits": 8} and once["bits"] == 4
     assert len(once["extra_config"]) == 1 + len(unquantized_entries(head, tensors))
@@ -124,47 +120,32 @@ def test_saying_that_the_head_is_not_quantized_twice_says_it_once(shapes: dict[s
 @pytest.mark.parametrize("shapes", [APART, INLINED], ids=["apart", "inlined"])
 def test_what_was_said_of_the_head_can_be_taken_back(shapes: dict[str, tuple[int, ...]]) -> None:
     head, tensors = head_and_tensors(shapes)
-    before = {**AUTO_ROUND, "extra_config": {"lm_head": {"bits": 8}}}
+    before = QuantizationConfig({**AUTO_ROUND, "extra_config": {"lm_head": {"bits": 8}}})
     assert without_head_entries(with_head_entries(before, head, tensors), head) == before
 
 
 def test_what_auto_round_says_of_a_head_is_replaced_and_not_kept() -> None:
     head, tensors = head_and_tensors(APART)
     extra = {"mtp.fc": {"bits": 4}, "mtp.layers.0.self_attn.q_proj": {"bits": 4}, ".*mtp.fc.*": FULL}
-    wrong = {**AUTO_ROUND, "extra_config": extra}
+    wrong = QuantizationConfig({**AUTO_ROUND, "extra_config": extra})
     assert with_head_entries(wrong, head, tensors)["extra_config"] == unquantized_entries(head, tensors)
 
 
 def test_an_inlined_head_of_one_digit_is_not_taken_for_a_layer_of_two() -> None:
-    head = find_head(["model.layers.1.x.weight"], {"num_hidden_layers": 1, "num_nextn_predict_layers": 1})
+    head = find_head(["model.layers.1.x.weight"], ModelConfig(num_hidden_layers=1, num_nextn_predict_layers=1))
     extra = {"model.layers.1.x": FULL, "model.layers.10.x": {"bits": 8}}
-    assert without_head_entries({"extra_config": extra}, head) == {"extra_config": {"model.layers.10.x": {"bits": 8}}}
+    stated = QuantizationConfig(extra_config=extra)
+    assert without_head_entries(stated, head) == {"extra_config": {"model.layers.10.x": {"bits": 8}}}
 
 
 def test_a_config_is_copied_and_never_changed() -> None:
     head, tensors = head_and_tensors(APART)
-    before = {**AUTO_ROUND, "extra_config": {"mtp.fc": {"bits": 4}}}
+    before = QuantizationConfig({**AUTO_ROUND, "extra_config": {"mtp.fc": {"bits": 4}}})
     with_head_entries(before, head, tensors)["extra_config"]["mtp.fc"]["bits"] = 99
     assert before == {**AUTO_ROUND, "extra_config": {"mtp.fc": {"bits": 4}}}
-    config = {"text_config": {"mtp_num_hidden_layers": 1}}
-    without_layer_count(config)
-    assert config == {"text_config": {"mtp_num_hidden_layers": 1}}
 
 
 @pytest.mark.parametrize("extra", [None, [], "mtp"], ids=repr)
 def test_an_extra_config_that_is_no_mapping_is_left_as_it_is(extra: Any) -> None:
     head, _ = head_and_tensors(APART)
-    assert without_head_entries({"extra_config": extra}, head) == {"extra_config": extra}
-
-
-def test_dropping_zeroes_every_count_that_is_there_and_adds_none() -> None:
-    config = {
-        "num_nextn_predict_layers": 1,
-        "text_config": {"mtp_num_hidden_layers": 2, "num_hidden_layers": 4},
-        "vision_config": {"depth": 3},
-    }
-    assert without_layer_count(config) == {
-        "num_nextn_predict_layers": 0,
-        "text_config": {"mtp_num_hidden_layers": 0, "num_hidden_layers": 4},
-        "vision_config": {"depth": 3},
-    }
+    assert without_head_entries(QuantizationConfig(extra_config=extra), head) == {"extra_config": extra}

@@ -12,6 +12,7 @@ from auto_round.export.export_to_awq.utils import WQLinear_GEMM, dequantize_gemm
 from auto_round_extension.torch import qlinear_torch, qlinear_torch_zp
 from safetensors.torch import save_file
 
+from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.header import Tensor, read_header
 from requant.tasks.checkpoint.packing import PackingScheme, dequantize, to_numpy, unpack
 from requant.tasks.errors import CheckpointError
@@ -220,7 +221,7 @@ SCHEMES: dict[str, tuple[dict[str, Any], PackingScheme]] = {
 
 @pytest.mark.parametrize(("config", "expected"), SCHEMES.values(), ids=SCHEMES)
 def test_the_scheme_of_a_module_comes_from_the_config(config: dict[str, Any], expected: PackingScheme) -> None:
-    assert PackingScheme.of(config, "m") == expected
+    assert PackingScheme.of(QuantizationConfig(config), "m") == expected
 
 
 HOSTILE: dict[str, dict[str, Any]] = {
@@ -244,7 +245,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("config", HOSTILE.values(), ids=HOSTILE)
 def test_a_config_that_makes_no_sense_is_a_checkpoint_error(config: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError):
-        PackingScheme.of(config, "m")
+        PackingScheme.of(QuantizationConfig(config), "m")
 
 
 def test_an_index_of_groups_beyond_the_last_one_is_a_checkpoint_error(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_the_head_comes_back_bit_for_bit_and_everything_else_stays(kind: Any, ba
     folder = elsewhere(base, tmp_path / "made", **kind)
     others = {n: raw for n, raw in all_tensors(folder).items() if not n.startswith("mtp.")}
     result = fixed(folder, base)
-    assert result["changed"] is True and result["tensors_restored"] == 15 and result["source"] == "base"
+    assert result.changed is True and result.tensors_restored == 15 and result.source == "base"
     assert raw_tensors(folder / HEAD_SHARD) == head_of(base)
     assert all_tensors(folder) == others | head_of(base)
     checkpoint = Checkpoint.open(folder)
@@ -60,7 +60,7 @@ def test_the_head_comes_back_bit_for_bit_and_everything_else_stays(kind: Any, ba
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config == json.loads((folder / "quantization_config.json").read_text())
     assert config["extra_config"]["mtp.fc"] == config["extra_config"][".*mtp.*"] == FULL
-    assert all(result["engines"][e]["mtp"] for e in ("vllm", "sglang"))
+    assert all(result.engines[e].mtp for e in ("vllm", "sglang"))
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -68,7 +68,7 @@ def test_a_second_repair_changes_nothing(kind: Any, base: Path, tmp_path: Path) 
     folder = elsewhere(base, tmp_path / "made", **kind)
     fixed(folder, base)
     before = snapshot(folder)
-    assert fixed(folder, base)["changed"] is False
+    assert fixed(folder, base).changed is False
     assert snapshot(folder) == before
 
 
@@ -76,14 +76,14 @@ def test_a_repaired_checkpoint_needs_no_base_any_more(base: Path, tmp_path: Path
     folder = elsewhere(base, tmp_path / "made", packed=("mtp.fc",))
     fixed(folder, base)
     before = snapshot(folder)
-    assert repair(folder, None)["changed"] is False
+    assert repair(folder, None).changed is False
     assert snapshot(folder) == before
 
 
 def test_a_head_that_is_missing_altogether_is_put_in(base: Path, tmp_path: Path) -> None:
     bits = write_packed(base, tmp_path / "packed")
     assemble(Checkpoint.open(base), Checkpoint.open(tmp_path / "packed"), bits, tmp_path / "made")
-    assert fixed(tmp_path / "made", base)["tensors_restored"] == 15
+    assert fixed(tmp_path / "made", base).tensors_restored == 15
     assert head_of(tmp_path / "made") == head_of(base)
     assert Checkpoint.open(tmp_path / "made").problems == []
 
@@ -95,7 +95,7 @@ def test_one_flipped_bit_in_the_head_is_restored(base: Path, tmp_path: Path) -> 
     dtype, shape, data = tensors["mtp.norm.weight"]
     tensors["mtp.norm.weight"] = (dtype, shape, bytes([data[0] ^ 1]) + data[1:])
     (folder / HEAD_SHARD).write_bytes(safetensors_bytes(tensors))
-    assert fixed(folder, base)["tensors_restored"] == 1
+    assert fixed(folder, base).tensors_restored == 1
     assert head_of(folder) == head_of(base)
 
 
@@ -105,7 +105,7 @@ def test_an_index_with_a_wrong_total_size_is_corrected(base: Path, tmp_path: Pat
     index = json.loads((folder / INDEX).read_text())
     index["metadata"]["total_size"] = 0
     (folder / INDEX).write_text(json.dumps(index))
-    assert fixed(folder, base)["changed"] is True
+    assert fixed(folder, base).changed is True
     assert Checkpoint.open(folder).problems == []
 
 
@@ -114,7 +114,7 @@ def test_a_missing_processor_file_is_copied_from_the_base(base: Path, tmp_path: 
     fixed(folder, base)
     (folder / "video_preprocessor_config.json").unlink()
     result = fixed(folder, base)
-    assert (result["changed"], result["tensors_restored"]) == (True, 0)
+    assert (result.changed, result.tensors_restored) == (True, 0)
     name = "video_preprocessor_config.json"
     assert (folder / name).read_bytes() == (base / name).read_bytes()
 

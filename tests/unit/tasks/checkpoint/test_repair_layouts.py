@@ -46,17 +46,17 @@ def test_a_packed_head_of_any_layout_and_packing_comes_back_bit_for_bit(
     folder = damaged(base, tmp_path / "made", layout, packing)
     others = {n: raw for n, raw in all_tensors(folder).items() if n not in head_of(folder, base)}
     result = repair(folder, RepairSource(base))
-    assert result["source"] == "base" and result["changed"] is True
+    assert result.source == "base" and result.changed is True
     assert head_of(folder, base) == head_of(base, base) == raw_tensors(folder / HEAD_SHARD)
     assert all_tensors(folder) == others | head_of(base, base)
     assert Checkpoint.open(folder).problems == []
-    head = inspect_checkpoint(folder)["mtp"]
+    head = inspect_checkpoint(folder).mtp
     experts = {"mtp-moe": "fused", "mtp-moe-split": "split", "inlined-moe": "split"}
-    assert head["complete"] is True and head["experts"] == experts.get(layout)
-    assert head["layout"] == layout.removesuffix("-split").removesuffix("-moe")
+    assert head.complete is True and head.experts == experts.get(layout)
+    assert head.layout == layout.removesuffix("-split").removesuffix("-moe")
     before = snapshot(folder)
-    assert repair(folder, RepairSource(base))["changed"] is False
-    assert repair(folder, None)["changed"] is False
+    assert repair(folder, RepairSource(base)).changed is False
+    assert repair(folder, None).changed is False
     assert snapshot(folder) == before
 
 
@@ -68,11 +68,11 @@ def test_without_a_base_a_packed_head_is_dequantized_with_the_zero_point_of_its_
     base = make_base(tmp_path / "base", layout)
     folder = damaged(base, tmp_path / "made", layout, packing)
     result = repair(folder, None)
-    assert result["source"] == "dequantized" and result["changed"] is True
+    assert result.source == "dequantized" and result.changed is True
     ours, theirs = head_of(folder, base), head_of(base, base)
     assert {n: raw[:2] for n, raw in ours.items()} == {n: raw[:2] for n, raw in theirs.items()}
     modules = {f"{m}.weight" for m in head_modules(all_tensors(base), layout)}
-    assert result["tensors_restored"] == len(modules)
+    assert result.tensors_restored == len(modules)
     for name, raw in ours.items():
         if name not in modules:
             assert raw == theirs[name]
@@ -81,7 +81,7 @@ def test_without_a_base_a_packed_head_is_dequantized_with_the_zero_point_of_its_
         size = np.linalg.norm(values_of(theirs[name]))
         assert np.linalg.norm(error) < 0.13 * size  # a zero point that is one off makes it 0.4
     before = snapshot(folder)
-    assert repair(folder, None)["changed"] is False
+    assert repair(folder, None).changed is False
     assert snapshot(folder) == before
 
 
@@ -94,15 +94,15 @@ def test_a_smaller_head_is_packed_from_the_base_with_the_fusion_layer_as_it_was(
     folder = damaged(base, tmp_path / "made", layout)
     repair(folder, RepairSource(base), precision=precision)
     result = inspect_checkpoint(folder)
-    stored = result["mtp"]["modules"]
+    stored = result.mtp.modules
     prefix = "mtp.layers.0" if layout.startswith("mtp") else "model.layers.2"
     fusion = "mtp.fc" if layout.startswith("mtp") else "model.layers.2.eh_proj"
     assert stored[f"{prefix}.self_attn.q_proj"] == f"INT{bits}" and stored[fusion] == "BF16"
-    assert result["mtp"]["complete"] is True and result["engines"]["vllm"]["mtp"] is True
+    assert result.mtp.complete is True and result.engines["vllm"].mtp is True
     entry = json.loads((folder / "config.json").read_text())["quantization_config"]["extra_config"]
     assert entry[f"{prefix}.self_attn.q_proj"]["bits"] == bits
     before = snapshot(folder)
-    assert repair(folder, RepairSource(base), precision=precision)["changed"] is False
+    assert repair(folder, RepairSource(base), precision=precision).changed is False
     assert snapshot(folder) == before
 
 
@@ -119,13 +119,13 @@ def test_a_dry_run_says_what_would_change_and_changes_nothing(tmp_path: Path) ->
     folder = damaged(base, tmp_path / "made", "mtp")
     before = snapshot(folder)
     promised = repair(folder, RepairSource(base), dry_run=True)
-    assert snapshot(folder) == before and promised["changed"] is False
+    assert snapshot(folder) == before and promised.changed is False
     done = repair(folder, RepairSource(base))
-    assert {"writes": done["writes"], "removes": done["removes"], "tensors_restored": done["tensors_restored"]} == {
-        key: promised[key] for key in ("writes", "removes", "tensors_restored")
+    assert {"writes": done.writes, "removes": done.removes, "tensors_restored": done.tensors_restored} == {
+        key: getattr(promised, key) for key in ("writes", "removes", "tensors_restored")
     }
-    assert all((folder / name).is_file() for name in done["writes"])
-    assert not any((folder / name).exists() for name in done["removes"])
+    assert all((folder / name).is_file() for name in done.writes)
+    assert not any((folder / name).exists() for name in done.removes)
 
 
 def test_links_of_a_hub_cache_are_replaced_and_what_they_lead_to_stays(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_broken_shard_of_the_head_under_another_name_is_taken_away(tmp_path: P
     (folder / HEAD_SHARD).unlink()
     (folder / other).write_bytes(b"broken")
     result = repair(folder, RepairSource(base))
-    assert result["removes"] == [other] and not (folder / other).exists()
+    assert result.removes == [other] and not (folder / other).exists()
     assert Checkpoint.open(folder).problems == []
 
 
@@ -236,7 +236,7 @@ def test_an_index_in_which_a_name_stands_twice_is_written_anew(tmp_path: Path) -
     text = (folder / INDEX).read_text()
     (folder / INDEX).write_text(text.replace('"weight_map": {', '"weight_map": {"mtp.fc.weight": "x.safetensors",'))
     assert Checkpoint.open(folder).problems != []
-    assert repair(folder, RepairSource(base))["changed"] is True
+    assert repair(folder, RepairSource(base)).changed is True
     assert Checkpoint.open(folder).problems == []
 
 
@@ -316,7 +316,7 @@ def test_after_a_repair_the_head_is_the_bases_and_all_else_is_untouched(
         assert set(index["weight_map"]) == set(others | head)
         assert index["metadata"]["total_size"] == sum(len(raw[2]) for raw in (others | head).values())
     before = snapshot(folder)
-    assert repair(folder, RepairSource(base))["changed"] is False
+    assert repair(folder, RepairSource(base)).changed is False
     assert snapshot(folder) == before
 
 

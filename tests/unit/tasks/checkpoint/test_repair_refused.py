@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from requant.flows.cli.mtp_fix import mtp_fix
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import FINE, FIX, verdicts
+from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.mtp import find_head, with_head_entries
 from requant.tasks.checkpoint.repair import RepairSource, repair
 from requant.tasks.errors import CheckpointError
@@ -69,15 +70,15 @@ def test_the_command_ends_with_exit_status_1_and_the_error_that_is_a_sentence(tm
 def test_an_fp8_moe_names_the_fused_experts_of_the_head_that_is_put_in(head: bool, tmp_path: Path) -> None:
     base = pico_base(tmp_path / "base", experts=4)
     folder = as_fp8(split(base, tmp_path / "split"), tmp_path / "made")
-    assert verdicts(Checkpoint.open(folder))["vllm"] == {"loads": True, "mtp": True, "reason": FINE}
+    assert verdicts(Checkpoint.open(folder))["vllm"].to_json() == {"loads": True, "mtp": True, "reason": FINE}
     if not head:
         without_the_head(folder)
     result = repair(folder, RepairSource(base))
-    assert result["changed"] and "mtp.layers.0.mlp.experts" in kept_by(folder)
-    assert result["engines"] == verdicts(Checkpoint.open(folder))
-    assert result["engines"]["vllm"]["mtp"] is True and result["engines"]["sglang"]["mtp"] is True
+    assert result.changed and "mtp.layers.0.mlp.experts" in kept_by(folder)
+    assert result.engines == verdicts(Checkpoint.open(folder))
+    assert result.engines["vllm"].mtp is True and result.engines["sglang"].mtp is True
     before = snapshot(folder)
-    assert repair(folder, RepairSource(base))["changed"] is False and snapshot(folder) == before
+    assert repair(folder, RepairSource(base)).changed is False and snapshot(folder) == before
 
 
 def split(base: Path, folder: Path) -> Path:
@@ -105,7 +106,7 @@ def test_an_fp8_head_that_comes_back_is_not_said_to_be_unquantized(tmp_path: Pat
     result = repair(folder, RepairSource(official))
     assert [name for name in kept_by(folder) if name.startswith("mtp")] == ["mtp.fc"]
     assert {*kept, "lm_head"} <= {*kept_by(folder)}
-    assert result["engines"]["vllm"]["mtp"] is True and result["engines"]["sglang"]["mtp"] is True
+    assert result.engines["vllm"].mtp is True and result.engines["sglang"].mtp is True
 
 
 def test_the_list_that_vllm_prefers_names_the_head_too(tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_the_list_that_vllm_prefers_names_the_head_too(tmp_path: Path) -> None:
     quantization = config_of(folder)["quantization_config"]
     quantization["ignored_layers"] = quantization.pop("modules_to_not_convert")
     (folder / "config.json").write_text(json.dumps({**config_of(folder), "quantization_config": quantization}))
-    assert repair(folder, RepairSource(base))["engines"]["vllm"]["mtp"] is True
+    assert repair(folder, RepairSource(base)).engines["vllm"].mtp is True
 
 
 @pytest.mark.parametrize(("method", "key"), [
@@ -123,9 +124,9 @@ def test_the_list_that_vllm_prefers_names_the_head_too(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_another_name_of_a_known_method_has_that_methods_words(method: str, key: str, tmp_path: Path) -> None:
     base = Checkpoint.open(pico_base(tmp_path / "base"))
-    head = find_head(base.tensors, base.text_config)
+    head = find_head(base.tensors, base.config)
     assert head is not None
-    assert list(with_head_entries({"quant_method": method}, head, base.tensors)) == ["quant_method", key]
+    assert list(with_head_entries(QuantizationConfig(quant_method=method), head, base.tensors)) == ["quant_method", key]
 
 
 @pytest.fixture
@@ -143,7 +144,7 @@ def shared_key(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_no_repair_is_installed_after_which_an_engine_loads_less_than_before(shared_key: tuple[Path, Path]) -> None:
     folder, base = shared_key
-    assert verdicts(Checkpoint.open(folder))["vllm"] == {"loads": True, "mtp": True, "reason": FINE}
+    assert verdicts(Checkpoint.open(folder))["vllm"].to_json() == {"loads": True, "mtp": True, "reason": FINE}
     before = snapshot(folder)
     for dry_run in (True, False):
         with pytest.raises(
@@ -164,8 +165,8 @@ def test_an_awq_checkpoint_without_a_list_keeps_what_its_tensors_say(tmp_path: P
     (shard,) = folder.glob("*.safetensors")
     held = {n: raw for n, raw in raw_tensors(shard).items() if not n.startswith(plain.removesuffix("weight"))}
     write_checkpoint(folder, {shard.name: {**held, plain: tensors[plain]}}, config_of(folder))
-    assert verdicts(Checkpoint.open(folder))["vllm"]["loads"] is True
-    assert repair(folder, RepairSource(base))["engines"]["vllm"] == {"loads": True, "mtp": True, "reason": FINE}
+    assert verdicts(Checkpoint.open(folder))["vllm"].loads is True
+    assert repair(folder, RepairSource(base)).engines["vllm"].to_json() == {"loads": True, "mtp": True, "reason": FINE}
     assert {"mtp", plain.removesuffix(".weight")} <= {*kept_by(folder)}
 
 
@@ -173,14 +174,14 @@ def test_a_dry_run_says_what_the_engines_will_make_of_the_repaired_checkpoint(tm
     base = make_base(tmp_path / "base", "mtp")
     folder = quantized(all_tensors(base), tmp_path / "made", config_of(base), "gptq", head=["mtp.fc"], shards=2,
                        single=False)  # fmt: skip
-    assert verdicts(Checkpoint.open(folder))["sglang"]["mtp"] is False
+    assert verdicts(Checkpoint.open(folder))["sglang"].mtp is False
     promised = repair(folder, RepairSource(base), dry_run=True)
     text = CliRunner().invoke(mtp_fix, [str(folder), "--base", str(base), "--dry-run"]).output
-    assert promised["changed"] is False and "would be repaired" in text and "does not draft: there" not in text
+    assert promised.changed is False and "would be repaired" in text and "does not draft: there" not in text
     assert [line for line in text.splitlines() if line.startswith("sglang")] == [
         "sglang     loads, drafts: nothing is in the way"
     ]
-    assert repair(folder, RepairSource(base))["engines"] == promised["engines"]
+    assert repair(folder, RepairSource(base)).engines == promised.engines
 
 
 def test_a_dry_run_counts_the_files_that_come_from_the_base(tmp_path: Path) -> None:
@@ -189,8 +190,8 @@ def test_a_dry_run_counts_the_files_that_come_from_the_base(tmp_path: Path) -> N
     (folder / "preprocessor_config.json").unlink()
     (folder / "video_preprocessor_config.json").unlink()
     promised = repair(folder, RepairSource(base), dry_run=True)
-    assert promised["engines"]["vllm"]["loads"] is True
-    assert repair(folder, RepairSource(base))["engines"] == promised["engines"]
+    assert promised.engines["vllm"].loads is True
+    assert repair(folder, RepairSource(base)).engines == promised.engines
 
 
 def test_a_smaller_head_that_is_asked_for_may_cost_one_engine(tmp_path: Path) -> None:
@@ -199,4 +200,4 @@ def test_a_smaller_head_that_is_asked_for_may_cost_one_engine(tmp_path: Path) ->
                        single=False)  # fmt: skip
     repair(folder, RepairSource(base))
     result = repair(folder, RepairSource(base), precision="int4")
-    assert result["changed"] and result["engines"]["vllm"]["mtp"] is True
+    assert result.changed and result.engines["vllm"].mtp is True

@@ -12,6 +12,7 @@ import pytest
 from requant.tasks.checkpoint.rounding import Rounding
 from requant.tasks.recipe.recipe import Gates
 from requant.tasks.validating.gates import slope_error, slope_off
+from requant.tasks.validating.measured import MatrixError
 
 LIMIT = Gates().max_weight_slope_error or 0.0
 ROWS, INPUTS = 192, 1024
@@ -38,7 +39,7 @@ class Packed:
     zeros: Any
     bits: int
 
-    def figures(self, factor: float = 1.0, *, of: Any = None) -> dict[str, float]:
+    def figures(self, factor: float = 1.0, *, of: Any = None) -> MatrixError:
         """What fidelity says of it; with all scales too large by `factor`, or beside another base `of`."""
         base = self.base if of is None else of
         scales = (self.scales * factor).astype(np.float16).astype(np.float32)
@@ -47,13 +48,16 @@ class Packed:
         for part in (slice(0, 64), slice(64, None)):
             sample.add(ours[part], base[part], scales[part], self.zeros[part])
         size = float((base.astype(np.float64) ** 2).sum())
-        return {
-            "slope": float((ours * base).sum(dtype=np.float64)) / size,
-            "error": float(((ours - base).astype(np.float64) ** 2).sum() / size) ** 0.5,
-            "slope_excess": sample.slope_excess,
-            "scale_factor": sample.scale_factor,
-            "rounding_noise": sample.rounding_noise,
-        }
+        return MatrixError(
+            name="a.weight",
+            bits=self.bits,
+            slope=float((ours * base).sum(dtype=np.float64)) / size,
+            offset=0.0,
+            error=float(((ours - base).astype(np.float64) ** 2).sum() / size) ** 0.5,
+            slope_excess=sample.slope_excess,
+            scale_factor=sample.scale_factor,
+            rounding_noise=sample.rounding_noise,
+        )
 
 
 @functools.cache
@@ -153,8 +157,8 @@ def test_some_rows_of_another_matrix_raise_an_alarm(case: str) -> None:
 def test_a_right_packing_is_not_compared_with_what_fine_rounding_would_give(case: str) -> None:
     """1 - error^2 is the slope where steps are small beside the weights and nothing is clipped: it is not so here."""
     figures = quantized(case, tuned=0.2, clipping="none").figures()
-    noise = figures["error"] ** 2
-    assert abs(figures["slope"] + noise - 1) - noise / 4 > LIMIT
+    noise = figures.error**2
+    assert abs(figures.slope + noise - 1) - noise / 4 > LIMIT
     assert slope_error(figures) < LIMIT / 2
 
 

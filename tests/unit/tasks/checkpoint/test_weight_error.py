@@ -10,6 +10,7 @@ import pytest
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.weight_error import Fidelity, fidelity
 from requant.tasks.validating.gates import slope_error
+from requant.tasks.validating.measured import MatrixError
 from tests.factories.checkpoints import all_tensors, from_bf16, rounded, write_quantized
 from tests.factories.damage import Edit
 from tests.factories.pico import pico_base
@@ -98,4 +99,4 @@ def test_a_matrix_of_zeros_of_which_something_else_was_made_raises_an_alarm(made
     edit.write()
     found = of(made, base)
     assert (found.slope, found.error) == (0.0, 1.0)
-    assert slope_error(vars(found)) == 1.0
+    assert slope_error(MatrixError(**vars(found))) == 1.0

@@ -159,7 +159,7 @@ def test_a_single_shard_is_never_named_as_loaders_prefer_it() -> None:
 
 def test_an_index_names_every_tensor_and_counts_data_bytes_only(tmp_path: Path) -> None:
     raw = {"b": ("F32", (2,), b"12345678"), "a": ("U8", (3,), b"abc"), "c": ("BF16", (1,), b"xy")}
-    layout = split_into_shards(tensors_of(tmp_path / "source", raw), limit=11)
+    layout = split_into_shards(tensors_of(tmp_path / "source", raw), max_bytes=11)
     index = index_of(layout)
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     assert index == {"metadata": {"total_size": 13}, "weight_map": {"a": first, "b": first, "c": second}}

@@ -152,7 +152,7 @@ def test_all_threads_wait_when_one_is_refused(clock: Clock, monkeypatch: pytest.
 
 
 def test_more_than_there_is_patience_for_is_an_error_at_once(clock: Clock) -> None:
-    with answering(lambda n: (429, {"Retry-After": "600"})) as (url, times), Pace(patience=5) as pace:
+    with answering(lambda n: (429, {"Retry-After": "600"})) as (url, times), Pace(max_pass_s=5) as pace:
         with pytest.raises(HubUnavailable, match="wants no requests for another 600 s"):
             pace.ask(lambda: get(url))
         assert clock.waits == 0 and len(times) == 1

@@ -11,9 +11,10 @@ import pytest
 
 from requant.tasks.artifact import RELEASE, REWRITTEN, File, Manifest
 from requant.tasks.errors import HubError
-from requant.tasks.hub.manifest import ReleaseManifest, release_document, tag_of
-from requant.tasks.hub.release import Release, _stale, holds, same
+from requant.tasks.hub.manifest import Origin, ReleaseManifest, release_document, tag_of
+from requant.tasks.hub.release import Release, _list_stale, holds, same
 from requant.tasks.hub.revision import HubFile, Revision
+from requant.tasks.record import StageRecord
 from tests.factories.checkpoints import write_files
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -87,25 +88,23 @@ def test_a_file_that_the_hub_lists_without_any_hash_is_not_the_same(manifest: Ma
 
 def test_what_an_earlier_release_left_is_stale_and_the_hubs_own_file_is_not(manifest: Manifest) -> None:
     old = revision({**FILES, ".gitattributes": b"", "model-00001.safetensors": b"old", "pictures/losses.png": b"old"})
-    assert _stale(old, manifest.files) == ["model-00001.safetensors", "pictures/losses.png"]
-    assert _stale(revision(FILES, left_out=("a\nb",)), manifest.files) == ["a\nb"]
+    assert _list_stale(old, manifest.files) == ["model-00001.safetensors", "pictures/losses.png"]
+    assert _list_stale(revision(FILES, left_out=("a\nb",)), manifest.files) == ["a\nb"]
 
 
 def test_a_release_links_to_its_repo() -> None:
-    assert Release("me/x", SHA, "t", True).to_json()["url"].endswith("/me/x")
+    assert Release(repo_id="me/x", commit=SHA, tag="t", changed=True).url.endswith("/me/x")
 
 
 def written(folder: Path, **changes: Any) -> dict[str, Any]:
     """`requant.json` of the files above and a card."""
     values: dict[str, Any] = {
-        "version": "1.2.3",
-        "base": Revision("a/b", SHA, ()),
+        "origin": Origin(Revision("a/b", SHA, ()), "e" * 64, "1.2.3"),
         "artifact": Manifest.of(write_files(folder, FILES)),
-        "beside": write_files(folder, CARD),
+        "release_files": write_files(folder, CARD),
         "blob_ids": {path: git_id(data) for path, data in {**FILES, **CARD}.items()},
-        "recipe_digest": "e" * 64,
         "gates": [{"name": "structure", "value": 0.0, "limit": 0.0, "passed": True}],
-        "provenance": {"quantize": {"seconds": 1.5}},
+        "provenance": {"quantize": StageRecord({"seconds": 1.5})},
     }
     document: dict[str, Any] = json.loads(release_document(**{**values, **changes}))
     return document
@@ -125,7 +124,7 @@ def test_a_manifest_names_every_file_its_base_and_its_release(tmp_path: Path) ->
         == tag_of(SHA, claimed.artifact)
         == f"{SHA[:7]}-{Manifest.of(write_files(tmp_path, FILES)).digest[:7]}"
     )
-    assert claimed.failed_gates == () and claimed.beside == {"README.md"}
+    assert claimed.failed_gates == () and claimed.release_files == {"README.md"}
 
 
 def test_a_repo_as_its_manifest_says_has_no_differences(tmp_path: Path) -> None:
@@ -162,7 +161,7 @@ def test_secrets_folders_and_servers_stay_out_of_it(tmp_path: Path, monkeypatch:
         "measured": {"engine": "url:http://gpu7.customer.example:8000/v1", "perplexity": float("inf")},
         "texts": ["/data/customers/calibration.txt", "~/private/x.jsonl", "Qwen/Qwen3.6-27B@main", "https://a.b/c/d"],
     }
-    document = written(tmp_path, provenance={"quantize": record})
+    document = written(tmp_path, provenance={"quantize": StageRecord(record)})
     text = json.dumps(document)
     for secret in ("hf_very_secret", "/root", "customer", "private", "/data"):
         assert secret not in text

@@ -12,8 +12,9 @@ from prefect.states import Completed, Failed
 from requant.tasks.artifact import Manifest
 from requant.tasks.errors import SECRET_VARIABLES, CheckpointError, HubUnavailable, QuantizeDied, StoreUnreachable
 from requant.tasks.pipeline.log import Redacting, log_into_runs, set_up_logging
-from requant.tasks.pipeline.prefect import options, passes, stage_summary
+from requant.tasks.pipeline.prefect import may_succeed_later, options, stage_summary
 from requant.tasks.pipeline.stage import StageResult
+from requant.tasks.record import StageRecord
 
 SECRET = "hf_AbCdEfGhIjKlMnOp"
 
@@ -99,7 +100,7 @@ def test_a_record_outside_of_a_run_is_not_sent_to_prefect(recwarn: pytest.Warnin
 
 @pytest.mark.parametrize("error", [HubUnavailable("503"), QuantizeDied("killed")])
 def test_a_failure_that_passes_by_itself_is_retried(error: Exception) -> None:
-    assert passes(None, None, Failed(data=error)) is True  # type: ignore[arg-type]
+    assert may_succeed_later(None, None, Failed(data=error)) is True  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_a_failure_that_passes_by_itself_is_retried(error: Exception) -> None:
     ],
 )
 def test_any_other_failure_is_not_retried(error: Exception) -> None:
-    assert passes(None, None, Failed(data=error)) is False  # type: ignore[arg-type]
+    assert may_succeed_later(None, None, Failed(data=error)) is False  # type: ignore[arg-type]
 
 
 def test_a_stage_is_retried_with_a_delay_that_grows_and_never_cached_by_prefect() -> None:
@@ -126,12 +127,12 @@ def test_a_stage_is_retried_with_a_delay_that_grows_and_never_cached_by_prefect(
 
 
 def test_a_reused_stage_says_so_in_its_state() -> None:
-    result = StageResult("x", "k", "reused", 0.1, Manifest.of([]), {})
+    result = StageResult("x", "k", "reused", 0.1, Manifest.of([]), StageRecord())
     state = stage_summary(result)
     assert state.is_completed() and state.name == "Reused" and state.data == result
     assert Completed().name == "Completed"
 
 
 def test_a_stage_that_ran_hands_over_its_result() -> None:
-    result = StageResult("x", "k", "ran", 0.1, Manifest.of([]), {})
+    result = StageResult("x", "k", "ran", 0.1, Manifest.of([]), StageRecord())
     assert stage_summary(result) is result

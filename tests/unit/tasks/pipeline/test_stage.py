@@ -68,10 +68,11 @@ def test_the_work_folder_is_gone_after_success(store: Store) -> None:
 
 def test_what_is_recorded_says_when_where_and_with_what(store: Store) -> None:
     record = run_stage(store, STAGE, KEY, lambda folder: made(store, folder)).provenance
-    assert record["measured"] == 5 and record["stage"] == "quantize"
-    assert record["tools"] == {name: installed_version(name) for name in ("auto-round", "transformers")}
-    assert record["machine"] == machine() and record["machine"]["memory_bytes"] > 1 << 28
-    assert record["seconds"] >= 0 and record["started"].endswith("+00:00")
+    document = record.to_json()
+    assert document["measured"] == 5 and document["stage"] == "quantize"
+    assert record.tools == {name: installed_version(name) for name in ("auto-round", "transformers")}
+    assert record.machine == machine() and machine().memory_bytes > 1 << 28
+    assert record.seconds >= 0 and record.started.endswith("+00:00")
 
 
 def test_two_threads_do_the_work_of_one_key_once(store: Store, caplog: pytest.LogCaptureFixture) -> None:

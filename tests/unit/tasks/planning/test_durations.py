@@ -11,14 +11,16 @@ import pytest
 from requant.tasks.artifact import File, Manifest
 from requant.tasks.checkpoint.architecture import architecture_problem, known_model_types
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.hub.revision import HubFile, Revision
-from requant.tasks.planning import resources as needing
+from requant.tasks.planning import resources
 from requant.tasks.planning.base_diff import changed_fields, changed_files
-from requant.tasks.planning.durations import effort, quantize_figure, stage_figure
-from requant.tasks.planning.output import head_bytes, plan_output
-from requant.tasks.planning.resources import disk_problem, needs
+from requant.tasks.planning.durations import effort, estimate_quantize, estimate_stage
+from requant.tasks.planning.output import plan_output
+from requant.tasks.planning.resources import disk_problem, estimate_needs
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Benchmark, Recipe
+from requant.tasks.record import StageRecord, TuningWork
 from requant.tasks.store import Store
 from tests.factories.pico import pico_base
 
@@ -35,32 +37,32 @@ def recipe(gpu: str | None = None, **quantize: Any) -> Recipe:
 
 def record(store: Store, stage: str, **facts: Any) -> None:
     """Provenance as a stage leaves it."""
-    store.commit(stage, "0" * 64, Manifest.of([]), {"started": "2026-11-01T10:00:00", **facts})
+    store.commit(stage, "0" * 64, Manifest.of([]), StageRecord({"started": "2026-11-01T10:00:00", **facts}))
 
 
 def test_a_measured_gpus_blocks_foretell_the_whole_model(store: Store) -> None:
-    measured = json.loads((Path(needing.__file__).parent / "gpu-figures.json").read_text())
+    measured = json.loads((Path(resources.__file__).parent / "gpu-figures.json").read_text())
     whole = {**measured["whole_seconds"], **measured.get("measured_again", {}).get("whole_seconds", {})}
     for fast, variant in ((True, "requant"), (False, "auto-round")):
-        figure = quantize_figure(store, recipe("H100", fast=fast), BLOCKS, LINEAR)
+        figure = estimate_quantize(store, recipe("H100", fast=fast), BLOCKS, LINEAR)
         assert figure.seconds == pytest.approx(whole[variant], rel=0.03)
         assert measured["card"]["name"] in figure.source
 
 
 def test_half_the_steps_take_about_half_the_time_and_fewer_weights_less(store: Store) -> None:
-    full = quantize_figure(store, recipe("H100"), BLOCKS, LINEAR).seconds
-    half = quantize_figure(store, recipe("H100", iters=100), BLOCKS, LINEAR).seconds
+    full = estimate_quantize(store, recipe("H100"), BLOCKS, LINEAR).seconds
+    half = estimate_quantize(store, recipe("H100", iters=100), BLOCKS, LINEAR).seconds
     assert 0.5 < half / full < 0.6
     few = dict(list(BLOCKS.items())[:8])
-    assert quantize_figure(store, recipe("H100"), few, LINEAR).seconds < full / 4
-    assert effort(2, {"iters": 1, "batch_size": 1, "nsamples": 1, "seqlen": 10}) == 2 * 10 * (3 + 2)
+    assert estimate_quantize(store, recipe("H100"), few, LINEAR).seconds < full / 4
+    assert effort(TuningWork(2, iters=1, nsamples=1, seqlen=10, batch_size=1)) == 2 * 10 * (3 + 2)
 
 
 def test_another_gpu_is_told_from_auto_rounds_table_and_said_so(store: Store) -> None:
-    figure = quantize_figure(store, recipe("RTX 5090"), BLOCKS, LINEAR)
+    figure = estimate_quantize(store, recipe("RTX 5090"), BLOCKS, LINEAR)
     assert 23 * 60 < figure.seconds < 120 * 60  # between 14 and 70 billion weights
     assert "A100" in figure.source and "RTX 5090" in figure.source
-    slower = quantize_figure(store, recipe("RTX 5090", low_gpu_mem=True), BLOCKS, LINEAR)
+    slower = estimate_quantize(store, recipe("RTX 5090", low_gpu_mem=True), BLOCKS, LINEAR)
     assert slower.seconds > figure.seconds
 
 
@@ -69,17 +71,17 @@ def test_an_earlier_run_on_that_gpu_comes_first_and_its_cold_start_stays(store: 
     blocks = [{"name": "a", "seconds": 10.0}, {"name": "b", "seconds": 10.0}]
     facts = {"seconds": 50.0, "settings": {"device": "NVIDIA RTX 5090"}, "work": work, "blocks": blocks}
     record(store, "quantize", **facts)
-    figure = quantize_figure(store, recipe("RTX 5090"), {"a": 2000, "b": 2000}, set())
+    figure = estimate_quantize(store, recipe("RTX 5090"), {"a": 2000, "b": 2000}, set())
     assert figure.seconds == pytest.approx(30 + 4 * 20) and "an earlier run on NVIDIA RTX 5090" in figure.source
-    assert "blocks of 27 B" in quantize_figure(store, recipe("H100"), {"a": 2000}, set()).source
+    assert "blocks of 27 B" in estimate_quantize(store, recipe("H100"), {"a": 2000}, set()).source
 
 
 def test_other_stages_take_the_nearest_run_and_else_an_assumption_called_so(store: Store) -> None:
-    assert stage_figure(store, "validate", recipe(), 200_000_000).source.startswith("assumed")
+    assert estimate_stage(store, "validate", recipe(), 200_000_000).source.startswith("assumed")
     record(store, "validate", seconds=7.0, bytes_read=1_000_000, machine={"gpus": []})
-    known = stage_figure(store, "validate", recipe(device="cpu"), 2_000_000)
+    known = estimate_stage(store, "validate", recipe(device="cpu"), 2_000_000)
     assert known.seconds == pytest.approx(14.0) and known.source == "an earlier run on cpu, 2026-11-01"
-    assert stage_figure(store, "validate", recipe("H100"), 2_000_000).source.startswith("assumed")
+    assert estimate_stage(store, "validate", recipe("H100"), 2_000_000).source.startswith("assumed")
 
 
 def test_a_toy_run_foretells_nothing_of_a_large_model(store: Store) -> None:
@@ -87,11 +89,12 @@ def test_a_toy_run_foretells_nothing_of_a_large_model(store: Store) -> None:
     facts = {"seconds": 30.0, "settings": {"device": "NVIDIA H100 80GB HBM3"}, "blocks": [{"seconds": 3.0}]}
     record(store, "quantize", **facts, work=work)
     record(store, "validate", seconds=30.0, bytes_read=2_000_000, settings={"device": "NVIDIA H100 80GB HBM3"})
-    assert "blocks of 27 B" in quantize_figure(store, recipe("H100"), BLOCKS, LINEAR).source
-    assert stage_figure(store, "validate", recipe("H100"), 75_000_000_000).source.startswith("assumed")
+    assert "blocks of 27 B" in estimate_quantize(store, recipe("H100"), BLOCKS, LINEAR).source
+    assert estimate_stage(store, "validate", recipe("H100"), 75_000_000_000).source.startswith("assumed")
     larger = {**work, "parameters": 20_000_000_000, "iters": 200, "nsamples": 128, "seqlen": 2048, "batch_size": 8}
-    store.commit("quantize", "1" * 64, Manifest.of([]), {"started": "2026-10-01T10:00:00", **facts, "work": larger})
-    assert quantize_figure(store, recipe("H100"), BLOCKS, LINEAR).source.endswith("2026-10-01")
+    earlier = StageRecord({"started": "2026-10-01T10:00:00", **facts, "work": larger})
+    store.commit("quantize", "1" * 64, Manifest.of([]), earlier)
+    assert estimate_quantize(store, recipe("H100"), BLOCKS, LINEAR).source.endswith("2026-10-01")
 
 
 @pytest.mark.parametrize(
@@ -108,34 +111,34 @@ def test_a_toy_run_foretells_nothing_of_a_large_model(store: Store) -> None:
 def test_a_benchmark_takes_as_long_as_one_in_its_engine(asked: str, measured: str, source: str, store: Store) -> None:
     record(store, "benchmark", seconds=7.0, bytes_read=1_000_000, measured={"engine": measured})
     one = recipe().model_copy(update={"benchmark": Benchmark(engine=asked)})
-    assert stage_figure(store, "benchmark", one, 1_000_000).source.startswith(source)
+    assert estimate_stage(store, "benchmark", one, 1_000_000).source.startswith(source)
 
 
 def test_low_memory_mode_moves_the_samples_from_the_gpu_into_memory(tmp_path: Path) -> None:
     output = plan_output(Checkpoint.open(pico_base(tmp_path / "base")), recipe(group_size=32), {})
-    stage = needs(output, recipe(group_size=32), 0, ALL_STAGES).stages["quantize"]
+    stage = estimate_needs(output, recipe(group_size=32), 0, ALL_STAGES).stages["quantize"]
     samples = 3 * 128 * 2048 * 64 * 2
     assert stage.vram_bytes - stage.low_vram_bytes == samples == stage.low_ram_bytes - stage.ram_bytes
-    assert needs(output, recipe(group_size=32, device="cpu"), 0, {"quantize"}).vram_bytes == 0
-    nothing = needs(output, recipe(group_size=32), 0, set())
+    assert estimate_needs(output, recipe(group_size=32, device="cpu"), 0, {"quantize"}).vram_bytes == 0
+    nothing = estimate_needs(output, recipe(group_size=32), 0, set())
     assert nothing.disk_bytes == 0 and nothing.ram_bytes == 0
-    assert needs(output, recipe(group_size=32), 10**9, ALL_STAGES).disk_bytes > 10**9
+    assert estimate_needs(output, recipe(group_size=32), 10**9, ALL_STAGES).disk_bytes > 10**9
 
 
 def test_disk_is_told_stage_by_stage(tmp_path: Path) -> None:
     output = plan_output(Checkpoint.open(pico_base(tmp_path / "base")), recipe(group_size=32), {})
-    needed = needs(output, recipe(group_size=32), 10**6, ALL_STAGES, kept=7)
+    needed = estimate_needs(output, recipe(group_size=32), 10**6, ALL_STAGES, kept_bytes=7)
     disk = {name: stage.disk_bytes for name, stage in needed.stages.items() if stage.disk_bytes is not None}
     assert list(disk) == ["download", "quantize", "mtp_fix", "validate"] and disk["download"] == 10**6
-    assert disk["mtp_fix"] == head_bytes(output) and sum(disk.values()) + 7 == needed.disk_bytes
-    assert needs(output, recipe(group_size=32), 10**6, {"publish"}, kept=7).disk_bytes == 0
+    assert disk["mtp_fix"] == output.head_bytes and sum(disk.values()) + 7 == needed.disk_bytes
+    assert estimate_needs(output, recipe(group_size=32), 10**6, {"publish"}, kept_bytes=7).disk_bytes == 0
 
 
 def test_too_little_disk_is_a_problem_with_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Usage:
         free = 5_000_000_000
 
-    monkeypatch.setattr(needing.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda path: Usage)
     assert disk_problem(4_000_000_000, tmp_path / "not" / "there") is None
     sentence = disk_problem(6_000_000_000, tmp_path / "not" / "there")
     assert sentence is not None and "needs 6.00 GB" in sentence and "5.00 GB are free" in sentence
@@ -180,5 +183,5 @@ def test_the_model_types_read_from_transformers_source_are_those_that_it_knows()
     ],
 )
 def test_an_architecture_is_known_or_why_not_is_said(config: Any, allow: bool, sentence: str | None) -> None:
-    problem = architecture_problem(config, {"llama", "gpt2"}, allow_remote_code=allow)
+    problem = architecture_problem(ModelConfig(config), {"llama", "gpt2"}, allow_remote_code=allow)
     assert problem is None if sentence is None else problem is not None and sentence in problem

@@ -12,7 +12,7 @@ from requant.tasks.planning.layers import choose_layers, standard_regex
 from requant.tasks.planning.output import plan_output
 from requant.tasks.planning.reasons import why_kept
 from requant.tasks.recipe.loader import parse_recipe
-from requant.tasks.recipe.quantize import Quantize
+from requant.tasks.recipe.quantize_section import Quantize
 from tests.factories.pico import pico_base
 
 BLOCKS = "model.language_model.layers"

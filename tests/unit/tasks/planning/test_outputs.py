@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from requant.flows.report.plan import markdown, plan_headline, render
+from requant.flows.report.plan import plan_headline, plan_markdown, plan_text
 from requant.tasks.planning.document import PlanDocument
-from requant.tasks.planning.outputs import Before, together
+from requant.tasks.planning.outputs import EarlierOutputs, combine_plans
 from requant.tasks.recipe.loader import parse_recipe
 
 RECIPE = parse_recipe(
@@ -58,7 +58,7 @@ def whole(**changes: Any) -> PlanDocument:
         EIGHT: plan(200, 40, stage("download", "reused", 0.0), stage("quantize", cost=0.5), **changes),
         HEADLESS: plan(90, 60, stage("download", "reused", 0.0), stage("mtp_fix"), engines=headless),
     }
-    return together(RECIPE, plans)
+    return combine_plans(RECIPE, plans)
 
 
 def test_the_base_is_downloaded_once_and_every_other_stage_names_its_output() -> None:
@@ -97,11 +97,11 @@ def test_an_output_that_cannot_be_made_leaves_the_others_their_figures() -> None
     needs = {"disk_bytes": None, "ram_bytes": None, "vram_bytes": None}
     document = whole(stages=[], output=NOTHING, needs=needs, engines={}, problems=["no"])
     assert (document.output.bytes, document.needs.ram_bytes) == (190, 60)
-    assert f"{EIGHT}: no" in render(document) and EIGHT in markdown(document, "three.yaml")
+    assert f"{EIGHT}: no" in plan_text(document) and EIGHT in plan_markdown(document, "three.yaml")
 
 
 def test_an_output_finds_done_what_those_before_it_make() -> None:
-    before = Before()
+    before = EarlierOutputs()
     four, eight, headless = RECIPE.each.values()
     assert before.stages(four) == set()
     before.add(four, plan(100, 50, stage("download"), stage("quantize")))
@@ -109,14 +109,14 @@ def test_an_output_finds_done_what_those_before_it_make() -> None:
     before.add(
         eight, plan(200, 50, stage("download", "reused"), stage("quantize", "reused"), stage("mtp_fix", "reused"))
     )
-    assert before.kept == 100  # what is there already takes no more disk
+    assert before.kept_bytes == 100  # what is there already takes no more disk
     before.add(headless, plan(1, 1, output=NOTHING))
     assert before.recipes == [four, eight]
 
 
 def test_a_person_sees_one_table_of_stages_and_one_of_outputs() -> None:
-    text = render(whole())
+    text = plan_text(whole())
     assert plan_headline(whole()) == "5.0 kB become 0.4 kB in 3 outputs"
     assert f"me/q-{EIGHT}" in text and text.count("download") == 1
-    shown = markdown(whole(), "three.yaml")
+    shown = plan_markdown(whole(), "three.yaml")
     assert shown.count("<details>") == 3 and f"tensors of {HEADLESS}" in shown and "`a/b@1111111`: " in shown

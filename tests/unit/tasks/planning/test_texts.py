@@ -17,19 +17,20 @@ from requant.tasks.errors import RecipeError
 from requant.tasks.hub.revision import HubFile, Revision
 from requant.tasks.plan import plan
 from requant.tasks.planning.inputs import Inputs
-from requant.tasks.planning.texts import CHARACTERS_A_TOKEN_OF_OURS, Texts, _at_least
+from requant.tasks.planning.texts import MAX_CHARACTERS_PER_BUILTIN_TOKEN, Texts, _count_at_least
 from requant.tasks.quantizing.samples import calibration_samples, shares
 from requant.tasks.recipe.loader import parse_recipe
-from requant.tasks.recipe.quantize import PRESETS
+from requant.tasks.recipe.quantize_section import PRESETS
 from requant.tasks.store import Store
-from requant.tasks.texts.text import TEXTS, Text, find_text
+from requant.tasks.texts.text import BUILTIN_FOLDER, Text, find_text
+from requant.tasks.validating import window_length
 from tests.factories.paths import ROOT, TINY
 
 pytestmark = pytest.mark.usefixtures("quick_rendering")
 
 BASE = Revision("a/b", "0" * 40, ())
 RUN = {"quantize", "validate"}
-LONG = {"max_position_embeddings": 32_768}
+LONG = window_length({"max_position_embeddings": 32_768})
 
 
 def problems(
@@ -173,10 +174,10 @@ def test_the_plan_of_a_default_recipe_needs_no_tokenizer(store: Store, tmp_path:
 
 def test_the_least_tokens_of_a_builtin_text_are_below_those_that_were_counted() -> None:
     """With 200,000 entries, as tasks/texts/builtin/README.md has it: with fewer entries there are more tokens."""
-    counted = re.findall(r"([\d,]+) of (prose|code|chats)\b", (TEXTS / "README.md").read_text())
+    counted = re.findall(r"([\d,]+) of (prose|code|chats)\b", (BUILTIN_FOLDER / "README.md").read_text())
     text = find_text("builtin:mixed")
     assert text.path is not None and len(counted) == 3
-    least = _at_least(text, [text.path], 0, CHARACTERS_A_TOKEN_OF_OURS)
+    least = _count_at_least(text, [text.path], 0, MAX_CHARACTERS_PER_BUILTIN_TOKEN)
     for tokens, domain in counted:
         assert 0.85 * int(tokens.replace(",", "")) < least[domain.rstrip("s")] < 0.95 * int(tokens.replace(",", ""))
 

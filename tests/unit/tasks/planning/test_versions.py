@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from requant.flows.gpu_pool import stages_there
+from requant.flows.gpu_pool import gpu_pool_stages
 from requant.tasks.errors import Refused
 from requant.tasks.hub.revision import HubFile, Revision
 from requant.tasks.plan import plan_of, preflight
@@ -41,7 +41,7 @@ def base(store: Store, tmp_path: Path) -> Revision:
 @pytest.fixture
 def problems(store: Store, base: Revision) -> Problems:
     def found(asked: Recipe, there: Collection[str] = (), *, elsewhere: bool = False) -> list[str]:
-        document = plan_of(store, asked, Inputs(base, CALIBRATION, TEXT), elsewhere=elsewhere, there=there)
+        document = plan_of(store, asked, Inputs(base, CALIBRATION, TEXT), elsewhere=elsewhere, delegated=there)
         assert document.stages, "the plan went on to its end"
         return list(document.problems)
 
@@ -99,7 +99,7 @@ def test_a_benchmark_needs_its_tools_in_torch_alone(problems: Problems, install:
 
 
 def test_a_run_that_no_worker_started_has_no_stage_done_by_another(base: Revision) -> None:
-    assert stages_there(recipe(), base) == frozenset()
+    assert gpu_pool_stages(recipe(), base) == frozenset()
 
 
 def test_a_run_of_a_worker_leaves_to_the_gpu_pool_what_it_does_not_do_itself(
@@ -107,6 +107,6 @@ def test_a_run_of_a_worker_leaves_to_the_gpu_pool_what_it_does_not_do_itself(
 ) -> None:
     monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "a-deployment")
     large = Revision("a/b", "0" * 40, (HubFile("model.safetensors", 54_000_000_000, "", "a" * 64),))
-    assert stages_there(recipe(), base) == {"quantize"}
-    assert stages_there(recipe(), large) == {"quantize", "validate", "benchmark"}
-    assert stages_there(recipe("none"), large) == {"quantize", "validate"}
+    assert gpu_pool_stages(recipe(), base) == {"quantize"}
+    assert gpu_pool_stages(recipe(), large) == {"quantize", "validate", "benchmark"}
+    assert gpu_pool_stages(recipe("none"), large) == {"quantize", "validate"}

@@ -18,12 +18,21 @@ import pytest
 from PIL import Image
 
 from requant.tasks.plots import NAMES, Picture, write_pictures
-from requant.tasks.plots.draw import draw
+from requant.tasks.plots import draw as drawing
+from requant.tasks.record import StageRecord
+from requant.tasks.serving.result import BenchmarkResult
+from requant.tasks.validating.measured import Measured
 from tests.factories.paths import ROOT
-from tests.factories.pictures import HOSTILE, everything, model, prompt, tuned
+from tests.factories.pictures import HOSTILE, benchmark, everything, model, prompt, tuned
 
 SVG = "{http://www.w3.org/2000/svg}"
 LINK = "{http://www.w3.org/1999/xlink}href"
+
+
+def draw(measured: Any, speed: Any, blocks: Any) -> list[Picture]:
+    """Draw all pictures. `measured` and `blocks` are in their JSON form."""
+    tuned = StageRecord({"blocks": list(blocks)}).blocks
+    return drawing.draw(None if measured is None else Measured.from_json(measured), speed, tuned)
 
 
 OF_MEASURED = {
@@ -33,10 +42,10 @@ OF_MEASURED = {
 }
 
 
-def one(name: str, measured: Any = None, benchmark: Any = None, blocks: Any = ()) -> Picture:
+def one(name: str, measured: Any = None, speed: Any = None, blocks: Any = ()) -> Picture:
     """Draw a picture from those of the values that are its own."""
     own = {key: value for key, value in (measured or {}).items() if key in OF_MEASURED.get(name, ())}
-    return next(picture for picture in draw(own, benchmark, blocks) if picture.name == name)
+    return next(picture for picture in draw(own, speed, blocks) if picture.name == name)
 
 
 def tree(picture: Picture) -> ElementTree.Element:
@@ -154,7 +163,7 @@ def test_a_head_of_which_nothing_is_accepted_has_a_picture_without_bars() -> Non
 
 def test_acceptance_by_prompt_is_a_point_for_each_prompt_and_position() -> None:
     prompts = [prompt(f"p{i}", mtp=True, acceptance_by_position=[0.9 - 0.02 * i, 0.7]) for i in range(24)]
-    picture = one("acceptance-by-prompt", benchmark={"prompts": [*prompts, prompt("p0", mtp=False)]})
+    picture = one("acceptance-by-prompt", speed=benchmark(*prompts, prompt("p0", mtp=False)))
     first = points(picture, "1st draft")
     assert proportional([x for x, _ in first], [0.9 - 0.02 * i for i in range(24)])
     assert proportional([-y for _, y in first], [float(i) for i in range(24)])
@@ -163,14 +172,14 @@ def test_acceptance_by_prompt_is_a_point_for_each_prompt_and_position() -> None:
 
 
 def test_an_engine_that_tells_one_acceptance_is_drawn_with_it() -> None:
-    told = prompt("p", mtp=True, acceptance=0.75, acceptance_by_position=None)
-    assert "75 %" in one("acceptance-by-prompt", benchmark={"prompts": [told]}).caption
+    told = prompt("p", mtp=True, acceptance=0.75, acceptance_by_position=())
+    assert "75 %" in one("acceptance-by-prompt", speed=benchmark(told)).caption
 
 
 def test_throughput_has_two_bars_a_prompt_and_how_many_times_faster() -> None:
     prompts = [p for i in range(4) for p in (prompt(f"p{i}", mtp=False), prompt(f"p{i}", mtp=True, speed=90.0 + i))]
     others = [prompt("p0", mtp=True, speed=1e4, sampling="sampled"), prompt("p0", mtp=True, speed=1e4, concurrency=8)]
-    picture = one("throughput", benchmark={"prompts": [*others, *prompts]})
+    picture = one("throughput", speed=benchmark(*others, *prompts))
     drawn = bar_lengths(picture, "MTP off bar") + bar_lengths(picture, "MTP on bar")
     assert proportional(drawn, [50.0] * 4 + [90.0, 91.0, 92.0, 93.0], at_least=8)
     assert {"1.80 times", "1.86 times"} <= set(texts(picture))
@@ -179,7 +188,7 @@ def test_throughput_has_two_bars_a_prompt_and_how_many_times_faster() -> None:
 
 
 def test_without_a_head_throughput_is_one_bar_a_prompt() -> None:
-    picture = one("throughput", benchmark={"prompts": [prompt("p", mtp=False)]})
+    picture = one("throughput", speed=benchmark(prompt("p", mtp=False)))
     assert len(bar_lengths(picture, "MTP off bar")) == 1 and bar_lengths(picture, "MTP on bar") == []
     assert "times" not in picture.caption
 
@@ -209,11 +218,10 @@ def test_all_pictures_have_their_names_a_caption_and_a_transparent_png(all_pictu
 
 NOTHING: dict[str, tuple[Any, Any, Any]] = {
     "a failed run": (None, None, []),
-    "no engine": ({}, {"engine": "none"}, []),
-    "no head": ({"mtp_acceptance_by_position": None, "base_mtp_acceptance_by_position": None}, {"prompts": []}, []),
+    "no engine": ({}, BenchmarkResult(engine="none"), []),
+    "no head": ({"mtp_acceptance_by_position": None, "base_mtp_acceptance_by_position": None}, benchmark(), []),
     "rounded to nearest": ({"blocks": [], "matrices": []}, None, [{"name": "layers.0"}]),
     "nothing but NaN": (model(1, b0=math.nan) | {"matrices": [], "mtp_acceptance_by_position": []}, None, []),
-    "transformers alone": ({}, {"prompts": [{"prefill": 1.0, "decode": 2.0, "first_token_s": 0.1}]}, []),
     "losses of zero": ({}, None, [{"name": "layers.0", "loss_before": 0.0, "loss_after": math.inf}]),
 }
 
@@ -238,10 +246,10 @@ def test_hostile_names_are_text_and_nothing_else() -> None:
     count = len(HOSTILE)
     measured = model(count)
     for number, name in enumerate(HOSTILE):
-        measured["matrices"][2 * number] |= {"name": name, "slope": 1.5 + number, "bits": name}
+        measured["matrices"][2 * number] |= {"name": name, "slope": 1.5 + number}
     prompts = [prompt(name, mtp=mtp, set=name, sampling=HOSTILE[0]) for mtp in (False, True) for name in HOSTILE]
     blocks = [{**block, "name": name} for block, name in zip(tuned(count), HOSTILE, strict=True)]
-    made = draw(measured, {"prompts": prompts}, blocks)
+    made = draw(measured, benchmark(*prompts), blocks)
     assert len(made) == len(NAMES)
     for some in (HOSTILE[:7], HOSTILE[7:]):  # a legend has room for so many kinds of blocks
         for block, name in zip(measured["blocks"], some, strict=False):
@@ -256,10 +264,10 @@ def test_hostile_names_are_text_and_nothing_else() -> None:
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_hostile_name_in_every_place_is_text_and_nothing_else(name: str) -> None:
     measured = model(4)
-    measured["matrices"][3] |= {"name": name, "slope": 1.5, "bits": name}
+    measured["matrices"][3] |= {"name": name, "slope": 1.5}
     measured["blocks"][1]["kind"] = name
     prompts = [prompt(name, mtp=mtp, set=name, sampling=name) for mtp in (False, True)]
-    made = draw(measured, {"prompts": prompts}, [{**tuned(1)[0], "name": name}])
+    made = draw(measured, benchmark(*prompts), [{**tuned(1)[0], "name": name}])
     assert len(made) == len(NAMES)
     assert_nothing_but_text(made)
 

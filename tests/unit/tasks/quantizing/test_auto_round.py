@@ -19,7 +19,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from requant.tasks.quantizing import auto_round
 from requant.tasks.quantizing.auto_round import (
-    LOGGER,
+    LOGGER_NAME,
     NO_UPSTREAM_ISSUE,
     NOT_REPORTED,
     Patch,
@@ -52,23 +52,23 @@ def places(rows: list[Patch]) -> dict[tuple[Any, str], Any]:
 
 def test_every_original_is_back_at_the_end_of_the_block(tmp_path: Path) -> None:
     rows = patches(run_of(tmp_path))
-    before, handlers = places(rows), list(logging.getLogger(LOGGER).handlers)
+    before, handlers = places(rows), list(logging.getLogger(LOGGER_NAME).handlers)
     with patched(rows, ignored):
         during = places(rows)
         assert all(during[place] is not original for place, original in before.items())
     after = places(rows)
     assert all(after[place] is original for place, original in before.items())
-    assert logging.getLogger(LOGGER).handlers == handlers
+    assert logging.getLogger(LOGGER_NAME).handlers == handlers
 
 
 def test_every_original_is_back_after_an_exception(tmp_path: Path) -> None:
     rows = patches(run_of(tmp_path))
-    before, handlers = places(rows), list(logging.getLogger(LOGGER).handlers)
+    before, handlers = places(rows), list(logging.getLogger(LOGGER_NAME).handlers)
     for error in (ValueError, SystemExit, KeyboardInterrupt):
         with pytest.raises(error), patched(rows, ignored):
             raise error
         assert all(places(rows)[place] is original for place, original in before.items())
-    assert logging.getLogger(LOGGER).handlers == handlers
+    assert logging.getLogger(LOGGER_NAME).handlers == handlers
 
 
 def test_a_row_that_cannot_be_applied_takes_back_those_before_it(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_auto_round_learns_of_the_processor_without_waiting_for_its_clock(
 def test_what_was_checked_is_what_is_locked() -> None:
     """An upgrade of the lock means to read the rows of the table against the new version first."""
     locked = {name: locked_version(name) for name in ("auto-round", "transformers")}
-    assert locked == auto_round.CHECKED
+    assert locked == auto_round.CHECKED_VERSIONS
 
 
 def test_another_version_is_refused_before_anything_is_replaced(
@@ -133,7 +133,7 @@ def test_another_version_is_refused_before_anything_is_replaced(
 ) -> None:
     rows = patches(run_of(tmp_path))
     before = places(rows)
-    monkeypatch.setitem(auto_round.CHECKED, "auto-round", "0.17.0")
+    monkeypatch.setitem(auto_round.CHECKED_VERSIONS, "auto-round", "0.17.0")
     sentence = r"needs auto-round 0\.17\.0.*has auto-round 0\.16\.1: run pip install"
     with pytest.raises(JobRefused, match=sentence), patched(rows, ignored):
         pytest.fail("another version")
@@ -141,7 +141,7 @@ def test_another_version_is_refused_before_anything_is_replaced(
 
 
 def test_losses_and_warnings_of_auto_rounds_log_are_reported_inside_the_block_alone() -> None:
-    log = logging.getLogger(LOGGER)
+    log = logging.getLogger(LOGGER_NAME)
     seen: list[Event] = []
     with patched([], seen.append):
         log.warning("quantized 6/8 layers in the block, loss iter 0: 2.000e-03 -> iter 7: 1.000e-03")
@@ -155,7 +155,7 @@ def test_the_bar_reports_blocks_and_seeds_each_of_them() -> None:
 
     seen: list[Event] = []
     draws = []
-    with patched(auto_round.telling(TuningRun(seen.append, 42, loop=None)), ignored):
+    with patched(auto_round.progress_patches(TuningRun(seen.append, 42, loop=None)), ignored):
         for begin in (0, 1):  # as a run does, and one that goes on after the first block
             bar = orchestrator.tqdm(range(2), disable=False)
             bar.n = begin
@@ -175,7 +175,7 @@ def test_the_bar_reports_blocks_and_seeds_each_of_them() -> None:
 def test_the_signature_of_a_run_says_nothing_of_folders_and_samples() -> None:
     from auto_round.utils import resume
 
-    with patched(auto_round.resuming(ignored), ignored):
+    with patched(auto_round.resume_patches(ignored), ignored):
         signed = [
             resume.compute_run_signature(*where, 8, 64, ["a"]) for where in (("/x", "W4", "d"), ("/y", "W4", "e"))
         ]
@@ -189,7 +189,7 @@ def test_a_vision_language_base_is_calibrated_with_a_batch_size_of_one(monkeypat
 
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(MLLMCalibrator, "calib", lambda self, nsamples, bs: asked.append((nsamples, bs)))
-    with patched(auto_round.calibrating(), ignored):
+    with patched(auto_round.calibration_patches(), ignored):
         MLLMCalibrator.calib(SimpleNamespace(), 128, 8)
     assert asked == [(128, 1)]
 
@@ -208,7 +208,7 @@ def test_a_block_that_our_loop_does_not_know_is_tuned_as_before(monkeypatch: pyt
     seen: list[Event] = []
     run = TuningRun(seen.append, 42, LOOP)
     other = SimpleNamespace(enable_quanted_input=True)
-    with patched(auto_round.tuning(run), ignored):
+    with patched(auto_round.tuning_patches(run), ignored):
         assert SignRoundQuantizer.quantize_block(other, "block", [], {}, [], None, None, input_ids=[1]) == "theirs"
     assert tuned == [("block", [1])]
     assert [(event.event, event.details()) for event in seen] == [

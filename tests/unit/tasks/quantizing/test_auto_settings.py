@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from requant.tasks.quantizing.auto_settings import choose
+from tests.factories.quantizing import job_of
 
 
 class Model(nn.Module):
@@ -20,10 +21,9 @@ class Model(nn.Module):
 
 def chosen(device: str, *, free: int | None = None, same_bits: bool = False, **asked: Any) -> dict[str, Any]:
     """Each setting with its reason."""
-    settings, reasons = choose(
-        {"nsamples": 8, "seqlen": 64, "batch_size": 4, **asked}, Model(), device, free, same_bits
-    )
-    return {name: (value, reasons.get(name)) for name, value in settings.items()}
+    job = job_of(**{"nsamples": 8, "seqlen": 64, "batch_size": 4, **asked})
+    settings = choose(job, Model(), device, free, same_bits)
+    return {name: (value, settings.reasons.get(name)) for name, value in vars(settings).items() if name != "reasons"}
 
 
 def test_on_a_gpu_a_block_is_compiled_and_its_samples_stay_there_if_they_fit() -> None:

@@ -11,12 +11,15 @@ import pytest
 
 from requant.tasks.errors import OutOfMemory, QuantizeDied, QuantizeFailed
 from requant.tasks.quantizing import ladder as run
-from requant.tasks.quantizing.events import Event, Failed, Warned
+from requant.tasks.quantizing.events import Event, Failed, SettingsChosen, Warned
+from requant.tasks.quantizing.job import Job, JobResult, Rung
 from requant.tasks.quantizing.ladder import Progress, down_the_ladder, ladder, run_child
+from tests.factories.quantizing import job_of
 from tests.factories.requant import wait_for
 from tests.factories.sites import begin_with, give_secrets, secrets_given
 
-JOB = {"batch_size": 4, "low_gpu_mem": "auto", "torch_compile": "auto"}
+JOB = job_of(batch_size=4)
+RESULT = JobResult(checkpoint=Path("out"), settings=SettingsChosen(), bits={}, peak_gpu_bytes=None)
 
 
 class Child:
@@ -24,16 +27,16 @@ class Child:
 
     def __init__(self, *script: str, resolved: bool = False) -> None:
         self.script, self.resolved = list(script), resolved
-        self.jobs: list[dict[str, Any]] = []
+        self.rungs: list[Rung] = []
 
-    def __call__(self, job: dict[str, Any], folder: Path, report: Any) -> Failed | None:
-        self.jobs.append(dict(job))
+    def __call__(self, job: Job, folder: Path, report: Any) -> Failed | None:
+        self.rungs.append(job.rung)
         with (folder / "events.jsonl").open("a") as stream:
             for event in ({"event": "settings", "low_gpu_mem": self.resolved}, {"event": "block", "name": "layers.1"}):
                 stream.write(json.dumps({"seconds": 0.0, **event}) + "\n")
         what = self.script.pop(0)
         if what == "done":
-            (folder / "result.json").write_text("{}")
+            (folder / "result.json").write_text(RESULT.model_dump_json())
             return None
         if what == "killed":
             died = QuantizeDied("SIGKILL")
@@ -44,13 +47,14 @@ class Child:
 
 def descend(child: Child, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(run, "run_child", child)
-    return down_the_ladder(JOB, folder, lambda event: None)[1]
+    _, attempts = down_the_ladder(JOB, folder, lambda event: None)
+    return [attempt.model_dump(exclude_unset=True) for attempt in attempts]
 
 
 def test_out_of_memory_steps_down_and_the_record_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child = Child("oom", "oom", "oom", "done")
     attempts = descend(child, tmp_path, monkeypatch)
-    assert [(j["batch_size"], j["low_gpu_mem"]) for j in child.jobs] == [
+    assert [(rung.batch_size, rung.low_gpu_mem) for rung in child.rungs] == [
         (4, "auto"), (4, True), (2, True), (1, True),
     ]  # fmt: skip
     assert [a["ended"] for a in attempts] == ["oom", "oom", "oom", "done"]
@@ -60,13 +64,13 @@ def test_out_of_memory_steps_down_and_the_record_says_where(tmp_path: Path, monk
 def test_a_rung_that_the_machine_is_on_already_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child = Child("oom", "done", resolved=True)
     descend(child, tmp_path, monkeypatch)
-    assert [j["batch_size"] for j in child.jobs] == [4, 2]
+    assert [rung.batch_size for rung in child.rungs] == [4, 2]
 
 
 def test_the_last_rung_keeps_activations_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child = Child(*["oom"] * 4, "done")
     descend(child, tmp_path, monkeypatch)
-    assert child.jobs[-1]["offload"] and child.jobs[-1]["batch_size"] == 1
+    assert child.rungs[-1].offload and child.rungs[-1].batch_size == 1
 
 
 def test_below_the_last_rung_is_an_error_that_names_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +83,7 @@ def test_a_new_process_goes_on_at_the_rung_of_the_last(tmp_path: Path, monkeypat
         descend(Child("oom", "oom", "killed"), tmp_path, monkeypatch)
     child = Child("done")
     attempts = descend(child, tmp_path, monkeypatch)
-    assert child.jobs[0]["batch_size"] == 2
+    assert child.rungs[0].batch_size == 2
     assert [a["ended"] for a in attempts] == ["oom", "oom", "died", "done"]
 
 
@@ -89,7 +93,7 @@ def test_what_the_kernel_kills_for_memory_gets_a_smaller_batch(tmp_path: Path, m
     monkeypatch.setattr(run, "kernel_kills", lambda: next(counts))
     child = Child("killed", "done")
     attempts = descend(child, tmp_path, monkeypatch)
-    assert [j["batch_size"] for j in child.jobs] == [4, 2]
+    assert [rung.batch_size for rung in child.rungs] == [4, 2]
     assert attempts[0]["ended"] == "host oom"
 
 
@@ -102,13 +106,13 @@ def test_killed_again_and_again_in_one_block_it_gets_a_smaller_batch(
             descend(Child("killed"), tmp_path, monkeypatch)
     child = Child("killed", "done")
     descend(child, tmp_path, monkeypatch)
-    assert [j["batch_size"] for j in child.jobs] == [4, 2]
+    assert [rung.batch_size for rung in child.rungs] == [4, 2]
 
 
 def test_a_failed_compilation_is_tried_once_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child = Child("compile", "done")
     descend(child, tmp_path, monkeypatch)
-    assert [j["torch_compile"] for j in child.jobs] == ["auto", False]
+    assert [rung.torch_compile for rung in child.rungs] == ["auto", False]
     with pytest.raises(QuantizeFailed):
         descend(Child("compile", "compile"), _fresh(tmp_path), monkeypatch)
 
@@ -121,14 +125,14 @@ def _fresh(folder: Path) -> Path:
 def test_a_damaged_ladder_file_begins_at_the_top(tmp_path: Path) -> None:
     (tmp_path / "ladder.json").write_text('{"rung": ')
     assert Progress(tmp_path / "ladder.json").rung == 0
-    assert next(iter(ladder(JOB)))["batch_size"] == 4
+    assert next(iter(ladder(JOB.rung))).batch_size == 4
 
 
 def test_the_child_has_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs code of the base's repo where the recipe allows that."""
     give_secrets(tmp_path, monkeypatch)
     with pytest.raises(QuantizeDied):
-        run_child({}, tmp_path, lambda event: None)
+        run_child(JOB, tmp_path, lambda event: None)
     assert secrets_given(tmp_path) == []
 
 
@@ -154,7 +158,7 @@ def test_an_interruption_ends_the_child_and_what_it_has_started(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_child({}, tmp_path, interrupt)
+        run_child(JOB, tmp_path, interrupt)
     try:
         assert len(started) == 2
         wait_for(lambda: not any(map(runs, started)), 10, "both processes to end")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from requant.tasks.errors import RecipeError
-from requant.tasks.recipe.engine_flags import MODEL, arguments, check_flags, command_line, with_drafts, without_drafts
+from requant.tasks.recipe.engine_flags import MODEL, arguments, checked_flags, command_line, with_drafts, without_drafts
 from requant.tasks.recipe.loader import parse_recipe
 
 GOOD: dict[str, tuple[Any, list[str]]] = {
@@ -28,7 +28,7 @@ GOOD: dict[str, tuple[Any, list[str]]] = {
 @pytest.mark.parametrize("name", GOOD)
 def test_a_flag_becomes_arguments_as_the_engine_spells_it(name: str) -> None:
     value, expected = GOOD[name]
-    check_flags({name: value})
+    checked_flags({name: value})
     assert arguments({name: value}) == expected
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from requant.tasks.errors import RecipeError
 from requant.tasks.recipe.loader import load_recipe, parse_recipe
-from requant.tasks.recipe.quantize import PRESETS
+from requant.tasks.recipe.quantize_section import PRESETS
 from requant.tasks.recipe.recipe import MAX_KL_DIVERGENCE
 from tests.factories.counting import calls
 

@@ -11,11 +11,11 @@ import pytest
 import yaml
 from prefect.utilities.callables import parameter_schema
 
-from requant.flows.deployment import with_recipes
+from requant.flows.deployment import Deployment, WorkPool, with_recipes
 from requant.flows.requantize import requantize
 from requant.tasks.errors import RecipeError
 from requant.tasks.recipe.loader import load_recipe, parse_recipe, recipe_of
-from requant.tasks.recipe.quantize import PRESETS
+from requant.tasks.recipe.quantize_section import PRESETS
 from requant.tasks.recipe.recipe import Recipe
 
 BASE = {"base": {"repo_id": "Qwen/Qwen3.6-27B"}}
@@ -191,8 +191,8 @@ def test_set_changes_one_output(tmp_path: Path) -> None:
 
 def test_the_form_shows_a_list_with_titles_and_choices_and_takes_what_a_deployment_has(tmp_path: Path) -> None:
     (tmp_path / "three.yaml").write_text(yaml.safe_dump({**BASE, "outputs": THREE}))
-    document = with_recipes({"deployments": [{"name": "requantize", "entrypoint": "a.b", "description": ""}]}, tmp_path)
-    parameters = document["deployments"][-1]["parameters"]
+    plain = Deployment(name="requantize", entrypoint="a.b", work_pool=WorkPool(name="cpu"))
+    parameters = with_recipes([plain], tmp_path)[-1].parameters
     schema = parameter_schema(requantize.fn).model_dump()
     jsonschema.validate(json.loads(json.dumps(parameters)), schema)
     assert recipe_of(parameters["recipe"]).each == load_recipe(tmp_path / "three.yaml").each

@@ -12,7 +12,7 @@ from requant.tasks.benchmark import bench
 from requant.tasks.checkpoint.packing import PackingScheme
 from requant.tasks.errors import CheckpointError, EngineFailed
 from requant.tasks.recipe.recipe import Benchmark
-from requant.tasks.serving.in_torch import as_sentences
+from requant.tasks.serving.in_torch import explain_errors
 from tests.factories.checkpoints import all_tensors, write_checkpoint, write_quantized
 from tests.factories.pico import pico_base
 
@@ -60,7 +60,7 @@ def test_a_checkpoint_that_transformers_does_not_know_is_a_sentence(tmp_path: Pa
 ], ids=repr)  # fmt: skip
 def test_whatever_a_kernel_raises_is_one_line(error: Exception) -> None:
     pattern = f"cannot run made on this machine .CPU; {type(error).__name__}:"
-    with pytest.raises(EngineFailed, match=pattern) as caught, as_sentences("run", Path("made"), "CPU"):
+    with pytest.raises(EngineFailed, match=pattern) as caught, explain_errors("run", Path("made"), "CPU"):
         raise error
     assert len(str(caught.value).splitlines()) == 1 and not caught.value.retryable
 
@@ -70,6 +70,6 @@ def test_whatever_a_kernel_raises_is_one_line(error: Exception) -> None:
     type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), KeyboardInterrupt(),
 ], ids=repr)  # fmt: skip
 def test_what_the_machine_runs_out_of_is_no_fault_of_the_checkpoint(error: BaseException) -> None:
-    with pytest.raises(type(error)) as caught, as_sentences("run", Path("made"), "CPU"):
+    with pytest.raises(type(error)) as caught, explain_errors("run", Path("made"), "CPU"):
         raise error
     assert caught.value is error

@@ -1,24 +1,26 @@
-"""From streamed answers to figures: tokens counted, time between them, summaries."""
+"""From streamed answers to figures: tokens counted, and the time between them."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from requant.tasks.serving.client import Answer, _completion_tokens, _has_text, _told_apart
-from requant.tasks.serving.measure import _quantile, summarized, summary
-from requant.tasks.serving.prompts import digest_of_prompts, has_chat_template, prompts_of, python_prompts
+from requant.tasks.serving.client import Answer, _share_tokens
+from requant.tasks.serving.events import StreamEvent
+from requant.tasks.serving.measure import _quantile
+from requant.tasks.serving.prompts import digest_of_prompts, has_chat_template, load_prompts, python_prompts
 
 
 def test_tokens_that_come_in_one_piece_share_the_wait_for_it() -> None:
     answer = Answer(5, 1.0, ((1.5, 1), (1.7, 2), (1.8, 1), (2.1, 1)))
-    assert answer.first == 0.5
-    assert answer.gaps == pytest.approx([0.1, 0.1, 0.1, 0.3])
+    assert answer.first_token_s == 0.5
+    assert answer.gaps_s == pytest.approx([0.1, 0.1, 0.1, 0.3])
 
 
 def test_tokens_are_counted_by_usage_and_not_by_pieces() -> None:
-    assert _completion_tokens({"usage": {"completion_tokens": 7}}, 3) == 7
+    assert StreamEvent.from_json('{"usage": {"completion_tokens": 7}}').completion_tokens == 7
     for usage in (
         None,
         5,
@@ -28,13 +30,13 @@ def test_tokens_are_counted_by_usage_and_not_by_pieces() -> None:
         {"completion_tokens": -1},
         {"completion_tokens": 10**30},
     ):
-        assert _completion_tokens({"usage": usage}, 3) == 3
+        assert StreamEvent.from_json(json.dumps({"usage": usage})).completion_tokens is None
 
 
 def test_a_server_that_counts_at_the_end_only_has_its_total_shared_out() -> None:
-    assert _told_apart([(1.0, 0), (2.0, 0), (3.0, 0), (3.1, 6)], 6) == ((1.0, 2), (2.0, 2), (3.0, 2))
-    assert _told_apart([(1.0, 4)], 4) == ((1.0, 4),)
-    assert _told_apart([(1.0, 1), (2.0, 2)], 3) == ((1.0, 1), (2.0, 2))
+    assert _share_tokens([(1.0, 0), (2.0, 0), (3.0, 0), (3.1, 6)], 6) == ((1.0, 2), (2.0, 2), (3.0, 2))
+    assert _share_tokens([(1.0, 4)], 4) == ((1.0, 4),)
+    assert _share_tokens([(1.0, 1), (2.0, 2)], 3) == ((1.0, 1), (2.0, 2))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,7 @@ def test_a_server_that_counts_at_the_end_only_has_its_total_shared_out() -> None
     ],
 )
 def test_a_piece_has_text_or_none(event: dict[str, Any], has: bool) -> None:
-    assert _has_text(event) is has
+    assert StreamEvent.from_json(json.dumps(event)).has_text is has
 
 
 def test_quantiles_are_values_that_were_measured() -> None:
@@ -59,37 +61,14 @@ def test_quantiles_are_values_that_were_measured() -> None:
     assert _quantile([], 0.5) is None
 
 
-def row(**changes: Any) -> dict[str, Any]:
-    return {
-        "mtp": False, "sampling": "greedy", "concurrency": 1, "tokens": 100, "tokens_per_second": 100.0,
-        "first_token_seconds": 0.1, "inter_token_seconds": {"median": 0.01, "p99": 0.02}, "acceptance": None,
-        **changes,
-    }  # fmt: skip
-
-
-def test_speeds_are_summed_up_as_all_tokens_over_all_time() -> None:
-    rows = [row(), row(tokens=300, tokens_per_second=50.0), row(concurrency=4, tokens_per_second=900.0)]
-    found = summary(rows, mtp=False)
-    assert found is not None and found["tokens_per_second"] == round(400 / 7, 3)
-    assert summary(rows, mtp=True) is None
-
-
-def test_the_top_is_with_mtp_where_there_was_one() -> None:
-    on = row(mtp=True, tokens_per_second=150.0, drafted_tokens=50, accepted_tokens=45, acceptance=0.9)
-    document = summarized([row(), on])
-    assert (document["tokens_per_second"], document["acceptance"], document["mtp"]["speedup"]) == (150.0, 0.9, 1.5)
-    alone = summarized([row()])
-    assert (alone["tokens_per_second"], alone["acceptance"], alone["mtp"]["speedup"]) == (100.0, None, None)
-
-
 def test_prompt_sets_are_fixed_and_named_by_what_they_hold() -> None:
-    card = prompts_of(["card"])
+    card = load_prompts(["card"])
     assert len(card) == 4 and len({prompt.name for prompt in card}) == 4 and all(prompt.chat for prompt in card)
-    everything = prompts_of(["card", "code", "prose", "chat", "card"])
+    everything = load_prompts(["card", "code", "prose", "chat", "card"])
     assert len(everything) == 20 and len({(p.set, p.name) for p in everything}) == 20
     assert digest_of_prompts(card) != digest_of_prompts(everything)
-    assert {p.tokens for p in prompts_of(["code", "card"], 50)} == {50}
-    assert digest_of_prompts(prompts_of(["card"], 50)) != digest_of_prompts(card)
+    assert {p.tokens for p in load_prompts(["code", "card"], 50)} == {50}
+    assert digest_of_prompts(load_prompts(["card"], 50)) != digest_of_prompts(card)
     assert len(set(python_prompts(52))) == 52
 
 

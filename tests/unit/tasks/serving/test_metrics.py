@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from requant.tasks.serving.metrics import Drafts, read_drafts
+from requant.tasks.serving.metrics import DraftCounters, parse_counters
 
 TEXT = """# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
 # TYPE vllm:spec_decode_num_drafts_total counter
@@ -19,23 +19,23 @@ vllm:num_requests_running{engine="0"} 1.0
 
 
 def test_the_counters_are_read() -> None:
-    found = read_drafts(TEXT)
-    assert found == Drafts(6.0, 12.0, 8.0, {0: 5.0, 1: 3.0})
+    found = parse_counters(TEXT)
+    assert found == DraftCounters(6.0, 12.0, 8.0, {0: 5.0, 1: 3.0})
     assert found.acceptance == round(8 / 12, 4) and found.acceptance_by_position == [round(5 / 6, 4), 0.5]
 
 
 def test_engines_are_added_up() -> None:
-    assert read_drafts(TEXT + TEXT.replace('engine="0"', 'engine="1"')).drafted == 24.0
+    assert parse_counters(TEXT + TEXT.replace('engine="0"', 'engine="1"')).drafted == 24.0
 
 
 def test_what_happened_between_two_moments_is_the_difference() -> None:
-    later = read_drafts(TEXT.replace(" 6.0", " 10.0").replace(" 12.0", " 16.0").replace(" 5.0", " 8.0"))
-    assert later.since(read_drafts(TEXT)) == Drafts(4.0, 4.0, 0.0, {0: 3.0, 1: 0.0})
-    assert read_drafts(TEXT).since(Drafts()) == read_drafts(TEXT)
+    later = parse_counters(TEXT.replace(" 6.0", " 10.0").replace(" 12.0", " 16.0").replace(" 5.0", " 8.0"))
+    assert later.since(parse_counters(TEXT)) == DraftCounters(4.0, 4.0, 0.0, {0: 3.0, 1: 0.0})
+    assert parse_counters(TEXT).since(DraftCounters()) == parse_counters(TEXT)
 
 
 def test_nothing_drafted_is_no_acceptance() -> None:
-    assert (Drafts().acceptance, Drafts().acceptance_by_position) == (None, [])
+    assert (DraftCounters().acceptance, DraftCounters().acceptance_by_position) == (None, [])
 
 
 HOSTILE = [
@@ -60,5 +60,5 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_what_is_no_such_counter_is_passed_over(text: str) -> None:
-    assert read_drafts(text) == Drafts()
-    assert read_drafts(f"{text}\n{TEXT}") == read_drafts(TEXT)
+    assert parse_counters(text) == DraftCounters()
+    assert parse_counters(f"{text}\n{TEXT}") == parse_counters(TEXT)

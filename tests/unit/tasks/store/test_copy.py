@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from requant.tasks.errors import CorruptBlob, RequantError, StoreError
+from requant.tasks.record import StageRecord
 from requant.tasks.store import Store
 from requant.tasks.store.catalog import read_catalog
 from requant.tasks.store.copy import copy, find_entries, store_at
@@ -41,7 +42,7 @@ def test_an_artifact_is_the_same_in_the_other_store_and_stays_in_the_first(
     (copied,) = copy(source, target, read_catalog(source).entries.values())
     assert copied.bytes == 3
     assert target.manifest("quantize", KEYS[0]) == manifest == source.manifest("quantize", KEYS[0])
-    assert target.provenance("quantize", KEYS[0]) == {"seconds": 7, "copied_from": source.url}
+    assert target.provenance("quantize", KEYS[0]) == StageRecord({"seconds": 7, "copied_from": source.url})
     assert verify_store(target, deep=True).problems == [] == verify_store(source, deep=True).problems
     assert not list(source.backend.keys("leases")) + list(target.backend.keys("leases"))
 

@@ -13,6 +13,7 @@ import pytest
 
 from requant.tasks.artifact import Manifest
 from requant.tasks.errors import Collected, StoreError
+from requant.tasks.record import StageRecord
 from requant.tasks.store import Store
 from requant.tasks.store import lease as leases
 from requant.tasks.store.catalog import read_catalog
@@ -66,7 +67,7 @@ def test_without_options_only_old_blobs_go_that_no_artifact_names(store: Store) 
     plan = collect(store, Policy())
     assert names(store) == {"kept"} and store.sees_blob(kept["a"])
     assert not store.sees_blob(orphan["b"]) and store.sees_blob(fresh["c"])
-    assert (len(plan.blobs), plan.stays) == (1, 5 + fresh.size)
+    assert (len(plan.blobs), plan.remaining_bytes) == (1, 5 + fresh.size)
 
 
 def test_artifacts_go_by_their_last_use(store: Store) -> None:
@@ -75,7 +76,7 @@ def test_artifacts_go_by_their_last_use(store: Store) -> None:
     ago(store.cache.root, 40)
     store.find("quantize", "reused")
     ago(store.cache.root, 10, "artifacts/quantize/young")
-    assert gone(collect(store, Policy(older_than=30 * DAY))) == ["old"]
+    assert gone(collect(store, Policy(older_than_s=30 * DAY))) == ["old"]
     assert names(store) == {"reused", "young"}
     assert list(store.backend.keys("provenance")) == ["provenance/quantize/reused", "provenance/quantize/young"]
     assert verify_store(store, deep=True).problems == []
@@ -84,7 +85,7 @@ def test_artifacts_go_by_their_last_use(store: Store) -> None:
 def test_nothing_goes_within_the_grace_period_whatever_the_policy_says(store: Store) -> None:
     keep(store, "new", {"a": b"1"})
     ran(store, "recipe", "1", days=9)
-    assert gone(collect(store, Policy(keep_last=1, older_than=0, max_size=0))) == []
+    assert gone(collect(store, Policy(keep_last=1, older_than_s=0, max_bytes=0))) == []
     assert names(store) == {"new"}
 
 
@@ -108,10 +109,10 @@ def test_the_longest_unused_go_until_the_rest_fits_and_shared_blobs_count_once(s
     for age, name in ((9, "first"), (8, "second"), (7, "third")):
         keep(store, name, {name: name.encode() * 100, "common": b"c" * 1000})
         ago(store.cache.root, age, f"artifacts/quantize/{name}", "blobs")
-    plan = collect(store, Policy(max_size=2100))
+    plan = collect(store, Policy(max_bytes=2100))
     assert gone(plan) == ["first"]
-    assert plan.stays == 600 + 500 + 1000
-    assert gone(collect(store, Policy(max_size=2099))) == ["second"]
+    assert plan.remaining_bytes == 600 + 500 + 1000
+    assert gone(collect(store, Policy(max_bytes=2099))) == ["second"]
     assert verify_store(store).problems == []
 
 
@@ -122,8 +123,8 @@ def test_several_options_must_agree(store: Store) -> None:
     ran(store, "a", "1", "old", "new", days=39)
     ran(store, "a", "2", "last", days=38)
     ago(store.cache.root, 5, "artifacts/quantize/new")
-    assert gone(collect(store, Policy(keep_last=1, older_than=30 * DAY), dry_run=True)) == ["old"]
-    assert gone(collect(store, Policy(older_than=30 * DAY, max_size=10**9), dry_run=True)) == []
+    assert gone(collect(store, Policy(keep_last=1, older_than_s=30 * DAY), dry_run=True)) == ["old"]
+    assert gone(collect(store, Policy(older_than_s=30 * DAY, max_bytes=10**9), dry_run=True)) == []
 
 
 def test_a_dry_run_says_the_same_and_deletes_nothing(store: Store) -> None:
@@ -131,9 +132,9 @@ def test_a_dry_run_says_the_same_and_deletes_nothing(store: Store) -> None:
     put(store, {"b": b"orphan"})
     ago(store.cache.root, 40)
     before = sorted(p for p in store.cache.root.rglob("*"))
-    said = collect(store, Policy(older_than=DAY), dry_run=True)
+    said = collect(store, Policy(older_than_s=DAY), dry_run=True)
     assert sorted(p for p in store.cache.root.rglob("*")) == before
-    assert collect(store, Policy(older_than=DAY)) == said and names(store) == set()
+    assert collect(store, Policy(older_than_s=DAY)) == said and names(store) == set()
     assert not list(store.backend.keys("blobs"))
 
 
@@ -142,11 +143,11 @@ def test_what_a_lease_needs_stays_until_it_has_been_silent_for_the_grace_period(
     ago(store.cache.root, 40)
     with store.lease("quantize", "other"):
         assert store.has_blob(manifest["a"])
-        assert gone(collect(opened(store.cache.root.parent), Policy(older_than=DAY))) == []
+        assert gone(collect(opened(store.cache.root.parent), Policy(older_than_s=DAY))) == []
         assert store.has_blob(manifest["a"])
         (key,) = store.backend.keys("leases")
         ago(store.cache.root, GRACE_S / DAY + 0.1, key)
-        assert gone(collect(opened(store.cache.root.parent), Policy(older_than=DAY))) == ["old"]
+        assert gone(collect(opened(store.cache.root.parent), Policy(older_than_s=DAY))) == ["old"]
 
 
 def test_a_blob_that_no_artifact_names_yet_stays_while_a_lease_needs_it(store: Store) -> None:
@@ -164,9 +165,9 @@ def test_what_a_live_run_uses_stays_between_its_stages(store: Store) -> None:
     keep(store, "base", {"a": b"base"})
     ago(store.cache.root, 40)
     ran(store, "recipe", "1", "base", days=0.9)
-    assert gone(collect(store, Policy(older_than=DAY, max_size=0))) == []
+    assert gone(collect(store, Policy(older_than_s=DAY, max_bytes=0))) == []
     ago(store.cache.root, 1.1, "runs")
-    assert gone(collect(store, Policy(older_than=DAY, max_size=0))) == ["base"]
+    assert gone(collect(store, Policy(older_than_s=DAY, max_bytes=0))) == ["base"]
 
 
 def test_whoever_looks_for_a_blob_while_gc_deletes_waits_and_then_sees_that_it_is_gone(store: Store) -> None:
@@ -201,7 +202,7 @@ def test_a_manifest_whose_blobs_were_collected_before_it_was_there_is_not_kept(s
     manifest = put(store, {"a": b"1"})
     store.backend.delete(blob_key(manifest["a"].sha256))
     with pytest.raises(Collected, match="run again") as caught:
-        store.commit("quantize", "key", manifest, {})
+        store.commit("quantize", "key", manifest, StageRecord())
     assert caught.value.retryable and not list(store.backend.keys("artifacts"))
 
 
@@ -232,7 +233,7 @@ def test_a_manifest_that_gc_took_for_an_old_one_of_its_key_is_written_again(
         settle()
 
     monkeypatch.setattr(store, "wait_for_gc", late)
-    store.commit("quantize", "key", manifest, {})
+    store.commit("quantize", "key", manifest, StageRecord())
     assert store.manifest("quantize", "key") == manifest
 
 
@@ -274,7 +275,7 @@ def test_a_gc_that_was_suspended_deletes_nothing_more(store: Store, monkeypatch:
     ago(store.cache.root, 40)
     monkeypatch.setattr(leases, "DEAD_AFTER_S", 0.0)
     with pytest.raises(StoreError, match="not renewed in time"):
-        collect(store, Policy(older_than=DAY))
+        collect(store, Policy(older_than_s=DAY))
     assert names(store) == {"old"}
 
 
@@ -298,10 +299,10 @@ def test_killed_after_any_deletion_every_manifest_is_whole_and_the_next_gc_ends_
 
     monkeypatch.setattr(store.backend, "delete", dying)
     with pytest.raises(KeyboardInterrupt):
-        collect(store, Policy(older_than=DAY))
+        collect(store, Policy(older_than_s=DAY))
     monkeypatch.undo()
     assert verify_store(store, deep=True).problems == []
-    collect(store, Policy(older_than=DAY))
+    collect(store, Policy(older_than_s=DAY))
     assert names(store) == {"stays"} and len(list(store.backend.keys("blobs"))) == 1
     assert not [key for key in store.backend.keys("provenance") if "stays" not in key]
 

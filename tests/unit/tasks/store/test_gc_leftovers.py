@@ -58,7 +58,7 @@ def test_a_checkout_beside_a_local_store_goes_with_its_artifact(store: Store, tm
     folder = store.link_files(manifest, store.cache.root / "checkouts" / manifest.digest)
     ago(store.cache.root, 40)
     assert collect(store, Policy()).local_files == []
-    plan = collect(store, Policy(older_than=30 * DAY))
+    plan = collect(store, Policy(older_than_s=30 * DAY))
     assert [found.path for found in plan.local_files] == [folder] and not folder.exists()
 
 

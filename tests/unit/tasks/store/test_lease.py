@@ -63,7 +63,7 @@ def told(caplog: pytest.LogCaptureFixture) -> Told:
 
 
 def take(backend: FolderBackend) -> None:
-    with lease(backend, "quantize", KEY, beat=10.0):
+    with lease(backend, "quantize", KEY, beat_s=10.0):
         pass
 
 
@@ -212,7 +212,7 @@ def test_an_owner_on_another_machine_that_beats_is_never_given_up(backend: Count
 
 
 def test_an_owner_beats_while_it_works(backend: FolderBackend) -> None:
-    with lease(backend, "quantize", KEY, beat=0.01):
+    with lease(backend, "quantize", KEY, beat_s=0.01):
         first = beats(backend)
         wait_for(lambda: beats(backend) > first)
         second = beats(backend)
@@ -239,7 +239,7 @@ def test_a_heart_goes_on_after_a_beat_that_failed(tmp_path: Path) -> None:
             super().write(key, data)
 
     backend = Full(tmp_path / "store")
-    with lease(backend, "quantize", KEY, beat=0.01):
+    with lease(backend, "quantize", KEY, beat_s=0.01):
         wait_for(lambda: beats(backend) > 2)
     assert backend.failures == 0
 

@@ -12,6 +12,7 @@ from requant.tasks.errors import StoreError
 from requant.tasks.hub.revision import Revision
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.record import StageRecord
 from requant.tasks.store import Store, runs
 from requant.tasks.store.catalog import read_catalog
 from requant.tasks.store.runs import Run, recorded
@@ -81,5 +82,5 @@ def test_a_report_knows_its_run_once_a_stage_is_done() -> None:
     assert report.run is None
     report.base = Revision("a/base", SHA, (), "model")
     assert report.run is None
-    report.stages.append(StageResult("quantize", "key", "ran", 1.0, Manifest.of([]), {}))
+    report.stages.append(StageResult("quantize", "key", "ran", 1.0, Manifest.of([]), StageRecord()))
     assert report.run == Run(report.recipe.digest[:16], f"a/base@{SHA}", "me/result", (("quantize", "key"),))

@@ -10,6 +10,7 @@ import pytest
 
 from requant.tasks.artifact import File, Manifest
 from requant.tasks.errors import CorruptBlob, RecipeError, StoreError
+from requant.tasks.record import StageRecord
 from requant.tasks.store import Store, open_store
 from requant.tasks.store.catalog import read_catalog
 from requant.tasks.store.folder import FolderBackend
@@ -39,7 +40,7 @@ def put(store: Store, folder: Path, files: dict[str, bytes]) -> Manifest:
 
 def kept(store: Store, folder: Path, files: dict[str, bytes], key: str = KEY) -> Manifest:
     manifest = put(store, folder, files)
-    return store.commit("quantize", key, manifest, {"seconds": 1})
+    return store.commit("quantize", key, manifest, StageRecord({"seconds": 1}))
 
 
 FILES = {"config.json": b"{}", "sub/weights.safetensors": b"weights", "empty": b""}
@@ -49,25 +50,25 @@ def test_a_kept_artifact_is_found_and_read_back(store: Store, tmp_path: Path) ->
     manifest = kept(store, tmp_path / "work", FILES)
     assert store.manifest("quantize", KEY) == manifest
     assert {f.path: store.read_blob(f) for f in manifest.files} == FILES
-    assert store.provenance("quantize", KEY) == {"seconds": 1}
+    assert store.provenance("quantize", KEY) == StageRecord({"seconds": 1})
 
 
 def test_a_key_or_stage_that_was_never_kept_is_not_found(store: Store, tmp_path: Path) -> None:
     kept(store, tmp_path / "work", FILES)
     assert store.manifest("quantize", "b" * 64) is None
     assert store.manifest("validate", KEY) is None
-    assert store.provenance("validate", KEY) == {}
+    assert store.provenance("validate", KEY) == StageRecord()
 
 
 def test_what_a_store_lists_of_a_stage_is_read_whether_or_not_its_blobs_are_there(store: Store, tmp_path: Path) -> None:
     assert not store.has_any("quantize") and store.records("quantize") == {}
     manifest = kept(store, tmp_path / "work", FILES)
-    store.commit("quantize", "b" * 64, manifest, {"seconds": 2})
+    store.commit("quantize", "b" * 64, manifest, StageRecord({"seconds": 2}))
     assert store.has_any("quantize") and not store.has_any("validate")
-    assert store.records("quantize") == {KEY: {"seconds": 1}, "b" * 64: {"seconds": 2}}
+    assert store.records("quantize") == {KEY: StageRecord({"seconds": 1}), "b" * 64: StageRecord({"seconds": 2})}
     assert len(store.records("quantize", limit=1)) == 1
     store.backend.write(f"provenance/quantize/{KEY}", b"{")
-    assert store.records("quantize") == {KEY: {}, "b" * 64: {"seconds": 2}}
+    assert store.records("quantize") == {KEY: StageRecord(), "b" * 64: StageRecord({"seconds": 2})}
     store.backend.delete(blob_key(manifest["config.json"].sha256))
     assert store.manifest("quantize", KEY) is None
     assert store.read_manifest("quantize", KEY) == manifest
@@ -92,9 +93,9 @@ def test_the_first_manifest_of_a_key_wins(store: Store, tmp_path: Path) -> None:
 
 
 def test_the_record_beside_an_artifact_is_that_of_the_run_that_made_it(store: Store, tmp_path: Path) -> None:
-    store.commit("quantize", KEY, put(store, tmp_path / "one", {"a": b"1"}), {"run": "first"})
-    store.commit("quantize", KEY, put(store, tmp_path / "two", {"a": b"2"}), {"run": "second"})
-    assert store.provenance("quantize", KEY) == {"run": "first"}
+    store.commit("quantize", KEY, put(store, tmp_path / "one", {"a": b"1"}), StageRecord({"run": "first"}))
+    store.commit("quantize", KEY, put(store, tmp_path / "two", {"a": b"2"}), StageRecord({"run": "second"}))
+    assert store.provenance("quantize", KEY) == StageRecord({"run": "first"})
 
 
 def test_a_manifest_with_a_missing_blob_is_not_found_and_may_be_made_again(store: Store, tmp_path: Path) -> None:
@@ -128,8 +129,8 @@ def test_a_corrupt_manifest_is_an_error_and_not_a_miss(store: Store, tmp_path: P
 def test_a_corrupt_record_costs_the_record_and_not_the_artifact(store: Store, tmp_path: Path, damage: bytes) -> None:
     kept(store, tmp_path / "work", FILES)
     store.backend.write(f"provenance/quantize/{KEY}", damage)
-    assert store.provenance("quantize", KEY) == {}
-    assert [entry.provenance for entry in read_catalog(store).entries.values()] == [{}]
+    assert store.provenance("quantize", KEY) == StageRecord()
+    assert [entry.provenance for entry in read_catalog(store).entries.values()] == [StageRecord()]
     assert store.manifest("quantize", KEY) is not None
 
 

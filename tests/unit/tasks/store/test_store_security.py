@@ -74,7 +74,7 @@ def test_two_names_that_are_one_file_where_case_is_ignored_are_refused(one: str,
 @pytest.fixture(scope="module")
 def bucket() -> S3Backend:
     """A bucket that does not exist."""
-    return S3Backend("bucket", "prefix", patience=0)
+    return S3Backend("bucket", "prefix", retry_s=0)
 
 
 @pytest.mark.parametrize("key", ["../other/x", "a/../../x", "/x", "", "a\\..\\x", "a\0b", "a/./b", "n" * 4096])

@@ -14,11 +14,13 @@ import pytest
 from requant.tasks.errors import CheckpointError, RecipeError, StageTimeout
 from requant.tasks.texts import rendering, rendering_child
 from requant.tasks.texts.rendering import Rendered, render
-from requant.tasks.texts.rendering_child import Template, Unending
+from requant.tasks.texts.rendering_child import RenderingJob, Template, TemplateTimeout
+from requant.tasks.texts.rows import Message
 from tests.factories.paths import TINY
 from tests.factories.sites import give_secrets, secrets_given
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+MESSAGES = tuple(map(Message, CHAT))
 PLAIN = "user: hi\n\nassistant: ho"
 
 
@@ -102,45 +104,44 @@ HOSTILE = {
 @pytest.mark.parametrize(("template", "reason"), HOSTILE.values(), ids=HOSTILE)
 def test_a_template_that_fails_leaves_a_plain_chat_and_a_reason(template: str, reason: str) -> None:
     tokenizer = Jinja(template)
-    found = Template(tokenizer, rendering_child._missing(tokenizer))
-    assert found.chat(CHAT) == PLAIN
+    found = Template(tokenizer, rendering_child._explain_missing(tokenizer))
+    assert found.chat(MESSAGES) == PLAIN
     assert (found.templated, found.plain) == (0, 1)
     assert reason in found.reason and found.reason.isprintable()
 
 
 def test_one_chat_that_the_template_refuses_is_plain_and_the_others_are_not() -> None:
     found = Template(Jinja("{% if messages|length != 2 %}{{ raise_exception('odd') }}{% endif %}<2>"))
-    assert [found.chat(chat) for chat in (CHAT, CHAT[:1], CHAT)] == ["<2>", "user: hi", "<2>"]
+    assert [found.chat(chat) for chat in (MESSAGES, MESSAGES[:1], MESSAGES)] == ["<2>", "user: hi", "<2>"]
     assert (found.templated, found.plain) == (2, 1)
 
 
 def test_a_template_that_does_not_end_is_left_out_for_every_chat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rendering_child, "ROW_S", 0.2)
+    monkeypatch.setattr(rendering_child, "CHAT_LIMIT_S", 0.2)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     tokenizer = Jinja("{% if messages|length == 1 %}" + loop + "{% endif %}fine")
-    with pytest.raises(Unending):
-        Template(tokenizer).chat(CHAT[:1])
-    assert Template(tokenizer).chat(CHAT) == "fine"
+    with pytest.raises(TemplateTimeout):
+        Template(tokenizer).chat(MESSAGES[:1])
+    assert Template(tokenizer).chat(MESSAGES) == "fine"
     monkeypatch.setattr(rendering_child, "_tokenizer", lambda folder, remote_code: tokenizer)
     monkeypatch.setattr(rendering_child.resource, "setrlimit", lambda *_: None)  # this is not a process of its own
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in (CHAT, CHAT[:1])))
-    job = {"model": "m", "paths": [str(rows)], "name": "t", "chats": True, "remote_code": False, "most_tokens": None,
-           "most_characters": None, "out": str(tmp_path / "out"), "template": True, "reason": ""}  # fmt: skip
-    answer = rendering_child.rendered(job)
-    assert (answer["templated"], answer["plain"]) == (0, 2) and "took over 0.2 s" in answer["reason"]
+    job = RenderingJob("m", [str(rows)], str(tmp_path / "out"), "t", chats=True, remote_code=False)
+    answer = rendering_child.render_text(job)
+    assert (answer.templated, answer.plain) == (0, 2) and "took over 0.2 s" in answer.reason
     assert [json.loads(line)["text"] for line in (tmp_path / "out").read_text().splitlines()] == [PLAIN, "user: hi"]
 
 
 def test_chats_that_take_the_template_too_long_together_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.count(0.0, rendering_child.ALL_S * 0.6)  # is read before a chat and after it
+    clock = itertools.count(0.0, rendering_child.TEXT_LIMIT_S * 0.6)  # is read before a chat and after it
     monkeypatch.setattr(rendering_child.time, "process_time", lambda: next(clock))
     found = Template(Jinja("fine"))
-    assert [found.chat(CHAT) for _ in range(2)] == ["fine"] * 2
-    with pytest.raises(Unending):
-        found.chat(CHAT)
+    assert [found.chat(MESSAGES) for _ in range(2)] == ["fine"] * 2
+    with pytest.raises(TemplateTimeout):
+        found.chat(MESSAGES)
 
 
 class Frozen(Jinja):
@@ -151,12 +152,12 @@ class Frozen(Jinja):
         return super().apply_chat_template(messages, tokenize)
 
 
-@pytest.mark.parametrize("limit", ["ROW_S", "ALL_S"])
+@pytest.mark.parametrize("limit", ["CHAT_LIMIT_S", "TEXT_LIMIT_S"])
 def test_a_machine_that_stands_still_makes_no_chat_plain(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Jinja("fine").apply_chat_template(CHAT, tokenize=False)  # what is loaded once takes no part of the time
     monkeypatch.setattr(rendering_child, limit, 0.05)
     found = Template(Frozen("fine"))
-    assert [found.chat(CHAT) for _ in range(3)] == ["fine"] * 3
+    assert [found.chat(MESSAGES) for _ in range(3)] == ["fine"] * 3
     assert (found.templated, found.plain) == (3, 0)
 
 

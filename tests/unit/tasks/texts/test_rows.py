@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from requant.tasks.errors import RecipeError
-from requant.tasks.texts.rows import columns_of, needs_template, plain_chat, read_rows
+from requant.tasks.texts.rows import Message, columns_of, needs_template, plain_chat, read_rows
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 
@@ -53,7 +53,7 @@ def test_rows_of_messages_are_read_where_chats_are_asked_for(tmp_path: Path) -> 
     path = jsonl(tmp_path, {"text": "a"}, {"messages": CHAT, "domain": "chat"}, {"text": "b", "messages": CHAT})
     pyarrow.parquet.write_table(pyarrow.table({"messages": [CHAT, None], "n": [1, 2]}), tmp_path / "a.parquet")
     rows = list(read_rows([path, str(tmp_path / "a.parquet")], chats=True))
-    assert [(row.text, list(row.messages), row.domain) for row in rows] == [
+    assert [(row.text, [message.fields for message in row.messages], row.domain) for row in rows] == [
         ("a", [], ""), ("", CHAT, "chat"), ("b", [], ""), ("", CHAT, ""),
     ]  # fmt: skip
     assert [row.text for row in read_rows([path])] == ["a", "b"]
@@ -153,4 +153,4 @@ def test_messages_that_were_not_taken_for_chats_are_told_so(tmp_path: Path) -> N
 def test_a_chat_without_a_template_is_role_and_content() -> None:
     parts = [{"type": "text", "text": "look"}, {"type": "image"}]
     messages = [*CHAT, {"role": "user", "content": parts}, {"role": "tool", "content": None}]
-    assert plain_chat(messages) == "user: hi\n\nassistant: ho\n\nuser: look\n\ntool: "
+    assert plain_chat([*map(Message, messages)]) == "user: hi\n\nassistant: ho\n\nuser: look\n\ntool: "

@@ -11,7 +11,7 @@ from requant.tasks.artifact import file_of, sha256_of
 from requant.tasks.download import text_files
 from requant.tasks.errors import RecipeError
 from requant.tasks.hub.revision import HubFile, Revision
-from requant.tasks.recipe.quantize import BUILTIN
+from requant.tasks.recipe.quantize_section import BUILTIN
 from requant.tasks.recipe.recipe import BUILTIN_EVALUATION
 from requant.tasks.store import Store
 from requant.tasks.texts.rows import needs_template, plain_chat, read_rows

@@ -14,12 +14,13 @@ from requant.tasks.texts.text import EVALUATION
 from requant.tasks.validating import decode as decoding
 from requant.tasks.validating.decode import agreement, decode, decode_in_blocks, speculate
 from requant.tasks.validating.head import MtpHead
-from requant.tasks.validating.model import Skeleton, load_model, load_tokenizer
+from requant.tasks.validating.model import RunSettings, Skeleton, load_model, load_tokenizer
 from tests.factories.bases import other_base
 from tests.factories.paths import TINY
 from tests.factories.pico import pico_base
 
 CPU = torch.device("cpu")
+ON_CPU = RunSettings(CPU, torch.float32)
 TOKENS = 30  # generated after each prompt
 
 
@@ -34,7 +35,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def skeleton() -> Skeleton:
-    made = Skeleton(Checkpoint.open(TINY), torch.float32, CPU)
+    made = Skeleton(Checkpoint.open(TINY), ON_CPU)
     made.hold()
     return made
 
@@ -93,7 +94,7 @@ def test_speculative_decoding_gives_the_tokens_of_plain_decoding(
 def test_plain_decoding_is_transformers_own(
     skeleton: Skeleton, text: torch.Tensor, plain: list[tuple[list[int], list[float]]]
 ) -> None:
-    model = load_model(skeleton.checkpoint, torch.float32, CPU)
+    model = load_model(skeleton.checkpoint, ON_CPU)
     prompt = prompts(text)[1]
     output = model.generate(
         input_ids=prompt[None], attention_mask=torch.ones_like(prompt[None]), do_sample=False, min_new_tokens=TOKENS,
@@ -118,7 +119,7 @@ def test_without_the_state_from_before_a_refused_draft_the_text_goes_wrong(
 
 
 def test_decoding_block_by_block_gives_the_same_tokens(skeleton: Skeleton, text: torch.Tensor) -> None:
-    streamed = Skeleton(skeleton.checkpoint, torch.float32, CPU)
+    streamed = Skeleton(skeleton.checkpoint, ON_CPU)
     streamed.load_ends()
     rows = prompts(text, 2)
     expected = [decode(skeleton, prompt, 5)[0] for prompt in rows]
@@ -137,11 +138,11 @@ def test_a_head_of_another_layout_or_without_its_fusion_layer_is_refused(
 ) -> None:
     plain = Checkpoint.open(other_base(tmp_path_factory.mktemp("llama"), "llama"))
     with pytest.raises(CheckpointError, match="no layout that can be run here"):
-        MtpHead(plain, Skeleton(plain, torch.float32, CPU))
+        MtpHead(plain, Skeleton(plain, ON_CPU))
     pico = Checkpoint.open(pico_base(tmp_path_factory.mktemp("pico")))
     whole = pico.head
     assert whole is not None
-    main = Skeleton(pico, torch.float32, CPU)
+    main = Skeleton(pico, ON_CPU)
     lacking = copy.copy(whole)
     object.__setattr__(lacking, "names", tuple(name for name in whole.names if name != "mtp.fc.weight"))
     pico.__dict__["head"] = lacking

@@ -10,7 +10,8 @@ import pytest
 
 from requant.tasks.recipe.recipe import MAX_KL_DIVERGENCE, Gates
 from requant.tasks.validating.gates import FIXED, MAX_REPEATED_SHARE, Gate, judge, most_repeated, slope_error
-from tests.factories.measured import GOOD
+from requant.tasks.validating.measured import MatrixError
+from tests.factories.measured import GOOD, good
 
 
 def matrix(**changes: Any) -> list[dict[str, Any]]:
@@ -22,17 +23,22 @@ def block(error: float) -> list[dict[str, Any]]:
     return [GOOD["blocks"][0], {**GOOD["blocks"][1], "error": error}]
 
 
+def slope_of(**figures: float) -> float:
+    """Judge the slope of a matrix with these figures."""
+    return slope_error(MatrixError.model_validate({"name": "a.weight", "bits": 4, "offset": 0.0, **figures}))
+
+
 def by_name(gates: list[Gate]) -> dict[str, Gate]:
     return {gate.name: gate for gate in gates}
 
 
 def failed(limits: Gates | None = None, **changes: Any) -> set[str]:
-    return {gate.name for gate in judge({**GOOD, **changes}, limits or Gates()) if gate.failed}
+    return {gate.name for gate in judge(good(**changes), limits or Gates()) if gate.failed}
 
 
 def test_a_good_checkpoint_passes_every_gate() -> None:
     assert failed() == set()
-    assert set(by_name(judge(GOOD, Gates()))) == {
+    assert set(by_name(judge(good(), Gates()))) == {
         "structure", "lossless", "finite", "files", "context", "weight_slope", "weight_offset", "same_tokens",
         "block_error", "perplexity_increase", "kl_divergence", "top1_agreement", "most_repeated_token", "long_context",
         "vision_output", "mtp_acceptance_ratio", "speculative_decoding",
@@ -79,20 +85,20 @@ UNMEASURED = {
 
 @pytest.mark.parametrize("name", UNMEASURED)
 def test_a_value_that_could_not_be_measured_does_not_pass(name: str) -> None:
-    gate = by_name(judge({**GOOD, UNMEASURED[name]: None}, Gates()))[name]
+    gate = by_name(judge(good(**{UNMEASURED[name]: None}), Gates()))[name]
     assert not gate.passed and gate.value is None and "could not be measured" in gate.note
     assert ("null" in gate.note) == (name not in FIXED), "only where a recipe can set it"
 
 
 def test_kl_divergence_has_a_limit_unless_the_recipe_says_null() -> None:
-    assert by_name(judge(GOOD, Gates()))["kl_divergence"].limit == MAX_KL_DIVERGENCE
-    assert by_name(judge({**GOOD, "kl_divergence": 9.0}, Gates(max_kl_divergence=None)))["kl_divergence"].passed
+    assert by_name(judge(good(), Gates()))["kl_divergence"].limit == MAX_KL_DIVERGENCE
+    assert by_name(judge(good(kl_divergence=9.0), Gates(max_kl_divergence=None)))["kl_divergence"].passed
     assert failed(Gates(), kl_divergence=0.3) == {"kl_divergence"}
     assert failed(Gates(max_kl_divergence=0.01)) == {"kl_divergence"}
 
 
 def test_the_worst_matrix_and_block_are_named() -> None:
-    gates = by_name(judge({**GOOD, "matrices": matrix(scale_factor=1.05, offset=1.0), "blocks": block(2.0)}, Gates()))
+    gates = by_name(judge(good(matrices=matrix(scale_factor=1.05, offset=1.0), blocks=block(2.0)), Gates()))
     assert gates["weight_slope"].note == gates["weight_offset"].note == "b.weight"
     assert gates["block_error"].note == "block 1" and gates["block_error"].value == 2.0
 
@@ -101,28 +107,28 @@ def test_the_worst_matrix_and_block_are_named() -> None:
 def test_a_record_of_an_earlier_version_is_compared_with_fine_rounding(error: float) -> None:
     """Rounding in 8, 4 and 3 bits passes; the same with scales that are 5 % off does not."""
     noise = error**2
-    assert slope_error({"slope": 1 - noise, "error": error}) == 0
+    assert slope_of(slope=1 - noise, error=error) == 0
     for factor in (0.95, 1.05):
         off = {"slope": factor * (1 - noise), "error": (factor**2 * noise + (1 - factor) ** 2) ** 0.5}
-        assert slope_error(off) > 0.03
+        assert slope_of(**off) > 0.03
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.01, 0.1])
 def test_a_record_of_an_earlier_version_tells_scales_that_are_far_too_small(factor: float) -> None:
-    assert slope_error({"slope": factor, "error": 1 - factor}) > 0.03
+    assert slope_of(slope=factor, error=1 - factor) > 0.03
 
 
 def test_another_matrix_has_no_slope_at_all() -> None:
-    assert slope_error({"slope": 0.0, "error": 2**0.5}) == pytest.approx(1.0)
+    assert slope_of(slope=0.0, error=2**0.5) == pytest.approx(1.0)
 
 
 def test_the_slopes_error_is_that_of_the_scales_or_of_the_matrix_whichever_is_larger() -> None:
     """A quarter of the noise of rounding is left to tuning."""
-    right = {"slope": 0.9, "slope_excess": 0.02, "scale_factor": 1.01, "rounding_noise": 0.16}
-    assert slope_error(right) == pytest.approx(0.01)
-    assert slope_error({**right, "scale_factor": 0.95}) == pytest.approx(0.05)
-    assert slope_error({**right, "slope_excess": -0.9}) == pytest.approx(0.86)
-    assert math.isnan(slope_error({**right, "slope": math.nan}))
+    right = {"slope": 0.9, "error": 0.4, "slope_excess": 0.02, "scale_factor": 1.01, "rounding_noise": 0.16}
+    assert slope_of(**right) == pytest.approx(0.01)
+    assert slope_of(**{**right, "scale_factor": 0.95}) == pytest.approx(0.05)
+    assert slope_of(**{**right, "slope_excess": -0.9}) == pytest.approx(0.86)
+    assert math.isnan(slope_of(**{**right, "slope": math.nan}))
 
 
 def test_a_matrix_that_is_no_number_fails() -> None:
@@ -132,8 +138,8 @@ def test_a_matrix_that_is_no_number_fails() -> None:
 
 
 def test_what_a_model_has_not_is_not_compared() -> None:
-    assert "vision_output" not in by_name(judge({**GOOD, "vision": False, "vision_difference": None}, Gates()))
-    assert "speculative_decoding" not in by_name(judge({**GOOD, "speculative_agreement": None}, Gates()))
+    assert "vision_output" not in by_name(judge(good(vision=False, vision_difference=None), Gates()))
+    assert "speculative_decoding" not in by_name(judge(good(speculative_agreement=None), Gates()))
 
 
 def test_a_head_whose_acceptance_could_not_be_measured_does_not_pass_unless_nobody_asks() -> None:
@@ -142,7 +148,7 @@ def test_a_head_whose_acceptance_could_not_be_measured_does_not_pass_unless_nobo
 
 
 def test_a_checkpoint_without_a_head_has_no_gate_for_it() -> None:
-    assert "mtp_acceptance_ratio" not in by_name(judge({**GOOD, "head_kept": False}, Gates()))
+    assert "mtp_acceptance_ratio" not in by_name(judge(good(head_kept=False), Gates()))
 
 
 @pytest.mark.parametrize("name", ["perplexity_increase", "top1_agreement", "mtp_acceptance_ratio", "same_tokens"])
@@ -153,13 +159,13 @@ def test_a_value_that_is_not_a_number_does_not_pass(name: str) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_broken_models_gate_is_still_json(value: float) -> None:
     """A model that predicts nothing has a perplexity of nan or inf; --json must stay one JSON document."""
-    for gate in judge({**GOOD, "perplexity_increase": value}, Gates()):
+    for gate in judge(good(perplexity_increase=value), Gates()):
         assert json.loads(json.dumps(gate.to_json(), allow_nan=False))["name"] == gate.name
 
 
 def test_a_limit_that_is_null_is_reported_and_not_compared() -> None:
     limits = Gates(max_perplexity_increase=None, min_top1_agreement=None, min_mtp_acceptance_ratio=None)
-    gates = by_name(judge({**GOOD, "perplexity_increase": 9.0, "top1_agreement": 0.0}, limits))
+    gates = by_name(judge(good(perplexity_increase=9.0, top1_agreement=0.0), limits))
     assert gates["perplexity_increase"] == Gate("perplexity_increase", 9.0, None, True, "no limit asked for")
     assert gates["top1_agreement"].passed and gates["top1_agreement"].value == 0.0
 
@@ -172,7 +178,7 @@ def test_structure_is_compared_whatever_the_recipe_says() -> None:
 
 
 def test_a_gate_of_sentences_tells_the_first_and_counts_the_others() -> None:
-    gates = by_name(judge({**GOOD, "altered": ["a differs", "b differs", "c differs"]}, Gates()))
+    gates = by_name(judge(good(altered=["a differs", "b differs", "c differs"]), Gates()))
     assert gates["lossless"] == Gate("lossless", 3.0, 0.0, False, "a differs (and 2 more)")
 
 
@@ -195,9 +201,10 @@ def test_the_share_of_the_most_repeated_token_is_counted(tokens: list[int], shar
 
 
 def test_the_task_that_kept_least_is_compared_and_named() -> None:
-    tasks = {name: {"recovery": kept} for name, kept in (("gsm8k", 1.01), ("humaneval", 0.9), ("mmlu", 0.99))}
-    measured = {**GOOD, "tasks": tasks, "worst_task_recovery": 0.9}
+    score = {"metric": "acc", "base": 0.5, "ours": 0.5}
+    tasks = {name: {**score, "recovery": kept} for name, kept in (("gsm8k", 1.01), ("humaneval", 0.9), ("mmlu", 0.99))}
+    measured = good(tasks=tasks, worst_task_recovery=0.9)
     gate = by_name(judge(measured, Gates()))["task_recovery"]
     assert (gate.value, gate.limit, gate.passed, gate.note) == (0.9, 0.95, False, "humaneval")
     assert by_name(judge(measured, Gates(min_task_recovery=0.9)))["task_recovery"].passed
-    assert failed(tasks={"hard": {"recovery": None}}, worst_task_recovery=None) == {"task_recovery"}
+    assert failed(tasks={"hard": {**score, "recovery": None}}, worst_task_recovery=None) == {"task_recovery"}

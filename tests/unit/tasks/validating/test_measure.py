@@ -23,9 +23,10 @@ from requant.tasks.validate import measured_values, side_by_side, validate_folde
 from requant.tasks.validating.compare import compare as compare_folders
 from requant.tasks.validating.gates import judge
 from requant.tasks.validating.measure import measure as measure_as
-from requant.tasks.validating.measure import precision
-from requant.tasks.validating.measured import Measurement
-from requant.tasks.validating.model import load_model, state_dict, to_torch
+from requant.tasks.validating.measure import run_settings
+from requant.tasks.validating.measured import Measured
+from requant.tasks.validating.measurement import Measurement
+from requant.tasks.validating.model import RunSettings, load_model, state_dict, to_torch
 from tests.factories.checkpoints import (
     all_tensors,
     from_bf16,
@@ -59,7 +60,7 @@ def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measure(folder: Path, text: Path) -> Measurement:
     """Measure a checkpoint by itself, as a base is measured."""
-    return measure_as(folder, text, *precision(folder))
+    return measure_as(folder, text, run_settings(folder))
 
 
 def found(ours: Path, theirs: Path) -> Account:
@@ -73,7 +74,7 @@ def of_base(base: Path) -> Measurement:
 
 @pytest.fixture(scope="module")
 def of_made(made: Path, base: Path) -> Measurement:
-    return measure_as(made, EVALUATION, *precision(base))
+    return measure_as(made, EVALUATION, run_settings(base))
 
 
 def edit(folder: Path, shard: str, **changes: Any) -> None:
@@ -103,7 +104,7 @@ def test_a_model_of_random_weights_knows_as_little_as_it_can(of_base: Measuremen
 def test_the_losses_are_the_cross_entropy_of_the_next_token(base: Path, of_base: Measurement) -> None:
     """Against a plain forward of the transformers model."""
     found = of_base
-    model = load_model(Checkpoint.open(base), torch.float32, torch.device("cpu"))
+    model = load_model(Checkpoint.open(base), RunSettings(torch.device("cpu"), torch.float32))
     ids = torch.from_numpy(found.tokens[:1]).long()
     with torch.inference_mode():
         logits = model(input_ids=ids).logits[0].float()
@@ -135,12 +136,12 @@ def test_a_checkpoint_is_measured_in_the_precision_of_its_base(
     base: Path, made: Path, of_made: Measurement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a machine that holds the base only in half precision, both are measured in that."""
-    assert precision(base) == (torch.device("cpu"), torch.float32)
+    assert run_settings(base) == RunSettings(torch.device("cpu"), torch.float32)
     memory = psutil.virtual_memory()
     half = sum(t.nbytes for t in Checkpoint.open(base).tensors.values())
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(total=half))
-    assert precision(base)[1] == torch.bfloat16
-    coarse = measure_as(made, EVALUATION, *precision(base))
+    assert run_settings(base).dtype == torch.bfloat16
+    coarse = measure_as(made, EVALUATION, run_settings(base))
     assert coarse.nll.tobytes() != of_made.nll.tobytes()
     np.testing.assert_allclose(coarse.nll, of_made.nll, atol=1.0)
 
@@ -223,8 +224,9 @@ def test_a_tokenizer_that_makes_too_few_tokens_is_not_measured_and_all_files_are
     words = tmp_path / "words.txt"
     words.write_text("some words of a text that only its tokenizer.json can cut into tokens of their own. " * 9)
     values = validate_folders(folder, base, words)
-    assert values["not_measured"].startswith(f"the tokenizer of {folder.name} makes only ")
-    assert values["not_measured"].endswith(" tokens of the text words.txt, and measuring needs at least 48")
+    why = values.not_measured or ""
+    assert why.startswith(f"the tokenizer of {folder.name} makes only ")
+    assert why.endswith(" tokens of the text words.txt, and measuring needs at least 48")
     gates = {gate.name: gate for gate in judge(values, Gates())}
     assert gates["files"].note == "tokenizer.json of the base is missing"
     assert gates["structure"].passed and gates["lossless"].passed and gates["weight_slope"].passed
@@ -236,8 +238,8 @@ def test_a_tokenizer_that_cannot_be_read_is_not_measured_and_says_so(content: st
     folder = write_quantized(base, tmp_path)
     (folder / "tokenizer.json").write_text(content)
     values = validate_folders(folder, base)
-    assert f"the tokenizer in {folder} cannot be loaded" in values["not_measured"]
-    assert values["files"] == ["tokenizer.json differs from the base's"]
+    assert f"the tokenizer in {folder} cannot be loaded" in (values.not_measured or "")
+    assert values.audit.files == ("tokenizer.json differs from the base's",)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -250,11 +252,11 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
         measure(folder, EVALUATION)
 
 
-def values_of(ours: Path, base: Path, *measurements: Measurement) -> dict[str, Any]:
+def values_of(ours: Path, base: Path, *measurements: Measurement) -> Measured:
     """What validate says of a folder, its base and itself measured before: `(base, ours)`."""
     kept = dict(zip((base, ours), measurements, strict=True))
     how = {"keep_head": True, "pack_head": False, "remote_code": False}
-    return measured_values(ours, base, lambda path, device, dtype: kept[path], **how)
+    return measured_values(ours, base, lambda path, settings: kept[path], **how)
 
 
 def test_a_quantized_checkpoint_is_compared_with_its_base(
@@ -262,15 +264,21 @@ def test_a_quantized_checkpoint_is_compared_with_its_base(
 ) -> None:
     one, two = of_base, of_made
     values = values_of(made, base, one, two)
-    assert values["packed"] == 13 and values["head"] == 15 and values["head_kept"] is True
-    assert values["unaccounted"] == values["altered"] == values["not_finite"] == values["files"] == []
-    assert values["same_tokens"] == 1.0 and values["tokens"] == 192
-    assert values["perplexity_increase"] == pytest.approx(two.perplexity / one.perplexity - 1)
-    assert values["top1_agreement"] == pytest.approx(float((one.top1 == two.top1).mean()))
-    assert 0 < values["top1_agreement"] < 1
-    assert values["mtp_acceptance"] == two.acceptance and values["base_mtp_acceptance"] == one.acceptance
-    assert len(values["matrices"]) == 13 and [block["block"] for block in values["blocks"]] == [0, 1]
-    assert values["vision_difference"] == 0.0 and values["long_context"] == values["speculative_agreement"] == 1.0
+    assert values.audit.packed == 13 and values.audit.head == 15 and values.head_kept is True
+    assert values.audit.unaccounted == values.audit.altered == values.audit.not_finite == values.audit.files == ()
+    assert values.behaviour.same_tokens == 1.0 and values.behaviour.tokens == 192
+    assert values.behaviour.perplexity_increase == pytest.approx(two.perplexity / one.perplexity - 1)
+    assert values.behaviour.top1_agreement == pytest.approx(float((one.top1 == two.top1).mean()))
+    assert 0 < values.behaviour.top1_agreement < 1
+    assert (
+        values.behaviour.quantized.mtp_acceptance == two.acceptance
+        and values.behaviour.base.mtp_acceptance == one.acceptance
+    )
+    assert len(values.matrices or ()) == 13 and [block.block for block in values.divergence.blocks or ()] == [0, 1]
+    assert (
+        values.divergence.vision_difference == 0.0
+        and values.behaviour.long_context == values.behaviour.speculative_agreement == 1.0
+    )
 
 
 def test_the_divergence_is_that_of_the_whole_distributions(
@@ -280,24 +288,26 @@ def test_the_divergence_is_that_of_the_whole_distributions(
     ids = torch.from_numpy(of_base.tokens).long()
     with torch.inference_mode():
         theirs, ours = (
-            load_model(Checkpoint.open(path), torch.float32, torch.device("cpu"))(input_ids=ids).logits[:, :-1]
+            load_model(Checkpoint.open(path), RunSettings(torch.device("cpu"), torch.float32))(input_ids=ids).logits[
+                :, :-1
+            ]
             for path in (base, made)
         )
         expected = torch.nn.functional.kl_div(
             ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none"
         ).sum(-1)
     values = values_of(made, base, of_base, of_made)
-    assert values["kl_divergence"] == pytest.approx(float(expected.mean()), rel=1e-3)
-    assert values["kl_divergence_p99"] == pytest.approx(float(expected.flatten().quantile(0.99)), rel=1e-2)
+    assert values.divergence.kl_divergence == pytest.approx(float(expected.mean()), rel=1e-3)
+    assert values.divergence.kl_divergence_p99 == pytest.approx(float(expected.flatten().quantile(0.99)), rel=1e-2)
 
 
 def test_a_base_compared_with_itself_agrees_with_itself(base: Path, of_base: Measurement) -> None:
     values = side_by_side(of_base, of_base)
-    assert (values["perplexity_increase"], values["top1_agreement"], values["same_tokens"]) == (0.0, 1.0, 1.0)
-    assert values["perplexity_increase_interval"] == (0.0, 0.0)
-    more = compare_folders(base, base, of_base, of_base, *precision(base))
-    assert all(block["error"] < 1e-6 and block["drift"] == 0 for block in more["blocks"])
-    assert more["kl_divergence"] == pytest.approx(0, abs=1e-6) and more["vision_difference"] == 0.0
+    assert (values.perplexity_increase, values.top1_agreement, values.same_tokens) == (0.0, 1.0, 1.0)
+    assert values.perplexity_increase_interval == (0.0, 0.0)
+    more = compare_folders(base, base, of_base, of_base, run_settings(base))
+    assert all(block.error < 1e-6 and block.drift == 0 for block in more.blocks or ())
+    assert more.kl_divergence == pytest.approx(0, abs=1e-6) and more.vision_difference == 0.0
 
 
 def test_a_broken_block_is_seen_by_itself_and_by_what_comes_after_it(
@@ -306,22 +316,22 @@ def test_a_broken_block_is_seen_by_itself_and_by_what_comes_after_it(
     """Its own error says which one it is; those behind it work well on what they would have been given."""
     broken = pico_base(tmp_path / "broken", seed=1, shards=1)
     edit(broken, SHARD, **{"model.language_model.layers.0.mlp.down_proj.weight": np.zeros((64, 128))})
-    blocks = compare_folders(broken, base, measure(broken, EVALUATION), of_base, *precision(base))["blocks"]
-    assert blocks[0]["error"] > 0.2 and blocks[1]["error"] < 1e-4
-    assert blocks[0]["drift"] > 0.05 and blocks[1]["drift"] > 0.05
+    blocks = compare_folders(broken, base, measure(broken, EVALUATION), of_base, run_settings(base)).blocks or ()
+    assert blocks[0].error > 0.2 and blocks[1].error < 1e-4
+    assert blocks[0].drift > 0.05 and blocks[1].drift > 0.05
 
 
 def test_other_tokens_are_not_compared(of_base: Measurement) -> None:
     one = of_base
     shorter = replace(one, tokens=one.tokens[:2], nll=one.nll[:2], top1=one.top1[:2], drafts=one.drafts[:, :2])
     values = side_by_side(one, shorter)
-    assert (values["same_tokens"], values["top1_agreement"], values["perplexity_increase"]) == (0.0, 0.0, None)
+    assert (values.same_tokens, values.top1_agreement, values.perplexity_increase) == (0.0, 0.0, None)
 
 
 def test_a_model_whose_predictions_are_no_numbers_has_no_acceptance(of_base: Measurement) -> None:
     """It chooses token 0 everywhere, and so do its drafts."""
     values = side_by_side(of_base, replace(of_base, nll=np.full_like(of_base.nll, np.nan)))
-    assert values["mtp_acceptance_ratio"] is None and values["speculative_agreement"] is None
+    assert values.mtp_acceptance_ratio is None and values.speculative_agreement is None
 
 
 def test_two_folders_are_measured_and_compared(base: Path, made: Path) -> None:
@@ -333,7 +343,11 @@ def test_two_folders_are_measured_and_compared(base: Path, made: Path) -> None:
 
 def test_a_checkpoint_whose_head_was_dropped_is_compared_without_it(base: Path, tmp_path: Path) -> None:
     values = validate_folders(write_quantized(base, tmp_path, head=False), base)
-    assert values["head_kept"] is False and values["unaccounted"] == [] and values["mtp_acceptance"] is None
+    assert (
+        values.head_kept is False
+        and values.audit.unaccounted == ()
+        and values.behaviour.quantized.mtp_acceptance is None
+    )
     assert "mtp_acceptance_ratio" not in {g.name for g in judge(values, Gates())}
 
 

@@ -1,96 +1,145 @@
-"""The figures that follow from measured arrays."""
+"""The measured values: their JSON form is that of the documents that were recorded before they had a type."""
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
+from pydantic import ValidationError
 
-from requant.tasks.validating.measured import Measurement, interval, perplexity_increase
+from requant.tasks.checkpoint.audit import Account
+from requant.tasks.checkpoint.weight_error import Fidelity
+from requant.tasks.checkpoint.writer import json_bytes
+from requant.tasks.errors import StoreError
+from requant.tasks.redaction import without_non_finite
+from requant.tasks.validate import RESULT_FILE, read_values
+from requant.tasks.validating.measured import (
+    KEYS,
+    NOT_COMPARED,
+    NOT_EVALUATED,
+    NOT_RUN,
+    Audit,
+    Behaviour,
+    Divergence,
+    Evaluation,
+    MatrixError,
+    Measured,
+    Side,
+)
+from tests.factories.measured import good
+
+RECORDED: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "measured.json").read_text())
 
 
-def measurement(**arrays: Any) -> Measurement:
-    """One window of five tokens, of which nothing was measured but what is given."""
-    empty = np.zeros((0, 0), np.int32)
-    values: dict[str, Any] = {
-        "tokens": np.zeros((1, 5), np.int32),
-        "nll": np.zeros((1, 4), np.float32),
-        "top1": np.zeros((1, 4), np.int32),
-        "drafts": np.zeros((0, 0, 0), np.int32),
-        "generated": empty,
-        "speculation": empty,
-        "speculative": np.zeros(0, np.float32),
-        "context": np.array([5, 5], np.int32),
-        "hidden": torch.zeros(1, 5, 2),
-        "probes": torch.zeros(2, 5, 2),
-        "features": torch.empty(0),
-    }
-    return Measurement(**{**values, **arrays})
+@pytest.mark.parametrize("case", RECORDED)
+def test_a_recorded_document_is_written_as_it_was(case: str) -> None:
+    written = Measured.from_json(RECORDED[case]).to_json()
+    assert written == RECORDED[case]
+    assert json_bytes(written) == json_bytes(RECORDED[case]), "and the keys have the same order"
 
 
-def test_a_measurement_survives_being_written_and_read() -> None:
-    nll = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
-    before = measurement(nll=nll, hidden=torch.ones(1, 5, 2, dtype=torch.bfloat16))
-    after = Measurement.from_bytes(before.to_bytes())
-    assert math.isclose(after.perplexity, math.exp(2.5)) and after.acceptance is None
-    for name, value in vars(before).items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(vars(after)[name], value) and vars(after)[name].dtype == value.dtype
-        else:
-            np.testing.assert_array_equal(vars(after)[name], value)
+def test_values_are_read_into_their_parts() -> None:
+    measured = Measured.from_json(RECORDED["everything"])
+    document = RECORDED["everything"]
+    assert measured.text == document["text"] and measured.audit.packed == document["packed"]
+    assert measured.matrices is not None and measured.matrices[1].bits == document["matrices"][1]["bits"]
+    assert measured.divergence.blocks is not None
+    assert measured.divergence.blocks[1].drift == document["blocks"][1]["drift"]
+    assert measured.behaviour.base.perplexity == document["base_perplexity"]
+    assert measured.behaviour.quantized.perplexity_interval == tuple(document["perplexity_interval"])
+    assert measured.evaluation is not None and measured.evaluation.tasks is not None
+    assert measured.evaluation.tasks["arc_easy"].ours == document["tasks"]["arc_easy"]["ours"]
+
+
+def test_what_could_not_be_run_has_nulls_for_the_gates_and_says_why() -> None:
+    measured = Measured.from_json(RECORDED["cannot be run"])
+    assert (measured.behaviour, measured.divergence, measured.evaluation) == (NOT_RUN, NOT_COMPARED, NOT_EVALUATED)
+    assert measured.not_measured is not None and " lacks " in measured.not_measured
+    assert Measured.from_json(RECORDED["everything"]).not_measured is None
+
+
+def test_a_document_of_another_version_is_read_without_its_unknown_keys_and_with_defaults() -> None:
+    measured = Measured.from_json({"head_kept": True, "invented": 5, "blocks": None})
+    assert measured.to_json() == {"head_kept": True, "blocks": None}
+    assert measured.evaluation is None and measured.audit.altered == () and measured.behaviour.tokens is None
+
+
+def test_a_number_that_json_has_not_stays_what_it_is() -> None:
+    measured = good(perplexity=math.inf, perplexity_increase=math.nan)
+    assert measured.behaviour.quantized.perplexity == math.inf
+    again = Measured.from_json(json.loads(json.dumps(measured.to_json())))
+    assert again.behaviour.perplexity_increase is not None and math.isnan(again.behaviour.perplexity_increase)
+
+
+def test_every_value_has_its_place_in_the_written_order() -> None:
+    own = {name for part in (Measured, Audit, Divergence, Behaviour, Evaluation) for name in part.model_fields}
+    own -= {"audit", "divergence", "behaviour", "evaluation", "base", "quantized"}
+    assert set(KEYS) == own | {f"{side}{name}" for side in ("", "base_") for name in Side.model_fields}
+
+
+def test_every_finding_and_figure_of_the_files_has_its_field() -> None:
+    assert {field.name for field in fields(Account)} == set(Audit.model_fields)
+    assert {field.name for field in fields(Fidelity)} == set(MatrixError.model_fields)
+
+
+def test_the_document_of_a_run_has_null_for_what_is_not_finite_and_is_read_again() -> None:
+    """Where a model is broken, any figure can be NaN."""
+    broken = json.loads(json.dumps(RECORDED["everything"]), parse_float=lambda number: math.nan)
+    document = without_non_finite(Measured.from_json(broken).to_json())
+    again = Measured.from_json(document)
+    assert again.matrices is not None and math.isnan(again.matrices[0].slope)
+    assert without_non_finite(again.to_json()) == document
+
+
+WRONG: dict[str, tuple[str, Any]] = {
+    "a word for a number": ("perplexity_increase", "little"),
+    "a number for a list": ("unaccounted", 5),
+    "a block without its error": ("blocks", [{"block": 0, "kind": "decoder", "drift": 0.1}]),
+    "three ends of an interval": ("perplexity_interval", [1.0, 2.0, 3.0]),
+}
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG.values(), ids=WRONG)
+def test_a_value_that_does_not_fit_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(ValidationError, match=key):
+        good(**{key: value})
+
+
+class OneBlob:
+    """A store that holds one file."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.manifest = {RESULT_FILE: "its file"}
+        self.key = "k" * 64
+
+    def read_blob(self, file: str) -> bytes:
+        assert file == "its file"
+        return self.content
 
 
 @pytest.mark.parametrize(
-    ("draft", "share"), [([11, 12, 13, 99], 1.0), ([11, 99, 13, 99], 2 / 3), ([10, 11, 12, 13], 0)]
+    ("content", "reason"),
+    [
+        (b'{"perplexity": "low"}', "perplexity: Input should be a valid number"),
+        (b"[1]", "validation.json: Input should be a valid dictionary"),
+        (b"{", "validation.json: Expecting property name"),
+    ],
 )
-def test_acceptance_compares_a_draft_with_the_choice_one_position_later(draft: list[int], share: float) -> None:
-    """The draft at t is for token t + 2, which the main model chooses at t + 1."""
-    top1 = np.array([[10, 11, 12, 13]], np.int32)
-    found = measurement(top1=top1, drafts=np.array([[draft]], np.int32))
-    assert found.acceptance == pytest.approx(share) and found.acceptance_by_position == [pytest.approx(share)]
+def test_a_file_in_the_store_that_does_not_fit_is_an_error_of_one_sentence(content: bytes, reason: str) -> None:
+    store: Any = OneBlob(content)
+    with pytest.raises(StoreError) as refused:
+        read_values(store, store)
+    assert reason in str(refused.value) and "\n" not in str(refused.value)
+    assert str(refused.value).endswith("delete the artifact and run again")
 
 
-def test_a_second_draft_counts_where_the_text_went_on_as_the_first_said() -> None:
-    """Three places to draft at. First drafts 11, 12, 13 are all taken, the text follows those at 0 and 1; of the second
-    drafts there, one is taken: (1) * (1 / 2)."""
-    tokens = np.array([[0, 0, 11, 12, 77]], np.int32)
-    top1 = np.array([[10, 11, 12, 13]], np.int32)
-    drafts = np.array([[[11, 12, 13, 0]], [[12, 99, 0, 0]]], np.int32)
-    found = measurement(tokens=tokens, top1=top1, drafts=drafts)
-    assert found.acceptance_by_position == [pytest.approx(1.0), pytest.approx(0.5)]
-
-
-def test_a_second_draft_that_nothing_tells_of_counts_as_not_taken() -> None:
-    drafts = np.array([[[1, 1, 1, 1]], [[1, 1, 1, 1]]], np.int32)
-    assert measurement(drafts=drafts, top1=np.full((1, 4), 2, np.int32)).acceptance_by_position == [0.0, 0.0]
-
-
-def test_greedy_acceptance_is_counted_over_the_steps_of_all_prompts() -> None:
-    found = measurement(speculation=np.array([[10, 8, 4], [30, 20, 6]], np.int32))
-    assert found.greedy_acceptance_by_position == [0.7, 0.25]
-    assert measurement().greedy_acceptance_by_position == []
-
-
-def test_an_interval_holds_the_mean_is_reproducible_and_shrinks_with_more_windows() -> None:
-    random = np.random.default_rng(3)
-    few, many = random.normal(2, 1, 24), random.normal(2, 1, 2400)
-    low, high = interval(few, np.exp)
-    assert low < math.exp(few.mean()) < high and interval(few, np.exp) == (low, high)
-    narrow = interval(many, np.exp)
-    assert narrow[1] - narrow[0] < (high - low) / 5
-    assert interval(np.full(24, 2.0), np.exp) == (pytest.approx(math.exp(2)), pytest.approx(math.exp(2)))
-
-
-def test_an_increase_is_compared_window_by_window() -> None:
-    """Windows differ by far more than the models do, and the interval of the increase does not show it."""
-    nll = np.random.default_rng(1).normal(3, 1, (24, 1)).astype(np.float32) + np.zeros((24, 9), np.float32)
-    worse = nll + np.float32(0.05)
-    base, ours = measurement(nll=nll), measurement(nll=worse)
-    increase, (low, high) = perplexity_increase(ours, base)
-    assert increase == pytest.approx(math.exp(0.05) - 1, rel=1e-4)
-    assert low == pytest.approx(increase, rel=1e-3) and high == pytest.approx(increase, rel=1e-3)
-    wide = ours.perplexity_interval
-    assert wide[1] - wide[0] > 0.2 * ours.perplexity
+def test_reading_what_was_measured_needs_no_torch() -> None:
+    script = "import sys, requant.tasks.validating.gates; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

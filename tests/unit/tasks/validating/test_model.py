@@ -11,12 +11,13 @@ import torch
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.errors import CheckpointError
 from requant.tasks.validating.blocks import Rows, run_blocks
-from requant.tasks.validating.model import Skeleton, load_model
+from requant.tasks.validating.model import RunSettings, Skeleton, load_model
 from tests.factories.bases import other_base
 from tests.factories.checkpoints import write_quantized
 from tests.factories.pico import pico_base
 
 CPU = torch.device("cpu")
+ON_CPU = RunSettings(CPU, torch.float32)
 KINDS = ("qwen3_5", "llama", "qwen3", "qwen3 tied", "qwen3_5_text", "qwen3_5_moe_text")
 
 
@@ -50,8 +51,8 @@ def on_meta(skeleton: Skeleton) -> int:
 def test_block_by_block_is_the_same_as_the_whole_model(bases: dict[str, Path], kind: str) -> None:
     """Against a plain forward: hidden states, and logits; rows of two lengths at once."""
     checkpoint = Checkpoint.open(bases[kind])
-    whole = load_model(checkpoint, torch.float32, CPU)
-    skeleton = Skeleton(checkpoint, torch.float32, CPU)
+    whole = load_model(checkpoint, ON_CPU)
+    skeleton = Skeleton(checkpoint, ON_CPU)
     skeleton.load_ends()
     rows, long = torch.randint(10, 2000, (2, 17)), torch.randint(10, 2000, (1, 40))
     states = run_blocks(skeleton, [Rows.of(skeleton, rows), Rows.of(skeleton, long)])
@@ -64,7 +65,7 @@ def test_transformers_own_loader_gives_the_same_model(bases: dict[str, Path]) ->
 
     for kind, auto in (("llama", "AutoModelForCausalLM"), ("qwen3_5", "AutoModelForImageTextToText")):
         theirs = getattr(transformers, auto).from_pretrained(bases[kind], dtype=torch.float32)
-        ours = load_model(Checkpoint.open(bases[kind]), torch.float32, CPU)
+        ours = load_model(Checkpoint.open(bases[kind]), ON_CPU)
         for (name, one), (other_name, other) in zip(
             sorted(theirs.state_dict().items()), sorted(ours.state_dict().items()), strict=True
         ):
@@ -74,7 +75,7 @@ def test_transformers_own_loader_gives_the_same_model(bases: dict[str, Path]) ->
 
 
 def test_one_block_is_in_memory_at_a_time(bases: dict[str, Path]) -> None:
-    skeleton = Skeleton(Checkpoint.open(bases["qwen3_5"]), torch.float32, CPU)
+    skeleton = Skeleton(Checkpoint.open(bases["qwen3_5"]), ON_CPU)
     skeleton.load_ends()
     everything = on_meta(skeleton)
     seen = []
@@ -87,14 +88,14 @@ def test_one_block_is_in_memory_at_a_time(bases: dict[str, Path]) -> None:
 
 
 def test_a_block_is_emptied_even_where_its_work_fails(bases: dict[str, Path]) -> None:
-    skeleton = Skeleton(Checkpoint.open(bases["llama"]), torch.float32, CPU)
+    skeleton = Skeleton(Checkpoint.open(bases["llama"]), ON_CPU)
     with pytest.raises(RuntimeError), skeleton.loaded(0):
         raise RuntimeError
     assert all(p.is_meta for p in skeleton.blocks[0].parameters())
 
 
 def test_what_is_held_stays(bases: dict[str, Path]) -> None:
-    skeleton = Skeleton(Checkpoint.open(bases["qwen3_5"]), torch.float32, CPU)
+    skeleton = Skeleton(Checkpoint.open(bases["qwen3_5"]), ON_CPU)
     skeleton.hold()
     with skeleton.loaded(1):
         pass
@@ -103,8 +104,8 @@ def test_what_is_held_stays(bases: dict[str, Path]) -> None:
 
 def test_packed_blocks_come_as_what_they_stand_for(bases: dict[str, Path], tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(write_quantized(bases["qwen3_5"], tmp_path))
-    whole = load_model(checkpoint, torch.float32, CPU)
-    skeleton = Skeleton(checkpoint, torch.float32, CPU)
+    whole = load_model(checkpoint, ON_CPU)
+    skeleton = Skeleton(checkpoint, ON_CPU)
     expected = dict(whole.model.language_model.layers[1].named_parameters())
     with skeleton.loaded(1) as block:
         assert all(torch.equal(p, expected[name]) for name, p in block.named_parameters())
@@ -112,7 +113,7 @@ def test_packed_blocks_come_as_what_they_stand_for(bases: dict[str, Path], tmp_p
 
 def test_rows_that_blocks_treat_differently_are_refused(bases: dict[str, Path]) -> None:
     """Some models hand their blocks more than hidden states, such as embeddings of each token for each block."""
-    skeleton = Skeleton(Checkpoint.open(bases["llama"]), torch.float32, CPU)
+    skeleton = Skeleton(Checkpoint.open(bases["llama"]), ON_CPU)
     skeleton.load_ends()
     forward = skeleton.text.forward
 

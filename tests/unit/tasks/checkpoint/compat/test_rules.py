@@ -21,6 +21,7 @@ from requant.tasks.checkpoint.compat.rule import (
     Renames,
     Substrings,
 )
+from requant.tasks.checkpoint.config import ModelConfig, QuantizationConfig
 from tests.factories.checkpoints import (
     FULL,
 )
@@ -36,9 +37,9 @@ SLOW = "(x|xx)+y$"
 
 def answer(config: Changes, name: str, kind: str = "linear", cls: str = "ColumnParallelLinear") -> Any:
     """What vLLM makes of a layer: `plain`, (bits, group, sym), or the reason why it refuses."""
-    empty = Checkpoint(Path("x"), {}, {}, (), None)
+    empty = Checkpoint(Path("x"), ModelConfig(), {}, (), None)
     try:
-        rule = vllm.read_rule(config, RENAMES, FUSED, Patterns(), empty)
+        rule = vllm.read_rule(QuantizationConfig(config), RENAMES, FUSED, Patterns(), empty)
         assert rule is not None
         return told(rule.scheme(Layer(name, kind, cls)))
     except NotLoadable as refusal:
@@ -199,12 +200,12 @@ def test_a_pattern_that_cannot_be_compiled_or_run_is_hostile(pattern: str) -> No
 
 
 def test_patterns_have_a_tenth_of_a_second_each_and_two_seconds_together_at_most() -> None:
-    assert Patterns().seconds_each <= 0.1 and Patterns().seconds <= 2
+    assert Patterns().search_timeout_s <= 0.1 and Patterns().total_timeout_s <= 2
 
 
 def test_of_many_slow_patterns_only_the_first_are_tried() -> None:
     """Each takes all the time that one may take, which is a fifth of what all together may."""
-    patterns = Patterns(seconds_each=0.02, seconds=0.1)
+    patterns = Patterns(search_timeout_s=0.02, total_timeout_s=0.1)
     refusals = []
     for number in range(200):
         with pytest.raises(NotLoadable) as caught:

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import Judgement, draft_problem, missing_vision_files, verdicts
+from requant.tasks.checkpoint.config import ModelConfig
+from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.checkpoint.header import Tensor
 from tests.factories.checkpoints import (
     FULL,
@@ -46,24 +48,24 @@ def packed(base: Path, quantization: Any, head: tuple[str, ...] = ()) -> Checkpo
 
 def test_a_sound_checkpoint_has_nothing_in_the_way(base: Path) -> None:
     checkpoint = packed(base, quantization_config())
-    fine = {"loads": True, "mtp": True, "reason": "nothing is in the way"}
-    ignored = {"loads": True, "mtp": False, "reason": "transformers ignores the MTP head"}
+    fine = EngineVerdict(loads=True, mtp=True, reason="nothing is in the way")
+    ignored = EngineVerdict(loads=True, mtp=False, reason="transformers ignores the MTP head")
     assert verdicts(checkpoint) == {"vllm": fine, "sglang": fine, "transformers": ignored}
     assert draft_problem(checkpoint) is None
 
 
 def test_a_packed_fc_drafts_in_vllm_if_the_config_says_so_and_never_in_sglang(base: Path) -> None:
     silent = verdicts(packed(base, quantization_config(), ("mtp.fc",)))
-    assert silent["vllm"]["mtp"] is False and "mtp.fc.qweight is packed" in silent["vllm"]["reason"]
-    assert "block_name_to_quantize" in silent["vllm"]["reason"] and "mtp-fix" in silent["vllm"]["reason"]
+    assert silent["vllm"].mtp is False and "mtp.fc.qweight is packed" in silent["vllm"].reason
+    assert "block_name_to_quantize" in silent["vllm"].reason and "mtp-fix" in silent["vllm"].reason
 
 
 def test_a_packed_fc_that_the_config_names_drafts_in_vllm_only(base: Path) -> None:
     fc = {"mtp.fc": {"bits": 4, "group_size": 32, "sym": True}}
     said = quantization_config(extra_config=NARROW | fc)
     engines = verdicts(packed(base, said, ("mtp.fc",)))
-    assert engines["vllm"]["mtp"] is True and engines["sglang"]["mtp"] is False
-    assert "mtp.fc.qweight is packed" in engines["sglang"]["reason"]
+    assert engines["vllm"].mtp is True and engines["sglang"].mtp is False
+    assert "mtp.fc.qweight is packed" in engines["sglang"].reason
 
 
 def test_sglang_sees_no_exact_keys_of_fused_parts_and_no_pattern_that_matches_a_part_of_the_name(base: Path) -> None:
@@ -73,31 +75,31 @@ def test_sglang_sees_no_exact_keys_of_fused_parts_and_no_pattern_that_matches_a_
     exact = {f"mtp.layers.0.self_attn.{p}_proj": FULL for p in "qkvo"} | {"mtp.fc": FULL}
     exact |= {f"mtp.layers.0.mlp.{p}_proj": FULL for p in ("gate", "up", "down")}
     checkpoint = packed(base, {**config, "extra_config": NARROW | exact | {".*visual.*": FULL}})
-    assert verdicts(checkpoint)["vllm"]["mtp"] is True
-    assert "otherwise (no block_name_to_quantize" in verdicts(checkpoint)["sglang"]["reason"]
+    assert verdicts(checkpoint)["vllm"].mtp is True
+    assert "otherwise (no block_name_to_quantize" in verdicts(checkpoint)["sglang"].reason
     for pattern, drafts in (("mtp.*", True), (r"layers\.0\..*", False)):
         extra = NARROW | exact | {".*visual.*": FULL, pattern: FULL}
         changed = {**checkpoint.config, "quantization_config": {**config, "extra_config": extra}}
-        engines = verdicts(replace(checkpoint, config=changed))
-        assert engines["sglang"]["mtp"] is drafts
+        engines = verdicts(replace(checkpoint, config=ModelConfig(changed)))
+        assert engines["sglang"].mtp is drafts
 
 
 def test_what_the_config_says_of_the_body_must_fit_its_tensors(base: Path) -> None:
     wrong = verdicts(packed(base, quantization_config(group_size=64)))["vllm"]
-    assert wrong["loads"] is False and "scales has shape" in wrong["reason"] and "group_size=64" in wrong["reason"]
+    assert wrong.loads is False and "scales has shape" in wrong.reason and "group_size=64" in wrong.reason
 
 
 def test_without_a_block_list_every_plain_layer_is_one_too_many(base: Path) -> None:
     open_config = quantization_config()
     del open_config["block_name_to_quantize"]
     verdict = verdicts(packed(base, open_config))["vllm"]
-    assert verdict["loads"] is False and "no block_name_to_quantize" in verdict["reason"]
+    assert verdict.loads is False and "no block_name_to_quantize" in verdict.reason
 
 
 def test_packed_tensors_without_a_config_load_nowhere(base: Path) -> None:
     engines = verdicts(packed(base, None))
-    assert not any(verdict["loads"] for verdict in engines.values())
-    assert "no quantization_config" in engines["vllm"]["reason"]
+    assert not any(verdict.loads for verdict in engines.values())
+    assert "no quantization_config" in engines["vllm"].reason
 
 
 def test_a_head_of_another_size_than_its_count_does_not_draft(base: Path) -> None:
@@ -105,7 +107,7 @@ def test_a_head_of_another_size_than_its_count_does_not_draft(base: Path) -> Non
     config["text_config"]["mtp_num_hidden_layers"] = 0
     (base / "config.json").write_text(json.dumps(config))
     verdict = verdicts(Checkpoint.open(base))["vllm"]
-    assert verdict["loads"] is True and verdict["mtp"] is False and "promises 0 MTP layers" in verdict["reason"]
+    assert verdict.loads is True and verdict.mtp is False and "promises 0 MTP layers" in verdict.reason
 
 
 def test_an_incomplete_head_does_not_draft(base: Path) -> None:
@@ -116,7 +118,7 @@ def test_an_incomplete_head_does_not_draft(base: Path) -> None:
     (base / "model-00002-of-00002.safetensors").unlink()
     for engine in ("vllm", "sglang"):
         verdict = verdicts(Checkpoint.open(base))[engine]
-        assert verdict["mtp"] is False and "mtp.layers.0.mlp.up_proj is missing" in verdict["reason"]
+        assert verdict.mtp is False and "mtp.layers.0.mlp.up_proj is missing" in verdict.reason
 
 
 def test_a_dynamic_rule_against_mtp_makes_the_whole_head_plain_but_its_fc(base: Path) -> None:
@@ -124,14 +126,14 @@ def test_a_dynamic_rule_against_mtp_makes_the_whole_head_plain_but_its_fc(base: 
     config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
     config["dynamic"] = {"-:nothing_like_mtp": {}}
     verdict = verdicts(packed(base, config, ("mtp.layers.0.mlp.down_proj",)))["vllm"]
-    assert verdict["mtp"] is False and "dynamic leaves mtp out" in verdict["reason"]
+    assert verdict.mtp is False and "dynamic leaves mtp out" in verdict.reason
 
 
 def test_a_hostile_pattern_is_told_and_holds_up_nothing(base: Path) -> None:
     checkpoint = packed(base, quantization_config(extra_config={ENDLESS: FULL, "(.*)*X": FULL}))
     with watching():
         verdict = verdicts(checkpoint)["vllm"]
-    assert verdict["loads"] is False and "does not end in sensible time" in verdict["reason"]
+    assert verdict.loads is False and "does not end in sensible time" in verdict.reason
     assert Judgement.of(checkpoint).hostile == [ENDLESS, "(.*)*X"]
 
 
@@ -144,7 +146,7 @@ def test_a_hostile_pattern_is_told_and_holds_up_nothing(base: Path) -> None:
 ], ids=repr)  # fmt: skip
 def test_nonsense_in_a_config_gives_a_reason_and_never_a_traceback(quantization: Any, base: Path) -> None:
     for verdict in verdicts(packed(base, quantization, ("mtp.fc",))).values():
-        assert set(verdict) == {"loads", "mtp", "reason"} and verdict["reason"]
+        assert set(verdict.to_json()) == {"loads", "mtp", "reason"} and verdict.reason
 
 
 JSON = st.recursive(
@@ -171,14 +173,14 @@ def test_any_json_in_any_field_gives_verdicts_and_no_traceback(
     quantized: Checkpoint, method: str, changes: Changes
 ) -> None:
     config = {**quantized.config, "quantization_config": {**SOUND[method], **changes}}
-    for verdict in verdicts(replace(quantized, config=config)).values():
-        assert verdict["loads"] in (True, False) and verdict["mtp"] in (True, False) and verdict["reason"]
+    for verdict in verdicts(replace(quantized, config=ModelConfig(config))).values():
+        assert verdict.loads in (True, False) and verdict.mtp in (True, False) and verdict.reason
 
 
 def test_methods_without_rules_here_are_not_judged(base: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "modelopt"}}))
-    assert verdicts(Checkpoint.open(base))["vllm"]["loads"] is True
+    assert verdicts(Checkpoint.open(base))["vllm"].loads is True
 
 
 def test_an_image_model_needs_its_processors_and_a_text_model_none(base: Path) -> None:
@@ -235,7 +237,7 @@ def large(folder: Path, layers: int, experts: int, entries: int) -> Checkpoint:
             block_name_to_quantize=BODY, extra_config=dict.fromkeys(names, FULL) | {".*mtp.*": FULL}
         ),
     }
-    return Checkpoint(folder, config, shape(layers, experts, True), (), None)
+    return Checkpoint(folder, ModelConfig(config), shape(layers, experts, True), (), None)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +246,7 @@ def large(folder: Path, layers: int, experts: int, entries: int) -> Checkpoint:
 def test_a_large_model_is_judged(layers: int, experts: int, tmp_path: Path) -> None:
     checkpoint = large(tmp_path, layers, experts, 192)
     assert len(checkpoint.modules) > 400
-    assert verdicts(checkpoint)["vllm"] == {"loads": True, "mtp": True, "reason": "nothing is in the way"}
+    assert verdicts(checkpoint)["vllm"].to_json() == {"loads": True, "mtp": True, "reason": "nothing is in the way"}
 
 
 def test_the_work_for_verdicts_grows_as_the_model_does_and_not_faster(tmp_path: Path) -> None:

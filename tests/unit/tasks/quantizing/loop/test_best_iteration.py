@@ -14,10 +14,10 @@ from torch import nn
 from requant.tasks.quantizing.loop.best_iteration import (
     COMPARED_SAMPLES,
     MIN_PIECES,
-    better,
+    better_parameters,
     gain_of,
-    spread,
-    without_scale,
+    groups_without_scale,
+    spread_indices,
 )
 from requant.tasks.quantizing.loop.tune import FakeQuantized
 
@@ -40,7 +40,7 @@ def chosen(losses: tuple[list[float], list[float]], gone: int = 0) -> tuple[str,
         return [groups]
 
     sizes = [8] * len(losses[0])
-    (kept,) = better([parameter], [torch.zeros(1)], False, measured, sizes, lost, events.append)
+    (kept,) = better_parameters([parameter], [torch.zeros(1)], False, measured, sizes, lost, events.append)
     (event,) = events
     assert kept.item() == (event.kept == "last step")
     return event.kept, event.reason
@@ -90,7 +90,7 @@ def test_the_gain_and_its_error_are_those_of_the_differences_of_all_samples() ->
     ("samples", "whole", "batch"), [(128, 8, 8), (128, 16, 16), (512, 64, 16), (2, 2, 8), (5, 5, 8)]
 )
 def test_enough_pieces_of_one_shape_are_compared_where_there_are_samples(samples: int, whole: int, batch: int) -> None:
-    order = spread(samples, whole, batch)
+    order = spread_indices(samples, whole, batch)
     assert len(order) % whole == 0 and len(set(order)) == len(order) and max(order) < samples
     assert len(order) >= min(samples, COMPARED_SAMPLES, MIN_PIECES * batch)
 
@@ -122,4 +122,4 @@ def test_a_group_whose_range_a_step_took_has_lost_its_scale(quantizer: Any) -> N
 def test_a_scale_of_nothing_is_none(value: float) -> None:
     """5e-5 is a denormal float16: its precision is gone."""
     scale = torch.tensor([value, 0.01, -0.01], dtype=torch.float16)
-    assert without_scale(scale, 1e-5).tolist() == [True, False, False]
+    assert groups_without_scale(scale, 1e-5).tolist() == [True, False, False]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from requant.tasks.quantizing.auto_round import TuningRun, patched, tuning
+from requant.tasks.quantizing.auto_round import TuningRun, patched, tuning_patches
 from requant.tasks.quantizing.auto_settings import LoopSettings
 from requant.tasks.quantizing.loop.gated_delta_rule import (
     chunk_gated_delta_rule,
@@ -76,6 +76,6 @@ def test_it_is_put_where_a_models_layers_are_defined() -> None:
     modules = modules_with_reference(torch.nn.Sequential(norm))
     assert [module.__name__ for module in modules] == ["transformers.models.qwen3_5.modeling_qwen3_5"]
     run = TuningRun(lambda event: None, 0, LOOP, modules)
-    with patched(tuning(run), run.report):
+    with patched(tuning_patches(run), run.report):
         assert modeling_qwen3_5.torch_chunk_gated_delta_rule is chunk_gated_delta_rule
     assert modules_with_reference(torch.nn.Linear(2, 2)) == []

@@ -1,51 +1,56 @@
-"""What a recipe's groups of keys have in common, and two of them: `quantize`, and what an output does otherwise."""
+"""The recipe's sections `quantize` and `outputs`, and the base class of all sections.
+
+This module only describes and checks settings. The stage that uses them is `tasks/quantize.py`, and the parts that the
+stage is made of are in `tasks/quantizing/`. The recipe's other sections are in `recipe.py`.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from requant.tasks.errors import RecipeError
 
 SCHEME = re.compile(r"W(?P<bits>[2348])A16(?:G(?P<group_size>32|64))?")
-# auto-round's own named recipes (auto_round/cli/main.py, RECIPES, 0.16.1).
-PRESETS: dict[str, dict[str, Any]] = {
+# auto-round's own named recipes (auto-round 0.16.1, auto_round/cli/main.py, RECIPES).
+PRESETS: dict[str, dict[str, int | float]] = {
     "auto-round": {"iters": 200, "nsamples": 128, "seqlen": 2048, "batch_size": 8},
     "auto-round-best": {"iters": 1000, "nsamples": 512, "seqlen": 2048, "batch_size": 8},
     "auto-round-light": {"iters": 50, "nsamples": 128, "seqlen": 2048, "batch_size": 8, "lr": 5e-3},
 }
-# Texts of this package to calibrate with, in tasks/texts. The first is the default: prose, code and chats.
+# Calibration texts of this package, in tasks/texts. The first one is the default: prose, code and chats.
 BUILTIN = ("builtin:mixed", "builtin:python")
 PRESET_KEYS = frozenset(key for preset in PRESETS.values() for key in preset)
 REPO_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$"
-# What `_publishable` allows, as a form checks it: pydantic's own patterns know no lookahead.
+# The rules of `_publishable` as a pattern for Prefect's form. pydantic cannot check it: its patterns have no lookahead.
 NAME_PATTERN = r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 PUBLISHABLE = rf"^(?!.*(--|\.\.))(?!.*\.git$){NAME_PATTERN}/{NAME_PATTERN}$"
+T = TypeVar("T")
 
 
-def _as_form(schema: dict[str, Any]) -> None:
-    """What Prefect's form needs beside the schema: the order of the fields, a title for a group that may be absent."""
+def _add_form_hints(schema: dict[str, Any]) -> None:
+    """Add what Prefect's form needs: the order of the fields, and a title for sections that may be absent."""
     for position, (name, field) in enumerate(schema.get("properties", {}).items()):
         field["position"] = position
         field.setdefault("title", name.replace("_", " ").capitalize())
 
 
-def _with_preset(schema: dict[str, Any]) -> None:
-    """`preset` is allowed, and no field: a form sends what its other fields show, which wins over a preset."""
-    _as_form(schema)
+def _allow_preset(schema: dict[str, Any]) -> None:
+    """Allow the key `preset` without making it a field: a form sends all its fields, and these would override it."""
+    _add_form_hints(schema)
     schema["patternProperties"] = {"^preset$": {"enum": list(PRESETS)}}
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, json_schema_extra=_as_form)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, json_schema_extra=_add_form_hints)
 
 
-def as_json(value: dict[str, Any]) -> dict[str, Any]:
-    """What a recipe hands on to others must be what JSON can hold."""
+def as_json(value: T) -> T:
+    """Return the value unchanged. Raises ValueError if JSON cannot hold it."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
@@ -60,8 +65,11 @@ def _known_scheme(value: str) -> str:
 
 
 def _publishable(value: str) -> str:
-    """Refuse the name of a repo that the Hub would not make: its client's own rules, and an owner."""
-    from huggingface_hub.errors import HFValidationError  # takes 0.2 s, and few commands read a recipe
+    """Return the name of a repo that can be created: it names an owner and follows the rules of the Hub's client.
+
+    Raises ValueError for other names.
+    """
+    from huggingface_hub.errors import HFValidationError  # This import takes 0.2 s, and few commands read a recipe.
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     reason = "" if "/" in value else "it names no owner"
@@ -75,8 +83,10 @@ def _publishable(value: str) -> str:
     return value
 
 
-def packing_format(export: str, bits: int, sym: bool, widths: Collection[Any]) -> str:
-    """Tell how auto-round packs for an export format. `widths`: the bits of all layers, which `auto_round` looks at.
+def packing_format(export: str, bits: int, sym: bool, layer_bits: Collection[object]) -> str:
+    """Return the packing format that auto-round uses for an export format.
+
+    `layer_bits` holds the bits of all quantized layers: for `auto_round` with 4 bits, the packing depends on them.
 
     Source: auto-round 0.16.1, export/formats/backends/autoround.py, AutoRoundFormat.
     """
@@ -84,7 +94,7 @@ def packing_format(export: str, bits: int, sym: bool, widths: Collection[Any]) -
         return export
     if sym:
         return "auto_round:auto_gptq"
-    return "auto_round:auto_awq" if bits == 4 and all(width in (4, 16) for width in widths) else "auto_round"
+    return "auto_round:auto_awq" if bits == 4 and all(width in (4, 16) for width in layer_bits) else "auto_round"
 
 
 SCHEMES = [f"W{bits}A16{group}" for bits in (4, 8, 3, 2) for group in ("", "G64", "G32")]
@@ -100,12 +110,28 @@ Batch = Annotated[int, Field(ge=1, le=1024)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Layers = Annotated[dict[str, dict[str, Any]], AfterValidator(as_json)]
 HeadPolicy = Literal["keep", "int8", "int4", "drop"]
-# A form shows one list, not a choice of types.
+# With this schema, a form shows one list of values instead of a choice of types.
 AutoOrBool = Annotated[Literal["auto"] | bool, WithJsonSchema({"enum": ["auto", True, False]})]
 
 
-def _width(layer: Mapping[str, Any], bits: int) -> Any:
-    """Read the bits of one entry of `layers`, by default `bits`; None: not known."""
+class AskedScheme(NamedTuple):
+    """The scheme of a recipe after its overrides. The group size can still be `auto`."""
+
+    bits: int
+    group_size: int | Literal["auto"]
+    sym: bool
+
+
+class ResolvedScheme(NamedTuple):
+    """The scheme of a recipe with its group size as a number; -1 means one group per row."""
+
+    bits: int
+    group_size: int
+    sym: bool
+
+
+def _layer_bits(layer: Mapping[str, object], bits: int) -> object:
+    """Read the bits from one entry of `layers`; `bits` if it names none, None if its scheme is not known."""
     if layer.get("bits") is not None:
         return layer["bits"]
     if layer.get("scheme") is None:
@@ -117,7 +143,7 @@ def _width(layer: Mapping[str, Any], bits: int) -> Any:
 class Quantize(Section):
     """How auto-round quantizes. The defaults are its default recipe."""
 
-    model_config = ConfigDict(json_schema_extra=_with_preset)
+    model_config = ConfigDict(json_schema_extra=_allow_preset)
 
     scheme: Scheme = Field("W4A16", description="auto-round scheme: W2A16, W3A16, W4A16, W8A16, or with G32, G64")
     bits: Bits | None = Field(None, description="Overrides the scheme's bits")
@@ -149,7 +175,7 @@ class Quantize(Section):
     @model_validator(mode="before")
     @classmethod
     def expand_preset(cls, values: Any) -> Any:
-        """`preset: auto-round-best` stands for that preset's keys; keys given beside it win."""
+        """Replace `preset` by the keys that it stands for. Keys that are given next to it override the preset's."""
         if not isinstance(values, dict) or "preset" not in values:
             return values
         values = dict(values)
@@ -174,55 +200,57 @@ class Quantize(Section):
         return self
 
     @property
-    def asked(self) -> tuple[int, int | Literal["auto"], bool]:
-        """(bits, group_size, sym) after overrides; a scheme has group size 128 and is symmetric unless it says so."""
+    def asked(self) -> AskedScheme:
+        """The scheme after overrides. A scheme has group size 128 and is symmetric unless the recipe says otherwise."""
         match = SCHEME.fullmatch(self.scheme)
         bits = self.bits or int(match["bits"] if match else 4)
         group_size = self.group_size or int((match and match["group_size"]) or 128)
-        return bits, group_size, True if self.sym is None else self.sym
+        return AskedScheme(bits, group_size, True if self.sym is None else self.sym)
 
     @property
-    def resolved(self) -> tuple[int, int, bool]:
-        """The same once the group size is a number. Raises RecipeError as long as it is auto (`with_group_size`)."""
+    def resolved(self) -> ResolvedScheme:
+        """The scheme with a number as its group size. Raises RecipeError for `auto` (see `with_group_size`)."""
         bits, group_size, sym = self.asked
         if group_size == "auto":
             raise RecipeError(
                 "quantize.group_size auto is not settled yet: a plan or a run of the recipe settles it from the base's "
                 "headers; name a number here"
             )
-        return bits, group_size, sym
+        return ResolvedScheme(bits, group_size, sym)
 
     def with_group_size(self, group_size: int) -> Quantize:
-        """These settings with a number in place of auto: null where the scheme gives this number in any case.
+        """Return these settings with a number in place of the group size `auto`.
 
-        So auto has the stage key of a recipe that names no group size, and finds what that recipe has made.
+        Where the scheme has this group size anyway, the number is left out (null). Then the stage key equals that of a
+        recipe without a group size, and the results of such a recipe are reused.
         """
         if self.group_size != "auto":
             return self
         by_scheme = self.model_copy(update={"group_size": None})
-        return by_scheme if by_scheme.asked[1] == group_size else self.model_copy(update={"group_size": group_size})
+        if by_scheme.asked.group_size == group_size:
+            return by_scheme
+        return self.model_copy(update={"group_size": group_size})
 
     @property
     def packing(self) -> str:
-        """Tell how auto-round packs, as far as the recipe alone tells: whether the base has the layers that `layers`
-        names is known to a plan."""
+        """The packing format, as far as the recipe alone determines it: it assumes that the base has all `layers`."""
         return self._packing(self.format)
 
     @property
     def key_format(self) -> str:
-        """Name the format for a stage key: `auto_round` also where another name makes the same bytes."""
+        """The export format for a stage key: `auto_round` also where another format gives the same bytes."""
         return "auto_round" if self.packing == self._packing("auto_round") else self.format
 
     @property
     def makes(self) -> dict[str, Any]:
-        """List all settings, with scheme, overrides and format in one spelling for all that make the same bytes."""
+        """All settings, spelled so that two recipes which give the same bytes have equal ones."""
         bits, group_size, sym = self.asked
-        spelled = {"scheme": None, "bits": bits, "group_size": group_size, "sym": sym, "format": self.packing}
-        return self.model_dump(mode="json") | spelled
+        normalized = {"scheme": None, "bits": bits, "group_size": group_size, "sym": sym, "format": self.packing}
+        return self.model_dump(mode="json") | normalized
 
     def _packing(self, export: str) -> str:
         bits, _, sym = self.asked
-        return packing_format(export, bits, sym, [bits, *(_width(layer, bits) for layer in self.layers.values())])
+        return packing_format(export, bits, sym, [bits, *(_layer_bits(layer, bits) for layer in self.layers.values())])
 
 
 class Output(Section):
@@ -252,19 +280,22 @@ class Output(Section):
     layers: Layers | None = Field(None, description="Per-layer overrides, in place of the others")
     mtp: HeadPolicy | None = Field(None, description="The MTP head")
 
-    def over(self, quantize: Mapping[str, Any]) -> dict[str, Any]:
-        """`quantize` with what this output says. A scheme stands for its bits and a preset for all that presets say, so
-        that what `quantize` says of these does not apply."""
-        given = self.model_dump(exclude_none=True, exclude={"name", "repo_id", "preset", "mtp"})
-        gone: set[str] = set(PRESET_KEYS) if self.preset else set()
+    def applied_to(self, quantize: Quantize) -> Quantize:
+        """Return `quantize` with the settings of this output in place of its own.
+
+        A scheme of this output also replaces the bits of `quantize`, and the group size if the scheme names one. A
+        preset replaces all keys that presets set. Raises ValidationError for an impossible combination.
+        """
+        own = self.model_dump(exclude_none=True, exclude={"name", "repo_id", "preset", "mtp"})
+        replaced: set[str] = set(PRESET_KEYS) if self.preset else set()
         if self.scheme is not None:
             match = SCHEME.fullmatch(self.scheme)
-            gone |= {"bits", "group_size"} if match and match["group_size"] else {"bits"}
-        kept = {key: value for key, value in quantize.items() if key not in gone}
-        return {**kept, **(PRESETS[self.preset] if self.preset else {}), **given}
+            replaced |= {"bits", "group_size"} if match and match["group_size"] else {"bits"}
+        kept = quantize.model_dump(exclude_unset=True, exclude=replaced)
+        return Quantize.model_validate({**kept, **(PRESETS[self.preset] if self.preset else {}), **own})
 
-    def called(self, quantize: Quantize) -> str:
-        """Its name; `quantize` is what it comes to."""
+    def name_for(self, quantize: Quantize) -> str:
+        """Return the name of this output: as given, else made of the scheme and format of its settings `quantize`."""
         if self.name is not None:
             return self.name
         bits, group_size, sym = quantize.asked

@@ -1,0 +1,246 @@
+"""The Python API: the commands of `requant` as functions. `import requant` exports them.
+
+Each function returns, as an object, the document that its command prints with `--json`. The modules that do the work
+are imported when a function is called, so that `import requant` and the help of the command line are fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Literal
+
+from requant.tasks.environment import with_package
+from requant.tasks.errors import RecipeError, RequantError
+
+if TYPE_CHECKING:
+    from requant.flows.report.document import RunDocument
+    from requant.tasks.checkpoint.document import InspectDocument, MtpFixDocument
+    from requant.tasks.checkpoint.header import Tensor
+    from requant.tasks.checkpoint.repair import RepairSource
+    from requant.tasks.hub.verify import ReleaseCheck
+    from requant.tasks.planning.document import PlanDocument
+    from requant.tasks.recipe.recipe import Recipe
+    from requant.tasks.validating.gates import ValidationDocument
+
+HeadPrecision = Literal["keep", "int8", "int4"]
+
+
+def plan(recipe: Recipe | str | Path, *, overrides: Sequence[str] = (), elsewhere: bool = False) -> PlanDocument:
+    """Return what a run of a recipe would do, take and cost, and what would stop it (`problems`).
+
+    `recipe` is a Recipe or the path of a YAML file. `overrides` change keys of a file, as in `quantize.iters=50`.
+    `elsewhere`: plan for another machine, and do not check the disk and the tools of this one. Only headers of the
+    base's files are fetched.
+
+    Raises RecipeError, HubError, HubUnavailable or StoreError.
+    """
+    from requant.tasks.plan import plan as make_plan
+    from requant.tasks.store import open_store
+
+    return make_plan(open_store(), read_recipe(recipe, overrides), elsewhere=elsewhere)
+
+
+def run(
+    recipe: Recipe | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    checkout: str | Path | None = None,
+    force: bool = False,
+) -> RunDocument:
+    """Run the whole pipeline of a recipe and return what came of it, as far as it came (`status`).
+
+    `checkout` is a folder that gets the result's files: new, empty or an earlier checkout; with `force`, any folder.
+    The run is a process of its own, `requant run`, since Prefect keeps settings of a run for the life of its process.
+    Its log goes to sys.stderr. An interrupt ends it; the next run goes on where it was.
+
+    Raises RecipeError for an impossible recipe, and RequantError if the run could not begin.
+    """
+    loaded = read_recipe(recipe, overrides)
+    with tempfile.TemporaryDirectory(prefix="requant-") as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(loaded.model_dump_json(exclude_unset=True))  # JSON is YAML.
+        options = [] if checkout is None else ["--checkout", str(checkout)]
+        status, document = _run_command(["run", str(path), "--json", *options, *(["--force"] if force else [])])
+    from requant.flows.report.document import RunDocument
+
+    if "stages" in document:
+        return RunDocument.from_json(document)
+    error = str(document.get("error") or f"requant run ended with status {status} and printed no document")
+    raise RecipeError(error) if status == 2 else RequantError(error)
+
+
+def inspect(checkpoint: str | Path, *, deep: bool = False) -> InspectDocument:
+    """Return how a checkpoint is quantized, what is wrong with it, and whether engines will load it.
+
+    `checkpoint` is a folder, or `repo_id[@revision]`, of which only headers and configs are fetched. `deep`: read the
+    tensors of a folder too.
+
+    Raises CheckpointError if it is no checkpoint, RequantError, HubError or HubUnavailable.
+    """
+    from requant.tasks.checkpoint.inspect import inspect_checkpoint
+
+    if Path(checkpoint).is_dir():
+        return inspect_checkpoint(Path(checkpoint), deep=deep)
+    if deep:
+        raise RequantError(f"--deep reads the data of a folder, and {checkpoint} is none: download it first")
+    from requant.tasks.hub.revision import resolve_name
+    from requant.tasks.hub.sparse_checkout import create_checkout
+
+    with tempfile.TemporaryDirectory(prefix="requant-") as folder:
+        return inspect_checkpoint(create_checkout(resolve_name(str(checkpoint)), Path(folder)))
+
+
+def mtp_fix(
+    folder: str | Path, *, base: str | Path | None = None, precision: HeadPrecision = "keep", dry_run: bool = False
+) -> MtpFixDocument:
+    """Repair the MTP head of the checkpoint in a folder, in place, and return what was changed.
+
+    `base` is the checkpoint with the original head: a folder, or `repo_id[@revision]`, of which only the head is
+    fetched. Without it, a packed head that no engine can load is dequantized. `precision` is `keep`, which copies the
+    head bit for bit, or `int8` or `int4`. `dry_run`: change nothing.
+
+    Raises CheckpointError, RequantError, HubError or HubUnavailable.
+    """
+    from requant.tasks.checkpoint.repair import repair
+
+    with _repair_source(base) as source:
+        return repair(Path(folder), source, precision=precision, dry_run=dry_run)
+
+
+def validate(folder: str | Path, *, base: str | Path, recipe: Recipe | str | Path | None = None) -> ValidationDocument:
+    """Measure a quantized checkpoint against its base, and return the gates (`passed`).
+
+    `base` is a folder, or `repo_id[@revision]`, which is downloaded into the store. The limits, the text and the
+    evaluation tasks are those of `recipe`, otherwise the defaults of a recipe.
+
+    Raises CheckpointError, RecipeError, RequantError, HubError, HubUnavailable or StoreError.
+    """
+    from requant.tasks.evaluate import check_tasks
+    from requant.tasks.recipe.recipe import PACKED_HEADS, Gates, Validation
+    from requant.tasks.store import open_store
+    from requant.tasks.texts.text import find_text
+    from requant.tasks.validate import one_file, validate_folders
+    from requant.tasks.validating.gates import ValidationDocument
+
+    loaded = None if recipe is None else read_recipe(recipe)
+    remote_code = loaded is not None and loaded.allow_remote_code
+    tasks = loaded.eval if loaded else None
+    check_tasks(tasks)
+    text = find_text((loaded.validation if loaded else Validation()).text, "validation.text")
+    with tempfile.TemporaryDirectory(prefix="requant-") as scratch:
+        base_folder = _complete_folder(base)
+        measured = validate_folders(
+            Path(folder),
+            base_folder,
+            one_file(open_store(), text, Path(scratch), base_folder, remote_code),
+            remote_code=remote_code,
+            pack_head=loaded is not None and loaded.mtp in PACKED_HEADS,
+            tasks=tasks,
+        )
+    return ValidationDocument.of(measured, loaded.gates if loaded else Gates())
+
+
+def verify(repo: str, *, deep: bool = False) -> ReleaseCheck:
+    """Compare a published repo, `repo_id[@revision]`, with what its requant.json claims (`problems`).
+
+    `deep`: fetch and hash every byte; nothing is stored.
+
+    Raises HubError if there is no such repo, or HubUnavailable.
+    """
+    from requant.tasks.hub.revision import check_repo_id
+    from requant.tasks.hub.verify import verify_release
+
+    repo_id, _, revision = repo.partition("@")
+    return verify_release(check_repo_id(repo_id), revision or "main", deep=deep)
+
+
+def read_recipe(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return a recipe, read from a YAML file unless it is one already. Raises RecipeError."""
+    from requant.tasks.recipe.loader import load_recipe
+
+    if isinstance(recipe, str | Path):
+        return load_recipe(Path(recipe), overrides)
+    if overrides:
+        raise RecipeError("overrides change a recipe's file, and this is a Recipe: change its fields instead")
+    return recipe
+
+
+def _complete_folder(name: str | Path) -> Path:
+    """Return a checkpoint's folder. A repo is downloaded into the store, and its files are read-only."""
+    if Path(name).is_dir():
+        return Path(name)
+    from requant.tasks.download import download
+    from requant.tasks.hub.revision import resolve_name
+    from requant.tasks.store import open_store
+
+    revision = resolve_name(str(name))
+    store = open_store()
+    store.check()
+    manifest = download(store, revision).manifest
+    return store.link_files(manifest, store.checkout_folder(manifest))
+
+
+@contextlib.contextmanager
+def _repair_source(base: str | Path | None) -> Iterator[RepairSource | None]:
+    """Yield the source of a head: a folder, or headers of a repo whose head's bytes are fetched when they are read."""
+    from requant.tasks.checkpoint.repair import RepairSource
+
+    if base is None:
+        yield None
+    elif Path(base).is_dir():
+        yield RepairSource(Path(base))
+    else:
+        from requant.tasks.hub.revision import resolve_name
+        from requant.tasks.hub.sparse_checkout import create_checkout, fetch_files, fill
+
+        revision = resolve_name(str(base))
+        with tempfile.TemporaryDirectory(prefix="requant-") as temporary:
+            folder = create_checkout(revision, Path(temporary))
+
+            def fetch(tensors: Iterable[Tensor], files: Iterable[str]) -> None:
+                fill(revision, folder, tensors)
+                fetch_files(revision, folder, files)
+
+            yield RepairSource(folder, fetch)
+
+
+def _run_command(arguments: list[str]) -> tuple[int, dict[str, object]]:
+    """Run `requant` and return its exit status and its JSON document, which is empty if it printed none."""
+    command = [sys.executable, "-P", "-m", "requant", *arguments]  # -P: no module of the current folder is imported.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=with_package(os.environ)
+    )
+    assert process.stdout is not None and process.stderr is not None
+    forwarding = threading.Thread(target=_forward, args=(process.stderr,), daemon=True)
+    forwarding.start()
+    try:
+        output = process.stdout.read()
+        status = process.wait()
+    except BaseException:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        raise
+    finally:
+        forwarding.join()
+        process.stdout.close()
+        process.stderr.close()
+    try:
+        document = json.loads(output)
+    except ValueError:
+        document = {}
+    return status, document if isinstance(document, dict) else {}
+
+
+def _forward(lines: IO[str]) -> None:
+    """Print the lines of a process to sys.stderr, which is the notebook's own in a notebook."""
+    for line in lines:
+        print(line, end="", file=sys.stderr, flush=True)

@@ -1,0 +1,105 @@
+"""The document of `requant run --json`, which `requant.run` returns as an object.
+
+Its keys are a contract with users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from requant.tasks.errors import RequantError
+from requant.tasks.hub.release import Release
+from requant.tasks.redaction import without_non_finite
+from requant.tasks.serving.result import BenchmarkResult
+from requant.tasks.validating.gates import Gate
+from requant.tasks.validating.measured import Measured
+
+Status = Literal["published", "validated", "rejected", "failed"]
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+class RunPart(BaseModel):
+    """A part of the document. Keys that a later version wrote are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class RunBase(RunPart):
+    """The base."""
+
+    repo_id: str = Field(description="Its repo on the Hub")
+    sha: str | None = Field(description="Its commit; null if the run did not come to it")
+
+
+class RunArtifact(RunPart):
+    """The result's files."""
+
+    digest: str | None = Field(description="Digest of the artifact in the store; null if none was made")
+    path: str | None = Field(description="A folder with the files, with --checkout or a local store; otherwise null")
+
+
+class RunStage(RunPart):
+    """A stage that has ended."""
+
+    name: str = Field(description="The stage, or the output and the stage")
+    state: Literal["ran", "reused"] = Field(description="reused: its artifact was in the store")
+    seconds: float = Field(description="How long it took")
+
+
+class RunDocument(RunPart):
+    """What a run made and measured, as far as it came.
+
+    For a recipe with several outputs, `outputs` has a document of each, and what only one result can have is null. In
+    JSON, `stages` and `gates` then have the rows of all outputs, each with the key `output`.
+    """
+
+    name: str | None = Field(None, exclude_if=_is_none, description="Name of an output in `outputs`")
+    status: Status = Field(
+        description="published; validated: there is nothing to publish, or it waits in a pull request; rejected: a "
+        "gate failed; failed: see `error`"
+    )
+    base: RunBase = Field(description="The base")
+    artifact: RunArtifact = Field(description="The result")
+    stages: tuple[RunStage, ...] = Field(description="The stages that have ended, in their order")
+    gates: tuple[Gate, ...] = Field(description="The gates, as in the document of `requant validate`")
+    benchmark: BenchmarkResult | None = Field(
+        description="The document of `requant bench`; null if the run did not come to it"
+    )
+    published: Release | None = Field(description="The release on the Hub; null if nothing was published")
+    measured: (
+        Annotated[
+            Measured,
+            BeforeValidator(lambda value: Measured.from_json(value) if isinstance(value, Mapping) else value),
+            PlainSerializer(lambda measured: without_non_finite(measured.to_json()), return_type=dict[str, Any]),
+        ]
+        | None
+    ) = Field(description="All values that were measured, under flat keys; null if the run did not come to it")
+    error: str | None = Field(description="Why the run failed, in one sentence; otherwise null")
+    outputs: tuple[RunDocument, ...] | None = Field(
+        None, exclude_if=_is_none, description="Only for a recipe with outputs: a document for each that was begun"
+    )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document as `json.dumps` takes it. JSON has no NaN: a value that is not finite is null."""
+        document = self.model_dump(mode="json")
+        for key in ("stages", "gates") if self.outputs is not None else ():
+            document[key] = [{"output": one["name"], **row} for one in document["outputs"] for row in one[key]]
+        return document
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> RunDocument:
+        """Read what `to_json` returned, in this version or another. Raises RequantError if that is not possible."""
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise RequantError(
+                f"the document of requant run is not readable ({'.'.join(map(str, first['loc']))}: {first['msg']}): "
+                "use the version of Requant that wrote it"
+            ) from error

@@ -1,0 +1,93 @@
+"""The documents that `requant inspect` and `requant mtp-fix` print with `--json`.
+
+Their keys are a contract with users: `requant schema` prints them as JSON Schemas. Sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from requant.tasks.checkpoint.config import Scalar
+from requant.tasks.documents import Document
+
+
+class EngineVerdict(Document):
+    """Whether an engine will load a checkpoint and draft with its MTP head, from headers and configs alone."""
+
+    loads: bool = Field(description="Whether the engine loads it")
+    mtp: bool = Field(description="Whether the engine drafts with its MTP head")
+    reason: str = Field(description="What is in the way, or that nothing is")
+
+    def __str__(self) -> str:
+        loads, drafts = "loads" if self.loads else "does not load", "drafts" if self.mtp else "does not draft"
+        return f"{loads}, {drafts}: {self.reason}"
+
+
+class QuantizedWeights(Document):
+    """The quantized modules, and what the quantization config says. A value that it does not give is null."""
+
+    count: int = Field(description="How many modules are quantized")
+    bits: Scalar = Field(description="Bits of a weight; null if layers differ")
+    group_size: Scalar = Field(description="Weights of a row that share one scale; -1: complete rows")
+    sym: Scalar = Field(description="Whether the zero point is the middle of the range")
+    method: Scalar = Field(description="The value of quant_method")
+    packing: Scalar = Field(description="The value of packing_format, as auto_round:auto_gptq")
+    storage: dict[str, int] = Field(description="How many modules are stored in which way, as INT4 or F8_E4M3")
+
+
+class ModuleGroup(Document):
+    """Modules that are stored in one way, and whose names differ only in numbers."""
+
+    modules: str = Field(description="Their name, with * for the numbers")
+    count: int = Field(description="How many modules there are")
+    storage: str = Field(description="How a weight is stored: INT4 and the like, packed, or a dtype as BF16")
+    shape: list[int] = Field(description="Shape of the first module's largest stored tensor")
+    bytes: int = Field(description="Bytes of all of them")
+
+
+class HeadDocument(Document):
+    """The MTP head."""
+
+    present: bool = Field(description="Whether there is a head; without one, the other values are empty")
+    layout: Literal["mtp", "inlined"] | None = Field(
+        None, description="mtp: its tensors are named mtp.*; inlined: decoder layers behind the last one of the model"
+    )
+    layers: int = Field(0, description="MTP layers that the config promises; if it promises none, those of the tensors")
+    precision: str | None = Field(None, description="The ways in which its modules are stored, as BF16+INT4")
+    experts: Literal["fused", "split"] | None = Field(
+        None, description="Whether experts are stacked in 3-D tensors or stored one by one; null without experts"
+    )
+    complete: bool = Field(False, description="Whether no module is missing")
+    missing: list[str] = Field([], description="Names of the missing modules")
+    tensors: int = Field(0, description="How many tensors it has")
+    bytes: int = Field(0, description="Bytes of its tensors")
+    precisions: dict[str, int] = Field({}, description="How many of its modules are stored in which way")
+    modules: dict[str, str] = Field({}, description="How each module is stored; empty for more than 200 modules")
+
+
+class InspectDocument(Document):
+    """What a checkpoint is, from headers and configs."""
+
+    tensors: int = Field(description="How many tensors there are")
+    bytes: int = Field(description="Bytes of all tensors")
+    dtypes: dict[str, int] = Field(description="How many tensors have which dtype")
+    quantized: QuantizedWeights = Field(description="The quantized modules")
+    groups: list[ModuleGroup] = Field(description="All modules, in groups")
+    mtp: HeadDocument = Field(description="The MTP head")
+    engines: dict[str, EngineVerdict] = Field(description="For vllm, sglang and transformers: will it load")
+    problems: list[str] = Field(description="What is wrong, in sentences")
+
+
+class MtpFixDocument(Document):
+    """What a repair did, or would do with --dry-run."""
+
+    changed: bool = Field(description="Whether the folder was changed")
+    tensors_restored: int = Field(description="How many tensors of the MTP head were replaced")
+    source: Literal["base", "dequantized"] = Field(
+        description="Where the head is from: the base, or its own quantized tensors"
+    )
+    writes: list[str] = Field(description="Paths of the files that were written, or would be")
+    removes: list[str] = Field(description="Paths of the files that were removed, or would be")
+    engines: dict[str, EngineVerdict] = Field(description="For vllm, sglang and transformers: will the result load")

@@ -1,0 +1,33 @@
+"""The base classes of JSON documents. Their keys are a contract with users; `requant schema` prints some of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+
+
+class Document(BaseModel):
+    """A document that Requant writes, or a part of one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document as `json.dumps` takes it."""
+        return self.model_dump(mode="json")
+
+
+class StoredDocument(Document):
+    """A document that other versions of Requant read and write.
+
+    Keys that are unknown are ignored. A field that was not set is left out, also where the document is a part of
+    another: a key that is absent has no meaning for what was measured, and one that is null has no value.
+    """
+
+    # A measured value can be infinite or NaN, which must not become null: that means not measured.
+    model_config = ConfigDict(extra="ignore", ser_json_inf_nan="constants")
+
+    # The method has no return type, since pydantic would take it for the schema of the document.
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, serialize: SerializerFunctionWrapHandler):  # type: ignore[no-untyped-def]
+        return {key: value for key, value in serialize(self).items() if key in self.model_fields_set}
