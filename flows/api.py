@@ -1,7 +1,8 @@
-"""The Python API: the commands of `requant` as functions. `import requant` exports them.
+"""The Python API: the functions `plan`, `run`, `inspect`, `mtp_fix`, `validate` and `verify`.
 
-Each function returns, as an object, the document that its command prints with `--json`. The modules that do the work
-are imported when a function is called, so that `import requant` and the help of the command line are fast.
+`import requant` exports them. Each function returns, as an object, the document that the command of its name prints
+with `--json`. The modules that do the work are imported when a function is called, so that `import requant` and the
+help of the command line are fast.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING
 
 from requant.tasks.environment import with_package
 from requant.tasks.errors import RecipeError, RequantError
 
 if TYPE_CHECKING:
     from requant.flows.report.document import RunDocument
+    from requant.tasks.checkpoint.config import HeadPrecision
     from requant.tasks.checkpoint.document import InspectDocument, MtpFixDocument
     from requant.tasks.checkpoint.header import Tensor
     from requant.tasks.checkpoint.repair import RepairSource
@@ -31,15 +33,13 @@ if TYPE_CHECKING:
     from requant.tasks.recipe.recipe import Recipe
     from requant.tasks.validating.gates import ValidationDocument
 
-HeadPrecision = Literal["keep", "int8", "int4"]
-
 
 def plan(recipe: Recipe | str | Path, *, overrides: Sequence[str] = (), elsewhere: bool = False) -> PlanDocument:
-    """Return what a run of a recipe would do, take and cost, and what would stop it (`problems`).
+    """Return what a run of a recipe would do, how long it takes and what it costs, and what stops it (`problems`).
 
-    `recipe` is a Recipe or the path of a YAML file. `overrides` change keys of a file, as in `quantize.iters=50`.
-    `elsewhere`: plan for another machine, and do not check the disk and the tools of this one. Only headers of the
-    base's files are fetched.
+    `recipe` is a Recipe or the path of a YAML file. Paths in a Recipe are relative to the current folder, those in a
+    file to the file's folder. `overrides` change keys of a file, as in `quantize.iters=50`. `elsewhere`: plan for
+    another machine, and do not check the disk and the tools of this one. Only headers of the base's files are fetched.
 
     Raises RecipeError, HubError, HubUnavailable or StoreError.
     """
@@ -56,11 +56,11 @@ def run(
     checkout: str | Path | None = None,
     force: bool = False,
 ) -> RunDocument:
-    """Run the whole pipeline of a recipe and return what came of it, as far as it came (`status`).
+    """Run the whole pipeline of a recipe and return its document; `status` says how it ended.
 
-    `checkout` is a folder that gets the result's files: new, empty or an earlier checkout; with `force`, any folder.
-    The run is a process of its own, `requant run`, since Prefect keeps settings of a run for the life of its process.
-    Its log goes to sys.stderr. An interrupt ends it; the next run goes on where it was.
+    `recipe` and `overrides` are as for `plan`. `checkout` is a folder that gets the result's files: new, empty or an
+    earlier checkout; with `force`, any folder. Runs `requant run` in a subprocess, because Prefect reads its settings
+    once per process. Its log goes to sys.stderr. An interrupt stops the run; the next run resumes it.
 
     Raises RecipeError for an impossible recipe, and RequantError if the run could not begin.
     """
@@ -69,13 +69,18 @@ def run(
         path = Path(folder) / "recipe.yaml"
         path.write_text(loaded.model_dump_json(exclude_unset=True))  # JSON is YAML.
         options = [] if checkout is None else ["--checkout", str(checkout)]
-        status, document = _run_command(["run", str(path), "--json", *options, *(["--force"] if force else [])])
+        exit_status, document = _run_command(["run", str(path), "--json", *options, *(["--force"] if force else [])])
     from requant.flows.report.document import RunDocument
 
-    if "stages" in document:
+    if document and document.keys() != error_document("").keys():
         return RunDocument.from_json(document)
-    error = str(document.get("error") or f"requant run ended with status {status} and printed no document")
-    raise RecipeError(error) if status == 2 else RequantError(error)
+    error = str(document.get("error") or f"requant run ended with exit status {exit_status} and printed no document")
+    raise RecipeError(error) if exit_status == 2 else RequantError(error)
+
+
+def error_document(error: str) -> dict[str, str]:
+    """Return what a command prints with `--json` instead of its own document if it could not do its work."""
+    return {"status": "failed", "error": error}
 
 
 def inspect(checkpoint: str | Path, *, deep: bool = False) -> InspectDocument:
@@ -91,7 +96,9 @@ def inspect(checkpoint: str | Path, *, deep: bool = False) -> InspectDocument:
     if Path(checkpoint).is_dir():
         return inspect_checkpoint(Path(checkpoint), deep=deep)
     if deep:
-        raise RequantError(f"--deep reads the data of a folder, and {checkpoint} is none: download it first")
+        raise RequantError(
+            f"a deep inspection (--deep) reads the data of a folder, and {checkpoint} is none: download it first"
+        )
     from requant.tasks.hub.revision import resolve_name
     from requant.tasks.hub.sparse_checkout import create_checkout
 
@@ -105,8 +112,8 @@ def mtp_fix(
     """Repair the MTP head of the checkpoint in a folder, in place, and return what was changed.
 
     `base` is the checkpoint with the original head: a folder, or `repo_id[@revision]`, of which only the head is
-    fetched. Without it, a packed head that no engine can load is dequantized. `precision` is `keep`, which copies the
-    head bit for bit, or `int8` or `int4`. `dry_run`: change nothing.
+    fetched. Without it, a quantized head is dequantized unless both vLLM and SGLang would draft with it. `precision` is
+    `keep`, which copies the head bit for bit, or `int8` or `int4`. `dry_run`: change nothing.
 
     Raises CheckpointError, RequantError, HubError or HubUnavailable.
     """
@@ -117,7 +124,7 @@ def mtp_fix(
 
 
 def validate(folder: str | Path, *, base: str | Path, recipe: Recipe | str | Path | None = None) -> ValidationDocument:
-    """Measure a quantized checkpoint against its base, and return the gates (`passed`).
+    """Measure a quantized checkpoint against its base, and return the gate results; `passed` is the overall verdict.
 
     `base` is a folder, or `repo_id[@revision]`, which is downloaded into the store. The limits, the text and the
     evaluation tasks are those of `recipe`, otherwise the defaults of a recipe.
@@ -128,7 +135,7 @@ def validate(folder: str | Path, *, base: str | Path, recipe: Recipe | str | Pat
     from requant.tasks.recipe.recipe import PACKED_HEADS, Gates, Validation
     from requant.tasks.store import open_store
     from requant.tasks.texts.text import find_text
-    from requant.tasks.validate import one_file, validate_folders
+    from requant.tasks.validate import text_for_measuring, validate_folders
     from requant.tasks.validating.gates import ValidationDocument
 
     loaded = None if recipe is None else read_recipe(recipe)
@@ -137,11 +144,11 @@ def validate(folder: str | Path, *, base: str | Path, recipe: Recipe | str | Pat
     check_tasks(tasks)
     text = find_text((loaded.validation if loaded else Validation()).text, "validation.text")
     with tempfile.TemporaryDirectory(prefix="requant-") as scratch:
-        base_folder = _complete_folder(base)
+        base_folder = _local_checkpoint(base)
         measured = validate_folders(
             Path(folder),
             base_folder,
-            one_file(open_store(), text, Path(scratch), base_folder, remote_code),
+            text_for_measuring(open_store(), text, Path(scratch), base_folder, remote_code),
             remote_code=remote_code,
             pack_head=loaded is not None and loaded.mtp in PACKED_HEADS,
             tasks=tasks,
@@ -156,25 +163,28 @@ def verify(repo: str, *, deep: bool = False) -> ReleaseCheck:
 
     Raises HubError if there is no such repo, or HubUnavailable.
     """
-    from requant.tasks.hub.revision import check_repo_id
+    from requant.tasks.hub.revision import check_repo_id, split_name
     from requant.tasks.hub.verify import verify_release
 
-    repo_id, _, revision = repo.partition("@")
-    return verify_release(check_repo_id(repo_id), revision or "main", deep=deep)
+    repo_id, revision = split_name(repo)
+    return verify_release(check_repo_id(repo_id), revision, deep=deep)
 
 
 def read_recipe(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Return a recipe, read from a YAML file unless it is one already. Raises RecipeError."""
-    from requant.tasks.recipe.loader import load_recipe
+    """Return a recipe, read from a YAML file unless it is one already. Its paths are absolute. Raises RecipeError."""
+    from requant.tasks.recipe.loader import load_recipe, with_absolute_paths
 
     if isinstance(recipe, str | Path):
         return load_recipe(Path(recipe), overrides)
     if overrides:
-        raise RecipeError("overrides change a recipe's file, and this is a Recipe: change its fields instead")
-    return recipe
+        raise RecipeError(
+            "overrides change a recipe's file, and this is a Recipe: make a changed one, with "
+            "Recipe.model_validate({**recipe.model_dump(exclude_unset=True), ...})"
+        )
+    return with_absolute_paths(recipe, Path.cwd())
 
 
-def _complete_folder(name: str | Path) -> Path:
+def _local_checkpoint(name: str | Path) -> Path:
     """Return a checkpoint's folder. A repo is downloaded into the store, and its files are read-only."""
     if Path(name).is_dir():
         return Path(name)
@@ -191,7 +201,7 @@ def _complete_folder(name: str | Path) -> Path:
 
 @contextlib.contextmanager
 def _repair_source(base: str | Path | None) -> Iterator[RepairSource | None]:
-    """Yield the source of a head: a folder, or headers of a repo whose head's bytes are fetched when they are read."""
+    """Yield the folder to take the head from; for a repo, tensor data is fetched on demand."""
     from requant.tasks.checkpoint.repair import RepairSource
 
     if base is None:
@@ -224,7 +234,7 @@ def _run_command(arguments: list[str]) -> tuple[int, dict[str, object]]:
     forwarding.start()
     try:
         output = process.stdout.read()
-        status = process.wait()
+        exit_status = process.wait()
     except BaseException:
         process.send_signal(signal.SIGINT)
         process.wait()
@@ -237,7 +247,7 @@ def _run_command(arguments: list[str]) -> tuple[int, dict[str, object]]:
         document = json.loads(output)
     except ValueError:
         document = {}
-    return status, document if isinstance(document, dict) else {}
+    return exit_status, document if isinstance(document, dict) else {}
 
 
 def _forward(lines: IO[str]) -> None:

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
@@ -24,19 +25,22 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling, Completed, Failed, Running
 
-from requant.flows.own_run import end_if_the_run_is_over, end_with_the_run
+from requant.flows.own_run import exit_if_run_is_over, watch_own_run
 from requant.flows.sweep import propose, state_after_crash
 from requant.flows.work_pool import WorkerNotice, problem_of_pool
 from requant.tasks.artifact import Manifest
 from requant.tasks.benchmark import benchmark_key, benchmark_task
 from requant.tasks.errors import RecipeError, RequantError, StoreError
+from requant.tasks.evaluate import check_tasks
 from requant.tasks.hub.revision import Revision
 from requant.tasks.pipeline.log import log_into_runs
-from requant.tasks.pipeline.prefect import end_earlier_tasks, options, stage_summary
+from requant.tasks.pipeline.prefect import crash_stale_task_runs, options, stage_summary
 from requant.tasks.pipeline.stage import Stage, StageResult
 from requant.tasks.planning.stages import ON_GPU
+from requant.tasks.quantize import STAGE as QUANTIZE
 from requant.tasks.quantize import quantize_key, quantize_task
 from requant.tasks.recipe.loader import recipe_of
+from requant.tasks.recipe.quantize_section import Quantize
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store, open_store
 from requant.tasks.texts.text import Text, find_text
@@ -58,13 +62,22 @@ class StageFailed(RequantError, RuntimeError):
 
 def run_name() -> str:
     """Name a run in Prefect's lists, after its recipe, which may be invalid."""
-    recipe = runtime.flow_run.parameters.get("recipe")
-    given = recipe.model_dump() if isinstance(recipe, Recipe) else recipe if isinstance(recipe, Mapping) else {}
-    base, quantize = (part if isinstance(part := given.get(key), Mapping) else {} for key in ("base", "quantize"))
+    given = runtime.flow_run.parameters.get("recipe")
+    recipe = given.model_dump() if isinstance(given, Recipe) else _mapping_or_empty(given)
+    base, quantize = _mapping_or_empty(recipe.get("base")), _mapping_or_empty(recipe.get("quantize"))
     repo = str(base.get("repo_id") or "a base without a name").split("/")[-1]
-    outputs = given.get("outputs")
-    several = f"{len(outputs)} outputs" if isinstance(outputs, list) and outputs else None
-    return f"{repo} {several or quantize.get('scheme') or 'W4A16'}"[:200]
+    outputs, bits = recipe.get("outputs"), quantize.get("bits")
+    if isinstance(outputs, list) and outputs:
+        makes = f"{len(outputs)} outputs"
+    elif bits:
+        makes = f"W{bits}A16"
+    else:
+        makes = str(quantize.get("scheme") or Quantize.model_fields["scheme"].default)
+    return f"{repo} {makes}"[:200]
+
+
+def _mapping_or_empty(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def recipe_flow(name: str, **more: Any) -> Callable[[Callable[P, R]], Flow[P, R]]:
@@ -83,36 +96,37 @@ def quantize(recipe: Recipe, base: str, calibration: str, key: str) -> State[Any
     """Quantize the base whose download has the stage key `base`."""
 
     def work() -> Any:
-        asked, store, text = recipe_of(recipe), _open_store(), find_text(calibration)
-        files = _artifact(store, "download", base)
-        _check_key(key, quantize_key(asked, files, text))
-        return quantize_task(asked, files, text)
+        checked, store, text = recipe_of(recipe), open_checked_store(), find_text(calibration)
+        base_files = _artifact(store, "download", base)
+        _check_key(key, quantize_key(checked, base_files, text))
+        return quantize_task(checked, base_files, text)
 
     return run_to_final_state(work)
 
 
 @recipe_flow("validate")
 def validate(recipe: Recipe, base: str, artifact: str, text: str, key: str) -> State[Any]:
-    """Measure the artifact of the mtp_fix key `artifact` against its base."""
+    """Measure the artifact with the mtp_fix key `artifact` against its base, whose download has the key `base`."""
 
     def work() -> Any:
-        asked, store, validation = recipe_of(recipe), _open_store(), find_text(text, "validation.text")
-        files, made = _artifact(store, "download", base), _artifact(store, "mtp_fix", artifact)
-        _check_key(key, validate_key(asked, files, made, validation))
-        return validate_task(asked, files, made, validation)
+        checked, store, validation = recipe_of(recipe), open_checked_store(), find_text(text, "validation.text")
+        check_tasks(checked.eval)
+        base_files, quantized_files = _artifact(store, "download", base), _artifact(store, "mtp_fix", artifact)
+        _check_key(key, validate_key(checked, base_files, quantized_files, validation))
+        return validate_task(checked, base_files, quantized_files, validation)
 
     return run_to_final_state(work)
 
 
 @recipe_flow("benchmark")
 def benchmark(recipe: Recipe, artifact: str, key: str) -> State[Any]:
-    """Measure the speed of the artifact of the mtp_fix key `artifact`."""
+    """Measure the speed of the artifact with the mtp_fix key `artifact`."""
 
     def work() -> Any:
-        asked, store = recipe_of(recipe), _open_store()
-        made = _artifact(store, "mtp_fix", artifact)
-        _check_key(key, benchmark_key(asked, made))
-        return benchmark_task(asked, made)
+        checked, store = recipe_of(recipe), open_checked_store()
+        quantized_files = _artifact(store, "mtp_fix", artifact)
+        _check_key(key, benchmark_key(checked, quantized_files))
+        return benchmark_task(checked, quantized_files)
 
     return run_to_final_state(work)
 
@@ -122,18 +136,19 @@ def run_to_final_state(work: Callable[[], Any]) -> State[Any]:
 
     The message of an expected failure is its sentence alone, without the words that Prefect adds to an exception.
     """
-    end_with_the_run()
-    end_earlier_tasks()
+    watch_own_run()
+    crash_stale_task_runs()
     try:
         work()
         state: State[Any] = Completed()
     except (RequantError, TimeoutError) as error:  # The time limit of a task raises a plain TimeoutError.
         state = Failed(message=str(error), data=error)
-    end_if_the_run_is_over()
+    exit_if_run_is_over()
     return state
 
 
-def _open_store() -> Store:
+def open_checked_store() -> Store:
+    """Open the store, and check that it can be reached."""
     store = open_store()
     store.check()
     return store
@@ -144,21 +159,21 @@ def _artifact(store: Store, stage: str, key: str) -> Manifest:
     manifest = store.manifest(stage, key)
     if manifest is None:
         raise StoreError(
-            f"the store {store.url} has no {stage} {key[:12]}: set REQUANT_STORE alike on every worker",
+            f"the store {store.url} has no {stage} {key[:12]}: set REQUANT_STORE to the same store on every worker",
             key=f"artifacts/{stage}/{key}",
         )
     return manifest
 
 
-def _check_key(asked: str, computed: str) -> None:
-    """Raise RecipeError if this version of Requant computes another stage key than the run that asks.
+def _check_key(expected: str, computed: str) -> None:
+    """Raise RecipeError if this version of Requant computes another stage key than the run that waits for the stage.
 
-    The run would wait for an artifact that nobody makes.
+    That run would not find the artifact.
     """
-    if asked != computed:
+    if expected != computed:
         raise RecipeError(
-            f"this worker would make {computed[:12]} where {asked[:12]} is asked for: install the same version of "
-            "Requant on every worker"
+            f"this worker computes stage key {computed[:12]}, but the run expects {expected[:12]}: install the same "
+            "version of Requant on every worker"
         )
 
 
@@ -168,21 +183,20 @@ def _check_key(asked: str, computed: str) -> None:
 def gpu_pool_stages(recipe: Recipe, base: Revision) -> frozenset[str]:
     """Return the stages of this run that workers of the gpu pool do."""
     weights_bytes = sum(file.size for file in base.wanted if file.path.endswith(".safetensors"))
-    return frozenset(stage for stage in ON_GPU if place_of_stage(stage, recipe, weights_bytes) == "gpu")
+    return frozenset(stage for stage in ON_GPU if delegates(stage, recipe, weights_bytes))
 
 
-def place_of_stage(stage: str, recipe: Recipe, weights_bytes: int) -> str:
-    """Return `gpu` if a worker of the gpu pool does the stage, otherwise `here`.
+def delegates(stage: str, recipe: Recipe, weights_bytes: int) -> bool:
+    """Check whether this run has a stage done by a worker of the gpu pool.
 
-    A run that a worker started has quantize done there, and what a CPU cannot measure in minutes. Any other run does
-    all stages itself.
+    A run started by a worker always delegates quantize, and delegates validate and benchmark for LARGE_MODEL_BYTES or
+    more, unless the benchmark needs no model on this machine. Any other run does all stages itself.
     """
     if runtime.deployment.id is None:
-        return "here"
+        return False
     large = weights_bytes >= LARGE_MODEL_BYTES
-    runs_engine = recipe.benchmark.engine in {"auto", "vllm", "torch"}
-    wanted = {"quantize": True, "validate": large, "benchmark": large and runs_engine}
-    return "gpu" if wanted[stage] else "here"
+    runs_model = recipe.benchmark.engine in {"auto", "vllm", "torch"}
+    return {"quantize": True, "validate": large, "benchmark": large and runs_model}[stage]
 
 
 @dataclass(frozen=True)
@@ -219,7 +233,10 @@ def _on_gpu_pool(request: StageRequest) -> Any:
 
 
 def _run_and_wait(request: StageRequest) -> None:
-    """Start the flow run, or find the one that this run had started before it was restarted, and wait for its end."""
+    """Start the flow run, or rejoin the one that an earlier process of this run started. Wait for its end.
+
+    Raises StageFailed if it ends in another state than Completed.
+    """
     name = request.stage.name
     run = _start_run(name, request.key, request.parameters)
     log.info(f"{name}: waiting for run {run.name} of the gpu pool")
@@ -228,8 +245,10 @@ def _run_and_wait(request: StageRequest) -> None:
         state = _state(run.id)
         if state.is_completed():
             return
-        if state.is_crashed() and _restart(run.id):
-            log.info(f"{name}: run {run.name} was killed ({state.message}); it goes on from its last finished block")
+        if state.is_crashed() and (outcome := _restart(run.id)) is not CrashOutcome.FINAL:
+            if outcome is CrashOutcome.RESTARTED:
+                resumes = "; it resumes after its last finished block" if request.stage is QUANTIZE else ""
+                log.info(f"{name}: run {run.name} crashed ({state.message}) and is restarted{resumes}")
         elif state.is_final():
             raise StageFailed(state.message or f"{name} ended {state.name} on the gpu pool")
         else:
@@ -241,13 +260,16 @@ def _run_and_wait(request: StageRequest) -> None:
 
 
 def _problem_of_gpu_pool() -> str | None:
-    """Say why the gpu pool takes no run. Raises what the Prefect client raises if the server does not answer."""
+    """Say why the gpu pool takes no run, or return None if nothing is wrong.
+
+    Raises what the Prefect client raises if the server does not answer.
+    """
     with get_client(sync_client=True) as client:
         return problem_of_pool(client, "gpu")
 
 
 def _show_problem(stage: str, problem: str | None) -> None:
-    """Show in the log and the state of this run that no worker takes the run that it waits for, or that one does."""
+    """Show whether a worker has taken the awaited run, in the log and in the state of this run."""
     log.info(f"{stage} waits: {problem}" if problem else f"{stage}: a worker of the gpu pool takes its run")
     state: State[Any] = Running(name="WaitingForWorker", message=problem) if problem else Running()
     with get_client(sync_client=True) as client:
@@ -257,7 +279,11 @@ def _show_problem(stage: str, problem: str | None) -> None:
 
 
 def _start_run(name: str, key: str, parameters: dict[str, Any]) -> FlowRun:
-    """Return the flow run of a stage for this run. If earlier ones failed and the user tries again, it is a new one."""
+    """Return the flow run for this stage.
+
+    The idempotency key returns an earlier attempt, and a failed attempt leads to the next. Raises StageFailed if there
+    is no such deployment, or after MAX_ATTEMPTS.
+    """
     for attempt in range(MAX_ATTEMPTS):
         try:
             run = run_deployment(
@@ -276,26 +302,32 @@ def _start_run(name: str, key: str, parameters: dict[str, Any]) -> FlowRun:
     raise StageFailed(f"{name} was tried too often in this run: start another one")
 
 
-def _restart(run_id: UUID) -> bool:
-    """Start a crashed run again. Return False if somebody cancelled it, or if it crashed too often.
+class CrashOutcome(Enum):
+    """What became of a crashed flow run that this run waits for."""
 
-    If the server does not answer, return True: the next look finds the run still crashed, and tries again.
-    """
+    RESTARTED = "restarted"  # by this run
+    FINAL = "final"  # somebody cancelled it, or it crashed too often
+    UNKNOWN = "unknown"  # the server did not answer, or the run is no longer crashed: look at its state again
+
+
+def _restart(run_id: UUID) -> CrashOutcome:
+    """Restart a crashed run, unless somebody cancelled it or it crashed too often."""
+    restarted = False
     try:
         with get_client(sync_client=True) as client:
             run = client.read_flow_run(run_id)
             if run.state is not None and run.state.is_crashed():
                 state = state_after_crash(run.state, client.read_flow_run_states(run_id))
                 if not state.is_scheduled():
-                    return False
-                propose(client, run, state)
+                    return CrashOutcome.FINAL
+                restarted = propose(client, run, state)
     except (httpx.HTTPError, PrefectHTTPStatusError) as error:
         log.info(f"the Prefect server does not answer ({type(error).__name__}): waiting for it")
-    return True
+    return CrashOutcome.RESTARTED if restarted else CrashOutcome.UNKNOWN
 
 
 def _state(run_id: UUID) -> State[Any]:
-    """Read the state of a run. Wait for a server that does not answer: the worker goes on without it."""
+    """Read the state of a run. Wait for a server that does not answer: the worker keeps running meanwhile."""
     warned = False
     while True:
         try:

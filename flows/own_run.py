@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 _starts: dict[UUID, int] = {}  # by run of this process: how often it had been scheduled at the first look
 
 
-def end_with_the_run() -> None:
-    """Watch the run of this process in a thread, and end the process once the run was cancelled or restarted elsewhere.
+def watch_own_run() -> None:
+    """Start a thread that ends this process once its run was cancelled, or restarted in another process.
 
     A killed worker leaves the processes of its runs behind, and nobody else can end them. Such a process would continue
     after its run was cancelled, publish the result, and overwrite the cancellation with its own final state. A run
@@ -35,11 +35,11 @@ def end_with_the_run() -> None:
         threading.Thread(target=_watch, args=(run_id,), name="own run", daemon=True).start()
 
 
-def end_if_the_run_is_over() -> None:
-    """Look at the run once more before this process sets its final state, which would overwrite a cancellation.
+def exit_if_run_is_over() -> None:
+    """End this process if its run was cancelled or restarted elsewhere: its final state would overwrite that.
 
-    The thread may not have looked since: the cancellation of a run also cancels the run that it waits for on another
-    worker, and the process learns of the latter first.
+    The thread may not have looked again yet: the cancellation of a run also cancels the run that it waits for on
+    another worker, and the process learns of the latter first.
     """
     run_id = UUID(runtime.flow_run.id) if runtime.deployment.id is not None else None
     if run_id not in _starts:

@@ -17,12 +17,11 @@ from requant.flows.gpu_pool import (
     cancel_children,
     gpu_pool_stages,
     name_for_worker,
-    place_of_stage,
     recipe_flow,
     run_on_gpu_pool,
 )
 from requant.flows.last_run import remember_run
-from requant.flows.own_run import end_if_the_run_is_over, end_with_the_run
+from requant.flows.own_run import exit_if_run_is_over, watch_own_run
 from requant.flows.report.markdown import comparison, markdown
 from requant.flows.report.report import RunReport, gate_rows, verdict, worst
 from requant.tasks.artifact import PICTURES
@@ -32,12 +31,12 @@ from requant.tasks.benchmark import read_result as read_benchmark
 from requant.tasks.card.facts import CardFacts
 from requant.tasks.download import download_task
 from requant.tasks.errors import RecipeError, RequantError
-from requant.tasks.evaluate import check_tasks
+from requant.tasks.evaluate import check_tasks, has_lm_eval
 from requant.tasks.hub.publish_target import check_target
 from requant.tasks.hub.revision import Revision, resolve
 from requant.tasks.mtp_fix import mtp_fix_task
 from requant.tasks.pipeline.log import log_into_runs
-from requant.tasks.pipeline.prefect import end_earlier_tasks, options
+from requant.tasks.pipeline.prefect import crash_stale_task_runs, options
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.plan import Foreseen, preflight
 from requant.tasks.plots import Picture
@@ -80,12 +79,12 @@ def requantize(recipe: Recipe) -> State[Any]:
         return Failed(message=str(error), data=error)
 
     def work() -> None:
-        end_with_the_run()
-        end_earlier_tasks()
+        watch_own_run()
+        crash_stale_task_runs()
         _run(report)
 
     _run_and_report(report, work)
-    end_if_the_run_is_over()
+    exit_if_run_is_over()
     return _final_state(report)
 
 
@@ -113,7 +112,7 @@ def _final_state(report: RunReport) -> State[Any]:
 
 
 def _run(report: RunReport) -> None:
-    """Check that the run can end well, then make what the recipe asks for."""
+    """Run the preflight checks, then all stages."""
     store, recipe = open_store(), report.recipe
     store.check()
     with recorded(store, lambda: report.run):
@@ -121,15 +120,20 @@ def _run(report: RunReport) -> None:
         delegated = gpu_pool_stages(recipe, report.base)
         foreseen = preflight_task(recipe, report.base, calibration, text, delegated)
         if recipe.outputs:
-            _run_outputs(store, report, calibration, text, foreseen)
+            _run_outputs(store, report, calibration, text, foreseen, delegated)
         else:
-            _run_stages(store, report, calibration, text, foreseen)
+            _run_stages(store, report, calibration, text, foreseen, delegated)
     if report.status != "failed":
         remember_run(store, recipe, report.base, report.status)
 
 
 def _run_outputs(
-    store: Store, report: RunReport, calibration: Text, text: Text, foreseen: Mapping[str, Foreseen]
+    store: Store,
+    report: RunReport,
+    calibration: Text,
+    text: Text,
+    foreseen: Mapping[str, Foreseen],
+    delegated: frozenset[str],
 ) -> None:
     """Make the outputs one after another. One that fails or is rejected does not stop the others."""
     recipes = report.recipe.each
@@ -137,7 +141,7 @@ def _run_outputs(
         log.info(f"output {len(report.outputs) + 1} of {len(recipes)}: {name}")
         one = report.outputs[name] = RunReport(recipe, name, base=report.base)
         others = {other: foreseen[other].recipe for other in recipes if other != name}
-        _run_and_report(one, functools.partial(_run_stages, store, one, calibration, text, foreseen, others))
+        _run_and_report(one, functools.partial(_run_stages, store, one, calibration, text, foreseen, delegated, others))
         _show_output_state(one)
     report.status = worst(report.outputs.values())
     if report.status == "failed":
@@ -147,10 +151,12 @@ def _run_outputs(
 def _show_output_state(report: RunReport) -> None:
     """Show the final state of an output in Prefect's UI, as the state of a task with the output's name.
 
-    The stages do not run inside this task: a nested task is part of the outer transaction, which its retry would roll
-    back. They do not run in a subflow either: a cancellation would not reach the runs that it has on other workers.
+    The stages do not run inside this task: a retry of the outer task would roll them back. They do not run in a subflow
+    either: a cancellation would not reach the runs that it has on other workers.
     """
-    task(**options(report.name, hours=1, retries=0))(lambda: _final_state(report))(return_state=True)
+    decorate = task(**options(report.name, hours=1, retries=0))
+    show = decorate(lambda: _final_state(report))
+    show(return_state=True)
 
 
 def _run_stages(
@@ -159,29 +165,31 @@ def _run_stages(
     calibration: Text,
     text: Text,
     foreseen: Mapping[str, Foreseen],
+    delegated: frozenset[str],
     others: Mapping[str, Recipe] | None = None,
 ) -> None:
     """Run the stages of one result.
 
-    `foreseen` has what the plan says, by the output's name, and `others` the recipes of the run's other outputs.
+    `foreseen` has the preflight results by output name, `delegated` the names of the stages that workers of the gpu
+    pool do, and `others` the recipes of the run's other outputs.
     """
     recipe, base = foreseen[report.name].recipe, report.base
     report.settled = recipe
     assert base is not None
-    downloaded = _collect(download_task(base), report)
-    quantized = _collect(_quantize(recipe, downloaded, calibration), report)
-    fixed = _collect(mtp_fix_task(recipe, downloaded.manifest, quantized.manifest), report)
+    downloaded = _record(download_task(base), report)
+    quantized = _record(_quantize(recipe, downloaded, calibration, delegated), report)
+    fixed = _record(mtp_fix_task(recipe, downloaded.manifest, quantized.manifest), report)
     artifact = report.artifact = fixed.manifest
-    validated = _collect(_validate(recipe, downloaded, fixed, text), report)
+    validated = _record(_validate(recipe, downloaded, fixed, text, delegated), report)
     report.measured = measured = read_measured(store, validated)
     report.gates = judge(measured, recipe.gates)
     show_gates(report)
     if not accepted(report.gates):
         report.status = "rejected"
         return
-    report.benchmark = read_benchmark(store, _collect(_benchmark(recipe, downloaded, fixed), report))
+    report.benchmark = read_benchmark(store, _record(_benchmark(recipe, fixed, delegated), report))
     draw_pictures(report)
-    report.status = "validated"
+    report.status = "validated"  # The Markdown report below shows the status.
     facts = CardFacts(
         recipe=recipe,
         base=base,
@@ -197,39 +205,44 @@ def _run_stages(
     report_text = markdown(report, lambda picture: f"{PICTURES}/{picture.name}.png")
     report.beside = release_files(store, artifact, facts, report_text)
     if recipe.publish is not None:
-        published = _collect(publish_task(recipe, base, artifact, report.beside), report)
+        published = _record(publish_task(recipe, base, artifact, report.beside), report)
         assert isinstance(published, PublishResult)
         report.published = published.release
         if published.release.pull_request is None:  # Otherwise main stays as it is until a person merges.
             report.status = "published"
 
 
-def _quantize(recipe: Recipe, base: StageResult, calibration: Text) -> Any:
+def _quantize(recipe: Recipe, base: StageResult, calibration: Text, delegated: frozenset[str]) -> Any:
     """Quantize here, or on a worker of the gpu pool."""
-    if place_of_stage("quantize", recipe, base.manifest.weights) == "here":
+    if QUANTIZE.name not in delegated:
         return quantize_task(recipe, base.manifest, calibration)
     key = quantize_key(recipe, base.manifest, calibration)
     return run_on_gpu_pool(QUANTIZE, key, recipe, base=base.key, calibration=name_for_worker(calibration))
 
 
-def _validate(recipe: Recipe, base: StageResult, fixed: StageResult, text: Text) -> Any:
-    if place_of_stage("validate", recipe, base.manifest.weights) == "here":
+def _validate(recipe: Recipe, base: StageResult, fixed: StageResult, text: Text, delegated: frozenset[str]) -> Any:
+    if VALIDATE.name not in delegated:
         return validate_task(recipe, base.manifest, fixed.manifest, text)
     key = validate_key(recipe, base.manifest, fixed.manifest, text)
     return run_on_gpu_pool(VALIDATE, key, recipe, base=base.key, artifact=fixed.key, text=name_for_worker(text))
 
 
-def _benchmark(recipe: Recipe, base: StageResult, fixed: StageResult) -> Any:
-    if place_of_stage("benchmark", recipe, base.manifest.weights) == "here":
+def _benchmark(recipe: Recipe, fixed: StageResult, delegated: frozenset[str]) -> Any:
+    if BENCHMARK.name not in delegated:
         return benchmark_task(recipe, fixed.manifest)
     return run_on_gpu_pool(BENCHMARK, benchmark_key(recipe, fixed.manifest), recipe, artifact=fixed.key)
 
 
 @task(**options("resolve", hours=1))
 def resolve_task(recipe: Recipe) -> tuple[Revision, Text, Text]:
-    """Resolve the base to its commit, and the texts for calibration and validation to their content."""
-    check_tasks(recipe.eval)
+    """Resolve the base to its commit, and the texts for calibration and validation to their content.
+
+    Also check that the repos of `publish` can be written to, and that this machine can run the tasks of `eval`, unless
+    a worker of the gpu pool runs them and lm-eval is not installed here. Raises RecipeError, HubError, HubUnavailable.
+    """
     base = resolve(recipe.base.repo_id, recipe.base.revision)
+    if has_lm_eval() or VALIDATE.name not in gpu_pool_stages(recipe, base):
+        check_tasks(recipe.eval)
     log.info(f"{recipe.base.repo_id}@{recipe.base.revision} is {base.sha}")
     for one in recipe.each.values():
         if one.publish is not None:
@@ -241,7 +254,10 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Text, Text]:
 def preflight_task(
     recipe: Recipe, base: Revision, calibration: Text, text: Text, delegated: frozenset[str]
 ) -> dict[str, Foreseen]:
-    """Make the plan of the run, and stop the run if it could not end well. `delegated`: the stages of the gpu pool."""
+    """Make the plan of the run, and stop the run if it would fail. `delegated`: the stages of the gpu pool.
+
+    Return the preflight results by output name.
+    """
     return preflight(open_store(), recipe, base, calibration, text, delegated)
 
 
@@ -270,7 +286,7 @@ def draw_pictures(report: RunReport) -> None:
     try:
         report.pictures = draw(report.measured, report.benchmark, report.blocks)
     except Exception as error:
-        log.info(f"no pictures: {type(error).__name__}: {error}")
+        log.warning(f"no pictures: {type(error).__name__}: {error}")
 
 
 def as_data_url(picture: Picture) -> str:
@@ -278,8 +294,8 @@ def as_data_url(picture: Picture) -> str:
     return f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
 
 
-def _collect(outcome: Any, report: RunReport) -> StageResult:
-    """Add a stage's result to the report. A task returns the result, or the named state that it ended in."""
+def _record(outcome: Any, report: RunReport) -> StageResult:
+    """Add a stage's result to the report. A task returns its result, or a Prefect state that wraps it."""
     result: StageResult = outcome.result() if isinstance(outcome, State) else outcome
     report.stages.append(result)
     log.info(f"{result.name}: {result.state} in {result.seconds:.1f} s")

@@ -114,14 +114,20 @@ class QuantizeFailed(RequantError, RuntimeError):
 
 
 class QuantizeDied(QuantizeFailed):
-    """The quantize child was killed from outside. Its finished blocks are kept. `killed`: by SIGKILL."""
+    """The quantize child ended without reporting an error, for example because a signal killed it or it crashed.
+
+    Its finished blocks are kept, and the next run resumes after them. `killed`: by SIGKILL.
+    """
 
     retryable = True
-    killed = False
+
+    def __init__(self, message: str, *, killed: bool = False) -> None:
+        super().__init__(message)
+        self.killed = killed
 
 
 class OutOfMemory(QuantizeFailed, MemoryError):
-    """The quantize child ran out of memory with all settings of the ladder, or another stage did."""
+    """The quantize child ran out of memory even with the settings that need the least memory, or another stage did."""
 
 
 class EvaluationFailed(RequantError, RuntimeError):

@@ -73,11 +73,15 @@ Scores = dict[str, Score]  # by task
 SCORES = TypeAdapter(Scores)
 
 
+def has_lm_eval() -> bool:
+    return importlib.util.find_spec("lm_eval") is not None
+
+
 def check_tasks(settings: Eval | None) -> None:
     """Check whether these tasks can be run here, before any work is done. Raises RecipeError if they cannot."""
     if settings is None:
         return
-    if importlib.util.find_spec("lm_eval") is None:
+    if not has_lm_eval():
         raise RecipeError(f"eval.tasks: {settings.tasks[0]} needs lm-eval: pip install 'requant[eval]'")
     if settings.definitions is not None and not os.path.isdir(settings.definitions):
         raise RecipeError(f"eval.definitions: the folder {settings.definitions} does not exist: correct the path")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import math
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,32 +31,40 @@ from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, ru
 from requant.tasks.quantizing import resume
 from requant.tasks.quantizing.events import EventSink
 from requant.tasks.quantizing.job import Job, Rung
-from requant.tasks.quantizing.ladder import down_the_ladder
+from requant.tasks.quantizing.memory_fallback import TIMEOUT_S, quantize_with_fallback
+from requant.tasks.quantizing.samples import max_tokens_read
 from requant.tasks.quantizing.tuned_blocks import tuned_blocks
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store, open_store
 from requant.tasks.store.resume import delete_resume, download_resume, resume_uploads
-from requant.tasks.texts.rendering import TEMPLATES, TOKENIZER, ReadingLimit, render
+from requant.tasks.texts.rendering import TEMPLATES, TOKENIZER, ReadingLimit, Rendered, render
 from requant.tasks.texts.text import Text
 
 STAGE = Stage("quantize", 6, tools=("auto-round", "transformers"))
 # The files of a base that the quantized weights always depend on. With a calibration text that has chats, such as the
-# default one, they also depend on the chat template (`quantize_key`). All other files of the base join in the next
-# stage, so that a new README does not quantize again.
-READ = (
+# default one, they also depend on the chat template (`quantize_key`). The next stage copies all other files, so an
+# edited README does not trigger quantization.
+QUANTIZE_INPUTS = (
     "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken", "*.py",
 )  # fmt: skip
+# Prefect ends the task this much later than TIMEOUT_S, after which the stage raises StageTimeout and says what to do.
+TIMEOUT_MARGIN_S = 1800.0
 log = logging.getLogger(__name__)
 
 
 def quantize_key(recipe: Recipe, base: Manifest, calibration: Text) -> str:
-    """Return the stage key. Raises RecipeError if the group size is still `auto`, which does not determine the key."""
+    """Return the stage key.
+
+    Raises RecipeError if the group size is still `auto`, because `auto` leaves the key undefined.
+    """
     settings = recipe.quantize
-    _ = settings.resolved  # It raises for a group size of auto.
+    settings.require_group_size()
     reads = {"base": read_part(base).digest, "calibration": calibration.digest}
     if calibration.chats:
         reads["chat_template"] = template_part(base).digest
+    # The key holds the settings as the recipe spells them. `Quantize.makes`, by which recipes are compared, also treats
+    # `scheme: W8A16` and `bits: 8` as equal. Here that would change the keys of all results that stores hold.
     return STAGE.key(
         reads=reads,
         settings={
@@ -68,7 +77,7 @@ def quantize_key(recipe: Recipe, base: Manifest, calibration: Text) -> str:
 
 def read_part(base: Manifest) -> Manifest:
     """Select the files of a base that quantize always reads."""
-    return _select(base, READ)
+    return _select(base, QUANTIZE_INPUTS)
 
 
 def template_part(base: Manifest) -> Manifest:
@@ -94,51 +103,32 @@ def quantize(
 ) -> StageResult:
     """Quantize a downloaded base. `report` gets the child's events as they come.
 
-    Raises QuantizeFailed, QuantizeDied (retryable: the next call resumes), OutOfMemory, CheckpointError.
+    Raises RecipeError, CheckpointError, QuantizeFailed, QuantizeDied (retryable: the next call resumes), OutOfMemory,
+    StageTimeout after TIMEOUT_S, and StoreError.
     """
+    deadline_s = time.monotonic() + TIMEOUT_S
     key = quantize_key(recipe, base, calibration)
     settings = recipe.quantize
 
     def work(folder: Path) -> Made:
-        model = store.link_files(read_part(base), folder / "base")
-        checkpoint = Checkpoint.open(model)
-        check_base(checkpoint, recipe.base.repo_id, with_head=recipe.mtp != "drop")
-        head = checkpoint.head
-        if is_fp8(checkpoint.tensors.values()):
-            log.info("the base is FP8: it is quantized from the BF16 weights that its scales give")
-            model = write_dequantized(checkpoint, folder / "plain")
-        checkpoint = dequantize_fp8(split_fused_experts(checkpoint))  # the layout in which auto-round writes it
-        texts = text_files(store, calibration, folder / "calibration")
-        chats = None
-        if calibration.chats:
-            tokenizer = store.link_files(tokenizer_part(base), folder / "tokenizer")
-            max_tokens = None if calibration.mixed else 4 * settings.nsamples * settings.seqlen
-            chats = render(
-                tokenizer,
-                texts,
-                folder / "rendered",
-                name="the calibration text",
-                remote_code=recipe.allow_remote_code,
-                limit=ReadingLimit(tokens=max_tokens),
-            )
-            log.info(f"calibration: {chats.summary}")
-            texts = [chats.path]
+        model, head_prefixes, checkpoint = _link_model(store, recipe, base, folder)
+        texts, rendered = _render_calibration(store, recipe, base, calibration, folder)
         job = Job(
             settings=settings.model_copy(update={"format": settings.key_format}),
             rung=Rung.asked(settings),
             model=model,
             texts=texts,
             mixed=calibration.mixed,
-            head=head.prefixes if head else [],
+            head=head_prefixes,
             allow_remote_code=recipe.allow_remote_code,
         )
         if download_resume(store, STAGE.name, key, folder, resume.worth_fetching):
             log.info(f"going on from {resume.count_finished(folder)} blocks that another machine finished")
         with resume_uploads(store, STAGE.name, key, folder, resume.portable_files):
-            result, attempts = down_the_ladder(job, folder, report)
+            result, attempts = quantize_with_fallback(job, folder, report, deadline_s)
         files = assemble(checkpoint, Checkpoint.open(result.checkpoint), result.bits, folder / "assembled")
         put_files(store, folder / "assembled", files)
-        # With the amount of work, a plan can estimate how long another run takes.
+        # Record the amount of work; planning/durations.py estimates later runs from it.
         work_settings = settings.model_dump(include={"iters", "nsamples", "seqlen", "batch_size", "fast"})
         record = {
             "calibration": calibration.name,
@@ -148,7 +138,7 @@ def quantize(
             "attempts": [attempt.model_dump(exclude_unset=True) for attempt in attempts],
             "blocks": [block.to_json() for block in tuned_blocks(folder / "events.jsonl")],
             "peak_gpu_bytes": result.peak_gpu_bytes,
-            **({"chats": chats.to_json()} if chats else {}),
+            **({"chats": rendered.to_json()} if rendered else {}),
         }
         return Made(Manifest.of(files), record)
 
@@ -158,12 +148,52 @@ def quantize(
     return result
 
 
+def _link_model(store: Store, recipe: Recipe, base: Manifest, folder: Path) -> tuple[Path, list[str], Checkpoint]:
+    """Link the base's files into `folder`, and check that auto-round can quantize them.
+
+    Returns the folder for auto-round to read, the name prefixes of the MTP head's modules, and the checkpoint in the
+    layout in which auto-round writes it.
+    """
+    model = store.link_files(read_part(base), folder / "base")
+    checkpoint = Checkpoint.open(model)
+    check_base(checkpoint, recipe.base.repo_id, with_head=recipe.mtp != "drop")
+    head_prefixes = checkpoint.head.prefixes if checkpoint.head else []
+    if is_fp8(checkpoint.tensors.values()):
+        log.info("the base is FP8: it is quantized from the BF16 weights that its scales give")
+        model = write_dequantized(checkpoint, folder / "plain")
+    # auto-round writes experts split and FP8 as BF16; compare in that layout.
+    return model, head_prefixes, dequantize_fp8(split_fused_experts(checkpoint))
+
+
+def _render_calibration(
+    store: Store, recipe: Recipe, base: Manifest, calibration: Text, folder: Path
+) -> tuple[list[Path], Rendered | None]:
+    """Link the calibration text into `folder`, and render its chats with the base's chat template if it has any.
+
+    Returns the files of the text, and how its chats were rendered.
+    """
+    texts = text_files(store, calibration, folder / "calibration")
+    if not calibration.chats:
+        return texts, None
+    settings = recipe.quantize
+    rendered = render(
+        store.link_files(tokenizer_part(base), folder / "tokenizer"),
+        texts,
+        folder / "rendered",
+        name="the calibration text",
+        remote_code=recipe.allow_remote_code,
+        limit=ReadingLimit(tokens=max_tokens_read(settings.nsamples, settings.seqlen, mixed=calibration.mixed)),
+    )
+    log.info(f"calibration: {rendered.summary}")
+    return [rendered.path], rendered
+
+
 def _quantized_parameters(base: Checkpoint, bits: Mapping[str, int]) -> int:
     """Count the weights of the modules that were quantized: those with fewer than 16 bits."""
     names = (f"{module}.weight" for module, width in bits.items() if width < 16)
     return sum(math.prod(base.tensors[name].shape) for name in names if name in base.tensors)
 
 
-@task(**options("quantize", hours=48))
+@task(**options("quantize", hours=(TIMEOUT_S + TIMEOUT_MARGIN_S) / 3600))
 def quantize_task(recipe: Recipe, base: Manifest, calibration: Text) -> Any:
     return stage_summary(quantize(open_store(), recipe, base, calibration, BlockProgress()))

@@ -50,8 +50,10 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a reused stage does not 
     from requant.tasks.validating.model import RunSettings
 
 STAGE = Stage("validate", 4, tools=("transformers",))
+# This version stays as it is: the key also has VERSION of validating/measure.py, and that is the one to raise. To merge
+# the two would change all keys.
 MEASURE = Stage("measure", 1, tools=("transformers",))
-MAX_CHARACTERS = 4_000_000  # of a data set: the windows that are measured are spread over them
+MAX_CHARACTERS = 4_000_000  # Read at most this many characters of a data set; windows are spread over these.
 RESULT_FILE, MEASUREMENT_FILE = "validation.json", "measurement.safetensors"
 log = logging.getLogger(__name__)
 
@@ -75,22 +77,23 @@ def validate(
     artifact: Manifest,
     text: Text,
 ) -> StageResult:
-    """Measure an artifact against its base on a text. The artifact of the stage is `validation.json`.
+    """Measure an artifact against its base on a text. The stage's output is `validation.json`.
 
-    Raises CheckpointError if a checkpoint that is complete cannot be run.
+    Raises CheckpointError if the checkpoint has all its tensors but cannot be run.
     """
 
     def work(folder: Path) -> Made:
         quantized_folder = store.link_files(artifact, folder / "artifact")
         base_folder = store.link_files(compared_part(base), folder / "base")
         manifests = {quantized_folder: artifact, base_folder: compared_part(base)}
+        base_checkpoint = Checkpoint.open(base_folder).sound()
 
         @functools.cache
         def text_file() -> Path:
-            return one_file(store, text, folder / "words", base_folder, recipe.allow_remote_code)
+            return text_for_measuring(store, text, folder / "words", base_folder, recipe.allow_remote_code)
 
         def measure_one(path: Path, settings: RunSettings) -> Measurement:
-            return stored_measurement(store, manifests[path], path, text, text_file, settings)
+            return measure_or_reuse(store, manifests[path], path, text, text_file, settings)
 
         def evaluate_one(path: Path) -> Scores:
             return stored_scores(
@@ -98,15 +101,15 @@ def validate(
             )
 
         measured = measured_values(
-            quantized_folder,
-            base_folder,
+            Checkpoint.open(quantized_folder),
+            base_checkpoint,
             measure_one,
             evaluate_one if recipe.eval else None,
-            keep_head=recipe.mtp != "drop" and Checkpoint.open(base_folder).head is not None,
+            keep_head=recipe.mtp != "drop" and base_checkpoint.head is not None,
             pack_head=recipe.mtp in PACKED_HEADS,
             remote_code=recipe.allow_remote_code,
         )
-        if measured.not_measured and measured.behaviour.same_tokens is None and not measured.audit.unaccounted:
+        if measured.not_measured and not measured.behaviour.was_run and not measured.audit.unaccounted:
             # The cause may be this machine, so the result must not be stored.
             raise CheckpointError(measured.not_measured)
         values = measured.to_json()
@@ -117,7 +120,7 @@ def validate(
     return run_stage(store, STAGE, validate_key(recipe, base, artifact, text), work)
 
 
-def stored_measurement(
+def measure_or_reuse(
     store: Store,
     manifest: Manifest,
     folder: Path,
@@ -147,16 +150,17 @@ def stored_measurement(
     return Measurement.from_bytes(store.read_blob(run_stage(store, MEASURE, key, work).manifest[MEASUREMENT_FILE]))
 
 
-def one_file(
+def text_for_measuring(
     store: Store,
     text: Text,
     folder: Path,
     model: Path,
     remote_code: bool = False,
 ) -> Path:
-    """Write a text to one file to measure on: the first MAX_CHARACTERS of a data set.
+    """Return a file with the text to measure on.
 
-    Chats are rendered with the chat template of `model`. Raises RecipeError if there is no text to read.
+    A local .txt file is returned as it is. Of any other text, the first MAX_CHARACTERS are written to a file in
+    `folder`; chats are rendered with the chat template of `model`. Raises RecipeError if there is no text to read.
     """
     if text.path is not None and text.path.suffix == ".txt":
         return text.path
@@ -194,7 +198,7 @@ def validate_folders(
     pack_head: bool = False,
     tasks: Eval | None = None,
 ) -> Measured:
-    """Measure a checkpoint against its base without a store, as `requant validate` does."""
+    """Measure a checkpoint against its base without reusing or storing measurements."""
     checkpoint, base = Checkpoint.open(quantized_folder), Checkpoint.open(base_folder).sound()
 
     def measure_one(path: Path, settings: RunSettings) -> Measurement:
@@ -212,8 +216,8 @@ def validate_folders(
 
     keep_head = base.head is not None and (checkpoint.head is not None or _promises_head(checkpoint))
     return measured_values(
-        quantized_folder,
-        base_folder,
+        checkpoint,
+        base,
         measure_one,
         evaluate_one if tasks else None,
         keep_head=keep_head,
@@ -223,7 +227,7 @@ def validate_folders(
 
 
 def _check_text(base: Checkpoint, text: Path, remote_code: bool) -> None:
-    """Raise RecipeError if the base's tokenizer makes too few tokens of a text, too: then the text is too short."""
+    """Raise RecipeError if the base's tokenizer also yields too few tokens, which means the text is too short."""
     from requant.tasks.validating.measure import windows
 
     try:
@@ -239,8 +243,8 @@ def _promises_head(checkpoint: Checkpoint) -> bool:
 
 
 def measured_values(
-    quantized_folder: Path,
-    base_folder: Path,
+    checkpoint: Checkpoint,
+    base: Checkpoint,
     measure_one: Callable[[Path, RunSettings], Measurement],
     evaluate_one: Callable[[Path], Scores] | None = None,
     *,
@@ -250,22 +254,21 @@ def measured_values(
 ) -> Measured:
     """Measure everything that gates, report and card need: first from the files, then by running both checkpoints.
 
-    `measure_one` runs a checkpoint on the text, `evaluate_one` in the tasks of lm-eval (None: no tasks were asked for).
+    `measure_one` runs a checkpoint on the text; `evaluate_one` runs its lm-eval tasks, or is None.
     """
     from requant.tasks.validating.measure import run_settings
     from requant.tasks.validating.model import completed_config
 
-    checkpoint, base = Checkpoint.open(quantized_folder), Checkpoint.open(base_folder).sound()
     log.info("comparing every tensor and file with the base's")
     audit = account(checkpoint, base, with_head=keep_head, pack_head=pack_head, completed=completed_config)
     matrices = tuple(MatrixError(**vars(matrix)) for matrix in fidelity(checkpoint, base))
-    settings = run_settings(base_folder, remote_code)
+    settings = run_settings(base.folder, remote_code)
     behaviour, divergence, not_measured = _run_both(
-        quantized_folder, base_folder, measure_one, settings, sound=not audit.unaccounted
+        checkpoint.folder, base.folder, measure_one, settings, sound=not audit.unaccounted
     )
     evaluation = NOT_EVALUATED if evaluate_one else None
-    if evaluate_one and behaviour.same_tokens is not None:
-        evaluation = recovery(evaluate_one(base_folder), evaluate_one(quantized_folder))
+    if evaluate_one and behaviour.was_run:
+        evaluation = recovery(evaluate_one(base.folder), evaluate_one(checkpoint.folder))
     return Measured(
         audit=Audit(**vars(audit)),
         head_kept=keep_head,
@@ -295,7 +298,9 @@ def _run_both(
     try:
         of_quantized = measure_one(quantized_folder, settings)
     except Exception as error:
-        return NOT_RUN, NOT_COMPARED, _why_not(error, sound=sound)
+        if not _is_caused_by_checkpoint(error, sound=sound):
+            raise
+        return NOT_RUN, NOT_COMPARED, _why_not(error)
     of_base = measure_one(base_folder, settings)
     behaviour = side_by_side(of_base, of_quantized)
     if behaviour.same_tokens != 1.0:
@@ -303,11 +308,13 @@ def _run_both(
     try:
         return behaviour, compare(quantized_folder, base_folder, of_quantized, of_base, settings), None
     except Exception as error:
-        return behaviour, NOT_COMPARED, _why_not(error, sound=sound)
+        if not _is_caused_by_checkpoint(error, sound=sound):
+            raise
+        return behaviour, NOT_COMPARED, _why_not(error)
 
 
-def _why_not(error: Exception, *, sound: bool) -> str:
-    """Return why a checkpoint could not be run, as a sentence. Raise the error if the checkpoint is not its cause.
+def _is_caused_by_checkpoint(error: Exception, *, sound: bool) -> bool:
+    """Check whether the checkpoint is the cause of an error, and not this machine or Requant.
 
     A checkpoint that is not sound can make torch and transformers fail in any way, since its tensors do not fit each
     other or the config.
@@ -315,9 +322,14 @@ def _why_not(error: Exception, *, sound: bool) -> str:
     import torch
 
     if isinstance(error, CheckpointError):
+        return True
+    return not sound and not isinstance(error, RequantError | OSError | MemoryError | torch.OutOfMemoryError)
+
+
+def _why_not(error: Exception) -> str:
+    """Return why a checkpoint could not be run, as a sentence."""
+    if isinstance(error, CheckpointError):
         return str(error)
-    if sound or isinstance(error, RequantError | OSError | MemoryError | torch.OutOfMemoryError):
-        raise error
     first_line = next(iter(str(error).splitlines()), "")
     return f"it cannot be run: {type(error).__name__}: {first_line[:200]}"
 
@@ -328,7 +340,7 @@ def side_by_side(of_base: Measurement, of_quantized: Measurement) -> Behaviour:
 
     same_shape = of_base.tokens.shape == of_quantized.tokens.shape
     increase, increase_interval = perplexity_increase(of_quantized, of_base) if same_shape else (None, None)
-    # Losses of NaN make every choice meaningless. The drafts would then agree with it, so their rate is not reported.
+    # With NaN losses the drafts always agree, so no rate is reported.
     finite = bool(np.isfinite(of_quantized.nll).all())
     rate = of_quantized.acceptance if finite else None
     tried, finite_places = of_quantized.context.tolist()
@@ -341,6 +353,7 @@ def side_by_side(of_base: Measurement, of_quantized: Measurement) -> Behaviour:
         most_repeated_token=sum(map(most_repeated, of_quantized.generated.tolist())) / len(of_quantized.generated),
         long_context=finite_places / tried,
         long_context_tokens=tried,
+        # A ratio to a rate of 0 is undefined.
         mtp_acceptance_ratio=rate / of_base.acceptance if rate is not None and of_base.acceptance else None,
         speculative_agreement=(
             float(of_quantized.speculative.mean()) if finite and of_quantized.speculative.size else None
@@ -361,7 +374,7 @@ def _side(measurement: Measurement) -> Side:
 
 
 def read_values(store: Store, result: StageResult) -> Measured:
-    """Read what a validate stage measured. Raises StoreError if the file in the store does not fit."""
+    """Read what a validate stage measured. Raises StoreError if the file in the store is not valid."""
     try:
         return Measured.from_json(json.loads(store.read_blob(result.manifest[RESULT_FILE])))
     except ValueError as error:

@@ -15,6 +15,7 @@ import sys
 import click
 
 import requant
+from requant.flows import api
 from requant.flows.cli.bench import bench
 from requant.flows.cli.command import OrderedGroup
 from requant.flows.cli.deploy import deploy
@@ -95,6 +96,6 @@ def _fail(sentence: str, status: int) -> None:
     """Print an error, with --json as a document too, and exit."""
     sentence = redact(sentence)
     if "--json" in sys.argv:
-        click.echo(json.dumps({"status": "failed", "error": sentence}))
+        click.echo(json.dumps(api.error_document(sentence)))
     click.echo(f"requant: {sentence}", err=True)
     sys.exit(status)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 
 from requant.flows import api
 from requant.flows.cli.command import EXISTING_FOLDER, CommandResult, command
-from requant.tasks.checkpoint.config import HEAD_BITS
+from requant.tasks.checkpoint.config import HeadPrecision
 
 if TYPE_CHECKING:
-    from requant.flows.api import HeadPrecision
     from requant.tasks.checkpoint.document import MtpFixDocument
 
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--precision",
-    type=click.Choice(["keep", *HEAD_BITS]),
+    type=click.Choice(get_args(HeadPrecision)),
     default="keep",
     show_default=True,
     help="Keep the head bit for bit, or round its layers to INT8 or INT4, which makes it smaller.",
@@ -35,8 +34,9 @@ def mtp_fix(folder: Path, base: str | None, precision: HeadPrecision, dry_run: b
     """Repair the MTP head of an existing checkpoint, in place.
 
     FOLDER is the checkpoint. Its index, total_size and both quantization configs are corrected too, and missing
-    tokenizer and processor files are added. Without --base, a packed head that no engine can load is dequantized;
-    what its quantization lost stays lost. Exit status 1: no engine will draft with the head.
+    tokenizer and processor files are added. Without --base, a quantized head is dequantized unless both vLLM and
+    SGLang would draft with it; what its quantization lost stays lost. Exit status 1: no engine will draft with
+    the head.
 
     \b
     Examples:
@@ -45,16 +45,26 @@ def mtp_fix(folder: Path, base: str | None, precision: HeadPrecision, dry_run: b
     """
     document = api.mtp_fix(folder, base=base, precision=precision, dry_run=dry_run)
     drafts = any(verdict.mtp for verdict in document.engines.values())
-    return CommandResult(document.to_json(), _repair_text(folder, document, dry_run), 0 if drafts or dry_run else 1)
+    return CommandResult(
+        document.to_json(), _repair_text(folder, document, precision, dry_run), 0 if drafts or dry_run else 1
+    )
 
 
-def _repair_text(folder: Path, result: MtpFixDocument, dry_run: bool) -> str:
+def _repair_text(folder: Path, result: MtpFixDocument, precision: HeadPrecision, dry_run: bool) -> str:
     lines = [f"{engine:10} {verdict}" for engine, verdict in result.engines.items()]
     if not result.writes:
         return "\n".join([f"{folder}: nothing to repair", *lines])
     done = "would be repaired" if dry_run else "repaired"
-    source = "the base, bit for bit" if result.source == "base" else "what the packing left of them (lossy)"
     writes, removes = ("would write", "would remove") if dry_run else ("wrote", "removed")
-    head = [f"{folder}: {done}, {result.tensors_restored} tensors of the head from {source}"]
-    head += [f"{writes:12} {name}" for name in result.writes]
-    return "\n".join([*head, *(f"{removes:12} {name}" for name in result.removes), *lines])
+    first = [f"{folder}: {done}, {_head_text(result, precision)}"]
+    first += [f"{writes:12} {name}" for name in result.writes]
+    return "\n".join([*first, *(f"{removes:12} {name}" for name in result.removes), *lines])
+
+
+def _head_text(result: MtpFixDocument, precision: HeadPrecision) -> str:
+    if not result.tensors_restored:
+        return "no tensor of the head differs"
+    tensors = f"{result.tensors_restored} tensors of the head"
+    if result.source == "dequantized":
+        return f"{tensors} dequantized (lossy)"
+    return f"{tensors} from the base" + (f", its layers rounded to {precision.upper()}" if precision != "keep" else "")

@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from requant.tasks.artifact import sync
-from requant.tasks.checkpoint.checkpoint import INDEX, SHARD_NAME, read_json
+from requant.tasks.checkpoint.checkpoint import INDEX, read_json, stays_inside
+from requant.tasks.checkpoint.untrusted import MAX_REMOVED_BYTES
 from requant.tasks.errors import CheckpointError
 
 EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h
@@ -47,8 +48,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 def finish_interrupted(folder: Path) -> None:
     """Complete the work of a call that was killed: remove the shards that its index no longer names."""
-    names = folder / STAGING_FOLDER / REMOVED
-    if (folder / STAGING_FOLDER).is_symlink() or not stat.S_ISREG(_mode(names)) or names.stat().st_size > 1 << 20:
+    stage = folder / STAGING_FOLDER
+    names = stage / REMOVED
+    if stage.is_symlink() or not stat.S_ISREG(_mode(names)) or names.stat().st_size > MAX_REMOVED_BYTES:
         return
     _remove(folder, names.read_bytes().decode("utf-8", "replace").split("\n"))
 
@@ -98,7 +100,7 @@ def install(stage: Path, folder: Path, removed: Sequence[str]) -> None:
 
 def _exchange(stage: Path, folder: Path, removed: Sequence[str]) -> bool:
     try:
-        _link_rest(folder, stage, {*removed})
+        _link_rest(folder, stage, {folder / name for name in removed})
         shutil.copystat(folder, stage)
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.renameat2(AT_FDCWD, os.fsencode(stage), AT_FDCWD, os.fsencode(folder), EXCHANGE) != 0:
@@ -113,17 +115,20 @@ def _exchange(stage: Path, folder: Path, removed: Sequence[str]) -> bool:
     return True
 
 
-def _link_rest(source: Path, target: Path, skip: set[str]) -> None:
-    """Hard-link every file of `source` that `target` lacks. Symbolic links are recreated with the same target."""
+def _link_rest(source: Path, target: Path, skip: set[Path]) -> None:
+    """Hard-link every file of `source` that `target` lacks, without those in `skip`.
+
+    Symbolic links are recreated with the same target.
+    """
     for entry in sorted(os.scandir(source), key=lambda e: e.name):
         there = target / entry.name
-        if entry.name in skip or (os.path.lexists(there) and not entry.is_dir(follow_symlinks=False)):
+        if Path(entry.path) in skip or (os.path.lexists(there) and not entry.is_dir(follow_symlinks=False)):
             continue
         if entry.is_symlink():
             there.symlink_to(os.readlink(entry.path))
         elif entry.is_dir():
             there.mkdir(exist_ok=True)
-            _link_rest(Path(entry.path), there, set())
+            _link_rest(Path(entry.path), there, skip)
             shutil.copystat(entry.path, there)
         else:
             os.link(entry.path, there)
@@ -144,7 +149,7 @@ def _remove(folder: Path, names: Sequence[str]) -> None:
         return
     named = set(read_json(folder / INDEX).get("weight_map", {}).values())
     for name in names:
-        if name not in named and SHARD_NAME.fullmatch(name):
+        if name not in named and name.endswith(".safetensors") and stays_inside(folder, name):
             (folder / name).unlink(missing_ok=True)
 
 
@@ -154,5 +159,5 @@ def _is_unchanged(path: Path, there: Path) -> bool:
 
 
 def _install_order(name: str) -> int:
-    """Sort shards first, whose names are new, then the index, then the configs."""
+    """Sort shards first, most of which have new names, then the index, then the configs."""
     return 0 if name.endswith(".safetensors") else 1 if name == INDEX else 2

@@ -14,7 +14,7 @@ from requant.tasks.checkpoint.config import JsonObject, ModelConfig, Quantizatio
 from requant.tasks.checkpoint.header import Tensor, read_header, size_of, unreadable
 from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import Head, find_head
-from requant.tasks.checkpoint.untrusted import check_depth, parse, shown
+from requant.tasks.checkpoint.untrusted import MAX_JSON_BYTES, MAX_SHARDS, check_depth, parse, shown
 from requant.tasks.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -22,8 +22,6 @@ SINGLE = "model.safetensors"
 QUANTIZATION = "quantization_config.json"
 # Files that may hold a quantization config besides config.json, as auto-round, AutoGPTQ and AutoAWQ name them.
 QUANTIZATION_FILES = (QUANTIZATION, "quantize_config.json", "quant_config.json")
-MAX_JSON_BYTES = 64 << 20
-MAX_SHARDS = 100_000
 MAX_PROBLEMS_OF_KIND = 100  # a hostile index may have a million
 SHARD_NAME = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)
 WRONG_TOTAL = "the index says total_size"
@@ -157,17 +155,17 @@ def _shards(folder: Path, weight_map: JsonObject, problems: list[str]) -> tuple[
     named = sorted({shard for shard in weight_map.values() if isinstance(shard, str)})
     if len(named) > MAX_SHARDS:
         raise CheckpointError(f"{INDEX} names {len(named):,} shards, more than any checkpoint has: restore the file")
-    outside = [shard for shard in named if not _stays_inside(folder, shard)]
+    outside = [shard for shard in named if not stays_inside(folder, shard)]
     _report(
         problems, outside, lambda shard: f"the index names {shown(shard)}, no file of this folder: restore the index"
     )
-    inside = [shard for shard in named if _stays_inside(folder, shard)]
+    inside = [shard for shard in named if stays_inside(folder, shard)]
     foreign = [shard for shard in inside if not shard.endswith(".safetensors")]
     _report(problems, foreign, lambda shard: f"the index names {shown(shard)}: only safetensors shards are read")
     return tuple(shard for shard in inside if shard.endswith(".safetensors"))
 
 
-def _stays_inside(folder: Path, shard: str) -> bool:
+def stays_inside(folder: Path, shard: str) -> bool:
     """Check whether a name is that of a file in this folder.
 
     The file itself may be a link, as in the Hub's cache: it is replaced and never written through. Its folder may not
@@ -246,7 +244,7 @@ def _report(problems: list[str], names: Sequence[str], sentence: Callable[[str],
 
 def _read(path: Path, problems: list[str]) -> JsonObject:
     """Read a JSON object, and add a problem if a key is repeated in it."""
-    document, repeated = _parse(path)
+    document, repeated = parse_json(path)
     if repeated:
         more = f" (and {len(repeated) - 1:,} more such keys)" if len(repeated) > 1 else ""
         problems.append(Ambiguous(f"{path.name} says {shown(repeated[0])} twice{more}: keep one of the two"))
@@ -255,10 +253,11 @@ def _read(path: Path, problems: list[str]) -> JsonObject:
 
 def read_json(path: Path) -> JsonObject:
     """Read a JSON object from a file of a checkpoint. Raises CheckpointError, which names the file."""
-    return _parse(path)[0]
+    return parse_json(path)[0]
 
 
-def _parse(path: Path) -> tuple[JsonObject, list[str]]:
+def parse_json(path: Path) -> tuple[JsonObject, list[str]]:
+    """Read a JSON object as `read_json`, and for each object with a repeated key the first such key."""
     file = shown(str(path))
     try:
         size = size_of(path)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 LAYER_COUNTS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
+HeadPrecision = Literal["keep", "int8", "int4"]  # keep: the head of the base, unchanged
 HEAD_BITS = {"int8": 8, "int4": 4}  # the precisions that an MTP head can be quantized to
 
 

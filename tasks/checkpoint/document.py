@@ -86,7 +86,7 @@ class MtpFixDocument(Document):
     changed: bool = Field(description="Whether the folder was changed")
     tensors_restored: int = Field(description="How many tensors of the MTP head were replaced")
     source: Literal["base", "dequantized"] = Field(
-        description="Where the head is from: the base, or its own quantized tensors"
+        description="Where restored tensors are from: the base, or without one the head's own quantized tensors"
     )
     writes: list[str] = Field(description="Paths of the files that were written, or would be")
     removes: list[str] = Field(description="Paths of the files that were removed, or would be")

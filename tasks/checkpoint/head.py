@@ -34,6 +34,7 @@ from requant.tasks.checkpoint.writer import Computed, Layout, index_document
 from requant.tasks.errors import CheckpointError
 
 HEAD_SHARD = "model-mtp.safetensors"
+NAME_BASE = "name the base (--base, or the argument base in Python)"  # a remedy, as a part of a sentence
 # Linear layers of a head that engines never quantize: the fusion layer, routers, embeddings and output layer.
 PLAIN_LINEAR = re.compile(r"\.(fc|eh_proj|mlp\.gate|shared_expert_gate|embed_tokens|shared_head\.head)$")
 
@@ -146,13 +147,13 @@ def dequantized_head(checkpoint: Checkpoint) -> Tensors:
             tensors |= {tensor.name: tensor for tensor in module.parts.values()}
             continue
         if module.storage != "integer":
-            raise CheckpointError(f"{module.name} is stored as {module.storage}: name the base with --base instead")
+            raise CheckpointError(f"{module.name} is stored as {module.storage}: {NAME_BASE} instead")
         scheme = PackingScheme.of(checkpoint.quantization, module.name)
         missing = [part for part in REQUIRED if part not in module.parts]
         shape = () if missing else scheme.weight_shape(module.parts)
         problem = check_parts(module.name, module.packed_parts, scheme, shape)
         if problem:
-            raise CheckpointError(f"{problem}: name the base with --base instead")
+            raise CheckpointError(f"{problem}: {NAME_BASE} instead")
         compute = functools.partial(_dequantized, module, scheme, dtype)
         tensors[f"{module.name}.weight"] = Computed.of(f"{module.name}.weight", dtype, shape, compute)
         tensors |= {t.name: t for part, t in module.parts.items() if part == "bias"}

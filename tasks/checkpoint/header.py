@@ -13,7 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from requant.tasks.checkpoint.untrusted import parse, shown, without_collector
+from requant.tasks.checkpoint.untrusted import MAX_HEADER_BYTES, parse, shown, without_collector
 from requant.tasks.errors import CheckpointError
 
 # Bits per element: https://github.com/huggingface/safetensors, enum Dtype.
@@ -24,7 +24,6 @@ DTYPE_BITS = {
 }  # fmt: skip
 # The names of dtypes in a config, and in a header.
 CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-MAX_HEADER_BYTES = 100_000_000  # the reference reader's limit
 CHUNK_BYTES = 1 << 20  # larger chunks need new memory pages each time, which costs more than it saves
 
 

@@ -1,7 +1,7 @@
 """Repairs the MTP head of an existing checkpoint in place.
 
-First the desired checkpoint is worked out, from headers and the data of the head alone. Then the files that differ are
-written and replaced in one step. If no file differs, nothing is changed.
+Plan the target checkpoint from headers and head tensors, then write the files that differ. They replace the old ones in
+one step if the file system allows it (see `atomic_swap`). If no file differs, nothing is changed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from requant.tasks.checkpoint.checkpoint import (
     SINGLE,
     Ambiguous,
     Checkpoint,
+    parse_json,
     read_json,
 )
-from requant.tasks.checkpoint.compat import FIX, draft_problem, verdicts
-from requant.tasks.checkpoint.config import JsonObject
-from requant.tasks.checkpoint.document import EngineVerdict, MtpFixDocument
-from requant.tasks.checkpoint.head import HEAD_SHARD, Tensors, dequantized_head, head_tensors
+from requant.tasks.checkpoint.compat import Judgement, draft_problem, verdicts
+from requant.tasks.checkpoint.config import HeadPrecision, JsonObject
+from requant.tasks.checkpoint.document import MtpFixDocument
+from requant.tasks.checkpoint.head import HEAD_SHARD, NAME_BASE, Tensors, dequantized_head, head_tensors
 from requant.tasks.checkpoint.header import Tensor, read_header
 from requant.tasks.checkpoint.inventory import missing_parts
 from requant.tasks.checkpoint.mtp import find_head, with_head_entries
-from requant.tasks.checkpoint.untrusted import parse
 from requant.tasks.checkpoint.writer import index_of, place_shard, write_file, write_json
 from requant.tasks.errors import CheckpointError
 
@@ -39,10 +39,12 @@ RESTORED_SHARD = "model-restored-{:05d}.safetensors"
 AUXILIARY_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".tiktoken")
 NOT_AUXILIARY = {"config.json", INDEX, *QUANTIZATION_FILES}
 
+Layout = dict[str, list[Tensor]]  # shards by name, with their tensors
+
 
 @dataclass(frozen=True)
 class RepairSource:
-    """A base to take the head from. `fetch` makes the data of tensors and files available in its folder."""
+    """A base to take the head from. `fetch` downloads the data of tensors and files to its folder."""
 
     folder: Path
     fetch: Callable[[Iterable[Tensor], Iterable[str]], None] = lambda tensors, files: None
@@ -50,104 +52,112 @@ class RepairSource:
 
 @dataclass
 class RepairPlan:
-    """The differences between a checkpoint and the desired one.
+    """What a repair has to do.
 
-    `shards`, `linked`, `documents` and `copied` are files to write, by name: from tensors, as a link to an existing
-    shard, as JSON, and as a copy of a file of the base. `removed` are names of files, `restored` names of the head's
-    tensors.
+    `layout` has every shard of the target checkpoint with its tensors, by name. `shards`, `links`, `documents` and
+    `copies` are files to write, by name: from tensors, as a link to an existing shard, as JSON, and as a copy of a file
+    of the base. `to_remove` are names of files, `to_restore` those of the head's tensors that differ.
     """
 
-    shards: dict[str, list[Tensor]] = field(default_factory=dict)
-    linked: dict[str, str] = field(default_factory=dict)
+    layout: Layout
+    shards: Layout = field(default_factory=dict)
+    links: dict[str, str] = field(default_factory=dict)
     documents: dict[str, JsonObject] = field(default_factory=dict)
-    copied: dict[str, Path] = field(default_factory=dict)
-    removed: list[str] = field(default_factory=list)
-    restored: list[str] = field(default_factory=list)
-    # What the engines do with the checkpoint as it is and as it will be; empty if nothing differs.
-    before: dict[str, EngineVerdict] = field(default_factory=dict)
-    after: dict[str, EngineVerdict] = field(default_factory=dict)
+    copies: dict[str, Path] = field(default_factory=dict)
+    to_remove: list[str] = field(default_factory=list)
+    to_restore: list[str] = field(default_factory=list)
+    replaces_head: bool = False
+    # What keeps engines from using the checkpoint as it is, and the target; None if there is nothing to write.
+    present: Judgement | None = None
+    target: Judgement | None = None
 
     @property
-    def written(self) -> list[str]:
-        return sorted([*self.shards, *self.linked, *self.documents, *self.copied])
+    def to_write(self) -> list[str]:
+        return sorted([*self.shards, *self.links, *self.documents, *self.copies])
 
 
 def repair(
-    folder: Path, base: RepairSource | None, *, precision: str = "keep", dry_run: bool = False
+    folder: Path, base: RepairSource | None, *, precision: HeadPrecision = "keep", dry_run: bool = False
 ) -> MtpFixDocument:
     """Give a checkpoint the MTP head of its base, and index, configs and auxiliary files that fit.
 
-    `precision`: `keep` (bit for bit), int8 or int4. Without a base, a quantized head that no engine can load is
-    dequantized; the precision that its quantization lost stays lost.
+    `precision`: `keep` (bit for bit), int8 or int4. Without a base, a quantized head is dequantized unless both vLLM
+    and SGLang would draft with it; the precision that its quantization lost stays lost.
 
     Raises CheckpointError if a base is needed, if base and checkpoint do not fit each other, for an unknown
-    quantization method, and if an engine would do less with the result than with the present checkpoint.
+    quantization method, and if an engine would stop loading the checkpoint or drafting with it.
     """
     folder = folder.resolve()
     with locked(folder):
         if not dry_run:
             finish_interrupted(folder)
         plan = plan_repair(folder, base, precision)
-        _check_engines(plan, folder, precision)
+        if plan.present and plan.target:
+            _check_engines(folder, plan.present, plan.target, precision)
         if not dry_run:
             remove_stages(folder)
-        if plan.written and not dry_run:
+        if plan.to_write and not dry_run:
             with staged(folder) as stage:
                 _write(plan, folder, stage)
-                install(stage, folder, plan.removed)
+                install(stage, folder, plan.to_remove)
     return MtpFixDocument(
-        changed=bool(plan.written) and not dry_run,
-        tensors_restored=len(plan.restored),
+        changed=bool(plan.to_write) and not dry_run,
+        tensors_restored=len(plan.to_restore),
         source="base" if base else "dequantized",
-        writes=plan.written,
-        removes=[name for name in plan.removed if name not in plan.written],
-        engines=plan.after if dry_run and plan.written else verdicts(Checkpoint.open(folder)),
+        writes=plan.to_write,
+        removes=[name for name in plan.to_remove if name not in plan.to_write],
+        engines=plan.target.verdicts if dry_run and plan.target else verdicts(Checkpoint.open(folder)),
     )
 
 
-def plan_repair(folder: Path, base: RepairSource | None, precision: str) -> RepairPlan:
-    """Work out what `repair` would do, from headers, configs and the data of the head."""
+def plan_repair(folder: Path, base: RepairSource | None, precision: HeadPrecision) -> RepairPlan:
+    """Plan what `repair` has to do, from headers, configs and the data of the head.
+
+    The base's head and the auxiliary files that the folder lacks are downloaded (`RepairSource.fetch`).
+    """
     checkpoint = _open_by_headers(folder)
     source = Checkpoint.open(base.folder).sound() if base else None
     if source is not None:
-        _check_base(checkpoint, source)
+        _check_fits(checkpoint, source)
     wanted = _wanted_head(checkpoint, source, precision)
-    plan = RepairPlan()
+    copies: dict[str, Path] = {}
     if base is not None and source is not None:
-        plan.copied = {n: base.folder / n for n in _auxiliary_files(base.folder) if not (folder / n).is_file()}
-        base.fetch((source.tensors[n] for n in (source.head.names if source.head else ())), plan.copied)
-    old = _old_head(checkpoint, source)
-    plan.restored = _differing(checkpoint, wanted, old)
-    layout = _by_shard(checkpoint.tensors.values())
-    if plan.restored:
-        layout = _replace_head(plan, layout, wanted, old)
-    if plan.restored or (folder / INDEX).exists():
+        copies = {name: base.folder / name for name in _auxiliary_files(base.folder) if not (folder / name).is_file()}
+        base.fetch((source.tensors[name] for name in (source.head.names if source.head else ())), copies)
+    present_names = _present_head(checkpoint, source)
+    differing = _differing(checkpoint, wanted)
+    plan = RepairPlan(_by_shard(folder, checkpoint.tensors.values()))
+    if differing or present_names - set(wanted):
+        plan = _replace_head(plan.layout, wanted, present_names)
+    plan.copies, plan.to_restore = copies, differing
+    if plan.replaces_head or (folder / INDEX).exists():
         old_index = read_json(folder / INDEX) if (folder / INDEX).exists() else None
-        _plan_document(plan, folder, INDEX, index_of(layout, old_index))
-        named = set(checkpoint.shards) - set(layout) - set(plan.removed)
-        plan.removed += sorted(shard for shard in named if os.path.lexists(folder / shard))
-    tensors = {tensor.name: tensor for shard in layout.values() for tensor in shard}
-    after = _plan_configs(plan, replace(checkpoint, tensors=tensors, problems=[], pending_files=plan.copied), source)
-    missing = missing_parts(after, after.head) if after.head else []
+        _plan_document(plan, folder, INDEX, index_of(plan.layout, old_index))
+        unnamed = set(checkpoint.shards) - set(plan.layout) - set(plan.to_remove)
+        plan.to_remove += sorted(shard for shard in unnamed if os.path.lexists(folder / shard))
+    tensors = {tensor.name: tensor for shard in plan.layout.values() for tensor in shard}
+    with_new_head = replace(checkpoint, tensors=tensors, problems=[], pending_files=copies)
+    target = _plan_configs(plan, with_new_head, source)
+    missing = missing_parts(target, target.head) if target.head else []
     if missing:
-        raise CheckpointError(f"{folder}: {missing[0]} is missing from the MTP head: name the base with --base")
-    if plan.written:
-        plan.before, plan.after = verdicts(Checkpoint.open(folder)), verdicts(after)
+        raise CheckpointError(f"{folder}: {missing[0]} is missing from the MTP head: {NAME_BASE}")
+    if plan.to_write:
+        plan.present, plan.target = Judgement.of(Checkpoint.open(folder)), Judgement.of(target)
     return plan
 
 
-def _check_engines(plan: RepairPlan, folder: Path, precision: str) -> None:
-    """Check that no engine stops loading the checkpoint or drafting from it. Raises CheckpointError if one would.
+def _check_engines(folder: Path, present: Judgement, target: Judgement, precision: HeadPrecision) -> None:
+    """Check that no engine stops loading the checkpoint or drafting with it. Raises CheckpointError if one would.
 
-    If the user asks for a quantized head, one engine that drafts from it is enough.
+    If the user asks for a quantized head, one engine that drafts with it is enough.
     """
-    asked = precision != "keep" and any(verdict.mtp for verdict in plan.after.values())
-    for engine, before in plan.before.items():
-        after = plan.after[engine]
-        stops_loading, stops_drafting = before.loads and not after.loads, before.mtp and not after.mtp
+    asked = precision != "keep" and any(verdict.mtp for verdict in target.verdicts.values())
+    for engine, verdict in target.verdicts.items():
+        now = present.verdicts[engine]
+        stops_loading, stops_drafting = now.loads and not verdict.loads, now.mtp and not verdict.mtp
         if stops_loading or (stops_drafting and not asked):
             lost = "load it" if stops_loading else "draft from it"
-            reason = after.reason.removesuffix(f": {FIX}")
+            reason = target.loading[engine] or target.drafting[engine]
             raise CheckpointError(
                 f"{folder}: {engine} would no longer {lost} after the repair ({reason}): nothing was changed; "
                 "keep the checkpoint as it is, or name another base"
@@ -180,7 +190,8 @@ def _open_by_headers(folder: Path) -> Checkpoint:
     return checkpoint.sound() if lost or twice else replace(checkpoint, tensors=tensors, problems=[])
 
 
-def _check_base(checkpoint: Checkpoint, base: Checkpoint) -> None:
+def _check_fits(checkpoint: Checkpoint, base: Checkpoint) -> None:
+    """Check that a base has a head and the checkpoint's sizes and shapes. Raises CheckpointError if not."""
     if base.head is None:
         raise CheckpointError(f"the base {base.folder} has no MTP head: there is nothing to restore")
     for key in ("hidden_size", "vocab_size", "num_hidden_layers"):
@@ -198,36 +209,39 @@ def _check_base(checkpoint: Checkpoint, base: Checkpoint) -> None:
             )
 
 
-def _wanted_head(checkpoint: Checkpoint, base: Checkpoint | None, precision: str) -> Tensors:
-    """Return the tensors that the head should have. Without a base, a head that engines load stays as it is."""
+def _wanted_head(checkpoint: Checkpoint, base: Checkpoint | None, precision: HeadPrecision) -> Tensors:
+    """Return the tensors that the head should have.
+
+    Without a base, a quantized head stays as it is only if vLLM and SGLang draft with it.
+    """
     if base is not None:
         return head_tensors(base, precision, checkpoint.quantization)
     if precision != "keep":
-        raise CheckpointError(f"a head with {precision} is made from the base's: name it with --base")
+        raise CheckpointError(f"a head with {precision} is made from the base's: {NAME_BASE}")
     head = checkpoint.head
     if head is None:
-        raise CheckpointError(f"{checkpoint.folder} has no MTP head: name the base with --base to restore it")
+        raise CheckpointError(f"{checkpoint.folder} has no MTP head: {NAME_BASE} to restore it")
     if draft_problem(checkpoint) is None:
         return {name: checkpoint.tensors[name] for name in head.names}
     return dequantized_head(checkpoint)
 
 
-def _old_head(checkpoint: Checkpoint, base: Checkpoint | None) -> set[str]:
-    """Return the names of all tensors that are under the prefixes of the checkpoint's or the base's head."""
+def _present_head(checkpoint: Checkpoint, base: Checkpoint | None) -> set[str]:
+    """Return the checkpoint's tensors under the prefixes of its own head or of the base's, by name."""
     heads = (owner.head for owner in (checkpoint, base) if owner is not None)
     prefixes = {prefix for head in heads if head for prefix in head.prefixes}
     return {name for name in checkpoint.tensors if any(name.startswith(f"{prefix}.") for prefix in prefixes)}
 
 
-def _differing(checkpoint: Checkpoint, wanted: Tensors, old: set[str]) -> list[str]:
-    """Return the wanted tensors that the checkpoint lacks or has differently; without any, the superfluous ones."""
+def _differing(checkpoint: Checkpoint, wanted: Tensors) -> list[str]:
+    """Return the names of the wanted tensors that the checkpoint lacks or has differently."""
     differing = []
     for name, tensor in wanted.items():
         ours = checkpoint.tensors.get(name)
         same = ours is not None and (ours.dtype, ours.shape) == (tensor.dtype, tensor.shape)
         if not same or ours is None or (ours != tensor and not _same_bytes(ours, tensor)):
             differing.append(name)
-    return differing or sorted(old - set(wanted))
+    return differing
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
@@ -244,39 +258,42 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
     return True
 
 
-def _by_shard(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
-    layout: dict[str, list[Tensor]] = {}
+def _by_shard(folder: Path, tensors: Iterable[Tensor]) -> Layout:
+    """Group tensors by their shard, whose name is its path in the folder."""
+    layout: Layout = {}
     for tensor in tensors:
-        layout.setdefault(tensor.path.name, []).append(tensor)
+        layout.setdefault(tensor.path.relative_to(folder).as_posix(), []).append(tensor)
     return layout
 
 
-def _replace_head(
-    plan: RepairPlan, layout: dict[str, list[Tensor]], wanted: Tensors, old: set[str]
-) -> dict[str, list[Tensor]]:
-    """Move the head to a shard of its own: plan the new shards, and return the complete layout.
+def _replace_head(layout: Layout, wanted: Tensors, present_names: set[str]) -> RepairPlan:
+    """Plan a shard for the wanted head, and the other shards without the tensors of the present head.
 
-    A shard that held a part of the old head is written again without it.
+    A shard that loses tensors gets a new name, so that the old index stays valid until it is replaced. Only a shard of
+    HEAD_SHARD's name with nothing but the head may be replaced before the index: the next repair restores a head that
+    index and shard disagree about, but no other tensor.
     """
-    after: dict[str, list[Tensor]] = {}
+    plan = RepairPlan({}, replaces_head=True)
+    only_head = all(tensor.name in present_names for tensor in layout.get(HEAD_SHARD, ()))
+    head_shard = HEAD_SHARD if only_head else _free_name(layout)
     for shard, tensors in layout.items():
-        rest = [t for t in tensors if t.name not in old]
+        rest = [t for t in tensors if t.name not in present_names]
         shrinks = len(rest) < len(tensors)
-        name = _free_name(layout, after) if shrinks or shard == SINGLE else shard
+        name = _free_name(layout, plan.layout, {head_shard}) if shrinks or shard == SINGLE else shard
         if rest:
-            after[name] = rest
+            plan.layout[name] = rest
         if rest and shrinks:
             plan.shards[name] = rest
         elif rest and name != shard:
-            plan.linked[name] = shard
-        if name != shard and shard != HEAD_SHARD:
-            plan.removed.append(shard)
-    plan.shards[HEAD_SHARD] = after[HEAD_SHARD] = list(wanted.values())
-    return after
+            plan.links[name] = shard
+        if name != shard and shard != head_shard:
+            plan.to_remove.append(shard)
+    plan.shards[head_shard] = plan.layout[head_shard] = list(wanted.values())
+    return plan
 
 
 def _free_name(*taken: Iterable[str]) -> str:
-    """Return a new name for a shard that loses tensors, so that the old index stays valid until it is replaced."""
+    """Return a name for a shard that is not taken."""
     used = {name for names in taken for name in names}
     return next(name for number in itertools.count(1) if (name := RESTORED_SHARD.format(number)) not in used)
 
@@ -292,21 +309,21 @@ def _plan_configs(plan: RepairPlan, checkpoint: Checkpoint, base: Checkpoint | N
     quantization = checkpoint.quantization
     head = checkpoint.head
     if quantization:
-        if head is not None and (plan.restored or draft_problem(checkpoint) is not None):
+        if head is not None and (plan.replaces_head or draft_problem(checkpoint) is not None):
             try:
                 quantization = with_head_entries(quantization, head, checkpoint.tensors)
             except CheckpointError as error:
                 raise CheckpointError(f"{folder}: nothing was changed: {error}") from error
         config = config.with_quantization(quantization)
         by_auto_round = quantization.method == "auto-round"  # auto-round writes both files
-        if (folder / QUANTIZATION).exists() or (plan.restored and by_auto_round):
+        if (folder / QUANTIZATION).exists() or (plan.replaces_head and by_auto_round):
             _plan_document(plan, folder, QUANTIZATION, quantization)
     _plan_document(plan, folder, "config.json", config)
     return replace(checkpoint, config=config)
 
 
 def _plan_document(plan: RepairPlan, folder: Path, name: str, document: JsonObject) -> None:
-    if not (folder / name).exists() or parse((folder / name).read_bytes()) != (document, []):
+    if not (folder / name).exists() or parse_json(folder / name) != (document, []):
         plan.documents[name] = document
 
 
@@ -318,9 +335,9 @@ def _auxiliary_files(folder: Path) -> list[str]:
 def _write(plan: RepairPlan, folder: Path, stage: Path) -> None:
     for shard, tensors in plan.shards.items():
         place_shard(stage, shard, tensors)
-    for name, old in plan.linked.items():
+    for name, old in plan.links.items():
         (stage / name).hardlink_to((folder / old).resolve())
     for name, document in plan.documents.items():
         write_json(stage, name, document)
-    for name, path in plan.copied.items():
+    for name, path in plan.copies.items():
         write_file(stage, name, [path.read_bytes()])

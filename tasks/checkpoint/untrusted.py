@@ -1,4 +1,7 @@
-"""Reads JSON from untrusted files within limits, and makes untrusted names safe to print."""
+"""Reads JSON from untrusted files within limits, and makes untrusted names safe to print.
+
+The limits on files of a checkpoint are here, with those that other modules check.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+MAX_JSON_BYTES = 64 << 20  # config.json, the index, and quantization configs
+MAX_HEADER_BYTES = 100_000_000  # the header of a shard: the limit of the reference reader of safetensors
+MAX_SMALL_JSON_BYTES = 1 << 20  # processor_config.json
+MAX_REMOVED_BYTES = 1 << 20  # the names of shards that an interrupted repair has to remove
+MAX_SHARDS = 100_000
 MAX_DEPTH = 100  # Python's limit is 1000 frames, and code that walks or writes a document needs several for a level
 MAX_DIGITS = 308  # every integer of so many digits fits into a double
-HARMLESS_BYTES = 1 << 20  # a file of this size is cheap to parse whatever it holds
+UNCHECKED_JSON_BYTES = 1 << 20  # JSON of this size is cheap to parse, however many values it holds
 MAX_SHOWN_LENGTH = 200
 
 
@@ -22,7 +30,7 @@ def parse(raw: bytes) -> tuple[Any, list[str]]:
     exhaust memory or stack (deep nesting, millions of tiny values).
     """
     brackets = raw.count(b"{") + raw.count(b"[")
-    if len(raw) > HARMLESS_BYTES and (12 * brackets > len(raw) or 6 * raw.count(b",") > len(raw)):
+    if len(raw) > UNCHECKED_JSON_BYTES and (12 * brackets > len(raw) or 6 * raw.count(b",") > len(raw)):
         raise ValueError("it holds more values than a checkpoint has names for")
     repeated: list[str] = []
 

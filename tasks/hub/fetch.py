@@ -20,10 +20,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from requant.tasks.errors import HubUnavailable
 from requant.tasks.hub._http import build_hf_headers, get_session, hf_raise_for_status
 from requant.tasks.hub.client import TEMPORARY_STATUSES, hub_errors
+from requant.tasks.hub.rate_limit import WINDOW_S, requested_wait_s
 from requant.tasks.hub.revision import HubFile, Revision
 
-MAX_TRIES = 6  # in a row without a new byte: with the pauses between them, this outlasts an outage of 60 s
-MAX_PAUSE_S = 60.0
+MAX_TRIES = 8  # in a row without a new byte: the pauses of 1, 2, 4, ..., 60 s last two minutes
+MAX_PAUSE_S = 60.0  # unless the server names a time
 CHUNK_BYTES = 1 << 20
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,9 @@ def _is_temporary(error: Exception, url: str) -> bool:
 
 
 def _choose_pause(error: Exception, failures: int) -> float:
-    """Return the seconds to wait: Retry-After, or about 1, 2, 4 and so on, but at most MAX_PAUSE_S."""
-    retry_after = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
-    seconds = float(retry_after) if retry_after.isdigit() else random.uniform(0.75, 1.25) * 2 ** (failures - 1)
+    """Return the seconds to wait: what the server names, at most one window of the rate limit, or about 1, 2, 4, ..."""
+    requested_s = requested_wait_s(error.response) if isinstance(error, HfHubHTTPError) else None
+    if requested_s is not None:
+        return min(requested_s, WINDOW_S)
+    seconds: float = random.uniform(0.75, 1.25) * 2 ** (failures - 1)
     return min(seconds, MAX_PAUSE_S)

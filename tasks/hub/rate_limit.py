@@ -19,9 +19,19 @@ from requant.tasks.errors import HubUnavailable
 from requant.tasks.hub._http import get_session, parse_ratelimit_headers
 
 PARALLEL_REQUESTS = 16
-MAX_PASS_S = 900.0  # three windows
+WINDOW_S = 300.0
+MAX_PASS_S = 3 * WINDOW_S
 DEFAULT_WAIT_S = 10.0  # after a 429 that does not name a time
 T = TypeVar("T")
+
+
+def requested_wait_s(response: httpx2.Response) -> float | None:
+    """Return the seconds to wait that a refusal names: `Retry-After`, or after a 429 the rest of the window."""
+    retry_after = response.headers.get("retry-after", "").strip()
+    if retry_after.isdecimal():
+        return float(retry_after)
+    limits = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
+    return float(limits.reset_in_seconds) if limits else None
 
 
 class Pace:
@@ -78,11 +88,10 @@ class Pace:
     def _read_answer(self, response: httpx2.Response) -> None:
         """Take from an answer how long the Hub asks to wait."""
         limits = parse_ratelimit_headers(response.headers)
-        retry_after = response.headers.get("retry-after", "").strip()
         wait_s = 0.0
         if response.status_code == 429:
-            named_s = limits.reset_in_seconds if limits else DEFAULT_WAIT_S
-            wait_s = max(float(retry_after) if retry_after.isdecimal() else named_s, 1.0)
+            requested_s = requested_wait_s(response)
+            wait_s = max(DEFAULT_WAIT_S if requested_s is None else requested_s, 1.0)
         elif limits is not None and limits.remaining < PARALLEL_REQUESTS:  # other threads may have sent as many
             wait_s = limits.reset_in_seconds
         with self._lock:

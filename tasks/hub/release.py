@@ -6,6 +6,7 @@ the new one, and never a part of it. No commit is made if `main` already has the
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from requant.tasks.hub.publish_target import open_target, refuse_changed
 from requant.tasks.hub.revision import HubFile, Revision, resolve
 from requant.tasks.recipe.recipe import Publish
 
-ROLLBACK_TITLE = "Back to "  # the title of a rollback's commit begins so, and ends with a tag
+ROLLBACK_TITLE = "Back to "  # prefix of a rollback's commit title; the tag follows
 log = logging.getLogger(__name__)
 Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
 
@@ -37,7 +38,8 @@ class Release(BaseModel):
     changed: bool = Field(description="Whether this run made the release")
     pull_request: str | None = Field(None, description="Address of the pull request, or null")
 
-    @computed_field(description="Address of the repo")
+    @computed_field(description="Address of the repo")  # type: ignore[prop-decorator]
+    @property
     def url(self) -> str:
         return f"{constants.ENDPOINT}/{self.repo_id}"
 
@@ -51,41 +53,52 @@ def release(
 ) -> Release:
     """Make `main` of the recipe's repo hold exactly the artifact and its release files: card, recipe, report, pictures.
 
-    `folder` has the files of both. If `main` already has the artifact, other release files make no new release. With
-    `publish.pull_request`, a person moves `main` by a merge, and the next call tags it.
+    `folder` has the files of both. If `main` already has the artifact, changed release files alone do not create a new
+    release. With `publish.pull_request`, open a pull request; once it is merged, the next call creates the tag.
     Raises HubError (no write access, or a change by someone else) or HubUnavailable.
     """
     repo_id, tag = publish.repo_id, tag_of(base.sha, manifest.digest)
     message = f"Requant of {base.repo_id}@{base.sha[:7]} ({manifest.digest[:7]})"
     files = [*manifest.files, *(file_of(folder, path) for path in release_files)]
     main = open_target(publish, base)
-    changed = not holds(main, manifest.files, folder, ignored={*REWRITTEN, *_list_pictures(main, manifest)})
-    if not changed:
+    branch = f"requant-{manifest.digest[:12]}"
+    # Release files differ from run to run, for example in measured speeds, and the Hub writes .gitattributes itself.
+    ignored = {*REWRITTEN, *_list_pictures(main, manifest)}
+    if has_exactly(main, manifest.files, folder, ignored=ignored):
         log.info(f"{repo_id} already holds this artifact")
-    else:
-        refuse_changed(main, base, overwrite=publish.overwrite)
-        if not publish.overwrite:
-            _refuse_rolled_back(repo_id, tag)
-        if publish.pull_request:
-            return _propose(repo_id, tag, message, folder, files)
-        branch = f"requant-{manifest.digest[:12]}"
-        with hub_errors(repo_id, branch):
-            hub_api().create_branch(repo_id, branch=branch, revision=main.sha, exist_ok=True)
-        staged = _stage(repo_id, branch, folder, files, message)
-        main = _move_main(main, staged, folder, files, message)
-    _finish(publish, manifest, main, tag, message)
-    return Release(repo_id=repo_id, commit=main.sha, tag=tag, changed=changed)
+        _finish(publish, branch, main, tag, message)
+        return Release(repo_id=repo_id, commit=main.sha, tag=tag, changed=False)
+    refuse_changed(main, base, overwrite=publish.overwrite)
+    if not publish.overwrite:
+        _refuse_rolled_back(repo_id, tag, message)
+    if publish.pull_request:
+        return _propose(repo_id, tag, message, folder, files)
+    with hub_errors(repo_id, branch):
+        hub_api().create_branch(repo_id, branch=branch, revision=main.sha, exist_ok=True)
+    staged = _stage(repo_id, branch, folder, files, message)
+    main = _move_main(main, staged, folder, files, message)
+    _finish(publish, branch, main, tag, message)
+    return Release(repo_id=repo_id, commit=main.sha, tag=tag, changed=True)
 
 
-def _refuse_rolled_back(repo_id: str, tag: str) -> None:
-    """Raise HubError if a person has rolled this release back."""
+def _refuse_rolled_back(repo_id: str, tag: str, message: str) -> None:
+    """Raise HubError if the last commit of `main` is a rollback by which a person moved `main` away from this release.
+
+    These are the releases that `main` had since the release that it was moved back to. A tag is that of the first
+    commit of its release, and later ones are known by their titles.
+    """
     with hub_errors(repo_id):
         api = hub_api()
-        latest = next(iter(api.list_repo_commits(repo_id)))
-        rolled_back = latest.title.startswith(ROLLBACK_TITLE) and tag in {
-            t.name for t in api.list_repo_refs(repo_id).tags
-        }
-    if rolled_back:
+        latest, *earlier = api.list_repo_commits(repo_id)
+        tags = {reference.name: reference.target_commit for reference in api.list_repo_refs(repo_id).tags}
+    if not latest.title.startswith(ROLLBACK_TITLE):
+        return
+    goal = tags.get(latest.title.removeprefix(ROLLBACK_TITLE))
+    since_goal = itertools.takewhile(lambda commit: commit.commit_id != goal, earlier)
+    if any(
+        commit.commit_id == tags.get(tag) or message in commit.title or commit.title == f"{ROLLBACK_TITLE}{tag}"
+        for commit in since_goal
+    ):
         raise HubError(
             f"release {tag} of {repo_id} was rolled back: to have it again, requant publish {repo_id} --rollback "
             f"--to {tag}, or set publish.overwrite: true"
@@ -123,7 +136,7 @@ def _stage(repo_id: str, reference: str, folder: Path, files: Sequence[File], me
     on_hub = {f.path: f for f in before.files}
     operations: list[Operation] = []
     for file in files:
-        if file.path not in on_hub or not same(on_hub[file.path], file, folder):
+        if file.path not in on_hub or not has_same_content(on_hub[file.path], file, folder):
             operation = CommitOperationAdd(file.path, folder / file.path)
             operation.upload_info.sha256 = bytes.fromhex(file.sha256)  # the client then does not hash the file again
             operations.append(operation)
@@ -135,7 +148,7 @@ def _stage(repo_id: str, reference: str, folder: Path, files: Sequence[File], me
                 repo_id, operations, commit_message=message, revision=reference, parent_commit=before.sha, num_threads=4
             )
     staged = resolve(repo_id, reference)
-    if not holds(staged, files, folder):
+    if not has_exactly(staged, files, folder):
         raise HubUnavailable(
             f"{reference} of {repo_id} does not hold what was uploaded: main stays as it is", repo_id=repo_id
         )
@@ -152,7 +165,7 @@ def _move_main(main: Revision, staged: Revision, folder: Path, files: Sequence[F
         for file in files
     ]
     operations += [CommitOperationDelete(path) for path in _list_stale(main, files)]
-    return commit_to_main(main, operations, message, lambda moved: holds(moved, files, folder))
+    return commit_to_main(main, operations, message, lambda moved: has_exactly(moved, files, folder))
 
 
 def commit_to_main(
@@ -160,7 +173,7 @@ def commit_to_main(
 ) -> Revision:
     """Make a commit on `main`, whose parent must be the revision `main`. Return the new revision.
 
-    `is_wanted` tells whether a revision has the result of the operations. Raises HubError, HubUnavailable.
+    `is_wanted` checks whether a revision already contains these changes. Raises HubError, HubUnavailable.
     """
     try:
         with hub_errors(main.repo_id, "main"):
@@ -180,9 +193,9 @@ def commit_to_main(
     return moved
 
 
-def _finish(publish: Publish, manifest: Manifest, main: Revision, tag: str, message: str) -> None:
+def _finish(publish: Publish, branch: str, main: Revision, tag: str, message: str) -> None:
     """Tag `main`, add the repo to the collection, and delete the branch. Steps that were done before are skipped."""
-    api, repo_id, branch = hub_api(), publish.repo_id, f"requant-{manifest.digest[:12]}"
+    api, repo_id = hub_api(), publish.repo_id
     with hub_errors(repo_id):
         # A tag is never moved: an existing one was made by an earlier run for the same artifact.
         api.create_tag(repo_id, tag=tag, revision=main.sha, tag_message=message, exist_ok=True)
@@ -192,14 +205,18 @@ def _finish(publish: Publish, manifest: Manifest, main: Revision, tag: str, mess
             api.delete_branch(repo_id, branch=branch)
 
 
-def holds(revision: Revision, files: Iterable[File], folder: Path, ignored: Iterable[str] = (GITATTRIBUTES,)) -> bool:
+def has_exactly(
+    revision: Revision, files: Iterable[File], folder: Path, ignored: Iterable[str] = (GITATTRIBUTES,)
+) -> bool:
     """Check by the Hub's hashes whether a revision has exactly these files. Paths in `ignored` may be there or not."""
     wanted, skipped = {file.path: file for file in files}, set(ignored)
     on_hub = {f.path: f for f in revision.files if f.path not in skipped}
-    return set(on_hub) == set(wanted) and all(same(on_hub[path], file, folder) for path, file in wanted.items())
+    if set(on_hub) != set(wanted):
+        return False
+    return all(has_same_content(on_hub[path], file, folder) for path, file in wanted.items())
 
 
-def same(on_hub: HubFile, file: File, folder: Path) -> bool:
+def has_same_content(on_hub: HubFile, file: File, folder: Path) -> bool:
     """Compare a file on the Hub and one in `folder`: by sha256 where the Hub has one (LFS), and else by git blob id."""
     if on_hub.sha256 is not None:
         return on_hub.sha256 == file.sha256

@@ -69,6 +69,12 @@ class Revision:
         return digest_of([[f.path, f.size, f.sha256 or f.blob_id] for f in self.wanted if f.path not in REWRITTEN])
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """Split `repo_id[@revision]` into repo and revision, which is `main` by default."""
+    repo_id, _, revision = name.partition("@")
+    return repo_id, revision or "main"
+
+
 def resolve_name(name: str) -> Revision:
     """Resolve `repo_id[@revision]`, which a user gave where a folder could stand, to a commit.
 
@@ -76,8 +82,7 @@ def resolve_name(name: str) -> Revision:
     """
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise RequantError(f"{name} is not a folder: name a checkpoint's folder, or repo_id[@revision]")
-    repo_id, _, revision = name.partition("@")
-    return resolve(repo_id, revision or "main")
+    return resolve(*split_name(name))
 
 
 def check_repo_id(name: str) -> str:

@@ -16,8 +16,9 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import hf_hub_url
 
-from requant.tasks.checkpoint.checkpoint import INDEX, MAX_JSON_BYTES, QUANTIZATION_FILES, SINGLE
-from requant.tasks.checkpoint.header import MAX_HEADER_BYTES, Tensor
+from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION_FILES, SINGLE
+from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.checkpoint.untrusted import MAX_HEADER_BYTES, MAX_JSON_BYTES
 from requant.tasks.errors import CheckpointError, HubUnavailable
 from requant.tasks.hub._http import build_hf_headers, hf_raise_for_status, http_stream_backoff
 from requant.tasks.hub.client import hub_errors

@@ -90,8 +90,8 @@ def stage_summary(result: StageResult) -> Any:
     return Completed(name="Reused", data=result) if result.state == "reused" else result
 
 
-def end_earlier_tasks() -> None:
-    """End the tasks that an earlier process of this run left in the state Running when it was killed.
+def crash_stale_task_runs() -> None:
+    """Set the tasks to Crashed that an earlier process of this run left in the state Running when it was killed.
 
     A restart of a run does not change their states. Tasks that stand for a run on another worker are left alone, since
     that run may still be at work.

@@ -1,40 +1,41 @@
 """Estimate how long stages take, and say what each estimate is based on.
 
-The sources, the best first: earlier runs on the same hardware, whose records are in the store; blocks with the
-dimensions of a 27 B model that were measured alone (gpu-figures.json, made by `make bench-gpu`); auto-round's own
-table. Where there is none of these, a transfer rate is assumed, and the estimate says so.
+The best source is an earlier run on the same hardware, whose record is in the store. Without one, an estimate of
+quantize on a GPU uses blocks with the dimensions of a 27 B model that were benchmarked in isolation (gpu-figures.json,
+made by `make bench-gpu`), or auto-round's own table for another GPU. For a CPU and for all other stages, a speed is
+assumed, and the estimate says so.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from pydantic import BaseModel
+from pydantic import AliasPath, BaseModel, Field
 
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.record import StageRecord, TuningWork
 from requant.tasks.store import Store
 
 MAX_RECORDS = 200  # per stage
-# A run says nothing about one that is this many times larger: most of its time was spent on something else.
+# Ignore runs this many times smaller: their time is mostly fixed overhead.
 MAX_SIZE_RATIO = 100
 # auto-round's README, W4A16 with its default recipe on an A100 with 80 GB: (parameters, minutes, with low_gpu_mem).
 TABLE = ((8e9, 12, 19), (14e9, 23, 33), (70e9, 120, 140))
 TABLE_GPU = "A100 80GB"
 TABLE_WORK = TuningWork(parameters=1, iters=200, nsamples=128, seqlen=2048, batch_size=8)
-# Without a record: the speed of a network, of a disk, or of weights that pass through both models; and the least time,
-# in which torch is imported, or an engine starts twice and answers every prompt.
+# Assumed throughput without a record, and the fixed time to import torch or start an engine twice.
 ASSUMED_BYTES_PER_S = {"download": 100e6, "mtp_fix": 200e6, "validate": 100e6, "benchmark": 25e6, "publish": 50e6}
-MIN_STAGE_SECONDS = {"validate": 10.0, "benchmark": 60.0}
+ASSUMED_CPU_FLOPS = 500e9
+FIXED_SECONDS = {"quantize": 10.0, "validate": 10.0, "benchmark": 60.0}
 
-BlockKind = Literal["linear", "full"]  # its attention
+BlockKind = Literal["linear", "full"]  # kind of attention
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Estimate:
 
 
 class MeasuredBlock(BaseModel):
-    """Seconds to tune one block: the first of its kind, with compilation, and any later one."""
+    """Seconds for the first block of a kind (with compilation) and for each later one."""
 
     cold_seconds: float
     steady_seconds: float
@@ -69,39 +70,42 @@ class ModelSize(BaseModel):
     batch_size: int
 
     def work(self, kind: BlockKind) -> TuningWork:
-        """Return the work of one block: the matrices of its attention and of its MLP."""
+        """Return the work of one block: the quantized matrices of its attention and of its MLP."""
         if kind == "full":
+            # Per head, q_proj has queries and an output gate, and o_proj is as large as the queries. Per KV head there
+            # are k_proj and v_proj.
             attention = self.head_dim * (3 * self.heads + 2 * self.kv_heads)
         else:
+            # Per key head, in_proj_qkv has queries and keys. Per value head it has values, and in_proj_z and out_proj
+            # are as large as the values.
             attention = self.linear_dim * (2 * self.key_heads + 3 * self.value_heads)
-        parameters = self.hidden * (3 * self.intermediate + attention)
-        return TuningWork(parameters, self.iters, self.nsamples, self.seqlen, self.batch_size)
+        mlp = 3 * self.intermediate  # gate_proj, up_proj, down_proj
+        return TuningWork(
+            parameters=self.hidden * (mlp + attention),
+            iters=self.iters,
+            nsamples=self.nsamples,
+            seqlen=self.seqlen,
+            batch_size=self.batch_size,
+        )
 
 
-class MeasuredModel(BaseModel):
-    size: ModelSize
+class GpuFigures(BaseModel):
+    """The part of gpu-figures.json that estimates read.
 
-
-class MeasuredCard(BaseModel):
-    name: str
-
-
-class MeasuredBlocks(BaseModel):
-    """Measured blocks by kind, and by whose tuning loop it is: `requant` or `auto-round`."""
-
-    blocks: dict[BlockKind, dict[str, MeasuredBlock]] = {}
-
-
-class GpuFigures(MeasuredBlocks):
-    """What of gpu-figures.json is used. `measured_again` takes the place of earlier measurements."""
+    `blocks` has the measured blocks by kind, and by the tuning loop that was measured: `requant` or `auto-round`.
+    """
 
     date: str
-    card: MeasuredCard
-    model: MeasuredModel
-    measured_again: MeasuredBlocks = MeasuredBlocks()
+    gpu: str = Field(validation_alias=AliasPath("card", "name"))
+    model: ModelSize = Field(validation_alias=AliasPath("model", "size"))
+    blocks: dict[BlockKind, dict[str, MeasuredBlock]]
 
-    def block(self, kind: BlockKind, loop: str) -> MeasuredBlock:
-        return {**self.blocks[kind], **self.measured_again.blocks.get(kind, {})}[loop]
+
+class TimedRecord(NamedTuple):
+    """A record that says how long its stage took."""
+
+    record: StageRecord
+    seconds: float
 
 
 @cache
@@ -112,44 +116,64 @@ def gpu_figures() -> GpuFigures:
 
 
 def effort(work: TuningWork) -> float:
-    """Return the cost of tuning, in weights times tokens that pass forward through them.
+    """Return weights x tokens, a tuned token counting three times (forward plus a backward twice as dear).
 
-    A token that is tuned on counts three times (forward, and twice as much backward). A sample passes through twice
-    without tuning.
+    A sample passes through each block twice without tuning.
     """
     tuned = 3 * work.iters * work.batch_size
     return work.parameters * work.seqlen * (tuned + 2 * work.nsamples)
 
 
-def estimate_quantize(store: Store, recipe: Recipe, blocks: Mapping[str, int], linear: set[str]) -> Estimate:
-    """Estimate the quantize stage.
-
-    `blocks` has the number of quantized weights by decoder block; `linear` names those with linear attention.
-    """
-    asked, gpu = recipe.quantize, requested_hardware(recipe)
-    work = TuningWork(sum(blocks.values()), asked.iters, asked.nsamples, asked.seqlen, asked.batch_size, asked.fast)
-    runs = [
-        (record, record.work)
-        for record in records(store, "quantize", gpu)
-        if record.work and record.work.parameters and record.work.fast == asked.fast and record.block_seconds
-    ]
-    # Small runs count on a CPU, for which there is no other source.
-    runs = [run for run in runs if effort(work) <= MAX_SIZE_RATIO * effort(run[1]) or gpu == "cpu"]
-    if runs and effort(work):
-        record, done = min(runs, key=lambda run: abs(math.log(effort(work) / effort(run[1]))))
-        steady = statistics.median(record.block_seconds) * len(record.block_seconds)
-        fixed = max(0.0, (record.seconds or 0.0) - steady)
-        return Estimate(fixed + steady * effort(work) / effort(done), _earlier_run(record))
+def estimate_quantize(
+    store: Store, recipe: Recipe, weights_per_block: Mapping[str, int], linear_attention_blocks: set[str]
+) -> Estimate:
+    """Estimate the quantize stage from the number of quantized weights in each decoder block."""
+    settings, hardware = recipe.quantize, requested_hardware(recipe)
+    work = TuningWork(
+        parameters=sum(weights_per_block.values()),
+        iters=settings.iters,
+        nsamples=settings.nsamples,
+        seqlen=settings.seqlen,
+        batch_size=settings.batch_size,
+        fast=settings.fast,
+    )
+    earlier = _nearest_quantize(records(store, "quantize", hardware), work, small_too=hardware == "cpu")
+    if earlier is not None:
+        return earlier
+    if hardware == "cpu":
+        seconds = FIXED_SECONDS["quantize"] + 2 * effort(work) / ASSUMED_CPU_FLOPS  # a product and a sum per weight
+        return Estimate(seconds, f"assumed: a CPU with {ASSUMED_CPU_FLOPS / 1e9:.0f} GFLOP/s")
     figures = gpu_figures()
-    if gpu is None or _is_named(gpu, figures.card.name):
-        loop = "auto-round" if asked.fast is False else "requant"
-        weights = sum(count for block, count in blocks.items() if block in linear)
+    if hardware is None or _is_named(hardware, figures.gpu):
+        loop = "auto-round" if settings.fast is False else "requant"
+        weights = sum(count for block, count in weights_per_block.items() if block in linear_attention_blocks)
         seconds = _block_seconds(figures, "linear", loop, replace(work, parameters=weights))
         seconds += _block_seconds(figures, "full", loop, replace(work, parameters=work.parameters - weights))
-        return Estimate(seconds, f"blocks of 27 B dimensions measured on {figures.card.name}, {figures.date}")
-    minutes = _table_minutes(work.parameters, low_gpu_mem=asked.low_gpu_mem is True)
+        return Estimate(seconds, f"blocks of 27 B dimensions measured on {figures.gpu}, {figures.date}")
+    minutes = _table_minutes(work.parameters, low_gpu_mem=settings.low_gpu_mem is True)
     scale = effort(replace(work, parameters=1)) / effort(TABLE_WORK)
-    return Estimate(60 * minutes * scale, f"auto-round's table for {TABLE_GPU}: nothing was measured on {gpu} yet")
+    return Estimate(60 * minutes * scale, f"auto-round's table for {TABLE_GPU}: nothing was measured on {hardware} yet")
+
+
+def _nearest_quantize(runs: Iterable[TimedRecord], work: TuningWork, *, small_too: bool) -> Estimate | None:
+    """Scale the run whose effort is nearest to that of `work`; None without a suitable run.
+
+    `small_too`: also use runs that are more than MAX_SIZE_RATIO times smaller. For a CPU they beat an assumption.
+    """
+    asked = effort(work)
+    efforts = [
+        (run, effort(done))
+        for run in runs
+        if (done := run.record.work) is not None and done.fast == work.fast and run.record.block_seconds
+    ]
+    # A record is untrusted: its effort can be zero, negative, or too large for a float.
+    efforts = [(run, size) for run, size in efforts if size > 0 and (small_too or asked <= MAX_SIZE_RATIO * size)]
+    if not efforts or asked <= 0:
+        return None
+    run, nearest = min(efforts, key=lambda pair: abs(math.log(asked) - math.log(pair[1])))
+    steady = statistics.median(run.record.block_seconds) * len(run.record.block_seconds)
+    fixed = max(0.0, run.seconds - steady)
+    return Estimate(fixed + steady * (asked / nearest), _earlier_run(run.record))
 
 
 def estimate_stage(store: Store, stage: str, recipe: Recipe, size_bytes: int) -> Estimate:
@@ -158,18 +182,19 @@ def estimate_stage(store: Store, stage: str, recipe: Recipe, size_bytes: int) ->
     if engine == "none":
         return Estimate(0.0, "nothing is measured")
     runs = [
-        record
-        for record in records(store, stage, requested_hardware(recipe))
-        if record.seconds and 0 < size_bytes <= MAX_SIZE_RATIO * record.bytes_processed
+        run
+        for run in records(store, stage, requested_hardware(recipe))
+        if run.seconds and 0 < size_bytes <= MAX_SIZE_RATIO * run.record.bytes_processed
     ]
     if engine is not None:
-        runs = [r for r in runs if r.engine == engine or (engine == "auto" and r.engine != "none")]
+        runs = [r for r in runs if r.record.engine == engine or (engine == "auto" and r.record.engine != "none")]
     if runs:
-        nearest = min(runs, key=lambda record: abs(record.bytes_processed - size_bytes))
-        seconds = (nearest.seconds or 0.0) * max(1.0, size_bytes / nearest.bytes_processed)
-        return Estimate(seconds, _earlier_run(nearest))
+        nearest = min(runs, key=lambda run: abs(run.record.bytes_processed - size_bytes))
+        # How much of the run's time was fixed is unknown. So a smaller size is not estimated to take less.
+        scale = max(1.0, size_bytes / nearest.record.bytes_processed)
+        return Estimate(nearest.seconds * scale, _earlier_run(nearest.record))
     rate = ASSUMED_BYTES_PER_S[stage]
-    return Estimate(MIN_STAGE_SECONDS.get(stage, 0.0) + size_bytes / rate, f"assumed: {rate / 1e6:.0f} MB/s")
+    return Estimate(FIXED_SECONDS.get(stage, 0.0) + size_bytes / rate, f"assumed: {rate / 1e6:.0f} MB/s")
 
 
 def requested_hardware(recipe: Recipe) -> str | None:
@@ -179,11 +204,11 @@ def requested_hardware(recipe: Recipe) -> str | None:
     return "cpu" if recipe.quantize.device == "cpu" else None
 
 
-def records(store: Store, stage: str, gpu: str | None) -> list[StageRecord]:
-    """Read the records of a stage on this hardware, the newest first. `gpu` is None for any hardware."""
-    runs = [record for record in store.records(stage, MAX_RECORDS).values() if record.seconds is not None]
-    on_gpu = [record for record in runs if gpu is None or _is_named(gpu, device_of(record))]
-    return sorted(on_gpu, key=lambda record: record.started, reverse=True)
+def records(store: Store, stage: str, hardware: str | None) -> list[TimedRecord]:
+    """Read the records of a stage on this hardware, the newest first. `hardware` is None for any hardware."""
+    runs = [TimedRecord(r, r.seconds) for r in store.records(stage, MAX_RECORDS).values() if r.seconds is not None]
+    runs = [run for run in runs if hardware is None or _is_named(hardware, device_of(run.record))]
+    return sorted(runs, key=lambda run: run.record.started, reverse=True)
 
 
 def device_of(record: StageRecord) -> str:
@@ -205,8 +230,8 @@ def _block_seconds(figures: GpuFigures, kind: BlockKind, loop: str, work: Tuning
     """Estimate all blocks of one kind: one cold start, and the rest in proportion to weights and tokens."""
     if not work.parameters:
         return 0.0
-    measured = figures.block(kind, loop)
-    rate = measured.steady_seconds / effort(figures.model.size.work(kind))
+    measured = figures.blocks[kind][loop]
+    rate = measured.steady_seconds / effort(figures.model.work(kind))
     return measured.cold_seconds - measured.steady_seconds + rate * effort(work)
 
 

@@ -3,15 +3,16 @@
 The stage itself is `tasks/quantize.py`. Its settings are the section `quantize` of a recipe, in
 `tasks/recipe/quantize_section.py`.
 
-job.py             what the child is asked to do, and its result
-ladder.py          starts and watches the child, and steps down to settings that need less memory
-child.py           the process itself
-auto_settings.py   settings chosen from the GPU and the model, with reasons
-samples.py         the calibration samples
-auto_round.py      all names of auto-round that are replaced at run time, in one table
-events.py          the child's events, written and read
-reporting.py       turns auto-round's progress into events
-tuned_blocks.py    turns the events into the record of each block
-resume.py          continues a run that was killed or moved to another machine
-loop/              our tuning loop: auto-round's, but faster
+job.py              what the child is asked to do, and its result
+memory_fallback.py  starts and watches the child, and restarts it with lower memory use
+failures.py         how quantizing can fail, classified by what helps
+child.py            the process itself
+auto_settings.py    settings chosen from the GPU and the model, with reasons
+samples.py          the calibration samples
+auto_round.py       all names of auto-round that are replaced at run time, in one table
+events.py           the child's events, written and read
+reporting.py        turns auto-round's progress into events
+tuned_blocks.py     turns the events into the record of each block
+resume.py           continues a run that was killed or moved to another machine
+loop/               our tuning loop: auto-round's, but faster
 """

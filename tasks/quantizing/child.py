@@ -28,10 +28,12 @@ from requant.tasks.checkpoint.architecture import architecture_problem
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.experts import split_fused_experts
+from requant.tasks.checkpoint.mtp import FULL_PRECISION
 from requant.tasks.quantizing import resume
 from requant.tasks.quantizing.auto_round import TuningRun, patched, patches, refuse_other_versions
 from requant.tasks.quantizing.auto_settings import choose, unknown_layer
-from requant.tasks.quantizing.events import EventSink, EventWriter, Failed, JobRefused, SettingsChosen, kind_of
+from requant.tasks.quantizing.events import EventSink, EventWriter, Failed, JobRefused, SettingsChosen
+from requant.tasks.quantizing.failures import FailureKind, classify
 from requant.tasks.quantizing.job import Job, JobResult
 from requant.tasks.quantizing.samples import calibration_samples
 from requant.tasks.settings import read_settings
@@ -47,15 +49,15 @@ def main(job_path: str, folder_path: str) -> int:
     try:
         result = quantize(Path(job_path), folder, report)
     except JobRefused as error:
-        report(Failed(kind="refused", text=str(error)))
+        report(Failed(kind=FailureKind.REFUSED, text=str(error)))
         return 1
     except SystemExit as error:  # auto-round exits if the calibration reached no layer.
-        report(Failed(kind="failed", text=f"auto-round gave up (exit {error.code}): see log.txt"))
+        report(Failed(kind=FailureKind.FAILED, text=f"auto-round gave up (exit {error.code}): see log.txt"))
         return 1
     except Exception as error:
         logging.getLogger("requant").exception("quantization failed")
         first_line = next(iter(str(error).splitlines()), "")
-        report(Failed(kind=kind_of(error), text=f"{type(error).__name__}: {first_line[:300]}"))
+        report(Failed(kind=classify(error), text=f"{type(error).__name__}: {first_line[:300]}"))
         return 1
     temporary = folder / "result.json.part"
     temporary.write_text(result.model_dump_json(exclude_unset=True, indent=1))
@@ -152,7 +154,7 @@ def quantize(job_path: Path, folder: Path, report: EventSink) -> JobResult:
             enable_torch_compile=chosen.torch_compile and not chosen.fast,  # our loop compiles its steps itself
             device_map=device,
             seed=settings.seed,
-            layer_config={**{p: {"bits": 16, "data_type": "fp"} for p in job.head}, **settings.layers} or None,
+            layer_config={**{prefix: dict(FULL_PRECISION) for prefix in job.head}, **settings.layers} or None,
         )
         _, written = rounder.quantize_and_save(str(folder / "out"), format=settings.format)
     bits = {name: int(layer.get("bits", 16)) for name, layer in (rounder.layer_config or {}).items()}

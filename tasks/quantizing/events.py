@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from requant.tasks.quantizing.failures import FailureKind
 
 
 class JobRefused(ValueError):
@@ -130,10 +131,10 @@ class Warned(Event):
 
 
 class Failed(Event):
-    """The last event of a child without a result. `kind` is one of `kind_of`, or `refused` for a JobRefused."""
+    """The last event of a child that ended without a result, unless it was killed or crashed."""
 
     event: Literal["error"] = "error"
-    kind: str
+    kind: FailureKind
     text: str
 
 
@@ -193,13 +194,3 @@ def read_events(path: Path, position: int = 0) -> tuple[int, list[Event]]:
         with contextlib.suppress(ValueError):  # pydantic's ValidationError is a ValueError too.
             events.append(_LINE.validate_python(json.loads(line)))
     return position + end, events
-
-
-def kind_of(error: Exception) -> str:
-    """Classify an error by its remedy: `oom` needs less memory, `compile` needs no torch.compile, `failed` has none."""
-    text = f"{type(error).__module__}.{type(error).__name__}: {error}"
-    if isinstance(error, MemoryError) or re.search(r"out of memory|allocate memory|_ALLOC_FAILED", text, re.IGNORECASE):
-        return "oom"
-    if "torch._dynamo" in text or "torch._inductor" in text or "triton" in text.lower():
-        return "compile"
-    return "failed"

@@ -11,7 +11,7 @@ from requant.tasks.recipe.quantize_section import AutoOrBool, Quantize
 
 
 class Rung(BaseModel):
-    """A rung of the memory ladder: the settings that decide how much memory tuning takes.
+    """The settings that decide how much memory tuning takes: a rung of the ladder in memory_fallback.py.
 
     Each optimizer step uses `batch_size * gradient_accumulate_steps` samples, `batch_size` of them at a time.
     `low_gpu_mem` keeps all samples in the CPU's memory, `offload` also the activations of a step.

@@ -15,6 +15,15 @@ from requant.tasks.texts.rows import read_rows
 if TYPE_CHECKING:
     import torch
 
+# How many times more tokens are read than the samples have, so that the samples come from more than a text's beginning
+# while a large data set is not read to its end.
+TOKENS_READ_PER_SAMPLE_TOKEN = 4
+
+
+def max_tokens_read(nsamples: int, seqlen: int, *, mixed: bool) -> int | None:
+    """Return after how many tokens to stop reading a text; None for a mixed one, whose last domain is needed too."""
+    return None if mixed else TOKENS_READ_PER_SAMPLE_TOKEN * nsamples * seqlen
+
 
 def calibration_samples(
     tokenizer: Any, texts: Sequence[str | Path], nsamples: int, seqlen: int, *, mixed: bool = False, seed: int = 0
@@ -27,8 +36,8 @@ def calibration_samples(
     """
     import torch
 
+    max_tokens = max_tokens_read(nsamples, seqlen, mixed=mixed)
     ids: dict[str, list[int]] = {}
-    max_tokens = None if mixed else 4 * nsamples * seqlen
     try:
         for row in read_rows(texts, "the calibration text"):
             tokens = ids.setdefault(row.domain if mixed else "", [])

@@ -40,10 +40,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"the recipe {path} is not a mapping: it needs at least base: {{repo_id: ...}}", path=path)
     for override in overrides:
         _override(document, override)
-    recipe = parse_recipe(document)
-    recipe = _with_text_file(recipe, "quantize", "calibration", path.parent)
-    recipe = _with_text_file(recipe, "validation", "text", path.parent)
-    return _with_definitions(recipe, path.parent)
+    return with_absolute_paths(parse_recipe(document), path.parent)
+
+
+def with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Make the names of local text files and of task definitions absolute: they are relative to this folder.
+
+    Raises RecipeError if one of them does not exist.
+    """
+    recipe = _with_text_file(recipe, "quantize", "calibration", folder)
+    recipe = _with_text_file(recipe, "validation", "text", folder)
+    return _with_definitions(recipe, folder)
 
 
 def parse_recipe(document: Mapping[str, Any]) -> Recipe:
@@ -100,11 +107,11 @@ def _absolute(folder: Path, name: str) -> Path:
 def _override(document: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"--set {override!r} is not KEY=VALUE: write for instance --set quantize.iters=50")
+        raise RecipeError(f"the override {override!r} is not KEY=VALUE: write for instance quantize.iters=50")
     try:
         parsed = yaml.safe_load(value)
     except NOT_YAML as error:
-        raise RecipeError(f"--set {key}: the value {value!r} is not YAML") from error
+        raise RecipeError(f"the override of {key}: the value {value!r} is not YAML") from error
     *path, last = key.strip().split(".")
     part: Any = document
     for name in path:
@@ -113,9 +120,9 @@ def _override(document: dict[str, Any], override: str) -> None:
         else:
             part = part.setdefault(name, {}) if isinstance(part, dict) else None
         if part is None:
-            raise RecipeError(f"--set {key}: {name} is not a group of keys")
+            raise RecipeError(f"the override of {key}: {name} is not a group of keys")
     if not isinstance(part, dict):
-        raise RecipeError(f"--set {key}: {path[-1]} is not a group of keys")
+        raise RecipeError(f"the override of {key}: {path[-1]} is not a group of keys")
     part[last] = parsed
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
+from requant.tasks.checkpoint.config import HeadPrecision
 from requant.tasks.errors import RecipeError
 
 SCHEME = re.compile(r"W(?P<bits>[2348])A16(?:G(?P<group_size>32|64))?")
@@ -109,7 +110,7 @@ Length = Annotated[int, Field(ge=16, le=131_072)]
 Batch = Annotated[int, Field(ge=1, le=1024)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Layers = Annotated[dict[str, dict[str, Any]], AfterValidator(as_json)]
-HeadPolicy = Literal["keep", "int8", "int4", "drop"]
+HeadPolicy = Literal[HeadPrecision, "drop"]
 # With this schema, a form shows one list of values instead of a choice of types.
 AutoOrBool = Annotated[Literal["auto"] | bool, WithJsonSchema({"enum": ["auto", True, False]})]
 
@@ -217,6 +218,10 @@ class Quantize(Section):
                 "headers; name a number here"
             )
         return ResolvedScheme(bits, group_size, sym)
+
+    def require_group_size(self) -> None:
+        """Raise RecipeError if the group size is still `auto`."""
+        _ = self.resolved
 
     def with_group_size(self, group_size: int) -> Quantize:
         """Return these settings with a number in place of the group size `auto`.

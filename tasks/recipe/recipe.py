@@ -12,6 +12,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from requant.tasks.artifact import digest_of
+from requant.tasks.checkpoint.config import HEAD_BITS
 from requant.tasks.recipe.engine_flags import checked_flags
 from requant.tasks.recipe.quantize_section import (
     REPO_ID,
@@ -25,7 +26,7 @@ from requant.tasks.recipe.quantize_section import (
 
 # The errors that PyYAML raises for text that is not YAML, or whose tags do not fit their values.
 NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, KeyError, IndexError, AttributeError, TypeError)
-PACKED_HEADS = ("int8", "int4")
+PACKED_HEADS = tuple(HEAD_BITS)
 COLLECTION = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,200}$"
 # Evaluation texts of this package, in tasks/texts. They have no text in common with the calibration texts.
 BUILTIN_EVALUATION = ("builtin:mixed-evaluation", "builtin:python-evaluation")

@@ -1,9 +1,8 @@
 """Garbage collection: mark what must stay, and delete the rest.
 
-gc deletes artifacts that the policy selects, blobs that no manifest names, and what killed processes left. Whatever
-the policy says, it keeps everything that was written or used within the grace period, everything that is used by a run
-that was alive within it, and everything that is named by a lease that was renewed within it. Ages are measured with the
-store's clock.
+gc deletes artifacts that the policy selects, blobs that no manifest names, and files left by killed processes. It
+always keeps what was written, used, or named by a lease renewed within the policy's grace period, and what a run alive
+then uses. Ages are measured with the store's clock.
 
 No run loses an object that it relies on:
 
@@ -31,19 +30,22 @@ from requant.tasks.store.lease import LeaseHandle, lease, owner_of
 from requant.tasks.store.store import GC, Store, blob_key
 
 GRACE_S = 24 * 3600.0  # longer than any upload, and than the time between two stages of a run
-UNFINISHED_S = 7 * 24 * 3600.0  # unfinished work that is older will not be resumed
+UNFINISHED_S = 7 * 24 * 3600.0  # delete unfinished work after this time
 PARALLEL_REQUESTS = 8
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The artifacts to delete: those that every given option selects. Without an option, no artifact is deleted.
+    """What to delete.
 
-    keep_last: of each recipe, the artifacts that its last so many runs do not use. An artifact of no run is kept.
-    older_than_s: artifacts that were not used for so many seconds.
-    max_bytes: the artifacts that were unused for longest, until all blobs together have at most so many bytes.
-    grace_s: nothing that was written or used within so many seconds is deleted.
-    unfinished_s: unfinished work is deleted after so many seconds.
+    The first three options select artifacts: those that all given ones of them select are deleted, and none if none of
+    them is given. The last two are limits for everything.
+
+    keep_last: artifacts that none of the last `keep_last` runs of a recipe uses; artifacts of no run are kept.
+    older_than_s: artifacts that were not used for this many seconds.
+    max_bytes: the artifacts unused for longest, until the blobs that manifests still name fit into this many bytes.
+    grace_s: nothing that was written or used within this many seconds is deleted.
+    unfinished_s: delete unfinished work after this many seconds without progress.
     """
 
     keep_last: int | None = None
@@ -86,6 +88,7 @@ def collect(store: Store, policy: Policy, *, dry_run: bool = False) -> Collectio
 
     Raises StoreError if a manifest cannot be read, as the blobs that it names are then unknown.
     """
+    # Plan once without the lease, so that an empty collection takes none.
     plan = make_plan(store, policy)
     if dry_run or plan.is_empty:
         return plan
@@ -98,7 +101,8 @@ def collect(store: Store, policy: Policy, *, dry_run: bool = False) -> Collectio
 def make_plan(store: Store, policy: Policy) -> CollectionPlan:
     """Read the whole store, and list what the policy selects. Nothing is written."""
     catalog = read_catalog(store)
-    for (stage, key), why in catalog.damaged.items():
+    if catalog.damaged:
+        (stage, key), why = next(iter(catalog.damaged.items()))
         raise StoreError(
             f"artifacts/{stage}/{key}: {why.partition(':')[0]}: run requant store verify --repair first",
             key=f"artifacts/{stage}/{key}",
@@ -139,8 +143,11 @@ def _choose_artifacts(catalog: Catalog, policy: Policy, leased: Leased, sizes: d
     if policy.keep_last is None and policy.older_than_s is None and policy.max_bytes is None:
         return []
     grace_begin = catalog.now - policy.grace_s
-    in_use = catalog.closure(name for run in catalog.runs if run.seen >= grace_begin for name in run.artifacts)
-    chosen = [entry for entry in entries if entry.last_used < grace_begin and entry.name not in in_use | leased.keys]
+    used = catalog.closure(name for run in catalog.runs if run.seen >= grace_begin for name in run.artifacts)
+    kept_names = used | leased.keys
+    chosen = [entry for entry in entries if entry.last_used < grace_begin and entry.name not in kept_names]
+    # Leases name the blobs that runs rely on, and no artifacts. A run that reads an artifact names all of its blobs. If
+    # only some are named, they belong to another artifact too: make_plan keeps them, and this artifact may go.
     chosen = [entry for entry in chosen if not {f.sha256 for f in entry.manifest.files} <= leased.blobs]
     if policy.older_than_s is not None:
         unused_since = catalog.now - policy.older_than_s
@@ -191,7 +198,7 @@ def _read_leases(store: Store, grace_begin: float) -> Leased:
 
 
 def _find_stale_records(store: Store, catalog: Catalog, doomed: set[Name], grace_begin: float) -> list[str]:
-    """Find records of artifacts that do not exist or will be deleted, runs without artifacts, and dead leases."""
+    """Find runs without artifacts, records of artifacts that do not exist or will be deleted, and old leases."""
     keys = [f"{kind}/{stage}/{key}" for stage, key in doomed for kind in ("uses", "provenance")]
     existing = {"/".join(name) for name in catalog.entries}
     for kind in ("uses", "provenance"):
@@ -200,7 +207,7 @@ def _find_stale_records(store: Store, catalog: Catalog, doomed: set[Name], grace
                 keys.append(item.key)
     kept = catalog.entries.keys() - doomed
     keys += [run.key for run in catalog.runs if run.seen < grace_begin and kept.isdisjoint(run.artifacts)]
-    gc_lease = "/".join(("leases", *GC, ""))
+    gc_lease = "/".join(("leases", *GC, ""))  # gc deletes its own earlier leases when it releases its lease.
     keys += [
         item.key
         for item in store.backend.items("leases")
@@ -225,7 +232,10 @@ def _find_abandoned_work(store: Store, catalog: Catalog, leased: Leased, policy:
 
 
 def _blob_of_upload(leftover: str) -> str:
-    """Return the sha256 of the blob that an unfinished upload (`KEY?UPLOAD_ID`) is for."""
+    """Return the sha256 of the blob that an unfinished upload (`KEY?UPLOAD_ID`) is for.
+
+    For another leftover, such as a temporary file, return an empty text.
+    """
     return leftover.rpartition("?")[0].rpartition("/")[2]
 
 

@@ -21,6 +21,7 @@ MAX_REPEATED_SHARE = 0.9  # share of one token in a greedy continuation above wh
 # Shares of |W|^2 that rounding alone may lose: 0.28 at most in 2 bits and groups of 64, where nothing is clipped.
 MAX_TUNABLE_NOISE = 0.3  # above this, more noise gives tuning no more freedom
 LOST_MATRIX_NOISE = 0.5  # above this, the rounding says nothing about the matrix
+NO_BASE_ACCEPTANCE = "is undefined, since none of the base's drafts is accepted"  # The ratio to 0 does not exist.
 # Gates whose limits no recipe can set.
 FIXED = {"same_tokens", "most_repeated_token", "long_context", "vision_output", "speculative_decoding"}
 # Gates that say how good the model is. The others ask whether it is complete and undamaged.
@@ -115,6 +116,8 @@ def judge(measured: Measured, gates: Gates) -> list[Gate]:
         results.append(at_most("vision_output", divergence.vision_difference, 0.0))
     if measured.head_kept:
         ratio = at_least("mtp_acceptance_ratio", behaviour.mtp_acceptance_ratio, gates.min_mtp_acceptance_ratio)
+        if ratio.value is None and behaviour.base.mtp_acceptance == 0:
+            ratio = replace(ratio, note=ratio.note.replace("could not be measured", NO_BASE_ACCEPTANCE))
         results.append(ratio)
     if behaviour.speculative_agreement is not None:  # it is measured in float32 and with a head only
         results.append(at_least("speculative_decoding", behaviour.speculative_agreement, 1.0))

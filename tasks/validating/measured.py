@@ -125,6 +125,11 @@ class Behaviour(StoredDocument):
     base: Side = Side()
     quantized: Side = Side()
 
+    @property
+    def was_run(self) -> bool:
+        """Whether both models were run on the text."""
+        return self.same_tokens is not None
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields that were set, with those of both sides beside the others."""
         own = self.model_dump(mode="json", exclude={"base", "quantized"})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.tasks.quantizing.job import Job, Rung
-from requant.tasks.quantizing.ladder import run_child
+from requant.tasks.quantizing.memory_fallback import run_child
 from requant.tasks.recipe.quantize_section import Quantize
 from requant.tasks.texts.text import find_text
 from tests.factories.forked import forked_children, quantize_server

@@ -43,7 +43,7 @@ QUANTIZE = Server(
     "requant.tasks.quantizing.loop.tune",
     "transformers",
 )
-READ_AT_IMPORT = {  # as requant.tasks.quantizing.ladder sets them
+READ_AT_IMPORT = {  # as requant.tasks.quantizing.memory_fallback sets them
     "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "AR_LOG_LEVEL": "INFO",
 }  # fmt: skip
 
@@ -68,7 +68,7 @@ def forked_children(address: str) -> Iterator[None]:
 
     A test that looks for a child among the processes, or kills it, does without.
     """
-    from requant.tasks.quantizing import ladder as stage
+    from requant.tasks.quantizing import memory_fallback as stage
 
     def start(command: list[str], *, env: Mapping[str, str], **how: Any) -> Fork:
         assert command[0] == sys.executable and env.items() >= READ_AT_IMPORT.items()

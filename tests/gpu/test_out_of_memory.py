@@ -10,7 +10,7 @@ import pytest
 from infra.bench.gpu_piece import Size, build_model
 from requant.tasks.checkpoint.audit import account
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.quantizing.ladder import Attempt
+from requant.tasks.quantizing.memory_fallback import Attempt
 from tests.factories.bases import quantized
 
 torch = pytest.importorskip("torch")

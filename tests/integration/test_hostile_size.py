@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from requant.tasks.checkpoint.checkpoint import INDEX, MAX_JSON_BYTES
-from requant.tasks.checkpoint.header import MAX_HEADER_BYTES, read_header
+from requant.tasks.checkpoint.checkpoint import INDEX
+from requant.tasks.checkpoint.header import read_header
+from requant.tasks.checkpoint.untrusted import MAX_HEADER_BYTES, MAX_JSON_BYTES
 from tests.factories.checkpoints import safetensors_bytes, with_header
 from tests.factories.counting import calls
 from tests.factories.paths import ROOT

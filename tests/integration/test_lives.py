@@ -17,7 +17,7 @@ from prefect import flow, runtime, task
 from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow
 from prefect.states import Scheduled
-from requant.tasks.pipeline.prefect import end_earlier_tasks
+from requant.tasks.pipeline.prefect import crash_stale_task_runs
 
 @task(name="stage")
 def stage():
@@ -27,7 +27,7 @@ def stage():
 
 @flow(persist_result=False)
 def lives():
-    end_earlier_tasks()
+    crash_stale_task_runs()
     stage()
 
 if sys.argv[2:]:

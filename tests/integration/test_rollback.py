@@ -122,6 +122,33 @@ def test_what_was_rolled_back_is_not_released_again_unless_asked_for(api: HfApi,
     assert three[1].publish(overwrite=True).changed
 
 
+def test_a_release_from_long_before_a_rollback_is_made_again(api: HfApi, three: list[Made]) -> None:
+    for one in three:
+        one.publish()
+    rollback(TARGET)
+    again = three[0].publish()
+    assert again.changed and again.tag == three[0].tag and "release 1" in card_on_hub(api)
+
+
+def test_a_release_that_was_made_again_and_rolled_back_is_refused(api: HfApi, three: list[Made]) -> None:
+    """Its tag is that of its first commit, which is older than the release that main was moved back to."""
+    three[0].publish()
+    three[1].publish()
+    three[0].publish()
+    assert rollback(TARGET).tag == three[1].tag
+    with pytest.raises(HubError, match=f"release {three[0].tag} of {TARGET} was rolled back"):
+        three[0].publish()
+
+
+def test_a_release_that_main_was_moved_away_from_twice_is_refused(api: HfApi, three: list[Made]) -> None:
+    for one in three:
+        one.publish()
+    rollback(TARGET)
+    rollback(TARGET, three[2].tag)
+    with pytest.raises(HubError, match=f"release {three[1].tag} of {TARGET} was rolled back"):
+        three[1].publish()
+
+
 def test_a_rollback_whose_answer_was_lost_is_made_once(api: HfApi, three: list[Made], hub: HubStandIn) -> None:
     three[0].publish()
     three[1].publish()

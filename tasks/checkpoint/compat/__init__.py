@@ -19,11 +19,16 @@ from requant.tasks.checkpoint.config import LAYER_COUNTS, JsonObject, Quantizati
 from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.checkpoint.inventory import missing_parts
 from requant.tasks.checkpoint.modules import modules_of
+from requant.tasks.checkpoint.untrusted import MAX_SMALL_JSON_BYTES
 
 VIDEO, IMAGE, PROCESSOR = "video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json"
 _REPEATED_REPEAT = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")
 FINE = "nothing is in the way"
 FIX = "run requant mtp-fix"
+
+
+class Fixable(str):
+    """A problem of an MTP head that `requant mtp-fix` solves, without this remedy."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,8 @@ class Judgement:
             "transformers": fatal or transformers.load_problem(checkpoint),
         }
         drafting = {
-            "vllm": incomplete or _with_remedy(vllm.head_problem(checkpoint, head_modules, patterns)),
-            "sglang": incomplete or _with_remedy(sglang.head_problem(checkpoint, head_modules, patterns)),
+            "vllm": incomplete or _fixable(vllm.head_problem(checkpoint, head_modules, patterns)),
+            "sglang": incomplete or _fixable(sglang.head_problem(checkpoint, head_modules, patterns)),
             "transformers": transformers.IGNORED,
         }
         suspicious = (p for p in _possible_patterns(checkpoint.quantization) if _REPEATED_REPEAT.search(p))
@@ -70,14 +75,14 @@ class Judgement:
             engine: EngineVerdict(
                 loads=loading is None,
                 mtp=loading is None and self.drafting[engine] is None,
-                reason=loading or self.drafting[engine] or FINE,
+                reason=loading or _with_remedy(self.drafting[engine]) or FINE,
             )
             for engine, loading in self.loading.items()
         }
 
     @property
     def draft_problem(self) -> str | None:
-        return self.drafting["vllm"] or self.drafting["sglang"]
+        return _with_remedy(self.drafting["vllm"] or self.drafting["sglang"])
 
 
 def _possible_patterns(quantization: QuantizationConfig) -> list[str]:
@@ -118,7 +123,8 @@ def _read_processor_config(checkpoint: Checkpoint) -> JsonObject:
     """Read processor_config.json; an empty object if there is none, or if it cannot be read."""
     path = checkpoint.file(PROCESSOR)
     try:
-        document = json.loads(path.read_bytes()) if path.is_file() and path.stat().st_size < 1 << 20 else {}
+        readable = path.is_file() and path.stat().st_size < MAX_SMALL_JSON_BYTES
+        document = json.loads(path.read_bytes()) if readable else {}
     except (OSError, ValueError, RecursionError):
         return JsonObject()
     return JsonObject(document if isinstance(document, dict) else {})
@@ -128,15 +134,17 @@ def _incomplete_head(checkpoint: Checkpoint) -> str | None:
     """Return what the head lacks, or how it contradicts the number of layers in config.json; or None."""
     head = checkpoint.head
     promised = checkpoint.config.mtp_layers
-    if head is None:  # vLLM starts with an uninitialized head if config.json promises one, and accepts no draft
-        return f"there is no MTP head, though config.json promises one: {FIX}" if promised else "there is no MTP head"
+    if head is None and promised:  # vLLM starts with an uninitialized head, and accepts no draft
+        return Fixable("there is no MTP head, though config.json promises one")
+    if head is None:
+        return "there is no MTP head"
     missing = missing_parts(checkpoint, head)
     if missing:
-        return f"{missing[0]} is missing from the head: {FIX}"
+        return Fixable(f"{missing[0]} is missing from the head")
     if not promised and any(key in checkpoint.text_config for key in LAYER_COUNTS):
-        return f"config.json promises 0 MTP layers ({' or '.join(LAYER_COUNTS)}), and there is a head: {FIX}"
+        return Fixable(f"config.json promises 0 MTP layers ({' or '.join(LAYER_COUNTS)}), and there is a head")
     stray = _uncounted_tensor(checkpoint, promised)
-    return f"{stray} is beyond the {promised} MTP layers that config.json promises: {FIX}" if stray else None
+    return Fixable(f"{stray} is beyond the {promised} MTP layers that config.json promises") if stray else None
 
 
 def _uncounted_tensor(checkpoint: Checkpoint, promised: int) -> str | None:
@@ -152,5 +160,9 @@ def _uncounted_tensor(checkpoint: Checkpoint, promised: int) -> str | None:
     return None
 
 
+def _fixable(problem: str | None) -> Fixable | None:
+    return None if problem is None else Fixable(problem)
+
+
 def _with_remedy(problem: str | None) -> str | None:
-    return f"{problem}: {FIX}" if problem else None
+    return f"{problem}: {FIX}" if isinstance(problem, Fixable) else problem

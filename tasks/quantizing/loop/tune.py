@@ -36,7 +36,8 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from requant.tasks.quantizing.auto_settings import LoopSettings
-from requant.tasks.quantizing.events import BlockLoss, CompileFailed, EventSink, LoopChosen, kind_of
+from requant.tasks.quantizing.events import BlockLoss, CompileFailed, EventSink, LoopChosen
+from requant.tasks.quantizing.failures import FailureKind, classify
 from requant.tasks.quantizing.loop import sign_sgd
 from requant.tasks.quantizing.loop.batches import BlockInputs, Loss, split
 from requant.tasks.quantizing.loop.best_iteration import (
@@ -197,7 +198,7 @@ def fast_quantize_block(
         try:
             return tune_with(compiled_loss)
         except Exception as error:
-            if kind_of(error) != "compile":
+            if classify(error) is not FailureKind.COMPILE:
                 raise
             kinds_that_failed.add(kind)
             first_line = next(iter(str(error).splitlines()), "")

@@ -43,8 +43,48 @@ def test_a_recipe_is_a_file_or_an_object(tmp_path: Path) -> None:
     changed = api.read_recipe(tmp_path / "recipe.yaml", ["quantize.iters=7"])
     assert changed == api.read_recipe(str(tmp_path / "recipe.yaml"), ("quantize.iters=7",))
     assert changed.quantize.iters == 7
-    with pytest.raises(RecipeError, match="change its fields instead"):
+    with pytest.raises(RecipeError, match=r"Recipe\.model_validate"):
         api.read_recipe(RECIPE, ["quantize.iters=7"])
+
+
+def test_paths_in_a_recipe_object_are_relative_to_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`run` writes the recipe to a file elsewhere, whose own folder means nothing to the user."""
+    (tmp_path / "own.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    document = {"base": {"repo_id": "owner/name"}, "quantize": {"calibration": "own.txt"}}
+    recipe = requant.Recipe.model_validate(document | {"validation": {"text": "./own.txt"}})
+    written: list[requant.Recipe] = []
+
+    def load(arguments: list[str]) -> tuple[int, dict[str, object]]:
+        written.append(api.read_recipe(arguments[1]))
+        return 0, finished().document().to_json()
+
+    monkeypatch.setattr(api, "_run_command", load)
+    requant.run(recipe)
+    for loaded in (written[0], api.read_recipe(recipe)):
+        assert loaded.quantize.calibration == loaded.validation.text == str(tmp_path / "own.txt")
+    with pytest.raises(RecipeError, match=r"calibration: the file .*other\.txt does not exist"):
+        api.read_recipe(requant.Recipe.model_validate(document | {"quantize": {"calibration": "other.txt"}}))
+
+
+@pytest.mark.parametrize(
+    ("exit_status", "document", "error"),
+    [
+        (2, api.error_document("the recipe is wrong"), "the recipe is wrong"),
+        (1, api.error_document("no store"), "no store"),
+        (-9, {}, "ended with exit status -9 and printed no document"),
+        (1, {**api.error_document("x"), "surprise": 1}, "base: Field required"),
+    ],
+)
+def test_a_run_without_a_document_of_its_own_is_an_error(
+    exit_status: int, document: dict[str, object], error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "_run_command", lambda arguments: (exit_status, document))
+    with pytest.raises(requant.RequantError, match=error) as caught:
+        requant.run(RECIPE)
+    assert isinstance(caught.value, RecipeError) == (exit_status == 2)
 
 
 def test_a_folder_that_is_no_checkpoint_is_an_error_of_the_package(tmp_path: Path) -> None:

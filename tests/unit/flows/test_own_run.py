@@ -25,7 +25,7 @@ from prefect.states import (
 )
 
 from requant.flows import own_run
-from requant.flows.own_run import count_starts, end_if_the_run_is_over, is_over
+from requant.flows.own_run import count_starts, exit_if_run_is_over, is_over
 
 BEGUN = (Scheduled(), Pending(), Running())
 
@@ -90,7 +90,7 @@ def look_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[UUID], list[
             yield SimpleNamespace(read_flow_run_states=read)
 
         monkeypatch.setattr(own_run, "get_client", client)
-        end_if_the_run_is_over()
+        exit_if_run_is_over()
         return ended
 
     return look

@@ -11,10 +11,10 @@ import pytest
 
 from requant.tasks import quantize as quantize_stage
 from requant.tasks.artifact import File, Manifest
-from requant.tasks.quantize import quantize_key, read_part, tokenizer_part
+from requant.tasks.quantize import quantize_key, quantize_task, read_part, tokenizer_part
 from requant.tasks.quantizing.events import BlockStarted, read_events
 from requant.tasks.quantizing.job import Rung
-from requant.tasks.quantizing.ladder import ladder
+from requant.tasks.quantizing.memory_fallback import TIMEOUT_S, ladder
 from requant.tasks.quantizing.tuned_blocks import tuned_blocks
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.quantize_section import Quantize
@@ -133,6 +133,10 @@ def test_what_quantize_does_not_read_does_not_change_the_key(section: dict[str, 
 
 def test_a_preset_has_the_key_of_what_it_stands_for() -> None:
     assert key(recipe(quantize={"preset": "auto-round"})) == key(recipe())
+
+
+def test_the_stage_says_that_it_took_too_long_before_prefect_ends_its_task() -> None:
+    assert quantize_task.timeout_seconds is not None and TIMEOUT_S < quantize_task.timeout_seconds == 48 * 3600
 
 
 def rungs_of(**settings: Any) -> list[Rung]:

@@ -11,12 +11,13 @@ import pytest
 
 from requant.tasks import validate as stage
 from requant.tasks.artifact import File, Manifest
+from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.errors import RecipeError
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import open_store
 from requant.tasks.texts.text import Text, find_text
-from requant.tasks.validate import compared_part, one_file, validate_key
+from requant.tasks.validate import compared_part, text_for_measuring, validate_key
 from requant.tasks.validating.measured import Measured
 from tests.factories.bases import prepared
 from tests.factories.measured import good
@@ -66,10 +67,10 @@ def test_a_text_of_many_documents_is_measured_on_as_one_file(tmp_path: Path, mon
     monkeypatch.setenv("REQUANT_STORE", (tmp_path / "store").as_uri())
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": word * 3, "id": 1}) + "\n" for word in ("ab", "", "cd")))
-    path = one_file(open_store(), Text("rows.jsonl", A, path=rows), tmp_path / "work", TINY)
+    path = text_for_measuring(open_store(), Text("rows.jsonl", A, path=rows), tmp_path / "work", TINY)
     assert path.read_text() == "ababab\n\ncdcdcd"
     plain = tmp_path / "plain.txt"
-    assert one_file(open_store(), Text("plain.txt", A, path=plain), tmp_path / "work", TINY) == plain
+    assert text_for_measuring(open_store(), Text("plain.txt", A, path=plain), tmp_path / "work", TINY) == plain
 
 
 @pytest.mark.usefixtures("quick_rendering")
@@ -78,7 +79,7 @@ def test_chats_are_measured_on_as_the_bases_template_has_them(tmp_path: Path, mo
     rows = tmp_path / "rows.jsonl"
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     rows.write_text(json.dumps({"messages": messages}) + "\n")
-    path = one_file(open_store(), find_text(str(rows), "validation.text"), tmp_path / "work", TINY)
+    path = text_for_measuring(open_store(), find_text(str(rows), "validation.text"), tmp_path / "work", TINY)
     assert path.read_text() == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>\n"
 
 
@@ -99,7 +100,7 @@ def test_rows_without_a_text_are_refused_with_a_sentence(
     monkeypatch.setenv("REQUANT_STORE", (tmp_path / "store").as_uri())
     (tmp_path / "rows.jsonl").write_text(content)
     with pytest.raises(RecipeError, match=rf"^validation\.text: {reason}"):
-        one_file(open_store(), Text("rows.jsonl", A, path=tmp_path / "rows.jsonl"), tmp_path / "work", TINY)
+        text_for_measuring(open_store(), Text("rows.jsonl", A, path=tmp_path / "rows.jsonl"), tmp_path / "work", TINY)
 
 
 @pytest.mark.parametrize("allowed", [True, False])
@@ -113,9 +114,9 @@ def test_tasks_and_text_are_run_with_the_code_of_a_checkpoint_only_where_the_rec
         settings["tasks"] = arguments[-1].remote_code
         return {}
 
-    def measured_values(quantized: Path, base: Path, measure: Any, evaluate: Any, **how: Any) -> Measured:
+    def measured_values(quantized: Checkpoint, base: Checkpoint, measure: Any, evaluate: Any, **how: Any) -> Measured:
         settings["text"] = how["remote_code"]
-        evaluate(quantized)
+        evaluate(quantized.folder)
         return good()
 
     monkeypatch.setattr(stage, "measured_values", measured_values)

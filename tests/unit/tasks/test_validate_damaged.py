@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.recipe.recipe import Gates
 from requant.tasks.texts.text import EVALUATION
 from requant.tasks.validate import measured_values
@@ -46,7 +47,8 @@ def gates(folder: Path, of_base: dict[Path, Measurement]) -> dict[str, Gate]:
             return measure(path, EVALUATION, settings)
         return of_base.setdefault(path, of_base.get(path) or measure(path, EVALUATION, settings))
 
-    values = measured_values(folder, TINY, kept, keep_head=True, pack_head=False, remote_code=False)
+    checkpoint, base = Checkpoint.open(folder), Checkpoint.open(TINY).sound()
+    values = measured_values(checkpoint, base, kept, keep_head=True, pack_head=False, remote_code=False)
     return {gate.name: gate for gate in judge(values, LIMITS)}
 
 

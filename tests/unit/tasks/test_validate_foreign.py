@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from requant.flows.cli.validate import validate
+from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.recipe.recipe import Gates
 from requant.tasks.texts.text import EVALUATION
 from requant.tasks.validate import measured_values
@@ -59,7 +60,13 @@ def measured(base: Path, of_base: Measurement) -> Callable[[Path], Measured]:
     def run(path: Path, settings: RunSettings) -> Measurement:
         return of_base if path == base else measure(path, EVALUATION, settings)
 
-    return lambda folder: measured_values(folder, base, run, keep_head=True, pack_head=False, remote_code=False)
+    def measure_all(folder: Path) -> Measured:
+        checkpoint = Checkpoint.open(folder)
+        return measured_values(
+            checkpoint, Checkpoint.open(base).sound(), run, keep_head=True, pack_head=False, remote_code=False
+        )
+
+    return measure_all
 
 
 def reconfigure(folder: Path, change: Callable[[Config], Any], name: str = "config.json") -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from requant.tasks.checkpoint.checkpoint import INDEX, MAX_JSON_BYTES, SINGLE, STALE, WRONG_TOTAL, Checkpoint, read_json
+from requant.tasks.checkpoint.checkpoint import INDEX, SINGLE, STALE, WRONG_TOTAL, Checkpoint, read_json
+from requant.tasks.checkpoint.untrusted import MAX_JSON_BYTES
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import all_tensors, safetensors_bytes, write_checkpoint
 from tests.factories.pico import pico_base

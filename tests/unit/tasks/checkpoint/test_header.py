@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
-from requant.tasks.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, read_header
+from requant.tasks.checkpoint.header import DTYPE_BITS, read_header
+from requant.tasks.checkpoint.untrusted import MAX_HEADER_BYTES
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import safetensors_bytes, with_header
 from tests.factories.watching import watching

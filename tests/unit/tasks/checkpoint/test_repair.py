@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -17,7 +18,7 @@ import pytest
 from requant.tasks.checkpoint.assemble import assemble
 from requant.tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from requant.tasks.checkpoint.head import HEAD_SHARD
-from requant.tasks.checkpoint.repair import repair
+from requant.tasks.checkpoint.repair import RepairSource, repair
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import (
     FULL,
@@ -152,6 +153,43 @@ def test_a_repair_killed_at_any_step_leaves_a_whole_checkpoint_and_is_finished_b
         shutil.rmtree(folder.parent)
         steps += killed
     assert steps > 10
+
+
+@pytest.mark.parametrize("with_other_tensors", [False, True], ids=["the head alone", "other tensors too"])
+@pytest.mark.parametrize("inside", [False, True], ids=["exchanged", "moved in"])
+def test_a_repair_of_a_shard_that_has_the_heads_name_already_is_finished_by_the_next_one(
+    inside: bool, with_other_tensors: bool, base: Path, tmp_path: Path
+) -> None:
+    """As above, and index and shard may disagree about the head until the next repair, but about nothing else."""
+    made = elsewhere(base, tmp_path / "whole" / "made", packed=("mtp.fc",))
+    repair(made, RepairSource(base), precision="int4")
+    if with_other_tensors:
+        move_into_head_shard(made, "lm_head.weight")
+    others = {n: raw for n, raw in all_tensors(made).items() if not n.startswith("mtp.")}
+    steps, killed = 0, True
+    while killed:
+        folder = Path(shutil.copytree(made, tmp_path / f"step-{steps}" / "made"))
+        killed = killed_at(steps, lambda folder=folder: fixed(folder, base), folder if inside else tmp_path)
+        between = Checkpoint.open(folder)
+        assert not [p for p in between.fatal if not re.search(r"\bmtp\.", p)]
+        fixed(folder, base)
+        checkpoint = Checkpoint.open(folder)
+        assert checkpoint.problems == []
+        assert {n: (t.dtype, t.shape, t.read()) for n, t in checkpoint.tensors.items()} == others | head_of(base)
+        shutil.rmtree(folder.parent)
+        steps += killed
+    assert steps > 10
+
+
+def move_into_head_shard(folder: Path, name: str) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    old = folder / index["weight_map"][name]
+    tensors = raw_tensors(old)
+    moved = raw_tensors(folder / HEAD_SHARD) | {name: tensors.pop(name)}
+    old.write_bytes(safetensors_bytes(tensors))
+    (folder / HEAD_SHARD).write_bytes(safetensors_bytes(moved))
+    index["weight_map"][name] = HEAD_SHARD
+    (folder / INDEX).write_text(json.dumps(index))
 
 
 def names_of(folder: Path) -> dict[str, tuple[int, ...]]:

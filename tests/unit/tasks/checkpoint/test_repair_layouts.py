@@ -12,12 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from requant.tasks.checkpoint.checkpoint import INDEX, Checkpoint
+from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION, Checkpoint
+from requant.tasks.checkpoint.config import HeadPrecision
 from requant.tasks.checkpoint.head import HEAD_SHARD
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
 from requant.tasks.checkpoint.repair import RepairSource, repair
+from requant.tasks.checkpoint.untrusted import MAX_JSON_BYTES
 from requant.tasks.errors import CheckpointError
-from tests.factories.checkpoints import all_tensors, raw_tensors, to_bf16
+from tests.factories.checkpoints import all_tensors, raw_tensors, safetensors_bytes, to_bf16
 from tests.factories.heads import LAYOUTS, PACKINGS, head_modules, make_base, packed, quantized, sharded, values_of
 from tests.factories.repairs import snapshot
 
@@ -85,10 +87,64 @@ def test_without_a_base_a_packed_head_is_dequantized_with_the_zero_point_of_its_
     assert snapshot(folder) == before
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["exchanged", "moved in"])
+def test_shards_in_subfolders_keep_their_places(inside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base(tmp_path / "base", "mtp")
+    folder = damaged(base, tmp_path / "made", "mtp", shards=4)
+    others = {n: raw for n, raw in all_tensors(folder).items() if n not in head_of(folder, base)}
+    index = json.loads((folder / INDEX).read_text())
+    with_head = {shard for name, shard in index["weight_map"].items() if name.startswith("mtp.")}
+    moved = {*index["weight_map"].values()}
+    (folder / "deep" / "er").mkdir(parents=True)
+    for shard in moved:
+        (folder / shard).rename(folder / "deep" / "er" / shard)
+    index["weight_map"] = {name: f"deep/er/{shard}" for name, shard in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+    if inside:
+        monkeypatch.chdir(folder)
+    result = repair(folder, RepairSource(base))
+    assert result.removes == sorted(f"deep/er/{shard}" for shard in with_head)
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.problems == []
+    assert {n: (t.dtype, t.shape, t.read()) for n, t in checkpoint.tensors.items()} == others | head_of(base, base)
+    assert {path.name for path in (folder / "deep" / "er").iterdir()} == moved - with_head != set()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert repair(folder, RepairSource(base)).changed is False
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_tensors_that_no_head_has_are_removed_and_not_counted_as_restored(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "mtp")
+    folder = damaged(base, tmp_path / "made", "mtp")
+    repair(folder, RepairSource(base))
+    tensors = raw_tensors(folder / HEAD_SHARD)
+    tensors["mtp.surplus.weight"] = tensors["mtp.norm.weight"]
+    (folder / HEAD_SHARD).write_bytes(safetensors_bytes(tensors))
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["mtp.surplus.weight"] = HEAD_SHARD
+    (folder / INDEX).write_text(json.dumps(index))
+    result = repair(folder, RepairSource(base))
+    assert result.changed is True and result.tensors_restored == 0
+    assert head_of(folder, base) == head_of(base, base) and Checkpoint.open(folder).problems == []
+
+
+@pytest.mark.parametrize("damage", ["not JSON", "too large"])
+def test_a_quantization_config_that_cannot_be_read_is_an_error_that_names_it(damage: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "mtp")
+    folder = damaged(base, tmp_path / "made", "mtp")
+    with (folder / QUANTIZATION).open("w") as stream:
+        stream.write("{")
+        if damage == "too large":
+            stream.truncate(MAX_JSON_BYTES + 1)
+    pattern = "quantization_config.json is " + ("not JSON" if damage == "not JSON" else "larger than 64 MiB")
+    with pytest.raises(CheckpointError, match=pattern):
+        repair(folder, RepairSource(base))
+
+
 @pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])
 @pytest.mark.parametrize("layout", ["mtp", "mtp-moe", "inlined"])
 def test_a_smaller_head_is_packed_from_the_base_with_the_fusion_layer_as_it_was(
-    layout: str, precision: str, bits: int, tmp_path: Path
+    layout: str, precision: HeadPrecision, bits: int, tmp_path: Path
 ) -> None:
     base = make_base(tmp_path / "base", layout)
     folder = damaged(base, tmp_path / "made", layout)

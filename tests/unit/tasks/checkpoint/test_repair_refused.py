@@ -201,3 +201,24 @@ def test_a_smaller_head_that_is_asked_for_may_cost_one_engine(tmp_path: Path) ->
     repair(folder, RepairSource(base))
     result = repair(folder, RepairSource(base), precision="int4")
     assert result.changed and result.engines["vllm"].mtp is True
+
+
+def text_of(*words: str | Path) -> str:
+    """The first line that `requant mtp-fix` prints, without the folder."""
+    line = CliRunner().invoke(mtp_fix, [str(word) for word in words]).output.splitlines()[0]
+    return line.partition(": ")[2]
+
+
+def test_the_text_says_what_happened_to_the_head(tmp_path: Path) -> None:
+    base = pico_base(tmp_path / "base")
+    folder = elsewhere(base, tmp_path / "made", packed=("mtp.fc",))
+    assert text_of(folder, "--dry-run") == "would be repaired, 1 tensors of the head dequantized (lossy)"
+    assert text_of(folder, "--base", base) == "repaired, 15 tensors of the head from the base"
+    (folder / "quantization_config.json").unlink()
+    (folder / "model.safetensors.index.json").write_text(
+        (folder / "model.safetensors.index.json").read_text().replace('"total_size": ', '"total_size": 1')
+    )
+    assert text_of(folder) == "repaired, no tensor of the head differs"
+    assert text_of(folder) == "nothing to repair"
+    rounded = text_of(folder, "--base", base, "--precision", "int8")
+    assert rounded.endswith("tensors of the head from the base, its layers rounded to INT8")

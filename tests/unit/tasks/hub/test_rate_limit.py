@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import httpx2
 import pytest
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from requant.tasks.errors import HubError, HubUnavailable
 from requant.tasks.hub import rate_limit as pace_module
 from requant.tasks.hub.client import hub_errors
-from requant.tasks.hub.rate_limit import PARALLEL_REQUESTS, Pace
+from requant.tasks.hub.rate_limit import PARALLEL_REQUESTS, Pace, requested_wait_s
 
 Answer = tuple[int, dict[str, str]]
 
@@ -182,3 +183,18 @@ def test_nothing_is_heard_after_the_end() -> None:
             pace.ask(lambda: get(url))
         get(url)
     assert pace.requests == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "wait_s"),
+    [
+        (429, {"Retry-After": "30", "RateLimit": '"resolvers";r=0;t=120'}, 30.0),
+        (429, {"RateLimit": '"resolvers";r=0;t=120'}, 120.0),
+        (503, {"Retry-After": "5"}, 5.0),
+        (503, {"RateLimit": '"resolvers";r=0;t=120'}, None),
+        (429, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, None),
+        (429, {}, None),
+    ],
+)
+def test_the_time_that_an_answer_asks_to_wait(status: int, headers: dict[str, str], wait_s: float | None) -> None:
+    assert requested_wait_s(httpx2.Response(status, headers=headers)) == wait_s

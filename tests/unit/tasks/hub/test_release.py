@@ -12,7 +12,7 @@ import pytest
 from requant.tasks.artifact import RELEASE, REWRITTEN, File, Manifest
 from requant.tasks.errors import HubError
 from requant.tasks.hub.manifest import Origin, ReleaseManifest, release_document, tag_of
-from requant.tasks.hub.release import Release, _list_stale, holds, same
+from requant.tasks.hub.release import Release, _list_stale, has_exactly, has_same_content
 from requant.tasks.hub.revision import HubFile, Revision
 from requant.tasks.record import StageRecord
 from tests.factories.checkpoints import write_files
@@ -45,16 +45,16 @@ def manifest(tmp_path: Path) -> Manifest:
 
 
 def test_a_revision_with_the_same_files_holds_an_artifact(manifest: Manifest, tmp_path: Path) -> None:
-    assert holds(revision(FILES), manifest.files, tmp_path)
+    assert has_exactly(revision(FILES), manifest.files, tmp_path)
 
 
 def test_what_lies_beside_and_the_hubs_own_file_do_not_count_where_they_are_put_aside(
     manifest: Manifest, tmp_path: Path
 ) -> None:
     there = revision({**FILES, **dict.fromkeys(REWRITTEN, b"text")})
-    assert holds(there, manifest.files, tmp_path, REWRITTEN)
-    assert not holds(there, manifest.files, tmp_path)
-    assert holds(revision({**FILES, ".gitattributes": b"*"}), manifest.files, tmp_path)
+    assert has_exactly(there, manifest.files, tmp_path, REWRITTEN)
+    assert not has_exactly(there, manifest.files, tmp_path)
+    assert has_exactly(revision({**FILES, ".gitattributes": b"*"}), manifest.files, tmp_path)
 
 
 CHANGES: dict[str, dict[str, bytes]] = {
@@ -72,18 +72,18 @@ CHANGES: dict[str, dict[str, bytes]] = {
 def test_a_revision_with_other_files_does_not_hold_it(
     files: dict[str, bytes], manifest: Manifest, tmp_path: Path
 ) -> None:
-    assert not holds(revision(files), manifest.files, tmp_path)
+    assert not has_exactly(revision(files), manifest.files, tmp_path)
 
 
 def test_a_large_file_is_compared_by_its_sha256_without_reading_ours(tmp_path: Path) -> None:
     sha256 = hashlib.sha256(b"weights").hexdigest()
     ours = File("not-here.safetensors", 7, sha256)
-    assert same(HubFile(ours.path, 7, "x", sha256), ours, tmp_path)
-    assert not same(HubFile(ours.path, 7, "x", "0" * 64), ours, tmp_path)
+    assert has_same_content(HubFile(ours.path, 7, "x", sha256), ours, tmp_path)
+    assert not has_same_content(HubFile(ours.path, 7, "x", "0" * 64), ours, tmp_path)
 
 
 def test_a_file_that_the_hub_lists_without_any_hash_is_not_the_same(manifest: Manifest, tmp_path: Path) -> None:
-    assert not same(HubFile("config.json", 2, "", None), manifest["config.json"], tmp_path)
+    assert not has_same_content(HubFile("config.json", 2, "", None), manifest["config.json"], tmp_path)
 
 
 def test_what_an_earlier_release_left_is_stale_and_the_hubs_own_file_is_not(manifest: Manifest) -> None:

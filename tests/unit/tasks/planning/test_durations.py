@@ -42,7 +42,7 @@ def record(store: Store, stage: str, **facts: Any) -> None:
 
 def test_a_measured_gpus_blocks_foretell_the_whole_model(store: Store) -> None:
     measured = json.loads((Path(resources.__file__).parent / "gpu-figures.json").read_text())
-    whole = {**measured["whole_seconds"], **measured.get("measured_again", {}).get("whole_seconds", {})}
+    whole = measured["whole_seconds"]
     for fast, variant in ((True, "requant"), (False, "auto-round")):
         figure = estimate_quantize(store, recipe("H100", fast=fast), BLOCKS, LINEAR)
         assert figure.seconds == pytest.approx(whole[variant], rel=0.03)
@@ -64,6 +64,24 @@ def test_another_gpu_is_told_from_auto_rounds_table_and_said_so(store: Store) ->
     assert "A100" in figure.source and "RTX 5090" in figure.source
     slower = estimate_quantize(store, recipe("RTX 5090", low_gpu_mem=True), BLOCKS, LINEAR)
     assert slower.seconds > figure.seconds
+
+
+def test_a_cpu_without_a_record_has_an_assumption_called_so_and_no_gpus_figures(store: Store) -> None:
+    figure = estimate_quantize(store, recipe(device="cpu"), BLOCKS, LINEAR)
+    assert figure.source == "assumed: a CPU with 500 GFLOP/s"
+    gpu = estimate_quantize(store, recipe(), BLOCKS, LINEAR)
+    assert figure.seconds > 100 * gpu.seconds
+    assert estimate_quantize(store, recipe(device="cpu"), {"a": 2}, set()).seconds == pytest.approx(10, rel=0.01)
+
+
+@pytest.mark.parametrize("changes", [
+    {"seqlen": 0}, {"seqlen": -64}, {"iters": 0, "nsamples": 0}, {"parameters": 10**400},
+], ids=str)  # fmt: skip
+def test_a_record_with_impossible_work_does_not_end_a_plan(changes: dict[str, int], store: Store) -> None:
+    work = {"parameters": 1000, "iters": 1, "nsamples": 4, "seqlen": 64, "batch_size": 4, "fast": "auto", **changes}
+    record(store, "quantize", seconds=9.0, settings={"device": "cpu"}, work=work, blocks=[{"seconds": 3.0}])
+    figure = estimate_quantize(store, recipe(device="cpu"), BLOCKS, LINEAR)
+    assert 0 < figure.seconds < float("inf")
 
 
 def test_an_earlier_run_on_that_gpu_comes_first_and_its_cold_start_stays(store: Store) -> None:

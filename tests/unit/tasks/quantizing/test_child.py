@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from requant.tasks.quantizing.child import _check_layer_names
-from requant.tasks.quantizing.events import BlockStarted, EventWriter, JobRefused, kind_of
+from requant.tasks.quantizing.events import BlockStarted, EventWriter, JobRefused
 from requant.tasks.quantizing.reporting import LogReader
 from requant.tasks.quantizing.resume import clean_unfinished
 from requant.tasks.quantizing.samples import calibration_samples, shares
@@ -235,33 +235,7 @@ def test_nothing_to_clean_is_no_error(tmp_path: Path) -> None:
     clean_unfinished(tmp_path / "out")
 
 
-# Errors, and the log.
-
-
-@pytest.mark.parametrize(("error", "kind"), [
-    (MemoryError(), "oom"),
-    (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), "oom"),
-    (RuntimeError("HIP out of memory"), "oom"),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "oom"),
-    (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "compile"),
-    (RuntimeError("torch._inductor.exc.InductorError: LoweringException"), "compile"),
-    (ValueError("quantize.layers names 'x', which is in no layer"), "failed"),
-    (KeyError("text"), "failed"),
-])  # fmt: skip
-def test_an_error_is_told_apart_by_what_cures_it(error: Exception, kind: str) -> None:
-    assert kind_of(error) == kind
-
-
-def test_running_out_of_a_cpus_memory_is_out_of_memory() -> None:
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(1 << 60, dtype=torch.uint8)
-    assert kind_of(caught.value) == "oom"
-
-
-def test_an_error_of_dynamo_is_cured_by_not_compiling() -> None:
-    from torch._dynamo.exc import Unsupported
-
-    assert kind_of(Unsupported("call_function")) == "compile"
+# The log.
 
 
 def logged(folder: Path, *records: tuple[int, str]) -> list[dict[str, Any]]:

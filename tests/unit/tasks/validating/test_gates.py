@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from requant.tasks.recipe.recipe import MAX_KL_DIVERGENCE, Gates
-from requant.tasks.validating.gates import FIXED, MAX_REPEATED_SHARE, Gate, judge, most_repeated, slope_error
+from requant.tasks.validating.gates import (
+    FIXED,
+    MAX_REPEATED_SHARE,
+    QUALITY_GATES,
+    Gate,
+    judge,
+    most_repeated,
+    slope_error,
+)
 from requant.tasks.validating.measured import MatrixError
 from tests.factories.measured import GOOD, good
 
@@ -90,6 +98,16 @@ def test_a_value_that_could_not_be_measured_does_not_pass(name: str) -> None:
     assert ("null" in gate.note) == (name not in FIXED), "only where a recipe can set it"
 
 
+def test_the_fixed_gates_are_those_that_have_a_limit_whatever_the_recipe_says() -> None:
+    """The gates of complete and undamaged files are always measured, so that no user is told to take their limit."""
+    without_limits = Gates(**dict.fromkeys(Gates.model_fields))
+    limited = {
+        gate.name for gate in judge(good(worst_task_recovery=1.0, tasks={}), without_limits) if gate.limit is not None
+    }
+    assert limited - {"structure", "lossless", "finite", "files", "context"} == FIXED
+    assert {gate.name for gate in judge(good(), Gates())} - FIXED >= QUALITY_GATES
+
+
 def test_kl_divergence_has_a_limit_unless_the_recipe_says_null() -> None:
     assert by_name(judge(good(), Gates()))["kl_divergence"].limit == MAX_KL_DIVERGENCE
     assert by_name(judge(good(kl_divergence=9.0), Gates(max_kl_divergence=None)))["kl_divergence"].passed
@@ -145,6 +163,15 @@ def test_what_a_model_has_not_is_not_compared() -> None:
 def test_a_head_whose_acceptance_could_not_be_measured_does_not_pass_unless_nobody_asks() -> None:
     assert failed(mtp_acceptance_ratio=None) == {"mtp_acceptance_ratio"}
     assert failed(Gates(min_mtp_acceptance_ratio=None), mtp_acceptance_ratio=None) == set()
+
+
+@pytest.mark.parametrize(("limit", "passed"), [(0.95, False), (None, None)])
+def test_a_ratio_to_a_base_that_accepts_no_draft_is_undefined(limit: float | None, passed: bool | None) -> None:
+    limits = Gates(min_mtp_acceptance_ratio=limit)
+    gate = by_name(judge(good(mtp_acceptance_ratio=None, base_mtp_acceptance=0.0), limits))["mtp_acceptance_ratio"]
+    assert (gate.value, gate.passed) == (None, passed)
+    assert "is undefined, since none of the base's drafts is accepted" in gate.note
+    assert "could not be measured" not in gate.note and ("set gates for it to null" in gate.note) == (limit is not None)
 
 
 def test_a_checkpoint_without_a_head_has_no_gate_for_it() -> None:

@@ -256,7 +256,9 @@ def values_of(ours: Path, base: Path, *measurements: Measurement) -> Measured:
     """What validate says of a folder, its base and itself measured before: `(base, ours)`."""
     kept = dict(zip((base, ours), measurements, strict=True))
     how = {"keep_head": True, "pack_head": False, "remote_code": False}
-    return measured_values(ours, base, lambda path, settings: kept[path], **how)
+    return measured_values(
+        Checkpoint.open(ours), Checkpoint.open(base).sound(), lambda path, settings: kept[path], **how
+    )
 
 
 def test_a_quantized_checkpoint_is_compared_with_its_base(

@@ -1,7 +1,10 @@
-"""Run the child process until it succeeds: watch it, and start it again with settings that need less memory.
+"""Run the quantize child, and restart it with lower memory use after each out-of-memory failure.
 
-`ladder.json` in the work folder holds the position on the ladder of settings and all attempts. It survives a crash, so
-that the next run does not fail again where an earlier one did.
+The settings form a ladder. Its first rung is what the recipe asks for; then come the samples in the CPU's memory
+(low_gpu_mem), smaller and smaller batches, and finally the activations in the CPU's memory too (offload).
+
+`ladder.json` in the work folder holds the current rung and all attempts. It survives a crash, so that the next run does
+not repeat settings that have failed.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -20,13 +24,18 @@ from pathlib import Path
 from requant.tasks.environment import with_package
 from requant.tasks.errors import SECRET_VARIABLES, OutOfMemory, QuantizeDied, QuantizeFailed, StageTimeout
 from requant.tasks.quantizing.events import BlockStarted, Event, EventSink, Failed, SettingsChosen, read_events
+from requant.tasks.quantizing.failures import FailureKind
 from requant.tasks.quantizing.job import Job, JobResult, Rung
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_S = 48 * 3600.0
+# The time limit of the stage, for all children together.
+TIMEOUT_S = 47.5 * 3600
 POLL_INTERVAL_S = 0.3
-MAX_DEATHS = 3  # A child that dies so many times in a row in one block, and by SIGKILL, has run out of memory.
+# Treat this many consecutive deaths in one block as out of memory if the last was a SIGKILL. Each earlier death raises
+# QuantizeDied, and the retry resumes the count from ladder.json.
+MAX_DEATHS = 3
+OUT_OF_MEMORY = frozenset({FailureKind.GPU_MEMORY, FailureKind.HOST_MEMORY})
 
 
 def ladder(asked: Rung) -> Iterator[Rung]:
@@ -48,29 +57,39 @@ def ladder(asked: Rung) -> Iterator[Rung]:
 
 
 class Attempt(Rung):
-    """A rung that was tried, how that ended, and in which block unless it succeeded."""
+    """A rung that was tried, how that ended, and in which block unless it succeeded.
+
+    `ended` is `done`, `died`, or the value of a FailureKind.
+    """
 
     ended: str
     block: str | None = None
 
 
 class Progress:
-    """The file `ladder.json`: the rung, all attempts, and how often the child died in the last block."""
+    """The content of `ladder.json`: the current rung, all attempts, and how often the child died in the last block."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.rung, self.compiled = 0, True
+        self.rung_index, self.compile_allowed = 0, True
         self.attempts: list[Attempt] = []
-        self.deaths: dict[str, int] = {}
+        self.deaths = 0  # in a row in `deaths_block`
+        self.deaths_block: str | None = None
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             saved = json.loads(path.read_text())
             self.attempts = [Attempt.model_validate(attempt) for attempt in saved["attempts"]]
-            self.rung, self.compiled, self.deaths = int(saved["rung"]), bool(saved["compiled"]), dict(saved["deaths"])
+            self.rung_index, self.compile_allowed = int(saved["rung"]), bool(saved["compiled"])
+            for block, deaths in dict(saved["deaths"]).items():  # at most one
+                self.deaths, self.deaths_block = int(deaths), None if block == "None" else block
 
     def save(self) -> None:
         """Replace the file."""
-        attempts = [attempt.model_dump(exclude_unset=True) for attempt in self.attempts]
-        document = {"rung": self.rung, "compiled": self.compiled, "attempts": attempts, "deaths": self.deaths}
+        document = {
+            "rung": self.rung_index,
+            "compiled": self.compile_allowed,
+            "attempts": [attempt.model_dump(exclude_unset=True) for attempt in self.attempts],
+            "deaths": {str(self.deaths_block): self.deaths} if self.deaths else {},
+        }
         temporary = self._path.with_suffix(".part")
         temporary.write_text(json.dumps(document))
         os.replace(temporary, self._path)
@@ -83,86 +102,108 @@ class Progress:
 
     def count_death(self, block: str | None) -> int:
         """Return how many times in a row the child has died in this block, this time included."""
-        self.deaths = {str(block): self.deaths.get(str(block), 0) + 1}
-        return self.deaths[str(block)]
+        self.deaths = self.deaths + 1 if block == self.deaths_block else 1
+        self.deaths_block = block
+        return self.deaths
+
+    def next_settings(self, rungs: Sequence[Rung]) -> Rung:
+        """Return the settings of the current rung, adapted to how earlier attempts failed."""
+        rung = rungs[self.rung_index]
+        if not self.compile_allowed:
+            rung = rung.model_copy(update={"torch_compile": False})
+        memory_failures = [attempt for attempt in self.attempts if attempt.ended in OUT_OF_MEMORY]
+        if memory_failures and memory_failures[-1].ended == FailureKind.HOST_MEMORY:
+            # low_gpu_mem would move the samples into the memory that ran out.
+            rung = rung.model_copy(update={"low_gpu_mem": memory_failures[-1].low_gpu_mem})
+        return rung
 
 
-def down_the_ladder(job: Job, folder: Path, report: EventSink) -> tuple[JobResult, list[Attempt]]:
+def quantize_with_fallback(
+    job: Job, folder: Path, report: EventSink, deadline_s: float = math.inf
+) -> tuple[JobResult, list[Attempt]]:
     """Run the child with one rung after another until it succeeds; `report` gets its events as they come.
 
     Returns its result and all attempts, those of earlier runs in this folder included. Raises QuantizeFailed,
-    OutOfMemory below the last rung, QuantizeDied if the child was killed from outside, and StageTimeout.
+    OutOfMemory if the last rung ran out of memory, QuantizeDied if the child ended without reporting an error, and
+    StageTimeout if `time.monotonic()` passes `deadline_s`.
     """
     progress = Progress(folder / "ladder.json")
     events, log_file, result_path = folder / "events.jsonl", folder / "log.txt", folder / "result.json"
     rungs = list(ladder(job.rung))
+    # After the last rung failed, its index stays in the file, and the next run tries it again. A larger index can only
+    # come from a file that something else wrote.
+    progress.rung_index = min(progress.rung_index, len(rungs) - 1)
     while not result_path.exists():
-        rung = rungs[min(progress.rung, len(rungs) - 1)]
-        if not progress.compiled:
-            rung = rung.model_copy(update={"torch_compile": False})
-        kills_before = kernel_kills()
+        rung = progress.next_settings(rungs)
+        kernel_kills_before = kernel_kills()
         try:
-            error = run_child(job.model_copy(update={"rung": rung}), folder, report)
+            failed = run_child(job.model_copy(update={"rung": rung}), folder, report, deadline_s)
         except QuantizeDied as died:
             block = last_block(events)
-            out_of_memory = progress.count_death(block) >= MAX_DEATHS or kernel_kills() > kills_before
+            deaths = progress.count_death(block)
+            out_of_memory = deaths >= MAX_DEATHS or kernel_kills() > kernel_kills_before
             if not (died.killed and out_of_memory):
                 progress.add(rung, "died", block)
                 raise
-            error = Failed(kind="host oom", text=str(died))
-        if error is None:
-            progress.add(rung, "done")
-            break
-        block = last_block(events)
-        progress.add(rung, error.kind, block)
-        if error.kind == "compile" and progress.compiled:
-            log.info("torch.compile failed: going on without it")
-            progress.compiled = False
-        elif error.kind in {"oom", "host oom"}:
-            where = block or "the calibration"
-            progress.rung = _next_rung(rungs, progress.rung, events, host=error.kind == "host oom")
-            progress.deaths = {}
-            if progress.rung >= len(rungs):
-                raise OutOfMemory(
-                    f"out of memory even with one sample a step, in {where} ({log_file}): use a machine or a device "
-                    "with more memory"
-                )
-            log.info(f"out of memory in {where}: going on from there with {_changes(rung, rungs[progress.rung])}")
-        elif error.kind == "refused":
-            raise QuantizeFailed(error.text)
+            kind, text = FailureKind.HOST_MEMORY, str(died)
         else:
-            raise QuantizeFailed(f"auto-round failed: {error.text} (its log: {log_file})")
+            if failed is None:
+                progress.add(rung, "done")
+                break
+            block = last_block(events)
+            kind, text = failed.kind, failed.text
+        progress.add(rung, kind.value, block)
+        if kind is FailureKind.COMPILE and progress.compile_allowed:
+            log.info("torch.compile failed: going on without it")
+            progress.compile_allowed = False
+        elif kind in OUT_OF_MEMORY:
+            where = block or "the calibration"
+            host = kind is FailureKind.HOST_MEMORY
+            low_gpu_mem = last_settings(events).low_gpu_mem is True
+            following = _next_rung(rungs, progress.rung_index, low_gpu_mem=low_gpu_mem, host=host)
+            progress.deaths = 0
+            if following is None:
+                raise OutOfMemory(
+                    f"{'the machine' if host else 'the GPU'} is out of memory even with one sample at a time"
+                    f"{', with offload' if rung.offload else ''}, in {where} ({log_file}): use a "
+                    f"{'machine' if host else 'GPU'} with more memory"
+                )
+            progress.rung_index = following
+            log.info(f"out of memory in {where}: resuming with {_changes(rung, progress.next_settings(rungs))}")
+        elif kind is FailureKind.REFUSED:
+            raise QuantizeFailed(text)
+        else:
+            raise QuantizeFailed(f"auto-round failed: {text} (its log: {log_file})")
         progress.save()
     return JobResult.model_validate_json(result_path.read_text()), progress.attempts
 
 
-def _next_rung(rungs: Sequence[Rung], number: int, events: Path, *, host: bool) -> int:
-    """Return the number of the next rung after one that ran out of memory: of the machine's if `host`, else the GPU's.
+def _next_rung(rungs: Sequence[Rung], index: int, *, low_gpu_mem: bool, host: bool) -> int | None:
+    """Return the index of the next rung that needs less of the memory that ran out; None if there is none.
 
-    Where low_gpu_mem does not help, the rungs with the same batch size are skipped: if the child used it already, or if
-    the memory that ran out is the machine's, to which low_gpu_mem moves the samples.
+    `low_gpu_mem`: the rung that failed used it already. `host`: host memory ran out, not GPU memory.
     """
-    same_batch_helps = not host and last_settings(events).low_gpu_mem is not True
-    following = number + 1
-    while following < len(rungs) and not same_batch_helps and rungs[following].batch_size == rungs[number].batch_size:
-        if rungs[following].offload and not host:
-            break
-        following += 1
-    return following
+
+    def needs_less(rung: Rung) -> bool:
+        """Check whether a later rung needs less. Only a smaller batch helps the host; the rest moves data to it."""
+        smaller_batch = rung.batch_size < rungs[index].batch_size
+        return smaller_batch or (not host and (rung.offload or not low_gpu_mem))
+
+    return next((later for later in range(index + 1, len(rungs)) if needs_less(rungs[later])), None)
 
 
 def _changes(before: Rung, after: Rung) -> str:
-    """List the settings that another rung changes. torch.compile is not a matter of the rung."""
+    """List the settings that another rung changes. torch.compile does not depend on the rung."""
     values, earlier = after.model_dump(exclude={"torch_compile"}), before.model_dump()
     return ", ".join(f"{name} {value}" for name, value in values.items() if value != earlier[name])
 
 
 def kernel_kills() -> int:
     """Count the processes that the kernel has killed for lack of memory, in this control group or on this machine."""
-    for path, name in ((Path("/sys/fs/cgroup/memory.events"), "oom_kill"), (Path("/proc/vmstat"), "oom_kill")):
+    for path in (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat")):
         with contextlib.suppress(OSError, ValueError):
             for line in path.read_text().splitlines():
-                if line.split()[0] == name:
+                if line.split()[0] == "oom_kill":
                     return int(line.split()[1])
     return 0
 
@@ -184,10 +225,10 @@ def last_settings(events: Path) -> SettingsChosen:
     return chosen[-1] if chosen else SettingsChosen()
 
 
-def run_child(job: Job, folder: Path, report: EventSink, timeout_s: float = TIMEOUT_S) -> Failed | None:
+def run_child(job: Job, folder: Path, report: EventSink, deadline_s: float = math.inf) -> Failed | None:
     """Run the child to its end. Returns None if it wrote result.json, else the error, which is its last event.
 
-    Raises QuantizeDied if it ended without either, and StageTimeout.
+    Raises QuantizeDied if it ended without either, and StageTimeout if `time.monotonic()` passes `deadline_s`.
     """
     (folder / "job.json").write_text(job.model_dump_json())
     events = folder / "events.jsonl"
@@ -207,7 +248,6 @@ def run_child(job: Job, folder: Path, report: EventSink, timeout_s: float = TIME
             stderr=output,
             start_new_session=True,
         )
-        deadline = time.monotonic() + timeout_s
         try:
             running = True
             while running:
@@ -216,8 +256,11 @@ def run_child(job: Job, folder: Path, report: EventSink, timeout_s: float = TIME
                 for event in new:
                     last = event
                     report(event)
-                if time.monotonic() > deadline:
-                    raise StageTimeout(f"quantize ran for {timeout_s / 3600:.0f} hours: its finished blocks are kept")
+                if time.monotonic() > deadline_s:
+                    raise StageTimeout(
+                        f"quantize did not end within {TIMEOUT_S / 3600:g} hours; its finished blocks are kept: start "
+                        "the run again, and it resumes after them"
+                    )
                 if running:
                     time.sleep(POLL_INTERVAL_S)
         finally:
@@ -228,12 +271,11 @@ def run_child(job: Job, folder: Path, report: EventSink, timeout_s: float = TIME
         return last
     code = child.returncode
     how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-    died = QuantizeDied(
+    raise QuantizeDied(
         f"the quantize process ended with {how}; its finished blocks are kept, and the next run goes on from them "
-        f"(its log: {folder / 'log.txt'})"
+        f"(its log: {folder / 'log.txt'})",
+        killed=code == -signal.SIGKILL,
     )
-    died.killed = code == -signal.SIGKILL
-    raise died
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

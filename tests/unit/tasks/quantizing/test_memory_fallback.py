@@ -9,11 +9,12 @@ from typing import Any
 import psutil
 import pytest
 
-from requant.tasks.errors import OutOfMemory, QuantizeDied, QuantizeFailed
-from requant.tasks.quantizing import ladder as run
+from requant.tasks.errors import OutOfMemory, QuantizeDied, QuantizeFailed, StageTimeout
+from requant.tasks.quantizing import memory_fallback as run
 from requant.tasks.quantizing.events import Event, Failed, SettingsChosen, Warned
+from requant.tasks.quantizing.failures import FailureKind
 from requant.tasks.quantizing.job import Job, JobResult, Rung
-from requant.tasks.quantizing.ladder import Progress, down_the_ladder, ladder, run_child
+from requant.tasks.quantizing.memory_fallback import Progress, ladder, quantize_with_fallback, run_child
 from tests.factories.quantizing import job_of
 from tests.factories.requant import wait_for
 from tests.factories.sites import begin_with, give_secrets, secrets_given
@@ -29,7 +30,7 @@ class Child:
         self.script, self.resolved = list(script), resolved
         self.rungs: list[Rung] = []
 
-    def __call__(self, job: Job, folder: Path, report: Any) -> Failed | None:
+    def __call__(self, job: Job, folder: Path, report: Any, deadline_s: float) -> Failed | None:
         self.rungs.append(job.rung)
         with (folder / "events.jsonl").open("a") as stream:
             for event in ({"event": "settings", "low_gpu_mem": self.resolved}, {"event": "block", "name": "layers.1"}):
@@ -39,15 +40,15 @@ class Child:
             (folder / "result.json").write_text(RESULT.model_dump_json())
             return None
         if what == "killed":
-            died = QuantizeDied("SIGKILL")
-            died.killed = True
-            raise died
-        return Failed(kind=what, text=what)
+            raise QuantizeDied("SIGKILL", killed=True)
+        if what == "crashed":
+            raise QuantizeDied("SIGSEGV")
+        return Failed(kind=FailureKind(what), text=what)
 
 
 def descend(child: Child, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(run, "run_child", child)
-    _, attempts = down_the_ladder(JOB, folder, lambda event: None)
+    _, attempts = quantize_with_fallback(JOB, folder, lambda event: None)
     return [attempt.model_dump(exclude_unset=True) for attempt in attempts]
 
 
@@ -74,7 +75,7 @@ def test_the_last_rung_keeps_activations_on_the_cpu(tmp_path: Path, monkeypatch:
 
 
 def test_below_the_last_rung_is_an_error_that_names_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OutOfMemory, match=r"layers\.1"):
+    with pytest.raises(OutOfMemory, match=r"GPU is out of memory .* one sample at a time, with offload, in layers\.1"):
         descend(Child(*["oom"] * 5), tmp_path, monkeypatch)
 
 
@@ -95,6 +96,54 @@ def test_what_the_kernel_kills_for_memory_gets_a_smaller_batch(tmp_path: Path, m
     attempts = descend(child, tmp_path, monkeypatch)
     assert [rung.batch_size for rung in child.rungs] == [4, 2]
     assert attempts[0]["ended"] == "host oom"
+
+
+@pytest.mark.parametrize("asked", ["auto", False])
+def test_without_host_memory_no_later_attempt_moves_samples_or_activations_to_it(
+    asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = Child("host oom", "host oom", "host oom")
+    monkeypatch.setattr(run, "run_child", child)
+    with pytest.raises(OutOfMemory, match=r"machine is out of memory .* one sample at a time, in .* use a machine"):
+        quantize_with_fallback(job_of(batch_size=4, low_gpu_mem=asked), tmp_path, lambda event: None)
+    assert [(rung.batch_size, rung.low_gpu_mem, rung.offload) for rung in child.rungs] == [
+        (4, asked, False), (2, asked, False), (1, asked, False),
+    ]  # fmt: skip
+
+
+def test_a_gpu_without_memory_gets_low_gpu_mem_even_after_the_host_had_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = Child("host oom", "oom", "done")
+    descend(child, tmp_path, monkeypatch)
+    assert [(rung.batch_size, rung.low_gpu_mem) for rung in child.rungs] == [(4, "auto"), (2, "auto"), (1, True)]
+
+
+def test_deaths_of_any_kind_count_but_the_last_must_be_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "kernel_kills", lambda: 0)
+    for _ in range(4):
+        with pytest.raises(QuantizeDied):
+            descend(Child("crashed"), tmp_path, monkeypatch)
+    assert json.loads((tmp_path / "ladder.json").read_text())["deaths"] == {"layers.1": 4}
+    child = Child("killed", "done")
+    descend(child, tmp_path, monkeypatch)
+    assert [rung.batch_size for rung in child.rungs] == [4, 2]
+
+
+def test_a_death_before_the_first_block_is_counted_across_runs(tmp_path: Path) -> None:
+    path = tmp_path / "ladder.json"
+    path.write_text(json.dumps({"rung": 1, "compiled": True, "attempts": [], "deaths": {"None": 2}}))
+    progress = Progress(path)
+    assert (progress.rung_index, progress.deaths, progress.deaths_block) == (1, 2, None)
+    assert progress.count_death(None) == 3 and progress.count_death("layers.0") == 1
+
+
+def test_a_stage_that_takes_too_long_ends_its_child_and_says_that_blocks_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin_with("import signal; signal.pause()", tmp_path, monkeypatch)
+    with pytest.raises(StageTimeout, match=r"within 47\.5 hours; its finished blocks are kept: start the run again"):
+        quantize_with_fallback(JOB, tmp_path, lambda event: None, deadline_s=0.0)
 
 
 def test_killed_again_and_again_in_one_block_it_gets_a_smaller_batch(
@@ -124,7 +173,7 @@ def _fresh(folder: Path) -> Path:
 
 def test_a_damaged_ladder_file_begins_at_the_top(tmp_path: Path) -> None:
     (tmp_path / "ladder.json").write_text('{"rung": ')
-    assert Progress(tmp_path / "ladder.json").rung == 0
+    assert Progress(tmp_path / "ladder.json").rung_index == 0
     assert next(iter(ladder(JOB.rung))).batch_size == 4
 
 

@@ -1,0 +1,91 @@
+"""A run that waits for stages on the gpu pool."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from uuid import uuid4
+
+import pytest
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Crashed
+
+from requant.flows import gpu_pool, requantize
+from requant.flows.gpu_pool import CrashOutcome, StageFailed, StageRequest, run_name
+from requant.tasks.errors import RecipeError
+from requant.tasks.hub.revision import HubFile, Revision
+from requant.tasks.pipeline.stage import Stage
+from requant.tasks.quantize import STAGE as QUANTIZE
+from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.validate import STAGE as VALIDATE
+
+RECIPE = parse_recipe({"base": {"repo_id": "a/b"}})
+
+
+class Waiting:
+    """Waits for a run of the gpu pool with these states, and handles each crash with the next outcome."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, states: list[State], *outcomes: CrashOutcome) -> None:
+        run, left, crashes = SimpleNamespace(id=uuid4(), name="a run"), iter(states), iter(outcomes)
+        monkeypatch.setattr(gpu_pool, "POLL_INTERVAL_S", 0.0)
+        monkeypatch.setattr(gpu_pool, "_start_run", lambda *arguments: run)
+        monkeypatch.setattr(gpu_pool, "_state", lambda run_id: next(left))
+        monkeypatch.setattr(gpu_pool, "_restart", lambda run_id: next(crashes))
+
+    def __call__(self, stage: Stage) -> None:
+        gpu_pool._run_and_wait(StageRequest(stage, "key", RECIPE, {}))
+
+
+@pytest.fixture(autouse=True)
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    with caplog.at_level(logging.INFO, logger="requant"):
+        yield
+
+
+@pytest.mark.parametrize(("stage", "resumes"), [(QUANTIZE, True), (VALIDATE, False)])
+def test_only_quantize_is_said_to_resume_after_a_crash(
+    stage: Stage, resumes: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Waiting(monkeypatch, [Crashed(message="no heartbeat"), Completed()], CrashOutcome.RESTARTED)(stage)
+    assert "a run crashed (no heartbeat) and is restarted" in caplog.text
+    assert ("finished block" in caplog.text) == resumes
+
+
+def test_a_restart_is_logged_only_when_the_server_made_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    states = [Crashed(), Crashed(), Crashed(), Completed()]
+    Waiting(monkeypatch, states, CrashOutcome.UNKNOWN, CrashOutcome.UNKNOWN, CrashOutcome.RESTARTED)(QUANTIZE)
+    assert caplog.text.count("restarted") == 1
+
+
+def test_a_crash_that_is_final_fails_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StageFailed, match="no heartbeat"):
+        Waiting(monkeypatch, [Crashed(message="no heartbeat")], CrashOutcome.FINAL)(QUANTIZE)
+
+
+def test_the_name_of_a_run_has_the_bits_that_override_the_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"base": {"repo_id": "a/b"}, "quantize": {"bits": 8}}
+    monkeypatch.setattr("prefect.runtime.flow_run.parameters", {"recipe": given}, raising=False)
+    assert run_name() == "b W8A16"
+
+
+@pytest.fixture
+def resolving(monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """A recipe with tasks of lm-eval, which is not installed. Its base is large."""
+    base = Revision("a/b", "0" * 40, (HubFile("model.safetensors", 54_000_000_000, "0" * 40, "0" * 64),))
+    monkeypatch.setattr(requantize, "resolve", lambda repo_id, revision: base)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    return RECIPE.model_copy(
+        update={"eval": parse_recipe({"base": {"repo_id": "a/b"}, "eval": {"tasks": ["gsm8k"]}}).eval}
+    )
+
+
+def test_a_worker_without_lm_eval_can_delegate_its_tasks(resolving: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match="gsm8k needs lm-eval"):
+        requantize.resolve_task.fn(resolving)
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "a-deployment")
+    base, _, _ = requantize.resolve_task.fn(resolving)
+    assert base.sha == "0" * 40
