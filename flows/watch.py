@@ -32,7 +32,7 @@ def watch(folder: str = str(RECIPES_FOLDER)) -> Any:
         done = watch_pass(Path(folder), start_on_server)
     except RequantError as error:  # The message is the sentence alone, without the words that Prefect adds.
         return Failed(message=str(error), data=error)
-    document = done.to_json()
+    document = done.document().to_json()
     log.info(done.text)
     create_table_artifact(
         [*document["started"], *document["problems"]], key="requant-watch", description=f"Of {done.checked} recipes"

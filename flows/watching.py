@@ -10,9 +10,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import Field
 
 from requant.flows.last_run import last_run
+from requant.tasks.documents import Document
 from requant.tasks.errors import RecipeError, RequantError
 from requant.tasks.hub.rate_limit import PARALLEL_REQUESTS, Pace
 from requant.tasks.hub.revision import Revision, resolve
@@ -59,6 +61,31 @@ class Started:
 Start = Callable[[Store, Sequence[Due]], Iterator[Started | Problem]]  # flows/start.py has two of them
 
 
+class StartedRun(Document):
+    """A run that a pass started."""
+
+    recipe: str = Field(description="File name of the recipe")
+    repo_id: str = Field(description="The base's repo")
+    sha: str = Field(description="The base's new commit")
+    run: str | None = Field(description="Id of the run on the Prefect server; null if it ran here")
+    status: str = Field(description="scheduled on a Prefect server, otherwise how the run ended")
+
+
+class WatchProblem(Document):
+    """A recipe whose base could not be compared, or whose run could not be started."""
+
+    recipe: str = Field(description="File name of the recipe")
+    error: str = Field(description="What went wrong, in one sentence")
+
+
+class WatchDocument(Document):
+    """The document of `requant watch --once`."""
+
+    checked: int = Field(description="How many recipes there are")
+    started: list[StartedRun] = Field(description="The runs that were started")
+    problems: list[WatchProblem] = Field(description="What went wrong")
+
+
 @dataclass(frozen=True)
 class Pass:
     """The result of a pass: how many recipes there are, which runs were started, and what went wrong."""
@@ -67,14 +94,16 @@ class Pass:
     started: tuple[Started, ...]
     problems: tuple[Problem, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the document of `requant watch --once --json`."""
-        started = [
-            {"recipe": s.name, "repo_id": s.base.repo_id, "sha": s.base.sha, "run": s.run, "status": s.status}
-            for s in self.started
-        ]
-        problems = [{"recipe": p.name, "error": p.error} for p in self.problems]
-        return {"checked": self.checked, "started": started, "problems": problems}
+    def document(self) -> WatchDocument:
+        """Return the document of `requant watch --once`."""
+        return WatchDocument(
+            checked=self.checked,
+            started=[
+                StartedRun(recipe=s.name, repo_id=s.base.repo_id, sha=s.base.sha, run=s.run, status=s.status)
+                for s in self.started
+            ],
+            problems=[WatchProblem(recipe=p.name, error=p.error) for p in self.problems],
+        )
 
     @property
     def text(self) -> str:

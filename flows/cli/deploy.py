@@ -25,6 +25,7 @@ def deploy(folder: Path) -> CommandResult:
       PREFECT_API_URL=http://prefect:4200/api requant deploy deployments
     """
     url = server_url()
+    from requant.flows.cli.documents import DeployDocument
     from requant.flows.deployment import (
         POOLS,
         apply_automations,
@@ -52,5 +53,5 @@ def deploy(folder: Path) -> CommandResult:
     lines += [f"automation {name}{'' if new else ' (unchanged)'}" for name, new in applied.items()]
     lines += [f"note: {note}" for note in notes]
     changed = [name for name, new in (deployed | applied).items() if new]
-    document = {"deployments": list(deployed), "automations": list(applied), "changed": changed, "notes": notes}
-    return CommandResult(document, "\n".join(lines))
+    document = DeployDocument(deployments=list(deployed), automations=list(applied), changed=changed, notes=notes)
+    return CommandResult(document.to_json(), "\n".join(lines))

@@ -26,6 +26,7 @@ def publish(recipe_or_repo: str, rollback: bool, tag: str | None, overwrite: boo
       requant publish YOU/Qwen3.6-27B-int4-AutoRound --rollback
       requant publish recipe.yaml --rollback --to TAG
     """
+    from requant.flows.cli.documents import PublishDocument
     from requant.tasks.hub.rollback import rollback as roll_back
 
     if not rollback:
@@ -33,7 +34,7 @@ def publish(recipe_or_repo: str, rollback: bool, tag: str | None, overwrite: boo
     released = roll_back(target_of(recipe_or_repo), tag, overwrite=overwrite)
     done = "moved back" if released.changed else "nothing to do"
     text = f"{released.url} holds release {released.tag} ({done})"
-    return CommandResult({"published": released.model_dump()}, text)
+    return CommandResult(PublishDocument(published=released).to_json(), text)
 
 
 def target_of(name: str) -> str:

@@ -22,6 +22,15 @@ MODELS = {
     "validate": "requant.tasks.validating.gates:ValidationDocument",
     "bench": "requant.tasks.serving.result:BenchmarkResult",
     "verify": "requant.tasks.hub.verify:ReleaseCheck",
+    "publish": "requant.flows.cli.documents:PublishDocument",
+    "watch": "requant.flows.watching:WatchDocument",
+    "deploy": "requant.flows.cli.documents:DeployDocument",
+    "store ls": "requant.flows.cli.documents:StoreListDocument",
+    "store verify": "requant.tasks.store.verify:StoreCheck",
+    "store gc": "requant.flows.cli.documents:CollectionDocument",
+    "store checkout": "requant.flows.cli.documents:CheckoutDocument",
+    "store export": "requant.flows.cli.documents:CopyDocument",
+    "store import": "requant.flows.cli.documents:CopyDocument",
 }
 DIALECT = "https://json-schema.org/draft/2020-12/schema"  # of the schemas that pydantic makes
 
@@ -31,7 +40,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"  # of the schemas that 
 def schema(words: tuple[str, ...]) -> CommandResult:
     """Print the JSON Schema of what a command prints with --json.
 
-    Without COMMAND, list the commands whose documents have a schema. A command that fails prints another
+    Without COMMAND, list the commands that print a document. A command that fails prints another
     document, with the keys status and error.
 
     \b

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +58,7 @@ def store_ls() -> CommandResult:
       requant store ls
       REQUANT_STORE=s3://bucket/prefix requant store ls --json
     """
+    from requant.flows.cli.documents import StoreListDocument
     from requant.flows.report.store import StoredArtifact, artifact_table
     from requant.tasks.store.catalog import read_catalog
 
@@ -68,8 +68,8 @@ def store_ls() -> CommandResult:
     rows = [StoredArtifact.of(catalog, entry) for entry in entries]
     text = artifact_table(rows) if rows else f"{opened.url} is empty"
     damaged = [f"artifacts/{stage}/{key}: {why}" for (stage, key), why in sorted(catalog.damaged.items())]
-    document = {"store": opened.url, "artifacts": [asdict(row) for row in rows], "damaged": damaged}
-    return CommandResult(document, "\n".join([text.rstrip(), *damaged]))
+    document = StoreListDocument(store=opened.url, artifacts=rows, damaged=damaged)
+    return CommandResult(document.to_json(), "\n".join([text.rstrip(), *damaged]))
 
 
 @command("verify")
@@ -94,7 +94,9 @@ def store_verify(deep: bool, repair: bool) -> CommandResult:
 
     check = verify_store(_open_store(), deep=deep, repair=repair)
     summary = f"{check.checked} blobs checked, {len(check.problems)} problems"
-    return CommandResult(vars(check), "\n".join([summary, *check.problems, *check.repairs]), 1 if check.problems else 0)
+    return CommandResult(
+        check.to_json(), "\n".join([summary, *check.problems, *check.repairs]), 1 if check.problems else 0
+    )
 
 
 @command("gc")
@@ -133,6 +135,13 @@ def store_gc(
       requant store gc --dry-run
       requant store gc --keep-last 2 --older-than 30d --max-size 500GB
     """
+    from requant.flows.cli.documents import (
+        CollectionDocument,
+        DeletedArtifact,
+        DeletedBlobs,
+        LocalFiles,
+        RemainingBlobs,
+    )
     from requant.flows.report.store import gc_text
     from requant.tasks.store.gc import Policy, collect
 
@@ -142,24 +151,23 @@ def store_gc(
     policy = Policy(keep_last, older_than, None if max_size is None else int(max_size), grace)
     plan = collect(opened, policy, dry_run=dry_run)
     fits = max_size is None or plan.remaining_bytes <= max_size
-    document = {
-        "store": opened.url,
-        "dry_run": dry_run,
-        "artifacts": [
-            {"stage": e.stage, "key": e.key, "digest": e.manifest.digest, "bytes": e.manifest.size}
+    document = CollectionDocument(
+        store=opened.url,
+        dry_run=dry_run,
+        artifacts=[
+            DeletedArtifact(stage=e.stage, key=e.key, digest=e.manifest.digest, bytes=e.manifest.size)
             for e in plan.artifacts
         ],
-        "blobs": {"count": len(plan.blobs), "bytes": sum(item.size for item in plan.blobs)},
-        "records": len(plan.records),
-        "leftovers": plan.leftovers,
-        "on_this_machine": {
-            "paths": [str(f.path) for f in plan.local_files],
-            "bytes": sum(f.bytes for f in plan.local_files),
-        },
-        "stays": {"bytes": plan.remaining_bytes},
-        "fits": fits,
-    }
-    return CommandResult(document, gc_text(plan, dry_run=dry_run, fits=fits))
+        blobs=DeletedBlobs(count=len(plan.blobs), bytes=sum(item.size for item in plan.blobs)),
+        records=len(plan.records),
+        leftovers=plan.leftovers,
+        on_this_machine=LocalFiles(
+            paths=[str(f.path) for f in plan.local_files], bytes=sum(f.bytes for f in plan.local_files)
+        ),
+        stays=RemainingBlobs(bytes=plan.remaining_bytes),
+        fits=fits,
+    )
+    return CommandResult(document.to_json(), gc_text(plan, dry_run=dry_run, fits=fits))
 
 
 @command("checkout")
@@ -178,6 +186,7 @@ def store_checkout(name: str, folder: Path, force: bool) -> CommandResult:
       requant store checkout 3f9c0a17 build/model --force
     """
     from requant.flows.checkout import check_folder, copy_to_folder
+    from requant.flows.cli.documents import CheckoutDocument
     from requant.tasks.store.catalog import read_catalog
     from requant.tasks.store.copy import find_entries
 
@@ -188,7 +197,8 @@ def store_checkout(name: str, folder: Path, force: bool) -> CommandResult:
         opened.need(manifest.files)
         path, foreign = copy_to_folder(opened, manifest, folder, force=force)
     warn_of_foreign_weights(path, foreign)
-    return CommandResult({"digest": manifest.digest, "path": str(path)}, f"{manifest.size:,} bytes in {path}")
+    document = CheckoutDocument(digest=manifest.digest, path=str(path))
+    return CommandResult(document.to_json(), f"{manifest.size:,} bytes in {path}")
 
 
 @command("export")
@@ -231,6 +241,7 @@ def store_import(source: str, names: tuple[str, ...]) -> CommandResult:
 
 def _copy(source: Store, target: Store, names: Iterable[str]) -> CommandResult:
     """Copy the artifacts with these names, or all of a store."""
+    from requant.flows.cli.documents import CopiedArtifact, CopyDocument
     from requant.tasks.store.catalog import read_catalog
     from requant.tasks.store.copy import copy, find_entries
 
@@ -240,18 +251,13 @@ def _copy(source: Store, target: Store, names: Iterable[str]) -> CommandResult:
     entries = [e for name in names for e in find_entries(catalog, name)] or list(catalog.entries.values())
     copied = copy(source, target, entries)
     rows = [
-        {
-            "stage": c.entry.stage,
-            "key": c.entry.key,
-            "digest": c.entry.manifest.digest,
-            "bytes_moved": c.bytes,
-        }
+        CopiedArtifact(stage=c.entry.stage, key=c.entry.key, digest=c.entry.manifest.digest, bytes_moved=c.bytes)
         for c in copied
     ]
     moved = sum(c.bytes for c in copied)
     text = f"{len(rows)} artifacts from {source.url} are in {target.url}; {moved:,} bytes had to move"
-    document = {"source": source.url, "store": target.url, "artifacts": rows, "bytes_moved": moved}
-    return CommandResult(document, text)
+    document = CopyDocument(source=source.url, store=target.url, artifacts=rows, bytes_moved=moved)
+    return CommandResult(document.to_json(), text)
 
 
 def _open_store(url: str | None = None, *, must_exist: bool = False) -> Store:

@@ -71,4 +71,4 @@ def watch(once: bool, recipes: Path, interval: int) -> CommandResult:
                 progress(f"no pass: {error}")  # The store or the server may answer again at the next one.
             time.sleep(interval)
     failed = done.problems or any(started.status == "rejected" for started in done.started)
-    return CommandResult(done.to_json(), done.text, 1 if failed else 0)
+    return CommandResult(done.document().to_json(), done.text, 1 if failed else 0)

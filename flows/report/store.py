@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from requant.tasks.documents import Document
 from requant.tasks.formatting import gigabytes
 from requant.tasks.store.catalog import Catalog, Entry
 from requant.tasks.store.gc import CollectionPlan
@@ -16,29 +17,27 @@ from requant.tasks.store.gc import CollectionPlan
 TABLE_WIDTH = 130
 
 
-@dataclass(frozen=True)
-class ArtifactUser:
-    """A run that uses an artifact, and how long ago it was last active."""
+class ArtifactUser(Document):
+    """A run that uses an artifact."""
 
-    recipe: str
-    base: str
-    makes: str
-    seconds: int
+    recipe: str = Field(description="The beginning of the digest of its recipe")
+    base: str = Field(description="Its base, owner/name@commit")
+    makes: str = Field(description="The repos that it publishes to, or the schemes of its outputs")
+    seconds: int = Field(description="Seconds since it was last active")
 
 
-@dataclass(frozen=True)
-class StoredArtifact:
-    """An artifact as `requant store ls --json` shows it. Its fields are the keys of the document."""
+class StoredArtifact(Document):
+    """An artifact as `requant store ls --json` shows it."""
 
-    stage: str
-    key: str
-    digest: str
-    base: str | None
-    files: int
-    bytes: int
-    started: str | None
-    unused_seconds: int
-    used_by: tuple[ArtifactUser, ...]
+    stage: str = Field(description="Its stage")
+    key: str = Field(description="Its stage key")
+    digest: str = Field(description="Its digest")
+    base: str | None = Field(description="The base that it was made from, owner/name@commit; null if it is not known")
+    files: int = Field(description="How many files it has")
+    bytes: int = Field(description="Bytes of its files")
+    started: str | None = Field(description="When its stage began, in ISO 8601; null if it is not known")
+    unused_seconds: int = Field(description="Seconds since it was last made or reused")
+    used_by: tuple[ArtifactUser, ...] = Field(description="The runs that use it")
 
     @classmethod
     def of(cls, catalog: Catalog, entry: Entry) -> StoredArtifact:
@@ -56,7 +55,13 @@ class StoredArtifact:
             started=entry.provenance.started or None,
             unused_seconds=round(max(catalog.now - entry.last_used, 0.0)),
             used_by=tuple(
-                ArtifactUser(run.recipe, run.base, run.makes, round(max(catalog.now - run.seen, 0.0))) for run in runs
+                ArtifactUser(
+                    recipe=run.recipe,
+                    base=run.base,
+                    makes=run.makes,
+                    seconds=round(max(catalog.now - run.seen, 0.0)),
+                )
+                for run in runs
             ),
         )
 

@@ -10,10 +10,12 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import Field
+
 from requant.tasks.artifact import File, sha256_of
+from requant.tasks.documents import Document
 from requant.tasks.errors import StoreError
 from requant.tasks.store.catalog import Catalog, read_catalog
 from requant.tasks.store.folder import clone, make_folder
@@ -25,13 +27,12 @@ PARALLEL_HASHES = 2
 Blob = tuple[str, int]  # sha256 and size in bytes
 
 
-@dataclass
-class StoreCheck:
-    """The number of checked blobs, and a sentence for each problem and for each repair."""
+class StoreCheck(Document):
+    """The document of `requant store verify`."""
 
-    checked: int = 0
-    problems: list[str] = field(default_factory=list)
-    repairs: list[str] = field(default_factory=list)
+    checked: int = Field(description="How many blobs were checked")
+    problems: list[str] = Field(description="What is missing or damaged, in sentences")
+    repairs: list[str] = Field(description="What --repair did, in sentences")
 
 
 def verify_store(store: Store, *, deep: bool = False, repair: bool = False) -> StoreCheck:
@@ -41,22 +42,22 @@ def verify_store(store: Store, *, deep: bool = False, repair: bool = False) -> S
     """
     catalog = read_catalog(store)
     blobs = _named_blobs(catalog)
-    check = StoreCheck(len(blobs))
     bad = _find_bad(store, blobs.values(), deep)
     if bad:  # A gc that is deleting an artifact deletes its manifest first, so that the catalog may be out of date.
         store.wait_for_gc()
         catalog = read_catalog(store)
         bad = _find_bad(store, (file for blob, file in _named_blobs(catalog).items() if blob in bad), deep)
+    problems, repairs = [], []
     for (stage, key), entry in sorted(catalog.entries.items()):
         for file in entry.manifest.files:
             if _blob(file) in bad:
                 text = f"{file.path} ({file.sha256[:12]}) is missing or damaged"
-                check.problems.append(f"artifacts/{stage}/{key}: {text}")
-    check.problems += [f"artifacts/{stage}/{key}: {why}" for (stage, key), why in sorted(catalog.damaged.items())]
-    if repair and check.problems:
+                problems.append(f"artifacts/{stage}/{key}: {text}")
+    problems += [f"artifacts/{stage}/{key}: {why}" for (stage, key), why in sorted(catalog.damaged.items())]
+    if repair and problems:
         with lease(store.backend, *GC) as held:
-            check.repairs = list(_repair(store, deep, bad, held))
-    return check
+            repairs = list(_repair(store, deep, bad, held))
+    return StoreCheck(checked=len(blobs), problems=problems, repairs=repairs)
 
 
 def _blob(file: File) -> Blob:

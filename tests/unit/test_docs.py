@@ -20,7 +20,7 @@ from markdown_it import MarkdownIt
 from infra.dev.docs import FOLDER, PAGES
 from requant.flows.cli.main import cli
 from requant.flows.report.report import RunReport
-from requant.flows.watching import Pass
+from requant.flows.watching import WatchDocument
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
 from requant.tasks.checkpoint.repair import repair
 from requant.tasks.hub.verify import ReleaseCheck
@@ -299,7 +299,7 @@ def test_the_keys_of_json_documents_are_those_of_the_code(tmp_path: Path, monkey
     assert keys_of("mtp-fix") == set(repair(TINY, None, precision="keep", dry_run=True).to_json())
     assert keys_of("validate") == {"gates", "passed", "findings"}
     assert keys_of("bench") == set(BenchmarkResult.model_fields)
-    assert keys_of("watch") == set(Pass(0, (), ()).to_json())
+    assert keys_of("watch") == set(WatchDocument.model_fields)
     assert keys_of("verify") == {*ReleaseCheck.model_fields}
     monkeypatch.setenv("REQUANT_STORE", (tmp_path / "store").as_uri())
     for command in ("store ls", "store verify", "store gc"):

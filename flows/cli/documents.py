@@ -1,0 +1,100 @@
+"""The documents that `requant publish`, `deploy` and `store ...` print with `--json`. Sizes are in bytes."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from requant.flows.report.store import StoredArtifact
+from requant.tasks.documents import Document
+from requant.tasks.hub.release import Release
+
+
+class PublishDocument(Document):
+    """The document of `requant publish`."""
+
+    published: Release = Field(description="The release that main holds now")
+
+
+class DeployDocument(Document):
+    """The document of `requant deploy`."""
+
+    deployments: list[str] = Field(description="Names of the deployments")
+    automations: list[str] = Field(description="Names of the automations")
+    changed: list[str] = Field(description="Those that this command created or changed")
+    notes: list[str] = Field(description="Sentences, for instance about a work pool without a worker")
+
+
+class StoreListDocument(Document):
+    """The document of `requant store ls`."""
+
+    store: str = Field(description="Address of the store")
+    artifacts: list[StoredArtifact] = Field(description="The artifacts; the longest unused one is first")
+    damaged: list[str] = Field(description="Sentences about manifests that cannot be read")
+
+
+class DeletedArtifact(Document):
+    """An artifact that gc deleted, or would delete."""
+
+    stage: str = Field(description="Its stage")
+    key: str = Field(description="Its stage key")
+    digest: str = Field(description="Its digest")
+    bytes: int = Field(description="Bytes of its files")
+
+
+class DeletedBlobs(Document):
+    """The blobs that gc deleted, or would delete."""
+
+    count: int = Field(description="How many there are")
+    bytes: int = Field(description="Bytes of all of them")
+
+
+class LocalFiles(Document):
+    """Files of this machine that gc deleted, or would delete."""
+
+    paths: list[str] = Field(description="Files and folders")
+    bytes: int = Field(description="Bytes that this frees")
+
+
+class RemainingBlobs(Document):
+    """The blobs that remain in the store."""
+
+    bytes: int = Field(description="Bytes of all of them")
+
+
+class CollectionDocument(Document):
+    """The document of `requant store gc`."""
+
+    store: str = Field(description="Address of the store")
+    dry_run: bool = Field(description="Whether nothing was deleted")
+    artifacts: list[DeletedArtifact] = Field(description="Deleted artifacts")
+    blobs: DeletedBlobs = Field(description="Deleted blobs")
+    records: int = Field(description="How many other objects were deleted")
+    leftovers: list[str] = Field(description="Remains of killed uploads")
+    on_this_machine: LocalFiles = Field(description="Deleted files of the local cache")
+    stays: RemainingBlobs = Field(description="What remains")
+    fits: bool = Field(description="Whether what remains fits --max-size")
+
+
+class CheckoutDocument(Document):
+    """The document of `requant store checkout`."""
+
+    digest: str = Field(description="Digest of the artifact")
+    path: str = Field(description="The folder with its files")
+
+
+class CopiedArtifact(Document):
+    """An artifact that was copied."""
+
+    stage: str = Field(description="Its stage")
+    key: str = Field(description="Its stage key")
+    digest: str = Field(description="Its digest")
+    bytes_moved: int = Field(description="Bytes of the blobs that the target lacked")
+
+
+class CopyDocument(Document):
+    """The document of `requant store export` and `requant store import`."""
+
+    source: str = Field(description="Address of the store that was read")
+    store: str = Field(description="Address of the store that was written")
+    artifacts: list[CopiedArtifact] = Field(description="The artifacts")
+    bytes_moved: int = Field(description="Bytes of all blobs that the target lacked")
