@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from requant.tasks.documents import first_problem
 from requant.tasks.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def read_deployments(folder: Path) -> list[Deployment]:
     try:
         deployments = [Deployment.model_validate(row) for row in rows] if isinstance(rows, list) else []
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_first_problem(error)}") from error
+        raise RecipeError(f"{path}: {_describe(error)}") from error
     if not any(deployment.name == "requantize" for deployment in deployments):
         raise RecipeError(f"{path} has no deployment requantize: start from the one of the project")
     return with_recipes(deployments, folder / "recipes")
@@ -103,13 +104,13 @@ def read_automations(folder: Path) -> list[AutomationCore]:
     try:
         automations = TypeAdapter(list[AutomationCore]).validate_python(_read(path))
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_first_problem(error)}") from error
+        raise RecipeError(f"{path}: {_describe(error)}") from error
     return [automation for automation in automations if automation.name not in RETIRED_AUTOMATIONS]
 
 
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}"
+def _describe(error: ValidationError) -> str:
+    place, problem = first_problem(error)
+    return f"{place}: {problem.lower()}"
 
 
 def with_recipes(deployments: list[Deployment], folder: Path) -> list[Deployment]:

@@ -7,6 +7,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from prefect import State, task
@@ -111,6 +112,21 @@ def _final_state(report: RunReport) -> State[Any]:
     return Completed(name=report.status.capitalize(), message=verdict(report), data=report)
 
 
+@dataclass(frozen=True)
+class RunContext:
+    """What the stages of all outputs of a run share.
+
+    `foreseen` has the preflight results by output name, and `delegated` the names of the stages that workers of the gpu
+    pool do.
+    """
+
+    store: Store
+    calibration: Text
+    text: Text
+    foreseen: Mapping[str, Foreseen]
+    delegated: frozenset[str]
+
+
 def _run(report: RunReport) -> None:
     """Run the preflight checks, then all stages."""
     store, recipe = open_store(), report.recipe
@@ -119,29 +135,22 @@ def _run(report: RunReport) -> None:
         report.base, calibration, text = resolve_task(recipe)
         delegated = gpu_pool_stages(recipe, report.base)
         foreseen = preflight_task(recipe, report.base, calibration, text, delegated)
+        context = RunContext(store, calibration, text, foreseen, delegated)
         if recipe.outputs:
-            _run_outputs(store, report, calibration, text, foreseen, delegated)
+            _run_outputs(context, report)
         else:
-            _run_stages(store, report, calibration, text, foreseen, delegated)
+            _run_stages(context, report)
     if report.status != "failed":
         remember_run(store, recipe, report.base, report.status)
 
 
-def _run_outputs(
-    store: Store,
-    report: RunReport,
-    calibration: Text,
-    text: Text,
-    foreseen: Mapping[str, Foreseen],
-    delegated: frozenset[str],
-) -> None:
+def _run_outputs(context: RunContext, report: RunReport) -> None:
     """Make the outputs one after another. One that fails or is rejected does not stop the others."""
     recipes = report.recipe.each
     for name, recipe in recipes.items():
         log.info(f"output {len(report.outputs) + 1} of {len(recipes)}: {name}")
         one = report.outputs[name] = RunReport(recipe, name, base=report.base)
-        others = {other: foreseen[other].recipe for other in recipes if other != name}
-        _run_and_report(one, functools.partial(_run_stages, store, one, calibration, text, foreseen, delegated, others))
+        _run_and_report(one, functools.partial(_run_stages, context, one))
         _show_output_state(one)
     report.status = worst(report.outputs.values())
     if report.status == "failed":
@@ -159,28 +168,17 @@ def _show_output_state(report: RunReport) -> None:
     show(return_state=True)
 
 
-def _run_stages(
-    store: Store,
-    report: RunReport,
-    calibration: Text,
-    text: Text,
-    foreseen: Mapping[str, Foreseen],
-    delegated: frozenset[str],
-    others: Mapping[str, Recipe] | None = None,
-) -> None:
-    """Run the stages of one result.
-
-    `foreseen` has the preflight results by output name, `delegated` the names of the stages that workers of the gpu
-    pool do, and `others` the recipes of the run's other outputs.
-    """
+def _run_stages(context: RunContext, report: RunReport) -> None:
+    """Run the stages of one result."""
+    store, foreseen, delegated = context.store, context.foreseen, context.delegated
     recipe, base = foreseen[report.name].recipe, report.base
     report.settled = recipe
     assert base is not None
     downloaded = _record(download_task(base), report)
-    quantized = _record(_quantize(recipe, downloaded, calibration, delegated), report)
+    quantized = _record(_quantize(recipe, downloaded, context.calibration, delegated), report)
     fixed = _record(mtp_fix_task(recipe, downloaded.manifest, quantized.manifest), report)
     artifact = report.artifact = fixed.manifest
-    validated = _record(_validate(recipe, downloaded, fixed, text, delegated), report)
+    validated = _record(_validate(recipe, downloaded, fixed, context.text, delegated), report)
     report.measured = measured = read_measured(store, validated)
     report.gates = judge(measured, recipe.gates)
     show_gates(report)
@@ -199,7 +197,7 @@ def _run_stages(
         benchmark=report.benchmark,
         provenance={stage.name: stage.provenance for stage in report.stages},
         pictures=report.pictures,
-        others=others or {},
+        others={name: other.recipe for name, other in foreseen.items() if name != report.name},
         engines=foreseen[report.name].engines,
     )
     report_text = markdown(report, lambda picture: f"{PICTURES}/{picture.name}.png")

@@ -1,10 +1,24 @@
-"""The base classes of JSON documents. Their keys are a contract with users; `requant schema` prints some of them."""
+"""The base classes of JSON documents.
+
+Their keys are a contract with users: `requant schema` prints the documents of all commands.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
+
+
+def is_none(value: object) -> bool:
+    """Check whether a field is None, for the fields that are absent then (`exclude_if`)."""
+    return value is None
+
+
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """Return the place of the first problem, which is empty for the document as a whole, and what is wrong there."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    return ".".join(map(str, problem["loc"])), problem["msg"]
 
 
 class Document(BaseModel):

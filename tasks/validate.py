@@ -22,6 +22,7 @@ from requant.tasks.checkpoint.audit import account
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.weight_error import fidelity
 from requant.tasks.checkpoint.writer import write_file, write_json
+from requant.tasks.documents import first_problem
 from requant.tasks.download import text_files
 from requant.tasks.errors import CheckpointError, RecipeError, RequantError, StoreError, TooFewTokens
 from requant.tasks.evaluate import Scores, evaluate, evaluation_key, recovery, stored_scores, whole_model_settings
@@ -380,10 +381,9 @@ def read_values(store: Store, result: StageResult) -> Measured:
     except ValueError as error:
         where, why = RESULT_FILE, str(error)
         if isinstance(error, ValidationError):
-            problem = error.errors(include_url=False)[0]
-            where, why = ".".join(map(str, problem["loc"])) or RESULT_FILE, problem["msg"]
+            where, why = first_problem(error)
         raise StoreError(
-            f"{RESULT_FILE} of the artifact {STAGE.name}/{result.key} cannot be read ({where}: {why}): "
+            f"{RESULT_FILE} of the artifact {STAGE.name}/{result.key} cannot be read ({where or RESULT_FILE}: {why}): "
             "delete the artifact and run again"
         ) from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from requant.flows.report.store import StoredArtifact
+from requant.flows.report.store import NamedArtifact, StoredArtifact
 from requant.tasks.documents import Document
 from requant.tasks.hub.release import Release
 
@@ -32,12 +32,9 @@ class StoreListDocument(Document):
     damaged: list[str] = Field(description="Sentences about manifests that cannot be read")
 
 
-class DeletedArtifact(Document):
+class DeletedArtifact(NamedArtifact):
     """An artifact that gc deleted, or would delete."""
 
-    stage: str = Field(description="Its stage")
-    key: str = Field(description="Its stage key")
-    digest: str = Field(description="Its digest")
     bytes: int = Field(description="Bytes of its files")
 
 
@@ -82,12 +79,9 @@ class CheckoutDocument(Document):
     path: str = Field(description="The folder with its files")
 
 
-class CopiedArtifact(Document):
+class CopiedArtifact(NamedArtifact):
     """An artifact that was copied."""
 
-    stage: str = Field(description="Its stage")
-    key: str = Field(description="Its stage key")
-    digest: str = Field(description="Its digest")
     bytes_moved: int = Field(description="Bytes of the blobs that the target lacked")
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
+from requant.tasks.documents import Document, first_problem, is_none
 from requant.tasks.errors import RequantError
 from requant.tasks.hub.release import Release
 from requant.tasks.redaction import without_non_finite
@@ -20,14 +21,10 @@ from requant.tasks.validating.measured import Measured
 Status = Literal["published", "validated", "rejected", "failed"]
 
 
-def _is_none(value: object) -> bool:
-    return value is None
-
-
-class RunPart(BaseModel):
+class RunPart(Document):
     """A part of the document. Keys that a later version wrote are ignored."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(extra="ignore")
 
 
 class RunBase(RunPart):
@@ -59,7 +56,7 @@ class RunDocument(RunPart):
     JSON, `stages` and `gates` then have the rows of all outputs, each with the key `output`.
     """
 
-    name: str | None = Field(None, exclude_if=_is_none, description="Name of an output in `outputs`")
+    name: str | None = Field(None, exclude_if=is_none, description="Name of an output in `outputs`")
     status: Status = Field(
         description="published; validated: there is nothing to publish, or it waits in a pull request; rejected: a "
         "gate failed; failed: see `error`"
@@ -82,12 +79,12 @@ class RunDocument(RunPart):
     ) = Field(description="All values that were measured, under flat keys; null if the run did not come to it")
     error: str | None = Field(description="Why the run failed, in one sentence; otherwise null")
     outputs: tuple[RunDocument, ...] | None = Field(
-        None, exclude_if=_is_none, description="Only for a recipe with outputs: a document for each that was begun"
+        None, exclude_if=is_none, description="Only for a recipe with outputs: a document for each that was begun"
     )
 
     def to_json(self) -> dict[str, Any]:
         """Return the document as `json.dumps` takes it. JSON has no NaN: a value that is not finite is null."""
-        document = self.model_dump(mode="json")
+        document = super().to_json()
         for key in ("stages", "gates") if self.outputs is not None else ():
             document[key] = [{"output": one["name"], **row} for one in document["outputs"] for row in one[key]]
         return document
@@ -98,8 +95,8 @@ class RunDocument(RunPart):
         try:
             return cls.model_validate(document)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
+            place, problem = first_problem(error)
             raise RequantError(
-                f"the document of requant run is not readable ({'.'.join(map(str, first['loc']))}: {first['msg']}): "
+                f"the document of requant run is not readable ({place}: {problem}): "
                 "use the version of Requant that wrote it"
             ) from error

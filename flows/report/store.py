@@ -26,12 +26,17 @@ class ArtifactUser(Document):
     seconds: int = Field(description="Seconds since it was last active")
 
 
-class StoredArtifact(Document):
-    """An artifact as `requant store ls --json` shows it."""
+class NamedArtifact(Document):
+    """An artifact, by its names."""
 
     stage: str = Field(description="Its stage")
     key: str = Field(description="Its stage key")
     digest: str = Field(description="Its digest")
+
+
+class StoredArtifact(NamedArtifact):
+    """An artifact as `requant store ls --json` shows it."""
+
     base: str | None = Field(description="The base that it was made from, owner/name@commit; null if it is not known")
     files: int = Field(description="How many files it has")
     bytes: int = Field(description="Bytes of its files")

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from requant.flows.webhook.looker import Looker
+from requant.tasks.documents import first_problem
 from requant.tasks.recipe.quantize_section import REPO_ID
 
 MAX_BODY_BYTES = 64 << 10  # A payload of the Hub has 2 KB.
@@ -115,6 +116,7 @@ def _parse(body: bytes) -> Payload:
     try:
         return Payload.model_validate_json(body)
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "the body"
-        raise RelayRefusal(400, f"not a payload of the Hub's webhooks, version 3: {where}: {problem['msg']}") from None
+        where, problem = first_problem(error)
+        raise RelayRefusal(
+            400, f"not a payload of the Hub's webhooks, version 3: {where or 'the body'}: {problem}"
+        ) from None

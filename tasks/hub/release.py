@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, constants
-from pydantic import BaseModel, ConfigDict, Field, computed_field
+from pydantic import ConfigDict, Field, computed_field
 
 from requant.tasks.artifact import GITATTRIBUTES, PICTURES, REWRITTEN, File, Manifest, file_of, git_blob_id
+from requant.tasks.documents import Document
 from requant.tasks.errors import HubError, HubUnavailable
 from requant.tasks.hub.client import hub_api, hub_errors
 from requant.tasks.hub.manifest import tag_of
@@ -27,10 +28,10 @@ log = logging.getLogger(__name__)
 Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
 
 
-class Release(BaseModel):
+class Release(Document):
     """A release on the Hub."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(extra="ignore")
 
     repo_id: str = Field(description="The repo")
     commit: str = Field(description="The commit of main, or of the pull request in which the release waits")

@@ -13,13 +13,9 @@ from typing import Literal
 from pydantic import Field
 
 from requant.tasks.checkpoint.document import EngineVerdict, ModuleGroup
-from requant.tasks.documents import Document
+from requant.tasks.documents import Document, is_none
 
 StageName = Literal["download", "quantize", "mtp_fix", "validate", "benchmark", "publish"]
-
-
-def _is_none(value: object) -> bool:
-    return value is None
 
 
 class PlannedBase(Document):
@@ -36,7 +32,7 @@ class PlannedStage(Document):
     """A stage of the run, and what it takes."""
 
     output: str | None = Field(
-        None, exclude_if=_is_none, description="The output that the stage works on; absent in a plan of one result"
+        None, exclude_if=is_none, description="The output that the stage works on; absent in a plan of one result"
     )
     name: StageName = Field(description="The stage")
     state: Literal["run", "reused"] = Field(description="Whether the stage would run, or its result is there already")
@@ -88,14 +84,14 @@ class OutputTotals(Document):
 class StageNeeds(Document):
     """What one stage takes. A key is absent where the stage takes nothing of the kind."""
 
-    disk_bytes: int | None = Field(None, exclude_if=_is_none, description="Bytes of disk that the stage adds")
-    ram_bytes: int | None = Field(None, exclude_if=_is_none, description="Peak bytes of memory")
-    vram_bytes: int | None = Field(None, exclude_if=_is_none, description="Peak bytes of GPU memory")
+    disk_bytes: int | None = Field(None, exclude_if=is_none, description="Bytes of disk that the stage adds")
+    ram_bytes: int | None = Field(None, exclude_if=is_none, description="Peak bytes of memory")
+    vram_bytes: int | None = Field(None, exclude_if=is_none, description="Peak bytes of GPU memory")
     low_ram_bytes: int | None = Field(
-        None, exclude_if=_is_none, description="Peak bytes of memory with quantize.low_gpu_mem"
+        None, exclude_if=is_none, description="Peak bytes of memory with quantize.low_gpu_mem"
     )
     low_vram_bytes: int | None = Field(
-        None, exclude_if=_is_none, description="Peak bytes of GPU memory with quantize.low_gpu_mem"
+        None, exclude_if=is_none, description="Peak bytes of GPU memory with quantize.low_gpu_mem"
     )
 
 
@@ -229,6 +225,6 @@ class PlanDocument(Plan):
 
     outputs: tuple[PlannedOutput, ...] | None = Field(
         None,
-        exclude_if=_is_none,
+        exclude_if=is_none,
         description="The plan of each output; empty where the base cannot be read; absent where the recipe has none",
     )

@@ -12,7 +12,7 @@ from typing import Self
 
 from pydantic import Field, JsonValue, ValidationError
 
-from requant.tasks.documents import StoredDocument
+from requant.tasks.documents import StoredDocument, first_problem
 from requant.tasks.errors import StoreError
 
 
@@ -129,10 +129,9 @@ class BenchmarkResult(StoredDocument):
         try:
             return cls.model_validate_json(document, strict=True)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, first["loc"])) or "the document"
+            place, problem = first_problem(error)
             raise StoreError(
-                f"benchmark.json is not the result of a benchmark ({place}: {first['msg']}): "
+                f"benchmark.json is not the result of a benchmark ({place or 'the document'}: {problem}): "
                 "use the version of Requant that wrote it, or another store"
             ) from error
 

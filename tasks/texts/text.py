@@ -7,7 +7,7 @@ from pathlib import Path
 
 from requant.tasks.artifact import digest_of, sha256_of
 from requant.tasks.errors import RecipeError
-from requant.tasks.hub.revision import Revision, resolve
+from requant.tasks.hub.revision import Revision, resolve, split_name
 from requant.tasks.hub.sparse_checkout import stream
 from requant.tasks.recipe.quantize_section import BUILTIN
 from requant.tasks.recipe.recipe import BUILTIN_EVALUATION
@@ -68,8 +68,8 @@ def find_text(name: str, key: str = "quantize.calibration") -> Text:
             raise RecipeError(
                 f"{key}: {name} cannot be read ({reason}) on this machine: put the file there, or name a Hub data set"
             ) from error
-    repo_id, _, revision = name.partition("@")
-    dataset = resolve(repo_id, revision or "main", "dataset")
+    repo_id, revision = split_name(name)
+    dataset = resolve(repo_id, revision, "dataset")
     files = tuple(f for f in dataset.files if f.path.endswith(READABLE) and not f.path.startswith("."))
     if not any(has_rows(f.path) for f in files) or sum(f.size for f in files) > MAX_DATASET_BYTES:
         raise RecipeError(

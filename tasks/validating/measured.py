@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from requant.tasks.documents import StoredDocument
+from requant.tasks.documents import StoredDocument, is_none
 
 # A number that is not finite is null in the document of a run, since JSON has no NaN.
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
@@ -28,10 +28,6 @@ KEYS = (
     "mtp_acceptance", "base_mtp_acceptance", "mtp_acceptance_by_position", "base_mtp_acceptance_by_position",
     "greedy_acceptance_by_position", "base_greedy_acceptance_by_position", "kl_divergence_p99", "not_measured",
 )  # fmt: skip
-
-
-def _is_none(value: object) -> bool:
-    return value is None
 
 
 class Audit(StoredDocument):
@@ -166,7 +162,7 @@ class Evaluation(StoredDocument):
 class Measured(StoredDocument):
     """Everything that validate measured of a quantized checkpoint and its base."""
 
-    text: str | None = Field(None, exclude_if=_is_none, description="The name of the text; absent without a store")
+    text: str | None = Field(None, exclude_if=is_none, description="The name of the text; absent without a store")
     audit: Audit = Audit()
     head_kept: bool = Field(False, description="Whether the checkpoint must have the base's MTP head")
     vision: bool = Field(False, description="Whether the base has a vision tower")
@@ -175,7 +171,7 @@ class Measured(StoredDocument):
     behaviour: Behaviour = Behaviour()
     evaluation: Evaluation | None = Field(None, description="None if the recipe names no tasks")
     not_measured: str | None = Field(
-        None, exclude_if=_is_none, description="Why values are null; absent if all were measured"
+        None, exclude_if=is_none, description="Why values are null; absent if all were measured"
     )
 
     def to_json(self) -> dict[str, Any]:
