@@ -190,11 +190,10 @@ def _local_checkpoint(name: str | Path) -> Path:
         return Path(name)
     from requant.tasks.download import download
     from requant.tasks.hub.revision import resolve_name
-    from requant.tasks.store import open_store
+    from requant.tasks.store import open_checked_store
 
     revision = resolve_name(str(name))
-    store = open_store()
-    store.check()
+    store = open_checked_store()
     manifest = download(store, revision).manifest
     return store.link_files(manifest, store.checkout_folder(manifest))
 

@@ -42,7 +42,7 @@ from requant.tasks.quantize import quantize_key, quantize_task
 from requant.tasks.recipe.loader import recipe_of
 from requant.tasks.recipe.quantize_section import Quantize
 from requant.tasks.recipe.recipe import Recipe
-from requant.tasks.store import Store, open_store
+from requant.tasks.store import Store, open_checked_store, open_store
 from requant.tasks.texts.text import Text, find_text
 from requant.tasks.validate import validate_key, validate_task
 
@@ -147,13 +147,6 @@ def run_to_final_state(work: Callable[[], Any]) -> State[Any]:
     return state
 
 
-def open_checked_store() -> Store:
-    """Open the store, and check that it can be reached."""
-    store = open_store()
-    store.check()
-    return store
-
-
 def _artifact(store: Store, stage: str, key: str) -> Manifest:
     """Return an artifact that another worker made. Raises StoreError if the store does not have it."""
     manifest = store.manifest(stage, key)
@@ -252,9 +245,8 @@ def _run_and_wait(request: StageRequest) -> None:
         elif state.is_final():
             raise StageFailed(state.message or f"{name} ended {state.name} on the gpu pool")
         else:
-            with contextlib.suppress(
-                httpx.HTTPError, PrefectHTTPStatusError
-            ):  # The server may be back at the next look.
+            # A server that does not answer may be back at the next look.
+            with contextlib.suppress(httpx.HTTPError, PrefectHTTPStatusError):
                 notice.look(waiting=state.is_scheduled())
         time.sleep(POLL_INTERVAL_S)
 

@@ -46,7 +46,7 @@ from requant.tasks.quantize import STAGE as QUANTIZE
 from requant.tasks.quantize import quantize_key, quantize_task
 from requant.tasks.recipe.loader import recipe_of
 from requant.tasks.recipe.recipe import Recipe
-from requant.tasks.store import Store, open_store
+from requant.tasks.store import Store, open_checked_store, open_store
 from requant.tasks.store.runs import recorded
 from requant.tasks.texts.text import Text, find_text
 from requant.tasks.validate import STAGE as VALIDATE
@@ -129,8 +129,7 @@ class RunContext:
 
 def _run(report: RunReport) -> None:
     """Run the preflight checks, then all stages."""
-    store, recipe = open_store(), report.recipe
-    store.check()
+    store, recipe = open_checked_store(), report.recipe
     with recorded(store, lambda: report.run):
         report.base, calibration, text = resolve_task(recipe)
         delegated = gpu_pool_stages(recipe, report.base)

@@ -20,7 +20,7 @@ from requant.tasks.hub.rate_limit import PARALLEL_REQUESTS, Pace
 from requant.tasks.hub.revision import Revision, resolve
 from requant.tasks.recipe.loader import load_recipe
 from requant.tasks.recipe.recipe import Recipe
-from requant.tasks.store import Store, open_store
+from requant.tasks.store import Store, open_checked_store
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,7 @@ def watch_pass(folder: Path, start: Start, repos: Collection[str] | None = None)
 
     Raises RecipeError if there is no such folder, StoreError if the store cannot be used, and what `start` raises.
     """
-    store = open_store()
-    store.check()
+    store = open_checked_store()
     tracked, unread = load_tracked(folder, repos)
     with Pace() as pace:
         due, not_compared = find_due(store, tracked, pace)

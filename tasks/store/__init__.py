@@ -1,7 +1,6 @@
 """Object storage for artifacts: blobs named by their sha256, manifests named by their stage key.
 
-store = open_store()                        # REQUANT_STORE: file:///dir or s3://bucket/prefix
-store.check()                               # raises at once if the store cannot be used
+store = open_checked_store()                # REQUANT_STORE: file:///dir or s3://bucket/prefix
 manifest = store.manifest("quantize", key)  # an artifact whose blobs are all in the store, or None
 """
 
@@ -16,7 +15,7 @@ from requant.tasks.errors import CheckpointError, RecipeError
 from requant.tasks.store.folder import FolderBackend
 from requant.tasks.store.store import Store
 
-__all__ = ["Store", "cache_folder", "open_store"]
+__all__ = ["Store", "cache_folder", "open_checked_store", "open_store"]
 
 LOCAL_CACHE = "near"  # the folder's name on disk, which must not change: users have downloaded blobs there
 
@@ -51,6 +50,13 @@ def open_store(url: str | None = None) -> Store:
 
         return Store(S3Backend(parts.netloc, parts.path.strip("/")), cache=FolderBackend(cache_folder() / LOCAL_CACHE))
     raise RecipeError(f"{named} is not a store: use file:///an/absolute/folder or s3://bucket/prefix")
+
+
+def open_checked_store() -> Store:
+    """Open the store of REQUANT_STORE. Raises what `open_store` and `Store.check` raise."""
+    store = open_store()
+    store.check()
+    return store
 
 
 def _is_prefix(path: str) -> bool:
