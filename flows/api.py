@@ -134,7 +134,7 @@ def validate(folder: str | Path, *, base: str | Path, recipe: Recipe | str | Pat
     from requant.tasks.evaluate import check_tasks
     from requant.tasks.recipe.recipe import PACKED_HEADS, Gates, Validation
     from requant.tasks.store import open_store
-    from requant.tasks.texts.text import find_text
+    from requant.tasks.texts.validation import find_validation_text
     from requant.tasks.validate import text_for_measuring, validate_folders
     from requant.tasks.validating.gates import ValidationDocument
 
@@ -142,7 +142,8 @@ def validate(folder: str | Path, *, base: str | Path, recipe: Recipe | str | Pat
     remote_code = loaded is not None and loaded.allow_remote_code
     tasks = loaded.eval if loaded else None
     check_tasks(tasks)
-    text = find_text((loaded.validation if loaded else Validation()).text, "validation.text")
+    validation = loaded.validation if loaded else Validation()
+    text = find_validation_text(validation.text)
     with tempfile.TemporaryDirectory(prefix="requant-") as scratch:
         base_folder = _local_checkpoint(base)
         measured = validate_folders(
@@ -152,6 +153,7 @@ def validate(folder: str | Path, *, base: str | Path, recipe: Recipe | str | Pat
             remote_code=remote_code,
             pack_head=loaded is not None and loaded.mtp in PACKED_HEADS,
             tasks=tasks,
+            tokens=validation.tokens,
         )
     return ValidationDocument.of(measured, loaded.gates if loaded else Gates())
 

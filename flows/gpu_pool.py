@@ -43,7 +43,9 @@ from requant.tasks.recipe.loader import recipe_of
 from requant.tasks.recipe.quantize_section import Quantize
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store, open_checked_store, open_store
-from requant.tasks.texts.text import Text, find_text
+from requant.tasks.texts.calibration import find_calibration
+from requant.tasks.texts.text import Text
+from requant.tasks.texts.validation import find_validation_text
 from requant.tasks.validate import validate_key, validate_task
 
 log = logging.getLogger(__name__)
@@ -92,24 +94,25 @@ def recipe_flow(name: str, **more: Any) -> Callable[[Callable[P, R]], Flow[P, R]
 
 
 @recipe_flow("quantize")
-def quantize(recipe: Recipe, base: str, calibration: str, key: str) -> State[Any]:
-    """Quantize the base whose download has the stage key `base`."""
+def quantize(recipe: Recipe, base: str, key: str) -> State[Any]:
+    """Quantize the base whose download has the stage key `base`. The recipe names the calibration texts pinned."""
 
     def work() -> Any:
-        checked, store, text = recipe_of(recipe), open_checked_store(), find_text(calibration)
+        checked, store = recipe_of(recipe), open_checked_store()
+        calibration = find_calibration(checked.quantize)
         base_files = _artifact(store, "download", base)
-        _check_key(key, quantize_key(checked, base_files, text))
-        return quantize_task(checked, base_files, text)
+        _check_key(key, quantize_key(checked, base_files, calibration))
+        return quantize_task(checked, base_files, calibration)
 
     return run_to_final_state(work)
 
 
 @recipe_flow("validate")
-def validate(recipe: Recipe, base: str, artifact: str, text: str, key: str) -> State[Any]:
+def validate(recipe: Recipe, base: str, artifact: str, text: str | dict[str, str], key: str) -> State[Any]:
     """Measure the artifact with the mtp_fix key `artifact` against its base, whose download has the key `base`."""
 
     def work() -> Any:
-        checked, store, validation = recipe_of(recipe), open_checked_store(), find_text(text, "validation.text")
+        checked, store, validation = recipe_of(recipe), open_checked_store(), find_validation_text(text)
         check_tasks(checked.eval)
         base_files, quantized_files = _artifact(store, "download", base), _artifact(store, "mtp_fix", artifact)
         _check_key(key, validate_key(checked, base_files, quantized_files, validation))
@@ -199,7 +202,7 @@ class StageRequest:
     stage: Stage
     key: str
     recipe: Recipe
-    reads: Mapping[str, str]
+    reads: Mapping[str, str | dict[str, str]]
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -207,7 +210,7 @@ class StageRequest:
         return {"recipe": self.recipe.model_dump(mode="json"), **self.reads, "key": self.key}
 
 
-def run_on_gpu_pool(stage: Stage, key: str, recipe: Recipe, **reads: str) -> Any:
+def run_on_gpu_pool(stage: Stage, key: str, recipe: Recipe, **reads: str | dict[str, str]) -> Any:
     """Have a worker of the gpu pool do a stage, unless the store has its artifact."""
     return task(**options(stage.name, hours=72))(_on_gpu_pool)(StageRequest(stage, key, recipe, reads))
 
@@ -351,6 +354,13 @@ def _cancel(client: SyncPrefectClient, run: FlowRun) -> None:
         return
     has_started = run.state.type in {StateType.RUNNING, StateType.PENDING, StateType.CANCELLING}
     client.set_flow_run_state(run.id, Cancelling() if has_started else Cancelled())
+
+
+def names_for_worker(text: Text) -> str | dict[str, str]:
+    """Return the name of a text to measure on by which another worker finds it too, or the names by domain."""
+    if text.domains:
+        return {domain: name_for_worker(part) for domain, part in text.domains}
+    return name_for_worker(text)
 
 
 def name_for_worker(text: Text) -> str:

@@ -18,6 +18,7 @@ from requant.flows.gpu_pool import (
     cancel_children,
     gpu_pool_stages,
     name_for_worker,
+    names_for_worker,
     recipe_flow,
     run_on_gpu_pool,
 )
@@ -48,7 +49,9 @@ from requant.tasks.recipe.loader import recipe_of
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store, open_checked_store, open_store
 from requant.tasks.store.runs import recorded
-from requant.tasks.texts.text import Text, find_text
+from requant.tasks.texts.calibration import Calibration, find_calibration
+from requant.tasks.texts.text import Text
+from requant.tasks.texts.validation import find_validation_text
 from requant.tasks.validate import STAGE as VALIDATE
 from requant.tasks.validate import read_values as read_measured
 from requant.tasks.validate import validate_key, validate_task
@@ -121,7 +124,7 @@ class RunContext:
     """
 
     store: Store
-    calibration: Text
+    calibration: Calibration
     text: Text
     foreseen: Mapping[str, Foreseen]
     delegated: frozenset[str]
@@ -209,19 +212,21 @@ def _run_stages(context: RunContext, report: RunReport) -> None:
             report.status = "published"
 
 
-def _quantize(recipe: Recipe, base: StageResult, calibration: Text, delegated: frozenset[str]) -> Any:
+def _quantize(recipe: Recipe, base: StageResult, calibration: Calibration, delegated: frozenset[str]) -> Any:
     """Quantize here, or on a worker of the gpu pool."""
     if QUANTIZE.name not in delegated:
         return quantize_task(recipe, base.manifest, calibration)
     key = quantize_key(recipe, base.manifest, calibration)
-    return run_on_gpu_pool(QUANTIZE, key, recipe, base=base.key, calibration=name_for_worker(calibration))
+    pinned = calibration.pinned(recipe.quantize, name_for_worker)
+    recipe = recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"calibration": pinned})})
+    return run_on_gpu_pool(QUANTIZE, key, recipe, base=base.key)
 
 
 def _validate(recipe: Recipe, base: StageResult, fixed: StageResult, text: Text, delegated: frozenset[str]) -> Any:
     if VALIDATE.name not in delegated:
         return validate_task(recipe, base.manifest, fixed.manifest, text)
     key = validate_key(recipe, base.manifest, fixed.manifest, text)
-    return run_on_gpu_pool(VALIDATE, key, recipe, base=base.key, artifact=fixed.key, text=name_for_worker(text))
+    return run_on_gpu_pool(VALIDATE, key, recipe, base=base.key, artifact=fixed.key, text=names_for_worker(text))
 
 
 def _benchmark(recipe: Recipe, fixed: StageResult, delegated: frozenset[str]) -> Any:
@@ -231,7 +236,7 @@ def _benchmark(recipe: Recipe, fixed: StageResult, delegated: frozenset[str]) ->
 
 
 @task(**options("resolve", hours=1))
-def resolve_task(recipe: Recipe) -> tuple[Revision, Text, Text]:
+def resolve_task(recipe: Recipe) -> tuple[Revision, Calibration, Text]:
     """Resolve the base to its commit, and the texts for calibration and validation to their content.
 
     Also check that the repos of `publish` can be written to, and that this machine can run the tasks of `eval`, unless
@@ -244,12 +249,12 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Text, Text]:
     for one in recipe.each.values():
         if one.publish is not None:
             check_target(one.publish, base)
-    return base, find_text(recipe.quantize.calibration), find_text(recipe.validation.text, "validation.text")
+    return base, find_calibration(recipe.quantize), find_validation_text(recipe.validation.text)
 
 
 @task(**options("preflight", hours=1))
 def preflight_task(
-    recipe: Recipe, base: Revision, calibration: Text, text: Text, delegated: frozenset[str]
+    recipe: Recipe, base: Revision, calibration: Calibration, text: Text, delegated: frozenset[str]
 ) -> dict[str, Foreseen]:
     """Make the plan of the run, and stop the run if it would fail. `delegated`: the stages of the gpu pool.
 
@@ -281,7 +286,8 @@ def draw_pictures(report: RunReport) -> None:
     from requant.tasks.plots.draw import draw
 
     try:
-        report.pictures = draw(report.measured, report.benchmark, report.blocks)
+        limit = report.recipe.gates.max_kl_divergence
+        report.pictures = draw(report.measured, report.benchmark, report.blocks, limit)
     except Exception as error:
         log.warning(f"no pictures: {type(error).__name__}: {error}")
 

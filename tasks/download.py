@@ -23,7 +23,6 @@ from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, run_stage
 from requant.tasks.store import Store, open_store
 from requant.tasks.store.folder import inside
-from requant.tasks.texts.text import Text, has_rows
 
 STAGE = Stage("download", 1)
 PARALLEL_DOWNLOADS = 4
@@ -75,16 +74,6 @@ def _stored(store: Store, file: HubFile) -> File | None:
     sha256 = file.sha256 or store.get_fact("git-blobs", file.blob_id)
     stored = File(file.path, file.size, sha256) if sha256 is not None else None
     return stored if stored is not None and store.has_blob(stored) else None
-
-
-def text_files(store: Store, text: Text, folder: Path) -> list[Path]:
-    """List the files of a text that have rows. Those of a data set are downloaded and linked into `folder` first."""
-    if text.path is not None:
-        return [text.path]
-    assert text.dataset is not None
-    manifest = download(store, text.dataset).manifest
-    store.link_files(manifest, folder)
-    return [folder / file.path for file in manifest.files if has_rows(file.path)]
 
 
 @task(**options("download", hours=12))

@@ -18,10 +18,11 @@ from requant.tasks.benchmark import benchmark_key, used_tools
 from requant.tasks.checkpoint.base_check import check_base
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.document import EngineVerdict
-from requant.tasks.download import download_key, text_files
+from requant.tasks.download import download_key
 from requant.tasks.errors import CheckpointError, HubError, HubUnavailable, Refused
 from requant.tasks.evaluate import STAGE as EVALUATE
 from requant.tasks.evaluate import check_tasks
+from requant.tasks.excerpt import text_files
 from requant.tasks.hub.revision import Revision, resolve
 from requant.tasks.mtp_fix import mtp_fix_key
 from requant.tasks.pipeline.stage import Stage, tool_problems
@@ -33,6 +34,7 @@ from requant.tasks.planning.document import (
     Plan,
     PlanDocument,
     PlannedBase,
+    PlannedSource,
     Transfers,
     UnknownNeeds,
 )
@@ -48,7 +50,9 @@ from requant.tasks.quantize import STAGE as QUANTIZE
 from requant.tasks.quantize import quantize_key
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store
-from requant.tasks.texts.text import Text, find_text
+from requant.tasks.texts.calibration import Calibration, find_calibration
+from requant.tasks.texts.text import Text
+from requant.tasks.texts.validation import find_validation_text
 from requant.tasks.validate import STAGE as VALIDATE
 from requant.tasks.validate import validate_key
 from requant.tasks.validating import window_length
@@ -65,8 +69,8 @@ def plan(store: Store, recipe: Recipe, *, elsewhere: bool = False) -> PlanDocume
     try:
         inputs = Inputs(
             base=resolve(recipe.base.repo_id, recipe.base.revision),
-            calibration=find_text(recipe.quantize.calibration),
-            validation=find_text(recipe.validation.text, "validation.text"),
+            calibration=find_calibration(recipe.quantize),
+            validation=find_validation_text(recipe.validation.text),
         )
     except HubUnavailable:
         raise
@@ -87,7 +91,7 @@ class Foreseen:
 
 
 def preflight(
-    store: Store, recipe: Recipe, base: Revision, calibration: Text, text: Text, delegated: Collection[str] = ()
+    store: Store, recipe: Recipe, base: Revision, calibration: Calibration, text: Text, delegated: Collection[str] = ()
 ) -> dict[str, Foreseen]:
     """Check before anything is downloaded that a run can end well. Raises Refused with the problems of the plan.
 
@@ -136,7 +140,9 @@ def plan_of(
                 document = _with_problem(document, _duplicate_problem(resolved, first))
             before.add(resolved, document)
             plans[name] = document
-        return combine_plans(recipe, plans) if recipe.outputs else plans[""]
+        document = combine_plans(recipe, plans) if recipe.outputs else plans[""]
+        sources = tuple(map(PlannedSource.of, inputs.calibration.sources))
+        return document.model_copy(update={"calibration": sources})
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,21 @@ from requant.tasks.checkpoint.base_check import check_base
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.fp8 import dequantize_fp8, is_fp8, write_dequantized
-from requant.tasks.download import text_files
+from requant.tasks.errors import RecipeError
+from requant.tasks.excerpt import text_files
 from requant.tasks.pipeline.prefect import BlockProgress, options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
 from requant.tasks.quantizing import resume
 from requant.tasks.quantizing.events import EventSink
 from requant.tasks.quantizing.job import Job, Rung
 from requant.tasks.quantizing.memory_fallback import TIMEOUT_S, quantize_with_fallback
-from requant.tasks.quantizing.samples import max_tokens_read
+from requant.tasks.quantizing.samples import SampleSource, SourceUse, tokens_to_read
 from requant.tasks.quantizing.tuned_blocks import tuned_blocks
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store, open_store
 from requant.tasks.store.resume import delete_resume, download_resume, resume_uploads
+from requant.tasks.texts.calibration import Calibration, CalibrationSource
 from requant.tasks.texts.rendering import TEMPLATES, TOKENIZER, ReadingLimit, Rendered, render
-from requant.tasks.texts.text import Text
 
 STAGE = Stage("quantize", 6, tools=("auto-round", "transformers"))
 # The files of a base that the quantized weights always depend on. With a calibration text that has chats, such as the
@@ -53,16 +55,19 @@ TIMEOUT_MARGIN_S = 1800.0
 log = logging.getLogger(__name__)
 
 
-def quantize_key(recipe: Recipe, base: Manifest, calibration: Text) -> str:
+def quantize_key(recipe: Recipe, base: Manifest, calibration: Calibration) -> str:
     """Return the stage key.
 
-    Raises RecipeError if the group size is still `auto`, because `auto` leaves the key undefined.
+    Raises RecipeError if the group size is still `auto`, or if the base is yet to write a calibration text, because
+    these leave the key undefined.
     """
     settings = recipe.quantize
     settings.require_group_size()
+    if calibration.waits_for_base:
+        raise RecipeError("quantize.calibration self is not settled yet: the base has not written the text")
     reads = {"base": read_part(base).digest, "calibration": calibration.digest}
     if calibration.chats:
-        reads["chat_template"] = template_part(base).digest
+        reads |= {"chat_template": template_part(base).digest, "samples": "packed"}
     # The key holds the settings as the recipe spells them. `Quantize.makes`, by which recipes are compared, also treats
     # `scheme: W8A16` and `bits: 8` as equal. Here that would change the keys of all results that stores hold.
     return STAGE.key(
@@ -98,7 +103,7 @@ def quantize(
     store: Store,
     recipe: Recipe,
     base: Manifest,
-    calibration: Text,
+    calibration: Calibration,
     report: EventSink = lambda event: None,
 ) -> StageResult:
     """Quantize a downloaded base. `report` gets the child's events as they come.
@@ -112,13 +117,12 @@ def quantize(
 
     def work(folder: Path) -> Made:
         model, head_prefixes, checkpoint = _link_model(store, recipe, base, folder)
-        texts, rendered = _render_calibration(store, recipe, base, calibration, folder)
+        read = _read_calibration(store, recipe, base, calibration, folder)
         job = Job(
             settings=settings.model_copy(update={"format": settings.key_format}),
             rung=Rung.asked(settings),
             model=model,
-            texts=texts,
-            mixed=calibration.mixed,
+            sources=[source.samples for source in read],
             head=head_prefixes,
             allow_remote_code=recipe.allow_remote_code,
         )
@@ -138,7 +142,7 @@ def quantize(
             "attempts": [attempt.model_dump(exclude_unset=True) for attempt in attempts],
             "blocks": [block.to_json() for block in tuned_blocks(folder / "events.jsonl")],
             "peak_gpu_bytes": result.peak_gpu_bytes,
-            **({"chats": rendered.to_json()} if rendered else {}),
+            "sources": [source.record(use) for source, use in zip(read, result.calibration, strict=True)],
         }
         return Made(Manifest.of(files), record)
 
@@ -165,27 +169,60 @@ def _link_model(store: Store, recipe: Recipe, base: Manifest, folder: Path) -> t
     return model, head_prefixes, dequantize_fp8(split_fused_experts(checkpoint))
 
 
-def _render_calibration(
-    store: Store, recipe: Recipe, base: Manifest, calibration: Text, folder: Path
-) -> tuple[list[Path], Rendered | None]:
-    """Link the calibration text into `folder`, and render its chats with the base's chat template if it has any.
+@dataclass(frozen=True)
+class _ReadSource:
+    """A calibration source whose files are on this machine. rendered: how its rows were rendered, if it has chats."""
 
-    Returns the files of the text, and how its chats were rendered.
-    """
-    texts = text_files(store, calibration, folder / "calibration")
-    if not calibration.chats:
-        return texts, None
-    settings = recipe.quantize
-    rendered = render(
-        store.link_files(tokenizer_part(base), folder / "tokenizer"),
-        texts,
-        folder / "rendered",
-        name="the calibration text",
-        remote_code=recipe.allow_remote_code,
-        limit=ReadingLimit(tokens=max_tokens_read(settings.nsamples, settings.seqlen, mixed=calibration.mixed)),
-    )
-    log.info(f"calibration: {rendered.summary}")
-    return [rendered.path], rendered
+    source: CalibrationSource
+    samples: SampleSource
+    rendered: Rendered | None
+
+    def record(self, use: SourceUse) -> dict[str, Any]:
+        """Return what the record of the stage says of this source."""
+        text = self.source.text
+        return {
+            "source": text.name,
+            "field": text.field,
+            "weight": self.source.weight,
+            "license": text.license,
+            **use.model_dump(),
+            "chats": self.rendered.to_json() if self.rendered else None,
+        }
+
+
+def _read_calibration(
+    store: Store, recipe: Recipe, base: Manifest, calibration: Calibration, folder: Path
+) -> list[_ReadSource]:
+    """Bring the calibration texts into `folder`, and render those that have chats with the base's chat template."""
+    settings, read = recipe.quantize, list[_ReadSource]()
+    tokenizer = store.link_files(tokenizer_part(base), folder / "tokenizer") if calibration.chats else folder
+    limits = tokens_to_read([source.weight for source in calibration.sources], settings.nsamples, settings.seqlen)
+    for number, (source, limit) in enumerate(zip(calibration.sources, limits, strict=True)):
+        text = source.text
+        paths = text_files(store, text, folder / "calibration" / str(number), limit)
+        max_tokens = None if text.mixed else limit
+        rendered = None
+        if text.chats:
+            rendered = render(
+                tokenizer,
+                paths,
+                folder / "rendered" / str(number),
+                name=text.label,
+                remote_code=recipe.allow_remote_code,
+                limit=ReadingLimit(tokens=max_tokens, field=text.field, sample_tokens=settings.seqlen),
+            )
+            log.info(f"calibration: {f'{text.label}: ' if len(limits) > 1 else ''}{rendered.summary}")
+        samples = SampleSource(
+            name=text.label,
+            paths=[rendered.path] if rendered else paths,
+            rendered=rendered is not None,
+            mixed=text.mixed,
+            weight=source.weight,
+            field=text.field,
+            max_tokens=max_tokens,
+        )
+        read.append(_ReadSource(source, samples, rendered))
+    return read
 
 
 def _quantized_parameters(base: Checkpoint, bits: Mapping[str, int]) -> int:
@@ -195,5 +232,5 @@ def _quantized_parameters(base: Checkpoint, bits: Mapping[str, int]) -> int:
 
 
 @task(**options("quantize", hours=(TIMEOUT_S + TIMEOUT_MARGIN_S) / 3600))
-def quantize_task(recipe: Recipe, base: Manifest, calibration: Text) -> Any:
+def quantize_task(recipe: Recipe, base: Manifest, calibration: Calibration) -> Any:
     return stage_summary(quantize(open_store(), recipe, base, calibration, BlockProgress()))

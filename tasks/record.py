@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -37,6 +38,25 @@ class RecordedBlock:
     seconds: float | None
     loss_before: float | None
     loss_after: float | None
+
+
+@dataclass(frozen=True)
+class RecordedSource:
+    """What a quantize stage took from one calibration text: rows and tokens read, and samples by domain.
+
+    name: of the text, pinned to what it was; license: of a data set, if its card names one; templated, plain: how many
+    chats went through the base's chat template, and how many did not; reason: why the first one did not.
+    """
+
+    name: str
+    weight: float | None
+    license: str | None
+    rows: int
+    tokens: int
+    samples: Mapping[str, int]
+    templated: int
+    plain: int
+    reason: str | None
 
 
 @dataclass(frozen=True)
@@ -110,6 +130,12 @@ class StageRecord:
         return _text(self.document.get("calibration"))
 
     @property
+    def sources(self) -> list[RecordedSource]:
+        """What a quantize stage took from each calibration text."""
+        found = self.document.get("sources")
+        return [_source(row) for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+
+    @property
     def settings(self) -> Mapping[str, object]:
         """The settings that a quantize stage ran with, by name."""
         return self._part("settings")
@@ -156,6 +182,12 @@ class StageRecord:
         return bool(self._part("mtp").get("in_base"))
 
     @property
+    def measured_tokens(self) -> int | None:
+        """How many tokens a validate stage measured of each model."""
+        tokens = _number(self._part("measured").get("tokens"))
+        return int(tokens) if tokens is not None and 0 < tokens < math.inf else None
+
+    @property
     def engine(self) -> str | None:
         """The inference engine of a benchmark."""
         return _text(self._part("measured").get("engine"))
@@ -167,6 +199,21 @@ class StageRecord:
 
     def _part(self, key: str) -> Mapping[str, object]:
         return _object(self.document.get(key))
+
+
+def _source(row: Mapping[str, object]) -> RecordedSource:
+    samples, chats = _object(row.get("samples")), _object(row.get("chats"))
+    return RecordedSource(
+        name=_text(row.get("source")) or "",
+        weight=_number(row.get("weight")),
+        license=_text(row.get("license")),
+        rows=int(_number(row.get("rows")) or 0),
+        tokens=int(_number(row.get("tokens")) or 0),
+        samples={name: int(_number(count) or 0) for name, count in samples.items()},
+        templated=int(_number(chats.get("templated")) or 0),
+        plain=int(_number(chats.get("plain")) or 0),
+        reason=_text(chats.get("reason")),
+    )
 
 
 def _object(value: object) -> Mapping[str, object]:

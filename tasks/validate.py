@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +25,17 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.weight_error import fidelity
 from requant.tasks.checkpoint.writer import write_file, write_json
 from requant.tasks.documents import first_problem
-from requant.tasks.download import text_files
 from requant.tasks.errors import CheckpointError, RecipeError, RequantError, StoreError, TooFewTokens
 from requant.tasks.evaluate import Scores, evaluate, evaluation_key, recovery, stored_scores, whole_model_settings
+from requant.tasks.excerpt import text_files
 from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
-from requant.tasks.recipe.recipe import PACKED_HEADS, Eval, Recipe
+from requant.tasks.recipe.recipe import DOMAIN, PACKED_HEADS, Eval, Recipe
 from requant.tasks.store import Store, open_store
 from requant.tasks.texts.rendering import ReadingLimit, render
 from requant.tasks.texts.rows import read_rows
 from requant.tasks.texts.text import EVALUATION, Text
+from requant.tasks.validating import OTHER, WHOLE_TEXT
 from requant.tasks.validating.gates import most_repeated
 from requant.tasks.validating.measured import (
     NOT_COMPARED,
@@ -43,6 +46,7 @@ from requant.tasks.validating.measured import (
     Divergence,
     MatrixError,
     Measured,
+    NoiseFloor,
     Side,
 )
 
@@ -50,12 +54,16 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a reused stage does not 
     from requant.tasks.validating.measurement import Measurement
     from requant.tasks.validating.model import RunSettings
 
-STAGE = Stage("validate", 4, tools=("transformers",))
+STAGE = Stage("validate", 5, tools=("transformers",))
 # This version stays as it is: the key also has VERSION of validating/measure.py, and that is the one to raise. To merge
 # the two would change all keys.
 MEASURE = Stage("measure", 1, tools=("transformers",))
+NOISE = Stage("noise_floor", 1, tools=("transformers",))  # as with MEASURE
 MAX_CHARACTERS = 4_000_000  # Read at most this many characters of a data set; windows are spread over these.
+MAX_DOMAINS = 16  # domains beyond these, and those whose names are no names, are measured together
+DOMAIN_NAME = re.compile(DOMAIN)
 RESULT_FILE, MEASUREMENT_FILE = "validation.json", "measurement.safetensors"
+NOISE_FILE = "noise_floor.json"
 log = logging.getLogger(__name__)
 
 
@@ -67,7 +75,12 @@ def compared_part(base: Manifest) -> Manifest:
 def validate_key(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text) -> str:
     return STAGE.key(
         reads={"base": compared_part(base).digest, "artifact": artifact.digest, "text": text.digest},
-        settings={"mtp": recipe.mtp, "allow_remote_code": recipe.allow_remote_code, **evaluation_key(recipe.eval)},
+        settings={
+            "mtp": recipe.mtp,
+            "allow_remote_code": recipe.allow_remote_code,
+            "tokens": recipe.validation.tokens,
+            **evaluation_key(recipe.eval),
+        },
     )
 
 
@@ -87,14 +100,17 @@ def validate(
         quantized_folder = store.link_files(artifact, folder / "artifact")
         base_folder = store.link_files(compared_part(base), folder / "base")
         manifests = {quantized_folder: artifact, base_folder: compared_part(base)}
+        tokens = recipe.validation.tokens
         base_checkpoint = Checkpoint.open(base_folder).sound()
 
         @functools.cache
         def text_file() -> Path:
             return text_for_measuring(store, text, folder / "words", base_folder, recipe.allow_remote_code)
 
+        @functools.cache
         def measure_one(path: Path, settings: RunSettings) -> Measurement:
-            return measure_or_reuse(store, manifests[path], path, text, text_file, settings)
+            asked = MeasurementKey(manifests[path].digest, text.digest, tokens, settings)
+            return measure_or_reuse(store, asked, path, text_file, folder / "measured" / path.name)
 
         def evaluate_one(path: Path) -> Scores:
             return stored_scores(
@@ -113,42 +129,95 @@ def validate(
         if measured.not_measured and not measured.behaviour.was_run and not measured.audit.unaccounted:
             # The cause may be this machine, so the result must not be stored.
             raise CheckpointError(measured.not_measured)
+
+        def noise_of(of_base: Measurement, settings: RunSettings) -> NoiseFloor:
+            asked = MeasurementKey(compared_part(base).digest, text.digest, tokens, settings)
+            return noise_or_reuse(store, asked, base_folder, of_base)
+
+        measured = with_noise_floor(measured, base_folder, measure_one, noise_of, recipe.allow_remote_code)
         values = measured.to_json()
-        files = [write_json(folder / "out", RESULT_FILE, {"text": text.name, **values})]
+        names: dict[str, Any] = {"text": text.name}
+        if text.domains:
+            names["texts"] = {domain: part.name for domain, part in text.domains}
+        files = [write_json(folder / "out", RESULT_FILE, {**names, **values})]
         put_files(store, folder / "out", files)
         return Made(Manifest.of(files), {"measured": values, "bytes_read": base.size + artifact.size})
 
     return run_stage(store, STAGE, validate_key(recipe, base, artifact, text), work)
 
 
+@dataclass(frozen=True)
+class MeasurementKey:
+    """What a measurement depends on: a checkpoint, a text, how many tokens of each domain, and how it is run."""
+
+    checkpoint: str
+    text: str
+    tokens: int | None
+    settings: RunSettings
+
+    def of(self, stage: Stage) -> str:
+        from requant.tasks.validating.measure import VERSION
+
+        device, dtype = self.settings.device.type, str(self.settings.dtype)
+        return stage.key(
+            reads={"checkpoint": self.checkpoint, "text": self.text},
+            settings={"code": VERSION, "device": device, "dtype": dtype, "tokens": self.tokens},
+        )
+
+
 def measure_or_reuse(
-    store: Store,
-    manifest: Manifest,
-    folder: Path,
-    text: Text,
-    text_file: Callable[[], Path],
-    settings: RunSettings,
+    store: Store, asked: MeasurementKey, folder: Path, text_file: Callable[[], Path], linked: Path
 ) -> Measurement:
-    """Measure one checkpoint on a text, or take the measurement from the store.
+    """Measure the checkpoint in `folder` on a text, or take the measurement from the store.
 
     A base is measured once for all checkpoints that are made from it. `text_file` returns the file of the text, and is
-    called only if the checkpoint is measured.
+    called only if the checkpoint is measured. The measurement's file is linked into the folder `linked`.
     """
-    from requant.tasks.validating.measure import VERSION, measure
+    from requant.tasks.validating.measure import measure
     from requant.tasks.validating.measurement import Measurement
 
-    key = MEASURE.key(
-        reads={"checkpoint": manifest.digest, "text": text.digest},
-        settings={"code": VERSION, "device": settings.device.type, "dtype": str(settings.dtype)},
-    )
-
     def work(scratch: Path) -> Made:
-        result = measure(folder, text_file(), settings)
+        result = measure(folder, text_file(), asked.settings, asked.tokens)
         files = [write_file(scratch, MEASUREMENT_FILE, [result.to_bytes()])]
         put_files(store, scratch, files)
         return Made(Manifest.of(files), {"perplexity": result.perplexity, "acceptance": result.acceptance})
 
-    return Measurement.from_bytes(store.read_blob(run_stage(store, MEASURE, key, work).manifest[MEASUREMENT_FILE]))
+    manifest = run_stage(store, MEASURE, asked.of(MEASURE), work).manifest
+    return Measurement.load(store.link_files(manifest, linked) / MEASUREMENT_FILE)
+
+
+def noise_or_reuse(store: Store, asked: MeasurementKey, base_folder: Path, of_base: Measurement) -> NoiseFloor:
+    """Measure the noise floor of a base, or take it from the store: it is measured once."""
+    from requant.tasks.validating.noise import noise_floor
+
+    def work(scratch: Path) -> Made:
+        floor = noise_floor(base_folder, of_base, asked.settings).to_json()
+        files = [write_json(scratch, NOISE_FILE, floor)]
+        put_files(store, scratch, files)
+        return Made(Manifest.of(files), {"noise_floor": floor})
+
+    manifest = run_stage(store, NOISE, asked.of(NOISE), work).manifest
+    return NoiseFloor.model_validate_json(store.read_blob(manifest[NOISE_FILE]))
+
+
+def with_noise_floor(
+    measured: Measured,
+    base_folder: Path,
+    measure_one: Callable[[Path, RunSettings], Measurement],
+    noise_of: Callable[[Measurement, RunSettings], NoiseFloor],
+    remote_code: bool,
+) -> Measured:
+    """Add the noise floor of the base, if the checkpoint was compared with it and the floor can be measured."""
+    from requant.tasks.validating.measure import run_settings
+
+    if measured.divergence.kl_divergence is None:
+        return measured
+    settings = run_settings(base_folder, remote_code)
+    try:
+        return measured.with_noise_floor(noise_of(measure_one(base_folder, settings), settings))
+    except CheckpointError as error:
+        log.warning(f"the noise floor of the base is not measured: {error}")
+        return measured
 
 
 def text_for_measuring(
@@ -158,15 +227,32 @@ def text_for_measuring(
     model: Path,
     remote_code: bool = False,
 ) -> Path:
-    """Return a file with the text to measure on.
+    """Return a file with the text to measure on: plain text, or JSON Lines with a row for each domain.
 
     A local .txt file is returned as it is. Of any other text, the first MAX_CHARACTERS are written to a file in
     `folder`; chats are rendered with the chat template of `model`. Raises RecipeError if there is no text to read.
     """
     if text.path is not None and text.path.suffix == ".txt":
         return text.path
+    domains = _by_domain(store, text, folder, model, remote_code)
+    if domains.keys() == {WHOLE_TEXT}:
+        write_file(folder, "text.txt", [domains[WHOLE_TEXT].encode()])
+        return folder / "text.txt"
+    rows = (json.dumps({"domain": domain, "text": content}) + "\n" for domain, content in domains.items())
+    write_file(folder, "text.jsonl", (row.encode() for row in rows))
+    return folder / "text.jsonl"
+
+
+def _by_domain(store: Store, text: Text, folder: Path, model: Path, remote_code: bool) -> dict[str, str]:
+    """Read the text of each domain, WHOLE_TEXT for rows without one. Raises RecipeError if there is no text to read."""
+    if text.domains:
+        return {
+            domain: "\n\n".join(_by_domain(store, part, folder / domain, model, remote_code).values())
+            for domain, part in text.domains
+        }
     paths = text_files(store, text, folder / "text")
-    documents, characters = [], 0
+    documents: dict[str, list[str]] = {}
+    characters = 0
     try:
         if text.chats:
             rendered = render(
@@ -180,14 +266,16 @@ def text_for_measuring(
             log.info(f"validation text: {rendered.summary}")
             paths = [rendered.path]
         for row in read_rows(paths, text.name):
-            documents.append(row.text)
+            domain = row.domain or WHOLE_TEXT
+            if domain not in documents and (len(documents) >= MAX_DOMAINS or not DOMAIN_NAME.fullmatch(domain)):
+                domain = OTHER
+            documents.setdefault(domain, []).append(row.text[: MAX_CHARACTERS - characters])
             characters += len(row.text)
             if characters >= MAX_CHARACTERS:
                 break
     except RecipeError as error:
         raise RecipeError(f"validation.text: {error}") from error
-    write_file(folder, "text.txt", ["\n\n".join(documents)[:MAX_CHARACTERS].encode()])
-    return folder / "text.txt"
+    return {domain: "\n\n".join(texts) for domain, texts in documents.items()}
 
 
 def validate_folders(
@@ -198,25 +286,35 @@ def validate_folders(
     remote_code: bool = False,
     pack_head: bool = False,
     tasks: Eval | None = None,
+    tokens: int | None = None,
 ) -> Measured:
-    """Measure a checkpoint against its base without reusing or storing measurements."""
+    """Measure a checkpoint against its base without reusing or storing measurements.
+
+    `text` is a file that `text_for_measuring` returned, and `tokens` how many are measured of each domain.
+    """
     checkpoint, base = Checkpoint.open(quantized_folder), Checkpoint.open(base_folder).sound()
 
+    @functools.cache
     def measure_one(path: Path, settings: RunSettings) -> Measurement:
         from requant.tasks.validating.measure import measure
 
         try:
-            return measure(path, text, settings)
+            return measure(path, text, settings, tokens)
         except TooFewTokens:
             _check_text(base, text, remote_code)
             raise
+
+    def noise_of(of_base: Measurement, settings: RunSettings) -> NoiseFloor:
+        from requant.tasks.validating.noise import noise_floor
+
+        return noise_floor(base_folder, of_base, settings)
 
     def evaluate_one(path: Path) -> Scores:
         assert tasks is not None
         return evaluate(path, tasks, whole_model_settings(base_folder, remote_code))
 
     keep_head = base.head is not None and (checkpoint.head is not None or _promises_head(checkpoint))
-    return measured_values(
+    measured = measured_values(
         checkpoint,
         base,
         measure_one,
@@ -225,11 +323,12 @@ def validate_folders(
         pack_head=pack_head,
         remote_code=remote_code,
     )
+    return with_noise_floor(measured, base_folder, measure_one, noise_of, remote_code)
 
 
 def _check_text(base: Checkpoint, text: Path, remote_code: bool) -> None:
     """Raise RecipeError if the base's tokenizer also yields too few tokens, which means the text is too short."""
-    from requant.tasks.validating.measure import windows
+    from requant.tasks.validating.windows import windows
 
     try:
         windows(base.folder, text, base, remote_code=remote_code)
@@ -295,6 +394,7 @@ def _run_both(
     `sound`: all tensors and settings of the quantized checkpoint are accounted for.
     """
     from requant.tasks.validating.compare import compare
+    from requant.tasks.validating.measurement import aligned
 
     try:
         of_quantized = measure_one(quantized_folder, settings)
@@ -302,7 +402,7 @@ def _run_both(
         if not _is_caused_by_checkpoint(error, sound=sound):
             raise
         return NOT_RUN, NOT_COMPARED, _why_not(error)
-    of_base = measure_one(base_folder, settings)
+    of_base, of_quantized = aligned(measure_one(base_folder, settings), of_quantized)
     behaviour = side_by_side(of_base, of_quantized)
     if behaviour.same_tokens != 1.0:
         return behaviour, NOT_COMPARED, "its tokenizer makes other tokens than the base's"

@@ -37,11 +37,11 @@ def validate(folder: Path, base: str, recipe: Path | None) -> CommandResult:
       requant validate build/result --base Qwen/Qwen3.6-27B
       requant validate build/result --base build/base --recipe recipe.yaml
     """
-    from requant.flows.report.terminal import gate_table
+    from requant.flows.report.terminal import validation_text
     from requant.tasks.validating.gates import measured_quality, refusal
 
     document = api.validate(folder, base=base, recipe=recipe)
-    lines = [gate_table(document.gates).rstrip("\n"), *(f"finding: {sentence}" for sentence in document.findings)]
+    lines = [validation_text(document).rstrip("\n"), *(f"finding: {sentence}" for sentence in document.findings)]
     if not measured_quality(document.gates):
         lines.append(f"not passed: {refusal(document.gates)}")
     return CommandResult(document.to_json(), "\n".join(lines), 0 if document.passed else 1)

@@ -17,7 +17,16 @@ from requant.flows.report.report import (
     verdict,
 )
 from requant.tasks.card.filters import Markdown, escape, named, number, table
-from requant.tasks.card.rows import DRAFT_COLUMNS, QUALITY_COLUMNS, TASK_COLUMNS, head_rows, quality_rows, task_rows
+from requant.tasks.card.rows import (
+    DOMAIN_COLUMNS,
+    DRAFT_COLUMNS,
+    QUALITY_COLUMNS,
+    TASK_COLUMNS,
+    domain_rows,
+    head_rows,
+    quality_rows,
+    task_rows,
+)
 from requant.tasks.plots import Picture
 from requant.tasks.serving.result import BenchmarkResult, PromptResult
 from requant.tasks.validating.gates import slope_error
@@ -41,6 +50,8 @@ def markdown(report: RunReport, link: Callable[[Picture], str]) -> str:
     measured = report.measured or Measured()
     if rows := quality_rows(measured):
         parts += ["### Quality", table(QUALITY_COLUMNS, rows)]
+    if rows := domain_rows(measured.divergence.domains):
+        parts += ["### Quality by domain", table(DOMAIN_COLUMNS, rows)]
     if rows := head_rows(measured):
         parts += ["### Draft acceptance rate", table(DRAFT_COLUMNS, rows)]
     if rows := task_rows(measured):

@@ -9,7 +9,15 @@ from rich.console import Console
 from requant.flows.report.terminal import table_of
 from requant.tasks.card.filters import escape, named, table
 from requant.tasks.formatting import format_duration, gigabytes
-from requant.tasks.planning.document import BaseChanges, Needs, OutputLayout, Plan, PlanDocument, PlannedOutput
+from requant.tasks.planning.document import (
+    BaseChanges,
+    Needs,
+    OutputLayout,
+    Plan,
+    PlanDocument,
+    PlannedOutput,
+    PlannedSource,
+)
 
 Row = tuple[str, ...]
 STAGE_COLUMNS = ("stage", "state", "bytes", "time", "cost", "figure from")
@@ -150,10 +158,19 @@ def sentences(document: PlanDocument) -> list[tuple[str, str]]:
     if isinstance(needs, Needs):
         moved = f"{gigabytes(transfer.download_bytes)} down, {gigabytes(transfer.upload_bytes)} up"
         lines.append(("moves", f"{moved}; {gigabytes(needs.disk_bytes)} of disk below the store"))
+    lines += [("calibration", _source_words(source)) for source in document.calibration]
     lines += [(engine, str(verdict)) for engine, verdict in document.engines.items()]
     lines += [("changed", line) for line in _changes(document.changes)]
     lines += [("note", note) for note in document.notes]
     return lines + ([("problem", problem) for problem in document.problems] or [("problems", "none")])
+
+
+def _source_words(source: PlannedSource) -> str:
+    words = [f"column {source.field}"] if source.field is not None else []
+    words += [f"weight {source.weight:g}"] if source.weight is not None else []
+    words += ["chats through the base's template"] if source.chats else []
+    words += [f"license {source.license}"] if source.license is not None else []
+    return ", ".join([source.source, *words])
 
 
 def _changes(changes: BaseChanges | None) -> list[str]:

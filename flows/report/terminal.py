@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -17,15 +17,26 @@ from requant.flows.report.report import (
     run_headline,
     stage_rows,
 )
+from requant.tasks.card.rows import DOMAIN_COLUMNS, domain_rows
 from requant.tasks.formatting import gigabytes
 from requant.tasks.serving.result import BenchmarkResult, PromptResult
-from requant.tasks.validating.gates import Gate
+from requant.tasks.validating.gates import ValidationDocument
+from requant.tasks.validating.measured import DomainValues
 
 RIGHT = {
     "seconds", "measured", "limit", "at once", "tokens/s", "first token", "between, p99", "bytes", "time",
     "cost", "count", "memory", "GPU memory", "low_gpu_mem: memory", "GPU memory there", "size", "smaller", "perplexity",
-    "same token", "draft acceptance", "quantized", "kept",
+    "same token", "draft acceptance", "quantized", "kept", "tokens",
 }  # fmt: skip
+# Columns of the table by domain that fit a terminal, and their short names there.
+DOMAINS_IN_TERMINAL = {
+    "domain": "domain",
+    "tokens": "tokens",
+    "over the base's": "perplexity",
+    "KL divergence, nats": "KL divergence",
+    "same next token": "same next token",
+    "ratio to the base's": "draft acceptance ratio",
+}
 
 
 def render(report: RunReport) -> str:
@@ -50,6 +61,8 @@ def _render_one(report: RunReport) -> str:
             console.print(table_of(("stage", "state", "seconds", "artifact"), stage_rows(report)))
         if report.gates:
             console.print(table_of(("gate", "measured", "limit", "", ""), gate_rows(report.gates)))
+        if report.measured and report.measured.divergence.domains:
+            console.print(_domains(report.measured.divergence.domains))
         if report.benchmark and report.benchmark.engine != "none":
             speed = f"speed       {speed_line(report.benchmark)}"
             console.print(speed, highlight=False, markup=False, soft_wrap=True)
@@ -65,12 +78,21 @@ def _render_one(report: RunReport) -> str:
     return capture.get()
 
 
-def gate_table(gates: Iterable[Gate]) -> str:
-    """Render the gates as a table."""
+def validation_text(document: ValidationDocument) -> str:
+    """Render the gates, and the comparison by domain, as tables."""
     console = Console(width=110, no_color=True, force_terminal=False)
     with console.capture() as capture:
-        console.print(table_of(("gate", "measured", "limit", "", ""), gate_rows(gates)))
+        console.print(table_of(("gate", "measured", "limit", "", ""), gate_rows(document.gates)))
+        if document.domains:
+            console.print("", _domains(document.domains))
     return capture.get()
+
+
+def _domains(domains: Mapping[str, DomainValues]) -> Table:
+    """Lay out the part of the comparison by domain that fits a terminal, with 95 % intervals in parentheses."""
+    places = [DOMAIN_COLUMNS.index(name) for name in DOMAINS_IN_TERMINAL]
+    rows = (tuple(row[place] for place in places) for row in domain_rows(domains))
+    return table_of(tuple(DOMAINS_IN_TERMINAL.values()), rows)
 
 
 def bench_text(result: BenchmarkResult, name: str) -> str:

@@ -102,7 +102,7 @@ def auto_round(model_folder: Path, folder: Path, size: Size, seed: int = 42) -> 
     from requant.tasks.quantizing.auto_round import TuningRun, patched, profile_patches, progress_patches
     from requant.tasks.quantizing.events import EventWriter
     from requant.tasks.quantizing.loop.profile import Profile
-    from requant.tasks.quantizing.samples import calibration_samples
+    from requant.tasks.quantizing.samples import SampleSource, calibration_samples
     from requant.tasks.texts.text import find_text
 
     report = EventWriter(folder / "events.jsonl").write
@@ -112,6 +112,8 @@ def auto_round(model_folder: Path, folder: Path, size: Size, seed: int = 42) -> 
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
     text = find_text("builtin:python").path
+    assert text is not None
+    source = SampleSource(name="builtin:python", paths=[text])
     with patched([*progress_patches(run), *(profile_patches(clock) if clock else [])], report):
         rounder = AutoRound(
             model,
@@ -120,7 +122,7 @@ def auto_round(model_folder: Path, folder: Path, size: Size, seed: int = 42) -> 
             iters=size.iters,
             seqlen=size.seqlen,
             nsamples=size.nsamples,
-            dataset=calibration_samples(tokenizer, [str(text)], size.nsamples, size.seqlen),
+            dataset=calibration_samples(tokenizer, [source], size.nsamples, size.seqlen)[0],
             batch_size=size.batch_size,
             low_gpu_mem_usage=True,
             enable_torch_compile=torch.cuda.is_available(),
@@ -139,7 +141,7 @@ def requant(model_folder: Path, folder: Path, size: Size, changes: dict[str, Any
     from requant.tasks.quantizing.events import line_of
     from requant.tasks.recipe.loader import parse_recipe
     from requant.tasks.store import open_store
-    from requant.tasks.texts.text import find_text
+    from requant.tasks.texts.calibration import find_calibration
 
     store = open_store((folder / "store").as_uri())
     base = Manifest.of(file_of(model_folder, p.name) for p in sorted(model_folder.iterdir()) if p.name != "done")
@@ -151,9 +153,11 @@ def requant(model_folder: Path, folder: Path, size: Size, changes: dict[str, Any
     settings = {"nsamples": size.nsamples, "seqlen": size.seqlen, "iters": size.iters, "batch_size": size.batch_size}
     asked = {"calibration": "builtin:python", **settings, **changes}  # the text that the variant auto-round uses
     recipe = parse_recipe({"base": {"repo_id": "bench/random"}, "mtp": "drop", "quantize": asked})
-    text = find_text(recipe.quantize.calibration)
+    calibration = find_calibration(recipe.quantize)
     with (folder / "events.jsonl").open("a") as stream:
-        result = quantize(store, recipe, base, text, lambda event: print(line_of(event), file=stream, flush=True))
+        result = quantize(
+            store, recipe, base, calibration, lambda event: print(line_of(event), file=stream, flush=True)
+        )
     return {k: result.provenance.document[k] for k in ("peak_gpu_bytes", "settings", "attempts", "blocks", "seconds")}
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from infra.dev.hub.launch import HubStandIn
 from requant.tasks.recipe.loader import load_recipe
-from requant.tasks.texts.text import find_text
+from requant.tasks.texts.calibration import find_calibration
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = ROOT / "infra" / "dev" / "models" / "tiny-qwen3_5-mtp"
@@ -29,11 +29,12 @@ BARE = """
 import json, sys, torch
 from auto_round import AutoRound
 from transformers import AutoModelForImageTextToText, AutoTokenizer
-from requant.tasks.quantizing.samples import calibration_samples
+from requant.tasks.quantizing.samples import SampleSource, calibration_samples
 job, out = json.loads(sys.argv[1]), sys.argv[2]
 model = AutoModelForImageTextToText.from_pretrained(job["model"], dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(job["model"])
-samples = calibration_samples(tokenizer, job["texts"], job["nsamples"], job["seqlen"])
+source = SampleSource(name="text", paths=[job["text"]])
+samples = calibration_samples(tokenizer, [source], job["nsamples"], job["seqlen"])[0]
 AutoRound(model, tokenizer, processor=tokenizer, scheme=job["scheme"], iters=job["iters"], seqlen=job["seqlen"],
           nsamples=job["nsamples"], dataset=samples, batch_size=job["batch_size"], low_gpu_mem_usage=False,
           enable_torch_compile=False, device_map="cpu", seed=job["seed"],
@@ -44,8 +45,8 @@ AutoRound(model, tokenizer, processor=tokenizer, scheme=job["scheme"], iters=job
 def main() -> None:
     """Print a table of medians, and write all figures to build/bench-overhead.json."""
     recipe = load_recipe(RECIPE)
-    text = find_text(recipe.quantize.calibration)
-    job = {**recipe.quantize.model_dump(), "model": str(MODEL), "texts": [str(text.path)]}
+    (source,) = find_calibration(recipe.quantize).sources
+    job = {**recipe.quantize.model_dump(), "model": str(MODEL), "text": str(source.text.path)}
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, HubStandIn(Path(folder) / "hub") as hub:
         hub.seed("demo/tiny-qwen3_5-mtp", MODEL)

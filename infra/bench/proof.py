@@ -58,7 +58,7 @@ PARTS = {
     "requant.tasks.validating.measure._continuations": "most_repeated_token, speculative_decoding",
     "requant.tasks.validating.measure.features": "vision_output",
     "requant.tasks.validating.compare._block_errors": "block_error",
-    "requant.tasks.validating.compare._kl_divergence": "kl_divergence",
+    "requant.tasks.validating.compare.kl_divergence": "kl_divergence",
 }
 
 

@@ -20,15 +20,18 @@ COMMAND = "python -m infra.dev.stage_hashes"
 # For each stage the modules to start from. The modules below tasks/ that these import, directly or not, are added.
 STAGES = {
     "download": ("tasks/download.py",),
+    "excerpt": ("tasks/excerpt.py",),
     "quantize": ("tasks/quantize.py",),
     "mtp_fix": ("tasks/mtp_fix.py",),
     "validate": ("tasks/validate.py",),
     "measure": ("tasks/validating/measure.py", "tasks/texts/rendering.py"),
+    "noise_floor": ("tasks/validating/noise.py", "tasks/texts/rendering.py"),
     "benchmark": ("tasks/benchmark.py",),
     "evaluate": ("tasks/evaluate.py",),
 }
 # Modules whose own code shapes a stage's result, while most of what they import does not.
-WITHOUT_IMPORTS = {"measure": ("tasks/validate.py",)}  # It prepares the text that is measured on.
+# validate.py prepares the text that is measured on.
+WITHOUT_IMPORTS = {"measure": ("tasks/validate.py",), "noise_floor": ("tasks/validate.py",)}
 # Modules and folders that no stage's result depends on, and whose imports are not followed.
 SHAPES_NO_RESULT = (
     "tasks/pipeline/",  # keys, leases and records, which are the same for all stages

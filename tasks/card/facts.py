@@ -78,8 +78,9 @@ class CardFacts:
 
     @property
     def calibration(self) -> str:
-        """The calibration text, pinned to what it was."""
-        return self.record("quantize").calibration or self.recipe.quantize.calibration
+        """The calibration texts, each pinned to what it was."""
+        named = ", ".join(source.source for source in self.recipe.quantize.sources)
+        return self.record("quantize").calibration or named
 
     @property
     def tools(self) -> dict[str, str]:

@@ -9,7 +9,9 @@ from typing import Any
 import yaml
 
 from requant.tasks.card.facts import CardFacts
+from requant.tasks.recipe.quantize_section import Quantize
 from requant.tasks.redaction import public
+from requant.tasks.texts.calibration import pin_sources
 
 # The group size of `quantize`. Those of single layers are indented further.
 NO_GROUP_SIZE = re.compile(r"^  group_size: null$", re.MULTILINE)
@@ -21,9 +23,9 @@ def recipe_text(facts: CardFacts) -> str:
     document: dict[str, Any] = json.loads(recipe.model_dump_json(exclude_unset=True))
     document["base"]["revision"] = facts.base.sha
     if "calibration" in document.get("quantize", {}):
-        document["quantize"]["calibration"] = facts.calibration
+        document["quantize"]["calibration"] = _pinned_calibration(facts)
     if "text" in document.get("validation", {}):
-        document["validation"]["text"] = facts.measured.text
+        document["validation"]["text"] = facts.measured.texts or facts.measured.text
     if document.get("benchmark", {}).get("engine", "").startswith("url:"):
         document["benchmark"].pop("engine")  # it is the address of a private server
     document.pop("hardware", None)  # it has the price of the author's machine
@@ -34,4 +36,17 @@ def recipe_text(facts: CardFacts) -> str:
 
 def reads_local_files(facts: CardFacts) -> bool:
     """Check whether the recipe names a local file as a text, which is not published."""
-    return any(text.startswith("/") for text in (facts.recipe.quantize.calibration, facts.recipe.validation.text))
+    texts = [source.source for source in facts.recipe.quantize.sources]
+    asked = facts.recipe.validation.text
+    texts += [asked] if isinstance(asked, str) else asked.values()
+    return any(text.startswith("/") for text in texts)
+
+
+def _pinned_calibration(facts: CardFacts) -> Any:
+    """Return the key `calibration` as JSON, its sources pinned as the quantize stage recorded them."""
+    quantize, recorded = facts.recipe.quantize, facts.record("quantize")
+    names = [source.name for source in recorded.sources]
+    if len(names) != len(quantize.sources):  # A record from before there were several sources names one.
+        names = [facts.calibration] if len(quantize.sources) == 1 else [one.source for one in quantize.sources]
+    pinned = Quantize(calibration=pin_sources(quantize.calibration, names))
+    return pinned.model_dump(mode="json", exclude_none=True)["calibration"]

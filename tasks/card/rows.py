@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from requant.tasks.card.filters import escape, named, number
 from requant.tasks.formatting import gigabytes
-from requant.tasks.record import StageRecord
+from requant.tasks.record import RecordedSource, StageRecord
+from requant.tasks.redaction import public
 from requant.tasks.serving.result import BenchmarkResult, PromptResult, SpeedSummary
-from requant.tasks.validating.measured import Interval, Measured
+from requant.tasks.validating.measured import DomainValues, Interval, Measured
 
 QUALITY_COLUMNS = ("", "base", "quantized", "95 % of the time between")
+DOMAIN_COLUMNS = (
+    "domain", "tokens", "perplexity, base", "over the base's", "KL divergence, nats", "99 % of places below",
+    "noise floor", "same next token", "first draft accepted, base", "ratio to the base's",
+)  # fmt: skip
 DRAFT_COLUMNS = ("draft", "base", "quantized", "base, on its own text", "quantized, on its own text")
 TASK_COLUMNS = ("task", "metric", "base", "quantized", "recovery")
 SPEED_COLUMNS = ("requests", "without MTP", "with MTP", "speedup", "draft acceptance rate")
 PROMPT_COLUMNS = ("prompt, greedy, alone", "tokens", "without MTP", "with MTP", "draft acceptance rate")
+SOURCE_COLUMNS = ("calibration text", "samples", "rows read", "tokens read", "chats", "license")
 Row = tuple[str, ...]
 
 
@@ -36,6 +42,34 @@ def quality_rows(measured: Measured) -> list[Row]:
         for name, of_base, value, interval, form in rows
         if value is not None
     ]
+
+
+def domain_rows(domains: Mapping[str, DomainValues] | None) -> list[Row]:
+    """Compare both models by domain of the text, with 95 % intervals in parentheses."""
+    return [
+        (
+            domain,
+            number(values.tokens, ","),
+            number(values.base_perplexity, ".2f"),
+            _with_interval(values.perplexity_increase, values.perplexity_increase_interval, "+.1f", percent=True),
+            _with_interval(values.kl_divergence, values.kl_divergence_interval, ".3g"),
+            _with_interval(values.kl_divergence_p99, values.kl_divergence_p99_interval, ".2g"),
+            number(values.kl_noise_floor, ".1g"),
+            _with_interval(values.top1_agreement, values.top1_agreement_interval, ".1f", percent=True),
+            number(values.base_mtp_acceptance, ".1%"),
+            _with_interval(values.mtp_acceptance_ratio, values.mtp_acceptance_ratio_interval, ".3f"),
+        )
+        for domain, values in (domains or {}).items()
+    ]
+
+
+def _with_interval(value: float | None, interval: Interval | None, form: str, *, percent: bool = False) -> str:
+    """Format a value and its interval; with `percent`, as shares of 1 in percent."""
+    scale = 100 if percent else 1
+    text = number(None if value is None else scale * value, form) + ("%" if percent and value is not None else "")
+    if interval is None or value is None:
+        return text
+    return f"{text} ({' to '.join(number(scale * end, form) for end in interval)})"
 
 
 def head_rows(measured: Measured) -> list[Row]:
@@ -96,6 +130,21 @@ def prompt_rows(benchmark: BenchmarkResult) -> list[Row]:
         )
         for name, modes in prompts.items()
     ]
+
+
+def source_rows(sources: Sequence[RecordedSource]) -> list[Row]:
+    """List what was taken from each calibration text: samples by domain, of the rows and tokens that were read."""
+    rows: list[Row] = []
+    for source in sources:
+        domains = [f"{count} {escape(domain)}" for domain, count in source.samples.items() if domain and count]
+        total = sum(source.samples.values())
+        samples = f"{total} ({', '.join(domains)})" if domains else str(total)
+        chats = f"{source.templated} through the template" if source.templated else ""
+        plain = f"{source.plain} as plain text ({escape(source.reason or '')})" if source.plain else ""
+        words = ", ".join(filter(None, [chats, plain]))
+        name = named(public(source.name))
+        rows.append((name, samples, f"{source.rows:,}", f"{source.tokens:,}", words, escape(source.license or "")))
+    return rows
 
 
 def stage_rows(provenance: Mapping[str, StageRecord]) -> list[Row]:

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from requant.tasks.checkpoint.document import EngineVerdict, ModuleGroup
 from requant.tasks.documents import Document, is_none
+from requant.tasks.texts.calibration import CalibrationSource
 
 StageName = Literal["download", "quantize", "mtp_fix", "validate", "benchmark", "publish"]
 
@@ -220,9 +221,25 @@ class PlannedOutput(Plan, OutputName):
         return cls(name=name, repo_id=repo_id, **{part: getattr(plan, part) for part in Plan.model_fields})
 
 
+class PlannedSource(Document):
+    """A text that calibration samples will be taken from."""
+
+    source: str = Field(description="Its name, pinned to what it is now")
+    field: str | None = Field(description="The only column that is read, if the recipe names one")
+    weight: float | None = Field(description="Its share of the samples beside the other weights, if it has one")
+    chats: bool = Field(description="Whether it has chats, which go through the base's chat template")
+    license: str | None = Field(description="The license that a data set's card names")
+
+    @classmethod
+    def of(cls, source: CalibrationSource) -> PlannedSource:
+        text = source.text
+        return cls(source=text.name, field=text.field, weight=source.weight, chats=text.chats, license=text.license)
+
+
 class PlanDocument(Plan):
     """What a run of a recipe will do, take and cost, and what would stop it."""
 
+    calibration: tuple[PlannedSource, ...] = Field((), description="The texts that samples will be taken from")
     outputs: tuple[PlannedOutput, ...] | None = Field(
         None,
         exclude_if=is_none,

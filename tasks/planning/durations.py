@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import AliasPath, BaseModel, Field
 
+from requant.tasks.planning.measuring import WHOLE_TEXT_TOKENS, measured_tokens
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.record import StageRecord, TuningWork
 from requant.tasks.store import Store
@@ -177,7 +178,8 @@ def _nearest_quantize(runs: Iterable[TimedRecord], work: TuningWork, *, small_to
 
 
 def estimate_stage(store: Store, stage: str, recipe: Recipe, size_bytes: int) -> Estimate:
-    """Estimate a stage other than quantize, which moves or reads `size_bytes`."""
+    """Estimate a stage other than quantize, which moves or reads `size_bytes`. Validate also follows its tokens."""
+    tokens = measured_tokens(recipe) if stage == "validate" else WHOLE_TEXT_TOKENS
     engine = recipe.benchmark.engine if stage == "benchmark" else None
     if engine == "none":
         return Estimate(0.0, "nothing is measured")
@@ -192,9 +194,13 @@ def estimate_stage(store: Store, stage: str, recipe: Recipe, size_bytes: int) ->
         nearest = min(runs, key=lambda run: abs(run.record.bytes_processed - size_bytes))
         # How much of the run's time was fixed is unknown. So a smaller size is not estimated to take less.
         scale = max(1.0, size_bytes / nearest.record.bytes_processed)
+        scale *= max(1.0, tokens / (nearest.record.measured_tokens or tokens))
         return Estimate(nearest.seconds * scale, _earlier_run(nearest.record))
     rate = ASSUMED_BYTES_PER_S[stage]
-    return Estimate(FIXED_SECONDS.get(stage, 0.0) + size_bytes / rate, f"assumed: {rate / 1e6:.0f} MB/s")
+    seconds = size_bytes / rate * tokens / WHOLE_TEXT_TOKENS
+    source = f"assumed: {rate / 1e6:.0f} MB/s"
+    source += f" for {WHOLE_TEXT_TOKENS:,} tokens, here {tokens:,}" if tokens != WHOLE_TEXT_TOKENS else ""
+    return Estimate(FIXED_SECONDS.get(stage, 0.0) + seconds, source)
 
 
 def requested_hardware(recipe: Recipe) -> str | None:

@@ -13,10 +13,11 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.fp8 import is_fp8
 from requant.tasks.formatting import gigabytes
 from requant.tasks.planning.document import Needs, StageNeeds
+from requant.tasks.planning.measuring import measured_tokens
 from requant.tasks.planning.output import CheckpointPlan
 from requant.tasks.quantizing.auto_settings import ROUTED, sample_bytes, step_bytes
 from requant.tasks.recipe.recipe import Recipe
-from requant.tasks.validating import LENGTH, PROBE, WINDOWS
+from requant.tasks.validating import PROBE
 
 RUNTIME_BYTES = 3_000_000_000  # memory that Python, torch, CUDA and Prefect take before any weight is loaded
 
@@ -39,7 +40,7 @@ def estimate_needs(
     if "mtp_fix" in to_run and output.head_bytes:
         stages["mtp_fix"] = StageNeeds(disk_bytes=output.head_bytes)
     if "validate" in to_run:
-        stages["validate"] = _validate(output)
+        stages["validate"] = _validate(output, measured_tokens(recipe))
     if "benchmark" in to_run and recipe.benchmark.engine != "none":
         weights = sum(output.weights.values())
         stages["benchmark"] = _same_in_low_memory(RUNTIME_BYTES + weights, weights)
@@ -108,19 +109,25 @@ def _quantize_disk(output: CheckpointPlan, recipe: Recipe) -> int:
     return written + output.quantized_parameters + assembled + dequantized
 
 
-def _measurement_bytes(output: CheckpointPlan) -> int:
-    """Count the bytes of both measurements, of the base and of the result.
+def _states_bytes(output: CheckpointPlan, tokens: int) -> int:
+    """Count the bytes of the hidden states of one model after a block, in float32 at most."""
+    return 4 * _config_size(output.base, "hidden_size") * tokens
 
-    Each holds hidden states in float32 at most, and 32 bytes of other values per token.
+
+def _measurement_bytes(output: CheckpointPlan, tokens: int) -> int:
+    """Count the bytes of both measurements, of the base and of the result: the hidden states, and the other values."""
+    probes = (len(block_sizes(output.base)) + 2) * PROBE
+    return 2 * (_states_bytes(output, tokens + probes) + 32 * tokens)
+
+
+def _validate(output: CheckpointPlan, tokens: int) -> StageNeeds:
+    """Estimate validate, which computes one block at a time: in BF16 on a GPU, in float32 on a CPU.
+
+    While one block is computed, there are the hidden states of all tokens before and after it.
     """
-    states = WINDOWS * LENGTH + (len(block_sizes(output.base)) + 2) * PROBE
-    return 2 * (4 * _config_size(output.base, "hidden_size") * states + 32 * WINDOWS * LENGTH)
-
-
-def _validate(output: CheckpointPlan) -> StageNeeds:
-    """Estimate validate, which computes one block at a time: in BF16 on a GPU, in float32 on a CPU."""
-    parameters = streaming_parameters(output.base)
-    return _same_in_low_memory(RUNTIME_BYTES + 4 * parameters, 2 * parameters, _measurement_bytes(output))
+    parameters, states = streaming_parameters(output.base), _states_bytes(output, tokens)
+    ram_bytes, vram_bytes = RUNTIME_BYTES + 4 * parameters + 2 * states, 2 * parameters + states
+    return _same_in_low_memory(ram_bytes, vram_bytes, _measurement_bytes(output, tokens))
 
 
 def _same_in_low_memory(ram_bytes: int, vram_bytes: int, disk_bytes: int | None = None) -> StageNeeds:

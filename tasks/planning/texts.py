@@ -2,7 +2,7 @@
 
 A local or built-in text is read until it is certain that it has enough tokens. A Hub data set may have gigabytes, so it
 is read only at the beginning of a run, which fetches it anyway. Where the number of characters leaves room for doubt,
-the tokens are counted with the base's tokenizer. The checks are those of the stages themselves: `shares` for the
+the tokens are counted with the base's tokenizer. The checks are those of the stages themselves: `plan_samples` for the
 calibration samples, `window_count` for measuring.
 """
 
@@ -11,40 +11,58 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from requant.tasks.checkpoint.checkpoint import read_json
 from requant.tasks.errors import CheckpointError, RecipeError
 from requant.tasks.hub.sparse_checkout import fetch_files
 from requant.tasks.planning.inputs import Inputs
-from requant.tasks.quantizing.samples import shares
+from requant.tasks.quantizing.packing import Length
+from requant.tasks.quantizing.samples import Supply, plan_samples, tokens_to_read
 from requant.tasks.recipe.quantize_section import BUILTIN
 from requant.tasks.recipe.recipe import BUILTIN_EVALUATION, Recipe
+from requant.tasks.texts.documents import read_documents
+from requant.tasks.texts.forms import explain_unusable, form_of
 from requant.tasks.texts.rendering import TEMPLATES, TOKENIZER, ReadingLimit, render
-from requant.tasks.texts.rows import COLUMNS, explain_unusable, read_rows
+from requant.tasks.texts.rows import read_rows
 from requant.tasks.texts.text import Text, has_rows
 from requant.tasks.validating import window_count
 
 # No natural text has more characters per token. A text with this many for each token that is needed has enough.
 MAX_CHARACTERS_PER_TOKEN = 8
-# With a vocabulary of 200,000 entries, the largest in use, the prose of builtin:mixed has 4.2 characters per token, its
-# code 4.0 and its chats 4.1 (tasks/texts/builtin/README.md). So the plan of a default recipe fetches no tokenizer. A
-# run, which fetches the base anyway, counts the tokens.
-MAX_CHARACTERS_PER_BUILTIN_TOKEN = 4.6
+# With a vocabulary of 200,000 entries, the prose of builtin:mixed has 4.4 characters per token, more than its other
+# domains (tasks/texts/builtin/README.md). So the plan of a default recipe fetches no tokenizer. A run, which fetches
+# the base anyway, counts the tokens.
+MAX_CHARACTERS_PER_BUILTIN_TOKEN = 4.8
+# Of the built-in chats, samples of at least this length use this share at least. Measured: 96 % are in samples of 1024
+# tokens, and all in longer ones.
+MIN_PACKED_TOKENS, PACKED_SHARE = 1024, 0.85
+MAX_TOKENS_PER_WINDOW = 4  # how much of a text for measuring is counted, in windows
 MAX_TOKENIZER_BYTES = 256_000_000
+
+
+@dataclass(frozen=True)
+class _Need:
+    """How many tokens a stage needs of a text, and the length of the samples that it makes of it, if it makes any."""
+
+    text: Text
+    tokens: int
+    weight: float | None = None
+    sample_tokens: int | None = None
 
 
 class Texts:
     """The texts of a run.
 
-    `files_of` returns the files of a text, and puts those of a data set into the folder that it gets. `folder` is the
-    sparse checkout of the base, into which its tokenizer is fetched if it is needed. `scratch` is an empty folder for
-    the files that are read. With `fetch`, a Hub data set is fetched and read too.
+    `files_of` returns the files of a text with so many tokens, and puts those of a data set into the folder that it
+    gets. `folder` is the sparse checkout of the base, into which its tokenizer is fetched if it is needed. `scratch` is
+    an empty folder for the files that are read. With `fetch`, a Hub data set is fetched and read too.
     """
 
     def __init__(
         self,
-        files_of: Callable[[Text, Path], list[Path]],
+        files_of: Callable[[Text, Path, int], list[Path]],
         inputs: Inputs,
         folder: Path,
         scratch: Path,
@@ -53,9 +71,9 @@ class Texts:
     ) -> None:
         self._files_of, self._base, self._folder = files_of, inputs.base, folder
         self._scratch, self._fetch = scratch, fetch
-        self._texts = {"quantize.calibration": inputs.calibration, "validation.text": inputs.validation}
-        self._files: dict[str, list[Path]] = {}
-        self._tokens: dict[str, dict[str, int]] = {}
+        self._calibration, self._validation = inputs.calibration, inputs.validation
+        self._files: dict[_Need, list[Path]] = {}
+        self._counted: dict[_Need, Supply] = {}
         self._has_tokenizer = False
         self.notes: list[str] = []
 
@@ -66,20 +84,29 @@ class Texts:
         """
         asked = recipe.quantize
 
-        def check_samples(tokens: Mapping[str, int]) -> None:
-            shares(tokens, asked.nsamples, asked.seqlen, asked.seed)
+        def check_samples(supplies: Sequence[Supply]) -> None:
+            plan_samples(supplies, asked.nsamples, asked.seqlen, asked.seed)
 
-        def check_windows(tokens: Mapping[str, int]) -> None:
-            window_count(sum(tokens.values()), window_tokens, self._texts["validation.text"].name)
+        def check_windows(supplies: Sequence[Supply]) -> None:
+            window_count(sum(supplies[0].tokens.values()), window_tokens, supplies[0].name)
 
-        needed = {"quantize": ("quantize.calibration", check_samples, asked.nsamples * asked.seqlen)}
-        needed["validate"] = ("validation.text", check_windows, window_tokens)
+        sources = self._calibration.sources
+        limits = tokens_to_read([source.weight for source in sources], asked.nsamples, asked.seqlen)
+        samples = [
+            _Need(source.text, limit, source.weight, asked.seqlen)
+            for source, limit in zip(sources, limits, strict=True)
+        ]
+        checks: list[tuple[str, str, list[_Need], Callable[[Sequence[Supply]], None]]]
+        checks = [("quantize", "quantize.calibration", samples, check_samples)]
+        for domain, text in self._validation.domains or (("", self._validation),):
+            key = f"validation.text.{domain}" if domain else "validation.text"
+            checks.append(("validate", key, [_Need(text, MAX_TOKENS_PER_WINDOW * window_tokens)], check_windows))
         problems = []
-        for stage, (key, check, tokens) in needed.items():
+        for stage, key, needs, check in checks:
             if stage not in to_run:
                 continue
             try:
-                self._check(key, check, tokens, recipe.allow_remote_code)
+                self._check(key, needs, check, recipe.allow_remote_code)
             except RecipeError as error:
                 problems.append(f"{key}: {error}")
             except CheckpointError as error:
@@ -105,45 +132,72 @@ class Texts:
             fetch_files(self._base, self._folder, [f.path for f in self._base.wanted if f.path == path.name])
         return bool(read_json(path).get("chat_template"))
 
-    def _check(self, key: str, check: Callable[[Mapping[str, int]], None], needed: int, remote_code: bool) -> None:
-        """Raise RecipeError, or what `check` raises, unless a text has the `needed` tokens."""
-        text = self._texts[key]
-        if text.columns and not set(text.columns) & set(COLUMNS) and _has_same_columns(text):
-            raise RecipeError(explain_unusable(text.name, text.columns))
-        if text.dataset is not None and not self._fetch:
-            note = f"{key}: whether {text.name} has enough tokens is not judged: a run fetches and reads it first"
-            self.notes += [note] if note not in self.notes else []
+    def _check(
+        self, key: str, needs: Sequence[_Need], check: Callable[[Sequence[Supply]], None], remote_code: bool
+    ) -> None:
+        """Raise RecipeError, or what `check` raises, unless the texts have enough tokens."""
+        for text in (need.text for need in needs):
+            if text.columns and not _has_usable_column(text) and _has_same_columns(text):
+                raise RecipeError(explain_unusable(text.name, text.columns, text.field))
+        unknown = [note for need in needs if (note := self._explain_unknown(need.text))]
+        if unknown:
+            self.notes += [note for note in (f"{key}: {note}" for note in unknown) if note not in self.notes]
             return
-        builtin = text.name in BUILTIN + BUILTIN_EVALUATION and not self._fetch
-        ratio = MAX_CHARACTERS_PER_BUILTIN_TOKEN if builtin else MAX_CHARACTERS_PER_TOKEN
-        certain = _count_at_least(text, self._paths(key), needed, ratio)
         try:
-            check(certain)
+            check([self._supply_at_least(need) for need in needs])
         except RecipeError:  # There are too few characters to be certain.
-            check(self._count(key, needed, remote_code))
+            check([self._count(need, remote_code) for need in needs])
 
-    def _paths(self, key: str) -> list[Path]:
-        if key not in self._files:
-            self._files[key] = self._files_of(self._texts[key], self._scratch / key)
-        return self._files[key]
+    def _explain_unknown(self, text: Text) -> str:
+        """Say why it is not judged whether a text has enough tokens; return nothing if it is judged."""
+        if text.waits_for_base:
+            return "the base writes it in the run"
+        if text.dataset is not None and not self._fetch:
+            return f"whether {text.name} has enough tokens is not judged: a run reads it first"
+        return ""
 
-    def _count(self, key: str, needed: int, remote_code: bool) -> Mapping[str, int]:
-        """Count the tokens of a text by domain, as the stages do."""
-        text = self._texts[key]
-        if key not in self._tokens:
+    def _supply_at_least(self, need: _Need) -> Supply:
+        """Return what a text has for certain, going by its characters.
+
+        Packing loses the rest of a chat that a sample is cut in. How much that is at most is known of built-in texts:
+        other chats count as nothing.
+        """
+        text = need.text
+        builtin = text.name in BUILTIN + BUILTIN_EVALUATION
+        ratio = MAX_CHARACTERS_PER_BUILTIN_TOKEN if builtin and not self._fetch else MAX_CHARACTERS_PER_TOKEN
+        used_of_chats = 1.0
+        if need.sample_tokens is not None:
+            used_of_chats = PACKED_SHARE if builtin and need.sample_tokens >= MIN_PACKED_TOKENS else 0.0
+        supply = Supply(text.label, need.weight)
+        for domain, tokens in _count_at_least(text, self._paths(need), need.tokens, ratio, used_of_chats).items():
+            supply.add(domain, Length((tokens,), chat=False))
+        return supply
+
+    def _paths(self, need: _Need) -> list[Path]:
+        if need not in self._files:
+            self._files[need] = self._files_of(need.text, self._scratch / f"text-{len(self._files)}", need.tokens)
+        return self._files[need]
+
+    def _count(self, need: _Need, remote_code: bool) -> Supply:
+        """Count the tokens of a text's documents, as the stages do."""
+        text = need.text
+        if need not in self._counted:
             self._fetch_tokenizer(remote_code)
-            most = None if text.mixed else 4 * needed
             rendered = render(
                 self._folder,
-                self._paths(key),
+                self._paths(need),
                 self._scratch / "rendered",
-                name=text.name,
+                name=text.label,
                 chats=text.chats,
                 remote_code=remote_code,
-                limit=ReadingLimit(tokens=most),
+                limit=ReadingLimit(
+                    tokens=None if text.mixed else need.tokens, field=text.field, sample_tokens=need.sample_tokens
+                ),
             )
-            self._tokens[key] = rendered.tokens if text.mixed else {"": sum(rendered.tokens.values())}
-        return self._tokens[key]
+            supply = self._counted[need] = Supply(text.label, need.weight)
+            for document in read_documents(rendered.path):
+                supply.add(document.domain if text.mixed else "", Length(document.tokens, document.chat))
+        return self._counted[need]
 
     def _fetch_tokenizer(self, remote_code: bool) -> None:
         if self._has_tokenizer:
@@ -163,14 +217,22 @@ def _has_same_columns(text: Text) -> bool:
     return len(files) == 1 or all(file.path.endswith(".parquet") for file in files)
 
 
-def _count_at_least(text: Text, paths: Sequence[Path], needed: int, ratio: float) -> Mapping[str, int]:
+def _has_usable_column(text: Text) -> bool:
+    """Check whether a row with the columns of a data set's first file can be read."""
+    return text.field in text.columns if text.field is not None else form_of(text.columns) is not None
+
+
+def _count_at_least(
+    text: Text, paths: Sequence[Path], needed: int, ratio: float, used_of_chats: float = 1.0
+) -> Mapping[str, int]:
     """Count the tokens that a text has at least, by domain, if a token has at most `ratio` characters.
 
-    Reading stops at `needed` tokens.
+    Of chats, this share is counted. Reading stops at `needed` tokens.
     """
     characters = Counter[str]()
-    for row in read_rows(paths, text.name, chats=text.chats):
-        characters[row.domain if text.mixed else ""] += row.characters
+    for row in read_rows(paths, text.label, chats=text.chats, field=text.field):
+        share = 1.0 if row.text else used_of_chats
+        characters[row.domain if text.mixed else ""] += int(row.characters * share)
         if not text.mixed and characters.total() >= ratio * needed:
             break
     return {domain: int(count / ratio) for domain, count in characters.items()}

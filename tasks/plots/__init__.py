@@ -13,7 +13,8 @@ from requant.tasks.checkpoint.writer import write_file
 
 # All pictures that a run can have, the most important first.
 NAMES = (
-    "block-errors", "matrices", "losses", "acceptance-by-position", "acceptance-by-prompt", "throughput",
+    "divergence-by-domain", "block-errors", "matrices", "losses", "acceptance-by-position", "acceptance-by-prompt",
+    "throughput",
 )  # fmt: skip
 
 

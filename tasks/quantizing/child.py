@@ -113,9 +113,7 @@ def quantize(job_path: Path, folder: Path, report: EventSink) -> JobResult:
     )
     report(reported)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(job.model), **remote_code)
-    samples = calibration_samples(
-        tokenizer, job.texts, settings.nsamples, settings.seqlen, mixed=job.mixed, seed=settings.seed
-    )
+    samples, uses = calibration_samples(tokenizer, job.sources, settings.nsamples, settings.seqlen, seed=settings.seed)
     # The checkpoint can hold all experts of a layer in one tensor. auto-round splits them only later, so their names
     # are not yet modules of the model.
     expert_names = split_fused_experts(Checkpoint.open(job.model)).modules
@@ -159,7 +157,7 @@ def quantize(job_path: Path, folder: Path, report: EventSink) -> JobResult:
         _, written = rounder.quantize_and_save(str(folder / "out"), format=settings.format)
     bits = {name: int(layer.get("bits", 16)) for name, layer in (rounder.layer_config or {}).items()}
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
-    return JobResult(checkpoint=Path(written), settings=reported, bits=bits, peak_gpu_bytes=peak)
+    return JobResult(checkpoint=Path(written), settings=reported, bits=bits, peak_gpu_bytes=peak, calibration=uses)
 
 
 def _use_deterministic_kernels() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from requant.tasks.quantizing.events import SettingsChosen
+from requant.tasks.quantizing.samples import SampleSource, SourceUse
 from requant.tasks.recipe.quantize_section import AutoOrBool, Quantize
 
 
@@ -44,8 +45,7 @@ class Job(BaseModel):
     settings: Quantize  # with a number as its group size
     rung: Rung
     model: Path  # a folder with the checkpoint to quantize
-    texts: list[Path]  # the calibration texts
-    mixed: bool  # whether the samples come from all domains of the texts in equal parts
+    sources: list[SampleSource]  # the calibration texts
     head: list[str]  # the name prefixes of the MTP head's modules, which stay as they are
     allow_remote_code: bool
 
@@ -59,3 +59,4 @@ class JobResult(BaseModel):
     settings: SettingsChosen
     bits: dict[str, int]
     peak_gpu_bytes: int | None
+    calibration: list[SourceUse] = []  # what was taken from each source

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,8 +13,31 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from requant.tasks.errors import RecipeError
-from requant.tasks.recipe.quantize_section import Output, Quantize
-from requant.tasks.recipe.recipe import NOT_YAML, Base, Benchmark, Eval, Gates, Hardware, Publish, Recipe, Validation
+from requant.tasks.recipe.quantize_section import (
+    LIST_TAG,
+    NAME_TAG,
+    READABLE,
+    SOURCE_TAG,
+    CalibrationSetting,
+    Output,
+    Quantize,
+    Source,
+)
+from requant.tasks.recipe.recipe import (
+    DOMAINS_TAG,
+    NOT_YAML,
+    Base,
+    Benchmark,
+    Eval,
+    Gates,
+    Hardware,
+    Publish,
+    Recipe,
+    Validation,
+)
+
+# What pydantic puts between the keys of a location.
+NO_KEYS = {"function-after[possible(), Quantize]", NAME_TAG, SOURCE_TAG, LIST_TAG, DOMAINS_TAG}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -48,8 +71,8 @@ def with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
 
     Raises RecipeError if one of them does not exist.
     """
-    recipe = _with_text_file(recipe, "quantize", "calibration", folder)
-    recipe = _with_text_file(recipe, "validation", "text", folder)
+    recipe = _with_calibration_files(recipe, folder)
+    recipe = _with_validation_files(recipe, folder)
     return _with_definitions(recipe, folder)
 
 
@@ -70,19 +93,49 @@ def recipe_of(given: Recipe | Mapping[str, Any]) -> Recipe:
     return parse_recipe(given)
 
 
-def _with_text_file(recipe: Recipe, section: str, key: str, folder: Path) -> Recipe:
-    """Replace the name of a local text file by its absolute path, and leave all other texts as they are.
-
-    Raises RecipeError if the file does not exist.
-    """
-    part = getattr(recipe, section)
-    name = getattr(part, key)
-    if name.startswith("builtin:") or not (name.endswith((".txt", ".jsonl")) or name.startswith((".", "/", "~"))):
+def _with_validation_files(recipe: Recipe, folder: Path) -> Recipe:
+    """Replace the names of local files and folders of `validation.text` by absolute paths."""
+    given, key = recipe.validation.text, "validation.text"
+    found: str | dict[str, str]
+    if isinstance(given, str):
+        found = _text_path(given, key, folder)
+    else:
+        found = {domain: _text_path(name, f"{key}.{domain}", folder) for domain, name in given.items()}
+    if found == given:
         return recipe
+    return recipe.model_copy(update={"validation": recipe.validation.model_copy(update={"text": found})})
+
+
+def _with_calibration_files(recipe: Recipe, folder: Path) -> Recipe:
+    """Replace the names of local calibration files and folders by absolute paths."""
+
+    def absolute(given: str | Source, key: str) -> str | Source:
+        if isinstance(given, str):
+            return _text_path(given, key, folder)
+        return given.model_copy(update={"source": _text_path(given.source, f"{key}.source", folder)})
+
+    given, key = recipe.quantize.calibration, "quantize.calibration"
+    found: CalibrationSetting
+    if isinstance(given, list):
+        found = [absolute(one, f"{key}.{n}") for n, one in enumerate(given)]
+    else:
+        found = absolute(given, key)
+    if found == given:
+        return recipe
+    return recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"calibration": found})})
+
+
+def _text_path(name: str, key: str, folder: Path) -> str:
+    """Return the absolute path of a local text file or folder, and all other names of texts as they are.
+
+    Raises RecipeError if it does not exist.
+    """
+    if name.startswith("builtin:") or not (name.endswith(READABLE) or name.startswith((".", "/", "~"))):
+        return name
     path = _absolute(folder, name)
-    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long.
-        raise RecipeError(f"{section}.{key}: the file {path} does not exist: correct the path in the recipe", path=path)
-    return recipe.model_copy(update={section: part.model_copy(update={key: str(path)})})
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long.
+        raise RecipeError(f"{key}: the file {path} does not exist: correct the path in the recipe", path=path)
+    return str(path)
 
 
 def _with_definitions(recipe: Recipe, folder: Path) -> Recipe:
@@ -129,7 +182,7 @@ def _override(document: dict[str, Any], override: str) -> None:
 def _sentence(error: ValidationError) -> str:
     """Say the first problem of a validation in one sentence: the key, the value and what is allowed."""
     problem = error.errors(include_url=False)[0]
-    location = [str(p) for p in problem["loc"] if p not in {"function-after[possible(), Quantize]"}]
+    location = [str(p) for p in problem["loc"] if p not in NO_KEYS]
     key = _printable(".".join(location))
     kind, value = problem["type"], problem["input"]
     if kind == "extra_forbidden":
@@ -138,7 +191,7 @@ def _sentence(error: ValidationError) -> str:
         hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(known)}"
         return f"{key} is not a key of a recipe: {hint}"
     if kind == "missing":
-        return f"{key} is missing: every recipe needs it"
+        return f"{key} is missing: {'every recipe needs it' if len(location) < 3 else 'add it'}"
     if kind == "value_error":
         named = f"{key}: " if key else ""
         return f"{named}{problem['ctx']['error']}" + (f", not {value!r}" if not isinstance(value, dict) else "")
@@ -165,13 +218,19 @@ def _keys_at(location: Sequence[str]) -> list[str]:
     for name in location:
         if name.isdecimal():  # an index into a list
             continue
-        annotation = model.model_fields[name].annotation
-        sections = (annotation, *get_args(annotation))
-        model = next(part for part in sections if isinstance(part, type) and issubclass(part, BaseModel))
+        model = next(_sections_in(model.model_fields[name].annotation))
     keys = list(model.model_fields)
     return [*keys, "preset"] if model is Quantize else keys
 
 
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the sections that a key's type allows, for instance one of them or a list of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections_in(part)
+
+
 def _all_keys() -> set[str]:
-    sections = (Recipe, Base, Quantize, Validation, Gates, Eval, Benchmark, Publish, Hardware, Output)
+    sections = (Recipe, Base, Quantize, Source, Validation, Gates, Eval, Benchmark, Publish, Hardware, Output)
     return {name for section in sections for name in section.model_fields}

@@ -11,7 +11,16 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
 
 from requant.tasks.checkpoint.config import HeadPrecision
 from requant.tasks.errors import RecipeError
@@ -25,6 +34,12 @@ PRESETS: dict[str, dict[str, int | float]] = {
 }
 # Calibration texts of this package, in tasks/texts. The first one is the default: prose, code and chats.
 BUILTIN = ("builtin:mixed", "builtin:python")
+# The files that texts are read from, by the end of their names: of a kind, plain or compressed.
+TEXT_KINDS = (".parquet", ".jsonl", ".json", ".txt")
+COMPRESSIONS = (".gz", ".zst")
+READABLE = (*TEXT_KINDS, *(kind + end for kind in TEXT_KINDS[1:] for end in COMPRESSIONS))
+SELF = "self"  # the source whose text the base writes
+MAX_SOURCES = 16
 PRESET_KEYS = frozenset(key for preset in PRESETS.values() for key in preset)
 REPO_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$"
 # The rules of `_publishable` as a pattern for Prefect's form. pydantic cannot check it: its patterns have no lookahead.
@@ -111,8 +126,54 @@ Batch = Annotated[int, Field(ge=1, le=1024)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Layers = Annotated[dict[str, dict[str, Any]], AfterValidator(as_json)]
 HeadPolicy = Literal[HeadPrecision, "drop"]
+SourceName = Annotated[str, Field(min_length=1, max_length=4096)]
 # With this schema, a form shows one list of values instead of a choice of types.
 AutoOrBool = Annotated[Literal["auto"] | bool, WithJsonSchema({"enum": ["auto", True, False]})]
+
+
+class Source(Section):
+    """One of several sources of the calibration samples."""
+
+    source: SourceName = Field(description="As calibration: a data set, a local file or folder, builtin:NAME or self")
+    weight: Annotated[float, Field(gt=0, le=1000)] | None = Field(
+        None, description="Its share of the samples, beside the other weights; null: 1 if another source has one"
+    )
+    field: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
+        None, description="The column with the text or the chat; null: as rows are read by default"
+    )
+
+
+def _entry_tag(value: object) -> str:
+    """Return the tag of an entry of a list of sources. A value of a wrong type is validated as a name."""
+    return SOURCE_TAG if isinstance(value, dict | Source) else NAME_TAG
+
+
+def _calibration_tag(value: object) -> str:
+    """Return the tag of a value of `calibration`."""
+    return LIST_TAG if isinstance(value, list) else _entry_tag(value)
+
+
+def _calibration_schema() -> dict[str, Any]:
+    """Return the JSON schema of `calibration`: a form shows one field of text, unless another kind is chosen."""
+    source = {"title": "One source with its settings", **Source.model_json_schema()}
+    name = {"type": "string", "title": "One source", "minLength": 1}
+    entries = {"anyOf": [{**name, "title": "Source"}, source]}
+    several = {"type": "array", "title": "Several sources", "items": entries, "minItems": 1, "maxItems": MAX_SOURCES}
+    return {"anyOf": [name, several, source]}
+
+
+# The tags only tell pydantic by which type it validates. `loader.py` leaves them out of its sentences.
+NAME_TAG, SOURCE_TAG, LIST_TAG = "a name", "a source", "a list"
+CalibrationEntry = Annotated[
+    Annotated[SourceName, Tag(NAME_TAG)] | Annotated[Source, Tag(SOURCE_TAG)], Discriminator(_entry_tag)
+]
+CalibrationSetting = Annotated[
+    Annotated[SourceName, Tag(NAME_TAG)]
+    | Annotated[Source, Tag(SOURCE_TAG)]
+    | Annotated[list[CalibrationEntry], Field(min_length=1, max_length=MAX_SOURCES), Tag(LIST_TAG)],
+    Discriminator(_calibration_tag),
+    WithJsonSchema(_calibration_schema()),
+]
 
 
 class AskedScheme(NamedTuple):
@@ -159,10 +220,11 @@ class Quantize(Section):
     batch_size: Batch = Field(8, description="Samples a step")
     lr: Rate | None = Field(None, description="Step size; by default 1 / iters")
     seed: int = Field(42, ge=0, le=2**32 - 1, description="Of the samples' order")
-    calibration: str = Field(
+    calibration: CalibrationSetting = Field(
         BUILTIN[0],
-        description="Hub data set id[@revision], a local .txt or .jsonl file, builtin:mixed, or builtin:python for a "
-        "model that writes Python alone",
+        description="Hub data set id[@revision][:config][:split], a local file or folder, builtin:mixed, "
+        "builtin:python for a model that writes Python alone, self for text that the base writes; or a list of "
+        "these, each a name or {source, weight, field}",
     )
     layers: Layers = Field({}, description="Per-layer overrides: auto-round's layer_config")
     fast: AutoOrBool = Field("auto", description="Our tuning loop in place of auto-round's: the same steps")
@@ -194,11 +256,28 @@ class Quantize(Section):
             raise ValueError("format auto_round:auto_gptq loses accuracy with sym false: use format auto_round")
         if bits == 8 and not sym:
             raise ValueError("8 bits with sym false: no format that engines serve holds that: leave sym out")
-        if self.calibration.startswith("builtin:") and self.calibration not in BUILTIN:
-            raise ValueError(f"calibration {self.calibration} does not exist: use {' or '.join(BUILTIN)}")
+        self._check_sources()
         if self.batch_size > self.nsamples:
             raise ValueError(f"batch_size {self.batch_size} is larger than nsamples {self.nsamples}")
         return self
+
+    def _check_sources(self) -> None:
+        """Raise ValueError for a built-in text that does not exist, and for a source that is named twice."""
+        named = set()
+        for source in self.sources:
+            if source.source.startswith("builtin:") and source.source not in BUILTIN:
+                raise ValueError(f"calibration {source.source} does not exist: use {' or '.join(BUILTIN)}")
+            if source.field is not None and (source.source == SELF or source.source.startswith("builtin:")):
+                raise ValueError(f"calibration {source.source} has no columns to choose from: leave field out")
+            if (source.source, source.field) in named:
+                raise ValueError(f"calibration names {source.source} twice: name it once, with a larger weight")
+            named.add((source.source, source.field))
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The sources of the calibration samples, each with its settings."""
+        given = self.calibration if isinstance(self.calibration, list) else [self.calibration]
+        return tuple(one if isinstance(one, Source) else Source(source=one) for one in given)
 
     @property
     def asked(self) -> AskedScheme:

@@ -9,12 +9,22 @@ import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from requant.tasks.artifact import digest_of
 from requant.tasks.checkpoint.config import HEAD_BITS
 from requant.tasks.recipe.engine_flags import checked_flags
 from requant.tasks.recipe.quantize_section import (
+    NAME_TAG,
     REPO_ID,
     HeadPolicy,
     Output,
@@ -30,6 +40,8 @@ PACKED_HEADS = tuple(HEAD_BITS)
 COLLECTION = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,200}$"
 # Evaluation texts of this package, in tasks/texts. They have no text in common with the calibration texts.
 BUILTIN_EVALUATION = ("builtin:mixed-evaluation", "builtin:python-evaluation")
+DOMAINS_TAG = "texts by domain"  # as the tags of quantize_section.py
+DOMAIN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"  # the name of a domain of the evaluation text
 # The default limit in nats. A model of 135 M parameters in 4 bits reaches 0.25 to 0.36 without tuning, or when it is
 # tuned on another kind of text than it is measured on. Tuned on the same kind of text, it reaches 0.18 to 0.22. Larger
 # models stay below that.
@@ -45,21 +57,54 @@ class Base(Section):
     revision: str = Field("main", min_length=1, max_length=255, description="Branch, tag or commit")
 
 
+def _text_tag(value: object) -> str:
+    """Return the tag of a value of `validation.text`. A value of a wrong type is validated as a name."""
+    return DOMAINS_TAG if isinstance(value, dict) else NAME_TAG
+
+
+TextName = Annotated[str, Field(min_length=1)]
+DomainName = Annotated[str, Field(pattern=f"^{DOMAIN}$")]
+ValidationText = Annotated[
+    Annotated[TextName, Tag(NAME_TAG)]
+    | Annotated[dict[DomainName, TextName], Field(min_length=1, max_length=16), Tag(DOMAINS_TAG)],
+    Discriminator(_text_tag),
+    # A form shows one field of text, unless the other kind is chosen.
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "title": "One text", "minLength": 1},
+                {
+                    "type": "object",
+                    "title": "A text for each domain",
+                    "propertyNames": {"pattern": f"^{DOMAIN}$"},
+                    "additionalProperties": {"type": "string", "minLength": 1},
+                    "minProperties": 1,
+                    "maxProperties": 16,
+                },
+            ]
+        }
+    ),
+]
+
+
 class Validation(Section):
     """What the result and its base are measured on."""
 
-    text: str = Field(
+    text: ValidationText = Field(
         BUILTIN_EVALUATION[0],
-        min_length=1,
         description="Hub data set id[@revision], a local .txt or .jsonl file, builtin:mixed-evaluation, or "
-        "builtin:python-evaluation for a model that writes Python alone",
+        "builtin:python-evaluation for a model that writes Python alone; or one of these for each domain",
+    )
+    tokens: Annotated[int, Field(ge=512, le=1_048_576)] | None = Field(
+        None, description="Tokens measured of each domain; null: 8192, and 12288 of a text without domains"
     )
 
     @field_validator("text")
     @classmethod
-    def known_text(cls, value: str) -> str:
-        if value.startswith("builtin:") and value not in BUILTIN_EVALUATION:
-            raise ValueError(f"{value} does not exist: use {' or '.join(BUILTIN_EVALUATION)}")
+    def known_text(cls, value: str | dict[str, str]) -> str | dict[str, str]:
+        for name in [value] if isinstance(value, str) else value.values():
+            if name.startswith("builtin:") and name not in BUILTIN_EVALUATION:
+                raise ValueError(f"{name} does not exist: use {' or '.join(BUILTIN_EVALUATION)}")
         return value
 
 
@@ -291,6 +336,8 @@ class Recipe(Section):
             unused["outputs"] = True
         if self.quantize.compare_last == "auto":
             unused["quantize"] = {"compare_last"}
+        if self.validation.tokens is None:
+            unused["validation"] = {"tokens"}
         document = self.model_dump(mode="json", exclude=unused)
         # Null was the default of this limit at first, so recipes of that time have it in their digest.
         if document["gates"]["max_kl_divergence"] == MAX_KL_DIVERGENCE:

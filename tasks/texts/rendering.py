@@ -31,19 +31,24 @@ TOKENIZER = (
 
 @dataclass(frozen=True)
 class ReadingLimit:
-    """After how many tokens or characters reading ends; None: it does not end before the text does."""
+    """After how many tokens or characters reading ends; None: it does not end before the text does.
+
+    field: the only column to read, if there is one; sample_tokens: the length of the samples that the text is read for.
+    """
 
     tokens: int | None = None
     characters: int | None = None
+    field: str | None = None
+    sample_tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class Rendered:
     """A rendered text.
 
-    path: a file of JSON rows with `text` and `domain`; tokens: how many there are, by domain; templated, plain: how
-    many chats went through the chat template, and how many are `role: content`; reason: why the first plain one is
-    plain.
+    path: a file of documents (documents.py); rows: how many there are; tokens: how many they have, by domain;
+    templated, plain: how many chats went through the chat template, and how many are `role: content`; reason: why the
+    first plain one is plain.
     """
 
     path: Path
@@ -51,6 +56,7 @@ class Rendered:
     templated: int
     plain: int
     reason: str
+    rows: int = 0
 
     @property
     def summary(self) -> str:
@@ -90,6 +96,8 @@ def render(
         remote_code=remote_code,
         max_tokens=limit.tokens,
         max_characters=limit.characters,
+        field=limit.field,
+        sample_tokens=limit.sample_tokens,
     )
     answer = _run(job, folder)
     if answer is None:
@@ -100,7 +108,7 @@ def render(
         raise RecipeError(answer.recipe_error)
     if answer.checkpoint_error:
         raise CheckpointError(answer.checkpoint_error)
-    return Rendered(Path(job.out), answer.tokens, answer.templated, answer.plain, answer.reason)
+    return Rendered(Path(job.out), answer.tokens, answer.templated, answer.plain, answer.reason, answer.rows)
 
 
 def _run(job: RenderingJob, folder: Path) -> RenderingAnswer | None:

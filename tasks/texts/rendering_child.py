@@ -14,12 +14,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 from requant.tasks.errors import RecipeError
-from requant.tasks.texts.rows import Message, plain_chat, read_rows
+from requant.tasks.texts.documents import Document
+from requant.tasks.texts.forms import Message, Row, plain_turns
+from requant.tasks.texts.rows import read_rows
 
 # The rendered text is reused on every machine. So limits are CPU time and not wall-clock time: a machine that swaps or
 # stands still must not change the text.
@@ -28,12 +30,17 @@ KILL_LIMIT_S = 20  # for one chat, after which the kernel ends the process: Pyth
 TEXT_LIMIT_S = 300  # for all chats of a text
 MAX_MEMORY_BYTES = 4 << 30  # beyond what the process uses once the tokenizer is loaded
 MAX_GROWTH = 20  # how many times as long as its messages a rendered chat may be
-MAX_OVERHEAD = 100_000  # characters that a chat may have besides: a system prompt, tools
+MAX_OVERHEAD = 100_000  # characters that a chat may have besides: a system prompt
+MAX_TURNS = 32  # at how many turns of one long chat a sample can begin
 
 
 @dataclass(frozen=True)
 class RenderingJob:
-    """What to render. `no_template` is empty, or says why the chat template is not used."""
+    """What to render. `no_template` is empty, or says why the chat template is not used.
+
+    field: the only column to read, if there is one; sample_tokens: the length of the samples that will be made of the
+    text, or None: turns are found in chats that are longer.
+    """
 
     model: str
     paths: Sequence[str]
@@ -44,6 +51,8 @@ class RenderingJob:
     max_tokens: int | None = None
     max_characters: int | None = None
     no_template: str = ""
+    field: str | None = None
+    sample_tokens: int | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -63,6 +72,7 @@ class RenderingAnswer:
     reason: str = ""
     recipe_error: str = ""
     checkpoint_error: str = ""
+    rows: int = 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -114,20 +124,36 @@ def render_text(job: RenderingJob) -> RenderingAnswer:
 
 def _write_rows(job: RenderingJob, template: Template) -> RenderingAnswer:
     """Write the rendered rows, up to the limits of the job. Raises TemplateTimeout."""
-    tokens, characters = Counter[str](), 0
+    tokens, rows, characters = Counter[str](), 0, 0
     part = Path(f"{job.out}.part")
     with part.open("w", encoding="utf-8") as out:
-        for row in read_rows(job.paths, job.name, chats=job.chats):
-            text = row.text or template.chat(row.messages)
-            out.write(json.dumps({"text": text, "domain": row.domain}) + "\n")
-            tokens[row.domain] += len(template.tokenizer(text, add_special_tokens=False)["input_ids"])
-            characters += len(text)
+        for row in read_rows(job.paths, job.name, chats=job.chats, field=job.field):
+            document = _document(row, template, job.sample_tokens)
+            out.write(document.to_json() + "\n")
+            tokens[row.domain] += sum(document.tokens)
+            characters += len(document.text)
+            rows += 1
             if job.max_tokens is not None and tokens.total() >= job.max_tokens:
                 break
             if job.max_characters is not None and characters >= job.max_characters:
                 break
     os.replace(part, job.out)
-    return RenderingAnswer(dict(tokens), template.templated, template.plain, template.reason)
+    return RenderingAnswer(dict(tokens), template.templated, template.plain, template.reason, rows=rows)
+
+
+def _document(row: Row, template: Template, sample_tokens: int | None) -> Document:
+    """Render a row, and count the tokens of its pieces. A chat longer than a sample is cut into pieces at its turns."""
+
+    def count(pieces: Sequence[str]) -> tuple[int, ...]:
+        return tuple(len(template.tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces)
+
+    if row.text:
+        return Document(row.text, count([row.text]), row.domain)
+    whole = Document(text := template.chat(row), count([text]), row.domain, chat=True)
+    if sample_tokens is None or whole.tokens[0] <= sample_tokens:
+        return whole
+    cut = replace(whole, turns=template.turns(row, text))
+    return replace(cut, tokens=count(cut.pieces))
 
 
 class Template:
@@ -139,26 +165,49 @@ class Template:
         self._seconds = 0.0
         self.reason = self._missing = missing
 
-    def chat(self, messages: Sequence[Message]) -> str:
+    def chat(self, row: Row) -> str:
         """Render a chat, as `role: content` if the template refuses it. Raises TemplateTimeout."""
-        text = None if self._missing else self._apply(messages)
+        text = None if self._missing else self._apply(row, row.messages)
         if text is None:
             self.plain += 1
-            return plain_chat(messages)
+            return "".join(plain_turns(row.messages))
         self.templated += 1
         return text
 
-    def _apply(self, messages: Sequence[Message]) -> str | None:
-        """Render a chat with the template; return None if the template refuses it."""
+    def turns(self, row: Row, text: str) -> tuple[int, ...]:
+        """Find the places in a rendered chat where turns begin, without its beginning, fewer than MAX_TURNS.
+
+        A turn begins where the rendering of all messages before it ends. If the rendered chat does not begin with that
+        (a template may write earlier messages in another way than the last one), the turn is left out. Raises
+        TemplateTimeout.
+        """
+        plain = plain_turns(row.messages)
+        count, found = len(row.messages), set[int]()
+        for number in range(1, MAX_TURNS):
+            before = max(1, count * number // MAX_TURNS) if count > MAX_TURNS else number
+            if before >= count:
+                break
+            messages = row.messages[:before]
+            head = "".join(plain[:before]) if "".join(plain) == text else self._apply(row, messages, told=False)
+            if head and len(head) < len(text) and text.startswith(head):
+                found.add(len(head))
+        return tuple(sorted(found))
+
+    def _apply(self, row: Row, messages: Sequence[Message], *, told: bool = True) -> str | None:
+        """Render messages of a chat with the template; return None if the template refuses them.
+
+        `told`: whether the first refusal is the reason that is given.
+        """
         if self._seconds > TEXT_LIMIT_S:
             raise TemplateTimeout
         began = time.process_time()
         try:
             with _limit_cpu_time():
-                text = self.tokenizer.apply_chat_template([dict(m.fields) for m in messages], tokenize=False)
+                tools = {"tools": [*row.tools]} if row.tools else {}
+                text = self.tokenizer.apply_chat_template([dict(m.fields) for m in messages], tokenize=False, **tools)
             if not isinstance(text, str) or not text.strip():
                 raise ValueError("it makes nothing of a chat")
-            if len(text) > MAX_GROWTH * sum(len(m.text) for m in messages) + MAX_OVERHEAD:
+            if len(text) > MAX_GROWTH * row.size + MAX_OVERHEAD:
                 raise ValueError(f"it makes {len(text):,} characters of a chat")
             text.encode()  # raises for half a surrogate pair, which cannot be written
             return text
@@ -167,7 +216,8 @@ class Template:
         except Exception as error:  # a stranger's template may raise anything
             first = next(iter(str(error).splitlines()), "")[:150]
             said = first if first.isprintable() else repr(first)
-            self.reason = self.reason or f"the base's chat template refuses it: {type(error).__name__}: {said}"
+            if told:
+                self.reason = self.reason or f"the base's chat template refuses it: {type(error).__name__}: {said}"
             return None
         finally:
             self._seconds += time.process_time() - began

@@ -1,169 +1,110 @@
-"""Rows of the texts to calibrate and to measure on: each has a `text`, or the `messages` of a chat.
+"""Rows of the texts to calibrate and to measure on, read from files one after another.
 
-A .txt file is one row. Files in JSON, JSON Lines and Parquet have rows with columns. If a row has both columns, its
-`text` is used. If its `text` is empty, as in some published data sets, and it has no messages, the row is skipped.
+A .txt file is one row. Files in JSON, JSON Lines and Parquet have rows with columns, of which `forms.py` makes texts
+and chats. Text and JSON may be compressed (.gz, .zst). Memory follows one row, not the file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import gzip
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, TextIO, cast
 
 from requant.tasks.checkpoint.untrusted import shown
-from requant.tasks.errors import RecipeError
+from requant.tasks.errors import RecipeError, RequantError
+from requant.tasks.recipe.quantize_section import COMPRESSIONS
+from requant.tasks.texts.forms import COLUMNS, READ_COLUMNS, Row, explain_unusable, form_of, is_chat, parse_row
 
-COLUMNS = ("text", "messages")
 JSON_SUFFIXES = (".jsonl", ".json")
 # A bracket, or a string; `key`: a string that a colon follows.
 JSON_TOKEN = re.compile(r'[{}\[\]]|(?P<key>"(?:[^"\\]++|\\.)*+")(?=\s*:)|"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
-MAX_SHOWN_COLUMNS = 20
-MAX_MESSAGES = 10_000
-# What reading a file raises that is not as its name says. The errors of json and pyarrow are subclasses of these.
-READ_ERRORS = (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError)
+CHAT_COLUMNS = re.compile(f'"({"|".join(name for name in COLUMNS if name != "text")})"'.encode())
+MAX_COLUMNS = 200  # that a sentence is told of
+MAX_ROW_CHARACTERS = 64 << 20
+PARQUET_ROWS, PARQUET_BUFFER_BYTES = 1024, 1 << 20  # how much of a Parquet file is read at once
+CHUNK_CHARACTERS = 1 << 20
+OpenFile = Callable[[], AbstractContextManager[BinaryIO]]
+PEEK_CHUNK_BYTES = 1 << 12
+# What reading a file raises that is not as its name says. The errors of json, zlib and pyarrow are subclasses of these.
+READ_ERRORS = (OSError, EOFError, LookupError, TypeError, ValueError, AttributeError, RecursionError, zlib.error)
 
 
-@dataclass(frozen=True)
-class Message:
-    """A message of a chat. A chat template gets `fields`, which may have more keys than `role` and `content`."""
-
-    fields: Mapping[str, Any]
-
-    @property
-    def role(self) -> str:
-        """The role of its author, for instance `user`."""
-        return str(self.fields["role"])
-
-    @property
-    def text(self) -> str:
-        """Its content, or of a content in several parts those that are text."""
-        content = self.fields.get("content")
-        if isinstance(content, list):
-            parts = (part.get("text") for part in content if isinstance(part, dict))
-            return "".join(part for part in parts if isinstance(part, str))
-        return content if isinstance(content, str) else ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A document: a text or the messages of a chat, and the domain that `builtin:mixed` gives it."""
-
-    text: str = ""
-    messages: Sequence[Message] = ()
-    domain: str = ""
-
-    @property
-    def characters(self) -> int:
-        """The length of the text or of all messages, without what a chat template adds."""
-        return len(self.text) + sum(len(message.text) for message in self.messages)
-
-
-@dataclass(frozen=True)
-class UncheckedRow:
-    """A row as it is in a file, where a column may hold anything."""
-
-    text: object = None
-    messages: object = None
-    domain: object = None
-
-    @classmethod
-    def of(cls, columns: Mapping[str, Any]) -> Self:
-        return cls(columns.get("text"), columns.get("messages"), columns.get("domain"))
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether the row has messages and no text."""
-        return bool(self.messages) and not self.text
-
-    def check(self, *, chats: bool) -> Row | None:
-        """Return the row if it has a text or, with `chats`, messages; otherwise None.
-
-        Raises ValueError if these are not a string or a list of messages.
-        """
-        domain = self.domain if isinstance(self.domain, str) else ""
-        if self.text:
-            if not isinstance(self.text, str):
-                raise ValueError(f"a row has {type(self.text).__name__} as text, not a string")
-            return Row(text=self.text, domain=domain)
-        if not chats or not self.messages:
-            return None
-        if not isinstance(self.messages, list) or not all(map(_is_message, self.messages)):
-            raise ValueError('messages of a row must be a list of {"role": ..., "content": ...}')
-        if len(self.messages) > MAX_MESSAGES:
-            raise ValueError(f"a row has {len(self.messages):,} messages, and at most {MAX_MESSAGES:,} are read")
-        return Row(messages=tuple(map(Message, self.messages)), domain=domain)
-
-
-def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str)
-
-
-def read_rows(paths: Iterable[str | Path], name: str = "the text", *, chats: bool = False) -> Iterator[Row]:
-    """Yield the rows of these files; rows of `messages` only with `chats`.
+def read_rows(
+    paths: Iterable[str | Path], name: str = "the text", *, chats: bool = False, field: str | None = None
+) -> Iterator[Row]:
+    """Yield the rows of these files; chats only with `chats`. `field` is the only column to read, if it is given.
 
     Raises RecipeError, which calls the text `name`, for a file that cannot be read, and if no row of any file can be
     used.
     """
+    files = [(path.name, functools.partial(_open, path)) for path in map(Path, paths)]
+    for _, row in usable_rows(files, name, chats=chats, field=field):
+        yield row
+
+
+def usable_rows(
+    files: Iterable[tuple[str, OpenFile]],
+    name: str,
+    *,
+    chats: bool,
+    field: str | None,
+    max_characters: int | None = None,
+) -> Iterator[tuple[Mapping[str, Any], Row]]:
+    """Yield the usable rows of files, each as it is there and as it is read. A file has a name and a way to open it.
+
+    See `raw_rows` for `max_characters`. Raises RecipeError as `read_rows`.
+    """
     columns: list[str] = []
     usable = skipped_chats = False
+    with _sentences_for(name):
+        for file_name, open_file in files:
+            with open_file() as stream:
+                for unchecked in raw_rows(stream, file_name, columns, field, max_characters):
+                    row = parse_row(unchecked, field, chats=chats)
+                    if row is not None:
+                        usable = True
+                        yield unchecked, row
+                    skipped_chats = skipped_chats or (not chats and is_chat(unchecked, field))
+    if not usable:
+        raise RecipeError(explain_unusable(name, columns, field, skipped_chats=skipped_chats))
+
+
+def _open(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
+@contextlib.contextmanager
+def _sentences_for(name: str) -> Iterator[None]:
+    """Raise RecipeError, which calls the text `name`, for what reading a file raises in the block."""
     try:
-        for path in map(str, paths):
-            for unchecked in _read_file(path, columns):
-                row = unchecked.check(chats=chats)
-                if row is not None:
-                    usable = True
-                    yield row
-                skipped_chats = skipped_chats or (not chats and bool(unchecked.messages))
-    except RecipeError:
+        yield
+    except RequantError:
         raise
     except READ_ERRORS as error:
         reason = next(iter(str(error).splitlines()), "")[:200]
         raise RecipeError(
             f"{name} cannot be read ({type(error).__name__}: {shown(reason)}): correct the file, or name another text"
         ) from error
-    if not usable:
-        raise RecipeError(explain_unusable(name, columns, skipped_chats=skipped_chats))
 
 
-def explain_unusable(name: str, columns: Sequence[str], *, skipped_chats: bool = False) -> str:
-    """Say in a sentence why no row of a text with these columns can be used.
-
-    `skipped_chats` says that there are messages, and that the text was not read as chats.
-    """
-    if not columns:
-        return f"{name} is empty: name a text with rows of {' or '.join(COLUMNS)}"
-    names = ", ".join(shown(column) for column in columns[:MAX_SHOWN_COLUMNS])
-    if len(columns) > MAX_SHOWN_COLUMNS:
-        names += f" and {len(columns) - MAX_SHOWN_COLUMNS} more"
-    if skipped_chats:
-        return (
-            f"the rows of {name} (columns {names}) hold no text, and their messages are not read: a data set has "
-            "chats if the first row of its first file has messages and no text column: mend that row, or "
-            "name another text"
-        )
-    if set(columns) & set(COLUMNS):
-        return f"the rows of {name} (columns {names}) hold nothing in {' or '.join(COLUMNS)}: name another text"
-    return (
-        f"the rows of {name} have the columns {names}; a row needs {' or '.join(COLUMNS)}: "
-        "rename a column, or name another text"
-    )
-
-
-def plain_chat(messages: Sequence[Message]) -> str:
-    """Write a chat without a chat template: `role: content`, one message after another."""
-    return "\n\n".join(f"{message.role}: {message.text}" for message in messages)
+def kind_of(path: str) -> str:
+    """Return the end of a file's name that says what it holds, without that of a compression."""
+    return Path(path.removesuffix(".gz").removesuffix(".zst")).suffix
 
 
 def columns_of(head: bytes, tail: bytes, suffix: str, *, cut: bool = False) -> tuple[str, ...]:
     """Read the names of a file's columns from its first and last bytes; return none if these are not enough.
 
     A Parquet file has them at its end, a JSON file in its first row. `cut` says that `head` cannot be made longer: then
-    a first row that does not end in it has the columns that begin in it, if one of them is text or messages.
+    a first row that does not end in it has the columns that begin in it, if they make a form.
     """
     with contextlib.suppress(*READ_ERRORS):
         if suffix == ".parquet":
@@ -178,7 +119,21 @@ def columns_of(head: bytes, tail: bytes, suffix: str, *, cut: bool = False) -> t
                 return tuple(row) if isinstance(row, dict) else ()
             except ValueError:
                 columns = _keys_of_cut_object(text) if cut else ()
-                return columns if set(columns) & set(COLUMNS) else ()
+                return columns if form_of(columns) is not None else ()
+    return ()
+
+
+def lists_of(head: bytes, tail: bytes, suffix: str) -> tuple[str, ...]:
+    """Read which columns of a file hold lists, as `columns_of` reads their names; of a cut row, none."""
+    with contextlib.suppress(*READ_ERRORS):
+        if suffix == ".parquet":
+            import pyarrow.parquet
+
+            schema = pyarrow.parquet.read_metadata(io.BytesIO(tail)).schema.to_arrow_schema()
+            return tuple(column.name for column in schema if pyarrow.types.is_list(column.type))
+        text = head.decode("utf-8", errors="ignore").lstrip().removeprefix("[").lstrip()
+        row = json.JSONDecoder().raw_decode(text)[0]
+        return tuple(name for name, value in row.items() if isinstance(value, list))
     return ()
 
 
@@ -195,52 +150,127 @@ def _keys_of_cut_object(text: str) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def needs_template(paths: Iterable[str | Path]) -> bool:
-    """Check whether a row of these files has messages and no text. A file that cannot be read has no such row."""
-    for path in map(str, paths):
-        with contextlib.suppress(*READ_ERRORS):
-            if path.endswith(JSON_SUFFIXES) and not _contains(path, b'"messages"'):
+def needs_template(paths: Iterable[str | Path], field: str | None = None) -> bool:
+    """Check whether a row of these files is a chat. A file that cannot be read has no such row."""
+    for path in map(Path, paths):
+        with contextlib.suppress(*READ_ERRORS), path.open("rb") as stream:
+            kind = kind_of(path.name)
+            if kind == ".txt" or (kind in JSON_SUFFIXES and field is None and not _may_have_chats(stream, path.name)):
                 continue
-            if path.endswith(".txt"):
-                continue
-            if any(row.is_chat for row in _read_file(path, [])):
-                return True
-    return False
-
-
-def _contains(path: str, wanted: bytes) -> bool:
-    """Check whether a file contains these bytes, which is far cheaper than reading its rows."""
-    with open(path, "rb") as stream:
-        before = b""
-        while chunk := stream.read(1 << 20):
-            if wanted in before + chunk:
-                return True
-            before = chunk[-len(wanted) :]
-    return False
-
-
-def _read_file(path: str, columns: list[str]) -> Iterator[UncheckedRow]:
-    """Yield the rows of one file, and add the names of its columns to `columns`."""
-    if path.endswith(JSON_SUFFIXES):
-        with open(path, encoding="utf-8") as stream:
-            is_list = stream.read(1) == "["
             stream.seek(0)
-            rows = json.load(stream) if is_list else (json.loads(line) for line in stream if line.strip())
-            for row in rows:
-                if not isinstance(row, dict):
-                    raise ValueError(f"a row is {type(row).__name__}, not an object with columns")
-                if len(columns) <= 10 * MAX_SHOWN_COLUMNS:
-                    columns += [name for name in row if name not in columns]
-                yield UncheckedRow.of(row)
-    elif path.endswith(".parquet"):
-        import pyarrow.parquet
+            if any(is_chat(row, field) for row in raw_rows(stream, path.name, [], field)):
+                return True
+    return False
 
-        file = pyarrow.parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        columns += [name for name in names if name not in columns]
-        wanted = [name for name in (*COLUMNS, "domain") if name in names]
-        if set(wanted) & set(COLUMNS):
-            for batch in file.iter_batches(columns=wanted):
-                yield from map(UncheckedRow.of, batch.to_pylist())
-    elif text := Path(path).read_text(encoding="utf-8"):
-        yield UncheckedRow(text=text)
+
+def _may_have_chats(stream: BinaryIO, name: str) -> bool:
+    """Check whether a file has the name of a column of chats, which is far cheaper than reading its rows."""
+    before, plain = b"", decompressed(stream, name)
+    while chunk := plain.read(CHUNK_CHARACTERS):
+        if CHAT_COLUMNS.search(before + chunk):
+            return True
+        before = chunk[-50:]
+    return False
+
+
+def raw_rows(
+    stream: BinaryIO, name: str, columns: list[str], field: str | None = None, max_characters: int | None = None
+) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of one file as they are there, and add the names of its columns to `columns`.
+
+    Of a Parquet file, rows have only the columns that `parse_row` reads. Of a .txt file, at most `max_characters` are
+    read. Raises one of READ_ERRORS for a file that cannot be read.
+    """
+    kind = kind_of(name)
+    if kind == ".parquet":
+        yield from _parquet_rows(stream, columns, field)
+        return
+    text = io.TextIOWrapper(cast(Any, decompressed(stream, name)), encoding="utf-8")
+    if kind not in JSON_SUFFIXES:
+        if content := text.read(max_characters):
+            if "text" not in columns:
+                columns.append("text")
+            yield {field or "text": content}
+        return
+    for row in _json_rows(text):
+        if not isinstance(row, dict):
+            raise ValueError(f"a row is {type(row).__name__}, not an object with columns")
+        if len(columns) <= MAX_COLUMNS:
+            columns += [name for name in row if name not in columns]
+        yield row
+
+
+def decompressed(stream: BinaryIO, name: str) -> BinaryIO:
+    """Return a stream of what a file holds, decompressed as its name says."""
+    if name.endswith(".gz"):
+        return cast(BinaryIO, gzip.GzipFile(fileobj=stream, mode="rb"))
+    if name.endswith(".zst"):
+        import pyarrow
+
+        return cast(BinaryIO, io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd")))
+    return stream
+
+
+def decompressed_beginning(head: bytes, name: str, max_bytes: int) -> bytes:
+    """Return what the first bytes of a file hold, decompressed as its name says, and cut at `max_bytes`."""
+    if not name.endswith(COMPRESSIONS):
+        return head[:max_bytes]
+    found = bytearray()
+    with contextlib.suppress(*READ_ERRORS):  # the end of the file is missing
+        plain = decompressed(io.BytesIO(head), name)
+        while len(found) < max_bytes and (chunk := plain.read(PEEK_CHUNK_BYTES)):
+            found += chunk
+    return bytes(found[:max_bytes])
+
+
+def _parquet_rows(stream: BinaryIO, columns: list[str], field: str | None) -> Iterator[Mapping[str, Any]]:
+    import pyarrow.parquet
+
+    # Without pre_buffer, a column is read as far as its rows are, and not for a whole row group at once.
+    file = pyarrow.parquet.ParquetFile(stream, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
+    names = file.schema_arrow.names
+    columns += [name for name in names if name not in columns]
+    wanted = [name for name in names if name in READ_COLUMNS or name == field]
+    if field in wanted if field is not None else form_of(wanted) is not None:
+        for batch in file.iter_batches(PARQUET_ROWS, columns=wanted):
+            yield from batch.to_pylist()
+
+
+def _json_rows(stream: TextIO) -> Iterator[object]:
+    """Yield the values of JSON Lines, or of a file that is one list."""
+    first = stream.read(1)
+    if first == "[":
+        yield from _list_entries(stream)
+        return
+    while line := first + stream.readline(MAX_ROW_CHARACTERS):
+        if len(line) >= MAX_ROW_CHARACTERS:
+            raise ValueError(f"a row has over {MAX_ROW_CHARACTERS:,} characters")
+        first = ""
+        if line.strip():
+            yield json.loads(line)
+
+
+def _list_entries(stream: TextIO) -> Iterator[object]:
+    """Yield the entries of a JSON list behind its opening bracket, with one of them in memory at a time."""
+    decoder, text, begin, ended = json.JSONDecoder(), "", 0, False
+    while True:
+        while begin < len(text) and text[begin] in " \t\n\r,":
+            begin += 1
+        if text.startswith("]", begin):
+            return
+        try:
+            entry, end = decoder.raw_decode(text, begin)
+        except ValueError:
+            end = len(text)
+            entry = None
+        if end < len(text) or (ended and entry is not None):  # a number at the end of the text may go on
+            yield entry
+            begin = end
+            continue
+        if ended:
+            json.loads(f"[{text[begin:]}")  # raises, and says why
+            raise ValueError("the list does not end")
+        if len(text) - begin > MAX_ROW_CHARACTERS:
+            raise ValueError(f"a row has over {MAX_ROW_CHARACTERS:,} characters")
+        more = stream.read(max(CHUNK_CHARACTERS, len(text) - begin))
+        text, begin, ended = text[begin:] + more, 0, not more

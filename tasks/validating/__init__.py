@@ -5,9 +5,12 @@ blocks.py       a pass of rows of tokens through all blocks
 head.py         the MTP head
 decode.py       greedy decoding, plain and speculative
 vision.py       features of a vision tower
+windows.py      the windows of tokens of a text, by domain
 measure.py      one checkpoint on a text
 measurement.py  the arrays of that measurement
 compare.py      blocks, distributions and features of a checkpoint and its base
+domains.py      the comparison by domain, with intervals
+noise.py        a base against itself, computed in another way
 measured.py     the values that validate records; no torch
 gates.py        the values against the recipe's limits; no torch
 """
@@ -19,7 +22,11 @@ from typing import Any
 
 from requant.tasks.errors import RecipeError
 
-WINDOWS, LENGTH = 24, 512  # a text is measured on 24 windows of 512 tokens, spread over it
+WINDOWS, LENGTH = 24, 512  # a text without domains is measured on 24 windows of 512 tokens, spread over it
+DOMAIN_TOKENS = 8192  # tokens that are measured of each domain of a text with domains
+LONG_CONTEXT = "long_context"  # the domain that is measured as one window, as long as DOMAIN_TOKENS if it fits
+WHOLE_TEXT = "text"  # the name of the only domain of a text without domains
+OTHER = "other"  # the name for what has no domain of its own: domains too short for a window, or too many
 PROBE = 128  # tokens of the first window whose hidden states are recorded at every block
 
 

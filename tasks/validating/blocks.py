@@ -30,8 +30,8 @@ class Call:
 class Rows:
     """Rows of tokens of equal length on their way through the blocks.
 
-    hidden: the hidden states of each row, `[1, length, hidden]`; calls: the other arguments of each block, which are
-    the same for all rows.
+    hidden: the hidden states of each row, `[1, length, hidden]`, or of each batch of rows, `[batch, length, hidden]`;
+    calls: the other arguments of each block, which are the same for all of them.
     """
 
     hidden: list[torch.Tensor]
@@ -39,7 +39,9 @@ class Rows:
 
     @classmethod
     def of(cls, skeleton: Skeleton, tokens: torch.Tensor) -> Rows:
-        """Embed rows of tokens, int64 `[rows, length]`. The skeleton's ends must be loaded.
+        """Embed rows of tokens, int64 `[rows, length]`, or batches, `[batches, batch, length]`.
+
+        The skeleton's ends must be loaded.
 
         Raises CheckpointError if the other arguments of a block depend on the row: such a model cannot be run this way.
         """
@@ -47,7 +49,7 @@ class Rows:
         calls: list[Call] = []
         for row in tokens:
             with _recording(skeleton.blocks) as recorded:
-                skeleton.text(input_ids=row[None].to(skeleton.device), use_cache=False)
+                skeleton.text(input_ids=row.reshape(-1, row.shape[-1]).to(skeleton.device), use_cache=False)
             if len(recorded) != len(skeleton.blocks):
                 raise CheckpointError(f"{type(skeleton.model).__name__} does not run each of its blocks once")
             hidden.append(recorded[0].args[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.validating.blocks import Rows
+from requant.tasks.validating.domains import compare_domains
 from requant.tasks.validating.measured import BlockError, Divergence
 from requant.tasks.validating.measurement import Floats, Measurement
 from requant.tasks.validating.model import RunSettings, Skeleton, few_threads, free
@@ -28,6 +31,39 @@ def compare(
     Both measurements are of the same tokens. The quantized blocks are run on the base's hidden states, one block in
     memory at a time.
     """
+    with _loaded_ends(quantized_folder, base_folder, settings) as (skeleton, base):
+        blocks = _block_errors(skeleton, of_quantized, of_base)
+        divergence = kl_divergence(skeleton, base, of_quantized, of_base)
+    return Divergence(
+        blocks=tuple(blocks),
+        kl_divergence=float(divergence.mean()),
+        kl_divergence_p99=float(np.quantile(divergence, 0.99)),
+        vision_difference=_vision_difference(of_quantized.features, of_base.features),
+        domains=compare_domains(of_quantized, of_base, divergence),
+    )
+
+
+@torch.inference_mode()
+def kl_by_place(
+    quantized_folder: Path,
+    base_folder: Path,
+    of_quantized: Measurement,
+    of_base: Measurement,
+    settings: RunSettings,
+) -> Floats:
+    """Return KL(base || quantized) of every next-token distribution, in nats: float32 `[n, L-1]`.
+
+    Both measurements are of the same tokens.
+    """
+    with _loaded_ends(quantized_folder, base_folder, settings) as (skeleton, base):
+        return kl_divergence(skeleton, base, of_quantized, of_base)
+
+
+@contextlib.contextmanager
+def _loaded_ends(
+    quantized_folder: Path, base_folder: Path, settings: RunSettings
+) -> Iterator[tuple[Skeleton, Skeleton]]:
+    """Load embeddings and output layers of both; the same ones twice if they are equal."""
     skeleton = Skeleton(Checkpoint.open(quantized_folder), settings)
     skeleton.load_ends()
     base_checkpoint = Checkpoint.open(base_folder)
@@ -36,16 +72,9 @@ def compare(
         base = Skeleton(base_checkpoint, settings)
         base.load_ends()
     with few_threads(skeleton.nbytes):
-        blocks = _block_errors(skeleton, of_quantized, of_base)
-        divergence = _kl_divergence(skeleton, base, of_quantized, of_base)
+        yield skeleton, base
     del skeleton, base
     free(settings.device)
-    return Divergence(
-        blocks=tuple(blocks),
-        kl_divergence=float(divergence.mean()),
-        kl_divergence_p99=float(np.quantile(divergence, 0.99)),
-        vision_difference=_vision_difference(of_quantized.features, of_base.features),
-    )
 
 
 def _block_errors(skeleton: Skeleton, of_quantized: Measurement, of_base: Measurement) -> list[BlockError]:
@@ -65,7 +94,7 @@ def _block_errors(skeleton: Skeleton, of_quantized: Measurement, of_base: Measur
     return errors
 
 
-def _kl_divergence(skeleton: Skeleton, base: Skeleton, of_quantized: Measurement, of_base: Measurement) -> Floats:
+def kl_divergence(skeleton: Skeleton, base: Skeleton, of_quantized: Measurement, of_base: Measurement) -> Floats:
     """Return KL(base || quantized) of every next-token distribution, in nats: float32 `[n, L-1]`."""
     divergence = []
     for quantized_hidden, base_hidden in zip(of_quantized.hidden, of_base.hidden, strict=True):

@@ -15,7 +15,9 @@ from pydantic import Field, PlainSerializer
 
 from requant.tasks.documents import Document
 from requant.tasks.recipe.recipe import Gates
-from requant.tasks.validating.measured import MatrixError, Measured, TaskScore
+from requant.tasks.redaction import without_non_finite
+from requant.tasks.validating.domain_gates import WorstDomain, worst_domain
+from requant.tasks.validating.measured import DomainValues, MatrixError, Measured, TaskScore
 
 MAX_REPEATED_SHARE = 0.9  # share of one token in a greedy continuation above which the text is garbage
 # Shares of |W|^2 that rounding alone may lose: 0.28 at most in 2 bits and groups of 64, where nothing is clipped.
@@ -65,18 +67,32 @@ class Gate:
         return {**asdict(self), "value": _finite_or_none(self.value)}
 
 
+def _without_non_finite(domains: dict[str, DomainValues] | None) -> Any:
+    return without_non_finite({name: values.to_json() for name, values in domains.items()}) if domains else None
+
+
 class ValidationDocument(Document):
     """The document of `requant validate --json`."""
 
     gates: tuple[Gate, ...] = Field(description="All gates that apply to the checkpoint")
     passed: bool = Field(description="Whether no gate failed and a value of the model's quality was measured")
     findings: tuple[str, ...] = Field(description="Differences from the base that change nothing that is computed")
+    domains: Annotated[
+        dict[str, DomainValues] | None,
+        PlainSerializer(_without_non_finite, return_type=dict[str, Any] | None),  # JSON has no NaN
+        Field(description="The comparison by domain of the text; null if the checkpoint could not be compared"),
+    ] = None
 
     @classmethod
     def of(cls, measured: Measured, gates: Gates) -> ValidationDocument:
         """Judge measured values by the limits of a recipe."""
         results = tuple(judge(measured, gates))
-        return cls(gates=results, passed=accepted(results), findings=measured.audit.differences)
+        return cls(
+            gates=results,
+            passed=accepted(results),
+            findings=measured.audit.differences,
+            domains=measured.divergence.domains,
+        )
 
 
 def judge(measured: Measured, gates: Gates) -> list[Gate]:
@@ -96,6 +112,15 @@ def judge(measured: Measured, gates: Gates) -> list[Gate]:
     def at_least(name: str, value: float | None, limit: float | None, worst: str = "") -> Gate:
         return _gate(name, value, limit, value is not None and limit is not None and value >= limit, worst, not why)
 
+    domains = divergence.domains or {}
+    noise = divergence.kl_noise_floor or 0.0
+
+    def on_worst(
+        compare: Callable[..., Gate], name: str, value: float | None, limit: float | None, floor: float = 0.0
+    ) -> Gate:
+        whole = compare(name, value, None if limit is None else limit + floor)
+        return _on_worst_domain(whole, worst_domain(name, domains, limit, is_most=compare is at_most))
+
     results = [
         _no_problem("structure", audit.unaccounted, audit.differences),
         _no_problem("lossless", audit.altered),
@@ -106,16 +131,17 @@ def judge(measured: Measured, gates: Gates) -> list[Gate]:
         at_most("weight_offset", offset[0], gates.max_weight_offset, offset[1]),
         at_least("same_tokens", behaviour.same_tokens, 1.0),
         at_most("block_error", block[0], gates.max_block_error, block[1]),
-        at_most("perplexity_increase", behaviour.perplexity_increase, gates.max_perplexity_increase),
-        at_most("kl_divergence", divergence.kl_divergence, gates.max_kl_divergence),
-        at_least("top1_agreement", behaviour.top1_agreement, gates.min_top1_agreement),
+        on_worst(at_most, "perplexity_increase", behaviour.perplexity_increase, gates.max_perplexity_increase),
+        on_worst(at_most, "kl_divergence", divergence.kl_divergence, gates.max_kl_divergence, noise),
+        on_worst(at_least, "top1_agreement", behaviour.top1_agreement, gates.min_top1_agreement),
         at_most("most_repeated_token", behaviour.most_repeated_token, MAX_REPEATED_SHARE),
         at_least("long_context", behaviour.long_context, 1.0),
     ]
     if measured.vision:
         results.append(at_most("vision_output", divergence.vision_difference, 0.0))
     if measured.head_kept:
-        ratio = at_least("mtp_acceptance_ratio", behaviour.mtp_acceptance_ratio, gates.min_mtp_acceptance_ratio)
+        limit = gates.min_mtp_acceptance_ratio
+        ratio = on_worst(at_least, "mtp_acceptance_ratio", behaviour.mtp_acceptance_ratio, limit)
         if ratio.value is None and behaviour.base.mtp_acceptance == 0:
             ratio = replace(ratio, note=ratio.note.replace("could not be measured", NO_BASE_ACCEPTANCE))
         results.append(ratio)
@@ -225,6 +251,17 @@ def _worst(
     """Return the largest value of some rows and the name of its row. NaN counts as larger than any number."""
     values = [(value(row), name(row)) for row in rows or ()]
     return max(values, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0], default=(None, ""))
+
+
+def _on_worst_domain(whole: Gate, worst: WorstDomain | None) -> Gate:
+    """Return the gate for all domains together with the value of the worst domain, which may fail it, too."""
+    if whole.value is None or worst is None:
+        return whole
+    note = f"{whole.note}; {worst.note}" if whole.limit is None else worst.note
+    if whole.failed:
+        note = f"all domains together: {whole.value:.4g}; {note}"
+    passed = whole.passed and not worst.fails
+    return replace(whole, value=worst.value, limit=worst.limit, passed=passed, note=note)
 
 
 def _gate(name: str, value: float | None, limit: float | None, within: bool, worst: str, advise: bool) -> Gate:

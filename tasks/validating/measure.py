@@ -16,25 +16,24 @@ import torch
 
 from requant.tasks.checkpoint.blocks import streaming_parameters
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.errors import CheckpointError, TooFewTokens
-from requant.tasks.validating import LENGTH, PROBE, WINDOWS, window_count, window_length
+from requant.tasks.validating import LENGTH, PROBE
 from requant.tasks.validating.blocks import Rows, run_blocks
 from requant.tasks.validating.decode import agreement, decode, decode_in_blocks, speculate
 from requant.tasks.validating.head import MtpHead
-from requant.tasks.validating.measurement import Floats, Ints, Measurement
+from requant.tasks.validating.measurement import UNDRAFTED, Floats, Ints, Measurement
 from requant.tasks.validating.model import (
     RunSettings,
     Skeleton,
     few_threads,
     free,
-    load_tokenizer,
     pick_device,
     pick_dtype,
     room,
 )
 from requant.tasks.validating.vision import features
+from requant.tasks.validating.windows import Windows, windows
 
-VERSION = 2  # must be raised when the same checkpoint and text give other values
+VERSION = 3  # must be raised when the same checkpoint and text give other values
 DRAFTS = 3  # draft tokens per step: engines use no more
 PROMPTS, PROMPT, GENERATED = 4, 32, 48  # greedy continuations: their number, tokens of each prompt, tokens after it
 GENERATED_IN_BLOCKS = 8  # tokens after a prompt where each token costs a pass over all weights
@@ -48,54 +47,59 @@ def measure(
     folder: Path,
     text: Path,
     settings: RunSettings,
+    tokens: int | None = None,
 ) -> Measurement:
-    """Run a checkpoint on a text.
+    """Run a checkpoint on a text. `tokens`: how many of each domain; None: as many as `windows` takes.
 
     Raises CheckpointError if it cannot be loaded, TooFewTokens if its tokenizer makes too few tokens of the text.
     """
     checkpoint = Checkpoint.open(folder).sound()
-    tokens = windows(folder, text, checkpoint, remote_code=settings.remote_code)
+    cut = windows(folder, text, checkpoint, tokens=tokens, remote_code=settings.remote_code)
     skeleton = Skeleton(checkpoint, settings)
+    skeleton.load_ends()
+    cut = cut.up_to(_fitting(skeleton))
     dtype = str(settings.dtype).removeprefix("torch.")
-    log.info(f"measuring {folder.name} on {tokens.size:,} tokens ({dtype}, {settings.device})")
+    domains = f" in {len(set(cut.domains))} domains" if len(set(cut.domains)) > 1 else ""
+    log.info(f"measuring {folder.name} on {cut.tokens.size:,} tokens{domains} ({dtype}, {settings.device})")
     with few_threads(skeleton.nbytes):
-        result = _measure(skeleton, tokens)
+        result = _measure(skeleton, cut)
     del skeleton
     free(settings.device)
     return result
 
 
-def _measure(skeleton: Skeleton, tokens: Ints) -> Measurement:
-    skeleton.load_ends()
-    ids = torch.from_numpy(tokens).long().to(skeleton.device)
-    rows, long_rows = Rows.of(skeleton, ids), Rows.of(skeleton, _long_text(ids, longest(skeleton)))
-    probes = [rows.hidden[0][0, :PROBE].cpu()]
+def _measure(skeleton: Skeleton, cut: Windows) -> Measurement:
+    ids = torch.from_numpy(cut.tokens).long().to(skeleton.device)
+    groups = rows_of(skeleton, cut)
+    groups.append(Rows.of(skeleton, _long_text(ids, longest(skeleton))))
+    probes = [groups[0].hidden[0][0, :PROBE].cpu()]
     logged = time.monotonic()
 
     def after(number: int) -> None:
         nonlocal logged
-        probes.append(rows.hidden[0][0, :PROBE].cpu())
+        probes.append(groups[0].hidden[0][0, :PROBE].cpu())
         if time.monotonic() - logged > PROGRESS_INTERVAL_S:
             logged = time.monotonic()
             log.info(f"measuring: block {number + 1} of {len(skeleton.blocks)}")
 
-    hidden, long_hidden = run_blocks(skeleton, [rows, long_rows], after)
+    *by_group, long_hidden = run_blocks(skeleton, groups, after)
+    groups.clear()
+    hidden = torch.cat([states.reshape(-1, ids.shape[1], states.shape[-1]) for states in by_group])
     nll, top1 = _next_tokens(skeleton, ids, hidden)
     finite = long_hidden[0].isfinite().all(-1)
     finite[-PROBE:] &= skeleton.logits(long_hidden[0, -PROBE:]).isfinite().all(-1)
     context = np.array([len(finite), int(finite.sum())], np.int32)
-    del long_hidden, long_rows
+    del by_group, long_hidden
 
     layout = skeleton.checkpoint.head.layout if skeleton.checkpoint.head else None
     head = MtpHead(skeleton.checkpoint, skeleton) if layout == "mtp" else None
     drafts = np.zeros((0, 0, 0), np.int32)
     if head is not None:
-        by_window = [head.drafts(row, state, DRAFTS) for row, state in zip(ids, hidden, strict=True)]
-        drafts = torch.stack(by_window, dim=1).int().cpu().numpy()
-    generated, speculation, speculative = _continuations(skeleton, head, ids[:PROMPTS, :PROMPT])
+        drafts = _drafts(skeleton, head, ids, hidden, cut.separate)
+    generated, speculation, speculative = _continuations(skeleton, head, ids[cut.varied[:PROMPTS], :PROMPT])
     vision_features = features(skeleton)
     return Measurement(
-        tokens=tokens,
+        tokens=cut.tokens,
         nll=nll,
         top1=top1,
         drafts=drafts,
@@ -106,7 +110,15 @@ def _measure(skeleton: Skeleton, tokens: Ints) -> Measurement:
         hidden=hidden.cpu(),
         probes=torch.stack(probes),
         features=torch.empty(0) if vision_features is None else vision_features.cpu(),
+        domains=cut.domains,
     )
+
+
+def rows_of(skeleton: Skeleton, cut: Windows) -> list[Rows]:
+    """Embed the windows: those that are computed each by itself, and those of the long text as one row."""
+    ids = torch.from_numpy(cut.tokens).long()
+    separate, long = ids[: cut.separate], ids[cut.separate :].reshape(1, -1)
+    return [Rows.of(skeleton, tokens) for tokens in (separate, long) if tokens.numel()]
 
 
 def run_settings(base: Path, remote_code: bool = False) -> RunSettings:
@@ -117,14 +129,19 @@ def run_settings(base: Path, remote_code: bool = False) -> RunSettings:
 
 
 def longest(skeleton: Skeleton) -> int:
-    """Return the tokens of the longest text within the model's limit, MAX_TEXT_TOKENS and half of the free memory."""
+    """Return the tokens of the longest text within MAX_TEXT_TOKENS, the model's limit and half of the free memory."""
+    return min(MAX_TEXT_TOKENS.get(skeleton.device.type, LENGTH), _fitting(skeleton))
+
+
+def _fitting(skeleton: Skeleton) -> int:
+    """Return the tokens of the longest text within the model's limit and half of the free memory."""
     config = skeleton.text.config
     width = 16 * config.hidden_size + 6 * int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
     delta = getattr(config, "linear_num_value_heads", 0) * getattr(config, "linear_value_head_dim", 0)
     token_bytes = width * skeleton.dtype.itemsize + 16 * 4 * delta  # the delta rule's reference code works in float32
     limit = int(getattr(config, "max_position_embeddings", None) or LENGTH)
     fits = room(skeleton.device) // 2 // token_bytes
-    return int(max(1, min(limit, MAX_TEXT_TOKENS.get(skeleton.device.type, LENGTH), fits)))
+    return int(max(1, min(limit, fits)))
 
 
 def _long_text(ids: torch.Tensor, length: int) -> torch.Tensor:
@@ -141,6 +158,22 @@ def _next_tokens(skeleton: Skeleton, ids: torch.Tensor, hidden: torch.Tensor) ->
         nll.append(torch.nn.functional.cross_entropy(logits, row[1:], reduction="none").cpu().numpy())
         top1.append(logits.argmax(-1).int().cpu().numpy())
     return np.stack(nll), np.stack(top1)
+
+
+def _drafts(skeleton: Skeleton, head: MtpHead, ids: torch.Tensor, hidden: torch.Tensor, separate: int) -> Ints:
+    """Return the drafts at each place, `[drafts, n, L-1]`. In the long text, only the first draft is made."""
+    length = ids.shape[1]
+    by_window = [head.drafts(row, state, DRAFTS) for row, state in zip(ids[:separate], hidden[:separate], strict=True)]
+    if separate < len(ids):
+        tokens, states = ids[separate:].flatten(), hidden[separate:].flatten(0, 1)
+        place = torch.arange(len(tokens) - 1, device=tokens.device)
+        output = head(tokens[None, 1:], states[None, :-1], place[None])[0]
+        first = torch.cat([skeleton.logits(part).argmax(-1) for part in output.split(length)])
+        first = torch.cat([first, first.new_tensor([UNDRAFTED])]).reshape(-1, 1, length)[..., :-1]
+        depth = len(by_window[0]) if by_window else 1
+        by_window += list(torch.cat([first, first.new_full((len(first), depth - 1, length - 1), UNDRAFTED)], dim=1))
+    drafts: Ints = torch.stack(by_window, dim=1).int().cpu().numpy()
+    return drafts
 
 
 def _continuations(skeleton: Skeleton, head: MtpHead | None, prompts: torch.Tensor) -> tuple[Ints, Ints, Floats]:
@@ -163,25 +196,3 @@ def _continuations(skeleton: Skeleton, head: MtpHead | None, prompts: torch.Tens
         return generated, steps, no_shares
     pairs = zip(plain, speculations, strict=True)
     return generated, steps, np.array([agreement(*one, other.tokens) for one, other in pairs], np.float32)
-
-
-def windows(folder: Path, text: Path, checkpoint: Checkpoint, *, remote_code: bool = False) -> Ints:
-    """Return the tokens of evenly spread windows of a text, int32 `[windows, length]`.
-
-    Raises TooFewTokens if the text has fewer than one window, CheckpointError if a token is outside of the vocabulary.
-    """
-    tokenizer = load_tokenizer(folder, remote_code=remote_code)
-    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-    length = window_length(checkpoint.text_config, LENGTH)
-    if len(ids) < length:  # only another tokenizer can tell whether the text or this tokenizer is the cause
-        raise TooFewTokens(
-            f"the tokenizer of {folder.name} makes only {len(ids):,} tokens of the text {text.name}, and measuring "
-            f"needs at least {length}"
-        )
-    count = window_count(len(ids), length, text.name, WINDOWS)
-    stride = (len(ids) - length) // max(count - 1, 1)
-    vocabulary = int(checkpoint.text_config.get("vocab_size") or 1 << 31)
-    tokens: Ints = np.array([ids[i * stride : i * stride + length] for i in range(count)], dtype=np.int32)
-    if int(tokens.max()) >= vocabulary:
-        raise CheckpointError(f"the tokenizer of {folder} makes token {tokens.max()}, the model knows {vocabulary}")
-    return tokens

@@ -20,13 +20,14 @@ Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is Non
 Interval = tuple[Number, Number]
 # The keys are written in this order, so that equal values have equal bytes in the store.
 KEYS = (
-    "text", "packed", "kept", "head", "unaccounted", "altered", "not_finite", "files", "context", "differences",
-    "head_kept", "vision", "matrices", "blocks", "same_tokens", "perplexity_increase", "kl_divergence",
+    "text", "texts", "packed", "kept", "head", "unaccounted", "altered", "not_finite", "files", "context",
+    "differences", "head_kept", "vision", "matrices", "blocks", "same_tokens", "perplexity_increase", "kl_divergence",
     "top1_agreement", "most_repeated_token", "long_context", "vision_difference", "mtp_acceptance_ratio",
     "speculative_agreement", "tasks", "worst_task_recovery", "tokens", "perplexity", "perplexity_interval",
     "base_perplexity", "base_perplexity_interval", "perplexity_increase_interval", "long_context_tokens",
     "mtp_acceptance", "base_mtp_acceptance", "mtp_acceptance_by_position", "base_mtp_acceptance_by_position",
-    "greedy_acceptance_by_position", "base_greedy_acceptance_by_position", "kl_divergence_p99", "not_measured",
+    "greedy_acceptance_by_position", "base_greedy_acceptance_by_position", "kl_divergence_p99", "kl_noise_floor",
+    "domains", "not_measured",
 )  # fmt: skip
 
 
@@ -76,15 +77,58 @@ class BlockError(StoredDocument):
     )
 
 
+class DomainValues(StoredDocument):
+    """The comparison of both models on one domain of the text. Shares are of 1.
+
+    An interval is the 95 % interval of other windows of this kind, and is null for a domain of few windows. Values of
+    drafts are null without a head, and the ratio also where none of the base's drafts is accepted.
+    """
+
+    tokens: int = Field(description="Number of tokens of the domain that were measured")
+    base_perplexity: Number = Field(description="Perplexity per token of the base")
+    base_perplexity_interval: Interval | None = Field(None, description="Its interval")
+    perplexity: Number = Field(description="Perplexity per token of the quantized model")
+    perplexity_interval: Interval | None = Field(None, description="Its interval")
+    perplexity_increase: Number = Field(description="Perplexity divided by the base's, minus 1")
+    perplexity_increase_interval: Interval | None = Field(None, description="Its interval")
+    kl_divergence: Number = Field(description="Mean KL(base || quantized) of the next token, in nats")
+    kl_divergence_interval: Interval | None = Field(None, description="Its interval")
+    kl_divergence_p99: Number = Field(description="99 % quantile of the same, in nats")
+    kl_divergence_p99_interval: Interval | None = Field(None, description="Its interval")
+    kl_noise_floor: float | None = Field(
+        None, description="Mean KL divergence of the base from itself, computed in another way; null if not measured"
+    )
+    top1_agreement: Number = Field(description="Share of places at which both choose the same next token")
+    top1_agreement_interval: Interval | None = Field(None, description="Its interval")
+    base_mtp_acceptance: float | None = Field(None, description="Draft acceptance rate of the base's first draft")
+    base_mtp_acceptance_interval: Interval | None = Field(None, description="Its interval")
+    mtp_acceptance: float | None = Field(None, description="Draft acceptance rate of the quantized model's first draft")
+    mtp_acceptance_interval: Interval | None = Field(None, description="Its interval")
+    mtp_acceptance_ratio: float | None = Field(None, description="Draft acceptance rate divided by the base's")
+    mtp_acceptance_ratio_interval: Interval | None = Field(None, description="Its interval")
+
+
+class NoiseFloor(StoredDocument):
+    """How far a base is from itself, computed in another way: mean KL divergences of the next token, in nats."""
+
+    kl_divergence: Number = Field(description="Over all windows that were computed again")
+    domains: dict[str, Number] = Field(description="Over those of each domain")
+    dtype: str = Field(description="The precision in which they were computed again")
+
+
 class Divergence(StoredDocument):
     """The distances of decoder blocks, distributions and vision features from the base's, on the same tokens."""
 
     blocks: tuple[BlockError, ...] | None = Field(None, description="The decoder blocks in their order")
     kl_divergence: float | None = Field(None, description="Mean KL(base || quantized) of the next token, in nats")
     kl_divergence_p99: float | None = Field(None, description="99 % quantile of the same, in nats")
+    kl_noise_floor: float | None = Field(
+        None, description="Mean KL divergence of the base from itself, computed in another way, in nats"
+    )
     vision_difference: float | None = Field(
         None, description="Largest difference of a vision feature of one synthetic image; null without such features"
     )
+    domains: dict[str, DomainValues] | None = Field(None, description="The comparison by domain of the text")
 
 
 class Side(StoredDocument):
@@ -163,6 +207,9 @@ class Measured(StoredDocument):
     """Everything that validate measured of a quantized checkpoint and its base."""
 
     text: str | None = Field(None, exclude_if=is_none, description="The name of the text; absent without a store")
+    texts: dict[str, str] | None = Field(
+        None, exclude_if=is_none, description="The names of the texts by domain, if the recipe names one for each"
+    )
     audit: Audit = Audit()
     head_kept: bool = Field(False, description="Whether the checkpoint must have the base's MTP head")
     vision: bool = Field(False, description="Whether the base has a vision tower")
@@ -173,6 +220,15 @@ class Measured(StoredDocument):
     not_measured: str | None = Field(
         None, exclude_if=is_none, description="Why values are null; absent if all were measured"
     )
+
+    def with_noise_floor(self, floor: NoiseFloor) -> Measured:
+        """Return a copy that has the noise floor of the base."""
+        domains = {
+            name: values.model_copy(update={"kl_noise_floor": floor.domains.get(name)})
+            for name, values in (self.divergence.domains or {}).items()
+        }
+        changed = {"kl_noise_floor": floor.kl_divergence, "domains": domains or None}
+        return self.model_copy(update={"divergence": self.divergence.model_copy(update=changed)})
 
     def to_json(self) -> dict[str, Any]:
         """Return all values as one flat object."""

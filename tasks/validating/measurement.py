@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load as load_tensors
+from safetensors import safe_open
 from safetensors.torch import save as save_tensors
 
+from requant.tasks.validating import LONG_CONTEXT, WHOLE_TEXT
+
 RESAMPLES, LEVEL, SEED = 2000, 0.95, 0  # of the bootstrap; LEVEL: the share of resamples inside an interval
+QUANTILE_RESAMPLES = 200  # of a quantile, which has to be sought among all places of each resample
+UNDRAFTED = -1  # in `drafts`: no token was drafted here
+AS_TORCH = {"hidden", "probes", "features"}
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -21,12 +28,15 @@ Doubles = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Measurement:
-    """Arrays of n windows of L tokens of the pinned text. An array that could not be measured is empty."""
+    """Arrays of n windows of L tokens of the pinned text. An array that could not be measured is empty.
+
+    The windows of LONG_CONTEXT are the parts of one long window: a place of one depends on all places of those before.
+    """
 
     tokens: Ints  # [n, L]
     nll: Floats  # [n, L-1], natural log, of token t+1 after the tokens up to t
     top1: Ints  # [n, L-1], the token chosen at t
-    drafts: Ints  # [drafts, n, L-1], the head's choices for token t+2 and those after it
+    drafts: Ints  # [drafts, n, L-1], the head's choices for token t+2 and those after it, or UNDRAFTED
     generated: Ints  # [prompts, new], greedy
     speculation: Ints  # [prompts, 1 + drafts]: steps, and in how many of them each draft was accepted
     speculative: Floats  # [prompts], share of tokens that plain decoding gives, too (only in float32)
@@ -34,6 +44,29 @@ class Measurement:
     hidden: torch.Tensor  # [n, L, hidden] after the final norm
     probes: torch.Tensor  # [blocks + 1, probe, hidden], inputs of each block, and outputs of the last
     features: torch.Tensor  # [patches, hidden] of a synthetic image
+    domains: tuple[str, ...] = ()  # [n], the domain of each window; empty: all are of one text without domains
+
+    @property
+    def windows_by_domain(self) -> dict[str, Ints]:
+        """The indices of the windows of each domain, in the order in which the domains were measured."""
+        domains = self.domains or (WHOLE_TEXT,) * len(self.tokens)
+        return {
+            name: np.array([i for i, domain in enumerate(domains) if domain == name], np.int32)
+            for name in dict.fromkeys(domains)
+        }
+
+    def of_windows(self, indices: Sequence[int] | Ints) -> Measurement:
+        """Return the part of the measurement that is about these windows."""
+        at = np.asarray(indices, np.int64)
+        return replace(
+            self,
+            tokens=self.tokens[at],
+            nll=self.nll[at],
+            top1=self.top1[at],
+            drafts=self.drafts[:, at] if self.drafts.size else self.drafts,
+            hidden=self.hidden[torch.from_numpy(at)],
+            domains=tuple(self.domains[i] for i in at) if self.domains else (),
+        )
 
     @property
     def perplexity(self) -> float:
@@ -61,7 +94,8 @@ class Measurement:
         on_track = np.ones(self.drafts.shape[1:], bool)
         for k, draft in enumerate(self.drafts):
             last = draft.shape[1] - 1 - k  # the main model's choice for token t + 2 + k stands at t + 1 + k
-            accepted = (draft[:, :last] == self.top1[:, k + 1 :])[on_track[:, :last]]
+            judged = on_track[:, :last] & (draft[:, :last] != UNDRAFTED)
+            accepted = (draft[:, :last] == self.top1[:, k + 1 :])[judged]
             shares.append(float(accepted.mean()) * (shares[-1] if shares else 1.0) if accepted.size else 0.0)
             is_true_text = np.zeros_like(on_track)
             is_true_text[:, :last] = draft[:, :last] == self.tokens[:, k + 2 :]
@@ -76,17 +110,38 @@ class Measurement:
         steps, *accepted = self.speculation.sum(axis=0).tolist()
         return [count / steps for count in accepted]
 
+    @property
+    def first_accepted(self) -> Doubles:
+        """Where the first draft is what the main model would choose itself: 1 or 0, `[n, L-2]`."""
+        accepted: Doubles = (self.drafts[0, :, :-1] == self.top1[:, 1:]).astype(np.float64)
+        return accepted
+
     def to_bytes(self) -> bytes:
         """Write the arrays as a safetensors file."""
-        tensors = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
-        return save_tensors({k: v.contiguous() for k, v in tensors.items()})
+        arrays = {name: value for name, value in vars(self).items() if name != "domains"}
+        tensors = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in arrays.items()}
+        return save_tensors({k: v.contiguous() for k, v in tensors.items()}, {"domains": json.dumps(self.domains)})
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Measurement:
-        """Read what `to_bytes` returned."""
-        as_torch = {"hidden", "probes", "features"}
-        fields: dict[str, Any] = {k: v if k in as_torch else v.numpy() for k, v in load_tensors(data).items()}
-        return cls(**fields)
+    def load(cls, path: Path) -> Measurement:
+        """Read a file with what `to_bytes` returned. The hidden states stay in the file until they are used."""
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+            domains = tuple(json.loads(file.metadata()["domains"]))
+        fields: dict[str, Any] = {k: v if k in AS_TORCH else v.numpy() for k, v in tensors.items()}
+        return cls(**fields, domains=domains)
+
+
+def aligned(one: Measurement, other: Measurement) -> tuple[Measurement, Measurement]:
+    """Return two measurements with the same windows, if they differ only in the length of the long window.
+
+    The long window is as long as the memory of the machine allows, and its beginning does not depend on its end.
+    """
+    common = min(len(one.tokens), len(other.tokens))
+    rest = one.domains[common:] + other.domains[common:]
+    if not rest or set(rest) != {LONG_CONTEXT} or one.domains[:common] != other.domains[:common]:
+        return one, other
+    return one.of_windows(range(common)), other.of_windows(range(common))
 
 
 def perplexity_increase(ours: Measurement, base: Measurement) -> tuple[float, tuple[float, float]]:
@@ -95,10 +150,23 @@ def perplexity_increase(ours: Measurement, base: Measurement) -> tuple[float, tu
     return float(np.expm1(difference.mean())), interval(difference, np.expm1)
 
 
-def interval(by_window: Doubles, transform: Callable[[Doubles], Doubles]) -> tuple[float, float]:
-    """Return the bootstrap interval of the mean over windows, after `transform`. The resamples are always the same."""
-    random = np.random.default_rng(SEED)
-    drawn = random.integers(0, len(by_window), (RESAMPLES, len(by_window)))
-    ends = np.quantile(by_window[drawn].mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    low, high = transform(ends).tolist()
+def interval(by_window: Doubles, transform: Callable[[Doubles], Doubles] = np.positive) -> tuple[float, float]:
+    """Return the bootstrap interval of the mean over windows, after `transform`. The resamples are always the same.
+
+    by_window: `[n]`, or `[n, k]` for k values of each window, of whose means `[..., k]` `transform` makes one `[...]`.
+    """
+    means = by_window[_resampled(len(by_window), RESAMPLES)].mean(axis=1)
+    low, high = np.quantile(transform(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
     return low, high
+
+
+def quantile_interval(by_window: Doubles, share: float) -> tuple[float, float]:
+    """Return the bootstrap interval of a quantile of all places, `[n, places]`, by drawing whole windows."""
+    drawn = by_window[_resampled(len(by_window), QUANTILE_RESAMPLES)].reshape(QUANTILE_RESAMPLES, -1)
+    low, high = np.quantile(np.quantile(drawn, share, axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    return low, high
+
+
+def _resampled(windows: int, times: int) -> npt.NDArray[np.int64]:
+    """Draw as many windows as there are, with replacement, so many times: `[times, windows]`."""
+    return np.random.default_rng(SEED).integers(0, windows, (times, windows))

@@ -8,6 +8,7 @@ from typing import Any
 
 from requant.tasks.quantizing.job import Job, Rung
 from requant.tasks.quantizing.memory_fallback import run_child
+from requant.tasks.quantizing.samples import SampleSource
 from requant.tasks.recipe.quantize_section import Quantize
 from requant.tasks.texts.text import find_text
 from tests.factories.forked import forked_children, quantize_server
@@ -24,8 +25,7 @@ def pack_with_auto_round(base: Path, asked: Quantize, folder: Path) -> dict[str,
         settings=settings,
         rung=Rung.asked(settings),
         model=base,
-        texts=[text],
-        mixed=False,
+        sources=[SampleSource(name="builtin:python", paths=[text])],
         head=head.prefixes if head else [],
         allow_remote_code=False,
     )

@@ -16,7 +16,8 @@ from requant.tasks.quantize import quantize
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store, open_store
-from requant.tasks.texts.text import Text, find_text
+from requant.tasks.texts.calibration import Calibration
+from requant.tasks.texts.text import find_text
 from tests.factories.paths import TINY
 
 COMMON: dict[str, Any] = {
@@ -53,7 +54,7 @@ def other_base(folder: Path, kind: str, *, fused: bool = False, **changes: Any) 
     return folder
 
 
-def prepared(folder: Path, base: Path, **settings: Any) -> tuple[Store, Recipe, Manifest, Text]:
+def prepared(folder: Path, base: Path, **settings: Any) -> tuple[Store, Recipe, Manifest, Calibration]:
     """What the quantize stage needs to quantize a base, with a store of its own: `quantize(*prepared(...))`."""
     store = open_store((folder / "store").as_uri())
     files = [file_of(base, path.name) for path in sorted(base.iterdir())]
@@ -62,7 +63,7 @@ def prepared(folder: Path, base: Path, **settings: Any) -> tuple[Store, Recipe, 
         store.put_blob(Path(copy), file)
     small = {"iters": 4, "nsamples": 8, "seqlen": 64, "batch_size": 4, "group_size": 32, **settings}
     recipe = parse_recipe({"base": {"repo_id": "a/b"}, "mtp": "drop", "quantize": small})
-    return store, recipe, Manifest.of(files), find_text("builtin:python")
+    return store, recipe, Manifest.of(files), Calibration.of(find_text("builtin:python"))
 
 
 def quantized(folder: Path, base: Path, **settings: Any) -> tuple[StageResult, Path]:

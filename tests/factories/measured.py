@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from requant.tasks.validating import measure as measuring
+from requant.tasks.validating import windows as cutting
 from requant.tasks.validating.measured import Measured
 
 GOOD: dict[str, Any] = {
@@ -67,9 +68,11 @@ def measuring_little(
     *, windows: int, length: int, probe: int, prompts: int, generated: int, longest: int
 ) -> Iterator[None]:
     """Measure on so many windows of `length` tokens, and decode so many prompts, instead of what a real model takes."""
-    values = {"WINDOWS": windows, "LENGTH": length, "PROBE": probe, "PROMPTS": prompts, "GENERATED": generated}
+    values = {"LENGTH": length, "PROBE": probe, "PROMPTS": prompts, "GENERATED": generated}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
             patch.setattr(measuring, name, value)
+        patch.setattr(cutting, "WINDOWS", windows)
+        patch.setattr(cutting, "LENGTH", length)
         patch.setitem(measuring.MAX_TEXT_TOKENS, "cpu", longest)
         yield

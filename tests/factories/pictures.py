@@ -47,6 +47,20 @@ def model(count: int, **broken: float) -> dict[str, Any]:
             for i in range(count)
             for name in names
         ],
+        "domains": {
+            name: {
+                "tokens": 8192,
+                "base_perplexity": 10.0,
+                "perplexity": 10.5,
+                "perplexity_increase": 0.05,
+                "kl_divergence": 0.05 * 2**i,
+                "kl_divergence_interval": [0.04 * 2**i, 0.06 * 2**i],
+                "kl_divergence_p99": 0.5,
+                "kl_noise_floor": 0.001 * 2**i,
+                "top1_agreement": 0.9,
+            }
+            for i, name in enumerate(("code", "prose", "chat"))
+        },
         "mtp_acceptance_by_position": [0.871, 0.76, 0.61],
         "base_mtp_acceptance_by_position": [0.894, 0.8, 0.65],
     }

@@ -17,7 +17,7 @@ def job_of(*, offload: bool = False, **settings: Any) -> Job:
     asked = Quantize(**settings)
     rung = Rung.asked(asked)
     rung = rung.model_copy(update={"offload": True}) if offload else rung
-    return Job(settings=asked, rung=rung, model=Path("model"), texts=[], mixed=False, head=[], allow_remote_code=False)
+    return Job(settings=asked, rung=rung, model=Path("model"), sources=[], head=[], allow_remote_code=False)
 
 
 def children(folder: Path) -> list[psutil.Process]:

@@ -21,7 +21,7 @@ from requant.flows.requantize import requantize
 
 @flow(persist_result=False, on_cancellation=requantize.on_cancellation_hooks)
 def cancelled():
-    parameters = {"recipe": {"base": {"repo_id": "a/b"}}, "base": "b", "calibration": "builtin:python", "key": "k"}
+    parameters = {"recipe": {"base": {"repo_id": "a/b"}}, "base": "b", "key": "k"}
     begun, waiting, done = (_start_run("quantize", key, parameters) for key in ("begun", "waiting", "done"))
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(begun.id, Running(), force=True)

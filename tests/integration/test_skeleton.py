@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ import pyarrow.parquet
 import pytest
 
 from infra.dev.hub.launch import HubStandIn
+from requant.tasks import excerpt
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.download import text_files
-from requant.tasks.errors import CheckpointError, HubError, HubUnavailable
+from requant.tasks.errors import CheckpointError, HubError, HubUnavailable, RecipeError
+from requant.tasks.excerpt import text_files
 from requant.tasks.hub.revision import resolve
 from requant.tasks.hub.sparse_checkout import create_checkout, fill
 from requant.tasks.store import open_store
@@ -210,3 +213,49 @@ def test_chats_are_known_in_the_layouts_that_data_sets_have(layout: str, hub: Hu
     text = find_text(f"demo/{folder.name}")
     assert text.chats == ("text" not in layout)
     assert list(read_rows(text_files(store, text, tmp_path / "out"), text.name, chats=text.chats))
+
+
+PARQUET_ROWS = 120_000
+
+
+def test_a_large_data_set_costs_what_is_read_of_it(
+    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two files of 15 MB, of which a megabyte of text is needed; the second time, nothing."""
+    monkeypatch.setattr(excerpt, "MIN_CHARACTERS", 1 << 20)
+    folder = tmp_path / "large"
+    folder.mkdir()
+    lines = [os.urandom(60).hex() for _ in range(PARQUET_ROWS)]
+    table = pyarrow.table({"id": range(PARQUET_ROWS), "text": lines, "blob": [b"x" * 900] * PARQUET_ROWS})
+    pyarrow.parquet.write_table(table, folder / "train.parquet", use_dictionary=False, row_group_size=PARQUET_ROWS)
+    (folder / "test.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    hub.seed("demo/large", folder, repo_type="dataset")
+    store = open_store((tmp_path / "store").as_uri())
+    for name, file in (("demo/large", "train.parquet"), ("demo/large:test", "test.jsonl")):
+        assert (folder / file).stat().st_size > 14_000_000
+        hub.reset_traffic()
+        rows = list(read_rows(text_files(store, find_text(name), tmp_path / f"out-{file}"), name))
+        assert [row.text for row in rows] == lines[: len(rows)] and (1 << 20) // 120 < len(rows) < 10_000
+        assert sent(hub) < 3_500_000
+        before = sent(hub)
+        again = text_files(store, find_text(name), tmp_path / f"again-{file}")
+        assert len(list(read_rows(again, name))) == len(rows) and sent(hub) - before < 150_000
+
+
+def test_a_data_set_is_chosen_by_configuration_and_split_and_pinned_with_them(hub: HubStandIn, tmp_path: Path) -> None:
+    folder = tmp_path / "choice"
+    for name in ("train", "test"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "rows.jsonl.gz").write_bytes(gzip.compress(json.dumps({"body": CHAT, "note": name}).encode()))
+    (folder / "README.md").write_text("---\nlicense: cc0-1.0\n---\n")
+    sha = hub.seed("demo/choice", folder, repo_type="dataset")
+    store = open_store((tmp_path / "store").as_uri())
+    text = find_text("demo/choice:test", field="body")
+    assert (text.name, text.license, text.chats) == (f"demo/choice@{sha}:test", "cc0-1.0", True)
+    (row,) = read_rows(text_files(store, text, tmp_path / "out"), chats=True, field="body")
+    assert [dict(message.fields) for message in row.messages] == CHAT
+    assert find_text(text.name, field="body").digest == text.digest != find_text("demo/choice", field="body").digest
+    notes = find_text("demo/choice@main", field="note")
+    assert not notes.chats and notes.name == f"demo/choice@{sha}"
+    with pytest.raises(RecipeError, match=r"demo/choice:dev has no dev: .*its splits are test, train"):
+        find_text("demo/choice:dev")

@@ -117,6 +117,17 @@ def test_what_the_form_refuses_the_run_refuses(wrong: dict[str, Any]) -> None:
         recipe_of(wrong)
 
 
+@pytest.mark.parametrize("given", ["me/text", {"source": "me/text", "field": "a"}, ["me/text", {"source": "self"}]])
+def test_the_form_takes_one_source_as_text_and_several_as_a_list(given: Any) -> None:
+    recipe = {"base": {"repo_id": "a/b"}, "quantize": {"calibration": given}}
+    jsonschema.validate({"recipe": recipe}, form())
+    field = form()["definitions"]["Quantize"]["properties"]["calibration"]
+    assert field["anyOf"][0]["type"] == "string" and field["default"] == "builtin:mixed"
+    for wrong in ([], 5, {"weight": 1}, [{"source": "a", "wieght": 1}]):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({"recipe": {**recipe, "quantize": {"calibration": wrong}}}, form())
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_recipe_with_a_preset_may_be_given_whole_and_the_fields_of_the_form_stay_those_that_it_fills_in(
     preset: str,

@@ -19,6 +19,7 @@ from requant.tasks.quantizing.tuned_blocks import tuned_blocks
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.quantize_section import Quantize
 from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.texts.calibration import Calibration
 from requant.tasks.texts.text import Text
 
 A, B = "a" * 64, "b" * 64
@@ -38,7 +39,7 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def key(recipe: Recipe, base: Manifest = BASE, text: Text = TEXT) -> str:
-    return quantize_key(recipe, base, text)
+    return quantize_key(recipe, base, Calibration.of(text))
 
 
 def changed(path: str) -> Manifest:

@@ -27,6 +27,7 @@ from requant.tasks.quantize import quantize_key
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store
+from requant.tasks.texts.calibration import Calibration
 from requant.tasks.texts.text import Text, find_text
 from tests.factories.checkpoints import write_checkpoint
 from tests.factories.pico import pico_base
@@ -217,7 +218,7 @@ def test_auto_is_128_where_that_divides_and_a_number_stays_what_it_is(tmp_path: 
 
 
 def test_auto_has_the_stage_key_of_the_number_that_it_comes_to_and_none_before(tmp_path: Path) -> None:
-    text, files = Text("t", "0" * 64), Manifest.of([])
+    text, files = Calibration.of(Text("t", "0" * 64)), Manifest.of([])
     found = resolve_group_size(base_of(tmp_path), recipe(group_size="auto"))
     assert quantize_key(found, files, text) == quantize_key(recipe(group_size=64), files, text)
     with pytest.raises(RecipeError, match="group_size auto is not settled yet"):
@@ -226,7 +227,7 @@ def test_auto_has_the_stage_key_of_the_number_that_it_comes_to_and_none_before(t
 
 @pytest.mark.parametrize(("scheme", "number"), [("W4A16", 128), ("W4A16G64", 64)])
 def test_auto_that_comes_to_what_the_scheme_has_reuses_what_the_scheme_made(scheme: str, number: int) -> None:
-    text, files = Text("t", "0" * 64), Manifest.of([])
+    text, files = Calibration.of(Text("t", "0" * 64)), Manifest.of([])
     found = recipe(scheme=scheme, group_size="auto").with_group_size(number)
     assert found.quantize.resolved == (4, number, True)
     assert quantize_key(found, files, text) == quantize_key(recipe(scheme=scheme), files, text)
@@ -236,7 +237,7 @@ def test_auto_that_comes_to_what_the_scheme_has_reuses_what_the_scheme_made(sche
 def test_two_outputs_that_auto_makes_one_are_refused_by_the_plan(store: Store, tmp_path: Path) -> None:
     base = held_base(store, pico_base(tmp_path / "base", intermediate=192))
     document = {"base": {"repo_id": "a/b"}, "outputs": [{"group_size": "auto"}, {"group_size": 32}, {"group_size": 64}]}
-    texts = find_text("builtin:python"), find_text("builtin:python-evaluation")
+    texts = Calibration.of(find_text("builtin:python")), find_text("builtin:python-evaluation")
     plan = plan_of(store, parse_recipe(document), Inputs(base, *texts), elsewhere=True)
     assert list(plan.problems) == [
         "W4A16G64-auto_round: quantize.group_size auto comes to 64 for this base, so that it makes the same as "

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from requant.tasks.hardware import Machine
-from requant.tasks.record import RecordedBase, RecordedBlock, StageRecord, TuningWork
+from requant.tasks.record import RecordedBase, RecordedBlock, RecordedSource, StageRecord, TuningWork
 
 # As version 0.1.0 wrote them.
 MACHINE = {"system": "Linux x86_64", "python": "3.12.3", "cpus": 2, "memory_bytes": 8326471680, "gpus": ["NVIDIA H200"]}
@@ -81,3 +81,14 @@ def test_a_value_of_another_type_is_unknown_and_the_others_stay(value: object) -
     assert (record.seconds, record.started) == (1.5, "2026")
     assert (record.work, record.device, record.torch, record.engine, record.used) == (None, None, None, None, [])
     assert record.block_seconds == [] and record.machine.cpus is None
+
+
+def test_what_was_taken_from_each_calibration_text_is_read_whatever_a_store_holds() -> None:
+    chats = {"templated": 7, "plain": 1, "reason": "it refuses"}
+    samples = {"code": 3, "chat": 5}
+    row = {"source": "a@1", "weight": 2, "license": "mit", "rows": 9, "tokens": 90, "samples": samples, "chats": chats}
+    (source,) = StageRecord({"sources": [row]}).sources
+    assert source == RecordedSource("a@1", 2, "mit", 9, 90, samples, 7, 1, "it refuses")
+    assert StageRecord({}).sources == StageRecord({"sources": 5}).sources == []
+    (odd,) = StageRecord({"sources": [{"samples": {"a": "b"}, "rows": "x", "chats": None}, 7]}).sources
+    assert odd == RecordedSource("", None, None, 0, 0, {"a": 0}, 0, 0, None)

@@ -107,7 +107,8 @@ def test_rows_without_a_text_are_refused_with_a_sentence(
 def test_tasks_and_text_are_run_with_the_code_of_a_checkpoint_only_where_the_recipe_allows_it(
     allowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, _, files, text = prepared(tmp_path, pico_base(tmp_path / "base"))
+    store, _, files, _ = prepared(tmp_path, pico_base(tmp_path / "base"))
+    text = find_text("builtin:python-evaluation")
     settings: dict[str, bool] = {}
 
     def stored_scores(*arguments: Any) -> Any:
@@ -117,12 +118,12 @@ def test_tasks_and_text_are_run_with_the_code_of_a_checkpoint_only_where_the_rec
     def measured_values(quantized: Checkpoint, base: Checkpoint, measure: Any, evaluate: Any, **how: Any) -> Measured:
         settings["text"] = how["remote_code"]
         evaluate(quantized.folder)
-        return good()
+        return good(kl_divergence=None)
 
     monkeypatch.setattr(stage, "measured_values", measured_values)
     monkeypatch.setattr(stage, "stored_scores", stored_scores)
     asked = recipe(allow_remote_code=allowed, eval={"tasks": ["gsm8k"]})
     result = stage.validate(store, asked, files, files, text)
     assert settings == {"tasks": allowed, "text": allowed}
-    assert stage.read_values(store, result) == good(text=text.name)
-    assert result.provenance.document["measured"] == good().to_json()
+    assert stage.read_values(store, result) == good(text=text.name, kl_divergence=None)
+    assert result.provenance.document["measured"] == good(kl_divergence=None).to_json()

@@ -7,10 +7,10 @@ import math
 from pathlib import Path
 
 from requant.flows.report.report import RunReport, gate_rows, published_words, run_headline, verdict
-from requant.flows.report.terminal import gate_table, render
+from requant.flows.report.terminal import render, validation_text
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.record import RecordedBlock, StageRecord
-from requant.tasks.validating.gates import Gate, summary
+from requant.tasks.validating.gates import Gate, ValidationDocument, summary
 from tests.factories.reports import ARTIFACT, PUBLISHED, RECIPE, SHA, SPEED, finished
 
 
@@ -108,7 +108,8 @@ def test_the_terminal_shows_everything_and_no_markup_of_its_own() -> None:
 
 def test_a_note_in_brackets_is_shown_and_not_taken_for_markup() -> None:
     """Sentences name tensors and shapes; rich must neither swallow nor choke on them."""
-    table = gate_table([Gate("structure", 1.0, 0.0, False, "x has shape [8, 128] and [/red] in it")])
+    odd = Gate("structure", 1.0, 0.0, False, "x has shape [8, 128] and [/red] in it")
+    table = validation_text(ValidationDocument(gates=(odd,), passed=False, findings=()))
     assert "[8, 128] and [/red] in it" in table
 
 

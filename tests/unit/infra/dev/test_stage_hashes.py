@@ -21,7 +21,7 @@ def test_every_module_that_shapes_a_result_is_as_recorded() -> None:
 
 def test_a_changed_module_asks_for_the_version_of_its_stage_and_a_new_record() -> None:
     recorded = json.loads(RECORD.read_text())
-    changed = (ROOT / SAMPLES).read_text().replace("nsamples - 1", "nsamples")
+    changed = (ROOT / SAMPLES).read_text().replace("count - 1", "count")
     assert list(problems(recorded, {**recorded, SAMPLES: hash_of(changed)})) == [
         f"{SAMPLES} changed: if the result of the stage quantize can differ, raise STAGE.version; in any case "
         "record the new hash with `python -m infra.dev.stage_hashes`"

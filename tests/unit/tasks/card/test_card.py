@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from requant.tasks.card.base_card import inherited
+from requant.tasks.card.card import make_card
 from requant.tasks.card.filters import table
+from requant.tasks.card.pinned import recipe_text
 from requant.tasks.formatting import gigabytes
 from requant.tasks.planning.reasons import kept_groups
 from requant.tasks.plots import Picture
@@ -18,7 +20,7 @@ from requant.tasks.recipe.recipe import Gates
 from requant.tasks.record import StageRecord
 from requant.tasks.validating.gates import judge
 from requant.tasks.validating.measured import Measured
-from tests.factories.cards import HOSTILE, MEASURED, SHA, base_card, card_of, recipe
+from tests.factories.cards import HOSTILE, MEASURED, SHA, base_card, card_of, facts_of, recipe
 from tests.factories.measured import GOOD, good
 
 OWN = {
@@ -252,3 +254,20 @@ def test_what_an_fp8_base_gave_is_not_said_to_be_bit_for_bit_the_bases(mtp: str)
 )
 def test_sizes_are_said_as_people_say_them(size: int, text: str) -> None:
     assert gigabytes(size) == text
+
+
+def test_the_card_says_what_was_taken_from_each_calibration_text_and_pins_it_in_the_recipe() -> None:
+    asked = recipe(quantize={"calibration": [{"source": "me/chats:train", "weight": 3.0}, "builtin:mixed"]})
+    chats = {"templated": 40, "plain": 0, "reason": None}
+    sources = [
+        {"source": f"me/chats@{SHA}:train", "weight": 3.0, "license": "cc0-1.0", "rows": 1234, "tokens": 99_000,
+         "samples": {"": 96}, "chats": chats},
+        {"source": "builtin:mixed", "rows": 5, "tokens": 6, "samples": {"code": 20, "chat": 12, "math": 0}},
+    ]  # fmt: skip
+    record = StageRecord({"sources": sources, "calibration": f"me/chats@{SHA}:train, builtin:mixed"})
+    found = facts_of(recipe=asked, provenance={"quantize": record})
+    body = make_card(found)
+    assert f"| `me/chats@{SHA}:train` | 96 | 1,234 | 99,000 | 40 through the template | cc0-1.0 |" in body
+    assert "| `builtin:mixed` | 32 (20 code, 12 chat) | 5 | 6 |" in body
+    pinned = yaml.safe_load(recipe_text(found))["quantize"]["calibration"]
+    assert pinned == [{"source": f"me/chats@{SHA}:train", "weight": 3.0}, "builtin:mixed"]

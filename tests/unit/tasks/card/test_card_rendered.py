@@ -106,6 +106,8 @@ def test_hostile_names_texts_and_records_render_to_our_page() -> None:
     evil = "x`](javascript:1)<script>alert(1)</script>|\n# evil\n```\n"
     measured = {**MEASURED, "text": evil, "tasks": {evil: {"metric": evil, "base": 1, "ours": 1, "recovery": 1.0}}}
     record = {"seconds": 1.0, "tools": {evil: evil}, "settings": {"device": evil, "torch": evil}, "calibration": evil}
+    chats = {"templated": 1, "plain": 1, "reason": evil}
+    record["sources"] = [{"source": evil, "license": evil, "samples": {evil: 1}, "rows": evil, "chats": chats}, evil]
     card = rich(
         measured=measured,
         gates=judge(Measured.from_json({**measured, "worst_task_recovery": 1.0}), Gates()),

@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 import yaml
 
-from requant.tasks.download import text_files
 from requant.tasks.errors import RecipeError
+from requant.tasks.excerpt import text_files
 from requant.tasks.hub.revision import HubFile, Revision
 from requant.tasks.plan import plan
 from requant.tasks.planning.inputs import Inputs
 from requant.tasks.planning.texts import MAX_CHARACTERS_PER_BUILTIN_TOKEN, Texts, _count_at_least
-from requant.tasks.quantizing.samples import calibration_samples, shares
+from requant.tasks.quantizing.samples import SampleSource, calibration_samples, shares
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.quantize_section import PRESETS
 from requant.tasks.store import Store
+from requant.tasks.texts.calibration import Calibration, find_calibration
 from requant.tasks.texts.text import BUILTIN_FOLDER, Text, find_text
 from requant.tasks.validating import window_length
 from tests.factories.paths import ROOT, TINY
@@ -48,7 +49,7 @@ def problems(
     recipe = parse_recipe({"base": {"repo_id": "a/b"}, "quantize": small})
     texts = Texts(
         functools.partial(text_files, store),
-        Inputs(BASE, calibration, validation),
+        Inputs(BASE, Calibration.of(calibration), validation),
         TINY,
         store.cache.root / "scratch",
         fetch=fetch,
@@ -84,12 +85,12 @@ def test_a_calibration_text_too_short_is_told_with_the_sentence_of_the_stage(sto
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     with pytest.raises(ValueError) as caught:
-        calibration_samples(tokenizer, [str(text.path)], 8, 64)
+        calibration_samples(tokenizer, [SampleSource(name=text.name, paths=[text.path])], 8, 64)
     assert told == f"quantize.calibration: {caught.value}" and "8 samples of 64 need 512" in told
 
 
 def test_a_text_too_short_is_told_with_what_it_has_room_for_and_what_to_name_instead() -> None:
-    tokens = {"prose": 120_000, "code": 119_000, "chat": 74_000}  # builtin:mixed, of a large vocabulary
+    tokens = {"prose": 120_000, "code": 119_000, "chat": 74_000}
     best = PRESETS["auto-round-best"]
     with pytest.raises(RecipeError) as caught:
         shares(tokens, best["nsamples"], best["seqlen"])
@@ -104,8 +105,7 @@ def test_a_text_too_short_is_told_with_what_it_has_room_for_and_what_to_name_ins
 def test_the_recipe_in_the_documentation_has_enough_text(store: Store) -> None:
     page = (ROOT / "docs" / "how-to" / "recipe.md").read_text()
     recipe = parse_recipe(yaml.safe_load(page.split("```yaml\n")[1].split("```")[0]))
-    text = find_text(recipe.quantize.calibration)
-    inputs = Inputs(BASE, text, EVALUATION)
+    inputs = Inputs(BASE, find_calibration(recipe.quantize), EVALUATION)
     texts = Texts(functools.partial(text_files, store), inputs, TINY, store.cache.root / "scratch", fetch=False)
     for name, one in recipe.each.items():
         assert texts.problems(one, {"quantize"}, LONG) == [], name
@@ -124,7 +124,7 @@ def test_chats_are_counted_as_the_template_makes_them(store: Store, tmp_path: Pa
 
 def test_rows_that_cannot_be_used_are_told_by_their_columns(store: Store, tmp_path: Path) -> None:
     text = local(tmp_path, "rows.jsonl", '{"prompt": "a", "answer": "b"}\n')
-    sentence = "the rows of rows.jsonl have the columns prompt, answer; a row needs text or messages"
+    sentence = "the rows of rows.jsonl have the columns prompt, answer; a row needs text, messages, conversations, "
     told = problems(store, text, text)
     assert [one.partition(": ")[0] for one in told] == ["quantize.calibration", "validation.text"]
     assert all(sentence in one for one in told)
@@ -143,9 +143,7 @@ def test_a_data_set_is_judged_by_its_columns_and_else_not_judged(store: Store) -
     assert told.startswith("validation.text: the rows of me/wrong@1 have the columns prompt, answer;")
     lines = replace(BASE, files=tuple(HubFile(name, 9, "b", None) for name in ("a.jsonl", "b.jsonl")))
     assert problems(store, right, replace(wrong, dataset=lines), fetch=False) == []  # the other file may have others
-    assert notes == [
-        "quantize.calibration: whether me/right@1 has enough tokens is not judged: a run fetches and reads it first"
-    ]
+    assert notes == ["quantize.calibration: whether me/right@1 has enough tokens is not judged: a run reads it first"]
 
 
 def test_the_builtin_mixed_text_is_enough_for_the_default_samples(store: Store) -> None:
@@ -159,7 +157,7 @@ def test_the_plan_of_a_default_recipe_needs_no_tokenizer(store: Store, tmp_path:
     def told(calibration: Text, fetch: bool) -> list[str]:
         texts = Texts(
             functools.partial(text_files, store),
-            Inputs(BASE, calibration, validation),
+            Inputs(BASE, Calibration.of(calibration), validation),
             tmp_path,
             tmp_path / "scratch",
             fetch=fetch,
@@ -167,19 +165,22 @@ def test_the_plan_of_a_default_recipe_needs_no_tokenizer(store: Store, tmp_path:
         return texts.problems(recipe, RUN, LONG)
 
     validation = find_text(recipe.validation.text)
-    assert told(find_text(recipe.quantize.calibration), fetch=False) == told(PYTHON, fetch=False) == []
+    assert told(find_text("builtin:mixed"), fetch=False) == told(PYTHON, fetch=False) == []
     (problem,) = told(PYTHON, fetch=True)  # a run counts
     assert "the tokenizer of the base cannot be loaded" in problem
 
 
 def test_the_least_tokens_of_a_builtin_text_are_below_those_that_were_counted() -> None:
     """With 200,000 entries, as tasks/texts/builtin/README.md has it: with fewer entries there are more tokens."""
-    counted = re.findall(r"([\d,]+) of (prose|code|chats)\b", (BUILTIN_FOLDER / "README.md").read_text())
+    lines = re.findall(
+        r"^\| `(\w+)` \| [\d,]+ \| [\d,]+ \| ([\d,]+) \|", (BUILTIN_FOLDER / "README.md").read_text(), re.M
+    )
+    counted = {domain: int(tokens.replace(",", "")) for domain, tokens in lines}
     text = find_text("builtin:mixed")
-    assert text.path is not None and len(counted) == 3
+    assert text.path is not None
     least = _count_at_least(text, [text.path], 0, MAX_CHARACTERS_PER_BUILTIN_TOKEN)
-    for tokens, domain in counted:
-        assert 0.85 * int(tokens.replace(",", "")) < least[domain.rstrip("s")] < 0.95 * int(tokens.replace(",", ""))
+    assert set(least) == set(counted) and all(0 < least[domain] < 0.98 * counted[domain] for domain in counted)
+    assert all(least[domain] > 0.8 * counted[domain] for domain in ("prose", "code", "chat"))  # a close bound
 
 
 def test_tasks_that_want_a_chat_template_are_told_that_the_base_has_none(store: Store, tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ def test_tasks_that_want_a_chat_template_are_told_that_the_base_has_none(store: 
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **changes}))
         texts = Texts(
             functools.partial(text_files, store),
-            Inputs(BASE, PYTHON, EVALUATION),
+            Inputs(BASE, Calibration.of(PYTHON), EVALUATION),
             tmp_path,
             tmp_path / "scratch",
             fetch=True,

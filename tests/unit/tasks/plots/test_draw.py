@@ -36,6 +36,7 @@ def draw(measured: Any, speed: Any, blocks: Any) -> list[Picture]:
 
 
 OF_MEASURED = {
+    "divergence-by-domain": {"domains"},
     "block-errors": {"blocks"},
     "matrices": {"matrices"},
     "acceptance-by-position": {"mtp_acceptance_by_position", "base_mtp_acceptance_by_position"},
@@ -193,6 +194,27 @@ def test_without_a_head_throughput_is_one_bar_a_prompt() -> None:
     assert "times" not in picture.caption
 
 
+def test_the_divergence_of_each_domain_is_a_bar_from_the_floor_with_the_limit_beside_it() -> None:
+    measured = Measured.from_json(model(2))
+    (picture,) = [p for p in drawing.draw(measured, None, (), 0.25) if p.name == "divergence-by-domain"]
+    lengths = bar_lengths(picture, "divergence bar")
+    assert len(lengths) == 3 and max(lengths) == pytest.approx(min(lengths), rel=1e-3), "50 times the floor in each"
+    floors = [x for x, _ in points(picture, "floor")]
+    assert floors[1] - floors[0] == pytest.approx(floors[2] - floors[1], rel=1e-3) and floors[0] < floors[1]
+    assert {"code", "prose", "chat", "limit", "95 % interval", "base against itself"} <= set(texts(picture))
+    assert "at most 0.2 nats (chat), where 0.25 over the noise floor are allowed" in picture.caption
+
+
+def test_without_a_limit_or_a_floor_the_divergence_is_drawn_alone() -> None:
+    measured = model(2)
+    for values in measured["domains"].values():
+        values |= {"kl_noise_floor": None, "kl_divergence_interval": None}
+    picture = one("divergence-by-domain", measured)
+    assert len(bar_lengths(picture, "divergence bar")) == 3
+    assert not {"limit", "95 % interval", "base against itself"} & set(texts(picture))
+    assert "allowed" not in picture.caption and "itself" not in picture.caption
+
+
 @pytest.fixture(scope="module")
 def all_pictures() -> list[Picture]:
     return everything()
@@ -221,7 +243,11 @@ NOTHING: dict[str, tuple[Any, Any, Any]] = {
     "no engine": ({}, BenchmarkResult(engine="none"), []),
     "no head": ({"mtp_acceptance_by_position": None, "base_mtp_acceptance_by_position": None}, benchmark(), []),
     "rounded to nearest": ({"blocks": [], "matrices": []}, None, [{"name": "layers.0"}]),
-    "nothing but NaN": (model(1, b0=math.nan) | {"matrices": [], "mtp_acceptance_by_position": []}, None, []),
+    "nothing but NaN": (
+        model(1, b0=math.nan) | {"domains": {}, "matrices": [], "mtp_acceptance_by_position": []},
+        None,
+        [],
+    ),
     "losses of zero": ({}, None, [{"name": "layers.0", "loss_before": 0.0, "loss_after": math.inf}]),
 }
 
@@ -245,6 +271,8 @@ def test_hostile_names_are_text_and_nothing_else() -> None:
     """All of them at once: as blocks, matrices, prompts and settings."""
     count = len(HOSTILE)
     measured = model(count)
+    values = measured["domains"]["code"]
+    measured["domains"] = dict.fromkeys(HOSTILE, values)
     for number, name in enumerate(HOSTILE):
         measured["matrices"][2 * number] |= {"name": name, "slope": 1.5 + number}
     prompts = [prompt(name, mtp=mtp, set=name, sampling=HOSTILE[0]) for mtp in (False, True) for name in HOSTILE]

@@ -18,7 +18,7 @@ from requant.tasks.quantizing.child import _check_layer_names
 from requant.tasks.quantizing.events import BlockStarted, EventWriter, JobRefused
 from requant.tasks.quantizing.reporting import LogReader
 from requant.tasks.quantizing.resume import clean_unfinished
-from requant.tasks.quantizing.samples import calibration_samples, shares
+from requant.tasks.quantizing.samples import SampleSource, calibration_samples, shares
 from requant.tasks.texts.text import find_text
 from tests.factories.checkpoints import raw_tensors, safetensors_bytes
 
@@ -36,13 +36,20 @@ def write(folder: Path, name: str, text: str) -> str:
     return str(folder / name)
 
 
+def samples_of(paths: Any, nsamples: int, seqlen: int, *, mixed: bool = False, seed: int = 0) -> list[Any]:
+    """The samples of one source."""
+    limit = None if mixed else 4 * nsamples * seqlen
+    source = SampleSource(name="the calibration text", paths=paths, mixed=mixed, max_tokens=limit)
+    return calibration_samples(Letters(), [source], nsamples, seqlen, seed)[0]
+
+
 def numbered(count: int) -> str:
     """A text whose n-th token is n."""
     return "".join(chr(n) for n in range(1000, 1000 + count))
 
 
 def test_samples_are_as_many_and_as_long_as_asked_and_whole_numbers(tmp_path: Path) -> None:
-    samples = calibration_samples(Letters(), [write(tmp_path, "a.txt", numbered(1000))], 7, 50)
+    samples = samples_of([write(tmp_path, "a.txt", numbered(1000))], 7, 50)
     assert [tuple(s.shape) for s in samples] == [(1, 50)] * 7
     assert {s.dtype for s in samples} == {torch.int64}
 
@@ -53,7 +60,7 @@ def test_samples_are_as_many_and_as_long_as_asked_and_whole_numbers(tmp_path: Pa
 def test_samples_are_spread_over_the_text_and_never_overlap(
     count: int, nsamples: int, seqlen: int, tmp_path: Path
 ) -> None:
-    samples = calibration_samples(Letters(), [write(tmp_path, "a.txt", numbered(count))], nsamples, seqlen)
+    samples = samples_of([write(tmp_path, "a.txt", numbered(count))], nsamples, seqlen)
     tokens = [int(t) for s in samples for t in s[0]]
     assert len(set(tokens)) == nsamples * seqlen and tokens == sorted(tokens)
     for sample in samples:
@@ -67,31 +74,31 @@ def test_a_text_too_short_is_an_error_that_says_what_it_needs(tmp_path: Path) ->
     with pytest.raises(
         JobRefused, match=r"has 349 tokens, and 7 samples of 50 need 350; there is room for 6 of this length: "
     ):
-        calibration_samples(Letters(), [write(tmp_path, "a.txt", numbered(349))], 7, 50)
+        samples_of([write(tmp_path, "a.txt", numbered(349))], 7, 50)
 
 
 def test_several_texts_are_read_one_after_another(tmp_path: Path) -> None:
     paths = [write(tmp_path, "a.txt", "ab"), write(tmp_path, "b.txt", "cd")]
-    (sample,) = calibration_samples(Letters(), paths, 1, 4)
+    (sample,) = samples_of(paths, 1, 4)
     assert sample[0].tolist() == [ord(c) for c in "abcd"]
 
 
 def test_a_long_text_is_read_only_as_far_as_needed(tmp_path: Path) -> None:
     rows = "".join(json.dumps({"text": "x" * 100}) + "\n" for _ in range(10))
     path = write(tmp_path, "a.jsonl", rows + "this line is never read\n")
-    assert len(calibration_samples(Letters(), [path], 2, 50)) == 2
+    assert len(samples_of([path], 2, 50)) == 2
 
 
 def test_the_same_text_gives_the_same_samples(tmp_path: Path) -> None:
     path = write(tmp_path, "a.txt", numbered(5000))
-    one, two = (calibration_samples(Letters(), [path], 5, 100) for _ in range(2))
+    one, two = (samples_of([path], 5, 100) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def test_a_row_without_a_text_is_passed_over(tmp_path: Path) -> None:
     """Rows of published data sets have nulls."""
     pyarrow.parquet.write_table(pyarrow.table({"text": ["aa", None, "bb"]}), tmp_path / "a.parquet")
-    (sample,) = calibration_samples(Letters(), [str(tmp_path / "a.parquet")], 1, 4)
+    (sample,) = samples_of([str(tmp_path / "a.parquet")], 1, 4)
     assert sample[0].tolist() == [ord(c) for c in "aabb"]
 
 
@@ -107,7 +114,7 @@ def test_the_samples_of_texts_that_are_not_mixed_are_what_they_were(name: str, d
     """Recorded before mixed texts came: finished results are found by the name of the text, not by its samples."""
     rows = "".join(json.dumps({"text": f"row {n} " * (n % 7), "domain": "ab"[n % 2]}) + "\n" for n in range(200))
     text = find_text(name).path if name.startswith("builtin:") else write(tmp_path, "a.jsonl", rows)
-    assert digest_of_samples(calibration_samples(Letters(), [str(text)], 9, 40, seed=3)) == digest
+    assert digest_of_samples(samples_of([str(text)], 9, 40, seed=3)) == digest
 
 
 def mixed(folder: Path, **domains: int) -> str:
@@ -123,7 +130,7 @@ def letters(samples: list[Any]) -> Counter[str]:
 @pytest.mark.parametrize("nsamples", [3, 4, 7, 30])
 def test_every_domain_of_a_mixed_text_gives_as_many_samples(nsamples: int, tmp_path: Path) -> None:
     path = mixed(tmp_path, prose=1000, code=900, chat=100)
-    found = letters(calibration_samples(Letters(), [path], nsamples, 50, mixed=True, seed=42))
+    found = letters(samples_of([path], nsamples, 50, mixed=True, seed=42))
     assert found.keys() == {"p", "c"} and found.total() == nsamples * 50  # code and chat begin with one letter
     assert abs(found["p"] - nsamples * 50 / 3) <= 50
 
@@ -137,17 +144,16 @@ def test_a_domain_that_is_short_gives_what_it_has_and_the_others_the_rest() -> N
 def test_a_mixed_text_too_short_is_an_error_that_says_what_each_domain_has(tmp_path: Path) -> None:
     path = mixed(tmp_path, prose=10, chat=2)
     with pytest.raises(JobRefused, match=r"has 360 tokens \(prose 300; chat 60\), and 8 samples of 50 need 400"):
-        calibration_samples(Letters(), [path], 8, 50, mixed=True)
+        samples_of([path], 8, 50, mixed=True)
     with pytest.raises(JobRefused, match=r"has 120 tokens \(prose 60; chat 60\), and 3 samples of 40 need 120"):
-        calibration_samples(Letters(), [mixed(tmp_path, prose=2, chat=2)], 3, 40, mixed=True)  # none over two domains
+        samples_of([mixed(tmp_path, prose=2, chat=2)], 3, 40, mixed=True)  # none over two domains
 
 
 def test_the_samples_of_a_mixed_text_lie_all_over_it_never_overlap_and_are_drawn_by_the_seed(tmp_path: Path) -> None:
     rows = [{"text": numbered(5000), "domain": "prose"}, {"text": numbered(9000)[5000:], "domain": "code"}]
     path = write(tmp_path, "mixed.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     one, again, other = (
-        [s[0].tolist() for s in calibration_samples(Letters(), [path], 20, 100, mixed=True, seed=seed)]
-        for seed in (1, 1, 2)
+        [s[0].tolist() for s in samples_of([path], 20, 100, mixed=True, seed=seed)] for seed in (1, 1, 2)
     )
     assert one == again != other
     tokens = [token for sample in one for token in sample]

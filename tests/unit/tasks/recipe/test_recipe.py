@@ -343,6 +343,57 @@ def test_a_text_that_is_no_file_is_left_as_it_is(name: str, tmp_path: Path) -> N
     assert load_recipe(write(tmp_path, with_key("quantize.calibration", name))).quantize.calibration == name
 
 
+SOURCES = [
+    "builtin:mixed",
+    {"source": "me/chats@main:default:train", "weight": 2.0, "field": "chosen"},
+    {"source": "texts/a.txt", "weight": None, "field": None},
+    "self",
+]
+
+
+def test_calibration_is_one_source_or_a_list_with_weights_and_survives_json() -> None:
+    recipe = parse_recipe({"base": {"repo_id": "a/b"}, "quantize": {"calibration": SOURCES}})
+    assert [(one.source, one.weight, one.field) for one in recipe.quantize.sources] == [
+        ("builtin:mixed", None, None), ("me/chats@main:default:train", 2.0, "chosen"), ("texts/a.txt", None, None),
+        ("self", None, None),
+    ]  # fmt: skip
+    assert parse_recipe(json.loads(recipe.model_dump_json())) == recipe
+    for one in (SOURCES[1], "me/text"):
+        found = parse_recipe({"base": {"repo_id": "a/b"}, "quantize": {"calibration": one}})
+        assert len(found.quantize.sources) == 1
+
+
+def test_every_local_source_of_a_list_is_relative_to_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl.gz").write_bytes(b"")
+    named = "[texts/a.jsonl.gz, {source: ./texts, weight: 2}, me/text]"
+    found = load_recipe(write(tmp_path, with_key("quantize.calibration", named))).quantize.sources
+    assert [one.source for one in found] == [f"{tmp_path}/texts/a.jsonl.gz", f"{tmp_path}/texts", "me/text"]
+    told = sentence(tmp_path, with_key("quantize.calibration", "[me/text, {source: ./gone, weight: 2}]"))
+    assert told.startswith(f"quantize.calibration.1.source: the file {tmp_path}/gone does not exist")
+
+
+WRONG_SOURCES = {
+    "quantize.calibration: [] is not allowed": [],
+    "quantize.calibration: 5 is not allowed": 5,
+    "quantize.calibration: '' is not allowed": "",
+    "quantize.calibration.0: [1] is not allowed": [[1]],
+    "quantize.calibration.0.weight: 0 is not allowed": [{"source": "a", "weight": 0}],
+    "quantize.calibration.0.wieght is not a key of a recipe: did you mean weight?": [{"source": "a", "wieght": 1}],
+    "quantize.calibration.source is missing: add it": {"weight": 1.0},
+    "quantize: calibration names self twice": ["self", "self"],
+    "quantize: calibration builtin:mixed has no columns to choose from": {"source": "builtin:mixed", "field": "a"},
+    "quantize: calibration builtin:prose does not exist": ["builtin:mixed", "builtin:prose"],
+}
+
+
+@pytest.mark.parametrize(("told", "given"), WRONG_SOURCES.items())
+def test_a_wrong_source_is_told_with_its_place(told: str, given: Any) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({"base": {"repo_id": "a/b"}, "quantize": {"calibration": given}})
+    assert str(caught.value).startswith(told)
+
+
 def test_a_recipe_survives_json(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, f"{SMALL}quantize: {{preset: auto-round-light}}\npublish: {{repo_id: a/b}}\n"))
     document: dict[str, Any] = json.loads(recipe.model_dump_json())

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import pytest
 
 from requant.tasks.errors import CheckpointError, RecipeError, StageTimeout
 from requant.tasks.texts import rendering, rendering_child
-from requant.tasks.texts.rendering import Rendered, render
+from requant.tasks.texts.documents import Document, read_documents
+from requant.tasks.texts.forms import Message, Row
+from requant.tasks.texts.rendering import ReadingLimit, Rendered, render
 from requant.tasks.texts.rendering_child import RenderingJob, Template, TemplateTimeout
-from requant.tasks.texts.rows import Message
 from tests.factories.paths import TINY
 from tests.factories.sites import give_secrets, secrets_given
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-MESSAGES = tuple(map(Message, CHAT))
+MESSAGES = Row(messages=tuple(map(Message, CHAT)))
 PLAIN = "user: hi\n\nassistant: ho"
 
 
@@ -34,11 +36,11 @@ class Jinja:
         assert add_special_tokens is False, "a template writes the special tokens itself"
         return {"input_ids": [ord(c) for c in text]}
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], tokenize: bool) -> str:
+    def apply_chat_template(self, messages: list[dict[str, Any]], tokenize: bool, tools: Any = None) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         assert tokenize is False
-        (text,), _ = render_jinja_template([messages], chat_template=self.chat_template)
+        (text,), _ = render_jinja_template([messages], tools=tools, chat_template=self.chat_template)
         return str(text)
 
 
@@ -112,7 +114,8 @@ def test_a_template_that_fails_leaves_a_plain_chat_and_a_reason(template: str, r
 
 def test_one_chat_that_the_template_refuses_is_plain_and_the_others_are_not() -> None:
     found = Template(Jinja("{% if messages|length != 2 %}{{ raise_exception('odd') }}{% endif %}<2>"))
-    assert [found.chat(chat) for chat in (MESSAGES, MESSAGES[:1], MESSAGES)] == ["<2>", "user: hi", "<2>"]
+    short = replace(MESSAGES, messages=MESSAGES.messages[:1])
+    assert [found.chat(chat) for chat in (MESSAGES, short, MESSAGES)] == ["<2>", "user: hi", "<2>"]
     assert (found.templated, found.plain) == (2, 1)
 
 
@@ -123,7 +126,7 @@ def test_a_template_that_does_not_end_is_left_out_for_every_chat(
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     tokenizer = Jinja("{% if messages|length == 1 %}" + loop + "{% endif %}fine")
     with pytest.raises(TemplateTimeout):
-        Template(tokenizer).chat(MESSAGES[:1])
+        Template(tokenizer).chat(replace(MESSAGES, messages=MESSAGES.messages[:1]))
     assert Template(tokenizer).chat(MESSAGES) == "fine"
     monkeypatch.setattr(rendering_child, "_tokenizer", lambda folder, remote_code: tokenizer)
     monkeypatch.setattr(rendering_child.resource, "setrlimit", lambda *_: None)  # this is not a process of its own
@@ -168,3 +171,55 @@ def test_a_process_that_the_clock_ends_is_tried_again_and_makes_nothing_plain(
     with pytest.raises(StageTimeout, match=r"reading my text took over 0\.01 s") as caught:
         rendered(tmp_path, {"messages": CHAT})
     assert caught.value.retryable and not (tmp_path / "work" / "documents.jsonl").exists()
+
+
+SCHEMA = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.usefixtures("quick_rendering")
+def test_tools_beside_a_chat_go_to_the_bases_template(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TINY / name, model / name)
+    (model / "chat_template.jinja").write_text(
+        "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{{ messages|length }}"
+    )
+    rows = {"messages": CHAT, "tools": json.dumps([SCHEMA])}, {"messages": CHAT}
+    found, documents = rendered(tmp_path, *rows, model=model)
+    assert documents == [f"{json.dumps(SCHEMA)}2", "2"] and found.templated == 2
+
+
+@pytest.mark.usefixtures("quick_rendering")
+def test_a_chat_longer_than_a_sample_is_known_by_its_turns(tmp_path: Path) -> None:
+    def documents(limit: int) -> list[Document]:
+        rows = {"messages": CHAT * 3}, {"text": "x " * 99}
+        found, _ = rendered(tmp_path, *rows, limit=ReadingLimit(sample_tokens=limit))
+        return list(read_documents(found.path))
+
+    whole, text = documents(1000)
+    assert whole.chat and whole.turns == () and not text.chat and len(whole.tokens) == 1
+    cut, text = documents(10)
+    assert cut.text == whole.text and text.turns == ()
+    assert [piece.startswith("<|im_start|>") for piece in cut.pieces] == [True] * 6
+    assert sum(cut.tokens) == whole.tokens[0]
+
+
+def test_a_template_that_writes_earlier_turns_otherwise_has_fewer_of_them() -> None:
+    """As templates do that take the thoughts out of all answers but the last one."""
+    last = "{% for m in messages %}<{{ m.role }}>{% if loop.last %}!{% endif %}{{ m.content }}{% endfor %}"
+    row = Row(messages=tuple(map(Message, CHAT * 3)))
+    always = Template(Jinja("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"))
+    text = always.chat(row)
+    assert [text[at:].startswith("<") for at in always.turns(row, text)] == [True] * 5
+    other = Template(Jinja(last))
+    assert other.turns(row, other.chat(row)) == () and other.reason == ""
+    plain = Template(Jinja(""), "no template")
+    text = plain.chat(row)
+    assert [text[at:][:8] for at in plain.turns(row, text)] == ["\n\nassist", "\n\nuser: "] * 2 + ["\n\nassist"]
+
+
+def test_the_turns_of_a_chat_of_thousands_of_messages_are_few() -> None:
+    row = Row(messages=tuple(map(Message, CHAT * 2000)))
+    template = Template(Jinja("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"))
+    assert len(template.turns(row, template.chat(row))) == rendering_child.MAX_TURNS - 1

@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from requant.tasks.errors import RecipeError
-from requant.tasks.texts.rows import Message, columns_of, needs_template, plain_chat, read_rows
+from requant.tasks.texts.forms import FORM_WORDS, Message, plain_chat
+from requant.tasks.texts.rows import columns_of, needs_template, read_rows
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 
@@ -62,8 +63,8 @@ def test_rows_of_messages_are_read_where_chats_are_asked_for(tmp_path: Path) -> 
 
 def test_rows_that_have_neither_are_told_by_their_columns(tmp_path: Path) -> None:
     expected = (
-        "the rows of my text have the columns prompt, answer; a row needs text or messages: "
-        "rename a column, or name another text"
+        f"the rows of my text have the columns prompt, answer; a row needs {FORM_WORDS}: "
+        "name one column with field, rename a column, or name another text"
     )
     assert refused(jsonl(tmp_path, {"prompt": "a", "answer": "b"})) == expected
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "answer": ["b"]}), tmp_path / "a.parquet")
@@ -76,8 +77,8 @@ def test_columns_that_would_move_the_cursor_are_escaped_and_a_thousand_are_count
 
 
 def test_rows_with_nothing_in_their_text_are_told_so(tmp_path: Path) -> None:
-    assert "hold nothing in text or messages" in refused(jsonl(tmp_path, {"text": ""}, {"text": None}))
-    assert refused(write(tmp_path, "a.txt", "")) == "my text is empty: name a text with rows of text or messages"
+    assert "hold nothing in text: name" in refused(jsonl(tmp_path, {"text": ""}, {"text": None}))
+    assert refused(write(tmp_path, "a.txt", "")) == f"my text is empty: name a text with rows of {FORM_WORDS}"
 
 
 BROKEN = {
@@ -147,7 +148,7 @@ def test_messages_that_were_not_taken_for_chats_are_told_so(tmp_path: Path) -> N
         "chats if the first row of its first file has messages and no text column: mend that row, or "
         "name another text"
     )
-    assert "hold nothing in text or messages" in refused(jsonl(tmp_path, {"messages": []}))
+    assert "hold nothing in messages: name" in refused(jsonl(tmp_path, {"messages": []}))
 
 
 def test_a_chat_without_a_template_is_role_and_content() -> None:

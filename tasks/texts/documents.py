@@ -1,0 +1,45 @@
+"""Documents: rendered rows with the number of their tokens, and the turns at which a sample of a chat can begin.
+
+The process that renders writes them to a file of JSON Lines (rendering_child.py). The plan counts samples by them, and
+the stage quantize makes samples of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Document:
+    """A rendered row.
+
+    chat: whether it is a chat, which is cut nowhere but at the end of a sample; turns: the places in the text, in
+    characters, of the turns at which a sample of a chat can begin, without its beginning; tokens: how many there are
+    in each piece between these places.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    domain: str = ""
+    chat: bool = False
+    turns: tuple[int, ...] = ()
+
+    @property
+    def pieces(self) -> list[str]:
+        """The text, cut at the turns. Its tokens are those of the pieces."""
+        return [self.text[begin:end] for begin, end in itertools.pairwise([0, *self.turns, len(self.text)])]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def read_documents(path: Path) -> Iterator[Document]:
+    """Yield the documents of a file."""
+    with path.open(encoding="utf-8") as stream:
+        for line in stream:
+            row = json.loads(line)
+            yield Document(row["text"], tuple(row["tokens"]), row["domain"], row["chat"], tuple(row["turns"]))
