@@ -7,6 +7,7 @@ import re
 from collections import Counter
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.mtp import SHARED_MODULES
 
 BLOCK_NAME = re.compile(r"(?:^|.*?\.)(?:layers|layer|blocks|block|h)\.\d+(?=\.)")
 # Names of vision and audio towers: VISION_MM_KEYS and AUDIO_MM_KEYS of auto_round/utils/common.py (0.16.1).
@@ -36,10 +37,15 @@ def block_sizes(base: Checkpoint) -> dict[str, int]:
 def streaming_parameters(base: Checkpoint) -> int:
     """Count the parameters that are in memory at once if blocks are loaded one after the other.
 
-    These are all parameters outside of blocks, and twice those of the largest block.
+    These are all parameters outside of blocks, and twice those of the largest block. A layer of the MTP head counts as
+    a block, without the copies of the main model's embeddings and output layer that it may have.
     """
+    head = base.head.names if base.head else ()
+    copies = {name for name in head if name.endswith(tuple(f".{module}.weight" for module in SHARED_MODULES))}
     sizes = Counter[str]()
     for tensor in base.tensors.values():
+        if tensor.name in copies:
+            continue
         block = re.search(r"(?:^|\.)layers\.\d+\.", tensor.name)
         sizes[block.string[: block.end()] if block else ""] += math.prod(tensor.shape)
     return sizes.pop("", 0) + 2 * max(sizes.values(), default=0)

@@ -21,6 +21,10 @@ from requant.tasks.errors import CheckpointError
 
 LAYER_NAME = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.")
 FUSED_EXPERTS = {"gate_up_proj", "down_proj"}  # names of 3-D parameters
+# Modules of an inlined layer that are copies of the main model's, which engines use instead. Sources: vLLM 0.32.0,
+# v1/spec_decode/llm_base_proposer.py (_maybe_share_embeddings, _maybe_share_lm_head); SGLang 0.5.23,
+# srt/models/deepseek_nextn.py, which has none.
+SHARED_MODULES = frozenset({"embed_tokens", "shared_head.head"})
 FULL_PRECISION = {"bits": 16, "data_type": "fp"}  # says in a config of auto-round that a layer is not quantized
 # Values of quant_method, grouped by how their configs name modules that are not quantized.
 AUTO_ROUND_METHODS = frozenset({"auto-round", "inc"})

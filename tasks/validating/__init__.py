@@ -3,6 +3,7 @@
 model.py        checkpoints as transformers models, and a model whose weights come and go block by block
 blocks.py       a pass of rows of tokens through all blocks
 head.py         the MTP head
+head_layouts.py the names of heads' tensors, and what engines do with each
 decode.py       greedy decoding, plain and speculative
 vision.py       features of a vision tower
 windows.py      the windows of tokens of a text, by domain

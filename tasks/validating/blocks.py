@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,10 @@ from torch import nn
 
 from requant.tasks.errors import CheckpointError
 from requant.tasks.validating.model import Skeleton
+
+# An argument of a block that is the second output of the block before: the tokens that GLM-5's attention looks at.
+# Source: transformers 5.23.0, models/glm_moe_dsa/modeling_glm_moe_dsa.py (GlmMoeDsaModel.forward).
+PASSED = "prev_topk_indices"
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,13 @@ class Rows:
     """Rows of tokens of equal length on their way through the blocks.
 
     hidden: the hidden states of each row, `[1, length, hidden]`, or of each batch of rows, `[batch, length, hidden]`;
-    calls: the other arguments of each block, which are the same for all of them.
+    calls: the other arguments of each block, which are the same for all of them; passed: for each row what its last
+    block gave to the next one under the name PASSED.
     """
 
     hidden: list[torch.Tensor]
     calls: list[Call]
+    passed: list[Any] = field(default_factory=list)
 
     @classmethod
     def of(cls, skeleton: Skeleton, tokens: torch.Tensor) -> Rows:
@@ -63,7 +69,15 @@ class Rows:
     def through(self, number: int, block: nn.Module) -> None:
         """Replace the hidden states by the block's output for them."""
         call = self.calls[number]
-        self.hidden = [_hidden_states(block(state, *call.args, **call.kwargs)) for state in self.hidden]
+        if PASSED not in call.kwargs:
+            self.hidden = [_hidden_states(block(state, *call.args, **call.kwargs)) for state in self.hidden]
+            return
+        passed = self.passed or [None] * len(self.hidden)
+        outputs = [
+            block(state, *call.args, **{**call.kwargs, PASSED: value})
+            for state, value in zip(self.hidden, passed, strict=True)
+        ]
+        self.hidden, self.passed = [state for state, _ in outputs], [value for _, value in outputs]
 
 
 def run_blocks(
@@ -87,9 +101,9 @@ def _recording(blocks: list[nn.Module]) -> Iterator[list[Call]]:
     """Make blocks return their input, and record the arguments of each. The hidden states are the first of `args`."""
     calls: list[Call] = []
 
-    def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         calls.append(Call((hidden_states, *args), kwargs))
-        return hidden_states
+        return (hidden_states, None) if PASSED in kwargs else hidden_states
 
     for block in blocks:
         block.forward = record

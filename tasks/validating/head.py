@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -11,48 +10,57 @@ from transformers import DynamicCache
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.errors import CheckpointError
-from requant.tasks.validating.model import Skeleton, state_dict
+from requant.tasks.validating.head_layouts import LAYOUTS, can_be_run, config_of_layer, layers_of, name_in_model
+from requant.tasks.validating.model import Skeleton, empty_model, fill, loading_of, state_dict
 
 
 class MtpHead(nn.Module):
-    """A Qwen3.5/3.6 head. It drafts token x[t+2] from the main model's hidden[t] and x[t+1].
+    """A head of Qwen, DeepSeek or GLM. It drafts token x[t+2] from the main model's hidden[t] and x[t+1].
 
-    It computes `fc(cat[norm_e(embed(x[t+1])), norm_h(hidden[t])])`, a full-attention decoder layer at position t,
-    `mtp.norm`, and the main model's output layer. Each further draft takes the head's own output as hidden state and
-    its own draft as token, one position further. The decoder layer is transformers' own, in a text model of one layer.
-    Of a head with several layers only the first is run, so it makes one draft. Source: vLLM 0.32,
-    model_executor/models/qwen3_5_mtp.py and v1/spec_decode/eagle.py.
+    It computes `fusion(cat[norm_embedding(embed(x[t+1])), norm_hidden(hidden[t])])`, a decoder layer at position t, a
+    norm, and the main model's output layer; hidden[t] is the main model's after its final norm. Each further draft
+    takes the head's own output, after its norm, as hidden state and its own draft as token, one position further. The
+    decoder layer and the norm are transformers' own, in a text model of one layer.
+
+    Of a head with several layers only the first is run, so it makes one draft: vLLM runs the layers one after the
+    other or the first again, depending on its version, and SGLang knows one layer.
+
+    Sources: vLLM 0.32.0, model_executor/models/{qwen3_5,deepseek,glm4_moe,glm4_moe_lite}_mtp.py,
+    models/deepseek_v32/nvidia/mtp.py and v1/spec_decode/llm_base_proposer.py; SGLang 0.5.23,
+    srt/models/{deepseek,glm4_moe,glm4_moe_lite}_nextn.py. They differ in two points. vLLM alone puts zeros in place of
+    an inlined head's embedding at position 0, which is done here. For a further draft of GLM-4, vLLM takes the output
+    before its norm; SGLang, and vLLM for DeepSeek, take it after the norm, as it is done here.
     """
 
     def __init__(self, checkpoint: Checkpoint, main: Skeleton) -> None:
-        """Load the head. The ends of `main` must be loaded. Raises CheckpointError for a layout that cannot be run."""
+        """Load the head. The ends of `main` must be loaded.
+
+        Raises CheckpointError for a head that cannot be run, and for one that lacks weights or has others than its
+        config says.
+        """
         super().__init__()
-        head = checkpoint.head
-        if head is None or head.layout != "mtp":
-            raise CheckpointError(f"the MTP head of {checkpoint.folder} has no layout that can be run here")
+        head, source = checkpoint.head, f"the MTP head of {checkpoint.folder}"
+        if head is None or not can_be_run(checkpoint):
+            raise CheckpointError(f"{source} has no layout that can be run here")
         self.main = [main]  # in a list, so that torch does not take it for a submodule
-        self.config = copy.deepcopy(main.text.config)
-        self.config.num_hidden_layers = 1
-        self.config.layer_types = ["full_attention"]
-        self.config.vocab_size, self.config.pad_token_id = 1, None
-        state = state_dict((checkpoint.tensors[n] for n in head.names), checkpoint.config, main.dtype)
-        state = {name.partition("mtp.")[2]: value for name, value in state.items()}
-        norm: Callable[..., nn.Module] = type(main.text.norm)
-        hidden = self.config.hidden_size
-        self.norm_embedding = norm(hidden, eps=self.config.rms_norm_eps)
-        self.norm_hidden = norm(hidden, eps=self.config.rms_norm_eps)
-        self.fc = nn.Linear(2 * hidden, hidden, bias=False)
-        try:
-            self.norm_embedding.load_state_dict({"weight": state.pop("pre_fc_norm_embedding.weight")})
-            self.norm_hidden.load_state_dict({"weight": state.pop("pre_fc_norm_hidden.weight")})
-            self.fc.load_state_dict({"weight": state.pop("fc.weight")})
-        except KeyError as error:
-            raise CheckpointError(f"the MTP head of {checkpoint.folder} lacks {error}") from error
-        own = {k: v for k, v in state.items() if not k.startswith("layers.") or k.startswith("layers.0.")}
-        self.recycles = len(own) == len(state)  # whether one layer makes all drafts
-        own["embed_tokens.weight"] = torch.zeros(1, hidden, dtype=main.dtype)
-        self.layer = type(main.text).from_pretrained(None, config=self.config, state_dict=own, dtype=main.dtype)
-        self.to(device=main.device, dtype=main.dtype).eval()
+        self.layout = LAYOUTS[head.layout]
+        self.recycles = len(layers_of(head)) == 1  # whether one layer makes all drafts
+        self.config = config_of_layer(main.text.config, head)
+        self.model = empty_model(type(main.text), self.config, main.settings)
+        for name, module in zip(self.layout.before, self._modules_before(type(main.text.norm)), strict=True):
+            self.model.add_module(name, module.to(main.dtype))
+        read = (checkpoint.tensors[name] for name in head.names if name_in_model(head, name))
+        weights = state_dict(read, checkpoint.config, main.dtype)
+        state = {own: weights.pop(name) for name in list(weights) if (own := name_in_model(head, name))}
+        state["embed_tokens.weight"] = torch.zeros(1, self.config.hidden_size)  # never looked up
+        if missing := fill(self.model, state, loading_of(self.model, main.settings), source):
+            raise CheckpointError(f"{source} lacks {self.layout.stated(min(missing))!r}")
+
+    def _modules_before(self, norm: Callable[..., nn.Module]) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Make the modules `before` the decoder layer, without weights."""
+        hidden, eps = self.config.hidden_size, self.config.rms_norm_eps
+        with torch.device("meta"):
+            return norm(hidden, eps=eps), norm(hidden, eps=eps), nn.Linear(2 * hidden, hidden, bias=False)
 
     def cache(self) -> DynamicCache:
         """Return an empty cache for the layer."""
@@ -73,8 +81,11 @@ class MtpHead(nn.Module):
         scores; without it each row sees itself, the rows before it, and those in the `cache`.
         """
         embedded = self.main[0].text.get_input_embeddings()(tokens)
-        mixed = self.fc(torch.cat([self.norm_embedding(embedded), self.norm_hidden(hidden)], dim=-1))
-        output = self.layer(
+        if self.layout.masks_first:
+            embedded = embedded.masked_fill((positions == 0)[..., None], 0)
+        embedding_norm, hidden_norm, fusion = map(self.model.get_submodule, self.layout.before)
+        mixed = fusion(torch.cat([embedding_norm(embedded), hidden_norm(hidden)], dim=-1))
+        output = self.model(
             inputs_embeds=mixed,
             position_ids=positions,
             attention_mask=mask,
@@ -114,5 +125,5 @@ class MtpHead(nn.Module):
             for step in range(steps)
         ]
         visible = torch.cat(lines)
-        lowest = torch.finfo(self.fc.weight.dtype).min
-        return torch.zeros_like(visible, dtype=self.fc.weight.dtype).masked_fill(~visible, lowest)[None, None]
+        dtype = self.main[0].dtype
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[None, None]

@@ -20,6 +20,7 @@ from requant.tasks.validating import LENGTH, PROBE
 from requant.tasks.validating.blocks import Rows, run_blocks
 from requant.tasks.validating.decode import agreement, decode, decode_in_blocks, speculate
 from requant.tasks.validating.head import MtpHead
+from requant.tasks.validating.head_layouts import can_be_run
 from requant.tasks.validating.measurement import UNDRAFTED, Floats, Ints, Measurement
 from requant.tasks.validating.model import (
     RunSettings,
@@ -91,8 +92,7 @@ def _measure(skeleton: Skeleton, cut: Windows) -> Measurement:
     context = np.array([len(finite), int(finite.sum())], np.int32)
     del by_group, long_hidden
 
-    layout = skeleton.checkpoint.head.layout if skeleton.checkpoint.head else None
-    head = MtpHead(skeleton.checkpoint, skeleton) if layout == "mtp" else None
+    head = MtpHead(skeleton.checkpoint, skeleton) if can_be_run(skeleton.checkpoint) else None
     drafts = np.zeros((0, 0, 0), np.int32)
     if head is not None:
         drafts = _drafts(skeleton, head, ids, hidden, cut.separate)
@@ -183,6 +183,8 @@ def _continuations(skeleton: Skeleton, head: MtpHead | None, prompts: torch.Tens
     """
     no_steps, no_shares = np.zeros((0, 0), np.int32), np.zeros(0, np.float32)
     if 1.5 * skeleton.nbytes > room(skeleton.device):
+        if head is not None:
+            head.to("meta")  # The blocks come and go once more, and need its memory.
         return decode_in_blocks(skeleton, prompts, GENERATED_IN_BLOCKS).int().cpu().numpy(), no_steps, no_shares
     skeleton.hold()
     plain = [decode(skeleton, prompt, GENERATED) for prompt in prompts]

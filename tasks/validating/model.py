@@ -114,26 +114,15 @@ class Skeleton:
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: RunSettings) -> None:
-        dtype, device = settings.dtype, settings.device
-        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self.checkpoint, self.settings, self.dtype, self.device = checkpoint, settings, settings.dtype, settings.device
         family, config = _family(checkpoint, settings.remote_code)
-        with init_empty_weights(include_buffers=False):
-            self.model: Any = family._from_config(config, dtype=dtype)
-        self.model.eval()
-        for module in self.model.modules():  # buffers such as inverse frequencies are in no checkpoint
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = buffer if buffer is None else buffer.to(device)
+        self.model: Any = empty_model(family, config, settings)
         self._paths = {module: name for name, module in self.model.named_modules()}
         self.text: Any = text_model(self.model)
         self.blocks: list[nn.Module] = list(getattr(self.text, "layers", ()))
         if not self.blocks:
             raise CheckpointError(f"{type(self.model).__name__} has no decoder layers that can be told apart")
-        self._load_config = LoadStateDictConfig(
-            dtype=dtype,
-            dtype_plan=self.model._get_dtype_plan(dtype),
-            device_map={"": device},
-            weight_mapping=get_model_conversion_mapping(self.model),
-        )
+        self._load_config = loading_of(self.model, settings)
         self._parts = self._tensors_by_part()
         self._resident: set[int | str] = set()  # parts whose weights stay
 
@@ -224,12 +213,8 @@ class Skeleton:
         """Load a part. Raises CheckpointError if one of these modules then lacks a weight."""
         folder = self.checkpoint.folder
         state = state_dict(self._parts[part], self.checkpoint.config, self.dtype)
-        loaded, _ = convert_and_load_state_dict_in_model(self.model, state, self._load_config)
+        fill(self.model, state, self._load_config, str(folder))
         self.model.tie_weights()
-        for name, *_ in sorted(loaded.mismatched_keys, key=str):
-            raise CheckpointError(f"{folder} has another shape than its config says of {name}")
-        for name in sorted(loaded.conversion_errors):
-            raise CheckpointError(f"{folder}: transformers cannot convert {name}")
         missing = [
             f"{self._paths[module]}.{name}"
             for module in modules
@@ -239,6 +224,40 @@ class Skeleton:
         ]
         if missing:
             raise CheckpointError(f"{folder} lacks {missing[0]} (and {len(missing) - 1} more)")
+
+
+def empty_model(family: Any, config: Any, settings: RunSettings) -> Any:
+    """Make a transformers model without weights, in evaluation mode. Buffers that are in no checkpoint have values."""
+    with init_empty_weights(include_buffers=False):
+        model = family._from_config(config, dtype=settings.dtype)
+    model.eval()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else buffer.to(settings.device)
+    return model
+
+
+def loading_of(model: Any, settings: RunSettings) -> LoadStateDictConfig:
+    """Return how `fill` loads weights into a model: names, experts and dtypes are converted as transformers does it."""
+    return LoadStateDictConfig(
+        dtype=settings.dtype,
+        dtype_plan=model._get_dtype_plan(settings.dtype),
+        device_map={"": settings.device},
+        weight_mapping=get_model_conversion_mapping(model),
+    )
+
+
+def fill(model: Any, state: dict[str, torch.Tensor], loading: LoadStateDictConfig, source: str) -> set[str]:
+    """Load weights into a model, and return the names of those that `state` lacks. `source` is what the weights are of.
+
+    Raises CheckpointError for weights that do not fit.
+    """
+    loaded, _ = convert_and_load_state_dict_in_model(model, state, loading)
+    for name, *_ in sorted(loaded.mismatched_keys, key=str):
+        raise CheckpointError(f"{source} has another shape than its config says of {name}")
+    for name in sorted(loaded.conversion_errors):
+        raise CheckpointError(f"{source}: transformers cannot convert {name}")
+    return set(loaded.missing_keys)
 
 
 def _family(checkpoint: Checkpoint, remote_code: bool) -> tuple[Any, Any]:
@@ -285,12 +304,18 @@ def _empty(module: nn.Module) -> None:
 
 
 def state_dict(tensors: Iterable[Tensor], config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return tensors by name: packed and FP8 modules as weights `[out, in]`, all floating-point tensors as `dtype`."""
+    """Return tensors by name: packed and FP8 modules as weights `[out, in]`, floating-point tensors as `dtype`.
+
+    Vectors keep a higher precision that they have, since transformers keeps some of them in it, such as the
+    `e_score_correction_bias` of a router, whose values differ by less than bfloat16 can tell.
+    """
     tensors = dequantized_tensors(tensors, config)
     packed = packed_parts(tensors)
     part_names = {t.name for parts in packed.values() for t in parts.values()}
     state = {t.name: to_torch(t) for t in tensors if t.name not in part_names}
-    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    for name, value in state.items():
+        if value.is_floating_point():
+            state[name] = value.to(torch.promote_types(value.dtype, dtype) if value.dim() == 1 else dtype)
     for module, parts in packed.items():
         scheme = PackingScheme.of(config.quantization, module)
         state[f"{module}.weight"] = torch.from_numpy(dequantize(parts, scheme)).to(dtype)

@@ -1,7 +1,7 @@
-"""try_all.py DRAFT PROMPTS.json TOKENS MODEL_DIR[:vision|:half]...: what vLLM does with each, as a JSON list.
+"""try_all.py DRAFT PROMPTS.json TOKENS MODEL_DIR[:HOW]...: what vLLM does with each, as a JSON list.
 
 Runs in vLLM's interpreter. DRAFT is infra/dev/engines/draft.py. Each is started with MTP, and again without MTP where
-that fails.
+that fails. HOW is one of vision, half, float and twice. `twice`: with two drafts per step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def main() -> None:
     found = []
     for argument in sys.argv[4:]:
         path, _, how = argument.partition(":")
-        options = {"vision": how == "vision", "dtype": "half" if how == "half" else "bfloat16"}
+        dtype = {"half": "half", "float": "float32", "twice": "float32"}.get(how, "bfloat16")
+        options = {"vision": how == "vision", "dtype": dtype, "drafts": 2 if how == "twice" else 1}
         with_mtp = draft.draft(Path(path), prompts, tokens, **options)
         without = draft.draft(Path(path), prompts, 1, mtp=False, **options) if with_mtp["error"] else None
         found.append({"with": with_mtp, "without": without})

@@ -1,8 +1,8 @@
 """Generate text with vLLM and a checkpoint's MTP head: `draft.py MODEL_DIR PROMPTS.json --tokens N`.
 
 It runs in the interpreter that infra/dev/engines/install makes, and imports nothing of this project. vLLM runs in this
-process and decodes all prompts in one call, greedily, with one draft token. The result is printed as JSON. Draft
-acceptance rates measured on a CPU are valid; speeds are not.
+process and decodes all prompts in one call, greedily, with one draft per step or `--drafts`. The result is printed as
+JSON. Draft acceptance rates measured on a CPU are valid; speeds are not.
 """
 
 from __future__ import annotations
@@ -27,9 +27,16 @@ SKIPPED = ("not found in params", "skip", "not initialized", "nexpected", "gnori
 
 
 def draft(
-    model: Path, prompts: list[str], tokens: int, *, mtp: bool = True, vision: bool = False, dtype: str = "bfloat16"
+    model: Path,
+    prompts: list[str],
+    tokens: int,
+    *,
+    mtp: bool = True,
+    vision: bool = False,
+    dtype: str = "bfloat16",
+    drafts: int = 1,
 ) -> dict[str, Any]:
-    """Load a checkpoint and continue the prompts by `tokens` tokens each, with draft tokens of its MTP head if `mtp`.
+    """Load a checkpoint and continue the prompts by `tokens` tokens each, with drafts of its MTP head if `mtp`.
 
     Without `vision`, vLLM builds no vision tower and needs no processor. In the result, `error` is that of vLLM if it
     does not start, and `warnings` are those of vLLM about weights.
@@ -51,7 +58,7 @@ def draft(
             max_model_len=512,
             disable_log_stats=False,
             **({} if vision else {"limit_mm_per_prompt": {"image": 0, "video": 0}, "skip_mm_profiling": True}),
-            speculative_config={"method": "mtp", "num_speculative_tokens": 1} if mtp else None,
+            speculative_config={"method": "mtp", "num_speculative_tokens": drafts} if mtp else None,
         )
         result["load_seconds"] = round(time.perf_counter() - began, 2)
         began = time.perf_counter()
@@ -111,12 +118,14 @@ def main() -> None:
     parser.add_argument("prompts", type=Path, help="a JSON list of texts")
     parser.add_argument("--tokens", type=int, default=192)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--drafts", type=int, default=1)
     parser.add_argument("--no-mtp", action="store_true")
     parser.add_argument("--vision", action="store_true")
     arguments = parser.parse_args()
     out = quiet_stdout()
     prompts = json.loads(arguments.prompts.read_text())
     options = {"mtp": not arguments.no_mtp, "vision": arguments.vision, "dtype": arguments.dtype}
+    options["drafts"] = arguments.drafts
     result = draft(arguments.model, prompts, arguments.tokens, **options)
     json.dump(result, out)
     out.write("\n")

@@ -14,11 +14,13 @@ from requant.tasks.validating.blocks import Rows, run_blocks
 from requant.tasks.validating.model import RunSettings, Skeleton, load_model
 from tests.factories.bases import other_base
 from tests.factories.checkpoints import write_quantized
+from tests.factories.inlined import KINDS as INLINED
+from tests.factories.inlined import inlined_base
 from tests.factories.pico import pico_base
 
 CPU = torch.device("cpu")
 ON_CPU = RunSettings(CPU, torch.float32)
-KINDS = ("qwen3_5", "llama", "qwen3", "qwen3 tied", "qwen3_5_text", "qwen3_5_moe_text")
+KINDS = ("qwen3_5", "llama", "qwen3", "qwen3 tied", "qwen3_5_text", "qwen3_5_moe_text", *INLINED)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,6 +40,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def _base(folder: Path, kind: str) -> Path:
     if kind == "qwen3_5":
         return pico_base(folder)
+    if kind in INLINED:
+        return inlined_base(folder, kind)
     name, _, tied = kind.partition(" ")
     return other_base(folder, name, tie_word_embeddings=bool(tied))
 
@@ -63,7 +67,8 @@ def test_block_by_block_is_the_same_as_the_whole_model(bases: dict[str, Path], k
 def test_transformers_own_loader_gives_the_same_model(bases: dict[str, Path]) -> None:
     import transformers
 
-    for kind, auto in (("llama", "AutoModelForCausalLM"), ("qwen3_5", "AutoModelForImageTextToText")):
+    texts = dict.fromkeys(("llama", *INLINED), "AutoModelForCausalLM")
+    for kind, auto in {**texts, "qwen3_5": "AutoModelForImageTextToText"}.items():
         theirs = getattr(transformers, auto).from_pretrained(bases[kind], dtype=torch.float32)
         ours = load_model(Checkpoint.open(bases[kind]), ON_CPU)
         for (name, one), (other_name, other) in zip(
@@ -109,6 +114,17 @@ def test_packed_blocks_come_as_what_they_stand_for(bases: dict[str, Path], tmp_p
     expected = dict(whole.model.language_model.layers[1].named_parameters())
     with skeleton.loaded(1) as block:
         assert all(torch.equal(p, expected[name]) for name, p in block.named_parameters())
+
+
+@torch.inference_mode()
+def test_a_routers_bias_is_not_rounded_where_the_model_is(bases: dict[str, Path]) -> None:
+    """In bfloat16, too, as transformers keeps it: it decides between experts whose scores hardly differ."""
+    skeleton = Skeleton(Checkpoint.open(bases["glm4_moe"]), RunSettings(CPU, torch.bfloat16))
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    with skeleton.loaded(1) as block:
+        bias = block.get_buffer("mlp.gate.e_score_correction_bias")
+    assert bias.dtype == torch.float32 and bytes(skeleton.checkpoint.tensors[name].read()) == bias.numpy().tobytes()
+    assert not torch.equal(bias, bias.bfloat16().float())
 
 
 def test_rows_that_blocks_treat_differently_are_refused(bases: dict[str, Path]) -> None:
