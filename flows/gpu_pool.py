@@ -42,11 +42,14 @@ from requant.tasks.quantize import quantize_key, quantize_task
 from requant.tasks.recipe.loader import recipe_of
 from requant.tasks.recipe.quantize_section import Quantize
 from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.self_calibration import STAGE as SELF_CALIBRATION
+from requant.tasks.self_calibration import self_calibration_key, self_calibration_task
 from requant.tasks.store import Store, open_checked_store, open_store
 from requant.tasks.texts.calibration import find_calibration
 from requant.tasks.texts.text import Text
 from requant.tasks.texts.validation import find_validation_text
 from requant.tasks.validate import validate_key, validate_task
+from requant.tasks.writing.amount import writes_text
 
 log = logging.getLogger(__name__)
 
@@ -93,13 +96,31 @@ def recipe_flow(name: str, **more: Any) -> Callable[[Callable[P, R]], Flow[P, R]
 # The flows of the gpu pool
 
 
+@recipe_flow("self_calibration")
+def self_calibration(recipe: Recipe, base: str, key: str) -> State[Any]:
+    """Let the base whose download has the stage key `base` write its calibration text, for all outputs."""
+
+    def work() -> Any:
+        checked, store = recipe_of(recipe), open_checked_store()
+        base_files = _artifact(store, "download", base)
+        _check_key(key, self_calibration_key(checked, base_files))
+        return self_calibration_task(checked, base_files)
+
+    return run_to_final_state(work)
+
+
 @recipe_flow("quantize")
-def quantize(recipe: Recipe, base: str, key: str) -> State[Any]:
-    """Quantize the base whose download has the stage key `base`. The recipe names the calibration texts pinned."""
+def quantize(recipe: Recipe, base: str, key: str, written: str | None = None) -> State[Any]:
+    """Quantize the base whose download has the stage key `base`. The recipe names the calibration texts pinned.
+
+    `written` is the stage key of the text that the base wrote, if it did.
+    """
 
     def work() -> Any:
         checked, store = recipe_of(recipe), open_checked_store()
         calibration = find_calibration(checked.quantize)
+        if written is not None:
+            calibration = calibration.with_written(_artifact(store, SELF_CALIBRATION.name, written))
         base_files = _artifact(store, "download", base)
         _check_key(key, quantize_key(checked, base_files, calibration))
         return quantize_task(checked, base_files, calibration)
@@ -185,14 +206,20 @@ def gpu_pool_stages(recipe: Recipe, base: Revision) -> frozenset[str]:
 def delegates(stage: str, recipe: Recipe, weights_bytes: int) -> bool:
     """Check whether this run has a stage done by a worker of the gpu pool.
 
-    A run started by a worker always delegates quantize, and delegates validate and benchmark for LARGE_MODEL_BYTES or
-    more, unless the benchmark needs no model on this machine. Any other run does all stages itself.
+    A run started by a worker always delegates quantize, with the text that the base writes for it, and delegates
+    validate and benchmark for LARGE_MODEL_BYTES or more, unless the benchmark needs no model on this machine. Any other
+    run does all stages itself.
     """
     if runtime.deployment.id is None:
         return False
     large = weights_bytes >= LARGE_MODEL_BYTES
     runs_model = recipe.benchmark.engine in {"auto", "vllm", "torch"}
-    return {"quantize": True, "validate": large, "benchmark": large and runs_model}[stage]
+    return {
+        "self_calibration": writes_text(recipe),
+        "quantize": True,
+        "validate": large,
+        "benchmark": large and runs_model,
+    }[stage]
 
 
 @dataclass(frozen=True)

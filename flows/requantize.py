@@ -1,4 +1,4 @@
-"""The pipeline: download -> quantize -> mtp_fix -> validate -> benchmark -> publish."""
+"""The pipeline: download -> (self_calibration ->) quantize -> mtp_fix -> validate -> benchmark -> publish."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ from requant.tasks.quantize import STAGE as QUANTIZE
 from requant.tasks.quantize import quantize_key, quantize_task
 from requant.tasks.recipe.loader import recipe_of
 from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.self_calibration import STAGE as SELF_CALIBRATION
+from requant.tasks.self_calibration import self_calibration_key, self_calibration_task
 from requant.tasks.store import Store, open_checked_store, open_store
 from requant.tasks.store.runs import recorded
 from requant.tasks.texts.calibration import Calibration, find_calibration
@@ -119,11 +121,12 @@ def _final_state(report: RunReport) -> State[Any]:
 class RunContext:
     """What the stages of all outputs of a run share.
 
-    `foreseen` has the preflight results by output name, and `delegated` the names of the stages that workers of the gpu
-    pool do.
+    `recipe` is that of the run with all its outputs. `foreseen` has the preflight results by output name, and
+    `delegated` the names of the stages that workers of the gpu pool do.
     """
 
     store: Store
+    recipe: Recipe
     calibration: Calibration
     text: Text
     foreseen: Mapping[str, Foreseen]
@@ -137,7 +140,7 @@ def _run(report: RunReport) -> None:
         report.base, calibration, text = resolve_task(recipe)
         delegated = gpu_pool_stages(recipe, report.base)
         foreseen = preflight_task(recipe, report.base, calibration, text, delegated)
-        context = RunContext(store, calibration, text, foreseen, delegated)
+        context = RunContext(store, recipe, calibration, text, foreseen, delegated)
         if recipe.outputs:
             _run_outputs(context, report)
         else:
@@ -177,7 +180,11 @@ def _run_stages(context: RunContext, report: RunReport) -> None:
     report.settled = recipe
     assert base is not None
     downloaded = _record(download_task(base), report)
-    quantized = _record(_quantize(recipe, downloaded, context.calibration, delegated), report)
+    calibration, written = context.calibration, None
+    if calibration.waits_for_base:
+        written = _record(_self_calibration(context.recipe, downloaded, delegated), report)
+        calibration = calibration.with_written(written.manifest)
+    quantized = _record(_quantize(recipe, downloaded, calibration, delegated, written), report)
     fixed = _record(mtp_fix_task(recipe, downloaded.manifest, quantized.manifest), report)
     artifact = report.artifact = fixed.manifest
     validated = _record(_validate(recipe, downloaded, fixed, context.text, delegated), report)
@@ -212,14 +219,28 @@ def _run_stages(context: RunContext, report: RunReport) -> None:
             report.status = "published"
 
 
-def _quantize(recipe: Recipe, base: StageResult, calibration: Calibration, delegated: frozenset[str]) -> Any:
-    """Quantize here, or on a worker of the gpu pool."""
+def _self_calibration(recipe: Recipe, base: StageResult, delegated: frozenset[str]) -> Any:
+    """Let the base write its calibration text here, or on a worker of the gpu pool."""
+    if SELF_CALIBRATION.name not in delegated:
+        return self_calibration_task(recipe, base.manifest)
+    key = self_calibration_key(recipe, base.manifest)
+    return run_on_gpu_pool(SELF_CALIBRATION, key, recipe, base=base.key)
+
+
+def _quantize(
+    recipe: Recipe,
+    base: StageResult,
+    calibration: Calibration,
+    delegated: frozenset[str],
+    written: StageResult | None,
+) -> Any:
+    """Quantize here, or on a worker of the gpu pool. `written` is the text that the base wrote, if it did."""
     if QUANTIZE.name not in delegated:
         return quantize_task(recipe, base.manifest, calibration)
     key = quantize_key(recipe, base.manifest, calibration)
     pinned = calibration.pinned(recipe.quantize, name_for_worker)
     recipe = recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"calibration": pinned})})
-    return run_on_gpu_pool(QUANTIZE, key, recipe, base=base.key)
+    return run_on_gpu_pool(QUANTIZE, key, recipe, base=base.key, **({"written": written.key} if written else {}))
 
 
 def _validate(recipe: Recipe, base: StageResult, fixed: StageResult, text: Text, delegated: frozenset[str]) -> Any:

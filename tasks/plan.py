@@ -49,6 +49,7 @@ from requant.tasks.planning.transfers import base_manifest
 from requant.tasks.quantize import STAGE as QUANTIZE
 from requant.tasks.quantize import quantize_key
 from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.self_calibration import self_calibration_key
 from requant.tasks.store import Store
 from requant.tasks.texts.calibration import Calibration, find_calibration
 from requant.tasks.texts.text import Text
@@ -56,6 +57,7 @@ from requant.tasks.texts.validation import find_validation_text
 from requant.tasks.validate import STAGE as VALIDATE
 from requant.tasks.validate import validate_key
 from requant.tasks.validating import window_length
+from requant.tasks.writing.amount import needed_tokens, writes_text
 
 
 def plan(store: Store, recipe: Recipe, *, elsewhere: bool = False) -> PlanDocument:
@@ -131,7 +133,7 @@ def plan_of(
             return _without_result(recipe, inputs.base, [_without_folder(error, folder)])
         files_of = functools.partial(text_files, store)
         texts = Texts(files_of, inputs, folder, Path(temporary) / "texts", fetch=fetch_texts)
-        planner = _Planner(inputs, base, texts, elsewhere, delegated)
+        planner = _Planner(recipe, inputs, base, texts, elsewhere, delegated)
         plans, before, makers = dict[str, PlanDocument](), EarlierOutputs(), dict[str, str]()
         for name, asked in recipe.each.items():
             resolved, document = planner.plan_result(asked, before)
@@ -147,8 +149,9 @@ def plan_of(
 
 @dataclass(frozen=True)
 class _Planner:
-    """Plans the results of one run, one after another."""
+    """Plans the results of one run of a recipe, one after another."""
 
+    recipe: Recipe
     inputs: Inputs
     base: BaseHeaders
     texts: Texts
@@ -166,8 +169,9 @@ class _Planner:
         except CheckpointError as error:
             problems.append(_without_folder(error, source.folder))
             return recipe, _without_result(recipe, self.inputs.base, problems)
-        done = _finished_stages(recipe, self.inputs, self.base)
-        stages = tuple(plan_stages(recipe, self.base, output, done, before.stages(recipe)))
+        done = self._finished_stages(recipe)
+        text_tokens = needed_tokens(self.recipe) if writes_text(self.recipe) else None
+        stages = tuple(plan_stages(recipe, self.base, output, done, before.stages(recipe), text_tokens))
         to_run = {stage.name for stage in stages if stage.state == "run"}
         needed = estimate_needs(output, recipe, self.base.missing_bytes, to_run, kept_bytes=before.kept_bytes)
         problems += output.problems
@@ -187,6 +191,39 @@ class _Planner:
             problems=tuple(problems),
         )
 
+    def _finished_stages(self, recipe: Recipe) -> dict[str, Manifest]:
+        """Return the artifacts that a run would reuse for one result, by stage.
+
+        They are found as in a run: the artifact of each stage is part of the key of the next one. Small files of the
+        base may be fetched for it, but no weights.
+        """
+        store, inputs, done = self.base.store, self.inputs, dict[str, Manifest]()
+
+        def look(stage: str, key: str) -> Manifest | None:
+            manifest = store.manifest(stage, key)
+            if manifest is not None:
+                done[stage] = manifest
+            return manifest
+
+        files = look("download", download_key(inputs.base))
+        if files is None and (store.has_any("quantize") or store.has_any("self_calibration")):
+            # Another commit may have the same weights.
+            files = base_manifest(inputs.base, self.base.hashes, REWRITTEN)
+        if files is None:
+            return done
+        calibration = inputs.calibration
+        if calibration.waits_for_base:
+            written = look("self_calibration", self_calibration_key(self.recipe, files))
+            if written is None:  # What the base will write is not known, nor are the keys of the other stages.
+                return done
+            calibration = calibration.with_written(written)
+        quantized = look("quantize", quantize_key(recipe, files, calibration))
+        artifact = look("mtp_fix", mtp_fix_key(recipe, files, quantized)) if quantized else None
+        if artifact:
+            look("validate", validate_key(recipe, files, artifact, inputs.validation))
+            look("benchmark", benchmark_key(recipe, artifact))
+        return done
+
     def _machine_problems(self, recipe: Recipe, to_run: Collection[str], disk_bytes: int) -> list[str]:
         """Say what this machine lacks, if it is the one that will run the stages."""
         if self.elsewhere:
@@ -196,31 +233,6 @@ class _Planner:
         if store.is_local and (too_little := disk_problem(disk_bytes, store.cache.root)):
             problems.append(too_little)
         return [*problems, *tool_problems(_stages_with_tools(recipe, {*to_run} - {*self.delegated}))]
-
-
-def _finished_stages(recipe: Recipe, inputs: Inputs, base: BaseHeaders) -> dict[str, Manifest]:
-    """Return the artifacts that a run would reuse, by stage.
-
-    They are found as in a run: the artifact of each stage is part of the key of the next one. Small files of the base
-    may be fetched for it, but no weights.
-    """
-    store, done = base.store, dict[str, Manifest]()
-
-    def look(stage: str, key: str) -> Manifest | None:
-        manifest = store.manifest(stage, key)
-        if manifest is not None:
-            done[stage] = manifest
-        return manifest
-
-    files = look("download", download_key(inputs.base))
-    if files is None and store.has_any("quantize"):
-        files = base_manifest(inputs.base, base.hashes, REWRITTEN)  # Another commit may have the same weights.
-    quantized = look("quantize", quantize_key(recipe, files, inputs.calibration)) if files else None
-    artifact = look("mtp_fix", mtp_fix_key(recipe, files, quantized)) if files and quantized else None
-    if files and artifact:
-        look("validate", validate_key(recipe, files, artifact, inputs.validation))
-        look("benchmark", benchmark_key(recipe, artifact))
-    return done
 
 
 def _stages_with_tools(recipe: Recipe, to_run: Collection[str]) -> Iterator[tuple[Stage, tuple[str, ...]]]:

@@ -215,7 +215,7 @@ def _read_calibration(
         samples = SampleSource(
             name=text.label,
             paths=[rendered.path] if rendered else paths,
-            rendered=rendered is not None,
+            rendered=rendered is not None or text.written is not None,
             mixed=text.mixed,
             weight=source.weight,
             field=text.field,

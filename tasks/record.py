@@ -125,6 +125,11 @@ class StageRecord:
         return int(_number(self.document.get("bytes_read")) or _number(self.document.get("bytes_moved")) or 0)
 
     @property
+    def written_tokens(self) -> int:
+        """The tokens that the base wrote for its calibration; 0 where it does not say."""
+        return int(_number(self.document.get("written_tokens")) or 0)
+
+    @property
     def calibration(self) -> str | None:
         """The calibration text, pinned to what it was."""
         return _text(self.document.get("calibration"))

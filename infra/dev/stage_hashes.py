@@ -20,6 +20,7 @@ COMMAND = "python -m infra.dev.stage_hashes"
 # For each stage the modules to start from. The modules below tasks/ that these import, directly or not, are added.
 STAGES = {
     "download": ("tasks/download.py",),
+    "self_calibration": ("tasks/self_calibration.py",),
     "excerpt": ("tasks/excerpt.py",),
     "quantize": ("tasks/quantize.py",),
     "mtp_fix": ("tasks/mtp_fix.py",),

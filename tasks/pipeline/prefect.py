@@ -108,20 +108,30 @@ def crash_stale_task_runs() -> None:
             client.set_task_run_state(run.id, Crashed(message="the process of the run was killed"), force=True)
 
 
+class ShareProgress:
+    """Shows a finished share, from 0 to 1, as a progress artifact of Prefect."""
+
+    def __init__(self, key: str, description: str) -> None:
+        artifact = create_progress_artifact(0.0, key=key, description=description)
+        assert isinstance(artifact, UUID)  # It is no coroutine, since stages run in a thread without an event loop.
+        self._artifact = artifact
+
+    def __call__(self, share: float) -> None:
+        update_progress_artifact(self._artifact, 100.0 * share)
+
+
 class BlockProgress:
     """Reports the events of the quantize child as log lines and as a progress artifact of Prefect."""
 
     def __init__(self) -> None:
-        artifact = create_progress_artifact(0.0, key="quantize-progress", description="Blocks quantized")
-        assert isinstance(artifact, UUID)  # It is no coroutine, since stages run in a thread without an event loop.
-        self._artifact = artifact
+        self._progress = ShareProgress("quantize-progress", "Blocks quantized")
         self._lines = BlockLines()
 
     def __call__(self, event: Event) -> None:
         for line in self._lines(event):
             log.info(line)
         if isinstance(event, BlockDone):
-            update_progress_artifact(self._artifact, 100.0 * event.done / event.total)
+            self._progress(event.done / event.total)
 
 
 class BlockLines:

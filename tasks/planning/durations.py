@@ -34,7 +34,10 @@ TABLE_WORK = TuningWork(parameters=1, iters=200, nsamples=128, seqlen=2048, batc
 # Assumed throughput without a record, and the fixed time to import torch or start an engine twice.
 ASSUMED_BYTES_PER_S = {"download": 100e6, "mtp_fix": 200e6, "validate": 100e6, "benchmark": 25e6, "publish": 50e6}
 ASSUMED_CPU_FLOPS = 500e9
-FIXED_SECONDS = {"quantize": 10.0, "validate": 10.0, "benchmark": 60.0}
+# The base's weights are read once for every token of the rows that are written at once.
+ASSUMED_ROWS_AT_ONCE = 32
+ASSUMED_WEIGHTS_BYTES_PER_S = {"cpu": 10e9, "gpu": 1e12}
+FIXED_SECONDS = {"self_calibration": 60.0, "quantize": 10.0, "validate": 10.0, "benchmark": 60.0}
 
 BlockKind = Literal["linear", "full"]  # kind of attention
 
@@ -201,6 +204,22 @@ def estimate_stage(store: Store, stage: str, recipe: Recipe, size_bytes: int) ->
     source = f"assumed: {rate / 1e6:.0f} MB/s"
     source += f" for {WHOLE_TEXT_TOKENS:,} tokens, here {tokens:,}" if tokens != WHOLE_TEXT_TOKENS else ""
     return Estimate(FIXED_SECONDS.get(stage, 0.0) + seconds, source)
+
+
+def estimate_writing(store: Store, recipe: Recipe, weights_bytes: int, tokens: int) -> Estimate:
+    """Estimate the stage self_calibration, in which the base writes so many tokens."""
+    hardware = requested_hardware(recipe)
+    runs = [
+        (run, run.record.bytes_processed * run.record.written_tokens)
+        for run in records(store, "self_calibration", hardware)
+        if run.record.written_tokens > 0 and run.record.bytes_processed > 0
+    ]
+    if runs:
+        run, effort_then = min(runs, key=lambda pair: abs(math.log(weights_bytes * tokens) - math.log(pair[1])))
+        return Estimate(run.seconds * max(1.0, weights_bytes * tokens / effort_then), _earlier_run(run.record))
+    rate = ASSUMED_WEIGHTS_BYTES_PER_S["cpu" if hardware == "cpu" else "gpu"]
+    seconds = FIXED_SECONDS["self_calibration"] + weights_bytes * tokens / ASSUMED_ROWS_AT_ONCE / rate
+    return Estimate(seconds, f"assumed: {ASSUMED_ROWS_AT_ONCE} rows at once, weights read at {rate / 1e9:,.0f} GB/s")
 
 
 def requested_hardware(recipe: Recipe) -> str | None:

@@ -21,6 +21,7 @@ from requant.tasks.planning.document import (
     UnknownNeeds,
 )
 from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.writing.amount import writes_text
 
 Number = TypeVar("Number", int, float)
 
@@ -43,7 +44,8 @@ class EarlierOutputs:
     def stages(self, recipe: Recipe) -> set[str]:
         """Return the stages that the run of another recipe reuses from these outputs."""
         quantized = any(one.quantize == recipe.quantize for one in self.recipes)
-        return {*(["download"] if self.recipes else []), *(["quantize"] if quantized else [])}
+        of_base = ["download", *(["self_calibration"] if writes_text(recipe) else [])]
+        return {*(of_base if self.recipes else []), *(["quantize"] if quantized else [])}
 
 
 def combine_plans(recipe: Recipe, plans: Mapping[str, Plan]) -> PlanDocument:
@@ -74,10 +76,11 @@ def combine_plans(recipe: Recipe, plans: Mapping[str, Plan]) -> PlanDocument:
 
 
 def _stages(plans: Mapping[str, Plan]) -> tuple[PlannedStage, ...]:
-    """List the stages of all outputs, each with its output's name. The base is downloaded once, for the first one."""
+    """List the stages of all outputs, each with its output's name. Those on the base alone are for the first one."""
     stages = [stage.model_copy(update={"output": name}) for name, plan in plans.items() for stage in plan.stages]
-    download = next((stage for stage in stages if stage.name == "download"), None)
-    return tuple(stage for stage in stages if stage.name != "download" or stage is download)
+    shared = ("download", "self_calibration")
+    first = {name: next((stage for stage in stages if stage.name == name), None) for name in shared}
+    return tuple(stage for stage in stages if stage.name not in first or stage is first[stage.name])
 
 
 def _sum(values: Iterable[Number | None]) -> Number | None:

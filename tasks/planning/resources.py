@@ -35,6 +35,11 @@ def estimate_needs(
         return Needs.of(stages)
     if missing_bytes:
         stages["download"] = StageNeeds(disk_bytes=missing_bytes)
+    if "self_calibration" in to_run:
+        weights, on_cpu = output.base.nbytes, recipe.quantize.device == "cpu"
+        # On a CPU, transformers computes in float32.
+        ram_bytes = RUNTIME_BYTES + (2 * weights if on_cpu else weights)
+        stages["self_calibration"] = _same_in_low_memory(ram_bytes, 0 if on_cpu else weights)
     if "quantize" in to_run:
         stages["quantize"] = _quantize(output, recipe)
     if "mtp_fix" in to_run and output.head_bytes:

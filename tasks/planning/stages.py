@@ -8,24 +8,35 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from requant.tasks.artifact import Manifest
 from requant.tasks.planning.base_headers import BaseHeaders
 from requant.tasks.planning.document import PlannedHardware, PlannedStage, StageName
-from requant.tasks.planning.durations import Estimate, estimate_quantize, estimate_stage, requested_hardware
+from requant.tasks.planning.durations import (
+    Estimate,
+    estimate_quantize,
+    estimate_stage,
+    estimate_writing,
+    requested_hardware,
+)
 from requant.tasks.planning.output import CheckpointPlan
 from requant.tasks.planning.transfers import download_bytes, upload_bytes
 from requant.tasks.recipe.recipe import Recipe
 
-ON_GPU = {"quantize", "validate", "benchmark"}  # stages whose GPU time costs money
+ON_GPU = {"self_calibration", "quantize", "validate", "benchmark"}  # stages whose GPU time costs money
 LINEAR_ATTENTION = re.compile(r"\.linear_attn\.")
 
 
 def plan_stages(
-    recipe: Recipe, base: BaseHeaders, output: CheckpointPlan, done: Mapping[str, Manifest], shared: Collection[str]
+    recipe: Recipe,
+    base: BaseHeaders,
+    output: CheckpointPlan,
+    done: Mapping[str, Manifest],
+    shared: Collection[str],
+    text_tokens: int | None,
 ) -> Iterator[PlannedStage]:
     """Yield the stages in the order of a run.
 
     `done` has the artifacts that are in the store, by stage. `shared` names the stages that an earlier output of the
-    same run will have done.
+    same run will have done. `text_tokens` is how much calibration text the base writes; None if it writes none.
     """
-    for name, size_bytes in _moved_bytes(recipe, base, output, done).items():
+    for name, size_bytes in _moved_bytes(recipe, base, output, done, text_tokens).items():
         holder = "the store has it" if name in done else "an output before it" if name in shared else None
         if name == "publish" and not size_bytes:
             holder = "the Hub has it"
@@ -35,6 +46,8 @@ def plan_stages(
             modules = (m for m in output.choice.quantized if LINEAR_ATTENTION.search(m))
             linear = {module.partition(".linear_attn.")[0] for module in modules}
             estimate = estimate_quantize(base.store, recipe, output.block_parameters, linear)
+        elif name == "self_calibration":
+            estimate = estimate_writing(base.store, recipe, base.source.nbytes, text_tokens or 0)
         else:
             estimate = estimate_stage(base.store, name, recipe, size_bytes)
         yield PlannedStage(
@@ -48,12 +61,17 @@ def plan_stages(
 
 
 def _moved_bytes(
-    recipe: Recipe, base: BaseHeaders, output: CheckpointPlan, done: Mapping[str, Manifest]
+    recipe: Recipe,
+    base: BaseHeaders,
+    output: CheckpointPlan,
+    done: Mapping[str, Manifest],
+    text_tokens: int | None,
 ) -> dict[StageName, int]:
     """Count the bytes that each stage fetches, writes, reads or sends."""
     result_bytes = sum(output.sizes.values())
     moved: dict[StageName, int] = {
         "download": download_bytes(base.store, base.revision, base.hashes),
+        **({} if text_tokens is None else {"self_calibration": base.revision.size}),
         "quantize": sum(output.before_head.values()),
         "mtp_fix": output.head_bytes,
         "validate": base.revision.size + result_bytes,

@@ -220,7 +220,11 @@ class _TokenizedText:
         total = 0
         for document in documents_of(source):
             domain = document.domain if source.mixed else ""
-            pieces = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in document.pieces]
+            pieces = (
+                [list(document.ids)]
+                if document.ids
+                else [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in document.pieces]
+            )
             self._documents.setdefault(domain, []).append([token for piece in pieces for token in piece])
             length = Length(tuple(map(len, pieces)), document.chat)
             self.supply.add(domain, length)

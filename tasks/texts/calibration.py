@@ -54,9 +54,9 @@ class Calibration:
     def with_written(self, manifest: Manifest) -> Calibration:
         """Return this calibration with the files that the base wrote as its source `self`.
 
-        Their rows are read like those of a data set: every file that `has_rows` accepts.
+        They hold documents, which are rendered already.
         """
-        written = Text(SELF, f"self:{manifest.digest}", written=manifest, chats=True)
+        written = Text(SELF, f"self:{manifest.digest}", written=manifest)
         return Calibration(
             tuple(replace(one, text=written) if one.text.waits_for_base else one for one in self.sources)
         )

@@ -19,7 +19,7 @@ class Document:
 
     chat: whether it is a chat, which is cut nowhere but at the end of a sample; turns: the places in the text, in
     characters, of the turns at which a sample of a chat can begin, without its beginning; tokens: how many there are
-    in each piece between these places.
+    in each piece between these places; ids: those of its tokens, if the text was written as tokens.
     """
 
     text: str
@@ -27,6 +27,7 @@ class Document:
     domain: str = ""
     chat: bool = False
     turns: tuple[int, ...] = ()
+    ids: tuple[int, ...] = ()
 
     @property
     def pieces(self) -> list[str]:
@@ -42,4 +43,5 @@ def read_documents(path: Path) -> Iterator[Document]:
     with path.open(encoding="utf-8") as stream:
         for line in stream:
             row = json.loads(line)
-            yield Document(row["text"], tuple(row["tokens"]), row["domain"], row["chat"], tuple(row["turns"]))
+            turns, ids = tuple(row["turns"]), tuple(row.get("ids", ()))
+            yield Document(row["text"], tuple(row["tokens"]), row["domain"], row["chat"], turns, ids)

@@ -99,11 +99,33 @@ def render(
         field=limit.field,
         sample_tokens=limit.sample_tokens,
     )
+    return _render(job, folder)
+
+
+def render_prompts(model: Path, path: Path, folder: Path, *, remote_code: bool = False) -> Rendered:
+    """Render the chats of a file up to where the model is to answer. Those that its template refuses are left out.
+
+    Raises what `render` raises.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    job = RenderingJob(
+        model=str(model.absolute()),
+        paths=[str(path.absolute())],
+        out=str(folder.absolute() / "documents.jsonl"),
+        name="the prompts",
+        chats=True,
+        remote_code=remote_code,
+        prompts=True,
+    )
+    return _render(job, folder)
+
+
+def _render(job: RenderingJob, folder: Path) -> Rendered:
     answer = _run(job, folder)
     if answer is None:
         answer = _run(replace(job, no_template="the base's chat template did not end"), folder)
     if answer is None:
-        raise CheckpointError(f"reading {name} took too long even without the base's chat template")
+        raise CheckpointError(f"reading {job.name} took too long even without the base's chat template")
     if answer.recipe_error:
         raise RecipeError(answer.recipe_error)
     if answer.checkpoint_error:

@@ -39,7 +39,8 @@ class RenderingJob:
     """What to render. `no_template` is empty, or says why the chat template is not used.
 
     field: the only column to read, if there is one; sample_tokens: the length of the samples that will be made of the
-    text, or None: turns are found in chats that are longer.
+    text, or None: turns are found in chats that are longer;
+    prompts: whether chats end where the model is to answer, and those that the template refuses are left out.
     """
 
     model: str
@@ -53,6 +54,7 @@ class RenderingJob:
     no_template: str = ""
     field: str | None = None
     sample_tokens: int | None = None
+    prompts: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -116,7 +118,8 @@ def render_text(job: RenderingJob) -> RenderingAnswer:
     most = bytes_now + MAX_MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
     try:
-        return _write_rows(job, Template(tokenizer, job.no_template or _explain_missing(tokenizer)))
+        missing = job.no_template or _explain_missing(tokenizer)
+        return _write_rows(job, Template(tokenizer, missing, prompts=job.prompts))
     except TemplateTimeout:
         limits = f"{CHAT_LIMIT_S} s of CPU time for one chat, or {TEXT_LIMIT_S} s for all"
         return _write_rows(job, Template(tokenizer, f"the base's chat template took over {limits}"))
@@ -128,7 +131,10 @@ def _write_rows(job: RenderingJob, template: Template) -> RenderingAnswer:
     part = Path(f"{job.out}.part")
     with part.open("w", encoding="utf-8") as out:
         for row in read_rows(job.paths, job.name, chats=job.chats, field=job.field):
+            plain = template.plain
             document = _document(row, template, job.sample_tokens)
+            if job.prompts and template.plain > plain:
+                continue
             out.write(document.to_json() + "\n")
             tokens[row.domain] += sum(document.tokens)
             characters += len(document.text)
@@ -157,10 +163,14 @@ def _document(row: Row, template: Template, sample_tokens: int | None) -> Docume
 
 
 class Template:
-    """The chat template of a tokenizer. `missing` is empty, or says why the template is not used."""
+    """The chat template of a tokenizer. `missing` is empty, or says why the template is not used.
 
-    def __init__(self, tokenizer: Any, missing: str = "") -> None:
+    With `prompts`, a chat ends where the model is to answer.
+    """
+
+    def __init__(self, tokenizer: Any, missing: str = "", *, prompts: bool = False) -> None:
         self.tokenizer = tokenizer
+        self._options = {"add_generation_prompt": True} if prompts else {}
         self.templated = self.plain = 0
         self._seconds = 0.0
         self.reason = self._missing = missing
@@ -204,7 +214,8 @@ class Template:
         try:
             with _limit_cpu_time():
                 tools = {"tools": [*row.tools]} if row.tools else {}
-                text = self.tokenizer.apply_chat_template([dict(m.fields) for m in messages], tokenize=False, **tools)
+                chat = [dict(m.fields) for m in messages]
+                text = self.tokenizer.apply_chat_template(chat, tokenize=False, **self._options, **tools)
             if not isinstance(text, str) or not text.strip():
                 raise ValueError("it makes nothing of a chat")
             if len(text) > MAX_GROWTH * row.size + MAX_OVERHEAD:

@@ -28,7 +28,7 @@ OUTPUTS: list[dict[str, Any]] = [
     {"format": "auto_round:auto_gptq", "preset": "auto-round-best", **FEW},
     {"name": EIGHT, "scheme": "W8A16", "repo_id": "me/eight"},
 ]
-STAGES = ["download", "quantize", "mtp_fix", "validate", "benchmark", "publish"]
+STAGES = ["download", "self_calibration", "quantize", "mtp_fix", "validate", "benchmark", "publish"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def two(
     folder = tmp_path_factory.mktemp("two")
     hub.seed(BASE, pico_base(folder / "base", layers=2))
     recipe = {**recipe_for(BASE, "me/two"), "outputs": OUTPUTS}
+    recipe["quantize"]["calibration"] = "self"
     requant = Requant(folder, {**environment, **store_in(folder)}, recipe)
     hub.reset_traffic()
     outcome = requant.run("--checkout", str(folder / "out"), "--report", str(folder / "told.json"))
@@ -90,6 +91,17 @@ def test_the_base_is_downloaded_and_measured_once_for_two_results(two: Two) -> N
     assert two.made["download"] == 1
     results = {each["artifact"]["digest"] for each in document["outputs"]}
     assert two.made["measure"] == 1 + len(results)  # the base, and each result
+
+
+def test_the_base_writes_its_calibration_text_once_for_two_results(two: Two) -> None:
+    """It writes it after it is downloaded, in batches that are gone afterwards; the card and the record say so."""
+    assert by_output(two.outcome)[EIGHT]["self_calibration"] == "reused" and two.made["self_calibration"] == 1
+    assert "transformers" in two.outcome.stderr and "writes calibration text" in two.outcome.stderr
+    assert not list((two.requant.store / "work").glob("self_calibration/*/*"))
+    for name in (FOUR, EIGHT):
+        stages = json.loads((two.requant.folder / "out" / name / "requant.json").read_text())["stages"]
+        assert stages["self_calibration"]["rows"] == stages["quantize"]["sources"][0]["rows"] > 4
+        assert stages["quantize"]["sources"][0]["source"] == "self"
 
 
 def test_each_result_is_what_its_line_says(two: Two) -> None:

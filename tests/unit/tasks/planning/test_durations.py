@@ -15,7 +15,7 @@ from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.hub.revision import HubFile, Revision
 from requant.tasks.planning import resources
 from requant.tasks.planning.base_diff import changed_fields, changed_files
-from requant.tasks.planning.durations import effort, estimate_quantize, estimate_stage
+from requant.tasks.planning.durations import effort, estimate_quantize, estimate_stage, estimate_writing
 from requant.tasks.planning.output import plan_output
 from requant.tasks.planning.resources import disk_problem, estimate_needs
 from requant.tasks.recipe.loader import parse_recipe
@@ -47,6 +47,16 @@ def test_a_measured_gpus_blocks_foretell_the_whole_model(store: Store) -> None:
         figure = estimate_quantize(store, recipe("H100", fast=fast), BLOCKS, LINEAR)
         assert figure.seconds == pytest.approx(whole[variant], rel=0.03)
         assert measured["card"]["name"] in figure.source
+
+
+def test_a_text_that_the_base_writes_takes_as_long_as_earlier_ones_for_its_tokens_and_weights(store: Store) -> None:
+    assumed = estimate_writing(store, recipe("H100"), 54_000_000_000, 327_680)
+    assert 300 < assumed.seconds < 3600 and assumed.source.startswith("assumed: 32 rows at once")
+    assert estimate_writing(store, recipe(device="cpu"), 54_000_000_000, 327_680).seconds > 10 * assumed.seconds
+    on_h100 = {"machine": {"gpus": ["NVIDIA H100 80GB HBM3"]}, "bytes_read": 54_000_000_000}
+    record(store, "self_calibration", seconds=200.0, written_tokens=100_000, **on_h100)
+    assert estimate_writing(store, recipe("H100"), 54_000_000_000, 200_000).seconds == pytest.approx(400)
+    assert estimate_writing(store, recipe("A100"), 54_000_000_000, 200_000).source.startswith("assumed")
 
 
 def test_half_the_steps_take_about_half_the_time_and_fewer_weights_less(store: Store) -> None:

@@ -114,6 +114,18 @@ def test_an_output_finds_done_what_those_before_it_make() -> None:
     assert before.recipes == [four, eight]
 
 
+def test_a_text_that_the_base_writes_is_there_for_later_outputs_and_planned_once() -> None:
+    own = parse_recipe({**RECIPE.model_dump(exclude_unset=True), "quantize": {"calibration": "self"}})
+    four, eight, _ = own.each.values()
+    before = EarlierOutputs()
+    before.add(four, plan(100, 50, stage("download"), stage("self_calibration"), stage("quantize")))
+    assert before.stages(eight) == {"download", "self_calibration"}
+    stages = (stage("download"), stage("self_calibration"), stage("quantize"))
+    combined = combine_plans(own, {name: plan(100, 50, *stages) for name in own.each})
+    names = [one.name for one in combined.stages]
+    assert [names.count(name) for name in ("download", "self_calibration", "quantize")] == [1, 1, 3]
+
+
 def test_a_person_sees_one_table_of_stages_and_one_of_outputs() -> None:
     text = plan_text(whole())
     assert plan_headline(whole()) == "5.0 kB become 0.4 kB in 3 outputs"

@@ -110,3 +110,5 @@ def test_a_run_of_a_worker_leaves_to_the_gpu_pool_what_it_does_not_do_itself(
     assert gpu_pool_stages(recipe(), base) == {"quantize"}
     assert gpu_pool_stages(recipe(), large) == {"quantize", "validate", "benchmark"}
     assert gpu_pool_stages(recipe("none"), large) == {"quantize", "validate"}
+    own = recipe("none", quantize={"calibration": "self"})
+    assert gpu_pool_stages(own, base) == {"self_calibration", "quantize"}
