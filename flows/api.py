@@ -1,4 +1,4 @@
-"""The Python API: the functions `plan`, `run`, `inspect`, `mtp_fix`, `validate` and `verify`.
+"""The Python API: the functions `plan`, `run`, `inspect`, `mtp_fix`, `validate`, `compare` and `verify`.
 
 `import requant` exports them. Each function returns, as an object, the document that the command of its name prints
 with `--json`. The modules that do the work are imported when a function is called, so that `import requant` and the
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from requant.tasks.hub.verify import ReleaseCheck
     from requant.tasks.planning.document import PlanDocument
     from requant.tasks.recipe.recipe import Recipe
+    from requant.tasks.validating.comparison import ComparisonDocument
     from requant.tasks.validating.gates import ValidationDocument
 
 
@@ -156,6 +157,39 @@ def validate(folder: str | Path, *, base: str | Path, recipe: Recipe | str | Pat
             tokens=validation.tokens,
         )
     return ValidationDocument.of(measured, loaded.gates if loaded else Gates())
+
+
+def compare(
+    a: str | Path, b: str | Path, *, base: str | Path, recipe: Recipe | str | Path | None = None
+) -> ComparisonDocument:
+    """Compare two checkpoints of one base, and return by domain which one is closer to it; `answer` sums it up.
+
+    Each of them is a folder, or `repo_id[@revision]`, which is downloaded into the store. The text is that of `recipe`,
+    otherwise the default of a recipe.
+
+    Raises CheckpointError if one cannot be run or is of another base, RecipeError, HubError, HubUnavailable or
+    StoreError.
+    """
+    from requant.tasks.compare import compare_checkpoints, overall
+    from requant.tasks.recipe.recipe import Validation
+    from requant.tasks.store import open_store
+    from requant.tasks.texts.validation import find_validation_text
+    from requant.tasks.validate import text_for_measuring
+    from requant.tasks.validating.comparison import ComparisonDocument
+
+    loaded = None if recipe is None else read_recipe(recipe)
+    validation = loaded.validation if loaded else Validation()
+    remote_code = loaded is not None and loaded.allow_remote_code
+    text = find_validation_text(validation.text)
+    folders = [_local_checkpoint(name) for name in (a, b, base)]
+    with tempfile.TemporaryDirectory(prefix="requant-") as scratch:
+        words = text_for_measuring(open_store(), text, Path(scratch), folders[2], remote_code)
+        domains = compare_checkpoints(
+            folders[0], folders[1], folders[2], words, validation.tokens, remote_code=remote_code
+        )
+    return ComparisonDocument(
+        a=str(a), b=str(b), base=str(base), text=text.name, answer=overall(list(domains.values())), domains=domains
+    )
 
 
 def verify(repo: str, *, deep: bool = False) -> ReleaseCheck:

@@ -18,12 +18,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from requant.flows.api import inspect, mtp_fix, plan, run, validate, verify
+    from requant.flows.api import compare, inspect, mtp_fix, plan, run, validate, verify
     from requant.tasks.errors import RequantError
     from requant.tasks.recipe.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "RequantError", "inspect", "mtp_fix", "plan", "run", "validate", "verify"]
+__all__ = ["Recipe", "RequantError", "compare", "inspect", "mtp_fix", "plan", "run", "validate", "verify"]
 _MODULES = {"Recipe": "requant.tasks.recipe.recipe", "RequantError": "requant.tasks.errors"}
 
 

@@ -18,6 +18,7 @@ import requant
 from requant.flows import api
 from requant.flows.cli.bench import bench
 from requant.flows.cli.command import OrderedGroup
+from requant.flows.cli.compare import compare
 from requant.flows.cli.deploy import deploy
 from requant.flows.cli.inspect import inspect
 from requant.flows.cli.mtp_fix import mtp_fix
@@ -50,6 +51,7 @@ for subcommand in (
     run,
     plan,
     validate,
+    compare,
     inspect,
     mtp_fix,
     bench,

@@ -20,6 +20,7 @@ MODELS = {
     "inspect": "requant.tasks.checkpoint.document:InspectDocument",
     "mtp-fix": "requant.tasks.checkpoint.document:MtpFixDocument",
     "validate": "requant.tasks.validating.gates:ValidationDocument",
+    "compare": "requant.tasks.validating.comparison:ComparisonDocument",
     "bench": "requant.tasks.serving.result:BenchmarkResult",
     "verify": "requant.tasks.hub.verify:ReleaseCheck",
     "publish": "requant.flows.cli.documents:PublishDocument",

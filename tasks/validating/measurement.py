@@ -155,18 +155,18 @@ def interval(by_window: Doubles, transform: Callable[[Doubles], Doubles] = np.po
 
     by_window: `[n]`, or `[n, k]` for k values of each window, of whose means `[..., k]` `transform` makes one `[...]`.
     """
-    means = by_window[_resampled(len(by_window), RESAMPLES)].mean(axis=1)
+    means = by_window[resampled(len(by_window), RESAMPLES)].mean(axis=1)
     low, high = np.quantile(transform(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
     return low, high
 
 
 def quantile_interval(by_window: Doubles, share: float) -> tuple[float, float]:
     """Return the bootstrap interval of a quantile of all places, `[n, places]`, by drawing whole windows."""
-    drawn = by_window[_resampled(len(by_window), QUANTILE_RESAMPLES)].reshape(QUANTILE_RESAMPLES, -1)
+    drawn = by_window[resampled(len(by_window), QUANTILE_RESAMPLES)].reshape(QUANTILE_RESAMPLES, -1)
     low, high = np.quantile(np.quantile(drawn, share, axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
     return low, high
 
 
-def _resampled(windows: int, times: int) -> npt.NDArray[np.int64]:
+def resampled(windows: int, times: int = RESAMPLES) -> npt.NDArray[np.int64]:
     """Draw as many windows as there are, with replacement, so many times: `[times, windows]`."""
     return np.random.default_rng(SEED).integers(0, windows, (times, windows))

@@ -180,7 +180,8 @@ def test_the_least_tokens_of_a_builtin_text_are_below_those_that_were_counted() 
     assert text.path is not None
     least = _count_at_least(text, [text.path], 0, MAX_CHARACTERS_PER_BUILTIN_TOKEN)
     assert set(least) == set(counted) and all(0 < least[domain] < 0.98 * counted[domain] for domain in counted)
-    assert all(least[domain] > 0.8 * counted[domain] for domain in ("prose", "code", "chat"))  # a close bound
+    # A close bound, except where reasoning, calls and schemas of tools are tokens whose characters are not counted.
+    assert all(least[domain] > 0.77 * counted[domain] for domain in ("prose", "code", "chat"))
 
 
 def test_tasks_that_want_a_chat_template_are_told_that_the_base_has_none(store: Store, tmp_path: Path) -> None:
