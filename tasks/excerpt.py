@@ -30,6 +30,8 @@ EXCERPT = "rows.jsonl"
 # with other numbers of samples share an excerpt.
 MIN_CHARACTERS = 1 << 24
 MAX_CHARACTERS_PER_TOKEN = 8  # no natural text has more
+# How much of a chat counts: of a chat longer than a sample, little may be in a sample (`Document.sample_tokens`).
+MAX_CHAT_CHARACTERS = 1 << 14
 log = logging.getLogger(__name__)
 
 
@@ -91,7 +93,7 @@ def _write_rows(text: Text, files: Iterable[tuple[str, OpenFile]], out: Path, mo
             kept = {name: value for name, value in raw.items() if name in columns and value is not None}
             stream.write(json.dumps(kept, default=_nothing) + "\n")
             rows += 1
-            characters += row.characters
+            characters += min(row.characters, MAX_CHAT_CHARACTERS) if row.messages else row.characters
             if characters >= most:
                 break
     return rows

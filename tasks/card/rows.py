@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from requant.tasks.card.filters import escape, named, number
 from requant.tasks.formatting import gigabytes
+from requant.tasks.recipe.quantize_section import SELF
 from requant.tasks.record import RecordedSource, StageRecord
 from requant.tasks.redaction import public
 from requant.tasks.serving.result import BenchmarkResult, PromptResult, SpeedSummary
@@ -141,7 +142,8 @@ def source_rows(sources: Sequence[RecordedSource]) -> list[Row]:
         samples = f"{total} ({', '.join(domains)})" if domains else str(total)
         chats = f"{source.templated} through the template" if source.templated else ""
         plain = f"{source.plain} as plain text ({escape(source.reason or '')})" if source.plain else ""
-        words = ", ".join(filter(None, [chats, plain]))
+        own = "written by the base" if source.name == SELF else ""
+        words = ", ".join(filter(None, [own, chats, plain]))
         name = named(public(source.name))
         rows.append((name, samples, f"{source.rows:,}", f"{source.tokens:,}", words, escape(source.license or "")))
     return rows

@@ -239,7 +239,11 @@ class PlannedSource(Document):
 class PlanDocument(Plan):
     """What a run of a recipe will do, take and cost, and what would stop it."""
 
-    calibration: tuple[PlannedSource, ...] = Field((), description="The texts that samples will be taken from")
+    calibration: tuple[PlannedSource, ...] | None = Field(
+        None,
+        exclude_if=is_none,
+        description="The texts that samples will be taken from; absent where the base cannot be read",
+    )
     outputs: tuple[PlannedOutput, ...] | None = Field(
         None,
         exclude_if=is_none,

@@ -31,7 +31,8 @@ class SampleSource(BaseModel):
     """A text to take samples from, as the process that quantizes gets it.
 
     rendered: whether its file holds documents, as a text with chats does; mixed: whether its domains take turns;
-    weight: see `Source` in the recipe; max_tokens: after how many tokens reading it ends.
+    weight: see `Source` in the recipe; max_tokens: after how many tokens reading it ends, if it is not rendered: a
+    rendered one has been read as far as is needed.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -123,9 +124,11 @@ def plan_samples(supplies: Sequence[Supply], nsamples: int, seqlen: int, seed: i
         counts = divide(nsamples, weights)
         _check_weighted(supplies, totals, counts, seqlen)
     else:
-        tokens = {supply.name: sum(supply.tokens.values()) for supply in supplies}
-        room = dict(zip(tokens, totals, strict=True))
-        counts = [shares(tokens, nsamples, seqlen, seed, room)[supply.name] for supply in supplies]
+        # Two local files may have one name, so the sources are told by their numbers too.
+        labels = [f"{number}. {supply.name}" for number, supply in enumerate(supplies, 1)]
+        tokens = {label: sum(supply.tokens.values()) for label, supply in zip(labels, supplies, strict=True)}
+        found = shares(tokens, nsamples, seqlen, seed, dict(zip(labels, totals, strict=True)))
+        counts = [found[label] for label in labels]
     return [
         shares(supply.tokens, count, seqlen, seed, room)
         for supply, count, room in zip(supplies, counts, rooms, strict=True)
@@ -229,7 +232,7 @@ class _TokenizedText:
             length = Length(tuple(map(len, pieces)), document.chat)
             self.supply.add(domain, length)
             total += length.tokens
-            if source.max_tokens is not None and total >= source.max_tokens:
+            if not source.rendered and source.max_tokens is not None and total >= source.max_tokens:
                 break
 
     def samples(self, counts: Mapping[str, int], seqlen: int, seed: int) -> list[Tokens]:

@@ -34,6 +34,23 @@ class Document:
         """The text, cut at the turns. Its tokens are those of the pieces."""
         return [self.text[begin:end] for begin, end in itertools.pairwise([0, *self.turns, len(self.text)])]
 
+    def sample_tokens(self, seqlen: int) -> int:
+        """Return how many tokens samples of this length can have of it, if it alone fills them.
+
+        Of a chat longer than a sample, what lies between the end of a sample and the next turn is in none.
+        """
+        total = sum(self.tokens)
+        if not self.chat or total <= seqlen:
+            return total
+        found, begin, starts = 0, 0, list(itertools.accumulate(self.tokens[:-1]))
+        while True:
+            end = min(begin + seqlen, total)
+            found += end - begin
+            following = next((start for start in starts if start >= end), None)
+            if following is None:
+                return found
+            begin = following
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 

@@ -39,7 +39,7 @@ class RenderingJob:
     """What to render. `no_template` is empty, or says why the chat template is not used.
 
     field: the only column to read, if there is one; sample_tokens: the length of the samples that will be made of the
-    text, or None: turns are found in chats that are longer;
+    text, or None: turns are found in chats that are longer, and tokens that no sample can have are not counted as read;
     prompts: whether chats end where the model is to answer, and those that the template refuses are left out.
     """
 
@@ -127,7 +127,7 @@ def render_text(job: RenderingJob) -> RenderingAnswer:
 
 def _write_rows(job: RenderingJob, template: Template) -> RenderingAnswer:
     """Write the rendered rows, up to the limits of the job. Raises TemplateTimeout."""
-    tokens, rows, characters = Counter[str](), 0, 0
+    tokens, rows, characters, usable = Counter[str](), 0, 0, 0
     part = Path(f"{job.out}.part")
     with part.open("w", encoding="utf-8") as out:
         for row in read_rows(job.paths, job.name, chats=job.chats, field=job.field):
@@ -137,9 +137,10 @@ def _write_rows(job: RenderingJob, template: Template) -> RenderingAnswer:
                 continue
             out.write(document.to_json() + "\n")
             tokens[row.domain] += sum(document.tokens)
+            usable += document.sample_tokens(job.sample_tokens) if job.sample_tokens else sum(document.tokens)
             characters += len(document.text)
             rows += 1
-            if job.max_tokens is not None and tokens.total() >= job.max_tokens:
+            if job.max_tokens is not None and usable >= job.max_tokens:
                 break
             if job.max_characters is not None and characters >= job.max_characters:
                 break

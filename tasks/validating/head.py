@@ -17,13 +17,13 @@ from requant.tasks.validating.model import Skeleton, empty_model, fill, loading_
 class MtpHead(nn.Module):
     """A head of Qwen, DeepSeek or GLM. It drafts token x[t+2] from the main model's hidden[t] and x[t+1].
 
-    It computes `fusion(cat[norm_embedding(embed(x[t+1])), norm_hidden(hidden[t])])`, a decoder layer at position t, a
-    norm, and the main model's output layer; hidden[t] is the main model's after its final norm. Each further draft
+    It computes `fusion(cat[norm(embed(x[t+1])), norm(hidden[t])])` with a norm for each, a decoder layer at position t,
+    a norm, and the main model's output layer; hidden[t] is the main model's after its final norm. Each further draft
     takes the head's own output, after its norm, as hidden state and its own draft as token, one position further. The
     decoder layer and the norm are transformers' own, in a text model of one layer.
 
-    Of a head with several layers only the first is run, so it makes one draft: vLLM runs the layers one after the
-    other or the first again, depending on its version, and SGLang knows one layer.
+    Of a head with several layers only the first is run, so it makes one draft: vLLM then runs one layer after the other
+    or the first again, depending on which of its model runners is used, and SGLang refuses several layers.
 
     Sources: vLLM 0.32.0, model_executor/models/{qwen3_5,deepseek,glm4_moe,glm4_moe_lite}_mtp.py,
     models/deepseek_v32/nvidia/mtp.py and v1/spec_decode/llm_base_proposer.py; SGLang 0.5.23,
@@ -41,17 +41,18 @@ class MtpHead(nn.Module):
         super().__init__()
         head, source = checkpoint.head, f"the MTP head of {checkpoint.folder}"
         if head is None or not can_be_run(checkpoint):
-            raise CheckpointError(f"{source} has no layout that can be run here")
+            raise CheckpointError(f"{source} has no layout that can be run in torch")
         self.main = [main]  # in a list, so that torch does not take it for a submodule
         self.layout = LAYOUTS[head.layout]
-        self.recycles = len(layers_of(head)) == 1  # whether one layer makes all drafts
+        first, *later = layers_of(head) or [0]
+        self.recycles = not later  # whether one layer makes all drafts
         self.config = config_of_layer(main.text.config, head)
         self.model = empty_model(type(main.text), self.config, main.settings)
         for name, module in zip(self.layout.before, self._modules_before(type(main.text.norm)), strict=True):
             self.model.add_module(name, module.to(main.dtype))
-        read = (checkpoint.tensors[name] for name in head.names if name_in_model(head, name))
+        read = (checkpoint.tensors[name] for name in head.names if name_in_model(name, self.layout, first))
         weights = state_dict(read, checkpoint.config, main.dtype)
-        state = {own: weights.pop(name) for name in list(weights) if (own := name_in_model(head, name))}
+        state = {own: weights[name] for name in weights if (own := name_in_model(name, self.layout, first))}
         state["embed_tokens.weight"] = torch.zeros(1, self.config.hidden_size)  # never looked up
         if missing := fill(self.model, state, loading_of(self.model, main.settings), source):
             raise CheckpointError(f"{source} lacks {self.layout.stated(min(missing))!r}")
@@ -77,8 +78,8 @@ class MtpHead(nn.Module):
     ) -> torch.Tensor:
         """Run the head: tokens and positions int64 `[1, n]`, hidden `[1, n, hidden]` -> hidden states `[1, n, hidden]`.
 
-        The main model's output layer turns the result into drafts. `mask`, `[1, 1, n, n]`, is added to the attention's
-        scores; without it each row sees itself, the rows before it, and those in the `cache`.
+        The main model's output layer turns the result into drafts. `mask`, `[1, 1, n, rows in the cache + n]`, is added
+        to the attention's scores; without it each row sees itself, the rows before it, and those in the `cache`.
         """
         embedded = self.main[0].text.get_input_embeddings()(tokens)
         if self.layout.masks_first:
@@ -105,25 +106,16 @@ class MtpHead(nn.Module):
         rows = len(tokens) - 1
         place = torch.arange(rows, device=tokens.device)
         causal, own = place[:, None] >= place[None], place[:, None] == place[None]
-        fed, states, positions = tokens[1:], hidden[:-1], place
+        fed, states, cache = tokens[1:], hidden[:-1], self.cache()
         drafts: list[torch.Tensor] = []
         for step in range(depth if self.recycles else 1):
-            output = self(fed[None], states[None], positions[None], mask=self._mask(causal, own, step + 1))[0, -rows:]
-            drafts.append(self.main[0].logits(output).argmax(-1))
-            fed, states = torch.cat([fed, drafts[-1]]), torch.cat([states, output])
-            positions = torch.cat([positions, place + step + 1])
+            mask = self._mask(torch.cat([causal, *[own] * step], dim=1))
+            states = self(fed[None], states[None], place[None] + step, mask=mask, cache=cache)[0]
+            fed = self.main[0].logits(states).argmax(-1)
+            drafts.append(fed)
         return torch.stack(drafts)
 
-    def _mask(self, causal: torch.Tensor, own: torch.Tensor, steps: int) -> torch.Tensor:
-        """Build the mask: rows of step k see the rows of step 0 up to their place, and their place in steps 1 to k.
-
-        `causal` and `own` are bool `[rows, rows]`; the result is `[1, 1, steps * rows, steps * rows]`.
-        """
-        nothing = torch.zeros_like(own)
-        lines = [
-            torch.cat([causal, *(own if 1 <= k <= step else nothing for k in range(1, steps))], dim=1)
-            for step in range(steps)
-        ]
-        visible = torch.cat(lines)
+    def _mask(self, visible: torch.Tensor) -> torch.Tensor:
+        """Return what is added to the attention's scores: bool `[rows, keys]` -> `[1, 1, rows, keys]`."""
         dtype = self.main[0].dtype
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[None, None]

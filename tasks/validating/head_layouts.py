@@ -63,18 +63,16 @@ def layers_of(head: Head) -> list[int]:
     return sorted({int(match[1]) for name in head.names if (match := LAYER.search(name))})
 
 
-def name_in_model(head: Head, name: str) -> str | None:
-    """Return the name of one of the head's tensors in MtpHead's model of one layer.
+def name_in_model(name: str, layout: HeadLayout, layer: int) -> str | None:
+    """Return the name of one of a head's tensors in MtpHead's model of one layer, which is the head's `layer`.
 
-    Returns None for tensors that MtpHead does not read: those of later layers, and of modules shared with the main
+    Returns None for tensors that MtpHead does not read: those of other layers, and of modules shared with the main
     model.
     """
-    layout = LAYOUTS[head.layout]
-    below = name.rpartition("mtp.")[2] if head.layout == "mtp" else name
-    if match := LAYER.search(below):
-        if int(match[1]) != layers_of(head)[0]:
-            return None
-        below = below[match.end() :]
+    match = LAYER.search(name)
+    if match and int(match[1]) != layer:
+        return None
+    below = name[match.end() :] if match else name.rpartition("mtp.")[2]
     module, part = split_name(below)
     if module in layout.shared:
         return None

@@ -8,6 +8,7 @@ from it are measured in the same way, with one decoder block in memory at a time
 from __future__ import annotations
 
 import logging
+import math
 import time
 from pathlib import Path
 
@@ -16,11 +17,11 @@ import torch
 
 from requant.tasks.checkpoint.blocks import streaming_parameters
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.errors import CheckpointError
 from requant.tasks.validating import LENGTH, PROBE
 from requant.tasks.validating.blocks import Rows, run_blocks
 from requant.tasks.validating.decode import agreement, decode, decode_in_blocks, speculate
 from requant.tasks.validating.head import MtpHead
-from requant.tasks.validating.head_layouts import can_be_run
 from requant.tasks.validating.measurement import UNDRAFTED, Floats, Ints, Measurement
 from requant.tasks.validating.model import (
     RunSettings,
@@ -92,7 +93,7 @@ def _measure(skeleton: Skeleton, cut: Windows) -> Measurement:
     context = np.array([len(finite), int(finite.sum())], np.int32)
     del by_group, long_hidden
 
-    head = MtpHead(skeleton.checkpoint, skeleton) if can_be_run(skeleton.checkpoint) else None
+    head = _load_head(skeleton)
     drafts = np.zeros((0, 0, 0), np.int32)
     if head is not None:
         drafts = _drafts(skeleton, head, ids, hidden, cut.separate)
@@ -141,7 +142,20 @@ def _fitting(skeleton: Skeleton) -> int:
     token_bytes = width * skeleton.dtype.itemsize + 16 * 4 * delta  # the delta rule's reference code works in float32
     limit = int(getattr(config, "max_position_embeddings", None) or LENGTH)
     fits = room(skeleton.device) // 2 // token_bytes
+    if indexers := getattr(config, "index_n_heads", 0):  # transformers computes each head's scores of all pairs at once
+        fits = min(fits, math.isqrt(room(skeleton.device) // 2 // (12 * indexers)))
     return int(max(1, min(limit, fits)))
+
+
+def _load_head(skeleton: Skeleton) -> MtpHead | None:
+    """Load the MTP head. Returns None if there is none, or if it cannot be run."""
+    if skeleton.checkpoint.head is None:
+        return None
+    try:
+        return MtpHead(skeleton.checkpoint, skeleton)
+    except CheckpointError as error:
+        log.warning(f"{error}: its drafts are not measured")
+        return None
 
 
 def _long_text(ids: torch.Tensor, length: int) -> torch.Tensor:

@@ -40,6 +40,7 @@ from requant.tasks.checkpoint.packing import PackingScheme, dequantize
 from requant.tasks.errors import CheckpointError
 from requant.tasks.settings import read_settings
 
+CORRECTION_BIAS = "e_score_correction_bias"
 FEW_THREADS_BYTES = 128 << 20  # weights below this size are computed with by one thread
 transformers.logging.set_verbosity_error()  # otherwise it warns of every kernel that is not installed
 transformers.logging.disable_progress_bar()
@@ -238,10 +239,14 @@ def empty_model(family: Any, config: Any, settings: RunSettings) -> Any:
 
 
 def loading_of(model: Any, settings: RunSettings) -> LoadStateDictConfig:
-    """Return how `fill` loads weights into a model: names, experts and dtypes are converted as transformers does it."""
+    """Return how `fill` loads weights into a model: names, experts and dtypes are converted as transformers does it.
+
+    Routers' correction biases are float32 for all models. transformers 5.23.0 does not ask for that in DeepSeek V3;
+    vLLM 0.32.0 does (model_executor/models/deepseek_v2.py).
+    """
     return LoadStateDictConfig(
         dtype=settings.dtype,
-        dtype_plan=model._get_dtype_plan(settings.dtype),
+        dtype_plan={**model._get_dtype_plan(settings.dtype), CORRECTION_BIAS: torch.float32},
         device_map={"": settings.device},
         weight_mapping=get_model_conversion_mapping(model),
     )
@@ -307,7 +312,7 @@ def state_dict(tensors: Iterable[Tensor], config: ModelConfig, dtype: torch.dtyp
     """Return tensors by name: packed and FP8 modules as weights `[out, in]`, floating-point tensors as `dtype`.
 
     Vectors keep a higher precision that they have, since transformers keeps some of them in it, such as the
-    `e_score_correction_bias` of a router, whose values differ by less than bfloat16 can tell.
+    correction bias of a router, whose values differ by less than bfloat16 can tell.
     """
     tensors = dequantized_tensors(tensors, config)
     packed = packed_parts(tensors)

@@ -24,24 +24,20 @@ MAX_TOKENS_AT_ONCE = 1 << 18
 
 
 def has_experts(skeleton: Skeleton) -> bool:
-    """Check whether a model has experts whose tokens can be counted."""
-    return any(_experts_in(block) for block in skeleton.blocks)
+    """Check whether a model has experts whose tokens can be counted: as many in each block that has any."""
+    modules = [module for block in skeleton.blocks for module in _experts_in(block).values()]
+    return len({_count_experts(module) for module in modules}) == 1
 
 
-def count_routed(
-    skeleton: Skeleton, rows: Sequence[Sequence[int]], progress: Callable[[int, int], None] = lambda done, total: None
-) -> Routing:
+def count_routed(skeleton: Skeleton, rows: Sequence[Sequence[int]]) -> Routing:
     """Count the tokens of each row, a sequence of token ids, that each expert gets.
 
-    `progress` gets the number of finished blocks, and of all. Raises CheckpointError for a model that cannot be run one
-    block at a time.
+    Raises CheckpointError for a model that cannot be run one block at a time.
     """
     skeleton.load_ends()
-    passes = list(_passes(rows))
-    total, parts = len(passes) * len(skeleton.blocks), []
-    names: tuple[str, ...] = ()
+    parts, names = [], tuple[str, ...]()
     with torch.inference_mode(), few_threads(skeleton.nbytes):
-        for index, some in enumerate(passes):
+        for some in _passes(rows):
             groups = [Rows.of(skeleton, torch.tensor([row])) for row in some]
             counts: dict[str, list[torch.Tensor]] = {}
             for number in range(len(skeleton.blocks)):
@@ -51,7 +47,6 @@ def count_routed(
                         for name, tokens in counted.items():
                             counts.setdefault(f"{number}.{name}", []).append(tokens.cpu().clone())
                             tokens.zero_()
-                progress(index * len(skeleton.blocks) + number + 1, total)
             names = tuple(counts)
             parts.append(np.stack([torch.stack(counts[name]).int().numpy() for name in names], axis=1))
     return Routing(names, np.concatenate(parts))
@@ -79,6 +74,10 @@ def _experts_in(block: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def _count_experts(module: nn.Module) -> int:
+    return len(module) if isinstance(module, nn.ModuleList) else cast(int, module.num_experts)
+
+
 @contextlib.contextmanager
 def counting_experts(block: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """Count the tokens that each expert of a block gets, int64 `[experts]` by the name of the module that has them."""
@@ -86,13 +85,13 @@ def counting_experts(block: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     handles = []
     for name, module in _experts_in(block).items():
         if isinstance(module, nn.ModuleList):
-            counted[name] = torch.zeros(len(module), dtype=torch.int64)
+            counted[name] = torch.zeros(_count_experts(module), dtype=torch.int64)
             handles += [
                 expert.register_forward_pre_hook(_count_inputs(counted[name], number), with_kwargs=True)
                 for number, expert in enumerate(module)
             ]
         else:
-            counted[name] = torch.zeros(cast(int, module.num_experts), dtype=torch.int64)
+            counted[name] = torch.zeros(_count_experts(module), dtype=torch.int64)
             handles.append(module.register_forward_pre_hook(_count_chosen(counted[name]), with_kwargs=True))
     try:
         yield counted

@@ -110,11 +110,12 @@ class _Counter:
         from requant.tasks.writing.routing import count_routed, has_experts
 
         skeleton = Skeleton(checkpoint, run_settings(self._base.folder, self._base.remote_code))
-        if not has_experts(skeleton):
+        log.info(f"counting the tokens that each expert gets of {len(rows)} rows")
+        routing = count_routed(skeleton, [row.tokens for row in rows]) if has_experts(skeleton) else None
+        if routing is None or not routing.tokens.any():  # Some models do not tell the experts which tokens are theirs.
             log.warning(f"the tokens of each expert cannot be counted in {type(skeleton.model).__name__}")
             return None
-        log.info(f"counting the tokens that each expert gets of {len(rows)} rows")
-        return count_routed(skeleton, [row.tokens for row in rows])
+        return routing
 
 
 class _Writing:

@@ -94,14 +94,14 @@ def test_the_base_is_downloaded_and_measured_once_for_two_results(two: Two) -> N
 
 
 def test_the_base_writes_its_calibration_text_once_for_two_results(two: Two) -> None:
-    """It writes it after it is downloaded, in batches that are gone afterwards; the card and the record say so."""
+    """It writes it after it is downloaded, and nothing else stays of it; the records of both say so."""
     assert by_output(two.outcome)[EIGHT]["self_calibration"] == "reused" and two.made["self_calibration"] == 1
     assert "transformers" in two.outcome.stderr and "writes calibration text" in two.outcome.stderr
-    assert not list((two.requant.store / "work").glob("self_calibration/*/*"))
+    assert not list((two.requant.store / "work").glob("self_calibration-*"))
     for name in (FOUR, EIGHT):
-        stages = json.loads((two.requant.folder / "out" / name / "requant.json").read_text())["stages"]
-        assert stages["self_calibration"]["rows"] == stages["quantize"]["sources"][0]["rows"] > 4
-        assert stages["quantize"]["sources"][0]["source"] == "self"
+        records = json.loads((two.requant.folder / "out" / name / "requant.json").read_text())["provenance"]
+        assert records["self_calibration"]["rows"] == records["quantize"]["sources"][0]["rows"] > 4
+        assert records["quantize"]["sources"][0]["source"] == "self"
 
 
 def test_each_result_is_what_its_line_says(two: Two) -> None:

@@ -13,6 +13,7 @@ from infra.dev.hub.launch import HubStandIn
 from requant.tasks.artifact import RECIPE
 from requant.tasks.checkpoint.audit import account
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.texts.text import BUILTIN_FOLDER
 from tests.factories.fp8_bases import as_fp8
 from tests.factories.pico import pico_base
 from tests.factories.requant import Outcome, Requant, finish, merge, recipe_for, store_in
@@ -85,10 +86,11 @@ def test_a_group_size_of_auto_is_the_one_that_it_comes_to(regrouped: Finished) -
 
 
 def test_prose_code_and_chats_go_through_the_bases_template(regrouped: Finished) -> None:
-    """The default texts."""
+    """The default texts, which are read whole."""
     _, outcome = regrouped
-    assert "calibration: 383 chats through the base's chat template" in outcome.stderr
-    assert "validation text: 40 chats through the base's chat template" in outcome.stderr
+    for what, name in (("calibration", "mixed.jsonl"), ("validation text", "mixed-evaluation.jsonl")):
+        chats = (BUILTIN_FOLDER / name).read_text(encoding="utf-8").count('"messages": [')
+        assert f"{what}: {chats} chats through the base's chat template" in outcome.stderr
     measured = outcome.document["measured"]
     assert (measured["text"], measured["tokens"]) == ("builtin:mixed-evaluation", 24 * 512)
 

@@ -84,7 +84,7 @@ def test_chats_are_measured_on_as_the_bases_template_has_them(tmp_path: Path, mo
 
 
 UNREADABLE = {
-    '{"words": "ab"}\n': r"the rows of rows\.jsonl have the columns words; a row needs text or messages",
+    '{"words": "ab"}\n': r"the rows of rows\.jsonl have the columns words; a row needs text, messages,",
     "[1, 2]": r"rows\.jsonl cannot be read \(ValueError: a row is int",
     "{": r"rows\.jsonl cannot be read \(JSONDecodeError",
     '{"text": 5}\n': r"rows\.jsonl cannot be read \(ValueError: a row has int as text",

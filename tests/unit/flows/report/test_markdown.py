@@ -96,6 +96,25 @@ def test_values_that_could_not_be_measured_are_left_out() -> None:
     assert "Quality" not in text and "Worst" not in text
 
 
+DOMAIN = {
+    "tokens": 8192, "base_perplexity": 10.0, "perplexity": 10.5, "perplexity_increase": 0.05,
+    "perplexity_increase_interval": [0.04, 0.061], "kl_divergence": 0.0675, "kl_divergence_interval": [0.0611, 0.0745],
+    "kl_divergence_p99": 0.54, "kl_noise_floor": 0.00026, "top1_agreement": 0.83, "base_mtp_acceptance": 0.55,
+    "mtp_acceptance_ratio": 0.99, "mtp_acceptance_ratio_interval": [0.981, 1.003],
+}  # fmt: skip
+
+
+def test_quality_by_domain_has_a_row_for_each_with_its_intervals() -> None:
+    lines = sections(told(finished(measured={**MEASURED, "domains": {"code": DOMAIN, "odd|one": DOMAIN}})))
+    (*_, code, odd) = [line for line in lines["Quality by domain"] if line.startswith("|")]
+    assert code == (
+        "| code | 8,192 | 10.00 | +5.0% (+4.0 to +6.1) | 0.0675 (0.0611 to 0.0745) | 0.54 | 0.0003 | 83.0% | 55.0% "
+        "| 0.990 (0.981 to 1.003) |"
+    )
+    assert odd.startswith("| odd\\|one | 8,192 |")
+    assert "Quality by domain" not in sections(told(finished(measured=MEASURED)))
+
+
 def test_speed_has_the_medians_of_each_setting_and_each_prompt_of_the_first() -> None:
     times = {"first_token_seconds": 0.125, "inter_token_seconds": {"median": 0.02, "p99": 0.05}}
     prompts = [

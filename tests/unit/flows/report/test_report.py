@@ -11,6 +11,7 @@ from requant.flows.report.terminal import render, validation_text
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.record import RecordedBlock, StageRecord
 from requant.tasks.validating.gates import Gate, ValidationDocument, summary
+from requant.tasks.validating.measured import DomainValues
 from tests.factories.reports import ARTIFACT, PUBLISHED, RECIPE, SHA, SPEED, finished
 
 
@@ -111,6 +112,18 @@ def test_a_note_in_brackets_is_shown_and_not_taken_for_markup() -> None:
     odd = Gate("structure", 1.0, 0.0, False, "x has shape [8, 128] and [/red] in it")
     table = validation_text(ValidationDocument(gates=(odd,), passed=False, findings=()))
     assert "[8, 128] and [/red] in it" in table
+
+
+def test_a_domain_is_a_row_of_the_terminals_table() -> None:
+    values = DomainValues(
+        tokens=8192, base_perplexity=10.0, perplexity=10.5, perplexity_increase=0.05, kl_divergence=math.nan,
+        kl_divergence_p99=0.5, top1_agreement=0.83, top1_agreement_interval=(0.81, 0.85),
+    )  # fmt: skip
+    document = ValidationDocument(gates=(), passed=False, findings=(), domains={"prose": values})
+    table = validation_text(document)
+    assert "prose" in table and "83.0% (81.0 to 85.0)" in table and "8,192" in table
+    written = json.loads(json.dumps(document.to_json(), allow_nan=False))
+    assert written["domains"]["prose"]["kl_divergence"] is None and written["domains"]["prose"]["tokens"] == 8192
 
 
 def test_a_path_in_brackets_is_shown_whole() -> None:

@@ -23,8 +23,8 @@ def test_a_changed_module_asks_for_the_version_of_its_stage_and_a_new_record() -
     recorded = json.loads(RECORD.read_text())
     changed = (ROOT / SAMPLES).read_text().replace("count - 1", "count")
     assert list(problems(recorded, {**recorded, SAMPLES: hash_of(changed)})) == [
-        f"{SAMPLES} changed: if the result of the stage quantize can differ, raise STAGE.version; in any case "
-        "record the new hash with `python -m infra.dev.stage_hashes`"
+        f"{SAMPLES} changed: if the result of the stage self_calibration or quantize can differ, raise STAGE.version; "
+        "in any case record the new hash with `python -m infra.dev.stage_hashes`"
     ]
 
 

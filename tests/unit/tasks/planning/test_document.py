@@ -14,6 +14,7 @@ from requant.tasks.planning.document import PlanDocument
 from requant.tasks.planning.inputs import Inputs
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.store import Store
+from requant.tasks.texts.calibration import Calibration
 from requant.tasks.texts.text import find_text
 from tests.factories.pico import pico_base
 from tests.factories.stores import held_base
@@ -37,7 +38,8 @@ def ordered(document: Any) -> Any:
 def planned(store: Store, base: Path, **recipe: Any) -> dict[str, Any]:
     """The document of a plan for another machine, of a base that the store has."""
     small = {"group_size": 32, "nsamples": 8, "seqlen": 64, "batch_size": 4}
-    inputs = Inputs(held_base(store, base), find_text("builtin:python"), find_text("builtin:python-evaluation"))
+    calibration = Calibration.of(find_text("builtin:python"))
+    inputs = Inputs(held_base(store, base), calibration, find_text("builtin:python-evaluation"))
     asked = parse_recipe({"base": {"repo_id": "a/b"}, "quantize": small, **recipe})
     document = plan_of(store, asked, inputs, elsewhere=True)
     assert PlanDocument.model_validate(document.to_json()) == document
@@ -51,7 +53,7 @@ def test_documents_from_before_the_models_are_read_and_written_unchanged(case: s
 
 def test_the_plan_of_one_result_has_the_keys_that_it_has_had(store: Store, tmp_path: Path) -> None:
     document = planned(store, pico_base(tmp_path / "base"))
-    assert list(document) == KEYS
+    assert list(document) == [*KEYS, "calibration"]
     assert list(document["output"]) == [*OUTPUT, "quantized", "kept"]
     assert all(list(stage) == STAGE for stage in document["stages"])
     assert list(document["needs"]) == NEEDS
@@ -63,7 +65,7 @@ def test_the_plan_of_outputs_names_the_output_of_each_stage_and_has_a_plan_of_ea
     store: Store, tmp_path: Path
 ) -> None:
     document = planned(store, pico_base(tmp_path / "base"), outputs=[{}, {"name": "eight", "scheme": "W8A16"}])
-    assert list(document) == [*KEYS, "outputs"]
+    assert list(document) == [*KEYS, "calibration", "outputs"]
     assert all(list(stage) == ["output", *STAGE] for stage in document["stages"])
     assert list(document["output"]) == list(UNKNOWN) and list(document["needs"]) == NEEDS
     for one in document["outputs"]:
@@ -76,7 +78,7 @@ def test_a_result_that_cannot_be_made_has_nulls_and_problems(store: Store, tmp_p
     config = (base / "config.json").read_text()
     (base / "config.json").write_text(config.replace('"mtp_num_hidden_layers": 0', '"mtp_num_hidden_layers": 1'))
     document = planned(store, base)
-    assert list(document) == KEYS and document["stages"] == [] and document["output"] == UNKNOWN
+    assert list(document) == [*KEYS, "calibration"] and document["stages"] == [] and document["output"] == UNKNOWN
     assert document["needs"] == {"disk_bytes": None, "ram_bytes": None, "vram_bytes": None}
     (problem,) = document["problems"]
     assert "promises 1 MTP layers and its tensors have 0" in problem and str(tmp_path) not in problem

@@ -122,6 +122,21 @@ def test_chats_are_counted_as_the_template_makes_them(store: Store, tmp_path: Pa
     assert text.chats and problems(store, text, EVALUATION) == []
 
 
+def test_enough_chats_are_read_however_little_of_each_can_be_in_a_sample(store: Store, tmp_path: Path) -> None:
+    """Each has one turn of 300 tokens: one sample of 64 comes of each, and 8 are needed."""
+    rows = [{"messages": [{"role": "user", "content": f"x{n} = 1\n" * 60}]} for n in range(20)]
+    text = local(tmp_path, "long.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert problems(store, text, EVALUATION) == []
+    (told,) = problems(store, text, EVALUATION, nsamples=21)
+    assert "21 samples of 64 need 1,344; there is room for 20 of this length" in told
+
+
+def test_a_file_that_is_cut_off_is_told_although_its_beginning_has_enough_tokens(store: Store, tmp_path: Path) -> None:
+    text = local(tmp_path, "cut.jsonl", (json.dumps({"text": "x = 1\n" * 200}) + "\n") * 3 + '{"text": "cut o')
+    (told,) = problems(store, text, EVALUATION)
+    assert told.startswith("quantize.calibration: cut.jsonl cannot be read (JSONDecodeError: Unterminated string")
+
+
 def test_rows_that_cannot_be_used_are_told_by_their_columns(store: Store, tmp_path: Path) -> None:
     text = local(tmp_path, "rows.jsonl", '{"prompt": "a", "answer": "b"}\n')
     sentence = "the rows of rows.jsonl have the columns prompt, answer; a row needs text, messages, conversations, "

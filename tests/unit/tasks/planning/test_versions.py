@@ -16,12 +16,13 @@ from requant.tasks.planning.inputs import Inputs
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store
+from requant.tasks.texts.calibration import Calibration
 from requant.tasks.texts.text import find_text
 from requant.tasks.versions import locked_version
 from tests.factories.pico import pico_base
 from tests.factories.stores import Install, held_base
 
-CALIBRATION, TEXT = find_text("builtin:python"), find_text("builtin:python-evaluation")
+CALIBRATION, TEXT = Calibration.of(find_text("builtin:python")), find_text("builtin:python-evaluation")
 Problems = Callable[..., list[str]]
 
 

@@ -68,7 +68,9 @@ def test_weights_divide_the_samples(nsamples: int, weights: list[float | None], 
 def test_without_weights_every_source_gives_the_same_and_the_others_fill_up_for_a_short_one() -> None:
     assert counts(supply("a", 1000), supply("b", 1000), nsamples=8) == [4, 4]
     assert counts(supply("a", 1000), supply("b", 25), nsamples=8) == [6, 2]
-    with pytest.raises(RecipeError, match=r"has 75 tokens \(a 50; b 25\), and 8 samples of 10 need 80; .* room for 7 "):
+    assert counts(supply("a.txt", 1000), supply("a.txt", 25), nsamples=8) == [6, 2]  # of two folders
+    told = r"has 75 tokens \(1\. a 50; 2\. b 25\), and 8 samples of 10 need 80; .* room for 7 "
+    with pytest.raises(RecipeError, match=told):
         counts(supply("a", 50), supply("b", 25), nsamples=8)
 
 
@@ -127,6 +129,14 @@ def test_chats_too_few_to_pack_are_an_error_that_says_how_many_samples_work(tmp_
     with pytest.raises(JobRefused, match=r"has 150 tokens, and 7 samples of 20 need 140; there is room for 5 of "):
         calibration_samples(Letters(), [talk], 7, 20)
     assert len(calibration_samples(Letters(), [talk], 5, 20)[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [((15,), 15), ((50,), 20), ((15, 15, 15), 35), ((5, 5, 30), 20), ((20, 20), 40)]
+)
+def test_of_a_long_chat_samples_have_what_begins_at_its_turns(tokens: tuple[int, ...], expected: int) -> None:
+    assert Document("x", tokens, chat=True).sample_tokens(20) == expected
+    assert Document("x", tokens).sample_tokens(20) == sum(tokens)
 
 
 def test_documents_survive_their_file(tmp_path: Path) -> None:

@@ -94,14 +94,22 @@ def test_roles_take_turns_as_chat_templates_expect_it() -> None:
         roles = "".join(message["role"][0] for message in messages)
         # Each round of calls is followed by its results; a round of calls is an assistant's message too.
         assert re.fullmatch(r"s?(u(at+)*a)+", roles), (where, roles)
-        for before, message, after in zip([None, *messages], messages, [*messages[1:], None], strict=False):
+        for message, after in zip(messages, [*messages[1:], None], strict=True):
             assert isinstance(message["content"], str), where
             assert message["content"] or "tool_calls" in message, where
             assert ("tool_calls" in message) == (
                 message["role"] == "assistant" and after is not None and after["role"] == "tool"
             )
             assert message["role"] == "assistant" or set(message) <= {"role", "content", "tool_call_id", "name"}, where
-            assert before is not None or message["role"] in ("system", "user"), where
+
+
+@functools.cache
+def validator(schema: str) -> jsonschema.Draft202012Validator:
+    """Check a schema of parameters, given as JSON, and return what checks arguments; other arguments do not fit."""
+    parameters = json.loads(schema)
+    jsonschema.Draft202012Validator.check_schema(parameters)
+    assert parameters["type"] == "object"
+    return jsonschema.Draft202012Validator({**parameters, "additionalProperties": False})
 
 
 def test_calls_name_a_tool_of_their_row_with_arguments_that_fit_its_schema() -> None:
@@ -109,12 +117,8 @@ def test_calls_name_a_tool_of_their_row_with_arguments_that_fit_its_schema() -> 
         functions = {}
         for tool in row.get("tools", ()):
             assert set(tool) == {"type", "function"} and tool["type"] == "function", (name, number)
-            schema = tool["function"]["parameters"]
-            jsonschema.Draft202012Validator.check_schema(schema)
-            assert tool["function"]["description"] and schema["type"] == "object", (name, number)
-            functions[tool["function"]["name"]] = jsonschema.Draft202012Validator(
-                {**schema, "additionalProperties": False}
-            )
+            assert tool["function"]["description"], (name, number)
+            functions[tool["function"]["name"]] = validator(json.dumps(tool["function"]["parameters"]))
         assert len(functions) == len(row.get("tools", ())), (name, number)
         for call in calls(row):
             assert call["type"] == "function" and set(call["function"]) == {"name", "arguments"}, (name, number)

@@ -137,7 +137,7 @@ def test_a_head_of_another_layout_or_without_its_fusion_layer_is_refused(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     plain = Checkpoint.open(other_base(tmp_path_factory.mktemp("llama"), "llama"))
-    with pytest.raises(CheckpointError, match="no layout that can be run here"):
+    with pytest.raises(CheckpointError, match="no layout that can be run in torch"):
         MtpHead(plain, Skeleton(plain, ON_CPU))
     pico = Checkpoint.open(pico_base(tmp_path_factory.mktemp("pico")))
     whole = pico.head

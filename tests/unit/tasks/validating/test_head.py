@@ -218,6 +218,24 @@ def test_a_fusion_layer_of_another_width_is_refused(bases: dict[str, Path], tmp_
         loaded(folder)
 
 
+def test_the_longest_text_leaves_room_for_the_scores_of_all_pairs_of_tokens(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which sparse attention (16 indexers here, 3 copies in float32) computes at once."""
+    monkeypatch.setattr(measuring, "room", lambda device: 2 * 12 * 16 * 50**2)
+    assert measuring.longest(loaded(bases["glm_moe_dsa"])[0]) == 50
+    assert measuring.longest(loaded(bases["deepseek_v3"])[0]) == 64
+
+
+def test_without_a_part_of_its_head_a_checkpoint_is_measured_and_its_drafts_are_not(
+    bases: dict[str, Path], of_base: Callable[[str], Measurement], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lacking = changed(bases["glm4_moe"], tmp_path / "lacking", lambda tensors: tensors.pop(f"{HEAD}.enorm.weight"))
+    found = measure(lacking, EVALUATION, ON_CPU)
+    assert np.array_equal(found.nll, of_base("glm4_moe").nll) and found.acceptance is None
+    assert f"the MTP head of {lacking} lacks 'enorm.weight': its drafts are not measured" in caplog.text
+
+
 def test_an_inlined_head_of_a_model_that_is_not_known_is_not_run(tmp_path: Path) -> None:
     """Others with the same names fuse in another order, or have other norms."""
     assert not can_be_run(Checkpoint.open(make_base(tmp_path / "base", "inlined")))

@@ -116,15 +116,19 @@ def test_packed_blocks_come_as_what_they_stand_for(bases: dict[str, Path], tmp_p
         assert all(torch.equal(p, expected[name]) for name, p in block.named_parameters())
 
 
+@pytest.mark.parametrize("kind", ["glm4_moe", "deepseek_v3"])
 @torch.inference_mode()
-def test_a_routers_bias_is_not_rounded_where_the_model_is(bases: dict[str, Path]) -> None:
-    """In bfloat16, too, as transformers keeps it: it decides between experts whose scores hardly differ."""
-    skeleton = Skeleton(Checkpoint.open(bases["glm4_moe"]), RunSettings(CPU, torch.bfloat16))
+def test_a_routers_bias_is_not_rounded_where_the_model_is(bases: dict[str, Path], kind: str) -> None:
+    """As in engines: it decides between experts whose scores hardly differ. The block computes with it."""
+    skeleton = Skeleton(Checkpoint.open(bases[kind]), RunSettings(CPU, torch.bfloat16))
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
     with skeleton.loaded(1) as block:
         bias = block.get_buffer("mlp.gate.e_score_correction_bias")
     assert bias.dtype == torch.float32 and bytes(skeleton.checkpoint.tensors[name].read()) == bias.numpy().tobytes()
     assert not torch.equal(bias, bias.bfloat16().float())
+    skeleton.load_ends()
+    (hidden,) = run_blocks(skeleton, [Rows.of(skeleton, torch.randint(10, 2000, (1, 17)))])
+    assert hidden.dtype == torch.bfloat16 and bool(hidden.isfinite().all())
 
 
 def test_rows_that_blocks_treat_differently_are_refused(bases: dict[str, Path]) -> None:
