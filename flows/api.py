@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from requant.tasks.planning.document import PlanDocument
     from requant.tasks.recipe.recipe import Recipe
     from requant.tasks.validating.comparison import ComparisonDocument
-    from requant.tasks.validating.gates import ValidationDocument
+    from requant.tasks.validating.document import ValidationDocument
 
 
 def plan(recipe: Recipe | str | Path, *, overrides: Sequence[str] = (), elsewhere: bool = False) -> PlanDocument:
@@ -137,7 +137,7 @@ def validate(folder: str | Path, *, base: str | Path, recipe: Recipe | str | Pat
     from requant.tasks.store import open_store
     from requant.tasks.texts.validation import find_validation_text
     from requant.tasks.validate import text_for_measuring, validate_folders
-    from requant.tasks.validating.gates import ValidationDocument
+    from requant.tasks.validating.document import ValidationDocument
 
     loaded = None if recipe is None else read_recipe(recipe)
     remote_code = loaded is not None and loaded.allow_remote_code

@@ -28,8 +28,11 @@ from prefect.states import Cancelled, Cancelling, Completed, Failed, Running
 from requant.flows.own_run import exit_if_run_is_over, watch_own_run
 from requant.flows.sweep import propose, state_after_crash
 from requant.flows.work_pool import WorkerNotice, problem_of_pool
+from requant.tasks.acceptance import DraftCounter, acceptance_key, acceptance_task
 from requant.tasks.artifact import Manifest
+from requant.tasks.benchmark import STAGE as BENCHMARK
 from requant.tasks.benchmark import benchmark_key, benchmark_task
+from requant.tasks.benchmark import read_result as read_benchmark
 from requant.tasks.errors import RecipeError, RequantError, StoreError
 from requant.tasks.evaluate import check_tasks
 from requant.tasks.hub.revision import Revision
@@ -143,14 +146,33 @@ def validate(recipe: Recipe, base: str, artifact: str, text: str | dict[str, str
 
 
 @recipe_flow("benchmark")
-def benchmark(recipe: Recipe, artifact: str, key: str) -> State[Any]:
-    """Measure the speed of the artifact with the mtp_fix key `artifact`."""
+def benchmark(recipe: Recipe, artifact: str, text: str | dict[str, str], key: str) -> State[Any]:
+    """Measure the speed of the artifact with the mtp_fix key `artifact`, and count its drafts on a text."""
 
     def work() -> Any:
-        checked, store = recipe_of(recipe), open_checked_store()
+        checked, store, validation = recipe_of(recipe), open_checked_store(), find_validation_text(text)
         quantized_files = _artifact(store, "mtp_fix", artifact)
         _check_key(key, benchmark_key(checked, quantized_files))
-        return benchmark_task(checked, quantized_files)
+        return benchmark_task(checked, quantized_files, DraftCounter(store, checked, validation).count_while_served)
+
+    return run_to_final_state(work)
+
+
+@recipe_flow("acceptance")
+def acceptance(
+    recipe: Recipe, base: str, artifact: str, text: str | dict[str, str], benchmark: str, key: str
+) -> State[Any]:
+    """Compare the drafts of the artifact with the mtp_fix key `artifact` with its base's, in one engine.
+
+    `base` is the key of the base's download, and `benchmark` that of the artifact's benchmark.
+    """
+
+    def work() -> Any:
+        checked, store, validation = recipe_of(recipe), open_checked_store(), find_validation_text(text)
+        base_files, quantized_files = _artifact(store, "download", base), _artifact(store, "mtp_fix", artifact)
+        measured = read_benchmark(store, _artifact(store, BENCHMARK.name, benchmark))
+        _check_key(key, acceptance_key(checked, base_files, quantized_files, validation, measured.engine))
+        return acceptance_task(checked, base_files, quantized_files, validation, measured)
 
     return run_to_final_state(work)
 
@@ -206,19 +228,21 @@ def gpu_pool_stages(recipe: Recipe, base: Revision) -> frozenset[str]:
 def delegates(stage: str, recipe: Recipe, weights_bytes: int) -> bool:
     """Check whether this run has a stage done by a worker of the gpu pool.
 
-    A run started by a worker always delegates quantize, with the text that the base writes for it, and delegates
-    validate and benchmark for LARGE_MODEL_BYTES or more, unless the benchmark needs no model on this machine. Any other
-    run does all stages itself.
+    A run started by a worker always delegates quantize, with the text that the base writes for it. It delegates
+    validate for LARGE_MODEL_BYTES or more, and then also benchmark and acceptance, unless these need no model on this
+    machine. Any other run does all stages itself.
     """
     if runtime.deployment.id is None:
         return False
     large = weights_bytes >= LARGE_MODEL_BYTES
     runs_model = recipe.benchmark.engine in {"auto", "vllm", "torch"}
+    in_engine = large and runs_model
     return {
         "self_calibration": writes_text(recipe),
         "quantize": True,
         "validate": large,
-        "benchmark": large and runs_model,
+        "benchmark": in_engine,
+        "acceptance": in_engine,
     }[stage]
 
 

@@ -1,4 +1,7 @@
-"""The pipeline: download -> (self_calibration ->) quantize -> mtp_fix -> validate -> benchmark -> publish."""
+"""The pipeline: download -> quantize -> mtp_fix -> validate -> benchmark -> acceptance -> publish.
+
+With `calibration: self`, the stage self_calibration comes before quantize.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import Completed, Failed
 
 from requant.flows.gpu_pool import (
+    StageFailed,
     cancel_children,
     gpu_pool_stages,
     name_for_worker,
@@ -26,13 +30,24 @@ from requant.flows.last_run import remember_run
 from requant.flows.own_run import exit_if_run_is_over, watch_own_run
 from requant.flows.report.markdown import comparison, markdown
 from requant.flows.report.report import RunReport, gate_rows, verdict, worst
+from requant.tasks.acceptance import (
+    NO_BASE_SERVER,
+    DraftCounter,
+    acceptance_key,
+    acceptance_task,
+    drafts_in,
+    read_comparison,
+    serves_base,
+    without_addresses,
+)
+from requant.tasks.acceptance import STAGE as ACCEPTANCE
 from requant.tasks.artifact import PICTURES
 from requant.tasks.benchmark import STAGE as BENCHMARK
 from requant.tasks.benchmark import benchmark_key, benchmark_task
 from requant.tasks.benchmark import read_result as read_benchmark
 from requant.tasks.card.facts import CardFacts
 from requant.tasks.download import download_task
-from requant.tasks.errors import RecipeError, RequantError
+from requant.tasks.errors import EngineFailed, RecipeError, RequantError
 from requant.tasks.evaluate import check_tasks, has_lm_eval
 from requant.tasks.hub.publish_target import check_target
 from requant.tasks.hub.revision import Revision, resolve
@@ -49,6 +64,7 @@ from requant.tasks.recipe.loader import recipe_of
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.self_calibration import STAGE as SELF_CALIBRATION
 from requant.tasks.self_calibration import self_calibration_key, self_calibration_task
+from requant.tasks.serving.result import BenchmarkResult
 from requant.tasks.store import Store, open_checked_store, open_store
 from requant.tasks.store.runs import recorded
 from requant.tasks.texts.calibration import Calibration, find_calibration
@@ -57,6 +73,7 @@ from requant.tasks.texts.validation import find_validation_text
 from requant.tasks.validate import STAGE as VALIDATE
 from requant.tasks.validate import read_values as read_measured
 from requant.tasks.validate import validate_key, validate_task
+from requant.tasks.validating.engine_gate import EngineDrafts, judge_engine
 from requant.tasks.validating.gates import accepted, judge, summary
 
 log = logging.getLogger(__name__)
@@ -194,7 +211,16 @@ def _run_stages(context: RunContext, report: RunReport) -> None:
     if not accepted(report.gates):
         report.status = "rejected"
         return
-    report.benchmark = read_benchmark(store, _record(_benchmark(recipe, fixed, delegated), report))
+    benchmarked = _record(_benchmark(context, recipe, fixed), report)
+    report.benchmark = read_benchmark(store, benchmarked.manifest)
+    made = MadeStages(downloaded, fixed, benchmarked)
+    engine_gates = judge_engine(measured, recipe.gates, _drafts_in_engine(context, report, made))
+    if engine_gates:
+        report.gates = [*report.gates, *engine_gates]
+        show_gates(report)
+    if not accepted(report.gates):
+        report.status = "rejected"
+        return
     draw_pictures(report)
     report.status = "validated"  # The Markdown report below shows the status.
     facts = CardFacts(
@@ -204,6 +230,7 @@ def _run_stages(context: RunContext, report: RunReport) -> None:
         measured=measured,
         gates=report.gates,
         benchmark=report.benchmark,
+        drafts=report.drafts,
         provenance={stage.name: stage.provenance for stage in report.stages},
         pictures=report.pictures,
         others={name: other.recipe for name, other in foreseen.items() if name != report.name},
@@ -250,10 +277,50 @@ def _validate(recipe: Recipe, base: StageResult, fixed: StageResult, text: Text,
     return run_on_gpu_pool(VALIDATE, key, recipe, base=base.key, artifact=fixed.key, text=names_for_worker(text))
 
 
-def _benchmark(recipe: Recipe, fixed: StageResult, delegated: frozenset[str]) -> Any:
-    if BENCHMARK.name not in delegated:
-        return benchmark_task(recipe, fixed.manifest)
-    return run_on_gpu_pool(BENCHMARK, benchmark_key(recipe, fixed.manifest), recipe, artifact=fixed.key)
+def _benchmark(context: RunContext, recipe: Recipe, fixed: StageResult) -> Any:
+    text = context.text
+    if BENCHMARK.name not in context.delegated:
+        return benchmark_task(recipe, fixed.manifest, DraftCounter(context.store, recipe, text).count_while_served)
+    key = benchmark_key(recipe, fixed.manifest)
+    return run_on_gpu_pool(BENCHMARK, key, recipe, artifact=fixed.key, text=names_for_worker(text))
+
+
+@dataclass(frozen=True)
+class MadeStages:
+    """The stages of a result that a comparison of its drafts reads."""
+
+    base: StageResult  # downloaded
+    artifact: StageResult  # of mtp_fix
+    benchmark: StageResult
+
+
+def _drafts_in_engine(context: RunContext, report: RunReport, made: MadeStages) -> EngineDrafts | None:
+    """Compare the drafts of the result with its base's in the engine that measured it. None if it does not draft there.
+
+    If no engine serves the base, the run goes on: the gate then says why the drafts were not compared.
+    """
+    recipe, measured, benchmark = report.settled, report.measured, report.benchmark
+    assert recipe is not None and measured is not None and benchmark is not None
+    if not drafts_in(benchmark.engine, recipe.benchmark, head=measured.head_kept):
+        return None
+    if not serves_base(benchmark.engine, recipe.benchmark):
+        return EngineDrafts(why_not=NO_BASE_SERVER)
+    try:
+        compared = _record(_acceptance(context, recipe, made, benchmark), report)
+    except (EngineFailed, StageFailed, RecipeError) as error:
+        log.warning(f"the drafts are not compared with the base's: {error}")
+        return EngineDrafts(why_not=without_addresses(str(error), recipe.benchmark))
+    report.drafts = read_comparison(context.store, compared.manifest)
+    return EngineDrafts(report.drafts)
+
+
+def _acceptance(context: RunContext, recipe: Recipe, made: MadeStages, benchmark: BenchmarkResult) -> Any:
+    base, artifact, text = made.base.manifest, made.artifact.manifest, context.text
+    if ACCEPTANCE.name not in context.delegated:
+        return acceptance_task(recipe, base, artifact, text, benchmark)
+    reads = {"base": made.base.key, "artifact": made.artifact.key, "benchmark": made.benchmark.key}
+    key = acceptance_key(recipe, base, artifact, text, benchmark.engine)
+    return run_on_gpu_pool(ACCEPTANCE, key, recipe, **reads, text=names_for_worker(text))
 
 
 @task(**options("resolve", hours=1))

@@ -41,7 +41,8 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Failed, to_state_create
 
 TAG = "requant"  # on every deployment in deployments/prefect.yaml
-FLOWS = ("requantize", "plan", "watch", "self_calibration", "quantize", "validate", "benchmark")  # of the same file
+# The flows of the same file.
+FLOWS = ("requantize", "plan", "watch", "self_calibration", "quantize", "validate", "benchmark", "acceptance")
 PASS_INTERVAL_S = 10.0
 MAX_PASS_GAP_S = 30.0  # After a longer gap, between two passes or within one, heartbeats may have been missed.
 HEARTBEAT_TIMEOUT_S = 90.0  # three heartbeats

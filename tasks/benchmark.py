@@ -6,14 +6,14 @@ speed of transformers on this machine is measured, and the result says that it i
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from prefect import task
 
-from requant.tasks import hardware
 from requant.tasks.artifact import File, Manifest
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.writer import write_file, write_json
@@ -23,23 +23,27 @@ from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, ru
 from requant.tasks.recipe.engine_flags import speculates, with_drafts, without_drafts
 from requant.tasks.recipe.recipe import Benchmark, Recipe
 from requant.tasks.serving.client import SAMPLING
+from requant.tasks.serving.drafts import ServedCheckpoint
 from requant.tasks.serving.measure import measure_speed
 from requant.tasks.serving.prompts import digest_of_prompts, has_chat_template, load_prompts
 from requant.tasks.serving.result import BenchmarkResult, PromptResult, ServeCommand, compare_mtp
 from requant.tasks.serving.vllm import find_server, find_vllm, serve_vllm
 from requant.tasks.store import Store, open_store
+from requant.tasks.validating.drafts import EngineSetup
 
 STAGE = Stage("benchmark", 2, tools=("transformers", "auto-round"))
 RESULT_FILE = "benchmark.json"
 MAX_LOG_BYTES = 4 << 20
+NOT_MEASURED_HERE = {"acceptance_precision", "base_engine"}  # settings of the stage `acceptance`
 log = logging.getLogger(__name__)
 
 MtpModes = Literal["auto", "on", "off", "both"]
+CountDrafts = Callable[[Manifest, ServedCheckpoint], None]
 
 
 def benchmark_key(recipe: Recipe, artifact: Manifest) -> str:
     asked = recipe.benchmark
-    settings = {"engine": "none"} if asked.engine == "none" else asked.model_dump()
+    settings = {"engine": "none"} if asked.engine == "none" else asked.model_dump(exclude=NOT_MEASURED_HERE)
     prompts = load_prompts(asked.prompts, asked.max_tokens)
     return STAGE.key(
         reads={"artifact": artifact.digest, "prompts": digest_of_prompts(prompts)},
@@ -47,16 +51,18 @@ def benchmark_key(recipe: Recipe, artifact: Manifest) -> str:
     )
 
 
-def benchmark(store: Store, recipe: Recipe, artifact: Manifest) -> StageResult:
+def benchmark(store: Store, recipe: Recipe, artifact: Manifest, count_drafts: CountDrafts | None = None) -> StageResult:
     """Measure the speed of an artifact. The stage's artifact is benchmark.json and the engine's logs.
 
-    Raises EngineFailed, RecipeError, CheckpointError.
+    `count_drafts` is called with the artifact while an engine serves it and drafts. Raises EngineFailed, RecipeError,
+    CheckpointError.
     """
+    count = functools.partial(count_drafts, artifact) if count_drafts is not None else None
 
     def work(folder: Path) -> Made:
         logs = folder / "logs"
         checkpoint = store.link_files(artifact, folder / "artifact")
-        result = bench(checkpoint, recipe.benchmark, logs, remote_code=recipe.allow_remote_code)
+        result = bench(checkpoint, recipe.benchmark, logs, remote_code=recipe.allow_remote_code, count=count)
         log_files = [_copy_log(path, folder / "out") for path in sorted(logs.glob("*.log"))]
         document = result.with_logs(file.path for file in log_files).to_json()
         files = [write_json(folder / "out", RESULT_FILE, document), *log_files]
@@ -66,17 +72,17 @@ def benchmark(store: Store, recipe: Recipe, artifact: Manifest) -> StageResult:
     return run_stage(store, STAGE, benchmark_key(recipe, artifact), work, lambda: used_tools(recipe.benchmark))
 
 
-def read_result(store: Store, stage: StageResult) -> BenchmarkResult:
-    """Read what a benchmark stage measured. Raises StoreError if its benchmark.json cannot be read."""
-    return BenchmarkResult.from_json(store.read_blob(stage.manifest[RESULT_FILE]))
+def read_result(store: Store, measured: Manifest) -> BenchmarkResult:
+    """Read the artifact of a benchmark stage. Raises StoreError if its benchmark.json cannot be read."""
+    return BenchmarkResult.from_json(store.read_blob(measured[RESULT_FILE]))
 
 
 def used_tools(asked: Benchmark) -> tuple[str, ...]:
     """Return the tools of the stage that a benchmark runs in this environment: vLLM and servers have their own."""
-    return STAGE.tools if _engine(asked) == "torch" else ()
+    return STAGE.tools if engine_of(asked) == "torch" else ()
 
 
-def _engine(asked: Benchmark) -> str:
+def engine_of(asked: Benchmark) -> str:
     """Choose the engine that measures on this machine."""
     return asked.engine if asked.engine != "auto" else "vllm" if find_vllm() else "torch"
 
@@ -88,15 +94,21 @@ def _copy_log(path: Path, out: Path) -> File:
 
 
 def bench(
-    folder: Path, asked: Benchmark, logs: Path, *, mtp: MtpModes = "auto", remote_code: bool = False
+    folder: Path,
+    asked: Benchmark,
+    logs: Path,
+    *,
+    mtp: MtpModes = "auto",
+    remote_code: bool = False,
+    count: Callable[[ServedCheckpoint], None] | None = None,
 ) -> BenchmarkResult:
     """Measure the checkpoint in `folder` as the recipe's section `benchmark` asks.
 
     `mtp` chooses whether vLLM drafts with the MTP head: `on`, `off`, `both`, or `auto`, which is `both` if there is a
-    head. The logs of an engine that is started are written to the folder `logs`. Raises EngineFailed, RecipeError,
-    CheckpointError.
+    head. The logs of an engine that is started are written to the folder `logs`. `count` is called while vLLM drafts,
+    or with a server that runs already if another one has the base. Raises EngineFailed, RecipeError, CheckpointError.
     """
-    engine = _engine(asked)
+    engine = engine_of(asked)
     if engine == "none":
         return BenchmarkResult(engine=engine, prompts=(), tokens_per_second=None, acceptance=None)
     checkpoint = Checkpoint.open(folder)
@@ -110,23 +122,23 @@ def bench(
     if engine.startswith("url:"):
         server = find_server(engine.removeprefix("url:"), chat=chat)
         rows = measure_speed(server, prompts, asked.concurrency, None)
+        if count is not None and asked.base_engine is not None:
+            count(ServedCheckpoint(folder, server, engine, EngineSetup()))
         return _result_of(engine, asked, rows).model_copy(update={"model": server.model})
-    rows, commands, peaks_bytes, version = [], [], [], ""
+    rows, commands, peaks_bytes, setup = [], [], [], EngineSetup()
     for drafting in _modes(mtp, checkpoint, asked.flags):
         flags = with_drafts(asked.flags, asked.draft_tokens) if drafting else without_drafts(asked.flags)
         log_path = logs / f"vllm-mtp-{'on' if drafting else 'off'}.log"
         with serve_vllm(folder, flags, log_path, chat=chat, remote_code=remote_code) as running:
             rows += measure_speed(running.server, prompts, asked.concurrency, drafting)
             running.measure_memory()
-            version = running.version
+            setup = EngineSetup(f"vLLM {running.version}", running.hardware)
+            if drafting and count is not None:
+                count(ServedCheckpoint(folder, running.server, engine, setup))
             commands.append(ServeCommand(mtp=drafting, words=tuple(running.command)))
             peaks_bytes.append(running.peak_gpu_bytes or 0)
     return _result_of(engine, asked, rows, commands).model_copy(
-        update={
-            "version": f"vLLM {version}",
-            "hardware": ", ".join(hardware.gpu_names()) or f"CPU, {hardware.machine().cpus} cores",
-            "peak_gpu_bytes": max(peaks_bytes) or None,
-        }
+        update={"version": setup.version, "hardware": setup.hardware, "peak_gpu_bytes": max(peaks_bytes) or None}
     )
 
 
@@ -161,5 +173,5 @@ def _modes(mtp: MtpModes, checkpoint: Checkpoint, flag_names: Collection[str]) -
 
 
 @task(**options("benchmark", hours=4))
-def benchmark_task(recipe: Recipe, artifact: Manifest) -> Any:
-    return stage_summary(benchmark(open_store(), recipe, artifact))
+def benchmark_task(recipe: Recipe, artifact: Manifest, count_drafts: CountDrafts | None = None) -> Any:
+    return stage_summary(benchmark(open_store(), recipe, artifact, count_drafts))

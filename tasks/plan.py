@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from requant.tasks.acceptance import STAGE as ACCEPTANCE
+from requant.tasks.acceptance import acceptance_key, drafts_in, serves_base
 from requant.tasks.artifact import REWRITTEN, Manifest
 from requant.tasks.benchmark import STAGE as BENCHMARK
-from requant.tasks.benchmark import benchmark_key, used_tools
+from requant.tasks.benchmark import benchmark_key, engine_of, used_tools
 from requant.tasks.checkpoint.base_check import check_base
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.document import EngineVerdict
@@ -171,7 +173,11 @@ class _Planner:
             return recipe, _without_result(recipe, self.inputs.base, problems)
         done = self._finished_stages(recipe)
         text_tokens = needed_tokens(self.recipe) if writes_text(self.recipe) else None
-        stages = tuple(plan_stages(recipe, self.base, output, done, before.stages(recipe), text_tokens))
+        engine = engine_of(recipe.benchmark)
+        head = recipe.mtp != "drop" and source.head is not None
+        compared = drafts_in(engine, recipe.benchmark, head=head) and serves_base(engine, recipe.benchmark)
+        left_out = () if compared else (ACCEPTANCE.name,)
+        stages = tuple(plan_stages(recipe, self.base, output, done, before.stages(recipe), text_tokens, left_out))
         to_run = {stage.name for stage in stages if stage.state == "run"}
         needed = estimate_needs(output, recipe, self.base.missing_bytes, to_run, kept_bytes=before.kept_bytes)
         problems += output.problems
@@ -222,6 +228,7 @@ class _Planner:
         if artifact:
             look("validate", validate_key(recipe, files, artifact, inputs.validation))
             look("benchmark", benchmark_key(recipe, artifact))
+            look("acceptance", acceptance_key(recipe, files, artifact, inputs.validation, engine_of(recipe.benchmark)))
         return done
 
     def _machine_problems(self, recipe: Recipe, to_run: Collection[str], disk_bytes: int) -> list[str]:

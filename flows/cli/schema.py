@@ -19,7 +19,7 @@ MODELS = {
     "plan": "requant.tasks.planning.document:PlanDocument",
     "inspect": "requant.tasks.checkpoint.document:InspectDocument",
     "mtp-fix": "requant.tasks.checkpoint.document:MtpFixDocument",
-    "validate": "requant.tasks.validating.gates:ValidationDocument",
+    "validate": "requant.tasks.validating.document:ValidationDocument",
     "compare": "requant.tasks.validating.comparison:ComparisonDocument",
     "bench": "requant.tasks.serving.result:BenchmarkResult",
     "verify": "requant.tasks.hub.verify:ReleaseCheck",

@@ -15,6 +15,7 @@ from requant.tasks.errors import RequantError
 from requant.tasks.hub.release import Release
 from requant.tasks.redaction import without_non_finite
 from requant.tasks.serving.result import BenchmarkResult
+from requant.tasks.validating.drafts import DraftComparison
 from requant.tasks.validating.gates import Gate
 from requant.tasks.validating.measured import Measured
 
@@ -67,6 +68,9 @@ class RunDocument(RunPart):
     gates: tuple[Gate, ...] = Field(description="The gates, as in the document of `requant validate`")
     benchmark: BenchmarkResult | None = Field(
         description="The document of `requant bench`; null if the run did not come to it"
+    )
+    drafts: DraftComparison | None = Field(
+        None, description="The drafts of the result and of the base, counted in one engine; null where they were not"
     )
     published: Release | None = Field(description="The release on the Hub; null if nothing was published")
     measured: (

@@ -21,6 +21,7 @@ from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.record import RecordedBlock
 from requant.tasks.serving.result import BenchmarkResult
 from requant.tasks.store.runs import Run
+from requant.tasks.validating.drafts import DraftComparison
 from requant.tasks.validating.gates import Gate, refusal, summary
 from requant.tasks.validating.measured import Measured
 
@@ -48,6 +49,7 @@ class RunReport:
     measured: Measured | None = None
     gates: list[Gate] = field(default_factory=list)
     benchmark: BenchmarkResult | None = None
+    drafts: DraftComparison | None = None  # in the engine of the benchmark
     published: Release | None = None
     beside: Mapping[str, bytes] = field(default_factory=dict)  # the card and other release files, by name
     pictures: list[Picture] = field(default_factory=list)
@@ -71,6 +73,7 @@ class RunReport:
             stages=tuple(RunStage(name=s.name, state=s.state, seconds=s.seconds) for s in self.stages),
             gates=tuple(self.gates),
             benchmark=self.benchmark,
+            drafts=self.drafts,
             published=self.published,
             measured=self.measured,
             error=self.error,

@@ -20,7 +20,7 @@ from requant.flows.report.report import (
 from requant.tasks.card.rows import DOMAIN_COLUMNS, domain_rows
 from requant.tasks.formatting import gigabytes
 from requant.tasks.serving.result import BenchmarkResult, PromptResult
-from requant.tasks.validating.gates import ValidationDocument
+from requant.tasks.validating.document import ValidationDocument
 from requant.tasks.validating.measured import DomainValues
 
 RIGHT = {

@@ -28,11 +28,18 @@ STAGES = {
     "measure": ("tasks/validating/measure.py", "tasks/texts/rendering.py"),
     "noise_floor": ("tasks/validating/noise.py", "tasks/texts/rendering.py"),
     "benchmark": ("tasks/benchmark.py",),
+    "acceptance": ("tasks/serving/vllm.py", "tasks/validating/drafts.py"),
+    "drafts": ("tasks/serving/drafts.py", "tasks/serving/vllm.py", "tasks/texts/rendering.py"),
     "evaluate": ("tasks/evaluate.py",),
 }
 # Modules whose own code shapes a stage's result, while most of what they import does not.
-# validate.py prepares the text that is measured on.
-WITHOUT_IMPORTS = {"measure": ("tasks/validate.py",), "noise_floor": ("tasks/validate.py",)}
+WITHOUT_IMPORTS = {
+    # validate.py prepares the text that is measured on, and for drafts the text with the places.
+    "measure": ("tasks/validate.py",),
+    "noise_floor": ("tasks/validate.py",),
+    "acceptance": ("tasks/acceptance.py",),
+    "drafts": ("tasks/acceptance.py", "tasks/validate.py"),
+}
 # Modules and folders that no stage's result depends on, and whose imports are not followed.
 SHAPES_NO_RESULT = (
     "tasks/pipeline/",  # keys, leases and records, which are the same for all stages

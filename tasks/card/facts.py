@@ -14,6 +14,7 @@ from requant.tasks.recipe.quantize_section import Quantize
 from requant.tasks.recipe.recipe import PACKED_HEADS, Recipe
 from requant.tasks.record import StageRecord
 from requant.tasks.serving.result import BenchmarkResult
+from requant.tasks.validating.drafts import DraftComparison
 from requant.tasks.validating.gates import Gate
 from requant.tasks.validating.measured import Measured
 
@@ -44,6 +45,7 @@ class CardFacts:
     gates: Sequence[Gate]
     benchmark: BenchmarkResult
     provenance: Mapping[str, StageRecord]  # by stage
+    drafts: DraftComparison | None = None  # in the engine of the benchmark
     pictures: Sequence[Picture] = ()
     others: Mapping[str, Recipe] = field(default_factory=dict)  # the other outputs of the same run, by name
     engines: Mapping[str, EngineVerdict] = field(default_factory=dict)  # the plan's verdicts, by engine

@@ -28,6 +28,7 @@ def recipe_text(facts: CardFacts) -> str:
         document["validation"]["text"] = facts.measured.texts or facts.measured.text
     if document.get("benchmark", {}).get("engine", "").startswith("url:"):
         document["benchmark"].pop("engine")  # it is the address of a private server
+    document.get("benchmark", {}).pop("base_engine", None)  # so is this
     document.pop("hardware", None)  # it has the price of the author's machine
     text = yaml.safe_dump(public(document), sort_keys=False, allow_unicode=True)
     # A number would change the stage keys, so null stays, and a comment names the number.

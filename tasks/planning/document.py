@@ -16,7 +16,9 @@ from requant.tasks.checkpoint.document import EngineVerdict, ModuleGroup
 from requant.tasks.documents import Document, is_none
 from requant.tasks.texts.calibration import CalibrationSource
 
-StageName = Literal["download", "self_calibration", "quantize", "mtp_fix", "validate", "benchmark", "publish"]
+StageName = Literal[
+    "download", "self_calibration", "quantize", "mtp_fix", "validate", "benchmark", "acceptance", "publish"
+]
 
 
 class PlannedBase(Document):

@@ -19,7 +19,7 @@ from requant.tasks.planning.output import CheckpointPlan
 from requant.tasks.planning.transfers import download_bytes, upload_bytes
 from requant.tasks.recipe.recipe import Recipe
 
-ON_GPU = {"self_calibration", "quantize", "validate", "benchmark"}  # stages whose GPU time costs money
+ON_GPU = {"self_calibration", "quantize", "validate", "benchmark", "acceptance"}  # stages whose GPU time costs money
 LINEAR_ATTENTION = re.compile(r"\.linear_attn\.")
 
 
@@ -30,13 +30,17 @@ def plan_stages(
     done: Mapping[str, Manifest],
     shared: Collection[str],
     text_tokens: int | None,
+    left_out: Collection[str] = (),
 ) -> Iterator[PlannedStage]:
     """Yield the stages in the order of a run.
 
     `done` has the artifacts that are in the store, by stage. `shared` names the stages that an earlier output of the
-    same run will have done. `text_tokens` is how much calibration text the base writes; None if it writes none.
+    same run will have done. `text_tokens` is how much calibration text the base writes, None if it writes none, and
+    `left_out` are the stages that this run does not have.
     """
     for name, size_bytes in _moved_bytes(recipe, base, output, done, text_tokens).items():
+        if name in left_out:
+            continue
         holder = "the store has it" if name in done else "an output before it" if name in shared else None
         if name == "publish" and not size_bytes:
             holder = "the Hub has it"
@@ -76,6 +80,7 @@ def _moved_bytes(
         "mtp_fix": output.head_bytes,
         "validate": base.revision.size + result_bytes,
         "benchmark": result_bytes,
+        "acceptance": base.revision.size + result_bytes,
     }
     if recipe.publish is not None:
         moved["publish"] = upload_bytes(recipe, done.get("mtp_fix"), result_bytes)

@@ -48,6 +48,8 @@ DOMAIN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"  # the name of a domain of the evalua
 MAX_KL_DIVERGENCE = 0.25
 ENGINES = ("auto", "vllm", "torch", "none")
 ENGINE_URL = re.compile(r"url:https?://[A-Za-z0-9.-]{1,253}(:\d{1,5})?(/[A-Za-z0-9._~/-]{0,200})?")
+# Keys that were added to these sections, and left out of a recipe's digest while they have their defaults.
+LATER_KEYS = {"gates": ("mtp_acceptance",), "benchmark": ("acceptance_precision", "base_engine")}
 
 
 class Base(Section):
@@ -121,7 +123,10 @@ class Gates(Section):
         0.85, description="Share of positions where both predict the same next token"
     )
     min_mtp_acceptance_ratio: Annotated[float, Field(ge=0, le=10)] | None = Field(
-        0.95, description="Draft acceptance over the base's"
+        0.95, description="Draft acceptance over the base's, in torch and in the benchmark's engine"
+    )
+    mtp_acceptance: Literal["required"] | None = Field(
+        None, description="required: fail where neither torch nor an engine tells the draft acceptance"
     )
     max_block_error: Annotated[float, Field(ge=0, le=100)] | None = Field(
         0.5, description="Error of one decoder block's output, given the base's input, over what the block adds"
@@ -176,6 +181,19 @@ class Benchmark(Section):
     concurrency: int = Field(4, ge=1, le=256, description="Requests at once, beside one at a time")
     draft_tokens: int = Field(1, ge=1, le=8, description="Tokens that the MTP head drafts at once")
     max_tokens: Annotated[int, Field(ge=1, le=32_768)] | None = Field(None, description="At most so many a prompt")
+    acceptance_precision: float = Field(
+        0.01,
+        ge=0.001,
+        le=0.2,
+        description="Count drafts for engine_acceptance_ratio until each rate's 95 % interval is at most this share of "
+        "it wide on either side",
+    )
+    base_engine: str | None = Field(
+        None,
+        description="url:http://... of a server that runs already and serves the base, with the same flags, for "
+        "engine_acceptance_ratio; null: vllm is started on the base",
+        json_schema_extra={"pattern": rf"^{ENGINE_URL.pattern}$"},
+    )
 
     @field_validator("engine")
     @classmethod
@@ -183,6 +201,19 @@ class Benchmark(Section):
         if value not in ENGINES and not ENGINE_URL.fullmatch(value):
             raise ValueError(f"use {', '.join(ENGINES)}, or url:http://HOST:PORT of a server without a password in it")
         return value
+
+    @field_validator("base_engine")
+    @classmethod
+    def address_of_base(cls, value: str | None) -> str | None:
+        if value is not None and not ENGINE_URL.fullmatch(value):
+            raise ValueError("use url:http://HOST:PORT of a server without a password in it")
+        return value
+
+    @model_validator(mode="after")
+    def base_has_a_server_of_its_own(self) -> Benchmark:
+        if self.base_engine is not None and self.base_engine == self.engine:
+            raise ValueError(f"base_engine {self.base_engine} serves the result: name the server of the base")
+        return self
 
 
 class Publish(Section):
@@ -339,6 +370,11 @@ class Recipe(Section):
         if self.validation.tokens is None:
             unused["validation"] = {"tokens"}
         document = self.model_dump(mode="json", exclude=unused)
+        for section, keys in LATER_KEYS.items():
+            defaults = type(getattr(self, section)).model_fields
+            for key in keys:
+                if document[section][key] == defaults[key].default:
+                    del document[section][key]
         # Null was the default of this limit at first, so recipes of that time have it in their digest.
         if document["gates"]["max_kl_divergence"] == MAX_KL_DIVERGENCE:
             document["gates"]["max_kl_divergence"] = None

@@ -6,9 +6,11 @@ The server may be anybody's: the size of its answers, its numbers and the time t
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import httpx
 
@@ -19,6 +21,7 @@ from requant.tasks.serving.metrics import DraftCounters, parse_counters
 from requant.tasks.serving.prompts import Prompt
 from requant.tasks.settings import read_settings
 
+Result = TypeVar("Result")
 SEED = 42
 SAMPLING: dict[str, dict[str, float]] = {
     "greedy": {"temperature": 0.0},
@@ -92,20 +95,36 @@ def ask(server: Server, prompt: Prompt, sampling: str, times: int = 1) -> tuple[
     The counts are differences of the server's counters, and include other requests that the server answers meanwhile.
     Raises EngineFailed.
     """
-    return asyncio.run(_ask(server, prompt, sampling, times))
+
+    async def send(client: httpx.AsyncClient) -> list[Answer]:
+        tasks = [_answer(server, client, prompt, sampling, SEED + number) for number in range(times)]
+        return list(await asyncio.gather(*tasks))
+
+    return asyncio.run(_count_drafts(server, prompt.name, send))
 
 
-async def _ask(server: Server, prompt: Prompt, sampling: str, times: int) -> tuple[list[Answer], DraftCounters]:
+def continue_texts(server: Server, texts: Sequence[str], tokens: int) -> tuple[int, DraftCounters]:
+    """Let a server continue several texts greedily, by `tokens` tokens each, in one request.
+
+    Return the tokens of all answers, and what the engine counted of their drafts, as `ask` does. Raises EngineFailed.
+    """
+    continued = functools.partial(_continue, server, texts=texts, tokens=tokens)
+    return asyncio.run(_count_drafts(server, f"{len(texts)} texts", continued))
+
+
+async def _count_drafts(
+    server: Server, asked: str, send: Callable[[httpx.AsyncClient], Awaitable[Result]]
+) -> tuple[Result, DraftCounters]:
+    """Return what `send` returns, and what the engine counted meanwhile. `asked` names the request in errors."""
     async with server.client() as client:
         try:
             before = await _read_counters(client)
-            tasks = [_answer(server, client, prompt, sampling, SEED + number) for number in range(times)]
-            answers = await asyncio.gather(*tasks)
+            result = await send(client)
             await asyncio.sleep(COUNTER_DELAY_S)
-            return answers, (await _read_counters(client)).since(before)
+            return result, (await _read_counters(client)).since(before)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             reason = str(error) or type(error).__name__
-            raise server.failure(f"{server.url} failed while it was asked {prompt.name!r} ({reason})") from error
+            raise server.failure(f"{server.url} failed while it was asked {asked!r} ({reason})") from error
 
 
 async def _read_counters(client: httpx.AsyncClient) -> DraftCounters:
@@ -115,6 +134,20 @@ async def _read_counters(client: httpx.AsyncClient) -> DraftCounters:
             return DraftCounters()
         body = [line async for line in _lines(response)]
     return parse_counters("\n".join(body))
+
+
+async def _continue(server: Server, client: httpx.AsyncClient, *, texts: Sequence[str], tokens: int) -> int:
+    path = "/v1/completions"
+    asked = {"max_tokens": tokens, "ignore_eos": True, **SAMPLING["greedy"]}
+    body = {"model": server.model, "prompt": list(texts), **asked}
+    async with client.stream("POST", path, json=body) as response:
+        words = "\n".join([line async for line in _lines(response)])
+    if response.status_code != 200:
+        raise server.failure(f"{server.url}{path} refused texts with status {response.status_code}: {words[:300]}")
+    answer = _read_event(words, server)
+    if not answer.completion_tokens:
+        raise server.failure(f"{server.url}{path} answered without counting its tokens (usage)")
+    return answer.completion_tokens
 
 
 async def _answer(server: Server, client: httpx.AsyncClient, prompt: Prompt, sampling: str, seed: int) -> Answer:
@@ -169,13 +202,18 @@ async def _events(response: httpx.Response, server: Server) -> AsyncIterator[Str
     async for line in _lines(response):
         if not line.startswith("data:") or line == "data: [DONE]":
             continue
-        try:
-            event = StreamEvent.from_json(line[5:])
-        except (ValueError, RecursionError) as error:
-            raise server.failure(f"{server.url} streamed what is not JSON: {line[:120]!r}") from error
-        if event.error is not None:
-            raise server.failure(f"{server.url} answered with an error: {event.error[:300]}")
-        yield event
+        yield _read_event(line[5:], server)
+
+
+def _read_event(text: str, server: Server) -> StreamEvent:
+    """Read an event, or a whole answer. Raises EngineFailed for one that is an error or not JSON."""
+    try:
+        event = StreamEvent.from_json(text)
+    except (ValueError, RecursionError) as error:
+        raise server.failure(f"{server.url} answered what is not JSON: {text[:120]!r}") from error
+    if event.error is not None:
+        raise server.failure(f"{server.url} answered with an error: {event.error[:300]}")
+    return event
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[str]:

@@ -47,6 +47,11 @@ class RunningVllm:
     _gpu_bytes_before: int | None  # in use when vLLM was started; None without a GPU
     peak_gpu_bytes: int | None = field(default=None)
 
+    @property
+    def hardware(self) -> str:
+        """The GPUs by name, or the CPU."""
+        return ", ".join(hardware.gpu_names()) or f"CPU, {hardware.machine().cpus} cores"
+
     def measure_memory(self) -> None:
         """Update the peak of GPU memory. Measuring at the end is enough: vLLM frees no memory while it runs."""
         if self._gpu_bytes_before is not None:

@@ -14,6 +14,10 @@ domains.py      the comparison by domain, with intervals
 noise.py        a base against itself, computed in another way
 measured.py     the values that validate records; no torch
 gates.py        the values against the recipe's limits; no torch
+drafts.py       an engine's counts of drafts, and their comparison with the base's; no torch
+ratio.py        the ratio of two draft acceptance rates, with its interval; no torch
+engine_gate.py  that ratio against the recipe's limit; no torch
+document.py     the document of `requant validate`; no torch
 """
 
 from __future__ import annotations

@@ -13,17 +13,17 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, PlainSerializer
 
-from requant.tasks.documents import Document
+from requant.tasks.documents import is_none
 from requant.tasks.recipe.recipe import Gates
-from requant.tasks.redaction import without_non_finite
 from requant.tasks.validating.domain_gates import WorstDomain, worst_domain
-from requant.tasks.validating.measured import DomainValues, MatrixError, Measured, TaskScore
+from requant.tasks.validating.measured import MatrixError, Measured, TaskScore
 
 MAX_REPEATED_SHARE = 0.9  # share of one token in a greedy continuation above which the text is garbage
 # Shares of |W|^2 that rounding alone may lose: 0.28 at most in 2 bits and groups of 64, where nothing is clipped.
 MAX_TUNABLE_NOISE = 0.3  # above this, more noise gives tuning no more freedom
 LOST_MATRIX_NOISE = 0.5  # above this, the rounding says nothing about the matrix
 NO_BASE_ACCEPTANCE = "is undefined, since none of the base's drafts is accepted"  # The ratio to 0 does not exist.
+NOT_IN_TORCH = "Requant cannot run an MTP head of this layout in torch: with benchmark.engine vllm, the engine is asked"
 # Gates whose limits no recipe can set.
 FIXED = {"same_tokens", "most_repeated_token", "long_context", "vision_output", "speculative_decoding"}
 # Gates that say how good the model is. The others ask whether it is complete and undamaged.
@@ -40,8 +40,8 @@ def _finite_or_none(value: float | None) -> float | None:
 class Gate:
     """One comparison of a measured value with its limit.
 
-    `value` None: it could not be measured. It then does not pass a limit. `passed` None: it could not be measured, and
-    no limit was asked for.
+    `value` None: it could not be measured. It then does not pass a limit. `passed` None: the gate was not judged, since
+    no limit was asked for, or nothing here can measure the value, or the value's interval holds the limit.
     """
 
     name: Annotated[str, Field(description="The gate")]
@@ -51,8 +51,15 @@ class Gate:
         Field(description="The measured value, in the unit of its limit; null if not measured, or if not finite"),
     ]
     limit: Annotated[float | None, Field(description="What the value is compared with; null without a limit")]
-    passed: Annotated[bool | None, Field(description="null: the value was not measured, and there is no limit")]
+    passed: Annotated[
+        bool | None,
+        Field(description="null: not judged, because the value was not measured or its interval is too wide"),
+    ]
     note: Annotated[str, Field(description="The reason, or the tensor, block or task with the worst value")] = ""
+    interval: Annotated[
+        tuple[float, float] | None,
+        Field(description="The value's 95 % interval, where that is judged; otherwise absent", exclude_if=is_none),
+    ] = None
 
     @property
     def failed(self) -> bool:
@@ -60,39 +67,14 @@ class Gate:
 
     @property
     def result(self) -> str:
-        """The outcome in a word."""
-        return {True: "passed", False: "failed", None: "not measured"}[self.passed]
+        """The outcome in a word or two."""
+        if self.passed is None:
+            return "not measured" if self.value is None else "cannot tell"
+        return "passed" if self.passed else "failed"
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "value": _finite_or_none(self.value)}
-
-
-def _without_non_finite(domains: dict[str, DomainValues] | None) -> Any:
-    return without_non_finite({name: values.to_json() for name, values in domains.items()}) if domains else None
-
-
-class ValidationDocument(Document):
-    """The document of `requant validate --json`."""
-
-    gates: tuple[Gate, ...] = Field(description="All gates that apply to the checkpoint")
-    passed: bool = Field(description="Whether no gate failed and a value of the model's quality was measured")
-    findings: tuple[str, ...] = Field(description="Differences from the base that change nothing that is computed")
-    domains: Annotated[
-        dict[str, DomainValues] | None,
-        PlainSerializer(_without_non_finite, return_type=dict[str, Any] | None),  # JSON has no NaN
-        Field(description="The comparison by domain of the text; null if the checkpoint could not be compared"),
-    ] = None
-
-    @classmethod
-    def of(cls, measured: Measured, gates: Gates) -> ValidationDocument:
-        """Judge measured values by the limits of a recipe."""
-        results = tuple(judge(measured, gates))
-        return cls(
-            gates=results,
-            passed=accepted(results),
-            findings=measured.audit.differences,
-            domains=measured.divergence.domains,
-        )
+        document = {**asdict(self), "value": _finite_or_none(self.value)}
+        return {key: value for key, value in document.items() if key != "interval" or value is not None}
 
 
 def judge(measured: Measured, gates: Gates) -> list[Gate]:
@@ -144,6 +126,8 @@ def judge(measured: Measured, gates: Gates) -> list[Gate]:
         ratio = on_worst(at_least, "mtp_acceptance_ratio", behaviour.mtp_acceptance_ratio, limit)
         if ratio.value is None and behaviour.base.mtp_acceptance == 0:
             ratio = replace(ratio, note=ratio.note.replace("could not be measured", NO_BASE_ACCEPTANCE))
+        elif behaviour.was_run and behaviour.base.has_unknown_acceptance:
+            ratio = replace(ratio, passed=None, note=NOT_IN_TORCH)
         results.append(ratio)
     if behaviour.speculative_agreement is not None:  # it is measured in float32 and with a head only
         results.append(at_least("speculative_decoding", behaviour.speculative_agreement, 1.0))
@@ -151,7 +135,7 @@ def judge(measured: Measured, gates: Gates) -> list[Gate]:
         tasks, worst_recovery = measured.evaluation.tasks, measured.evaluation.worst_task_recovery
         worst = worst_task(tasks) if tasks else ""
         results.append(at_least("task_recovery", worst_recovery, gates.min_task_recovery, worst))
-    unmeasured = [index for index, gate in enumerate(results) if gate.value is None]
+    unmeasured = [index for index, gate in enumerate(results) if gate.value is None and gate.note != NOT_IN_TORCH]
     if why and unmeasured:  # the reason is the same for all of them, so the first one is enough
         first = results[unmeasured[0]]
         results[unmeasured[0]] = replace(first, note=f"{first.note}: {why}")
@@ -178,12 +162,11 @@ def refusal(gates: Iterable[Gate]) -> str:
 
 
 def summary(gates: Iterable[Gate]) -> str:
-    """Count the gates that passed, failed and could not be measured."""
+    """Count the gates that passed, failed and were not judged."""
     gates = list(gates)
-    failed = sum(gate.failed for gate in gates)
-    unmeasured = sum(gate.passed is None for gate in gates)
-    text = f"{failed} of {len(gates)} failed" if failed else f"{len(gates) - unmeasured} passed"
-    return text + (f", {unmeasured} not measured" if unmeasured else "")
+    results = Counter(gate.result for gate in gates)
+    text = f"{results['failed']} of {len(gates)} failed" if results["failed"] else f"{results['passed']} passed"
+    return text + "".join(f", {results[word]} {word}" for word in ("not measured", "cannot tell") if results[word])
 
 
 def worst_task(tasks: Mapping[str, TaskScore]) -> str:

@@ -146,6 +146,11 @@ class Side(StoredDocument):
         None, description="Draft acceptance rate of each draft while the model decodes greedily"
     )
 
+    @property
+    def has_unknown_acceptance(self) -> bool:
+        """Whether the model was run, and its head could not be: in torch, heads of some layouts cannot."""
+        return self.mtp_acceptance is None and "mtp_acceptance" in self.model_fields_set
+
 
 class Behaviour(StoredDocument):
     """The behaviour of both models on the same text. Shares are of 1."""

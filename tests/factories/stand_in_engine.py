@@ -3,6 +3,10 @@
 `python stand_in_engine.py --model DIR --port N [--die-with WORDS] [--never-ready] [--slow]`. It has a worker in a
 session of its own, as engines have. Both write their process ids into the folder that ENGINE_PIDS names, and the server
 makes a file `asked` there when it was asked for tokens. With --never-ready or --slow it does not listen to SIGTERM.
+
+ENGINE_ACCEPTS is a JSON object with the keys `base` and `quantized`: the share of drafts that is accepted of a
+checkpoint without and with a quantization config, or words to die with. Which drafts are accepted follows from the
+prompts. It drafts one token a piece then, or none for a share of null.
 """
 
 from __future__ import annotations
@@ -10,16 +14,28 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 COUNTS = {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0}
+COUNTING = threading.Lock()
+ACCEPTS = 0.75
+DRAFTS = 4  # tokens a piece
 SLOW = 0.0
+
+
+def count(chance: random.Random) -> None:
+    with COUNTING:
+        COUNTS["drafts"] += bool(DRAFTS)
+        COUNTS["draft_tokens"] += DRAFTS
+        COUNTS["accepted_tokens"] += int(ACCEPTS * DRAFTS) if DRAFTS == 4 else DRAFTS and chance.random() < ACCEPTS
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -31,13 +47,20 @@ class Handler(BaseHTTPRequestHandler):
             "/version": json.dumps({"version": "0.0.1"}),
             "/v1/models": json.dumps({"data": [{"id": "stand-in"}]}),
             "/metrics": "".join(f'vllm:spec_decode_num_{k}_total{{engine="0"}} {v}\n' for k, v in COUNTS.items())
-            + f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{position="0"}} {COUNTS["accepted_tokens"]}\n',
+            + f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{position="0"}} {COUNTS["drafts"]}\n',
         }
         self._send(200 if self.path in answers else 404, answers.get(self.path, "").encode())
 
     def do_POST(self) -> None:
         Path(os.environ["ENGINE_PIDS"], "asked").touch()
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not asked.get("stream"):
+            for prompt in asked["prompt"]:
+                chance = random.Random(prompt)
+                for _ in range(2, asked["max_tokens"] + 1, 2):
+                    count(chance)
+            tokens = len(asked["prompt"]) * (asked["max_tokens"] // 2 * 2)
+            return self._send(200, json.dumps({"choices": [], "usage": {"completion_tokens": tokens}}).encode())
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
@@ -46,11 +69,10 @@ class Handler(BaseHTTPRequestHandler):
             self._event(
                 {"choices": [{"delta": {"role": "assistant", "content": ""}}], "usage": {"completion_tokens": 0}}
             )
+        chance = random.Random(json.dumps([asked.get("prompt"), asked.get("messages")]))
         for made in range(2, asked["max_tokens"] + 1, 2):
             time.sleep(0.001 + SLOW)
-            COUNTS["drafts"] += 4
-            COUNTS["draft_tokens"] += 4
-            COUNTS["accepted_tokens"] += 3
+            count(chance)
             choice: dict[str, Any] = {"delta": {"content": "x "}} if chat else {"text": "x "}
             self._event({"choices": [choice], "usage": {"completion_tokens": made}})
         self._event({"choices": [], "usage": {"completion_tokens": asked["max_tokens"] // 2 * 2}})
@@ -75,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    global SLOW
+    global SLOW, ACCEPTS, DRAFTS
     parser = argparse.ArgumentParser()
     for name in ("--model", "--served-model-name", "--host", "--speculative-config", "--die-with"):
         parser.add_argument(name)
@@ -83,6 +105,12 @@ def main() -> None:
     parser.add_argument("--never-ready", action="store_true")
     parser.add_argument("--slow", action="store_true")
     asked = parser.parse_args()
+    if (shares := json.loads(os.environ.get("ENGINE_ACCEPTS", "{}"))) and asked.model:
+        config = json.loads(Path(asked.model, "config.json").read_text())
+        share = shares["quantized" if "quantization_config" in config else "base"]
+        if isinstance(share, str):
+            sys.exit(share)
+        ACCEPTS, DRAFTS = share or 0.0, int(share is not None and asked.speculative_config is not None)
     if asked.die_with:
         sys.exit(asked.die_with)
     SLOW = 0.5 if asked.slow else 0.0

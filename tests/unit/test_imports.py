@@ -15,7 +15,7 @@ import pytest
 
 from tests.factories.paths import ROOT
 
-STAGES = {"download", "quantize", "mtp_fix", "validate", "evaluate", "benchmark", "publish", "plan"}
+STAGES = {"download", "quantize", "mtp_fix", "validate", "evaluate", "benchmark", "acceptance", "publish", "plan"}
 SOURCES = sorted(path.relative_to(ROOT) for top in ("flows", "tasks") for path in (ROOT / top).rglob("*.py"))
 
 

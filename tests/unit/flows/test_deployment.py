@@ -25,6 +25,7 @@ from requant.flows.gpu_pool import delegates, name_for_worker, run_name
 from requant.flows.requantize import requantize
 from requant.flows.sweep import HEARTBEAT_TIMEOUT_S, TAG
 from requant.tasks.errors import RecipeError, RequantError
+from requant.tasks.planning.stages import ON_GPU
 from requant.tasks.recipe.loader import load_recipe, parse_recipe, recipe_of
 from requant.tasks.recipe.quantize_section import PRESETS
 from requant.tasks.texts.text import find_text
@@ -55,7 +56,7 @@ def test_every_deployment_names_a_flow_and_a_pool() -> None:
         assert each["work_pool"]["name"] in POOLS
         assert TAG in each["tags"]  # which the sweep looks for
     assert {name for name, each in deployments().items() if each["work_pool"]["name"] == "gpu"} == {
-        "self_calibration", "quantize", "validate", "benchmark",
+        "self_calibration", "quantize", "validate", "benchmark", "acceptance",
     }  # fmt: skip
 
 
@@ -141,7 +142,7 @@ def test_a_recipe_with_a_preset_may_be_given_whole_and_the_fields_of_the_form_st
 
 def test_a_run_that_no_worker_started_does_every_stage_itself() -> None:
     recipe = parse_recipe({"base": {"repo_id": "a/b"}})
-    assert not any(delegates(stage, recipe, 54_000_000_000) for stage in ("quantize", "validate", "benchmark"))
+    assert not any(delegates(stage, recipe, 54_000_000_000) for stage in ON_GPU)
 
 
 def test_a_text_goes_to_another_worker_by_a_name_that_it_finds(tmp_path: Path) -> None:

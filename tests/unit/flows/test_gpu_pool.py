@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from inspect import signature
+from pathlib import Path
 from types import SimpleNamespace
 from uuid import uuid4
 
@@ -13,12 +15,17 @@ from prefect.states import Completed, Crashed
 
 from requant.flows import gpu_pool, requantize
 from requant.flows.gpu_pool import CrashOutcome, StageFailed, StageRequest, run_name
+from requant.tasks.artifact import Manifest
 from requant.tasks.errors import RecipeError
 from requant.tasks.hub.revision import HubFile, Revision
-from requant.tasks.pipeline.stage import Stage
+from requant.tasks.pipeline.stage import Stage, StageResult
 from requant.tasks.quantize import STAGE as QUANTIZE
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.record import StageRecord
+from requant.tasks.serving.result import BenchmarkResult
+from requant.tasks.store import open_store
+from requant.tasks.texts.text import Text
 from requant.tasks.validate import STAGE as VALIDATE
 
 RECIPE = parse_recipe({"base": {"repo_id": "a/b"}})
@@ -89,3 +96,24 @@ def test_a_worker_without_lm_eval_can_delegate_its_tasks(resolving: Recipe, monk
     monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "a-deployment")
     base, _, _ = requantize.resolve_task.fn(resolving)
     assert base.sha == "0" * 40
+
+
+def test_the_flows_of_the_engine_take_what_a_run_hands_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A worker finds the text by its name, and what it reads by stage keys."""
+    asked: dict[str, set[str]] = {}
+
+    def ask(stage: Stage, key: str, recipe: Recipe, **reads: str) -> None:
+        asked[stage.name] = {"recipe", *reads, "key"}
+
+    monkeypatch.setattr(requantize, "run_on_gpu_pool", ask)
+    made = StageResult("download", "k", "ran", 0.0, Manifest(()), StageRecord())
+    text = Text("builtin:mixed-evaluation", "a" * 64)
+    context = requantize.RunContext(
+        open_store(tmp_path.as_uri()), text, text, {}, frozenset({"benchmark", "acceptance"})
+    )
+    stages = requantize.MadeStages(made, made, made)
+    requantize._benchmark(context, RECIPE, made)
+    requantize._acceptance(context, RECIPE, stages, BenchmarkResult(engine="vllm"))
+    assert asked == {
+        flow.name: set(signature(flow.fn).parameters) for flow in (gpu_pool.benchmark, gpu_pool.acceptance)
+    }

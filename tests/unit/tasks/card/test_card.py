@@ -18,6 +18,7 @@ from requant.tasks.plots import Picture
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Gates
 from requant.tasks.record import StageRecord
+from requant.tasks.validating.drafts import DraftComparison, DraftCount
 from requant.tasks.validating.gates import judge
 from requant.tasks.validating.measured import Measured
 from tests.factories.cards import HOSTILE, MEASURED, SHA, base_card, card_of, facts_of, recipe
@@ -150,6 +151,23 @@ def test_a_failed_or_unmeasured_gate_is_not_dressed_up() -> None:
     _, body = card_of(measured=measured, gates=judge(Measured.from_json(measured), Gates()))
     assert "| top1_agreement | 0.5 | 0.85 | failed |" in body
     assert "| mtp_acceptance_ratio | not measured | 0.95 | failed |" in body
+
+
+def test_the_drafts_that_an_engine_counted_are_in_the_card_with_their_interval() -> None:
+    ran = {"version": "vLLM 0.32.0", "hardware": "NVIDIA H200"}
+    columns = {"drafted": [280] * 20, "accepted": [250, 246] * 10}, {"drafted": [280] * 20, "accepted": [250] * 20}
+    ours, base = (DraftCount.model_validate({**column, **ran}) for column in columns)
+    drafts = DraftComparison(text="builtin:mixed-evaluation", quantized=ours, base=base)
+    assert drafts.ratio is not None
+    _, body = card_of(drafts=drafts)
+    assert (
+        "Counted by the engine (vLLM 0.32.0 on NVIDIA H200): 88.6% of 5,600 drafted tokens accepted, and of the base's "
+        "89.3% of 5,600, with 1 draft token per step, at the same places of `builtin:mixed-evaluation`. The ratio of "
+        f"the two rates is 0.992 (95 % interval: {drafts.ratio.low:.3f} to {drafts.ratio.high:.3f})."
+    ) in body
+    unknown = {**MEASURED, "mtp_acceptance": None}
+    assert "was not measured in torch." in card_of(drafts=drafts, measured=unknown)[1]
+    assert "rate was not measured." in card_of(measured=unknown)[1] and "Counted by the engine" not in card_of()[1]
 
 
 def test_a_recipe_in_the_card_makes_the_same_again() -> None:

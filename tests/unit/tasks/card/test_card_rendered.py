@@ -156,7 +156,10 @@ def test_the_published_recipe_is_the_one_that_ran_pinned_and_without_folders() -
     asked = recipe(
         quantize={"calibration": "/data/customer/mine.txt", "iters": 7},
         validation={"text": "/data/customer/other.txt"},
-        benchmark={"engine": "url:http://gpu7.customer.example:8000"},
+        benchmark={
+            "engine": "url:http://gpu7.customer.example:8000",
+            "base_engine": "url:http://gpu8.customer.example",
+        },
     )
     text = recipe_text(facts_of(recipe=asked, measured={**MEASURED, "text": "other.txt"}))
     assert "customer" not in text and SHA in text

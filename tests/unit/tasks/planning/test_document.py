@@ -90,3 +90,22 @@ def test_a_document_cannot_be_changed_and_takes_no_key_that_it_does_not_know() -
         document.problems = ()  # type: ignore[misc]
     with pytest.raises(ValidationError, match="surprise"):
         PlanDocument.model_validate({**document.to_json(), "surprise": 1})
+
+
+SERVERS = {"engine": "url:http://127.0.0.1:8000", "base_engine": "url:http://127.0.0.1:8001"}
+COMPARED: list[tuple[dict[str, Any], bool]] = [
+    ({"benchmark": {"engine": "vllm"}}, True),
+    ({"benchmark": {"engine": "vllm"}, "mtp": "drop"}, False),
+    ({"benchmark": {"engine": "torch"}}, False),
+    ({"benchmark": {"engine": SERVERS["engine"]}}, False),
+    ({"benchmark": SERVERS}, True),
+]
+
+
+@pytest.mark.parametrize(("recipe", "compared"), COMPARED)
+def test_the_plan_compares_drafts_where_an_engine_has_result_and_base(
+    recipe: dict[str, Any], compared: bool, store: Store, tmp_path: Path
+) -> None:
+    document = planned(store, pico_base(tmp_path / "base"), **recipe)
+    names = [stage["name"] for stage in document["stages"]]
+    assert names[-1] == ("acceptance" if compared else "benchmark")

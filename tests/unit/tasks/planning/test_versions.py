@@ -109,7 +109,7 @@ def test_a_run_of_a_worker_leaves_to_the_gpu_pool_what_it_does_not_do_itself(
     monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "a-deployment")
     large = Revision("a/b", "0" * 40, (HubFile("model.safetensors", 54_000_000_000, "", "a" * 64),))
     assert gpu_pool_stages(recipe(), base) == {"quantize"}
-    assert gpu_pool_stages(recipe(), large) == {"quantize", "validate", "benchmark"}
+    assert gpu_pool_stages(recipe(), large) == {"quantize", "validate", "benchmark", "acceptance"}
     assert gpu_pool_stages(recipe("none"), large) == {"quantize", "validate"}
     own = recipe("none", quantize={"calibration": "self"})
     assert gpu_pool_stages(own, base) == {"self_calibration", "quantize"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_a_recipe_of_a_base_alone_has_the_reference_cards_settings(tmp_path: Pat
     assert recipe.gates.model_dump() == {
         "max_perplexity_increase": 0.05, "min_top1_agreement": 0.85, "min_mtp_acceptance_ratio": 0.95,
         "max_kl_divergence": 0.25, "max_block_error": 0.5, "max_weight_slope_error": 0.03, "max_weight_offset": 0.25,
-        "min_task_recovery": 0.95,
+        "min_task_recovery": 0.95, "mtp_acceptance": None,
     }  # fmt: skip
 
 
@@ -474,3 +475,36 @@ def test_the_kl_limit_enters_a_digest_only_where_it_is_neither_the_default_nor_t
         for gates in ({}, *({"max_kl_divergence": limit} for limit in (MAX_KL_DIVERGENCE, None, 0.4)))
     )
     assert default == spelled == off != other
+
+
+LATER = [
+    ("gates", "mtp_acceptance", None, "required"),
+    ("benchmark", "acceptance_precision", 0.01, 0.02),
+    ("benchmark", "base_engine", None, "url:http://127.0.0.1:8001"),
+]
+
+
+@pytest.mark.parametrize(("section", "key", "default", "other"), LATER, ids=[row[1] for row in LATER])
+def test_a_key_that_was_added_later_enters_a_digest_only_where_it_is_used(
+    section: str, key: str, default: object, other: object
+) -> None:
+    plain, spelled, used = (
+        parse_recipe({"base": {"repo_id": "a/b"}, **NAMED, section: said}).digest
+        for said in ({}, {key: default}, {key: other})
+    )
+    assert plain == spelled == RECORDED["texts alone"][1] != used
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "words"),
+    [
+        ({"base_engine": "vllm"}, "benchmark.base_engine: use url:http://HOST:PORT"),
+        ({"base_engine": "url:http://me:secret@host"}, "benchmark.base_engine: use url:http://HOST:PORT"),
+        ({"engine": "url:http://a:1", "base_engine": "url:http://a:1"}, "base_engine url:http://a:1 serves the result"),
+        ({"acceptance_precision": 0}, "benchmark.acceptance_precision"),
+        ({"acceptance_precision": "exact"}, "benchmark.acceptance_precision"),
+    ],
+)
+def test_an_impossible_comparison_of_drafts_is_refused_by_name(benchmark: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        parse_recipe({"base": {"repo_id": "a/b"}, "benchmark": benchmark})

@@ -1,0 +1,173 @@
+"""The stage `acceptance`: does the engine accept the drafts of the quantized checkpoint as often as the base's?
+
+The engine counts the drafts of both at the same places of the text for validation, with the same flags. The quantized
+checkpoint is counted by the server that the benchmark started for it; the base by one of its own, afterwards, since a
+GPU may hold only one of them. The count of a base is kept, and serves all that is made from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from requant.tasks.artifact import Manifest
+from requant.tasks.checkpoint.writer import write_json
+from requant.tasks.errors import EngineFailed
+from requant.tasks.pipeline.prefect import options, stage_summary
+from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
+from requant.tasks.recipe.engine_flags import speculates, with_drafts
+from requant.tasks.recipe.recipe import Benchmark, Recipe
+from requant.tasks.redaction import public
+from requant.tasks.serving.drafts import ServedCheckpoint, count_drafts
+from requant.tasks.serving.result import BenchmarkResult
+from requant.tasks.serving.vllm import find_server, serve_vllm
+from requant.tasks.store import Store, open_store
+from requant.tasks.texts.rows import read_rows
+from requant.tasks.texts.text import Text
+from requant.tasks.validate import MAX_CHARACTERS, compared_part, text_for_measuring
+from requant.tasks.validating.drafts import DraftComparison, DraftCount, EngineSetup
+
+STAGE = Stage("acceptance", 1)
+COUNT = Stage("drafts", 1)
+RESULT_FILE, COUNT_FILE = "acceptance.json", "drafts.json"
+NO_BASE_SERVER = "the server has the result alone: name one that has the base in benchmark.base_engine"
+log = logging.getLogger(__name__)
+
+
+def drafts_in(engine: str, asked: Benchmark, *, head: bool) -> bool:
+    """Check whether a result drafts in an engine, which is never auto here. `head`: the result has an MTP head."""
+    return (head or any(map(speculates, asked.flags))) and (engine == "vllm" or engine.startswith("url:"))
+
+
+def serves_base(engine: str, asked: Benchmark) -> bool:
+    """Check whether the base can be served beside a result: a server that runs already has only the result."""
+    return engine == "vllm" or asked.base_engine is not None
+
+
+def without_addresses(sentence: str, asked: Benchmark) -> str:
+    """Take the addresses of the recipe's servers and folders of this machine out of a sentence that is published."""
+    for engine in (asked.engine, asked.base_engine or ""):
+        if engine.startswith("url:"):
+            sentence = sentence.replace(engine.removeprefix("url:").rstrip("/").removesuffix("/v1"), "the server")
+    return str(public(sentence))
+
+
+def acceptance_key(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text, engine: str) -> str:
+    settings = {**_settings(recipe), "engine": engine, "base_engine": recipe.benchmark.base_engine}
+    return STAGE.key(
+        reads={"base": compared_part(base).digest, "artifact": artifact.digest, "text": text.digest}, settings=settings
+    )
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings on which a count of drafts depends, without the engine."""
+    settings = recipe.benchmark.model_dump(include={"flags", "draft_tokens", "acceptance_precision"})
+    return {**settings, "allow_remote_code": recipe.allow_remote_code}
+
+
+@dataclass(frozen=True)
+class DraftCounter:
+    """Counts the drafts of checkpoints as a recipe asks, or takes the count from the store."""
+
+    store: Store
+    recipe: Recipe
+    text: Text
+
+    def count(
+        self,
+        checkpoint: Manifest,
+        engine: str,
+        like: EngineSetup,
+        served: Callable[[Path], AbstractContextManager[ServedCheckpoint]],
+    ) -> DraftCount:
+        """Return the count of a checkpoint. `served` serves it, with files in a scratch folder, and is called at need.
+
+        `like` is the setup to compare with. Where another engine runs here by now, the count has another setup.
+        """
+        key = COUNT.key(
+            reads={"checkpoint": checkpoint.digest, "text": self.text.digest},
+            settings={**_settings(self.recipe), "engine": engine, **vars(like)},
+        )
+
+        def work(scratch: Path) -> Made:
+            remote_code = self.recipe.allow_remote_code
+            with served(scratch) as running:
+                path = text_for_measuring(self.store, self.text, scratch / "words", running.folder, remote_code)
+                text = "\n\n".join(row.text for row in read_rows([path], self.text.name))[:MAX_CHARACTERS]
+                log.info(f"counting drafts at places of {self.text.name}")
+                precision = self.recipe.benchmark.acceptance_precision
+                made = count_drafts(running.server, text, precision, running.setup)
+            files = [write_json(scratch / "out", COUNT_FILE, made.to_json())]
+            put_files(self.store, scratch / "out", files)
+            return Made(Manifest.of(files), {"drafted": made.tokens, "acceptance": made.rate})
+
+        stored = run_stage(self.store, COUNT, key, work)
+        return DraftCount.model_validate_json(self.store.read_blob(stored.manifest[COUNT_FILE]))
+
+    def count_while_served(self, checkpoint: Manifest, running: ServedCheckpoint) -> None:
+        """Count the drafts of a checkpoint that is being served, and keep the count for `acceptance`."""
+        self.count(checkpoint, running.engine, running.setup, lambda _: contextlib.nullcontext(running))
+
+    @contextlib.contextmanager
+    def serve(self, checkpoint: Manifest, engine: str, scratch: Path) -> Iterator[ServedCheckpoint]:
+        """Serve a checkpoint in vLLM, or find the server that has it. Raises EngineFailed or RecipeError."""
+        folder = self.store.link_files(checkpoint, scratch / "checkpoint")
+        if engine.startswith("url:"):
+            server = find_server(engine.removeprefix("url:"), chat=False)
+            yield ServedCheckpoint(folder, server, engine, EngineSetup())
+            return
+        asked, remote_code = self.recipe.benchmark, self.recipe.allow_remote_code
+        flags, log_path = with_drafts(asked.flags, asked.draft_tokens), scratch / "logs" / "vllm.log"
+        with serve_vllm(folder, flags, log_path, chat=False, remote_code=remote_code) as running:
+            setup = EngineSetup(f"vLLM {running.version}", running.hardware)
+            yield ServedCheckpoint(folder, running.server, engine, setup)
+
+
+def acceptance(
+    store: Store, recipe: Recipe, base: Manifest, artifact: Manifest, text: Text, benchmark: BenchmarkResult
+) -> StageResult:
+    """Compare the drafts of an artifact with its base's, in the engine that measured the artifact's speed.
+
+    The stage's artifact is acceptance.json. Raises EngineFailed, or RecipeError if there is no vLLM.
+    """
+    counter = DraftCounter(store, recipe, text)
+
+    def count(checkpoint: Manifest, engine: str, like: EngineSetup) -> DraftCount:
+        return counter.count(checkpoint, engine, like, lambda scratch: counter.serve(checkpoint, engine, scratch))
+
+    def work(folder: Path) -> Made:
+        engine, base_files = benchmark.engine, compared_part(base)
+        base_engine = recipe.benchmark.base_engine or engine
+        ours = count(artifact, engine, EngineSetup(benchmark.version, benchmark.hardware))
+        of_base = count(base_files, base_engine, EngineSetup() if base_engine.startswith("url:") else ours.setup)
+        if engine == base_engine == "vllm" and of_base.setup != ours.setup:
+            # The artifact was measured some time ago, or on another machine.
+            ours = count(artifact, engine, of_base.setup)
+            if ours.setup != of_base.setup:
+                raise EngineFailed(
+                    f"the base was served by {of_base.setup} and the result by {ours.setup}: use one machine"
+                )
+        document = DraftComparison(text=text.name, quantized=ours, base=of_base)
+        files = [write_json(folder / "out", RESULT_FILE, document.to_json())]
+        put_files(store, folder / "out", files)
+        rates = {"acceptance": ours.rate, "base_acceptance": of_base.rate}
+        return Made(Manifest.of(files), {**rates, "bytes_read": base.size + artifact.size})
+
+    return run_stage(store, STAGE, acceptance_key(recipe, base, artifact, text, benchmark.engine), work)
+
+
+def read_comparison(store: Store, compared: Manifest) -> DraftComparison:
+    """Read the artifact of an acceptance stage. Raises StoreError if its acceptance.json cannot be read."""
+    return DraftComparison.from_json(store.read_blob(compared[RESULT_FILE]))
+
+
+@task(**options("acceptance", hours=4))
+def acceptance_task(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text, benchmark: BenchmarkResult) -> Any:
+    return stage_summary(acceptance(open_store(), recipe, base, artifact, text, benchmark))
