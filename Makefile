@@ -54,7 +54,7 @@ test-unit: $(INSTALLED)
 	$(PYTEST) tests/unit $(PARALLEL) $(TESTS)
 
 ## test-engines: load checkpoints in the real vLLM, which is installed first: 3.5 GB
-test-engines: $(INSTALLED)
+test-engines: $(EVALUATES)
 	infra/dev/engines/install build/vllm
 	$(PYTEST) tests/engines $(TESTS)
 

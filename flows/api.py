@@ -132,7 +132,7 @@ def validate(folder: str | Path, *, base: str | Path, recipe: Recipe | str | Pat
 
     Raises CheckpointError, RecipeError, RequantError, HubError, HubUnavailable or StoreError.
     """
-    from requant.tasks.evaluate import check_tasks
+    from requant.tasks.evaluating.definitions import check_tasks
     from requant.tasks.recipe.recipe import PACKED_HEADS, Gates, Validation
     from requant.tasks.store import open_store
     from requant.tasks.texts.validation import find_validation_text
@@ -141,8 +141,7 @@ def validate(folder: str | Path, *, base: str | Path, recipe: Recipe | str | Pat
 
     loaded = None if recipe is None else read_recipe(recipe)
     remote_code = loaded is not None and loaded.allow_remote_code
-    tasks = loaded.eval if loaded else None
-    check_tasks(tasks)
+    check_tasks(loaded.eval if loaded else None)
     validation = loaded.validation if loaded else Validation()
     text = find_validation_text(validation.text)
     with tempfile.TemporaryDirectory(prefix="requant-") as scratch:
@@ -153,7 +152,7 @@ def validate(folder: str | Path, *, base: str | Path, recipe: Recipe | str | Pat
             text_for_measuring(open_store(), text, Path(scratch), base_folder, remote_code),
             remote_code=remote_code,
             pack_head=loaded is not None and loaded.mtp in PACKED_HEADS,
-            tasks=tasks,
+            tasks=loaded,
             tokens=validation.tokens,
         )
     return ValidationDocument.of(measured, loaded.gates if loaded else Gates())

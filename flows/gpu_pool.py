@@ -34,7 +34,7 @@ from requant.tasks.benchmark import STAGE as BENCHMARK
 from requant.tasks.benchmark import benchmark_key, benchmark_task
 from requant.tasks.benchmark import read_result as read_benchmark
 from requant.tasks.errors import RecipeError, RequantError, StoreError
-from requant.tasks.evaluate import check_tasks
+from requant.tasks.evaluating.definitions import check_tasks
 from requant.tasks.hub.revision import Revision
 from requant.tasks.pipeline.log import log_into_runs
 from requant.tasks.pipeline.prefect import crash_stale_task_runs, options, stage_summary

@@ -48,7 +48,7 @@ from requant.tasks.benchmark import read_result as read_benchmark
 from requant.tasks.card.facts import CardFacts
 from requant.tasks.download import download_task
 from requant.tasks.errors import EngineFailed, RecipeError, RequantError
-from requant.tasks.evaluate import check_tasks, has_lm_eval
+from requant.tasks.evaluating.definitions import check_tasks, has_lm_eval
 from requant.tasks.hub.publish_target import check_target
 from requant.tasks.hub.revision import Revision, resolve
 from requant.tasks.mtp_fix import mtp_fix_task

@@ -1,215 +1,182 @@
-"""evaluate: run the lm-eval tasks that the recipe names, for the base and for the quantized model.
+"""evaluate: run the lm-eval tasks that the recipe names, for the base and for the quantized model, and compare them.
 
-One benchmark alone hides damage, so the gate looks at the task that lost the largest share of the base's score. The
-store keeps the scores of a checkpoint: a base is evaluated once for all models made from it. Needs `requant[eval]`.
+Both are run by vLLM with the benchmark's flags where there is one, else in torch with all weights in memory. The store
+keeps the outcomes of a checkpoint: a base is evaluated once for all models made from it. The result is run only until
+the comparison is decided, unless the recipe says otherwise. Needs `requant[eval]`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import math
-import os
-import sys
-from collections.abc import Collection, Iterator, Mapping
-from enum import Enum
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, TypeAdapter
-
-from requant.tasks.artifact import Manifest, digest_of, sha256_of
+from requant.tasks.artifact import Manifest, digest_of
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.writer import write_json
-from requant.tasks.documents import StoredDocument
-from requant.tasks.errors import EvaluationFailed, HubUnavailable, RecipeError, RequantError
-from requant.tasks.hub.revision import resolve
+from requant.tasks.checkpoint.writer import write_file
+from requant.tasks.errors import EngineFailed
+from requant.tasks.evaluating.definitions import data_sets, definitions_digest
+from requant.tasks.evaluating.harness import Harness, has_client, run_in_torch, run_in_vllm
+from requant.tasks.evaluating.outcomes import Outcomes, compare_items
+from requant.tasks.evaluating.rounds import run_in_rounds
 from requant.tasks.pipeline.stage import Made, Stage, put_files, run_stage
 from requant.tasks.recipe.recipe import Eval, Recipe
+from requant.tasks.serving.vllm import find_vllm
 from requant.tasks.store import Store
 from requant.tasks.validating.measured import Evaluation, TaskScore
 
 if TYPE_CHECKING:
     from requant.tasks.validating.model import RunSettings
 
-STAGE = Stage("evaluate", 1, tools=("lm_eval", "transformers"))
-RESULT_FILE = "scores.json"
-SEED = 1234  # of few-shot examples and bootstrap
-BOOTSTRAP_DRAWS = 1000  # for the standard error of metrics that are not a mean
+STAGE = Stage("evaluate", 2, tools=("lm_eval", "transformers"))
+RESULT_FILE = "outcomes.json"
 log = logging.getLogger(__name__)
-logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+Settings = Mapping[str, Any]  # of a key
+# Returns the outcomes of the checkpoint in a folder for some settings: from a store, or by doing the work.
+Remember = Callable[[Path, Settings, Callable[[], Outcomes]], Outcomes]
+Serve = Callable[[Path], contextlib.AbstractContextManager[Harness]]
 
 
-Definition = Mapping[str, Any]  # of a task, as its YAML has it
-
-
-class Entry(Protocol):
-    """An entry of lm-eval's index: the part that is read here."""
-
-    @property
-    def kind(self) -> Enum: ...
-    @property
-    def cfg(self) -> Definition | None: ...
-    @property
-    def tags(self) -> Collection[str]: ...
-
-
-TaskIndex = Mapping[str, Entry]
-
-
-class Score(StoredDocument):
-    """The score of one checkpoint in one task."""
-
-    metric: str = Field(description="lm-eval's name of the metric, with the filter of the answers if there is one")
-    value: float = Field(description="The score, in the metric's own unit")
-    stderr: float | None = Field(None, description="Its standard error; null if lm-eval gives none")
-    samples: int | None = Field(None, description="Number of samples of the task")
-    higher_is_better: bool = Field(True, description="False for metrics such as perplexity")
-
-
-Scores = dict[str, Score]  # by task
-SCORES = TypeAdapter(Scores)
-
-
-def has_lm_eval() -> bool:
-    return importlib.util.find_spec("lm_eval") is not None
-
-
-def check_tasks(settings: Eval | None) -> None:
-    """Check whether these tasks can be run here, before any work is done. Raises RecipeError if they cannot."""
-    if settings is None:
-        return
-    if not has_lm_eval():
-        raise RecipeError(f"eval.tasks: {settings.tasks[0]} needs lm-eval: pip install 'requant[eval]'")
-    if settings.definitions is not None and not os.path.isdir(settings.definitions):
-        raise RecipeError(f"eval.definitions: the folder {settings.definitions} does not exist: correct the path")
-    index = _task_index(settings)
-    for name in settings.tasks:
-        if name not in index:
-            raise RecipeError(f"eval.tasks: lm-eval has no task {name}: `lm_eval ls tasks` lists them")
-        for definition in _leaves(index, name):
-            if definition.get("unsafe_code"):
-                raise RecipeError(
-                    f"eval.tasks: {name} runs code that the model writes, and this machine is no sandbox: leave it out"
-                )
-
-
-def evaluation_key(settings: Eval | None) -> dict[str, Any]:
-    """Return what a stage key says of the tasks: their settings and definitions. Empty if there are no tasks."""
+def evaluation_key(recipe: Recipe) -> dict[str, Any]:
+    """Return what a stage key says of the tasks: settings, definitions, engine. Empty if there are no tasks."""
+    settings = recipe.eval
     if settings is None:
         return {}
-    return {"eval": {**_score_settings(settings), "lm_eval": STAGE.locked["lm_eval"]}}
+    shown = {**_score_settings(settings), "margin": settings.margin, "stop_early": settings.stop_early}
+    engine = {"engine": _engine_settings(recipe)} if _may_use_engine(recipe) else {}
+    return {"eval": {**shown, **engine}, "lm_eval": STAGE.locked["lm_eval"], "evaluate": STAGE.version}
 
 
-def stored_scores(
-    store: Store, recipe: Recipe, checkpoint: Manifest, folder: Path, run_settings: RunSettings
-) -> Scores:
-    """Return the scores of one checkpoint, from the store if they are there.
+def do_not_remember(folder: Path, settings: Settings, work: Callable[[], Outcomes]) -> Outcomes:
+    return work()
 
-    Their key names the checkpoint, the settings of the tasks, and the current commits of the data sets.
+
+def remember_in(store: Store, manifests: Mapping[Path, Manifest], settings: Eval) -> Remember:
+    """Keep outcomes in a store. `manifests` are those of the folders of checkpoints.
+
+    A key names the checkpoint, the settings, and the current commits of the data sets.
     """
-    assert recipe.eval is not None
-    settings = recipe.eval
-    data = data_sets(settings)
-    key = STAGE.key(
-        reads={"checkpoint": checkpoint.digest, "data": digest_of(data)},
-        settings={
-            **_score_settings(settings),
-            "device": run_settings.device.type,
-            "dtype": str(run_settings.dtype),
-        },
-    )
 
-    def work(scratch: Path) -> Made:
-        log.info(f"evaluating {folder.name} on {', '.join(settings.tasks)}")
-        scores = SCORES.dump_python(evaluate(folder, settings, run_settings), mode="json")
-        files = [write_json(scratch, RESULT_FILE, scores)]
-        put_files(store, scratch, files)
-        return Made(Manifest.of(files), {"scores": scores, "data": data})
-
-    return SCORES.validate_json(store.read_blob(run_stage(store, STAGE, key, work).manifest[RESULT_FILE]))
-
-
-def evaluate(folder: Path, settings: Eval, run_settings: RunSettings) -> Scores:
-    """Run the tasks with one checkpoint and return the first metric of each.
-
-    A group that lm-eval aggregates counts as one task; other groups, and tags, count as their members. Raises
-    EvaluationFailed, or HubUnavailable if a data set cannot be fetched at the moment.
-    """
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # otherwise lm-eval forks this process for each bootstrap
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    from requant.tasks.validating.model import free, load_model, load_tokenizer
-
-    model = load_model(Checkpoint.open(folder).sound(), run_settings)
-    tokenizer = load_tokenizer(folder, remote_code=run_settings.remote_code)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # lm-eval prints, and stdout may be reserved for a JSON document
-            results = simple_evaluate(
-                HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=settings.batch_size),
-                tasks=list(settings.tasks),
-                limit=settings.limit,
-                num_fewshot=settings.num_fewshot,
-                apply_chat_template=settings.chat_template,
-                task_manager=_task_manager(settings),
-                log_samples=False,
-                bootstrap_iters=BOOTSTRAP_DRAWS,
-                random_seed=SEED,
-                numpy_random_seed=SEED,
-                torch_random_seed=SEED,
-                fewshot_random_seed=SEED,
-            )
-    except (RequantError, MemoryError):
-        raise
-    except Exception as error:  # a task, its data set and its metric may raise anything
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
-        first_line = next(iter(str(error).splitlines()), "")
-        raised = HubUnavailable if isinstance(error, ConnectionError) else EvaluationFailed
-        raise raised(
-            f"lm-eval failed on {', '.join(settings.tasks)} ({type(error).__name__}: {first_line[:300]})"
-        ) from error
-    del model
-    free(run_settings.device)
-    return _scores(results)
-
-
-def _scores(results: Mapping[str, Any]) -> Scores:
-    """Take the first metric of each entry of lm-eval's results, except members of an aggregated group."""
-    scores: Scores = {}
-    for name, entry in results["results"].items():
-        metrics = [key for key in entry if "," in key and "_stderr," not in key]
-        values = [(key, entry[key]) for key in metrics if isinstance(entry[key], int | float)]
-        if not values:
-            continue
-        (key, value), *_ = values
-        metric, _, filter_name = key.partition(",")
-        stderr = entry.get(f"{metric}_stderr,{filter_name}")
-        scores[name] = Score(
-            metric=metric if filter_name == "none" else f"{metric}, {filter_name}",
-            value=float(value),
-            stderr=float(stderr) if isinstance(stderr, int | float) else None,
-            samples=entry.get("sample_len"),
-            higher_is_better=bool(results["higher_is_better"].get(name, {}).get(metric, True)),
+    def remember(folder: Path, run: Settings, work: Callable[[], Outcomes]) -> Outcomes:
+        data = data_sets(settings)
+        key = STAGE.key(
+            reads={"checkpoint": manifests[folder].digest, "data": digest_of(data)},
+            settings={**_score_settings(settings), **run},
         )
-    grouped = {
-        member for group, members in results.get("group_subtasks", {}).items() if group in scores for member in members
-    }
-    return {name: score for name, score in scores.items() if name not in grouped}
+
+        def make(scratch: Path) -> Made:
+            outcomes = work()
+            files = [write_file(scratch, RESULT_FILE, [outcomes.model_dump_json().encode()])]  # a line, not one an item
+            put_files(store, scratch, files)
+            scores = {name: score.to_json() for name, score in outcomes.scores.items()}
+            return Made(Manifest.of(files), {"engine": outcomes.engine, "scores": scores, "data": data})
+
+        manifest = run_stage(store, STAGE, key, make).manifest
+        return Outcomes.model_validate_json(store.read_blob(manifest[RESULT_FILE]))
+
+    return remember
 
 
-def recovery(base: Mapping[str, Score], ours: Mapping[str, Score]) -> Evaluation:
-    """Compare the scores of both models, task by task.
+def evaluate_pair(recipe: Recipe, base: Path, ours: Path, logs: Path, remember: Remember) -> Evaluation:
+    """Run the tasks of a recipe with the base and with the checkpoint made from it, one after the other, and compare.
+
+    The logs of an engine go to the folder `logs`. Raises EvaluationFailed, HubUnavailable, CheckpointError, or
+    RecipeError if REQUANT_VLLM is no command.
+    """
+    asked = recipe.eval
+    assert asked is not None
+    if _may_use_engine(recipe) and _has_engine():
+
+        @contextlib.contextmanager
+        def serve(folder: Path) -> Iterator[Harness]:
+            log_path = logs / f"vllm-eval-{'base' if folder == base else 'result'}.log"
+            remote_code = recipe.allow_remote_code
+            with run_in_vllm(folder, asked, recipe.benchmark, log_path, remote_code=remote_code) as harness:
+                yield harness
+
+        try:
+            return _Pair(asked, base, ours, serve, remember).evaluate({"engine": _engine_settings(recipe)})
+        except EngineFailed as error:
+            log.warning(f"the tasks are run in torch, since vLLM cannot run them: {error}")
+    settings = whole_model_settings(base, recipe.allow_remote_code)
+    in_torch = _Pair(asked, base, ours, lambda folder: run_in_torch(folder, asked, settings), remember)
+    return in_torch.evaluate({"device": settings.device.type, "dtype": str(settings.dtype)})
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A base, a checkpoint made from it, and what runs tasks with either of them."""
+
+    asked: Eval
+    base: Path
+    ours: Path
+    serve: Serve
+    remember: Remember
+
+    def evaluate(self, settings: Settings) -> Evaluation:
+        """Run the tasks with the base, or take what the store has, then with the checkpoint.
+
+        The engine says its version only when it serves. If the store has outcomes of another version for the base, the
+        base is run again: differences between versions are not differences between checkpoints.
+        """
+        for _ in range(2):
+            of_base = self.remember(self.base, settings, self._run_base)
+            with self.serve(self.ours) as harness:
+                if harness.engine == of_base.engine:
+                    return compare_outcomes(of_base, self._outcomes(harness, of_base, settings), self.asked)
+            settings = {**settings, "version": harness.engine}
+        raise EngineFailed(f"the base was run by {of_base.engine}, and the result by {harness.engine}: run again")
+
+    def _run_base(self) -> Outcomes:
+        with self.serve(self.base) as harness:
+            log.info(f"evaluating the base in {harness.engine} on {', '.join(self.asked.tasks)}")
+            return harness.outcomes()
+
+    def _outcomes(self, harness: Harness, of_base: Outcomes, settings: Settings) -> Outcomes:
+        """Run the tasks with the checkpoint, or take what the store has."""
+        log.info(f"evaluating the result in {harness.engine} on {', '.join(self.asked.tasks)}")
+        settings = {**settings, "run_by": harness.engine}
+        if not stops_early(self.asked, of_base):
+            return self.remember(self.ours, settings, harness.outcomes)
+        return self.remember(
+            self.ours,
+            {**settings, "until_decided": {"margin": self.asked.margin, "base": digest_of(of_base.to_json())}},
+            lambda: run_in_rounds(of_base, self.asked.margin, harness.engine, harness.answers),
+        )
+
+
+def stops_early(asked: Eval, of_base: Outcomes) -> bool:
+    """Check whether the result is run in rounds: if the recipe lets it, and all of the base's scores have items."""
+    return asked.stop_early and of_base.scores.keys() == of_base.items.keys()
+
+
+def compare_outcomes(of_base: Outcomes, of_ours: Outcomes, asked: Eval) -> Evaluation:
+    """Compare the outcomes of both models, task by task, on the items that both did.
 
     The recovery of a task is our score divided by the base's, or the reverse where less is better. It is None if the
     base scores 0: such a task shows nothing, and the worst recovery is None, too.
     """
+    early_stop = stops_early(asked, of_base)
     tasks = {}
-    for name, base_score in base.items():
-        our_score = ours[name]
+    for name, base_score in of_base.scores.items():
+        our_score, base_items, our_items = of_ours.scores[name], of_base.items.get(name), of_ours.items.get(name)
+        more = {}
+        if base_items is not None and our_items is not None:
+            if len(our_items.ids) < len(base_items.ids):
+                base_score = base_items.only(our_items.ids).scored_as(base_score)
+            found = compare_items(
+                base_items,
+                our_items,
+                asked.margin,
+                higher_is_better=base_score.higher_is_better,
+                early_stop=early_stop,
+            )
+            more = {"paired": found} if found else {}
         above, below = (our_score, base_score) if base_score.higher_is_better else (base_score, our_score)
         tasks[name] = TaskScore(
             metric=base_score.metric,
@@ -218,11 +185,16 @@ def recovery(base: Mapping[str, Score], ours: Mapping[str, Score]) -> Evaluation
             recovery=above.value / below.value if base_score.value > 0 and below.value > 0 else None,
             base_stderr=base_score.stderr,
             stderr=our_score.stderr,
-            samples=base_score.samples,
+            samples=our_score.samples,
+            **more,
         )
     recoveries = [task.recovery for task in tasks.values()]
     known = [value for value in recoveries if value is not None]
-    return Evaluation(tasks=tasks, worst_task_recovery=min(known) if known and len(known) == len(recoveries) else None)
+    return Evaluation(
+        tasks=tasks,
+        tasks_engine=of_ours.engine,
+        worst_task_recovery=min(known) if known and len(known) == len(recoveries) else None,
+    )
 
 
 def whole_model_settings(base: Path, remote_code: bool) -> RunSettings:
@@ -234,82 +206,24 @@ def whole_model_settings(base: Path, remote_code: bool) -> RunSettings:
     return RunSettings(device, pick_dtype(parameters, device), remote_code)
 
 
-def data_sets(settings: Eval) -> dict[str, str]:
-    """Return the Hub data sets that the tasks name, with their current commits."""
-    index = _task_index(settings)
-    paths = {str(leaf.get("dataset_path")) for name in settings.tasks for leaf in _leaves(index, name)}
-    return {path: resolve(path, "main", "dataset").sha for path in sorted(paths) if path.count("/") == 1}
+def _may_use_engine(recipe: Recipe) -> bool:
+    """Check whether the recipe lets vLLM run its tasks. A server that runs already does not serve the base."""
+    return recipe.eval is not None and recipe.eval.engine == "auto" and recipe.benchmark.engine in {"auto", "vllm"}
 
 
-def _leaves(index: TaskIndex, name: str, seen: frozenset[str] = frozenset()) -> Iterator[Definition]:
-    """Yield the definitions of the single tasks behind a task, group or tag."""
-    entry = index.get(name)
-    if entry is None or name in seen:
-        return
-    if not _has_members(entry):
-        yield entry.cfg or {}
-    for member in _members(entry):
-        if member is not None:
-            yield from _leaves(index, member, seen | {name})
+def _has_engine() -> bool:
+    if find_vllm() is None:
+        return False
+    if not has_client():
+        log.warning("the tasks are run in torch, since lm-eval cannot ask vLLM: pip install 'requant[eval]'")
+    return has_client()
 
 
-def _has_members(entry: Entry) -> bool:
-    """Check whether an entry of the index is a tag, or a group with a list of its members."""
-    return entry.kind.name == "TAG" or (entry.kind.name == "GROUP" and isinstance((entry.cfg or {}).get("task"), list))
-
-
-def _members(entry: Entry) -> list[str | None]:
-    """Name the members of a tag or a group; None for a member without a name of its own."""
-    if not _has_members(entry):
-        return []
-    members = entry.tags if entry.kind.name == "TAG" else (entry.cfg or {})["task"]
-    names = [member if isinstance(member, str) else member.get("task") or member.get("group") for member in members]
-    return [name if isinstance(name, str) else None for name in names]
+def _engine_settings(recipe: Recipe) -> dict[str, Any]:
+    return {"name": "vllm", "flags": recipe.benchmark.flags, "draft_tokens": recipe.benchmark.draft_tokens}
 
 
 def _score_settings(settings: Eval) -> dict[str, Any]:
     """Return the settings that shape the scores. The batch size does so only by float noise."""
-    return {**settings.model_dump(exclude={"batch_size", "definitions"}), "definitions": _digest(settings.definitions)}
-
-
-def _digest(folder: str | None) -> str:
-    """Return the digest of a folder of definitions: YAML, Python and data. Empty without a folder."""
-    if folder is None:
-        return ""
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".pyc")
-    return digest_of([(str(path.relative_to(folder)), sha256_of(path)) for path in files])
-
-
-def _task_index(settings: Eval) -> TaskIndex:
-    index: TaskIndex = _task_manager(settings).task_index
-    return index
-
-
-def _task_manager(settings: Eval) -> Any:
-    """Return lm-eval's TaskManager. Making one runs no code of a task: lm-eval runs it when it loads the task.
-
-    lm-eval's own tasks are read only if those in the user's folder do not suffice. Where both have a task of the same
-    name, lm-eval takes the user's in either case.
-    """
-    folder, digest = settings.definitions, _digest(settings.definitions)
-    if folder is not None:
-        own = _cached_manager(folder, digest, lm_evals_own=False)
-        if all(_is_complete(own.task_index, name) for name in settings.tasks):
-            return own
-    return _cached_manager(folder, digest, lm_evals_own=True)
-
-
-def _is_complete(index: TaskIndex, name: str, above: frozenset[str] = frozenset()) -> bool:
-    """Check whether an index holds a task and all of its members."""
-    if name not in index or name in above:
-        return False
-    members = _members(index[name])
-    return all(member is not None and _is_complete(index, member, above | {name}) for member in members)
-
-
-@lru_cache(maxsize=2)
-def _cached_manager(folder: str | None, digest: str, *, lm_evals_own: bool) -> Any:
-    """Read an index. lm-eval's own tasks are 14,000 files, which takes 8 s. A changed `digest` misses the cache."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=folder, include_defaults=lm_evals_own)
+    asked = settings.model_dump(include={"tasks", "limit", "num_fewshot", "chat_template"})
+    return {**asked, "definitions": definitions_digest(settings.definitions)}

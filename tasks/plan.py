@@ -23,7 +23,7 @@ from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.download import download_key
 from requant.tasks.errors import CheckpointError, HubError, HubUnavailable, Refused
 from requant.tasks.evaluate import STAGE as EVALUATE
-from requant.tasks.evaluate import check_tasks
+from requant.tasks.evaluating.definitions import check_tasks
 from requant.tasks.excerpt import text_files
 from requant.tasks.hub.revision import Revision, resolve
 from requant.tasks.mtp_fix import mtp_fix_key

@@ -26,12 +26,12 @@ from requant.tasks.checkpoint.weight_error import fidelity
 from requant.tasks.checkpoint.writer import write_file, write_json
 from requant.tasks.documents import first_problem
 from requant.tasks.errors import CheckpointError, RecipeError, RequantError, StoreError, TooFewTokens
-from requant.tasks.evaluate import Scores, evaluate, evaluation_key, recovery, stored_scores, whole_model_settings
+from requant.tasks.evaluate import do_not_remember, evaluate_pair, evaluation_key, remember_in
 from requant.tasks.excerpt import text_files
 from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
-from requant.tasks.recipe.recipe import DOMAIN, PACKED_HEADS, Eval, Recipe
-from requant.tasks.store import Store, open_store
+from requant.tasks.recipe.recipe import DOMAIN, PACKED_HEADS, Recipe
+from requant.tasks.store import Store, cache_folder, open_store
 from requant.tasks.texts.rendering import ReadingLimit, render
 from requant.tasks.texts.rows import read_rows
 from requant.tasks.texts.text import EVALUATION, Text
@@ -44,6 +44,7 @@ from requant.tasks.validating.measured import (
     Audit,
     Behaviour,
     Divergence,
+    Evaluation,
     MatrixError,
     Measured,
     NoiseFloor,
@@ -79,7 +80,7 @@ def validate_key(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text)
             "mtp": recipe.mtp,
             "allow_remote_code": recipe.allow_remote_code,
             "tokens": recipe.validation.tokens,
-            **evaluation_key(recipe.eval),
+            **evaluation_key(recipe),
         },
     )
 
@@ -112,16 +113,16 @@ def validate(
             asked = MeasurementKey(manifests[path].digest, text.digest, tokens, settings)
             return measure_or_reuse(store, asked, path, text_file, folder / "measured" / path.name)
 
-        def evaluate_one(path: Path) -> Scores:
-            return stored_scores(
-                store, recipe, manifests[path], path, whole_model_settings(base_folder, recipe.allow_remote_code)
-            )
+        def evaluate_both() -> Evaluation:
+            assert recipe.eval is not None
+            remember = remember_in(store, manifests, recipe.eval)
+            return evaluate_pair(recipe, base_folder, quantized_folder, folder / "logs", remember)
 
         measured = measured_values(
             Checkpoint.open(quantized_folder),
             base_checkpoint,
             measure_one,
-            evaluate_one if recipe.eval else None,
+            evaluate_both if recipe.eval else None,
             keep_head=recipe.mtp != "drop" and base_checkpoint.head is not None,
             pack_head=recipe.mtp in PACKED_HEADS,
             remote_code=recipe.allow_remote_code,
@@ -285,12 +286,13 @@ def validate_folders(
     *,
     remote_code: bool = False,
     pack_head: bool = False,
-    tasks: Eval | None = None,
+    tasks: Recipe | None = None,
     tokens: int | None = None,
 ) -> Measured:
     """Measure a checkpoint against its base without reusing or storing measurements.
 
-    `text` is a file that `text_for_measuring` returned, and `tokens` how many are measured of each domain.
+    `text` is a file that `text_for_measuring` returned, and `tokens` how many are measured of each domain. `tasks` is
+    the recipe whose lm-eval tasks are run, if it names any.
     """
     checkpoint, base = Checkpoint.open(quantized_folder), Checkpoint.open(base_folder).sound()
 
@@ -309,16 +311,17 @@ def validate_folders(
 
         return noise_floor(base_folder, of_base, settings)
 
-    def evaluate_one(path: Path) -> Scores:
+    def evaluate_both() -> Evaluation:
         assert tasks is not None
-        return evaluate(path, tasks, whole_model_settings(base_folder, remote_code))
+        logs = cache_folder() / "validate" / quantized_folder.resolve().name
+        return evaluate_pair(tasks, base_folder, quantized_folder, logs, do_not_remember)
 
     keep_head = base.head is not None and (checkpoint.head is not None or _promises_head(checkpoint))
     measured = measured_values(
         checkpoint,
         base,
         measure_one,
-        evaluate_one if tasks else None,
+        evaluate_both if tasks and tasks.eval else None,
         keep_head=keep_head,
         pack_head=pack_head,
         remote_code=remote_code,
@@ -346,7 +349,7 @@ def measured_values(
     checkpoint: Checkpoint,
     base: Checkpoint,
     measure_one: Callable[[Path, RunSettings], Measurement],
-    evaluate_one: Callable[[Path], Scores] | None = None,
+    evaluate_both: Callable[[], Evaluation] | None = None,
     *,
     keep_head: bool,
     pack_head: bool,
@@ -354,7 +357,7 @@ def measured_values(
 ) -> Measured:
     """Measure everything that gates, report and card need: first from the files, then by running both checkpoints.
 
-    `measure_one` runs a checkpoint on the text; `evaluate_one` runs its lm-eval tasks, or is None.
+    `measure_one` runs a checkpoint on the text; `evaluate_both` runs the lm-eval tasks of both, or is None.
     """
     from requant.tasks.validating.measure import run_settings
     from requant.tasks.validating.model import completed_config
@@ -366,9 +369,9 @@ def measured_values(
     behaviour, divergence, not_measured = _run_both(
         checkpoint.folder, base.folder, measure_one, settings, sound=not audit.unaccounted
     )
-    evaluation = NOT_EVALUATED if evaluate_one else None
-    if evaluate_one and behaviour.was_run:
-        evaluation = recovery(evaluate_one(base.folder), evaluate_one(checkpoint.folder))
+    evaluation = NOT_EVALUATED if evaluate_both else None
+    if evaluate_both and behaviour.was_run:
+        evaluation = evaluate_both()
     return Measured(
         audit=Audit(**vars(audit)),
         head_kept=keep_head,

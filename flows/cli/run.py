@@ -59,7 +59,7 @@ def run(
       requant run deployments/recipes/demo.yaml --checkout build/result
       requant run recipe.yaml --set quantize.iters=50 --report build/report.json
     """
-    from requant.tasks.evaluate import check_tasks
+    from requant.tasks.evaluating.definitions import check_tasks
     from requant.tasks.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, overrides)

@@ -10,7 +10,8 @@ from requant.tasks.recipe.quantize_section import SELF
 from requant.tasks.record import RecordedSource, StageRecord
 from requant.tasks.redaction import public
 from requant.tasks.serving.result import BenchmarkResult, PromptResult, SpeedSummary
-from requant.tasks.validating.measured import DomainValues, Interval, Measured
+from requant.tasks.validating.measured import DomainValues, Interval, Measured, TaskScore
+from requant.tasks.validating.paired import Comparison
 
 QUALITY_COLUMNS = ("", "base", "quantized", "95 % of the time between")
 DOMAIN_COLUMNS = (
@@ -18,7 +19,7 @@ DOMAIN_COLUMNS = (
     "noise floor", "same next token", "first draft accepted, base", "ratio to the base's",
 )  # fmt: skip
 DRAFT_COLUMNS = ("draft", "base", "quantized", "base, on its own text", "quantized, on its own text")
-TASK_COLUMNS = ("task", "metric", "base", "quantized", "recovery")
+TASK_COLUMNS = ("task", "metric", "base", "quantized", "recovery", "samples", "lost, gained", "verdict")
 SPEED_COLUMNS = ("requests", "without MTP", "with MTP", "speedup", "draft acceptance rate")
 PROMPT_COLUMNS = ("prompt, greedy, alone", "tokens", "without MTP", "with MTP", "draft acceptance rate")
 SOURCE_COLUMNS = ("calibration text", "samples", "rows read", "tokens read", "chats", "license")
@@ -89,7 +90,7 @@ def head_rows(measured: Measured) -> list[Row]:
 
 
 def task_rows(measured: Measured) -> list[Row]:
-    """Compare the scores of both models in lm-eval tasks."""
+    """Compare the scores of both models in lm-eval tasks, on the samples that both did."""
     tasks = measured.evaluation.tasks if measured.evaluation else None
     return [
         (
@@ -97,10 +98,25 @@ def task_rows(measured: Measured) -> list[Row]:
             escape(task.metric),
             number(task.base, ".4g"),
             number(task.ours, ".4g"),
-            number(task.recovery, ".1%") or "none",
+            _recovery(task),
+            number(task.samples, ",") or "-",
+            f"{task.paired.lost}, {task.paired.gained}" if task.paired else "-",
+            _verdict(task.paired) if task.paired else "-",
         )
         for name, task in (tasks or {}).items()
     ]
+
+
+def _recovery(task: TaskScore) -> str:
+    """Format the recovery, with its interval where there is one."""
+    ends = task.paired.recovery_interval if task.paired else None
+    interval = f" ({number(ends[0], '.1%')} to {number(ends[1], '.1%')})" if ends else ""
+    return f"{number(task.recovery, '.1%')}{interval}" if task.recovery is not None else "none"
+
+
+def _verdict(found: Comparison) -> str:
+    """Format what the comparison says, and what is missing if that is nothing."""
+    return f"{found.verdict}: {found.more_items:,} more samples" if found.more_items else found.verdict.value
 
 
 def speed_rows(benchmark: BenchmarkResult) -> list[Row]:

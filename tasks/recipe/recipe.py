@@ -46,6 +46,7 @@ DOMAIN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"  # the name of a domain of the evalua
 # tuned on another kind of text than it is measured on. Tuned on the same kind of text, it reaches 0.18 to 0.22. Larger
 # models stay below that.
 MAX_KL_DIVERGENCE = 0.25
+LATER_EVAL_KEYS = ("engine", "margin", "stop_early")  # left out of a recipe's digest while they have their defaults
 ENGINES = ("auto", "vllm", "torch", "none")
 ENGINE_URL = re.compile(r"url:https?://[A-Za-z0-9.-]{1,253}(:\d{1,5})?(/[A-Za-z0-9._~/-]{0,200})?")
 # Keys that were added to these sections, and left out of a recipe's digest while they have their defaults.
@@ -155,6 +156,15 @@ class Eval(Section):
     definitions: str | None = Field(
         None, min_length=1, description="A folder of further task definitions; lm-eval's can run Python"
     )
+    engine: Literal["auto", "torch"] = Field(
+        "auto", description="auto: vLLM with the benchmark's flags, where the benchmark starts it; else torch"
+    )
+    margin: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.02,
+        description="Difference that does not matter, for a score between 0 and 1; for other scores and for "
+        "perplexities a share of the base's",
+    )
+    stop_early: bool = Field(True, description="Run the result only until its comparison with the base is decided")
 
     @field_validator("tasks")
     @classmethod
@@ -363,6 +373,10 @@ class Recipe(Section):
         Keys that were added later are left out unless they are used, so that the digests of earlier recipes stay.
         """
         unused: dict[str, Literal[True] | set[str]] = {"hardware": True}
+        if self.eval is not None:
+            unused["eval"] = {
+                key for key in LATER_EVAL_KEYS if getattr(self.eval, key) == Eval.model_fields[key].default
+            }
         if not self.outputs:
             unused["outputs"] = True
         if self.quantize.compare_last == "auto":

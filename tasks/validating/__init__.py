@@ -13,6 +13,7 @@ compare.py      blocks, distributions and features of a checkpoint and its base
 domains.py      the comparison by domain, with intervals
 noise.py        a base against itself, computed in another way
 measured.py     the values that validate records; no torch
+paired.py       two models on the same items: what is kept, and is the difference real; no torch
 gates.py        the values against the recipe's limits; no torch
 drafts.py       an engine's counts of drafts, and their comparison with the base's; no torch
 ratio.py        the ratio of two draft acceptance rates, with its interval; no torch

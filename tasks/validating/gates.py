@@ -17,6 +17,7 @@ from requant.tasks.documents import is_none
 from requant.tasks.recipe.recipe import Gates
 from requant.tasks.validating.domain_gates import WorstDomain, worst_domain
 from requant.tasks.validating.measured import MatrixError, Measured, TaskScore
+from requant.tasks.validating.paired import Comparison
 
 MAX_REPEATED_SHARE = 0.9  # share of one token in a greedy continuation above which the text is garbage
 # Shares of |W|^2 that rounding alone may lose: 0.28 at most in 2 bits and groups of 64, where nothing is clipped.
@@ -132,9 +133,10 @@ def judge(measured: Measured, gates: Gates) -> list[Gate]:
     if behaviour.speculative_agreement is not None:  # it is measured in float32 and with a head only
         results.append(at_least("speculative_decoding", behaviour.speculative_agreement, 1.0))
     if measured.evaluation is not None:
-        tasks, worst_recovery = measured.evaluation.tasks, measured.evaluation.worst_task_recovery
+        tasks, worst_recovery = measured.evaluation.tasks or {}, measured.evaluation.worst_task_recovery
         worst = worst_task(tasks) if tasks else ""
-        results.append(at_least("task_recovery", worst_recovery, gates.min_task_recovery, worst))
+        recovery = at_least("task_recovery", worst_recovery, gates.min_task_recovery, worst)
+        results.append(_beyond_noise(recovery, tasks))
     unmeasured = [index for index, gate in enumerate(results) if gate.value is None and gate.note != NOT_IN_TORCH]
     if why and unmeasured:  # the reason is the same for all of them, so the first one is enough
         first = results[unmeasured[0]]
@@ -177,6 +179,38 @@ def worst_task(tasks: Mapping[str, TaskScore]) -> str:
         return -1.0 if recovery is None else recovery
 
     return min(tasks, key=share)
+
+
+def _beyond_noise(gate: Gate, tasks: Mapping[str, TaskScore]) -> Gate:
+    """Let the gate on recovery fail only for tasks whose loss is more than noise.
+
+    That is a task without pairs, one whose interval of the difference lies below zero, or one whose interval of the
+    recovery lies below the limit. If there is none, the gate passes if all tasks below the limit are equivalent to the
+    base at their margin, and otherwise cannot tell.
+    """
+    limit = gate.limit or 0.0
+    below = {name: task for name, task in tasks.items() if (task.recovery or 0.0) < limit}
+    if not gate.failed or gate.value is None or not below:
+        return gate
+    real = {name: task for name, task in below.items() if task.paired is None or _is_loss(task.paired, limit)}
+    unclear = {name: task for name, task in below.items() if task.paired and task.paired.more_items}
+    name = worst_task(real or unclear or below)
+    task = (real or unclear or below)[name]
+    gate = replace(gate, value=task.recovery, note=name)
+    if task.paired is None:
+        return gate
+    gate = replace(gate, interval=task.paired.recovery_interval)
+    flips = f"{name}: {task.paired.lost} lost and {task.paired.gained} gained of {task.paired.items} items"
+    if real:
+        return replace(gate, note=flips)
+    if unclear:
+        return replace(gate, passed=None, note=f"{flips}, which may be noise: {task.paired.more_items} more would tell")
+    return replace(gate, passed=True, note=f"{flips}, which is noise, and equivalent at the margin")
+
+
+def _is_loss(paired: Comparison, limit: float) -> bool:
+    """Check whether a loss, or a recovery below the limit, is more than noise."""
+    return paired.interval[1] < 0 or (paired.recovery_interval is not None and paired.recovery_interval[1] < limit)
 
 
 def slope_error(matrix: MatrixError) -> float:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from requant.tasks.documents import StoredDocument, is_none
+from requant.tasks.validating.paired import Comparison
 
 # A number that is not finite is null in the document of a run, since JSON has no NaN.
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
@@ -23,7 +24,8 @@ KEYS = (
     "text", "texts", "packed", "kept", "head", "unaccounted", "altered", "not_finite", "files", "context",
     "differences", "head_kept", "vision", "matrices", "blocks", "same_tokens", "perplexity_increase", "kl_divergence",
     "top1_agreement", "most_repeated_token", "long_context", "vision_difference", "mtp_acceptance_ratio",
-    "speculative_agreement", "tasks", "worst_task_recovery", "tokens", "perplexity", "perplexity_interval",
+    "speculative_agreement", "tasks", "worst_task_recovery", "tasks_engine", "tokens", "perplexity",
+    "perplexity_interval",
     "base_perplexity", "base_perplexity_interval", "perplexity_increase_interval", "long_context_tokens",
     "mtp_acceptance", "base_mtp_acceptance", "mtp_acceptance_by_position", "base_mtp_acceptance_by_position",
     "greedy_acceptance_by_position", "base_greedy_acceptance_by_position", "kl_divergence_p99", "kl_noise_floor",
@@ -198,7 +200,8 @@ class TaskScore(StoredDocument):
     recovery: float | None = Field(description="Share of the base's score that is left; null where the base scores 0")
     base_stderr: float | None = Field(None, description="Standard error of the base's score")
     stderr: float | None = Field(None, description="Standard error of the quantized model's score")
-    samples: int | None = Field(None, description="Number of samples of the task")
+    samples: int | None = Field(None, description="Number of samples that both did")
+    paired: Comparison | None = Field(None, description="The comparison sample by sample; absent if there is none")
 
 
 class Evaluation(StoredDocument):
@@ -206,6 +209,7 @@ class Evaluation(StoredDocument):
 
     tasks: dict[str, TaskScore] | None = Field(None, description="The scores by task; null where neither model was run")
     worst_task_recovery: float | None = Field(None, description="The smallest recovery; null if one of them is null")
+    tasks_engine: str | None = Field(None, description="What ran the tasks: vLLM or transformers, with its version")
 
 
 class Measured(StoredDocument):

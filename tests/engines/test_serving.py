@@ -22,6 +22,7 @@ from PIL import Image
 
 from requant.tasks.serving.process import free_port, run_engine
 from tests.engines.pipeline import TARGET, Made, engine_environment
+from tests.factories.line_tasks import ITEMS, TASKS, line_tasks
 from tests.factories.paths import ROOT
 
 WINDOWS, LENGTH = 4, 512  # of the measured text, compared token by token
@@ -128,6 +129,39 @@ def test_engine_and_gates_speak_of_the_same_model(made: Made, server: str) -> No
 def _chosen(place: dict[str, Any]) -> float:
     (entry,) = place.values()
     return float(entry["logprob"])
+
+
+def test_the_engine_answers_as_torch_does_and_a_second_run_is_no_difference(
+    made: Made, server: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("tenacity", reason="lm-eval's client is not installed: pip install 'requant[eval]'")
+    import torch
+
+    from requant.tasks.evaluate import compare_outcomes
+    from requant.tasks.evaluating.harness import harness_of_server, run_in_torch
+    from requant.tasks.evaluating.rounds import run_in_rounds
+    from requant.tasks.serving.client import Server
+    from requant.tasks.validating.model import RunSettings
+    from requant.tasks.validating.paired import Verdict
+
+    asked = line_tasks(tmp_path)
+    engine = harness_of_server(Server(server, TARGET, chat=False), made.folder, asked, "vLLM", remote_code=False)
+    served = engine.outcomes()
+    with run_in_torch(made.folder, asked, RunSettings(torch.device("cpu"), torch.float32)) as harness:
+        in_torch = harness.outcomes()
+    assert served.scores.keys() == served.items.keys() == TASKS.keys()
+    for name in ("line_choice", "line_perplexity"):
+        assert served.items[name].ids == in_torch.items[name].ids and len(served.items[name].ids) == ITEMS
+    assert served.scores["line_choice"].value == pytest.approx(in_torch.scores["line_choice"].value, abs=0.05)
+    pairs = zip(served.items["line_perplexity"].values, in_torch.items["line_perplexity"].values, strict=True)
+    assert all(abs(one - other) < 0.5 + 0.02 * abs(other) for one, other in pairs), "log-likelihoods of whole lines"
+
+    again = run_in_rounds(served, asked.margin, "vLLM", engine.answers)
+    found = compare_outcomes(served, again, asked).tasks
+    assert found is not None
+    verdicts = {name: score.paired.verdict for name, score in found.items() if score.paired}
+    assert verdicts.keys() == TASKS.keys() and not {Verdict.WORSE, Verdict.BETTER} & set(verdicts.values())
+    assert all(score.samples == ITEMS for score in found.values())
 
 
 def test_an_image_is_seen(server: str) -> None:

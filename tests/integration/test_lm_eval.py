@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,21 @@ from infra.dev.hub.launch import HubStandIn
 from requant.flows.cli.main import cli
 from requant.tasks.artifact import Manifest, file_of
 from requant.tasks.errors import EvaluationFailed, RecipeError
-from requant.tasks.evaluate import Scores, _task_manager, check_tasks, data_sets, evaluate, recovery, stored_scores
+from requant.tasks.evaluate import compare_outcomes, evaluate_pair, remember_in
+from requant.tasks.evaluating.definitions import check_tasks, data_sets, task_manager
+from requant.tasks.evaluating.harness import run_in_torch
+from requant.tasks.evaluating.outcomes import Outcomes, Reading
+from requant.tasks.evaluating.rounds import run_in_rounds
 from requant.tasks.recipe.loader import parse_recipe
-from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.recipe.recipe import Eval, Recipe
 from requant.tasks.store import Store, open_store
 from requant.tasks.texts.text import find_text
 from requant.tasks.validate import read_values, validate
 from requant.tasks.validating.gates import accepted, judge
+from requant.tasks.validating.measured import Evaluation
+from requant.tasks.validating.paired import Verdict
+from tests.factories.checkpoints import edited, from_bf16, to_bf16
+from tests.factories.line_tasks import line_tasks
 from tests.factories.paths import TINY
 from tests.factories.pico import pico_base
 from tests.factories.requant import Requant, merge
@@ -107,52 +116,97 @@ def cpu() -> RunSettings:
     return RunSettings(torch.device("cpu"), torch.float32)
 
 
+def outcomes(folder: Path, asked: Eval) -> Outcomes:
+    with run_in_torch(folder, asked, cpu()) as harness:
+        return harness.outcomes()
+
+
 def test_a_trained_model_keeps_its_score_and_a_random_one_loses_it(definitions: Path, tmp_path: Path) -> None:
     asked = asking(definitions, "own_choice", "own_perplexity").eval
     assert asked is not None
-    trained = evaluate(TINY, asked, cpu())
-    random = evaluate(pico_base(tmp_path / "pico"), asked, cpu())
-    assert trained["own_choice"].value == 1.0 and trained["own_choice"].samples == 4
-    assert trained["own_perplexity"].metric == "perplexity" and not trained["own_perplexity"].higher_is_better
-    assert recovery(trained, trained).worst_task_recovery == 1.0
+    trained = outcomes(TINY, asked)
+    random = outcomes(pico_base(tmp_path / "pico"), asked)
+    scores = trained.scores
+    assert scores["own_choice"].value == 1.0 and scores["own_choice"].samples == 4
+    assert scores["own_perplexity"].metric == "perplexity" and not scores["own_perplexity"].higher_is_better
+    assert trained.items["own_choice"].values == (1.0, 1.0, 1.0, 1.0)
+    assert trained.items["own_perplexity"].reading is Reading.PERPLEXITY
+    assert compare_outcomes(trained, trained, asked).worst_task_recovery == 1.0
     assert marker(definitions).exists()
-    lost = recovery(trained, random)
+    lost = compare_outcomes(trained, random, asked)
     tasks, worst = lost.to_json()["tasks"], lost.worst_task_recovery
     assert worst is not None and worst == tasks["own_perplexity"]["recovery"] < 0.5
     assert tasks["own_choice"]["recovery"] < 1
 
 
+def with_rounded_body(folder: Path, bits: int, seed: int) -> Path:
+    """A copy of the trained model whose body is rounded to so many bits, up or down as the seed has it."""
+    import numpy as np
+
+    shutil.copytree(TINY, folder)
+    draw = np.random.default_rng(seed)
+    for shard in folder.glob("*.safetensors"):
+        with edited(folder, shard.name) as tensors:
+            for name, (dtype, shape, data) in tensors.items():
+                if dtype == "BF16" and len(shape) == 2 and ".layers." in name and not name.startswith("mtp."):
+                    values = from_bf16(data, shape)
+                    step = np.abs(values).max(axis=1, keepdims=True) / (2 ** (bits - 1) - 0.5)
+                    tensors[name] = (dtype, shape, to_bf16(np.floor(values / step + draw.random(shape)) * step))
+    return folder
+
+
+def test_damage_is_worse_an_equal_model_is_equivalent_and_two_seeds_are_no_difference(tmp_path: Path) -> None:
+    """The trained model with its body in 2 bits, itself, and itself with its body in 8 bits, with two seeds."""
+    asked = line_tasks(tmp_path).model_copy(update={"tasks": ["line_perplexity"]})
+    base = outcomes(TINY, asked)
+
+    def verdict(of_base: Outcomes, folder: Path) -> Verdict:
+        with run_in_torch(folder, asked, cpu()) as harness:
+            ours = run_in_rounds(of_base, asked.margin, harness.engine, harness.answers)
+        found = compare_outcomes(of_base, ours, asked).tasks
+        assert found is not None and found["line_perplexity"].paired is not None
+        return found["line_perplexity"].paired.verdict
+
+    assert verdict(base, TINY) is Verdict.EQUIVALENT
+    assert verdict(base, with_rounded_body(tmp_path / "damaged", 2, 0)) is Verdict.WORSE
+    one, other = (with_rounded_body(tmp_path / f"seed{seed}", 8, seed) for seed in (1, 2))
+    assert verdict(outcomes(one, asked), other) in {Verdict.EQUIVALENT, Verdict.CANNOT_TELL}
+
+
 def test_a_limit_is_kept(definitions: Path) -> None:
     asked = asking(definitions, "own_choice", limit=2).eval
     assert asked is not None
-    assert evaluate(TINY, asked, cpu())["own_choice"].samples == 2
+    assert outcomes(TINY, asked).scores["own_choice"].samples == 2
 
 
-def test_a_checkpoint_is_evaluated_once(definitions: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_base_is_evaluated_once(definitions: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = open_store((tmp_path / "store").as_uri())
     base = pico_base(tmp_path / "pico")
     manifest = Manifest.of(file_of(base, path.name) for path in sorted(base.iterdir()))
     caplog.set_level(logging.INFO, "requant")
 
-    def scores(recipe: Recipe) -> Scores:
-        return stored_scores(store, recipe, manifest, base, cpu())
+    def evaluated(recipe: Recipe) -> Evaluation:
+        assert recipe.eval is not None
+        return evaluate_pair(recipe, base, base, tmp_path / "logs", remember_in(store, {base: manifest}, recipe.eval))
 
     def evaluations() -> int:
-        return sum(message.startswith("evaluating") for message in caplog.messages)
+        return sum(message.startswith("evaluating the base") for message in caplog.messages)
 
-    first = scores(asking(definitions, "own_choice"))
-    assert scores(asking(definitions, "own_choice", batch_size=2)) == first and evaluations() == 1
-    scores(asking(definitions, "own_choice", limit=1))
+    first = evaluated(asking(definitions, "own_choice"))
+    assert evaluated(asking(definitions, "own_choice", batch_size=2)) == first and evaluations() == 1
+    evaluated(asking(definitions, "own_choice", margin=0.1, stop_early=False))
+    assert evaluations() == 1
+    evaluated(asking(definitions, "own_choice", limit=1))
     assert evaluations() == 2
     (definitions / "note.txt").write_text("another folder now")
-    scores(asking(definitions, "own_choice"))
+    evaluated(asking(definitions, "own_choice"))
     assert evaluations() == 3
 
 
 def test_tasks_are_checked_before_any_work_and_without_running_them(definitions: Path) -> None:
     marker(definitions).unlink(missing_ok=True)
     own = asking(definitions, "own_choice", "own_perplexity").eval
-    assert own is not None and "mmlu" not in _task_manager(own).task_index  # nor is it read, which takes seconds
+    assert own is not None and "mmlu" not in task_manager(own).task_index  # nor is it read, which takes seconds
     check_tasks(own)
     check_tasks(asking(definitions, "own_choice", "own_perplexity", "gsm8k", "mmlu").eval)
     assert not marker(definitions).exists()
@@ -167,7 +221,7 @@ def test_a_task_that_cannot_be_run_is_a_sentence(definitions: Path, tmp_path: Pa
     asked = asking(definitions, "own_lost").eval
     assert asked is not None
     with pytest.raises(EvaluationFailed, match=r"^lm-eval failed on own_lost \(FileNotFoundError: "):
-        evaluate(TINY, asked, cpu())
+        outcomes(TINY, asked)
 
 
 def test_a_data_set_of_the_hub_is_pinned_to_its_commit(

@@ -111,17 +111,16 @@ def test_tasks_and_text_are_run_with_the_code_of_a_checkpoint_only_where_the_rec
     text = find_text("builtin:python-evaluation")
     settings: dict[str, bool] = {}
 
-    def stored_scores(*arguments: Any) -> Any:
-        settings["tasks"] = arguments[-1].remote_code
-        return {}
+    def evaluate_pair(recipe: Recipe, *others: Any) -> Any:
+        settings["tasks"] = recipe.allow_remote_code
 
     def measured_values(quantized: Checkpoint, base: Checkpoint, measure: Any, evaluate: Any, **how: Any) -> Measured:
         settings["text"] = how["remote_code"]
-        evaluate(quantized.folder)
+        evaluate()
         return good(kl_divergence=None)
 
     monkeypatch.setattr(stage, "measured_values", measured_values)
-    monkeypatch.setattr(stage, "stored_scores", stored_scores)
+    monkeypatch.setattr(stage, "evaluate_pair", evaluate_pair)
     asked = recipe(allow_remote_code=allowed, eval={"tasks": ["gsm8k"]})
     result = stage.validate(store, asked, files, files, text)
     assert settings == {"tasks": allowed, "text": allowed}

@@ -68,13 +68,33 @@ def test_quality_stands_beside_the_bases_with_its_interval() -> None:
     ]
 
 
+PAIRED = {
+    "items": 1400,
+    "difference": -0.01,
+    "interval": [-0.024, 0.004],
+    "recovery": 0.98,
+    "recovery_interval": [0.952, 1.009],
+    "lost": 30,
+    "gained": 16,
+    "p_value": 0.05,
+    "margin": 0.02,
+    "verdict": "cannot tell",
+    "more_items": 2100,
+}
+
+
 def test_tasks_stand_with_the_share_of_the_bases_score() -> None:
     tasks = {
         "gsm8k": {"metric": "exact_match", "base": 0.8, "ours": 0.79, "recovery": 0.9875},
         "hard": {"metric": "acc", "base": 0.0, "ours": 0.0, "recovery": None},
+        "paired": {"metric": "acc", "base": 0.5, "ours": 0.49, "recovery": 0.98, "samples": 1400, "paired": PAIRED},
     }
     lines = sections(told(finished(measured={**MEASURED, "tasks": tasks})))["Tasks"]
-    assert lines[2:] == ["| `gsm8k` | exact_match | 0.8 | 0.79 | 98.8% |", "| `hard` | acc | 0 | 0 | none |"]
+    assert lines[2:] == [
+        "| `gsm8k` | exact_match | 0.8 | 0.79 | 98.8% | - | - | - |",
+        "| `hard` | acc | 0 | 0 | none | - | - | - |",
+        "| `paired` | acc | 0.5 | 0.49 | 98.0% (95.2% to 100.9%) | 1,400 | 30, 16 | cannot tell: 2,100 more samples |",
+    ]
 
 
 def test_the_worst_layers_are_named_worst_first() -> None:

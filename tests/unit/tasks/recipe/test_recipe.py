@@ -454,6 +454,10 @@ RECORDED: dict[str, tuple[dict[str, Any], str]] = {
         {**NAMED, "outputs": [{}, {"scheme": "W8A16"}]},
         "327e27d8175f40ecf173a09a63bdbe64790703faa34a21d83de6703693980123",
     ),
+    "tasks": (
+        {**NAMED, "eval": {"tasks": ["gsm8k"], "limit": 200}},
+        "9af9f2551f0aede93c08bfaf788b0d4283345c55e784f614762d192b68d79f73",
+    ),
 }
 
 
@@ -467,6 +471,14 @@ def test_the_digest_of_a_recipe_that_names_its_texts_is_what_it_was(said: dict[s
 def test_the_default_texts_are_not_python_alone() -> None:
     recipe = parse_recipe({"base": {"repo_id": "a/b"}})
     assert (recipe.quantize.calibration, recipe.validation.text) == ("builtin:mixed", "builtin:mixed-evaluation")
+
+
+def test_how_tasks_are_compared_enters_a_digest_only_where_it_is_not_the_default() -> None:
+    said = [{}, {"engine": "auto", "margin": 0.02, "stop_early": True}]
+    others = [{"engine": "torch"}, {"margin": 0.01}, {"stop_early": False}]
+    digests = [parse_recipe({"base": {"repo_id": "a/b"}, "eval": {"tasks": ["x"], **more}}).digest for more in said]
+    digests += [parse_recipe({"base": {"repo_id": "a/b"}, "eval": {"tasks": ["x"], **more}}).digest for more in others]
+    assert digests[0] == digests[1] and len(set(digests)) == 4
 
 
 def test_the_kl_limit_enters_a_digest_only_where_it_is_neither_the_default_nor_the_null_that_was_it_before() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from requant.tasks.validating.gates import (
     judge,
     most_repeated,
     slope_error,
+    summary,
 )
 from requant.tasks.validating.measured import MatrixError
+from requant.tasks.validating.paired import compare_pairs
 from tests.factories.measured import GOOD, good
 
 
@@ -235,3 +238,55 @@ def test_the_task_that_kept_least_is_compared_and_named() -> None:
     assert (gate.value, gate.limit, gate.passed, gate.note) == (0.9, 0.95, False, "humaneval")
     assert by_name(judge(measured, Gates(min_task_recovery=0.9)))["task_recovery"].passed
     assert failed(tasks={"hard": {**score, "recovery": None}}, worst_task_recovery=None) == {"task_recovery"}
+
+
+def task(recovery: float, lost: int, gained: int, items: int = 400) -> dict[str, Any]:
+    """A task on which the base is right, and the result is as often right as the flips say."""
+    base = [1.0] * (items - gained) + [0.0] * gained
+    paired = compare_pairs(base, [0.0] * lost + [1.0] * (items - lost), 0.02)
+    return {"metric": "acc", "base": 1.0, "ours": recovery, "recovery": recovery, "paired": paired.model_dump()}
+
+
+def recovery_gate(**tasks: dict[str, Any]) -> Gate:
+    worst = min(found["recovery"] for found in tasks.values())
+    return by_name(judge(good(tasks=tasks, worst_task_recovery=worst), Gates()))["task_recovery"]
+
+
+def test_a_loss_in_a_task_fails_if_it_is_more_than_noise() -> None:
+    gate = recovery_gate(good=task(1.0, 0, 0), bad=task(0.9, 48, 8))
+    assert gate.failed and gate.value == 0.9 and gate.note == "bad: 48 lost and 8 gained of 400 items"
+    assert gate.interval is not None and gate.interval[0] < 0.9 < gate.interval[1] < 0.95
+
+
+def test_a_loss_in_a_task_that_may_be_noise_cannot_be_told_and_blocks_nothing() -> None:
+    gate = recovery_gate(good=task(1.0, 0, 0), small=task(0.94, 5, 2, items=50))
+    assert gate.passed is None and not gate.failed and gate.result == "cannot tell" and gate.value == 0.94
+    assert re.fullmatch(r"small: 5 lost and 2 gained of 50 items, which may be noise: \d+ more would tell", gate.note)
+
+
+def test_a_real_loss_is_named_before_a_larger_one_that_may_be_noise() -> None:
+    gate = recovery_gate(small=task(0.85, 5, 2, items=50), bad=task(0.9, 48, 8))
+    assert gate.failed and gate.value == 0.9 and gate.note.startswith("bad: ")
+
+
+def test_a_recovery_whose_interval_lies_below_the_limit_fails_however_small_the_loss_is() -> None:
+    measured = good(tasks={"t": task(1.0, 0, 0)}, worst_task_recovery=1.0)
+    assert by_name(judge(measured, Gates(min_task_recovery=1.2)))["task_recovery"].failed
+    assert by_name(judge(measured, Gates(min_task_recovery=1.005)))["task_recovery"].passed
+
+
+def test_a_small_score_may_keep_less_where_it_is_equivalent_at_the_margin() -> None:
+    gate = recovery_gate(hard=task(0.94, 1, 0))
+    assert gate.passed and gate.value == 0.94 and "equivalent at the margin" in gate.note
+
+
+def test_a_task_without_pairs_is_compared_as_it_is() -> None:
+    plain = {"metric": "bleu", "base": 30.0, "ours": 27.0, "recovery": 0.9}
+    gate = recovery_gate(plain=plain, good=task(1.0, 0, 0))
+    assert gate.failed and gate.note == "plain"
+
+
+def test_a_gate_that_cannot_tell_is_counted() -> None:
+    gates = [Gate("a", 1.0, 1.0, True), Gate("b", 0.9, 1.0, None), Gate("c", None, None, None)]
+    assert summary(gates) == "1 passed, 1 not measured, 1 cannot tell"
+    assert summary([*gates, Gate("d", 0.0, 1.0, False)]) == "1 of 4 failed, 1 not measured, 1 cannot tell"
