@@ -40,6 +40,7 @@ from requant.tasks.pipeline.log import log_into_runs
 from requant.tasks.pipeline.prefect import crash_stale_task_runs, options, stage_summary
 from requant.tasks.pipeline.stage import Stage, StageResult
 from requant.tasks.planning.stages import ON_GPU
+from requant.tasks.probe import probe_key, probe_task
 from requant.tasks.quantize import STAGE as QUANTIZE
 from requant.tasks.quantize import quantize_key, quantize_task
 from requant.tasks.recipe.loader import recipe_of
@@ -177,6 +178,19 @@ def acceptance(
     return run_to_final_state(work)
 
 
+@recipe_flow("probe")
+def probe(recipe: Recipe, base: str, artifact: str, key: str) -> State[Any]:
+    """Ask the base and the artifact with the mtp_fix key `artifact` the questions of the recipe's probes."""
+
+    def work() -> Any:
+        checked, store = recipe_of(recipe), open_checked_store()
+        base_files, quantized_files = _artifact(store, "download", base), _artifact(store, "mtp_fix", artifact)
+        _check_key(key, probe_key(checked, base_files, quantized_files))
+        return probe_task(checked, base_files, quantized_files)
+
+    return run_to_final_state(work)
+
+
 def run_to_final_state(work: Callable[[], Any]) -> State[Any]:
     """Do the work of a flow, and return its final state.
 
@@ -229,8 +243,8 @@ def delegates(stage: str, recipe: Recipe, weights_bytes: int) -> bool:
     """Check whether this run has a stage done by a worker of the gpu pool.
 
     A run started by a worker always delegates quantize, with the text that the base writes for it. It delegates
-    validate for LARGE_MODEL_BYTES or more, and then also benchmark and acceptance, unless these need no model on this
-    machine. Any other run does all stages itself.
+    validate for LARGE_MODEL_BYTES or more, and then also benchmark, acceptance and probe, unless these need no model on
+    this machine. Any other run does all stages itself.
     """
     if runtime.deployment.id is None:
         return False
@@ -243,6 +257,7 @@ def delegates(stage: str, recipe: Recipe, weights_bytes: int) -> bool:
         "validate": large,
         "benchmark": in_engine,
         "acceptance": in_engine,
+        "probe": in_engine and recipe.probes is not None,
     }[stage]
 
 

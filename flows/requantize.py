@@ -57,11 +57,15 @@ from requant.tasks.pipeline.prefect import crash_stale_task_runs, options
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.plan import Foreseen, preflight
 from requant.tasks.plots import Picture
+from requant.tasks.probe import STAGE as PROBE
+from requant.tasks.probe import no_engine, probe_key, probe_task, read_probes
+from requant.tasks.probing.compare import probe_gates, unmeasured_gates
 from requant.tasks.publish import PublishResult, file_facts, publish_task, release_files
 from requant.tasks.quantize import STAGE as QUANTIZE
 from requant.tasks.quantize import quantize_key, quantize_task
 from requant.tasks.recipe.loader import recipe_of
 from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.redaction import public
 from requant.tasks.self_calibration import STAGE as SELF_CALIBRATION
 from requant.tasks.self_calibration import self_calibration_key, self_calibration_task
 from requant.tasks.serving.result import BenchmarkResult
@@ -74,7 +78,7 @@ from requant.tasks.validate import STAGE as VALIDATE
 from requant.tasks.validate import read_values as read_measured
 from requant.tasks.validate import validate_key, validate_task
 from requant.tasks.validating.engine_gate import EngineDrafts, judge_engine
-from requant.tasks.validating.gates import accepted, judge, summary
+from requant.tasks.validating.gates import Gate, accepted, judge, summary
 
 log = logging.getLogger(__name__)
 
@@ -215,6 +219,8 @@ def _run_stages(context: RunContext, report: RunReport) -> None:
     report.benchmark = read_benchmark(store, benchmarked.manifest)
     made = MadeStages(downloaded, fixed, benchmarked)
     engine_gates = judge_engine(measured, recipe.gates, _drafts_in_engine(context, report, made))
+    if recipe.probes is not None and accepted([*report.gates, *engine_gates]):
+        engine_gates = [*engine_gates, *_judge_probes(context, report, made)]
     if engine_gates:
         report.gates = [*report.gates, *engine_gates]
         show_gates(report)
@@ -231,6 +237,7 @@ def _run_stages(context: RunContext, report: RunReport) -> None:
         gates=report.gates,
         benchmark=report.benchmark,
         drafts=report.drafts,
+        probes=report.probes,
         provenance={stage.name: stage.provenance for stage in report.stages},
         pictures=report.pictures,
         others={name: other.recipe for name, other in foreseen.items() if name != report.name},
@@ -321,6 +328,33 @@ def _acceptance(context: RunContext, recipe: Recipe, made: MadeStages, benchmark
     reads = {"base": made.base.key, "artifact": made.artifact.key, "benchmark": made.benchmark.key}
     key = acceptance_key(recipe, base, artifact, text, benchmark.engine)
     return run_on_gpu_pool(ACCEPTANCE, key, recipe, **reads, text=names_for_worker(text))
+
+
+def _judge_probes(context: RunContext, report: RunReport, made: MadeStages) -> list[Gate]:
+    """Ask base and result the questions of the recipe's probes, and return their gates.
+
+    Where one of them cannot be served, the gates say why: a base may be too large for a GPU that the result fits.
+    """
+    recipe = report.settled
+    assert recipe is not None and recipe.probes is not None
+    limit, here = recipe.gates.max_probe_loss, PROBE.name not in context.delegated
+    try:
+        if here and (why := no_engine(recipe.benchmark)):
+            raise EngineFailed(why)
+        probed = _record(_probe(context, recipe, made), report)
+    except (EngineFailed, StageFailed) as error:
+        log.warning(f"the probes were not measured: {error}")
+        return unmeasured_gates(recipe.probes.sets, limit, str(public(str(error))))  # gates are published
+    report.probes = read_probes(context.store, probed).summary
+    return probe_gates(report.probes, limit)
+
+
+def _probe(context: RunContext, recipe: Recipe, made: MadeStages) -> Any:
+    base, artifact = made.base.manifest, made.artifact.manifest
+    if PROBE.name not in context.delegated:
+        return probe_task(recipe, base, artifact)
+    key = probe_key(recipe, base, artifact)
+    return run_on_gpu_pool(PROBE, key, recipe, base=made.base.key, artifact=made.artifact.key)
 
 
 @task(**options("resolve", hours=1))

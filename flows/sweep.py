@@ -42,7 +42,7 @@ from prefect.states import AwaitingRetry, Cancelled, Crashed, Failed, to_state_c
 
 TAG = "requant"  # on every deployment in deployments/prefect.yaml
 # The flows of the same file.
-FLOWS = ("requantize", "plan", "watch", "self_calibration", "quantize", "validate", "benchmark", "acceptance")
+FLOWS = ("requantize", "plan", "watch", "self_calibration", "quantize", "validate", "benchmark", "acceptance", "probe")
 PASS_INTERVAL_S = 10.0
 MAX_PASS_GAP_S = 30.0  # After a longer gap, between two passes or within one, heartbeats may have been missed.
 HEARTBEAT_TIMEOUT_S = 90.0  # three heartbeats

@@ -63,7 +63,7 @@ def benchmark(store: Store, recipe: Recipe, artifact: Manifest, count_drafts: Co
         logs = folder / "logs"
         checkpoint = store.link_files(artifact, folder / "artifact")
         result = bench(checkpoint, recipe.benchmark, logs, remote_code=recipe.allow_remote_code, count=count)
-        log_files = [_copy_log(path, folder / "out") for path in sorted(logs.glob("*.log"))]
+        log_files = [copy_log(path, folder / "out") for path in sorted(logs.glob("*.log"))]
         document = result.with_logs(file.path for file in log_files).to_json()
         files = [write_json(folder / "out", RESULT_FILE, document), *log_files]
         put_files(store, folder / "out", files)
@@ -87,7 +87,7 @@ def engine_of(asked: Benchmark) -> str:
     return asked.engine if asked.engine != "auto" else "vllm" if find_vllm() else "torch"
 
 
-def _copy_log(path: Path, out: Path) -> File:
+def copy_log(path: Path, out: Path) -> File:
     """Copy the end of a log, without the values of secrets."""
     text = path.read_bytes()[-MAX_LOG_BYTES:].decode("utf-8", "replace")
     return write_file(out, path.name, [redact(text).encode()])

@@ -48,6 +48,7 @@ from requant.tasks.planning.resources import disk_problem, estimate_needs
 from requant.tasks.planning.stages import plan_stages, total_hardware
 from requant.tasks.planning.texts import Texts
 from requant.tasks.planning.transfers import base_manifest
+from requant.tasks.probe import probe_key
 from requant.tasks.quantize import STAGE as QUANTIZE
 from requant.tasks.quantize import quantize_key
 from requant.tasks.recipe.recipe import Recipe
@@ -229,6 +230,8 @@ class _Planner:
             look("validate", validate_key(recipe, files, artifact, inputs.validation))
             look("benchmark", benchmark_key(recipe, artifact))
             look("acceptance", acceptance_key(recipe, files, artifact, inputs.validation, engine_of(recipe.benchmark)))
+            if recipe.probes is not None:
+                look("probe", probe_key(recipe, files, artifact))
         return done
 
     def _machine_problems(self, recipe: Recipe, to_run: Collection[str], disk_bytes: int) -> list[str]:

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, Valida
 from requant.tasks.documents import Document, first_problem, is_none
 from requant.tasks.errors import RequantError
 from requant.tasks.hub.release import Release
+from requant.tasks.probing.compare import ProbeSummary
 from requant.tasks.redaction import without_non_finite
 from requant.tasks.serving.result import BenchmarkResult
 from requant.tasks.validating.drafts import DraftComparison
@@ -81,6 +82,9 @@ class RunDocument(RunPart):
         ]
         | None
     ) = Field(description="All values that were measured, under flat keys; null if the run did not come to it")
+    probes: ProbeSummary | None = Field(
+        None, description="Base and result compared by the recipe's probes; null without probes, or if not measured"
+    )
     error: str | None = Field(description="Why the run failed, in one sentence; otherwise null")
     outputs: tuple[RunDocument, ...] | None = Field(
         None, exclude_if=is_none, description="Only for a recipe with outputs: a document for each that was begun"

@@ -17,6 +17,7 @@ from requant.flows.report.report import (
     verdict,
 )
 from requant.tasks.card.filters import Markdown, escape, named, number, table
+from requant.tasks.card.probes import probe_tables
 from requant.tasks.card.rows import (
     DOMAIN_COLUMNS,
     DRAFT_COLUMNS,
@@ -56,6 +57,8 @@ def markdown(report: RunReport, link: Callable[[Picture], str]) -> str:
         parts += ["### Draft acceptance rate", table(DRAFT_COLUMNS, rows)]
     if rows := task_rows(measured):
         parts += ["### Tasks", table(TASK_COLUMNS, rows)]
+    if report.probes:
+        parts += ["### Probes", *(table(columns, rows) for columns, rows in probe_tables(report.probes))]
     if rows := worst_rows(measured):
         parts += ["### Worst layers", table(("", "error", "slope", "bits"), rows)]
     if report.benchmark and report.benchmark.engine != "none":

@@ -17,6 +17,7 @@ from requant.tasks.hub.release import Release
 from requant.tasks.hub.revision import Revision
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.plots import Picture
+from requant.tasks.probing.compare import ProbeSummary
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.record import RecordedBlock
 from requant.tasks.serving.result import BenchmarkResult
@@ -50,6 +51,7 @@ class RunReport:
     gates: list[Gate] = field(default_factory=list)
     benchmark: BenchmarkResult | None = None
     drafts: DraftComparison | None = None  # in the engine of the benchmark
+    probes: ProbeSummary | None = None  # None if the recipe has none, or they could not be measured
     published: Release | None = None
     beside: Mapping[str, bytes] = field(default_factory=dict)  # the card and other release files, by name
     pictures: list[Picture] = field(default_factory=list)
@@ -74,6 +76,7 @@ class RunReport:
             gates=tuple(self.gates),
             benchmark=self.benchmark,
             drafts=self.drafts,
+            probes=self.probes,
             published=self.published,
             measured=self.measured,
             error=self.error,

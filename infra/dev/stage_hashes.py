@@ -31,6 +31,8 @@ STAGES = {
     "acceptance": ("tasks/serving/vllm.py", "tasks/validating/drafts.py"),
     "drafts": ("tasks/serving/drafts.py", "tasks/serving/vllm.py", "tasks/texts/rendering.py"),
     "evaluate": ("tasks/evaluate.py",),
+    "probe": ("tasks/probe.py",),
+    "probe_answers": ("tasks/probe.py",),
 }
 # Modules whose own code shapes a stage's result, while most of what they import does not.
 WITHOUT_IMPORTS = {

@@ -15,6 +15,7 @@ from requant.tasks.card.card_data import card_data, license_name
 from requant.tasks.card.facts import CardFacts, scheme_words
 from requant.tasks.card.filters import Markdown, fence, hub_link, named, number, rendered, repo_name, table
 from requant.tasks.card.pinned import reads_local_files, recipe_text
+from requant.tasks.card.probes import probe_tables
 from requant.tasks.card.serving import ENGINES, serving_of
 from requant.tasks.formatting import gigabytes
 from requant.tasks.planning.reasons import kept_groups
@@ -42,6 +43,7 @@ def make_card(facts: CardFacts) -> str:
         citation=cited(facts.files.base_card),
         table=table,
         rows=rows,
+        probe_tables=probe_tables(facts.probes) if facts.probes else [],
     )
 
 

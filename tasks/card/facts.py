@@ -10,6 +10,7 @@ import requant
 from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.hub.revision import Revision
 from requant.tasks.plots import Picture
+from requant.tasks.probing.compare import ProbeSummary
 from requant.tasks.recipe.quantize_section import Quantize
 from requant.tasks.recipe.recipe import PACKED_HEADS, Recipe
 from requant.tasks.record import StageRecord
@@ -46,6 +47,7 @@ class CardFacts:
     benchmark: BenchmarkResult
     provenance: Mapping[str, StageRecord]  # by stage
     drafts: DraftComparison | None = None  # in the engine of the benchmark
+    probes: ProbeSummary | None = None
     pictures: Sequence[Picture] = ()
     others: Mapping[str, Recipe] = field(default_factory=dict)  # the other outputs of the same run, by name
     engines: Mapping[str, EngineVerdict] = field(default_factory=dict)  # the plan's verdicts, by engine

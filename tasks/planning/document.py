@@ -17,7 +17,7 @@ from requant.tasks.documents import Document, is_none
 from requant.tasks.texts.calibration import CalibrationSource
 
 StageName = Literal[
-    "download", "self_calibration", "quantize", "mtp_fix", "validate", "benchmark", "acceptance", "publish"
+    "download", "self_calibration", "quantize", "mtp_fix", "validate", "benchmark", "acceptance", "probe", "publish"
 ]
 
 

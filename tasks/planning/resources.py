@@ -49,6 +49,8 @@ def estimate_needs(
     if "benchmark" in to_run and recipe.benchmark.engine != "none":
         weights = sum(output.weights.values())
         stages["benchmark"] = _same_in_low_memory(RUNTIME_BYTES + weights, weights)
+    if "probe" in to_run:  # the base is served too
+        stages["probe"] = _same_in_low_memory(RUNTIME_BYTES + output.base.nbytes, output.base.nbytes)
     return Needs.of(stages, kept_bytes)
 
 

@@ -19,7 +19,8 @@ from requant.tasks.planning.output import CheckpointPlan
 from requant.tasks.planning.transfers import download_bytes, upload_bytes
 from requant.tasks.recipe.recipe import Recipe
 
-ON_GPU = {"self_calibration", "quantize", "validate", "benchmark", "acceptance"}  # stages whose GPU time costs money
+# Stages whose GPU time costs money.
+ON_GPU = {"self_calibration", "quantize", "validate", "benchmark", "acceptance", "probe"}
 LINEAR_ATTENTION = re.compile(r"\.linear_attn\.")
 
 
@@ -82,6 +83,8 @@ def _moved_bytes(
         "benchmark": result_bytes,
         "acceptance": base.revision.size + result_bytes,
     }
+    if recipe.probes is not None:
+        moved["probe"] = base.revision.size + result_bytes
     if recipe.publish is not None:
         moved["publish"] = upload_bytes(recipe, done.get("mtp_fix"), result_bytes)
     return moved

@@ -46,11 +46,17 @@ DOMAIN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"  # the name of a domain of the evalua
 # tuned on another kind of text than it is measured on. Tuned on the same kind of text, it reaches 0.18 to 0.22. Larger
 # models stay below that.
 MAX_KL_DIVERGENCE = 0.25
-LATER_EVAL_KEYS = ("engine", "margin", "stop_early")  # left out of a recipe's digest while they have their defaults
+MAX_PROBE_LOSS = 0.1  # docs/explanation/gates.md has the measurements behind it
 ENGINES = ("auto", "vllm", "torch", "none")
 ENGINE_URL = re.compile(r"url:https?://[A-Za-z0-9.-]{1,253}(:\d{1,5})?(/[A-Za-z0-9._~/-]{0,200})?")
 # Keys that were added to these sections, and left out of a recipe's digest while they have their defaults.
-LATER_KEYS = {"gates": ("mtp_acceptance",), "benchmark": ("acceptance_precision", "base_engine")}
+LATER_KEYS = {
+    "quantize": ("compare_last",),
+    "validation": ("tokens",),
+    "gates": ("mtp_acceptance", "max_probe_loss"),
+    "eval": ("engine", "margin", "stop_early"),
+    "benchmark": ("acceptance_precision", "base_engine"),
+}
 
 
 class Base(Section):
@@ -141,6 +147,10 @@ class Gates(Section):
     min_task_recovery: Annotated[float, Field(ge=0, le=10)] | None = Field(
         0.95, description="Score of the lm-eval task that kept least, over the base's"
     )
+    max_probe_loss: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        MAX_PROBE_LOSS,
+        description="Share of the questions of a probe that the base answers well and the result does not",
+    )
 
 
 class Eval(Section):
@@ -226,6 +236,34 @@ class Benchmark(Section):
         return self
 
 
+class Probes(Section):
+    """Questions that base and result answer in vLLM, compared in pairs. They start it twice, and use the GPU."""
+
+    sets: list[Literal["tools", "answers", "retrieval"]] = Field(
+        ["tools", "answers", "retrieval"],
+        min_length=1,
+        description="tools: are calls valid and right; answers: do they end, without a loop; retrieval: are values "
+        "found in long texts",
+    )
+    max_tokens: int = Field(4096, ge=64, le=131_072, description="Of one answer in `answers`, its thought included")
+    max_context: int = Field(131_072, ge=4096, le=131_072, description="Tokens of the longest text of `retrieval`")
+    retrieval_minutes: float = Field(
+        10.0, gt=0, le=1440, description="Time for `retrieval`: longer texts are left out where it is used up"
+    )
+    limit: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Questions of each set, and of each length of text; null: all"
+    )
+    seed: int = Field(42, ge=0, le=2**31 - 1, description="Of the sampled answers")
+    concurrency: int = Field(16, ge=1, le=256, description="Questions at once")
+
+    @field_validator("sets")
+    @classmethod
+    def each_set_once(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("name each set once")
+        return value
+
+
 class Publish(Section):
     """Where the result goes."""
 
@@ -281,6 +319,7 @@ class Recipe(Section):
     gates: Gates = Gates()
     eval: Eval | None = None
     benchmark: Benchmark = Benchmark()
+    probes: Probes | None = None
     publish: Publish | None = None
     hardware: Hardware | None = None
     outputs: list[Output] = Field(
@@ -372,22 +411,12 @@ class Recipe(Section):
 
         Keys that were added later are left out unless they are used, so that the digests of earlier recipes stay.
         """
-        unused: dict[str, Literal[True] | set[str]] = {"hardware": True}
-        if self.eval is not None:
-            unused["eval"] = {
-                key for key in LATER_EVAL_KEYS if getattr(self.eval, key) == Eval.model_fields[key].default
-            }
-        if not self.outputs:
-            unused["outputs"] = True
-        if self.quantize.compare_last == "auto":
-            unused["quantize"] = {"compare_last"}
-        if self.validation.tokens is None:
-            unused["validation"] = {"tokens"}
+        unused = {"hardware"} | {section for section in ("outputs", "probes") if not getattr(self, section)}
         document = self.model_dump(mode="json", exclude=unused)
         for section, keys in LATER_KEYS.items():
-            defaults = type(getattr(self, section)).model_fields
+            settings = getattr(self, section)
             for key in keys:
-                if document[section][key] == defaults[key].default:
+                if settings is not None and getattr(settings, key) == type(settings).model_fields[key].default:
                     del document[section][key]
         # Null was the default of this limit at first, so recipes of that time have it in their digest.
         if document["gates"]["max_kl_divergence"] == MAX_KL_DIVERGENCE:

@@ -20,6 +20,9 @@ import psutil
 import pytest
 from PIL import Image
 
+from requant.tasks.probing.sets import ask_sets
+from requant.tasks.recipe.recipe import Probes
+from requant.tasks.serving.client import Server
 from requant.tasks.serving.process import free_port, run_engine
 from tests.engines.pipeline import TARGET, Made, engine_environment
 from tests.factories.line_tasks import ITEMS, TASKS, line_tasks
@@ -239,3 +242,14 @@ def test_bench_measures_what_the_engine_drafts_and_leaves_nothing_behind(
     assert all(r["tokens"] == 200 for r in document["prompts"])
     assert all(Path(log).stat().st_size for log in document["logs"]) and len(document["logs"]) == 2
     assert engines() == before
+
+
+def test_probes_are_asked_through_its_template_and_come_back_as_tokens(server: str) -> None:
+    """The model has no tools in its template and 1,024 tokens of context: answers alone can be asked."""
+    asked = Probes(limit=4, max_tokens=64)
+    sets = ask_sets(Server(server, TARGET, True), asked)
+    assert sets["tools"].not_measured == "the chat template takes no tools"
+    assert sets["retrieval"].not_measured == "the engine takes 1,024 tokens" and not sets["retrieval"].outcomes
+    outcomes = sets["answers"].outcomes
+    assert len(outcomes) == 4 and not sets["answers"].not_measured
+    assert all(set(outcome.measures) == {"answers_finished", "answers_without_loop"} for outcome in outcomes)

@@ -1,5 +1,7 @@
 """A server that speaks OpenAI's API as vLLM does, without a model: two tokens a piece, three of four drafts accepted.
 
+Probes are answered as by a good model, whose tokens are characters: stand_in_probes.py.
+
 `python stand_in_engine.py --model DIR --port N [--die-with WORDS] [--never-ready] [--slow]`. It has a worker in a
 session of its own, as engines have. Both write their process ids into the folder that ENGINE_PIDS names, and the server
 makes a file `asked` there when it was asked for tokens. With --never-ready or --slow it does not listen to SIGTERM.
@@ -24,6 +26,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from stand_in_probes import ProbedModel  # of the folder of this script, which runs by itself
+
+PROBED: ProbedModel | None = None
 COUNTS = {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0}
 COUNTING = threading.Lock()
 ACCEPTS = 0.75
@@ -54,6 +59,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         Path(os.environ["ENGINE_PIDS"], "asked").touch()
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if PROBED is not None and (answer := PROBED.answer(self.path, asked)) is not None:
+            self._send(200, json.dumps(answer).encode())
+            return
         if not asked.get("stream"):
             for prompt in asked["prompt"]:
                 chance = random.Random(prompt)
@@ -97,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    global SLOW, ACCEPTS, DRAFTS
+    global SLOW, ACCEPTS, DRAFTS, PROBED
     parser = argparse.ArgumentParser()
     for name in ("--model", "--served-model-name", "--host", "--speculative-config", "--die-with"):
         parser.add_argument(name)
@@ -116,12 +124,14 @@ def main() -> None:
     SLOW = 0.5 if asked.slow else 0.0
     if asked.never_ready or asked.slow:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    PROBED = ProbedModel(Path(asked.model)) if asked.model else None
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     folder = Path(os.environ["ENGINE_PIDS"])
     for pid in (os.getpid(), worker.pid):
         (folder / str(pid)).touch()
     if asked.never_ready:
         time.sleep(600)
+    ThreadingHTTPServer.request_queue_size = 256  # as many connections may wait
     ThreadingHTTPServer(("127.0.0.1", asked.port), Handler).serve_forever()
 
 

@@ -15,7 +15,9 @@ import pytest
 
 from tests.factories.paths import ROOT
 
-STAGES = {"download", "quantize", "mtp_fix", "validate", "evaluate", "benchmark", "acceptance", "publish", "plan"}
+STAGES = {
+    "download", "quantize", "mtp_fix", "validate", "evaluate", "benchmark", "acceptance", "probe", "publish", "plan",
+}  # fmt: skip
 SOURCES = sorted(path.relative_to(ROOT) for top in ("flows", "tasks") for path in (ROOT / top).rglob("*.py"))
 
 

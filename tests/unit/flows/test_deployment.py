@@ -56,7 +56,7 @@ def test_every_deployment_names_a_flow_and_a_pool() -> None:
         assert each["work_pool"]["name"] in POOLS
         assert TAG in each["tags"]  # which the sweep looks for
     assert {name for name, each in deployments().items() if each["work_pool"]["name"] == "gpu"} == {
-        "self_calibration", "quantize", "validate", "benchmark", "acceptance",
+        "self_calibration", "quantize", "validate", "benchmark", "acceptance", "probe",
     }  # fmt: skip
 
 
