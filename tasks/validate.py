@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from prefect import task
 from pydantic import ValidationError
 
@@ -36,7 +35,6 @@ from requant.tasks.texts.rendering import ReadingLimit, render
 from requant.tasks.texts.rows import read_rows
 from requant.tasks.texts.text import EVALUATION, Text
 from requant.tasks.validating import OTHER, WHOLE_TEXT
-from requant.tasks.validating.gates import most_repeated
 from requant.tasks.validating.measured import (
     NOT_COMPARED,
     NOT_EVALUATED,
@@ -48,7 +46,6 @@ from requant.tasks.validating.measured import (
     MatrixError,
     Measured,
     NoiseFloor,
-    Side,
 )
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a reused stage does not need it
@@ -396,7 +393,7 @@ def _run_both(
 
     `sound`: all tensors and settings of the quantized checkpoint are accounted for.
     """
-    from requant.tasks.validating.compare import compare
+    from requant.tasks.validating.compare import compare, side_by_side
     from requant.tasks.validating.measurement import aligned
 
     try:
@@ -436,45 +433,6 @@ def _why_not(error: Exception) -> str:
         return str(error)
     first_line = next(iter(str(error).splitlines()), "")
     return f"it cannot be run: {type(error).__name__}: {first_line[:200]}"
-
-
-def side_by_side(of_base: Measurement, of_quantized: Measurement) -> Behaviour:
-    """Compare the measurements of both checkpoints on one text."""
-    from requant.tasks.validating.measurement import perplexity_increase
-
-    same_shape = of_base.tokens.shape == of_quantized.tokens.shape
-    increase, increase_interval = perplexity_increase(of_quantized, of_base) if same_shape else (None, None)
-    # With NaN losses the drafts always agree, so no rate is reported.
-    finite = bool(np.isfinite(of_quantized.nll).all())
-    rate = of_quantized.acceptance if finite else None
-    tried, finite_places = of_quantized.context.tolist()
-    return Behaviour(
-        same_tokens=float((of_base.tokens == of_quantized.tokens).mean()) if same_shape else 0.0,
-        tokens=int(of_base.tokens.size),
-        perplexity_increase=increase,
-        perplexity_increase_interval=increase_interval,
-        top1_agreement=float((of_base.top1 == of_quantized.top1).mean()) if same_shape else 0.0,
-        most_repeated_token=sum(map(most_repeated, of_quantized.generated.tolist())) / len(of_quantized.generated),
-        long_context=finite_places / tried,
-        long_context_tokens=tried,
-        # A ratio to a rate of 0 is undefined.
-        mtp_acceptance_ratio=rate / of_base.acceptance if rate is not None and of_base.acceptance else None,
-        speculative_agreement=(
-            float(of_quantized.speculative.mean()) if finite and of_quantized.speculative.size else None
-        ),
-        base=_side(of_base),
-        quantized=_side(of_quantized),
-    )
-
-
-def _side(measurement: Measurement) -> Side:
-    return Side(
-        perplexity=measurement.perplexity,
-        perplexity_interval=measurement.perplexity_interval,
-        mtp_acceptance=measurement.acceptance,
-        mtp_acceptance_by_position=tuple(measurement.acceptance_by_position),
-        greedy_acceptance_by_position=tuple(measurement.greedy_acceptance_by_position),
-    )
 
 
 def read_values(store: Store, result: StageResult) -> Measured:

@@ -70,9 +70,6 @@ class RunDocument(RunPart):
     benchmark: BenchmarkResult | None = Field(
         description="The document of `requant bench`; null if the run did not come to it"
     )
-    drafts: DraftComparison | None = Field(
-        None, description="The drafts of the result and of the base, counted in one engine; null where they were not"
-    )
     published: Release | None = Field(description="The release on the Hub; null if nothing was published")
     measured: (
         Annotated[
@@ -82,6 +79,9 @@ class RunDocument(RunPart):
         ]
         | None
     ) = Field(description="All values that were measured, under flat keys; null if the run did not come to it")
+    drafts: DraftComparison | None = Field(
+        None, description="The drafts of the result and of the base, counted in one engine; null where they were not"
+    )
     probes: ProbeSummary | None = Field(
         None, description="Base and result compared by the recipe's probes; null without probes, or if not measured"
     )

@@ -7,6 +7,7 @@ metric's type, and a value.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -16,6 +17,8 @@ from requant.tasks.card.facts import CardFacts
 from requant.tasks.card.filters import name_characters
 from requant.tasks.redaction import public
 from requant.tasks.validating.measured import Measured
+
+KL_NAME = "KL divergence from the base, in nats"
 
 
 def card_data(facts: CardFacts) -> ModelCardData:
@@ -49,23 +52,39 @@ def license_name(facts: CardFacts) -> str:
     return names if isinstance(names, str) else ", ".join(names)
 
 
+@dataclass(frozen=True)
+class _Result:
+    """An evaluation result of the card. `domain` is a part of the data set, or empty."""
+
+    metric: str
+    metric_name: str
+    dataset: str
+    value: float | None
+    revision: str = ""
+    domain: str = ""
+
+
 def eval_results(measured: Measured) -> list[EvalResult]:
-    """List the perplexity on the pinned text and the score in each lm-eval task, as far as they were measured."""
+    """List perplexity and KL divergence on the pinned text, by domain if it has any, and the score in each task."""
     text, _, revision = str(public(measured.text)).partition("@")
-    rows = [("perplexity", "perplexity", text, revision, measured.behaviour.quantized.perplexity)]
-    tasks = measured.evaluation.tasks if measured.evaluation else None
-    for task, scores in (tasks or {}).items():
-        rows.append((scores.metric.partition(",")[0], scores.metric, task, "", scores.ours))
+    results = [_Result("perplexity", "perplexity", text, measured.behaviour.quantized.perplexity, revision)]
+    domains = measured.divergence.domains or {}
+    for domain, values in domains.items() if len(domains) > 1 else ():
+        results.append(_Result("perplexity", "perplexity", text, values.perplexity, revision, domain))
+        results.append(_Result("kl_divergence", KL_NAME, text, values.kl_divergence, revision, domain))
+    for task, scores in (measured.evaluation.tasks or {} if measured.evaluation else {}).items():
+        results.append(_Result(scores.metric.partition(",")[0], scores.metric, task, scores.ours))
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=name_characters(dataset),
-            dataset_name=name_characters(dataset),
-            dataset_revision=name_characters(commit) or None,
-            metric_type=name_characters(metric),
-            metric_name=name_characters(metric_name),
-            metric_value=round(value, 4),
+            dataset_type=name_characters(result.dataset),
+            dataset_name=name_characters(f"{result.dataset}, {result.domain}" if result.domain else result.dataset),
+            dataset_config=name_characters(result.domain) or None,
+            dataset_revision=name_characters(result.revision) or None,
+            metric_type=name_characters(result.metric),
+            metric_name=name_characters(result.metric_name),
+            metric_value=round(result.value, 4),
         )
-        for metric, metric_name, dataset, commit, value in rows
-        if value is not None and math.isfinite(value)
+        for result in results
+        if result.value is not None and math.isfinite(result.value)
     ]

@@ -36,7 +36,7 @@ ASSUMED_BYTES_PER_S = {
     "download": 100e6, "mtp_fix": 200e6, "validate": 100e6, "benchmark": 25e6, "acceptance": 100e6, "probe": 50e6,
     "publish": 50e6,
 }  # fmt: skip
-ASSUMED_CPU_FLOPS = 500e9
+ASSUMED_CPU_FLOPS, ASSUMED_GPU_FLOPS = 500e9, 100e12
 # The base's weights are read once for every token of the rows that are written at once.
 ASSUMED_ROWS_AT_ONCE = 32
 ASSUMED_WEIGHTS_BYTES_PER_S = {"cpu": 10e9, "gpu": 1e12}
@@ -205,10 +205,14 @@ def estimate_stage(store: Store, stage: str, recipe: Recipe, size_bytes: int) ->
         scale *= max(1.0, tokens / (nearest.record.measured_tokens or tokens))
         return Estimate(nearest.seconds * scale, _earlier_run(nearest.record))
     rate = ASSUMED_BYTES_PER_S[stage]
-    seconds = size_bytes / rate * tokens / WHOLE_TEXT_TOKENS
+    seconds = FIXED_SECONDS.get(stage, 0.0) + size_bytes / rate
     source = f"assumed: {rate / 1e6:.0f} MB/s"
-    source += f" for {WHOLE_TEXT_TOKENS:,} tokens, here {tokens:,}" if tokens != WHOLE_TEXT_TOKENS else ""
-    return Estimate(FIXED_SECONDS.get(stage, 0.0) + seconds, source)
+    if stage == "validate":
+        # A product and a sum per weight and token. In base and result together, a byte stands for about one weight.
+        flops = ASSUMED_CPU_FLOPS if requested_hardware(recipe) == "cpu" else ASSUMED_GPU_FLOPS
+        seconds += 2 * size_bytes * tokens / flops
+        source += f", and {flops / 1e12:g} TFLOP/s for {tokens:,} tokens"
+    return Estimate(seconds, source)
 
 
 def estimate_writing(store: Store, recipe: Recipe, weights_bytes: int, tokens: int) -> Estimate:

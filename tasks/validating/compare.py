@@ -1,4 +1,4 @@
-"""Comparison of a quantized checkpoint with its base: next-token distributions, decoder blocks, vision features."""
+"""Comparison of a quantized checkpoint with its base: behaviour, distributions, decoder blocks, vision features."""
 
 from __future__ import annotations
 
@@ -13,9 +13,47 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.validating.blocks import Rows
 from requant.tasks.validating.domains import compare_domains
-from requant.tasks.validating.measured import BlockError, Divergence
-from requant.tasks.validating.measurement import Floats, Measurement
+from requant.tasks.validating.gates import most_repeated
+from requant.tasks.validating.measured import Behaviour, BlockError, Divergence, Side
+from requant.tasks.validating.measurement import Floats, Measurement, perplexity_increase
 from requant.tasks.validating.model import RunSettings, Skeleton, few_threads, free
+
+
+def side_by_side(of_base: Measurement, of_quantized: Measurement) -> Behaviour:
+    """Compare the measurements of both checkpoints on one text."""
+    same_shape = of_base.tokens.shape == of_quantized.tokens.shape
+    increase, increase_interval = perplexity_increase(of_quantized, of_base) if same_shape else (None, None)
+    # With NaN losses the drafts always agree, so no rate is reported.
+    finite = bool(np.isfinite(of_quantized.nll).all())
+    rate = of_quantized.acceptance if finite else None
+    tried, finite_places = of_quantized.context.tolist()
+    return Behaviour(
+        same_tokens=float((of_base.tokens == of_quantized.tokens).mean()) if same_shape else 0.0,
+        tokens=int(of_base.tokens.size),
+        perplexity_increase=increase,
+        perplexity_increase_interval=increase_interval,
+        top1_agreement=float((of_base.top1 == of_quantized.top1).mean()) if same_shape else 0.0,
+        most_repeated_token=sum(map(most_repeated, of_quantized.generated.tolist())) / len(of_quantized.generated),
+        long_context=finite_places / tried,
+        long_context_tokens=tried,
+        # A ratio to a rate of 0 is undefined.
+        mtp_acceptance_ratio=rate / of_base.acceptance if rate is not None and of_base.acceptance else None,
+        speculative_agreement=(
+            float(of_quantized.speculative.mean()) if finite and of_quantized.speculative.size else None
+        ),
+        base=_side(of_base),
+        quantized=_side(of_quantized),
+    )
+
+
+def _side(measurement: Measurement) -> Side:
+    return Side(
+        perplexity=measurement.perplexity,
+        perplexity_interval=measurement.perplexity_interval,
+        mtp_acceptance=measurement.acceptance,
+        mtp_acceptance_by_position=tuple(measurement.acceptance_by_position),
+        greedy_acceptance_by_position=tuple(measurement.greedy_acceptance_by_position),
+    )
 
 
 @torch.inference_mode()

@@ -74,6 +74,7 @@ COMMANDS = {
     "run": ("run {folder}/none.yaml", 2, "none.yaml cannot be read"),
     "plan": ("plan {folder}/none.yaml", 2, "none.yaml cannot be read"),
     "validate": ("validate {folder}/none --base {checkout}", 2, "does not exist"),
+    "compare": ("compare {checkout} {folder}/none --base {checkout}", 1, "none"),
     "mtp-fix": ("mtp-fix {checkout}", 0, '"changed"'),
     "inspect": ("inspect {checkout}", 0, '"quantized"'),
     "bench": ("bench {folder}/none", 2, "does not exist"),

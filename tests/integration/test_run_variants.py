@@ -32,7 +32,9 @@ def regrouped(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> F
     """The finished run with another group size, and with the default texts."""
     requant = finished[0].copy(tmp_path_factory.mktemp("regrouped"))
     changes = {"quantize": {"calibration": "builtin:mixed", "group_size": 64}, "publish": None}
-    requant.recipe = merge(requant.recipe, {**changes, "validation": {"text": "builtin:mixed-evaluation"}})
+    requant.recipe = merge(
+        requant.recipe, {**changes, "validation": {"text": "builtin:mixed-evaluation", "tokens": 4096}}
+    )
     return requant, requant.run()
 
 
@@ -92,7 +94,8 @@ def test_prose_code_and_chats_go_through_the_bases_template(regrouped: Finished)
         chats = (BUILTIN_FOLDER / name).read_text(encoding="utf-8").count('"messages": [')
         assert f"{what}: {chats} chats through the base's chat template" in outcome.stderr
     measured = outcome.document["measured"]
-    assert (measured["text"], measured["tokens"]) == ("builtin:mixed-evaluation", 24 * 512)
+    assert (measured["text"], measured["tokens"]) == ("builtin:mixed-evaluation", 7 * 4096)
+    assert {domain["tokens"] for domain in measured["domains"].values()} == {4096}
 
 
 def test_a_base_without_a_head_goes_through(headless: Finished) -> None:

@@ -12,8 +12,9 @@ Finished = tuple[Requant, Outcome]
 def test_every_artifact_of_a_run_is_known_by_its_base_and_its_run(finished: Finished) -> None:
     done, outcome = finished
     artifacts = done("store", "ls", "--json").document["artifacts"]
-    assert {a["stage"] for a in artifacts} == {"download", "quantize", "mtp_fix", "validate", "measure", "benchmark"}
-    for artifact in artifacts:  # measure is known through validate, which it was made in
+    inner = {"measure", "noise_floor"}  # They are known through validate, which they were made in.
+    assert {a["stage"] for a in artifacts} == {"download", "quantize", "mtp_fix", "validate", "benchmark", *inner}
+    for artifact in artifacts:
         (user,) = artifact["used_by"]
         assert user["makes"] == "me/pico"
         assert artifact["base"] == f"demo/pico@{outcome.document['base']['sha']}"

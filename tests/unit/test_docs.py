@@ -28,6 +28,8 @@ from requant.tasks.planning.document import PlanDocument
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Gates, Recipe
 from requant.tasks.serving.result import BenchmarkResult
+from requant.tasks.validating.comparison import ComparisonDocument
+from requant.tasks.validating.document import ValidationDocument
 from requant.tasks.validating.gates import judge
 from tests.factories.command_lines import check_requant, commands_in, leaves
 from tests.factories.measured import good
@@ -297,7 +299,8 @@ def test_the_keys_of_json_documents_are_those_of_the_code(tmp_path: Path, monkey
     assert keys_of("plan") == set(PlanDocument.model_fields)
     assert keys_of("inspect") == set(inspect_checkpoint(TINY).to_json())
     assert keys_of("mtp-fix") == set(repair(TINY, None, precision="keep", dry_run=True).to_json())
-    assert keys_of("validate") == {"gates", "passed", "findings"}
+    assert keys_of("validate") == set(ValidationDocument.model_fields)
+    assert keys_of("compare") == set(ComparisonDocument.model_fields)
     assert keys_of("bench") == set(BenchmarkResult.model_fields)
     assert keys_of("watch") == set(WatchDocument.model_fields)
     assert keys_of("verify") == {*ReleaseCheck.model_fields}

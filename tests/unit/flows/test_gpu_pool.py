@@ -25,6 +25,7 @@ from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.record import StageRecord
 from requant.tasks.serving.result import BenchmarkResult
 from requant.tasks.store import open_store
+from requant.tasks.texts.calibration import Calibration
 from requant.tasks.texts.text import Text
 from requant.tasks.validate import STAGE as VALIDATE
 
@@ -108,9 +109,8 @@ def test_the_flows_of_the_engine_take_what_a_run_hands_on(monkeypatch: pytest.Mo
     monkeypatch.setattr(requantize, "run_on_gpu_pool", ask)
     made = StageResult("download", "k", "ran", 0.0, Manifest(()), StageRecord())
     text = Text("builtin:mixed-evaluation", "a" * 64)
-    context = requantize.RunContext(
-        open_store(tmp_path.as_uri()), text, text, {}, frozenset({"benchmark", "acceptance"})
-    )
+    delegated = frozenset({"benchmark", "acceptance"})
+    context = requantize.RunContext(open_store(tmp_path.as_uri()), RECIPE, Calibration.of(text), text, {}, delegated)
     stages = requantize.MadeStages(made, made, made)
     requantize._benchmark(context, RECIPE, made)
     requantize._acceptance(context, RECIPE, stages, BenchmarkResult(engine="vllm"))

@@ -10,7 +10,8 @@ from requant.flows.report.report import RunReport, gate_rows, published_words, r
 from requant.flows.report.terminal import render, validation_text
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.record import RecordedBlock, StageRecord
-from requant.tasks.validating.gates import Gate, ValidationDocument, summary
+from requant.tasks.validating.document import ValidationDocument
+from requant.tasks.validating.gates import Gate, summary
 from requant.tasks.validating.measured import DomainValues
 from tests.factories.reports import ARTIFACT, PUBLISHED, RECIPE, SHA, SPEED, finished
 

@@ -39,6 +39,19 @@ def test_perplexity_is_a_result_on_the_commit_of_its_text() -> None:
     assert result.dataset_revision == SHA
 
 
+def test_perplexity_and_divergence_are_results_in_each_domain() -> None:
+    values = {"tokens": 8192, "base_perplexity": 3.0, "perplexity_increase": 0.1, "kl_divergence_p99": 1.0}
+    values |= {"top1_agreement": 0.9}
+    domains = {
+        "code": {**values, "perplexity": 3.3, "kl_divergence": 0.0846},
+        "chat": {**values, "perplexity": float("nan"), "kl_divergence": 0.0907},
+    }
+    _, code, code_kl, chat_kl = results(text="builtin:mixed-evaluation", domains=domains)
+    assert (code.metric_type, code.metric_value, code.dataset_config) == ("perplexity", 3.3, "code")
+    assert (code_kl.metric_type, code_kl.metric_value, code_kl.dataset_config) == ("kl_divergence", 0.0846, "code")
+    assert chat_kl.dataset_name == "builtin:mixed-evaluation, chat" and chat_kl.metric_value == 0.0907
+
+
 def test_each_task_is_a_result_of_its_first_metric() -> None:
     _, easy, maths = results(tasks=TASKS)
     assert (easy.dataset_type, easy.metric_type, easy.metric_value) == ("arc_easy", "acc", 0.6877)

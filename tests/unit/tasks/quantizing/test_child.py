@@ -163,16 +163,6 @@ def test_the_samples_of_a_mixed_text_lie_all_over_it_never_overlap_and_are_drawn
     assert turns == [False, True] * 10  # the domains by turns, and the seed says which comes first
 
 
-def test_the_builtin_mixed_text_gives_every_domain_to_few_samples() -> None:
-    path = find_text("builtin:mixed").path
-    rows = [json.loads(line) for line in str(path and path.read_text()).splitlines()]
-    assert Counter(row["domain"] for row in rows).keys() == {"prose", "code", "chat"}
-    sizes = Counter[str]()
-    for row in rows:
-        sizes[row["domain"]] += len(row.get("text") or "".join(m["content"] for m in row["messages"]))
-    assert min(sizes.values()) > 250_000
-
-
 # What a killed process left.
 
 

@@ -19,8 +19,9 @@ from requant.tasks.checkpoint.checkpoint import INDEX, Checkpoint
 from requant.tasks.errors import CheckpointError, RecipeError
 from requant.tasks.recipe.recipe import Gates
 from requant.tasks.texts.text import EVALUATION
-from requant.tasks.validate import measured_values, side_by_side, validate_folders
+from requant.tasks.validate import measured_values, validate_folders
 from requant.tasks.validating.compare import compare as compare_folders
+from requant.tasks.validating.compare import side_by_side
 from requant.tasks.validating.gates import judge
 from requant.tasks.validating.measure import measure as measure_as
 from requant.tasks.validating.measure import run_settings

@@ -14,9 +14,8 @@ import torch
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.recipe.recipe import Gates
 from requant.tasks.texts.text import EVALUATION
-from requant.tasks.validate import side_by_side
 from requant.tasks.validating import LONG_CONTEXT
-from requant.tasks.validating.compare import compare
+from requant.tasks.validating.compare import compare, side_by_side
 from requant.tasks.validating.gates import QUALITY_GATES, judge
 from requant.tasks.validating.measure import measure
 from requant.tasks.validating.measured import Measured
