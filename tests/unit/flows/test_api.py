@@ -112,6 +112,10 @@ def test_an_interrupt_ends_the_process_of_a_run(monkeypatch: pytest.MonkeyPatch)
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", start)
     monkeypatch.setattr(api, "_forward", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        requant.run(RECIPE)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background job ignores SIGINT.
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            requant.run(RECIPE)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert started[0].returncode == 130
