@@ -22,14 +22,13 @@ from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, ru
 from requant.tasks.store import Store
 from requant.tasks.texts.forms import READ_COLUMNS
 from requant.tasks.texts.rows import OpenFile, usable_rows
-from requant.tasks.texts.text import Text, has_rows, local_files
+from requant.tasks.texts.text import MAX_CHARACTERS_PER_TOKEN, Text, has_rows, local_files
 
 STAGE = Stage("excerpt", 1)
 EXCERPT = "rows.jsonl"
 # How many characters of rows an excerpt has at least. A larger need is rounded up to a power of two, so that outputs
 # with other numbers of samples share an excerpt.
 MIN_CHARACTERS = 1 << 24
-MAX_CHARACTERS_PER_TOKEN = 8  # no natural text has more
 # How much of a chat counts: of a chat longer than a sample, little may be in a sample (`Document.sample_tokens`).
 MAX_CHAT_CHARACTERS = 1 << 14
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import fnmatch
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def quantize(
             "attempts": [attempt.model_dump(exclude_unset=True) for attempt in attempts],
             "blocks": [block.to_json() for block in tuned_blocks(folder / "events.jsonl")],
             "peak_gpu_bytes": result.peak_gpu_bytes,
-            "sources": [source.record(use) for source, use in zip(read, result.calibration, strict=True)],
+            **_sources(read, result.calibration),
         }
         return Made(Manifest.of(files), record)
 
@@ -188,6 +188,11 @@ class _ReadSource:
             **use.model_dump(),
             "chats": self.rendered.to_json() if self.rendered else None,
         }
+
+
+def _sources(read: Sequence[_ReadSource], uses: Sequence[SourceUse]) -> dict[str, Any]:
+    """Return what the record of the stage says of its sources: nothing after a child of a version that did not say."""
+    return {"sources": [one.record(use) for one, use in zip(read, uses, strict=True)]} if uses else {}
 
 
 def _read_calibration(

@@ -60,6 +60,8 @@ def self_calibration_key(recipe: Recipe, base: Manifest) -> str:
         settings={
             "tokens": needed_tokens(recipe),
             "row_tokens": max_row_tokens(recipe),
+            # The base writes until these samples can be made of the text: see _fill_samples.
+            "samples": [list(one) for one in sorted({(o.seqlen, own_samples(o)) for o in outputs_of(recipe)})],
             "seed": recipe.quantize.seed,
             "sampling": SAMPLING,
             "allow_remote_code": recipe.allow_remote_code,

@@ -26,11 +26,9 @@ from requant.tasks.texts.documents import read_documents
 from requant.tasks.texts.forms import explain_unusable, form_of
 from requant.tasks.texts.rendering import TEMPLATES, TOKENIZER, ReadingLimit, render
 from requant.tasks.texts.rows import read_rows
-from requant.tasks.texts.text import Text, has_rows
+from requant.tasks.texts.text import MAX_CHARACTERS_PER_TOKEN, Text, has_rows
 from requant.tasks.validating import window_count
 
-# No natural text has more characters per token. A text with this many for each token that is needed has enough.
-MAX_CHARACTERS_PER_TOKEN = 8
 # With a vocabulary of 200,000 entries, the prose of builtin:mixed has 4.4 characters per token, more than its other
 # domains (tasks/texts/builtin/README.md). So the plan of a default recipe fetches no tokenizer. A run, which fetches
 # the base anyway, counts the tokens.
@@ -138,15 +136,17 @@ class Texts:
         for text in (need.text for need in needs):
             if text.columns and not _has_usable_column(text) and _has_same_columns(text):
                 raise RecipeError(explain_unusable(text.name, text.columns, text.field))
-        unknown = [note for need in needs if (note := self._explain_unknown(need.text))]
-        if unknown:
-            self.notes += [note for note in (f"{key}: {note}" for note in unknown) if note not in self.notes]
-            return
-        certain = [self._supply_at_least(need) for need in needs]
+        unknown = {need: note for need in needs if (note := self._explain_unknown(need.text))}
+        self.notes += [note for note in (f"{key}: {note}" for note in unknown.values()) if note not in self.notes]
+
+        def supplies(supply_of: Callable[[_Need], Supply]) -> list[Supply]:
+            return [_assume_enough(need) if need in unknown else supply_of(need) for need in needs]
+
+        certain = supplies(self._supply_at_least)
         try:
             check(certain)
         except RecipeError:  # There are too few characters to be certain.
-            check([self._count(need, remote_code) for need in needs])
+            check(supplies(lambda need: self._count(need, remote_code)))
 
     def _explain_unknown(self, text: Text) -> str:
         """Say why it is not judged whether a text has enough tokens; return nothing if it is judged."""
@@ -209,6 +209,13 @@ class Texts:
         # A file that the store has is a link into it, and must not be written to.
         fetch_files(self._base, self._folder, [f.path for f in files if not (self._folder / f.path).is_symlink()])
         self._has_tokenizer = True
+
+
+def _assume_enough(need: _Need) -> Supply:
+    """Return a supply as long as is needed, for a text of which nothing is known: the others are checked beside it."""
+    supply = Supply(need.text.label, need.weight)
+    supply.add("", Length((need.tokens,), chat=False))
+    return supply
 
 
 def _has_same_columns(text: Text) -> bool:

@@ -30,5 +30,9 @@ def worst_share(tokens: Sequence[int]) -> float:
 
 
 def is_loop(tokens: Sequence[int]) -> bool:
-    """Check whether a window of an answer mostly repeats itself."""
+    """Check whether a window of an answer mostly repeats itself, wherever it is.
+
+    `loops` in `writing/rows.py`, which leaves out rows of calibration text, looks at their ends alone and asks for more
+    repetition.
+    """
     return worst_share(tokens) > MAX_REPEATED

@@ -137,7 +137,8 @@ def plan_samples(supplies: Sequence[Supply], nsamples: int, seqlen: int, seed: i
 
 def _check_weighted(supplies: Sequence[Supply], totals: Sequence[int], counts: Sequence[int], seqlen: int) -> None:
     """Raise RecipeError if a source with a weight has room for fewer samples than its share."""
-    for supply, total, count in zip(supplies, totals, counts, strict=True):
+    names = [one.name for one in supplies]
+    for number, (supply, total, count) in enumerate(zip(supplies, totals, counts, strict=True), 1):
         if total >= count:
             continue
         weights = [one.weight for one in supplies]
@@ -146,8 +147,9 @@ def _check_weighted(supplies: Sequence[Supply], totals: Sequence[int], counts: S
             most -= 1
         tokens = sum(supply.tokens.values())
         fewer = f"set quantize.nsamples to at most {most}" if most else "lower quantize.seqlen"
+        name = supply.name if names.count(supply.name) == 1 else f"{supply.name} (source {number})"
         raise RecipeError(
-            f"{supply.name} has {tokens:,} tokens and room for {total} of the {count} samples of {seqlen} that are its "
+            f"{name} has {tokens:,} tokens and room for {total} of the {count} samples of {seqlen} that are its "
             f"share by weight: at least {(count - total) * seqlen:,} tokens are missing; {fewer}, give it a smaller "
             "weight, leave all weights out so that the other sources fill up, or name a longer text"
         )

@@ -34,7 +34,7 @@ MAX_PATTERNS = 1000
 
 @dataclass(frozen=True)
 class Config:
-    """A configuration of a card. patterns: of its files, by split; folder: where they lie, if it has no patterns."""
+    """A configuration of a card. patterns: of its files in `folder`, by split; folder: where its files lie."""
 
     name: str
     default: bool = False
@@ -128,7 +128,9 @@ def _splits_by_config(paths: Sequence[str], card: DatasetCard) -> dict[str, dict
     for config in card.configs:
         inside = [path for path in paths if not config.folder or path.startswith(f"{config.folder}/")]
         if config.patterns:
-            found[config.name] = {split: _matching(inside, patterns) for split, patterns in config.patterns.items()}
+            found[config.name] = {
+                split: _matching(inside, patterns, config.folder) for split, patterns in config.patterns.items()
+            }
         else:
             found[config.name] = by_split(inside)
     return found
@@ -180,8 +182,10 @@ def _split_in(name: str) -> str | None:
     return next((SPLIT_WORDS[word] for word in SEPARATORS.split(name) if word in SPLIT_WORDS), None)
 
 
-def _matching(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    return [path for path in paths if any(matches(path, pattern) for pattern in patterns)]
+def _matching(paths: Sequence[str], patterns: Sequence[str], folder: str) -> list[str]:
+    """Return the paths that match a pattern below a folder."""
+    below = f"{folder}/" if folder else ""
+    return [path for path in paths if any(matches(path.removeprefix(below), pattern) for pattern in patterns)]
 
 
 def matches(path: str, pattern: str) -> bool:

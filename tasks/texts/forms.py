@@ -159,15 +159,9 @@ def explain_unusable(
     )
 
 
-def plain_turns(messages: Sequence[Message]) -> list[str]:
-    """Write a chat without a chat template, turn by turn: `role: content`, with empty lines between the turns."""
-    turns = [f"{message.role}: {message.text}" for message in messages]
-    return [turn if number == 0 else f"\n\n{turn}" for number, turn in enumerate(turns)]
-
-
 def plain_chat(messages: Sequence[Message]) -> str:
-    """Write a chat without a chat template: `role: content`, one message after another."""
-    return "".join(plain_turns(messages))
+    """Write a chat without a chat template: `role: content`, with empty lines between the messages."""
+    return "\n\n".join(f"{message.role}: {message.text}" for message in messages)
 
 
 def _columns_read(columns: Collection[str]) -> list[str]:
@@ -175,7 +169,10 @@ def _columns_read(columns: Collection[str]) -> list[str]:
 
 
 def _empty(value: object) -> bool:
-    return value is None or value in ("", [], {})
+    """Check whether there is nothing in a value; nor is there in {"text": [], ...}, as SQuAD 2 has it for no answer."""
+    if isinstance(value, dict):
+        return all(map(_empty, value.values()))
+    return value is None or value in ("", [])
 
 
 def _filled(columns: Mapping[str, Any], names: Sequence[str]) -> Any:

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from requant.tasks.errors import RecipeError
 from requant.tasks.texts.documents import Document
-from requant.tasks.texts.forms import Message, Row, plain_turns
+from requant.tasks.texts.forms import Message, Row, plain_chat
 from requant.tasks.texts.rows import read_rows
 
 # The rendered text is reused on every machine. So limits are CPU time and not wall-clock time: a machine that swaps or
@@ -181,7 +181,7 @@ class Template:
         text = None if self._missing else self._apply(row, row.messages)
         if text is None:
             self.plain += 1
-            return "".join(plain_turns(row.messages))
+            return plain_chat(row.messages)
         self.templated += 1
         return text
 
@@ -192,14 +192,14 @@ class Template:
         (a template may write earlier messages in another way than the last one), the turn is left out. Raises
         TemplateTimeout.
         """
-        plain = plain_turns(row.messages)
+        is_plain = text == plain_chat(row.messages)
         count, found = len(row.messages), set[int]()
         for number in range(1, MAX_TURNS):
             before = max(1, count * number // MAX_TURNS) if count > MAX_TURNS else number
             if before >= count:
                 break
             messages = row.messages[:before]
-            head = "".join(plain[:before]) if "".join(plain) == text else self._apply(row, messages, told=False)
+            head = plain_chat(messages) if is_plain else self._apply(row, messages, told=False)
             if head and len(head) < len(text) and text.startswith(head):
                 found.add(len(head))
         return tuple(sorted(found))

@@ -130,7 +130,9 @@ def lists_of(head: bytes, tail: bytes, suffix: str) -> tuple[str, ...]:
             import pyarrow.parquet
 
             schema = pyarrow.parquet.read_metadata(io.BytesIO(tail)).schema.to_arrow_schema()
-            return tuple(column.name for column in schema if pyarrow.types.is_list(column.type))
+            types = pyarrow.types
+            are_lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+            return tuple(column.name for column in schema if any(is_one(column.type) for is_one in are_lists))
         text = head.decode("utf-8", errors="ignore").lstrip().removeprefix("[").lstrip()
         row = json.JSONDecoder().raw_decode(text)[0]
         return tuple(name for name, value in row.items() if isinstance(value, list))
@@ -153,23 +155,25 @@ def _keys_of_cut_object(text: str) -> tuple[str, ...]:
 def needs_template(paths: Iterable[str | Path], field: str | None = None) -> bool:
     """Check whether a row of these files is a chat. A file that cannot be read has no such row."""
     for path in map(Path, paths):
-        with contextlib.suppress(*READ_ERRORS), path.open("rb") as stream:
+        with contextlib.suppress(*READ_ERRORS):
             kind = kind_of(path.name)
-            if kind == ".txt" or (kind in JSON_SUFFIXES and field is None and not _may_have_chats(stream, path.name)):
+            if kind == ".txt" or (kind in JSON_SUFFIXES and field is None and not _may_have_chats(path)):
                 continue
-            stream.seek(0)
-            if any(is_chat(row, field) for row in raw_rows(stream, path.name, [], field)):
-                return True
+            with path.open("rb") as stream:
+                if any(is_chat(row, field) for row in raw_rows(stream, path.name, [], field)):
+                    return True
     return False
 
 
-def _may_have_chats(stream: BinaryIO, name: str) -> bool:
+def _may_have_chats(path: Path) -> bool:
     """Check whether a file has the name of a column of chats, which is far cheaper than reading its rows."""
-    before, plain = b"", decompressed(stream, name)
-    while chunk := plain.read(CHUNK_CHARACTERS):
-        if CHAT_COLUMNS.search(before + chunk):
-            return True
-        before = chunk[-50:]
+    before = b""
+    with path.open("rb") as stream:
+        plain = decompressed(stream, path.name)
+        while chunk := plain.read(CHUNK_CHARACTERS):
+            if CHAT_COLUMNS.search(before + chunk):
+                return True
+            before = chunk[-50:]
     return False
 
 

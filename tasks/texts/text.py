@@ -14,12 +14,21 @@ from requant.tasks.recipe.quantize_section import BUILTIN, READABLE, SELF
 from requant.tasks.recipe.recipe import BUILTIN_EVALUATION
 from requant.tasks.texts.data_files import choose_files, read_card
 from requant.tasks.texts.forms import form_of
-from requant.tasks.texts.rows import columns_of, decompressed_beginning, kind_of, lists_of, needs_template
+from requant.tasks.texts.rows import (
+    JSON_SUFFIXES,
+    columns_of,
+    decompressed_beginning,
+    kind_of,
+    lists_of,
+    needs_template,
+)
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 EVALUATION = BUILTIN_FOLDER / "python-evaluation.txt"
 MIXED = ("builtin:mixed",)  # samples are taken from each domain of these
 CHATS = ("builtin:mixed", "builtin:mixed-evaluation")
+# No natural text has more characters per token. A text with this many for each token that is needed has enough.
+MAX_CHARACTERS_PER_TOKEN = 8
 MAX_WHOLE_TEXT_BYTES = 1 << 24  # a larger .txt file of a data set, which is one row, is not read to its end
 MAX_CARD_BYTES = 1 << 18  # the front matter of a data set's card is at its beginning
 # JSON files that describe a data set and have no rows. They are part of its digest, but are not read.
@@ -52,7 +61,7 @@ class Text:
 
     @property
     def label(self) -> str:
-        """What logs and errors call it: two texts of one calibration have different labels."""
+        """What logs and errors call it. Two local files in different folders can have one label."""
         return self.name if self.field is None else f"{self.name}, column {self.field}"
 
     @property
@@ -156,8 +165,18 @@ def _local_text(path: Path, key: str, field: str | None) -> Text:
             raise RecipeError(f"{key}: the folder {path} has no files to read ({', '.join(READABLE)})", path=path)
         digest = digest_of([[file.relative_to(path).as_posix(), sha256_of(file)] for file in files])
     else:
-        digest = sha256_of(path)
+        # The name decides how a file is read: rows of JSON in a file with another name are one text.
+        digest = f"{'whole:' if _has_json_rows_unread(path) else ''}{sha256_of(path)}"
     return _text(Text(path.name, digest, path=path, chats=needs_template(files, field), field=field))
+
+
+def _has_json_rows_unread(path: Path) -> bool:
+    """Check whether a file begins with a row of JSON, but is read as one text because of its name. Raises OSError."""
+    if kind_of(path.name) in {*JSON_SUFFIXES, ".parquet"}:
+        return False
+    with path.open("rb") as stream:
+        head = decompressed_beginning(stream.read(MAX_ROW_BYTES), path.name, MAX_ROW_BYTES)
+    return bool(columns_of(head, b"", ".jsonl", cut=True))
 
 
 def local_files(path: Path) -> list[Path]:

@@ -156,6 +156,12 @@ class Skeleton:
         for number, block in enumerate(self.blocks):
             self._load_to_stay(number, [block])
 
+    def drop(self) -> None:
+        """Drop all weights, and return their GPU memory to the device. The model cannot run any more."""
+        _empty(self.model)
+        self._resident.clear()
+        free(self.device)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Run the output layer on hidden states after the final norm, `[..., hidden]` -> float32 `[..., vocab]`.
 

@@ -59,7 +59,7 @@ def open_writer(base: WritingBase) -> Iterator[tuple[Writer, str]]:
     neither the GPU nor the memory, RecipeError, CheckpointError.
     """
     with contextlib.ExitStack() as stack:
-        yield _in_vllm(base, stack) or _in_torch(base)
+        yield _in_vllm(base, stack) or _in_torch(base, stack)
 
 
 def _in_vllm(base: WritingBase, stack: contextlib.ExitStack) -> tuple[Writer, str] | None:
@@ -85,8 +85,11 @@ def _in_vllm(base: WritingBase, stack: contextlib.ExitStack) -> tuple[Writer, st
     return VllmWriter(running.server, base.stops, base.row_tokens), f"vLLM {running.version}"
 
 
-def _in_torch(base: WritingBase) -> tuple[Writer, str]:
-    """Load the base into transformers, on the GPU if it fits there. Raises OutOfMemory, CheckpointError."""
+def _in_torch(base: WritingBase, stack: contextlib.ExitStack) -> tuple[Writer, str]:
+    """Load the base into transformers, on the GPU if it fits there, until `stack` is closed.
+
+    Raises OutOfMemory, CheckpointError.
+    """
     import transformers
 
     from requant.tasks.validating.model import RunSettings, Skeleton, pick_device, pick_dtype, room
@@ -102,6 +105,7 @@ def _in_torch(base: WritingBase) -> tuple[Writer, str]:
             f"larger machine, or {ANOTHER_TEXT}"
         )
     skeleton = Skeleton(Checkpoint.open(base.folder), RunSettings(device, dtype, base.remote_code))
+    stack.callback(skeleton.drop)
     skeleton.hold()
     return TorchWriter(skeleton, base.stops, base.row_tokens), f"transformers {transformers.__version__}"
 

@@ -71,7 +71,11 @@ Writer = Callable[[Sequence[Order]], list[list[int]]]
 
 
 def loops(answer: Sequence[int]) -> bool:
-    """Check whether an answer ends in a loop."""
+    """Check whether an answer ends in a loop.
+
+    `is_loop` in `probing/loops.py` judges a model's answers, and looks at them whole. Here rows of calibration text
+    are left out, so more repetition is asked for: a row that repeats some lines is used.
+    """
     tail = answer[-TAIL:]
     runs = [tuple(tail[begin : begin + RUN]) for begin in range(len(tail) - RUN + 1)]
     return len(runs) >= TAIL // 4 and len(set(runs)) < LOOP * len(runs)

@@ -111,7 +111,10 @@ class _Counter:
 
         skeleton = Skeleton(checkpoint, run_settings(self._base.folder, self._base.remote_code))
         log.info(f"counting the tokens that each expert gets of {len(rows)} rows")
-        routing = count_routed(skeleton, [row.tokens for row in rows]) if has_experts(skeleton) else None
+        try:
+            routing = count_routed(skeleton, [row.tokens for row in rows]) if has_experts(skeleton) else None
+        finally:
+            skeleton.drop()
         if routing is None or not routing.tokens.any():  # Some models do not tell the experts which tokens are theirs.
             log.warning(f"the tokens of each expert cannot be counted in {type(skeleton.model).__name__}")
             return None

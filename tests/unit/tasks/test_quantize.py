@@ -13,13 +13,14 @@ from requant.tasks import quantize as quantize_stage
 from requant.tasks.artifact import File, Manifest
 from requant.tasks.quantize import quantize_key, quantize_task, read_part, tokenizer_part
 from requant.tasks.quantizing.events import BlockStarted, read_events
-from requant.tasks.quantizing.job import Rung
+from requant.tasks.quantizing.job import JobResult, Rung
 from requant.tasks.quantizing.memory_fallback import TIMEOUT_S, ladder
+from requant.tasks.quantizing.samples import SampleSource, SourceUse
 from requant.tasks.quantizing.tuned_blocks import tuned_blocks
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.quantize_section import Quantize
 from requant.tasks.recipe.recipe import Recipe
-from requant.tasks.texts.calibration import Calibration
+from requant.tasks.texts.calibration import Calibration, CalibrationSource
 from requant.tasks.texts.text import Text
 
 A, B = "a" * 64, "b" * 64
@@ -134,6 +135,16 @@ def test_what_quantize_does_not_read_does_not_change_the_key(section: dict[str, 
 
 def test_a_preset_has_the_key_of_what_it_stands_for() -> None:
     assert key(recipe(quantize={"preset": "auto-round"})) == key(recipe())
+
+
+def test_a_result_of_a_version_that_did_not_count_its_sources_is_recorded_without_them() -> None:
+    old = JobResult.model_validate({"checkpoint": "/work/out", "settings": {}, "bits": {}, "peak_gpu_bytes": None})
+    source = SampleSource(name="builtin:python", paths=[])
+    read = [quantize_stage._ReadSource(CalibrationSource(TEXT), source, None)]
+    assert quantize_stage._sources(read, old.calibration) == {}
+    use = SourceUse(rows=1, tokens=9, samples={"": 2})
+    (told,) = quantize_stage._sources(read, [use])["sources"]
+    assert (told["source"], told["tokens"], told["samples"]) == ("builtin:python", 9, {"": 2})
 
 
 def test_the_stage_says_that_it_took_too_long_before_prefect_ends_its_task() -> None:

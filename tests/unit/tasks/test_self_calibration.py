@@ -72,6 +72,14 @@ def test_all_outputs_share_a_text_that_is_long_enough_for_each() -> None:
     assert key(recipe(outputs=outputs)) != key(recipe())
 
 
+def test_what_the_samples_of_each_output_need_is_part_of_the_key() -> None:
+    """Both ask for as many tokens, and for rows as long; the samples of one of them can need more text."""
+    longest = {"scheme": "W4A16", "nsamples": 8, "seqlen": 128}
+    few, many = ([longest, {"scheme": "W8A16", "nsamples": count}] for count in (4, 16))
+    assert needed_tokens(recipe(outputs=few)) == needed_tokens(recipe(outputs=many))
+    assert key(recipe(outputs=few)) != key(recipe(outputs=many))
+
+
 def test_of_several_sources_it_writes_its_share() -> None:
     weighted = [{"source": "builtin:python", "weight": 3}, {"source": "self", "weight": 1}]
     assert own_samples(recipe(quantize={"calibration": weighted, "nsamples": 16}).quantize) == 4

@@ -20,9 +20,9 @@ from requant.tasks.planning.inputs import Inputs
 from requant.tasks.planning.texts import MAX_CHARACTERS_PER_BUILTIN_TOKEN, Texts, _count_at_least
 from requant.tasks.quantizing.samples import SampleSource, calibration_samples, shares
 from requant.tasks.recipe.loader import parse_recipe
-from requant.tasks.recipe.quantize_section import PRESETS
+from requant.tasks.recipe.quantize_section import PRESETS, SELF
 from requant.tasks.store import Store
-from requant.tasks.texts.calibration import Calibration, find_calibration
+from requant.tasks.texts.calibration import Calibration, CalibrationSource, find_calibration
 from requant.tasks.texts.text import BUILTIN_FOLDER, Text, find_text
 from requant.tasks.validating import window_length
 from tests.factories.paths import ROOT, TINY
@@ -159,6 +159,25 @@ def test_a_data_set_is_judged_by_its_columns_and_else_not_judged(store: Store) -
     lines = replace(BASE, files=tuple(HubFile(name, 9, "b", None) for name in ("a.jsonl", "b.jsonl")))
     assert problems(store, right, replace(wrong, dataset=lines), fetch=False) == []  # the other file may have others
     assert notes == ["quantize.calibration: whether me/right@1 has enough tokens is not judged: a run reads it first"]
+
+
+def test_beside_a_source_that_is_not_judged_the_others_are(store: Store, tmp_path: Path) -> None:
+    short = local(tmp_path, "short.txt", "x = 1\n" * 20)
+    later = Text("me/right@1", "d", dataset=BASE, columns=("text",))
+    recipe = parse_recipe({"base": {"repo_id": "a/b"}, "quantize": {"nsamples": 8, "seqlen": 64, "batch_size": 4}})
+
+    def told(*sources: CalibrationSource) -> tuple[list[str], list[str]]:
+        inputs = Inputs(BASE, Calibration(sources), EVALUATION)
+        texts = Texts(functools.partial(text_files, store), inputs, TINY, tmp_path / "scratch", fetch=False)
+        return texts.problems(recipe, {"quantize"}, LONG), texts.notes
+
+    for unknown in (later, find_text(SELF)):
+        (problem,), (note,) = told(CalibrationSource(unknown, 1), CalibrationSource(short, 1))
+        assert problem.startswith(
+            "quantize.calibration: short.txt has 100 tokens and room for 1 of the 4 samples of 64"
+        )
+        assert note.startswith("quantize.calibration: ")
+        assert told(CalibrationSource(unknown), CalibrationSource(short)) == ([], [note])  # it fills up
 
 
 def test_the_builtin_mixed_text_is_enough_for_the_default_samples(store: Store) -> None:

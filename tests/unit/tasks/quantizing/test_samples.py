@@ -82,6 +82,8 @@ def test_with_weights_a_short_source_is_an_error_that_says_what_is_missing_and_w
     assert told.startswith("b has 25 tokens and room for 2 of the 4 samples of 10 that are its share by weight: at ")
     assert "at least 20 tokens are missing; set quantize.nsamples to at most 5," in told
     assert counts(supply("a", 1000, 1), supply("b", 25, 1), nsamples=5) == [3, 2]
+    with pytest.raises(RecipeError, match=r"^a\.txt \(source 2\) has 25 tokens"):
+        counts(supply("a.txt", 1000, 1), supply("a.txt", 25, 1), nsamples=8)
     with pytest.raises(RecipeError, match=r"missing; lower quantize\.seqlen,"):
         counts(supply("a", 1000, 1), supply("b", 5, 100), nsamples=8)
 

@@ -59,6 +59,11 @@ def test_a_card_names_configurations_and_splits(wanted: list[str], files: list[s
     assert choose_files(FILES, card, wanted) == files
 
 
+def test_patterns_match_below_the_folder_that_a_configuration_names() -> None:
+    card = read_card("---\nconfigs:\n- {config_name: a, data_dir: ./large, data_files: 'a*.jsonl'}\n---\n")
+    assert choose_files([*FILES, "a9.jsonl"], card, []) == FILES[:1]
+
+
 def test_without_a_card_a_folder_is_a_configuration_and_train_is_read_of_several_splits() -> None:
     card = read_card("no front matter")
     assert choose_files(SHARDS, card, []) == SHARDS[1:] == choose_files(SHARDS, card, ["data", "train"])

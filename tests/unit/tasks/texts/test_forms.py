@@ -129,6 +129,13 @@ def test_a_column_that_is_named_is_read_whatever_else_there_is() -> None:
     assert parse_row(columns, "gone") is None
 
 
+def test_a_question_without_an_answer_as_in_squad_2_is_passed_over() -> None:
+    without = {"question": "hi", "answers": {"text": [], "answer_start": []}}
+    assert parse_row(without) is None and not is_chat(without)
+    assert messages({**without, "response": "ho"}) == CHAT and is_chat({**without, "response": "ho"})
+    assert parse_row({**without, "text": "a"}) == Row(text="a")
+
+
 BROKEN: dict[str, dict[str, Any]] = {
     "a row has int as text": {"text": 5},
     "a row has list as question": {"question": ["a"], "answer": "b"},

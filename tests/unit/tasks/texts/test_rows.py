@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from requant.tasks.errors import RecipeError
 from requant.tasks.texts.forms import FORM_WORDS, Message, plain_chat
-from requant.tasks.texts.rows import columns_of, needs_template, read_rows
+from requant.tasks.texts.rows import columns_of, lists_of, needs_template, read_rows
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 
@@ -108,6 +109,24 @@ def test_a_file_is_known_to_need_a_chat_template_by_its_rows(tmp_path: Path) -> 
     assert not needs_template([jsonl(tmp_path, {"text": 'a word: "messages"', "messages": CHAT})])
     assert not needs_template([write(tmp_path, "a.jsonl", '{"messages": [')])
     assert not needs_template([write(tmp_path, "a.txt", '{"messages": [1]}')])
+
+
+@pytest.mark.parametrize("compress", [".gz", ".zst"])
+def test_chats_in_a_compressed_file_are_known_too(compress: str, tmp_path: Path) -> None:
+    plain = Path(jsonl(tmp_path, {"messages": CHAT})).read_bytes()
+    path = tmp_path / f"chats.jsonl{compress}"
+    path.write_bytes(gzip.compress(plain) if compress == ".gz" else pyarrow.compress(plain, "zstd", asbytes=True))
+    assert needs_template([path]) and needs_template([path], "messages") and not needs_template([path], "text")
+    (row,) = read_rows([path], chats=True)
+    assert [message.text for message in row.messages] == ["hi", "ho"]
+
+
+@pytest.mark.parametrize("kind", [pyarrow.list_, pyarrow.large_list, lambda value: pyarrow.list_(value, 2)])
+def test_a_column_of_a_parquet_file_is_a_list_in_every_layout_of_arrow(kind: Any, tmp_path: Path) -> None:
+    message = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])
+    table = pyarrow.table({"talk": pyarrow.array([CHAT], kind(message)), "id": ["a"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert lists_of(b"", (tmp_path / "a.parquet").read_bytes(), ".parquet") == ("talk",)
 
 
 def test_the_columns_of_a_file_are_known_from_its_ends(tmp_path: Path) -> None:

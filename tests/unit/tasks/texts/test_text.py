@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from pathlib import Path
 
@@ -80,6 +81,21 @@ def test_chats_of_a_local_file_are_part_of_what_pins_it(tmp_path: Path) -> None:
     texts, chats = (find_text(str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl"))
     assert not texts.chats and texts.digest == sha256_of(tmp_path / "a.jsonl")
     assert chats.chats and chats.digest == f"chats:{sha256_of(tmp_path / 'b.jsonl')}"
+
+
+def test_a_name_that_decides_how_rows_are_read_is_part_of_what_pins_them(tmp_path: Path) -> None:
+    rows = b'{"text": "a"}\n{"text": "b"}\n'
+    for name in ("rows.jsonl", "rows.json", "rows.txt", "rows.md"):
+        (tmp_path / name).write_bytes(rows)
+    lines, whole = (find_text(str(tmp_path / name)).digest for name in ("rows.jsonl", "rows.txt"))
+    assert lines == find_text(str(tmp_path / "rows.json")).digest == sha256_of(tmp_path / "rows.jsonl")
+    assert whole == find_text(str(tmp_path / "rows.md")).digest != lines
+    (tmp_path / "rows.txt.gz").write_bytes(gzip.compress(rows))
+    (tmp_path / "rows.jsonl.gz").write_bytes((tmp_path / "rows.txt.gz").read_bytes())
+    whole, lines = (find_text(str(tmp_path / name)).digest for name in ("rows.txt.gz", "rows.jsonl.gz"))
+    assert whole != lines == sha256_of(tmp_path / "rows.jsonl.gz")
+    (tmp_path / "prose.txt").write_text("[Chapter 1]\n{a note}\n")
+    assert find_text(str(tmp_path / "prose.txt")).digest == sha256_of(tmp_path / "prose.txt")
 
 
 def test_what_describes_a_data_set_is_not_read(store: Store, tmp_path: Path) -> None:

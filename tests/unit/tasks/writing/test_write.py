@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,6 +103,23 @@ def test_four_times_as_much_is_written_to_choose_from_if_experts_lack_tokens(
     in_order = [text.written[number] for number in range(len(text.rows))]
     assert text.rows != tuple(in_order), "rows are chosen for their experts"
     assert written(base, tmp_path / "work").rows == text.rows, "a run that goes on chooses the same rows"
+
+
+def test_no_weights_stay_in_memory_once_the_text_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, freed, begin = list[model.Skeleton](), list[object](), model.Skeleton.__init__
+
+    def begun(skeleton: model.Skeleton, *args: Any) -> None:
+        made.append(skeleton)
+        begin(skeleton, *args)
+
+    monkeypatch.setattr(model.Skeleton, "__init__", begun)
+    monkeypatch.setattr(model, "free", freed.append)
+    base = base_of(tmp_path, experts=4)
+    written(base, tmp_path / "work")
+    with pytest.raises(KeyboardInterrupt), open_writer(base):
+        raise KeyboardInterrupt
+    assert len(made) == 3 and freed == [skeleton.device for skeleton in made], "to write, to count experts, to write"
+    assert all(parameter.is_meta for skeleton in made for parameter in skeleton.model.parameters())
 
 
 def test_a_base_that_writes_nothing_useful_is_told_so(tmp_path: Path) -> None:
