@@ -24,12 +24,12 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.errors import CheckpointError
 from requant.tasks.validating.compare import kl_by_place
 from requant.tasks.validating.comparison import Answer, Difference, DomainComparison, OverallAnswer
+from requant.tasks.validating.domains import MIN_WINDOWS
 from requant.tasks.validating.measure import measure, run_settings
 from requant.tasks.validating.measurement import Doubles, Floats, Measurement, aligned, resampled
 from requant.tasks.validating.model import RunSettings
 
 ERROR_RATE = 0.05  # of all rows of a comparison together
-MIN_WINDOWS = 4  # a bootstrap over fewer windows says nothing
 # Standard deviation from seed to seed: of the mean KL divergence in a domain, as a share of it, and of a draft
 # acceptance rate. docs/explanation/gates.md has the measurements.
 SEED_SPREAD = 0.045

@@ -21,6 +21,7 @@ from requant.tasks.compare import Distances, compare_checkpoints, compare_distan
 from requant.tasks.errors import CheckpointError
 from requant.tasks.plots import comparison as pictures
 from requant.tasks.validating.comparison import Answer, ComparisonDocument, DomainComparison
+from requant.tasks.validating.domains import MIN_WINDOWS
 from requant.tasks.validating.measure import measure, run_settings
 from tests.factories.checkpoints import write_quantized
 from tests.factories.measured import measuring_little
@@ -80,7 +81,7 @@ def test_two_seeds_of_a_recipe_are_called_different_as_seldom_as_promised() -> N
 
 
 def test_a_domain_with_few_windows_and_a_value_that_is_no_number_are_not_judged() -> None:
-    few = compare_distances(distances().up_to(compare.MIN_WINDOWS - 1), distances(2.0), 512)
+    few = compare_distances(distances().up_to(MIN_WINDOWS - 1), distances(2.0), 512)
     assert [(row.kl_divergence.interval, row.kl_divergence.answer) for row in few.values()] == [(None, None)]
     assert overall(list(few.values())) is None
     kl = distances().kl
