@@ -24,12 +24,12 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.errors import CheckpointError
 from requant.tasks.validating.compare import kl_by_place
 from requant.tasks.validating.comparison import Answer, Difference, DomainComparison, OverallAnswer
+from requant.tasks.validating.domains import MIN_WINDOWS
 from requant.tasks.validating.measure import measure, run_settings
 from requant.tasks.validating.measurement import Doubles, Floats, Measurement, aligned, resampled
 from requant.tasks.validating.model import RunSettings
 
 ERROR_RATE = 0.05  # of all rows of a comparison together
-MIN_WINDOWS = 4  # a bootstrap over fewer windows says nothing
 # Standard deviation from seed to seed: of the mean KL divergence in a domain, as a share of it, and of a draft
 # acceptance rate. docs/explanation/gates.md has the measurements.
 SEED_SPREAD = 0.045
@@ -39,10 +39,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Distances:
-    """The distance of a checkpoint from its base by window, float64 `[n]`; `accepted` is None without an MTP head.
+    """The distance of a checkpoint from its base by window, float64 `[n]`.
 
     kl: mean KL(base || checkpoint) of the next token, in nats; nll: mean loss in nats; top1: share of places with the
-    base's choice; accepted: draft acceptance rate of the first draft.
+    base's choice; accepted: draft acceptance rate of the first draft, None without an MTP head that torch can run, and
+    with losses that are not finite.
     """
 
     domains: tuple[str, ...]
@@ -55,12 +56,14 @@ class Distances:
     def of(cls, measured: Measurement, base: Measurement, kl: Floats) -> Distances:
         """Reduce the measurement of a checkpoint to values by window. `kl` is by place, `[n, L-1]`."""
         names = {int(i): name for name, rows in base.windows_by_domain.items() for i in rows}
+        # With NaN losses the drafts always agree, so no rate is reported.
+        has_rate = bool(measured.drafts.size and np.isfinite(measured.nll).all())
         return cls(
             domains=tuple(names[i] for i in range(len(base.tokens))),
             kl=kl.mean(axis=1, dtype=np.float64),
             nll=measured.nll.mean(axis=1, dtype=np.float64),
             top1=(measured.top1 == base.top1).mean(axis=1, dtype=np.float64),
-            accepted=measured.first_accepted.mean(axis=1) if measured.drafts.size else None,
+            accepted=measured.first_accepted.mean(axis=1) if has_rate else None,
         )
 
     def up_to(self, windows: int) -> Distances:

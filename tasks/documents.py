@@ -5,9 +5,26 @@ Their keys are a contract with users: `requant schema` prints the documents of a
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """Return a value as JSON has it, which has no NaN and no infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+# A measured value, which is null in JSON if it is not finite.
+Value = Annotated[float, PlainSerializer(finite_or_none, return_type=float | None)]
 
 
 def is_none(value: object) -> bool:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a reused stage does not 
     from requant.tasks.validating.measurement import Measurement
     from requant.tasks.validating.model import RunSettings
 
-STAGE = Stage("validate", 5, tools=("transformers",))
+STAGE = Stage("validate", 6, tools=("transformers",))
 # This version stays as it is: the key also has VERSION of validating/measure.py, and that is the one to raise. To merge
 # the two would change all keys.
 MEASURE = Stage("measure", 1, tools=("transformers",))
@@ -95,11 +95,14 @@ def validate(
     """
 
     def work(folder: Path) -> Made:
+        from requant.tasks.validating.measure import run_settings
+
         quantized_folder = store.link_files(artifact, folder / "artifact")
         base_folder = store.link_files(compared_part(base), folder / "base")
         manifests = {quantized_folder: artifact, base_folder: compared_part(base)}
         tokens = recipe.validation.tokens
         base_checkpoint = Checkpoint.open(base_folder).sound()
+        run_with = run_settings(base_folder, recipe.allow_remote_code)
 
         @functools.cache
         def text_file() -> Path:
@@ -122,7 +125,7 @@ def validate(
             evaluate_both if recipe.eval else None,
             keep_head=recipe.mtp != "drop" and base_checkpoint.head is not None,
             pack_head=recipe.mtp in PACKED_HEADS,
-            remote_code=recipe.allow_remote_code,
+            settings=run_with,
         )
         if measured.not_measured and not measured.behaviour.was_run and not measured.audit.unaccounted:
             # The cause may be this machine, so the result must not be stored.
@@ -132,7 +135,7 @@ def validate(
             asked = MeasurementKey(compared_part(base).digest, text.digest, tokens, settings)
             return noise_or_reuse(store, asked, base_folder, of_base)
 
-        measured = with_noise_floor(measured, base_folder, measure_one, noise_of, recipe.allow_remote_code)
+        measured = with_noise_floor(measured, base_folder, measure_one, noise_of, run_with)
         values = measured.to_json()
         names: dict[str, Any] = {"text": text.name}
         if text.domains:
@@ -157,10 +160,10 @@ class MeasurementKey:
         from requant.tasks.validating.measure import VERSION
 
         device, dtype = self.settings.device.type, str(self.settings.dtype)
-        return stage.key(
-            reads={"checkpoint": self.checkpoint, "text": self.text},
-            settings={"code": VERSION, "device": device, "dtype": dtype, "tokens": self.tokens},
-        )
+        settings = {"code": VERSION, "device": device, "dtype": dtype, "tokens": self.tokens}
+        if self.settings.remote_code:  # left out where it is not used, so that keys made before stay
+            settings["allow_remote_code"] = True
+        return stage.key(reads={"checkpoint": self.checkpoint, "text": self.text}, settings=settings)
 
 
 def measure_or_reuse(
@@ -203,14 +206,11 @@ def with_noise_floor(
     base_folder: Path,
     measure_one: Callable[[Path, RunSettings], Measurement],
     noise_of: Callable[[Measurement, RunSettings], NoiseFloor],
-    remote_code: bool,
+    settings: RunSettings,
 ) -> Measured:
     """Add the noise floor of the base, if the checkpoint was compared with it and the floor can be measured."""
-    from requant.tasks.validating.measure import run_settings
-
     if measured.divergence.kl_divergence is None:
         return measured
-    settings = run_settings(base_folder, remote_code)
     try:
         return measured.with_noise_floor(noise_of(measure_one(base_folder, settings), settings))
     except CheckpointError as error:
@@ -291,7 +291,10 @@ def validate_folders(
     `text` is a file that `text_for_measuring` returned, and `tokens` how many are measured of each domain. `tasks` is
     the recipe whose lm-eval tasks are run, if it names any.
     """
+    from requant.tasks.validating.measure import run_settings
+
     checkpoint, base = Checkpoint.open(quantized_folder), Checkpoint.open(base_folder).sound()
+    run_with = run_settings(base_folder, remote_code)
 
     @functools.cache
     def measure_one(path: Path, settings: RunSettings) -> Measurement:
@@ -321,9 +324,9 @@ def validate_folders(
         evaluate_both if tasks and tasks.eval else None,
         keep_head=keep_head,
         pack_head=pack_head,
-        remote_code=remote_code,
+        settings=run_with,
     )
-    return with_noise_floor(measured, base_folder, measure_one, noise_of, remote_code)
+    return with_noise_floor(measured, base_folder, measure_one, noise_of, run_with)
 
 
 def _check_text(base: Checkpoint, text: Path, remote_code: bool) -> None:
@@ -350,19 +353,18 @@ def measured_values(
     *,
     keep_head: bool,
     pack_head: bool,
-    remote_code: bool,
+    settings: RunSettings,
 ) -> Measured:
     """Measure everything that gates, report and card need: first from the files, then by running both checkpoints.
 
-    `measure_one` runs a checkpoint on the text; `evaluate_both` runs the lm-eval tasks of both, or is None.
+    `measure_one` runs a checkpoint on the text; `evaluate_both` runs the lm-eval tasks of both, or is None. `settings`
+    are chosen once for all that is compared, since how much memory of a GPU is free changes.
     """
-    from requant.tasks.validating.measure import run_settings
     from requant.tasks.validating.model import completed_config
 
     log.info("comparing every tensor and file with the base's")
     audit = account(checkpoint, base, with_head=keep_head, pack_head=pack_head, completed=completed_config)
     matrices = tuple(MatrixError(**vars(matrix)) for matrix in fidelity(checkpoint, base))
-    settings = run_settings(base.folder, remote_code)
     behaviour, divergence, not_measured = _run_both(
         checkpoint.folder, base.folder, measure_one, settings, sound=not audit.unaccounted
     )

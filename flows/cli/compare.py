@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from requant.flows import api
-from requant.flows.cli.command import NEW_FILE, CommandResult, command
+from requant.flows.cli.command import NEW_FILE, CommandResult, command, progress
+
+if TYPE_CHECKING:
+    from requant.tasks.validating.comparison import ComparisonDocument
 
 PICTURE_SUFFIXES = (".png", ".svg")
 
@@ -39,12 +43,24 @@ def compare(a: str, b: str, base: str, recipe: Path | None, picture: Path | None
         raise click.UsageError(f"--picture {picture}: name a file that ends in {' or '.join(PICTURE_SUFFIXES)}")
     document = api.compare(a, b, base=base, recipe=recipe)
     if picture is not None:
-        from requant.tasks.checkpoint.writer import write_file
-        from requant.tasks.plots.comparison import comparison
-
-        drawn = comparison(document)
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        write_file(picture.parent, picture.name, [drawn.png if picture.suffix == ".png" else drawn.svg])
+        _draw(document, picture)
     from requant.flows.report.comparison import comparison_text
 
     return CommandResult(document.to_json(), comparison_text(document))
+
+
+def _draw(document: ComparisonDocument, path: Path) -> None:
+    """Draw the comparison into a file. If it cannot be drawn, the table still has the numbers.
+
+    Raises OSError for a file that cannot be written.
+    """
+    from requant.tasks.checkpoint.writer import write_file
+    from requant.tasks.plots import comparison as pictures
+
+    try:
+        drawn = pictures.comparison(document)
+    except Exception as error:
+        progress(f"no picture: {type(error).__name__}: {error}")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path.parent, path.name, [drawn.png if path.suffix == ".png" else drawn.svg])

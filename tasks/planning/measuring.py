@@ -13,7 +13,11 @@ WHOLE_TEXT_TOKENS = WINDOWS * LENGTH
 
 
 def measured_tokens(recipe: Recipe) -> int:
-    """Count the tokens that are measured of each model. Of a text whose rows are not known, it has no domains."""
+    """Estimate the tokens that are measured of each model.
+
+    The rows of other texts are not read here: such a text counts as one without domains, which is too little if its
+    rows name some.
+    """
     asked = recipe.validation
     if isinstance(asked.text, dict):
         return len(asked.text) * (asked.tokens or DOMAIN_TOKENS)

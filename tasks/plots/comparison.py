@@ -23,15 +23,18 @@ def comparison(document: ComparisonDocument) -> Picture:
             places = [index + shift for index in range(len(rows))]
             axes.barh(places, values, height=BAR_HEIGHT, color=color, label=label, gid=f"{label} bars")
         for index, row in enumerate(rows.values()):
-            place = (max(finite(row.a), finite(row.b)), index)
+            place = (_largest(row) or 0.0, index)
             axes.annotate(_label(row), place, (4, 0), textcoords="offset points", va="center_baseline")
-        axes.set_xlim(
-            0, 1.25 * max([finite(row.a) for row in rows.values()] + [finite(row.b) for row in rows.values()])
-        )
+        axes.set_xlim(0, 1.25 * (_largest(*rows.values()) or 1.0))
         axes.set_xlabel("nats")
         legend(axes)
         caption = f"Mean KL divergence of the next token from the base. A is {document.a}, B is {document.b}."
         return rendered("comparison", caption, figure)
+
+
+def _largest(*rows: Difference) -> float | None:
+    """Return the largest finite divergence above 0; None if there is none."""
+    return max((value for row in rows for value in (row.a, row.b) if finite(value) > 0), default=None)
 
 
 def _label(row: Difference) -> str:

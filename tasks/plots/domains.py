@@ -25,7 +25,8 @@ def divergence_by_domain(domains: Mapping[str, DomainValues], limit: float | Non
     floors = [finite(values.kl_noise_floor) for _, values in found]
     intervals = [values.kl_divergence_interval or (math.nan, math.nan) for _, values in found]
     drawn = [value for value in (*divergences, *floors, *(end for ends in intervals for end in ends)) if value > 0]
-    low, high = min(drawn) / 2, 2 * max(*drawn, limit or 0.0)
+    drawn += [limit] if limit is not None and limit > 0 else []
+    low, high = min(drawn) / 2, 2 * max(drawn)
 
     figure, (axes,) = canvas("KL divergence from the base, by domain of the text", 1.15 + 0.3 * len(names))
     axes.set_yticks(range(len(names)), names)
@@ -38,14 +39,16 @@ def divergence_by_domain(domains: Mapping[str, DomainValues], limit: float | Non
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
     axes.set_xlabel("nats")
+    with_interval = [row for row, (begin, _) in enumerate(intervals) if begin > 0]
     for row, (divergence, floor, (begin, end)) in enumerate(zip(divergences, floors, intervals, strict=True)):
         left = floor if floor > 0 else low
         (bar,) = axes.barh(
             row, divergence - left, left=left, height=0.4, color=BLUE, label="quantized" if not row else ""
         )
         bar.set_gid("divergence bar")
-        if begin > 0:
-            axes.plot((begin, end), (row, row), color=INK, linewidth=1.6, label="95 % interval" if not row else "")
+        if row in with_interval:
+            label = "95 % interval" if row == with_interval[0] else ""
+            axes.plot((begin, end), (row, row), color=INK, linewidth=1.6, label=label)
     known = [row for row, floor in enumerate(floors) if floor > 0]
     if known:
         at = [floors[row] for row in known]
@@ -62,8 +65,3 @@ def divergence_by_domain(domains: Mapping[str, DomainValues], limit: float | Non
     if known:
         caption += f"; the base against itself, computed in another way, has {max(at):.2g} at most"
     return rendered("divergence-by-domain", f"{caption}.", figure)
-
-
-def _first(row: int, label: str) -> str:
-    """Return a label for the legend in the first row only."""
-    return label if not row else ""

@@ -7,6 +7,7 @@ A row may have the columns of several forms. The first form of FORMS whose colum
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ AUTHORS = {
     "model": "assistant", "bot": "assistant", "system": "system", "tool": "tool", "observation": "tool",
     "function_response": "tool", "function_call": "assistant",
 }  # fmt: skip
+SURROGATES = re.compile("[\ud800-\udfff]")
 MAX_SHOWN_COLUMNS = 20
 MAX_MESSAGES = 10_000
 MAX_TOOLS = 1_000
@@ -293,6 +295,25 @@ def _json(value: object) -> object:
     if not isinstance(value, str) or not value.strip():
         return value
     try:
-        return json.loads(value)
+        return without_surrogates(json.loads(value))
     except (ValueError, RecursionError):
         return value
+
+
+def without_surrogates(value: Any) -> Any:
+    """Return a JSON value with U+FFFD for every half of a surrogate pair, which no file and no tokenizer takes.
+
+    JSON can escape such a half alone. It is what remains of an emoji whose string was cut.
+    """
+    match value:
+        case str():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                return SURROGATES.sub("\ufffd", value)
+            return value
+        case dict():
+            return {without_surrogates(key): without_surrogates(inner) for key, inner in value.items()}
+        case list():
+            return [without_surrogates(inner) for inner in value]
+    return value

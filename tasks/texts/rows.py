@@ -21,7 +21,16 @@ from typing import Any, BinaryIO, TextIO, cast
 from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import RecipeError, RequantError
 from requant.tasks.recipe.quantize_section import COMPRESSIONS
-from requant.tasks.texts.forms import COLUMNS, READ_COLUMNS, Row, explain_unusable, form_of, is_chat, parse_row
+from requant.tasks.texts.forms import (
+    COLUMNS,
+    READ_COLUMNS,
+    Row,
+    explain_unusable,
+    form_of,
+    is_chat,
+    parse_row,
+    without_surrogates,
+)
 
 JSON_SUFFIXES = (".jsonl", ".json")
 # A bracket, or a string; `key`: a string that a colon follows.
@@ -182,6 +191,8 @@ def raw_rows(
 ) -> Iterator[Mapping[str, Any]]:
     """Yield the rows of one file as they are there, and add the names of its columns to `columns`.
 
+    Halves of surrogate pairs alone, which JSON can escape, are replaced by U+FFFD.
+
     Of a Parquet file, rows have only the columns that `parse_row` reads. Of a .txt file, at most `max_characters` are
     read. Raises one of READ_ERRORS for a file that cannot be read.
     """
@@ -196,7 +207,7 @@ def raw_rows(
                 columns.append("text")
             yield {field or "text": content}
         return
-    for row in _json_rows(text):
+    for row in map(without_surrogates, _json_rows(text)):
         if not isinstance(row, dict):
             raise ValueError(f"a row is {type(row).__name__}, not an object with columns")
         if len(columns) <= MAX_COLUMNS:

@@ -15,10 +15,12 @@ noise.py        a base against itself, computed in another way
 measured.py     the values that validate records; no torch
 paired.py       two models on the same items: what is kept, and is the difference real; no torch
 gates.py        the values against the recipe's limits; no torch
+domain_gates.py the same limits in each domain of a text; no torch
 drafts.py       an engine's counts of drafts, and their comparison with the base's; no torch
 ratio.py        the ratio of two draft acceptance rates, with its interval; no torch
 engine_gate.py  that ratio against the recipe's limit; no torch
 document.py     the document of `requant validate`; no torch
+comparison.py   the document of `requant compare`; no torch
 """
 
 from __future__ import annotations

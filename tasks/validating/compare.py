@@ -25,7 +25,8 @@ def side_by_side(of_base: Measurement, of_quantized: Measurement) -> Behaviour:
     increase, increase_interval = perplexity_increase(of_quantized, of_base) if same_shape else (None, None)
     # With NaN losses the drafts always agree, so no rate is reported.
     finite = bool(np.isfinite(of_quantized.nll).all())
-    rate = of_quantized.acceptance if finite else None
+    quantized = _side(of_quantized, with_rates=finite)
+    rate = quantized.mtp_acceptance
     tried, finite_places = of_quantized.context.tolist()
     return Behaviour(
         same_tokens=float((of_base.tokens == of_quantized.tokens).mean()) if same_shape else 0.0,
@@ -42,17 +43,18 @@ def side_by_side(of_base: Measurement, of_quantized: Measurement) -> Behaviour:
             float(of_quantized.speculative.mean()) if finite and of_quantized.speculative.size else None
         ),
         base=_side(of_base),
-        quantized=_side(of_quantized),
+        quantized=quantized,
     )
 
 
-def _side(measurement: Measurement) -> Side:
+def _side(measurement: Measurement, with_rates: bool = True) -> Side:
+    """Return the values of one model, without draft acceptance rates if these mean nothing."""
     return Side(
         perplexity=measurement.perplexity,
         perplexity_interval=measurement.perplexity_interval,
-        mtp_acceptance=measurement.acceptance,
-        mtp_acceptance_by_position=tuple(measurement.acceptance_by_position),
-        greedy_acceptance_by_position=tuple(measurement.greedy_acceptance_by_position),
+        mtp_acceptance=measurement.acceptance if with_rates else None,
+        mtp_acceptance_by_position=tuple(measurement.acceptance_by_position) if with_rates else (),
+        greedy_acceptance_by_position=tuple(measurement.greedy_acceptance_by_position) if with_rates else (),
     )
 
 

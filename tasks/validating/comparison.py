@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, PlainSerializer
+from pydantic import Field
 
-from requant.tasks.documents import Document
+from requant.tasks.documents import Document, Value
 
 Answer = Literal["a", "b", "no difference"]
 OverallAnswer = Answer | Literal["mixed"]
-# JSON has no NaN: a value that is not finite is null.
-Value = Annotated[float, PlainSerializer(lambda value: value if math.isfinite(value) else None, float | None)]
 
 
 class Difference(Document):
@@ -36,7 +33,9 @@ class DomainComparison(Document):
     kl_divergence: Difference = Field(description="Mean KL(base || checkpoint) of the next token, in nats")
     perplexity: tuple[Value, Value] = Field(description="Perplexity per token of A and of B")
     top1_agreement: tuple[Value, Value] = Field(description="Share of places at which A and B choose the base's token")
-    mtp_acceptance: Difference | None = Field(description="Draft acceptance rate; null unless both have an MTP head")
+    mtp_acceptance: Difference | None = Field(
+        description="Draft acceptance rate; null unless both have an MTP head that torch can run, and finite losses"
+    )
 
 
 class ComparisonDocument(Document):

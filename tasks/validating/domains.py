@@ -18,7 +18,7 @@ from requant.tasks.validating.measurement import (
     quantile_interval,
 )
 
-MIN_WINDOWS = 4  # A bootstrap over fewer windows says nothing: such a domain has no intervals.
+MIN_WINDOWS = 4  # A bootstrap over fewer windows says nothing: such a domain has no intervals, here and in `compare`.
 MAX_RATIO = 10.0  # No recipe can ask for a larger one.
 
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, PlainSerializer
+from pydantic import Field
 
-from requant.tasks.documents import is_none
+from requant.tasks.documents import Value, finite_or_none, is_none
 from requant.tasks.recipe.recipe import Gates
 from requant.tasks.validating.domain_gates import WorstDomain, worst_domain
 from requant.tasks.validating.measured import MatrixError, Measured, TaskScore
@@ -33,10 +33,6 @@ QUALITY_GATES = {"perplexity_increase", "kl_divergence", "top1_agreement"}
 Row = TypeVar("Row")
 
 
-def _finite_or_none(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
 @dataclass(frozen=True)
 class Gate:
     """One comparison of a measured value with its limit.
@@ -47,8 +43,7 @@ class Gate:
 
     name: Annotated[str, Field(description="The gate")]
     value: Annotated[
-        float | None,
-        PlainSerializer(_finite_or_none, return_type=float | None),  # JSON has no NaN
+        Value | None,
         Field(description="The measured value, in the unit of its limit; null if not measured, or if not finite"),
     ]
     limit: Annotated[float | None, Field(description="What the value is compared with; null without a limit")]
@@ -74,7 +69,7 @@ class Gate:
         return "passed" if self.passed else "failed"
 
     def to_json(self) -> dict[str, Any]:
-        document = {**asdict(self), "value": _finite_or_none(self.value)}
+        document = {**asdict(self), "value": finite_or_none(self.value)}
         return {key: value for key, value in document.items() if key != "interval" or value is not None}
 
 

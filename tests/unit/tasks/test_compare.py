@@ -13,12 +13,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from requant.flows import api
 from requant.flows.cli.main import cli
 from requant.flows.report.comparison import answer_sentence
 from requant.tasks import compare
 from requant.tasks.compare import Distances, compare_checkpoints, compare_distances, overall
 from requant.tasks.errors import CheckpointError
+from requant.tasks.plots import comparison as pictures
 from requant.tasks.validating.comparison import Answer, ComparisonDocument, DomainComparison
+from requant.tasks.validating.domains import MIN_WINDOWS
+from requant.tasks.validating.measure import measure, run_settings
 from tests.factories.checkpoints import write_quantized
 from tests.factories.measured import measuring_little
 from tests.factories.pico import pico_base
@@ -77,7 +81,7 @@ def test_two_seeds_of_a_recipe_are_called_different_as_seldom_as_promised() -> N
 
 
 def test_a_domain_with_few_windows_and_a_value_that_is_no_number_are_not_judged() -> None:
-    few = compare_distances(distances().up_to(compare.MIN_WINDOWS - 1), distances(2.0), 512)
+    few = compare_distances(distances().up_to(MIN_WINDOWS - 1), distances(2.0), 512)
     assert [(row.kl_divergence.interval, row.kl_divergence.answer) for row in few.values()] == [(None, None)]
     assert overall(list(few.values())) is None
     kl = distances().kl
@@ -86,6 +90,18 @@ def test_a_domain_with_few_windows_and_a_value_that_is_no_number_are_not_judged(
     assert [row.kl_divergence.answer for row in rows.values()] == [None, "a", "a"]
     written = rows["prose"].kl_divergence.to_json()
     assert (written["a"], written["difference"], written["interval"]) == (None, None, None)
+
+
+def test_a_checkpoint_of_losses_that_are_no_numbers_has_no_acceptance_to_compare(
+    pair: tuple[Path, Path], text: Path
+) -> None:
+    """It chooses token 0 everywhere, and so do its drafts."""
+    base, _ = pair
+    measured = measure(base, text, run_settings(base), 512)
+    kl = np.zeros_like(measured.nll)
+    assert Distances.of(measured, measured, kl).accepted is not None
+    broken = replace(measured, nll=np.full_like(measured.nll, np.nan))
+    assert Distances.of(broken, measured, kl).accepted is None
 
 
 def test_each_may_be_better_somewhere() -> None:
@@ -158,3 +174,29 @@ def test_the_command_prints_a_table_draws_a_picture_and_has_a_document(
     assert (printed["a"], printed["answer"]) == (str(base), "a")
     refused = CliRunner().invoke(cli, ["compare", str(base), str(rounded), *options, "--picture", "picture.jpg"])
     assert refused.exit_code == 2 and "ends in .png or .svg" in refused.output
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The arguments of a command that compares, whose document was measured before."""
+    rows = compare_distances(distances(), distances(1.3), 512)
+    document = ComparisonDocument(a="x", b="y", base="z", text="t", answer=overall(list(rows.values())), domains=rows)
+    monkeypatch.setattr(api, "compare", lambda *_, **__: document)
+    return ["compare", "x", "y", "--base", "z", "--picture"]
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_the_table(
+    compared: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(document: ComparisonDocument) -> None:
+        raise ValueError("Axis limits cannot be NaN or Inf")
+
+    monkeypatch.setattr(pictures, "comparison", fail)
+    done = CliRunner().invoke(cli, [*compared, str(tmp_path / "new.png")])
+    assert done.exit_code == 0 and "A is better in prose, code, chat" in done.stdout
+    assert "no picture: ValueError: Axis limits" in done.stderr and not (tmp_path / "new.png").exists()
+
+
+def test_a_picture_that_cannot_be_written_is_an_error(compared: list[str], tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, [*compared, str(tmp_path / f"{'x' * 300}.png")])
+    assert done.exit_code == 1 and "File name too long" in str(done.exception)

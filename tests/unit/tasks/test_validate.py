@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from requant.tasks import validate as stage
 from requant.tasks.artifact import File, Manifest
@@ -17,8 +18,10 @@ from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import open_store
 from requant.tasks.texts.text import Text, find_text
-from requant.tasks.validate import compared_part, text_for_measuring, validate_key
+from requant.tasks.validate import MeasurementKey, compared_part, text_for_measuring, validate_key
+from requant.tasks.validating.measure import VERSION
 from requant.tasks.validating.measured import Measured
+from requant.tasks.validating.model import RunSettings
 from tests.factories.bases import prepared
 from tests.factories.measured import good
 from tests.factories.paths import TINY
@@ -48,6 +51,15 @@ def test_a_changed_card_of_the_base_measures_nothing_again() -> None:
     key = validate_key(recipe(), BASE, MADE, TEXT)
     assert validate_key(recipe(), changed("README.md"), MADE, TEXT) == key
     assert {f.path for f in compared_part(BASE).files} == {"config.json", "model.safetensors"}
+
+
+def test_a_measurement_with_the_code_of_a_checkpoint_has_a_key_of_its_own() -> None:
+    plain = RunSettings(torch.device("cpu"), torch.float32)
+    for kind in (stage.MEASURE, stage.NOISE):
+        key = MeasurementKey(A, B, None, plain).of(kind)
+        assert MeasurementKey(A, B, None, replace(plain, remote_code=True)).of(kind) != key
+        before = {"code": VERSION, "device": "cpu", "dtype": "torch.float32", "tokens": None}
+        assert key == kind.key(reads={"checkpoint": A, "text": B}, settings=before)
 
 
 def test_a_changed_base_artifact_or_head_is_measured() -> None:
@@ -115,7 +127,7 @@ def test_tasks_and_text_are_run_with_the_code_of_a_checkpoint_only_where_the_rec
         settings["tasks"] = recipe.allow_remote_code
 
     def measured_values(quantized: Checkpoint, base: Checkpoint, measure: Any, evaluate: Any, **how: Any) -> Measured:
-        settings["text"] = how["remote_code"]
+        settings["text"] = how["settings"].remote_code
         evaluate()
         return good(kl_divergence=None)
 

@@ -12,7 +12,7 @@ from requant.tasks.recipe.recipe import Gates
 from requant.tasks.texts.text import EVALUATION
 from requant.tasks.validate import measured_values
 from requant.tasks.validating.gates import Gate, judge
-from requant.tasks.validating.measure import measure
+from requant.tasks.validating.measure import measure, run_settings
 from requant.tasks.validating.measurement import Measurement
 from requant.tasks.validating.model import RunSettings
 from tests.factories.checkpoints import write_quantized
@@ -48,7 +48,7 @@ def gates(folder: Path, of_base: dict[Path, Measurement]) -> dict[str, Gate]:
         return of_base.setdefault(path, of_base.get(path) or measure(path, EVALUATION, settings))
 
     checkpoint, base = Checkpoint.open(folder), Checkpoint.open(TINY).sound()
-    values = measured_values(checkpoint, base, kept, keep_head=True, pack_head=False, remote_code=False)
+    values = measured_values(checkpoint, base, kept, keep_head=True, pack_head=False, settings=run_settings(TINY))
     return {gate.name: gate for gate in judge(values, LIMITS)}
 
 

@@ -17,7 +17,7 @@ from requant.tasks.recipe.recipe import Gates
 from requant.tasks.texts.text import EVALUATION
 from requant.tasks.validate import measured_values
 from requant.tasks.validating.gates import Gate, accepted, judge, refusal
-from requant.tasks.validating.measure import measure
+from requant.tasks.validating.measure import measure, run_settings
 from requant.tasks.validating.measured import Measured
 from requant.tasks.validating.measurement import Measurement
 from requant.tasks.validating.model import RunSettings
@@ -63,7 +63,7 @@ def measured(base: Path, of_base: Measurement) -> Callable[[Path], Measured]:
     def measure_all(folder: Path) -> Measured:
         checkpoint = Checkpoint.open(folder)
         return measured_values(
-            checkpoint, Checkpoint.open(base).sound(), run, keep_head=True, pack_head=False, remote_code=False
+            checkpoint, Checkpoint.open(base).sound(), run, keep_head=True, pack_head=False, settings=run_settings(base)
         )
 
     return measure_all

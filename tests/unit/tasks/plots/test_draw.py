@@ -215,6 +215,21 @@ def test_without_a_limit_or_a_floor_the_divergence_is_drawn_alone() -> None:
     assert "allowed" not in picture.caption and "itself" not in picture.caption
 
 
+def test_a_first_domain_without_an_interval_leaves_the_legend_of_the_others() -> None:
+    measured = model(2)
+    next(iter(measured["domains"].values()))["kl_divergence_interval"] = None
+    assert texts(one("divergence-by-domain", measured)).count("95 % interval") == 1
+
+
+def test_a_limit_below_all_divergences_is_on_the_axis() -> None:
+    measured = Measured.from_json(model(2))
+    (picture,) = [p for p in drawing.draw(measured, None, (), 1e-5) if p.name == "divergence-by-domain"]
+    group = next(element for element in tree(picture).iter(f"{SVG}g") if element.get("id") == "limit")
+    (path,) = group.iter(f"{SVG}path")
+    left = min(x for x, _ in points(picture, "floor"))
+    assert 0 < float(path.get("d", "").split()[1]) < left
+
+
 @pytest.fixture(scope="module")
 def all_pictures() -> list[Picture]:
     return everything()

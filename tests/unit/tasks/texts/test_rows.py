@@ -174,3 +174,18 @@ def test_a_chat_without_a_template_is_role_and_content() -> None:
     parts = [{"type": "text", "text": "look"}, {"type": "image"}]
     messages = [*CHAT, {"role": "user", "content": parts}, {"role": "tool", "content": None}]
     assert plain_chat([*map(Message, messages)]) == "user: hi\n\nassistant: ho\n\nuser: look\n\ntool: "
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_half_an_emoji_is_replaced_in_every_string_of_a_row(name: str, tmp_path: Path) -> None:
+    """JSON can escape it, for instance where a string was cut, and no file and no tokenizer takes it."""
+    tools = json.dumps([{"name": "look \ud83d"}])
+    rows = [
+        {"text": "cut \ud83d", "domain": "a\ude00", "\ud83d": 1},
+        {"text": "whole \U0001f600"},
+        {"messages": [{"role": "user", "content": "hi \ude00"}], "tools": tools},
+    ]
+    path = write(tmp_path, name, json.dumps(rows) if name == "rows.json" else "\n".join(map(json.dumps, rows)))
+    cut, whole, chat = read_rows([path], chats=True)
+    assert (cut.text, cut.domain, whole.text) == ("cut \ufffd", "a\ufffd", "whole \U0001f600")
+    assert chat.messages[0].text == "hi \ufffd" and chat.tools[0]["function"] == {"name": "look \ufffd"}

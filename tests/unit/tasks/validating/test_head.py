@@ -25,7 +25,7 @@ from requant.tasks.validating.decode import decode, speculate
 from requant.tasks.validating.gates import judge
 from requant.tasks.validating.head import MtpHead
 from requant.tasks.validating.head_layouts import can_be_run
-from requant.tasks.validating.measure import measure
+from requant.tasks.validating.measure import measure, run_settings
 from requant.tasks.validating.measurement import Measurement
 from requant.tasks.validating.model import RunSettings, Skeleton
 from tests.factories.checkpoints import all_tensors, edited, from_bf16, to_bf16
@@ -267,7 +267,12 @@ def test_the_acceptance_of_kept_and_packed_heads_is_measured_and_judged(
 
     packed = precision != "keep"
     found = measured_values(
-        Checkpoint.open(made), base, measure_one, keep_head=True, pack_head=packed, remote_code=False
+        Checkpoint.open(made),
+        base,
+        measure_one,
+        keep_head=True,
+        pack_head=packed,
+        settings=run_settings(base.folder),
     )
     assert found.audit.unaccounted == () and found.not_measured is None
     gate = next(gate for gate in judge(found, Gates()) if gate.name == "mtp_acceptance_ratio")

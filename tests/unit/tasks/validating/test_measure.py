@@ -20,6 +20,7 @@ from requant.tasks.errors import CheckpointError, RecipeError
 from requant.tasks.recipe.recipe import Gates
 from requant.tasks.texts.text import EVALUATION
 from requant.tasks.validate import measured_values, validate_folders
+from requant.tasks.validating import measure as measuring
 from requant.tasks.validating.compare import compare as compare_folders
 from requant.tasks.validating.compare import side_by_side
 from requant.tasks.validating.gates import judge
@@ -256,9 +257,13 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
 def values_of(ours: Path, base: Path, *measurements: Measurement) -> Measured:
     """What validate says of a folder, its base and itself measured before: `(base, ours)`."""
     kept = dict(zip((base, ours), measurements, strict=True))
-    how = {"keep_head": True, "pack_head": False, "remote_code": False}
     return measured_values(
-        Checkpoint.open(ours), Checkpoint.open(base).sound(), lambda path, settings: kept[path], **how
+        Checkpoint.open(ours),
+        Checkpoint.open(base).sound(),
+        lambda path, settings: kept[path],
+        keep_head=True,
+        pack_head=False,
+        settings=run_settings(base),
     )
 
 
@@ -335,6 +340,8 @@ def test_a_model_whose_predictions_are_no_numbers_has_no_acceptance(of_base: Mea
     """It chooses token 0 everywhere, and so do its drafts."""
     values = side_by_side(of_base, replace(of_base, nll=np.full_like(of_base.nll, np.nan)))
     assert values.mtp_acceptance_ratio is None and values.speculative_agreement is None
+    assert values.quantized.mtp_acceptance is None and values.base.mtp_acceptance is not None
+    assert values.quantized.mtp_acceptance_by_position == values.quantized.greedy_acceptance_by_position == ()
 
 
 def test_two_folders_are_measured_and_compared(base: Path, made: Path) -> None:
@@ -342,6 +349,16 @@ def test_two_folders_are_measured_and_compared(base: Path, made: Path) -> None:
     gates = {g.name: g for g in judge(values, Gates())}
     assert all(gates[name].passed for name in ("structure", "lossless", "finite", "files", "same_tokens"))
     assert gates["perplexity_increase"].value is not None and gates["top1_agreement"].value is not None
+
+
+def test_device_and_precision_are_chosen_once_for_all_that_is_compared(
+    base: Path, made: Path, of_base: Measurement, of_made: Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How much memory of a GPU is free changes in between."""
+    choices = iter([torch.float32])
+    monkeypatch.setattr(measuring, "pick_dtype", lambda *_: next(choices))
+    monkeypatch.setattr(measuring, "measure", lambda path, *_: {base: of_base, made: of_made}[path])
+    assert validate_folders(made, base).divergence.kl_noise_floor is not None
 
 
 def test_a_checkpoint_whose_head_was_dropped_is_compared_without_it(base: Path, tmp_path: Path) -> None:
