@@ -27,7 +27,7 @@ from requant.tasks.recipe.recipe import Benchmark, Recipe
 from requant.tasks.redaction import public
 from requant.tasks.serving.drafts import ServedCheckpoint, count_drafts
 from requant.tasks.serving.result import BenchmarkResult
-from requant.tasks.serving.vllm import find_server, serve_vllm
+from requant.tasks.serving.vllm import find_server, find_vllm, serve_vllm
 from requant.tasks.store import Store, open_store
 from requant.tasks.texts.rows import read_rows
 from requant.tasks.texts.text import Text
@@ -117,12 +117,17 @@ class DraftCounter:
 
     @contextlib.contextmanager
     def serve(self, checkpoint: Manifest, engine: str, scratch: Path) -> Iterator[ServedCheckpoint]:
-        """Serve a checkpoint in vLLM, or find the server that has it. Raises EngineFailed or RecipeError."""
+        """Serve a checkpoint in vLLM, or find the server that has it.
+
+        Raises EngineFailed, also if vLLM measured the result elsewhere and is not on this machine.
+        """
         folder = self.store.link_files(checkpoint, scratch / "checkpoint")
         if engine.startswith("url:"):
             server = find_server(engine.removeprefix("url:"), chat=False)
             yield ServedCheckpoint(folder, server, engine, EngineSetup())
             return
+        if find_vllm() is None:
+            raise EngineFailed("drafts are counted by vLLM, and there is none here: install it, or set REQUANT_VLLM")
         asked, remote_code = self.recipe.benchmark, self.recipe.allow_remote_code
         flags, log_path = with_drafts(asked.flags, asked.draft_tokens), scratch / "logs" / "vllm.log"
         with serve_vllm(folder, flags, log_path, chat=False, remote_code=remote_code) as running:
@@ -135,7 +140,7 @@ def acceptance(
 ) -> StageResult:
     """Compare the drafts of an artifact with its base's, in the engine that measured the artifact's speed.
 
-    The stage's artifact is acceptance.json. Raises EngineFailed, or RecipeError if there is no vLLM.
+    The stage's artifact is acceptance.json. Raises EngineFailed, CheckpointError.
     """
     counter = DraftCounter(store, recipe, text)
 
