@@ -32,7 +32,7 @@ from requant.tasks.validating.measured import Evaluation, TaskScore
 if TYPE_CHECKING:
     from requant.tasks.validating.model import RunSettings
 
-STAGE = Stage("evaluate", 2, tools=("lm_eval", "transformers"))
+STAGE = Stage("evaluate", 3, tools=("lm_eval", "transformers"))
 RESULT_FILE = "outcomes.json"
 log = logging.getLogger(__name__)
 
