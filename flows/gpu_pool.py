@@ -250,7 +250,7 @@ def delegates(stage: str, recipe: Recipe, weights_bytes: int) -> bool:
 
     A run started by a worker always delegates quantize, with the text that the base writes for it. It delegates
     validate for LARGE_MODEL_BYTES or more, and then also benchmark, acceptance and probe, unless these need no model on
-    this machine. Any other run does all stages itself.
+    this machine; probe also needs vLLM. Any other run does all stages itself.
     """
     if runtime.deployment.id is None:
         return False
@@ -263,7 +263,7 @@ def delegates(stage: str, recipe: Recipe, weights_bytes: int) -> bool:
         "validate": large,
         "benchmark": in_engine,
         "acceptance": in_engine,
-        "probe": in_engine and recipe.probes is not None,
+        "probe": in_engine and recipe.probes is not None and recipe.benchmark.engine != "torch",
     }[stage]
 
 
