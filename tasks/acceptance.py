@@ -17,15 +17,17 @@ from typing import Any
 from prefect import task
 
 from requant.tasks.artifact import Manifest
+from requant.tasks.checkpoint.checkpoint import read_json
 from requant.tasks.checkpoint.writer import write_json
 from requant.tasks.documents import read_stored
 from requant.tasks.errors import CheckpointError, EngineFailed
 from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
-from requant.tasks.recipe.engine_flags import server_address, speculates, with_drafts
+from requant.tasks.recipe.engine_flags import server_address, speculates
 from requant.tasks.recipe.recipe import Benchmark, Recipe
 from requant.tasks.redaction import public
 from requant.tasks.serving.drafts import ServedCheckpoint, count_drafts
+from requant.tasks.serving.flags import serving_flags
 from requant.tasks.serving.result import BenchmarkResult
 from requant.tasks.serving.vllm import find_server, find_vllm, serve_vllm
 from requant.tasks.store import Store, open_store
@@ -34,8 +36,8 @@ from requant.tasks.texts.text import Text
 from requant.tasks.validate import MAX_CHARACTERS, compared_part, text_for_measuring
 from requant.tasks.validating.drafts import DraftComparison, DraftCount, EngineSetup
 
-STAGE = Stage("acceptance", 1)
-COUNT = Stage("drafts", 1)
+STAGE = Stage("acceptance", 2)
+COUNT = Stage("drafts", 2)
 RESULT_FILE, COUNT_FILE = "acceptance.json", "drafts.json"
 NO_BASE_SERVER = "the server has the result alone: name one that has the base in benchmark.base_engine"
 log = logging.getLogger(__name__)
@@ -144,7 +146,8 @@ class DraftCounter:
         if find_vllm() is None:
             raise EngineFailed("drafts are counted by vLLM, and there is none here: install it, or set REQUANT_VLLM")
         asked, remote_code = self.recipe.benchmark, self.recipe.allow_remote_code
-        flags, log_path = with_drafts(asked.flags, asked.draft_tokens), scratch / "logs" / "vllm.log"
+        flags = serving_flags(read_json(folder / "config.json"), asked, drafts=True)
+        log_path = scratch / "logs" / "vllm.log"
         with serve_vllm(folder, flags, log_path, chat=False, remote_code=remote_code) as running:
             setup = EngineSetup(f"vLLM {running.version}", running.hardware)
             yield ServedCheckpoint(folder, running.server, engine, setup)

@@ -24,18 +24,17 @@ from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, ru
 from requant.tasks.probing.compare import ProbeDocument
 from requant.tasks.probing.outcome import ProbeResult
 from requant.tasks.probing.sets import ask_sets, digest_of_questions
-from requant.tasks.recipe.engine_flags import speculates, with_drafts
 from requant.tasks.recipe.recipe import Benchmark, Probes, Recipe
+from requant.tasks.serving.flags import can_draft, serving_flags
 from requant.tasks.serving.prompts import has_chat_template
 from requant.tasks.serving.vllm import find_vllm, serve_vllm
 from requant.tasks.store import Store, open_store
 from requant.tasks.validate import compared_part
 from requant.tasks.validating.drafts import EngineSetup
 
-STAGE = Stage("probe", 1)
+STAGE = Stage("probe", 2)
 ANSWERS = Stage("probe_answers", 1)  # of one checkpoint
 RESULT_FILE = "probe.json"
-OF_RESULT_ONLY = {"quantization", "q"}  # flags that a base cannot be served with
 log = logging.getLogger(__name__)
 
 
@@ -130,11 +129,8 @@ def ask_checkpoint(folder: Path, recipe: Recipe, logs: Path) -> ProbeResult:
     if why := no_engine(recipe.benchmark):
         raise EngineFailed(why)
     asked, checkpoint = _asked(recipe), Checkpoint.open(folder)
-    flags = recipe.benchmark.flags
-    if checkpoint.head is not None or any(map(speculates, flags)):
-        flags = with_drafts(flags, recipe.benchmark.draft_tokens)
-    if "quantization_config" not in checkpoint.config:
-        flags = {name: value for name, value in flags.items() if name not in OF_RESULT_ONLY}
+    drafts = can_draft(checkpoint, recipe.benchmark)
+    flags = serving_flags(checkpoint.config, recipe.benchmark, drafts=drafts)
     chat = has_chat_template({path.name for path in folder.iterdir()}, lambda name: (folder / name).read_bytes())
     began_s = time.monotonic()
     with serve_vllm(folder, flags, logs / "vllm.log", chat=chat, remote_code=recipe.allow_remote_code) as running:
