@@ -33,7 +33,7 @@ from requant.tasks.artifact import Manifest
 from requant.tasks.benchmark import STAGE as BENCHMARK
 from requant.tasks.benchmark import benchmark_key, benchmark_task
 from requant.tasks.benchmark import read_result as read_benchmark
-from requant.tasks.errors import RecipeError, RequantError, StoreError
+from requant.tasks.errors import CheckpointError, EngineFailed, RecipeError, RequantError, StoreError
 from requant.tasks.evaluating.definitions import check_tasks
 from requant.tasks.hub.revision import Revision
 from requant.tasks.pipeline.log import log_into_runs
@@ -65,8 +65,12 @@ MAX_ATTEMPTS = 100  # runs of one stage in one run
 LARGE_MODEL_BYTES = 4_000_000_000  # From this size of the weights on, a CPU needs more than minutes to measure a model.
 
 
+# Failures of a stage that a run may go on without. The name of the final state tells the waiting run which it was.
+TOLD_BY_NAME: dict[str, type[RequantError]] = {error.__name__: error for error in (EngineFailed, CheckpointError)}
+
+
 class StageFailed(RequantError, RuntimeError):
-    """A stage failed on the worker that ran it. The sentence is that of its own error."""
+    """A stage failed on the worker that ran it, or could not be run. The sentence is that of its own error."""
 
 
 def run_name() -> str:
@@ -194,7 +198,8 @@ def probe(recipe: Recipe, base: str, artifact: str, key: str) -> State[Any]:
 def run_to_final_state(work: Callable[[], Any]) -> State[Any]:
     """Do the work of a flow, and return its final state.
 
-    The message of an expected failure is its sentence alone, without the words that Prefect adds to an exception.
+    The message of an expected failure is its sentence alone, without the words that Prefect adds to an exception. Its
+    name is that of the error if the error is in TOLD_BY_NAME.
     """
     watch_own_run()
     crash_stale_task_runs()
@@ -202,7 +207,8 @@ def run_to_final_state(work: Callable[[], Any]) -> State[Any]:
         work()
         state: State[Any] = Completed()
     except (RequantError, TimeoutError) as error:  # The time limit of a task raises a plain TimeoutError.
-        state = Failed(message=str(error), data=error)
+        name = next((name for name, kind in TOLD_BY_NAME.items() if isinstance(error, kind)), "Failed")
+        state = Failed(name=name, message=str(error), data=error)
     exit_if_run_is_over()
     return state
 
@@ -244,7 +250,7 @@ def delegates(stage: str, recipe: Recipe, weights_bytes: int) -> bool:
 
     A run started by a worker always delegates quantize, with the text that the base writes for it. It delegates
     validate for LARGE_MODEL_BYTES or more, and then also benchmark, acceptance and probe, unless these need no model on
-    this machine. Any other run does all stages itself.
+    this machine; probe also needs vLLM. Any other run does all stages itself.
     """
     if runtime.deployment.id is None:
         return False
@@ -257,7 +263,7 @@ def delegates(stage: str, recipe: Recipe, weights_bytes: int) -> bool:
         "validate": large,
         "benchmark": in_engine,
         "acceptance": in_engine,
-        "probe": in_engine and recipe.probes is not None,
+        "probe": in_engine and recipe.probes is not None and recipe.benchmark.engine != "torch",
     }[stage]
 
 
@@ -297,7 +303,7 @@ def _on_gpu_pool(request: StageRequest) -> Any:
 def _run_and_wait(request: StageRequest) -> None:
     """Start the flow run, or rejoin the one that an earlier process of this run started. Wait for its end.
 
-    Raises StageFailed if it ends in another state than Completed.
+    Raises StageFailed if it ends in another state than Completed, or the error that the name of its state tells.
     """
     name = request.stage.name
     run = _start_run(name, request.key, request.parameters)
@@ -312,7 +318,8 @@ def _run_and_wait(request: StageRequest) -> None:
                 resumes = "; it resumes after its last finished block" if request.stage is QUANTIZE else ""
                 log.info(f"{name}: run {run.name} crashed ({state.message}) and is restarted{resumes}")
         elif state.is_final():
-            raise StageFailed(state.message or f"{name} ended {state.name} on the gpu pool")
+            failure = TOLD_BY_NAME.get(state.name or "", StageFailed)
+            raise failure(state.message or f"{name} ended {state.name} on the gpu pool")
         else:
             # A server that does not answer may be back at the next look.
             with contextlib.suppress(httpx.HTTPError, PrefectHTTPStatusError):

@@ -1,4 +1,4 @@
-"""The pipeline: download -> quantize -> mtp_fix -> validate -> benchmark -> acceptance -> publish.
+"""The pipeline: download -> quantize -> mtp_fix -> validate -> benchmark -> acceptance -> probe -> publish.
 
 With `calibration: self`, the stage self_calibration comes before quantize.
 """
@@ -18,7 +18,6 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import Completed, Failed
 
 from requant.flows.gpu_pool import (
-    StageFailed,
     cancel_children,
     gpu_pool_stages,
     name_for_worker,
@@ -47,7 +46,7 @@ from requant.tasks.benchmark import benchmark_key, benchmark_task
 from requant.tasks.benchmark import read_result as read_benchmark
 from requant.tasks.card.facts import CardFacts
 from requant.tasks.download import download_task
-from requant.tasks.errors import EngineFailed, RecipeError, RequantError
+from requant.tasks.errors import CheckpointError, EngineFailed, RecipeError, RequantError
 from requant.tasks.evaluating.definitions import check_tasks, has_lm_eval
 from requant.tasks.hub.publish_target import check_target
 from requant.tasks.hub.revision import Revision, resolve
@@ -294,7 +293,7 @@ def _benchmark(context: RunContext, recipe: Recipe, fixed: StageResult) -> Any:
 
 @dataclass(frozen=True)
 class MadeStages:
-    """The stages of a result that a comparison of its drafts reads."""
+    """The stages of a result that acceptance and probe read."""
 
     base: StageResult  # downloaded
     artifact: StageResult  # of mtp_fix
@@ -304,7 +303,7 @@ class MadeStages:
 def _drafts_in_engine(context: RunContext, report: RunReport, made: MadeStages) -> EngineDrafts | None:
     """Compare the drafts of the result with its base's in the engine that measured it. None if it does not draft there.
 
-    If no engine serves the base, the run goes on: the gate then says why the drafts were not compared.
+    If no engine serves both, the run goes on: the gate then says why the drafts were not compared.
     """
     recipe, measured, benchmark = report.settled, report.measured, report.benchmark
     assert recipe is not None and measured is not None and benchmark is not None
@@ -314,7 +313,7 @@ def _drafts_in_engine(context: RunContext, report: RunReport, made: MadeStages) 
         return EngineDrafts(why_not=NO_BASE_SERVER)
     try:
         compared = _record(_acceptance(context, recipe, made, benchmark), report)
-    except (EngineFailed, StageFailed, RecipeError) as error:
+    except (EngineFailed, CheckpointError) as error:
         log.warning(f"the drafts are not compared with the base's: {error}")
         return EngineDrafts(why_not=without_addresses(str(error), recipe.benchmark))
     report.drafts = read_comparison(context.store, compared.manifest)
@@ -342,7 +341,7 @@ def _judge_probes(context: RunContext, report: RunReport, made: MadeStages) -> l
         if here and (why := no_engine(recipe.benchmark)):
             raise EngineFailed(why)
         probed = _record(_probe(context, recipe, made), report)
-    except (EngineFailed, StageFailed) as error:
+    except (EngineFailed, CheckpointError) as error:
         log.warning(f"the probes were not measured: {error}")
         return unmeasured_gates(recipe.probes.sets, limit, str(public(str(error))))  # gates are published
     report.probes = read_probes(context.store, probed).summary

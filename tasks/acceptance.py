@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,27 @@ from typing import Any
 from prefect import task
 
 from requant.tasks.artifact import Manifest
+from requant.tasks.checkpoint.checkpoint import read_json
 from requant.tasks.checkpoint.writer import write_json
-from requant.tasks.errors import EngineFailed
+from requant.tasks.documents import read_stored
+from requant.tasks.errors import CheckpointError, EngineFailed
 from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
-from requant.tasks.recipe.engine_flags import speculates, with_drafts
+from requant.tasks.recipe.engine_flags import server_address, speculates
 from requant.tasks.recipe.recipe import Benchmark, Recipe
 from requant.tasks.redaction import public
 from requant.tasks.serving.drafts import ServedCheckpoint, count_drafts
+from requant.tasks.serving.flags import serving_flags
 from requant.tasks.serving.result import BenchmarkResult
-from requant.tasks.serving.vllm import find_server, serve_vllm
+from requant.tasks.serving.vllm import find_server, find_vllm, serve_vllm
 from requant.tasks.store import Store, open_store
 from requant.tasks.texts.rows import read_rows
 from requant.tasks.texts.text import Text
 from requant.tasks.validate import MAX_CHARACTERS, compared_part, text_for_measuring
 from requant.tasks.validating.drafts import DraftComparison, DraftCount, EngineSetup
 
-STAGE = Stage("acceptance", 1)
-COUNT = Stage("drafts", 1)
+STAGE = Stage("acceptance", 2)
+COUNT = Stage("drafts", 2)
 RESULT_FILE, COUNT_FILE = "acceptance.json", "drafts.json"
 NO_BASE_SERVER = "the server has the result alone: name one that has the base in benchmark.base_engine"
 log = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ def without_addresses(sentence: str, asked: Benchmark) -> str:
     """Take the addresses of the recipe's servers and folders of this machine out of a sentence that is published."""
     for engine in (asked.engine, asked.base_engine or ""):
         if engine.startswith("url:"):
-            sentence = sentence.replace(engine.removeprefix("url:").rstrip("/").removesuffix("/v1"), "the server")
+            sentence = sentence.replace(server_address(engine), "the server")
     return str(public(sentence))
 
 
@@ -80,51 +82,72 @@ class DraftCounter:
     recipe: Recipe
     text: Text
 
-    def count(
-        self,
-        checkpoint: Manifest,
-        engine: str,
-        like: EngineSetup,
-        served: Callable[[Path], AbstractContextManager[ServedCheckpoint]],
-    ) -> DraftCount:
-        """Return the count of a checkpoint. `served` serves it, with files in a scratch folder, and is called at need.
+    def count(self, checkpoint: Manifest, engine: str, like: EngineSetup, scratch: Path) -> DraftCount:
+        """Return the count of a checkpoint in the setup `like`, from the store if it is there.
 
-        `like` is the setup to compare with. Where another engine runs here by now, the count has another setup.
+        Otherwise the checkpoint is served, with files in the folder `scratch`. Where another engine runs here by now,
+        the count has another setup, and is stored under that.
         """
-        key = COUNT.key(
+        key = self._key(checkpoint, engine, like)
+        stored = self.store.find(COUNT.name, key)
+        if stored is not None:
+            self.store.used.append((COUNT.name, key))
+            return self._read(stored)
+        with self.serve(checkpoint, engine, scratch) as running:
+            return self._count(checkpoint, running)
+
+    def _key(self, checkpoint: Manifest, engine: str, setup: EngineSetup) -> str:
+        return COUNT.key(
             reads={"checkpoint": checkpoint.digest, "text": self.text.digest},
-            settings={**_settings(self.recipe), "engine": engine, **vars(like)},
+            settings={**_settings(self.recipe), "engine": engine, **vars(setup)},
         )
+
+    def _count(self, checkpoint: Manifest, running: ServedCheckpoint) -> DraftCount:
+        """Count the drafts of a checkpoint that is being served, or take the count in this setup from the store."""
 
         def work(scratch: Path) -> Made:
             remote_code = self.recipe.allow_remote_code
-            with served(scratch) as running:
-                path = text_for_measuring(self.store, self.text, scratch / "words", running.folder, remote_code)
-                text = "\n\n".join(row.text for row in read_rows([path], self.text.name))[:MAX_CHARACTERS]
-                log.info(f"counting drafts at places of {self.text.name}")
-                precision = self.recipe.benchmark.acceptance_precision
-                made = count_drafts(running.server, text, precision, running.setup)
+            path = text_for_measuring(self.store, self.text, scratch / "words", running.folder, remote_code)
+            text = "\n\n".join(row.text for row in read_rows([path], self.text.name))[:MAX_CHARACTERS]
+            log.info(f"counting drafts at places of {self.text.name}")
+            precision = self.recipe.benchmark.acceptance_precision
+            made = count_drafts(running.server, text, precision, running.setup)
             files = [write_json(scratch / "out", COUNT_FILE, made.to_json())]
             put_files(self.store, scratch / "out", files)
             return Made(Manifest.of(files), {"drafted": made.tokens, "acceptance": made.rate})
 
-        stored = run_stage(self.store, COUNT, key, work)
-        return DraftCount.model_validate_json(self.store.read_blob(stored.manifest[COUNT_FILE]))
+        key = self._key(checkpoint, running.engine, running.setup)
+        return self._read(run_stage(self.store, COUNT, key, work).manifest)
+
+    def _read(self, stored: Manifest) -> DraftCount:
+        return read_stored(DraftCount, self.store.read_blob(stored[COUNT_FILE]), COUNT_FILE)
 
     def count_while_served(self, checkpoint: Manifest, running: ServedCheckpoint) -> None:
-        """Count the drafts of a checkpoint that is being served, and keep the count for `acceptance`."""
-        self.count(checkpoint, running.engine, running.setup, lambda _: contextlib.nullcontext(running))
+        """Count the drafts of a checkpoint that is being served, and keep the count for `acceptance`.
+
+        If that fails, what else is measured is not lost: `acceptance` counts itself, or says why it cannot.
+        """
+        try:
+            self._count(checkpoint, running)
+        except (EngineFailed, CheckpointError) as error:
+            log.warning(f"the drafts were not counted: {error}")
 
     @contextlib.contextmanager
     def serve(self, checkpoint: Manifest, engine: str, scratch: Path) -> Iterator[ServedCheckpoint]:
-        """Serve a checkpoint in vLLM, or find the server that has it. Raises EngineFailed or RecipeError."""
+        """Serve a checkpoint in vLLM, or find the server that has it.
+
+        Raises EngineFailed, also if vLLM measured the result elsewhere and is not on this machine.
+        """
         folder = self.store.link_files(checkpoint, scratch / "checkpoint")
         if engine.startswith("url:"):
             server = find_server(engine.removeprefix("url:"), chat=False)
             yield ServedCheckpoint(folder, server, engine, EngineSetup())
             return
+        if find_vllm() is None:
+            raise EngineFailed("drafts are counted by vLLM, and there is none here: install it, or set REQUANT_VLLM")
         asked, remote_code = self.recipe.benchmark, self.recipe.allow_remote_code
-        flags, log_path = with_drafts(asked.flags, asked.draft_tokens), scratch / "logs" / "vllm.log"
+        flags = serving_flags(read_json(folder / "config.json"), asked, drafts=True)
+        log_path = scratch / "logs" / "vllm.log"
         with serve_vllm(folder, flags, log_path, chat=False, remote_code=remote_code) as running:
             setup = EngineSetup(f"vLLM {running.version}", running.hardware)
             yield ServedCheckpoint(folder, running.server, engine, setup)
@@ -135,14 +158,14 @@ def acceptance(
 ) -> StageResult:
     """Compare the drafts of an artifact with its base's, in the engine that measured the artifact's speed.
 
-    The stage's artifact is acceptance.json. Raises EngineFailed, or RecipeError if there is no vLLM.
+    The stage's artifact is acceptance.json. Raises EngineFailed, CheckpointError.
     """
     counter = DraftCounter(store, recipe, text)
 
-    def count(checkpoint: Manifest, engine: str, like: EngineSetup) -> DraftCount:
-        return counter.count(checkpoint, engine, like, lambda scratch: counter.serve(checkpoint, engine, scratch))
-
     def work(folder: Path) -> Made:
+        def count(checkpoint: Manifest, engine: str, like: EngineSetup) -> DraftCount:
+            return counter.count(checkpoint, engine, like, folder / checkpoint.digest)
+
         engine, base_files = benchmark.engine, compared_part(base)
         base_engine = recipe.benchmark.base_engine or engine
         ours = count(artifact, engine, EngineSetup(benchmark.version, benchmark.hardware))
@@ -165,7 +188,7 @@ def acceptance(
 
 def read_comparison(store: Store, compared: Manifest) -> DraftComparison:
     """Read the artifact of an acceptance stage. Raises StoreError if its acceptance.json cannot be read."""
-    return DraftComparison.from_json(store.read_blob(compared[RESULT_FILE]))
+    return read_stored(DraftComparison, store.read_blob(compared[RESULT_FILE]), RESULT_FILE)
 
 
 @task(**options("acceptance", hours=4))

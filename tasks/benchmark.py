@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +20,10 @@ from requant.tasks.checkpoint.writer import write_file, write_json
 from requant.tasks.errors import CheckpointError, redact
 from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
-from requant.tasks.recipe.engine_flags import speculates, with_drafts, without_drafts
 from requant.tasks.recipe.recipe import Benchmark, Recipe
 from requant.tasks.serving.client import SAMPLING
 from requant.tasks.serving.drafts import ServedCheckpoint
+from requant.tasks.serving.flags import can_draft, serving_flags
 from requant.tasks.serving.measure import measure_speed
 from requant.tasks.serving.prompts import digest_of_prompts, has_chat_template, load_prompts
 from requant.tasks.serving.result import BenchmarkResult, PromptResult, ServeCommand, compare_mtp
@@ -126,8 +126,8 @@ def bench(
             count(ServedCheckpoint(folder, server, engine, EngineSetup()))
         return _result_of(engine, asked, rows).model_copy(update={"model": server.model})
     rows, commands, peaks_bytes, setup = [], [], [], EngineSetup()
-    for drafting in _modes(mtp, checkpoint, asked.flags):
-        flags = with_drafts(asked.flags, asked.draft_tokens) if drafting else without_drafts(asked.flags)
+    for drafting in _modes(mtp, checkpoint, asked):
+        flags = serving_flags(checkpoint.config, asked, drafts=drafting)
         log_path = logs / f"vllm-mtp-{'on' if drafting else 'off'}.log"
         with serve_vllm(folder, flags, log_path, chat=chat, remote_code=remote_code) as running:
             rows += measure_speed(running.server, prompts, asked.concurrency, drafting)
@@ -162,9 +162,9 @@ def _result_of(
     )
 
 
-def _modes(mtp: MtpModes, checkpoint: Checkpoint, flag_names: Collection[str]) -> list[bool]:
+def _modes(mtp: MtpModes, checkpoint: Checkpoint, asked: Benchmark) -> list[bool]:
     """Choose whether to measure with drafts, without, or both, in this order."""
-    drafts = checkpoint.head is not None or any(map(speculates, flag_names))
+    drafts = can_draft(checkpoint, asked)
     if mtp == "auto":
         mtp = "both" if drafts else "off"
     if mtp != "off" and not drafts:

@@ -6,7 +6,7 @@ Their keys are a contract with users: `requant schema` prints the documents of a
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -26,6 +26,10 @@ def finite_or_none(value: float | None) -> float | None:
 # A measured value, which is null in JSON if it is not finite.
 Value = Annotated[float, PlainSerializer(finite_or_none, return_type=float | None)]
 
+from requant.tasks.errors import StoreError
+
+Model = TypeVar("Model", bound=BaseModel)
+
 
 def is_none(value: object) -> bool:
     """Check whether a field is None, for the fields that are absent then (`exclude_if`)."""
@@ -36,6 +40,18 @@ def first_problem(error: ValidationError) -> tuple[str, str]:
     """Return the place of the first problem, which is empty for the document as a whole, and what is wrong there."""
     problem = error.errors(include_url=False, include_input=False)[0]
     return ".".join(map(str, problem["loc"])), problem["msg"]
+
+
+def read_stored(kind: type[Model], document: bytes, what: str) -> Model:
+    """Read a document of the store. Raises StoreError, with `what` it is, if its content cannot be read."""
+    try:
+        return kind.model_validate_json(document)
+    except ValidationError as error:
+        place, problem = first_problem(error)
+        raise StoreError(
+            f"{what} cannot be read ({place or 'the document'}: {problem}): "
+            "use the version of Requant that wrote it, or another store"
+        ) from error
 
 
 class Document(BaseModel):

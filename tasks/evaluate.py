@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from requant.tasks.artifact import Manifest, digest_of
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.writer import write_file
+from requant.tasks.documents import read_stored
 from requant.tasks.errors import EngineFailed
 from requant.tasks.evaluating.definitions import data_sets, definitions_digest
 from requant.tasks.evaluating.harness import Harness, has_client, run_in_torch, run_in_vllm
@@ -32,7 +33,7 @@ from requant.tasks.validating.measured import Evaluation, TaskScore
 if TYPE_CHECKING:
     from requant.tasks.validating.model import RunSettings
 
-STAGE = Stage("evaluate", 2, tools=("lm_eval", "transformers"))
+STAGE = Stage("evaluate", 3, tools=("lm_eval", "transformers"))
 RESULT_FILE = "outcomes.json"
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def remember_in(store: Store, manifests: Mapping[Path, Manifest], settings: Eval
             return Made(Manifest.of(files), {"engine": outcomes.engine, "scores": scores, "data": data})
 
         manifest = run_stage(store, STAGE, key, make).manifest
-        return Outcomes.model_validate_json(store.read_blob(manifest[RESULT_FILE]))
+        return read_stored(Outcomes, store.read_blob(manifest[RESULT_FILE]), RESULT_FILE)
 
     return remember
 

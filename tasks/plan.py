@@ -48,7 +48,8 @@ from requant.tasks.planning.resources import disk_problem, estimate_needs
 from requant.tasks.planning.stages import plan_stages, total_hardware
 from requant.tasks.planning.texts import Texts
 from requant.tasks.planning.transfers import base_manifest
-from requant.tasks.probe import probe_key
+from requant.tasks.probe import STAGE as PROBE
+from requant.tasks.probe import no_engine, probe_key
 from requant.tasks.quantize import STAGE as QUANTIZE
 from requant.tasks.quantize import quantize_key
 from requant.tasks.recipe.recipe import Recipe
@@ -177,7 +178,8 @@ class _Planner:
         engine = engine_of(recipe.benchmark)
         head = recipe.mtp != "drop" and source.head is not None
         compared = drafts_in(engine, recipe.benchmark, head=head) and serves_base(engine, recipe.benchmark)
-        left_out = () if compared else (ACCEPTANCE.name,)
+        asks = PROBE.name in self.delegated or not no_engine(recipe.benchmark)
+        left_out = [*([] if compared else [ACCEPTANCE.name]), *([] if asks else [PROBE.name])]
         stages = tuple(plan_stages(recipe, self.base, output, done, before.stages(recipe), text_tokens, left_out))
         to_run = {stage.name for stage in stages if stage.state == "run"}
         needed = estimate_needs(output, recipe, self.base.missing_bytes, to_run, kept_bytes=before.kept_bytes)

@@ -17,26 +17,29 @@ from requant.tasks.artifact import Manifest
 from requant.tasks.benchmark import copy_log
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.writer import write_json
+from requant.tasks.documents import read_stored
 from requant.tasks.errors import EngineFailed
 from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
 from requant.tasks.probing.compare import ProbeDocument
 from requant.tasks.probing.outcome import ProbeResult
 from requant.tasks.probing.sets import ask_sets, digest_of_questions
-from requant.tasks.recipe.engine_flags import speculates, with_drafts
 from requant.tasks.recipe.recipe import Benchmark, Probes, Recipe
+from requant.tasks.serving.flags import can_draft, serving_flags
 from requant.tasks.serving.prompts import has_chat_template
 from requant.tasks.serving.vllm import find_vllm, serve_vllm
 from requant.tasks.store import Store, open_store
+from requant.tasks.validate import compared_part
+from requant.tasks.validating.drafts import EngineSetup
 
-STAGE = Stage("probe", 1)
+STAGE = Stage("probe", 2)
 ANSWERS = Stage("probe_answers", 1)  # of one checkpoint
 RESULT_FILE = "probe.json"
-OF_RESULT_ONLY = {"quantization", "q"}  # flags that a base cannot be served with
 log = logging.getLogger(__name__)
 
 
 def probe_key(recipe: Recipe, base: Manifest, artifact: Manifest) -> str:
+    base = compared_part(base)
     reads = {"base": base.digest, "artifact": artifact.digest}
     return STAGE.key(reads=reads, settings={"answers": [_answers_key(recipe, one) for one in (base, artifact)]})
 
@@ -48,9 +51,20 @@ def probe(store: Store, recipe: Recipe, base: Manifest, artifact: Manifest) -> S
     """
 
     def work(folder: Path) -> Made:
-        started = {"base": base, "ours": artifact}
-        answers = {side: _stored_answers(store, recipe, manifest) for side, manifest in started.items()}
-        files = [write_json(folder / "out", RESULT_FILE, ProbeDocument(**answers).to_json())]
+        def ask(checkpoint: Manifest, like: EngineSetup | None = None) -> ProbeResult:
+            return _stored_answers(store, recipe, checkpoint, folder / checkpoint.digest, like)
+
+        base_files = compared_part(base)
+        of_base, ours = ask(base_files), ask(artifact)
+        if of_base.setup != ours.setup:  # One of them was asked some time ago, or on another machine.
+            of_base = ask(base_files, ours.setup)
+        if of_base.setup != ours.setup:
+            ours = ask(artifact, of_base.setup)
+        if of_base.setup != ours.setup:
+            raise EngineFailed(
+                f"the base was served by {of_base.setup} and the result by {ours.setup}: use one machine"
+            )
+        files = [write_json(folder / "out", RESULT_FILE, ProbeDocument(base=of_base, ours=ours).to_json())]
         put_files(store, folder / "out", files)
         return Made(Manifest.of(files), {"bytes_read": base.size + artifact.size})
 
@@ -59,25 +73,41 @@ def probe(store: Store, recipe: Recipe, base: Manifest, artifact: Manifest) -> S
 
 def read_probes(store: Store, stage: StageResult) -> ProbeDocument:
     """Read what the stage measured. Raises StoreError if its probe.json cannot be read."""
-    return ProbeDocument.model_validate_json(store.read_blob(stage.manifest[RESULT_FILE]))
+    return read_stored(ProbeDocument, store.read_blob(stage.manifest[RESULT_FILE]), RESULT_FILE)
 
 
-def _stored_answers(store: Store, recipe: Recipe, checkpoint: Manifest) -> ProbeResult:
-    """Return what one checkpoint answered, from the store if it is there."""
+def _stored_answers(
+    store: Store, recipe: Recipe, checkpoint: Manifest, scratch: Path, like: EngineSetup | None
+) -> ProbeResult:
+    """Return what one checkpoint answered, from the store if it is there.
 
-    def work(folder: Path) -> Made:
-        logs = folder / "logs"
-        result = ask_checkpoint(store.link_files(checkpoint, folder / "checkpoint"), recipe, logs)
+    With a setup `like`, answers of another one do not do. Where another engine runs here by now, the answers have its
+    setup, and are stored under that.
+    """
+
+    def ask(folder: Path) -> ProbeResult:
+        return ask_checkpoint(store.link_files(checkpoint, folder / "checkpoint"), recipe, folder / "logs")
+
+    def keep(result: ProbeResult, logs: Path, folder: Path) -> Made:
         log_files = [copy_log(path, folder / "out") for path in sorted(logs.glob("*.log"))]
         files = [write_json(folder / "out", RESULT_FILE, result.to_json()), *log_files]
         put_files(store, folder / "out", files)
         return Made(Manifest.of(files), {"bytes_read": checkpoint.size})
 
-    made = run_stage(store, ANSWERS, _answers_key(recipe, checkpoint), work)
-    return ProbeResult.model_validate_json(store.read_blob(made.manifest[RESULT_FILE]))
+    key = _answers_key(recipe, checkpoint, like)
+    made = store.find(ANSWERS.name, key)
+    if made is not None:
+        store.used.append((ANSWERS.name, key))
+    elif like is None:
+        made = run_stage(store, ANSWERS, key, lambda folder: keep(ask(folder), folder / "logs", folder)).manifest
+    else:
+        asked = ask(scratch)
+        key = _answers_key(recipe, checkpoint, asked.setup)
+        made = run_stage(store, ANSWERS, key, lambda folder: keep(asked, scratch / "logs", folder)).manifest
+    return read_stored(ProbeResult, store.read_blob(made[RESULT_FILE]), RESULT_FILE)
 
 
-def _answers_key(recipe: Recipe, checkpoint: Manifest) -> str:
+def _answers_key(recipe: Recipe, checkpoint: Manifest, setup: EngineSetup | None = None) -> str:
     asked, engine = _asked(recipe), recipe.benchmark
     return ANSWERS.key(
         reads={"checkpoint": checkpoint.digest, "questions": digest_of_questions(asked)},
@@ -86,6 +116,7 @@ def _answers_key(recipe: Recipe, checkpoint: Manifest) -> str:
             "flags": engine.flags,
             "draft_tokens": engine.draft_tokens,
             "allow_remote_code": recipe.allow_remote_code,
+            **(vars(setup) if setup else {}),
         },
     )
 
@@ -98,11 +129,8 @@ def ask_checkpoint(folder: Path, recipe: Recipe, logs: Path) -> ProbeResult:
     if why := no_engine(recipe.benchmark):
         raise EngineFailed(why)
     asked, checkpoint = _asked(recipe), Checkpoint.open(folder)
-    flags = recipe.benchmark.flags
-    if checkpoint.head is not None or any(map(speculates, flags)):
-        flags = with_drafts(flags, recipe.benchmark.draft_tokens)
-    if "quantization_config" not in checkpoint.config:
-        flags = {name: value for name, value in flags.items() if name not in OF_RESULT_ONLY}
+    drafts = can_draft(checkpoint, recipe.benchmark)
+    flags = serving_flags(checkpoint.config, recipe.benchmark, drafts=drafts)
     chat = has_chat_template({path.name for path in folder.iterdir()}, lambda name: (folder / name).read_bytes())
     began_s = time.monotonic()
     with serve_vllm(folder, flags, logs / "vllm.log", chat=chat, remote_code=recipe.allow_remote_code) as running:

@@ -23,7 +23,7 @@ from requant.tasks.checkpoint.audit import account
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.weight_error import fidelity
 from requant.tasks.checkpoint.writer import write_file, write_json
-from requant.tasks.documents import first_problem
+from requant.tasks.documents import first_problem, read_stored
 from requant.tasks.errors import CheckpointError, RecipeError, RequantError, StoreError, TooFewTokens
 from requant.tasks.evaluate import do_not_remember, evaluate_pair, evaluation_key, remember_in
 from requant.tasks.excerpt import text_files
@@ -198,7 +198,7 @@ def noise_or_reuse(store: Store, asked: MeasurementKey, base_folder: Path, of_ba
         return Made(Manifest.of(files), {"noise_floor": floor})
 
     manifest = run_stage(store, NOISE, asked.of(NOISE), work).manifest
-    return NoiseFloor.model_validate_json(store.read_blob(manifest[NOISE_FILE]))
+    return read_stored(NoiseFloor, store.read_blob(manifest[NOISE_FILE]), NOISE_FILE)
 
 
 def with_noise_floor(

@@ -21,9 +21,9 @@ from requant.tasks.evaluating.definitions import task_manager
 from requant.tasks.evaluating.outcomes import Outcomes, Samples, read_outcomes
 from requant.tasks.evaluating.rounds import Wanted
 from requant.tasks.http import http_client
-from requant.tasks.recipe.engine_flags import speculates, with_drafts, without_drafts
 from requant.tasks.recipe.recipe import Benchmark, Eval
 from requant.tasks.serving.client import Server, api_key_header
+from requant.tasks.serving.flags import can_draft, serving_flags
 from requant.tasks.serving.vllm import serve_vllm
 from requant.tasks.versions import installed_version
 
@@ -141,18 +141,13 @@ def has_client() -> bool:
     return all(importlib.util.find_spec(package) is not None for package in CLIENT_PACKAGES)
 
 
-def eval_flags(checkpoint: Checkpoint, asked: Benchmark) -> dict[str, Any]:
-    """Return vLLM's flags for a checkpoint: the recipe's, with drafts if it has an MTP head, as the benchmark does."""
-    drafts = checkpoint.head is not None or any(map(speculates, asked.flags))
-    return with_drafts(asked.flags, asked.draft_tokens) if drafts else without_drafts(asked.flags)
-
-
 @contextlib.contextmanager
 def run_in_vllm(
     folder: Path, settings: Eval, asked: Benchmark, log_path: Path, *, remote_code: bool
 ) -> Iterator[Harness]:
     """Serve a checkpoint with vLLM. Raises EngineFailed if it does not start."""
-    flags = eval_flags(Checkpoint.open(folder), asked)
+    checkpoint = Checkpoint.open(folder)
+    flags = serving_flags(checkpoint.config, asked, drafts=can_draft(checkpoint, asked))
     with serve_vllm(folder, flags, log_path, chat=settings.chat_template, remote_code=remote_code) as running:
         yield harness_of_server(running.server, folder, settings, f"vLLM {running.version}", remote_code=remote_code)
 

@@ -1,7 +1,7 @@
 """The outcomes of one checkpoint in lm-eval's tasks: the score of each task, and the value of every item.
 
-No text of a data set is kept: an item is the name of its task, its place in the data set, and the beginning of a hash
-of its content, which shows that two models read the same.
+No text of a data set is kept: an item is the name of its task, its place in the data set, and the beginning of hashes
+of its content and of its prompt, which show that two models read the same.
 """
 
 from __future__ import annotations
@@ -50,10 +50,13 @@ class Reading(StrEnum):
 class Items(StoredDocument):
     """The items of one task, or of all members of a group."""
 
-    ids: tuple[str, ...] = Field(description="TASK/PLACE/HASH of each item")
+    ids: tuple[str, ...] = Field(description="TASK/PLACE/HASHES of each item: of its content, and of its prompt")
     values: tuple[Number, ...] = Field(description="The metric's value of each item")
     weights: tuple[Number, ...] | None = Field(None, description="The weight of each item; null if all weigh alike")
     reading: Reading = Field(description="How they make the score")
+    drawn_examples: bool = Field(
+        False, description="Whether few-shot examples are drawn for one item after another: all are run, in order"
+    )
 
     @classmethod
     def read(cls, ids: Sequence[str], logged: Sequence[Any], reading: Reading) -> Items | None:
@@ -150,15 +153,26 @@ def read_outcomes(results: Mapping[str, Any], engine: str) -> Outcomes:
             samples=entry.get("sample_len"),
             higher_is_better=bool(results["higher_is_better"].get(name, {}).get(metric, True)),
         )
-        found = read_items(samples, list(_single_tasks(name, subtasks)), scores[name])
+        tasks = list(_single_tasks(name, subtasks))
+        found = read_items(samples, tasks, scores[name])
         if found is not None:
-            items[name] = found
+            drawn = any(_draws_examples(results.get("configs", {}).get(task, {})) for task in tasks)
+            items[name] = found.model_copy(update={"drawn_examples": True}) if drawn else found
     grouped = {member for group, members in subtasks.items() if group in scores for member in members}
     return Outcomes(
         engine=engine,
         scores={name: score for name, score in scores.items() if name not in grouped},
         items={name: found for name, found in items.items() if name not in grouped},
     )
+
+
+def _draws_examples(config: Mapping[str, Any]) -> bool:
+    """Check whether the few-shot examples of an item depend on the items before it.
+
+    Every sampler but first_n draws from one running generator. Source: lm_eval 0.4.13, api/samplers.py.
+    """
+    sampler = (config.get("fewshot_config") or {}).get("sampler")
+    return bool(config.get("num_fewshot")) and sampler != "first_n"
 
 
 def _is_weighted_number(value: Any) -> bool:
@@ -200,9 +214,15 @@ def logged_values(samples: Samples, tasks: Iterable[str], metric: str) -> tuple[
     for task in tasks:
         for sample in samples.get(task, ()):
             if sample["filter"] == (filter_name or "none") and name in sample:
-                ids.append(f"{task}/{sample['doc_id']}/{sample['doc_hash'][:HASH_LENGTH]}")
+                hashes = f"{sample['doc_hash'][:HASH_LENGTH]}-{sample['prompt_hash'][:HASH_LENGTH]}"
+                ids.append(f"{task}/{sample['doc_id']}/{hashes}")
                 values.append(sample[name])
     return ids, values
+
+
+def item_looks(base: Items) -> tuple[int, ...]:
+    """Return after how many items of a base a run that may stop early looks at the comparison."""
+    return (len(base.ids),) if base.drawn_examples else tuple(look_sizes(len(base.ids)))
 
 
 def compare_items(
@@ -224,7 +244,7 @@ def compare_items(
     bounded = all(terms.min() >= 0 and terms.max() <= 1 for terms in (of_base, of_ours))
     if not bounded and scale is not Scale.LOG_LIKELIHOOD:
         margin *= abs(float(of_base.mean()))
-    looks = len(look_sizes(len(base.ids))) if early_stop else 1
+    looks = len(item_looks(base)) if early_stop else 1
     try:
         return compare_pairs(of_base, of_ours, margin, scale=scale, looks=looks)
     except ValueError:  # A value is not finite, or the base scores 0 on a scale without end, and there is no margin.

@@ -1,7 +1,8 @@
 """Run the result's items in rounds, and each task only until its comparison with the base is decided.
 
 The base has done all items, and the store keeps them. The result does them in an order that is shuffled with a fixed
-seed, so that every beginning of it is a fair sample.
+seed, so that every beginning of it is a fair sample. Where lm-eval draws the few-shot examples of one item after
+another, other items before an item would give it another prompt: such a task is one round, in its own order.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from requant.tasks.errors import EvaluationFailed
-from requant.tasks.evaluating.outcomes import Items, Outcomes, Samples, Score, compare_items, logged_values
-from requant.tasks.validating.paired import Verdict, look_sizes
+from requant.tasks.evaluating.outcomes import Items, Outcomes, Samples, Score, compare_items, item_looks, logged_values
+from requant.tasks.validating.paired import Verdict
 
 SEED = 1234  # of the order of the items
 Wanted = Mapping[str, Sequence[int]]  # places of items in the data set, by single task
@@ -59,7 +60,7 @@ class _Task:
 
     def next_ids(self) -> list[str]:
         """Return the items up to the next look; none if the comparison is decided."""
-        sizes = () if self.decided else look_sizes(len(self.order))
+        sizes = () if self.decided else item_looks(self.base)
         return self.order[self.asked : next((size for size in sizes if size > self.asked), self.asked)]
 
     def take(self, samples: Samples, margin: float) -> None:

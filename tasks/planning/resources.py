@@ -49,8 +49,10 @@ def estimate_needs(
     if "benchmark" in to_run and recipe.benchmark.engine != "none":
         weights = sum(output.weights.values())
         stages["benchmark"] = _same_in_low_memory(RUNTIME_BYTES + weights, weights)
-    if "probe" in to_run:  # the base is served too
-        stages["probe"] = _same_in_low_memory(RUNTIME_BYTES + output.base.nbytes, output.base.nbytes)
+    # A result's base is served here too, by acceptance unless a server has it.
+    serve_base = {"probe"} if recipe.benchmark.base_engine else {"acceptance", "probe"}
+    for stage in sorted(serve_base & {*to_run}):
+        stages[stage] = _same_in_low_memory(RUNTIME_BYTES + output.base.nbytes, output.base.nbytes)
     return Needs.of(stages, kept_bytes)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from requant.tasks.documents import StoredDocument
+from requant.tasks.validating.drafts import EngineSetup
 
 # What is measured of an answer, each true or false, and in which set. Gates have the same names.
 MEASURES = {
@@ -39,6 +40,10 @@ class ProbeResult(StoredDocument):
     version: str = Field("", description="The engine")
     hardware: str = Field("", description="What it ran on")
     seconds: float = Field(0.0, description="How long the questions took")
+
+    @property
+    def setup(self) -> EngineSetup:
+        return EngineSetup(self.version, self.hardware)
 
     def outcomes(self, measure: str) -> dict[str, Outcome]:
         """Return the outcomes that have this measure, by question."""

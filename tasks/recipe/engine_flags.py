@@ -79,6 +79,11 @@ def _word(value: JsonValue) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
+def server_address(engine: str) -> str:
+    """Return the address of a server that runs already, without `url:` before and the path of the API behind it."""
+    return engine.removeprefix("url:").rstrip("/").removesuffix("/v1").rstrip("/")
+
+
 def speculates(name: str) -> bool:
     """Check whether a flag turns on speculative decoding."""
     return name.split(".")[0].replace("_", "-") in SPECULATION_FLAGS

@@ -22,7 +22,7 @@ from pydantic import (
 
 from requant.tasks.artifact import digest_of
 from requant.tasks.checkpoint.config import HEAD_BITS
-from requant.tasks.recipe.engine_flags import checked_flags
+from requant.tasks.recipe.engine_flags import checked_flags, server_address
 from requant.tasks.recipe.quantize_section import (
     NAME_TAG,
     REPO_ID,
@@ -205,8 +205,8 @@ class Benchmark(Section):
         0.01,
         ge=0.001,
         le=0.2,
-        description="Count drafts for engine_acceptance_ratio until each rate's 95 % interval is at most this share of "
-        "it wide on either side",
+        description="Count drafts for engine_acceptance_ratio until half of the 95 % interval of each rate is at most "
+        "this share of the rate",
     )
     base_engine: str | None = Field(
         None,
@@ -231,7 +231,7 @@ class Benchmark(Section):
 
     @model_validator(mode="after")
     def base_has_a_server_of_its_own(self) -> Benchmark:
-        if self.base_engine is not None and self.base_engine == self.engine:
+        if self.base_engine is not None and server_address(self.base_engine) == server_address(self.engine):
             raise ValueError(f"base_engine {self.base_engine} serves the result: name the server of the base")
         return self
 

@@ -20,7 +20,7 @@ from requant.tasks import hardware
 from requant.tasks.environment import bypass_proxy_on_loopback
 from requant.tasks.errors import EngineFailed, RecipeError
 from requant.tasks.http import http_client
-from requant.tasks.recipe.engine_flags import MODEL, arguments
+from requant.tasks.recipe.engine_flags import MODEL, arguments, server_address
 from requant.tasks.serving.client import Server, api_key_header
 from requant.tasks.serving.process import EngineProcess, free_port, run_engine
 from requant.tasks.settings import read_settings
@@ -151,7 +151,7 @@ def _read_end(log: Path) -> bytes:
 
 def find_server(url: str, *, chat: bool) -> Server:
     """Find a server that is running already; of its models, the first is measured. Raises EngineFailed."""
-    base = url.rstrip("/").removesuffix("/v1")
+    base = server_address(url)
     remedy = "name the address of a running server that speaks OpenAI's API, as in url:http://127.0.0.1:8000"
     try:
         with http_client(base, 10) as client:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from requant.tasks.documents import StoredDocument, first_problem
-from requant.tasks.errors import StoreError
+from requant.tasks.documents import StoredDocument
 from requant.tasks.validating.ratio import Ratio, compare_rates, rate
 
 MAX_DRAFTED_TOKENS = 100_000  # Of one checkpoint, no more are counted.
@@ -70,15 +69,3 @@ class DraftComparison(StoredDocument):
     def ratio(self) -> Ratio | None:
         """The draft acceptance rate divided by the base's; None where the ratio is undefined."""
         return compare_rates(self.quantized.batches, self.base.batches)
-
-    @classmethod
-    def from_json(cls, document: bytes) -> Self:
-        """Read what was stored. Raises StoreError if it is no comparison of drafts."""
-        try:
-            return cls.model_validate_json(document)
-        except ValidationError as error:
-            place, problem = first_problem(error)
-            raise StoreError(
-                f"acceptance.json is no comparison of drafts ({place or 'the document'}: {problem}): "
-                "use the version of Requant that wrote it, or another store"
-            ) from error

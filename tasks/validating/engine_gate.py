@@ -65,7 +65,7 @@ def _remedy(ratio: Ratio, limit: float, comparison: DraftComparison) -> str:
     """Say how many more drafted tokens would tell, and with which precision they are counted."""
     more = ratio.further_tokens(limit, comparison.quantized.tokens)
     if more is None:
-        return "the ratio is the limit"
+        return "the ratio is the limit" if ratio.value == limit else "too few drafts were made or accepted to tell"
     further = f"about {_round_up(more):,} more drafted tokens would tell"
     if comparison.quantized.tokens + more > MAX_DRAFTED_TOKENS:
         return f"{further}, and at most {MAX_DRAFTED_TOKENS:,} are counted"

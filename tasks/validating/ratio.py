@@ -50,11 +50,14 @@ def rate(counts: Counts) -> float | None:
 def relative_half_width(counts: Counts) -> float:
     """Return half of the interval of a rate, divided by the rate: infinite for fewer than MIN_BATCHES batches.
 
-    A rate of 0, and one of batches without drafts, has no relative width: 0.
+    A rate of 0 has no relative width, and counting goes on: infinite. Batches without drafts say all they can: 0.
     """
     if len(counts) < MIN_BATCHES:
         return math.inf
-    return _half_width(_influences(counts)) if rate(counts) else 0.0
+    known = rate(counts)
+    if known is None:
+        return 0.0
+    return _half_width(_influences(counts)) if known else math.inf
 
 
 def compare_rates(ours: Counts, base: Counts) -> Ratio | None:

@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         answers: dict[str, str] = {
             "/health": "",
-            "/version": json.dumps({"version": "0.0.1"}),
+            "/version": json.dumps({"version": os.environ.get("ENGINE_VERSION", "0.0.1")}),
             "/v1/models": json.dumps({"data": [{"id": "stand-in"}]}),
             "/metrics": "".join(f'vllm:spec_decode_num_{k}_total{{engine="0"}} {v}\n' for k, v in COUNTS.items())
             + f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{position="0"}} {COUNTS["drafts"]}\n',

@@ -28,10 +28,14 @@ class Answers:
 
     def _sample(self, task: str, place: int) -> dict[str, Any]:
         content = hashlib.sha256(f"{task} {place}".encode()).hexdigest()
-        return {"doc_id": place, "doc_hash": content, "filter": "none", "acc": float(self.right[task][place])}
+        hashes = {"doc_hash": content, "prompt_hash": content[::-1]}
+        return {"doc_id": place, **hashes, "filter": "none", "acc": float(self.right[task][place])}
 
-    def outcomes(self, group: str = "") -> Outcomes:
-        """All items, as a run without rounds has them; of all tasks together if they are a group."""
+    def outcomes(self, group: str = "", **config: Any) -> Outcomes:
+        """All items, as a run without rounds has them; of all tasks together if they are a group.
+
+        `config` is that of each task.
+        """
         samples = self({task: range(len(right)) for task, right in self.right.items()})
         means = {task: float(right.mean()) for task, right in self.right.items()}
         results = {task: {"acc,none": mean} for task, mean in means.items()}
@@ -39,6 +43,7 @@ class Answers:
         if group:
             results[group] = {"acc,none": float(np.concatenate(list(self.right.values())).mean())}
         document = {"results": results, "higher_is_better": {}, "group_subtasks": subtasks, "samples": samples}
+        document["configs"] = dict.fromkeys(self.right, config)
         return read_outcomes(document, "x 1")
 
 

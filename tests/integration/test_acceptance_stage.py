@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from requant.tasks.acceptance import STAGE, acceptance, acceptance_key, read_comparison
+from requant.tasks.acceptance import STAGE, DraftCounter, acceptance, acceptance_key, read_comparison
 from requant.tasks.artifact import Manifest
 from requant.tasks.errors import EngineFailed
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.serving import client
-from requant.tasks.serving.client import ask
-from requant.tasks.serving.drafts import BATCH, PLACE_TOKENS, count_drafts
+from requant.tasks.serving.client import Server, ask
+from requant.tasks.serving.drafts import BATCH, PLACE_TOKENS, ServedCheckpoint, count_drafts
 from requant.tasks.serving.process import free_port, run_engine
 from requant.tasks.serving.prompts import Prompt
 from requant.tasks.serving.result import BenchmarkResult
@@ -104,6 +104,28 @@ def test_a_result_that_another_version_measured_is_counted_again_beside_its_base
     base, artifact = checkpoint(store, 0, quantized=False), checkpoint(store, 1, quantized=True)
     old = compare(store, recipe(), base, artifact, version="vLLM 0.0.0", hardware="a GPU of old")
     assert old.quantized.setup == old.base.setup and old.base.version == RUNNING_NOW
+
+
+def test_a_count_is_kept_under_the_setup_that_made_it(
+    store: Store, stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the base of an older setup would be compared with a result of that setup, and never match."""
+    base, *results = (checkpoint(store, number, quantized=number > 0) for number in range(3))
+    older = {"version": "vLLM 0.0.0", "hardware": compare(store, recipe(), base, results[0]).base.hardware}
+    compare(store, recipe(), base, results[0], **older)
+    monkeypatch.setenv("ENGINE_VERSION", "0.0.0")
+    compared = compare(store, recipe(), base, results[1], **older)
+    assert compared.base.version == compared.quantized.version == "vLLM 0.0.0"
+
+
+def test_drafts_that_cannot_be_counted_lose_nothing_of_the_benchmark(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    artifact = checkpoint(store, 1, quantized=True)
+    server = Server(f"http://127.0.0.1:{free_port()}", "a model", False, lambda sentence: EngineFailed(sentence))
+    served = ServedCheckpoint(store.link_files(artifact, tmp_path / "model"), server, "vllm", EngineSetup())
+    DraftCounter(store, recipe(), TEXT).count_while_served(artifact, served)
+    assert "the drafts were not counted" in caplog.text
 
 
 def test_two_servers_that_run_already_are_compared_and_nothing_is_started(

@@ -145,6 +145,15 @@ def test_a_run_that_no_worker_started_does_every_stage_itself() -> None:
     assert not any(delegates(stage, recipe, 54_000_000_000) for stage in ON_GPU)
 
 
+@pytest.mark.parametrize(("engine", "delegated"), [("vllm", True), ("auto", True), ("torch", False), ("none", False)])
+def test_probes_go_to_a_worker_only_if_it_may_start_an_engine(
+    engine: str, delegated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "a-deployment")
+    recipe = parse_recipe({"base": {"repo_id": "a/b"}, "benchmark": {"engine": engine}, "probes": {}})
+    assert delegates("probe", recipe, 54_000_000_000) is delegated
+
+
 def test_a_text_goes_to_another_worker_by_a_name_that_it_finds(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("words")
     assert name_for_worker(find_text(str(tmp_path / "mine.txt"))) == str(tmp_path / "mine.txt")

@@ -11,12 +11,13 @@ from uuid import uuid4
 
 import pytest
 from prefect.client.schemas.objects import State
-from prefect.states import Completed, Crashed
+from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from requant.flows import gpu_pool, requantize
 from requant.flows.gpu_pool import CrashOutcome, StageFailed, StageRequest, run_name
+from requant.flows.report.report import RunReport
 from requant.tasks.artifact import Manifest
-from requant.tasks.errors import RecipeError
+from requant.tasks.errors import CheckpointError, EngineFailed, RecipeError, RequantError, StoreError
 from requant.tasks.hub.revision import HubFile, Revision
 from requant.tasks.pipeline.stage import Stage, StageResult
 from requant.tasks.quantize import STAGE as QUANTIZE
@@ -28,6 +29,7 @@ from requant.tasks.store import open_store
 from requant.tasks.texts.calibration import Calibration
 from requant.tasks.texts.text import Text
 from requant.tasks.validate import STAGE as VALIDATE
+from tests.factories.measured import good
 
 RECIPE = parse_recipe({"base": {"repo_id": "a/b"}})
 
@@ -72,6 +74,61 @@ def test_a_restart_is_logged_only_when_the_server_made_it(
 def test_a_crash_that_is_final_fails_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StageFailed, match="no heartbeat"):
         Waiting(monkeypatch, [Crashed(message="no heartbeat")], CrashOutcome.FINAL)(QUANTIZE)
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (EngineFailed("no memory"), EngineFailed),
+        (CheckpointError("no weights"), CheckpointError),
+        (StoreError("no such key"), StageFailed),
+        (RecipeError("another version"), StageFailed),
+    ],
+)
+def test_a_waiting_run_learns_whether_engine_or_checkpoint_failed(
+    raised: RequantError, seen: type[RequantError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("watch_own_run", "crash_stale_task_runs", "exit_if_run_is_over"):  # no flow runs here
+        monkeypatch.setattr(gpu_pool, name, lambda: None)
+
+    def work() -> None:
+        raise raised
+
+    state = gpu_pool.run_to_final_state(work)
+    stored = Failed(name=state.name, message=state.message)  # what the server keeps of it
+    with pytest.raises(RequantError, match=str(raised)) as error:
+        Waiting(monkeypatch, [stored])(VALIDATE)
+    assert error.type is seen
+
+
+@pytest.mark.parametrize("stage", ["acceptance", "probe"])
+def test_what_neither_engine_nor_checkpoint_caused_fails_the_run(
+    stage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A missing deployment, a cancelled or deleted run: the gates must not be left unmeasured in silence."""
+    recipe = parse_recipe({"base": {"repo_id": "a/b"}, "benchmark": {"engine": "vllm"}, "probes": {}})
+    text = Text("builtin:mixed-evaluation", "a" * 64)
+    store = open_store(tmp_path.as_uri())
+    context = requantize.RunContext(store, recipe, Calibration.of(text), text, {}, frozenset({stage}))
+    made = StageResult("download", "k", "ran", 0.0, Manifest(()), StageRecord())
+    stages, report = requantize.MadeStages(made, made, made), RunReport(recipe)
+    report.settled, report.measured, report.benchmark = recipe, good(), BenchmarkResult(engine="vllm")
+    judge = {"acceptance": requantize._drafts_in_engine, "probe": requantize._judge_probes}[stage]
+
+    failures = iter((StageFailed("no deployment"), EngineFailed("no memory")))
+
+    def fail(*arguments: object, **reads: object) -> None:
+        raise next(failures)
+
+    monkeypatch.setattr(requantize, "run_on_gpu_pool", fail)
+    with pytest.raises(StageFailed, match="no deployment"):
+        judge(context, report, stages)
+    assert judge(context, report, stages), "the gates say why"
+
+
+def test_a_cancelled_run_of_the_gpu_pool_fails_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StageFailed, match="ended Cancelled"):
+        Waiting(monkeypatch, [Cancelled()])(VALIDATE)
 
 
 def test_the_name_of_a_run_has_the_bits_that_override_the_scheme(monkeypatch: pytest.MonkeyPatch) -> None:

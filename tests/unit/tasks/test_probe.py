@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from requant.tasks.artifact import Manifest, file_of
-from requant.tasks.errors import EngineFailed
+from requant.tasks.artifact import File, Manifest, file_of
+from requant.tasks.errors import EngineFailed, StoreError
+from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.probe import no_engine, probe, probe_key, read_probes
 from requant.tasks.probing.compare import ProbeSummary, probe_gates
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Benchmark, Recipe
+from requant.tasks.record import StageRecord
 from requant.tasks.store import Store, open_store
 from tests.factories.paths import ROOT
 from tests.factories.pico import pico_base
@@ -119,6 +121,39 @@ def test_a_base_is_asked_once_for_all_results_and_a_changed_limit_asks_nobody(
     for key, value in {"seed": 1, "limit": 5, "max_tokens": 128, "sets": ["tools"]}.items():
         asked = recipe_of(**{"sets": ["answers"], "limit": 4, key: value})
         assert probe_key(asked, base, result) != probe_key(recipe, base, result), key
+
+
+def test_a_base_is_asked_again_by_the_engine_that_answers_for_the_result(
+    store: Store, engine: Path, sides: tuple[Manifest, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, (base, result) = recipe_of(sets=["answers"], limit=2), sides
+    probe(store, recipe, base, result)
+    monkeypatch.setenv("ENGINE_VERSION", "0.0.2")
+    others = [
+        Manifest.of(file for file in result.files if file.path != left_out)
+        for left_out in ("preprocessor_config.json", "generation_config.json")
+    ]
+    assert others[0] != others[1] != result
+    for number, other in enumerate(others):
+        found = read_probes(store, probe(store, recipe, base, other))
+        assert found.base.version == found.ours.version == "vLLM 0.0.2"
+        assert servers(engine) == 4 + number, "the base is asked once in each version"
+
+
+def test_another_card_of_the_base_asks_nobody_again(sides: tuple[Manifest, Manifest]) -> None:
+    base, result = sides
+    others = [file for file in base.files if file.path != "README.md"]
+    with_card = Manifest.of([*others, File("README.md", 1, "a" * 64)])
+    assert with_card != base and probe_key(recipe_of(), with_card, result) == probe_key(recipe_of(), base, result)
+
+
+def test_answers_of_another_version_of_requant_are_an_error_in_a_sentence(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "probe.json").write_text('{"base": 1}')
+    file = file_of(tmp_path, "probe.json")
+    store.put_blob(tmp_path / "probe.json", file)
+    stage = StageResult("probe", "k", "reused", 0.0, Manifest.of([file]), StageRecord())
+    with pytest.raises(StoreError, match=r"probe.json cannot be read \(base: "):
+        read_probes(store, stage)
 
 
 def test_a_base_that_cannot_be_served_is_an_error_that_says_why_and_nothing_is_kept(

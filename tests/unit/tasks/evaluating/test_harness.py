@@ -12,27 +12,13 @@ from typing import Any
 import aiohttp
 import pytest
 
-from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.errors import EngineFailed, EvaluationFailed, HubUnavailable
-from requant.tasks.evaluating.harness import Harness, eval_flags, harness_of_server
-from requant.tasks.recipe.engine_flags import SPECULATION
-from requant.tasks.recipe.recipe import Benchmark, Eval
+from requant.tasks.evaluating.harness import Harness, harness_of_server
+from requant.tasks.recipe.recipe import Eval
 from requant.tasks.serving.client import Server
-from tests.factories.checkpoints import write_quantized
 from tests.factories.pico import pico_base
 
 ASKED = Eval(tasks=["gsm8k"], batch_size=16)
-
-
-def test_a_checkpoint_is_served_with_the_benchmarks_flags_and_drafts_if_it_has_a_head(tmp_path: Path) -> None:
-    base = pico_base(tmp_path / "base")
-    headless = write_quantized(base, tmp_path, head=False)
-    asked = Benchmark(flags={"max-model-len": 512}, draft_tokens=3)
-    assert eval_flags(Checkpoint.open(base), asked) == {
-        "max-model-len": 512,
-        SPECULATION: {"method": "mtp", "num_speculative_tokens": 3},
-    }
-    assert eval_flags(Checkpoint.open(headless), asked) == asked.flags
 
 
 @pytest.mark.parametrize(

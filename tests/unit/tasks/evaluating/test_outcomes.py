@@ -49,7 +49,14 @@ PAIRS = [(-3.0, 2), (-1.0, 1), (-2.0, 5)]
 def results(values: Sequence[Any], score: float, metric: str = "m") -> dict[str, Any]:
     """What lm-eval returns for one task with these values of its items."""
     samples = [
-        {"doc_id": place, "doc_hash": f"{place}a" * 32, "filter": "none", metric: value, "doc": {"question": SECRET}}
+        {
+            "doc_id": place,
+            "doc_hash": f"{place}a" * 32,
+            "prompt_hash": f"{place}b" * 32,
+            "filter": "none",
+            metric: value,
+            "doc": {"question": SECRET},
+        }
         for place, value in enumerate(values)
     ]
     return {"results": {"t": {f"{metric},none": score}}, "higher_is_better": {}, "samples": {"t": samples}}
@@ -67,7 +74,7 @@ def results(values: Sequence[Any], score: float, metric: str = "m") -> dict[str,
 def test_items_are_read_as_what_makes_the_score(values: list[Any], score: float, reading: Reading) -> None:
     items = read_outcomes(results(values, score), "x 1").items["t"]
     assert items.reading is reading and items.score == pytest.approx(score)
-    assert len(items.ids) == len(items.values) == len(values) and items.ids[1] == "t/1/1a1a1a1a"
+    assert len(items.ids) == len(items.values) == len(values) and items.ids[1] == "t/1/1a1a1a1a-1b1b1b1b"
 
 
 @pytest.mark.parametrize("values", [[], [("reference", "answer")], [[1, 2, 3]], [1.0, 1.0], [(-1.0, 0)], [None]])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 
 from requant.tasks.errors import EvaluationFailed
 from requant.tasks.evaluate import compare_outcomes
-from requant.tasks.evaluating.outcomes import Samples
+from requant.tasks.evaluating.outcomes import Samples, logged_values
 from requant.tasks.evaluating.rounds import Wanted, run_in_rounds
 from requant.tasks.recipe.recipe import Eval
 from requant.tasks.validating.measured import TaskScore
@@ -50,6 +51,40 @@ def test_damage_stops_at_the_first_look_and_all_scores_are_of_the_same_items() -
     done = np.array(answers.asked[0]["t"])
     assert score.samples == len(done) == 200 and score.base == pytest.approx(base[done].mean())
     assert score.recovery == pytest.approx(score.paired.recovery)
+
+
+def test_a_task_whose_examples_are_drawn_item_by_item_is_one_round_and_has_the_interval_of_one_look() -> None:
+    """Asked in rounds, lm-eval would draw other examples for an item than it drew for the base."""
+    base = {"t": right()}
+    drawn, answers = Answers(base).outcomes(num_fewshot=5, fewshot_config=None), Answers(base)
+    ours = run_in_rounds(drawn, ASKED.margin, "x 1", answers)
+    assert [list(wanted["t"]) for wanted in answers.asked] == [list(range(ITEMS))]
+    several_looks = Answers(base).outcomes(num_fewshot=5, fewshot_config={"sampler": "first_n"})
+    widths = []
+    for of_base in (drawn, several_looks):
+        (score,) = (compare_outcomes(of_base, ours, ASKED).tasks or {}).values()
+        assert score.paired is not None
+        low, high = score.paired.interval
+        widths.append(high - low)
+    assert widths[0] < widths[1]
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"num_fewshot": 0}, {"num_fewshot": 5, "fewshot_config": {"sampler": "first_n"}}]
+)
+def test_a_task_whose_prompts_are_fixed_still_ends_early(config: dict[str, Any]) -> None:
+    base = {"t": right()}
+    answers = Answers(base)
+    run_in_rounds(Answers(base).outcomes(**config), ASKED.margin, "x 1", answers)
+    assert len(answers.asked) == 2
+
+
+def test_items_that_were_asked_with_other_prompts_are_no_pairs() -> None:
+    base = {"t": right(items=4)}
+    of_base, logged = Answers(base).outcomes(), Answers(base)({"t": range(4)})
+    sample = {**logged["t"][0], "prompt_hash": "0" * 64}
+    ids, _ = logged_values({"t": [sample, *logged["t"][1:]]}, ["t"], "acc")
+    assert [one in of_base.items["t"].ids for one in ids] == [False, True, True, True]
 
 
 def test_every_item_is_done_once_where_nothing_decides() -> None:

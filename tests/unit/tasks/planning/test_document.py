@@ -61,6 +61,21 @@ def test_the_plan_of_one_result_has_the_keys_that_it_has_had(store: Store, tmp_p
     assert "disk_bytes" not in document["needs"]["stages"]["benchmark"]
 
 
+@pytest.mark.parametrize(
+    ("engine", "asked"), [("vllm", True), ("auto", True), ("torch", False), ("none", False), ("url:http://a:1", False)]
+)
+def test_stages_that_serve_the_base_are_planned_where_an_engine_can_and_need_room_for_it(
+    engine: str, asked: bool, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REQUANT_VLLM", "true")  # a command that exists
+    document = planned(store, pico_base(tmp_path / "base"), benchmark={"engine": engine}, probes={})
+    names = {stage["name"] for stage in document["stages"]} & {"acceptance", "probe"}
+    assert names == ({"acceptance", "probe"} if asked else set())
+    needs = document["needs"]["stages"]
+    for name in names:
+        assert needs[name]["vram_bytes"] > needs["benchmark"]["vram_bytes"]
+
+
 def test_the_plan_of_outputs_names_the_output_of_each_stage_and_has_a_plan_of_each(
     store: Store, tmp_path: Path
 ) -> None:

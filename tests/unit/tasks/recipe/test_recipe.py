@@ -513,6 +513,7 @@ def test_a_key_that_was_added_later_enters_a_digest_only_where_it_is_used(
         ({"base_engine": "vllm"}, "benchmark.base_engine: use url:http://HOST:PORT"),
         ({"base_engine": "url:http://me:secret@host"}, "benchmark.base_engine: use url:http://HOST:PORT"),
         ({"engine": "url:http://a:1", "base_engine": "url:http://a:1"}, "base_engine url:http://a:1 serves the result"),
+        ({"engine": "url:http://a:1/v1", "base_engine": "url:http://a:1/"}, "url:http://a:1/ serves the result"),
         ({"acceptance_precision": 0}, "benchmark.acceptance_precision"),
         ({"acceptance_precision": "exact"}, "benchmark.acceptance_precision"),
     ],

@@ -53,6 +53,14 @@ def test_a_limit_inside_the_interval_is_not_judged_and_says_what_would_tell() ->
     assert summary([*judge(good(), Gates()), undecided]) == "17 passed, 1 cannot tell"
 
 
+def test_a_ratio_of_0_that_cannot_be_judged_is_not_said_to_be_the_limit() -> None:
+    none = DraftCount(drafted=(1,) * 10, accepted=(0,) * 10)
+    drafts = EngineDrafts(DraftComparison(text="t", quantized=none, base=count(0.3)))
+    undecided = gate(drafts)
+    assert undecided.value == 0 and undecided.passed is None
+    assert undecided.note.endswith("too few drafts were made or accepted to tell")
+
+
 def test_drafts_that_are_not_compared_are_not_judged_and_the_reason_is_told() -> None:
     unmeasured = gate(EngineDrafts(why_not="vLLM did not start: no memory"))
     assert (unmeasured.value, unmeasured.passed, unmeasured.result) == (None, None, "not measured")

@@ -112,6 +112,10 @@ def test_counting_may_stop_where_nothing_is_drafted() -> None:
     assert relative_half_width([(0, 0)] * MIN_BATCHES) == 0.0
 
 
+def test_counting_goes_on_where_no_draft_is_accepted_yet() -> None:
+    assert relative_half_width([(DRAFTED, 0)] * 3 * MIN_BATCHES) == math.inf
+
+
 def test_further_tokens_are_those_that_make_the_interval_end_at_the_limit() -> None:
     """The interval is half as wide with four times the tokens."""
     ratio = Ratio(0.97, 0.97 / 1.04, 0.97 * 1.04)

@@ -1,0 +1,30 @@
+"""With which flags vLLM serves a base and a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.recipe.engine_flags import SPECULATION
+from requant.tasks.recipe.recipe import Benchmark
+from requant.tasks.serving.flags import can_draft, serving_flags
+from tests.factories.checkpoints import write_quantized
+from tests.factories.pico import pico_base
+
+DRAFTS = {SPECULATION: {"method": "mtp", "num_speculative_tokens": 3}}
+
+
+def test_a_checkpoint_drafts_if_it_has_a_head_or_the_recipe_says_so(tmp_path: Path) -> None:
+    base = pico_base(tmp_path / "base")
+    headless = Checkpoint.open(write_quantized(base, tmp_path, head=False))
+    assert can_draft(Checkpoint.open(base), Benchmark()) and not can_draft(headless, Benchmark())
+    assert can_draft(headless, Benchmark(flags={"speculative-config": {"method": "eagle3"}}))
+
+
+def test_only_a_quantized_checkpoint_is_served_with_the_flags_that_say_how() -> None:
+    asked = Benchmark(flags={"max-model-len": 512, "quantization": "gptq_marlin"}, draft_tokens=3)
+    base, result = {"hidden_size": 8}, {"hidden_size": 8, "quantization_config": {"bits": 4}}
+    assert serving_flags(result, asked, drafts=False) == asked.flags
+    assert serving_flags(result, asked, drafts=True) == {**asked.flags, **DRAFTS}
+    assert serving_flags(base, asked, drafts=False) == {"max-model-len": 512}
+    assert serving_flags(base, asked, drafts=True) == {"max-model-len": 512, **DRAFTS}
