@@ -17,6 +17,8 @@ from pydantic import (
     model_serializer,
 )
 
+from requant.tasks.errors import StoreError
+
 
 def finite_or_none(value: float | None) -> float | None:
     """Return a value as JSON has it, which has no NaN and no infinity."""
@@ -25,9 +27,6 @@ def finite_or_none(value: float | None) -> float | None:
 
 # A measured value, which is null in JSON if it is not finite.
 Value = Annotated[float, PlainSerializer(finite_or_none, return_type=float | None)]
-
-from requant.tasks.errors import StoreError
-
 Model = TypeVar("Model", bound=BaseModel)
 
 
