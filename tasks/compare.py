@@ -81,11 +81,12 @@ def compare_checkpoints(
     its domains. Raises CheckpointError for a checkpoint that cannot be run, or that is of another base.
     """
     Checkpoint.open(base).sound()
+    for folder in (a, b):  # before anything is measured
+        _check_same_base(folder, base)
     settings = run_settings(base, remote_code)
     of_base = measure(base, text, settings, tokens)
 
     def distances_of(folder: Path) -> Distances:
-        _check_same_base(folder, base)
         return _distances(folder, base, of_base, measure(folder, text, settings, tokens), settings)
 
     return compare_distances(distances_of(a), distances_of(b), window_tokens=of_base.tokens.shape[1])
