@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import JsonValue
+
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.recipe.engine_flags import speculates, with_drafts, without_drafts
 from requant.tasks.recipe.recipe import Benchmark
@@ -18,11 +20,12 @@ def can_draft(checkpoint: Checkpoint, asked: Benchmark) -> bool:
 
 
 def serving_flags(config: Mapping[str, Any], asked: Benchmark, *, drafts: bool) -> dict[str, Any]:
-    """Return vLLM's flags for a checkpoint with this config.json: the recipe's, with or without speculative decoding.
-
-    Those that say how weights are quantized are left out for a checkpoint that is not.
-    """
+    """Return the recipe's flags for a checkpoint with this config.json, with or without speculative decoding."""
     flags = with_drafts(asked.flags, asked.draft_tokens) if drafts else without_drafts(asked.flags)
-    if "quantization_config" in config:
-        return flags
-    return {name: value for name, value in flags.items() if name not in OF_RESULT_ONLY}
+    return fitting_flags(config, flags)
+
+
+def fitting_flags(config: Mapping[str, Any], flags: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """Leave out the flags that say how weights are quantized, unless they are in a checkpoint with this config.json."""
+    quantized = "quantization_config" in config
+    return {name: value for name, value in flags.items() if quantized or name not in OF_RESULT_ONLY}

@@ -66,7 +66,7 @@ def _in_vllm(base: WritingBase, stack: contextlib.ExitStack) -> tuple[Writer, st
     """Start vLLM; return None if there is none, or if it fails and transformers can do without."""
     if find_vllm() is None:
         return None
-    flags = writing_flags(base.flags, base.row_tokens)
+    flags = writing_flags(read_json(base.folder / "config.json"), base.flags, base.row_tokens)
     log_path = base.logs / "vllm.log"
     try:
         running = stack.enter_context(

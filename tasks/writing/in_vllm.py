@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import httpx
 from pydantic import JsonValue
 
 from requant.tasks.recipe.engine_flags import without_drafts
 from requant.tasks.serving.client import Server
+from requant.tasks.serving.flags import fitting_flags
 from requant.tasks.writing.rows import Order
 
 ANSWER_TIMEOUT_S = 3600.0  # for one row, while all rows of a batch are written
@@ -22,12 +24,16 @@ SAMPLING: dict[str, float] = {
 }  # fmt: skip
 
 
-def writing_flags(flags: Mapping[str, JsonValue], row_tokens: int) -> dict[str, JsonValue]:
-    """Return the flags of a recipe's benchmark, without drafts, for rows of `row_tokens` tokens.
+def writing_flags(config: Mapping[str, Any], flags: Mapping[str, JsonValue], row_tokens: int) -> dict[str, JsonValue]:
+    """Return the flags of a recipe's benchmark for a base with this config.json and rows of `row_tokens` tokens.
 
-    Many rows at once occupy a GPU fully, so that drafts would make it slower.
+    Those of drafts are left out: many rows at once occupy a GPU fully, so that drafts would make it slower.
     """
-    kept = {k: v for k, v in without_drafts(flags).items() if k.replace("_", "-").lower() != LENGTH_FLAG}
+    kept = {
+        k: v
+        for k, v in fitting_flags(config, without_drafts(flags)).items()
+        if k.replace("_", "-").lower() != LENGTH_FLAG
+    }
     return {**kept, LENGTH_FLAG: row_tokens}
 
 

@@ -1,4 +1,4 @@
-"""Rows from a server: what it is asked for, and what is not taken from it. The real vLLM is in tests/engines."""
+"""Rows from a server: what it is asked for, and what is not taken from it."""
 
 from __future__ import annotations
 
@@ -40,4 +40,10 @@ def test_a_refusal_is_passed_on() -> None:
 
 def test_vllm_gets_the_recipes_flags_without_drafts_and_with_the_length_of_a_row() -> None:
     flags = {"tensor-parallel-size": 2, "max_model_len": 40_960, "speculative-config": {"method": "mtp"}}
-    assert writing_flags(flags, 2048) == {"tensor-parallel-size": 2, "max-model-len": 2048}
+    assert writing_flags({}, flags, 2048) == {"tensor-parallel-size": 2, "max-model-len": 2048}
+
+
+def test_a_base_is_not_served_with_flags_of_the_results_quantization() -> None:
+    flags = {"quantization": "gptq_marlin"}
+    assert writing_flags({}, flags, 8) == {"max-model-len": 8}
+    assert writing_flags({"quantization_config": {}}, flags, 8) == {**flags, "max-model-len": 8}
