@@ -133,10 +133,11 @@ def validate(folder: str | Path, *, base: str | Path, recipe: Recipe | str | Pat
     Raises CheckpointError, RecipeError, RequantError, HubError, HubUnavailable or StoreError.
     """
     from requant.tasks.evaluating.definitions import check_tasks
+    from requant.tasks.evaluation_text import text_for_measuring
     from requant.tasks.recipe.recipe import PACKED_HEADS, Gates, Validation
     from requant.tasks.store import open_store
     from requant.tasks.texts.validation import find_validation_text
-    from requant.tasks.validate import text_for_measuring, validate_folders
+    from requant.tasks.validate import validate_folders
     from requant.tasks.validating.document import ValidationDocument
 
     loaded = None if recipe is None else read_recipe(recipe)
@@ -170,10 +171,10 @@ def compare(
     StoreError.
     """
     from requant.tasks.compare import compare_checkpoints, overall
+    from requant.tasks.evaluation_text import text_for_measuring
     from requant.tasks.recipe.recipe import Validation
     from requant.tasks.store import open_store
     from requant.tasks.texts.validation import find_validation_text
-    from requant.tasks.validate import text_for_measuring
     from requant.tasks.validating.comparison import ComparisonDocument
 
     loaded = None if recipe is None else read_recipe(recipe)

@@ -21,6 +21,7 @@ from requant.tasks.checkpoint.checkpoint import read_json
 from requant.tasks.checkpoint.writer import write_json
 from requant.tasks.documents import read_stored
 from requant.tasks.errors import CheckpointError, EngineFailed
+from requant.tasks.evaluation_text import MAX_CHARACTERS, text_for_measuring
 from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
 from requant.tasks.recipe.engine_flags import server_address, speculates
@@ -33,7 +34,7 @@ from requant.tasks.serving.vllm import find_server, find_vllm, serve_vllm
 from requant.tasks.store import Store, open_store
 from requant.tasks.texts.rows import read_rows
 from requant.tasks.texts.text import Text
-from requant.tasks.validate import MAX_CHARACTERS, compared_part, text_for_measuring
+from requant.tasks.validate import compared_part
 from requant.tasks.validating.drafts import DraftComparison, DraftCount, EngineSetup
 
 STAGE = Stage("acceptance", 2)

@@ -77,8 +77,8 @@ def compare_checkpoints(
 ) -> dict[str, DomainComparison]:
     """Compare two checkpoints by domain of a text.
 
-    `text` is a file that `text_for_measuring` of validate.py returned, and `tokens` how many are measured of each of
-    its domains. Raises CheckpointError for a checkpoint that cannot be run, or that is of another base.
+    `text` is a file that `text_for_measuring` of evaluation_text.py returned, and `tokens` how many are measured of
+    each of its domains. Raises CheckpointError for a checkpoint that cannot be run, or that is of another base.
     """
     Checkpoint.open(base).sound()
     for folder in (a, b):  # before anything is measured

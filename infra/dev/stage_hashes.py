@@ -36,11 +36,10 @@ STAGES = {
 }
 # Modules whose own code shapes a stage's result, while most of what they import does not.
 WITHOUT_IMPORTS = {
-    # validate.py prepares the text that is measured on, and for drafts the text with the places.
-    "measure": ("tasks/validate.py",),
-    "noise_floor": ("tasks/validate.py",),
+    "measure": ("tasks/evaluation_text.py",),
+    "noise_floor": ("tasks/evaluation_text.py",),
     "acceptance": ("tasks/acceptance.py",),
-    "drafts": ("tasks/acceptance.py", "tasks/validate.py"),
+    "drafts": ("tasks/acceptance.py", "tasks/evaluation_text.py"),
 }
 # Modules and folders that no stage's result depends on, and whose imports are not followed.
 SHAPES_NO_RESULT = (

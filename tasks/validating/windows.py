@@ -65,7 +65,7 @@ class Windows:
 
 
 def read_domains(path: Path) -> dict[str, str]:
-    """Read the text of each domain from a file that `text_for_measuring` of validate.py returned."""
+    """Read the text of each domain from a file that `text_for_measuring` of evaluation_text.py returned."""
     content = path.read_text(encoding="utf-8")
     if path.suffix != ".jsonl":
         return {WHOLE_TEXT: content}

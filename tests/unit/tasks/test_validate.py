@@ -14,11 +14,12 @@ from requant.tasks import validate as stage
 from requant.tasks.artifact import File, Manifest
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.errors import RecipeError
+from requant.tasks.evaluation_text import text_for_measuring
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import open_store
 from requant.tasks.texts.text import Text, find_text
-from requant.tasks.validate import MeasurementKey, compared_part, text_for_measuring, validate_key
+from requant.tasks.validate import MeasurementKey, compared_part, validate_key
 from requant.tasks.validating.measure import VERSION
 from requant.tasks.validating.measured import Measured
 from requant.tasks.validating.model import RunSettings

@@ -13,12 +13,13 @@ import pytest
 
 from requant.tasks.artifact import Manifest, file_of
 from requant.tasks.errors import RecipeError
+from requant.tasks.evaluation_text import MAX_DOMAINS, text_for_measuring
 from requant.tasks.recipe.loader import load_recipe, parse_recipe
 from requant.tasks.recipe.recipe import Gates, Validation
 from requant.tasks.store import open_store
 from requant.tasks.texts.text import BUILTIN_FOLDER, EVALUATION, Text
 from requant.tasks.texts.validation import find_validation_text
-from requant.tasks.validate import MAX_DOMAINS, text_for_measuring, validate_folders, validate_key
+from requant.tasks.validate import validate_folders, validate_key
 from requant.tasks.validating import OTHER
 from requant.tasks.validating.gates import Gate, judge
 from requant.tasks.validating.measure import measure, run_settings

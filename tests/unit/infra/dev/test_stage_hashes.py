@@ -43,7 +43,7 @@ def test_the_modules_of_a_stage_are_those_that_it_imports_or_runs_as_a_process()
     modules = modules_of("quantize")
     assert "tasks/quantizing/child.py" in modules and "tasks/texts/rendering_child.py" in modules
     assert "tasks/quantizing/loop/tune.py" in modules
-    assert "tasks/evaluate.py" in modules_of("validate") and "tasks/validate.py" in modules_of("measure")
+    assert "tasks/evaluate.py" in modules_of("validate") and "tasks/evaluation_text.py" in modules_of("measure")
 
 
 def test_the_lists_name_what_is_there_and_every_stage() -> None:
