@@ -7,7 +7,7 @@ import hashlib
 import hmac
 from typing import Annotated, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -72,11 +72,13 @@ def create_app(secret: str, looker: Looker) -> FastAPI:
         return {"status": "ok"}
 
     @app.post("/hub", status_code=202)
-    async def hub(request: Request) -> dict[str, str]:
+    async def hub(request: Request, response: Response) -> dict[str, str]:
         sent = b"".join(value for name, value in request.headers.raw if name == SECRET_HEADER)
         if not hmac.compare_digest(_digest(sent), expected):  # The body of such a request is not read.
             raise RelayRefusal(401, "X-Webhook-Secret is missing or not the one that this relay was given")
         payload = _parse(await _body(request))
+        # A connection is closed at its maximum age: a payload that is sent on it just then would be lost.
+        response.headers["Connection"] = "close"
         if not payload.may_move_a_branch:
             return {"status": "ignored"}
         if not looker.look_at(payload.repo.name):

@@ -95,6 +95,12 @@ def test_a_payload_with_the_secret_is_accepted_and_its_repo_looked_at(client: ht
     assert client.get("/health").json() == {"status": "ok"}
 
 
+def test_a_payload_is_never_sent_on_a_connection_that_is_about_to_be_closed(client: httpx.Client) -> None:
+    """The answer says that its connection ends, so that a client opens another one."""
+    for changes in ({}, {"event": {"action": "create", "scope": "discussion.comment"}}):
+        assert client.post("/hub", json=payload(**changes), headers=GOOD).headers["Connection"] == "close"
+
+
 @pytest.mark.parametrize("secret", [None, b"", b"wrong", SECRET.encode()[:-1], SECRET.encode() + b"x", b"\xff" * 5000])
 def test_without_the_secret_nothing_is_done(secret: bytes | None, client: httpx.Client, looks: Looks) -> None:
     headers = {} if secret is None else {"X-Webhook-Secret": secret}
