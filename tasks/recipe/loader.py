@@ -1,4 +1,4 @@
-"""Read a recipe from a YAML file and overrides, and say in one sentence what is wrong with it."""
+"""Read a recipe from a YAML file and overrides, and say in a sentence each what is wrong with it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from requant.tasks.errors import RecipeError
 from requant.tasks.recipe.quantize_section import (
@@ -37,7 +38,9 @@ from requant.tasks.recipe.recipe import (
 )
 
 # What pydantic puts between the keys of a location.
-NO_KEYS = {"function-after[possible(), Quantize]", NAME_TAG, SOURCE_TAG, LIST_TAG, DOMAINS_TAG}
+NO_KEYS = {"function-before[written_as_a_name(), Base]", "function-after[possible(), Quantize]", NAME_TAG, SOURCE_TAG, LIST_TAG, DOMAINS_TAG}
+
+MAX_PROBLEMS = 20  # A recipe from outside may have any number.
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -45,7 +48,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Names of local text files in it become absolute paths: they are relative to the folder of the recipe.
 
-    Raises RecipeError with one sentence that names the file or key, the value and what is allowed.
+    Raises RecipeError with a sentence for each problem: the file or key, the value and what is allowed.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -60,7 +63,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         problem = " ".join(str(getattr(error, "problem", None) or error).split())[:200]
         raise RecipeError(f"the recipe {path} is not YAML ({problem}{where})", path=path) from error
     if not isinstance(document, dict):
-        raise RecipeError(f"the recipe {path} is not a mapping: it needs at least base: {{repo_id: ...}}", path=path)
+        raise RecipeError(f"the recipe {path} is not a mapping: it needs at least base: owner/name", path=path)
     for override in overrides:
         _override(document, override)
     return with_absolute_paths(parse_recipe(document), path.parent)
@@ -77,11 +80,18 @@ def with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def parse_recipe(document: Mapping[str, Any]) -> Recipe:
-    """Validate a recipe given as a mapping. Raises RecipeError with one sentence."""
+    """Validate a recipe given as a mapping. Raises RecipeError with a sentence for each problem."""
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise RecipeError(_sentence(error)) from None
+        problems = error.errors(include_url=False)
+    # A key whose value may have several types has a problem for each of them.
+    sentences = list({_location(problem): _sentence(problem) for problem in reversed(problems)}.values())[::-1]
+    if len(sentences) == 1:
+        raise RecipeError(sentences[0])
+    more = [f"and {len(sentences) - MAX_PROBLEMS} more"] if len(sentences) > MAX_PROBLEMS else []
+    lines = [f"the recipe has {len(sentences)} problems:", *sentences[:MAX_PROBLEMS], *more]
+    raise RecipeError("\n- ".join(lines))
 
 
 def recipe_of(given: Recipe | Mapping[str, Any]) -> Recipe:
@@ -89,7 +99,7 @@ def recipe_of(given: Recipe | Mapping[str, Any]) -> Recipe:
     if isinstance(given, Recipe):
         return given
     if not isinstance(given, Mapping):
-        raise RecipeError(f"the recipe {_short(given)} is not a mapping: it needs at least base: {{repo_id: ...}}")
+        raise RecipeError(f"the recipe {_short(given)} is not a mapping: it needs at least base: owner/name")
     return parse_recipe(given)
 
 
@@ -179,10 +189,9 @@ def _override(document: dict[str, Any], override: str) -> None:
     part[last] = parsed
 
 
-def _sentence(error: ValidationError) -> str:
-    """Say the first problem of a validation in one sentence: the key, the value and what is allowed."""
-    problem = error.errors(include_url=False)[0]
-    location = [str(p) for p in problem["loc"] if p not in NO_KEYS]
+def _sentence(problem: ErrorDetails) -> str:
+    """Say a problem of a validation in one sentence: the key, the value and what is allowed."""
+    location = list(_location(problem))
     key = _printable(".".join(location))
     kind, value = problem["type"], problem["input"]
     if kind == "extra_forbidden":
@@ -194,12 +203,19 @@ def _sentence(error: ValidationError) -> str:
         return f"{key} is missing: {'every recipe needs it' if len(location) < 3 else 'add it'}"
     if kind == "value_error":
         named = f"{key}: " if key else ""
-        return f"{named}{problem['ctx']['error']}" + (f", not {value!r}" if not isinstance(value, dict) else "")
+        return f"{named}{problem['ctx']['error']}" + (f", not {_short(value)}" if not isinstance(value, dict) else "")
     allowed = problem["msg"][0].lower() + problem["msg"][1:]
     if kind == "string_pattern_mismatch" and location[-1] == "repo_id":
         allowed = "write a repo as owner/name"
-    location = [p for p in location if p in _all_keys() or p == location[0] or p.isdecimal()]
-    return f"{_printable('.'.join(location))}: {_short(value)} is not allowed: {allowed}"
+    return f"{key}: {_short(value)} is not allowed: {allowed}"
+
+
+def _location(problem: ErrorDetails) -> tuple[str, ...]:
+    """Return the keys that lead to a problem, without what pydantic puts between them: the types of a union."""
+    location = [str(part) for part in problem["loc"] if part not in NO_KEYS]
+    if problem["type"] in {"extra_forbidden", "missing"}:
+        return tuple(location)
+    return tuple(p for p in location if p in _all_keys() or p == location[0] or p.isdecimal())
 
 
 def _printable(key: str) -> str:
@@ -210,6 +226,7 @@ def _printable(key: str) -> str:
 def _short(value: Any) -> str:
     short = reprlib.Repr()
     short.maxlevel = short.maxlist = short.maxdict = 2
+    short.maxstring = 120
     return short.repr(value)
 
 

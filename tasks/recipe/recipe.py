@@ -60,10 +60,23 @@ LATER_KEYS = {
 
 
 class Base(Section):
-    """The base: a Hub repo at a revision, resolved to a commit before anything else happens."""
+    """The base: a Hub repo at a revision, resolved to a commit before anything else happens.
+
+    A recipe may have `owner/name[@revision]` in place of this section.
+    """
 
     repo_id: str = Field(pattern=REPO_ID, description="Hub repo of the base checkpoint")
     revision: str = Field("main", min_length=1, max_length=255, description="Branch, tag or commit")
+
+    @model_validator(mode="before")
+    @classmethod
+    def written_as_a_name(cls, value: Any) -> Any:
+        if isinstance(value, Base | dict):
+            return value
+        repo_id, at, revision = value.partition("@") if isinstance(value, str) else ("", "", "")
+        if not re.fullmatch(REPO_ID, repo_id) or (at and not revision):
+            raise ValueError("write the base as owner/name or owner/name@revision")
+        return {"repo_id": repo_id, "revision": revision} if at else {"repo_id": repo_id}
 
 
 def _text_tag(value: object) -> str:

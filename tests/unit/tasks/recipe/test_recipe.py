@@ -45,6 +45,15 @@ def with_key(key: str, value: str) -> str:
     return SMALL + (f"{section}: {{{name}: {value}}}\n" if name else f"{section}: {value}\n")
 
 
+def problems(folder: Path, text: str) -> list[str]:
+    """The refusal of a recipe with several problems: a line each."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(folder, text))
+    first, *lines = str(caught.value).split("\n- ")
+    assert re.fullmatch(r"the recipe has \d+ problems:", first) and not any("\n" in line for line in lines)
+    return lines
+
+
 def test_a_recipe_of_a_base_alone_has_the_reference_cards_settings(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, SMALL))
     assert (recipe.base.repo_id, recipe.base.revision) == ("Qwen/Qwen3.6-27B", "main")
@@ -316,7 +325,9 @@ def test_aliases_that_grow_a_millionfold_are_refused_before_they_are_followed(tm
     lines = ["x0: &x0 [a, a, a, a, a, a, a, a, a, a]"]
     lines += [f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]" for i in range(1, 7)]
     for base in ("*x6", "{repo_id: *x6}"):  # a million, written out
-        assert calls(lambda base=base: sentence(tmp_path, "\n".join([*lines, f"base: {base}", ""]))) < 100_000
+        text = "\n".join([*lines, f"base: {base}", ""])
+        assert calls(lambda text=text: problems(tmp_path, text)) < 100_000
+        assert max(map(len, problems(tmp_path, text))) < 300
 
 
 def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -393,6 +404,27 @@ def test_a_wrong_source_is_told_with_its_place(told: str, given: Any) -> None:
     with pytest.raises(RecipeError) as caught:
         parse_recipe({"base": {"repo_id": "a/b"}, "quantize": {"calibration": given}})
     assert str(caught.value).startswith(told)
+
+
+def test_every_problem_of_a_recipe_is_told_at_once_and_each_key_once(tmp_path: Path) -> None:
+    text = "model: me/x\nquantize: {bits: '4', torch_compile: maybe, grop_size: 3}\noutputs: [{}, {scheme: W9A16}]\n"
+    told = problems(tmp_path, text)
+    assert [line.split(" ")[0].rstrip(":") for line in told] == [
+        "base", "quantize.bits", "quantize.torch_compile", "quantize.grop_size", "outputs.1.scheme", "model"
+    ]  # fmt: skip
+    many = problems(tmp_path, SMALL + "".join(f"k{number}: 1\n" for number in range(1000)))
+    assert len(many) == 21 and many[-1] == "and 980 more"
+
+
+def test_a_base_may_be_written_as_its_name(tmp_path: Path) -> None:
+    for name, mapping in (("me/x", "{repo_id: me/x}"), ("me/x@v1@2", "{repo_id: me/x, revision: v1@2}")):
+        short, long = (load_recipe(write(tmp_path, f"base: {base}\n")) for base in (f"'{name}'", mapping))
+        assert short == long and short.digest == long.digest
+
+
+@pytest.mark.parametrize("name", ["me/x@", "./folder", "a/b/c", "", "'@main'", "3", "null", "[me/x]"])
+def test_a_base_that_is_no_name_is_refused(name: str, tmp_path: Path) -> None:
+    assert sentence(tmp_path, f"base: {name}\n").startswith("base: write the base as owner/name")
 
 
 def test_a_recipe_survives_json(tmp_path: Path) -> None:
