@@ -65,6 +65,8 @@ SET = click.option(
     metavar="KEY=VALUE",
     help="Override a key of the recipe, as in quantize.iters=50. May be given several times.",
 )
+SCHEME = click.option("--scheme", metavar="SCHEME", help="Short for --set quantize.scheme=SCHEME, as in W4A16.")
+PUBLISH = click.option("--publish", metavar="REPO", help="Short for --set publish.repo_id=REPO.")
 F = TypeVar("F", bound=Callable[..., CommandResult])
 
 
@@ -82,6 +84,12 @@ def command(name: str) -> Callable[[F], click.Command]:
         return click.command(name)(option(run))
 
     return wrap
+
+
+def all_overrides(overrides: Sequence[str], scheme: str | None, publish: str | None) -> tuple[str, ...]:
+    """Return the overrides of a recipe, with those that --scheme and --publish stand for."""
+    short = {"quantize.scheme": scheme, "publish.repo_id": publish}
+    return (*overrides, *(f"{key}={json.dumps(value)}" for key, value in short.items() if value is not None))
 
 
 def progress(text: str) -> None:

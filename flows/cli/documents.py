@@ -15,6 +15,21 @@ class PublishDocument(Document):
     published: Release = Field(description="The release that main holds now")
 
 
+class InitialBase(Document):
+    """The base of a new recipe."""
+
+    repo_id: str = Field(description="Its repo on the Hub")
+    sha: str = Field(description="The commit that its revision is at now")
+
+
+class InitDocument(Document):
+    """The document of `requant init`."""
+
+    recipe: str = Field(description="Path of the recipe")
+    schema_file: str = Field(description="Path of the JSON schema for editors")
+    base: InitialBase = Field(description="The base")
+
+
 class DeployDocument(Document):
     """The document of `requant deploy`."""
 

@@ -20,6 +20,7 @@ from requant.flows.cli.bench import bench
 from requant.flows.cli.command import OrderedGroup
 from requant.flows.cli.compare import compare
 from requant.flows.cli.deploy import deploy
+from requant.flows.cli.init import init
 from requant.flows.cli.inspect import inspect
 from requant.flows.cli.mtp_fix import mtp_fix
 from requant.flows.cli.plan import plan
@@ -48,6 +49,7 @@ def cli() -> None:
 
 # The help lists the commands in this order, which is that of the README's table.
 for subcommand in (
+    init,
     run,
     plan,
     validate,

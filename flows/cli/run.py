@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from requant.flows.checkout import check_folder, copy_to_folder
-from requant.flows.cli.command import FORCE, NEW_FILE, NEW_FOLDER, SET, CommandResult, command, warn_of_foreign_weights
+from requant.flows.cli.command import (
+    FORCE,
+    NEW_FILE,
+    NEW_FOLDER,
+    PUBLISH,
+    SCHEME,
+    SET,
+    CommandResult,
+    all_overrides,
+    command,
+    warn_of_foreign_weights,
+)
 from requant.flows.cli.report_files import check_report, write_report
 from requant.tasks.artifact import PICTURES, RELEASE_FILES
 from requant.tasks.checkpoint.writer import write_file
@@ -29,6 +40,8 @@ def _report_path(context: click.Context, parameter: click.Parameter, path: Path 
 @command("run")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @SET
+@SCHEME
+@PUBLISH
 @click.option(
     "--checkout",
     type=NEW_FOLDER,
@@ -46,23 +59,31 @@ def _report_path(context: click.Context, parameter: click.Parameter, path: Path 
     help="Write the JSON document to this file, and beside it a report in Markdown and a folder of pictures.",
 )
 def run(
-    recipe: Path, overrides: tuple[str, ...], checkout: Path | None, force: bool, report_path: Path | None
+    recipe: Path,
+    overrides: tuple[str, ...],
+    scheme: str | None,
+    publish: str | None,
+    checkout: Path | None,
+    force: bool,
+    report_path: Path | None,
 ) -> CommandResult:
     """Run the whole pipeline of a recipe, here and now.
 
-    RECIPE is a YAML file. The stages are download, quantize, mtp_fix, validate, benchmark and publish; one that is
-    in the store already is not done again. No Prefect server is needed; the one that PREFECT_API_URL names is used.
+    RECIPE is a YAML file, or owner/name[@revision] of a base, which stands for a recipe with this base and defaults.
+    The stages are download, quantize, mtp_fix, validate, benchmark and publish; one that is in the store already is
+    not done again. No Prefect server is needed; the one that PREFECT_API_URL names is used.
     Exit status 1: a gate failed or the work failed.
 
     \b
     Examples:
       requant run deployments/recipes/demo.yaml --checkout build/result
       requant run recipe.yaml --set quantize.iters=50 --report build/report.json
+      requant run me/my-finetune --scheme W4A16 --publish me/my-finetune-W4A16
     """
     from requant.tasks.evaluating.definitions import check_tasks
     from requant.tasks.recipe.loader import load_recipe
 
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, all_overrides(overrides, scheme, publish))
     store = open_store()  # Raises RecipeError for a wrong REQUANT_STORE, before anything starts.
     check_tasks(loaded.eval)
     if force and checkout is None:

@@ -1,10 +1,10 @@
-"""`requant schema`: print the JSON Schema of what a command prints with --json."""
+"""`requant schema`: print the JSON Schema of a recipe, or of what a command prints with --json."""
 
 from __future__ import annotations
 
 import importlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +22,7 @@ MODELS = {
     "validate": "requant.tasks.validating.document:ValidationDocument",
     "compare": "requant.tasks.validating.comparison:ComparisonDocument",
     "bench": "requant.tasks.serving.result:BenchmarkResult",
+    "init": "requant.flows.cli.documents:InitDocument",
     "verify": "requant.tasks.hub.verify:ReleaseCheck",
     "publish": "requant.flows.cli.documents:PublishDocument",
     "watch": "requant.flows.watching:WatchDocument",
@@ -37,25 +38,37 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"  # of the schemas that 
 
 
 @command("schema")
-@click.argument("words", metavar="[COMMAND]", nargs=-1)
+@click.argument("words", metavar="[recipe | COMMAND]", nargs=-1)
 def schema(words: tuple[str, ...]) -> CommandResult:
-    """Print the JSON Schema of what a command prints with --json.
+    """Print the JSON Schema of a recipe or of a command's document.
 
-    Without COMMAND, list the commands that print a document. A command that fails prints another
-    document, with the keys status and error.
+    COMMAND is the name of a command that takes --json. Without it, list these names. A command that fails prints
+    another document, with the keys status and error.
 
     \b
     Examples:
-      requant schema
+      requant schema recipe > recipe.schema.json
       requant schema plan > plan.schema.json
     """
     name = " ".join(words)
     if not name:
         return CommandResult({"commands": list(MODELS)}, "\n".join(MODELS))
+    if name == "recipe":
+        return CommandResult(recipe_schema(), json.dumps(recipe_schema(), indent=1))
     if name not in MODELS:
-        raise click.UsageError(f"no schema of {name!r}: there is one of {', '.join(MODELS)}")
+        raise click.UsageError(f"no schema of {name!r}: there is one of recipe, {', '.join(MODELS)}")
     document = {"$schema": DIALECT, **model_of(name).model_json_schema(mode="serialization")}
     return CommandResult(document, json.dumps(document, indent=1))
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a recipe's file, in which a base may be written as its name."""
+    from requant.tasks.recipe.recipe import Recipe
+
+    schema = {"$schema": DIALECT, **Recipe.model_json_schema()}
+    base = schema["properties"]["base"]
+    schema["properties"]["base"] = {"anyOf": [{"type": "string", "description": "owner/name[@revision]"}, base]}
+    return schema
 
 
 def model_of(name: str) -> type[BaseModel]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from huggingface_hub.errors import LocalTokenNotFoundError
+import re
+
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from requant.tasks.errors import HubError
 from requant.tasks.hub.client import hub_api, hub_errors
 from requant.tasks.hub.manifest import read_release
 from requant.tasks.hub.revision import Revision, resolve
+from requant.tasks.recipe.quantize_section import NAME_PATTERN
 from requant.tasks.recipe.recipe import Publish
 
 
@@ -39,6 +42,19 @@ def check_target(publish: Publish, base: Revision) -> None:
             api.auth_check(repo_id, write=True)
     if exists:
         refuse_changed(resolve(repo_id), base, overwrite=publish.overwrite, before_work=True)
+
+
+def account_name() -> str | None:
+    """Return the name of the account whose token is at hand, or None without a token that the Hub accepts.
+
+    Raises HubUnavailable.
+    """
+    with hub_errors("the account of HF_TOKEN"):
+        try:
+            name = hub_api().whoami().get("name")
+        except (LocalTokenNotFoundError, HfHubHTTPError):
+            return None
+    return name if isinstance(name, str) and re.fullmatch(NAME_PATTERN, name) else None
 
 
 def open_target(publish: Publish, base: Revision) -> Revision:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,23 +39,44 @@ from requant.tasks.recipe.recipe import (
 )
 
 # What pydantic puts between the keys of a location.
-NO_KEYS = {"function-before[written_as_a_name(), Base]", "function-after[possible(), Quantize]", NAME_TAG, SOURCE_TAG, LIST_TAG, DOMAINS_TAG}
+NO_KEYS = {
+    "function-before[written_as_a_name(), Base]",
+    "function-after[possible(), Quantize]",
+    NAME_TAG,
+    SOURCE_TAG,
+    LIST_TAG,
+    DOMAINS_TAG,
+}
 
+# A model in place of a recipe's file. Such a name with the end of a YAML file is a path with a typing error.
+BASE_NAME = re.compile(r"(?!.*\.ya?ml$)[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}(@.{1,255})?")
 MAX_PROBLEMS = 20  # A recipe from outside may have any number.
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `overrides`, each `a.b=c` with a YAML value.
 
+    `owner/name[@revision]` of a base that is not the path of a file stands for a recipe with this base and defaults.
     Names of local text files in it become absolute paths: they are relative to the folder of the recipe.
 
     Raises RecipeError with a sentence for each problem: the file or key, the value and what is allowed.
     """
+    named = BASE_NAME.fullmatch(str(path)) is not None and not path.exists()
+    document: dict[str, Any] = {"base": str(path)} if named else _read(path)
+    for override in overrides:
+        _override(document, override)
+    return with_absolute_paths(parse_recipe(document), Path.cwd() if named else path.parent)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read the mapping in a recipe file. Raises RecipeError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise RecipeError(f"the recipe {path} cannot be read ({reason}): name a YAML file", path=path) from error
+        raise RecipeError(
+            f"the recipe {path} cannot be read ({reason}): name a YAML file, or a model as owner/name", path=path
+        ) from error
     try:
         document = yaml.safe_load(text)
     except NOT_YAML as error:
@@ -64,9 +86,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"the recipe {path} is not YAML ({problem}{where})", path=path) from error
     if not isinstance(document, dict):
         raise RecipeError(f"the recipe {path} is not a mapping: it needs at least base: owner/name", path=path)
-    for override in overrides:
-        _override(document, override)
-    return with_absolute_paths(parse_recipe(document), path.parent)
+    return document
 
 
 def with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:

@@ -46,7 +46,7 @@ def test_it_lists_the_commands_that_have_a_schema() -> None:
 
 WITHOUT_DOCUMENT = {"webhook", "worker", "schema"}  # The first two do not end; the document of schema is a schema.
 # Commands that are no functions of the package, although their documents have a model.
-WITHOUT_FUNCTION = {"bench", "publish", "watch", "deploy"}
+WITHOUT_FUNCTION = {"bench", "init", "publish", "watch", "deploy"}
 
 
 def test_every_command_is_in_the_schema_or_is_known_to_have_none() -> None:
@@ -100,4 +100,4 @@ def test_documents_of_inspect_and_mtp_fix_are_as_their_schemas_say(tmp_path: Pat
 def test_a_command_without_a_schema_is_a_wrong_usage_that_says_which_have_one(words: list[str]) -> None:
     outcome = CliRunner().invoke(cli, ["schema", *words])
     assert outcome.exit_code == 2
-    assert f"no schema of '{' '.join(words)}': there is one of {', '.join(MODELS)}" in outcome.output
+    assert f"no schema of '{' '.join(words)}': there is one of recipe, {', '.join(MODELS)}" in outcome.output

@@ -1,0 +1,58 @@
+"""`requant init`: write the first recipe for a model."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import click
+
+from requant.flows.cli.command import NEW_FILE, CommandResult, command
+
+
+@command("init")
+@click.argument("model")
+@click.option(
+    "--recipe", "path", type=NEW_FILE, metavar="FILE", help="Write this file instead of one of the model's name."
+)
+@click.option("--force", is_flag=True, help="Replace the recipe if it exists.")
+def init(model: str, path: Path | None, force: bool) -> CommandResult:
+    """Write a recipe to begin with for a model.
+
+    MODEL is owner/name[@revision] of a repo on the Hub, of which a few hundred KB are fetched. The recipe has comments
+    and the keys that people change. A JSON schema is written beside it, with which an editor completes and checks keys.
+
+    \b
+    Examples:
+      requant init Qwen/Qwen3.6-27B
+      requant init me/my-finetune@v2 --recipe recipes/my-finetune.yaml
+    """
+    from requant.flows.cli.documents import InitDocument, InitialBase
+    from requant.flows.cli.schema import recipe_schema
+    from requant.tasks.checkpoint.checkpoint import Checkpoint
+    from requant.tasks.checkpoint.writer import write_file
+    from requant.tasks.hub.publish_target import account_name
+    from requant.tasks.hub.revision import check_repo_id, resolve, split_name
+    from requant.tasks.hub.sparse_checkout import create_checkout
+    from requant.tasks.recipe.starter import SCHEMA_FILE, Target, starter_recipe
+
+    repo_id, revision = split_name(model)
+    short_name = check_repo_id(repo_id).partition("/")[2]
+    path = path or Path(f"{short_name.lower()}.yaml")
+    if path.exists() and not force:
+        raise click.UsageError(f"{path} exists: name another file with --recipe, or replace it with --force")
+    resolved = resolve(repo_id, revision)
+    account = account_name()
+    target = Target(f"{account or 'YOU'}/{short_name}-W4A16-AutoRound", account is not None)
+    with tempfile.TemporaryDirectory(prefix="requant-") as folder:
+        base = Checkpoint.open(create_checkout(resolved, Path(folder)))
+        text = starter_recipe(model, resolved.sha, base, target)
+    write_file(path.parent, SCHEMA_FILE, [json.dumps(recipe_schema(), indent=1).encode()])
+    write_file(path.parent, path.name, [text.encode()])
+    document = InitDocument(
+        recipe=str(path),
+        schema_file=str(path.parent / SCHEMA_FILE),
+        base=InitialBase(repo_id=repo_id, sha=resolved.sha),
+    )
+    return CommandResult(document.to_json(), f"wrote {path}: look at it, then run `requant plan {path}`")

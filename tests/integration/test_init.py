@@ -1,0 +1,55 @@
+"""`requant init` against a Hub, and a model's name in place of a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from infra.dev.hub.launch import HubStandIn
+from requant.tasks.recipe.loader import load_recipe
+from tests.factories.requant import Requant, store_in
+
+
+@pytest.fixture
+def here(environment: dict[str, str], base: Path, tmp_path: Path) -> Requant:
+    return Requant(tmp_path, {**environment, **store_in(tmp_path)})
+
+
+def test_a_recipe_is_written_for_a_model_without_its_weights_and_can_be_planned(
+    here: Requant, hub: HubStandIn, base: Path
+) -> None:
+    path = here.folder / "recipes" / "pico.yaml"
+    hub.reset_traffic()
+    outcome = here("init", "demo/pico", "--recipe", str(path), "--json")
+    assert outcome.status == 0, outcome.stderr
+    fetched = [each["bytes_out"] for each in hub.traffic() if each["path"].endswith(".safetensors")]
+    shards = [shard.stat().st_size for shard in base.glob("*.safetensors")]
+    assert len(fetched) == len(shards) and sum(fetched) < sum(shards) / 4  # headers
+    assert outcome.document["recipe"] == str(path)
+    assert outcome.document["schema_file"] == str(path.parent / "recipe.schema.json")
+    recipe = load_recipe(path)
+    assert recipe.base.repo_id == outcome.document["base"]["repo_id"] == "demo/pico"
+    assert recipe.publish is not None and recipe.publish.repo_id == "me/pico-W4A16-AutoRound"
+    planned = here("plan", str(path), "--json")
+    assert planned.status == 0 and planned.document["problems"] == [], planned.stderr
+
+    path.write_text("base: demo/pico\n")  # as the user has changed it
+    again = here("init", "demo/pico", "--recipe", str(path))
+    assert again.status == 2 and "exists: name another file with --recipe" in again.stderr
+    assert path.read_text() == "base: demo/pico\n"
+    assert here("init", "demo/pico", "--recipe", str(path), "--force").status == 0 and "publish" in path.read_text()
+
+
+def test_a_model_that_is_not_there_leaves_no_file(here: Requant) -> None:
+    outcome = here("init", "demo/nothing", "--recipe", str(here.folder / "nothing.yaml"))
+    assert outcome.status == 1 and "demo/nothing does not exist" in outcome.stderr
+    assert not list(here.folder.glob("*.yaml")) and not list(here.folder.glob("*.json"))
+
+
+def test_a_model_can_be_planned_by_its_name(here: Requant) -> None:
+    short = here("plan", "demo/pico@main", "--scheme", "W8A16", "--publish", "me/pico8", "--json")
+    path = here.folder / "long.yaml"
+    path.write_text("base: {repo_id: demo/pico}\nquantize: {scheme: W8A16}\npublish: {repo_id: me/pico8}\n")
+    long = here("plan", str(path), "--json")
+    assert short.status == long.status and short.document == long.document
