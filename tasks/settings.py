@@ -25,8 +25,8 @@ class Settings(BaseSettings):
 
     store: str | None = Field(
         None,
-        description="where results are kept: `file:///data/requant` for a folder on this machine, `s3://bucket/prefix` "
-        "for S3 or any server that speaks its protocol. Unset: `~/.cache/requant/store`",
+        description="where results are kept: `/data/requant` or `file:///data/requant` for a folder on this machine, "
+        "`s3://bucket/prefix` for S3 or any server that speaks its protocol. Unset: `~/.cache/requant/store`",
     )
     s3_sse: str | None = Field(
         None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from requant.flows.report.store import NamedArtifact, StoredArtifact
+from requant.flows.report.store import BaseSize, NamedArtifact, StoredArtifact
 from requant.tasks.documents import Document
 from requant.tasks.hub.release import Release
 
@@ -45,6 +45,14 @@ class StoreListDocument(Document):
     store: str = Field(description="Address of the store")
     artifacts: list[StoredArtifact] = Field(description="The artifacts; the longest unused one is first")
     damaged: list[str] = Field(description="Sentences about manifests that cannot be read")
+
+
+class StoreSizeDocument(Document):
+    """The document of `requant store du`."""
+
+    store: str = Field(description="Address of the store")
+    bases: list[BaseSize] = Field(description="The artifacts of each base; the largest is first")
+    stored_bytes: int = Field(description="Bytes of all blobs in the store, those that no artifact names included")
 
 
 class DeletedArtifact(NamedArtifact):

@@ -6,12 +6,16 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from requant.flows.cli.command import FORCE, NEW_FOLDER, CommandResult, OrderedGroup, command, warn_of_foreign_weights
 from requant.tasks.store import Store, open_store
+
+if TYPE_CHECKING:
+    from requant.flows.cli.documents import CollectionDocument
+    from requant.tasks.store.gc import CollectionPlan
 
 
 class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic in click's types alone
@@ -39,11 +43,29 @@ SIZE = Quantity(
 )
 
 
+def _grace(context: click.Context, parameter: click.Parameter, grace_s: float) -> float:
+    if grace_s < 600:
+        raise click.BadParameter("the grace period must be longer than any upload: at least 10m")
+    return grace_s
+
+
+GRACE = click.option(
+    "--grace",
+    type=AGE,
+    default="24h",
+    show_default=True,
+    callback=_grace,
+    help="Keep everything younger than this, which must be at least 10m.",
+)
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would be deleted, and delete nothing.")
+
+
 @click.group(cls=OrderedGroup)
 def store() -> None:
     """List, check, clean up and copy the artifacts of the store.
 
-    REQUANT_STORE names the store: s3://bucket/prefix or file:///folder, by default a folder below ~/.cache/requant.
+    REQUANT_STORE names the store: s3://bucket/prefix or an absolute path of a folder, by default a folder below
+    ~/.cache/requant.
     """
 
 
@@ -70,6 +92,28 @@ def store_ls() -> CommandResult:
     damaged = [f"artifacts/{stage}/{key}: {why}" for (stage, key), why in sorted(catalog.damaged.items())]
     document = StoreListDocument(store=opened.url, artifacts=rows, damaged=damaged)
     return CommandResult(document.to_json(), "\n".join([text.rstrip(), *damaged]))
+
+
+@command("du")
+def store_du() -> CommandResult:
+    """Say how much of the store the artifacts of each base take.
+
+    Artifacts share blobs. The column `alone` has the bytes that the artifacts of no other base need.
+
+    \b
+    Examples:
+      requant store du
+      REQUANT_STORE=s3://bucket/prefix requant store du --json
+    """
+    from requant.flows.cli.documents import StoreSizeDocument
+    from requant.flows.report.store import size_table, sizes_by_base
+    from requant.tasks.store.catalog import read_catalog
+
+    opened = _open_store()
+    rows = sizes_by_base(read_catalog(opened))
+    stored_bytes = sum(item.size for item in opened.backend.items("blobs"))
+    document = StoreSizeDocument(store=opened.url, bases=rows, stored_bytes=stored_bytes)
+    return CommandResult(document.to_json(), size_table(rows, stored_bytes))
 
 
 @command("verify")
@@ -110,14 +154,8 @@ def store_verify(deep: bool, repair: bool) -> CommandResult:
 @click.option(
     "--max-size", type=SIZE, help="Delete the longest unused artifacts until the rest fits into this size, as in 500GB."
 )
-@click.option(
-    "--grace",
-    type=AGE,
-    default="24h",
-    show_default=True,
-    help="Keep everything younger than this, which must be at least 10m.",
-)
-@click.option("--dry-run", is_flag=True, help="Say what would be deleted, and delete nothing.")
+@GRACE
+@DRY_RUN
 def store_gc(
     keep_last: int | None, older_than: float | None, max_size: float | None, grace: float, dry_run: bool
 ) -> CommandResult:
@@ -135,6 +173,55 @@ def store_gc(
       requant store gc --dry-run
       requant store gc --keep-last 2 --older-than 30d --max-size 500GB
     """
+    from requant.flows.report.store import gc_text
+    from requant.tasks.store.gc import Policy, collect
+
+    opened = _open_store()
+    max_bytes = None if max_size is None else int(max_size)
+    policy = Policy(keep_last=keep_last, older_than_s=older_than, max_bytes=max_bytes, grace_s=grace)
+    plan = collect(opened, policy, dry_run=dry_run)
+    fits = max_bytes is None or plan.remaining_bytes <= max_bytes
+    document = _collection(opened, plan, dry_run=dry_run, fits=fits)
+    return CommandResult(document.to_json(), gc_text(plan, dry_run=dry_run, fits=fits))
+
+
+@command("rm")
+@click.argument("names", metavar="KEY-or-DIGEST...", nargs=-1, required=True)
+@GRACE
+@DRY_RUN
+def store_rm(names: tuple[str, ...], grace: float, dry_run: bool) -> CommandResult:
+    """Delete the named artifacts, and the leftovers that gc deletes.
+
+    KEY-or-DIGEST is the beginning of an artifact's stage key or digest. A run that needs a deleted artifact makes it
+    again. Blobs that other artifacts name stay. An artifact that is younger than --grace, or that a run has used since,
+    is not deleted, and the exit status is then 1.
+
+    \b
+    Examples:
+      requant store rm 3f9c0a17 --dry-run
+      requant store rm 3f9c0a17 b7e40c55 --grace 1h
+    """
+    from requant.flows.report.store import gc_text
+    from requant.tasks.store.catalog import read_catalog
+    from requant.tasks.store.copy import find_entries
+    from requant.tasks.store.gc import Policy, collect
+
+    opened = _open_store()
+    catalog = read_catalog(opened)
+    chosen = {entry.name: entry for name in names for entry in find_entries(catalog, name)}
+    plan = collect(opened, Policy(names=frozenset(chosen), grace_s=grace), dry_run=dry_run)
+    kept = [entry for name, entry in chosen.items() if name not in {deleted.name for deleted in plan.artifacts}]
+    lines = [
+        f"{entry.stage:10} {entry.manifest.digest[:12]} stays: it is younger than --grace, or a run has used it since"
+        for entry in kept
+    ]
+    text = "\n".join([gc_text(plan, dry_run=dry_run, fits=True), *lines])
+    document = _collection(opened, plan, dry_run=dry_run, fits=True)
+    return CommandResult(document.to_json(), text, 1 if kept else 0)
+
+
+def _collection(opened: Store, plan: CollectionPlan, *, dry_run: bool, fits: bool) -> CollectionDocument:
+    """Return the document of what was deleted, or would be."""
     from requant.flows.cli.documents import (
         CollectionDocument,
         DeletedArtifact,
@@ -142,16 +229,8 @@ def store_gc(
         LocalFiles,
         RemainingBlobs,
     )
-    from requant.flows.report.store import gc_text
-    from requant.tasks.store.gc import Policy, collect
 
-    if grace < 600:
-        raise click.BadParameter("the grace period must be longer than any upload: at least 10m", param_hint="--grace")
-    opened = _open_store()
-    policy = Policy(keep_last, older_than, None if max_size is None else int(max_size), grace)
-    plan = collect(opened, policy, dry_run=dry_run)
-    fits = max_size is None or plan.remaining_bytes <= max_size
-    document = CollectionDocument(
+    return CollectionDocument(
         store=opened.url,
         dry_run=dry_run,
         artifacts=[
@@ -167,7 +246,6 @@ def store_gc(
         stays=RemainingBlobs(bytes=plan.remaining_bytes),
         fits=fits,
     )
-    return CommandResult(document.to_json(), gc_text(plan, dry_run=dry_run, fits=fits))
 
 
 @command("checkout")
@@ -268,5 +346,5 @@ def _open_store(url: str | None = None, *, must_exist: bool = False) -> Store:
     return opened
 
 
-for subcommand in (store_ls, store_verify, store_gc, store_checkout, store_export, store_import):
+for subcommand in (store_ls, store_du, store_verify, store_gc, store_rm, store_checkout, store_export, store_import):
     store.add_command(subcommand)

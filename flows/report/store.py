@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from pydantic import Field
@@ -69,6 +70,48 @@ class StoredArtifact(NamedArtifact):
                 for run in runs
             ),
         )
+
+
+class BaseSize(Document):
+    """How much of a store the artifacts of a base take."""
+
+    repo_id: str | None = Field(description="Repo of the base, whatever its commit; null if it is not known")
+    artifacts: int = Field(description="How many artifacts there are")
+    bytes: int = Field(description="Bytes of their blobs, each counted once")
+    own_bytes: int = Field(description="Bytes of the blobs that the artifacts of no other base name")
+
+
+def sizes_by_base(catalog: Catalog) -> list[BaseSize]:
+    """Add up the blobs of the artifacts of each base. The largest base comes first."""
+    sizes: dict[str, int] = {}
+    counts = Counter[str | None]()
+    blobs: dict[str | None, set[str]] = {}
+    for entry in catalog.entries.values():
+        name = StoredArtifact.of(catalog, entry).base
+        repo_id = name.partition("@")[0] if name else None
+        counts[repo_id] += 1
+        sizes |= {file.sha256: file.size for file in entry.manifest.files}
+        blobs.setdefault(repo_id, set()).update(file.sha256 for file in entry.manifest.files)
+    users = Counter(sha256 for named in blobs.values() for sha256 in named)
+    rows = [
+        BaseSize(
+            repo_id=repo_id,
+            artifacts=counts[repo_id],
+            bytes=sum(sizes[sha256] for sha256 in named),
+            own_bytes=sum(sizes[sha256] for sha256 in named if users[sha256] == 1),
+        )
+        for repo_id, named in blobs.items()
+    ]
+    return sorted(rows, key=lambda row: -row.bytes)
+
+
+def size_table(rows: Sequence[BaseSize], stored_bytes: int) -> str:
+    """Lay out a table of the sizes of bases, with the sum of all blobs."""
+    table = [("base", "artifacts", "size", "alone")]
+    table += [(row.repo_id or "-", str(row.artifacts), gigabytes(row.bytes), gigabytes(row.own_bytes)) for row in rows]
+    widths = [max(len(row[column]) for row in table) for column in range(4)]
+    lines = [f"{b:{widths[0]}}  {a:>{widths[1]}}  {s:>{widths[2]}}  {o:>{widths[3]}}" for b, a, s, o in table]
+    return "\n".join([*lines, f"{gigabytes(stored_bytes)} of blobs in all"])
 
 
 def artifact_table(rows: Iterable[StoredArtifact]) -> str:

@@ -29,7 +29,8 @@ def cache_folder() -> Path:
 def open_store(url: str | None = None) -> Store:
     """Open the store at `url`. The default is REQUANT_STORE, and without that a folder in the user's cache.
 
-    No server is contacted. Raises RecipeError for a URL that is neither file:///dir nor s3://bucket/prefix.
+    `url` is file:///dir, s3://bucket/prefix, or the absolute path of a folder, which may begin with `~`. A relative
+    path would name another store in each working directory. No server is contacted. Raises RecipeError for any other.
     """
     named = f"the address {url!r}"
     if not url:
@@ -38,6 +39,8 @@ def open_store(url: str | None = None) -> Store:
 
         url = read_settings().store or (cache_folder() / "store").as_uri()
         named = f"REQUANT_STORE={url!r}"
+    if url.startswith(("/", "~")):
+        url = _folder_url(url, named)
     parts = urlsplit(url)
     if "?" in url or "#" in url:  # urlsplit cuts both off, which would open another store
         raise RecipeError(f"{named} is not a store: `?` and `#` have no place in it (%3F and %23 in file:///)")
@@ -49,7 +52,15 @@ def open_store(url: str | None = None) -> Store:
         from requant.tasks.store.s3 import S3Backend
 
         return Store(S3Backend(parts.netloc, parts.path.strip("/")), cache=FolderBackend(cache_folder() / LOCAL_CACHE))
-    raise RecipeError(f"{named} is not a store: use file:///an/absolute/folder or s3://bucket/prefix")
+    raise RecipeError(f"{named} is not a store: use an absolute path of a folder, file:///folder or s3://bucket/prefix")
+
+
+def _folder_url(path: str, named: str) -> str:
+    """Return the URL of a folder. Raises RecipeError for a `~` of a user who does not exist."""
+    try:
+        return Path(path).expanduser().absolute().as_uri()
+    except RuntimeError as error:
+        raise RecipeError(f"{named} is not a store: there is no such user") from error
 
 
 def open_checked_store() -> Store:

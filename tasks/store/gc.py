@@ -38,9 +38,10 @@ PARALLEL_REQUESTS = 8
 class Policy:
     """What to delete.
 
-    The first three options select artifacts: those that all given ones of them select are deleted, and none if none of
+    The first four options select artifacts: those that all given ones of them select are deleted, and none if none of
     them is given. The last two are limits for everything.
 
+    names: these artifacts.
     keep_last: artifacts that none of the last `keep_last` runs of a recipe uses; artifacts of no run are kept.
     older_than_s: artifacts that were not used for this many seconds.
     max_bytes: the artifacts unused for longest, until the blobs that manifests still name fit into this many bytes.
@@ -48,6 +49,7 @@ class Policy:
     unfinished_s: delete unfinished work after this many seconds without progress.
     """
 
+    names: frozenset[Name] | None = None
     keep_last: int | None = None
     older_than_s: float | None = None
     max_bytes: int | None = None
@@ -140,7 +142,7 @@ def make_plan(store: Store, policy: Policy) -> CollectionPlan:
 def _choose_artifacts(catalog: Catalog, policy: Policy, leased: Leased, sizes: dict[str, int]) -> list[Entry]:
     """Choose the artifacts to delete. Those that were unused for longest come first."""
     entries = sorted(catalog.entries.values(), key=lambda entry: entry.last_used)
-    if policy.keep_last is None and policy.older_than_s is None and policy.max_bytes is None:
+    if (policy.names, policy.keep_last, policy.older_than_s, policy.max_bytes) == (None, None, None, None):
         return []
     grace_begin = catalog.now - policy.grace_s
     used = catalog.closure(name for run in catalog.runs if run.seen >= grace_begin for name in run.artifacts)
@@ -149,6 +151,8 @@ def _choose_artifacts(catalog: Catalog, policy: Policy, leased: Leased, sizes: d
     # Leases name the blobs that runs rely on, and no artifacts. A run that reads an artifact names all of its blobs. If
     # only some are named, they belong to another artifact too: make_plan keeps them, and this artifact may go.
     chosen = [entry for entry in chosen if not {f.sha256 for f in entry.manifest.files} <= leased.blobs]
+    if policy.names is not None:
+        chosen = [entry for entry in chosen if entry.name in policy.names]
     if policy.older_than_s is not None:
         unused_since = catalog.now - policy.older_than_s
         chosen = [entry for entry in chosen if entry.last_used < unused_since]

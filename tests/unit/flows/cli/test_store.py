@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from requant.flows.cli.store import store as command
 from requant.tasks.artifact import Manifest
+from requant.tasks.errors import RequantError
 from requant.tasks.store import Store, open_store
 from requant.tasks.store.runs import Run
 from tests.factories.stores import ago, keep
@@ -98,6 +99,49 @@ def test_gc_says_what_would_go_and_then_what_went(store: Store) -> None:
     assert {**gone, "dry_run": True} == said and gone["blobs"] == {"count": 1, "bytes": 7}
     assert len(document("ls")["artifacts"]) == 1
     assert "0 artifacts, 0 blobs" in run("gc", "--older-than", "30d").stdout
+
+
+def test_rm_deletes_the_named_artifact_and_keeps_the_blobs_of_others(store: Store) -> None:
+    removed = keep_model(store, KEYS[0], b"weights")
+    keep_model(store, KEYS[1], b"other")  # with the same config.json
+    ago(store.cache.root, 2)
+    said = document("rm", removed.digest[:12], "--dry-run")
+    assert [a["digest"] for a in said["artifacts"]] == [removed.digest] and len(document("ls")["artifacts"]) == 2
+    gone = document("rm", KEYS[0][:9])
+    assert {**gone, "dry_run": True} == said and gone["blobs"] == {"count": 1, "bytes": 7}
+    assert document("verify")["problems"] == [] and len(document("ls")["artifacts"]) == 1
+
+
+def test_rm_says_which_artifact_stays_since_a_run_needs_it(store: Store) -> None:
+    young = keep_model(store, KEYS[0], b"weights")
+    result = run("rm", young.digest[:12])
+    assert result.exit_code == 1 and f"{young.digest[:12]} stays: it is younger than --grace" in result.output
+    ago(store.cache.root, 2)
+    used(store, KEYS[0])  # just now
+    assert document("rm", young.digest[:12], status=1)["artifacts"] == []
+    assert len(document("ls")["artifacts"]) == 1
+
+
+def test_rm_of_what_is_not_there_deletes_nothing(store: Store) -> None:
+    keep_model(store, KEYS[0], b"weights")
+    ago(store.cache.root, 2)
+    result = run("rm", KEYS[0], "ffff")
+    assert isinstance(result.exception, RequantError) and "begins with 'ffff'" in str(result.exception)
+    assert len(document("ls")["artifacts"]) == 1
+
+
+def test_du_adds_up_the_blobs_of_each_base_once(store: Store) -> None:
+    base = {"repo_id": "x/y", "sha": "d" * 40}
+    keep_model(store, KEYS[0], b"weights", base=base)
+    keep_model(store, KEYS[1], b"weights", stage="mtp_fix", base={**base, "sha": "e" * 40})
+    keep_model(store, KEYS[0], b"others", stage="mtp_fix")
+    said = document("du")
+    assert said["bases"] == [
+        {"repo_id": "x/y", "artifacts": 2, "bytes": 9, "own_bytes": 7},
+        {"repo_id": None, "artifacts": 1, "bytes": 8, "own_bytes": 6},
+    ]
+    assert said["stored_bytes"] == 15
+    assert [line.split()[0] for line in run("du").stdout.splitlines()] == ["base", "x/y", "-", "0.0"]
 
 
 def test_gc_says_when_what_must_stay_does_not_fit(store: Store) -> None:

@@ -351,10 +351,21 @@ def test_an_address_that_would_be_cut_is_refused(monkeypatch: pytest.MonkeyPatch
             open_store()
 
 
+def test_a_store_may_be_named_by_the_path_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a store? #1 %20"
+    monkeypatch.setenv("REQUANT_STORE", str(folder))
+    assert open_store().url == open_store(folder.as_uri()).url and open_store().cache.root == folder
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_store("~/store").cache.root == tmp_path / "store"
+    with pytest.raises(RecipeError, match="there is no such user"):
+        open_store("~nobody-of-this-name/store")
+
+
 @pytest.mark.parametrize(
     "url",
     [
-        "/a/folder",
+        "a/folder",
+        "./folder",
         "file://",
         "file://host/dir",
         "s3://",
@@ -366,5 +377,5 @@ def test_an_address_that_would_be_cut_is_refused(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_an_address_that_is_no_store_is_a_recipe_error_that_says_what_is(url: str) -> None:
-    with pytest.raises(RecipeError, match="use file:///an/absolute/folder or s3://bucket/prefix"):
+    with pytest.raises(RecipeError, match="use an absolute path of a folder, file:///folder or s3://bucket/prefix"):
         open_store(url)
