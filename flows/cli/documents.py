@@ -10,9 +10,14 @@ from requant.tasks.hub.release import Release
 
 
 class PublishDocument(Document):
-    """The document of `requant publish`."""
+    """The document of `requant rollback` and `requant publish`."""
 
-    published: Release = Field(description="The release that main holds now")
+    published: Release = Field(
+        description="The release that main holds now; with --dry-run the one that it would hold, and the commit of now"
+    )
+    would_change: list[str] | None = Field(
+        None, description="With --dry-run, paths of the files that main would get, lose or have changed; otherwise null"
+    )
 
 
 class InitialBase(Document):

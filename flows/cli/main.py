@@ -24,7 +24,7 @@ from requant.flows.cli.init import init
 from requant.flows.cli.inspect import inspect
 from requant.flows.cli.mtp_fix import mtp_fix
 from requant.flows.cli.plan import plan
-from requant.flows.cli.publish import publish
+from requant.flows.cli.publish import publish, rollback
 from requant.flows.cli.run import run
 from requant.flows.cli.schema import schema
 from requant.flows.cli.store import store
@@ -58,6 +58,7 @@ for subcommand in (
     mtp_fix,
     bench,
     verify,
+    rollback,
     publish,
     watch,
     webhook,

@@ -1,4 +1,4 @@
-"""`requant publish --rollback`: move `main` of a published repo back to an earlier release."""
+"""`requant rollback`: move `main` of a published repo back to an earlier release; and its older name."""
 
 from __future__ import annotations
 
@@ -9,29 +9,66 @@ import click
 from requant.flows.cli.command import CommandResult, command
 from requant.tasks.errors import RecipeError
 
+TAG = click.option("--to", "tag", metavar="TAG", help="Move main to the release with this tag instead.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Move main even if someone else has changed it since.")
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would change, and change nothing.")
+
+
+@command("rollback")
+@click.argument("recipe_or_repo")
+@TAG
+@OVERWRITE
+@DRY_RUN
+def rollback(recipe_or_repo: str, tag: str | None, overwrite: bool, dry_run: bool) -> CommandResult:
+    """Move main of a published repo back to an earlier release.
+
+    RECIPE_OR_REPO is a repo_id, or a recipe's YAML file, which stands for the repo that it publishes to. No weights
+    are sent. A second rollback moves nothing: to go back further, give --to.
+
+    \b
+    Examples:
+      requant rollback YOU/Qwen3.6-27B-int4-AutoRound --dry-run
+      requant rollback recipe.yaml --to TAG
+    """
+    return _roll_back(recipe_or_repo, tag, overwrite=overwrite, dry_run=dry_run)
+
 
 @command("publish")
 @click.argument("recipe_or_repo")
 @click.option("--rollback", is_flag=True, help="Move main back to the release before, in one commit.")
-@click.option("--to", "tag", metavar="TAG", help="Move main to the release with this tag instead.")
-@click.option("--overwrite", is_flag=True, help="Move main even if someone else has changed it since.")
-def publish(recipe_or_repo: str, rollback: bool, tag: str | None, overwrite: bool) -> CommandResult:
-    """Move main of a published repo back to an earlier release.
+@TAG
+@OVERWRITE
+@DRY_RUN
+def publish(recipe_or_repo: str, rollback: bool, tag: str | None, overwrite: bool, dry_run: bool) -> CommandResult:
+    """Move main of a published repo back: `requant rollback` is shorter.
 
-    RECIPE_OR_REPO is a repo_id, or a recipe's YAML file, which stands for the repo that it publishes to. No weights
-    are sent. A second --rollback moves nothing: to go back further, give --to. To publish, use `requant run`.
+    To publish, use `requant run`.
 
     \b
     Examples:
       requant publish YOU/Qwen3.6-27B-int4-AutoRound --rollback
       requant publish recipe.yaml --rollback --to TAG
     """
-    from requant.flows.cli.documents import PublishDocument
-    from requant.tasks.hub.rollback import rollback as roll_back
-
     if not rollback:
         raise click.UsageError("requant run publishes a recipe's result; here --rollback is what can be asked for")
-    released = roll_back(target_of(recipe_or_repo), tag, overwrite=overwrite)
+    return _roll_back(recipe_or_repo, tag, overwrite=overwrite, dry_run=dry_run)
+
+
+def _roll_back(recipe_or_repo: str, tag: str | None, *, overwrite: bool, dry_run: bool) -> CommandResult:
+    from requant.flows.cli.documents import PublishDocument
+    from requant.tasks.hub.release import Release
+    from requant.tasks.hub.rollback import find_rollback
+    from requant.tasks.hub.rollback import rollback as roll_back
+
+    repo_id = target_of(recipe_or_repo)
+    if dry_run:
+        found = find_rollback(repo_id, tag, overwrite=overwrite)
+        released = Release(repo_id=repo_id, commit=found.main.sha, tag=found.tag, changed=False)
+        done = "would move back" if found.paths else "nothing to do"
+        files = "".join(f"\n- {path}" for path in found.paths)
+        text = f"{released.url} to release {released.tag} ({done}); files that differ: {len(found.paths)}{files}"
+        return CommandResult(PublishDocument(published=released, would_change=found.paths).to_json(), text)
+    released = roll_back(repo_id, tag, overwrite=overwrite)
     done = "moved back" if released.changed else "nothing to do"
     text = f"{released.url} holds release {released.tag} ({done})"
     return CommandResult(PublishDocument(published=released).to_json(), text)

@@ -24,6 +24,7 @@ MODELS = {
     "bench": "requant.tasks.serving.result:BenchmarkResult",
     "init": "requant.flows.cli.documents:InitDocument",
     "verify": "requant.tasks.hub.verify:ReleaseCheck",
+    "rollback": "requant.flows.cli.documents:PublishDocument",
     "publish": "requant.flows.cli.documents:PublishDocument",
     "watch": "requant.flows.watching:WatchDocument",
     "deploy": "requant.flows.cli.documents:DeployDocument",

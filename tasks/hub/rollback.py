@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from huggingface_hub import CommitOperationCopy, CommitOperationDelete
 
@@ -17,11 +18,28 @@ from requant.tasks.hub.revision import Revision, resolve
 log = logging.getLogger(__name__)
 
 
-def rollback(repo_id: str, to: str | None = None, *, overwrite: bool = False) -> Release:
-    """Move `main` back to the release before the current one, or to the release with the tag `to`.
+@dataclass(frozen=True)
+class Rollback:
+    """The way from what `main` holds to the release with the tag `tag`. `claimed` is the release on `main`."""
 
-    A second call without `to` changes nothing: to go further back, name a tag. With `overwrite`, changes that someone
-    else made to `main` are lost. Raises HubError (no such release, or changes by someone else) or HubUnavailable.
+    main: Revision
+    goal: Revision
+    tag: str
+    claimed: ReleaseManifest | None
+
+    @property
+    def paths(self) -> list[str]:
+        """The files that `main` gets, loses or has changed."""
+        ours, theirs = ({file.path: file for file in side.files} for side in (self.main, self.goal))
+        differing = (path for path in {*ours, *theirs} if ours.get(path) != theirs.get(path))
+        return sorted({*differing, *self.main.left_out} - {*self.goal.left_out})
+
+
+def find_rollback(repo_id: str, to: str | None = None, *, overwrite: bool = False) -> Rollback:
+    """Find the release before the current one, or the release with the tag `to`, and check it. Nothing is changed.
+
+    With `overwrite`, `main` may have changes that someone else made. Raises HubError (no such release, or changes by
+    someone else) or HubUnavailable.
     """
     main = resolve(repo_id)
     claimed = None if overwrite else read_release(main)
@@ -37,12 +55,23 @@ def rollback(repo_id: str, to: str | None = None, *, overwrite: bool = False) ->
     tag = to or _find_previous(main, claimed)
     goal = resolve(repo_id, tag)
     _check_goal(goal, tag)
+    return Rollback(main, goal, tag, claimed)
+
+
+def rollback(repo_id: str, to: str | None = None, *, overwrite: bool = False) -> Release:
+    """Move `main` back to the release before the current one, or to the release with the tag `to`.
+
+    A second call without `to` changes nothing: to go further back, name a tag. With `overwrite`, changes that someone
+    else made to `main` are lost. Raises as `find_rollback` does.
+    """
+    found = find_rollback(repo_id, to, overwrite=overwrite)
+    main, goal, tag = found.main, found.goal, found.tag
     if _same(main, goal):
         log.info(f"{repo_id} already holds release {tag}")
         return Release(repo_id=repo_id, commit=main.sha, tag=tag, changed=False)
-    if claimed:  # a killed run may not have tagged the current release, which a later rollback must find
+    if found.claimed:  # a killed run may not have tagged the current release, which a later rollback must find
         with hub_errors(repo_id):
-            hub_api().create_tag(repo_id, tag=claimed.tag, revision=main.sha, exist_ok=True)
+            hub_api().create_tag(repo_id, tag=found.claimed.tag, revision=main.sha, exist_ok=True)
     moved = commit_to_main(main, _operations(main, goal), f"{ROLLBACK_TITLE}{tag}", lambda moved: _same(moved, goal))
     return Release(repo_id=repo_id, commit=moved.sha, tag=tag, changed=True)
 

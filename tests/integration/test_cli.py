@@ -71,6 +71,7 @@ def test_inspect_of_a_folder_with_a_missing_shard_is_status_1(requant: Requant, 
 
 # Every command as a new process: its words, its exit status, what it has to say; {checkout}: a finished run's result.
 COMMANDS = {
+    "init": ("init demo/pico --recipe {folder}/new.yaml", 0, '"schema_file"'),
     "run": ("run {folder}/none.yaml", 2, "none.yaml cannot be read"),
     "plan": ("plan {folder}/none.yaml", 2, "none.yaml cannot be read"),
     "validate": ("validate {folder}/none --base {checkout}", 2, "does not exist"),
@@ -79,6 +80,7 @@ COMMANDS = {
     "inspect": ("inspect {checkout}", 0, '"quantized"'),
     "bench": ("bench {folder}/none", 2, "does not exist"),
     "verify": ("verify me/pico", 0, '"problems": []'),
+    "rollback": ("rollback me/pico --dry-run", 1, "before"),
     "publish": ("publish me/pico --rollback", 1, "before"),
     "watch": ("watch --once --recipes {folder}/recipes", 0, '"checked": 0'),
     "deploy": ("deploy {folder}/none", 2, "does not exist"),
@@ -87,7 +89,16 @@ COMMANDS = {
     "store": ("store ls", 0, '"artifacts"'),
     "schema": ("schema plan", 0, '"PlanDocument"'),
 }
-LIGHT = {"mtp-fix", "inspect", "verify", "publish", "store", "schema"}  # those start neither torch nor Prefect
+LIGHT = {
+    "init",
+    "mtp-fix",
+    "inspect",
+    "verify",
+    "rollback",
+    "publish",
+    "store",
+    "schema",
+}  # those start neither torch nor Prefect
 HEAVY = {"torch", "prefect", "auto_round", "transformers", "boto3"}
 
 

@@ -1,4 +1,4 @@
-"""`requant verify` and `requant publish --rollback` as their users meet them."""
+"""`requant verify`, `requant rollback` and `requant publish --rollback` as their users meet them."""
 
 from __future__ import annotations
 
@@ -72,14 +72,20 @@ def test_publish_rolls_back_by_recipe_or_repo(
     three[1].publish()
     recipe = finished[0].folder / "target.yaml"
     recipe.write_text(json.dumps({"base": {"repo_id": "demo/pico"}, "publish": {"repo_id": TARGET}}))
+    before = api.model_info(TARGET).sha
+    planned = finished[0]("rollback", str(recipe), "--dry-run", "--json").document
+    assert planned["published"]["tag"] == three[0].tag and planned["published"]["commit"] == before
+    assert planned["would_change"] and api.model_info(TARGET).sha == before
     first = finished[0]("publish", str(recipe), "--rollback", "--json")
     assert first.status == 0, first.stderr
+    assert first.document["would_change"] is None
     published = first.document["published"]
     assert published["repo_id"] == TARGET and published["tag"] == three[0].tag and published["changed"]
     assert published["commit"] == api.model_info(TARGET).sha
     again = finished[0]("publish", TARGET, "--rollback", "--json").document["published"]
     assert not again["changed"] and again["commit"] == published["commit"]
     assert finished[0]("publish", TARGET, "--rollback", "--to", three[1].tag, "--json").document["published"]["changed"]
+    assert "moved back" in finished[0]("rollback", TARGET, "--to", three[0].tag).stdout
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from huggingface_hub import HfApi
 
 from infra.dev.hub.launch import HubStandIn
 from requant.tasks.errors import HubError
-from requant.tasks.hub.rollback import rollback
+from requant.tasks.hub.rollback import find_rollback, rollback
 from requant.tasks.hub.verify import verify_release
 from tests.factories.releases import TARGET, Made, card_on_hub, edit, edited, sent, titles
 
@@ -93,6 +93,19 @@ def test_a_rollback_is_one_commit_that_sends_no_weights(api: HfApi, three: list[
     assert titles(api)[0] == f"Back to {three[0].tag}" and len(titles(api)) == 4
     assert set(api.list_repo_files(TARGET)) == three[0].names and "release 1" in card_on_hub(api)
     assert verify_release(TARGET, deep=True).problems == [] and moved.commit != first.commit
+
+
+def test_what_a_rollback_would_change_is_found_without_a_change(api: HfApi, three: list[Made], hub: HubStandIn) -> None:
+    for one in three[:2]:
+        one.publish()
+    before = api.model_info(TARGET).sha
+    hub.reset_traffic()
+    found = find_rollback(TARGET)
+    assert (found.tag, found.main.sha, api.model_info(TARGET).sha) == (three[0].tag, before, before)
+    assert "model-00001-of-00002.safetensors" in found.paths and "config.json" not in found.paths
+    assert {e["method"] for e in hub.traffic()} <= {"GET", "HEAD"}
+    rollback(TARGET)
+    assert find_rollback(TARGET).paths == []
 
 
 def test_asked_for_twice_it_goes_one_release_back(api: HfApi, three: list[Made]) -> None:
