@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from requant.tasks.artifact import check_relative
 from requant.tasks.checkpoint.config import JsonObject, ModelConfig, QuantizationConfig
@@ -16,6 +17,9 @@ from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import Head, find_head
 from requant.tasks.checkpoint.untrusted import MAX_JSON_BYTES, MAX_SHARDS, check_depth, parse, shown
 from requant.tasks.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from requant.tasks.checkpoint.reading import Reading
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -140,6 +144,13 @@ class Checkpoint:
                     return QuantizationConfig(stated)
         files = (self.folder / name for name in QUANTIZATION_FILES)
         return QuantizationConfig(next((read_json(file) for file in files if file.is_file()), {}))
+
+    @cached_property
+    def reading(self) -> Reading:
+        """What the quantization config says of each module."""
+        from requant.tasks.checkpoint.reading import Reading  # which imports this module by way of the engines' rules
+
+        return Reading.of(self.config, self.quantization)
 
 
 def _total_size(index: JsonObject) -> int | None:

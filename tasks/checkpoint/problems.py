@@ -9,9 +9,10 @@ from requant.tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, read_j
 from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
 from requant.tasks.checkpoint.inventory import missing_parts
-from requant.tasks.checkpoint.modules import Module
+from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import LAYER_NAME
-from requant.tasks.checkpoint.packing import REQUIRED, PackingScheme, check_parts
+from requant.tasks.checkpoint.packing import REQUIRED, check_parts
+from requant.tasks.checkpoint.reading import Contradiction
 from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import CheckpointError
 
@@ -28,6 +29,7 @@ def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
         *_configs(checkpoint),
         *(f"{name} is missing: copy it from the base" for name in missing_vision_files(checkpoint)),
         *_parts(checkpoint),
+        *_contradictions(checkpoint),
         *_shapes(checkpoint),
         *_dtypes(checkpoint),
         *_layers(checkpoint),
@@ -72,12 +74,24 @@ def _integer_parts(checkpoint: Checkpoint, module: Module) -> Iterator[str]:
         yield f"{module.name}.{missing[0]} is missing beside {module.name}.{there}"
         return
     try:
-        scheme = PackingScheme.of(checkpoint.quantization, module.name)
-        wrong = check_parts(module.name, module.packed_parts, scheme, scheme.weight_shape(module.parts))
-    except CheckpointError as error:
-        wrong = str(error)
+        scheme = checkpoint.reading.scheme(module)
+    except CheckpointError:
+        return  # of a method that is not judged, or of a config that `_contradictions` tells of
+    wrong = check_parts(module.name, module.packed_parts, scheme, scheme.weight_shape(module.parts))
     if wrong:
         yield wrong
+
+
+def _contradictions(checkpoint: Checkpoint) -> Iterator[str]:
+    """Find packed modules of the main model of which the config says something else; one sentence for all alike."""
+    in_head = set(modules_of(checkpoint.tensors[n] for n in checkpoint.head.names)) if checkpoint.head else set()
+    alike: dict[tuple[str, str], list[Contradiction]] = {}
+    for module in checkpoint.modules.values():
+        found = checkpoint.reading.contradiction(module) if module.name not in in_head else None
+        if found is not None:
+            alike.setdefault((found.tensors, found.config.replace(found.module, "")), []).append(found)
+    for first, *others in alike.values():
+        yield f"{first} (and so for {len(others)} more modules)" if others else str(first)
 
 
 def _shapes(checkpoint: Checkpoint) -> Iterator[str]:
@@ -110,7 +124,7 @@ def _weight_shape(checkpoint: Checkpoint, module: Module) -> tuple[int, ...]:
         return module.parts["weight"].shape
     if module.storage == "integer" and all(part in module.parts for part in REQUIRED):
         try:
-            return PackingScheme.of(checkpoint.quantization, module.name).weight_shape(module.parts)
+            return checkpoint.reading.scheme(module).weight_shape(module.parts)
         except CheckpointError:
             return ()
     return ()

@@ -35,8 +35,9 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.fp8 import dequantized_tensors
 from requant.tasks.checkpoint.header import Tensor
-from requant.tasks.checkpoint.modules import INTEGER_PARTS, split_name
-from requant.tasks.checkpoint.packing import PackingScheme, dequantize
+from requant.tasks.checkpoint.modules import INTEGER_PARTS, Module, split_name
+from requant.tasks.checkpoint.packing import dequantize
+from requant.tasks.checkpoint.reading import Reading
 from requant.tasks.errors import CheckpointError
 from requant.tasks.settings import read_settings
 
@@ -327,8 +328,9 @@ def state_dict(tensors: Iterable[Tensor], config: ModelConfig, dtype: torch.dtyp
     for name, value in state.items():
         if value.is_floating_point():
             state[name] = value.to(torch.promote_types(value.dtype, dtype) if value.dim() == 1 else dtype)
+    reading = Reading.of(config, config.quantization)
     for module, parts in packed.items():
-        scheme = PackingScheme.of(config.quantization, module)
+        scheme = reading.scheme(Module(module, parts))
         state[f"{module}.weight"] = torch.from_numpy(dequantize(parts, scheme)).to(dtype)
     return state
 
