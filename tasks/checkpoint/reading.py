@@ -1,9 +1,9 @@
 """Reads from a quantization config how each module is stored: bits, group size, packing, or that it is not quantized.
 
 The rules are those of vLLM 0.32 in `compat`, without the limits of its kernels: a config may describe what no engine
-computes. A config names modules as the checkpoint does, or as vLLM does, which renames layers and fuses some. An entry
-with the exact name of a module precedes what holds for vLLM's layer, and that precedes what holds for the module's own
-name. If the tensors are there, the first of these readings that fits their shapes counts. If none does, the config
+computes. A config names modules as the checkpoint does, or as vLLM does, which renames layers and fuses some. What it
+says of a module's own name precedes what it says of vLLM's layer, and that precedes what it says of modules in general.
+If the tensors are there, the first of these readings that fits their shapes counts. If none does, the config
 contradicts the tensors, and the shapes say what is stored.
 """
 
@@ -15,12 +15,13 @@ from functools import cached_property
 from typing import Any
 
 from requant.tasks.checkpoint.compat import vllm
-from requant.tasks.checkpoint.compat.auto_round import AutoRound
+from requant.tasks.checkpoint.compat.auto_round import AsQuantized
 from requant.tasks.checkpoint.compat.compressed import CompressedTensors, Fp8
 from requant.tasks.checkpoint.compat.gptq import Awq, Gptq
 from requant.tasks.checkpoint.compat.layers import Tree
 from requant.tasks.checkpoint.compat.rule import (
     COMPRESSED,
+    EXPERTS,
     INTEGER,
     LINEAR,
     LM_HEAD,
@@ -51,7 +52,7 @@ def stored_scheme(quantization: QuantizationConfig, module: str) -> EngineScheme
 
     Where the checkpoint is known, ask its `reading`. Raises CheckpointError as `Reading.stated` does.
     """
-    return Reading(quantization).stated(Module(module))
+    return Reading.of(ModelConfig(), quantization).stated(Module(module))
 
 
 def general_scheme(quantization: QuantizationConfig) -> PackingScheme:
@@ -160,13 +161,15 @@ class Reading:
 
     def problem(self, module: Module, weight: tuple[int, ...]) -> str | None:
         """Return why a module with the parts of GPTQ or AWQ does not hold a weight `[out, in]` as the config says."""
+        parts = module.packed_parts
         try:
-            wrong = self.contradiction(module)
-            return (
-                check_parts(module.name, module.packed_parts, self.scheme(module), weight)
-                if wrong is None
-                else str(wrong)
-            )
+            misfit = check_parts(module.name, parts, self.scheme(module), weight)
+            contradiction = self.contradiction(module)
+            if contradiction is None:
+                return misfit
+            if misfit is None:  # another scheme, and sound by itself
+                return str(contradiction)
+            return check_parts(module.name, parts, self.planned(module.name), weight) or misfit
         except CheckpointError as error:
             return str(error)
 
@@ -174,14 +177,18 @@ class Reading:
         """Yield what the config says of a module, in the order in which it counts."""
         if self._own_rule is None:
             return
-        leaf = module.name.rpartition(".")[2]
-        own = Layer(module.name, LM_HEAD if leaf == "lm_head" else LINEAR)
-        named = module.name in self._exact_names
-        if named:
-            yield self._answer("own", self._own_rule, own)
-        for layer in self.tree.layers([module]):
+        layers = self.tree.layers([module])
+        own = Layer(module.name, LM_HEAD if module.name.endswith("lm_head") else LINEAR)
+        # A block has thousands of experts and one layer of them: a pattern is tried on the layer first.
+        by_layer = module.name not in self._exact_names and any(layer.kind == EXPERTS for layer in layers)
+        if not by_layer:
+            by_name = self._answer("own", self._own_rule, own)
+            by_layer = by_name == self._general
+            if not by_layer:
+                yield by_name
+        for layer in layers:
             yield self._answer("vllm", self._vllm_rule, layer)
-        if not named:
+        if by_layer:
             yield self._answer("own", self._own_rule, own)
 
     def _answer(self, whose: str, rule: Rule | NotLoadable | None, layer: Layer) -> EngineScheme | NotLoadable:
@@ -209,7 +216,7 @@ class Reading:
         quantization, method = self.quantization, self.quantization.method
         try:
             if method in AUTO_ROUND_METHODS:
-                return AutoRound.of(quantization, renames, fused, self._patterns)
+                return AsQuantized.of(quantization, renames, fused, self._patterns)
             if method in GPTQ_METHODS:
                 return Gptq.of(quantization, renames, fused, self._patterns, ())
             if method in AWQ_METHODS:
@@ -220,6 +227,15 @@ class Reading:
                 return CompressedTensors.of(quantization, renames, fused, self._patterns)
         except NotLoadable as refusal:
             return refusal
+        return None
+
+    @cached_property
+    def _general(self) -> EngineScheme | None:
+        """How modules are stored of which the config says nothing else; None for methods that name all modules."""
+        rule = self._own_rule
+        if isinstance(rule, AsQuantized | Gptq | Awq):
+            sym = not rule.zero_point if isinstance(rule, Awq) else rule.sym
+            return EngineScheme(INTEGER, rule.bits, rule.group_size, sym)
         return None
 
     @cached_property

@@ -101,10 +101,13 @@ class AutoRound:
         return cls(bits, group_size, sym, packing, backend, data_type, blocks, named, fused, patterns, keys)
 
     def scheme(self, layer: Layer) -> EngineScheme:
-        """Decide as INCConfig.get_quant_method does."""
+        """Decide as INCConfig.get_quant_method does, for which an exact entry without bits is one of 16 bits."""
         for key in (layer.name, f"model.{layer.name}"):
             if key in self.extra and _at_least_16(self._entry(key).get("bits", 16), key):
                 return EngineScheme(because=f"extra_config[{key!r}]")
+        return self._stated(layer)
+
+    def _stated(self, layer: Layer) -> EngineScheme:
         (bits, group_size, sym), because = self._resolve(layer)
         if _at_least_16(bits, layer.name):
             return EngineScheme(because=because)
@@ -191,6 +194,18 @@ class AutoRound:
         return (
             f"bits={scheme.bits!r}, group_size={scheme.group_size!r}, sym={scheme.sym!r} has no kernel ({layer.name})"
         )
+
+
+@dataclass(frozen=True)
+class AsQuantized(AutoRound):
+    """A config of auto-round, as auto-round writes it: an entry has only those values that differ from the others'.
+
+    Source: auto_round 0.16.1, export/export_to_autoround/export.py.
+    """
+
+    def scheme(self, layer: Layer) -> EngineScheme:
+        """Return how a layer was quantized, whatever vLLM makes of it."""
+        return self._stated(layer)
 
 
 def normal_group(group: Any) -> Any:
