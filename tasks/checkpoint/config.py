@@ -11,7 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-LAYER_COUNTS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
+# Keys that count MTP layers, of the language model's config or of an object in the config, as Inkling's mtp_config.
+LAYER_COUNTS = (
+    "mtp_num_hidden_layers", "num_nextn_predict_layers", "num_mtp_modules", "num_mtp_layers", "n_mtp_layers",
+)  # fmt: skip
 HeadPrecision = Literal["keep", "int8", "int4"]  # keep: the head of the base, unchanged
 HEAD_BITS = {"int8": 8, "int4": 4}  # the precisions that an MTP head can be quantized to
 
@@ -89,7 +92,9 @@ class ModelConfig(JsonObject):
     @property
     def mtp_layers(self) -> int:
         """The number of MTP layers that the config promises; 0 if it says nothing."""
-        return max((count for key in LAYER_COUNTS if (count := self.text.integer(key)) is not None), default=0)
+        places = (self.text, self.child("mtp_config") or JsonObject())
+        counts = (place.integer(key) for place in places for key in LAYER_COUNTS)
+        return max((count for count in counts if count is not None), default=0)
 
     @property
     def quantization(self) -> QuantizationConfig:

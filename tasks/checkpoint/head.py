@@ -14,6 +14,7 @@ from requant.tasks.checkpoint.config import HEAD_BITS, JsonObject, ModelConfig, 
 from requant.tasks.checkpoint.exclusions import with_head_entries, without_head_entries
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.header import CONFIG_DTYPES, Tensor
+from requant.tasks.checkpoint.heads.missing import depths_of, stated_count
 from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import Head, find_head
 from requant.tasks.checkpoint.packing import (
@@ -190,14 +191,18 @@ def without_head(files: HeadFiles, head: Head | None, *, keep_count: bool = Fals
 
 
 def check_head(base: Checkpoint) -> None:
-    """Check that a base has as many MTP layers as its config promises. Raises CheckpointError if not."""
-    head, promised = base.head, base.config.mtp_layers
-    layers: set[str] = set()
+    """Check that a base has as many MTP layers as its config promises. Raises CheckpointError if not.
+
+    What an unknown layout should have is not known: such a head is never refused.
+    """
+    head, promised, there = base.head, base.config.mtp_layers, 0
     if head is not None:
-        numbers = (name.split("layers.")[1].split(".")[0] for name in head.names if "layers." in name)
-        layers = set(numbers if head.layout == "mtp" else head.prefixes)
-    if promised and len(layers) != promised:
+        if head.known is None:
+            return
+        promised, there = stated_count(base.config, head.known).count or 0, depths_of(head, base.config)
+        if not head.known.exact:  # engines skip what is not counted
+            there = min(there, promised)
+    if promised and there != promised:
         raise CheckpointError(
-            f"its config promises {promised} MTP layers and its tensors have {len(layers)}: "
-            "use a complete base, or mtp: drop"
+            f"its config promises {promised} MTP layers and its tensors have {there}: use a complete base, or mtp: drop"
         )

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable
+from typing import Literal
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.document import HeadDocument, ModuleGroup
+from requant.tasks.checkpoint.heads.missing import EXPERT_MATRIX, depths_of, missing_modules
 from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import Head
-
-if TYPE_CHECKING:  # compat imports this module
-    from requant.tasks.checkpoint.reading import Reading
+from requant.tasks.checkpoint.reading import Reading
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-# The modules of an MTP head besides its decoder layers. Source: vLLM 0.32, qwen3_5_mtp.py for the layout `mtp`;
-# deepseek_mtp.py and glm4_moe_mtp.py for the layout `inlined`.
-MTP_MODULES = ("mtp.fc", "mtp.norm", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden")
-INLINED_MODULES = ("eh_proj", "enorm", "hnorm", "shared_head.norm")
 MAX_LISTED_MODULES = 200
 FP4_PARTS = {"weight", "weight_scale", "weight_scale_2"}  # of NVFP4 as ModelOpt stores it
-EXPERT_MATRIX = re.compile(r"mlp\.experts(\.\d+)?\.(gate_up_proj|gate_proj|up_proj|down_proj)$")
 
 
 def inventory(checkpoint: Checkpoint) -> list[ModuleGroup]:
@@ -70,7 +64,7 @@ def head_document(checkpoint: Checkpoint) -> HeadDocument:
     return HeadDocument(
         present=True,
         layout=head.layout,
-        layers=checkpoint.config.mtp_layers or len(_layers(modules)),
+        layers=checkpoint.config.mtp_layers or depths_of(head, checkpoint.config),
         precision="+".join(sorted(set(stored.values()))),
         experts=_experts(modules),
         complete=not missing,
@@ -83,52 +77,12 @@ def head_document(checkpoint: Checkpoint) -> HeadDocument:
 
 
 def missing_parts(checkpoint: Checkpoint, head: Head) -> list[str]:
-    """Return the names of modules that the MTP head must have and lacks.
-
-    A decoder layer of a head has the same modules as the main model's last layer with full attention; experts may be
-    fused in one of them and split in the other. In addition, a head has the fusion layer and norms of its layout.
-    """
-    own = set(modules_of(checkpoint.tensors[name] for name in head.names))
-    model = _layer_parts(checkpoint, own)
-    missing: list[str] = []
-    if head.layout == "mtp":
-        prefix = head.prefixes[0].removesuffix("mtp")
-        missing += [f"{prefix}{name}" for name in MTP_MODULES if f"{prefix}{name}" not in own]
-        promised = max(checkpoint.config.mtp_layers, 1)
-        layers = [f"{prefix}mtp.layers.{number}" for number in range(min(promised, 64))]
-    else:
-        layers = head.prefixes
-        missing += [f"{layer}.{name}" for layer in layers for name in INLINED_MODULES if f"{layer}.{name}" not in own]
-    for layer in layers:
-        there = {_fused(name.removeprefix(f"{layer}.")) for name in own if name.startswith(f"{layer}.")}
-        missing += sorted(f"{layer}.{part}" for part in model - there)
-    return missing
-
-
-def _layer_parts(checkpoint: Checkpoint, own: set[str]) -> set[str]:
-    """Return the modules of the main model's last decoder layer with full attention, without the layer's prefix."""
-    layers: dict[str, set[str]] = {}
-    for name in checkpoint.modules:
-        match = re.match(r"(.*\.layers\.\d+)\.(.+)$", name)
-        if match and name not in own and not re.search(r"visual|vision|audio", name):
-            layers.setdefault(match[1], set()).add(_fused(match[2]))
-    full = [parts for parts in layers.values() if any(part.startswith("self_attn.") for part in parts)]
-    return full[-1] if full else set()
-
-
-def _fused(part: str) -> str:
-    """Return the name that a matrix of experts has if experts are fused; any other name as it is."""
-    match = EXPERT_MATRIX.search(part)
-    if not match:
-        return part
-    return "mlp.experts.down_proj" if match[2] == "down_proj" else "mlp.experts.gate_up_proj"
+    """Return the names of modules that the MTP head must have and lacks."""
+    own = modules_of(checkpoint.tensors[name] for name in head.names)
+    return missing_modules(head, checkpoint.config, own, checkpoint.modules)
 
 
 def _experts(modules: Iterable[str]) -> Literal["fused", "split"] | None:
     """Return whether the experts of a head are fused in 3-D tensors or split; None if it has no experts."""
     found = [match for name in modules if (match := EXPERT_MATRIX.search(name))]
     return ("split" if found[0][1] else "fused") if found else None
-
-
-def _layers(modules: Mapping[str, Module]) -> set[str]:
-    return {match[0] for name in modules if (match := re.search(r"layers\.\d+", name))}
