@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.document import HeadDocument, ModuleGroup
 from requant.tasks.checkpoint.heads.missing import EXPERT_MATRIX, depths_of, missing_modules
 from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import Head
-from requant.tasks.checkpoint.reading import Reading
+
+if TYPE_CHECKING:  # compat imports this module
+    from requant.tasks.checkpoint.reading import Reading
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 MAX_LISTED_MODULES = 200
