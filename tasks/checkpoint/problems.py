@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from requant.tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, read_json
+from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES, Checkpoint, read_json
 from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
 from requant.tasks.checkpoint.inventory import missing_parts
@@ -39,12 +39,17 @@ def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
 
 
 def _configs(checkpoint: Checkpoint) -> Iterator[str]:
-    stated = checkpoint.config.get("quantization_config")
+    stated = checkpoint.config.quantization or None
     file = checkpoint.folder / QUANTIZATION
+    other = next((name for name in QUANTIZATION_FILES if (checkpoint.folder / name).is_file()), None)
     if file.is_file() and stated is not None and read_json(file) != stated:
         yield f"{QUANTIZATION} and config.json disagree about the quantization: run requant mtp-fix, or copy one"
-    elif file.is_file() and stated is None:
-        yield f"{QUANTIZATION} is there, and config.json has no quantization_config: put it there too"
+    elif other is not None and stated is None:
+        method = checkpoint.quantization.get("quant_method")
+        yield (
+            f"{other} is there, and config.json has no quantization_config, which engines read: put it there too, with "
+            f"quant_method {shown(repr(method))}"
+        )
     quantized = any(module.quantized for module in checkpoint.modules.values())
     if checkpoint.quantization and not quantized and checkpoint.tensors:
         yield "quantization_config is there, and no tensor is quantized: remove it, or restore the quantized shards"

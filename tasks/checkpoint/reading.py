@@ -144,7 +144,11 @@ class Reading:
 
         That is so for a method without rules, and for tensors that fit no scheme at all.
         """
-        if module.storage not in (INTEGER, COMPRESSED) or self._own_rule is None or self._fitting(module) is not None:
+        if module.storage not in (INTEGER, COMPRESSED) or self._fitting(module) is not None:
+            return None
+        if self.quantization and not self.quantization.method:
+            return Contradiction(module.name, "its tensors are packed", "has no quant_method")
+        if self._own_rule is None:
             return None
         try:
             stated = self.stated(module)
