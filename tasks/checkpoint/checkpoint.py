@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from requant.tasks.artifact import check_relative
 from requant.tasks.checkpoint.config import JsonObject, ModelConfig, QuantizationConfig
@@ -19,10 +20,15 @@ from requant.tasks.checkpoint.shards import SINGLE as SINGLE
 from requant.tasks.checkpoint.untrusted import MAX_JSON_BYTES, MAX_SHARDS, check_depth, parse, shown
 from requant.tasks.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from requant.tasks.checkpoint.reading import Reading
+
 INDEX = "model.safetensors.index.json"
 QUANTIZATION = "quantization_config.json"
 # Files that may hold a quantization config besides config.json, as auto-round, AutoGPTQ and AutoAWQ name them.
 QUANTIZATION_FILES = (QUANTIZATION, "quantize_config.json", "quant_config.json")
+# The method of a file that may not name it, as its authors wrote no other.
+METHODS_OF_FILES = {QUANTIZATION_FILES[1]: {"quant_method": "gptq"}, QUANTIZATION_FILES[2]: {"quant_method": "awq"}}
 MAX_PROBLEMS_OF_KIND = 100  # a hostile index may have a million
 SHARD_NAME = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)
 WRONG_TOTAL = "the index says total_size"
@@ -141,12 +147,19 @@ class Checkpoint:
     @cached_property
     def quantization(self) -> QuantizationConfig:
         """The quantization config of config.json, otherwise of a file that a quantizer has written next to it."""
-        for part in (self.config, self.config.text):
-            for key in ("quantization_config", "compression_config"):
-                if (stated := part.child(key)) is not None:
-                    return QuantizationConfig(stated)
-        files = (self.folder / name for name in QUANTIZATION_FILES)
-        return QuantizationConfig(next((read_json(file) for file in files if file.is_file()), {}))
+        if self.config.quantization:
+            return self.config.quantization
+        name = next((name for name in QUANTIZATION_FILES if (self.folder / name).is_file()), None)
+        if name is None:
+            return QuantizationConfig()
+        return QuantizationConfig({**METHODS_OF_FILES.get(name, {}), **read_json(self.folder / name)})
+
+    @cached_property
+    def reading(self) -> Reading:
+        """What the quantization config says of each module."""
+        from requant.tasks.checkpoint.reading import Reading  # which imports this module by way of the engines' rules
+
+        return Reading.of(self.config, self.quantization)
 
 
 def _total_size(index: JsonObject) -> int | None:

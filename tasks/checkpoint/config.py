@@ -98,8 +98,12 @@ class ModelConfig(JsonObject):
 
     @property
     def quantization(self) -> QuantizationConfig:
-        """The `quantization_config` at the top of the file."""
-        return QuantizationConfig(self.child("quantization_config") or {})
+        """The quantization config, wherever in the file engines and transformers look for it."""
+        for part in (self, self.text):
+            for key in ("quantization_config", "compression_config"):
+                if (stated := part.child(key)) is not None:
+                    return QuantizationConfig(stated)
+        return QuantizationConfig()
 
     @property
     def fp8_block(self) -> tuple[int, int] | None:
