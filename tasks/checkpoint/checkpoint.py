@@ -11,14 +11,15 @@ from pathlib import Path
 
 from requant.tasks.artifact import check_relative
 from requant.tasks.checkpoint.config import JsonObject, ModelConfig, QuantizationConfig
+from requant.tasks.checkpoint.foreign_files import beginning_of, explain_content
 from requant.tasks.checkpoint.header import Tensor, read_header, size_of, unreadable
 from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import Head, find_head
+from requant.tasks.checkpoint.other_kinds import CHECKPOINT_FILES, explain_folder
 from requant.tasks.checkpoint.untrusted import MAX_JSON_BYTES, MAX_SHARDS, check_depth, parse, shown
 from requant.tasks.errors import CheckpointError
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+INDEX, SINGLE = CHECKPOINT_FILES
 QUANTIZATION = "quantization_config.json"
 # Files that may hold a quantization config besides config.json, as auto-round, AutoGPTQ and AutoAWQ name them.
 QUANTIZATION_FILES = (QUANTIZATION, "quantize_config.json", "quant_config.json")
@@ -34,6 +35,10 @@ class Harmless(str):
 
 class Ambiguous(Harmless):
     """A problem that readers do not notice but may resolve differently. Only `inspect` works on such a checkpoint."""
+
+
+class Unread(str):
+    """The problem of a shard that is there and cannot be read, so that nothing is known of the tensors in it."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,9 @@ class Checkpoint:
         """Read config, index and headers. Raises CheckpointError if the folder holds no readable checkpoint at all."""
         if not folder.is_dir():
             raise CheckpointError(f"{shown(str(folder))} is not a folder: name a checkpoint's folder", path=folder)
+        has_weights = any(os.path.lexists(folder / name) for name in CHECKPOINT_FILES)
+        if not has_weights and (other := explain_folder(folder)):
+            raise CheckpointError(other, path=folder)
         problems: list[str] = []
         config = ModelConfig(_read(folder / "config.json", problems))
         weight_map: JsonObject | None = None
@@ -106,6 +114,11 @@ class Checkpoint:
         These are all but a wrong total_size, shards that the index does not name, and repeated keys.
         """
         return [p for p in self.problems if not isinstance(p, Harmless)]
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether a shard is there and cannot be read: tensors that seem to be missing may be in it."""
+        return any(isinstance(p, Unread) for p in self.problems)
 
     @cached_property
     def head(self) -> Head | None:
@@ -218,7 +231,7 @@ def _tensors(
                 misplaced.append(_misplaced(name, shard, weight_map))
     remedy = "fetch it from the base or the Hub"
     _report(problems, missing, lambda shard: f"the index names {shown(shard)}, which is missing: {remedy}")
-    _report(problems, broken, str)
+    _report(problems, broken, Unread)
     _report(problems, misplaced, str)
     if weight_map is not None:
         index = weight_map
@@ -276,7 +289,8 @@ def parse_json(path: Path) -> tuple[JsonObject, list[str]]:
     except OSError as error:
         raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON ({error}): restore the file", path=path) from error
+        explained = explain_content(beginning_of(path) if size else b"")
+        raise CheckpointError(f"{file} {explained or f'is not JSON ({error}): restore the file'}", path=path) from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{file} is not a JSON object: restore the file", path=path)
     return JsonObject(document), repeated
