@@ -44,14 +44,14 @@ def mtp_fix(folder: Path, base: str | None, precision: HeadPrecision, dry_run: b
       requant mtp-fix Qwen3.6-27B-w4g128 --base Qwen/Qwen3.6-27B --precision int8
     """
     document = api.mtp_fix(folder, base=base, precision=precision, dry_run=dry_run)
-    drafts = any(verdict.mtp for verdict in document.engines.values())
+    refused = all(verdict.mtp is False for verdict in document.engines.values())
     return CommandResult(
-        document.to_json(), _repair_text(folder, document, precision, dry_run), 0 if drafts or dry_run else 1
+        document.to_json(), _repair_text(folder, document, precision, dry_run), 1 if refused and not dry_run else 0
     )
 
 
 def _repair_text(folder: Path, result: MtpFixDocument, precision: HeadPrecision, dry_run: bool) -> str:
-    lines = [f"{engine:10} {verdict}" for engine, verdict in result.engines.items()]
+    lines = [f"{engine:10} {verdict.text(engine)}" for engine, verdict in result.engines.items()]
     if not result.writes:
         return "\n".join([f"{folder}: nothing to repair", *lines])
     done = "would be repaired" if dry_run else "repaired"
