@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING
 
 from requant.tasks.artifact import check_relative
 from requant.tasks.checkpoint.config import JsonObject, ModelConfig, QuantizationConfig
+from requant.tasks.checkpoint.foreign_files import beginning_of, explain_content
 from requant.tasks.checkpoint.header import Tensor, read_header, size_of, unreadable
 from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import Head, find_head
+from requant.tasks.checkpoint.other_kinds import CHECKPOINT_FILES, explain_folder
 from requant.tasks.checkpoint.shards import FIX_INDEX, MOVE, Contents, Headers, contents_of, lost_numbers
-from requant.tasks.checkpoint.shards import SINGLE as SINGLE
 from requant.tasks.checkpoint.untrusted import MAX_JSON_BYTES, MAX_SHARDS, check_depth, parse, shown
 from requant.tasks.errors import CheckpointError
 
 if TYPE_CHECKING:
     from requant.tasks.checkpoint.reading import Reading
 
-INDEX = "model.safetensors.index.json"
+INDEX, SINGLE = CHECKPOINT_FILES
 QUANTIZATION = "quantization_config.json"
 # Files that may hold a quantization config besides config.json, as auto-round, AutoGPTQ and AutoAWQ name them.
 QUANTIZATION_FILES = (QUANTIZATION, "quantize_config.json", "quant_config.json")
@@ -44,6 +45,10 @@ class Ambiguous(Harmless):
 
 class OfIndex(Ambiguous):
     """An ambiguity that a new index solves."""
+
+
+class Unread(str):
+    """The problem of a shard that is there and cannot be read, so that nothing is known of the tensors in it."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,9 @@ class Checkpoint:
         """Read config, index and headers. Raises CheckpointError if the folder holds no readable checkpoint at all."""
         if not folder.is_dir():
             raise CheckpointError(f"{shown(str(folder))} is not a folder: name a checkpoint's folder", path=folder)
+        has_weights = any(os.path.lexists(folder / name) for name in CHECKPOINT_FILES)
+        if not has_weights and (other := explain_folder(folder)):
+            raise CheckpointError(other, path=folder)
         problems: list[str] = []
         config = ModelConfig(_read(folder / "config.json", problems))
         weight_map: JsonObject | None = None
@@ -119,6 +127,11 @@ class Checkpoint:
         These are all but a wrong total_size, shards that the index does not name, and repeated keys.
         """
         return [p for p in self.problems if not isinstance(p, Harmless)]
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether a shard is there and cannot be read: tensors that seem to be missing may be in it."""
+        return any(isinstance(p, Unread) for p in self.problems)
 
     @cached_property
     def head(self) -> Head | None:
@@ -225,7 +238,7 @@ def _without_index(folder: Path, contents: Contents, problems: list[str]) -> Non
             f"{shown(str(folder))} has neither {INDEX} nor {SINGLE}: only safetensors checkpoints can be read",
             path=folder,
         )
-    _report(problems, broken, str)
+    _report(problems, broken, Unread)
     lost = lost_numbers(strays)
     _report(problems, lost, lambda name: f"{shown(name)} of the series is missing: download it again")
     can_index = contents.is_whole and all(isinstance(problem, Harmless) for problem in problems)
@@ -259,7 +272,7 @@ def _headers(
             missing.append(shard)
         except CheckpointError as error:
             broken.append(str(error))
-    _report(problems, broken, str)
+    _report(problems, broken, Unread)
     return headers, missing
 
 
@@ -329,7 +342,8 @@ def parse_json(path: Path) -> tuple[JsonObject, list[str]]:
     except OSError as error:
         raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON ({error}): restore the file", path=path) from error
+        explained = explain_content(beginning_of(path) if size else b"")
+        raise CheckpointError(f"{file} {explained or f'is not JSON ({error}): restore the file'}", path=path) from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{file} is not a JSON object: restore the file", path=path)
     return JsonObject(document), repeated

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES, Checkpoint, read_json
+from requant.tasks.checkpoint.companions import companion_problems
 from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
 from requant.tasks.checkpoint.inventory import missing_parts
@@ -23,11 +24,20 @@ COMPRESSED_REQUIRED = ("weight_scale", "weight_shape")
 
 
 def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
-    """Return all problems, those of index and headers first. `judgement`: the engines' judgement of the checkpoint."""
-    return [
+    """Return all problems, those of index and headers first. `judgement`: the engines' judgement of the checkpoint.
+
+    Where a shard cannot be read, nothing is said of tensors: what seems to be missing may be in it.
+    """
+    of_files = [
         *checkpoint.problems,
-        *_configs(checkpoint),
+        *companion_problems(checkpoint.folder),
         *(f"{name} is missing: copy it from the base" for name in missing_vision_files(checkpoint)),
+    ]
+    if checkpoint.has_unread:
+        return of_files
+    return [
+        *of_files,
+        *_configs(checkpoint),
         *_parts(checkpoint),
         *_contradictions(checkpoint),
         *_shapes(checkpoint),

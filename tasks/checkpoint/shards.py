@@ -18,10 +18,11 @@ from pathlib import Path
 from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.header import Tensor, read_header
 from requant.tasks.checkpoint.mtp import LAYER_NAME
+from requant.tasks.checkpoint.other_kinds import CHECKPOINT_FILES
 from requant.tasks.checkpoint.untrusted import MAX_SHARDS, shown
 from requant.tasks.errors import CheckpointError
 
-SINGLE = "model.safetensors"
+SINGLE = CHECKPOINT_FILES[1]
 STALE = "which the index does not name"
 FIX_INDEX = "run requant mtp-fix, which writes the index"
 MOVE = "move it out of this folder"
