@@ -122,8 +122,9 @@ def as_found(checkpoint: Checkpoint, *, without_head: bool) -> Checkpoint:
     if not all(isinstance(problem, Mendable | Unread) for problem in checkpoint.fatal):
         return checkpoint.sound()
     head = find_head([*contents.tensors, *contents.lost], checkpoint.config) if without_head else None
-    lost = set(contents.lost) - set(head.names if head else ())
-    unread = checkpoint.has_unread and not (contents.named and contents.lost)
+    head_names = set(head.names if head else ())
+    lost = set(contents.lost) - head_names
+    unread = checkpoint.has_unread and not head_names.issuperset(contents.absent)
     if lost or unread or contents.twice or (checkpoint.fatal and not contents.named):
         return checkpoint.sound()
     return replace(checkpoint, tensors=contents.tensors, problems=[])
