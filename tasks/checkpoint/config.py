@@ -98,8 +98,12 @@ class ModelConfig(JsonObject):
 
     @property
     def quantization(self) -> QuantizationConfig:
-        """The `quantization_config` at the top of the file."""
-        return QuantizationConfig(self.child("quantization_config") or {})
+        """The quantization config, wherever in the file engines and transformers look for it."""
+        for part in (self, self.text):
+            for key in ("quantization_config", "compression_config"):
+                if (stated := part.child(key)) is not None:
+                    return QuantizationConfig(stated)
+        return QuantizationConfig()
 
     @property
     def fp8_block(self) -> tuple[int, int] | None:
@@ -127,6 +131,13 @@ class ModelConfig(JsonObject):
         """Return a copy that promises as many MTP layers as the base's config, if that says anything."""
         counts = {key: base.text[key] for key in LAYER_COUNTS if key in base.text}
         if self.text is not self and base.text is not base:
+            return ModelConfig({**self, "text_config": {**self.text, **counts}})
+        return ModelConfig({**self, **counts})
+
+    def with_mtp_layers(self, count: int) -> ModelConfig:
+        """Return a copy that promises this many MTP layers under each key that the config has for it."""
+        counts = {key: count for key in LAYER_COUNTS if key in self.text}
+        if self.text is not self:
             return ModelConfig({**self, "text_config": {**self.text, **counts}})
         return ModelConfig({**self, **counts})
 

@@ -108,3 +108,4 @@ class MtpFixDocument(Document):
     writes: list[str] = Field(description="Paths of the files that were written, or would be")
     removes: list[str] = Field(description="Paths of the files that were removed, or would be")
     engines: dict[str, EngineVerdict] = Field(description="For vllm, sglang and transformers: will the result load")
+    problems: list[str] = Field([], description="What remains wrong, in sentences")

@@ -27,6 +27,7 @@ from requant.tasks.checkpoint.packing import (
     pack,
     to_bytes,
 )
+from requant.tasks.checkpoint.reading import general_scheme
 from requant.tasks.checkpoint.writer import Computed, Layout, index_document
 from requant.tasks.errors import CheckpointError
 
@@ -91,7 +92,7 @@ def head_tensors(base: Checkpoint, precision: str, quantization: QuantizationCon
     tensors: Tensors = {name: base.tensors[name] for name in head.names}
     if precision == "keep":
         return tensors
-    scheme = PackingScheme.of(quantization, "")
+    scheme = general_scheme(quantization)
     if quantization.method != "auto-round" or scheme.group_size <= 0:
         raise CheckpointError(
             f"a head with {precision} needs a checkpoint of auto-round with a group size: keep it as it is"
@@ -145,7 +146,7 @@ def dequantized_head(checkpoint: Checkpoint) -> Tensors:
             continue
         if module.storage != "integer":
             raise CheckpointError(f"{module.name} is stored as {module.storage}: {NAME_BASE} instead")
-        scheme = PackingScheme.of(checkpoint.quantization, module.name)
+        scheme = checkpoint.reading.scheme(module)
         missing = [part for part in REQUIRED if part not in module.parts]
         shape = () if missing else scheme.weight_shape(module.parts)
         problem = check_parts(module.name, module.packed_parts, scheme, shape)

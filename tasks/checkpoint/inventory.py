@@ -5,26 +5,27 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.document import HeadDocument, ModuleGroup
 from requant.tasks.checkpoint.heads.missing import EXPERT_MATRIX, depths_of, missing_modules
 from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import Head
-from requant.tasks.checkpoint.packing import PackingScheme
-from requant.tasks.errors import CheckpointError
+
+if TYPE_CHECKING:  # compat imports this module
+    from requant.tasks.checkpoint.reading import Reading
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 MAX_LISTED_MODULES = 200
+FP4_PARTS = {"weight", "weight_scale", "weight_scale_2"}  # of NVFP4 as ModelOpt stores it
 
 
 def inventory(checkpoint: Checkpoint) -> list[ModuleGroup]:
     """Group the modules of a checkpoint. The groups are in the order of their first modules."""
     groups: dict[tuple[str, str], list[Module]] = {}
     for module in checkpoint.modules.values():
-        key = NUMBER.sub("*", module.name), storage_of(module, checkpoint.quantization)
+        key = NUMBER.sub("*", module.name), storage_of(module, checkpoint.reading)
         groups.setdefault(key, []).append(module)
     return [
         ModuleGroup(
@@ -38,21 +39,20 @@ def inventory(checkpoint: Checkpoint) -> list[ModuleGroup]:
     ]
 
 
-def storage_of(module: Module, quantization: QuantizationConfig) -> str:
+def storage_of(module: Module, reading: Reading) -> str:
     """Return how the weights of a module are stored.
 
-    This is a dtype as BF16 or F8_E4M3, INT4 and the like for packed integers with the bits that the config states, or
-    `packed` if the config does not state the bits.
+    This is a dtype as BF16 or F8_E4M3; INT4 and the like for integers, FP4 for two floats of 4 bits in a byte; or
+    `packed` if neither the tensors nor the config tell the bits.
     """
-    if module.storage == "integer":
-        try:
-            return f"INT{PackingScheme.of(quantization, module.name).bits}"
-        except CheckpointError:
-            return "packed"
-    if module.storage == "compressed":
-        bits = quantization.scheme.bits
-        return f"INT{bits}" if bits and module.parts["weight_packed"].dtype == "I32" else "packed"
-    return module.parts.get("weight", module.tensor).dtype
+    if module.storage in ("integer", "compressed"):
+        bits = reading.bits(module)
+        words = module.parts["weight_packed"].dtype if module.storage == "compressed" else "I32"
+        return "packed" if bits is None else f"INT{bits}" if words == "I32" else f"FP{bits}"
+    dtype = module.parts.get("weight", module.tensor).dtype
+    if module.storage == "scaled" and dtype == "I8":
+        return "INT8"
+    return "FP4" if dtype == "U8" and module.parts.keys() >= FP4_PARTS else dtype
 
 
 def head_document(checkpoint: Checkpoint) -> HeadDocument:
@@ -61,7 +61,7 @@ def head_document(checkpoint: Checkpoint) -> HeadDocument:
     if head is None:
         return HeadDocument(present=False)
     modules = modules_of(checkpoint.tensors[name] for name in head.names)
-    stored = {name: storage_of(module, checkpoint.quantization) for name, module in modules.items()}
+    stored = {name: storage_of(module, checkpoint.reading) for name, module in modules.items()}
     missing = missing_parts(checkpoint, head)
     return HeadDocument(
         present=True,

@@ -93,6 +93,11 @@ class Judgement:
         return next((_with_remedy(found) for found in self._draft_problems.values()), None)
 
     @property
+    def drafts(self) -> bool:
+        """Whether vLLM or SGLang drafts with the head as it is."""
+        return any(self.drafting[engine] is None for engine in DRAFTING)
+
+    @property
     def head_problem(self) -> str | None:
         """Why vLLM or SGLang would not draft, if the head is what is wrong and not the whole checkpoint."""
         of_heads = (found for engine, found in self._draft_problems.items() if found != self.loading[engine])
