@@ -41,12 +41,15 @@ def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
         *_configs(checkpoint),
         *_parts(checkpoint),
         *_contradictions(checkpoint),
-        *_shapes(checkpoint),
         *_dtypes(checkpoint),
-        *_layers(checkpoint),
-        *_head(checkpoint, judgement),
+        *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, judgement)),
         *(f"an engine would hang on the pattern {shown(p)!r} of quantization_config" for p in judgement.hostile),
     ]
+
+
+def _of_a_base(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
+    """Return what contradicts the sizes and counts of the config, which say other things for a draft model."""
+    return [*_shapes(checkpoint), *_layers(checkpoint), *_head(checkpoint, judgement)]
 
 
 def _configs(checkpoint: Checkpoint) -> Iterator[str]:
