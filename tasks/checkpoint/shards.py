@@ -41,8 +41,12 @@ Headers = Mapping[str, Mapping[str, Tensor]]  # the tensors of each file, by nam
 
 def weight_files(folder: Path) -> list[str]:
     """Return the names of the safetensors files in a folder, without those of Mistral's own loader."""
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
-    return [name for name in names if not name.startswith("consolidated")]
+    return without_vendors_own(path.name for path in folder.glob("*.safetensors"))
+
+
+def without_vendors_own(names: Iterable[str]) -> list[str]:
+    """Return names of weight files in order, without those that Mistral's own loader reads."""
+    return sorted(name for name in names if not name.startswith("consolidated"))
 
 
 def lost_numbers(names: Iterable[str]) -> list[str]:

@@ -2,12 +2,12 @@
 
 Source: transformers 5.23.0, quantizers/auto.py (AUTO_QUANTIZER_MAPPING), models/qwen3_5/modeling_qwen3_5.py
 (`_keys_to_ignore_on_load_unexpected = [r"^mtp.*"]`), models/deepseek_v3 and models/glm4_moe (layers beyond
-`num_hidden_layers` likewise).
+`num_hidden_layers` likewise), modeling_utils.py (_get_resolved_checkpoint_files).
 """
 
 from __future__ import annotations
 
-from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from requant.tasks.checkpoint.compat.rule import NotLoadable, shorten
 from requant.tasks.checkpoint.compat.vllm import quantization_of
 from requant.tasks.checkpoint.config import QuantizationConfig
@@ -24,6 +24,9 @@ IGNORED = "transformers ignores the MTP head"
 
 def load_problem(checkpoint: Checkpoint) -> str | None:
     """Return why transformers would not load a checkpoint, or None."""
+    contents = checkpoint.contents
+    if contents is not None and not contents.named and SINGLE not in checkpoint.shards:
+        return f"there is no {INDEX}, without which transformers reads {SINGLE} alone"
     try:
         quantization = quantization_of(checkpoint.config)
     except NotLoadable as refusal:
