@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from requant.tasks.checkpoint.header import Tensor
@@ -37,7 +38,7 @@ class Module:
     name: str
     parts: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def storage(self) -> Storage:
         """How the weight is stored: packed integers of GPTQ or AWQ, compressed-tensors, scaled, or plain."""
         if any(part in self.parts for part in INTEGER_PARTS):

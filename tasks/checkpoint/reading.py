@@ -124,8 +124,7 @@ class Reading:
 
         Raises CheckpointError if neither the shapes of the parts nor the config say.
         """
-        general = self._general  # what most modules are, without a search in patterns
-        fitting = general if general is not None and self._fits(general, module) else self._fitting(module)
+        fitting = self._general if self._is_general(module) else self._fitting(module)
         if fitting is not None:
             return self._packing_scheme(fitting, module.name)
         found = self._by_shapes(module)
@@ -133,6 +132,8 @@ class Reading:
 
     def bits(self, module: Module) -> int | None:
         """Return the bits of a module's packed integers; None if neither their shapes nor the config say."""
+        if self._is_general(module):
+            return self._general.bits if self._general else None
         if module.storage == INTEGER and (found := PackingScheme.of_parts(module.packed_parts)) is not None:
             return found.bits
         try:
@@ -268,6 +269,11 @@ class Reading:
             if isinstance(found, EngineScheme) and found.storage == module.storage and self._fits(found, module):
                 return found
         return None
+
+    def _is_general(self, module: Module) -> bool:
+        """Check whether the shapes fit what the config says in general, which takes no search in patterns."""
+        general = self._general
+        return general is not None and module.storage == INTEGER and self._fits(general, module)
 
     def _fits(self, stated: EngineScheme, module: Module) -> bool:
         if module.storage == COMPRESSED:
