@@ -7,6 +7,7 @@ import os
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.head import check_head
+from requant.tasks.checkpoint.heads.drafters import drafter_kind, is_no_base
 from requant.tasks.errors import CheckpointError
 
 
@@ -17,6 +18,8 @@ def check_base(base: Checkpoint, repo_id: str, *, with_head: bool) -> None:
     """
     try:
         base.sound()
+        if (kind := drafter_kind(base.config)) is not None:
+            raise CheckpointError(f"it is {is_no_base(kind)}: name the base that it drafts for")
         if any(module.quantized for module in dequantize_fp8(base).modules.values()):
             raise CheckpointError("it is already quantized: name the base that it was made of")
         if with_head:

@@ -134,6 +134,13 @@ class ModelConfig(JsonObject):
             return ModelConfig({**self, "text_config": {**self.text, **counts}})
         return ModelConfig({**self, **counts})
 
+    def with_mtp_layers(self, count: int) -> ModelConfig:
+        """Return a copy that promises this many MTP layers under each key that the config has for it."""
+        counts = {key: count for key in LAYER_COUNTS if key in self.text}
+        if self.text is not self:
+            return ModelConfig({**self, "text_config": {**self.text, **counts}})
+        return ModelConfig({**self, **counts})
+
     def without_mtp_layers(self) -> ModelConfig:
         """Return a copy that promises no MTP head: every count of MTP layers is 0."""
         config = copy.deepcopy(self)

@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterator
 
 from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES, Checkpoint, read_json
+from requant.tasks.checkpoint.companions import companion_problems
 from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
+from requant.tasks.checkpoint.heads.drafters import drafter_kind
 from requant.tasks.checkpoint.inventory import missing_parts
 from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import LAYER_NAME
@@ -23,19 +25,31 @@ COMPRESSED_REQUIRED = ("weight_scale", "weight_shape")
 
 
 def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
-    """Return all problems, those of index and headers first. `judgement`: the engines' judgement of the checkpoint."""
-    return [
+    """Return all problems, those of index and headers first. `judgement`: the engines' judgement of the checkpoint.
+
+    Where a shard cannot be read, nothing is said of tensors: what seems to be missing may be in it.
+    """
+    of_files = [
         *checkpoint.problems,
-        *_configs(checkpoint),
+        *companion_problems(checkpoint.folder),
         *(f"{name} is missing: copy it from the base" for name in missing_vision_files(checkpoint)),
+    ]
+    if checkpoint.has_unread:
+        return of_files
+    return [
+        *of_files,
+        *_configs(checkpoint),
         *_parts(checkpoint),
         *_contradictions(checkpoint),
-        *_shapes(checkpoint),
         *_dtypes(checkpoint),
-        *_layers(checkpoint),
-        *_head(checkpoint, judgement),
+        *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, judgement)),
         *(f"an engine would hang on the pattern {shown(p)!r} of quantization_config" for p in judgement.hostile),
     ]
+
+
+def _of_a_base(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
+    """Return what contradicts the sizes and counts of the config, which say other things for a draft model."""
+    return [*_shapes(checkpoint), *_layers(checkpoint), *_head(checkpoint, judgement)]
 
 
 def _configs(checkpoint: Checkpoint) -> Iterator[str]:

@@ -37,11 +37,14 @@ MTP = HeadLayout(
     engines={
         "vllm": Drafter(
             "qwen3_next_mtp.py, qwen3_5_mtp.py, exaone_moe_mtp.py, exaone4_5_mtp.py",
-            model_types=_all(
+            _all(
+                "Qwen3NextForCausalLM", "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration",
+                "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", "Exaone4_5_ForConditionalGeneration",
+            ),
+            _all(
                 "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text", "intern_s2_preview",
                 "interns2_mobius", "exaone_moe", "exaone4_5", "exaone4_5_text",
             ),
-            architectures=_all("Exaone4_5_ForConditionalGeneration"),
         ),
         "sglang": Drafter(
             "qwen3_next_mtp.py, qwen3_5_mtp.py, qwen3_moe_mtp.py, exaone_moe_mtp.py",
@@ -72,7 +75,10 @@ INLINED = HeadLayout(
         "vllm": Drafter(
             "deepseek_mtp.py, glm4_moe_mtp.py, glm4_moe_lite_mtp.py, glm_ocr_mtp.py, openpangu_mtp.py, "
             "deepseek_v32/nvidia/mtp.py, glm5next/common/mtp.py, kimi_k3/nvidia/mtp.py",
-            _all("Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM", "GlmOcrForConditionalGeneration"),
+            _all(
+                "Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM", "GlmOcrForConditionalGeneration",
+                "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM",
+            ),
             _all("deepseek_v3", "deepseek_v32", "glm_moe_dsa", "pangu_ultra_moe", "glm5_next", "kimi_k3"),
         ),
         "sglang": Drafter(
@@ -162,6 +168,7 @@ LAYOUTS: tuple[HeadLayout, ...] = (
         modules=_below("mtp_layers.*", "eh_proj", "enorm", "hnorm", "final_layernorm"),
         others=_below("mtp_layers.*", *_DECODER),
         shared=_below("mtp_layers.*", "embed_tokens", "shared_head"),
+        counts=(),  # 1 and 2 both stand for one layer
         default=1,
         engines={
             "vllm": Drafter("hy_v4/nvidia/mtp.py", model_types=_all("hy_v4")),
@@ -174,6 +181,7 @@ LAYOUTS: tuple[HeadLayout, ...] = (
         layers="mtp.layers.*",
         modules=_below("mtp.layers.*", *_MIMO_V2),
         others=_below("mtp.layers.*", "self_attn", "mlp"),
+        counts=(),  # both engines build one layer, whatever the config says
         default=1,
         engines={
             "vllm": Drafter(
@@ -196,7 +204,8 @@ LAYOUTS: tuple[HeadLayout, ...] = (
         "nemotron_h",
         ("Nemotron-H", "Nemotron 3 Super", "Nemotron Omni"),
         layers="mtp.layers.*",
-        modules=_below("mtp.layers.*", "enorm", "hnorm", "eh_proj", "final_layernorm", "norm", "mixer"),
+        modules=_below("mtp.layers.*", "enorm", "hnorm", "eh_proj", "norm", "mixer", "final_layernorm"),
+        at_end=_all("mtp.layers.*.final_layernorm"),
         pattern="mtp_hybrid_override_pattern",
         engines={
             "vllm": Drafter(
@@ -290,7 +299,8 @@ LAYOUTS: tuple[HeadLayout, ...] = (
         "dspark",
         ("DeepSeek V4.1", "DeepSeek V4 with DSpark stages"),
         layers="mtp.*",
-        modules=_below("mtp.*", "main_proj", "main_norm", "norm"),  # of the first stage, and of the last one
+        modules=_below("mtp.*", "main_proj", "main_norm", "norm"),
+        at_end=_all("mtp.*.norm"),
         others=("mtp.*",),
         counts=("n_mtp_layers",),
         one_depth=True,
