@@ -23,7 +23,7 @@ COMPRESSED_REQUIRED = ("weight_scale", "weight_shape")
 
 def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
     """Return all problems, those of index and headers first. `judgement`: the engines' judgement of the checkpoint."""
-    return [
+    found = [
         *checkpoint.problems,
         *_configs(checkpoint),
         *(f"{name} is missing: copy it from the base" for name in missing_vision_files(checkpoint)),
@@ -34,6 +34,8 @@ def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
         *_head(checkpoint, judgement),
         *(f"an engine would hang on the pattern {shown(p)!r} of quantization_config" for p in judgement.hostile),
     ]
+    refused = judgement.load_problem
+    return found if refused is None or judgement.loading["vllm"] in found else [*found, refused]
 
 
 def _configs(checkpoint: Checkpoint) -> Iterator[str]:
@@ -44,9 +46,10 @@ def _configs(checkpoint: Checkpoint) -> Iterator[str]:
     elif file.is_file() and stated is None:
         yield f"{QUANTIZATION} is there, and config.json has no quantization_config: put it there too"
     quantized = any(module.quantized for module in checkpoint.modules.values())
-    if checkpoint.quantization and not quantized and checkpoint.tensors:
+    known = checkpoint.method is None or checkpoint.method.readable  # the tensors of other methods may be overlooked
+    if checkpoint.quantization and known and not quantized and checkpoint.tensors:
         yield "quantization_config is there, and no tensor is quantized: remove it, or restore the quantized shards"
-    if quantized and not checkpoint.quantization:
+    if quantized and not checkpoint.quantization and checkpoint.method is None:
         yield "tensors are quantized, and config.json has no quantization_config: restore it"
 
 
