@@ -44,12 +44,10 @@ class Quark:
 
     def scheme(self, layer: Layer) -> EngineScheme:
         """Decide as get_quant_method_target does. Experts are all left out if one of their parts is."""
-        if layer.kind == LM_HEAD:
+        below = f"{layer.name}."
+        names = self.excluded.entries if layer.kind == EXPERTS else []
+        if any(name == layer.name or name.startswith(below) for name in names) or self.excluded.includes(layer.name):
+            return EngineScheme(because="exclude")
+        if layer.kind == LM_HEAD:  # whether it is left out is asked all the same, and may raise
             return EngineScheme(because="vLLM does not quantize lm_head with Quark")
-        if layer.kind == EXPERTS and any(
-            entry == layer.name or entry.startswith(f"{layer.name}.") for entry in self.excluded.entries
-        ):
-            return EngineScheme(because="exclude")
-        if self.excluded.includes(layer.name):
-            return EngineScheme(because="exclude")
         return EngineScheme(SCALED, None, None, True, "exclude")

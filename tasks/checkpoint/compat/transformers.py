@@ -20,6 +20,7 @@ METHODS = {
     "fp_quant", "eetq", "higgs", "hqq", "compressed-tensors", "fbgemm_fp8", "torchao", "bitnet", "vptq", "spqr", "fp8",
     "gguf", "nvfp4", "mxfp8", "auto-round", "mxfp4", "metal", "sinq", "gemma",
 }  # fmt: skip
+JUDGED = {"auto-round", "gptq", "awq", "fp8", "compressed-tensors"}  # whose tensors were tried or read in its source
 IGNORED = "transformers ignores the MTP head"
 
 
@@ -39,7 +40,7 @@ def load_problem(checkpoint: Checkpoint) -> Finding:
     method = quantization.get("quant_method")
     if not isinstance(method, str) or method not in METHODS:
         return f"quant_method is {shorten(method)}, which transformers does not know"
-    if checkpoint.method is None or not checkpoint.method.readable:
+    if method not in JUDGED:
         return no_rules(checkpoint)
     return _uneven(checkpoint, quantization) if method == "auto-round" else None
 
