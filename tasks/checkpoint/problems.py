@@ -11,7 +11,8 @@ from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
 from requant.tasks.checkpoint.heads.drafters import drafter_kind
 from requant.tasks.checkpoint.inventory import missing_parts
-from requant.tasks.checkpoint.modules import Module, modules_of
+from requant.tasks.checkpoint.methods import MODELOPT_FILE
+from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.mtp import LAYER_NAME
 from requant.tasks.checkpoint.packing import REQUIRED, check_parts
 from requant.tasks.checkpoint.reading import Contradiction
@@ -36,7 +37,7 @@ def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
     ]
     if checkpoint.has_unread:
         return of_files
-    return [
+    found = [
         *of_files,
         *_configs(checkpoint),
         *_parts(checkpoint),
@@ -45,6 +46,8 @@ def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
         *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, judgement)),
         *(f"an engine would hang on the pattern {shown(p)!r} of quantization_config" for p in judgement.hostile),
     ]
+    refused = judgement.load_problem
+    return found if refused is None or judgement.loading["vllm"] in found else [*found, refused]
 
 
 def _of_a_base(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
@@ -58,16 +61,17 @@ def _configs(checkpoint: Checkpoint) -> Iterator[str]:
     other = next((name for name in QUANTIZATION_FILES if (checkpoint.folder / name).is_file()), None)
     if file.is_file() and stated is not None and read_json(file) != stated:
         yield f"{QUANTIZATION} and config.json disagree about the quantization: run requant mtp-fix, or copy one"
-    elif other is not None and stated is None:
+    elif other not in (None, MODELOPT_FILE) and stated is None:
         method = checkpoint.quantization.get("quant_method")
         yield (
             f"{other} is there, and config.json has no quantization_config, which engines read: put it there too, with "
             f"quant_method {shown(repr(method))}"
         )
     quantized = any(module.quantized for module in checkpoint.modules.values())
-    if checkpoint.quantization and not quantized and checkpoint.tensors:
+    known = checkpoint.method is None or checkpoint.method.readable  # the tensors of other methods may be overlooked
+    if checkpoint.quantization and known and not quantized and checkpoint.tensors:
         yield "quantization_config is there, and no tensor is quantized: remove it, or restore the quantized shards"
-    if quantized and not checkpoint.quantization:
+    if quantized and not checkpoint.quantization and checkpoint.method is None:
         yield "tensors are quantized, and config.json has no quantization_config: restore it"
 
 
@@ -103,10 +107,9 @@ def _integer_parts(checkpoint: Checkpoint, module: Module) -> Iterator[str]:
 
 def _contradictions(checkpoint: Checkpoint) -> Iterator[str]:
     """Find packed modules of the main model of which the config says something else; one sentence for all alike."""
-    in_head = set(modules_of(checkpoint.tensors[n] for n in checkpoint.head.names)) if checkpoint.head else set()
     alike: dict[tuple[str, str], list[Contradiction]] = {}
     for module in checkpoint.modules.values():
-        found = checkpoint.reading.contradiction(module) if module.name not in in_head else None
+        found = checkpoint.reading.contradiction(module) if module.name not in checkpoint.head_modules else None
         if found is not None:
             alike.setdefault((found.tensors, found.config.replace(found.module, "")), []).append(found)
     for first, *others in alike.values():
