@@ -17,7 +17,7 @@ from requant.tasks.acceptance import acceptance_key, drafts_in, serves_base
 from requant.tasks.artifact import REWRITTEN, Manifest
 from requant.tasks.benchmark import STAGE as BENCHMARK
 from requant.tasks.benchmark import benchmark_key, engine_of, used_tools
-from requant.tasks.checkpoint.base_check import check_base, check_unquantized
+from requant.tasks.checkpoint.base_check import check_base, check_kind
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.checkpoint.untrusted import without_folder
@@ -167,7 +167,7 @@ class _Planner:
         """Plan one result. Return its recipe, with a number for a group size of auto, and the plan."""
         source, repo_id = self.base.source, recipe.base.repo_id
         try:
-            check_unquantized(source, repo_id)
+            check_kind(source, repo_id)
         except CheckpointError as error:  # What else is wrong, the user need not know.
             return recipe, _without_result(recipe, self.inputs.base, [str(error)])
         found, harmless = inspected(source, recipe)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.head import check_head
+from requant.tasks.checkpoint.heads.drafters import drafter_kind, is_no_base
 from requant.tasks.checkpoint.untrusted import shown, without_folder
 from requant.tasks.errors import CheckpointError
 
@@ -17,7 +18,7 @@ def check_base(base: Checkpoint, repo_id: str, *, with_head: bool) -> None:
 
     Raises CheckpointError, which names the base by `repo_id`.
     """
-    check_unquantized(base, repo_id)
+    check_kind(base, repo_id)
     try:
         base.sound()
         if with_head:
@@ -26,8 +27,10 @@ def check_base(base: Checkpoint, repo_id: str, *, with_head: bool) -> None:
         raise unusable(repo_id, without_folder(str(error), base.folder, "it")) from error
 
 
-def check_unquantized(base: Checkpoint, repo_id: str) -> None:
-    """Check that a base is not quantized already, FP8 aside. Raises CheckpointError, which names its method."""
+def check_kind(base: Checkpoint, repo_id: str) -> None:
+    """Check that a base is no draft model, and is not quantized already, FP8 aside. Raises CheckpointError."""
+    if (kind := drafter_kind(base.config)) is not None:
+        raise unusable(repo_id, f"it is {is_no_base(kind)}: name the base that it drafts for")
     try:
         quantized = _is_packed(base) or any(module.quantized for module in dequantize_fp8(base).modules.values())
     except CheckpointError as error:

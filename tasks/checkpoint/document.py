@@ -90,6 +90,9 @@ class InspectDocument(Document):
     quantized: QuantizedWeights = Field(description="The quantized modules")
     groups: list[ModuleGroup] = Field(description="All modules, in groups")
     mtp: HeadDocument = Field(description="The MTP head")
+    drafter: str | None = Field(
+        None, description="The kind of draft model that the repo is, as EAGLE-3 or DFlash; null for a model itself"
+    )
     engines: dict[str, EngineVerdict] = Field(description="For vllm, sglang and transformers: will it load")
     problems: list[str] = Field(description="What is wrong, in sentences")
 

@@ -9,6 +9,7 @@ from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES
 from requant.tasks.checkpoint.companions import companion_problems
 from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
+from requant.tasks.checkpoint.heads.drafters import drafter_kind
 from requant.tasks.checkpoint.inventory import missing_parts
 from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import LAYER_NAME
@@ -41,12 +42,16 @@ def problems_of(checkpoint: Checkpoint, judgement: Judgement, *, with_head: bool
         *_configs(checkpoint),
         *_parts(checkpoint),
         *_contradictions(checkpoint),
-        *_shapes(checkpoint),
         *_dtypes(checkpoint),
-        *_layers(checkpoint),
-        *(_head(checkpoint, judgement) if with_head else ()),
+        *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, judgement, with_head=with_head)),
         *(f"an engine would hang on the pattern {shown(p)!r} of quantization_config" for p in judgement.hostile),
     ]
+
+
+def _of_a_base(checkpoint: Checkpoint, judgement: Judgement, *, with_head: bool) -> list[str]:
+    """Return what contradicts the sizes and counts of the config, which say other things for a draft model."""
+    head = _head(checkpoint, judgement) if with_head else ()
+    return [*_shapes(checkpoint), *_layers(checkpoint), *head]
 
 
 def _configs(checkpoint: Checkpoint) -> Iterator[str]:

@@ -18,6 +18,7 @@ from requant.tasks.checkpoint.compat.drafting import EngineLacks, Fixable, head_
 from requant.tasks.checkpoint.compat.rule import Finding, NotJudged, Patterns
 from requant.tasks.checkpoint.config import JsonObject, QuantizationConfig
 from requant.tasks.checkpoint.document import EngineVerdict
+from requant.tasks.checkpoint.heads.drafters import drafter_kind, is_no_base
 from requant.tasks.checkpoint.modules import modules_of
 from requant.tasks.checkpoint.untrusted import MAX_SMALL_JSON_BYTES
 
@@ -44,6 +45,10 @@ class Judgement:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Judgement:
         """Judge a checkpoint."""
+        kind = drafter_kind(checkpoint.config)
+        if kind is not None:
+            why = NotJudged(f"it is {is_no_base(kind)}")
+            return cls(dict.fromkeys(VERSIONS, why), dict.fromkeys(VERSIONS, why), [])
         patterns = Patterns()
         fatal = checkpoint.fatal[0] if checkpoint.fatal else None
         head = checkpoint.head

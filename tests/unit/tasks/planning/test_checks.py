@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from requant.tasks.checkpoint.base_check import check_unquantized
+from requant.tasks.checkpoint.base_check import check_kind
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
@@ -177,11 +177,11 @@ def test_a_base_that_is_already_quantized_is_refused_by_the_name_of_its_method(
 
 def test_an_fp8_base_is_none_that_is_already_quantized(tmp_path: Path) -> None:
     bf16 = pico_base(tmp_path / "bf16", head=False)
-    check_unquantized(Checkpoint.open(bf16), "a/b")
-    check_unquantized(Checkpoint.open(as_fp8(bf16, tmp_path / "fp8")), "a/b")
+    check_kind(Checkpoint.open(bf16), "a/b")
+    check_kind(Checkpoint.open(as_fp8(bf16, tmp_path / "fp8")), "a/b")
     packed = {"a.qweight": ("I32", (4, 4), bytes(64))}
     with pytest.raises(CheckpointError, match="already quantized: name"):
-        check_unquantized(Checkpoint.open(write_checkpoint(tmp_path / "x", {"model.safetensors": packed}, {})), "a/b")
+        check_kind(Checkpoint.open(write_checkpoint(tmp_path / "x", {"model.safetensors": packed}, {})), "a/b")
 
 
 def verdicts(**loads: bool | None) -> dict[str, EngineVerdict]:
