@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES, Checkpoint, read_json
+from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES, Checkpoint, Harmless, read_json
 from requant.tasks.checkpoint.companions import companion_problems
 from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
@@ -25,9 +25,10 @@ ROUTER_NAME = re.compile(r"(gate|router|score|bias)")  # stored in a wider dtype
 COMPRESSED_REQUIRED = ("weight_scale", "weight_shape")
 
 
-def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
+def problems_of(checkpoint: Checkpoint, judgement: Judgement, *, with_head: bool = True) -> list[str]:
     """Return all problems, those of index and headers first. `judgement`: the engines' judgement of the checkpoint.
 
+    Without `with_head`, nothing is said of the MTP head as a whole: it will be dropped.
     Where a shard cannot be read, nothing is said of tensors: what seems to be missing may be in it.
     """
     of_files = [
@@ -43,16 +44,17 @@ def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
         *_parts(checkpoint),
         *_contradictions(checkpoint),
         *_dtypes(checkpoint),
-        *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, judgement)),
+        *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, judgement, with_head=with_head)),
         *(f"an engine would hang on the pattern {shown(p)!r} of quantization_config" for p in judgement.hostile),
     ]
     refused = judgement.load_problem
     return found if refused is None or judgement.loading["vllm"] in found else [*found, refused]
 
 
-def _of_a_base(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
+def _of_a_base(checkpoint: Checkpoint, judgement: Judgement, *, with_head: bool) -> list[str]:
     """Return what contradicts the sizes and counts of the config, which say other things for a draft model."""
-    return [*_shapes(checkpoint), *_layers(checkpoint), *_head(checkpoint, judgement)]
+    head = _head(checkpoint, judgement) if with_head else ()
+    return [*_shapes(checkpoint), *_layers(checkpoint), *head]
 
 
 def _configs(checkpoint: Checkpoint) -> Iterator[str]:
@@ -136,6 +138,8 @@ def _shapes(checkpoint: Checkpoint) -> Iterator[str]:
         if sides is None or OTHER_TOWERS.search(module.name):
             continue
         shape = _weight_shape(checkpoint, module)
+        if len(shape) == 3:  # experts, fused
+            continue
         if shape and (len(shape) != len(sides) or any(s not in (None, n) for s, n in zip(sides, shape, strict=True))):
             wanted = " x ".join("any" if side is None else str(side) for side in sides)
             yield f"{module.name} has shape {' x '.join(map(str, shape))}, and the sizes of config.json need {wanted}"
@@ -169,7 +173,9 @@ def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:
             other.setdefault(weight.dtype, []).append(weight.name)
     for dtype, names in other.items():
         more = f" and {len(names) - 1} more matrices are" if len(names) > 1 else " is"
-        yield f"{names[0]}{more} {dtype}, and config.json says {word}: take them from the base, or change dtype"
+        yield Harmless(
+            f"{names[0]}{more} {dtype}, and config.json says {word}: take them from the base, or change dtype"
+        )
 
 
 def _layers(checkpoint: Checkpoint) -> Iterator[str]:
