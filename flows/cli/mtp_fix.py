@@ -34,9 +34,8 @@ def mtp_fix(folder: Path, base: str | None, precision: HeadPrecision, dry_run: b
     """Repair the MTP head of an existing checkpoint, in place.
 
     FOLDER is the checkpoint. Its index, total_size and both quantization configs are corrected too, and missing
-    tokenizer and processor files are added. Without --base, a quantized head is dequantized unless both vLLM and
-    SGLang would draft with it; what its quantization lost stays lost. Exit status 1: no engine will draft with
-    the head.
+    tokenizer and processor files are added. Without --base, a quantized head is dequantized if neither vLLM nor
+    SGLang drafts with it; what its quantization lost stays lost. Exit status 1: no engine will draft with the head.
 
     \b
     Examples:
