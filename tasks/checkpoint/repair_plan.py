@@ -127,7 +127,7 @@ def as_found(checkpoint: Checkpoint) -> Checkpoint:
 def _plan_own_head(found: Checkpoint) -> RepairPlan:
     """Plan the head without a base: as it is, described rightly, or dequantized if no engine drafts with it."""
     plan = RepairPlan(found, replace(found, config=_described(found)))
-    head, before = found.head, Judgement.of(found)
+    head, before = found.head, Judgement.of(plan.target)
     if head is None:
         plan.left = CheckpointError(f"{found.folder} has no MTP head: {NAME_BASE} to restore it")
         return plan

@@ -195,6 +195,25 @@ def test_a_smaller_head_is_packed_from_the_base_with_the_fusion_layer_as_it_was(
     assert snapshot(folder) == before
 
 
+@pytest.mark.parametrize(("packing", "file"), [("gptq", "quantize_config.json"), ("awq", "quant_config.json")])
+def test_a_config_that_stands_in_the_quantizers_own_file_alone_is_one_problem_and_one_repair(
+    packing: str, file: str, tmp_path: Path
+) -> None:
+    folder = damaged(make_base(tmp_path / "base", "mtp"), tmp_path / "made", "mtp", packing, head=[])
+    config = json.loads((folder / "config.json").read_text())
+    own = config.pop("quantization_config")
+    del own["quant_method"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / file).write_text(json.dumps(own))
+    found = inspect_checkpoint(folder)
+    assert found.quantized.storage == {"INT4": 14}
+    (problem,) = [sentence for sentence in found.problems if "quantization_config, which engines read" in sentence]
+    assert problem.startswith(file) and problem.endswith(f"quant_method '{packing}'")
+    assert len(found.problems) <= 2  # the other one is that engines refuse it
+    assert repair(folder, None).changed is True
+    assert inspect_checkpoint(folder).problems == [] and repair(folder, None).changed is False
+
+
 def test_a_smaller_head_needs_a_base_and_a_checkpoint_of_auto_round(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "mtp")
     with pytest.raises(CheckpointError, match="--base"):
