@@ -10,7 +10,7 @@ from typing import Literal
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.document import HeadDocument, ModuleGroup
-from requant.tasks.checkpoint.modules import Module, modules_of
+from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.mtp import Head
 from requant.tasks.checkpoint.packing import PackingScheme
 from requant.tasks.errors import CheckpointError
@@ -64,7 +64,7 @@ def head_document(checkpoint: Checkpoint) -> HeadDocument:
     head = checkpoint.head
     if head is None:
         return HeadDocument(present=False)
-    modules = modules_of(checkpoint.tensors[name] for name in head.names)
+    modules = checkpoint.head_modules
     stored = {name: storage_of(module, checkpoint.quantization) for name, module in modules.items()}
     missing = missing_parts(checkpoint, head)
     return HeadDocument(
@@ -86,9 +86,12 @@ def missing_parts(checkpoint: Checkpoint, head: Head) -> list[str]:
     """Return the names of modules that the MTP head must have and lacks.
 
     A decoder layer of a head has the same modules as the main model's last layer with full attention; experts may be
-    fused in one of them and split in the other. In addition, a head has the fusion layer and norms of its layout.
+    fused in one of them and split in the other. In addition, a head has the fusion layer and norms of its layout. Of a
+    method whose tensors have unknown names, nothing is said to be missing.
     """
-    own = set(modules_of(checkpoint.tensors[name] for name in head.names))
+    if checkpoint.method is not None and not checkpoint.method.named:
+        return []
+    own = set(checkpoint.head_modules)
     model = _layer_parts(checkpoint, own)
     missing: list[str] = []
     if head.layout == "mtp":

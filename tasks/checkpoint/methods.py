@@ -29,11 +29,16 @@ class Method:
     readable: bool = False
     more_parts: tuple[str, ...] = ()
 
+    @property
+    def named(self) -> bool:
+        """Whether it is known how its tensors are named, so that modules can be told from their names."""
+        return self.readable or self.tensors is not None
+
 
 def _method(name: str, *stated: str, parts: str | None = None, tensors: str | None = None) -> Method:
     """Make a method that Requant cannot read. `parts`: the parts of its modules, as alternatives of an expression."""
     if parts is not None:
-        tensors = rf"(?P<module>.+)\.(?P<part>weight|bias|{parts})"
+        tensors = rf"(?P<module>.+?)\.(?P<part>weight|bias|{parts})"
     return Method(name, frozenset(stated), tensors)
 
 

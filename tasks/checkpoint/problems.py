@@ -62,7 +62,7 @@ def _parts(checkpoint: Checkpoint) -> Iterator[str]:
             lacking = [p for p in COMPRESSED_REQUIRED if p not in module.parts]
             if lacking:
                 yield f"{module.name}.{lacking[0]} is missing beside {module.name}.weight_packed"
-        elif module.storage == "scaled" and not any(part.startswith("weight_scale") for part in module.parts):
+        elif module.storage == "scaled" and not any("scale" in part for part in module.parts):
             yield f"{module.name}.weight is {module.parts['weight'].dtype} and has no scale beside it"
         if module.storage in {"integer", "compressed"} and "weight" in module.parts:
             yield f"{module.name} is there twice, packed and as {module.name}.weight: remove one"
