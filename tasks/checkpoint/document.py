@@ -64,8 +64,10 @@ class HeadDocument(Document):
     """The MTP head."""
 
     present: bool = Field(description="Whether there is a head; without one, the other values are empty")
-    layout: Literal["mtp", "inlined"] | None = Field(
-        None, description="mtp: its tensors are named mtp.*; inlined: decoder layers behind the last one of the model"
+    layout: str | None = Field(
+        None,
+        description="mtp: its tensors are named mtp.* as those of Qwen; inlined: decoder layers behind the last one of "
+        "the model as those of DeepSeek and GLM; unknown; or the layout of another family",
     )
     layers: int = Field(0, description="MTP layers that the config promises; if it promises none, those of the tensors")
     precision: str | None = Field(None, description="The ways in which its modules are stored, as BF16+INT4")
@@ -89,6 +91,9 @@ class InspectDocument(Document):
     quantized: QuantizedWeights = Field(description="The quantized modules")
     groups: list[ModuleGroup] = Field(description="All modules, in groups")
     mtp: HeadDocument = Field(description="The MTP head")
+    drafter: str | None = Field(
+        None, description="The kind of draft model that the repo is, as EAGLE-3 or DFlash; null for a model itself"
+    )
     engines: dict[str, EngineVerdict] = Field(description="For vllm, sglang and transformers: will it load")
     problems: list[str] = Field(description="What is wrong, in sentences")
 
@@ -104,3 +109,4 @@ class MtpFixDocument(Document):
     writes: list[str] = Field(description="Paths of the files that were written, or would be")
     removes: list[str] = Field(description="Paths of the files that were removed, or would be")
     engines: dict[str, EngineVerdict] = Field(description="For vllm, sglang and transformers: will the result load")
+    problems: list[str] = Field([], description="What remains wrong, in sentences")

@@ -10,6 +10,8 @@ from requant.tasks.checkpoint.compat import Judgement
 from requant.tasks.checkpoint.config import Scalar
 from requant.tasks.checkpoint.data_checks import deep_problems
 from requant.tasks.checkpoint.document import HeadDocument, InspectDocument, QuantizedWeights
+from requant.tasks.checkpoint.heads.drafters import drafter_kind
+from requant.tasks.checkpoint.heads.layouts import UNKNOWN
 from requant.tasks.checkpoint.inventory import head_document, inventory, storage_of
 from requant.tasks.checkpoint.methods import full_name
 from requant.tasks.checkpoint.problems import problems_of
@@ -26,7 +28,7 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
     """
     checkpoint = Checkpoint.open(folder)
     quantization = checkpoint.quantization
-    stored = Counter(storage_of(m, quantization) for m in checkpoint.modules.values() if m.quantized)
+    stored = Counter(storage_of(m, checkpoint.reading) for m in checkpoint.modules.values() if m.quantized)
     judgement = Judgement.of(checkpoint)
     problems = problems_of(checkpoint, judgement)
     if deep and not checkpoint.fatal:
@@ -50,6 +52,7 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
         ),
         groups=inventory(checkpoint),
         mtp=head_document(checkpoint),
+        drafter=drafter_kind(checkpoint.config),
         engines=judgement.verdicts,
         problems=problems,
     )
@@ -75,6 +78,8 @@ def as_text(name: str, document: InspectDocument) -> str:
         named = f" that Requant knows of {quantized.name}" if quantized.name else ""
         lines.append(f"quantized     nothing{named}")
     lines.append(f"MTP head      {_head_text(document.mtp)}")
+    if document.drafter:
+        lines.append(f"draft model   {document.drafter}: a drafter for its base, not a base model")
     lines += [f"{engine:13} {verdict.text(engine)}" for engine, verdict in document.engines.items()]
     lines += [f"problem       {problem}" for problem in document.problems] or ["problems      none"]
     return "\n".join(lines)
@@ -88,6 +93,8 @@ def _printable(value: object) -> Scalar:
 def _head_text(head: HeadDocument) -> str:
     if not head.present:
         return "none"
+    if head.layout == UNKNOWN:
+        return f"{head.layers} layers of an unknown layout: kept as it is, {head.precision}, {head.bytes:,} bytes"
     complete = "complete" if head.complete else f"lacks {', '.join(head.missing[:3])}"
     experts = f", experts {head.experts}" if head.experts else ""
     return f"{head.layers} layers, {head.layout}{experts}, {head.precision}, {head.bytes:,} bytes, {complete}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from requant.tasks.checkpoint.header import Tensor
@@ -42,7 +43,7 @@ class Module:
     parts: dict[str, Tensor] = field(default_factory=dict)
     readable: bool = True
 
-    @property
+    @cached_property
     def storage(self) -> Storage:
         """How the weight is stored: packed integers of GPTQ or AWQ, compressed-tensors, scaled, or plain.
 

@@ -36,9 +36,9 @@ from requant.tasks.checkpoint.compat.rule import (
     shorten,
 )
 from requant.tasks.checkpoint.config import JsonObject, ModelConfig, QuantizationConfig
+from requant.tasks.checkpoint.exclusions import AUTO_ROUND_METHODS, AWQ_METHODS, GPTQ_METHODS
 from requant.tasks.checkpoint.methods import BY_STATED, MLX, MODELOPT_FILE, full_name
 from requant.tasks.checkpoint.modules import Module
-from requant.tasks.checkpoint.mtp import AUTO_ROUND_METHODS, AWQ_METHODS, GPTQ_METHODS
 
 VERSION = "0.32.0"
 _QKV: dict[str, tuple[str, ...]] = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
@@ -127,8 +127,13 @@ class Unquantized:
 
 
 def architecture(checkpoint: Checkpoint) -> Architecture:
+    """Return the model class that vLLM picks."""
+    return architecture_of(checkpoint.config)
+
+
+def architecture_of(config: ModelConfig) -> Architecture:
     """Return the model class that vLLM picks: by the first of the config's `architectures`."""
-    names = checkpoint.config.get("architectures")
+    names = config.get("architectures")
     first = names[0] if isinstance(names, list) and names else None
     return ARCHITECTURES.get(first, UNKNOWN_ARCHITECTURE) if isinstance(first, str) else UNKNOWN_ARCHITECTURE
 

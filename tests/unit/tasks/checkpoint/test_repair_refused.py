@@ -14,7 +14,8 @@ from requant.flows.cli.mtp_fix import mtp_fix
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import FINE, FIX, VERSIONS, verdicts
 from requant.tasks.checkpoint.config import QuantizationConfig
-from requant.tasks.checkpoint.mtp import find_head, with_head_entries
+from requant.tasks.checkpoint.exclusions import with_head_entries
+from requant.tasks.checkpoint.mtp import find_head
 from requant.tasks.checkpoint.repair import RepairSource, repair
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import FULL, NARROW, all_tensors, experts_apart, raw_tensors, write_checkpoint
@@ -24,7 +25,7 @@ from tests.factories.pico import pico_base
 from tests.factories.repairs import elsewhere, snapshot
 
 DRAFTS = {"loads": True, "mtp": True, "reason": FINE, "version": VERSIONS["vllm"]}
-UNKNOWN = ("modelopt", "modelopt_fp4", "quark", "bitsandbytes", "torchao", "my-own", None)
+UNKNOWN = ("bitsandbytes", "torchao", "mxfp4", "my-own", None)
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def test_the_command_ends_with_exit_status_1_and_the_error_that_is_a_sentence(tm
     base = pico_base(tmp_path / "base")
     folder = without_the_head(as_fp8(base, tmp_path / "made"))
     (folder / "config.json").write_text(
-        json.dumps({**config_of(folder), "quantization_config": {"quant_method": "quark", "exclude": []}})
+        json.dumps({**config_of(folder), "quantization_config": {"quant_method": "hqq", "exclude": []}})
     )
     outcome = CliRunner().invoke(mtp_fix, [str(folder), "--base", str(base)])
     assert outcome.exit_code == 1 and isinstance(outcome.exception, CheckpointError)  # which the CLI says as a sentence
