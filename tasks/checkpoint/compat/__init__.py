@@ -88,6 +88,15 @@ class Judgement:
         return EngineVerdict(loads=loads, mtp=mtp, reason=reason, version=VERSIONS[engine])
 
     @property
+    def load_problem(self) -> str | None:
+        """Why neither vLLM nor SGLang loads the checkpoint; None if one does, or if that is not judged."""
+        found = [self.loading[engine] for engine in DRAFTING]
+        if not all(_answer(finding) is False for finding in found):
+            return None
+        reasons = "; ".join(dict.fromkeys(text for text in found if text))
+        return f"neither vLLM {vllm.VERSION} nor SGLang {sglang.VERSION} loads it: {reasons}"
+
+    @property
     def draft_problem(self) -> str | None:
         """Why vLLM or SGLang would not draft; None if both would, or if that is not judged."""
         return next((_with_remedy(found) for found in self._draft_problems.values()), None)
