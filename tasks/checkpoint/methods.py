@@ -119,6 +119,13 @@ def full_name(method: Method, quantization: QuantizationConfig) -> str:
     return f"{method.name} {algorithm.upper()}" if isinstance(algorithm, str) and algorithm else method.name
 
 
+def quantizes_cache_only(quantization: QuantizationConfig) -> bool:
+    """Check whether a config of ModelOpt or compressed-tensors asks for a quantized KV cache, and nothing else."""
+    inner = quantization.child("quantization") or quantization
+    cache = inner.get("kv_cache_quant_algo") or inner.get("kv_cache_scheme")
+    return bool(cache) and not inner.get("quant_algo") and not inner.get("config_groups")
+
+
 def _is_mlx(config: object) -> bool:
     """Check whether a config is MLX's: bits and group size without a method.
 

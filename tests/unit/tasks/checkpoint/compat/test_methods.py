@@ -57,6 +57,16 @@ MIXED = {
 QUARK = {"quant_method": "quark", "export": {"kv_cache_group": []}, "exclude": ["lm_head", "re:mtp.*"]}
 BNB4 = {".weight": ("U8", (512, 1)), ".weight.absmax": ("F32", (16,)), ".weight.quant_map": ("F32", (16,)),
         ".weight.quant_state.bitsandbytes__nf4": ("U8", (80,))}  # fmt: skip
+MXFP4 = {".weight_packed": ("U8", (HIDDEN, 16)), ".weight_scale": ("U8", (HIDDEN, 1))}
+
+
+def packed_floats(form: str, group_size: int) -> dict[str, Any]:
+    weights = {"num_bits": 4, "group_size": group_size, "symmetric": True, "type": "float", "strategy": "group"}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    ignore = ["lm_head", "re:mtp.*"]
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ignore}
+
+
 BROUGHT = {
     "ModelOpt": Brought(PLAIN_HEAD, NVFP4, "ModelOpt NVFP4", (True, None, False)),
     "ModelOpt, FP8": Brought({**PLAIN_HEAD, "quant_algo": "FP8"}, FP8, "ModelOpt FP8", (True, None, False)),
@@ -127,6 +137,22 @@ BROUGHT = {
         {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
         {".weight": ("F8_E4M3", (HIDDEN, HIDDEN)), ".scale": ("U8", (1, 1))}, "FP8", (None, None, True),
         {"model_type": "deepseek_v4"},
+    ),
+    "NVFP4 as compressed-tensors": Brought(
+        packed_floats("nvfp4-pack-quantized", 16),
+        {".weight_packed": ("U8", (HIDDEN, 16)), ".weight_scale": ("F8_E4M3", (HIDDEN, 2)),
+         ".weight_global_scale": ("F32", (1,))}, "compressed-tensors", (True, True, True),
+    ),
+    "MXFP4 as compressed-tensors": Brought(
+        packed_floats("mxfp4-pack-quantized", 32), MXFP4, "compressed-tensors", (True, True, True),
+    ),
+    "MXFP4 of auto-round": Brought(
+        {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "data_type": "mx_fp",
+         "block_name_to_quantize": "model.layers"}, MXFP4, "auto-round", (True, False, True),
+    ),
+    "a KV cache alone": Brought(
+        None, {".weight": ("BF16", (HIDDEN, HIDDEN))}, "ModelOpt", (True, None, True),
+        file={"producer": {"name": "modelopt"}, "quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}},
     ),
     "of nobody's": Brought({"quant_method": "my-own"}, {".codes": ("I32", (4, 4)), ".weight": ("I8", (8, 8))}, "my-own",
                            (False, False, False)),
