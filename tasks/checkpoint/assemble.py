@@ -12,9 +12,9 @@ from pathlib import Path
 from requant.tasks.artifact import File
 from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION, Checkpoint
 from requant.tasks.checkpoint.config import QuantizationConfig
+from requant.tasks.checkpoint.exclusions import without_head_entries
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import INTEGER_PARTS, modules_of
-from requant.tasks.checkpoint.mtp import without_head_entries
 from requant.tasks.checkpoint.packing import PackingScheme, check_parts
 from requant.tasks.checkpoint.writer import Layout, index_of, split_into_shards
 from requant.tasks.errors import CheckpointError

@@ -11,15 +11,11 @@ from pathlib import Path
 from requant.tasks.artifact import File
 from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION, Checkpoint, read_json
 from requant.tasks.checkpoint.config import HEAD_BITS, JsonObject, ModelConfig, QuantizationConfig
+from requant.tasks.checkpoint.exclusions import with_head_entries, without_head_entries
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.header import CONFIG_DTYPES, Tensor
 from requant.tasks.checkpoint.modules import Module, modules_of
-from requant.tasks.checkpoint.mtp import (
-    Head,
-    find_head,
-    with_head_entries,
-    without_head_entries,
-)
+from requant.tasks.checkpoint.mtp import Head, find_head
 from requant.tasks.checkpoint.packing import (
     REQUIRED,
     Array,

@@ -27,10 +27,11 @@ from requant.tasks.checkpoint.checkpoint import (
 from requant.tasks.checkpoint.compat import Judgement, draft_problem, verdicts
 from requant.tasks.checkpoint.config import HeadPrecision, JsonObject
 from requant.tasks.checkpoint.document import MtpFixDocument
+from requant.tasks.checkpoint.exclusions import with_head_entries
 from requant.tasks.checkpoint.head import HEAD_SHARD, NAME_BASE, Tensors, dequantized_head, head_tensors
 from requant.tasks.checkpoint.header import Tensor, read_header
 from requant.tasks.checkpoint.inventory import missing_parts
-from requant.tasks.checkpoint.mtp import find_head, with_head_entries
+from requant.tasks.checkpoint.mtp import find_head
 from requant.tasks.checkpoint.writer import index_of, place_shard, write_file, write_json
 from requant.tasks.errors import CheckpointError
 

@@ -11,12 +11,12 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import verdicts
 from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.document import EngineVerdict, ModuleGroup
+from requant.tasks.checkpoint.exclusions import without_head_entries
 from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.head import HEAD_SHARD, HeadFiles, with_head, without_head
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.inventory import inventory
-from requant.tasks.checkpoint.mtp import without_head_entries
 from requant.tasks.checkpoint.packing import PackingScheme
 from requant.tasks.checkpoint.writer import Computed, Layout
 from requant.tasks.errors import CheckpointError

@@ -31,8 +31,8 @@ from requant.tasks.checkpoint.compat.rule import (
     shorten,
 )
 from requant.tasks.checkpoint.config import ModelConfig, QuantizationConfig
+from requant.tasks.checkpoint.exclusions import AUTO_ROUND_METHODS, AWQ_METHODS, GPTQ_METHODS
 from requant.tasks.checkpoint.modules import Module
-from requant.tasks.checkpoint.mtp import AUTO_ROUND_METHODS, AWQ_METHODS, GPTQ_METHODS
 
 _QKV: dict[str, tuple[str, ...]] = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 _GATE_UP: dict[str, tuple[str, ...]] = {"gate_up_proj": ("gate_proj", "up_proj")}

@@ -14,7 +14,8 @@ from requant.flows.cli.mtp_fix import mtp_fix
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import FINE, FIX, verdicts
 from requant.tasks.checkpoint.config import QuantizationConfig
-from requant.tasks.checkpoint.mtp import find_head, with_head_entries
+from requant.tasks.checkpoint.exclusions import with_head_entries
+from requant.tasks.checkpoint.mtp import find_head
 from requant.tasks.checkpoint.repair import RepairSource, repair
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import FULL, NARROW, all_tensors, experts_apart, raw_tensors, write_checkpoint
