@@ -32,7 +32,7 @@ from requant.tasks.checkpoint.head import HEAD_SHARD, NAME_BASE, Tensors, dequan
 from requant.tasks.checkpoint.header import Tensor, read_header
 from requant.tasks.checkpoint.inventory import missing_parts
 from requant.tasks.checkpoint.mtp import find_head
-from requant.tasks.checkpoint.writer import index_of, place_shard, write_file, write_json
+from requant.tasks.checkpoint.writer import Computed, Layout, index_of, place_shard, write_file, write_json
 from requant.tasks.errors import CheckpointError
 
 RESTORED_SHARD = "model-restored-{:05d}.safetensors"
@@ -40,15 +40,24 @@ RESTORED_SHARD = "model-restored-{:05d}.safetensors"
 AUXILIARY_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".tiktoken")
 NOT_AUXILIARY = {"config.json", INDEX, *QUANTIZATION_FILES}
 
-Layout = dict[str, list[Tensor]]  # shards by name, with their tensors
+Shards = dict[str, list[Tensor]]  # by name, with their tensors
 
 
 @dataclass(frozen=True)
 class RepairSource:
-    """A base to take the head from. `fetch` downloads the data of tensors and files to its folder."""
+    """A checkpoint to repair, or the base to take the head from.
+
+    `fetch` downloads the data of tensors and files to the folder of one that is on the Hub, whose `name` is then
+    `repo_id@sha`.
+    """
 
     folder: Path
     fetch: Callable[[Iterable[Tensor], Iterable[str]], None] = lambda tensors, files: None
+    name: str = ""
+
+    def fetch_own(self, tensors: Iterable[Tensor]) -> None:
+        """Download the data of those tensors that are in this folder."""
+        self.fetch([t for t in tensors if t.path.is_relative_to(self.folder)], ())
 
 
 @dataclass
@@ -57,16 +66,18 @@ class RepairPlan:
 
     `layout` has every shard of the target checkpoint with its tensors, by name. `shards`, `links`, `documents` and
     `copies` are files to write, by name: from tensors, as a link to an existing shard, as JSON, and as a copy of a file
-    of the base. `to_remove` are names of files, `to_restore` those of the head's tensors that differ.
+    of the base. `to_remove` are names of files, `to_restore` those of the head's tensors that differ. `head_source` are
+    the stored tensors of the head, of which those that are computed are made.
     """
 
-    layout: Layout
-    shards: Layout = field(default_factory=dict)
+    layout: Shards
+    shards: Shards = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
     documents: dict[str, JsonObject] = field(default_factory=dict)
     copies: dict[str, Path] = field(default_factory=dict)
     to_remove: list[str] = field(default_factory=list)
     to_restore: list[str] = field(default_factory=list)
+    head_source: list[Tensor] = field(default_factory=list)
     replaces_head: bool = False
     # What keeps engines from using the checkpoint as it is, and the target; None if there is nothing to write.
     present: Judgement | None = None
@@ -75,6 +86,17 @@ class RepairPlan:
     @property
     def to_write(self) -> list[str]:
         return sorted([*self.shards, *self.links, *self.documents, *self.copies])
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size in bytes of each file that has to be written, by name. A link needs no data."""
+        copies = {name: path.stat().st_size for name, path in self.copies.items()}
+        return Layout(self.shards, self.documents).sizes | dict.fromkeys(self.links, 0) | copies
+
+    @property
+    def reads(self) -> list[Tensor]:
+        """The stored tensors whose data is needed to write the shards."""
+        return _stored((tensor for shard in self.shards.values() for tensor in shard), self.head_source)
 
 
 def repair(
@@ -92,14 +114,14 @@ def repair(
     with locked(folder):
         if not dry_run:
             finish_interrupted(folder)
-        plan = plan_repair(folder, base, precision)
-        if plan.present and plan.target:
-            _check_engines(folder, plan.present, plan.target, precision)
+        plan = plan_repair(RepairSource(folder), base, precision)
         if not dry_run:
             remove_stages(folder)
         if plan.to_write and not dry_run:
+            if base is not None:
+                base.fetch_own(plan.reads)
             with staged(folder) as stage:
-                _write(plan, folder, stage)
+                write_repair(plan, folder, stage)
                 install(stage, folder, plan.to_remove)
     return MtpFixDocument(
         changed=bool(plan.to_write) and not dry_run,
@@ -111,11 +133,13 @@ def repair(
     )
 
 
-def plan_repair(folder: Path, base: RepairSource | None, precision: HeadPrecision) -> RepairPlan:
-    """Plan what `repair` has to do, from headers, configs and the data of the head.
+def plan_repair(target: RepairSource, base: RepairSource | None, precision: HeadPrecision) -> RepairPlan:
+    """Plan what `repair` has to do, from headers, configs and the data of heads that differ in nothing else.
 
-    The base's head and the auxiliary files that the folder lacks are downloaded (`RepairSource.fetch`).
+    That data and the auxiliary files that the folder lacks are downloaded (`RepairSource.fetch`). What the shards are
+    written from is not: `RepairPlan.reads`. Raises CheckpointError as `repair` does.
     """
+    folder = target.folder
     checkpoint = _open_by_headers(folder)
     source = Checkpoint.open(base.folder).sound() if base else None
     if source is not None:
@@ -124,13 +148,20 @@ def plan_repair(folder: Path, base: RepairSource | None, precision: HeadPrecisio
     copies: dict[str, Path] = {}
     if base is not None and source is not None:
         copies = {name: base.folder / name for name in _auxiliary_files(base.folder) if not (folder / name).is_file()}
-        base.fetch((source.tensors[name] for name in (source.head.names if source.head else ())), copies)
+        base.fetch((), copies)
+    owner = source or checkpoint
+    head_source = [owner.tensors[name] for name in (owner.head.names if owner.head else ())]
+    alike = [ours for name, tensor in wanted.items() if (ours := checkpoint.tensors.get(name)) and _alike(ours, tensor)]
+    to_compare = [*alike, *_stored((wanted[tensor.name] for tensor in alike), head_source)]
+    for place in (target, base):
+        if place is not None:
+            place.fetch_own(to_compare)
     present_names = _present_head(checkpoint, source)
     differing = _differing(checkpoint, wanted)
     plan = RepairPlan(_by_shard(folder, checkpoint.tensors.values()))
     if differing or present_names - set(wanted):
         plan = _replace_head(plan.layout, wanted, present_names)
-    plan.copies, plan.to_restore = copies, differing
+    plan.copies, plan.to_restore, plan.head_source = copies, differing, head_source
     if plan.replaces_head or (folder / INDEX).exists():
         old_index = read_json(folder / INDEX) if (folder / INDEX).exists() else None
         _plan_document(plan, folder, INDEX, index_of(plan.layout, old_index))
@@ -138,13 +169,21 @@ def plan_repair(folder: Path, base: RepairSource | None, precision: HeadPrecisio
         plan.to_remove += sorted(shard for shard in unnamed if os.path.lexists(folder / shard))
     tensors = {tensor.name: tensor for shard in plan.layout.values() for tensor in shard}
     with_new_head = replace(checkpoint, tensors=tensors, problems=[], pending_files=copies)
-    target = _plan_configs(plan, with_new_head, source)
-    missing = missing_parts(target, target.head) if target.head else []
+    repaired = _plan_configs(plan, with_new_head, source)
+    missing = missing_parts(repaired, repaired.head) if repaired.head else []
     if missing:
         raise CheckpointError(f"{folder}: {missing[0]} is missing from the MTP head: {NAME_BASE}")
     if plan.to_write:
-        plan.present, plan.target = Judgement.of(Checkpoint.open(folder)), Judgement.of(target)
+        plan.present, plan.target = Judgement.of(Checkpoint.open(folder)), Judgement.of(repaired)
+        _check_engines(folder, plan.present, plan.target, precision)
     return plan
+
+
+def _stored(tensors: Iterable[Tensor], head_source: Iterable[Tensor]) -> list[Tensor]:
+    """Return the stored tensors whose data these tensors have. Those that are computed are made of the head's."""
+    wanted = list(tensors)
+    made = head_source if any(isinstance(tensor, Computed) for tensor in wanted) else ()
+    return list(dict.fromkeys([*(tensor for tensor in wanted if not isinstance(tensor, Computed)), *made]))
 
 
 def _check_engines(folder: Path, present: Judgement, target: Judgement, precision: HeadPrecision) -> None:
@@ -239,10 +278,13 @@ def _differing(checkpoint: Checkpoint, wanted: Tensors) -> list[str]:
     differing = []
     for name, tensor in wanted.items():
         ours = checkpoint.tensors.get(name)
-        same = ours is not None and (ours.dtype, ours.shape) == (tensor.dtype, tensor.shape)
-        if not same or ours is None or (ours != tensor and not _same_bytes(ours, tensor)):
+        if ours is None or (ours != tensor and not (_alike(ours, tensor) and _same_bytes(ours, tensor))):
             differing.append(name)
     return differing
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one != other and (one.dtype, one.shape) == (other.dtype, other.shape)
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
@@ -259,15 +301,15 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
     return True
 
 
-def _by_shard(folder: Path, tensors: Iterable[Tensor]) -> Layout:
+def _by_shard(folder: Path, tensors: Iterable[Tensor]) -> Shards:
     """Group tensors by their shard, whose name is its path in the folder."""
-    layout: Layout = {}
+    layout: Shards = {}
     for tensor in tensors:
         layout.setdefault(tensor.path.relative_to(folder).as_posix(), []).append(tensor)
     return layout
 
 
-def _replace_head(layout: Layout, wanted: Tensors, present_names: set[str]) -> RepairPlan:
+def _replace_head(layout: Shards, wanted: Tensors, present_names: set[str]) -> RepairPlan:
     """Plan a shard for the wanted head, and the other shards without the tensors of the present head.
 
     A shard that loses tensors gets a new name, so that the old index stays valid until it is replaced. Only a shard of
@@ -333,9 +375,12 @@ def _auxiliary_files(folder: Path) -> list[str]:
     return sorted(name for name in files if name not in NOT_AUXILIARY and not name.startswith("."))
 
 
-def _write(plan: RepairPlan, folder: Path, stage: Path) -> None:
+def write_repair(
+    plan: RepairPlan, folder: Path, stage: Path, place: Callable[[Path, str, list[Tensor]], None] = place_shard
+) -> None:
+    """Write the files that a repair of `folder` needs to `stage`, each shard with `place`."""
     for shard, tensors in plan.shards.items():
-        place_shard(stage, shard, tensors)
+        place(stage, shard, tensors)
     for name, old in plan.links.items():
         (stage / name).hardlink_to((folder / old).resolve())
     for name, document in plan.documents.items():

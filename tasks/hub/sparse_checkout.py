@@ -16,7 +16,8 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import hf_hub_url
 
-from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION_FILES, SINGLE
+from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION_FILES
+from requant.tasks.checkpoint.compat import PROCESSOR
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.untrusted import MAX_HEADER_BYTES, MAX_JSON_BYTES
 from requant.tasks.errors import CheckpointError, HubUnavailable
@@ -49,9 +50,10 @@ def create_checkout(
         sizes[file.path] = file.size
         with (folder / file.path).open("wb") as stream:
             stream.truncate(file.size)
-    small = (p for p in ("config.json", INDEX, *QUANTIZATION_FILES) if 0 < sizes.get(p, 0) <= MAX_JSON_BYTES)
+    small = (p for p in ("config.json", INDEX, PROCESSOR, *QUANTIZATION_FILES) if 0 < sizes.get(p, 0) <= MAX_JSON_BYTES)
     fetch_files(revision, folder, small)
-    shards = [shard for shard in _shards(folder) if sizes.get(shard, 0) >= 8]
+    lying = (path for path in sizes if "/" not in path and path.endswith(".safetensors"))  # An index may not name them.
+    shards = [shard for shard in sorted({*_shards(folder), *lying}) if sizes.get(shard, 0) >= 8]
     with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
         list(pool.map(lambda shard: _fetch_header(revision, folder, shard, sizes[shard]), shards))
     return folder
@@ -80,7 +82,7 @@ def fetch_files(revision: Revision, folder: Path, paths: Iterable[str]) -> None:
 
 def _shards(folder: Path) -> Sequence[str]:
     if not (folder / INDEX).exists():
-        return [SINGLE]
+        return []
     try:
         weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
         return sorted({shard for shard in weight_map.values() if isinstance(shard, str)})

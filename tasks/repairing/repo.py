@@ -1,0 +1,114 @@
+"""Repairs the MTP head of a repo on the Hub, by a pull request.
+
+A sparse checkout of the repo is repaired as a folder is (`checkpoint.repair`), and inspected before and after. Unless a
+pull request is wanted, new shards have headers only: that is all that verdicts need, and nothing is sent.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from requant.tasks.artifact import file_of
+from requant.tasks.checkpoint.atomic_swap import install, staged
+from requant.tasks.checkpoint.config import HeadPrecision
+from requant.tasks.checkpoint.document import Diagnosis, MtpFixDocument
+from requant.tasks.checkpoint.inspect import inspect_checkpoint
+from requant.tasks.checkpoint.repair import RepairPlan, RepairSource, plan_repair, write_repair
+from requant.tasks.checkpoint.writer import place_header, place_shard
+from requant.tasks.errors import CheckpointError, HubError, RecipeError
+from requant.tasks.hub.revision import Revision, check_repo_id, resolve, split_name
+from requant.tasks.repairing.description import TITLE, describe
+from requant.tasks.repairing.named_base import named_base
+from requant.tasks.repairing.proposal import Change, check_account, check_is_main, propose
+from requant.tasks.repairing.source import find_source, repair_source, shown_names, sparse_source
+
+log = logging.getLogger(__name__)
+
+
+def repair_repo(
+    name: str, *, base: str | Path | None = None, precision: HeadPrecision = "keep", pull_request: bool = False
+) -> MtpFixDocument:
+    """Work out a repair of the repo `repo_id[@revision]`, and open a pull request with it if `pull_request`.
+
+    `base` and `precision` are as for `repair`; by default, the base is the one that the repo's card names, at its
+    newest commit. Data of tensors is downloaded only to compare heads that differ in nothing else, and for a pull
+    request.
+
+    Raises CheckpointError as `repair` does, RecipeError for a pull request without a token, HubError, HubUnavailable.
+    """
+    repo_id, revision_name = split_name(name)
+    account = check_account(check_repo_id(repo_id)) if pull_request else None
+    revision = resolve(repo_id, revision_name)
+    base_name = base or named_base(revision)
+    found = None if base_name is None else find_source(base_name)
+    if account is not None:
+        check_is_main(revision)
+        _check_base(found, revision)
+    with sparse_source(revision) as target, repair_source(found) as source:
+        before = _diagnose(target)
+        plan = plan_repair(target, source, precision)
+        after = _carry_out(plan, target, source, with_data=pull_request) if plan.to_write else before
+        document = MtpFixDocument(
+            changed=False,
+            tensors_restored=len(plan.to_restore),
+            source="base" if source else "dequantized",
+            writes=plan.to_write,
+            removes=[path for path in plan.to_remove if path not in plan.to_write],
+            engines=after.engines,
+            repo=revision.repo_id,
+            sha=revision.sha,
+            base=(source.name or str(source.folder)) if source else None,
+            before=before,
+            after=after,
+            sizes=plan.sizes,
+            upload_bytes=sum(plan.sizes.values()),
+            download_bytes=sum(tensor.nbytes for tensor in plan.reads),
+        )
+        if account is None or not plan.to_write:
+            return document
+        change = Change(
+            target.folder,
+            [file_of(target.folder, path) for path in plan.to_write if path not in plan.links],
+            plan.links,
+            document.removes,
+        )
+        proposal = propose(revision, change, TITLE, describe(document, precision), account)
+        return document.model_copy(update={"changed": proposal.opened, "pull_request": proposal.url})
+
+
+def _check_base(base: Path | Revision | None, revision: Revision) -> None:
+    """Check that others can look at the base of a pull request. Raises RecipeError for a folder, otherwise HubError."""
+    if isinstance(base, Path):
+        raise RecipeError(
+            f"a pull request names its base, so that others can check it, and {base} is a folder: name the base as "
+            "repo_id[@revision]"
+        )
+    if isinstance(base, Revision) and base.private and not revision.private:
+        raise HubError(
+            f"{base.repo_id} is private and {revision.repo_id} is not: a pull request would publish its head, so make "
+            "the repo private, or name a public base with --base",
+            repo_id=base.repo_id,
+        )
+
+
+def _diagnose(source: RepairSource) -> Diagnosis:
+    """Inspect a checkpoint. One that cannot be opened has one problem, and no verdicts."""
+    try:
+        document = inspect_checkpoint(source.folder)
+    except CheckpointError as error:
+        return Diagnosis(engines={}, problems=[shown_names(str(error), source)])
+    return Diagnosis(engines=document.engines, problems=document.problems)
+
+
+def _carry_out(plan: RepairPlan, target: RepairSource, source: RepairSource | None, *, with_data: bool) -> Diagnosis:
+    """Repair a sparse checkout, and inspect the result. Without data, new shards have the right header and size."""
+    if with_data:
+        log.info(f"fetching {sum(tensor.nbytes for tensor in plan.reads):,} bytes of tensors")
+        for place in (target, source):
+            if place is not None:
+                place.fetch_own(plan.reads)
+    with staged(target.folder) as stage:
+        write_repair(plan, target.folder, stage, place_shard if with_data else place_header)
+        install(stage, target.folder, plan.to_remove)
+    return _diagnose(target)
