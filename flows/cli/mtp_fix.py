@@ -64,7 +64,8 @@ def _lines(checkpoint: str, result: MtpFixDocument, precision: HeadPrecision, tr
     if not result.writes:
         yield f"{name}: nothing to repair"
     else:
-        yield f"{name}: {'would be repaired' if tried else 'repaired'}, {head_text(result, precision)}"
+        done = "would be repaired" if tried else "repaired" + (" in a pull request" if result.repo else "")
+        yield f"{name}: {done}, {head_text(result, precision)}"
     if result.base:
         yield f"base         {result.base}"
     writes, removes = ("would write", "would remove") if tried else ("wrote", "removed")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import requant
 from requant.tasks.card.filters import Markdown, cell, fence, named, table
+from requant.tasks.checkpoint.compat import FIX
 from requant.tasks.checkpoint.config import HeadPrecision
 from requant.tasks.checkpoint.document import Diagnosis, MtpFixDocument
 
@@ -54,8 +55,10 @@ def head_text(document: MtpFixDocument, precision: HeadPrecision) -> str:
 
 def _reason(document: MtpFixDocument, precision: HeadPrecision) -> str:
     """Return one paragraph that says why the repo should have the change, and what the change leaves alone."""
-    assert document.before is not None
-    wrong = document.before.problems
+    assert document.before is not None and document.after is not None
+    before, after = document.before, document.after
+    wrong = [problem for problem in before.problems if problem not in after.problems]
+    wrong += [verdict.reason for engine, verdict in before.engines.items() if verdict != after.engines[engine]]
     cause = f"This checkpoint has a problem: {_text(wrong[0])}." if wrong else "The MTP head is not that of the base."
     base = f" (base: {named(document.base)})" if document.base else ""
     return (
@@ -82,5 +85,8 @@ def _problems(found: str, problems: Sequence[str]) -> str:
 
 
 def _text(value: object) -> Markdown:
-    """Escape a sentence from outside. It mentions no account of the Hub, which would then be told."""
-    return Markdown(cell(value).replace("@", "&#64;"))
+    """Escape a sentence from outside, without the advice to do what was done here.
+
+    It mentions no account of the Hub, which would then be told.
+    """
+    return Markdown(cell(str(value).removesuffix(f": {FIX}")).replace("@", "&#64;"))

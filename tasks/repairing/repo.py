@@ -17,7 +17,7 @@ from requant.tasks.checkpoint.inspect import inspect_checkpoint
 from requant.tasks.checkpoint.repair import RepairPlan, RepairSource, plan_repair, write_repair
 from requant.tasks.checkpoint.writer import place_header, place_shard
 from requant.tasks.errors import CheckpointError, HubError, RecipeError
-from requant.tasks.hub.revision import Revision, check_repo_id, resolve, split_name
+from requant.tasks.hub.revision import Revision, resolve_name, split_name
 from requant.tasks.repairing.description import TITLE, describe
 from requant.tasks.repairing.named_base import named_base
 from requant.tasks.repairing.proposal import Change, check_account, check_is_main, propose
@@ -37,9 +37,8 @@ def repair_repo(
 
     Raises CheckpointError as `repair` does, RecipeError for a pull request without a token, HubError, HubUnavailable.
     """
-    repo_id, revision_name = split_name(name)
-    account = check_account(check_repo_id(repo_id)) if pull_request else None
-    revision = resolve(repo_id, revision_name)
+    account = check_account(split_name(name)[0]) if pull_request else None
+    revision = resolve_name(name)
     base_name = base or named_base(revision)
     found = None if base_name is None else find_source(base_name)
     if account is not None:
