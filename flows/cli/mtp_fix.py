@@ -52,9 +52,9 @@ def mtp_fix(
     """
     document = api.mtp_fix(checkpoint, base=base, precision=precision, dry_run=dry_run, pull_request=pull_request)
     tried = dry_run or (document.repo is not None and not pull_request)
-    drafts = any(verdict.mtp for verdict in document.engines.values())
+    refused = all(verdict.mtp is False for verdict in document.engines.values())
     text = "\n".join(_lines(checkpoint, document, precision, tried))
-    return CommandResult(document.to_json(), text, 0 if drafts or tried else 1)
+    return CommandResult(document.to_json(), text, 1 if refused and not tried else 0)
 
 
 def _lines(checkpoint: str, result: MtpFixDocument, precision: HeadPrecision, tried: bool) -> Iterator[str]:
@@ -75,12 +75,12 @@ def _lines(checkpoint: str, result: MtpFixDocument, precision: HeadPrecision, tr
     if result.before and result.after and result.writes:
         yield f"download     {result.download_bytes:,} bytes of tensors"
         yield f"upload       {result.upload_bytes:,} bytes"
-        yield from (f"before       {engine}: {verdict}" for engine, verdict in result.before.engines.items())
+        yield from (f"before       {verdict.text(engine)}" for engine, verdict in result.before.engines.items())
         yield from (f"before       {problem}" for problem in result.before.problems)
-        yield from (f"after        {engine}: {verdict}" for engine, verdict in result.after.engines.items())
+        yield from (f"after        {verdict.text(engine)}" for engine, verdict in result.after.engines.items())
         yield from (f"after        {problem}" for problem in result.after.problems or ["no problem"])
     else:
-        yield from (f"{engine:10} {verdict}" for engine, verdict in result.engines.items())
+        yield from (f"{engine:12} {verdict.text(engine)}" for engine, verdict in result.engines.items())
     if result.pull_request:
         yield f"{'pull request' if result.changed else 'open already'} {result.pull_request}"
     elif result.repo and result.writes:

@@ -14,15 +14,27 @@ from requant.tasks.documents import Document
 
 
 class EngineVerdict(Document):
-    """Whether an engine will load a checkpoint and draft with its MTP head, from headers and configs alone."""
+    """Whether an engine will load a checkpoint and draft with its MTP head, from headers and configs alone.
 
-    loads: bool = Field(description="Whether the engine loads it")
-    mtp: bool = Field(description="Whether the engine drafts with its MTP head")
-    reason: str = Field(description="What is in the way, or that nothing is")
+    There are three answers: yes, no, and not judged, where Requant does not know.
+    """
 
-    def __str__(self) -> str:
-        loads, drafts = "loads" if self.loads else "does not load", "drafts" if self.mtp else "does not draft"
-        return f"{loads}, {drafts}: {self.reason}"
+    loads: bool | None = Field(description="Whether the engine loads it; null: not judged")
+    mtp: bool | None = Field(description="Whether the engine drafts with its MTP head; null: not judged")
+    reason: str = Field(description="What is in the way, why it was not judged, or that nothing is in the way")
+    version: str = Field(description="The engine's version whose rules were used, as 0.32.0")
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Order verdicts on one engine: no is worse than not judged, which is worse than yes; loading counts first."""
+        ranks = {False: 0, None: 1, True: 2}
+        return ranks[self.loads], ranks[self.mtp]
+
+    def text(self, engine: str) -> str:
+        """Return the verdict in words, with the engine's name and version."""
+        loads = {True: "loads", False: "does not load", None: "loading not judged"}[self.loads]
+        drafts = {True: "drafts", False: "does not draft", None: "drafting not judged"}[self.mtp]
+        return f"{loads}, {drafts}: {self.reason} ({engine} {self.version})"
 
 
 class QuantizedWeights(Document):

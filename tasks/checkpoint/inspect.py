@@ -71,7 +71,7 @@ def as_text(name: str, document: InspectDocument) -> str:
     else:
         lines.append("quantized     nothing")
     lines.append(f"MTP head      {_head_text(document.mtp)}")
-    lines += [f"{engine:13} {verdict}" for engine, verdict in document.engines.items()]
+    lines += [f"{engine:13} {verdict.text(engine)}" for engine, verdict in document.engines.items()]
     lines += [f"problem       {problem}" for problem in document.problems] or ["problems      none"]
     return "\n".join(lines)
 

@@ -158,5 +158,5 @@ def _head(checkpoint: Checkpoint, judgement: Judgement) -> Iterator[str]:
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         yield f"the MTP head lacks {missing[0]}{more}: restore it with requant mtp-fix --base"
-    elif judgement.draft_problem is not None:
-        yield judgement.draft_problem
+    elif judgement.head_problem is not None:
+        yield judgement.head_problem

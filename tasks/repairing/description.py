@@ -58,7 +58,7 @@ def _reason(document: MtpFixDocument, precision: HeadPrecision) -> str:
     assert document.before is not None and document.after is not None
     before, after = document.before, document.after
     wrong = [problem for problem in before.problems if problem not in after.problems]
-    wrong += [verdict.reason for engine, verdict in before.engines.items() if verdict != after.engines[engine]]
+    wrong += [verdict.reason for engine, verdict in before.engines.items() if verdict != after.engines.get(engine)]
     cause = f"This checkpoint has a problem: {_text(wrong[0])}." if wrong else "The MTP head is not that of the base."
     base = f" (base: {named(document.base)})" if document.base else ""
     return (
@@ -69,7 +69,7 @@ def _reason(document: MtpFixDocument, precision: HeadPrecision) -> str:
 
 def _verdict(diagnosis: Diagnosis, engine: str) -> Markdown:
     verdict = diagnosis.engines.get(engine)
-    return _text("cannot be opened" if verdict is None else verdict)
+    return _text("cannot be opened" if verdict is None else verdict.text(engine))
 
 
 def _written(size_bytes: int) -> str:
@@ -89,4 +89,4 @@ def _text(value: object) -> Markdown:
 
     It mentions no account of the Hub, which would then be told.
     """
-    return Markdown(cell(str(value).removesuffix(f": {FIX}")).replace("@", "&#64;"))
+    return Markdown(cell(str(value).replace(f": {FIX}", "")).replace("@", "&#64;"))

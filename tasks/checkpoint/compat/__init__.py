@@ -14,7 +14,7 @@ from itertools import islice
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import sglang, transformers, vllm
-from requant.tasks.checkpoint.compat.rule import Patterns
+from requant.tasks.checkpoint.compat.rule import Finding, NotJudged, Patterns
 from requant.tasks.checkpoint.config import LAYER_COUNTS, JsonObject, QuantizationConfig
 from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.checkpoint.inventory import missing_parts
@@ -24,7 +24,9 @@ from requant.tasks.checkpoint.untrusted import MAX_SMALL_JSON_BYTES
 VIDEO, IMAGE, PROCESSOR = "video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json"
 _REPEATED_REPEAT = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")
 FINE = "nothing is in the way"
+DRAFTING = ("vllm", "sglang")  # the engines that draft with a head
 FIX = "run requant mtp-fix"
+VERSIONS = {"vllm": vllm.VERSION, "sglang": sglang.VERSION, "transformers": transformers.VERSION}
 
 
 class Fixable(str):
@@ -33,14 +35,14 @@ class Fixable(str):
 
 @dataclass(frozen=True)
 class Judgement:
-    """What keeps each engine from loading a checkpoint, and from drafting; None if nothing does.
+    """What keeps each engine from loading a checkpoint, and from drafting, or why that is not judged.
 
     `hostile`: regular expressions on which an engine would hang. They were too slow when tried, or repeat a repetition,
     on which the module `re` that SGLang uses may not terminate.
     """
 
-    loading: dict[str, str | None]
-    drafting: dict[str, str | None]
+    loading: dict[str, Finding]
+    drafting: dict[str, Finding]
     hostile: list[str]
 
     @classmethod
@@ -54,14 +56,17 @@ class Judgement:
         missing = missing_vision_files(checkpoint)
         lacks_file = f"{missing[0]} is missing: copy it from the base" if missing else None
         incomplete = _incomplete_head(checkpoint)
-        loading = {
+        loading: dict[str, Finding] = {
             "vllm": lacks_file or fatal or vllm.load_problem(checkpoint, main_modules, patterns),
             "sglang": lacks_file or fatal or sglang.load_problem(checkpoint, main_modules, patterns),
             "transformers": fatal or transformers.load_problem(checkpoint),
         }
-        drafting = {
-            "vllm": incomplete or _fixable(vllm.head_problem(checkpoint, head_modules, patterns)),
-            "sglang": incomplete or _fixable(sglang.head_problem(checkpoint, head_modules, patterns)),
+        found = {
+            "vllm": incomplete or vllm.head_problem(checkpoint, head_modules, patterns),
+            "sglang": incomplete or sglang.head_problem(checkpoint, head_modules, patterns),
+        }
+        drafting: dict[str, Finding] = {
+            **{engine: _fixable(problem, loading[engine]) for engine, problem in found.items()},
             "transformers": transformers.IGNORED,
         }
         suspicious = (p for p in _possible_patterns(checkpoint.quantization) if _REPEATED_REPEAT.search(p))
@@ -71,18 +76,30 @@ class Judgement:
     @property
     def verdicts(self) -> dict[str, EngineVerdict]:
         """The verdict on each engine. `reason` names what to change."""
-        return {
-            engine: EngineVerdict(
-                loads=loading is None,
-                mtp=loading is None and self.drafting[engine] is None,
-                reason=loading or _with_remedy(self.drafting[engine]) or FINE,
-            )
-            for engine, loading in self.loading.items()
-        }
+        return {engine: self._verdict(engine) for engine in self.loading}
+
+    def _verdict(self, engine: str) -> EngineVerdict:
+        loading, drafting = self.loading[engine], self.drafting[engine]
+        loads, drafts = _answer(loading), _answer(drafting)
+        mtp = False if False in (loads, drafts) else None if None in (loads, drafts) else True
+        reasons = [loading] if loads is False else [loading, _with_remedy(drafting)]
+        reason = "; ".join(dict.fromkeys(text for text in reasons if text)) or FINE
+        return EngineVerdict(loads=loads, mtp=mtp, reason=reason, version=VERSIONS[engine])
 
     @property
     def draft_problem(self) -> str | None:
-        return _with_remedy(self.drafting["vllm"] or self.drafting["sglang"])
+        """Why vLLM or SGLang would not draft; None if both would, or if that is not judged."""
+        return next((_with_remedy(found) for found in self._draft_problems.values()), None)
+
+    @property
+    def head_problem(self) -> str | None:
+        """Why vLLM or SGLang would not draft, if the head is what is wrong and not the whole checkpoint."""
+        of_heads = (found for engine, found in self._draft_problems.items() if found != self.loading[engine])
+        return next((_with_remedy(found) for found in of_heads), None)
+
+    @property
+    def _draft_problems(self) -> dict[str, Finding]:
+        return {engine: found for engine in DRAFTING if _answer(found := self.drafting[engine]) is False}
 
 
 def _possible_patterns(quantization: QuantizationConfig) -> list[str]:
@@ -160,9 +177,15 @@ def _uncounted_tensor(checkpoint: Checkpoint, promised: int) -> str | None:
     return None
 
 
-def _fixable(problem: str | None) -> Fixable | None:
-    return None if problem is None else Fixable(problem)
+def _fixable(problem: Finding, loading: Finding) -> Finding:
+    """Mark a problem of the head as fixable, unless it is a problem of the whole checkpoint: `loading`."""
+    return Fixable(problem) if _answer(problem) is False and problem != loading else problem
 
 
-def _with_remedy(problem: str | None) -> str | None:
+def _answer(finding: Finding) -> bool | None:
+    """Return whether an engine loads or drafts; None if that is not judged."""
+    return None if isinstance(finding, NotJudged) else finding is None
+
+
+def _with_remedy(problem: Finding) -> str | None:
     return f"{problem}: {FIX}" if isinstance(problem, Fixable) else problem

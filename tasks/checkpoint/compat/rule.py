@@ -26,6 +26,15 @@ class NotLoadable(Exception):
     """The engine would raise an error here. The text is a part of a sentence, and names the field."""
 
 
+class NotJudged(str):
+    """Why it is not known whether an engine loads a checkpoint, or drafts with its head."""
+
+    __slots__ = ()
+
+
+Finding = str | None  # None: nothing is in the way; NotJudged: that is not known; any other text: what is in the way
+
+
 @dataclass(frozen=True)
 class Layer:
     """A layer of an engine: its name and class there, and the checkpoint's modules from which it is loaded."""

@@ -50,6 +50,7 @@ from requant.tasks.checkpoint.compat.rule import (
 from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.modules import Module
 
+VERSION = "0.5.23"
 BITS = {2, 3, 4, 8}
 PACKINGS = {GPTQ, AWQ}
 METHODS = {

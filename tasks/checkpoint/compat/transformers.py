@@ -13,6 +13,7 @@ from requant.tasks.checkpoint.compat.vllm import quantization_of
 from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.modules import Module
 
+VERSION = "5.23.0"
 METHODS = {
     "awq", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "gptq", "aqlm", "quanto", "quark", "fouroversix",
     "fp_quant", "eetq", "higgs", "hqq", "compressed-tensors", "fbgemm_fp8", "torchao", "bitnet", "vptq", "spqr", "fp8",

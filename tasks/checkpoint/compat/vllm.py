@@ -34,6 +34,7 @@ from requant.tasks.checkpoint.config import ModelConfig, QuantizationConfig
 from requant.tasks.checkpoint.exclusions import AUTO_ROUND_METHODS, AWQ_METHODS, GPTQ_METHODS
 from requant.tasks.checkpoint.modules import Module
 
+VERSION = "0.32.0"
 _QKV: dict[str, tuple[str, ...]] = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 _GATE_UP: dict[str, tuple[str, ...]] = {"gate_up_proj": ("gate_proj", "up_proj")}
 _GDN: dict[str, tuple[str, ...]] = {

@@ -45,9 +45,9 @@ def test_a_file_in_a_command_is_named_without_the_folder_it_lies_in() -> None:
     assert "--chat-template chat.jinja" in body and "/srv/mine" not in body
 
 
-GOOD = EngineVerdict(loads=True, mtp=True, reason="nothing is in the way")
-NO_DRAFTS = EngineVerdict(loads=True, mtp=False, reason="its head is packed")
-NO_MODEL = EngineVerdict(loads=False, mtp=False, reason="no kernel takes <3> bits")
+GOOD = EngineVerdict(loads=True, mtp=True, reason="nothing is in the way", version="0.32.0")
+NO_DRAFTS = EngineVerdict(loads=True, mtp=False, reason="its head is packed", version="0.32.0")
+NO_MODEL = EngineVerdict(loads=False, mtp=False, reason="no kernel takes <3> bits", version="0.32.0")
 
 
 def test_no_command_is_shown_for_an_engine_that_does_not_load_it() -> None:

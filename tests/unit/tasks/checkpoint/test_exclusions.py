@@ -12,6 +12,7 @@ from requant.tasks.checkpoint.config import ModelConfig, QuantizationConfig
 from requant.tasks.checkpoint.exclusions import unquantized_entries, with_head_entries, without_head_entries
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.mtp import Head, find_head
+from requant.tasks.errors import CheckpointError
 
 FULL = {"bits": 16, "data_type": "fp"}
 AUTO_ROUND = QuantizationConfig(quant_method="auto-round", bits=4)
@@ -103,3 +104,79 @@ def test_a_config_is_copied_and_never_changed() -> None:
 def test_an_extra_config_that_is_no_mapping_is_left_as_it_is(extra: Any) -> None:
     head, _ = head_and_tensors(APART)
     assert without_head_entries(QuantizationConfig(extra_config=extra), head) == {"extra_config": extra}
+
+
+# Each method's own list, and entries of it that name all of the head `mtp` and all of the layer `model.layers.2`.
+LISTS = {
+    "modelopt": ("ignore", "mtp*", "model.layers.2.*"),
+    "modelopt_fp4": ("ignore", "mtp*", "model.layers.2.*"),
+    "quark": ("exclude", "re:.*mtp.*", r"re:.*model\.layers\.2\..*"),
+    "compressed-tensors": ("ignore", "re:.*mtp.*", r"re:.*model\.layers\.2\..*"),
+    "fp8": ("modules_to_not_convert", "mtp", "model.layers.2"),
+    "awq": ("modules_to_not_convert", "mtp", "model.layers.2"),
+}
+
+
+@pytest.mark.parametrize("shapes", [APART, INLINED], ids=["apart", "inlined"])
+@pytest.mark.parametrize("method", LISTS)
+def test_a_list_of_the_methods_own_gains_the_head_and_nothing_else_changes(
+    method: str, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    head, tensors = head_and_tensors(shapes)
+    key, apart, inlined = LISTS[method]
+    before = QuantizationConfig({"quant_method": method, key: ["lm_head"], "other": {"x": 1}})
+    once = with_head_entries(before, head, tensors)
+    assert {**once, key: ["lm_head"]} == before
+    assert once[key][0] == "lm_head" and (apart if shapes is APART else inlined) in once[key]
+    assert with_head_entries(once, head, tensors) == once
+
+
+@pytest.mark.parametrize("method", ["modelopt", "quark", "fp8", "awq"])
+def test_a_head_with_a_quantized_module_is_left_out_module_by_module(method: str) -> None:
+    head, tensors = head_and_tensors(APART)
+    name = "mtp.layers.0.self_attn.q_proj.weight"
+    tensors[name] = Tensor(name, "F8_E4M3", (8, 8), Path("x"), 0, 0)
+    key = LISTS[method][0]
+    stated = QuantizationConfig({"quant_method": method, key: ["mtp", "mtp*", "re:.*mtp.*", "lm_head"]})
+    listed = with_head_entries(stated, head, tensors)[key]
+    assert {*listed} == {"lm_head", "mtp.fc", "mtp.layers.0.mlp.gate", "mtp.layers.0.mlp.experts"}
+
+
+def test_modules_that_engines_fuse_are_followed_by_the_name_of_the_fused_layer() -> None:
+    parts = ("q_proj", "k_proj", "v_proj")
+    shapes = {f"mtp.layers.0.self_attn.{part}.weight": (8, 8) for part in parts} | APART
+    head, tensors = head_and_tensors(shapes)
+    listed = with_head_entries(QuantizationConfig(quant_method="fp8"), head, tensors)["modules_to_not_convert"]
+    assert {"mtp.layers.0.self_attn.qkv_proj", "mtp.layers.0.mlp.experts"} <= {*listed}
+
+
+def test_modelopts_older_form_keeps_its_own_field() -> None:
+    head, tensors = head_and_tensors(APART)
+    inner = {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+    stated = QuantizationConfig(quant_method="modelopt", quantization=inner)
+    assert with_head_entries(stated, head, tensors)["quantization"] == {
+        "quant_algo": "FP8",
+        "exclude_modules": ["lm_head", "mtp*", "mtp.fc", "mtp.layers.0.mlp.gate", "mtp.layers.0.self_attn.q_proj",
+                            "mtp.layers.0.mlp.experts"],
+    }  # fmt: skip
+    assert inner["exclude_modules"] == ["lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("method", "key"), [(method, key) for method, (key, *_) in LISTS.items() if key != "modules_to_not_convert"]
+)
+def test_a_list_that_is_none_is_refused_and_not_replaced(method: str, key: str) -> None:
+    head, tensors = head_and_tensors(APART)
+    with pytest.raises(CheckpointError, match=f"{key} of quantization_config is 'lm_head', and no list"):
+        with_head_entries(QuantizationConfig({"quant_method": method, key: "lm_head"}), head, tensors)
+
+
+@pytest.mark.parametrize(("blocks", "left"), [
+    ("model.layers,mtp.layers", "model.layers"), (["model.layers", "mtp.layers"], ["model.layers"]),
+    ("model.layers", "model.layers"), ("mtp.layers", "mtp.layers"), ("model.layers,mtp", "model.layers"), (5, 5),
+], ids=repr)  # fmt: skip
+@pytest.mark.parametrize("key", ["block_name_to_quantize", "to_quant_block_names"])
+def test_a_list_of_blocks_no_longer_names_the_head(key: str, blocks: Any, left: Any) -> None:
+    head, tensors = head_and_tensors(APART)
+    stated = QuantizationConfig({**AUTO_ROUND, key: blocks})
+    assert with_head_entries(stated, head, tensors)[key] == left
