@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def mtp_fix(
     checkpoint: str, base: str | None, precision: HeadPrecision, dry_run: bool, pull_request: bool
 ) -> CommandResult:
-    """Repair the MTP head of an existing checkpoint: a folder in place, a repo by a pull request.
+    """Repair the MTP head of a folder, or of a repo by pull request.
 
     CHECKPOINT is a folder, or repo_id[@revision]. Its index, total_size and both quantization configs are corrected
     too, and missing tokenizer and processor files are added. Without --base, a quantized head is dequantized unless
