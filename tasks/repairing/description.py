@@ -57,8 +57,8 @@ def _reason(document: MtpFixDocument, precision: HeadPrecision) -> str:
     """Return one paragraph that says why the repo should have the change, and what the change leaves alone."""
     assert document.before is not None and document.after is not None
     before, after = document.before, document.after
-    wrong = [problem for problem in before.problems if problem not in after.problems]
-    wrong += [verdict.reason for engine, verdict in before.engines.items() if verdict != after.engines.get(engine)]
+    wrong = [verdict.reason for engine, verdict in before.engines.items() if verdict != after.engines.get(engine)]
+    wrong += [problem for problem in before.problems if problem not in after.problems]
     cause = f"This checkpoint has a problem: {_text(wrong[0])}." if wrong else "The MTP head is not that of the base."
     base = f" (base: {named(document.base)})" if document.base else ""
     return (

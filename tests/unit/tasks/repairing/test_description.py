@@ -38,7 +38,7 @@ def document(problems: list[str], **changes: object) -> MtpFixDocument:
 def test_it_says_why_and_shows_the_verdicts_before_and_after_and_every_file() -> None:
     text = describe(document(["the MTP head lacks mtp.fc: run requant mtp-fix", "a norm is F32"]), "keep")
     reason, verdicts, *_ = text.split("\n\n")
-    assert reason.startswith("This checkpoint has a problem: the MTP head lacks mtp.fc. The repair: 15 tensors of the")
+    assert reason.startswith("This checkpoint has a problem: there is no MTP head. The repair: 15 tensors of the")
     assert f"`{BASE}`" in reason and "\n" not in reason and "run requant" not in text.replace("```bash", "")
     (row,) = [line for line in verdicts.splitlines() if line.startswith("| vllm")]
     assert row.count("vllm 0.32.0") == 2 and row.index("does not draft") < row.index(", drafts")
