@@ -80,7 +80,7 @@ def _lines(checkpoint: str, result: MtpFixDocument, precision: HeadPrecision, tr
         yield from (f"after        {verdict.text(engine)}" for engine, verdict in result.after.engines.items())
         yield from (f"after        {problem}" for problem in result.after.problems or ["no problem"])
     else:
-        yield from (f"{engine:12} {verdict.text(engine)}" for engine, verdict in result.engines.items())
+        yield from (f"{engine:10} {verdict.text(engine)}" for engine, verdict in result.engines.items())
     if result.pull_request:
         yield f"{'pull request' if result.changed else 'open already'} {result.pull_request}"
     elif result.repo and result.writes:

@@ -63,8 +63,10 @@ class HeadDocument(Document):
     """The MTP head."""
 
     present: bool = Field(description="Whether there is a head; without one, the other values are empty")
-    layout: Literal["mtp", "inlined"] | None = Field(
-        None, description="mtp: its tensors are named mtp.*; inlined: decoder layers behind the last one of the model"
+    layout: str | None = Field(
+        None,
+        description="mtp: its tensors are named mtp.* as those of Qwen; inlined: decoder layers behind the last one of "
+        "the model as those of DeepSeek and GLM; unknown; or the layout of another family",
     )
     layers: int = Field(0, description="MTP layers that the config promises; if it promises none, those of the tensors")
     precision: str | None = Field(None, description="The ways in which its modules are stored, as BF16+INT4")
@@ -110,6 +112,7 @@ class MtpFixDocument(Document):
     writes: list[str] = Field(description="Paths of the files that were written, or would be")
     removes: list[str] = Field(description="Paths of the files that were removed, or would be")
     engines: dict[str, EngineVerdict] = Field(description="For vllm, sglang and transformers: will the result load")
+    problems: list[str] = Field([], description="What remains wrong, in sentences")
     repo: str | None = Field(None, description="The repo on the Hub")
     sha: str | None = Field(None, description="The repo's commit that was inspected")
     base: str | None = Field(None, description="The base that was used in a repo: repo_id@sha, or a folder")

@@ -25,7 +25,7 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
     """
     checkpoint = Checkpoint.open(folder)
     quantization = checkpoint.quantization
-    stored = Counter(storage_of(m, quantization) for m in checkpoint.modules.values() if m.quantized)
+    stored = Counter(storage_of(m, checkpoint.reading) for m in checkpoint.modules.values() if m.quantized)
     judgement = Judgement.of(checkpoint)
     problems = problems_of(checkpoint, judgement)
     if deep and not checkpoint.fatal:

@@ -1,31 +1,28 @@
-"""Finds the tensors of an MTP head.
+"""Finds the tensors of an MTP head, and says in which layout they are.
 
-There are two layouts. `mtp`: tensors `mtp.*` (Qwen3.5, Qwen3.6), whose layers `mtp_num_hidden_layers` counts.
-`inlined`: decoder layers behind the last one of the model, `model.layers.{num_hidden_layers + i}` (DeepSeek, GLM),
-which `num_nextn_predict_layers` counts.
+The layouts are in `heads/layouts.py`. A head in none of them is `unknown`: it is kept as it is, and not judged.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
 
 from requant.tasks.checkpoint.config import ModelConfig
+from requant.tasks.checkpoint.heads.layout import LAYER_NAME, HeadLayout, HeadName
+from requant.tasks.checkpoint.heads.layouts import BY_NAME, LAYOUTS, UNKNOWN
 
-LAYER_NAME = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.")
-# Modules of an inlined layer that are copies of the main model's, which engines use instead. Sources: vLLM 0.32.0,
-# v1/spec_decode/llm_base_proposer.py (_maybe_share_embeddings, _maybe_share_lm_head); SGLang 0.5.23,
-# srt/models/deepseek_nextn.py, which has none.
-SHARED_MODULES = frozenset({"embed_tokens", "shared_head.head"})
+__all__ = ["LAYER_NAME", "Head", "find_head"]
+_NUMBERS = re.compile(r"\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
 class Head:
-    """The MTP head: its layout, and the sorted names of its tensors."""
+    """The MTP head: the name of its layout (`heads/layouts.py`), and the sorted names of its tensors."""
 
-    layout: Literal["mtp", "inlined"]
+    layout: str
     names: tuple[str, ...]
 
     @property
@@ -36,20 +33,56 @@ class Head:
 
     @property
     def prefixes(self) -> list[str]:
-        """Module prefixes that cover all of the head: `mtp`, or `model.layers.N` for each inlined layer."""
-        if self.layout == "mtp":
-            return sorted({n[: n.index("mtp") + 3] for n in self.names})
-        return sorted({m.group(0).rstrip(".") for n in self.names if (m := LAYER_NAME.match(n))})
+        """Module prefixes that cover all of the head: `mtp`, or `model.layers.N` for each layer behind the last one."""
+        return sorted({name.prefix for name in self.parts.values()})
+
+    @property
+    def known(self) -> HeadLayout | None:
+        """The layout; None if it is not known."""
+        return BY_NAME.get(self.layout)
+
+    @cached_property
+    def parts(self) -> dict[str, HeadName]:
+        """The names of the tensors, each taken apart."""
+        return {name: part for name in self.names if (part := HeadName.of(name, layers=0))}
+
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of the decoder layers in the names of the tensors, in order."""
+        if self.known and not self.known.layers:
+            return []
+        stem = f"{self.known.layers}." if self.known else ""
+        return sorted({p.layer for p in self.parts.values() if p.layer is not None and p.key.startswith(stem)})
+
+    @property
+    def copies(self) -> set[str]:
+        """Names of the tensors that are copies of the main model's embeddings and output layer."""
+        shared = tuple(f"{key}." for key in self.known.shared) if self.known else ()
+        return {name for name, part in self.parts.items() if part.key.startswith(shared)} if shared else set()
 
 
 def find_head(names: Iterable[str], config: ModelConfig) -> Head | None:
-    """Return the MTP head among the names of a checkpoint's tensors, or None."""
-    names = list(names)
-    named_mtp = sorted(n for n in names if re.match(r"^(?:model\.)?mtp\.", n))
-    if named_mtp:
-        return Head("mtp", tuple(named_mtp))
+    """Return the MTP head among the names of a checkpoint's tensors, or None.
+
+    All tensors below a component that begins with `mtp` or `nextn` belong to it. Without such tensors, or if engines
+    read the model's head there, all layers behind the last one that the config counts do.
+    """
     layers = config.text.integer("num_hidden_layers")
-    if layers is None or not config.mtp_layers:
+    parts = {name: part for name in names if (part := HeadName.of(name, layers))}
+    named = {name: part for name, part in parts.items() if not part.is_layer}
+    if named and not any(layout.layers == "layers.*" and layout.belongs_to(config) for layout in LAYOUTS):
+        parts = named  # layers behind the last one are something else then
+    if not parts:
         return None
-    inlined = sorted(n for n in names if (m := LAYER_NAME.match(n)) and int(m.group(1)) >= layers)
-    return Head("inlined", tuple(inlined)) if inlined else None
+    layout = _layout({_NUMBERS.sub(".*", part.key) for part in parts.values()}, config)
+    return Head(layout.name if layout else UNKNOWN, tuple(sorted(parts)))
+
+
+def _layout(keys: Collection[str], config: ModelConfig) -> HeadLayout | None:
+    """Return the layout that engines read for this model, if there are tensors of it; else the one that fits all.
+
+    `keys`: those of the head's tensors, with `*` for every number.
+    """
+    own = [layout for layout in LAYOUTS if layout.belongs_to(config) and any(map(layout.is_place_of, keys))]
+    others = (layout for layout in LAYOUTS if all(map(layout.fits, keys)) and layout.present(keys))
+    return max(own or others, key=lambda layout: layout.present(keys), default=None)

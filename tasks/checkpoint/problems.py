@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from requant.tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, read_json
+from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES, Checkpoint, read_json
+from requant.tasks.checkpoint.companions import companion_problems
 from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
 from requant.tasks.checkpoint.inventory import missing_parts
-from requant.tasks.checkpoint.modules import Module
+from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import LAYER_NAME
-from requant.tasks.checkpoint.packing import REQUIRED, PackingScheme, check_parts
+from requant.tasks.checkpoint.packing import REQUIRED, check_parts
+from requant.tasks.checkpoint.reading import Contradiction
 from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import CheckpointError
 
@@ -22,12 +24,22 @@ COMPRESSED_REQUIRED = ("weight_scale", "weight_shape")
 
 
 def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
-    """Return all problems, those of index and headers first. `judgement`: the engines' judgement of the checkpoint."""
-    return [
+    """Return all problems, those of index and headers first. `judgement`: the engines' judgement of the checkpoint.
+
+    Where a shard cannot be read, nothing is said of tensors: what seems to be missing may be in it.
+    """
+    of_files = [
         *checkpoint.problems,
-        *_configs(checkpoint),
+        *companion_problems(checkpoint.folder),
         *(f"{name} is missing: copy it from the base" for name in missing_vision_files(checkpoint)),
+    ]
+    if checkpoint.has_unread:
+        return of_files
+    return [
+        *of_files,
+        *_configs(checkpoint),
         *_parts(checkpoint),
+        *_contradictions(checkpoint),
         *_shapes(checkpoint),
         *_dtypes(checkpoint),
         *_layers(checkpoint),
@@ -37,12 +49,17 @@ def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
 
 
 def _configs(checkpoint: Checkpoint) -> Iterator[str]:
-    stated = checkpoint.config.get("quantization_config")
+    stated = checkpoint.config.quantization or None
     file = checkpoint.folder / QUANTIZATION
+    other = next((name for name in QUANTIZATION_FILES if (checkpoint.folder / name).is_file()), None)
     if file.is_file() and stated is not None and read_json(file) != stated:
         yield f"{QUANTIZATION} and config.json disagree about the quantization: run requant mtp-fix, or copy one"
-    elif file.is_file() and stated is None:
-        yield f"{QUANTIZATION} is there, and config.json has no quantization_config: put it there too"
+    elif other is not None and stated is None:
+        method = checkpoint.quantization.get("quant_method")
+        yield (
+            f"{other} is there, and config.json has no quantization_config, which engines read: put it there too, with "
+            f"quant_method {shown(repr(method))}"
+        )
     quantized = any(module.quantized for module in checkpoint.modules.values())
     if checkpoint.quantization and not quantized and checkpoint.tensors:
         yield "quantization_config is there, and no tensor is quantized: remove it, or restore the quantized shards"
@@ -72,12 +89,24 @@ def _integer_parts(checkpoint: Checkpoint, module: Module) -> Iterator[str]:
         yield f"{module.name}.{missing[0]} is missing beside {module.name}.{there}"
         return
     try:
-        scheme = PackingScheme.of(checkpoint.quantization, module.name)
-        wrong = check_parts(module.name, module.packed_parts, scheme, scheme.weight_shape(module.parts))
-    except CheckpointError as error:
-        wrong = str(error)
+        scheme = checkpoint.reading.scheme(module)
+    except CheckpointError:
+        return  # of a method that is not judged, or of a config that `_contradictions` tells of
+    wrong = check_parts(module.name, module.packed_parts, scheme, scheme.weight_shape(module.parts))
     if wrong:
         yield wrong
+
+
+def _contradictions(checkpoint: Checkpoint) -> Iterator[str]:
+    """Find packed modules of the main model of which the config says something else; one sentence for all alike."""
+    in_head = set(modules_of(checkpoint.tensors[n] for n in checkpoint.head.names)) if checkpoint.head else set()
+    alike: dict[tuple[str, str], list[Contradiction]] = {}
+    for module in checkpoint.modules.values():
+        found = checkpoint.reading.contradiction(module) if module.name not in in_head else None
+        if found is not None:
+            alike.setdefault((found.tensors, found.config.replace(found.module, "")), []).append(found)
+    for first, *others in alike.values():
+        yield f"{first} (and so for {len(others)} more modules)" if others else str(first)
 
 
 def _shapes(checkpoint: Checkpoint) -> Iterator[str]:
@@ -110,7 +139,7 @@ def _weight_shape(checkpoint: Checkpoint, module: Module) -> tuple[int, ...]:
         return module.parts["weight"].shape
     if module.storage == "integer" and all(part in module.parts for part in REQUIRED):
         try:
-            return PackingScheme.of(checkpoint.quantization, module.name).weight_shape(module.parts)
+            return checkpoint.reading.scheme(module).weight_shape(module.parts)
         except CheckpointError:
             return ()
     return ()

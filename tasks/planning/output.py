@@ -17,7 +17,7 @@ from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.head import HEAD_SHARD, HeadFiles, with_head, without_head
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.inventory import inventory
-from requant.tasks.checkpoint.packing import PackingScheme
+from requant.tasks.checkpoint.reading import Reading
 from requant.tasks.checkpoint.writer import Computed, Layout
 from requant.tasks.errors import CheckpointError
 from requant.tasks.planning.document import (
@@ -145,10 +145,11 @@ def _packed_parts(
     """Lay out the packed tensors of each quantized module. Return them by module, and problems with their schemes."""
     parts: Parts = {}
     group_sizes: dict[str, int] = {}
+    reading = Reading.of(base.config, quantization)
     for module in choice.quantized:
         out_features, in_features = base.tensors[f"{module}.weight"].shape
         try:
-            scheme = PackingScheme.of(quantization, module)
+            scheme = reading.planned(module)
         except CheckpointError as error:
             return {}, [f"{error}: change quantize.layers"]
         group_sizes[module] = scheme.group_size

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from requant.tasks.checkpoint.checkpoint import read_json
+from requant.tasks.checkpoint.companions import TEMPLATES, TOKENIZER
 from requant.tasks.errors import CheckpointError, RecipeError
 from requant.tasks.hub.sparse_checkout import fetch_files
 from requant.tasks.planning.inputs import Inputs
@@ -24,7 +25,7 @@ from requant.tasks.recipe.quantize_section import BUILTIN
 from requant.tasks.recipe.recipe import BUILTIN_EVALUATION, Recipe
 from requant.tasks.texts.documents import read_documents
 from requant.tasks.texts.forms import explain_unusable, form_of
-from requant.tasks.texts.rendering import TEMPLATES, TOKENIZER, ReadingLimit, render
+from requant.tasks.texts.rendering import ReadingLimit, render
 from requant.tasks.texts.rows import read_rows
 from requant.tasks.texts.text import MAX_CHARACTERS_PER_TOKEN, Text, has_rows
 from requant.tasks.validating import window_count

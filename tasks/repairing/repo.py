@@ -11,17 +11,20 @@ from pathlib import Path
 
 from requant.tasks.artifact import file_of
 from requant.tasks.checkpoint.atomic_swap import install, staged
+from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.config import HeadPrecision
 from requant.tasks.checkpoint.document import Diagnosis, MtpFixDocument
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
-from requant.tasks.checkpoint.repair import RepairPlan, RepairSource, plan_repair, write_repair
+from requant.tasks.checkpoint.repair import checked_plan, write_repair
+from requant.tasks.checkpoint.repair_plan import RepairPlan, RepairSource
+from requant.tasks.checkpoint.untrusted import without_folder
 from requant.tasks.checkpoint.writer import place_header, place_shard
 from requant.tasks.errors import CheckpointError, HubError, RecipeError
 from requant.tasks.hub.revision import Revision, resolve_name, split_name
 from requant.tasks.repairing.description import TITLE, describe
 from requant.tasks.repairing.named_base import named_base
 from requant.tasks.repairing.proposal import Change, check_account, check_is_main, propose
-from requant.tasks.repairing.source import find_source, repair_source, shown_names, sparse_source
+from requant.tasks.repairing.source import find_source, repair_source, sparse_source
 
 log = logging.getLogger(__name__)
 
@@ -45,19 +48,23 @@ def repair_repo(
         check_is_main(revision)
         _check_base(found, revision)
     with sparse_source(revision) as target, repair_source(found) as source:
+        used = (
+            source if base or (source and Checkpoint.open(source.folder).head) else None
+        )  # what a card names may help
         before = _diagnose(target)
-        plan = plan_repair(target, source, precision)
-        after = _carry_out(plan, target, source, with_data=pull_request) if plan.to_write else before
+        plan = _plan(target, used, precision)
+        after = _carry_out(plan, target, used, with_data=pull_request) if plan.to_write else before
         document = MtpFixDocument(
             changed=False,
             tensors_restored=len(plan.to_restore),
-            source="base" if source else "dequantized",
+            source="base" if used else "dequantized",
             writes=plan.to_write,
             removes=[path for path in plan.to_remove if path not in plan.to_write],
             engines=after.engines,
+            problems=after.problems,
             repo=revision.repo_id,
             sha=revision.sha,
-            base=(source.name or str(source.folder)) if source else None,
+            base=(used.name or str(used.folder)) if used else None,
             before=before,
             after=after,
             sizes=plan.sizes,
@@ -91,12 +98,22 @@ def _check_base(base: Path | Revision | None, revision: Revision) -> None:
         )
 
 
+def _plan(target: RepairSource, base: RepairSource | None, precision: HeadPrecision) -> RepairPlan:
+    """Plan the repair of a sparse checkout. Raises CheckpointError if its head could only be repaired with a base."""
+    checkpoint = Checkpoint.open(target.folder)
+    plan, after = checked_plan(checkpoint, base, precision, target.fetch_own)
+    needs_head = checkpoint.head is not None or checkpoint.config.mtp_layers > 0
+    if plan.left is not None and not plan.to_write and needs_head and not after.drafts:
+        raise plan.left
+    return plan
+
+
 def _diagnose(source: RepairSource) -> Diagnosis:
     """Inspect a checkpoint. One that cannot be opened has one problem, and no verdicts."""
     try:
         document = inspect_checkpoint(source.folder)
     except CheckpointError as error:
-        return Diagnosis(engines={}, problems=[shown_names(str(error), source)])
+        return Diagnosis(engines={}, problems=[without_folder(str(error), source.folder, source.name)])
     return Diagnosis(engines=document.engines, problems=document.problems)
 
 

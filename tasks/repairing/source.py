@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from requant.tasks.checkpoint.header import Tensor
-from requant.tasks.checkpoint.repair import RepairSource
+from requant.tasks.checkpoint.repair_plan import RepairSource
+from requant.tasks.checkpoint.untrusted import without_folder
 from requant.tasks.errors import CheckpointError
 from requant.tasks.hub.revision import Revision, resolve_name
 from requant.tasks.hub.sparse_checkout import create_checkout, fetch_files, fill
@@ -49,9 +50,4 @@ def sparse_source(revision: Revision) -> Iterator[RepairSource]:
         try:
             yield source
         except CheckpointError as error:
-            raise CheckpointError(shown_names(str(error), source), tensor=error.tensor) from error
-
-
-def shown_names(sentence: str, source: RepairSource) -> str:
-    """Replace the folder of a sparse checkout by its name, and the paths of files by their names in the repo."""
-    return sentence.replace(f"{source.folder}/", "").replace(str(source.folder), source.name)
+            raise CheckpointError(without_folder(str(error), folder, source.name), tensor=error.tensor) from error

@@ -14,10 +14,10 @@ from itertools import islice
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import sglang, transformers, vllm
+from requant.tasks.checkpoint.compat.drafting import EngineLacks, Fixable, head_finding
 from requant.tasks.checkpoint.compat.rule import Finding, NotJudged, Patterns
-from requant.tasks.checkpoint.config import LAYER_COUNTS, JsonObject, QuantizationConfig
+from requant.tasks.checkpoint.config import JsonObject, QuantizationConfig
 from requant.tasks.checkpoint.document import EngineVerdict
-from requant.tasks.checkpoint.inventory import missing_parts
 from requant.tasks.checkpoint.modules import modules_of
 from requant.tasks.checkpoint.untrusted import MAX_SMALL_JSON_BYTES
 
@@ -27,10 +27,6 @@ FINE = "nothing is in the way"
 DRAFTING = ("vllm", "sglang")  # the engines that draft with a head
 FIX = "run requant mtp-fix"
 VERSIONS = {"vllm": vllm.VERSION, "sglang": sglang.VERSION, "transformers": transformers.VERSION}
-
-
-class Fixable(str):
-    """A problem of an MTP head that `requant mtp-fix` solves, without this remedy."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +51,18 @@ class Judgement:
         main_modules = {name: module for name, module in checkpoint.modules.items() if name not in head_modules}
         missing = missing_vision_files(checkpoint)
         lacks_file = f"{missing[0]} is missing: copy it from the base" if missing else None
-        incomplete = _incomplete_head(checkpoint)
         loading: dict[str, Finding] = {
             "vllm": lacks_file or fatal or vllm.load_problem(checkpoint, main_modules, patterns),
             "sglang": lacks_file or fatal or sglang.load_problem(checkpoint, main_modules, patterns),
             "transformers": fatal or transformers.load_problem(checkpoint),
         }
-        found = {
-            "vllm": incomplete or vllm.head_problem(checkpoint, head_modules, patterns),
-            "sglang": incomplete or sglang.head_problem(checkpoint, head_modules, patterns),
-        }
+        judges = {"vllm": vllm.head_problem, "sglang": sglang.head_problem}
         drafting: dict[str, Finding] = {
-            **{engine: _fixable(problem, loading[engine]) for engine, problem in found.items()},
+            **{
+                engine: head_finding(checkpoint, engine)
+                or _fixable(judge(checkpoint, head_modules, patterns), loading[engine])
+                for engine, judge in judges.items()
+            },
             "transformers": transformers.IGNORED,
         }
         suspicious = (p for p in _possible_patterns(checkpoint.quantization) if _REPEATED_REPEAT.search(p))
@@ -92,6 +88,11 @@ class Judgement:
         return next((_with_remedy(found) for found in self._draft_problems.values()), None)
 
     @property
+    def drafts(self) -> bool:
+        """Whether vLLM or SGLang drafts with the head as it is."""
+        return any(self.drafting[engine] is None for engine in DRAFTING)
+
+    @property
     def head_problem(self) -> str | None:
         """Why vLLM or SGLang would not draft, if the head is what is wrong and not the whole checkpoint."""
         of_heads = (found for engine, found in self._draft_problems.items() if found != self.loading[engine])
@@ -99,7 +100,11 @@ class Judgement:
 
     @property
     def _draft_problems(self) -> dict[str, Finding]:
-        return {engine: found for engine in DRAFTING if _answer(found := self.drafting[engine]) is False}
+        return {
+            engine: found
+            for engine in DRAFTING
+            if _answer(found := self.drafting[engine]) is False and not isinstance(found, EngineLacks)
+        }
 
 
 def _possible_patterns(quantization: QuantizationConfig) -> list[str]:
@@ -145,36 +150,6 @@ def _read_processor_config(checkpoint: Checkpoint) -> JsonObject:
     except (OSError, ValueError, RecursionError):
         return JsonObject()
     return JsonObject(document if isinstance(document, dict) else {})
-
-
-def _incomplete_head(checkpoint: Checkpoint) -> str | None:
-    """Return what the head lacks, or how it contradicts the number of layers in config.json; or None."""
-    head = checkpoint.head
-    promised = checkpoint.config.mtp_layers
-    if head is None and promised:  # vLLM starts with an uninitialized head, and accepts no draft
-        return Fixable("there is no MTP head, though config.json promises one")
-    if head is None:
-        return "there is no MTP head"
-    missing = missing_parts(checkpoint, head)
-    if missing:
-        return Fixable(f"{missing[0]} is missing from the head")
-    if not promised and any(key in checkpoint.text_config for key in LAYER_COUNTS):
-        return Fixable(f"config.json promises 0 MTP layers ({' or '.join(LAYER_COUNTS)}), and there is a head")
-    stray = _uncounted_tensor(checkpoint, promised)
-    return Fixable(f"{stray} is beyond the {promised} MTP layers that config.json promises") if stray else None
-
-
-def _uncounted_tensor(checkpoint: Checkpoint, promised: int) -> str | None:
-    """Return a tensor of a layer that the config does not count, for which vLLM has no parameter; or None."""
-    head = checkpoint.head
-    if head is None or not promised:
-        return None
-    first = 0 if head.layout == "mtp" else checkpoint.text_config["num_hidden_layers"]
-    for name in head.names:
-        number = name.partition("layers.")[2].partition(".")[0]
-        if number.isdigit() and len(number) < 9 and int(number) >= first + promised:
-            return name
-    return None
 
 
 def _fixable(problem: Finding, loading: Finding) -> Finding:

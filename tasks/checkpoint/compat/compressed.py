@@ -52,6 +52,23 @@ class CompressedTensors:
 
         Raises NotLoadable if they raise.
         """
+        rule = cls.of(quantization, renames, fused, patterns)
+        for label, group in (quantization.get("config_groups") or {}).items():
+            where = f"config_groups[{shorten(label)}]"
+            if not _is_kv_cache(group["targets"]):
+                _check_kernels(group["weights"], group.get("format") or quantization.get("format"), where)
+        if _sparse(quantization.get("sparsity_config")):
+            raise NotLoadable("sparsity_config has targets, which vLLM no longer takes")
+        return rule
+
+    @classmethod
+    def of(
+        cls, quantization: QuantizationConfig, renames: Renames, fused: Fused, patterns: Patterns
+    ) -> CompressedTensors:
+        """Read what a config says of layers, whether vLLM has kernels for it or not.
+
+        Raises NotLoadable for fields of the wrong type, and groups without targets or weights.
+        """
         groups = quantization.get("config_groups", {})
         if not isinstance(groups, dict):
             raise NotLoadable(f"config_groups is {shorten(groups)}, and no mapping")
@@ -62,15 +79,13 @@ class CompressedTensors:
             names = group.get("targets")
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise NotLoadable(f"{where} has no list of targets")
-            if len(names) == 1 and names[0].endswith("Attention"):
-                continue  # a scheme of the KV cache
+            if _is_kv_cache(names):
+                continue
             scheme = _scheme(group, quantization.get("format"), where)
             targets |= {_renamed(name, renames): scheme for name in names}
         ignore = quantization.get("ignore", [])
         if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
             raise NotLoadable(f"ignore is {shorten(ignore)}, and no list of names")
-        if _sparse(quantization.get("sparsity_config")):
-            raise NotLoadable("sparsity_config has targets, which vLLM no longer takes")
         return cls(targets, [_renamed(name, renames) for name in ignore], fused, patterns)
 
     def scheme(self, layer: Layer) -> EngineScheme:
@@ -135,12 +150,18 @@ class Fp8:
     @classmethod
     def read(cls, quantization: QuantizationConfig, renames: Renames, fused: Fused) -> Fp8:
         """Read a config as Fp8Config.from_config and apply_vllm_mapper do. Raises NotLoadable if they raise."""
+        rule = cls.of(quantization, renames, fused)
         activation = required(quantization, "activation_scheme")
         if activation not in ("static", "dynamic"):
             raise NotLoadable(f"activation_scheme is {shorten(activation)}; it takes static or dynamic")
         block = quantization.get("weight_block_size")
         if block is not None and (not isinstance(block, list) or len(block) != 2 or activation != "dynamic"):
             raise NotLoadable(f"weight_block_size is {shorten(block)} with activation_scheme {activation}")
+        return rule
+
+    @classmethod
+    def of(cls, quantization: QuantizationConfig, renames: Renames, fused: Fused) -> Fp8:
+        """Read which layers a config leaves out. Raises NotLoadable if that is no list of names."""
         ignored = quantization.get("ignored_layers") or quantization.get("modules_to_not_convert") or []
         return cls(renames.of_list(ignored, "ignored_layers"), fused)
 
@@ -176,12 +197,20 @@ def _scheme(group: JsonObject, general: Any, where: str) -> EngineScheme:
     bits, size = weights.get("num_bits", 8), weights.get("group_size")
     if type(bits) is not int or not (size is None or type(size) is int):
         raise NotLoadable(f"{where} has num_bits {shorten(bits)} and group_size {shorten(size)}")
+    storage: Storage = COMPRESSED if form in PACKED_FORMATS else SCALED
+    return EngineScheme(storage, bits, size, weights.get("symmetric", True), where)
+
+
+def _check_kernels(weights: JsonObject, form: Any, where: str) -> None:
     if weights.get("actorder") in ("group", "dynamic", True):  # True means group
         raise NotLoadable(f"{where} has actorder {weights['actorder']!r}, which vLLM no longer takes")
-    storage: Storage = COMPRESSED if form in PACKED_FORMATS else SCALED
-    if storage == COMPRESSED and bits not in WNA16_BITS:
-        raise NotLoadable(f"{where} has num_bits {bits}")
-    return EngineScheme(storage, bits, size, weights.get("symmetric", True), where)
+    if form in PACKED_FORMATS and weights.get("num_bits", 8) not in WNA16_BITS:
+        raise NotLoadable(f"{where} has num_bits {weights.get('num_bits')}")
+
+
+def _is_kv_cache(targets: list[str]) -> bool:
+    """Check whether the targets of a group are those of a scheme of the KV cache."""
+    return len(targets) == 1 and targets[0].endswith("Attention")
 
 
 def _sparse(sparsity: Any) -> bool:

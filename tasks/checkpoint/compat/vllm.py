@@ -115,8 +115,13 @@ class Unquantized:
 
 
 def architecture(checkpoint: Checkpoint) -> Architecture:
+    """Return the model class that vLLM picks."""
+    return architecture_of(checkpoint.config)
+
+
+def architecture_of(config: ModelConfig) -> Architecture:
     """Return the model class that vLLM picks: by the first of the config's `architectures`."""
-    names = checkpoint.config.get("architectures")
+    names = config.get("architectures")
     first = names[0] if isinstance(names, list) and names else None
     return ARCHITECTURES.get(first, UNKNOWN_ARCHITECTURE) if isinstance(first, str) else UNKNOWN_ARCHITECTURE
 

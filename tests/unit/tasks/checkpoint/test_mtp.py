@@ -45,9 +45,16 @@ def test_layers_behind_the_last_one_are_the_head_if_the_config_counts_them() -> 
     assert head.prefixes == ["model.layers.2"]
 
 
-@pytest.mark.parametrize("config", [{}, {"num_hidden_layers": 2}, {**COUNTED, "num_nextn_predict_layers": 0}])
-def test_layers_behind_the_last_one_are_no_head_if_the_config_counts_none(config: dict[str, Any]) -> None:
-    assert find_head([*MAIN, *INLINED], ModelConfig(config)) is None
+@pytest.mark.parametrize("config", [{"num_hidden_layers": 2}, {**COUNTED, "num_nextn_predict_layers": 0}])
+def test_layers_behind_the_last_one_are_the_head_even_if_the_config_counts_none(config: dict[str, Any]) -> None:
+    """Nothing else reads them: they are kept, and `inspect` says that they are not counted."""
+    assert find_head([*MAIN, *INLINED], ModelConfig(config)) == Head("inlined", tuple(sorted(INLINED)))
+    assert find_head([*MAIN, *INLINED], ModelConfig()) is None
+
+
+def test_layers_behind_the_last_one_of_which_nothing_is_known_are_an_unknown_head() -> None:
+    head = find_head([*MAIN, "model.layers.2.mlp.up_proj.weight"], ModelConfig(num_hidden_layers=2))
+    assert head == Head("unknown", ("model.layers.2.mlp.up_proj.weight",))
 
 
 @pytest.mark.parametrize("name", ["smtp.fc.weight", "model.layers.0.mtp.fc.weight", "mtpx.weight", "mtp"])
