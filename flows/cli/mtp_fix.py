@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, get_args
 
 import click
@@ -13,6 +13,9 @@ from requant.tasks.checkpoint.config import HeadPrecision
 
 if TYPE_CHECKING:
     from requant.tasks.checkpoint.document import MtpFixDocument
+
+
+MAX_PROBLEMS = 10  # in the text; the JSON document has all
 
 
 @command("mtp-fix")
@@ -76,15 +79,20 @@ def _lines(checkpoint: str, result: MtpFixDocument, precision: HeadPrecision, tr
         yield f"download     {result.download_bytes:,} bytes of tensors"
         yield f"upload       {result.upload_bytes:,} bytes"
         yield from (f"before       {verdict.text(engine)}" for engine, verdict in result.before.engines.items())
-        yield from (f"before       {problem}" for problem in result.before.problems)
+        yield from (f"before       {problem}" for problem in _first(result.before.problems))
         yield from (f"after        {verdict.text(engine)}" for engine, verdict in result.after.engines.items())
-        yield from (f"after        {problem}" for problem in result.after.problems or ["no problem"])
+        yield from (f"after        {problem}" for problem in _first(result.after.problems) or ["no problem"])
     else:
         yield from (f"{engine:10} {verdict.text(engine)}" for engine, verdict in result.engines.items())
     if result.pull_request:
         yield f"{'pull request' if result.changed else 'open already'} {result.pull_request}"
     elif result.repo and result.writes:
         yield "nothing was sent: --pull-request opens a pull request with these changes"
+
+
+def _first(problems: Sequence[str]) -> list[str]:
+    more = [f"and {len(problems) - MAX_PROBLEMS} more problems"] if len(problems) > MAX_PROBLEMS else []
+    return [*problems[:MAX_PROBLEMS], *more]
 
 
 def _size_text(size_bytes: int | None) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import requant
 from requant.tasks.card.filters import Markdown, cell, fence, named, table
-from requant.tasks.checkpoint.compat import FIX
 from requant.tasks.checkpoint.config import HeadPrecision
 from requant.tasks.checkpoint.document import Diagnosis, MtpFixDocument
 
 TITLE = "Repair the checkpoint with requant mtp-fix"
 MAX_PROBLEMS = 10
+ADVICE = re.compile(r"[:;,] (?:run|restore it with) requant mtp-fix")  # which was followed here
 
 
 def describe(document: MtpFixDocument, precision: HeadPrecision) -> str:
@@ -59,7 +60,11 @@ def _reason(document: MtpFixDocument, precision: HeadPrecision) -> str:
     before, after = document.before, document.after
     wrong = [verdict.reason for engine, verdict in before.engines.items() if verdict != after.engines.get(engine)]
     wrong += [problem for problem in before.problems if problem not in after.problems]
-    cause = f"This checkpoint has a problem: {_text(wrong[0])}." if wrong else "The MTP head is not that of the base."
+    cause = (
+        f"This checkpoint has a problem: {_text(ADVICE.split(wrong[0])[0])}."
+        if wrong
+        else "The MTP head is not that of the base."
+    )
     base = f" (base: {named(document.base)})" if document.base else ""
     return (
         f"{cause} The repair: {head_text(document, precision)}{base}, with an index and configs that describe what the "
@@ -85,8 +90,5 @@ def _problems(found: str, problems: Sequence[str]) -> str:
 
 
 def _text(value: object) -> Markdown:
-    """Escape a sentence from outside, without the advice to do what was done here.
-
-    It mentions no account of the Hub, which would then be told.
-    """
-    return Markdown(cell(str(value).replace(f": {FIX}", "")).replace("@", "&#64;"))
+    """Escape a sentence from outside. It mentions no account of the Hub, which would then be told."""
+    return Markdown(cell(value).replace("@", "&#64;"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,11 @@ import requant
 from infra.dev.hub.launch import HubStandIn
 from requant.flows.cli.main import cli
 from requant.tasks.artifact import File, file_of
+from requant.tasks.checkpoint.checkpoint import INDEX
 from requant.tasks.checkpoint.document import MtpFixDocument
 from requant.tasks.errors import CheckpointError, HubError, RecipeError
 from requant.tasks.hub.revision import resolve
-from tests.factories.checkpoints import all_tensors, write_checkpoint
+from tests.factories.checkpoints import all_tensors, raw_tensors, write_checkpoint
 from tests.factories.paths import TINY
 from tests.factories.pico import pico_base
 from tests.factories.repairs import elsewhere, fixed
@@ -51,7 +54,7 @@ def broken(base: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def repo(hub: HubStandIn, broken: Path, request: pytest.FixtureRequest) -> str:
     """The broken checkpoint as a repo of someone else."""
-    repo_id = "them/" + re.sub(r"\W+", "-", request.node.name)[:60].strip("-")
+    repo_id = "them/" + hashlib.sha1(request.node.name.encode()).hexdigest()
     hub.seed(repo_id, broken)
     hub.reset_traffic()
     return repo_id
@@ -223,6 +226,68 @@ def test_a_single_file_is_renamed_on_the_hub_and_not_uploaded(
     (old,) = [file for file in resolve(repo).files if file.path == "model.safetensors"]
     assert proposed["model-restored-00001.safetensors"].sha256 == old.sha256 and "model.safetensors" not in proposed
     assert requant.inspect(f"{repo}@refs/pr/1").engines["vllm"].mtp
+
+
+def without_head(folder: Path) -> None:
+    shards = {path.name: raw_tensors(path) for path in folder.glob("*.safetensors")}
+    kept = {shard: {n: raw for n, raw in held.items() if not n.startswith("mtp.")} for shard, held in shards.items()}
+    write_checkpoint(folder, kept, json.loads((folder / "config.json").read_text()))
+
+
+def without_index(folder: Path) -> None:
+    without_head(folder)
+    (folder / INDEX).unlink()
+
+
+def with_an_only_copy_astray(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    named = {name: shard for name, shard in index["weight_map"].items() if shard.startswith("model-00001")}
+    (folder / INDEX).write_text(json.dumps({**index, "weight_map": named}))
+
+
+def without_a_word_of_the_head(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["mtp_num_hidden_layers"] = 0
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+DAMAGE = [without_head, without_index, with_an_only_copy_astray, without_a_word_of_the_head]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_the_repair_of_every_damage_is_proposed_and_inspects_clean(
+    damage: Callable[[Path], None], hub: HubStandIn, api: HfApi, repo: str, broken: Path
+) -> None:
+    damage(broken)
+    hub.seed(repo, broken, delete_missing=True)
+    sha = api.model_info(repo).sha
+    hub.reset_traffic()
+    document = requant.mtp_fix(repo, pull_request=True)
+    assert document.changed and document.before is not None and document.after is not None
+    assert not all(document.before.engines[engine].mtp for engine in ("vllm", "sglang"))
+    proposed = requant.inspect(f"{repo}@refs/pr/1")
+    assert proposed.engines["vllm"].mtp and proposed.engines["sglang"].mtp and proposed.mtp.complete
+    assert (proposed.engines, proposed.problems) == (document.after.engines, document.after.problems)
+    assert [problem for problem in proposed.problems if "config.json says bfloat16" not in problem] == []
+    assert api.model_info(repo).sha == sha and INDEX in {file.path for file in resolve(repo, "refs/pr/1").files}
+    assert requant.mtp_fix(f"{repo}@refs/pr/1").writes == []
+
+
+def test_a_base_without_a_head_that_a_card_names_does_not_keep_the_rest_from_repair(
+    hub: HubStandIn, repo: str, tmp_path: Path
+) -> None:
+    headless = pico_base(tmp_path / "headless", head=False)
+    hub.seed("demo/headless", headless)
+    folder = elsewhere(headless, tmp_path / "made")
+    (folder / "README.md").write_text(CARD.format("demo/headless"))
+    hub.seed(repo, folder, delete_missing=True)
+    whole = requant.mtp_fix(repo)
+    assert whole.writes == [] and whole.base is None
+    (folder / INDEX).unlink()
+    hub.seed(repo, folder, delete_missing=True)
+    assert requant.mtp_fix(repo).writes == [INDEX]
+    with pytest.raises(CheckpointError, match="has no MTP head"):
+        requant.mtp_fix(repo, base="demo/headless")
 
 
 def test_a_base_that_does_not_fit_is_a_sentence_about_the_two_repos(hub: HubStandIn, repo: str) -> None:
