@@ -10,7 +10,10 @@ from requant.tasks.checkpoint.compat import Judgement
 from requant.tasks.checkpoint.config import Scalar
 from requant.tasks.checkpoint.data_checks import deep_problems
 from requant.tasks.checkpoint.document import HeadDocument, InspectDocument, QuantizedWeights
+from requant.tasks.checkpoint.heads.drafters import drafter_kind
+from requant.tasks.checkpoint.heads.layouts import UNKNOWN
 from requant.tasks.checkpoint.inventory import head_document, inventory, storage_of
+from requant.tasks.checkpoint.methods import full_name
 from requant.tasks.checkpoint.problems import problems_of
 from requant.tasks.checkpoint.untrusted import shown
 
@@ -43,11 +46,13 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
             group_size=_printable(scheme.group_size),
             sym=_printable(scheme.sym),
             method=_printable(quantization.get("quant_method")),
+            name=shown(full_name(checkpoint.method, quantization)) if checkpoint.method else None,
             packing=_printable(quantization.get("packing_format")),
             storage=dict(stored.most_common()),
         ),
         groups=inventory(checkpoint),
         mtp=head_document(checkpoint),
+        drafter=drafter_kind(checkpoint.config),
         engines=judgement.verdicts,
         problems=problems,
     )
@@ -65,12 +70,16 @@ def as_text(name: str, document: InspectDocument) -> str:
         lines.append(f"and {len(groups) - MAX_SHOWN_GROUPS} more groups (--json has them all)")
     lines.append("")
     if quantized.count:
-        stored = ", ".join(f"{count:,} {storage}" for storage, count in quantized.storage.items())
-        packing = quantized.packing or quantized.method
-        lines.append(f"quantized     {stored}, group {quantized.group_size}, {packing}")
+        parts = [f"{count:,} {storage}" for storage, count in quantized.storage.items()]
+        parts += [f"group {quantized.group_size}"] if quantized.group_size is not None else []
+        parts += [str(how)] if (how := quantized.packing or quantized.name) is not None else []
+        lines.append(f"quantized     {', '.join(parts)}")
     else:
-        lines.append("quantized     nothing")
+        named = f" that Requant knows of {quantized.name}" if quantized.name else ""
+        lines.append(f"quantized     nothing{named}")
     lines.append(f"MTP head      {_head_text(document.mtp)}")
+    if document.drafter:
+        lines.append(f"draft model   {document.drafter}: a drafter for its base, not a base model")
     lines += [f"{engine:13} {verdict.text(engine)}" for engine, verdict in document.engines.items()]
     lines += [f"problem       {problem}" for problem in document.problems] or ["problems      none"]
     return "\n".join(lines)
@@ -84,6 +93,8 @@ def _printable(value: object) -> Scalar:
 def _head_text(head: HeadDocument) -> str:
     if not head.present:
         return "none"
+    if head.layout == UNKNOWN:
+        return f"{head.layers} layers of an unknown layout: kept as it is, {head.precision}, {head.bytes:,} bytes"
     complete = "complete" if head.complete else f"lacks {', '.join(head.missing[:3])}"
     experts = f", experts {head.experts}" if head.experts else ""
     return f"{head.layers} layers, {head.layout}{experts}, {head.precision}, {head.bytes:,} bytes, {complete}"

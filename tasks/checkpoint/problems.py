@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES, Checkpoint, read_json
+from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES, Checkpoint, Harmless, read_json
 from requant.tasks.checkpoint.companions import companion_problems
 from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
+from requant.tasks.checkpoint.heads.drafters import drafter_kind
 from requant.tasks.checkpoint.inventory import missing_parts
-from requant.tasks.checkpoint.modules import Module, modules_of
+from requant.tasks.checkpoint.methods import MODELOPT_FILE
+from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.mtp import LAYER_NAME
 from requant.tasks.checkpoint.packing import REQUIRED, check_parts
 from requant.tasks.checkpoint.reading import Contradiction
@@ -23,9 +25,10 @@ ROUTER_NAME = re.compile(r"(gate|router|score|bias)")  # stored in a wider dtype
 COMPRESSED_REQUIRED = ("weight_scale", "weight_shape")
 
 
-def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
+def problems_of(checkpoint: Checkpoint, judgement: Judgement, *, with_head: bool = True) -> list[str]:
     """Return all problems, those of index and headers first. `judgement`: the engines' judgement of the checkpoint.
 
+    Without `with_head`, nothing is said of the MTP head as a whole: it will be dropped.
     Where a shard cannot be read, nothing is said of tensors: what seems to be missing may be in it.
     """
     of_files = [
@@ -35,17 +38,23 @@ def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
     ]
     if checkpoint.has_unread:
         return of_files
-    return [
+    found = [
         *of_files,
         *_configs(checkpoint),
         *_parts(checkpoint),
         *_contradictions(checkpoint),
-        *_shapes(checkpoint),
         *_dtypes(checkpoint),
-        *_layers(checkpoint),
-        *_head(checkpoint, judgement),
+        *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, judgement, with_head=with_head)),
         *(f"an engine would hang on the pattern {shown(p)!r} of quantization_config" for p in judgement.hostile),
     ]
+    refused = judgement.load_problem
+    return found if refused is None or judgement.loading["vllm"] in found else [*found, refused]
+
+
+def _of_a_base(checkpoint: Checkpoint, judgement: Judgement, *, with_head: bool) -> list[str]:
+    """Return what contradicts the sizes and counts of the config, which say other things for a draft model."""
+    head = _head(checkpoint, judgement) if with_head else ()
+    return [*_shapes(checkpoint), *_layers(checkpoint), *head]
 
 
 def _configs(checkpoint: Checkpoint) -> Iterator[str]:
@@ -54,16 +63,17 @@ def _configs(checkpoint: Checkpoint) -> Iterator[str]:
     other = next((name for name in QUANTIZATION_FILES if (checkpoint.folder / name).is_file()), None)
     if file.is_file() and stated is not None and read_json(file) != stated:
         yield f"{QUANTIZATION} and config.json disagree about the quantization: run requant mtp-fix, or copy one"
-    elif other is not None and stated is None:
+    elif other not in (None, MODELOPT_FILE) and stated is None:
         method = checkpoint.quantization.get("quant_method")
         yield (
             f"{other} is there, and config.json has no quantization_config, which engines read: put it there too, with "
             f"quant_method {shown(repr(method))}"
         )
     quantized = any(module.quantized for module in checkpoint.modules.values())
-    if checkpoint.quantization and not quantized and checkpoint.tensors:
+    known = checkpoint.method is None or checkpoint.method.readable  # the tensors of other methods may be overlooked
+    if checkpoint.quantization and known and not quantized and checkpoint.tensors:
         yield "quantization_config is there, and no tensor is quantized: remove it, or restore the quantized shards"
-    if quantized and not checkpoint.quantization:
+    if quantized and not checkpoint.quantization and checkpoint.method is None:
         yield "tensors are quantized, and config.json has no quantization_config: restore it"
 
 
@@ -99,10 +109,9 @@ def _integer_parts(checkpoint: Checkpoint, module: Module) -> Iterator[str]:
 
 def _contradictions(checkpoint: Checkpoint) -> Iterator[str]:
     """Find packed modules of the main model of which the config says something else; one sentence for all alike."""
-    in_head = set(modules_of(checkpoint.tensors[n] for n in checkpoint.head.names)) if checkpoint.head else set()
     alike: dict[tuple[str, str], list[Contradiction]] = {}
     for module in checkpoint.modules.values():
-        found = checkpoint.reading.contradiction(module) if module.name not in in_head else None
+        found = checkpoint.reading.contradiction(module) if module.name not in checkpoint.head_modules else None
         if found is not None:
             alike.setdefault((found.tensors, found.config.replace(found.module, "")), []).append(found)
     for first, *others in alike.values():
@@ -129,6 +138,8 @@ def _shapes(checkpoint: Checkpoint) -> Iterator[str]:
         if sides is None or OTHER_TOWERS.search(module.name):
             continue
         shape = _weight_shape(checkpoint, module)
+        if len(shape) == 3:  # experts, fused
+            continue
         if shape and (len(shape) != len(sides) or any(s not in (None, n) for s, n in zip(sides, shape, strict=True))):
             wanted = " x ".join("any" if side is None else str(side) for side in sides)
             yield f"{module.name} has shape {' x '.join(map(str, shape))}, and the sizes of config.json need {wanted}"
@@ -162,7 +173,9 @@ def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:
             other.setdefault(weight.dtype, []).append(weight.name)
     for dtype, names in other.items():
         more = f" and {len(names) - 1} more matrices are" if len(names) > 1 else " is"
-        yield f"{names[0]}{more} {dtype}, and config.json says {word}: take them from the base, or change dtype"
+        yield Harmless(
+            f"{names[0]}{more} {dtype}, and config.json says {word}: take them from the base, or change dtype"
+        )
 
 
 def _layers(checkpoint: Checkpoint) -> Iterator[str]:

@@ -27,7 +27,7 @@ from requant.tasks.planning.document import (
 )
 from requant.tasks.planning.groups import uneven_problems
 from requant.tasks.planning.layers import LayerSelection, choose_layers
-from requant.tasks.planning.reasons import kept_groups
+from requant.tasks.planning.reasons import MTP_HEAD, kept_groups
 from requant.tasks.recipe.recipe import Recipe
 
 PACKED = {"qweight": "I32", "qzeros": "I32", "scales": "F16"}
@@ -87,9 +87,11 @@ class CheckpointPlan:
 
     def kept(self) -> tuple[KeptTensors, ...]:
         """List the tensors that are not quantized, with the groups and reasons of the model card."""
+        head = self.source.head.names if self.source.head else ()
+        reasons = self.choice.why | {name.removesuffix(".weight"): MTP_HEAD for name in head}
         return tuple(
             KeptTensors(tensors=group.strip("`"), count=int(count), why=why)
-            for group, count, why in kept_groups(self.kept_names, self.choice.why)
+            for group, count, why in kept_groups(self.kept_names, reasons)
         )
 
     def quantized(self) -> tuple[ModuleGroup, ...]:

@@ -69,7 +69,7 @@ def _count_finding(checkpoint: Checkpoint, head: Head, layout: HeadLayout) -> Fi
     """Return how the number of layers contradicts what config.json says, or None."""
     stated, there = stated_count(checkpoint.config, layout), depths_of(head, checkpoint.config)
     if stated.count is None:
-        said = f"{stated.key} is no number" if stated.key else f"{layout.counts[0]} is missing"
+        said = f"{stated.key} is null, or no number" if stated.key else f"{layout.counts[0]} is missing"
         return Fixable(f"config.json does not count the layers of the MTP head ({said})")
     if stated.count <= 0:
         return Fixable(f"config.json promises 0 MTP layers ({stated.key}), and there is a head")

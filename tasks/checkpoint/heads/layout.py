@@ -81,7 +81,8 @@ class HeadLayout:
     families: the models.
     layers: the key of one decoder layer; empty if there is one layer without a number.
     modules: keys of modules that a complete head has, `|` between spellings of which one is there. With a `*`, each
-        layer has it; if a depth has several layers, one of them.
+        depth has it, in its first layer if it has several.
+    at_end: those of them that are in the last layer of a depth.
     others: keys below which the other tensors lie.
     shared: keys of copies of the main model's embeddings and output layer, which engines read from the main model.
     counts: keys of the config that count the depths, the first one that is there; with `.` for a key of an object.
@@ -98,6 +99,7 @@ class HeadLayout:
     families: tuple[str, ...]
     layers: str
     modules: tuple[str, ...]
+    at_end: frozenset[str] = frozenset()
     others: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     counts: tuple[str, ...] = ("num_nextn_predict_layers",)

@@ -204,7 +204,8 @@ LAYOUTS: tuple[HeadLayout, ...] = (
         "nemotron_h",
         ("Nemotron-H", "Nemotron 3 Super", "Nemotron Omni"),
         layers="mtp.layers.*",
-        modules=_below("mtp.layers.*", "enorm", "hnorm", "eh_proj", "final_layernorm", "norm", "mixer"),
+        modules=_below("mtp.layers.*", "enorm", "hnorm", "eh_proj", "norm", "mixer", "final_layernorm"),
+        at_end=_all("mtp.layers.*.final_layernorm"),
         pattern="mtp_hybrid_override_pattern",
         engines={
             "vllm": Drafter(
@@ -298,7 +299,8 @@ LAYOUTS: tuple[HeadLayout, ...] = (
         "dspark",
         ("DeepSeek V4.1", "DeepSeek V4 with DSpark stages"),
         layers="mtp.*",
-        modules=_below("mtp.*", "main_proj", "main_norm", "norm"),  # of the first stage, and of the last one
+        modules=_below("mtp.*", "main_proj", "main_norm", "norm"),
+        at_end=_all("mtp.*.norm"),
         others=("mtp.*",),
         counts=("n_mtp_layers",),
         one_depth=True,

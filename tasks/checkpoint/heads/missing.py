@@ -73,7 +73,8 @@ def missing_modules(
     if layout is MTP:  # layers that are promised and not there lack all that they have
         promised = min(max(stated_count(config, layout).count or 0, 1), MAX_PROMISED)
         depths = [[number] for number in range(promised)]
-    missing = [lacking for key in layout.modules for lacking in _lacking(key, root, depths, own)]
+    ends = {False: [depth[0] for depth in depths if depth], True: [depth[-1] for depth in depths if depth]}
+    missing = [name for key in layout.modules for name in _lacking(key, root, ends[key in layout.at_end], own)]
     if layout in (MTP, INLINED) and architecture_of(config) not in layout.layers_differ:
         needed = _layer_parts(own, model)
         for number in (number for depth in depths for number in depth):
@@ -83,14 +84,12 @@ def missing_modules(
     return missing
 
 
-def _lacking(key: str, root: str, depths: list[Sequence[int]], own: Mapping[str, object]) -> list[str]:
-    """Return the names that a module of a complete head should have, for each depth that lacks it."""
-    if "*" not in key:
-        depths = [[0]]
+def _lacking(key: str, root: str, numbers: Sequence[int], own: Mapping[str, object]) -> list[str]:
+    """Return the names that a module of a complete head should have and has not, for each layer in `numbers`."""
     found = []
-    for depth in depths:
-        names = [f"{root}{spelling.replace('*', str(n))}" for spelling in key.split("|") for n in depth]
-        if names and not any(name in own or any(o.startswith(f"{name}.") for o in own) for name in names):
+    for number in numbers if "*" in key else [0]:
+        names = [f"{root}{spelling.replace('*', str(number))}" for spelling in key.split("|")]
+        if not any(name in own or any(other.startswith(f"{name}.") for other in own) for name in names):
             found.append(names[0])
     return found
 
