@@ -128,17 +128,23 @@ def mtp_fix(
 
     Raises CheckpointError, RequantError, HubError or HubUnavailable.
     """
-    from requant.tasks.checkpoint.repair import repair
-    from requant.tasks.repairing.repo import repair_repo
-    from requant.tasks.repairing.source import find_source, repair_source
-
     if pull_request and dry_run:
         raise RecipeError("a dry run sends nothing: leave out --dry-run or --pull-request")
     if not Path(folder).is_dir():
+        from requant.tasks.repairing.repo import repair_repo
+
         return repair_repo(str(folder), base=base, precision=precision, pull_request=pull_request)
     if pull_request:
         raise RecipeError(f"{folder} is a folder, which has no pull requests: name a repo, or leave out --pull-request")
-    with repair_source(None if base is None else find_source(base)) as source:
+    from requant.tasks.checkpoint.repair import RepairSource, repair
+
+    if base is None or Path(base).is_dir():
+        source = None if base is None else RepairSource(Path(base))
+        return repair(Path(folder), source, precision=precision, dry_run=dry_run)
+    from requant.tasks.hub.revision import resolve_name
+    from requant.tasks.repairing.source import sparse_source
+
+    with sparse_source(resolve_name(str(base))) as source:
         return repair(Path(folder), source, precision=precision, dry_run=dry_run)
 
 

@@ -84,12 +84,14 @@ class Proposal:
 def propose(main: Revision, change: Change, title: str, description: str, account: str) -> Proposal:
     """Open a pull request with a change of `main`, unless one with this title and these changes is open already.
 
-    It starts from the revision `main`. Raises HubError (no access, `main` has moved since, or this
-    account's pull request of this title with other changes is open) or HubUnavailable. Nothing is visible of a call
-    that was interrupted before its one commit, and a repetition uploads only what the Hub does not have yet.
+    It starts from the revision `main`. Nothing is visible of a call that was interrupted before its one commit, and a
+    repetition uploads only what the Hub does not have yet.
+
+    Raises HubError (no access, `main` has moved since, or a pull request of this account and title with other changes
+    is open) or HubUnavailable.
     """
     repo_id = main.repo_id
-    found = find_open(main, change, title, account)
+    found = _find_open(main, change, title, account)
     if found is not None:
         return Proposal(found, opened=False)
     check_is_main(main)
@@ -109,7 +111,7 @@ def propose(main: Revision, change: Change, title: str, description: str, accoun
             number = made.pr_num
     except HubError:
         # The pull request may have been opened, and the answer was lost.
-        found = find_open(main, change, title, account)
+        found = _find_open(main, change, title, account)
         if found is None:
             raise
         return Proposal(found, opened=True)
@@ -133,7 +135,7 @@ def check_is_main(revision: Revision) -> None:
         )
 
 
-def find_open(main: Revision, change: Change, title: str, account: str) -> str | None:
+def _find_open(main: Revision, change: Change, title: str, account: str) -> str | None:
     """Return the address of an open pull request of this title with these changes, whoever opened it; None without one.
 
     Raises HubError if `account` has one open with other changes, HubUnavailable.

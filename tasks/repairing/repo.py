@@ -6,7 +6,9 @@ pull request is wanted, new shards have headers only: that is all that verdicts 
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from requant.tasks.artifact import file_of
@@ -24,7 +26,7 @@ from requant.tasks.hub.revision import Revision, resolve_name, split_name
 from requant.tasks.repairing.description import TITLE, describe
 from requant.tasks.repairing.named_base import named_base
 from requant.tasks.repairing.proposal import Change, check_account, check_is_main, propose
-from requant.tasks.repairing.source import find_source, repair_source, sparse_source
+from requant.tasks.repairing.source import sparse_source
 
 log = logging.getLogger(__name__)
 
@@ -43,28 +45,27 @@ def repair_repo(
     account = check_account(split_name(name)[0]) if pull_request else None
     revision = resolve_name(name)
     base_name = base or named_base(revision)
-    found = None if base_name is None else find_source(base_name)
+    found = _find_base(base_name) if base_name else None
     if account is not None:
         check_is_main(revision)
         _check_base(found, revision)
-    with sparse_source(revision) as target, repair_source(found) as source:
-        used = (
-            source if base or (source and Checkpoint.open(source.folder).head) else None
-        )  # what a card names may help
+    with sparse_source(revision) as target, _opened(found) as source:
+        if base is None and source is not None and Checkpoint.open(source.folder).head is None:
+            source = None  # What else is wrong can be repaired without the base that the card names.
         before = _diagnose(target)
-        plan = _plan(target, used, precision)
-        after = _carry_out(plan, target, used, with_data=pull_request) if plan.to_write else before
+        plan = _plan(target, source, precision)
+        after = _carry_out(plan, target, source, with_data=pull_request) if plan.to_write else before
         document = MtpFixDocument(
             changed=False,
             tensors_restored=len(plan.to_restore),
-            source="base" if used else "dequantized",
+            source="base" if source else "dequantized",
             writes=plan.to_write,
             removes=[path for path in plan.to_remove if path not in plan.to_write],
             engines=after.engines,
             problems=after.problems,
             repo=revision.repo_id,
             sha=revision.sha,
-            base=(used.name or str(used.folder)) if used else None,
+            base=(source.name or str(source.folder)) if source else None,
             before=before,
             after=after,
             sizes=plan.sizes,
@@ -81,6 +82,20 @@ def repair_repo(
         )
         proposal = propose(revision, change, TITLE, describe(document, precision), account)
         return document.model_copy(update={"changed": proposal.opened, "pull_request": proposal.url})
+
+
+def _find_base(name: str | Path) -> Path | Revision:
+    return Path(name) if Path(name).is_dir() else resolve_name(str(name))
+
+
+@contextlib.contextmanager
+def _opened(base: Path | Revision | None) -> Iterator[RepairSource | None]:
+    """Yield a base as a source; the sparse checkout of a repo lasts for the block."""
+    if isinstance(base, Revision):
+        with sparse_source(base) as source:
+            yield source
+    else:
+        yield RepairSource(base) if base else None
 
 
 def _check_base(base: Path | Revision | None, revision: Revision) -> None:
@@ -118,7 +133,7 @@ def _diagnose(source: RepairSource) -> Diagnosis:
 
 
 def _carry_out(plan: RepairPlan, target: RepairSource, source: RepairSource | None, *, with_data: bool) -> Diagnosis:
-    """Repair a sparse checkout, and inspect the result. Without data, new shards have the right header and size."""
+    """Repair a sparse checkout, and inspect it. Without data, new shards have only the right headers and sizes."""
     if with_data:
         log.info(f"fetching {sum(tensor.nbytes for tensor in plan.reads):,} bytes of tensors")
         for place in (target, source):
