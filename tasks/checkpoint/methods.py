@@ -29,11 +29,16 @@ class Method:
     readable: bool = False
     more_parts: tuple[str, ...] = ()
 
+    @property
+    def named(self) -> bool:
+        """Whether it is known how its tensors are named, so that modules can be told from their names."""
+        return self.readable or self.tensors is not None
+
 
 def _method(name: str, *stated: str, parts: str | None = None, tensors: str | None = None) -> Method:
     """Make a method that Requant cannot read. `parts`: the parts of its modules, as alternatives of an expression."""
     if parts is not None:
-        tensors = rf"(?P<module>.+)\.(?P<part>weight|bias|{parts})"
+        tensors = rf"(?P<module>.+?)\.(?P<part>weight|bias|{parts})"
     return Method(name, frozenset(stated), tensors)
 
 
@@ -112,6 +117,13 @@ def full_name(method: Method, quantization: QuantizationConfig) -> str:
     inner = quantization.child("quantization") or quantization
     algorithm = inner.get("quant_algo", quantization.get("bnb_4bit_quant_type"))
     return f"{method.name} {algorithm.upper()}" if isinstance(algorithm, str) and algorithm else method.name
+
+
+def quantizes_cache_only(quantization: QuantizationConfig) -> bool:
+    """Check whether a config of ModelOpt or compressed-tensors asks for a quantized KV cache, and nothing else."""
+    inner = quantization.child("quantization") or quantization
+    cache = inner.get("kv_cache_quant_algo") or inner.get("kv_cache_scheme")
+    return bool(cache) and not inner.get("quant_algo") and not inner.get("config_groups")
 
 
 def _is_mlx(config: object) -> bool:

@@ -11,7 +11,7 @@ from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
 from requant.tasks.checkpoint.heads.drafters import drafter_kind
 from requant.tasks.checkpoint.inventory import missing_parts
-from requant.tasks.checkpoint.methods import MODELOPT_FILE
+from requant.tasks.checkpoint.methods import MODELOPT_FILE, quantizes_cache_only
 from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.mtp import LAYER_NAME
 from requant.tasks.checkpoint.packing import REQUIRED, check_parts
@@ -22,7 +22,9 @@ from requant.tasks.errors import CheckpointError
 FLOATING = {"BF16", "F16", "F32", "F64"}
 OTHER_TOWERS = re.compile(r"visual|vision|audio|image|projector")
 ROUTER_NAME = re.compile(r"(gate|router|score|bias)")  # stored in a wider dtype than other weights, by design
-COMPRESSED_REQUIRED = ("weight_scale", "weight_shape")
+COMPRESSED_REQUIRED = {
+    "I32": ("weight_scale", "weight_shape")
+}  # by the dtype of weight_packed; FP4 has no weight_shape
 
 
 def problems_of(checkpoint: Checkpoint, judgement: Judgement, *, with_head: bool = True) -> list[str]:
@@ -71,7 +73,13 @@ def _configs(checkpoint: Checkpoint) -> Iterator[str]:
         )
     quantized = any(module.quantized for module in checkpoint.modules.values())
     known = checkpoint.method is None or checkpoint.method.readable  # the tensors of other methods may be overlooked
-    if checkpoint.quantization and known and not quantized and checkpoint.tensors:
+    if (
+        checkpoint.quantization
+        and known
+        and not quantizes_cache_only(checkpoint.quantization)
+        and not quantized
+        and checkpoint.tensors
+    ):
         yield "quantization_config is there, and no tensor is quantized: remove it, or restore the quantized shards"
     if quantized and not checkpoint.quantization and checkpoint.method is None:
         yield "tensors are quantized, and config.json has no quantization_config: restore it"
@@ -83,10 +91,11 @@ def _parts(checkpoint: Checkpoint) -> Iterator[str]:
         if module.storage == "integer":
             yield from _integer_parts(checkpoint, module)
         elif module.storage == "compressed":
-            lacking = [p for p in COMPRESSED_REQUIRED if p not in module.parts]
+            required = COMPRESSED_REQUIRED.get(module.parts["weight_packed"].dtype, ("weight_scale",))
+            lacking = [part for part in required if part not in module.parts]
             if lacking:
                 yield f"{module.name}.{lacking[0]} is missing beside {module.name}.weight_packed"
-        elif module.storage == "scaled" and not any(part.startswith("weight_scale") for part in module.parts):
+        elif module.storage == "scaled" and not any("scale" in part for part in module.parts):
             yield f"{module.name}.weight is {module.parts['weight'].dtype} and has no scale beside it"
         if module.storage in {"integer", "compressed"} and "weight" in module.parts:
             yield f"{module.name} is there twice, packed and as {module.name}.weight: remove one"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from requant.tasks.checkpoint.architecture import architecture_problem, known_model_types
 from requant.tasks.checkpoint.base_check import unusable
 from requant.tasks.checkpoint.checkpoint import Ambiguous, Checkpoint, Harmless
 from requant.tasks.checkpoint.compat import Judgement
-from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.checkpoint.experts import split_fused_experts, unknown_layout
 from requant.tasks.checkpoint.head import check_head
 from requant.tasks.checkpoint.problems import problems_of
@@ -17,7 +16,6 @@ from requant.tasks.quantizing.auto_settings import unknown_layer
 from requant.tasks.recipe.recipe import Recipe
 
 MAX_PROBLEMS = 20  # of a base: requant inspect has them all
-ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
 
 
 def base_problems(base: Checkpoint, recipe: Recipe) -> Iterator[str]:
@@ -55,13 +53,10 @@ def inspected(base: Checkpoint, recipe: Recipe) -> tuple[list[str], list[str]]:
     return _at_most(hinders), _at_most(harmless)
 
 
-def result_problems(engines: Mapping[str, EngineVerdict]) -> list[str]:
-    """Say that neither vLLM nor SGLang will load a result, if both verdicts are no."""
-    asked = {words: engines[engine] for engine, words in ENGINES.items() if engine in engines}
-    if not asked or any(verdict.loads is not False for verdict in asked.values()):
-        return []
-    reasons = "; ".join(f"{verdict.reason} ({words} {verdict.version})" for words, verdict in asked.items())
-    return [f"neither vLLM nor SGLang will load the result: {reasons}"]
+def result_problems(judgement: Judgement) -> list[str]:
+    """Say that neither vLLM nor SGLang loads a result, if both verdicts are no. What is not judged stops nothing."""
+    problem = judgement.load_problem
+    return [] if problem is None else [f"the result would be useless: {problem}"]
 
 
 def _keeps_promise(base: Checkpoint) -> bool:

@@ -179,7 +179,7 @@ def report(sources: Mapping[str, Source], record: Mapping[str, Mapping[str, str 
     for engine, source in sources.items():
         found = list(differences(engine, source, record.get(engine, {})))
         count += len(found)
-        lines += [f"### {engine} {source.version}: {len(found)} differences", ""]
+        lines += [f"### {' '.join([engine, source.version]).strip()}: {len(found)} differences", ""]
         lines += [f"The rules are those of {engine} {VERSIONS[engine]}.", "", *(f"- {one}" for one in found), ""]
     return "\n".join(lines), count
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from requant.tasks.checkpoint.compat.rule import (
+    COMPRESSED,
     EXPERTS,
     INTEGER,
     LM_HEAD,
@@ -112,6 +113,8 @@ class AutoRound:
         if _at_least_16(bits, layer.name):
             return EngineScheme(because=because)
         storage: Storage = INTEGER if self.data_type == "int" else SCALED
+        if "mx_fp" in self.data_type and bits == 4:  # weight_packed and weight_scale: inc/schemes/inc_mxfp4_linear.py
+            storage = COMPRESSED
         return EngineScheme(storage, bits, group_size, sym, because, "awq" if self.packing == AWQ else "gptq")
 
     def _resolve(self, layer: Layer) -> tuple[SchemeValues, str]:

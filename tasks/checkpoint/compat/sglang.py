@@ -184,6 +184,8 @@ def _read_rule(checkpoint: Checkpoint, patterns: Patterns) -> Rule | None:
         return Gptq.read(everything, Renames(), {}, patterns, ())
     if method.startswith("awq"):
         return Awq.read(quantization, Renames(), {}, ())
+    if method == "fp8" and checkpoint.config.get("model_type") in vllm.DEEPSEEK_V4:
+        return None  # its experts are stored in another way: model_config.py, is_fp4_experts
     if method == "fp8":
         return SglangFp8(**vars(Fp8.read(quantization, Renames(), {})))
     return vllm.read_rule(quantization, Renames(), {}, patterns, checkpoint) if method in vllm.SHARED else None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,8 @@ import pytest
 
 from requant.tasks.checkpoint.base_check import check_kind
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.document import EngineVerdict
+from requant.tasks.checkpoint.compat import Judgement
+from requant.tasks.checkpoint.compat.rule import NotJudged
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
 from requant.tasks.errors import CheckpointError, Refused
 from requant.tasks.plan import plan_of, preflight
@@ -25,6 +29,7 @@ from requant.tasks.texts.text import find_text
 from tests.factories.checkpoints import edited, write_checkpoint, write_quantized
 from tests.factories.foreign import IN_PLACE, POINTER
 from tests.factories.fp8_bases import as_fp8
+from tests.factories.paths import TINY
 from tests.factories.pico import pico_base
 from tests.factories.stores import held_base
 
@@ -184,28 +189,40 @@ def test_an_fp8_base_is_none_that_is_already_quantized(tmp_path: Path) -> None:
         check_kind(Checkpoint.open(write_checkpoint(tmp_path / "x", {"model.safetensors": packed}, {})), "a/b")
 
 
-def verdicts(**loads: bool | None) -> dict[str, EngineVerdict]:
-    return {e: EngineVerdict(loads=v, mtp=v, reason=f"of {e}", version="1.0") for e, v in loads.items()}
-
-
 def test_a_result_that_neither_engine_loads_is_a_problem_and_one_that_is_not_judged_is_none() -> None:
-    (problem,) = result_problems(verdicts(vllm=False, sglang=False, transformers=True))
-    assert problem == "neither vLLM nor SGLang will load the result: of vllm (vLLM 1.0); of sglang (SGLang 1.0)"
-    for vllm in (True, None, False):
-        for sglang in (True, None, False):
-            stops = bool(result_problems(verdicts(vllm=vllm, sglang=sglang, transformers=False)))
-            assert stops == (vllm is False and sglang is False)
+    findings = (None, "no rules", NotJudged("no rules"))
+    for vllm, sglang in itertools.product(findings, findings):
+        loading = {"vllm": vllm, "sglang": sglang, "transformers": "another reason"}
+        stops = bool(result_problems(Judgement(loading, dict.fromkeys(loading), [])))
+        assert stops == (vllm is sglang is findings[1]), loading
+
+
+def step(folder: Path) -> Path:
+    """A base of Step-3.5, whose experts lie fused under names without the word expert."""
+    tensors: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (96, 64), "model.norm.weight": (64,), "lm_head.weight": (96, 64),
+        **{f"model.layers.0.{name}.weight": (64,) for name in ("input_layernorm", "post_attention_layernorm")},
+        **{f"model.layers.0.self_attn.{name}_proj.weight": (64, 64) for name in "qkvo"},
+        "model.layers.0.moe.gate.weight": (4, 64), "model.layers.0.moe.down_proj.weight": (4, 64, 32),
+        **{f"model.layers.0.moe.{name}_proj.weight": (4, 32, 64) for name in ("gate", "up")},
+    }  # fmt: skip
+    raw = {name: ("BF16", shape, bytes(2 * math.prod(shape))) for name, shape in tensors.items()}
+    sizes = {"hidden_size": 64, "vocab_size": 96, "num_hidden_layers": 1, "torch_dtype": "bfloat16"}
+    config = {"model_type": "step3p5", "architectures": ["Step3p5ForCausalLM"], **sizes}
+    write_checkpoint(folder, {"model.safetensors": raw}, config, index=False)
+    shutil.copyfile(TINY / "tokenizer.json", folder / "tokenizer.json")
+    return folder
 
 
 def test_a_plan_stops_where_its_own_verdicts_are_no(store: Store, tmp_path: Path) -> None:
-    """One part of a layer that engines load as one is quantized in another way than the other parts."""
-    layers = {"self_attn.q_proj": {"bits": 8}}
-    document = planned(store, pico_base(tmp_path / "base"), quantize={**SMALL, "layers": layers})
-    assert {name: verdict.loads for name, verdict in document.engines.items() if name != "transformers"} == {
-        "vllm": False, "sglang": False,
-    }  # fmt: skip
-    (problem,) = document.problems
-    assert problem.startswith("neither vLLM nor SGLang will load the result: ") and document.stages
+    base = step(tmp_path / "base")
+    assert inspect_checkpoint(base).problems == []
+    document = planned(store, base, allow_remote_code=True)
+    assert {engine: document.engines[engine].loads for engine in ("vllm", "sglang")} == {"vllm": False, "sglang": False}
+    assert document.stages and any(
+        p.startswith("the result would be useless: neither vLLM 0.32.0 nor SGLang 0.5.23 loads it: ")
+        for p in document.problems
+    )
 
 
 TOKENIZERS: dict[str, tuple[Callable[[Path], object], str]] = {
