@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,10 +161,11 @@ def test_a_token_that_may_only_read_is_refused_before_anything_is_fetched(
 
 
 def test_a_checkpoint_that_is_fine_gets_no_pull_request(
-    hub: HubStandIn, api: HfApi, repo: str, broken: Path, base: Path
+    hub: HubStandIn, api: HfApi, repo: str, base: Path, tmp_path: Path
 ) -> None:
-    fixed(broken, base)
-    hub.seed(repo, broken, delete_missing=True)
+    fine = shutil.copytree(base, tmp_path / "fine")
+    (fine / "README.md").write_text(CARD.format(BASE))
+    hub.seed(repo, fine, delete_missing=True)
     hub.reset_traffic()
     outcome = CliRunner().invoke(cli, ["mtp-fix", repo, "--pull-request"])
     assert outcome.exit_code == 0 and "nothing to repair" in outcome.stdout and written(hub) == []

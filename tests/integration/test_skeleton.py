@@ -116,7 +116,7 @@ def test_an_index_that_is_no_json_is_refused_with_its_name(hub: HubStandIn, tmp_
     (base / "model.safetensors.index.json").write_text("{")
     hub.seed("demo/broken", base)
     with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
-        create_checkout(resolve("demo/broken"), tmp_path / "skeleton")
+        Checkpoint.open(create_checkout(resolve("demo/broken"), tmp_path / "skeleton"))
 
 
 def test_a_repo_that_is_not_there_is_a_sentence(requant: Requant) -> None:
