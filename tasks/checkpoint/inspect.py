@@ -35,7 +35,7 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
         problems += deep_problems(checkpoint)
     if len(problems) > MAX_PROBLEMS:
         problems = [*problems[:MAX_PROBLEMS], f"and {len(problems) - MAX_PROBLEMS} more problems"]
-    scheme = quantization.scheme
+    scheme = checkpoint.reading.shared(checkpoint.modules.values())
     return InspectDocument(
         tensors=len(checkpoint.tensors),
         bytes=checkpoint.nbytes,
