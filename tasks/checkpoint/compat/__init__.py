@@ -1,8 +1,9 @@
 """Judges from headers and configs whether each engine will load a checkpoint and draft with its MTP head.
 
-There is one module for each engine (`vllm`, `sglang`, `transformers`) and for each quantization method (`auto_round`,
-`gptq`, `compressed`). Each names the source and version of its rules. tests/engines compares the rules for vLLM with
-vLLM's own classes, and the verdicts with what vLLM does.
+There is one module for each engine (`vllm`, `sglang`, `transformers`) and for each quantization method that has rules
+(`auto_round`, `gptq`, `compressed`, `modelopt`, `quark`). Each names the source and version of its rules. What they do
+not know is `NotJudged`. tests/engines compares the rules for vLLM with vLLM's own classes, and the verdicts with what
+vLLM does.
 """
 
 from __future__ import annotations
