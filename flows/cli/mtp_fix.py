@@ -33,9 +33,11 @@ if TYPE_CHECKING:
 def mtp_fix(folder: Path, base: str | None, precision: HeadPrecision, dry_run: bool) -> CommandResult:
     """Repair the MTP head of an existing checkpoint, in place.
 
-    FOLDER is the checkpoint. Its index, total_size and both quantization configs are corrected too, and missing
-    tokenizer and processor files are added. Without --base, a quantized head is dequantized if neither vLLM nor
-    SGLang drafts with it; what its quantization lost stays lost. Exit status 1: no engine will draft with the head.
+    FOLDER is the checkpoint. Its index, total_size and quantization configs are corrected too: shards that the index
+    does not name are put into it, and a missing index is written. With --base, missing tokenizer and processor files
+    are added. Without --base, a quantized head is dequantized if neither vLLM nor SGLang drafts with it; what its
+    quantization lost stays lost. The result is judged before anything changes. Exit status 1: no engine will
+    draft with the head, or there are problems and mtp-fix can repair none of them.
 
     \b
     Examples:
@@ -43,16 +45,19 @@ def mtp_fix(folder: Path, base: str | None, precision: HeadPrecision, dry_run: b
       requant mtp-fix Qwen3.6-27B-w4g128 --base Qwen/Qwen3.6-27B --precision int8
     """
     document = api.mtp_fix(folder, base=base, precision=precision, dry_run=dry_run)
-    refused = all(verdict.mtp is False for verdict in document.engines.values())
+    refused = not dry_run and all(verdict.mtp is False for verdict in document.engines.values())
+    stuck = bool(document.problems) and not document.writes
     return CommandResult(
-        document.to_json(), _repair_text(folder, document, precision, dry_run), 1 if refused and not dry_run else 0
+        document.to_json(), _repair_text(folder, document, precision, dry_run), 1 if refused or stuck else 0
     )
 
 
 def _repair_text(folder: Path, result: MtpFixDocument, precision: HeadPrecision, dry_run: bool) -> str:
-    lines = [f"{engine:10} {verdict.text(engine)}" for engine, verdict in result.engines.items()]
+    lines = [f"{engine:12} {verdict.text(engine)}" for engine, verdict in result.engines.items()]
+    lines += [f"{'problem':12} {problem}" for problem in result.problems]
     if not result.writes:
-        return "\n".join([f"{folder}: nothing to repair", *lines])
+        what = "nothing that mtp-fix can repair" if result.problems else "nothing to repair"
+        return "\n".join([f"{folder}: {what}", *lines])
     done = "would be repaired" if dry_run else "repaired"
     writes, removes = ("would write", "would remove") if dry_run else ("wrote", "removed")
     first = [f"{folder}: {done}, {_head_text(result, precision)}"]

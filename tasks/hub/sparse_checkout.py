@@ -16,10 +16,11 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import hf_hub_url
 
-from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION_FILES, SINGLE
+from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION_FILES
 from requant.tasks.checkpoint.companions import may_be_pointer
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.other_kinds import MAX_READ_BYTES, explain_other_kind
+from requant.tasks.checkpoint.shards import weight_files
 from requant.tasks.checkpoint.untrusted import MAX_HEADER_BYTES, MAX_JSON_BYTES
 from requant.tasks.errors import CheckpointError, HubUnavailable
 from requant.tasks.hub._http import build_hf_headers, hf_raise_for_status, http_stream_backoff
@@ -90,12 +91,13 @@ def fetch_files(revision: Revision, folder: Path, paths: Iterable[str]) -> None:
 
 
 def _shards(folder: Path) -> Sequence[str]:
-    """List the shards that the index names; none if it cannot be read, which Checkpoint.open explains."""
+    """Return the weight files whose headers are read: those of the index, and those that lie beside it."""
+    beside = weight_files(folder)
     if not (folder / INDEX).exists():
-        return [SINGLE]
+        return beside
     try:
         weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
-        return sorted({shard for shard in weight_map.values() if isinstance(shard, str)})
+        return sorted({*beside, *(shard for shard in weight_map.values() if isinstance(shard, str))})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
 

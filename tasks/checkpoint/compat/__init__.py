@@ -81,7 +81,7 @@ class Judgement:
         loading, drafting = self.loading[engine], self.drafting[engine]
         loads, drafts = _answer(loading), _answer(drafting)
         mtp = False if False in (loads, drafts) else None if None in (loads, drafts) else True
-        reasons = [loading] if loads is False else [loading, _with_remedy(drafting)]
+        reasons = [loading] if loads is False else [loading, drafting]
         reason = "; ".join(dict.fromkeys(text for text in reasons if text)) or FINE
         return EngineVerdict(loads=loads, mtp=mtp, reason=reason, version=VERSIONS[engine])
 
@@ -97,7 +97,7 @@ class Judgement:
     @property
     def draft_problem(self) -> str | None:
         """Why vLLM or SGLang would not draft; None if both would, or if that is not judged."""
-        return next((_with_remedy(found) for found in self._draft_problems.values()), None)
+        return next(iter(self._draft_problems.values()), None)
 
     @property
     def drafts(self) -> bool:
@@ -108,7 +108,7 @@ class Judgement:
     def head_problem(self) -> str | None:
         """Why vLLM or SGLang would not draft, if the head is what is wrong and not the whole checkpoint."""
         of_heads = (found for engine, found in self._draft_problems.items() if found != self.loading[engine])
-        return next((_with_remedy(found) for found in of_heads), None)
+        return next(of_heads, None)
 
     @property
     def _draft_problems(self) -> dict[str, Finding]:
@@ -172,7 +172,3 @@ def _fixable(problem: Finding, loading: Finding) -> Finding:
 def _answer(finding: Finding) -> bool | None:
     """Return whether an engine loads or drafts; None if that is not judged."""
     return None if isinstance(finding, NotJudged) else finding is None
-
-
-def _with_remedy(problem: Finding) -> str | None:
-    return f"{problem}: {FIX}" if isinstance(problem, Fixable) else problem
