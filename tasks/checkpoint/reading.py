@@ -18,7 +18,7 @@ from typing import Any
 from requant.tasks.checkpoint.compat import vllm
 from requant.tasks.checkpoint.compat.auto_round import AsQuantized
 from requant.tasks.checkpoint.compat.compressed import CompressedTensors, Fp8
-from requant.tasks.checkpoint.compat.gptq import Awq, Gptq
+from requant.tasks.checkpoint.compat.gptq import BY_TENSORS, Awq, Gptq
 from requant.tasks.checkpoint.compat.layers import Tree
 from requant.tasks.checkpoint.compat.rule import (
     COMPRESSED,
@@ -333,7 +333,7 @@ def _compressed_fits(stated: EngineScheme, module: Module) -> bool:
 
 
 def _told(stated: EngineScheme) -> str:
-    because = f" ({stated.because})" if stated.because else ""
+    because = f" ({stated.because})" if stated.because not in ("", BY_TENSORS) else ""
     if not stated.quantized:
         return f"that the module is not quantized{because}"
     if stated.storage not in (INTEGER, COMPRESSED):
