@@ -11,7 +11,8 @@ from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
 from requant.tasks.checkpoint.heads.drafters import drafter_kind
 from requant.tasks.checkpoint.inventory import missing_parts
-from requant.tasks.checkpoint.modules import Module, modules_of
+from requant.tasks.checkpoint.methods import MODELOPT_FILE, quantizes_cache_only
+from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.mtp import LAYER_NAME
 from requant.tasks.checkpoint.packing import REQUIRED, check_parts
 from requant.tasks.checkpoint.reading import Contradiction
@@ -21,7 +22,9 @@ from requant.tasks.errors import CheckpointError
 FLOATING = {"BF16", "F16", "F32", "F64"}
 OTHER_TOWERS = re.compile(r"visual|vision|audio|image|projector")
 ROUTER_NAME = re.compile(r"(gate|router|score|bias)")  # stored in a wider dtype than other weights, by design
-COMPRESSED_REQUIRED = ("weight_scale", "weight_shape")
+COMPRESSED_REQUIRED = {
+    "I32": ("weight_scale", "weight_shape")
+}  # by the dtype of weight_packed; FP4 has no weight_shape
 
 
 def problems_of(checkpoint: Checkpoint, judgement: Judgement, *, with_head: bool = True) -> list[str]:
@@ -37,7 +40,7 @@ def problems_of(checkpoint: Checkpoint, judgement: Judgement, *, with_head: bool
     ]
     if checkpoint.has_unread:
         return of_files
-    return [
+    found = [
         *of_files,
         *_configs(checkpoint),
         *_parts(checkpoint),
@@ -46,6 +49,8 @@ def problems_of(checkpoint: Checkpoint, judgement: Judgement, *, with_head: bool
         *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, judgement, with_head=with_head)),
         *(f"an engine would hang on the pattern {shown(p)!r} of quantization_config" for p in judgement.hostile),
     ]
+    refused = judgement.load_problem
+    return found if refused is None or judgement.loading["vllm"] in found else [*found, refused]
 
 
 def _of_a_base(checkpoint: Checkpoint, judgement: Judgement, *, with_head: bool) -> list[str]:
@@ -60,16 +65,23 @@ def _configs(checkpoint: Checkpoint) -> Iterator[str]:
     other = next((name for name in QUANTIZATION_FILES if (checkpoint.folder / name).is_file()), None)
     if file.is_file() and stated is not None and read_json(file) != stated:
         yield f"{QUANTIZATION} and config.json disagree about the quantization: run requant mtp-fix, or copy one"
-    elif other is not None and stated is None:
+    elif other not in (None, MODELOPT_FILE) and stated is None:
         method = checkpoint.quantization.get("quant_method")
         yield (
             f"{other} is there, and config.json has no quantization_config, which engines read: put it there too, with "
             f"quant_method {shown(repr(method))}"
         )
     quantized = any(module.quantized for module in checkpoint.modules.values())
-    if checkpoint.quantization and not quantized and checkpoint.tensors:
+    known = checkpoint.method is None or checkpoint.method.readable  # the tensors of other methods may be overlooked
+    if (
+        checkpoint.quantization
+        and known
+        and not quantizes_cache_only(checkpoint.quantization)
+        and not quantized
+        and checkpoint.tensors
+    ):
         yield "quantization_config is there, and no tensor is quantized: remove it, or restore the quantized shards"
-    if quantized and not checkpoint.quantization:
+    if quantized and not checkpoint.quantization and checkpoint.method is None:
         yield "tensors are quantized, and config.json has no quantization_config: restore it"
 
 
@@ -79,10 +91,11 @@ def _parts(checkpoint: Checkpoint) -> Iterator[str]:
         if module.storage == "integer":
             yield from _integer_parts(checkpoint, module)
         elif module.storage == "compressed":
-            lacking = [p for p in COMPRESSED_REQUIRED if p not in module.parts]
+            required = COMPRESSED_REQUIRED.get(module.parts["weight_packed"].dtype, ("weight_scale",))
+            lacking = [part for part in required if part not in module.parts]
             if lacking:
                 yield f"{module.name}.{lacking[0]} is missing beside {module.name}.weight_packed"
-        elif module.storage == "scaled" and not any(part.startswith("weight_scale") for part in module.parts):
+        elif module.storage == "scaled" and not any("scale" in part for part in module.parts):
             yield f"{module.name}.weight is {module.parts['weight'].dtype} and has no scale beside it"
         if module.storage in {"integer", "compressed"} and "weight" in module.parts:
             yield f"{module.name} is there twice, packed and as {module.name}.weight: remove one"
@@ -105,10 +118,9 @@ def _integer_parts(checkpoint: Checkpoint, module: Module) -> Iterator[str]:
 
 def _contradictions(checkpoint: Checkpoint) -> Iterator[str]:
     """Find packed modules of the main model of which the config says something else; one sentence for all alike."""
-    in_head = set(modules_of(checkpoint.tensors[n] for n in checkpoint.head.names)) if checkpoint.head else set()
     alike: dict[tuple[str, str], list[Contradiction]] = {}
     for module in checkpoint.modules.values():
-        found = checkpoint.reading.contradiction(module) if module.name not in in_head else None
+        found = checkpoint.reading.contradiction(module) if module.name not in checkpoint.head_modules else None
         if found is not None:
             alike.setdefault((found.tensors, found.config.replace(found.module, "")), []).append(found)
     for first, *others in alike.values():

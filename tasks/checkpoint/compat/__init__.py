@@ -19,7 +19,6 @@ from requant.tasks.checkpoint.compat.rule import Finding, NotJudged, Patterns
 from requant.tasks.checkpoint.config import JsonObject, QuantizationConfig
 from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.checkpoint.heads.drafters import drafter_kind, is_no_base
-from requant.tasks.checkpoint.modules import modules_of
 from requant.tasks.checkpoint.untrusted import MAX_SMALL_JSON_BYTES
 
 VIDEO, IMAGE, PROCESSOR = "video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json"
@@ -51,8 +50,7 @@ class Judgement:
             return cls(dict.fromkeys(VERSIONS, why), dict.fromkeys(VERSIONS, why), [])
         patterns = Patterns()
         fatal = checkpoint.fatal[0] if checkpoint.fatal else None
-        head = checkpoint.head
-        head_modules = modules_of(checkpoint.tensors[name] for name in head.names) if head else {}
+        head_modules = checkpoint.head_modules
         main_modules = {name: module for name, module in checkpoint.modules.items() if name not in head_modules}
         missing = missing_vision_files(checkpoint)
         lacks_file = f"{missing[0]} is missing: copy it from the base" if missing else None
