@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from requant.tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, read_json
 from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
+from requant.tasks.checkpoint.completeness.sentences import lack_problems
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
 from requant.tasks.checkpoint.inventory import missing_parts
 from requant.tasks.checkpoint.modules import Module
@@ -31,6 +32,7 @@ def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
         *_shapes(checkpoint),
         *_dtypes(checkpoint),
         *_layers(checkpoint),
+        *([] if checkpoint.fatal else lack_problems(checkpoint)),
         *_head(checkpoint, judgement),
         *(f"an engine would hang on the pattern {shown(p)!r} of quantization_config" for p in judgement.hostile),
     ]
