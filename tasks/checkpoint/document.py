@@ -75,6 +75,9 @@ class InspectDocument(Document):
     dtypes: dict[str, int] = Field(description="How many tensors have which dtype")
     quantized: QuantizedWeights = Field(description="The quantized modules")
     groups: list[ModuleGroup] = Field(description="All modules, in groups")
+    complete: bool | None = Field(
+        None, description="Whether it has all tensors that its architecture needs; null: the architecture is not known"
+    )
     mtp: HeadDocument = Field(description="The MTP head")
     engines: dict[str, EngineVerdict] = Field(description="For vllm, sglang and transformers: will it load")
     problems: list[str] = Field(description="What is wrong, in sentences")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from requant.tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, read_json
 from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
+from requant.tasks.checkpoint.completeness import Completeness
 from requant.tasks.checkpoint.completeness.sentences import lack_problems
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
 from requant.tasks.checkpoint.inventory import missing_parts
@@ -22,8 +23,11 @@ ROUTER_NAME = re.compile(r"(gate|router|score|bias)")  # stored in a wider dtype
 COMPRESSED_REQUIRED = ("weight_scale", "weight_shape")
 
 
-def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
-    """Return all problems, those of index and headers first. `judgement`: the engines' judgement of the checkpoint."""
+def problems_of(checkpoint: Checkpoint, judgement: Judgement, completeness: Completeness | None = None) -> list[str]:
+    """Return all problems, those of index and headers first.
+
+    `judgement`: the engines' judgement of the checkpoint. `completeness`: what it lacks, if that is known already.
+    """
     return [
         *checkpoint.problems,
         *_configs(checkpoint),
@@ -32,7 +36,7 @@ def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
         *_shapes(checkpoint),
         *_dtypes(checkpoint),
         *_layers(checkpoint),
-        *([] if checkpoint.fatal else lack_problems(checkpoint)),
+        *([] if checkpoint.fatal else lack_problems(checkpoint, completeness or Completeness.of(checkpoint))),
         *_head(checkpoint, judgement),
         *(f"an engine would hang on the pattern {shown(p)!r} of quantization_config" for p in judgement.hostile),
     ]

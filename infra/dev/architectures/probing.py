@@ -18,6 +18,7 @@ LAYER_COUNTS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth
 EXPERT_COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"}
 # Keys that shape no tensor, or only by their list of layers.
 IGNORED = ("token_id", "token_index", "dtype", "version", "id2label", "label2id", "quantization", "initializer")
+OF_ALL_MODELS = PreTrainedConfig().to_dict().keys() - {"tie_word_embeddings"}
 OPTIONAL_SIZE = 48  # tried where a config has null
 Path = tuple[str, ...]
 Values = dict[str, Any]
@@ -100,16 +101,18 @@ class Builder:
         return bool(getattr(config, "tie_word_embeddings", False))
 
     def probes(self) -> Iterator[Probe]:
-        """Yield models with one other value each, and some with many, the first model at the beginning."""
+        """Yield the usual model, those that another value of one key makes different, and some with many changes."""
         first = self.first()
         yield first
         scaled: dict[str, int] = {}
         for path, value in leaves(self.base):
             for other in _others(path, value):
                 probe = self.probe({path: other})
+                if probe is not None and probe.shapes == first.shapes:
+                    break  # a key without any effect
                 if probe is not None:
                     yield probe
-                    if type(value) is int and other == 2 * value and probe.shapes != first.shapes:
+                    if type(value) is int and other == 2 * value:
                         scaled[path] = value
         generator = random.Random(0)
         for _ in range(8):
@@ -122,7 +125,7 @@ class Builder:
 def leaves(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the values of a config by path, as `text_config.hidden_size`."""
     for key, value in document.items():
-        if key.startswith("rope_") or any(word in key for word in IGNORED):
+        if key in OF_ALL_MODELS or key.startswith("rope_") or any(word in key for word in IGNORED):
             continue
         if isinstance(value, Mapping):
             if key.endswith("config"):
@@ -140,7 +143,7 @@ def _others(path: str, value: object) -> list[Any]:
         return [2 * value, *none, None] if value else [1]
     if isinstance(value, list) and len(value) > 1:
         return [value[:-1]]
-    return [OPTIONAL_SIZE, True] if value is None else []
+    return [True, OPTIONAL_SIZE] if value is None else []
 
 
 def _part(document: Values, path: str) -> tuple[Values, str]:

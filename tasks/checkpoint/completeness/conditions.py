@@ -89,7 +89,8 @@ class Values:
         if match := PER_LAYER.fullmatch(condition):
             kinds = self.stated(match[1])
             kind = kinds[layer] if isinstance(kinds, list) and layer < len(kinds) else None
-            return kind == match[2] if kind in self.kinds.get(match[1], ()) else None
+            known = isinstance(kind, str) and kind in self.kinds.get(match[1], ())
+            return kind == match[2] if known else None
         if match := FROM_LAYER.fullmatch(condition):
             bound = self._factor(match[2], False)
             return None if bound is None else layer < bound if match[1] == "<" else layer >= bound

@@ -27,11 +27,13 @@ class Stored:
     """The parameters of a checkpoint.
 
     `shapes`: by name without leading prefixes; None where the storage does not say the shape. `leading`: the prefixes
-    that were removed, by the first component of what is left.
+    that were removed, by the first component of what is left. `experts`: how many there are one by one, by the name of
+    what contains them, as far as the largest number says.
     """
 
     shapes: dict[str, Shape | None] = field(default_factory=dict)
     leading: dict[str, str] = field(default_factory=dict)
+    experts: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Stored:
@@ -54,6 +56,12 @@ class Stored:
         """Add a parameter under its name without prefixes."""
         short = without_leading(name)
         self.shapes[short] = shape
+        stem, several, rest = short.partition(".experts.")
+        if several:
+            number = rest.partition(".")[0]
+            if number.isdigit() and len(number) < 7:
+                stem += ".experts"
+                self.experts[stem] = max(self.experts.get(stem, 0), int(number) + 1)
         self.leading.setdefault(short.partition(".")[0], name[: len(name) - len(short)])
 
     def full_name(self, short: str, usual: str) -> str:
@@ -74,12 +82,19 @@ def kind_of(name: str) -> str:
     return NUMBER.sub(".#", name)
 
 
+def is_first_expert(name: str) -> bool:
+    """Check whether a tensor is that of no single expert, or of the first: the others have the same names."""
+    _, several, rest = name.partition(".experts.")
+    return not several or not rest[:1].isdigit() or rest.startswith("0.")
+
+
 def _parameters(checkpoint: Checkpoint, module: Module) -> Iterator[tuple[str, Shape | None]]:
     """Yield the parameters of a module: its bias, and its weight if any storage of it is there."""
     if "bias" in module.parts:
         yield f"{module.name}.bias", module.parts["bias"].shape
     if not WEIGHT_PARTS.isdisjoint(module.parts):
-        yield f"{module.name}.weight", _weight_shape(checkpoint, module)
+        shape = _weight_shape(checkpoint, module) if is_first_expert(module.name) else None  # enough, and quicker
+        yield f"{module.name}.weight", shape
     elif "" in module.parts:
         yield from _bare(checkpoint, module)
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 from requant.tasks.checkpoint.completeness.conditions import Values
+from requant.tasks.checkpoint.completeness.expansion import Sides, expanded
 from requant.tasks.checkpoint.completeness.names import Shape, Stored, kind_of, without_leading
 from requant.tasks.checkpoint.completeness.needs import COUNT, Group, Needs, split_layers
 
-MAX_LAYERS = 10_000
-MAX_EXPERTS = 100_000
-SPLIT_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
-FUSED_OF = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "gate_up_proj", "w3": "gate_up_proj"}
-FUSED_OF |= {"down_proj": "down_proj", "w2": "down_proj"}
+MAX_LAYERS = 1000
+MAX_LACKS = 10_000  # of a hostile config, which may promise any number of tensors
+MAX_EVIDENCE = 64  # names to look for before a layer counts as without a group
+ABSENT = (-1,)
 LOWEST_MATCH = 0.5  # of the kinds of tensors of a part; with fewer, they have other names, and nothing is said
 
 
@@ -25,7 +26,7 @@ class Lack:
     """A parameter that is missing or, with `needed` and `there`, has another shape."""
 
     name: str
-    needed: tuple[int | None, ...] | None = None
+    needed: Sides | None = None
     there: Shape | None = None
 
 
@@ -48,26 +49,23 @@ class Comparison:
         for number, group in enumerate(self.needs.groups):
             if part_of(group.layers or next(iter(group.tensors))) not in foreign and self._is_stated(group):
                 for layer in range(self._layers(group)):
-                    if self._needed(number, layer):
-                        found += self._lacking(group, layer)
+                    if len(found) < MAX_LACKS and self._needed(number, layer):
+                        found += islice(self._lacking(group, layer), MAX_LACKS)
         return found
 
     def _foreign_parts(self) -> set[str]:
-        """Return the parts of the model whose tensors have other names."""
-        known: dict[str, list[bool]] = defaultdict(list)
-        present = {kind_of(name) for name in self.stored.shapes if is_first_expert(name)} | self._fused_forms
+        """Return the parts of the model whose tensors have other names: most are not found, and others are there."""
+        needed: dict[str, dict[str, bool]] = defaultdict(dict)
         for group in self.needs.groups:
-            if group.when is None:
-                continue
             prefix = split_layers(group.layers)[0]
             for name in group.tensors:
-                short = without_leading(f"{prefix}0.{name}" if prefix else name)
-                kind = kind_of(COUNT.sub("0", short))
-                known[part_of(group.layers or name)].append(kind in present)
-        there = {part_of(name) for name in self.stored.shapes}
-        foreign = {part for part, seen in known.items() if part in there and sum(seen) < LOWEST_MATCH * len(seen)}
-        if there - known.keys() - HEADS:  # a part of another name may be the one that seems to be missing
-            foreign |= known.keys() - there - {""}
+                short = without_leading(f"{prefix}0.{COUNT.sub('0', name)}" if prefix else COUNT.sub("0", name))
+                needed[part_of(short)][kind_of(short)] = group.when == [] and "experts." not in name
+        present = {kind_of(name) for name in self.stored.shapes if ".experts." not in name}
+        others = present.difference(*needed.values())
+        foreign = {part for part, kinds in needed.items() if _is_foreign(part, kinds, present, others)}
+        if {part_of(kind) for kind in present} - needed.keys() - HEADS:  # it may be the part that seems to be missing
+            foreign |= {part for part, kinds in needed.items() if part and present.isdisjoint(kinds)}
         return foreign
 
     def _is_stated(self, group: Group) -> bool:
@@ -108,7 +106,8 @@ class Comparison:
         return False if False in answers else None if None in answers else True
 
     def _has_some(self, number: int, layer: int) -> bool:
-        return any(short in self._present for short, _, _ in self._expanded(self.needs.groups[number], layer))
+        names = expanded(self.needs.groups[number], layer, self.values, self.stored)
+        return any(short in self.stored.shapes for short, _, _ in islice(names, MAX_EVIDENCE))
 
     @cached_property
     def _support(self) -> list[int]:
@@ -127,92 +126,23 @@ class Comparison:
         return any(said) if said else self.needs.tied
 
     def _lacking(self, group: Group, layer: int) -> Iterator[Lack]:
-        for short, usual, shape in self._expanded(group, layer):
-            if short not in self._present:
+        for short, usual, shape in expanded(group, layer, self.values, self.stored):
+            there = self.stored.shapes.get(short, ABSENT)
+            if there == ABSENT:
                 yield Lack(self.stored.full_name(short, usual))
-                continue
-            there = self.stored.shapes.get(short)
-            if shape and there and not _fits(shape, there):
+            elif shape and there and not _fits(shape, there):
                 yield Lack(self.stored.full_name(short, usual), shape, there)
 
-    def _expanded(self, group: Group, layer: int) -> Iterator[tuple[str, str, tuple[int | None, ...]]]:
-        """Yield the tensors of a group in a layer: their short names, names and shapes."""
-        prefix = split_layers(group.layers)[0]
-        lead = f"{prefix}{layer}." if prefix else ""
-        for name, formulas in group.tensors.items():
-            shape = tuple(self.values.size(f) if f else None for f in formulas or ())
-            counted = COUNT.search(name)
-            if counted is None:
-                full = lead + name
-                split = self._split_of(full, shape)
-                if split is None:
-                    yield without_leading(full), full, shape
-                else:
-                    yield from split
-                continue
-            count = min(self.values.size(counted[1]) or 0, MAX_EXPERTS)
-            before, after = lead + name[: counted.start()], name[counted.end() :]
-            short = without_leading(before)
-            for item in range(count):
-                yield f"{short}{item}{after}", f"{before}{item}{after}", shape
 
-    def _split_of(self, full: str, shape: Shape | tuple[int | None, ...]) -> Iterator[tuple[str, str, Shape]] | None:
-        """Return the matrices of fused experts, if the checkpoint has them one by one; None otherwise."""
-        stem, _, fused = full.rpartition(".")
-        short = without_leading(stem)
-        experts = self._split_experts.get(short)
-        if experts is None or fused not in FUSED_OF.values() or f"{short}.{fused}" in self.stored.shapes:
-            return None
-        count = min((shape[0] if shape else None) or max(experts) + 1, MAX_EXPERTS)
-        matrices = [name for name in ("gate_proj", "up_proj", "down_proj") if FUSED_OF[name] == fused]
-        names = (f"{e}.{matrix}.weight" for e in range(count) for matrix in matrices)
-        return ((f"{short}.{name}", f"{stem}.{name}", ()) for name in names)
+def _is_foreign(part: str, needed: dict[str, bool], present: set[str], others: set[str]) -> bool:
+    """Check whether a part has other names, which are not the same behind one more prefix.
 
-    @cached_property
-    def _split_experts(self) -> Mapping[str, set[int]]:
-        """The numbers of the experts that are there one by one, by the name of all."""
-        experts: dict[str, set[int]] = defaultdict(set)
-        for name in self.stored.shapes:
-            if ".experts." in name and (match := SPLIT_EXPERT.fullmatch(name)) and len(match[2]) < 7:
-                experts[match[1]].add(int(match[2]))
-        return experts
-
-    @cached_property
-    def _present(self) -> set[str]:
-        """The short names that are there, those of the matrices in fused experts too."""
-        names = set(self.stored.shapes)
-        for name in self.stored.shapes:
-            stem, _, fused = name.rpartition(".")
-            if fused in FUSED_OF.values() and stem.endswith(".experts"):
-                shape = self.stored.shapes[name]
-                count = min(shape[0], MAX_EXPERTS) if shape else self._expert_count
-                matrices = [matrix for matrix, its in FUSED_OF.items() if its == fused]
-                names |= {f"{stem}.{e}.{matrix}.weight" for e in range(count) for matrix in matrices}
-        return names
-
-    @cached_property
-    def _expert_count(self) -> int:
-        """The largest number of experts that the architecture's names count."""
-        formulas = {match for group in self.needs.groups for name in group.tensors for match in COUNT.findall(name)}
-        return min(max((self.values.size(f) or 0 for f in formulas), default=0), MAX_EXPERTS)
-
-    @cached_property
-    def _fused_forms(self) -> set[str]:
-        """The kinds of names that the experts would have in the other of the two forms."""
-        forms = set[str]()
-        for name in self.stored.shapes:
-            stem, _, fused = name.rpartition(".")
-            if fused in FUSED_OF.values() and stem.endswith(".experts"):
-                forms |= {kind_of(f"{stem}.0.{matrix}.weight") for matrix, its in FUSED_OF.items() if its == fused}
-        for stem in self._split_experts:
-            forms |= {kind_of(f"{stem}.{fused}") for fused in FUSED_OF.values()}
-        return forms
-
-
-def is_first_expert(name: str) -> bool:
-    """Check whether a tensor is that of no single expert, or of the first: the others have the same names."""
-    _, several, rest = name.partition(".experts.")
-    return not several or not rest[:1].isdigit() or rest.startswith("0.")
+    `needed`: the kinds of its tensors, and whether every model has them. `others`: the kinds that no part needs.
+    """
+    always = {kind for kind, is_always in needed.items() if is_always}
+    few = len(always & present) < LOWEST_MATCH * len(always)
+    named_else = any(part_of(kind) == part if part else part_of(kind) not in HEADS for kind in others)
+    return few and named_else and always.isdisjoint(without_leading(kind.partition(".")[2]) for kind in others)
 
 
 def part_of(name: str) -> str:
@@ -228,6 +158,6 @@ TEXT_PARTS = frozenset({
 })  # fmt: skip
 
 
-def _fits(needed: tuple[int | None, ...], there: Shape) -> bool:
+def _fits(needed: Sides, there: Shape) -> bool:
     """Check a shape. Where a side is not known, any fits."""
     return len(needed) == len(there) and all(n in (None, t) for n, t in zip(needed, there, strict=True))

@@ -13,12 +13,11 @@ from requant.tasks.checkpoint.untrusted import shown
 CONSEQUENCE = "vLLM starts with uninitialized memory there"
 
 
-def lack_problems(checkpoint: Checkpoint) -> Iterator[str]:
+def lack_problems(checkpoint: Checkpoint, completeness: Completeness) -> Iterator[str]:
     """Yield a sentence for each tensor that is missing or has another shape than the architecture needs.
 
     Layers without any tensor are left out: other sentences name them.
     """
-    completeness = Completeness.of(checkpoint)
     layers = {match[0] for name in checkpoint.tensors if (match := LAYER_NAME.match(name))}
     lacks = [lack for lack in completeness.lacks if not (m := LAYER_NAME.match(lack.name)) or m[0] in layers]
     other = _other_prefix(checkpoint, lacks)

@@ -70,12 +70,18 @@ def _layers(stored: Stored, config: ModelConfig) -> tuple[str, dict[int, Layer]]
 
 
 def _lost_in_layers(stored: Stored, prefix: str, layers: dict[int, Layer], config: ModelConfig) -> Iterator[str]:
-    signatures = Counter(frozenset(layer.kinds) for layer in layers.values())
+    wholes = Counter(frozenset(layer.kinds) for layer in layers.values())
+    modules: dict[str, Counter[frozenset[str]]] = defaultdict(Counter)
+    for layer in layers.values():
+        for module, kinds in _by_module(layer.kinds).items():
+            modules[module][kinds] += 1
     stated = [config.text.integer(key) or 0 for key in EXPERT_COUNTS]
     seen = [max(numbers) + 1 for layer in layers.values() for numbers in layer.experts.values()]
     count = min(max([*seen, *stated]), MAX_EXPERTS)
     for number, layer in sorted(layers.items()):
-        lost = _lacking(frozenset(layer.kinds), signatures) | _without_partner(layer.kinds)
+        lost = _lacking(frozenset(layer.kinds), wholes) | _without_partner(layer.kinds)
+        for module, kinds in _by_module(layer.kinds).items():
+            lost |= _lacking(kinds, modules[module])
         for kind in sorted(lost):
             name = f"{prefix}.{number}.{kind.replace('#', '0')}"
             yield stored.full_name(name, name)
@@ -86,10 +92,19 @@ def _lost_in_layers(stored: Stored, prefix: str, layers: dict[int, Layer], confi
                 yield stored.full_name(name, name)
 
 
-def _lacking(kinds: frozenset[str], signatures: Counter[frozenset[str]]) -> set[str]:
-    """Return what a layer lacks that its siblings have.
+def _by_module(kinds: set[str]) -> dict[str, frozenset[str]]:
+    """Group a layer's tensors by the module that they are in, as `mlp`; "" for the layer's own, as its norms."""
+    modules: dict[str, set[str]] = defaultdict(set)
+    for kind in kinds:
+        module, _, rest = kind.partition(".")
+        modules[module if "." in rest else ""].add(kind)
+    return {module: frozenset(own) for module, own in modules.items()}
 
-    A sibling has all that the layer has and less than as much again. Several layers that lack the same are a type of
+
+def _lacking(kinds: frozenset[str], signatures: Counter[frozenset[str]]) -> set[str]:
+    """Return what a layer, or a module of it, lacks that its siblings have.
+
+    A sibling has all that the layer has and at most as much again. Several layers that lack the same are a type of
     their own, as those that share the keys and values of another layer.
     """
     if signatures[kinds] > max(1, signatures.total() // 10):
@@ -97,7 +112,7 @@ def _lacking(kinds: frozenset[str], signatures: Counter[frozenset[str]]) -> set[
     lacks = [
         set(other - kinds)
         for other, count in signatures.items()
-        if kinds < other and count >= signatures[kinds] and len(other) < 2 * len(kinds)
+        if kinds < other and count >= signatures[kinds] and len(other) <= 2 * len(kinds)
     ]
     return min(lacks, key=lambda lack: len(lack), default=set())
 
