@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES, Checkpoint, Harmless
 from requant.tasks.checkpoint.companions import companion_problems
 from requant.tasks.checkpoint.compat import FIX, Judgement, missing_vision_files
+from requant.tasks.checkpoint.completeness import Completeness
+from requant.tasks.checkpoint.completeness.sentences import lack_problems
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
 from requant.tasks.checkpoint.heads.drafters import drafter_kind
 from requant.tasks.checkpoint.inventory import missing_parts
@@ -28,11 +30,14 @@ COMPRESSED_REQUIRED = {
 }  # by the dtype of weight_packed; FP4 has no weight_shape
 
 
-def problems_of(checkpoint: Checkpoint, judgement: Judgement, *, with_head: bool = True) -> list[str]:
-    """Return all problems, those of index and headers first. `judgement`: the engines' judgement of the checkpoint.
+def problems_of(
+    checkpoint: Checkpoint, judgement: Judgement, completeness: Completeness | None = None, *, with_head: bool = True
+) -> list[str]:
+    """Return all problems, those of index and headers first.
 
-    Without `with_head`, nothing is said of the MTP head as a whole: it will be dropped.
-    Where a shard cannot be read, nothing is said of tensors: what seems to be missing may be in it.
+    `judgement`: the engines' judgement of the checkpoint. `completeness`: what it lacks, if that is known already.
+    Without `with_head`, nothing is said of the MTP head as a whole: it will be dropped. Where a shard cannot be read,
+    nothing is said of tensors: what seems to be missing may be in it.
     """
     remedies = Remedies(checkpoint, judgement)
     of_files = [
@@ -48,6 +53,7 @@ def problems_of(checkpoint: Checkpoint, judgement: Judgement, *, with_head: bool
         *_parts(checkpoint),
         *_contradictions(checkpoint),
         *_dtypes(checkpoint),
+        *([] if checkpoint.fatal else lack_problems(checkpoint, completeness or Completeness.of(checkpoint))),
         *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, judgement, remedies, with_head=with_head)),
         *(f"an engine would hang on the pattern {shown(p)!r} of quantization_config" for p in judgement.hostile),
     ]
