@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from requant.tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, read_json
 from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
@@ -28,15 +28,16 @@ def problems_of(checkpoint: Checkpoint, judgement: Judgement, completeness: Comp
 
     `judgement`: the engines' judgement of the checkpoint. `completeness`: what it lacks, if that is known already.
     """
+    completeness = completeness or Completeness.of(checkpoint)
     return [
         *checkpoint.problems,
         *_configs(checkpoint),
         *(f"{name} is missing: copy it from the base" for name in missing_vision_files(checkpoint)),
         *_parts(checkpoint),
-        *_shapes(checkpoint),
+        *_shapes(checkpoint, {lack.name for lack in completeness.lacks}),
         *_dtypes(checkpoint),
         *_layers(checkpoint),
-        *([] if checkpoint.fatal else lack_problems(checkpoint, completeness or Completeness.of(checkpoint))),
+        *([] if checkpoint.fatal else lack_problems(checkpoint, completeness)),
         *_head(checkpoint, judgement),
         *(f"an engine would hang on the pattern {shown(p)!r} of quantization_config" for p in judgement.hostile),
     ]
@@ -86,8 +87,8 @@ def _integer_parts(checkpoint: Checkpoint, module: Module) -> Iterator[str]:
         yield wrong
 
 
-def _shapes(checkpoint: Checkpoint) -> Iterator[str]:
-    """Find matrices of the language model whose shapes contradict the sizes in the config."""
+def _shapes(checkpoint: Checkpoint, named: Container[str]) -> Iterator[str]:
+    """Find matrices of the language model whose shapes contradict the sizes in the config, without those `named`."""
     text = checkpoint.text_config
     hidden, vocab = text.integer("hidden_size"), text.integer("vocab_size")
     if hidden is None:
@@ -103,7 +104,7 @@ def _shapes(checkpoint: Checkpoint) -> Iterator[str]:
     }
     for module in checkpoint.modules.values():
         sides = next((s for name, s in expected.items() if f".{module.name}".endswith(f".{name}")), None)
-        if sides is None or OTHER_TOWERS.search(module.name):
+        if sides is None or OTHER_TOWERS.search(module.name) or f"{module.name}.weight" in named:
             continue
         shape = _weight_shape(checkpoint, module)
         if shape and (len(shape) != len(sides) or any(s not in (None, n) for s, n in zip(sides, shape, strict=True))):
