@@ -34,9 +34,8 @@ def mtp_fix(folder: Path, base: str | None, precision: HeadPrecision, dry_run: b
     """Repair the MTP head of an existing checkpoint, in place.
 
     FOLDER is the checkpoint. Its index, total_size and both quantization configs are corrected too, and missing
-    tokenizer and processor files are added. Without --base, a quantized head is dequantized unless both vLLM and
-    SGLang would draft with it; what its quantization lost stays lost. Exit status 1: no engine will draft with
-    the head.
+    tokenizer and processor files are added. Without --base, a quantized head is dequantized if neither vLLM nor
+    SGLang drafts with it; what its quantization lost stays lost. Exit status 1: no engine will draft with the head.
 
     \b
     Examples:
@@ -44,14 +43,14 @@ def mtp_fix(folder: Path, base: str | None, precision: HeadPrecision, dry_run: b
       requant mtp-fix Qwen3.6-27B-w4g128 --base Qwen/Qwen3.6-27B --precision int8
     """
     document = api.mtp_fix(folder, base=base, precision=precision, dry_run=dry_run)
-    drafts = any(verdict.mtp for verdict in document.engines.values())
+    refused = all(verdict.mtp is False for verdict in document.engines.values())
     return CommandResult(
-        document.to_json(), _repair_text(folder, document, precision, dry_run), 0 if drafts or dry_run else 1
+        document.to_json(), _repair_text(folder, document, precision, dry_run), 1 if refused and not dry_run else 0
     )
 
 
 def _repair_text(folder: Path, result: MtpFixDocument, precision: HeadPrecision, dry_run: bool) -> str:
-    lines = [f"{engine:10} {verdict}" for engine, verdict in result.engines.items()]
+    lines = [f"{engine:10} {verdict.text(engine)}" for engine, verdict in result.engines.items()]
     if not result.writes:
         return "\n".join([f"{folder}: nothing to repair", *lines])
     done = "would be repaired" if dry_run else "repaired"

@@ -11,7 +11,10 @@ from requant.tasks.checkpoint.completeness import Completeness
 from requant.tasks.checkpoint.config import Scalar
 from requant.tasks.checkpoint.data_checks import deep_problems
 from requant.tasks.checkpoint.document import HeadDocument, InspectDocument, QuantizedWeights
+from requant.tasks.checkpoint.heads.drafters import drafter_kind
+from requant.tasks.checkpoint.heads.layouts import UNKNOWN
 from requant.tasks.checkpoint.inventory import head_document, inventory, storage_of
+from requant.tasks.checkpoint.methods import full_name
 from requant.tasks.checkpoint.problems import problems_of
 from requant.tasks.checkpoint.untrusted import shown
 
@@ -31,7 +34,7 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
     """
     checkpoint = Checkpoint.open(folder)
     quantization = checkpoint.quantization
-    stored = Counter(storage_of(m, quantization) for m in checkpoint.modules.values() if m.quantized)
+    stored = Counter(storage_of(m, checkpoint.reading) for m in checkpoint.modules.values() if m.quantized)
     judgement = Judgement.of(checkpoint)
     completeness = Completeness.of(checkpoint)
     problems = problems_of(checkpoint, judgement, completeness)
@@ -39,7 +42,7 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
         problems += deep_problems(checkpoint)
     if len(problems) > MAX_PROBLEMS:
         problems = [*problems[:MAX_PROBLEMS], f"and {len(problems) - MAX_PROBLEMS} more problems"]
-    scheme = quantization.scheme
+    scheme = checkpoint.reading.shared(checkpoint.modules.values())
     return InspectDocument(
         tensors=len(checkpoint.tensors),
         bytes=checkpoint.nbytes,
@@ -50,12 +53,14 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
             group_size=_printable(scheme.group_size),
             sym=_printable(scheme.sym),
             method=_printable(quantization.get("quant_method")),
+            name=shown(full_name(checkpoint.method, quantization)) if checkpoint.method else None,
             packing=_printable(quantization.get("packing_format")),
             storage=dict(stored.most_common()),
         ),
         groups=inventory(checkpoint),
         complete=None if checkpoint.fatal else completeness.complete,
         mtp=head_document(checkpoint),
+        drafter=drafter_kind(checkpoint.config),
         engines=judgement.verdicts,
         problems=problems,
     )
@@ -73,14 +78,18 @@ def as_text(name: str, document: InspectDocument) -> str:
         lines.append(f"and {len(groups) - MAX_SHOWN_GROUPS} more groups (--json has them all)")
     lines.append("")
     if quantized.count:
-        stored = ", ".join(f"{count:,} {storage}" for storage, count in quantized.storage.items())
-        packing = quantized.packing or quantized.method
-        lines.append(f"quantized     {stored}, group {quantized.group_size}, {packing}")
+        parts = [f"{count:,} {storage}" for storage, count in quantized.storage.items()]
+        parts += [f"group {quantized.group_size}"] if quantized.group_size is not None else []
+        parts += [str(how)] if (how := quantized.packing or quantized.name) is not None else []
+        lines.append(f"quantized     {', '.join(parts)}")
     else:
-        lines.append("quantized     nothing")
+        named = f" that Requant knows of {quantized.name}" if quantized.name else ""
+        lines.append(f"quantized     nothing{named}")
     lines.append(f"complete      {COMPLETE[document.complete]}")
     lines.append(f"MTP head      {_head_text(document.mtp)}")
-    lines += [f"{engine:13} {verdict}" for engine, verdict in document.engines.items()]
+    if document.drafter:
+        lines.append(f"draft model   {document.drafter}: a drafter for its base, not a base model")
+    lines += [f"{engine:13} {verdict.text(engine)}" for engine, verdict in document.engines.items()]
     lines += [f"problem       {problem}" for problem in document.problems] or ["problems      none"]
     return "\n".join(lines)
 
@@ -93,6 +102,8 @@ def _printable(value: object) -> Scalar:
 def _head_text(head: HeadDocument) -> str:
     if not head.present:
         return "none"
+    if head.layout == UNKNOWN:
+        return f"{head.layers} layers of an unknown layout: kept as it is, {head.precision}, {head.bytes:,} bytes"
     complete = "complete" if head.complete else f"lacks {', '.join(head.missing[:3])}"
     experts = f", experts {head.experts}" if head.experts else ""
     return f"{head.layers} layers, {head.layout}{experts}, {head.precision}, {head.bytes:,} bytes, {complete}"

@@ -20,7 +20,6 @@ LAYER = re.compile(r"((?:decoder\.)?(?:layers|h|blocks))\.(\d{1,5})\.(.+)")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 MAX_EXPERTS = 100_000
 LANGUAGE_MODEL = re.compile(r"\w+(ForCausalLM|ForConditionalGeneration|LMHeadModel)")
-DRAFTER = re.compile(r"eagle|draft|dflash|dspark|assistant|medusa|mtp|nextn|speculator", re.IGNORECASE)
 HEAD = re.compile(r"(^|\.)(mtp|nextn|eh_proj|enorm|hnorm|shared_head)")
 EMBEDDING = re.compile(r"emb|wte|wpe", re.IGNORECASE)
 LAST_NORM = re.compile(r"norm|ln_f|ln_out|final_ln", re.IGNORECASE)
@@ -116,7 +115,7 @@ def _lost_ends(stored: Stored, config: ModelConfig, head: frozenset[str]) -> Ite
     """Find a lost embedding, last norm or output layer of a language model."""
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
-    if not isinstance(name, str) or not LANGUAGE_MODEL.fullmatch(name) or DRAFTER.search(name):
+    if not isinstance(name, str) or not LANGUAGE_MODEL.fullmatch(name):
         return
     ends = [
         short
