@@ -105,6 +105,24 @@ def test_a_tokenizer_is_told_before_the_first_byte(hub: HubStandIn, tmp_path: Pa
     assert said["plan"][0].startswith("the tokenizer of the base cannot be loaded (tokenizer.json: ")
 
 
+def without_index(base: Path) -> None:
+    (base / INDEX).unlink()
+
+
+def with_stray(base: Path) -> None:
+    (base / "extra.safetensors").write_bytes((base / SHARD).read_bytes())
+
+
+@pytest.mark.parametrize("change", [without_index, with_stray])
+def test_weight_files_that_no_index_names_are_read_as_in_a_folder(
+    change: Callable[[Path], None], hub: HubStandIn, tmp_path: Path
+) -> None:
+    change(base := pico_base(tmp_path / "base"))
+    hub.seed(f"files/{change.__name__}", base)
+    assert (of_repo := api.inspect(f"files/{change.__name__}")) == api.inspect(base)
+    assert of_repo.problems and of_repo.tensors > 50
+
+
 def test_of_a_sane_repo_no_more_is_fetched_than_headers_configs_and_a_small_tokenizer(
     hub: HubStandIn, tmp_path: Path
 ) -> None:
