@@ -202,17 +202,18 @@ def objection(plan: RepairPlan, before: Judgement, after: Judgement, *, asked: b
     An engine would make less of the checkpoint than before, or none would draft with a changed head. "Not judged" is
     neither yes nor no. `asked`: the user asks for a quantized head, so that one engine that drafts with it is enough.
     """
-    verdicts, old = after.verdicts, before.verdicts
+    verdicts, old, new = after.verdicts, before.ranks, after.ranks
     enough = asked and any(verdict.mtp for verdict in verdicts.values())
     for engine, verdict in verdicts.items():
-        loads_less = verdict.rank[0] < old[engine].rank[0]
-        if loads_less or (verdict.rank < old[engine].rank and not enough):
+        loads_less = new[engine][0] < old[engine][0]
+        drafts_less = old[engine][0] > 0 and new[engine][1] < old[engine][1]
+        if loads_less or (drafts_less and not enough):
             lost = "load it" if loads_less else "draft from it"
             return (
                 f"{engine} would no longer {lost} after the repair ({verdict.reason}): nothing was changed; "
                 "keep the checkpoint as it is, or name another base"
             )
-    if plan.changes_head and all(verdicts[engine].mtp is False for engine in DRAFTING):
+    if plan.changes_head and not any(new[engine][1] for engine in DRAFTING):
         reason = verdicts[DRAFTING[0]].reason
         return f"no engine would draft with the head after the repair ({reason}): nothing was changed"
     return None
@@ -241,7 +242,11 @@ def _head_tensors(checkpoint: Checkpoint) -> list[Tensor]:
 
 def _is_better(after: Judgement, before: Judgement) -> bool:
     """Check whether no engine makes less of a checkpoint than before, and one makes more of it."""
-    pairs = [(verdict.rank, before.verdicts[engine].rank) for engine, verdict in after.verdicts.items()]
+    pairs = [
+        (new, old)
+        for engine, ranks in after.ranks.items()
+        for new, old in zip(ranks, before.ranks[engine], strict=True)
+    ]
     return all(new >= old for new, old in pairs) and any(new > old for new, old in pairs)
 
 

@@ -100,6 +100,18 @@ class Judgement:
         return next(iter(self._draft_problems.values()), None)
 
     @property
+    def ranks(self) -> dict[str, tuple[int, int]]:
+        """For each engine whether it loads the main model, and whether it drafts: no 0, not judged 1, yes 2.
+
+        Drafting counts by itself, even where a missing file keeps the engine from loading the main model.
+        """
+        rank = {False: 0, None: 1, True: 2}
+        return {
+            engine: (rank[_answer(loading)], rank[_answer(self.drafting[engine])])
+            for engine, loading in self.loading.items()
+        }
+
+    @property
     def drafts(self) -> bool:
         """Whether vLLM or SGLang drafts with the head as it is."""
         return any(self.drafting[engine] is None for engine in DRAFTING)

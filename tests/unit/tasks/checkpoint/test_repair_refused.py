@@ -226,3 +226,13 @@ def test_the_text_says_what_happened_to_the_head(tmp_path: Path) -> None:
     )  # matrices of the main model are not in the base's dtype
     rounded = text_of(folder, "--base", base, "--precision", "int8")
     assert rounded.endswith("tensors of the head from the base, its layers rounded to INT8")
+
+
+def test_a_file_that_keeps_engines_from_starting_does_not_keep_the_head_from_being_mended(tmp_path: Path) -> None:
+    base = pico_base(tmp_path / "base")
+    folder = elsewhere(base, tmp_path / "made", packed=("mtp.fc",))
+    (folder / "video_preprocessor_config.json").unlink()
+    result = repair(folder, None)
+    assert result.changed and result.tensors_restored == 1
+    assert [p for p in result.problems if "video_preprocessor_config.json is missing" in p]
+    assert not [p for p in result.problems if "mtp.fc" in p]
