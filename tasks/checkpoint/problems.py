@@ -3,50 +3,95 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
-from requant.tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, read_json
-from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
+from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES, Checkpoint, Harmless
+from requant.tasks.checkpoint.companions import companion_problems
+from requant.tasks.checkpoint.compat import FIX, Judgement, missing_vision_files
+from requant.tasks.checkpoint.completeness import Completeness
+from requant.tasks.checkpoint.completeness.sentences import lack_problems
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
+from requant.tasks.checkpoint.heads.drafters import drafter_kind
 from requant.tasks.checkpoint.inventory import missing_parts
+from requant.tasks.checkpoint.methods import MODELOPT_FILE, quantizes_cache_only
 from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.mtp import LAYER_NAME
-from requant.tasks.checkpoint.packing import REQUIRED, PackingScheme, check_parts
+from requant.tasks.checkpoint.packing import REQUIRED, check_parts
+from requant.tasks.checkpoint.reading import Contradiction
+from requant.tasks.checkpoint.remedies import Remedies
 from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import CheckpointError
 
 FLOATING = {"BF16", "F16", "F32", "F64"}
 OTHER_TOWERS = re.compile(r"visual|vision|audio|image|projector")
 ROUTER_NAME = re.compile(r"(gate|router|score|bias)")  # stored in a wider dtype than other weights, by design
-COMPRESSED_REQUIRED = ("weight_scale", "weight_shape")
+COMPRESSED_REQUIRED = {
+    "I32": ("weight_scale", "weight_shape")
+}  # by the dtype of weight_packed; FP4 has no weight_shape
 
 
-def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
-    """Return all problems, those of index and headers first. `judgement`: the engines' judgement of the checkpoint."""
-    return [
-        *checkpoint.problems,
-        *_configs(checkpoint),
+def problems_of(
+    checkpoint: Checkpoint, judgement: Judgement, completeness: Completeness | None = None, *, with_head: bool = True
+) -> list[str]:
+    """Return all problems, those of index and headers first.
+
+    `judgement`: the engines' judgement of the checkpoint. `completeness`: what it lacks, if that is known already.
+    Without `with_head`, nothing is said of the MTP head as a whole: it will be dropped. Where a shard cannot be read,
+    nothing is said of tensors: what seems to be missing may be in it.
+    """
+    remedies = Remedies(checkpoint, judgement)
+    of_files = [
+        *map(remedies.checked, checkpoint.problems),
+        *companion_problems(checkpoint.folder),
         *(f"{name} is missing: copy it from the base" for name in missing_vision_files(checkpoint)),
+    ]
+    if checkpoint.has_unread:
+        return of_files
+    found = [
+        *of_files,
+        *_configs(checkpoint, remedies),
         *_parts(checkpoint),
-        *_shapes(checkpoint),
+        *_contradictions(checkpoint),
         *_dtypes(checkpoint),
-        *_layers(checkpoint),
-        *_head(checkpoint, judgement),
+        *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, completeness)),
+        *(_head(checkpoint, judgement, remedies) if with_head and not drafter_kind(checkpoint.config) else ()),
         *(f"an engine would hang on the pattern {shown(p)!r} of quantization_config" for p in judgement.hostile),
     ]
+    refused = judgement.load_problem
+    return found if refused is None or judgement.loading["vllm"] in found else [*found, refused]
 
 
-def _configs(checkpoint: Checkpoint) -> Iterator[str]:
-    stated = checkpoint.config.get("quantization_config")
-    file = checkpoint.folder / QUANTIZATION
-    if file.is_file() and stated is not None and read_json(file) != stated:
-        yield f"{QUANTIZATION} and config.json disagree about the quantization: run requant mtp-fix, or copy one"
-    elif file.is_file() and stated is None:
-        yield f"{QUANTIZATION} is there, and config.json has no quantization_config: put it there too"
+def _of_a_base(checkpoint: Checkpoint, completeness: Completeness | None) -> list[str]:
+    """Return what contradicts the sizes and counts of the config, which say other things for a draft model."""
+    completeness = completeness or Completeness.of(checkpoint)
+    lacks = () if checkpoint.fatal else lack_problems(checkpoint, completeness)
+    return [*_shapes(checkpoint, {lack.name for lack in completeness.lacks}), *_layers(checkpoint), *lacks]
+
+
+def _configs(checkpoint: Checkpoint, remedies: Remedies) -> Iterator[str]:
+    stated = checkpoint.config.quantization or None
+    beside = checkpoint.document(QUANTIZATION)
+    other = next((name for name in QUANTIZATION_FILES if (checkpoint.folder / name).is_file()), None)
+    if beside is not None and stated is not None and beside != stated:
+        yield remedies.checked(f"{QUANTIZATION} and config.json disagree about the quantization: {FIX}")
+    elif other not in (None, MODELOPT_FILE) and stated is None:
+        method = checkpoint.quantization.get("quant_method")
+        yield (
+            f"{other} is there, and config.json has no quantization_config, which engines read: put it there too, with "
+            f"quant_method {shown(repr(method))}"
+        )
     quantized = any(module.quantized for module in checkpoint.modules.values())
-    if checkpoint.quantization and not quantized and checkpoint.tensors:
-        yield "quantization_config is there, and no tensor is quantized: remove it, or restore the quantized shards"
-    if quantized and not checkpoint.quantization:
+    known = checkpoint.method is None or checkpoint.method.readable  # the tensors of other methods may be overlooked
+    if (
+        checkpoint.quantization
+        and known
+        and not quantizes_cache_only(checkpoint.quantization)
+        and not quantized
+        and checkpoint.tensors
+    ):
+        remedy = "remove it, or restore" if remedies.loads_unquantized() else "restore"
+        yield f"quantization_config is there, and no tensor is quantized: {remedy} the quantized shards"
+    if quantized and not checkpoint.quantization and checkpoint.method is None:
         yield "tensors are quantized, and config.json has no quantization_config: restore it"
 
 
@@ -56,13 +101,14 @@ def _parts(checkpoint: Checkpoint) -> Iterator[str]:
         if module.storage == "integer":
             yield from _integer_parts(checkpoint, module)
         elif module.storage == "compressed":
-            lacking = [p for p in COMPRESSED_REQUIRED if p not in module.parts]
+            required = COMPRESSED_REQUIRED.get(module.parts["weight_packed"].dtype, ("weight_scale",))
+            lacking = [part for part in required if part not in module.parts]
             if lacking:
                 yield f"{module.name}.{lacking[0]} is missing beside {module.name}.weight_packed"
-        elif module.storage == "scaled" and not any(part.startswith("weight_scale") for part in module.parts):
+        elif module.storage == "scaled" and not any("scale" in part for part in module.parts):
             yield f"{module.name}.weight is {module.parts['weight'].dtype} and has no scale beside it"
         if module.storage in {"integer", "compressed"} and "weight" in module.parts:
-            yield f"{module.name} is there twice, packed and as {module.name}.weight: remove one"
+            yield f"{module.name} is there twice, packed and as {module.name}.weight, and engines expect one of them"
 
 
 def _integer_parts(checkpoint: Checkpoint, module: Module) -> Iterator[str]:
@@ -72,16 +118,27 @@ def _integer_parts(checkpoint: Checkpoint, module: Module) -> Iterator[str]:
         yield f"{module.name}.{missing[0]} is missing beside {module.name}.{there}"
         return
     try:
-        scheme = PackingScheme.of(checkpoint.quantization, module.name)
-        wrong = check_parts(module.name, module.packed_parts, scheme, scheme.weight_shape(module.parts))
-    except CheckpointError as error:
-        wrong = str(error)
+        scheme = checkpoint.reading.scheme(module)
+    except CheckpointError:
+        return  # of a method that is not judged, or of a config that `_contradictions` tells of
+    wrong = check_parts(module.name, module.packed_parts, scheme, scheme.weight_shape(module.parts))
     if wrong:
         yield wrong
 
 
-def _shapes(checkpoint: Checkpoint) -> Iterator[str]:
-    """Find matrices of the language model whose shapes contradict the sizes in the config."""
+def _contradictions(checkpoint: Checkpoint) -> Iterator[str]:
+    """Find packed modules of the main model of which the config says something else; one sentence for all alike."""
+    alike: dict[tuple[str, str], list[Contradiction]] = {}
+    for module in checkpoint.modules.values():
+        found = checkpoint.reading.contradiction(module) if module.name not in checkpoint.head_modules else None
+        if found is not None:
+            alike.setdefault((found.tensors, found.config.replace(found.module, "")), []).append(found)
+    for first, *others in alike.values():
+        yield f"{first} (and so for {len(others)} more modules)" if others else str(first)
+
+
+def _shapes(checkpoint: Checkpoint, named: Container[str]) -> Iterator[str]:
+    """Find matrices of the language model whose shapes contradict the sizes in the config, without those `named`."""
     text = checkpoint.text_config
     hidden, vocab = text.integer("hidden_size"), text.integer("vocab_size")
     if hidden is None:
@@ -97,9 +154,11 @@ def _shapes(checkpoint: Checkpoint) -> Iterator[str]:
     }
     for module in checkpoint.modules.values():
         sides = next((s for name, s in expected.items() if f".{module.name}".endswith(f".{name}")), None)
-        if sides is None or OTHER_TOWERS.search(module.name):
+        if sides is None or OTHER_TOWERS.search(module.name) or f"{module.name}.weight" in named:
             continue
         shape = _weight_shape(checkpoint, module)
+        if len(shape) == 3:  # experts, fused
+            continue
         if shape and (len(shape) != len(sides) or any(s not in (None, n) for s, n in zip(sides, shape, strict=True))):
             wanted = " x ".join("any" if side is None else str(side) for side in sides)
             yield f"{module.name} has shape {' x '.join(map(str, shape))}, and the sizes of config.json need {wanted}"
@@ -110,7 +169,7 @@ def _weight_shape(checkpoint: Checkpoint, module: Module) -> tuple[int, ...]:
         return module.parts["weight"].shape
     if module.storage == "integer" and all(part in module.parts for part in REQUIRED):
         try:
-            return PackingScheme.of(checkpoint.quantization, module.name).weight_shape(module.parts)
+            return checkpoint.reading.scheme(module).weight_shape(module.parts)
         except CheckpointError:
             return ()
     return ()
@@ -123,17 +182,20 @@ def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:
     declared = CONFIG_DTYPES.get(word) if isinstance(word, str) else None
     if declared is None:
         return
+    in_head = set(checkpoint.head.names) if checkpoint.head else set()
     other: dict[str, list[str]] = {}
     for module in checkpoint.modules.values():
         weight = module.parts.get("weight")
         last = module.name.rpartition(".")[2]
         if module.storage != "plain" or weight is None or len(weight.shape) < 2 or ROUTER_NAME.search(last):
             continue
+        if weight.name in in_head:  # it has the base's dtype, and engines convert it
+            continue
         if weight.dtype in FLOATING and weight.dtype != declared:
             other.setdefault(weight.dtype, []).append(weight.name)
     for dtype, names in other.items():
         more = f" and {len(names) - 1} more matrices are" if len(names) > 1 else " is"
-        yield f"{names[0]}{more} {dtype}, and config.json says {word}: take them from the base, or change dtype"
+        yield Harmless(f"{names[0]}{more} {dtype}, and config.json says {word}, to which engines convert them")
 
 
 def _layers(checkpoint: Checkpoint) -> Iterator[str]:
@@ -145,18 +207,18 @@ def _layers(checkpoint: Checkpoint) -> Iterator[str]:
             yield f"config.json promises {promised} layers, and layer {lost[0]} has no tensors: restore its shard"
 
 
-def _head(checkpoint: Checkpoint, judgement: Judgement) -> Iterator[str]:
+def _head(checkpoint: Checkpoint, judgement: Judgement, remedies: Remedies) -> Iterator[str]:
     promised, head = checkpoint.config.mtp_layers, checkpoint.head
+    problem: str | None
     if head is None:
-        if promised > 0:
-            yield (
-                f"config.json promises {promised} MTP layers, and there are no tensors of a head: "
-                "restore it with requant mtp-fix --base"
-            )
-        return
-    missing = missing_parts(checkpoint, head)
-    if missing:
+        problem = (
+            f"config.json promises {promised} MTP layers, and there are no tensors of a head" if promised else None
+        )
+    elif missing := missing_parts(checkpoint, head):
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        yield f"the MTP head lacks {missing[0]}{more}: restore it with requant mtp-fix --base"
-    elif judgement.draft_problem is not None:
-        yield judgement.draft_problem
+        problem = f"the MTP head lacks {missing[0]}{more}"
+    else:
+        problem = judgement.head_problem
+    if problem is not None:
+        remedy = remedies.of_head()
+        yield f"{problem}: {remedy}" if remedy else problem

@@ -23,6 +23,8 @@ from tests.factories.checkpoints import all_tensors, raw_tensors, safetensors_by
 from tests.factories.heads import LAYOUTS, PACKINGS, head_modules, make_base, packed, quantized, sharded, values_of
 from tests.factories.repairs import snapshot
 
+SERVED = [packing for packing in PACKINGS if packing != "auto_round"]  # no engine loads a model of that packing
+
 
 def damaged(base: Path, folder: Path, layout: str, packing: str = "auto_round:auto_gptq", **options: Any) -> Path:
     """A checkpoint made of the base, the head's matrices packed as well."""
@@ -32,6 +34,23 @@ def damaged(base: Path, folder: Path, layout: str, packing: str = "auto_round:au
     return quantized(tensors, folder, config, packing, **options)
 
 
+def left_out(folder: Path, layout: str) -> Path:
+    """The same with a config that says that the head is not quantized, so that no engine drafts with it."""
+    config = json.loads((folder / "config.json").read_text())
+    quantization = config["quantization_config"]
+    head = "mtp" if layout.startswith("mtp") else "model.layers.2"
+    if quantization["quant_method"] == "gptq":
+        quantization["dynamic"] = {f"-:.*{head}.*": {}, **quantization.get("dynamic", {})}
+    elif quantization["quant_method"] == "awq":
+        quantization["modules_to_not_convert"] = [head, *(["mlp.experts"] if layout == "mtp-moe" else [])]
+    else:
+        quantization["block_name_to_quantize"] = ["model.layers.0", "model.layers.1"]
+    for name in ("quantization_config.json", "config.json"):
+        if (folder / name).exists():
+            (folder / name).write_text(json.dumps(config if name == "config.json" else quantization))
+    return folder
+
+
 def head_of(folder: Path, base: Path) -> dict[str, Any]:
     head = Checkpoint.open(base).head
     assert head is not None
@@ -39,7 +58,7 @@ def head_of(folder: Path, base: Path) -> dict[str, Any]:
     return {n: raw for n, raw in all_tensors(folder).items() if n.startswith(prefixes)}
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", SERVED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_packed_head_of_any_layout_and_packing_comes_back_bit_for_bit(
     layout: str, packing: str, tmp_path: Path
@@ -62,13 +81,13 @@ def test_a_packed_head_of_any_layout_and_packing_comes_back_bit_for_bit(
     assert snapshot(folder) == before
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", SERVED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_without_a_base_a_packed_head_is_dequantized_with_the_zero_point_of_its_packing(
     layout: str, packing: str, tmp_path: Path
 ) -> None:
     base = make_base(tmp_path / "base", layout)
-    folder = damaged(base, tmp_path / "made", layout, packing)
+    folder = left_out(damaged(base, tmp_path / "made", layout, packing), layout)
     result = repair(folder, None)
     assert result.source == "dequantized" and result.changed is True
     ours, theirs = head_of(folder, base), head_of(base, base)
@@ -84,6 +103,19 @@ def test_without_a_base_a_packed_head_is_dequantized_with_the_zero_point_of_its_
         assert np.linalg.norm(error) < 0.13 * size  # a zero point that is one off makes it 0.4
     before = snapshot(folder)
     assert repair(folder, None).changed is False
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_head_that_no_engine_would_draft_with_is_not_put_in(layout: str, with_base: bool, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", layout)
+    folder = damaged(base, tmp_path / "made", layout, "auto_round")
+    before = snapshot(folder)
+    for dry_run in (True, False):
+        with pytest.raises(CheckpointError, match="nothing was changed") as caught:
+            repair(folder, RepairSource(base) if with_base else None, dry_run=dry_run)
+        assert "packing_format" in str(caught.value) and len(str(caught.value).splitlines()) == 1
     assert snapshot(folder) == before
 
 
@@ -159,7 +191,27 @@ def test_a_smaller_head_is_packed_from_the_base_with_the_fusion_layer_as_it_was(
     assert entry[f"{prefix}.self_attn.q_proj"]["bits"] == bits
     before = snapshot(folder)
     assert repair(folder, RepairSource(base), precision=precision).changed is False
+    assert repair(folder, None).changed is False
     assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(("packing", "file"), [("gptq", "quantize_config.json"), ("awq", "quant_config.json")])
+def test_a_config_that_stands_in_the_quantizers_own_file_alone_is_one_problem_and_one_repair(
+    packing: str, file: str, tmp_path: Path
+) -> None:
+    folder = damaged(make_base(tmp_path / "base", "mtp"), tmp_path / "made", "mtp", packing, head=[])
+    config = json.loads((folder / "config.json").read_text())
+    own = config.pop("quantization_config")
+    del own["quant_method"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / file).write_text(json.dumps(own))
+    found = inspect_checkpoint(folder)
+    assert found.quantized.storage == {"INT4": 14}
+    (problem,) = [sentence for sentence in found.problems if "quantization_config, which engines read" in sentence]
+    assert problem.startswith(file) and problem.endswith(f"quant_method '{packing}'")
+    assert len(found.problems) <= 2  # the other one is that engines refuse it
+    assert repair(folder, None).changed is True
+    assert inspect_checkpoint(folder).problems == [] and repair(folder, None).changed is False
 
 
 def test_a_smaller_head_needs_a_base_and_a_checkpoint_of_auto_round(tmp_path: Path) -> None:
@@ -349,7 +401,7 @@ def test_after_a_repair_the_head_is_the_bases_and_all_else_is_untouched(
                      shards=data.draw(st.integers(1, 5)))  # fmt: skip
     tensors = all_tensors(base)
     head = head_of(base, base)
-    packing = data.draw(st.sampled_from(sorted(PACKINGS)))
+    packing = data.draw(st.sampled_from(sorted(SERVED)))
     choice = data.draw(st.lists(st.sampled_from(head_modules(tensors, layout)), unique=True))
     retyped = data.draw(st.sampled_from(["BF16", "F32", "F16"]))
     kinds = {"F32": "<f4", "F16": "<f2"}
