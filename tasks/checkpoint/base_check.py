@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.completeness import missing_tensors
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.head import check_head
 from requant.tasks.checkpoint.heads.drafters import drafter_kind, is_no_base
+from requant.tasks.checkpoint.methods import full_name
 from requant.tasks.checkpoint.untrusted import shown, without_folder
 from requant.tasks.errors import CheckpointError
 
@@ -14,13 +16,16 @@ PACKED_DTYPES = {"U8", "I8", "U16", "I16", "U32", "I32", "F4", "F6_E2M3", "F6_E3
 
 
 def check_base(base: Checkpoint, repo_id: str, *, with_head: bool) -> None:
-    """Check before hours of work that a base can be quantized and, if `with_head`, that its MTP head is complete.
+    """Check before hours of work that a base is whole and can be quantized, its MTP head too if `with_head`.
 
     Raises CheckpointError, which names the base by `repo_id`.
     """
     check_kind(base, repo_id)
     try:
         base.sound()
+        if missing := missing_tensors(base):
+            more = f" (and {len(missing) - 1} more: see requant inspect)" if len(missing) > 1 else ""
+            raise CheckpointError(f"it lacks {shown(missing[0])}{more}: name a base that has all tensors")
         if with_head:
             check_head(base)
     except CheckpointError as error:
@@ -36,8 +41,7 @@ def check_kind(base: Checkpoint, repo_id: str) -> None:
     except CheckpointError as error:
         raise unusable(repo_id, without_folder(str(error), base.folder, "it")) from error
     if quantized:
-        method = base.quantization.method
-        how = f" ({shown(method)})" if method else ""
+        how = f" ({shown(full_name(base.method, base.quantization))})" if base.method else ""
         raise unusable(repo_id, f"it is already quantized{how}: name the model that it was made of")
 
 
@@ -47,7 +51,7 @@ def unusable(repo_id: str, reason: str) -> CheckpointError:
 
 
 def _is_packed(base: Checkpoint) -> bool:
-    """Check whether a base with a quantization config has matrices of packed weights, whatever its method is."""
-    return bool(base.quantization) and any(
+    """Check whether a base whose config or files name a method has matrices of packed weights, of any method."""
+    return base.method is not None and any(
         tensor.dtype in PACKED_DTYPES and len(tensor.shape) > 1 for tensor in base.tensors.values()
     )

@@ -90,6 +90,9 @@ class InspectDocument(Document):
     dtypes: dict[str, int] = Field(description="How many tensors have which dtype")
     quantized: QuantizedWeights = Field(description="The quantized modules")
     groups: list[ModuleGroup] = Field(description="All modules, in groups")
+    complete: bool | None = Field(
+        None, description="Whether it has all tensors that its architecture needs; null: the architecture is not known"
+    )
     mtp: HeadDocument = Field(description="The MTP head")
     drafter: str | None = Field(
         None, description="The kind of draft model that the repo is, as EAGLE-3 or DFlash; null for a model itself"

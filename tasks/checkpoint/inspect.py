@@ -7,6 +7,7 @@ from pathlib import Path
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import Judgement
+from requant.tasks.checkpoint.completeness import Completeness
 from requant.tasks.checkpoint.config import Scalar
 from requant.tasks.checkpoint.data_checks import deep_problems
 from requant.tasks.checkpoint.document import HeadDocument, InspectDocument, QuantizedWeights
@@ -19,6 +20,11 @@ from requant.tasks.checkpoint.untrusted import shown
 
 MAX_SHOWN_GROUPS = 80  # in the text; the JSON document has all groups
 MAX_PROBLEMS = 1000  # a hostile index may have a million
+COMPLETE = {
+    True: "yes: all tensors that its architecture needs",
+    False: "no: see the problems",
+    None: "not judged: Requant does not know what config.json describes; the layers do not contradict each other",
+}
 
 
 def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
@@ -30,7 +36,8 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
     quantization = checkpoint.quantization
     stored = Counter(storage_of(m, checkpoint.reading) for m in checkpoint.modules.values() if m.quantized)
     judgement = Judgement.of(checkpoint)
-    problems = problems_of(checkpoint, judgement)
+    completeness = Completeness.of(checkpoint)
+    problems = problems_of(checkpoint, judgement, completeness)
     if deep and not checkpoint.fatal:
         problems += deep_problems(checkpoint)
     if len(problems) > MAX_PROBLEMS:
@@ -51,6 +58,7 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
             storage=dict(stored.most_common()),
         ),
         groups=inventory(checkpoint),
+        complete=None if checkpoint.fatal else completeness.complete,
         mtp=head_document(checkpoint),
         drafter=drafter_kind(checkpoint.config),
         engines=judgement.verdicts,
@@ -77,6 +85,7 @@ def as_text(name: str, document: InspectDocument) -> str:
     else:
         named = f" that Requant knows of {quantized.name}" if quantized.name else ""
         lines.append(f"quantized     nothing{named}")
+    lines.append(f"complete      {COMPLETE[document.complete]}")
     lines.append(f"MTP head      {_head_text(document.mtp)}")
     if document.drafter:
         lines.append(f"draft model   {document.drafter}: a drafter for its base, not a base model")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES, Checkpoint, Harmless
 from requant.tasks.checkpoint.companions import companion_problems
 from requant.tasks.checkpoint.compat import FIX, Judgement, missing_vision_files
+from requant.tasks.checkpoint.completeness import Completeness
+from requant.tasks.checkpoint.completeness.sentences import lack_problems
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
 from requant.tasks.checkpoint.heads.drafters import drafter_kind
 from requant.tasks.checkpoint.inventory import missing_parts
@@ -28,9 +30,16 @@ COMPRESSED_REQUIRED = {
 }  # by the dtype of weight_packed; FP4 has no weight_shape
 
 
-def problems_of(checkpoint: Checkpoint, judgement: Judgement, *, with_head: bool = True) -> list[str]:
-    """Return all problems, those of index and headers first. `judgement`: the engines' judgement of the checkpoint.
+def problems_of(
+    checkpoint: Checkpoint,
+    judgement: Judgement,
+    completeness: Completeness | None = None,
+    *,
+    with_head: bool = True,
+) -> list[str]:
+    """Return all problems, those of index and headers first.
 
+    `judgement`: the engines' judgement of the checkpoint. `completeness`: what it lacks, if that is known already.
     Without `with_head`, nothing is said of the MTP head as a whole: it will be dropped.
     Where a shard cannot be read, nothing is said of tensors: what seems to be missing may be in it.
     """
@@ -48,17 +57,19 @@ def problems_of(checkpoint: Checkpoint, judgement: Judgement, *, with_head: bool
         *_parts(checkpoint),
         *_contradictions(checkpoint),
         *_dtypes(checkpoint),
-        *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, judgement, remedies, with_head=with_head)),
+        *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, completeness)),
+        *(_head(checkpoint, judgement, remedies) if with_head and not drafter_kind(checkpoint.config) else ()),
         *(f"an engine would hang on the pattern {shown(p)!r} of quantization_config" for p in judgement.hostile),
     ]
     refused = judgement.load_problem
     return found if refused is None or judgement.loading["vllm"] in found else [*found, refused]
 
 
-def _of_a_base(checkpoint: Checkpoint, judgement: Judgement, remedies: Remedies, *, with_head: bool) -> list[str]:
+def _of_a_base(checkpoint: Checkpoint, completeness: Completeness | None) -> list[str]:
     """Return what contradicts the sizes and counts of the config, which say other things for a draft model."""
-    head = _head(checkpoint, judgement, remedies) if with_head else ()
-    return [*_shapes(checkpoint), *_layers(checkpoint), *head]
+    completeness = completeness or Completeness.of(checkpoint)
+    lacks = () if checkpoint.fatal else lack_problems(checkpoint, completeness)
+    return [*_shapes(checkpoint, {lack.name for lack in completeness.lacks}), *_layers(checkpoint), *lacks]
 
 
 def _configs(checkpoint: Checkpoint, remedies: Remedies) -> Iterator[str]:
@@ -130,8 +141,8 @@ def _contradictions(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"{first} (and so for {len(others)} more modules)" if others else str(first)
 
 
-def _shapes(checkpoint: Checkpoint) -> Iterator[str]:
-    """Find matrices of the language model whose shapes contradict the sizes in the config."""
+def _shapes(checkpoint: Checkpoint, named: Container[str]) -> Iterator[str]:
+    """Find matrices of the language model whose shapes contradict the sizes in the config, without those `named`."""
     text = checkpoint.text_config
     hidden, vocab = text.integer("hidden_size"), text.integer("vocab_size")
     if hidden is None:
@@ -147,7 +158,7 @@ def _shapes(checkpoint: Checkpoint) -> Iterator[str]:
     }
     for module in checkpoint.modules.values():
         sides = next((s for name, s in expected.items() if f".{module.name}".endswith(f".{name}")), None)
-        if sides is None or OTHER_TOWERS.search(module.name):
+        if sides is None or OTHER_TOWERS.search(module.name) or f"{module.name}.weight" in named:
             continue
         shape = _weight_shape(checkpoint, module)
         if len(shape) == 3:  # experts, fused
