@@ -31,17 +31,13 @@ COMPRESSED_REQUIRED = {
 
 
 def problems_of(
-    checkpoint: Checkpoint,
-    judgement: Judgement,
-    completeness: Completeness | None = None,
-    *,
-    with_head: bool = True,
+    checkpoint: Checkpoint, judgement: Judgement, completeness: Completeness | None = None, *, with_head: bool = True
 ) -> list[str]:
     """Return all problems, those of index and headers first.
 
     `judgement`: the engines' judgement of the checkpoint. `completeness`: what it lacks, if that is known already.
-    Without `with_head`, nothing is said of the MTP head as a whole: it will be dropped.
-    Where a shard cannot be read, nothing is said of tensors: what seems to be missing may be in it.
+    Without `with_head`, nothing is said of the MTP head as a whole: it will be dropped. Where a shard cannot be read,
+    nothing is said of tensors: what seems to be missing may be in it.
     """
     remedies = Remedies(checkpoint, judgement)
     of_files = [

@@ -7,6 +7,7 @@ nothing is changed.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from requant.tasks.checkpoint.atomic_swap import finish_interrupted, install, locked, remove_stages, staged
@@ -14,6 +15,7 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import Judgement
 from requant.tasks.checkpoint.config import HeadPrecision
 from requant.tasks.checkpoint.document import EngineVerdict, MtpFixDocument
+from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.problems import problems_of
 from requant.tasks.checkpoint.repair_plan import RepairPlan, objection, plan_repair
 from requant.tasks.checkpoint.repair_plan import RepairSource as RepairSource
@@ -37,20 +39,16 @@ def repair(
     with locked(folder):
         if not dry_run:
             finish_interrupted(folder)
-        before = Checkpoint.open(folder)
-        plan = plan_repair(before, base, precision)
-        after = Judgement.of(plan.target)
-        if plan.to_write:
-            refused = objection(plan, Judgement.of(before), after, asked=precision != "keep")
-            if refused is not None:
-                raise CheckpointError(f"{folder}: {refused}")
-        elif plan.left is not None and not any(verdict.mtp for verdict in after.verdicts.values()):
+        plan, after = checked_plan(Checkpoint.open(folder), base, precision)
+        if not plan.to_write and plan.left is not None and not any(verdict.mtp for verdict in after.verdicts.values()):
             raise plan.left
         if not dry_run:
             remove_stages(folder)
         if plan.to_write and not dry_run:
+            if base is not None:
+                base.fetch_own(plan.reads)
             with staged(folder) as stage:
-                _write(plan, folder, stage)
+                write_repair(plan, folder, stage)
                 install(stage, folder, plan.to_remove)
     engines, problems = _promised(plan, after) if dry_run else _made(folder)
     return MtpFixDocument(
@@ -62,6 +60,21 @@ def repair(
         engines=engines,
         problems=problems,
     )
+
+
+def checked_plan(
+    checkpoint: Checkpoint,
+    base: RepairSource | None,
+    precision: HeadPrecision,
+    fetch: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
+) -> tuple[RepairPlan, Judgement]:
+    """Plan a repair (see `plan_repair`) and judge its target. Raises CheckpointError if it must not be carried out."""
+    plan = plan_repair(checkpoint, base, precision, fetch)
+    after = Judgement.of(plan.target)
+    refused = objection(plan, Judgement.of(checkpoint), after, asked=precision != "keep") if plan.to_write else None
+    if refused is not None:
+        raise CheckpointError(f"{checkpoint.folder}: {refused}")
+    return plan, after
 
 
 def _made(folder: Path) -> tuple[dict[str, EngineVerdict], list[str]]:
@@ -78,9 +91,12 @@ def _promised(plan: RepairPlan, judgement: Judgement) -> tuple[dict[str, EngineV
     return judgement.verdicts, problems_of(plan.target, judgement)
 
 
-def _write(plan: RepairPlan, folder: Path, stage: Path) -> None:
+def write_repair(
+    plan: RepairPlan, folder: Path, stage: Path, place: Callable[[Path, str, list[Tensor]], None] = place_shard
+) -> None:
+    """Write the files that a repair of `folder` needs to `stage`, each shard with `place`."""
     for shard, tensors in plan.shards.items():
-        place_shard(stage, shard, tensors)
+        place(stage, shard, tensors)
     for name, old in plan.links.items():
         (stage / name).hardlink_to((folder / old).resolve())
     for name, document in plan.documents.items():

@@ -38,9 +38,9 @@ from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.heads.missing import depths_of, stated_count
 from requant.tasks.checkpoint.inventory import missing_parts
 from requant.tasks.checkpoint.mtp import Head, find_head
-from requant.tasks.checkpoint.repair_base import check_fits, differing_tensors
+from requant.tasks.checkpoint.repair_base import alike_tensors, check_fits, differing_tensors, stored_tensors
 from requant.tasks.checkpoint.shards import Contents
-from requant.tasks.checkpoint.writer import index_of
+from requant.tasks.checkpoint.writer import Layout, index_of
 from requant.tasks.errors import CheckpointError
 
 RESTORED_SHARD = "model-restored-{:05d}.safetensors"
@@ -48,15 +48,24 @@ RESTORED_SHARD = "model-restored-{:05d}.safetensors"
 AUXILIARY_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".tiktoken")
 NOT_AUXILIARY = {"config.json", INDEX, MODELOPT_FILE, *QUANTIZATION_FILES}
 
-Layout = dict[str, list[Tensor]]  # shards by name, with their tensors
+Shards = dict[str, list[Tensor]]  # by name, with their tensors
 
 
 @dataclass(frozen=True)
 class RepairSource:
-    """A base to take the head from. `fetch` downloads the data of tensors and files to its folder."""
+    """A checkpoint to repair, or the base to take the head from.
+
+    `fetch` downloads the data of tensors and files to the folder of one that is on the Hub, whose `name` is then
+    `repo_id@sha`.
+    """
 
     folder: Path
     fetch: Callable[[Iterable[Tensor], Iterable[str]], None] = lambda tensors, files: None
+    name: str = ""
+
+    def fetch_own(self, tensors: Iterable[Tensor]) -> None:
+        """Download the data of those tensors that are in this folder."""
+        self.fetch([tensor for tensor in tensors if tensor.path.is_relative_to(self.folder)], ())
 
 
 @dataclass
@@ -66,19 +75,21 @@ class RepairPlan:
     `present` and `target` are the checkpoint as its files are, and as it will be. `layout` has every shard of the
     target with its tensors, by name. `shards`, `links`, `documents` and `copies` are files to write, by name: from
     tensors, as a link to an existing shard, as JSON, and as a copy of a file of the base. `to_remove` are names of
-    files, `to_restore` those of the head's tensors that differ. `changes_head`: the head's tensors change, or what a
+    files, `to_restore` those of the head's tensors that differ. `head_source`: the stored tensors of the head, of which
+    those that are computed are made. `changes_head`: the head's tensors change, or what a
     config says of them. `left`: why the head stays as it is, though an engine would not draft with it.
     """
 
     present: Checkpoint
     target: Checkpoint
-    layout: Layout = field(default_factory=dict)
-    shards: Layout = field(default_factory=dict)
+    layout: Shards = field(default_factory=dict)
+    shards: Shards = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
     documents: dict[str, JsonObject] = field(default_factory=dict)
     copies: dict[str, Path] = field(default_factory=dict)
     to_remove: list[str] = field(default_factory=list)
     to_restore: list[str] = field(default_factory=list)
+    head_source: list[Tensor] = field(default_factory=list)
     changes_head: bool = False
     left: CheckpointError | None = None
 
@@ -86,11 +97,29 @@ class RepairPlan:
     def to_write(self) -> list[str]:
         return sorted([*self.shards, *self.links, *self.documents, *self.copies])
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size in bytes of each file that has to be written, by name. A link needs no data."""
+        copies = {name: path.stat().st_size for name, path in self.copies.items()}
+        return Layout(self.shards, self.documents).sizes | dict.fromkeys(self.links, 0) | copies
 
-def plan_repair(checkpoint: Checkpoint, base: RepairSource | None, precision: HeadPrecision) -> RepairPlan:
+    @property
+    def reads(self) -> list[Tensor]:
+        """The stored tensors whose data is needed to write the shards."""
+        return stored_tensors((tensor for shard in self.shards.values() for tensor in shard), self.head_source)
+
+
+def plan_repair(
+    checkpoint: Checkpoint,
+    base: RepairSource | None,
+    precision: HeadPrecision,
+    fetch: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
+) -> RepairPlan:
     """Plan what a repair of this checkpoint has to do.
 
-    The base's head and the auxiliary files that the folder lacks are downloaded (`RepairSource.fetch`). Without a base
+    Of the base, the auxiliary files that the folder lacks are downloaded (`RepairSource.fetch`), and the data of a head
+    that may differ in nothing else; `fetch` does that for the checkpoint's own tensors. What the shards are written
+    from is not downloaded: see `RepairPlan.reads`. Without a base
     only headers and configs are read, and the head changes only if that helps; otherwise `left` says why not.
 
     Raises CheckpointError if the checkpoint cannot be read by its headers, or if the base is not the checkpoint's.
@@ -101,7 +130,7 @@ def plan_repair(checkpoint: Checkpoint, base: RepairSource | None, precision: He
             raise CheckpointError(f"a head with {precision} is made from the base's: {NAME_BASE}")
         plan = _plan_own_head(found)
     else:
-        plan = _plan_head_of(base, found, precision)
+        plan = _plan_head_of(base, found, precision, fetch)
     _plan_shards(plan)
     _plan_documents(plan)
     plan.target = replace(
@@ -132,7 +161,7 @@ def as_found(checkpoint: Checkpoint, *, without_head: bool) -> Checkpoint:
 
 def _plan_own_head(found: Checkpoint) -> RepairPlan:
     """Plan the head without a base: as it is, described rightly, or dequantized if no engine drafts with it."""
-    plan = RepairPlan(found, replace(found, config=_described(found)))
+    plan = RepairPlan(found, replace(found, config=_described(found)), head_source=_head_tensors(found))
     head, before = found.head, Judgement.of(plan.target)
     if head is None:
         plan.left = CheckpointError(f"{found.folder} has no MTP head: {NAME_BASE} to restore it")
@@ -206,20 +235,30 @@ def _own_tensors(checkpoint: Checkpoint) -> Tensors:
     return {name: checkpoint.tensors[name] for name in head.names} if head else {}
 
 
+def _head_tensors(checkpoint: Checkpoint) -> list[Tensor]:
+    return list(_own_tensors(checkpoint).values())
+
+
 def _is_better(after: Judgement, before: Judgement) -> bool:
     """Check whether no engine makes less of a checkpoint than before, and one makes more of it."""
     pairs = [(verdict.rank, before.verdicts[engine].rank) for engine, verdict in after.verdicts.items()]
     return all(new >= old for new, old in pairs) and any(new > old for new, old in pairs)
 
 
-def _plan_head_of(base: RepairSource, found: Checkpoint, precision: HeadPrecision) -> RepairPlan:
+def _plan_head_of(
+    base: RepairSource, found: Checkpoint, precision: HeadPrecision, fetch: Callable[[Iterable[Tensor]], None]
+) -> RepairPlan:
     """Plan the base's head, and the auxiliary files that the folder lacks."""
     source = Checkpoint.open(base.folder).sound()
     check_fits(found, source)
     wanted = head_tensors(source, precision, found.quantization)
     missing_files = [name for name in _auxiliary_files(base.folder) if not (found.folder / name).is_file()]
     copies = {name: base.folder / name for name in missing_files}
-    base.fetch((source.tensors[name] for name in (source.head.names if source.head else ())), copies)
+    base.fetch((), copies)
+    head_source = _head_tensors(source)
+    alike = alike_tensors(found, wanted)
+    fetch(alike)
+    base.fetch_own(stored_tensors((wanted[tensor.name] for tensor in alike), head_source))
     present = _present_head(found, source)
     differing = differing_tensors(found, wanted)
     replaces = bool(differing or present - set(wanted))
@@ -234,7 +273,7 @@ def _plan_head_of(base: RepairSource, found: Checkpoint, precision: HeadPrecisio
     if missing:
         raise CheckpointError(f"{found.folder}: {missing[0]} is missing from the MTP head: name another base")
     changes = replaces or target.config.quantization != found.config.quantization
-    return RepairPlan(found, target, copies=copies, to_restore=differing, changes_head=changes)
+    return RepairPlan(found, target, copies=copies, to_restore=differing, head_source=head_source, changes_head=changes)
 
 
 def _present_head(checkpoint: Checkpoint, base: Checkpoint) -> set[str]:
@@ -314,9 +353,9 @@ def _plan_shards(plan: RepairPlan) -> None:
         plan.to_remove += sorted(shard for shard in unnamed if os.path.lexists(folder / shard))
 
 
-def _by_shard(folder: Path, tensors: Iterable[Tensor]) -> Layout:
+def _by_shard(folder: Path, tensors: Iterable[Tensor]) -> Shards:
     """Group tensors by their shard, whose name is its path in the folder."""
-    layout: Layout = {}
+    layout: Shards = {}
     for tensor in tensors:
         layout.setdefault(tensor.path.relative_to(folder).as_posix(), []).append(tensor)
     return layout

@@ -1,8 +1,9 @@
 """Judges from headers and configs whether each engine will load a checkpoint and draft with its MTP head.
 
-There is one module for each engine (`vllm`, `sglang`, `transformers`) and for each quantization method (`auto_round`,
-`gptq`, `compressed`). Each names the source and version of its rules. tests/engines compares the rules for vLLM with
-vLLM's own classes, and the verdicts with what vLLM does.
+There is one module for each engine (`vllm`, `sglang`, `transformers`) and for each quantization method that has rules
+(`auto_round`, `gptq`, `compressed`, `modelopt`, `quark`). Each names the source and version of its rules. What they do
+not know is `NotJudged`. tests/engines compares the rules for vLLM with vLLM's own classes, and the verdicts with what
+vLLM does.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from itertools import islice
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import sglang, transformers, vllm
-from requant.tasks.checkpoint.compat.drafting import EngineLacks, Fixable, head_finding
+from requant.tasks.checkpoint.compat.drafting import EngineLacks, head_finding
 from requant.tasks.checkpoint.compat.rule import Finding, NotJudged, Patterns
 from requant.tasks.checkpoint.config import JsonObject, QuantizationConfig
 from requant.tasks.checkpoint.document import EngineVerdict
@@ -62,8 +63,7 @@ class Judgement:
         judges = {"vllm": vllm.head_problem, "sglang": sglang.head_problem}
         drafting: dict[str, Finding] = {
             **{
-                engine: head_finding(checkpoint, engine)
-                or _fixable(judge(checkpoint, head_modules, patterns), loading[engine])
+                engine: head_finding(checkpoint, engine) or judge(checkpoint, head_modules, patterns)
                 for engine, judge in judges.items()
             },
             "transformers": transformers.IGNORED,
@@ -162,11 +162,6 @@ def _read_processor_config(checkpoint: Checkpoint) -> JsonObject:
     except (OSError, ValueError, RecursionError):
         return JsonObject()
     return JsonObject(document if isinstance(document, dict) else {})
-
-
-def _fixable(problem: Finding, loading: Finding) -> Finding:
-    """Mark a problem of the head as fixable, unless it is a problem of the whole checkpoint: `loading`."""
-    return Fixable(problem) if _answer(problem) is False and problem != loading else problem
 
 
 def _answer(finding: Finding) -> bool | None:
