@@ -16,6 +16,7 @@ from prefect import task
 from requant.tasks.artifact import REWRITTEN, File, Manifest
 from requant.tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from requant.tasks.checkpoint.head import HEAD_SHARD, HeadFiles, keep_head, shards_with_head, without_head
+from requant.tasks.checkpoint.shards import without_vendors_own
 from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
 from requant.tasks.recipe.recipe import Recipe
@@ -30,8 +31,14 @@ def mtp_fix_key(recipe: Recipe, base: Manifest, quantized: Manifest) -> str:
     verbatim = Manifest.of(f for f in base.files if f.path not in REWRITTEN)
     return STAGE.key(
         reads={"base": verbatim.digest, "quantized": quantized.digest},
-        settings={"mtp": recipe.mtp},
+        settings={"mtp": recipe.mtp} | ({"shards": shards} if (shards := _without_index(base)) != [SINGLE] else {}),
     )
+
+
+def _without_index(base: Manifest) -> list[str]:
+    """Return the weight files of a base without an index, where the head may be in any; SINGLE if it has an index."""
+    files = [f.path for f in base.files if "/" not in f.path and f.path.endswith(".safetensors")]
+    return [SINGLE] if INDEX in base else without_vendors_own(files) or [SINGLE]
 
 
 def mtp_fix(store: Store, recipe: Recipe, base: Manifest, quantized: Manifest) -> StageResult:
@@ -42,7 +49,7 @@ def mtp_fix(store: Store, recipe: Recipe, base: Manifest, quantized: Manifest) -
         files = HeadFiles.read(folder / "quantized")
         index = [INDEX] if INDEX in base else []
         store.link_files(base, folder / "base", ["config.json", *index])
-        shards = shards_with_head(folder / "base") if index else [SINGLE]
+        shards = shards_with_head(folder / "base") if index else _without_index(base)
         store.link_files(base, folder / "base", shards)
         source = Checkpoint.open_shards(folder / "base", shards)
 

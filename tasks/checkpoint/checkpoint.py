@@ -49,6 +49,10 @@ class OfIndex(Ambiguous):
     """An ambiguity that a new index solves."""
 
 
+class Mendable(str):
+    """A contradiction of index and shards, which a new index solves if the shards have all tensors."""
+
+
 class Unread(str):
     """The problem of a shard that is there and cannot be read, so that nothing is known of the tensors in it."""
 
@@ -61,6 +65,7 @@ class Checkpoint:
     inspected, but `sound` refuses it for any other work.
     `pending_files`: files that the folder does not have yet but will have, with their current paths. `contents`: what
     all weight files of the folder hold, whatever the index says; None if only some shards were opened.
+    `pending_documents`: the same for JSON files that will be written.
     """
 
     folder: Path
@@ -71,6 +76,7 @@ class Checkpoint:
     problems: list[str] = field(default_factory=list)
     pending_files: Mapping[str, Path] = field(default_factory=dict)
     contents: Contents | None = None
+    pending_documents: Mapping[str, JsonObject] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -96,7 +102,10 @@ class Checkpoint:
             headers, missing = _headers(folder, shards, problems)
             contents = contents_of(folder, config, weight_map, headers)
             remedy = "" if contents.is_whole else ": download it again"
-            _report(problems, missing, lambda shard: f"the index names {shown(shard)}, which is missing{remedy}")
+            sentences = {name: f"the index names {shown(name)}, which is missing{remedy}" for name in missing}
+            ordinary = [name for name in missing if SHARD_NAME.fullmatch(name)]
+            _report(problems, ordinary, lambda name: Mendable(sentences[name]))
+            _report(problems, [name for name in missing if name not in ordinary], lambda name: sentences[name])
             tensors = _tensors(headers, weight_map, problems)
             _beside_index(contents, problems)
         else:
@@ -163,6 +172,12 @@ class Checkpoint:
     def file(self, name: str) -> Path:
         """Return the path of a file of the checkpoint, which may not exist."""
         return self.pending_files.get(name, self.folder / name)
+
+    def document(self, name: str) -> JsonObject | None:
+        """Read a JSON file of the checkpoint; None if there is none. Raises CheckpointError if it cannot be read."""
+        if name in self.pending_documents:
+            return self.pending_documents[name]
+        return read_json(self.file(name)) if self.file(name).is_file() else None
 
     @property
     def text_config(self) -> JsonObject:
@@ -231,10 +246,12 @@ def _beside_index(contents: Contents, problems: list[str]) -> None:
     single = next((stray for stray in contents.strays if stray.name == SINGLE), None)
     if single is not None:
         remedy = f": {FIX_INDEX}" if single.own and contents.is_whole else ""
-        problems.append(f"{SINGLE} lies beside a sharded index: loaders prefer it and miss the other shards{remedy}")
+        what = f"{SINGLE} lies beside a sharded index: loaders prefer it and miss the other shards{remedy}"
+        problems.append(Mendable(what) if single.own else what)
     others = {stray.name: stray.sentence() for stray in contents.strays if stray.name != SINGLE}
     _report(problems, list(others), lambda name: Harmless(others[name]))
-    if contents.is_whole and any(not isinstance(problem, Harmless) for problem in problems):
+    fatal = [problem for problem in problems if not isinstance(problem, Harmless)]
+    if fatal and contents.is_whole and all(isinstance(problem, Mendable) for problem in fatal):
         problems.append(Harmless(f"the index is wrong, and the shards have every tensor that it names: {FIX_INDEX}"))
 
 
@@ -298,9 +315,10 @@ def _tensors(headers: Headers, weight_map: JsonObject, problems: list[str]) -> d
                 tensors[name] = tensor
             else:
                 misplaced.append(_misplaced(name, shard, weight_map))
-    _report(problems, misplaced, str)
+    _report(problems, misplaced, Mendable)
     lost = [n for n, s in weight_map.items() if isinstance(s, str) and s in headers and n not in tensors]
-    _report(problems, lost, lambda name: f"the index names {shown(name)}, which is not in {shown(weight_map[name])}")
+    where = {name: shown(str(weight_map[name])) for name in lost}
+    _report(problems, lost, lambda n: Mendable(f"the index names {shown(n)}, which is not in {where[n]}"))
     return tensors
 
 

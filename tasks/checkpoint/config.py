@@ -139,12 +139,16 @@ class ModelConfig(JsonObject):
             return ModelConfig({**self, "text_config": {**self.text, **counts}})
         return ModelConfig({**self, **counts})
 
-    def with_mtp_layers(self, count: int) -> ModelConfig:
-        """Return a copy that promises this many MTP layers under each key that the config has for it."""
-        counts = {key: count for key in LAYER_COUNTS if key in self.text}
-        if self.text is not self:
-            return ModelConfig({**self, "text_config": {**self.text, **counts}})
-        return ModelConfig({**self, **counts})
+    def with_count(self, key: str, count: int) -> ModelConfig:
+        """Return a copy with another number of MTP layers, which stands at `key`; `.` leads to a key of an object."""
+        config = copy.deepcopy(self)
+        outer, _, inner = key.rpartition(".")
+        for part in (config.get("text_config"), config):
+            place = part.get(outer) if outer and isinstance(part, dict) else part
+            if isinstance(place, dict) and inner in place:
+                place[inner] = count
+                break
+        return config
 
     def without_mtp_layers(self) -> ModelConfig:
         """Return a copy that promises no MTP head: every count of MTP layers is 0."""

@@ -101,10 +101,17 @@ class InspectDocument(Document):
     problems: list[str] = Field(description="What is wrong, in sentences")
 
 
-class MtpFixDocument(Document):
-    """What a repair did, or would do with --dry-run."""
+class Diagnosis(Document):
+    """What `requant inspect` says of a checkpoint before or after its repair."""
 
-    changed: bool = Field(description="Whether the folder was changed")
+    engines: dict[str, EngineVerdict] = Field(description="For vllm, sglang and transformers: will it load")
+    problems: list[str] = Field(description="What is wrong, in sentences")
+
+
+class MtpFixDocument(Document):
+    """What a repair did, or would do with --dry-run or in a repo. What is about repos is null or empty for folders."""
+
+    changed: bool = Field(description="Whether the folder was changed, or a pull request was opened")
     tensors_restored: int = Field(description="How many tensors of the MTP head were replaced")
     source: Literal["base", "dequantized"] = Field(
         description="Where restored tensors are from: the base, or without one the head's own quantized tensors"
@@ -113,3 +120,12 @@ class MtpFixDocument(Document):
     removes: list[str] = Field(description="Paths of the files that were removed, or would be")
     engines: dict[str, EngineVerdict] = Field(description="For vllm, sglang and transformers: will the result load")
     problems: list[str] = Field([], description="What remains wrong, in sentences")
+    repo: str | None = Field(None, description="The repo on the Hub")
+    sha: str | None = Field(None, description="The repo's commit that was inspected")
+    base: str | None = Field(None, description="The base that was used in a repo: repo_id@sha, or a folder")
+    before: Diagnosis | None = Field(None, description="The repo as it is")
+    after: Diagnosis | None = Field(None, description="The repo with the repair")
+    sizes: dict[str, int] = Field({}, description="Bytes to upload of each file that is written; 0: the Hub copies it")
+    upload_bytes: int = Field(0, description="Bytes of all files to upload")
+    download_bytes: int = Field(0, description="Bytes of tensors that have to be downloaded to write the files")
+    pull_request: str | None = Field(None, description="Address of the pull request that has the repair")

@@ -11,8 +11,8 @@ from pathlib import Path
 BEGINNING_BYTES = 512
 # https://github.com/git-lfs/git-lfs/blob/v3.7.0/docs/spec.md#the-pointer; the second is the name that Git LFS once had.
 POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
-# The three lines of a pointer: `version`, `oid sha256:` and `size`, without extensions.
-POINTER_BYTES = range(120, 160)
+# The three lines of a pointer, `version`, `oid sha256:` and `size`, for sizes of up to 15 digits.
+POINTER_BYTES = range(124, 141)
 PAGES = (b"<!doctype html", b"<html", b"<head", b"<?xml")
 FORMATS = {
     b"GGUF": "a GGUF file",

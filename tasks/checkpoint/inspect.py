@@ -53,7 +53,7 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
             group_size=_printable(scheme.group_size),
             sym=_printable(scheme.sym),
             method=_printable(quantization.get("quant_method")),
-            name=shown(full_name(checkpoint.method, quantization)) if checkpoint.method else None,
+            name=full_name(checkpoint.method, quantization) if checkpoint.method else None,
             packing=_printable(quantization.get("packing_format")),
             storage=dict(stored.most_common()),
         ),

@@ -6,9 +6,11 @@ tensors is in `METHODS`; engines' lists of methods and rules are in `compat`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from requant.tasks.checkpoint.config import ModelConfig, QuantizationConfig
+from requant.tasks.checkpoint.untrusted import shown
 
 MODELOPT_FILE = "hf_quant_config.json"
 
@@ -104,7 +106,7 @@ def method_of(config: ModelConfig, quantization: QuantizationConfig) -> Method |
     """
     stated = quantization.method
     if stated:
-        return BY_STATED.get(stated) or Method(stated, frozenset({stated}))
+        return BY_STATED.get(stated) or Method(shown(stated), frozenset({stated}))
     if quantization.string("quant_algo"):
         return BY_STATED["modelopt"]
     if any(_is_mlx(part) for part in (config.child("quantization"), quantization)):
@@ -115,8 +117,10 @@ def method_of(config: ModelConfig, quantization: QuantizationConfig) -> Method |
 def full_name(method: Method, quantization: QuantizationConfig) -> str:
     """Return a method's name with the algorithm that its config names, as `ModelOpt NVFP4`."""
     inner = quantization.child("quantization") or quantization
-    algorithm = inner.get("quant_algo", quantization.get("bnb_4bit_quant_type"))
-    return f"{method.name} {algorithm.upper()}" if isinstance(algorithm, str) and algorithm else method.name
+    algorithm = inner.string("quant_algo") or ""
+    if quantization.get("load_in_4bit") is True:
+        algorithm = quantization.string("bnb_4bit_quant_type") or ""
+    return f"{method.name} {algorithm.upper()}" if re.fullmatch(r"\w{1,40}", algorithm) else method.name
 
 
 def quantizes_cache_only(quantization: QuantizationConfig) -> bool:

@@ -94,16 +94,17 @@ def split_name(name: str, more_parts: tuple[str, ...] = ()) -> tuple[str, str]:
 def modules_of(tensors: Iterable[Tensor], method: Method | None = None) -> dict[str, Module]:
     """Group tensors into modules, in the order of their first tensors. `method`: the one that the config declares."""
     readable = method is None or method.readable
+    more_parts = method.more_parts if method else ()
+    pattern = re.compile(method.tensors) if method and method.tensors else None
     modules: dict[str, Module] = {}
     for tensor in tensors:
-        name, part = split_name(tensor.name) if method is None else _split_by(method, tensor.name)
-        modules.setdefault(name, Module(name, readable=readable)).parts[part] = tensor
+        if pattern is None:
+            name, part = split_name(tensor.name, more_parts)
+        else:
+            match = pattern.fullmatch(tensor.name)
+            name, part = (match["module"], match["part"]) if match else (tensor.name, "")
+        module = modules.get(name)
+        if module is None:
+            module = modules[name] = Module(name, readable=readable)
+        module.parts[part] = tensor
     return modules
-
-
-def _split_by(method: Method, name: str) -> tuple[str, str]:
-    """Split a tensor's name into module and part, as a method names them."""
-    if method.tensors is None:
-        return split_name(name, method.more_parts)
-    match = re.fullmatch(method.tensors, name)
-    return (match["module"], match["part"]) if match else (name, "")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterator
 
-from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES, Checkpoint, Harmless, read_json
+from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES, Checkpoint, Harmless
 from requant.tasks.checkpoint.companions import companion_problems
-from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
+from requant.tasks.checkpoint.compat import FIX, Judgement, missing_vision_files
 from requant.tasks.checkpoint.completeness import Completeness
 from requant.tasks.checkpoint.completeness.sentences import lack_problems
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
@@ -18,6 +18,7 @@ from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.mtp import LAYER_NAME
 from requant.tasks.checkpoint.packing import REQUIRED, check_parts
 from requant.tasks.checkpoint.reading import Contradiction
+from requant.tasks.checkpoint.remedies import Remedies
 from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import CheckpointError
 
@@ -30,20 +31,17 @@ COMPRESSED_REQUIRED = {
 
 
 def problems_of(
-    checkpoint: Checkpoint,
-    judgement: Judgement,
-    completeness: Completeness | None = None,
-    *,
-    with_head: bool = True,
+    checkpoint: Checkpoint, judgement: Judgement, completeness: Completeness | None = None, *, with_head: bool = True
 ) -> list[str]:
     """Return all problems, those of index and headers first.
 
     `judgement`: the engines' judgement of the checkpoint. `completeness`: what it lacks, if that is known already.
-    Without `with_head`, nothing is said of the MTP head as a whole: it will be dropped.
-    Where a shard cannot be read, nothing is said of tensors: what seems to be missing may be in it.
+    Without `with_head`, nothing is said of the MTP head as a whole: it will be dropped. Where a shard cannot be read,
+    nothing is said of tensors: what seems to be missing may be in it.
     """
+    remedies = Remedies(checkpoint, judgement)
     of_files = [
-        *checkpoint.problems,
+        *map(remedies.checked, checkpoint.problems),
         *companion_problems(checkpoint.folder),
         *(f"{name} is missing: copy it from the base" for name in missing_vision_files(checkpoint)),
     ]
@@ -51,12 +49,12 @@ def problems_of(
         return of_files
     found = [
         *of_files,
-        *_configs(checkpoint),
+        *_configs(checkpoint, remedies),
         *_parts(checkpoint),
         *_contradictions(checkpoint),
         *_dtypes(checkpoint),
         *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, completeness)),
-        *(_head(checkpoint, judgement) if with_head and not drafter_kind(checkpoint.config) else ()),
+        *(_head(checkpoint, judgement, remedies) if with_head and not drafter_kind(checkpoint.config) else ()),
         *(f"an engine would hang on the pattern {shown(p)!r} of quantization_config" for p in judgement.hostile),
     ]
     refused = judgement.load_problem
@@ -70,12 +68,12 @@ def _of_a_base(checkpoint: Checkpoint, completeness: Completeness | None) -> lis
     return [*_shapes(checkpoint, {lack.name for lack in completeness.lacks}), *_layers(checkpoint), *lacks]
 
 
-def _configs(checkpoint: Checkpoint) -> Iterator[str]:
+def _configs(checkpoint: Checkpoint, remedies: Remedies) -> Iterator[str]:
     stated = checkpoint.config.quantization or None
-    file = checkpoint.folder / QUANTIZATION
+    beside = checkpoint.document(QUANTIZATION)
     other = next((name for name in QUANTIZATION_FILES if (checkpoint.folder / name).is_file()), None)
-    if file.is_file() and stated is not None and read_json(file) != stated:
-        yield f"{QUANTIZATION} and config.json disagree about the quantization: run requant mtp-fix, or copy one"
+    if beside is not None and stated is not None and beside != stated:
+        yield remedies.checked(f"{QUANTIZATION} and config.json disagree about the quantization: {FIX}")
     elif other not in (None, MODELOPT_FILE) and stated is None:
         method = checkpoint.quantization.get("quant_method")
         yield (
@@ -91,7 +89,8 @@ def _configs(checkpoint: Checkpoint) -> Iterator[str]:
         and not quantized
         and checkpoint.tensors
     ):
-        yield "quantization_config is there, and no tensor is quantized: remove it, or restore the quantized shards"
+        remedy = "remove it, or restore" if remedies.loads_unquantized() else "restore"
+        yield f"quantization_config is there, and no tensor is quantized: {remedy} the quantized shards"
     if quantized and not checkpoint.quantization and checkpoint.method is None:
         yield "tensors are quantized, and config.json has no quantization_config: restore it"
 
@@ -109,7 +108,7 @@ def _parts(checkpoint: Checkpoint) -> Iterator[str]:
         elif module.storage == "scaled" and not any("scale" in part for part in module.parts):
             yield f"{module.name}.weight is {module.parts['weight'].dtype} and has no scale beside it"
         if module.storage in {"integer", "compressed"} and "weight" in module.parts:
-            yield f"{module.name} is there twice, packed and as {module.name}.weight: remove one"
+            yield f"{module.name} is there twice, packed and as {module.name}.weight, and engines expect one of them"
 
 
 def _integer_parts(checkpoint: Checkpoint, module: Module) -> Iterator[str]:
@@ -183,19 +182,20 @@ def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:
     declared = CONFIG_DTYPES.get(word) if isinstance(word, str) else None
     if declared is None:
         return
+    in_head = set(checkpoint.head.names) if checkpoint.head else set()
     other: dict[str, list[str]] = {}
     for module in checkpoint.modules.values():
         weight = module.parts.get("weight")
         last = module.name.rpartition(".")[2]
         if module.storage != "plain" or weight is None or len(weight.shape) < 2 or ROUTER_NAME.search(last):
             continue
+        if weight.name in in_head:  # it has the base's dtype, and engines convert it
+            continue
         if weight.dtype in FLOATING and weight.dtype != declared:
             other.setdefault(weight.dtype, []).append(weight.name)
     for dtype, names in other.items():
         more = f" and {len(names) - 1} more matrices are" if len(names) > 1 else " is"
-        yield Harmless(
-            f"{names[0]}{more} {dtype}, and config.json says {word}: take them from the base, or change dtype"
-        )
+        yield Harmless(f"{names[0]}{more} {dtype}, and config.json says {word}, to which engines convert them")
 
 
 def _layers(checkpoint: Checkpoint) -> Iterator[str]:
@@ -207,18 +207,18 @@ def _layers(checkpoint: Checkpoint) -> Iterator[str]:
             yield f"config.json promises {promised} layers, and layer {lost[0]} has no tensors: restore its shard"
 
 
-def _head(checkpoint: Checkpoint, judgement: Judgement) -> Iterator[str]:
+def _head(checkpoint: Checkpoint, judgement: Judgement, remedies: Remedies) -> Iterator[str]:
     promised, head = checkpoint.config.mtp_layers, checkpoint.head
+    problem: str | None
     if head is None:
-        if promised > 0:
-            yield (
-                f"config.json promises {promised} MTP layers, and there are no tensors of a head: "
-                "restore it with requant mtp-fix --base"
-            )
-        return
-    missing = missing_parts(checkpoint, head)
-    if missing:
+        problem = (
+            f"config.json promises {promised} MTP layers, and there are no tensors of a head" if promised else None
+        )
+    elif missing := missing_parts(checkpoint, head):
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        yield f"the MTP head lacks {missing[0]}{more}: restore it with requant mtp-fix --base"
-    elif judgement.head_problem is not None:
-        yield judgement.head_problem
+        problem = f"the MTP head lacks {missing[0]}{more}"
+    else:
+        problem = judgement.head_problem
+    if problem is not None:
+        remedy = remedies.of_head()
+        yield f"{problem}: {remedy}" if remedy else problem

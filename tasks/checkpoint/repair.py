@@ -1,23 +1,23 @@
 """Repairs the MTP head, the index and the configs of an existing checkpoint in place.
 
-The plan (`repair_plan`) is judged before the folder changes: see `_check_engines`. Then the files that differ are
+The plan (`repair_plan`) is judged before the folder changes: see `objection`. Then the files that differ are
 written, and replace the old ones in one step if the file system allows it (see `atomic_swap`). If no file differs,
 nothing is changed.
 """
 
 from __future__ import annotations
 
-import tempfile
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from requant.tasks.checkpoint.atomic_swap import finish_interrupted, install, locked, remove_stages, staged
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.compat import DRAFTING, Judgement
+from requant.tasks.checkpoint.compat import Judgement
 from requant.tasks.checkpoint.config import HeadPrecision
 from requant.tasks.checkpoint.document import EngineVerdict, MtpFixDocument
+from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.problems import problems_of
-from requant.tasks.checkpoint.repair_plan import RepairPlan, plan_repair
+from requant.tasks.checkpoint.repair_plan import RepairPlan, objection, plan_repair
 from requant.tasks.checkpoint.repair_plan import RepairSource as RepairSource
 from requant.tasks.checkpoint.writer import place_shard, write_file, write_json
 from requant.tasks.errors import CheckpointError
@@ -39,18 +39,16 @@ def repair(
     with locked(folder):
         if not dry_run:
             finish_interrupted(folder)
-        before = Checkpoint.open(folder)
-        plan = plan_repair(before, base, precision)
-        after = Judgement.of(plan.target)
-        if plan.to_write:
-            _check_engines(plan, Judgement.of(before).verdicts, after, precision)
-        elif plan.left is not None and not any(verdict.mtp for verdict in after.verdicts.values()):
+        plan, after = checked_plan(Checkpoint.open(folder), base, precision)
+        if not plan.to_write and plan.left is not None and not any(verdict.mtp for verdict in after.verdicts.values()):
             raise plan.left
         if not dry_run:
             remove_stages(folder)
         if plan.to_write and not dry_run:
+            if base is not None:
+                base.fetch_own(plan.reads)
             with staged(folder) as stage:
-                _write(plan, folder, stage)
+                write_repair(plan, folder, stage)
                 install(stage, folder, plan.to_remove)
     engines, problems = _promised(plan, after) if dry_run else _made(folder)
     return MtpFixDocument(
@@ -64,6 +62,21 @@ def repair(
     )
 
 
+def checked_plan(
+    checkpoint: Checkpoint,
+    base: RepairSource | None,
+    precision: HeadPrecision,
+    fetch: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
+) -> tuple[RepairPlan, Judgement]:
+    """Plan a repair (see `plan_repair`) and judge its target. Raises CheckpointError if it must not be carried out."""
+    plan = plan_repair(checkpoint, base, precision, fetch)
+    after = Judgement.of(plan.target)
+    refused = objection(plan, Judgement.of(checkpoint), after, asked=precision != "keep") if plan.to_write else None
+    if refused is not None:
+        raise CheckpointError(f"{checkpoint.folder}: {refused}")
+    return plan, after
+
+
 def _made(folder: Path) -> tuple[dict[str, EngineVerdict], list[str]]:
     """Return verdicts on a folder, and its problems."""
     checkpoint = Checkpoint.open(folder)
@@ -75,43 +88,15 @@ def _promised(plan: RepairPlan, judgement: Judgement) -> tuple[dict[str, EngineV
     """Return verdicts on the target of a plan, and its problems."""
     if not plan.to_write:
         return _made(plan.present.folder)
-    with tempfile.TemporaryDirectory(prefix="requant-") as temporary:
-        for name, document in plan.documents.items():
-            write_json(Path(temporary), name, document)
-        pending = {**plan.copies, **{name: Path(temporary) / name for name in plan.documents}}
-        return judgement.verdicts, problems_of(replace(plan.target, pending_files=pending), judgement)
+    return judgement.verdicts, problems_of(plan.target, judgement)
 
 
-def _check_engines(
-    plan: RepairPlan, before: dict[str, EngineVerdict], after: Judgement, precision: HeadPrecision
+def write_repair(
+    plan: RepairPlan, folder: Path, stage: Path, place: Callable[[Path, str, list[Tensor]], None] = place_shard
 ) -> None:
-    """Check that an engine drafts with a changed head, and that none makes less of the checkpoint than before.
-
-    "Not judged" is neither. If the user asks for a quantized head, one engine that drafts with it is enough. Raises
-    CheckpointError if a check fails.
-    """
-    folder = plan.present.folder
-    asked = precision != "keep" and any(verdict.mtp for verdict in after.verdicts.values())
-    for engine, verdict in after.verdicts.items():
-        now = before[engine]
-        loads_less = verdict.rank[0] < now.rank[0]
-        if loads_less or (verdict.rank < now.rank and not asked):
-            lost = "load it" if loads_less else "draft from it"
-            raise CheckpointError(
-                f"{folder}: {engine} would no longer {lost} after the repair ({verdict.reason}): nothing was changed; "
-                "keep the checkpoint as it is, or name another base"
-            )
-    refusals = [after.verdicts[engine] for engine in DRAFTING if after.verdicts[engine].mtp is False]
-    if plan.changes_head and len(refusals) == len(DRAFTING):
-        reason = refusals[0].reason
-        raise CheckpointError(
-            f"{folder}: no engine would draft with the head after the repair ({reason}): nothing was changed"
-        )
-
-
-def _write(plan: RepairPlan, folder: Path, stage: Path) -> None:
+    """Write the files that a repair of `folder` needs to `stage`, each shard with `place`."""
     for shard, tensors in plan.shards.items():
-        place_shard(stage, shard, tensors)
+        place(stage, shard, tensors)
     for name, old in plan.links.items():
         (stage / name).hardlink_to((folder / old).resolve())
     for name, document in plan.documents.items():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.head import Tensors
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.untrusted import shown
+from requant.tasks.checkpoint.writer import Computed
 from requant.tasks.errors import CheckpointError
 
 SIZES = ("hidden_size", "vocab_size", "num_hidden_layers")
@@ -47,15 +50,31 @@ def _architecture(checkpoint: Checkpoint) -> object:
     return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else object()
 
 
+def alike_tensors(checkpoint: Checkpoint, wanted: Tensors) -> list[Tensor]:
+    """Return the checkpoint's tensors that may be the wanted ones: name, dtype and shape are the same."""
+    pairs = ((checkpoint.tensors.get(name), tensor) for name, tensor in wanted.items())
+    return [ours for ours, tensor in pairs if ours is not None and _is_alike(ours, tensor)]
+
+
+def stored_tensors(tensors: Iterable[Tensor], head_source: Iterable[Tensor]) -> list[Tensor]:
+    """Return the stored tensors whose data these tensors need. Those that are computed are made of the head's."""
+    wanted = list(tensors)
+    made = head_source if any(isinstance(tensor, Computed) for tensor in wanted) else ()
+    return list(dict.fromkeys([*(tensor for tensor in wanted if not isinstance(tensor, Computed)), *made]))
+
+
 def differing_tensors(checkpoint: Checkpoint, wanted: Tensors) -> list[str]:
     """Return the names of the wanted tensors that the checkpoint lacks or has differently. Reads both."""
     differing = []
     for name, tensor in wanted.items():
         ours = checkpoint.tensors.get(name)
-        same = ours is not None and (ours.dtype, ours.shape) == (tensor.dtype, tensor.shape)
-        if not same or ours is None or (ours != tensor and not _same_bytes(ours, tensor)):
+        if ours is None or (ours != tensor and not (_is_alike(ours, tensor) and _same_bytes(ours, tensor))):
             differing.append(name)
     return differing
+
+
+def _is_alike(one: Tensor, other: Tensor) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape)
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:

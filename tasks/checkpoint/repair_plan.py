@@ -19,11 +19,13 @@ from requant.tasks.checkpoint.checkpoint import (
     SINGLE,
     Ambiguous,
     Checkpoint,
+    Mendable,
     OfIndex,
+    Unread,
     parse_json,
     read_json,
 )
-from requant.tasks.checkpoint.compat import Judgement
+from requant.tasks.checkpoint.compat import DRAFTING, Judgement
 from requant.tasks.checkpoint.config import HeadPrecision, JsonObject, ModelConfig, QuantizationConfig
 from requant.tasks.checkpoint.exclusions import (
     MODELOPT_FILE,
@@ -33,11 +35,12 @@ from requant.tasks.checkpoint.exclusions import (
 )
 from requant.tasks.checkpoint.head import HEAD_SHARD, NAME_BASE, Tensors, dequantized_head, head_tensors
 from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.checkpoint.heads.missing import depths_of, stated_count
 from requant.tasks.checkpoint.inventory import missing_parts
-from requant.tasks.checkpoint.mtp import find_head
-from requant.tasks.checkpoint.repair_base import check_fits, differing_tensors
+from requant.tasks.checkpoint.mtp import Head, find_head
+from requant.tasks.checkpoint.repair_base import alike_tensors, check_fits, differing_tensors, stored_tensors
 from requant.tasks.checkpoint.shards import Contents
-from requant.tasks.checkpoint.writer import index_of
+from requant.tasks.checkpoint.writer import Layout, index_of
 from requant.tasks.errors import CheckpointError
 
 RESTORED_SHARD = "model-restored-{:05d}.safetensors"
@@ -45,15 +48,24 @@ RESTORED_SHARD = "model-restored-{:05d}.safetensors"
 AUXILIARY_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".tiktoken")
 NOT_AUXILIARY = {"config.json", INDEX, MODELOPT_FILE, *QUANTIZATION_FILES}
 
-Layout = dict[str, list[Tensor]]  # shards by name, with their tensors
+Shards = dict[str, list[Tensor]]  # by name, with their tensors
 
 
 @dataclass(frozen=True)
 class RepairSource:
-    """A base to take the head from. `fetch` downloads the data of tensors and files to its folder."""
+    """A checkpoint to repair, or the base to take the head from.
+
+    `fetch` downloads the data of tensors and files to the folder of one that is on the Hub, whose `name` is then
+    `repo_id@sha`.
+    """
 
     folder: Path
     fetch: Callable[[Iterable[Tensor], Iterable[str]], None] = lambda tensors, files: None
+    name: str = ""
+
+    def fetch_own(self, tensors: Iterable[Tensor]) -> None:
+        """Download the data of those tensors that are in this folder."""
+        self.fetch([tensor for tensor in tensors if tensor.path.is_relative_to(self.folder)], ())
 
 
 @dataclass
@@ -63,19 +75,21 @@ class RepairPlan:
     `present` and `target` are the checkpoint as its files are, and as it will be. `layout` has every shard of the
     target with its tensors, by name. `shards`, `links`, `documents` and `copies` are files to write, by name: from
     tensors, as a link to an existing shard, as JSON, and as a copy of a file of the base. `to_remove` are names of
-    files, `to_restore` those of the head's tensors that differ. `changes_head`: the head's tensors change, or what a
+    files, `to_restore` those of the head's tensors that differ. `head_source`: the stored tensors of the head, of which
+    those that are computed are made. `changes_head`: the head's tensors change, or what a
     config says of them. `left`: why the head stays as it is, though an engine would not draft with it.
     """
 
     present: Checkpoint
     target: Checkpoint
-    layout: Layout = field(default_factory=dict)
-    shards: Layout = field(default_factory=dict)
+    layout: Shards = field(default_factory=dict)
+    shards: Shards = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
     documents: dict[str, JsonObject] = field(default_factory=dict)
     copies: dict[str, Path] = field(default_factory=dict)
     to_remove: list[str] = field(default_factory=list)
     to_restore: list[str] = field(default_factory=list)
+    head_source: list[Tensor] = field(default_factory=list)
     changes_head: bool = False
     left: CheckpointError | None = None
 
@@ -83,50 +97,71 @@ class RepairPlan:
     def to_write(self) -> list[str]:
         return sorted([*self.shards, *self.links, *self.documents, *self.copies])
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size in bytes of each file that has to be written, by name. A link needs no data."""
+        copies = {name: path.stat().st_size for name, path in self.copies.items()}
+        return Layout(self.shards, self.documents).sizes | dict.fromkeys(self.links, 0) | copies
 
-def plan_repair(checkpoint: Checkpoint, base: RepairSource | None, precision: HeadPrecision) -> RepairPlan:
+    @property
+    def reads(self) -> list[Tensor]:
+        """The stored tensors whose data is needed to write the shards."""
+        return stored_tensors((tensor for shard in self.shards.values() for tensor in shard), self.head_source)
+
+
+def plan_repair(
+    checkpoint: Checkpoint,
+    base: RepairSource | None,
+    precision: HeadPrecision,
+    fetch: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
+) -> RepairPlan:
     """Plan what a repair of this checkpoint has to do.
 
-    The base's head and the auxiliary files that the folder lacks are downloaded (`RepairSource.fetch`). Without a base
+    Of the base, the auxiliary files that the folder lacks are downloaded (`RepairSource.fetch`), and the data of a head
+    that may differ in nothing else; `fetch` does that for the checkpoint's own tensors. What the shards are written
+    from is not downloaded: see `RepairPlan.reads`. Without a base
     only headers and configs are read, and the head changes only if that helps; otherwise `left` says why not.
 
     Raises CheckpointError if the checkpoint cannot be read by its headers, or if the base is not the checkpoint's.
     """
-    found = as_found(checkpoint)
+    found = as_found(checkpoint, without_head=base is not None)
     if base is None:
         if precision != "keep":
             raise CheckpointError(f"a head with {precision} is made from the base's: {NAME_BASE}")
         plan = _plan_own_head(found)
     else:
-        plan = _plan_head_of(base, found, precision)
+        plan = _plan_head_of(base, found, precision, fetch)
     _plan_shards(plan)
     _plan_documents(plan)
-    plan.target = replace(plan.target, shards=tuple(plan.layout), contents=None, problems=[])
+    plan.target = replace(
+        plan.target, shards=tuple(plan.layout), contents=None, problems=[], pending_documents=plan.documents
+    )
     return plan
 
 
-def as_found(checkpoint: Checkpoint) -> Checkpoint:
+def as_found(checkpoint: Checkpoint, *, without_head: bool) -> Checkpoint:
     """Return a checkpoint with the tensors that its files have, whatever the index says.
 
-    A missing or broken shard of the head is left out. Raises CheckpointError if any other tensor that the index names
-    is in no file or in several, and for any problem that is not the index's.
+    `without_head`: a missing or broken shard of the head may be left out. Raises CheckpointError if any other tensor
+    that the index names is in no file or in several, and for any problem that is not the index's.
     """
     contents = checkpoint.contents
     if contents is None or any(isinstance(p, Ambiguous) and not isinstance(p, OfIndex) for p in checkpoint.problems):
         return checkpoint.sound()
-    head = find_head([*contents.tensors, *contents.lost], checkpoint.config)
-    lost = set(contents.lost) - set(head.names if head else ())
-    idle_single = any(stray.name == SINGLE and not stray.own for stray in contents.strays)
-    if lost or contents.twice or (contents.named and idle_single):
+    if not all(isinstance(problem, Mendable | Unread) for problem in checkpoint.fatal):
         return checkpoint.sound()
-    if not contents.named and checkpoint.fatal:
+    head = find_head([*contents.tensors, *contents.lost], checkpoint.config) if without_head else None
+    head_names = set(head.names if head else ())
+    lost = set(contents.lost) - head_names
+    unread = checkpoint.has_unread and not head_names.issuperset(contents.absent)
+    if lost or unread or contents.twice or (checkpoint.fatal and not contents.named):
         return checkpoint.sound()
     return replace(checkpoint, tensors=contents.tensors, problems=[])
 
 
 def _plan_own_head(found: Checkpoint) -> RepairPlan:
     """Plan the head without a base: as it is, described rightly, or dequantized if no engine drafts with it."""
-    plan = RepairPlan(found, replace(found, config=_described(found)))
+    plan = RepairPlan(found, replace(found, config=_described(found)), head_source=_head_tensors(found))
     head, before = found.head, Judgement.of(plan.target)
     if head is None:
         plan.left = CheckpointError(f"{found.folder} has no MTP head: {NAME_BASE} to restore it")
@@ -139,19 +174,21 @@ def _plan_own_head(found: Checkpoint) -> RepairPlan:
         return plan
     best = before
     # A head that an engine drafts with is left quantized: that may be meant so, and what is lost stays lost.
-    for tensors_of in (_own_tensors,) if before.drafts else (_own_tensors, dequantized_head):
+    candidates = (
+        (_counted_head, _described_head) if before.drafts else (_counted_head, _described_head, _dequantized_head)
+    )
+    for candidate in candidates:
         try:
-            wanted = tensors_of(found)
-            target = _with_head(found, _counted(plan.target.config, found), wanted, set(head.names))
+            target = candidate(plan.target, head)
         except CheckpointError as error:
             plan.left = plan.left or CheckpointError(f"{found.folder}: nothing was changed: {error}")
             continue
         after = Judgement.of(target)
         if _is_better(after, best):
             plan.target, plan.changes_head, best = target, True, after
-            plan.to_restore = [name for name, tensor in wanted.items() if found.tensors.get(name) != tensor]
         if after.draft_problem is None:
             break
+    plan.to_restore = [name for name, t in plan.target.tensors.items() if found.tensors.get(name) != t]
     if plan.changes_head:
         plan.left = None
     elif plan.left is None:
@@ -159,9 +196,47 @@ def _plan_own_head(found: Checkpoint) -> RepairPlan:
     return plan
 
 
+def objection(plan: RepairPlan, before: Judgement, after: Judgement, *, asked: bool = False) -> str | None:
+    """Return why a plan must not be carried out, or None.
+
+    An engine would make less of the checkpoint than before, or none would draft with a changed head. "Not judged" is
+    neither yes nor no. `asked`: the user asks for a quantized head, so that one engine that drafts with it is enough.
+    """
+    verdicts, old = after.verdicts, before.verdicts
+    enough = asked and any(verdict.mtp for verdict in verdicts.values())
+    for engine, verdict in verdicts.items():
+        loads_less = verdict.rank[0] < old[engine].rank[0]
+        if loads_less or (verdict.rank < old[engine].rank and not enough):
+            lost = "load it" if loads_less else "draft from it"
+            return (
+                f"{engine} would no longer {lost} after the repair ({verdict.reason}): nothing was changed; "
+                "keep the checkpoint as it is, or name another base"
+            )
+    if plan.changes_head and all(verdicts[engine].mtp is False for engine in DRAFTING):
+        reason = verdicts[DRAFTING[0]].reason
+        return f"no engine would draft with the head after the repair ({reason}): nothing was changed"
+    return None
+
+
+def _counted_head(checkpoint: Checkpoint, head: Head) -> Checkpoint:
+    return replace(checkpoint, config=_counted(checkpoint.config, head))
+
+
+def _described_head(checkpoint: Checkpoint, head: Head) -> Checkpoint:
+    return with_head(checkpoint, checkpoint.config, _own_tensors(checkpoint), set(head.names))
+
+
+def _dequantized_head(checkpoint: Checkpoint, head: Head) -> Checkpoint:
+    return with_head(checkpoint, checkpoint.config, dequantized_head(checkpoint), set(head.names))
+
+
 def _own_tensors(checkpoint: Checkpoint) -> Tensors:
     head = checkpoint.head
     return {name: checkpoint.tensors[name] for name in head.names} if head else {}
+
+
+def _head_tensors(checkpoint: Checkpoint) -> list[Tensor]:
+    return list(_own_tensors(checkpoint).values())
 
 
 def _is_better(after: Judgement, before: Judgement) -> bool:
@@ -170,14 +245,20 @@ def _is_better(after: Judgement, before: Judgement) -> bool:
     return all(new >= old for new, old in pairs) and any(new > old for new, old in pairs)
 
 
-def _plan_head_of(base: RepairSource, found: Checkpoint, precision: HeadPrecision) -> RepairPlan:
+def _plan_head_of(
+    base: RepairSource, found: Checkpoint, precision: HeadPrecision, fetch: Callable[[Iterable[Tensor]], None]
+) -> RepairPlan:
     """Plan the base's head, and the auxiliary files that the folder lacks."""
     source = Checkpoint.open(base.folder).sound()
     check_fits(found, source)
     wanted = head_tensors(source, precision, found.quantization)
     missing_files = [name for name in _auxiliary_files(base.folder) if not (found.folder / name).is_file()]
     copies = {name: base.folder / name for name in missing_files}
-    base.fetch((source.tensors[name] for name in (source.head.names if source.head else ())), copies)
+    base.fetch((), copies)
+    head_source = _head_tensors(source)
+    alike = alike_tensors(found, wanted)
+    fetch(alike)
+    base.fetch_own(stored_tensors((wanted[tensor.name] for tensor in alike), head_source))
     present = _present_head(found, source)
     differing = differing_tensors(found, wanted)
     replaces = bool(differing or present - set(wanted))
@@ -185,14 +266,14 @@ def _plan_head_of(base: RepairSource, found: Checkpoint, precision: HeadPrecisio
     target = replace(found, config=config, pending_files=copies)
     if replaces or Judgement.of(target).draft_problem is not None:
         try:
-            target = _with_head(target, config, wanted if replaces else _own_tensors(target), present)
+            target = with_head(target, config, wanted if replaces else _own_tensors(target), present)
         except CheckpointError as error:
             raise CheckpointError(f"{found.folder}: nothing was changed: {error}") from error
     missing = missing_parts(target, target.head) if target.head else []
     if missing:
         raise CheckpointError(f"{found.folder}: {missing[0]} is missing from the MTP head: name another base")
     changes = replaces or target.config.quantization != found.config.quantization
-    return RepairPlan(found, target, copies=copies, to_restore=differing, changes_head=changes)
+    return RepairPlan(found, target, copies=copies, to_restore=differing, head_source=head_source, changes_head=changes)
 
 
 def _present_head(checkpoint: Checkpoint, base: Checkpoint) -> set[str]:
@@ -208,27 +289,30 @@ def _described(checkpoint: Checkpoint) -> ModelConfig:
     return checkpoint.config.with_quantization(quantization) if quantization else checkpoint.config
 
 
-def _counted(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """Return a config that promises as many MTP layers as a head of the layout `mtp` has."""
-    head = checkpoint.head
-    if head is None or head.layout != "mtp":
+def _counted(config: ModelConfig, head: Head) -> ModelConfig:
+    """Return a config that promises as many MTP layers as the head has, under the key that it has for that."""
+    if head.known is None:
         return config
-    numbers = {name.partition("layers.")[2].partition(".")[0] for name in head.names if "layers." in name}
-    return config.with_mtp_layers(len(numbers)) if numbers else config
+    stated, there = stated_count(config, head.known), depths_of(head, config)
+    wrong = stated.count is None or stated.count < there or stated.count <= 0
+    return config.with_count(stated.key, there) if stated.key and wrong else config
 
 
-def _with_head(checkpoint: Checkpoint, config: ModelConfig, wanted: Tensors, present: set[str]) -> Checkpoint:
-    """Return a checkpoint with another head, and with a config that says how it is stored.
+def with_head(checkpoint: Checkpoint, config: ModelConfig, wanted: Tensors, present: set[str]) -> Checkpoint:
+    """Return a checkpoint with another head, and with a config that counts its layers and says how they are stored.
 
-    Raises CheckpointError if the words of the quantization method are not known.
+    `present`: names of the tensors of the head that is there. Raises CheckpointError if the words of the quantization
+    method are not known.
     """
     kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in present}
     target = replace(checkpoint, tensors={**kept, **wanted}, config=config)
     head = target.head
-    if head is not None and target.quantization:
-        stated = with_head_entries(target.quantization, head, target.tensors)
-        target = replace(target, config=config.with_quantization(stated))
-    return target
+    if head is None:
+        return target
+    config = _counted(config, head)
+    if target.quantization:
+        config = config.with_quantization(with_head_entries(target.quantization, head, target.tensors))
+    return replace(target, config=config)
 
 
 def _plan_shards(plan: RepairPlan) -> None:
@@ -269,9 +353,9 @@ def _plan_shards(plan: RepairPlan) -> None:
         plan.to_remove += sorted(shard for shard in unnamed if os.path.lexists(folder / shard))
 
 
-def _by_shard(folder: Path, tensors: Iterable[Tensor]) -> Layout:
+def _by_shard(folder: Path, tensors: Iterable[Tensor]) -> Shards:
     """Group tensors by their shard, whose name is its path in the folder."""
-    layout: Layout = {}
+    layout: Shards = {}
     for tensor in tensors:
         layout.setdefault(tensor.path.relative_to(folder).as_posix(), []).append(tensor)
     return layout

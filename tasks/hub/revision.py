@@ -80,9 +80,10 @@ def resolve_name(name: str) -> Revision:
 
     Raises RequantError for what cannot be a repo's name, otherwise as `resolve`.
     """
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    repo_id, revision = split_name(name)
+    if name.startswith((".", "/", "~")) or repo_id.count("/") > 1:
         raise RequantError(f"{name} is not a folder: name a checkpoint's folder, or repo_id[@revision]")
-    return resolve(*split_name(name))
+    return resolve(repo_id, revision)
 
 
 def check_repo_id(name: str) -> str:

@@ -16,8 +16,10 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import hf_hub_url
 
-from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION_FILES, SINGLE
+from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION_FILES
 from requant.tasks.checkpoint.companions import may_be_pointer
+from requant.tasks.checkpoint.compat import PROCESSOR
+from requant.tasks.checkpoint.exclusions import MODELOPT_FILE
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.other_kinds import MAX_READ_BYTES, explain_other_kind
 from requant.tasks.checkpoint.untrusted import MAX_HEADER_BYTES, MAX_JSON_BYTES
@@ -59,10 +61,12 @@ def create_checkout(
         sizes[file.path] = file.size
         with (folder / file.path).open("wb") as placeholder:
             placeholder.truncate(file.size)
-    configs = (p for p in ("config.json", INDEX, *QUANTIZATION_FILES) if 0 < sizes.get(p, 0) <= MAX_JSON_BYTES)
+    names = ("config.json", INDEX, PROCESSOR, MODELOPT_FILE, *QUANTIZATION_FILES)
+    configs = (name for name in names if 0 < sizes.get(name, 0) <= MAX_JSON_BYTES)
     pointers = (path for path, size in sizes.items() if may_be_pointer(path, size))
     fetch_files(revision, folder, {*configs, *pointers})
-    shards = [shard for shard in _shards(folder) if sizes.get(shard, 0) >= 8]
+    lying = (path for path in sizes if "/" not in path and path.endswith(".safetensors"))  # An index may not name them.
+    shards = [shard for shard in sorted({*_shards(folder), *lying}) if sizes.get(shard, 0) >= 8]
     with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
         list(pool.map(lambda shard: _fetch_header(revision, folder, shard, sizes[shard]), shards))
     return folder
@@ -92,7 +96,7 @@ def fetch_files(revision: Revision, folder: Path, paths: Iterable[str]) -> None:
 def _shards(folder: Path) -> Sequence[str]:
     """List the shards that the index names; none if it cannot be read, which Checkpoint.open explains."""
     if not (folder / INDEX).exists():
-        return [SINGLE]
+        return []
     try:
         weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
         return sorted({shard for shard in weight_map.values() if isinstance(shard, str)})

@@ -199,7 +199,7 @@ FAMILIES: dict[str, Family] = {
     "glm-5": Family("inlined", "GlmMoeDsaForCausalLM", "glm_moe_dsa", _behind(), _COUNTED, needed=_EH_PROJ),
     "glm-ocr": Family(
         "inlined", "GlmOcrForConditionalGeneration", "glm_ocr", _behind("model.language_model."),
-        text=_COUNTED, root="model.language_model.", needed="model.language_model.layers.2.enorm.weight",
+        _COUNTED, text=_COUNTED, root="model.language_model.", needed="model.language_model.layers.2.enorm.weight",
     ),
     "kimi-k3": Family(
         "inlined", "KimiK3ForConditionalGeneration", "kimi_k3", _behind("language_model.model."),

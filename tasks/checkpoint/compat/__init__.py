@@ -1,8 +1,9 @@
 """Judges from headers and configs whether each engine will load a checkpoint and draft with its MTP head.
 
-There is one module for each engine (`vllm`, `sglang`, `transformers`) and for each quantization method (`auto_round`,
-`gptq`, `compressed`). Each names the source and version of its rules. tests/engines compares the rules for vLLM with
-vLLM's own classes, and the verdicts with what vLLM does.
+There is one module for each engine (`vllm`, `sglang`, `transformers`) and for each quantization method that has rules
+(`auto_round`, `gptq`, `compressed`, `modelopt`, `quark`). Each names the source and version of its rules. What they do
+not know is `NotJudged`. tests/engines compares the rules for vLLM with vLLM's own classes, and the verdicts with what
+vLLM does.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from itertools import islice
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import sglang, transformers, vllm
-from requant.tasks.checkpoint.compat.drafting import EngineLacks, Fixable, head_finding
+from requant.tasks.checkpoint.compat.drafting import EngineLacks, head_finding
 from requant.tasks.checkpoint.compat.rule import Finding, NotJudged, Patterns
 from requant.tasks.checkpoint.config import JsonObject, QuantizationConfig
 from requant.tasks.checkpoint.document import EngineVerdict
@@ -62,8 +63,7 @@ class Judgement:
         judges = {"vllm": vllm.head_problem, "sglang": sglang.head_problem}
         drafting: dict[str, Finding] = {
             **{
-                engine: head_finding(checkpoint, engine)
-                or _fixable(judge(checkpoint, head_modules, patterns), loading[engine])
+                engine: head_finding(checkpoint, engine) or judge(checkpoint, head_modules, patterns)
                 for engine, judge in judges.items()
             },
             "transformers": transformers.IGNORED,
@@ -81,7 +81,7 @@ class Judgement:
         loading, drafting = self.loading[engine], self.drafting[engine]
         loads, drafts = _answer(loading), _answer(drafting)
         mtp = False if False in (loads, drafts) else None if None in (loads, drafts) else True
-        reasons = [loading] if loads is False else [loading, _with_remedy(drafting)]
+        reasons = [loading] if loads is False else [loading, drafting]
         reason = "; ".join(dict.fromkeys(text for text in reasons if text)) or FINE
         return EngineVerdict(loads=loads, mtp=mtp, reason=reason, version=VERSIONS[engine])
 
@@ -97,7 +97,7 @@ class Judgement:
     @property
     def draft_problem(self) -> str | None:
         """Why vLLM or SGLang would not draft; None if both would, or if that is not judged."""
-        return next((_with_remedy(found) for found in self._draft_problems.values()), None)
+        return next(iter(self._draft_problems.values()), None)
 
     @property
     def drafts(self) -> bool:
@@ -108,7 +108,7 @@ class Judgement:
     def head_problem(self) -> str | None:
         """Why vLLM or SGLang would not draft, if the head is what is wrong and not the whole checkpoint."""
         of_heads = (found for engine, found in self._draft_problems.items() if found != self.loading[engine])
-        return next((_with_remedy(found) for found in of_heads), None)
+        return next(of_heads, None)
 
     @property
     def _draft_problems(self) -> dict[str, Finding]:
@@ -164,15 +164,6 @@ def _read_processor_config(checkpoint: Checkpoint) -> JsonObject:
     return JsonObject(document if isinstance(document, dict) else {})
 
 
-def _fixable(problem: Finding, loading: Finding) -> Finding:
-    """Mark a problem of the head as fixable, unless it is a problem of the whole checkpoint: `loading`."""
-    return Fixable(problem) if _answer(problem) is False and problem != loading else problem
-
-
 def _answer(finding: Finding) -> bool | None:
     """Return whether an engine loads or drafts; None if that is not judged."""
     return None if isinstance(finding, NotJudged) else finding is None
-
-
-def _with_remedy(problem: Finding) -> str | None:
-    return f"{problem}: {FIX}" if isinstance(problem, Fixable) else problem

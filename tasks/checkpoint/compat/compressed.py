@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from requant.tasks.checkpoint.compat.gptq import agreed
@@ -157,6 +158,33 @@ class CompressedTensors:
 
 
 @dataclass(frozen=True)
+class ExactNames:
+    """Complete names of layers that are not quantized. `experts`: those that name a part of experts."""
+
+    names: frozenset[str]
+    experts: list[str]
+    where: str
+    fused: Fused
+
+    @classmethod
+    def of(cls, names: list[str], where: str, fused: Fused) -> ExactNames:
+        """Prepare a list, the field `where` of a config."""
+        return cls(frozenset(names), [name for name in names if "experts" in name], where, fused)
+
+    def include(self, name: str) -> bool:
+        """Decide as is_layer_skipped does: names match exactly, but experts are skipped if one of their parts is.
+
+        Raises NotLoadable if the list treats the parts of a fused layer differently.
+        """
+        if name.rpartition(".")[2] in self.fused:
+            parts = expand(name, self.fused)
+            return name in self.names or agreed(name, [part in self.names for part in parts], self.where)
+        if "experts" in name:
+            return any(name in one for one in self.experts)
+        return name in self.names
+
+
+@dataclass(frozen=True)
 class Fp8:
     """A config of the method fp8, as DeepSeek and Qwen publish it."""
 
@@ -187,23 +215,12 @@ class Fp8:
             return EngineScheme(because="ignored_layers")
         return EngineScheme(SCALED, 8, None, True, "ignored_layers")
 
+    @cached_property
+    def _names(self) -> ExactNames:
+        return ExactNames.of(self.ignored, "ignored_layers", self.fused)
+
     def _skipped(self, name: str) -> bool:
-        return skipped_exactly(name, self.ignored, self.fused, "ignored_layers")
-
-
-def skipped_exactly(name: str, ignored: list[str], fused: Fused, where: str) -> bool:
-    """Decide as is_layer_skipped does: names match exactly, but experts are skipped if one of their parts is.
-
-    Raises NotLoadable if the list, the field `where`, treats the parts of a fused layer differently.
-    """
-    leaf = name.rpartition(".")[2]
-    if leaf in fused and name in ignored:
-        return True
-    if leaf in fused:
-        return agreed(name, [part in ignored for part in expand(name, fused)], where)
-    if "experts" in name:
-        return any(name in one for one in ignored if "experts" in one)
-    return name in ignored
+        return self._names.include(name)
 
 
 def _renamed(target: str, renames: Renames) -> str:

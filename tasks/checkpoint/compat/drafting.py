@@ -20,10 +20,6 @@ from requant.tasks.checkpoint.untrusted import shown
 ENGINES = {"vllm": f"vLLM {vllm.VERSION}", "sglang": f"SGLang {sglang.VERSION}"}
 
 
-class Fixable(str):
-    """A problem of an MTP head that `requant mtp-fix` solves, without this remedy."""
-
-
 class EngineLacks(str):
     """What an engine lacks to draft. The checkpoint has no problem."""
 
@@ -36,7 +32,7 @@ def head_finding(checkpoint: Checkpoint, engine: str) -> Finding:
     head = checkpoint.head
     if head is None:  # vLLM starts with an uninitialized head, and accepts no draft
         promised = checkpoint.config.mtp_layers
-        return Fixable("there is no MTP head, though config.json promises one") if promised else "there is no MTP head"
+        return "there is no MTP head, though config.json promises one" if promised else "there is no MTP head"
     if head.known is None:
         return NotJudged("the MTP head has a layout that Requant does not know: it is kept as it is")
     served = _drafter_finding(checkpoint, head.known, engine)
@@ -44,7 +40,7 @@ def head_finding(checkpoint: Checkpoint, engine: str) -> Finding:
         return served
     missing = missing_parts(checkpoint, head)
     if missing:
-        return Fixable(f"{missing[0]} is missing from the head")
+        return f"{missing[0]} is missing from the head"
     return _count_finding(checkpoint, head, head.known) or _naming_finding(checkpoint, head, engine)
 
 
@@ -70,13 +66,13 @@ def _count_finding(checkpoint: Checkpoint, head: Head, layout: HeadLayout) -> Fi
     stated, there = stated_count(checkpoint.config, layout), depths_of(head, checkpoint.config)
     if stated.count is None:
         said = f"{stated.key} is null, or no number" if stated.key else f"{layout.counts[0]} is missing"
-        return Fixable(f"config.json does not count the layers of the MTP head ({said})")
+        return f"config.json does not count the layers of the MTP head ({said})"
     if stated.count <= 0:
-        return Fixable(f"config.json promises 0 MTP layers ({stated.key}), and there is a head")
+        return f"config.json promises 0 MTP layers ({stated.key}), and there is a head"
     if there < stated.count:
-        return Fixable(f"config.json promises {stated.count} MTP layers, and there are {there}")
+        return f"config.json promises {stated.count} MTP layers, and there are {there}"
     stray = _uncounted_tensor(checkpoint, head, stated.count) if layout.exact else None
-    return Fixable(f"{stray} is beyond the {stated.count} MTP layers that config.json promises") if stray else None
+    return f"{stray} is beyond the {stated.count} MTP layers that config.json promises" if stray else None
 
 
 def _uncounted_tensor(checkpoint: Checkpoint, head: Head, promised: int) -> str | None:

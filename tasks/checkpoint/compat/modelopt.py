@@ -12,7 +12,7 @@ import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from requant.tasks.checkpoint.compat.compressed import skipped_exactly
+from requant.tasks.checkpoint.compat.compressed import ExactNames
 from requant.tasks.checkpoint.compat.rule import (
     EXPERTS,
     SCALED,
@@ -96,8 +96,9 @@ class ModelOpt:
 
     algorithm: str
     mixed: Algorithms | None
-    excluded: list[str]
+    excluded: ExactNames
     parts_of_names: Substrings
+    wildcards: list[str]  # as regular expressions
     where: str
     fused: Fused
     patterns: Patterns
@@ -122,7 +123,9 @@ class ModelOpt:
         elif not all(isinstance(name, str) for name in excluded):
             raise NotLoadable(f"{where} is {shorten(excluded)}, and no list of names")
         mixed = Algorithms.read(values, renames) if algorithm == MIXED else None
-        return cls(algorithm, mixed, excluded, Substrings.of(excluded), where, fused, patterns)
+        names = ExactNames.of(excluded, where, fused)
+        wildcards = [fnmatch.translate(pattern) for pattern in excluded if not {*"*?["}.isdisjoint(pattern)]
+        return cls(algorithm, mixed, names, Substrings.of(excluded), wildcards, where, fused, patterns)
 
     def scheme(self, layer: Layer) -> EngineScheme:
         """Decide as get_quant_method does."""
@@ -141,14 +144,9 @@ class ModelOpt:
 
     def _excluded(self, name: str) -> bool:
         """Decide as is_layer_excluded does: exact names, then parts of names, then wildcards."""
-        if not self.excluded:
-            return False
-        if skipped_exactly(name, self.excluded, self.fused, self.where):
+        if self.excluded.include(name) or self.parts_of_names.within(name):
             return True
-        if self.parts_of_names.within(name):
-            return True
-        wildcards = (pattern for pattern in self.excluded if not {*"*?["}.isdisjoint(pattern))
-        return any(self.patterns.match(fnmatch.translate(pattern), name) for pattern in wildcards)
+        return any(self.patterns.match(pattern, name) for pattern in self.wildcards)
 
 
 def _as_modelopt(quantization: QuantizationConfig) -> QuantizationConfig:

@@ -2,12 +2,12 @@
 
 Source: transformers 5.23.0, quantizers/auto.py (AUTO_QUANTIZER_MAPPING), models/qwen3_5/modeling_qwen3_5.py
 (`_keys_to_ignore_on_load_unexpected = [r"^mtp.*"]`), models/deepseek_v3 and models/glm4_moe (layers beyond
-`num_hidden_layers` likewise).
+`num_hidden_layers` likewise), modeling_utils.py (_get_resolved_checkpoint_files).
 """
 
 from __future__ import annotations
 
-from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from requant.tasks.checkpoint.compat.rule import Finding, NotLoadable, shorten
 from requant.tasks.checkpoint.compat.vllm import no_rules, quantization_in
 from requant.tasks.checkpoint.methods import MLX
@@ -25,6 +25,9 @@ IGNORED = "transformers ignores the MTP head"
 
 def load_problem(checkpoint: Checkpoint) -> Finding:
     """Return why transformers would not load a checkpoint, or None."""
+    contents = checkpoint.contents
+    if contents is not None and not contents.named and SINGLE not in checkpoint.shards:
+        return f"there is no {INDEX}, without which transformers reads {SINGLE} alone"
     if checkpoint.method is MLX:
         return "the weights are MLX's, which transformers does not know"
     try:

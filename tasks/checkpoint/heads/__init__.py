@@ -4,5 +4,6 @@ layout.py       what describes a layout, and how a tensor's name is taken apart
 layouts.py      the table of layouts
 drafters.py     draft models in repos of their own
 missing.py      what a head lacks, and how many layers it should have
-drafting.py     which engines draft with a head
+
+Which engines draft with a head is in compat/drafting.py.
 """

@@ -181,7 +181,7 @@ def test_a_dry_run_says_what_the_engines_will_make_of_the_repaired_checkpoint(tm
     text = CliRunner().invoke(mtp_fix, [str(folder), "--base", str(base), "--dry-run"]).output
     assert promised.changed is False and "would be repaired" in text and "does not draft: there" not in text
     assert [line for line in text.splitlines() if line.startswith("sglang")] == [
-        "sglang     loads, drafts: nothing is in the way (sglang 0.5.23)"
+        "sglang       loads, drafts: nothing is in the way (sglang 0.5.23)"
     ]
     assert repair(folder, RepairSource(base)).engines == promised.engines
 
@@ -221,6 +221,8 @@ def test_the_text_says_what_happened_to_the_head(tmp_path: Path) -> None:
         (folder / "model.safetensors.index.json").read_text().replace('"total_size": ', '"total_size": 1')
     )
     assert text_of(folder) == "repaired, no tensor of the head differs"
-    assert text_of(folder) == "nothing to repair"
+    assert (
+        text_of(folder) == "nothing that mtp-fix can repair"
+    )  # matrices of the main model are not in the base's dtype
     rounded = text_of(folder, "--base", base, "--precision", "int8")
     assert rounded.endswith("tensors of the head from the base, its layers rounded to INT8")

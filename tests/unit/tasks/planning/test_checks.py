@@ -161,9 +161,9 @@ def foreign(**quantization: Any) -> Callable[[Path], Path]:
 QUANTIZED: Mapping[str, tuple[Callable[[Path], Path], str]] = {
     "auto-round": (gptq, " (auto-round)"),
     "bitsandbytes": (foreign(quant_method="bitsandbytes", load_in_4bit=True), " (bitsandbytes)"),
-    "mxfp4": (foreign(quant_method="mxfp4"), " (mxfp4)"),
-    "modelopt": (foreign(quant_method="modelopt", quant_algo="NVFP4"), " (modelopt)"),
-    "quark": (foreign(quant_method="quark"), " (quark)"),
+    "mxfp4": (foreign(quant_method="mxfp4"), " (MXFP4)"),
+    "modelopt": (foreign(quant_method="modelopt", quant_algo="NVFP4"), " (ModelOpt NVFP4)"),
+    "quark": (foreign(quant_method="quark"), " (Quark)"),
     "torchao": (foreign(quant_method="torchao"), " (torchao)"),
     "one to come": (foreign(quant_method="next year's"), " (next year's)"),
 }

@@ -78,11 +78,12 @@ BROUGHT = {
     "Quark": Brought(QUARK, FP8, "Quark", (None, None, None)),
     "MXFP8": Brought({"quant_method": "mxfp8", "ignored_layers": ["lm_head", "mtp"]}, FP8, "MXFP8", (True, None, None)),
     "bitsandbytes": Brought(
-        {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}, BNB4, "bitsandbytes NF4", (False, None, None)
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, BNB4,
+        "bitsandbytes NF4", (False, None, None),
     ),
     "bitsandbytes, 8 bits": Brought(
-        {"quant_method": "bitsandbytes", "load_in_8bit": True}, {**INT8, ".SCB": ("F32", (HIDDEN,))}, "bitsandbytes",
-        (False, None, None),
+        {"quant_method": "bitsandbytes", "load_in_8bit": True, "bnb_4bit_quant_type": "fp4"},
+        {**INT8, ".SCB": ("F32", (HIDDEN,))}, "bitsandbytes", (False, None, None),
     ),
     "MXFP4": Brought(
         {"quant_method": "mxfp4"}, {"_blocks": ("U8", (2, HIDDEN, 1, 16)), "_scales": ("U8", (2, HIDDEN, 1))}, "MXFP4",
