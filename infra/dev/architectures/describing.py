@@ -15,6 +15,7 @@ from infra.dev.architectures.probing import Probe
 MAX_CONDITIONS = 2
 Name = tuple[str, ...]  # the components of a tensor's name, "#" for an index that a key counts
 Index = tuple[int, ...]
+Numbers = dict[Name, dict[int, dict[Index, set[int]]]]  # of the items by container, probe and indices before them
 
 
 @dataclass
@@ -32,36 +33,39 @@ class Description:
     probes: Sequence[Probe]
 
     @cached_property
-    def counted(self) -> dict[Name, str]:
-        """The formulas for the numbers of items, by the name of what contains them."""
-        numbers: dict[Name, dict[int, dict[Index, set[int]]]] = defaultdict(
-            lambda: defaultdict(lambda: defaultdict(set))
-        )
+    def literal(self) -> set[Name]:
+        """What contains items whose numbers no key changes, such as the layers of a small network in a row.
+
+        Their numbers are parts of names.
+        """
         literal: set[Name] = set()
-        while True:  # a container in another one can be told only once that is known to be counted or not
-            numbers.clear()
-            for probe_number, probe in enumerate(self.probes):
-                for name in probe.shapes:
-                    for container, outer, number in _containers(name, literal):
-                        numbers[container][probe_number][outer].add(number)
-            fixed = {c for c, by_probe in numbers.items() if len({_sizes(v) for v in by_probe.values()}) == 1}
+        while True:  # what lies in something else can be told only once that is known to be counted or not
+            numbers = self._numbers(literal)
+            fixed = {c for c, by_probe in numbers.items() if len({_items(v) for v in by_probe.values()}) == 1}
             outermost = {c for c in fixed if not any(c[: len(o)] == o for o in fixed if o != c)}
             if not outermost:
-                break
+                return literal
             literal |= outermost
+
+    @cached_property
+    def counted(self) -> dict[Name, str]:
+        """The formulas for the numbers of items, by the name of what contains them."""
         formulas: dict[Name, str] = {}
-        for container, by_probe in numbers.items():
+        for container, by_probe in self._numbers(self.literal).items():
             counts = {number: max(max(items) for items in v.values()) + 1 for number, v in by_probe.items()}
             whole = all(items == set(range(counts[number])) for number, v in by_probe.items() for items in v.values())
             formula = self._fit(counts) if whole else None
             if formula is not None:
                 formulas[container] = formula
-        self._literal.update(literal)
         return formulas
 
-    @cached_property
-    def _literal(self) -> set[Name]:
-        return set()
+    def _numbers(self, literal: set[Name]) -> Numbers:
+        numbers: Numbers = defaultdict(lambda: defaultdict(lambda: defaultdict(set)))
+        for probe_number, probe in enumerate(self.probes):
+            for name in probe.shapes:
+                for container, outer, number in _containers(name, literal):
+                    numbers[container][probe_number][outer].add(number)
+        return numbers
 
     @cached_property
     def kinds(self) -> list[Kind]:
@@ -70,7 +74,7 @@ class Description:
         kinds: dict[Name, Kind] = {}
         for probe_number, probe in enumerate(self.probes):
             for full, shape in probe.shapes.items():
-                name, index, known = _general(full, self._literal, formulas)
+                name, index, known = _general(full, self.literal, formulas)
                 if known:
                     kinds.setdefault(name, Kind(name)).shapes[probe_number][index] = shape
         return list(kinds.values())
@@ -206,7 +210,7 @@ def _integer(value: object) -> int | None:
     return len(value) if isinstance(value, list) else value if type(value) is int and value else None
 
 
-def _sizes(by_outer: dict[Index, set[int]]) -> frozenset[int]:
+def _items(by_outer: dict[Index, set[int]]) -> frozenset[int]:
     """Return the numbers that occur in a container."""
     return frozenset(number for numbers in by_outer.values() for number in numbers)
 
