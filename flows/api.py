@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from requant.tasks.environment import with_package
-from requant.tasks.errors import RecipeError, RequantError
+from requant.tasks.errors import CheckpointError, RecipeError, RequantError
 
 if TYPE_CHECKING:
     from requant.flows.report.document import RunDocument
@@ -100,11 +100,16 @@ def inspect(checkpoint: str | Path, *, deep: bool = False) -> InspectDocument:
         raise RequantError(
             f"a deep inspection (--deep) reads the data of a folder, and {checkpoint} is none: download it first"
         )
+    from requant.tasks.checkpoint.untrusted import without_folder
     from requant.tasks.hub.revision import resolve_name
     from requant.tasks.hub.sparse_checkout import create_checkout
 
-    with tempfile.TemporaryDirectory(prefix="requant-") as folder:
-        return inspect_checkpoint(create_checkout(resolve_name(str(checkpoint)), Path(folder)))
+    with tempfile.TemporaryDirectory(prefix="requant-") as temporary:
+        folder = Path(temporary)
+        try:
+            return inspect_checkpoint(create_checkout(resolve_name(str(checkpoint)), folder))
+        except CheckpointError as error:
+            raise CheckpointError(without_folder(str(error), folder, str(checkpoint))) from error
 
 
 def mtp_fix(

@@ -35,8 +35,8 @@ def mtp_fix(folder: Path, base: str | None, precision: HeadPrecision, dry_run: b
 
     FOLDER is the checkpoint. Its index, total_size and quantization configs are corrected too: shards that the index
     does not name are put into it, and a missing index is written. With --base, missing tokenizer and processor files
-    are added. Without --base, a quantized head is dequantized unless both vLLM and SGLang would draft with it; what
-    its quantization lost stays lost. The result is judged before anything changes. Exit status 1: no engine will
+    are added. Without --base, a quantized head is dequantized if neither vLLM nor SGLang drafts with it; what its
+    quantization lost stays lost. The result is judged before anything changes. Exit status 1: no engine will
     draft with the head, or there are problems and mtp-fix can repair none of them.
 
     \b

@@ -14,6 +14,7 @@ from requant.tasks.artifact import check_relative
 from requant.tasks.checkpoint.config import JsonObject, ModelConfig, QuantizationConfig
 from requant.tasks.checkpoint.foreign_files import beginning_of, explain_content
 from requant.tasks.checkpoint.header import Tensor, read_header, size_of, unreadable
+from requant.tasks.checkpoint.methods import MODELOPT_FILE, Method, method_of
 from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import Head, find_head
 from requant.tasks.checkpoint.other_kinds import CHECKPOINT_FILES, explain_folder
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
 INDEX, SINGLE = CHECKPOINT_FILES
 QUANTIZATION = "quantization_config.json"
-# Files that may hold a quantization config besides config.json, as auto-round, AutoGPTQ and AutoAWQ name them.
-QUANTIZATION_FILES = (QUANTIZATION, "quantize_config.json", "quant_config.json")
+# Files that may hold a quantization config besides config.json, as auto-round, AutoGPTQ, AutoAWQ and ModelOpt name
+# them.
+QUANTIZATION_FILES = (QUANTIZATION, "quantize_config.json", "quant_config.json", MODELOPT_FILE)
 # The method of a file that may not name it, as its authors wrote no other.
 METHODS_OF_FILES = {QUANTIZATION_FILES[1]: {"quant_method": "gptq"}, QUANTIZATION_FILES[2]: {"quant_method": "awq"}}
 MAX_PROBLEMS_OF_KIND = 100  # a hostile index may have a million
@@ -150,7 +152,17 @@ class Checkpoint:
     @cached_property
     def modules(self) -> Mapping[str, Module]:
         """The modules by name."""
-        return modules_of(self.tensors.values())
+        return modules_of(self.tensors.values(), self.method)
+
+    @cached_property
+    def head_modules(self) -> Mapping[str, Module]:
+        """The modules of the MTP head by name; empty if there is none."""
+        return modules_of((self.tensors[name] for name in (self.head.names if self.head else ())), self.method)
+
+    @cached_property
+    def method(self) -> Method | None:
+        """The quantization method; None if no config names one."""
+        return method_of(self.config, self.quantization)
 
     @property
     def nbytes(self) -> int:

@@ -55,8 +55,13 @@ class QuantizationConfig(JsonObject):
 
     @property
     def method(self) -> str:
-        """The value of `quant_method` in vLLM's spelling; empty if there is none."""
-        return (self.string("quant_method") or "").lower().replace("compressed_tensors", "compressed-tensors")
+        """The value of `quant_method` in vLLM's spelling; empty if there is none.
+
+        A config that ModelOpt wrote to a file of its own names its producer and no method.
+        """
+        stated = (self.string("quant_method") or "").lower().replace("compressed_tensors", "compressed-tensors")
+        by_modelopt = (self.child("producer") or JsonObject()).get("name") == "modelopt"
+        return "modelopt" if by_modelopt and not stated else stated
 
     @property
     def scheme(self) -> ConfigScheme:

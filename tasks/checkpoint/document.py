@@ -45,6 +45,7 @@ class QuantizedWeights(Document):
     group_size: Scalar = Field(description="Weights of a row that share one scale; -1: complete rows")
     sym: Scalar = Field(description="Whether the zero point is the middle of the range")
     method: Scalar = Field(description="The value of quant_method")
+    name: str | None = Field(None, description="The method as people call it, as ModelOpt NVFP4; null without one")
     packing: Scalar = Field(description="The value of packing_format, as auto_round:auto_gptq")
     storage: dict[str, int] = Field(description="How many modules are stored in which way, as INT4 or F8_E4M3")
 

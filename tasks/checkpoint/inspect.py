@@ -13,6 +13,7 @@ from requant.tasks.checkpoint.document import HeadDocument, InspectDocument, Qua
 from requant.tasks.checkpoint.heads.drafters import drafter_kind
 from requant.tasks.checkpoint.heads.layouts import UNKNOWN
 from requant.tasks.checkpoint.inventory import head_document, inventory, storage_of
+from requant.tasks.checkpoint.methods import full_name
 from requant.tasks.checkpoint.problems import problems_of
 from requant.tasks.checkpoint.untrusted import shown
 
@@ -34,7 +35,7 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
         problems += deep_problems(checkpoint)
     if len(problems) > MAX_PROBLEMS:
         problems = [*problems[:MAX_PROBLEMS], f"and {len(problems) - MAX_PROBLEMS} more problems"]
-    scheme = quantization.scheme
+    scheme = checkpoint.reading.shared(checkpoint.modules.values())
     return InspectDocument(
         tensors=len(checkpoint.tensors),
         bytes=checkpoint.nbytes,
@@ -45,6 +46,7 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
             group_size=_printable(scheme.group_size),
             sym=_printable(scheme.sym),
             method=_printable(quantization.get("quant_method")),
+            name=full_name(checkpoint.method, quantization) if checkpoint.method else None,
             packing=_printable(quantization.get("packing_format")),
             storage=dict(stored.most_common()),
         ),
@@ -68,11 +70,13 @@ def as_text(name: str, document: InspectDocument) -> str:
         lines.append(f"and {len(groups) - MAX_SHOWN_GROUPS} more groups (--json has them all)")
     lines.append("")
     if quantized.count:
-        stored = ", ".join(f"{count:,} {storage}" for storage, count in quantized.storage.items())
-        packing = quantized.packing or quantized.method
-        lines.append(f"quantized     {stored}, group {quantized.group_size}, {packing}")
+        parts = [f"{count:,} {storage}" for storage, count in quantized.storage.items()]
+        parts += [f"group {quantized.group_size}"] if quantized.group_size is not None else []
+        parts += [str(how)] if (how := quantized.packing or quantized.name) is not None else []
+        lines.append(f"quantized     {', '.join(parts)}")
     else:
-        lines.append("quantized     nothing")
+        named = f" that Requant knows of {quantized.name}" if quantized.name else ""
+        lines.append(f"quantized     nothing{named}")
     lines.append(f"MTP head      {_head_text(document.mtp)}")
     if document.drafter:
         lines.append(f"draft model   {document.drafter}: a drafter for its base, not a base model")

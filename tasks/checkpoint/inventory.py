@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.document import HeadDocument, ModuleGroup
 from requant.tasks.checkpoint.heads.missing import EXPERT_MATRIX, depths_of, missing_modules
-from requant.tasks.checkpoint.modules import Module, modules_of
+from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.mtp import Head
 
 if TYPE_CHECKING:  # compat imports this module
@@ -60,7 +60,7 @@ def head_document(checkpoint: Checkpoint) -> HeadDocument:
     head = checkpoint.head
     if head is None:
         return HeadDocument(present=False)
-    modules = modules_of(checkpoint.tensors[name] for name in head.names)
+    modules = checkpoint.head_modules
     stored = {name: storage_of(module, checkpoint.reading) for name, module in modules.items()}
     missing = missing_parts(checkpoint, head)
     return HeadDocument(
@@ -79,9 +79,13 @@ def head_document(checkpoint: Checkpoint) -> HeadDocument:
 
 
 def missing_parts(checkpoint: Checkpoint, head: Head) -> list[str]:
-    """Return the names of modules that the MTP head must have and lacks."""
-    own = modules_of(checkpoint.tensors[name] for name in head.names)
-    return missing_modules(head, checkpoint.config, own, checkpoint.modules)
+    """Return the names of modules that the MTP head must have and lacks.
+
+    Nothing is said to be missing if the names of the method's tensors are not known.
+    """
+    if checkpoint.method is not None and not checkpoint.method.named:
+        return []
+    return missing_modules(head, checkpoint.config, checkpoint.head_modules, checkpoint.modules)
 
 
 def _experts(modules: Iterable[str]) -> Literal["fused", "split"] | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES, Checkpoint
+from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES, Checkpoint, Harmless
 from requant.tasks.checkpoint.companions import companion_problems
 from requant.tasks.checkpoint.compat import FIX, Judgement, missing_vision_files
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
 from requant.tasks.checkpoint.heads.drafters import drafter_kind
 from requant.tasks.checkpoint.inventory import missing_parts
-from requant.tasks.checkpoint.modules import Module, modules_of
+from requant.tasks.checkpoint.methods import MODELOPT_FILE, quantizes_cache_only
+from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.mtp import LAYER_NAME
 from requant.tasks.checkpoint.packing import REQUIRED, check_parts
 from requant.tasks.checkpoint.reading import Contradiction
@@ -22,12 +23,15 @@ from requant.tasks.errors import CheckpointError
 FLOATING = {"BF16", "F16", "F32", "F64"}
 OTHER_TOWERS = re.compile(r"visual|vision|audio|image|projector")
 ROUTER_NAME = re.compile(r"(gate|router|score|bias)")  # stored in a wider dtype than other weights, by design
-COMPRESSED_REQUIRED = ("weight_scale", "weight_shape")
+COMPRESSED_REQUIRED = {
+    "I32": ("weight_scale", "weight_shape")
+}  # by the dtype of weight_packed; FP4 has no weight_shape
 
 
-def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
+def problems_of(checkpoint: Checkpoint, judgement: Judgement, *, with_head: bool = True) -> list[str]:
     """Return all problems, those of index and headers first. `judgement`: the engines' judgement of the checkpoint.
 
+    Without `with_head`, nothing is said of the MTP head as a whole: it will be dropped.
     Where a shard cannot be read, nothing is said of tensors: what seems to be missing may be in it.
     """
     remedies = Remedies(checkpoint, judgement)
@@ -38,20 +42,23 @@ def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
     ]
     if checkpoint.has_unread:
         return of_files
-    return [
+    found = [
         *of_files,
         *_configs(checkpoint, remedies),
         *_parts(checkpoint),
         *_contradictions(checkpoint),
         *_dtypes(checkpoint),
-        *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, judgement, remedies)),
+        *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, judgement, remedies, with_head=with_head)),
         *(f"an engine would hang on the pattern {shown(p)!r} of quantization_config" for p in judgement.hostile),
     ]
+    refused = judgement.load_problem
+    return found if refused is None or judgement.loading["vllm"] in found else [*found, refused]
 
 
-def _of_a_base(checkpoint: Checkpoint, judgement: Judgement, remedies: Remedies) -> list[str]:
+def _of_a_base(checkpoint: Checkpoint, judgement: Judgement, remedies: Remedies, *, with_head: bool) -> list[str]:
     """Return what contradicts the sizes and counts of the config, which say other things for a draft model."""
-    return [*_shapes(checkpoint), *_layers(checkpoint), *_head(checkpoint, judgement, remedies)]
+    head = _head(checkpoint, judgement, remedies) if with_head else ()
+    return [*_shapes(checkpoint), *_layers(checkpoint), *head]
 
 
 def _configs(checkpoint: Checkpoint, remedies: Remedies) -> Iterator[str]:
@@ -60,17 +67,24 @@ def _configs(checkpoint: Checkpoint, remedies: Remedies) -> Iterator[str]:
     other = next((name for name in QUANTIZATION_FILES if (checkpoint.folder / name).is_file()), None)
     if beside is not None and stated is not None and beside != stated:
         yield remedies.checked(f"{QUANTIZATION} and config.json disagree about the quantization: {FIX}")
-    elif other is not None and stated is None:
+    elif other not in (None, MODELOPT_FILE) and stated is None:
         method = checkpoint.quantization.get("quant_method")
         yield (
             f"{other} is there, and config.json has no quantization_config, which engines read: put it there too, with "
             f"quant_method {shown(repr(method))}"
         )
     quantized = any(module.quantized for module in checkpoint.modules.values())
-    if checkpoint.quantization and not quantized and checkpoint.tensors:
+    known = checkpoint.method is None or checkpoint.method.readable  # the tensors of other methods may be overlooked
+    if (
+        checkpoint.quantization
+        and known
+        and not quantizes_cache_only(checkpoint.quantization)
+        and not quantized
+        and checkpoint.tensors
+    ):
         remedy = "remove it, or restore" if remedies.loads_unquantized() else "restore"
         yield f"quantization_config is there, and no tensor is quantized: {remedy} the quantized shards"
-    if quantized and not checkpoint.quantization:
+    if quantized and not checkpoint.quantization and checkpoint.method is None:
         yield "tensors are quantized, and config.json has no quantization_config: restore it"
 
 
@@ -80,10 +94,11 @@ def _parts(checkpoint: Checkpoint) -> Iterator[str]:
         if module.storage == "integer":
             yield from _integer_parts(checkpoint, module)
         elif module.storage == "compressed":
-            lacking = [p for p in COMPRESSED_REQUIRED if p not in module.parts]
+            required = COMPRESSED_REQUIRED.get(module.parts["weight_packed"].dtype, ("weight_scale",))
+            lacking = [part for part in required if part not in module.parts]
             if lacking:
                 yield f"{module.name}.{lacking[0]} is missing beside {module.name}.weight_packed"
-        elif module.storage == "scaled" and not any(part.startswith("weight_scale") for part in module.parts):
+        elif module.storage == "scaled" and not any("scale" in part for part in module.parts):
             yield f"{module.name}.weight is {module.parts['weight'].dtype} and has no scale beside it"
         if module.storage in {"integer", "compressed"} and "weight" in module.parts:
             yield f"{module.name} is there twice, packed and as {module.name}.weight, and engines expect one of them"
@@ -106,10 +121,9 @@ def _integer_parts(checkpoint: Checkpoint, module: Module) -> Iterator[str]:
 
 def _contradictions(checkpoint: Checkpoint) -> Iterator[str]:
     """Find packed modules of the main model of which the config says something else; one sentence for all alike."""
-    in_head = set(modules_of(checkpoint.tensors[n] for n in checkpoint.head.names)) if checkpoint.head else set()
     alike: dict[tuple[str, str], list[Contradiction]] = {}
     for module in checkpoint.modules.values():
-        found = checkpoint.reading.contradiction(module) if module.name not in in_head else None
+        found = checkpoint.reading.contradiction(module) if module.name not in checkpoint.head_modules else None
         if found is not None:
             alike.setdefault((found.tensors, found.config.replace(found.module, "")), []).append(found)
     for first, *others in alike.values():
@@ -136,6 +150,8 @@ def _shapes(checkpoint: Checkpoint) -> Iterator[str]:
         if sides is None or OTHER_TOWERS.search(module.name):
             continue
         shape = _weight_shape(checkpoint, module)
+        if len(shape) == 3:  # experts, fused
+            continue
         if shape and (len(shape) != len(sides) or any(s not in (None, n) for s, n in zip(sides, shape, strict=True))):
             wanted = " x ".join("any" if side is None else str(side) for side in sides)
             yield f"{module.name} has shape {' x '.join(map(str, shape))}, and the sizes of config.json need {wanted}"
@@ -172,7 +188,7 @@ def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:
             other.setdefault(weight.dtype, []).append(weight.name)
     for dtype, names in other.items():
         more = f" and {len(names) - 1} more matrices are" if len(names) > 1 else " is"
-        yield f"{names[0]}{more} {dtype}, and config.json says {word}, to which engines convert them"
+        yield Harmless(f"{names[0]}{more} {dtype}, and config.json says {word}, to which engines convert them")
 
 
 def _layers(checkpoint: Checkpoint) -> Iterator[str]:

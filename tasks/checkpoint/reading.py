@@ -9,7 +9,8 @@ contradicts the tensors, and the shapes say what is stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -32,8 +33,9 @@ from requant.tasks.checkpoint.compat.rule import (
     Patterns,
     Renames,
     Rule,
+    TooSlow,
 )
-from requant.tasks.checkpoint.config import JsonObject, ModelConfig, QuantizationConfig
+from requant.tasks.checkpoint.config import ConfigScheme, JsonObject, ModelConfig, QuantizationConfig, Scalar
 from requant.tasks.checkpoint.exclusions import AUTO_ROUND_METHODS, AWQ_METHODS, FP8_METHODS, GPTQ_METHODS
 from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.packing import BITS, Packing, PackingScheme, check_parts
@@ -123,7 +125,7 @@ class Reading:
 
         Raises CheckpointError if neither the shapes of the parts nor the config say.
         """
-        fitting = self._fitting(module)
+        fitting = self._general if self._is_general(module) else self._fitting(module)
         if fitting is not None:
             return self._packing_scheme(fitting, module.name)
         found = self._by_shapes(module)
@@ -131,6 +133,8 @@ class Reading:
 
     def bits(self, module: Module) -> int | None:
         """Return the bits of a module's packed integers; None if neither their shapes nor the config say."""
+        if self._is_general(module):
+            return self._general.bits if self._general else None
         if module.storage == INTEGER and (found := PackingScheme.of_parts(module.packed_parts)) is not None:
             return found.bits
         try:
@@ -138,6 +142,22 @@ class Reading:
         except CheckpointError:
             return None
         return bits if type(bits) is int and 0 < bits < 16 else None
+
+    def shared(self, modules: Iterable[Module]) -> ConfigScheme:
+        """Return what all quantized modules share; None where they differ, or where neither tensors nor config say."""
+        general = self.quantization.scheme
+        found = set[tuple[Scalar, Scalar]]()
+        for module in modules:
+            if module.storage == INTEGER and not self._is_general(module):
+                with contextlib.suppress(CheckpointError):
+                    scheme = self.scheme(module)
+                    found.add((scheme.bits, scheme.group_size))
+            elif module.quantized:
+                found.add((general.bits, general.group_size))
+        bits, sizes = {bits for bits, _ in found}, {size for _, size in found}
+        if not found:
+            return general
+        return ConfigScheme(_only(bits), _only(sizes), general.sym)
 
     def contradiction(self, module: Module) -> Contradiction | None:
         """Return how the config contradicts the shapes of a packed module; None if it does not, or if nothing is known.
@@ -148,7 +168,8 @@ class Reading:
             return None
         if self.quantization and not self.quantization.method:
             return Contradiction(module.name, "its tensors are packed", "has no quant_method")
-        if self._own_rule is None:
+        readings = list(self._readings(module))
+        if not readings or any(isinstance(found, TooSlow) for found in readings):
             return None
         try:
             stated = self.stated(module)
@@ -178,13 +199,17 @@ class Reading:
             return str(error)
 
     def _readings(self, module: Module) -> Iterator[EngineScheme | NotLoadable]:
-        """Yield what the config says of a module, in the order in which it counts."""
+        """Yield what the config says of a module, in the order in which it counts.
+
+        vLLM has one layer for all experts of a block, and patterns are slow. So the layer is asked first where there
+        are tensors, whose shapes decide, and for experts.
+        """
         if self._own_rule is None:
             return
         layers = self.tree.layers([module])
         own = Layer(module.name, LM_HEAD if module.name.endswith("lm_head") else LINEAR)
-        # A block has thousands of experts and one layer of them: a pattern is tried on the layer first.
-        by_layer = module.name not in self._exact_names and any(layer.kind == EXPERTS for layer in layers)
+        by_layer = bool(module.parts) or any(layer.kind == EXPERTS for layer in layers)
+        by_layer = by_layer and module.name not in self._exact_names
         if not by_layer:
             by_name = self._answer("own", self._own_rule, own)
             by_layer = by_name == self._general
@@ -196,7 +221,7 @@ class Reading:
             yield self._answer("own", self._own_rule, own)
 
     def _answer(self, whose: str, rule: Rule | NotLoadable | None, layer: Layer) -> EngineScheme | NotLoadable:
-        """Ask a rule about a layer; once, as vLLM has one layer for all experts of a block."""
+        """Ask a rule about a layer, once."""
         if isinstance(rule, NotLoadable):
             return rule
         asked = whose, layer.name, layer.kind
@@ -206,6 +231,10 @@ class Reading:
             except NotLoadable as refusal:
                 self._answers[asked] = refusal
         return self._answers[asked]
+
+    @cached_property
+    def _packing(self) -> Packing:
+        return packing_of(self.quantization)
 
     @cached_property
     def _own_rule(self) -> Rule | NotLoadable | None:
@@ -258,6 +287,11 @@ class Reading:
                 return found
         return None
 
+    def _is_general(self, module: Module) -> bool:
+        """Check whether the shapes fit what the config says in general, which takes no search in patterns."""
+        general = self._general
+        return general is not None and module.storage == INTEGER and self._fits(general, module)
+
     def _fits(self, stated: EngineScheme, module: Module) -> bool:
         if module.storage == COMPRESSED:
             return _compressed_fits(stated, module)
@@ -272,12 +306,12 @@ class Reading:
 
     def _by_shapes(self, module: Module) -> PackingScheme | None:
         """Return how a module is packed by the shapes of its parts, whatever the config says."""
-        like = PackingScheme(4, self.quantization.integer("group_size") or 0, packing_of(self.quantization))
+        like = PackingScheme(4, self.quantization.integer("group_size") or 0, self._packing)
         return PackingScheme.of_parts(module.packed_parts, like)
 
     def _packing_scheme(self, stated: EngineScheme, module: str) -> PackingScheme:
         """Check what the config says of a packed module. Raises CheckpointError for what Requant cannot unpack."""
-        packing, bits, size = packing_of(self.quantization), stated.bits, stated.group_size
+        packing, bits, size = self._packing, stated.bits, stated.group_size
         known = type(bits) is int and bits in ((4,) if packing == "awq" else BITS)
         if not stated.quantized or not known or type(size) is not int or not (size == -1 or size > 0):
             raise CheckpointError(f"quantization_config gives {module} bits={bits!r}, group_size={size!r}")
@@ -300,6 +334,10 @@ def _told(stated: EngineScheme) -> str:
     if stated.storage not in (INTEGER, COMPRESSED):
         return f"that it is {stated.storage}{because}"
     return f"{stated.bits} bits in {_groups(stated.group_size)}{because}"
+
+
+def _only(values: set[Scalar]) -> Scalar:
+    return values.pop() if len(values) == 1 else None
 
 
 def _groups(group_size: Any) -> str:

@@ -64,7 +64,7 @@ class Remedies:
     def checked(self, problem: str) -> str:
         """Return a problem without the advice to run mtp-fix if that would not do what it says."""
         advice = next((end for end in (f": {FIX_INDEX}", f"; {FIX_INDEX}", f": {FIX}") if problem.endswith(end)), "")
-        return problem.removesuffix(advice) if advice and self._plan is None else problem
+        return type(problem)(problem.removesuffix(advice)) if advice and self._plan is None else problem
 
     def loads_unquantized(self) -> bool:
         """Check whether vLLM loads the checkpoint without its quantization config."""

@@ -122,17 +122,18 @@ def as_found(checkpoint: Checkpoint, *, without_head: bool) -> Checkpoint:
     if not all(isinstance(problem, Mendable | Unread) for problem in checkpoint.fatal):
         return checkpoint.sound()
     head = find_head([*contents.tensors, *contents.lost], checkpoint.config) if without_head else None
-    lost = set(contents.lost) - set(head.names if head else ())
-    unread = checkpoint.has_unread and not (contents.named and contents.lost)
+    head_names = set(head.names if head else ())
+    lost = set(contents.lost) - head_names
+    unread = checkpoint.has_unread and not head_names.issuperset(contents.absent)
     if lost or unread or contents.twice or (checkpoint.fatal and not contents.named):
         return checkpoint.sound()
     return replace(checkpoint, tensors=contents.tensors, problems=[])
 
 
 def _plan_own_head(found: Checkpoint) -> RepairPlan:
-    """Plan the head without a base: as it is, described rightly, or dequantized if an engine needs that."""
+    """Plan the head without a base: as it is, described rightly, or dequantized if no engine drafts with it."""
     plan = RepairPlan(found, replace(found, config=_described(found)))
-    head, before = found.head, Judgement.of(found)
+    head, before = found.head, Judgement.of(plan.target)
     if head is None:
         plan.left = CheckpointError(f"{found.folder} has no MTP head: {NAME_BASE} to restore it")
         return plan
@@ -143,7 +144,11 @@ def _plan_own_head(found: Checkpoint) -> RepairPlan:
         plan.left = CheckpointError(f"{found.folder}: {missing[0]} is missing from the MTP head: {NAME_BASE}")
         return plan
     best = before
-    for candidate in (_counted_head, _described_head, _dequantized_head):
+    # A head that an engine drafts with is left quantized: that may be meant so, and what is lost stays lost.
+    candidates = (
+        (_counted_head, _described_head) if before.drafts else (_counted_head, _described_head, _dequantized_head)
+    )
+    for candidate in candidates:
         try:
             target = candidate(plan.target, head)
         except CheckpointError as error:

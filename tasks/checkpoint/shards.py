@@ -104,13 +104,15 @@ class Contents:
     """What a folder's weight files hold, whatever its index says.
 
     `tensors`: all tensors of the model, by name, in the order of the files. `counts`: the number of all tensors of each
-    file. `lost`: names that only the index knows. `twice`: names that several shards have, of which none counts more
-    than the others. `named`: the shards that the index names; none without an index. `strays`: all other files.
+    file. `lost`: names that only the index knows. `absent`: names that it places in shards that are missing or cannot
+    be read. `twice`: names that several shards have, of which none counts more than the others. `named`: the shards
+    that the index names; none without an index. `strays`: all other files.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
     twice: list[str] = field(default_factory=list)
     named: frozenset[str] = frozenset()
     strays: list[Stray] = field(default_factory=list)
@@ -160,6 +162,7 @@ def contents_of(folder: Path, config: ModelConfig, weight_map: Mapping[str, obje
                 stray.foreign.append(name)
         contents.tensors |= {name: header[name] for name in stray.own}
         known.add(stray.own)
+    contents.absent = [name for name, s in weight_map.items() if not isinstance(s, str) or s not in headers]
     contents.lost = [name for name in weight_map if name not in contents.tensors]
     if not weight_map and SINGLE not in contents.counts:
         contents.twice = [name for stray in contents.strays for name in (*stray.copied, *stray.differing)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from requant.tasks.checkpoint.assemble import lay_out_shards
 from requant.tasks.checkpoint.blocks import block_of
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.compat import verdicts
+from requant.tasks.checkpoint.compat import Judgement
 from requant.tasks.checkpoint.config import QuantizationConfig
-from requant.tasks.checkpoint.document import EngineVerdict, ModuleGroup
+from requant.tasks.checkpoint.document import ModuleGroup
 from requant.tasks.checkpoint.exclusions import without_head_entries
 from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
@@ -81,9 +82,10 @@ class CheckpointPlan:
         """Bytes of the shard with the MTP head; 0 if the result has none."""
         return self.sizes.get(HEAD_SHARD, 0)
 
-    def engines(self) -> dict[str, EngineVerdict]:
-        """Judge whether each engine will load the result, and draft with its MTP head."""
-        return verdicts(self.checkpoint)
+    @cached_property
+    def judgement(self) -> Judgement:
+        """Whether each engine will load the result, and draft with its MTP head."""
+        return Judgement.of(self.checkpoint)
 
     def kept(self) -> tuple[KeptTensors, ...]:
         """List the tensors that are not quantized, with the groups and reasons of the model card."""

@@ -1,8 +1,9 @@
 """Judges from headers and configs whether each engine will load a checkpoint and draft with its MTP head.
 
-There is one module for each engine (`vllm`, `sglang`, `transformers`) and for each quantization method (`auto_round`,
-`gptq`, `compressed`). Each names the source and version of its rules. tests/engines compares the rules for vLLM with
-vLLM's own classes, and the verdicts with what vLLM does.
+There is one module for each engine (`vllm`, `sglang`, `transformers`) and for each quantization method that has rules
+(`auto_round`, `gptq`, `compressed`, `modelopt`, `quark`). Each names the source and version of its rules. What they do
+not know is `NotJudged`. tests/engines compares the rules for vLLM with vLLM's own classes, and the verdicts with what
+vLLM does.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from requant.tasks.checkpoint.compat.rule import Finding, NotJudged, Patterns
 from requant.tasks.checkpoint.config import JsonObject, QuantizationConfig
 from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.checkpoint.heads.drafters import drafter_kind, is_no_base
-from requant.tasks.checkpoint.modules import modules_of
 from requant.tasks.checkpoint.untrusted import MAX_SMALL_JSON_BYTES
 
 VIDEO, IMAGE, PROCESSOR = "video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json"
@@ -51,8 +51,7 @@ class Judgement:
             return cls(dict.fromkeys(VERSIONS, why), dict.fromkeys(VERSIONS, why), [])
         patterns = Patterns()
         fatal = checkpoint.fatal[0] if checkpoint.fatal else None
-        head = checkpoint.head
-        head_modules = modules_of(checkpoint.tensors[name] for name in head.names) if head else {}
+        head_modules = checkpoint.head_modules
         main_modules = {name: module for name, module in checkpoint.modules.items() if name not in head_modules}
         missing = missing_vision_files(checkpoint)
         lacks_file = f"{missing[0]} is missing: copy it from the base" if missing else None
@@ -86,6 +85,15 @@ class Judgement:
         reasons = [loading] if loads is False else [loading, drafting]
         reason = "; ".join(dict.fromkeys(text for text in reasons if text)) or FINE
         return EngineVerdict(loads=loads, mtp=mtp, reason=reason, version=VERSIONS[engine])
+
+    @property
+    def load_problem(self) -> str | None:
+        """Why neither vLLM nor SGLang loads the checkpoint; None if one does, or if that is not judged."""
+        found = [self.loading[engine] for engine in DRAFTING]
+        if not all(_answer(finding) is False for finding in found):
+            return None
+        reasons = "; ".join(dict.fromkeys(text for text in found if text))
+        return f"neither vLLM {vllm.VERSION} nor SGLang {sglang.VERSION} loads it: {reasons}"
 
     @property
     def draft_problem(self) -> str | None:

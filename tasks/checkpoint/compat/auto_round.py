@@ -6,10 +6,11 @@ Source: vLLM 0.32.0, model_executor/layers/quantization/inc/inc.py (INCConfig) a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from requant.tasks.checkpoint.compat.rule import (
+    COMPRESSED,
     EXPERTS,
     INTEGER,
     LM_HEAD,
@@ -112,6 +113,8 @@ class AutoRound:
         if _at_least_16(bits, layer.name):
             return EngineScheme(because=because)
         storage: Storage = INTEGER if self.data_type == "int" else SCALED
+        if "mx_fp" in self.data_type and bits == 4:  # weight_packed and weight_scale: inc/schemes/inc_mxfp4_linear.py
+            storage = COMPRESSED
         return EngineScheme(storage, bits, group_size, sym, because, "awq" if self.packing == AWQ else "gptq")
 
     def _resolve(self, layer: Layer) -> tuple[SchemeValues, str]:
@@ -203,9 +206,16 @@ class AsQuantized(AutoRound):
     Source: auto_round 0.16.1, export/export_to_autoround/export.py.
     """
 
+    matched: dict[str, str | None] = field(default_factory=dict, repr=False)
+
     def scheme(self, layer: Layer) -> EngineScheme:
         """Return how a layer was quantized, whatever vLLM makes of it."""
         return self._stated(layer)
+
+    def _matching_key(self, name: str) -> str | None:
+        if name not in self.matched:
+            self.matched[name] = super()._matching_key(name)
+        return self.matched[name]
 
 
 def normal_group(group: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from requant.tasks.checkpoint.compat.gptq import agreed
@@ -35,12 +36,40 @@ WNA16_BITS = {2, 3, 4, 5, 6, 7, 8}
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
+def matches(name: str, target: str, patterns: Patterns) -> bool:
+    """Check whether a target is a name, or with `re:` a regular expression that matches it."""
+    return patterns.match(target[3:], name) if target.startswith("re:") else target == name
+
+
+@dataclass(frozen=True)
+class IgnoreList:
+    """Names and patterns of layers that are not quantized. `where`: the field of the config."""
+
+    entries: list[str]
+    where: str
+    fused: Fused
+    patterns: Patterns
+
+    def includes(self, name: str) -> bool:
+        """Decide as should_ignore_layer does: a match of the fused name precedes its parts. Every pattern is tried.
+
+        Raises NotLoadable if the list treats the parts of a fused layer differently.
+        """
+        if self._listed(name):
+            return True
+        parts = expand(name, self.fused)
+        return parts != [name] and agreed(name, [self._listed(part) for part in parts], self.where)
+
+    def _listed(self, name: str) -> bool:
+        return bool([target for target in self.entries if matches(name, target, self.patterns)])
+
+
 @dataclass(frozen=True)
 class CompressedTensors:
     """A config of compressed-tensors: schemes by target, in the order of the groups."""
 
     targets: dict[str, EngineScheme]
-    ignore: list[str]
+    ignored: IgnoreList
     fused: Fused
     patterns: Patterns
 
@@ -86,7 +115,8 @@ class CompressedTensors:
         ignore = quantization.get("ignore", [])
         if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
             raise NotLoadable(f"ignore is {shorten(ignore)}, and no list of names")
-        return cls(targets, [_renamed(name, renames) for name in ignore], fused, patterns)
+        names = [_renamed(name, renames) for name in ignore]
+        return cls(targets, IgnoreList(names, "ignore", fused, patterns), fused, patterns)
 
     def scheme(self, layer: Layer) -> EngineScheme:
         """Decide as CompressedTensorsConfig.get_quant_method does.
@@ -104,23 +134,13 @@ class CompressedTensors:
         return self._of(layer.name, layer.cls, self.targets)
 
     def _of(self, name: str, cls: str, targets: Mapping[str, EngineScheme]) -> EngineScheme:
-        if self._ignored(name):
+        if self.ignored.includes(name):
             return EngineScheme(because="ignore")
         target = self._first(name, targets) or self._fused(name, targets) or self._class(cls, targets)
         return EngineScheme(because="config_groups") if target is None else targets[target]
 
-    def _ignored(self, name: str) -> bool:
-        """Decide as should_ignore_layer does: a match of the fused name precedes its parts. Every pattern is tried."""
-        if self._listed(name):
-            return True
-        parts = expand(name, self.fused)
-        return parts != [name] and agreed(name, [self._listed(part) for part in parts], "ignore")
-
-    def _listed(self, name: str) -> bool:
-        return bool([target for target in self.ignore if self._matches(name, target)])
-
     def _first(self, name: str, targets: Iterable[str]) -> str | None:
-        return next((t for t in targets if self._matches(name, t)), None)
+        return next((t for t in targets if matches(name, t, self.patterns)), None)
 
     def _fused(self, name: str, targets: Mapping[str, EngineScheme]) -> str | None:
         """Return the target of the first part, if all parts have one, as _match_fused_layer does."""
@@ -132,12 +152,36 @@ class CompressedTensors:
 
     def _class(self, cls: str, targets: Mapping[str, EngineScheme]) -> str | None:
         for target in targets:
-            if self._matches(cls, target) if target.startswith("re:") else target.lower() in cls.lower():
+            if matches(cls, target, self.patterns) if target.startswith("re:") else target.lower() in cls.lower():
                 return target
         return None
 
-    def _matches(self, name: str, target: str) -> bool:
-        return self.patterns.match(target[3:], name) if target.startswith("re:") else target == name
+
+@dataclass(frozen=True)
+class ExactNames:
+    """Complete names of layers that are not quantized. `experts`: those that name a part of experts."""
+
+    names: frozenset[str]
+    experts: list[str]
+    where: str
+    fused: Fused
+
+    @classmethod
+    def of(cls, names: list[str], where: str, fused: Fused) -> ExactNames:
+        """Prepare a list, the field `where` of a config."""
+        return cls(frozenset(names), [name for name in names if "experts" in name], where, fused)
+
+    def include(self, name: str) -> bool:
+        """Decide as is_layer_skipped does: names match exactly, but experts are skipped if one of their parts is.
+
+        Raises NotLoadable if the list treats the parts of a fused layer differently.
+        """
+        if name.rpartition(".")[2] in self.fused:
+            parts = expand(name, self.fused)
+            return name in self.names or agreed(name, [part in self.names for part in parts], self.where)
+        if "experts" in name:
+            return any(name in one for one in self.experts)
+        return name in self.names
 
 
 @dataclass(frozen=True)
@@ -171,16 +215,12 @@ class Fp8:
             return EngineScheme(because="ignored_layers")
         return EngineScheme(SCALED, 8, None, True, "ignored_layers")
 
+    @cached_property
+    def _names(self) -> ExactNames:
+        return ExactNames.of(self.ignored, "ignored_layers", self.fused)
+
     def _skipped(self, name: str) -> bool:
-        """Decide as is_layer_skipped does: names match exactly, but experts are skipped if one of their parts is."""
-        leaf = name.rpartition(".")[2]
-        if leaf in self.fused and name in self.ignored:
-            return True
-        if leaf in self.fused:
-            return agreed(name, [part in self.ignored for part in expand(name, self.fused)], "ignored_layers")
-        if "experts" in name:
-            return any(name in ignored for ignored in self.ignored if "experts" in ignored)
-        return name in self.ignored
+        return self._names.include(name)
 
 
 def _renamed(target: str, renames: Renames) -> str:

@@ -159,7 +159,8 @@ FIELDS = (
     "bits", "w_bit", "group_size", "sym", "packing_format", "backend", "data_type", "extra_config", "desc_act",
     "block_name_to_quantize", "dynamic", "modules_in_block_to_quantize", "lm_head", "zero_point",
     "modules_to_not_convert", "config_groups", "ignore", "format", "sparsity_config", "activation_scheme",
-    "ignored_layers", "weight_block_size",
+    "ignored_layers", "weight_block_size", "quant_method", "quant_algo", "quantization", "quantized_layers", "producer",
+    "export", "exclude",
 )  # fmt: skip
 
 
@@ -176,12 +177,6 @@ def test_any_json_in_any_field_gives_verdicts_and_no_traceback(
     config = {**quantized.config, "quantization_config": {**SOUND[method], **changes}}
     for verdict in verdicts(replace(quantized, config=ModelConfig(config))).values():
         assert verdict.loads in (True, False, None) and verdict.mtp in (True, False, None) and verdict.reason
-
-
-def test_methods_without_rules_here_are_not_judged(base: Path) -> None:
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "modelopt"}}))
-    assert verdicts(Checkpoint.open(base))["vllm"].loads is True
 
 
 def test_an_image_model_needs_its_processors_and_a_text_model_none(base: Path) -> None:
