@@ -14,6 +14,7 @@ from requant.tasks.checkpoint.config import HEAD_BITS, JsonObject, ModelConfig, 
 from requant.tasks.checkpoint.exclusions import with_head_entries, without_head_entries
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.header import CONFIG_DTYPES, Tensor
+from requant.tasks.checkpoint.heads.layouts import INLINED, MTP
 from requant.tasks.checkpoint.heads.missing import depths_of, stated_count
 from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import Head, find_head
@@ -92,6 +93,8 @@ def head_tensors(base: Checkpoint, precision: str, quantization: QuantizationCon
     tensors: Tensors = {name: base.tensors[name] for name in head.names}
     if precision == "keep":
         return tensors
+    if head.known not in (MTP, INLINED):
+        raise CheckpointError(f"how engines read a packed head of the layout {head.layout} is not known: use mtp: keep")
     scheme = general_scheme(quantization)
     if quantization.method != "auto-round" or scheme.group_size <= 0:
         raise CheckpointError(

@@ -67,7 +67,8 @@ def find_head(names: Iterable[str], config: ModelConfig) -> Head | None:
     All tensors below a component that begins with `mtp` or `nextn` belong to it. Without such tensors, or if engines
     read the model's head there, all layers behind the last one that the config counts do.
     """
-    layers = config.text.integer("num_hidden_layers")
+    stated = config.text.integer("num_hidden_layers")
+    layers = stated if stated is not None and stated > 0 else None
     parts = {name: part for name in names if (part := HeadName.of(name, layers))}
     named = {name: part for name, part in parts.items() if not part.is_layer}
     if named and not any(layout.layers == "layers.*" and layout.belongs_to(config) for layout in LAYOUTS):

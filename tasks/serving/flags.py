@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.heads.layouts import has_draft_model
 from requant.tasks.recipe.engine_flags import speculates, with_drafts, without_drafts
 from requant.tasks.recipe.recipe import Benchmark
 
@@ -16,7 +17,8 @@ OF_RESULT_ONLY = {"quantization", "q"}  # flags that a base cannot be served wit
 
 def can_draft(checkpoint: Checkpoint, asked: Benchmark) -> bool:
     """Check whether vLLM drafts for a checkpoint: with its MTP head, or as the recipe's flags say."""
-    return checkpoint.head is not None or any(map(speculates, asked.flags))
+    with_head = checkpoint.head is not None and has_draft_model("vllm", checkpoint.config)
+    return with_head or any(map(speculates, asked.flags))
 
 
 def serving_flags(config: Mapping[str, Any], asked: Benchmark, *, drafts: bool) -> dict[str, Any]:

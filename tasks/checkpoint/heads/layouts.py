@@ -9,7 +9,8 @@ A layout that is not here is `unknown`: its tensors stay as they are, and nothin
 
 from __future__ import annotations
 
-from requant.tasks.checkpoint.heads.layout import Drafter, HeadLayout
+from requant.tasks.checkpoint.config import ModelConfig
+from requant.tasks.checkpoint.heads.layout import Drafter, HeadLayout, architecture_of
 
 UNKNOWN = "unknown"
 _NEXTN = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
@@ -312,3 +313,12 @@ LAYOUTS: tuple[HeadLayout, ...] = (
     ),
 )  # fmt: skip
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
+
+
+def has_draft_model(engine: str, config: ModelConfig) -> bool:
+    """Check whether an engine has a draft model for a model's MTP head.
+
+    For a config that names no architecture this is not known, and assumed.
+    """
+    drafters = (layout.engines[engine] for layout in LAYOUTS if layout.method == "mtp" and engine in layout.engines)
+    return not architecture_of(config) or any(drafter.serves(config) for drafter in drafters)

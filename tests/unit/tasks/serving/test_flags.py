@@ -9,9 +9,16 @@ from requant.tasks.recipe.engine_flags import SPECULATION
 from requant.tasks.recipe.recipe import Benchmark
 from requant.tasks.serving.flags import can_draft, serving_flags
 from tests.factories.checkpoints import write_quantized
+from tests.factories.head_families import FAMILIES
 from tests.factories.pico import pico_base
 
 DRAFTS = {SPECULATION: {"method": "mtp", "num_speculative_tokens": 3}}
+
+
+def test_vllm_is_not_asked_to_draft_for_a_model_for_which_it_has_no_draft_model(tmp_path: Path) -> None:
+    known, foreign = (Checkpoint.open(FAMILIES[n].write(tmp_path / n)) for n in ("mimo", "iquest-flat"))
+    assert can_draft(known, Benchmark()) and not can_draft(foreign, Benchmark())
+    assert can_draft(foreign, Benchmark(flags={"speculative-config": {"method": "draft_model"}}))
 
 
 def test_a_checkpoint_drafts_if_it_has_a_head_or_the_recipe_says_so(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from requant.tasks.checkpoint.audit import account
 from requant.tasks.checkpoint.base_check import check_base
 from requant.tasks.checkpoint.blocks import block_sizes
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.config import ModelConfig
-from requant.tasks.checkpoint.head import HeadFiles, keep_head
+from requant.tasks.checkpoint.config import ModelConfig, QuantizationConfig
+from requant.tasks.checkpoint.head import HeadFiles, head_tensors, keep_head
 from requant.tasks.checkpoint.heads.layouts import LAYOUTS, UNKNOWN
 from requant.tasks.checkpoint.heads.missing import depths_of
 from requant.tasks.checkpoint.inspect import as_text, inspect_checkpoint
 from requant.tasks.checkpoint.mtp import find_head
+from requant.tasks.errors import CheckpointError
 from requant.tasks.planning.output import CheckpointPlan, plan_output
 from requant.tasks.planning.reasons import MTP_HEAD
 from requant.tasks.recipe.loader import parse_recipe
@@ -133,6 +134,13 @@ def test_a_head_of_another_family_is_not_said_to_draft(tmp_path: Path) -> None:
         assert verdicts[engine].mtp is False and "reads a head of the layout inlined" in verdicts[engine].reason
 
 
+@pytest.mark.parametrize("name", ["mimo", "deepseek-v4", "unheard-of"])
+def test_a_head_of_which_engines_read_no_packed_form_is_not_packed(name: str, tmp_path: Path) -> None:
+    base = Checkpoint.open(FAMILIES[name].write(tmp_path / "base"))
+    with pytest.raises(CheckpointError, match=r"a packed head of the layout \w+ is not known: use mtp: keep"):
+        head_tensors(base, "int8", QuantizationConfig(quant_method="auto-round", bits=4, group_size=32))
+
+
 def test_an_engine_without_a_draft_model_is_no_problem_of_the_checkpoint(tmp_path: Path) -> None:
     document = inspect_checkpoint(FAMILIES["minimax-m3"].write(tmp_path / "base"))
     assert document.engines["sglang"].mtp is False
@@ -176,5 +184,5 @@ def test_a_draft_model_in_a_repo_of_its_own_is_named_and_nothing_is_called_broke
     assert document.drafter == kind and document.problems == []
     assert {verdict.loads for verdict in document.engines.values()} == {None}
     assert "a drafter for its base, not a base model" in as_text("x", document)
-    with pytest.raises(Exception, match=r"it is a draft model .* and no base model: name the base"):
+    with pytest.raises(CheckpointError, match=r"it is a draft model .* and no base model: name the base"):
         check_base(Checkpoint.open(folder), "a/b", with_head=True)
