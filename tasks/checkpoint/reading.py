@@ -18,7 +18,7 @@ from typing import Any
 from requant.tasks.checkpoint.compat import vllm
 from requant.tasks.checkpoint.compat.auto_round import AsQuantized
 from requant.tasks.checkpoint.compat.compressed import CompressedTensors, Fp8
-from requant.tasks.checkpoint.compat.gptq import Awq, Gptq
+from requant.tasks.checkpoint.compat.gptq import BY_TENSORS, Awq, Gptq
 from requant.tasks.checkpoint.compat.layers import Tree
 from requant.tasks.checkpoint.compat.rule import (
     COMPRESSED,
@@ -34,6 +34,7 @@ from requant.tasks.checkpoint.compat.rule import (
     Renames,
     Rule,
     TooSlow,
+    shorten,
 )
 from requant.tasks.checkpoint.config import ConfigScheme, JsonObject, ModelConfig, QuantizationConfig, Scalar
 from requant.tasks.checkpoint.exclusions import AUTO_ROUND_METHODS, AWQ_METHODS, FP8_METHODS, GPTQ_METHODS
@@ -60,7 +61,7 @@ def stored_scheme(quantization: QuantizationConfig, module: str) -> EngineScheme
 def general_scheme(quantization: QuantizationConfig) -> PackingScheme:
     """Return how those modules are packed that the config does not name. Raises CheckpointError if it does not say."""
     stated = quantization.scheme
-    return Reading(quantization)._packing_scheme(EngineScheme(INTEGER, stated.bits, stated.group_size), "modules")
+    return _packing_scheme(EngineScheme(INTEGER, stated.bits, stated.group_size), packing_of(quantization), "modules")
 
 
 def packing_of(quantization: QuantizationConfig) -> Packing:
@@ -109,16 +110,15 @@ class Reading:
 
         Raises CheckpointError if the config cannot be read, or is of a method for which there are no rules.
         """
-        refusal = f"there are no rules for quant_method {_method(self.quantization)}"
-        for number, found in enumerate(self._readings(module)):
-            if isinstance(found, EngineScheme):
-                return found
-            refusal = refusal if number else str(found)
-        raise CheckpointError(f"quantization_config does not say how {module.name} is stored: {refusal}")
+        found = self._stated(module)
+        if isinstance(found, EngineScheme):
+            return found
+        why = found or f"there are no rules for quant_method {_method(self.quantization)}"
+        raise CheckpointError(f"quantization_config does not say how {module.name} is stored: {why}")
 
     def planned(self, module: str) -> PackingScheme:
         """Return how a module without tensors will be packed. Raises CheckpointError if the config does not say."""
-        return self._packing_scheme(self.stated(Module(module)), module)
+        return _packing_scheme(self.stated(Module(module)), self._packing, module)
 
     def scheme(self, module: Module) -> PackingScheme:
         """Return how a module with the parts of GPTQ or AWQ is packed.
@@ -127,20 +127,16 @@ class Reading:
         """
         fitting = self._general if self._is_general(module) else self._fitting(module)
         if fitting is not None:
-            return self._packing_scheme(fitting, module.name)
+            return _packing_scheme(fitting, self._packing, module.name)
         found = self._by_shapes(module)
-        return self._packing_scheme(self.stated(module), module.name) if found is None else found
+        return _packing_scheme(self.stated(module), self._packing, module.name) if found is None else found
 
     def bits(self, module: Module) -> int | None:
         """Return the bits of a module's packed integers; None if neither their shapes nor the config say."""
-        if self._is_general(module):
-            return self._general.bits if self._general else None
-        if module.storage == INTEGER and (found := PackingScheme.of_parts(module.packed_parts)) is not None:
+        stated = self._general if self._is_general(module) else self._fitting(module)
+        if stated is None and (found := PackingScheme.of_parts(module.packed_parts)) is not None:
             return found.bits
-        try:
-            bits = (self._fitting(module) or self.stated(module)).bits
-        except CheckpointError:
-            return None
+        bits = getattr(stated or self._stated(module), "bits", None)
         return bits if type(bits) is int and 0 < bits < 16 else None
 
     def shared(self, modules: Iterable[Module]) -> ConfigScheme:
@@ -168,20 +164,22 @@ class Reading:
             return None
         if self.quantization and not self.quantization.method:
             return Contradiction(module.name, "its tensors are packed", "has no quant_method")
-        readings = list(self._readings(module))
-        if not readings or any(isinstance(found, TooSlow) for found in readings):
+        stated = self._stated(module)
+        if stated is None or isinstance(stated, TooSlow):
             return None
-        try:
-            stated = self.stated(module)
-            found = self._by_shapes(module) if module.storage == INTEGER else None
-        except CheckpointError as error:
-            return Contradiction(module.name, "its tensors are packed", f"cannot be read ({error})")
+        if isinstance(stated, NotLoadable):
+            return Contradiction(module.name, "its tensors are packed", f"cannot be read ({stated})")
         if module.storage == COMPRESSED:
             return Contradiction(module.name, "its tensors are packed", f"says {_told(stated)}")
+        try:
+            found = self._by_shapes(module)
+        except CheckpointError as error:
+            return Contradiction(module.name, "its tensors are packed", f"cannot be read ({error})")
         if found is None:
             return None
-        layout = f" in the layout of {found.packing}" if stated.quantized and stated.layout != found.packing[:4] else ""
-        tensors = f"its tensors hold {found.bits} bits in {_groups(found.group_size)}{layout}"
+        layout = "awq" if found.packing == "awq" else "gptq"
+        other_layout = f" in the layout of {layout}" if stated.quantized and stated.layout != layout else ""
+        tensors = f"its tensors hold {found.bits} bits in {_groups(found.group_size)}{other_layout}"
         return Contradiction(module.name, tensors, f"says {_told(stated)}")
 
     def problem(self, module: Module, weight: tuple[int, ...]) -> str | None:
@@ -198,6 +196,12 @@ class Reading:
         except CheckpointError as error:
             return str(error)
 
+    def _stated(self, module: Module) -> EngineScheme | NotLoadable | None:
+        """Return what the config says of a module, or why it cannot be read; None for a method without rules."""
+        readings = list(self._readings(module))
+        schemes = (found for found in readings if isinstance(found, EngineScheme))
+        return next(schemes, readings[0] if readings else None)
+
     def _readings(self, module: Module) -> Iterator[EngineScheme | NotLoadable]:
         """Yield what the config says of a module, in the order in which it counts.
 
@@ -207,7 +211,7 @@ class Reading:
         if self._own_rule is None:
             return
         layers = self.tree.layers([module])
-        own = Layer(module.name, LM_HEAD if module.name.endswith("lm_head") else LINEAR)
+        own = Layer(module.name, LM_HEAD if module.name.rpartition(".")[2] == "lm_head" else LINEAR)
         by_layer = bool(module.parts) or any(layer.kind == EXPERTS for layer in layers)
         by_layer = by_layer and module.name not in self._exact_names
         if not by_layer:
@@ -298,7 +302,7 @@ class Reading:
         if module.storage != INTEGER or not {"qweight", "scales"} <= module.parts.keys():
             return True
         try:
-            scheme = self._packing_scheme(stated, module.name)
+            scheme = _packing_scheme(stated, self._packing, module.name)
         except CheckpointError:
             return False
         parts = module.packed_parts
@@ -309,13 +313,14 @@ class Reading:
         like = PackingScheme(4, self.quantization.integer("group_size") or 0, self._packing)
         return PackingScheme.of_parts(module.packed_parts, like)
 
-    def _packing_scheme(self, stated: EngineScheme, module: str) -> PackingScheme:
-        """Check what the config says of a packed module. Raises CheckpointError for what Requant cannot unpack."""
-        packing, bits, size = self._packing, stated.bits, stated.group_size
-        known = type(bits) is int and bits in ((4,) if packing == "awq" else BITS)
-        if not stated.quantized or not known or type(size) is not int or not (size == -1 or size > 0):
-            raise CheckpointError(f"quantization_config gives {module} bits={bits!r}, group_size={size!r}")
-        return PackingScheme(bits, size, packing)
+
+def _packing_scheme(stated: EngineScheme, packing: Packing, module: str) -> PackingScheme:
+    """Check what the config says of a packed module. Raises CheckpointError for what Requant cannot unpack."""
+    bits, size = stated.bits, stated.group_size
+    known = type(bits) is int and bits in ((4,) if packing == "awq" else BITS)
+    if not stated.quantized or not known or type(size) is not int or not (size == -1 or size > 0):
+        raise CheckpointError(f"quantization_config gives {module} bits={shorten(bits)}, group_size={shorten(size)}")
+    return PackingScheme(bits, size, packing)
 
 
 def _compressed_fits(stated: EngineScheme, module: Module) -> bool:
@@ -328,7 +333,7 @@ def _compressed_fits(stated: EngineScheme, module: Module) -> bool:
 
 
 def _told(stated: EngineScheme) -> str:
-    because = f" ({stated.because})" if stated.because else ""
+    because = f" ({stated.because})" if stated.because not in ("", BY_TENSORS) else ""
     if not stated.quantized:
         return f"that the module is not quantized{because}"
     if stated.storage not in (INTEGER, COMPRESSED):

@@ -34,6 +34,7 @@ from requant.tasks.checkpoint.header import Tensor
 
 GPTQ_SCHEMES = {(4, True), (8, True)}  # AutoGPTQConfig.TYPE_MAP: bits, sym
 AWQ_BITS = {4}  # AutoAWQConfig.TYPE_MAP
+BY_TENSORS = "the tensors"  # what decides where a config lists no modules
 FLOATS = {"F16", "BF16", "F32"}
 
 
@@ -97,7 +98,7 @@ class Gptq:
             names = renames.of_list(modules, because)
         else:
             names = [renames.of(name, because) for name in sorted(quantized_names(tensors)[0])]
-            because = "the tensors"
+            because = BY_TENSORS
         listed = Substrings.of(names) if names else None
         lm_head = quantization.get("lm_head", False)
         return cls(bits, group_size, sym, lm_head, dynamic, listed, because, fused, patterns)
@@ -184,7 +185,7 @@ class Awq:
         else:
             quantized, names_of_all = quantized_names(tensors)
             names = [renames.of(name, because) for name in names_of_all - quantized]
-            because = "the tensors"
+            because = BY_TENSORS
         return cls(
             bits, group_size, zero_point, quantization.get("lm_head", False), Substrings.of(names), because, fused
         )

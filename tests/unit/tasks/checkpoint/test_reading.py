@@ -155,10 +155,18 @@ def module_of(name: str, parts: Mapping[str, tuple[str, tuple[int, ...]]]) -> Mo
     ({"weight": ("U8", (64, 32))}, "U8"),
     ({"qweight": ("I32", (16, 64)), "qzeros": ("I32", (2, 16)), "scales": ("F16", (2, 64))}, "INT8"),
     ({"qweight": ("I32", (8, 64)), "scales": ("F16", (2, 64))}, "packed"),
+    ({"qweight": ("I32", (8, 64))}, "packed"),
     ({"weight_packed": ("U8", (64, 32)), "weight_scale": ("F8_E4M3", (64, 4))}, "packed"),
 ], ids=str)  # fmt: skip
 def test_storage_is_named_by_the_tensors_where_they_tell(parts: Any, stored: str) -> None:
     assert storage_of(module_of(Q, parts), Reading(QuantizationConfig())) == stored
+
+
+@pytest.mark.parametrize("bits", ["\x1b[2J", [4], None, True, 0, -4, 2**70, 4.0], ids=repr)
+def test_bits_of_nonsense_are_in_no_name(bits: Any) -> None:
+    reading = Reading(QuantizationConfig(auto_round(bits=bits)))
+    for parts in ({"qweight": ("I32", (8, 64))}, {"weight_packed": ("I32", (8, 64))}):
+        assert storage_of(module_of(Q, parts), reading) == "packed"
 
 
 def test_a_float_of_four_bits_is_no_integer() -> None:
