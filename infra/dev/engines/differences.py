@@ -133,6 +133,7 @@ FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
         f"{S}/auto_round.py": ("AutoRoundConfig",),
         f"{S}/gptq/gptq.py": ("check_marlin_format", "GPTQMarlinConfig"),
+        f"{S}/gptq/schemes/gptq_linear.py": ("GPTQLinearScheme",),
         f"{S}/awq/awq.py": ("AWQConfig", "AWQMarlinConfig"),
         f"{S}/fp8.py": ("Fp8Config",),
         f"{S}/utils.py": ("is_layer_skipped", "get_dynamic_override", "get_linear_quant_method"),

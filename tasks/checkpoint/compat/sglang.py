@@ -92,6 +92,21 @@ class SglangAutoRound(AutoRound):
             self._values(name, quantized), because if key is None else f"extra_config[{shorten(key)}]"
         )
 
+    def kernel_problem(self, layer: Layer, scheme: EngineScheme) -> str | None:
+        """Return why no kernel for NVIDIA's GPUs takes this scheme, or None.
+
+        Sources: auto_round.py, apply_gptq_quant_layer; gptq/schemes/gptq_linear.py, GPTQLinearScheme, which raises.
+        """
+        if scheme.storage != INTEGER or scheme.layout != "gptq" or layer.kind == EXPERTS:
+            return None
+        marlin = self.backend == "auto" or "marlin" in self.backend
+        if marlin and [scheme.bits, scheme.sym] in GPTQ_SCHEMES and scheme.group_size in MARLIN_GROUP_SIZES:
+            return None
+        return (
+            f"bits={scheme.bits!r}, group_size={scheme.group_size!r}, sym={scheme.sym!r} ({layer.name}); SGLang has "
+            "removed all GPTQ kernels but gptq_marlin's"
+        )
+
     def _engine_scheme(self, values: SchemeValues, because: str) -> EngineScheme:
         if not isinstance(values.bits, int | float):
             raise NotLoadable(f"bits is {shorten(values.bits)}")
@@ -138,7 +153,7 @@ def load_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns
         return f"SGLang refuses quantization_config: {refusal}"
     tree = Tree(Renames(), known.fused, known.plain)
     layers = [layer for layer in tree.layers(modules.values()) if len(layer.parts) == 1 or layer.kind == EXPERTS]
-    return vllm.no_rules(checkpoint) if rule is None else first_problem(layers, rule, modules, tree)
+    return vllm.no_rules(checkpoint) if rule is None else _first_problem(layers, rule, modules, tree)
 
 
 def head_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns: Patterns) -> Finding:
@@ -153,6 +168,12 @@ def head_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns
         return f"SGLang refuses quantization_config: {refusal}"
     if rule is None:
         return first_problem(plain, vllm.Unquantized(), modules, tree) or vllm.no_rules(checkpoint)
+    return _first_problem(layers, rule, modules, tree)
+
+
+def _first_problem(layers: list[Layer], rule: Rule, modules: Mapping[str, Module], tree: Tree) -> str | None:
+    if isinstance(rule, SglangAutoRound):
+        return first_problem(layers, rule, modules, tree, rule.kernel_problem)
     return first_problem(layers, rule, modules, tree)
 
 

@@ -247,6 +247,21 @@ def test_sglang_refuses_gptq_that_gptq_marlin_does_not_take(change: dict[str, An
     assert not any("mtp-fix" in problem for problem in document.problems if "refuses" in problem)
 
 
+@pytest.mark.parametrize(("change", "loads"), [
+    ({}, True), ({"sym": False}, False), ({"backend": "gptq"}, False),
+    ({"extra_config": {".*o_proj": {"sym": False}}}, False), ({"extra_config": {".*o_proj": {"bits": 3}}}, False),
+], ids=str)  # fmt: skip
+def test_sglang_has_no_kernel_for_auto_round_that_marlin_does_not_take(
+    change: dict[str, Any], loads: bool, tmp_path: Path
+) -> None:
+    config = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, **change}
+    config |= {"block_name_to_quantize": "model.layers"}
+    parts = {".qweight": ("I32", (4, HIDDEN)), ".qzeros": ("I32", (1, 4)), ".scales": ("F16", (1, HIDDEN))}
+    brought = Brought(config, parts, "auto-round", (None, loads, None))
+    verdict = verdicts(Checkpoint.open(checkpoint_of(tmp_path / "x", brought)))["sglang"]
+    assert verdict.loads is loads and (loads or "bits=" in verdict.reason)
+
+
 def test_a_value_of_quant_method_belongs_to_one_method() -> None:
     stated = [value for method in METHODS for value in method.stated]
     assert len(stated) == len(set(stated)) == len(BY_STATED)
