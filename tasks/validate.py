@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a reused stage does not 
     from requant.tasks.validating.measurement import Measurement
     from requant.tasks.validating.model import RunSettings
 
-STAGE = Stage("validate", 6, tools=("transformers",))
+STAGE = Stage("validate", 7, tools=("transformers",))
 # This version stays as it is: the key also has VERSION of validating/measure.py, and that is the one to raise. To merge
 # the two would change all keys.
 MEASURE = Stage("measure", 1, tools=("transformers",))

@@ -23,7 +23,7 @@ from requant.tasks.validate import measured_values, validate_folders
 from requant.tasks.validating import measure as measuring
 from requant.tasks.validating.compare import compare as compare_folders
 from requant.tasks.validating.compare import side_by_side
-from requant.tasks.validating.gates import judge
+from requant.tasks.validating.gates import judge, most_repeated
 from requant.tasks.validating.measure import measure as measure_as
 from requant.tasks.validating.measure import run_settings
 from requant.tasks.validating.measured import Measured
@@ -286,6 +286,10 @@ def test_a_quantized_checkpoint_is_compared_with_its_base(
     assert (
         values.divergence.vision_difference == 0.0
         and values.behaviour.long_context == values.behaviour.speculative_agreement == 1.0
+    )
+    assert values.behaviour.base_long_context == values.behaviour.base_speculative_agreement == 1.0
+    assert values.behaviour.base_most_repeated_token == pytest.approx(
+        np.mean([most_repeated(tokens) for tokens in one.generated.tolist()])
     )
 
 
