@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from requant.tasks.card.facts import CardFacts
 from requant.tasks.recipe.engine_flags import MODEL, arguments, command_line, with_drafts, without_drafts
 from requant.tasks.redaction import public
+from requant.tasks.serving.flags import with_dtype
 
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
 
@@ -62,7 +63,7 @@ def _vllm(facts: CardFacts, *, mtp: bool) -> VllmCommand:
         return VllmCommand(mtp, command_line(public(list(ran)), facts.model), ran=True)
     asked = facts.recipe.benchmark
     flags = with_drafts(asked.flags, asked.draft_tokens) if mtp else without_drafts(asked.flags)
-    words = ["vllm", "serve", MODEL, *_trust(facts), *arguments(flags)]
+    words = ["vllm", "serve", MODEL, *_trust(facts), *arguments(with_dtype(flags, facts.dtype))]
     no_drafts = _refusal(facts, "vllm", "mtp") if mtp else None
     return VllmCommand(mtp, command_line(public(words), facts.model), ran=False, no_drafts=no_drafts)
 
@@ -70,6 +71,7 @@ def _vllm(facts: CardFacts, *, mtp: bool) -> VllmCommand:
 def _sglang(facts: CardFacts, *, drafts: bool) -> str:
     """Write the command. Source of the flags: https://docs.sglang.io/docs/advanced_features/speculative_decoding"""
     words = ["python", "-m", "sglang.launch_server", "--model-path", facts.model, *_trust(facts)]
+    words += arguments(with_dtype({}, facts.dtype))
     if drafts:
         count = facts.recipe.benchmark.draft_tokens
         words += ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(count)]
