@@ -39,7 +39,7 @@ def test_a_recipes_flags_are_in_a_command_that_was_not_run_too() -> None:
 def test_the_commands_name_the_dtype_in_which_the_scales_were_judged() -> None:
     _, body = card_of(dtype="bfloat16")
     assert body.count("--dtype bfloat16") == 3  # vLLM with MTP and without, SGLang
-    assert "with their scales in bfloat16 as engines keep them" in body
+    assert "with their scales in bfloat16, as an engine keeps them" in body
     _, body = card_of(dtype="bfloat16", recipe=recipe(benchmark={"flags": {"dtype": "half"}}))
     assert body.count("--dtype half") == 2 and body.count("--dtype float16") == 1 and "scales in float16" in body
     assert "dtype" not in card_of()[1]
