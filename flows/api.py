@@ -7,7 +7,6 @@ help of the command line are fast.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -15,19 +14,17 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from requant.tasks.environment import with_package
-from requant.tasks.errors import RecipeError, RequantError
+from requant.tasks.errors import CheckpointError, RecipeError, RequantError
 
 if TYPE_CHECKING:
     from requant.flows.report.document import RunDocument
     from requant.tasks.checkpoint.config import HeadPrecision
     from requant.tasks.checkpoint.document import InspectDocument, MtpFixDocument
-    from requant.tasks.checkpoint.header import Tensor
-    from requant.tasks.checkpoint.repair import RepairSource
     from requant.tasks.hub.verify import ReleaseCheck
     from requant.tasks.planning.document import PlanDocument
     from requant.tasks.recipe.recipe import Recipe
@@ -100,15 +97,25 @@ def inspect(checkpoint: str | Path, *, deep: bool = False) -> InspectDocument:
         raise RequantError(
             f"a deep inspection (--deep) reads the data of a folder, and {checkpoint} is none: download it first"
         )
+    from requant.tasks.checkpoint.untrusted import without_folder
     from requant.tasks.hub.revision import resolve_name
     from requant.tasks.hub.sparse_checkout import create_checkout
 
-    with tempfile.TemporaryDirectory(prefix="requant-") as folder:
-        return inspect_checkpoint(create_checkout(resolve_name(str(checkpoint)), Path(folder)))
+    with tempfile.TemporaryDirectory(prefix="requant-") as temporary:
+        folder = Path(temporary)
+        try:
+            return inspect_checkpoint(create_checkout(resolve_name(str(checkpoint)), folder))
+        except CheckpointError as error:
+            raise CheckpointError(without_folder(str(error), folder, str(checkpoint))) from error
 
 
 def mtp_fix(
-    folder: str | Path, *, base: str | Path | None = None, precision: HeadPrecision = "keep", dry_run: bool = False
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    precision: HeadPrecision = "keep",
+    dry_run: bool = False,
+    pull_request: bool = False,
 ) -> MtpFixDocument:
     """Repair the MTP head of the checkpoint in a folder, in place, and return what was changed.
 
@@ -116,11 +123,28 @@ def mtp_fix(
     fetched. Without it, a quantized head is dequantized unless both vLLM and SGLang would draft with it. `precision` is
     `keep`, which copies the head bit for bit, or `int8` or `int4`. `dry_run`: change nothing.
 
+    `folder` may also be a repo, `repo_id[@revision]`. Then nothing is changed, and `pull_request` opens a pull request
+    with the repair; by default, `base` is the base that the repo's card names.
+
     Raises CheckpointError, RequantError, HubError or HubUnavailable.
     """
-    from requant.tasks.checkpoint.repair import repair
+    if pull_request and dry_run:
+        raise RecipeError("a dry run sends nothing: leave out --dry-run or --pull-request")
+    if not Path(folder).is_dir():
+        from requant.tasks.repairing.repo import repair_repo
 
-    with _repair_source(base) as source:
+        return repair_repo(str(folder), base=base, precision=precision, pull_request=pull_request)
+    if pull_request:
+        raise RecipeError(f"{folder} is a folder, which has no pull requests: name a repo, or leave out --pull-request")
+    from requant.tasks.checkpoint.repair import RepairSource, repair
+
+    if base is None or Path(base).is_dir():
+        source = None if base is None else RepairSource(Path(base))
+        return repair(Path(folder), source, precision=precision, dry_run=dry_run)
+    from requant.tasks.hub.revision import resolve_name
+    from requant.tasks.repairing.source import sparse_source
+
+    with sparse_source(resolve_name(str(base))) as source:
         return repair(Path(folder), source, precision=precision, dry_run=dry_run)
 
 
@@ -233,30 +257,6 @@ def _local_checkpoint(name: str | Path) -> Path:
     revision = find_base(store, *split_name(str(name)))
     manifest = download(store, revision).manifest
     return store.link_files(manifest, store.checkout_folder(manifest))
-
-
-@contextlib.contextmanager
-def _repair_source(base: str | Path | None) -> Iterator[RepairSource | None]:
-    """Yield the folder to take the head from; for a repo, tensor data is fetched on demand."""
-    from requant.tasks.checkpoint.repair import RepairSource
-
-    if base is None:
-        yield None
-    elif Path(base).is_dir():
-        yield RepairSource(Path(base))
-    else:
-        from requant.tasks.hub.revision import resolve_name
-        from requant.tasks.hub.sparse_checkout import create_checkout, fetch_files, fill
-
-        revision = resolve_name(str(base))
-        with tempfile.TemporaryDirectory(prefix="requant-") as temporary:
-            folder = create_checkout(revision, Path(temporary))
-
-            def fetch(tensors: Iterable[Tensor], files: Iterable[str]) -> None:
-                fill(revision, folder, tensors)
-                fetch_files(revision, folder, files)
-
-            yield RepairSource(folder, fetch)
 
 
 def _run_command(arguments: list[str]) -> tuple[int, dict[str, object]]:

@@ -17,9 +17,10 @@ from requant.tasks.acceptance import acceptance_key, drafts_in, serves_base
 from requant.tasks.artifact import REWRITTEN, Manifest
 from requant.tasks.benchmark import STAGE as BENCHMARK
 from requant.tasks.benchmark import benchmark_key, engine_of, used_tools
-from requant.tasks.checkpoint.base_check import check_base
+from requant.tasks.checkpoint.base_check import check_base, check_kind
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.document import EngineVerdict
+from requant.tasks.checkpoint.untrusted import without_folder
 from requant.tasks.download import download_key, find_base
 from requant.tasks.errors import CheckpointError, HubError, HubUnavailable, Refused
 from requant.tasks.evaluate import STAGE as EVALUATE
@@ -29,7 +30,7 @@ from requant.tasks.hub.revision import Revision
 from requant.tasks.mtp_fix import mtp_fix_key
 from requant.tasks.pipeline.stage import Stage, tool_problems
 from requant.tasks.planning.base_headers import BaseHeaders
-from requant.tasks.planning.checks import base_problems
+from requant.tasks.planning.checks import base_problems, inspected, result_problems
 from requant.tasks.planning.document import (
     OutputLayout,
     OutputTotals,
@@ -164,14 +165,20 @@ class _Planner:
 
     def plan_result(self, recipe: Recipe, before: EarlierOutputs) -> tuple[Recipe, PlanDocument]:
         """Plan one result. Return its recipe, with a number for a group size of auto, and the plan."""
-        source = self.base.source
-        problems = list(base_problems(source, recipe))
+        source, repo_id = self.base.source, recipe.base.repo_id
         try:
-            check_base(source, recipe.base.repo_id, with_head=recipe.mtp != "drop")
+            check_kind(source, repo_id)
+        except CheckpointError as error:  # What else is wrong, the user need not know.
+            return recipe, _without_result(recipe, self.inputs.base, [str(error)])
+        found, harmless = inspected(source, recipe)
+        problems = [*found, *base_problems(source, recipe)]
+        try:
+            check_base(source, repo_id, with_head=recipe.mtp != "drop")
             recipe = resolve_group_size(source, recipe)
             output = plan_output(source, recipe, self.base.verbatim_files)
         except CheckpointError as error:
-            problems.append(_without_folder(error, source.folder))
+            if not found:  # Otherwise it says the same in other words.
+                problems.append(_without_folder(error, source.folder))
             return recipe, _without_result(recipe, self.inputs.base, problems)
         done = self._finished_stages(recipe)
         text_tokens = needed_tokens(self.recipe) if writes_text(self.recipe) else None
@@ -183,7 +190,7 @@ class _Planner:
         stages = tuple(plan_stages(recipe, self.base, output, done, before.stages(recipe), text_tokens, left_out))
         to_run = {stage.name for stage in stages if stage.state == "run"}
         needed = estimate_needs(output, recipe, self.base.missing_bytes, to_run, kept_bytes=before.kept_bytes)
-        problems += output.problems
+        problems += [*output.problems, *result_problems(output.judgement)]
         problems += self._machine_problems(recipe, to_run, needed.disk_bytes)
         # The texts are read last, and only if nothing else stops the run: reading them may take long.
         problems += [] if problems else self.texts.problems(recipe, to_run, window_length(source.text_config))
@@ -193,10 +200,10 @@ class _Planner:
             output=output.layout(recipe),
             needs=needed,
             transfer=Transfers.of(stages),
-            engines=output.engines(),
+            engines=output.judgement.verdicts,
             hardware=total_hardware(recipe, stages),
             changes=self.base.changes,
-            notes=(*output.notes, *_notes(recipe), *self.texts.notes),
+            notes=(*harmless, *output.notes, *_notes(recipe), *self.texts.notes),
             problems=tuple(problems),
         )
 
@@ -288,7 +295,7 @@ def _planned_base(recipe: Recipe, base: Revision | None, source: Checkpoint | No
 
 def _without_folder(error: CheckpointError, folder: Path) -> str:
     """Return the sentence of an error without the temporary folder that holds the base's headers."""
-    return str(error).replace(f"{folder}/", "").replace(str(folder), "the base")
+    return without_folder(str(error), folder, "the base")
 
 
 def _with_problem(plan: PlanDocument, problem: str) -> PlanDocument:

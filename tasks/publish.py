@@ -22,6 +22,7 @@ from requant.tasks.card.card import make_card
 from requant.tasks.card.facts import CardFacts, FileFacts
 from requant.tasks.card.pinned import recipe_text
 from requant.tasks.checkpoint.checkpoint import INDEX
+from requant.tasks.checkpoint.head import HEAD_SHARD
 from requant.tasks.checkpoint.modules import INTEGER_PARTS
 from requant.tasks.checkpoint.served_dtype import dtype_of_config
 from requant.tasks.checkpoint.writer import write_file
@@ -31,7 +32,7 @@ from requant.tasks.hub.release import Release, release
 from requant.tasks.hub.revision import Revision
 from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import StageResult, machine_errors
-from requant.tasks.planning.reasons import why_kept
+from requant.tasks.planning.reasons import MTP_HEAD, why_kept
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.record import StageRecord
 from requant.tasks.serving.prompts import has_chat_template
@@ -45,12 +46,14 @@ def file_facts(store: Store, recipe: Recipe, base_files: Manifest, artifact: Man
     """Collect what a card says about the files of an artifact and of its base."""
     index = json.loads(store.read_blob(artifact[INDEX]))
     kept_names = tuple(name for name in index["weight_map"] if name.rsplit(".", 1)[-1] not in INTEGER_PARTS)
+    in_head = (name for name, shard in index["weight_map"].items() if shard == HEAD_SHARD)
+    reasons = why_kept(kept_names, recipe.quantize.layers)
     return FileFacts(
         digest=artifact.digest,
         weights_bytes=artifact.weights,
         base_weights_bytes=base_files.weights,
         kept_names=kept_names,
-        kept_reasons=why_kept(kept_names, recipe.quantize.layers),
+        kept_reasons=reasons | {name.removesuffix(".weight"): MTP_HEAD for name in in_head},
         packing=_quantization(store, artifact).get("packing_format"),
         dtype=dtype_of_config(_config(store, artifact)),
         fp8=bool(_quantization(store, base_files)),  # checkpoint/base_check.py refuses all other quantized bases.

@@ -24,6 +24,7 @@ from requant.tasks.artifact import Manifest
 from requant.tasks.checkpoint.assemble import assemble
 from requant.tasks.checkpoint.base_check import check_base
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.companions import TEMPLATES, TOKENIZER
 from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.fp8 import dequantize_fp8, is_fp8, write_dequantized
 from requant.tasks.errors import RecipeError
@@ -40,7 +41,7 @@ from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store, open_store
 from requant.tasks.store.resume import delete_resume, download_resume, resume_uploads
 from requant.tasks.texts.calibration import Calibration, CalibrationSource
-from requant.tasks.texts.rendering import TEMPLATES, TOKENIZER, ReadingLimit, Rendered, render
+from requant.tasks.texts.rendering import ReadingLimit, Rendered, render
 
 STAGE = Stage("quantize", 6, tools=("auto-round", "transformers"))
 # The files of a base that the quantized weights always depend on. With a calibration text that has chats, such as the

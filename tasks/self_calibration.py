@@ -23,6 +23,7 @@ from prefect import task
 
 from requant.tasks.artifact import Manifest
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.companions import TEMPLATES, TOKENIZER
 from requant.tasks.checkpoint.writer import write_file
 from requant.tasks.pipeline.prefect import ShareProgress, options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
@@ -33,7 +34,6 @@ from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store, open_store
 from requant.tasks.store.resume import delete_resume, download_resume, resume_uploads
 from requant.tasks.texts.documents import Document
-from requant.tasks.texts.rendering import TEMPLATES, TOKENIZER
 from requant.tasks.writing.amount import max_row_tokens, needed_tokens, outputs_of, own_samples
 from requant.tasks.writing.engine import WritingBase, stop_ids
 from requant.tasks.writing.in_vllm import SAMPLING

@@ -159,7 +159,7 @@ def sentences(document: PlanDocument) -> list[tuple[str, str]]:
         moved = f"{gigabytes(transfer.download_bytes)} down, {gigabytes(transfer.upload_bytes)} up"
         lines.append(("moves", f"{moved}; {gigabytes(needs.disk_bytes)} of disk below the store"))
     lines += [("calibration", _source_words(source)) for source in document.calibration or ()]
-    lines += [(engine, str(verdict)) for engine, verdict in document.engines.items()]
+    lines += [(engine, verdict.text(engine)) for engine, verdict in document.engines.items()]
     lines += [("changed", line) for line in _changes(document.changes)]
     lines += [("note", note) for note in document.notes]
     return lines + ([("problem", problem) for problem in document.problems] or [("problems", "none")])

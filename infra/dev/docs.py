@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from requant.flows.cli.main import cli
+from requant.tasks.checkpoint.compat.sglang import VERSION as SGLANG
+from requant.tasks.checkpoint.compat.vllm import VERSION as VLLM
+from requant.tasks.checkpoint.heads.drafters import ARCHITECTURES as DRAFTER_ARCHITECTURES
+from requant.tasks.checkpoint.heads.layouts import LAYOUTS
 from requant.tasks.recipe.quantize_section import PRESETS
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.settings import rows
@@ -32,6 +36,28 @@ RECIPE = """# Recipe keys
 
 A recipe is a YAML file with these keys. [Write a recipe](../how-to/recipe.md) shows one with all groups and explains
 calibration texts, FP8 and mixture-of-experts bases.
+"""
+HEADS = """# MTP heads
+
+A Multi-Token-Prediction head is a small model that drafts tokens which the large one checks. Each family stores it in
+its own way. Requant finds a head by the names of its tensors and never takes it for a decoder block; `mtp: keep` copies
+it bit for bit.
+
+- Names are without what comes before them, such as `model.` or `language_model.model.`; `*` is a number, and `layers.*`
+  are decoder layers behind the last one of the model.
+- An engine does not draft for an architecture that it has no draft model for. That is no problem of the checkpoint.
+- Every other tensor below a name that begins with `mtp` or `nextn`, and every other layer behind the last one, is a
+  head of the layout `unknown`. It is kept as it is, nothing is said to be missing, and nothing is refused: whether an
+  engine drafts with it is not judged.
+- `validate` runs heads of the layout `mtp`, and of `inlined` for DeepSeek and GLM. The draft acceptance rate of others
+  is not measured in torch.
+"""
+DRAFTERS = """
+## Draft models in repos of their own
+
+Engines load these beside their base. `requant inspect` names them, judges nothing about them, and calls nothing in them
+broken. They are no bases: `requant plan` refuses them.
+
 """
 PRESET_TEXT = """
 `quantize.preset` and `outputs[].preset` stand for these keys. Keys that are given beside a preset win.
@@ -92,6 +118,32 @@ def settings_page() -> str:
     _, next_heading, after = rest.partition("\n## ")
     table = "".join(f"| `{name}` | {_cell(meaning)} |\n" for name, meaning in rows())
     return f"{before}{heading}{GENERATED_NOTE}\n| Variable | Meaning |\n|---|---|\n{table}{next_heading}{after}"
+
+
+def heads_page() -> str:
+    """Return the page of the layouts of MTP heads, from the table of layouts."""
+    parts = [HEADS, GENERATED_NOTE, f"\nFrom vLLM {VLLM} and SGLang {SGLANG}.\n"]
+    for layout in LAYOUTS:
+        parts.append(f"\n## {layout.name}\n\n{', '.join(layout.families)}.\n\n| | |\n|---|---|\n")
+        rows = {
+            "Layers": f"`{layout.layers}`" if layout.layers else "one, without a number",
+            "A complete head has": _names(layout.modules),
+            "Taken from the main model": _names(layout.shared),
+            "Layers counted by": _names(layout.counts) or "nothing: engines build one",
+            "Layers of one draft": f"as many as `{layout.pattern}` has characters" if layout.pattern else "",
+        }
+        for engine, drafter in layout.engines.items():
+            models = _names(sorted({*drafter.architectures, *drafter.model_types}))
+            by = "" if layout.method == "mtp" else f" by the method `{layout.method}`"
+            rows[f"`{engine}` drafts{by} for"] = f"{models} ({drafter.source})"
+        parts += [f"| {title} | {text} |\n" for title, text in rows.items() if text]
+    parts.append(f"{DRAFTERS}| Kind | Values of `architectures` |\n|---|---|\n")
+    parts += [f"| {kind} | {_names(sorted(names))} |\n" for kind, names in DRAFTER_ARCHITECTURES.items()]
+    return "".join(parts)
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(" or ".join(f"`{spelling}`" for spelling in name.split("|")) for name in names)
 
 
 def _section(field: Schema, definitions: Schema) -> Schema | None:
@@ -156,7 +208,7 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-PAGES = {"commands.md": commands_page, "recipe.md": recipe_page, "settings.md": settings_page}
+PAGES = {"commands.md": commands_page, "recipe.md": recipe_page, "settings.md": settings_page, "heads.md": heads_page}
 
 
 def main() -> None:

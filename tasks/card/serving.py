@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from requant.tasks.card.facts import CardFacts
+from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.recipe.engine_flags import MODEL, arguments, command_line, with_drafts, without_drafts
 from requant.tasks.redaction import public
 from requant.tasks.serving.flags import with_dtype
@@ -31,29 +32,43 @@ class Serving:
     """The engines that load a model, and the commands that serve it."""
 
     refused: Mapping[str, str]  # why an engine does not load it, by engine
+    judged: Sequence[str]  # what is expected of the other engines, in sentences with their versions
     vllm: Sequence[VllmCommand]
     sglang: str  # the command
     sglang_drafts: bool
 
     def loads(self, engine: str) -> bool:
-        """Check whether `vllm`, `sglang` or `transformers` loads the model. True if that is not known."""
+        """Check whether `vllm`, `sglang` or `transformers` may load the model. True if that is not known or judged."""
         return engine not in self.refused
 
 
 def serving_of(facts: CardFacts) -> Serving:
     """Choose the commands by the benchmark's result and the plan's verdicts on engines."""
-    refused = {engine: why for engine in ENGINES if (why := _refusal(facts, engine, "loads"))}
-    if facts.benchmark.commands:  # vLLM has just served it, so the plan's verdict was wrong
-        refused.pop("vllm", None)
-    drafts = facts.head and not facts.packed_head and not _refusal(facts, "sglang", "mtp")
+    verdicts = {engine: facts.engines[engine] for engine in ENGINES if engine in facts.engines}
+    if facts.benchmark.commands:  # vLLM has just served it, whatever the plan expected
+        verdicts.pop("vllm", None)
+    refused = {engine: _reason(engine, one) for engine, one in verdicts.items() if one.loads is False}
+    judged = [_expected(engine, one, head=facts.head) for engine, one in verdicts.items() if engine not in refused]
+    sglang = facts.engines.get("sglang")  # a head that was not judged is not asked for drafts
+    drafts = facts.head and not facts.packed_head and (sglang is None or sglang.mtp is True)
     modes = (True, False) if facts.head else (False,)
-    return Serving(refused, [_vllm(facts, mtp=mtp) for mtp in modes], _sglang(facts, drafts=drafts), drafts)
+    return Serving(refused, judged, [_vllm(facts, mtp=mtp) for mtp in modes], _sglang(facts, drafts=drafts), drafts)
 
 
-def _refusal(facts: CardFacts, engine: str, what: str) -> str | None:
-    """Say why an engine does not load the model (`loads`) or draft (`mtp`). None if it does, or if nobody knows."""
-    verdict = facts.engines.get(engine)
-    return None if verdict is None or getattr(verdict, what) else verdict.reason
+def _reason(engine: str, verdict: EngineVerdict) -> str:
+    return f"{verdict.reason} ({ENGINES[engine]} {verdict.version})"
+
+
+def _expected(engine: str, verdict: EngineVerdict, *, head: bool) -> str:
+    """Say what headers and configs let expect of an engine that may load the model."""
+    subject = f"{ENGINES[engine]} {verdict.version}"
+    if verdict.loads is None:
+        return f"Whether {subject} loads it is not judged: {verdict.reason}."
+    if not head or engine == "transformers":
+        return f"By headers and configs, {subject} loads it."
+    if verdict.mtp is None:
+        return f"By headers and configs, {subject} loads it; whether it drafts is not judged: {verdict.reason}."
+    return f"By headers and configs, {subject} loads it and {'drafts' if verdict.mtp else 'does not draft'}."
 
 
 def _vllm(facts: CardFacts, *, mtp: bool) -> VllmCommand:
@@ -64,7 +79,8 @@ def _vllm(facts: CardFacts, *, mtp: bool) -> VllmCommand:
     asked = facts.recipe.benchmark
     flags = with_drafts(asked.flags, asked.draft_tokens) if mtp else without_drafts(asked.flags)
     words = ["vllm", "serve", MODEL, *_trust(facts), *arguments(with_dtype(flags, facts.dtype))]
-    no_drafts = _refusal(facts, "vllm", "mtp") if mtp else None
+    verdict = facts.engines.get("vllm") if mtp else None
+    no_drafts = _reason("vllm", verdict) if verdict is not None and verdict.mtp is False else None
     return VllmCommand(mtp, command_line(public(words), facts.model), ran=False, no_drafts=no_drafts)
 
 

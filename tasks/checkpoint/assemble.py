@@ -12,10 +12,10 @@ from pathlib import Path
 from requant.tasks.artifact import File
 from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION, Checkpoint
 from requant.tasks.checkpoint.config import QuantizationConfig
+from requant.tasks.checkpoint.exclusions import without_head_entries
 from requant.tasks.checkpoint.header import Tensor
-from requant.tasks.checkpoint.modules import INTEGER_PARTS, modules_of
-from requant.tasks.checkpoint.mtp import without_head_entries
-from requant.tasks.checkpoint.packing import PackingScheme, check_parts
+from requant.tasks.checkpoint.modules import INTEGER_PARTS, Module, modules_of
+from requant.tasks.checkpoint.reading import Reading
 from requant.tasks.checkpoint.writer import Layout, index_of, split_into_shards
 from requant.tasks.errors import CheckpointError
 
@@ -67,7 +67,7 @@ def check_modules(
 
     Raises CheckpointError, which names the first module with a problem.
     """
-    asked = set(asked)
+    asked, reading = set(asked), Reading.of(base.config, quantization)
     if not asked:
         raise CheckpointError("auto-round quantized no layer: the architecture has no blocks that it knows")
     for module in sorted(asked | set(parts)):
@@ -78,7 +78,7 @@ def check_modules(
         weight = base.tensors.get(f"{module}.weight")
         if weight is None or len(weight.shape) != 2:
             raise CheckpointError(f"{module} has a packed weight, but the base has no matrix {module}.weight")
-        wrong = check_parts(module, parts[module], PackingScheme.of(quantization, module), weight.shape)
+        wrong = reading.problem(Module(module, dict(parts[module])), weight.shape)
         if wrong:
             raise CheckpointError(wrong)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ from typing import Any
 from requant.tasks.artifact import REWRITTEN, sha256_of
 from requant.tasks.checkpoint.assemble import packed_parts
 from requant.tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, read_json
-from requant.tasks.checkpoint.config import ModelConfig, QuantizationConfig
+from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.data_checks import is_finite
 from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.header import Tensor
-from requant.tasks.checkpoint.packing import PackingScheme, check_parts
+from requant.tasks.checkpoint.modules import Module
+from requant.tasks.checkpoint.reading import Reading
 from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import CheckpointError
 
@@ -78,7 +79,6 @@ def account(
     """
     base = dequantize_fp8(split_fused_experts(base, quantized.tensors, head_too=True))
     result = Account(unaccounted=list(quantized.problems))
-    quantization = quantized.config.quantization
     parts = packed_parts(quantized.tensors.values())
     head_names = set(base.head.names if base.head else ())
     seen: set[str] = set()
@@ -89,7 +89,7 @@ def account(
             if name in head_names and not pack_head:
                 result.altered.append(f"{module} of the MTP head is packed")
             seen.update(t.name for t in parts[module].values())
-            _check_packed(result, module, source, parts[module], quantization)
+            _check_packed(result, quantized.reading, Module(module, parts[module]), source)
         elif name in quantized.tensors:
             seen.add(name)
             if name in head_names and not with_head:
@@ -107,17 +107,13 @@ def account(
     return result
 
 
-def _check_packed(
-    result: Account, module: str, weight: Tensor, parts: Mapping[str, Tensor], quantization: QuantizationConfig
-) -> None:
-    try:
-        wrong = check_parts(module, parts, PackingScheme.of(quantization, module), weight.shape)
-    except CheckpointError as error:
-        wrong = str(error)
+def _check_packed(result: Account, reading: Reading, module: Module, weight: Tensor) -> None:
+    wrong = reading.problem(module, weight.shape)
+    scales = module.parts.get("scales")
     if wrong:
         result.unaccounted.append(wrong)
-    elif not all(is_finite(chunk, parts["scales"].dtype) for chunk in parts["scales"].chunks()):
-        result.not_finite.append(f"{module}.scales")
+    elif scales is not None and not all(is_finite(chunk, scales.dtype) for chunk in scales.chunks()):
+        result.not_finite.append(scales.name)
 
 
 def _check_kept(result: Account, tensor: Tensor, source: Tensor) -> None:

@@ -7,7 +7,6 @@ import re
 from collections import Counter
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.mtp import SHARED_MODULES
 
 BLOCK_NAME = re.compile(r"(?:^|.*?\.)(?:layers|layer|blocks|block|h)\.\d+(?=\.)")
 # Names of vision and audio towers: VISION_MM_KEYS and AUDIO_MM_KEYS of auto_round/utils/common.py (0.16.1).
@@ -40,8 +39,7 @@ def streaming_parameters(base: Checkpoint) -> int:
     These are all parameters outside of blocks, and twice those of the largest block. A layer of the MTP head counts as
     a block, without the copies of the main model's embeddings and output layer that it may have.
     """
-    head = base.head.names if base.head else ()
-    copies = {name for name in head if name.endswith(tuple(f".{module}.weight" for module in SHARED_MODULES))}
+    copies = base.head.copies if base.head else ()
     sizes = Counter[str]()
     for tensor in base.tensors.values():
         if tensor.name in copies:

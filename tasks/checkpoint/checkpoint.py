@@ -8,24 +8,33 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from requant.tasks.artifact import check_relative
 from requant.tasks.checkpoint.config import JsonObject, ModelConfig, QuantizationConfig
+from requant.tasks.checkpoint.foreign_files import beginning_of, explain_content
 from requant.tasks.checkpoint.header import Tensor, read_header, size_of, unreadable
+from requant.tasks.checkpoint.methods import MODELOPT_FILE, Method, method_of
 from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import Head, find_head
+from requant.tasks.checkpoint.other_kinds import CHECKPOINT_FILES, explain_folder
+from requant.tasks.checkpoint.shards import FIX_INDEX, MOVE, Contents, Headers, contents_of, lost_numbers
 from requant.tasks.checkpoint.untrusted import MAX_JSON_BYTES, MAX_SHARDS, check_depth, parse, shown
 from requant.tasks.errors import CheckpointError
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+if TYPE_CHECKING:
+    from requant.tasks.checkpoint.reading import Reading
+
+INDEX, SINGLE = CHECKPOINT_FILES
 QUANTIZATION = "quantization_config.json"
-# Files that may hold a quantization config besides config.json, as auto-round, AutoGPTQ and AutoAWQ name them.
-QUANTIZATION_FILES = (QUANTIZATION, "quantize_config.json", "quant_config.json")
+# Files that may hold a quantization config besides config.json, as auto-round, AutoGPTQ, AutoAWQ and ModelOpt name
+# them.
+QUANTIZATION_FILES = (QUANTIZATION, "quantize_config.json", "quant_config.json", MODELOPT_FILE)
+# The method of a file that may not name it, as its authors wrote no other.
+METHODS_OF_FILES = {QUANTIZATION_FILES[1]: {"quant_method": "gptq"}, QUANTIZATION_FILES[2]: {"quant_method": "awq"}}
 MAX_PROBLEMS_OF_KIND = 100  # a hostile index may have a million
 SHARD_NAME = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)
 WRONG_TOTAL = "the index says total_size"
-STALE = "which the index does not name"
 
 
 class Harmless(str):
@@ -36,13 +45,22 @@ class Ambiguous(Harmless):
     """A problem that readers do not notice but may resolve differently. Only `inspect` works on such a checkpoint."""
 
 
+class OfIndex(Ambiguous):
+    """An ambiguity that a new index solves."""
+
+
+class Unread(str):
+    """The problem of a shard that is there and cannot be read, so that nothing is known of the tensors in it."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint folder. `tensors` are in the order in which a sequential reader meets them.
 
     `problems`: contradictions between index, files and headers, as sentences. A checkpoint with problems can be
     inspected, but `sound` refuses it for any other work.
-    `pending_files`: files that the folder does not have yet but will have, with their current paths.
+    `pending_files`: files that the folder does not have yet but will have, with their current paths. `contents`: what
+    all weight files of the folder hold, whatever the index says; None if only some shards were opened.
     """
 
     folder: Path
@@ -52,12 +70,16 @@ class Checkpoint:
     total_size: int | None
     problems: list[str] = field(default_factory=list)
     pending_files: Mapping[str, Path] = field(default_factory=dict)
+    contents: Contents | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
         """Read config, index and headers. Raises CheckpointError if the folder holds no readable checkpoint at all."""
         if not folder.is_dir():
             raise CheckpointError(f"{shown(str(folder))} is not a folder: name a checkpoint's folder", path=folder)
+        has_weights = any(os.path.lexists(folder / name) for name in CHECKPOINT_FILES)
+        if not has_weights and (other := explain_folder(folder)):
+            raise CheckpointError(other, path=folder)
         problems: list[str] = []
         config = ModelConfig(_read(folder / "config.json", problems))
         weight_map: JsonObject | None = None
@@ -71,19 +93,20 @@ class Checkpoint:
                 )
             total_size = _total_size(index)
             shards = _shards(folder, weight_map, problems)
-            _strays(folder, shards, problems)
-        elif os.path.lexists(folder / SINGLE):
-            shards = (SINGLE,)
+            headers, missing = _headers(folder, shards, problems)
+            contents = contents_of(folder, config, weight_map, headers)
+            remedy = "" if contents.is_whole else ": download it again"
+            _report(problems, missing, lambda shard: f"the index names {shown(shard)}, which is missing{remedy}")
+            tensors = _tensors(headers, weight_map, problems)
+            _beside_index(contents, problems)
         else:
-            raise CheckpointError(
-                f"{shown(str(folder))} has neither {INDEX} nor {SINGLE}: only safetensors checkpoints can be read",
-                path=folder,
-            )
-        tensors = _tensors(folder, shards, weight_map, problems)
+            contents = contents_of(folder, config, {}, {})
+            shards, tensors = tuple(stray.name for stray in contents.strays if stray.own), contents.tensors
+            _without_index(folder, contents, problems)
         size = sum(t.nbytes for t in tensors.values())
         if total_size is not None and total_size != size and all(isinstance(p, Harmless) for p in problems):
             problems.append(Harmless(f"{WRONG_TOTAL} {total_size}, the tensors have {size} bytes: run requant mtp-fix"))
-        return cls(folder, config, tensors, shards, total_size, problems)
+        return cls(folder, config, tensors, shards, total_size, problems, contents=contents)
 
     @classmethod
     def open_shards(cls, folder: Path, shards: Sequence[str]) -> Checkpoint:
@@ -107,6 +130,11 @@ class Checkpoint:
         """
         return [p for p in self.problems if not isinstance(p, Harmless)]
 
+    @property
+    def has_unread(self) -> bool:
+        """Whether a shard is there and cannot be read: tensors that seem to be missing may be in it."""
+        return any(isinstance(p, Unread) for p in self.problems)
+
     @cached_property
     def head(self) -> Head | None:
         """The MTP head, or None."""
@@ -115,7 +143,17 @@ class Checkpoint:
     @cached_property
     def modules(self) -> Mapping[str, Module]:
         """The modules by name."""
-        return modules_of(self.tensors.values())
+        return modules_of(self.tensors.values(), self.method)
+
+    @cached_property
+    def head_modules(self) -> Mapping[str, Module]:
+        """The modules of the MTP head by name; empty if there is none."""
+        return modules_of((self.tensors[name] for name in (self.head.names if self.head else ())), self.method)
+
+    @cached_property
+    def method(self) -> Method | None:
+        """The quantization method; None if no config names one."""
+        return method_of(self.config, self.quantization)
 
     @property
     def nbytes(self) -> int:
@@ -134,12 +172,19 @@ class Checkpoint:
     @cached_property
     def quantization(self) -> QuantizationConfig:
         """The quantization config of config.json, otherwise of a file that a quantizer has written next to it."""
-        for part in (self.config, self.config.text):
-            for key in ("quantization_config", "compression_config"):
-                if (stated := part.child(key)) is not None:
-                    return QuantizationConfig(stated)
-        files = (self.folder / name for name in QUANTIZATION_FILES)
-        return QuantizationConfig(next((read_json(file) for file in files if file.is_file()), {}))
+        if self.config.quantization:
+            return self.config.quantization
+        name = next((name for name in QUANTIZATION_FILES if (self.folder / name).is_file()), None)
+        if name is None:
+            return QuantizationConfig()
+        return QuantizationConfig({**METHODS_OF_FILES.get(name, {}), **read_json(self.folder / name)})
+
+    @cached_property
+    def reading(self) -> Reading:
+        """What the quantization config says of each module."""
+        from requant.tasks.checkpoint.reading import Reading  # which imports this module by way of the engines' rules
+
+        return Reading.of(self.config, self.quantization)
 
 
 def _total_size(index: JsonObject) -> int | None:
@@ -181,49 +226,81 @@ def stays_inside(folder: Path, shard: str) -> bool:
     return os.path.commonpath([parent, root := os.path.realpath(folder)]) == root
 
 
-def _strays(folder: Path, shards: Sequence[str], problems: list[str]) -> None:
-    """Find weight files that the index does not name. Some loaders prefer them, or read all files that there are."""
-    named = set(shards)
-    if SINGLE not in named and os.path.lexists(folder / SINGLE):
-        problems.append(f"{SINGLE} lies beside a sharded index: loaders prefer it and miss the other shards")
-    others = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in {SINGLE, *named})
-    stale = [name for name in others if not name.startswith("consolidated")]  # Mistral's own loader reads those
-    remedy = "delete it, or restore the index that it belongs to"
-    _report(problems, stale, lambda name: Harmless(f"{shown(name)} is a shard {STALE}: {remedy}"))
+def _beside_index(contents: Contents, problems: list[str]) -> None:
+    """Find weight files that the index does not name, and say whether the index can be written anew."""
+    single = next((stray for stray in contents.strays if stray.name == SINGLE), None)
+    if single is not None:
+        remedy = f": {FIX_INDEX}" if single.own and contents.is_whole else ""
+        problems.append(f"{SINGLE} lies beside a sharded index: loaders prefer it and miss the other shards{remedy}")
+    others = {stray.name: stray.sentence() for stray in contents.strays if stray.name != SINGLE}
+    _report(problems, list(others), lambda name: Harmless(others[name]))
+    if contents.is_whole and any(not isinstance(problem, Harmless) for problem in problems):
+        problems.append(Harmless(f"the index is wrong, and the shards have every tensor that it names: {FIX_INDEX}"))
 
 
-def _tensors(
-    folder: Path, shards: Sequence[str], weight_map: JsonObject | None, problems: list[str]
-) -> dict[str, Tensor]:
-    """Return the tensors that index and headers agree on."""
-    tensors: dict[str, Tensor] = {}
-    read: set[str] = set()
+def _without_index(folder: Path, contents: Contents, problems: list[str]) -> None:
+    """Say what engines make of weight files without an index.
+
+    Raises CheckpointError if no file is a checkpoint's.
+    """
+    strays = {stray.name: stray for stray in contents.strays}
+    broken = [stray.problem for stray in strays.values() if stray.problem is not None]
+    if not broken and not any(stray.own for stray in strays.values()):
+        raise CheckpointError(
+            f"{shown(str(folder))} has neither {INDEX} nor {SINGLE}: only safetensors checkpoints can be read",
+            path=folder,
+        )
+    _report(problems, broken, Unread)
+    lost = lost_numbers(strays)
+    _report(problems, lost, lambda name: f"{shown(name)} of the series is missing: download it again")
+    can_index = contents.is_whole and all(isinstance(problem, Harmless) for problem in problems)
+    for name, stray in strays.items():
+        for tensor in [*stray.copied, *stray.differing][:1]:
+            problems.append(
+                Ambiguous(f"{shown(tensor)} is in {shown(name)} and in another file, and there is no index")
+            )
+        for tensor in stray.foreign[:1]:
+            what = (
+                f"without an index engines read {shown(name)} too, and {shown(tensor)} in it is no tensor of this model"
+            )
+            problems.append(OfIndex(f"{what}: {MOVE}"))
+    if set(strays) != {SINGLE}:
+        kind, alone = (Harmless, f"{SINGLE} alone") if SINGLE in strays else (OfIndex, "none of them")
+        readers = f"vLLM and SGLang read all {len(strays)} weight files, transformers reads {alone}"
+        problems.append(kind(f"there is no {INDEX}: {readers}" + (f"; {FIX_INDEX}" if can_index else "")))
+
+
+def _headers(
+    folder: Path, shards: Sequence[str], problems: list[str]
+) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Return the headers that can be read, by shard, and the names of missing shards."""
+    headers: dict[str, dict[str, Tensor]] = {}
     missing: list[str] = []
     broken: list[str] = []
-    misplaced: list[str] = []
     for shard in shards:
         try:
-            header = read_header(folder / shard)
+            headers[shard] = read_header(folder / shard)
         except FileNotFoundError:
             missing.append(shard)
-            continue
         except CheckpointError as error:
             broken.append(str(error))
-            continue
-        read.add(shard)
+    _report(problems, broken, Unread)
+    return headers, missing
+
+
+def _tensors(headers: Headers, weight_map: JsonObject, problems: list[str]) -> dict[str, Tensor]:
+    """Return the tensors that index and headers agree on."""
+    tensors: dict[str, Tensor] = {}
+    misplaced: list[str] = []
+    for shard, header in headers.items():
         for name, tensor in header.items():
-            if weight_map is None or weight_map.get(name) == shard:
+            if weight_map.get(name) == shard:
                 tensors[name] = tensor
             else:
                 misplaced.append(_misplaced(name, shard, weight_map))
-    remedy = "fetch it from the base or the Hub"
-    _report(problems, missing, lambda shard: f"the index names {shown(shard)}, which is missing: {remedy}")
-    _report(problems, broken, str)
     _report(problems, misplaced, str)
-    if weight_map is not None:
-        index = weight_map
-        lost = [n for n, s in index.items() if isinstance(s, str) and s in read and n not in tensors]
-        _report(problems, lost, lambda name: f"the index names {shown(name)}, which is not in {shown(index[name])}")
+    lost = [n for n, s in weight_map.items() if isinstance(s, str) and s in headers and n not in tensors]
+    _report(problems, lost, lambda name: f"the index names {shown(name)}, which is not in {shown(weight_map[name])}")
     return tensors
 
 
@@ -247,7 +324,8 @@ def _read(path: Path, problems: list[str]) -> JsonObject:
     document, repeated = parse_json(path)
     if repeated:
         more = f" (and {len(repeated) - 1:,} more such keys)" if len(repeated) > 1 else ""
-        problems.append(Ambiguous(f"{path.name} says {shown(repeated[0])} twice{more}: keep one of the two"))
+        kind = OfIndex if path.name == INDEX else Ambiguous
+        problems.append(kind(f"{path.name} says {shown(repeated[0])} twice{more}: keep one of the two"))
     return document
 
 
@@ -276,7 +354,8 @@ def parse_json(path: Path) -> tuple[JsonObject, list[str]]:
     except OSError as error:
         raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON ({error}): restore the file", path=path) from error
+        explained = explain_content(beginning_of(path) if size else b"")
+        raise CheckpointError(f"{file} {explained or f'is not JSON ({error}): restore the file'}", path=path) from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{file} is not a JSON object: restore the file", path=path)
     return JsonObject(document), repeated

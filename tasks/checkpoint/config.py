@@ -11,7 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-LAYER_COUNTS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
+# Keys that count MTP layers, of the language model's config or of an object in the config, as Inkling's mtp_config.
+LAYER_COUNTS = (
+    "mtp_num_hidden_layers", "num_nextn_predict_layers", "num_mtp_modules", "num_mtp_layers", "n_mtp_layers",
+)  # fmt: skip
 HeadPrecision = Literal["keep", "int8", "int4"]  # keep: the head of the base, unchanged
 HEAD_BITS = {"int8": 8, "int4": 4}  # the precisions that an MTP head can be quantized to
 
@@ -52,8 +55,13 @@ class QuantizationConfig(JsonObject):
 
     @property
     def method(self) -> str:
-        """The value of `quant_method` in vLLM's spelling; empty if there is none."""
-        return (self.string("quant_method") or "").lower().replace("compressed_tensors", "compressed-tensors")
+        """The value of `quant_method` in vLLM's spelling; empty if there is none.
+
+        A config that ModelOpt wrote to a file of its own names its producer and no method.
+        """
+        stated = (self.string("quant_method") or "").lower().replace("compressed_tensors", "compressed-tensors")
+        by_modelopt = (self.child("producer") or JsonObject()).get("name") == "modelopt"
+        return "modelopt" if by_modelopt and not stated else stated
 
     @property
     def scheme(self) -> ConfigScheme:
@@ -89,12 +97,18 @@ class ModelConfig(JsonObject):
     @property
     def mtp_layers(self) -> int:
         """The number of MTP layers that the config promises; 0 if it says nothing."""
-        return max((count for key in LAYER_COUNTS if (count := self.text.integer(key)) is not None), default=0)
+        places = (self.text, self.child("mtp_config") or JsonObject())
+        counts = (place.integer(key) for place in places for key in LAYER_COUNTS)
+        return max((count for count in counts if count is not None), default=0)
 
     @property
     def quantization(self) -> QuantizationConfig:
-        """The `quantization_config` at the top of the file."""
-        return QuantizationConfig(self.child("quantization_config") or {})
+        """The quantization config, wherever in the file engines and transformers look for it."""
+        for part in (self, self.text):
+            for key in ("quantization_config", "compression_config"):
+                if (stated := part.child(key)) is not None:
+                    return QuantizationConfig(stated)
+        return QuantizationConfig()
 
     @property
     def fp8_block(self) -> tuple[int, int] | None:
@@ -122,6 +136,13 @@ class ModelConfig(JsonObject):
         """Return a copy that promises as many MTP layers as the base's config, if that says anything."""
         counts = {key: base.text[key] for key in LAYER_COUNTS if key in base.text}
         if self.text is not self and base.text is not base:
+            return ModelConfig({**self, "text_config": {**self.text, **counts}})
+        return ModelConfig({**self, **counts})
+
+    def with_mtp_layers(self, count: int) -> ModelConfig:
+        """Return a copy that promises this many MTP layers under each key that the config has for it."""
+        counts = {key: count for key in LAYER_COUNTS if key in self.text}
+        if self.text is not self:
             return ModelConfig({**self, "text_config": {**self.text, **counts}})
         return ModelConfig({**self, **counts})
 

@@ -14,15 +14,27 @@ from requant.tasks.documents import Document
 
 
 class EngineVerdict(Document):
-    """Whether an engine will load a checkpoint and draft with its MTP head, from headers and configs alone."""
+    """Whether an engine will load a checkpoint and draft with its MTP head, from headers and configs alone.
 
-    loads: bool = Field(description="Whether the engine loads it")
-    mtp: bool = Field(description="Whether the engine drafts with its MTP head")
-    reason: str = Field(description="What is in the way, or that nothing is")
+    There are three answers: yes, no, and not judged, where Requant does not know.
+    """
 
-    def __str__(self) -> str:
-        loads, drafts = "loads" if self.loads else "does not load", "drafts" if self.mtp else "does not draft"
-        return f"{loads}, {drafts}: {self.reason}"
+    loads: bool | None = Field(description="Whether the engine loads it; null: not judged")
+    mtp: bool | None = Field(description="Whether the engine drafts with its MTP head; null: not judged")
+    reason: str = Field(description="What is in the way, why it was not judged, or that nothing is in the way")
+    version: str = Field(description="The engine's version whose rules were used, as 0.32.0")
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Order verdicts on one engine: no is worse than not judged, which is worse than yes; loading counts first."""
+        ranks = {False: 0, None: 1, True: 2}
+        return ranks[self.loads], ranks[self.mtp]
+
+    def text(self, engine: str) -> str:
+        """Return the verdict in words, with the engine's name and version."""
+        loads = {True: "loads", False: "does not load", None: "loading not judged"}[self.loads]
+        drafts = {True: "drafts", False: "does not draft", None: "drafting not judged"}[self.mtp]
+        return f"{loads}, {drafts}: {self.reason} ({engine} {self.version})"
 
 
 class QuantizedWeights(Document):
@@ -33,6 +45,7 @@ class QuantizedWeights(Document):
     group_size: Scalar = Field(description="Weights of a row that share one scale; -1: complete rows")
     sym: Scalar = Field(description="Whether the zero point is the middle of the range")
     method: Scalar = Field(description="The value of quant_method")
+    name: str | None = Field(None, description="The method as people call it, as ModelOpt NVFP4; null without one")
     packing: Scalar = Field(description="The value of packing_format, as auto_round:auto_gptq")
     storage: dict[str, int] = Field(description="How many modules are stored in which way, as INT4 or F8_E4M3")
 
@@ -51,8 +64,10 @@ class HeadDocument(Document):
     """The MTP head."""
 
     present: bool = Field(description="Whether there is a head; without one, the other values are empty")
-    layout: Literal["mtp", "inlined"] | None = Field(
-        None, description="mtp: its tensors are named mtp.*; inlined: decoder layers behind the last one of the model"
+    layout: str | None = Field(
+        None,
+        description="mtp: its tensors are named mtp.* as those of Qwen; inlined: decoder layers behind the last one of "
+        "the model as those of DeepSeek and GLM; unknown; or the layout of another family",
     )
     layers: int = Field(0, description="MTP layers that the config promises; if it promises none, those of the tensors")
     precision: str | None = Field(None, description="The ways in which its modules are stored, as BF16+INT4")
@@ -75,15 +90,28 @@ class InspectDocument(Document):
     dtypes: dict[str, int] = Field(description="How many tensors have which dtype")
     quantized: QuantizedWeights = Field(description="The quantized modules")
     groups: list[ModuleGroup] = Field(description="All modules, in groups")
+    complete: bool | None = Field(
+        None, description="Whether it has all tensors that its architecture needs; null: the architecture is not known"
+    )
     mtp: HeadDocument = Field(description="The MTP head")
+    drafter: str | None = Field(
+        None, description="The kind of draft model that the repo is, as EAGLE-3 or DFlash; null for a model itself"
+    )
+    engines: dict[str, EngineVerdict] = Field(description="For vllm, sglang and transformers: will it load")
+    problems: list[str] = Field(description="What is wrong, in sentences")
+
+
+class Diagnosis(Document):
+    """What `requant inspect` says of a checkpoint before or after its repair."""
+
     engines: dict[str, EngineVerdict] = Field(description="For vllm, sglang and transformers: will it load")
     problems: list[str] = Field(description="What is wrong, in sentences")
 
 
 class MtpFixDocument(Document):
-    """What a repair did, or would do with --dry-run."""
+    """What a repair did, or would do with --dry-run or in a repo. What is about repos is null or empty for folders."""
 
-    changed: bool = Field(description="Whether the folder was changed")
+    changed: bool = Field(description="Whether the folder was changed, or a pull request was opened")
     tensors_restored: int = Field(description="How many tensors of the MTP head were replaced")
     source: Literal["base", "dequantized"] = Field(
         description="Where restored tensors are from: the base, or without one the head's own quantized tensors"
@@ -91,3 +119,13 @@ class MtpFixDocument(Document):
     writes: list[str] = Field(description="Paths of the files that were written, or would be")
     removes: list[str] = Field(description="Paths of the files that were removed, or would be")
     engines: dict[str, EngineVerdict] = Field(description="For vllm, sglang and transformers: will the result load")
+    problems: list[str] = Field([], description="What remains wrong, in sentences")
+    repo: str | None = Field(None, description="The repo on the Hub")
+    sha: str | None = Field(None, description="The repo's commit that was inspected")
+    base: str | None = Field(None, description="The base that was used in a repo: repo_id@sha, or a folder")
+    before: Diagnosis | None = Field(None, description="The repo as it is")
+    after: Diagnosis | None = Field(None, description="The repo with the repair")
+    sizes: dict[str, int] = Field({}, description="Bytes to upload of each file that is written; 0: the Hub copies it")
+    upload_bytes: int = Field(0, description="Bytes of all files to upload")
+    download_bytes: int = Field(0, description="Bytes of tensors that have to be downloaded to write the files")
+    pull_request: str | None = Field(None, description="Address of the pull request that has the repair")

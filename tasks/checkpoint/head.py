@@ -11,15 +11,12 @@ from pathlib import Path
 from requant.tasks.artifact import File
 from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION, Checkpoint, read_json
 from requant.tasks.checkpoint.config import HEAD_BITS, JsonObject, ModelConfig, QuantizationConfig
+from requant.tasks.checkpoint.exclusions import with_head_entries, without_head_entries
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.header import CONFIG_DTYPES, Tensor
+from requant.tasks.checkpoint.heads.missing import depths_of, stated_count
 from requant.tasks.checkpoint.modules import Module, modules_of
-from requant.tasks.checkpoint.mtp import (
-    Head,
-    find_head,
-    with_head_entries,
-    without_head_entries,
-)
+from requant.tasks.checkpoint.mtp import Head, find_head
 from requant.tasks.checkpoint.packing import (
     REQUIRED,
     Array,
@@ -30,6 +27,7 @@ from requant.tasks.checkpoint.packing import (
     pack,
     to_bytes,
 )
+from requant.tasks.checkpoint.reading import general_scheme
 from requant.tasks.checkpoint.writer import Computed, Layout, index_document
 from requant.tasks.errors import CheckpointError
 
@@ -94,7 +92,7 @@ def head_tensors(base: Checkpoint, precision: str, quantization: QuantizationCon
     tensors: Tensors = {name: base.tensors[name] for name in head.names}
     if precision == "keep":
         return tensors
-    scheme = PackingScheme.of(quantization, "")
+    scheme = general_scheme(quantization)
     if quantization.method != "auto-round" or scheme.group_size <= 0:
         raise CheckpointError(
             f"a head with {precision} needs a checkpoint of auto-round with a group size: keep it as it is"
@@ -148,7 +146,7 @@ def dequantized_head(checkpoint: Checkpoint) -> Tensors:
             continue
         if module.storage != "integer":
             raise CheckpointError(f"{module.name} is stored as {module.storage}: {NAME_BASE} instead")
-        scheme = PackingScheme.of(checkpoint.quantization, module.name)
+        scheme = checkpoint.reading.scheme(module)
         missing = [part for part in REQUIRED if part not in module.parts]
         shape = () if missing else scheme.weight_shape(module.parts)
         problem = check_parts(module.name, module.packed_parts, scheme, shape)
@@ -193,14 +191,18 @@ def without_head(files: HeadFiles, head: Head | None, *, keep_count: bool = Fals
 
 
 def check_head(base: Checkpoint) -> None:
-    """Check that a base has as many MTP layers as its config promises. Raises CheckpointError if not."""
-    head, promised = base.head, base.config.mtp_layers
-    layers: set[str] = set()
+    """Check that a base has as many MTP layers as its config promises. Raises CheckpointError if not.
+
+    What an unknown layout should have is not known: such a head is never refused.
+    """
+    head, promised, there = base.head, base.config.mtp_layers, 0
     if head is not None:
-        numbers = (name.split("layers.")[1].split(".")[0] for name in head.names if "layers." in name)
-        layers = set(numbers if head.layout == "mtp" else head.prefixes)
-    if promised and len(layers) != promised:
+        if head.known is None:
+            return
+        promised, there = stated_count(base.config, head.known).count or 0, depths_of(head, base.config)
+        if not head.known.exact:  # engines skip what is not counted
+            there = min(there, promised)
+    if promised and there != promised:
         raise CheckpointError(
-            f"its config promises {promised} MTP layers and its tensors have {len(layers)}: "
-            "use a complete base, or mtp: drop"
+            f"its config promises {promised} MTP layers and its tensors have {there}: use a complete base, or mtp: drop"
         )

@@ -13,6 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from requant.tasks.checkpoint.foreign_files import beginning_of, explain_shard
 from requant.tasks.checkpoint.untrusted import MAX_HEADER_BYTES, parse, shown, without_collector
 from requant.tasks.errors import CheckpointError
 
@@ -103,7 +104,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     file, size = shown(path.name), size_of(path)
     raw = _read_header(path, size)
     if raw is None:
-        raise CheckpointError(f"{file} is not a whole safetensors file: its header length cannot be right", path=path)
+        head = beginning_of(path) if size else b""
+        raise CheckpointError(f"{file} {explain_shard(head)}", path=path)
     try:
         document, repeated = parse(raw)
     except (ValueError, RecursionError) as error:

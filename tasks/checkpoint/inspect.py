@@ -7,15 +7,24 @@ from pathlib import Path
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import Judgement
+from requant.tasks.checkpoint.completeness import Completeness
 from requant.tasks.checkpoint.config import Scalar
 from requant.tasks.checkpoint.data_checks import deep_problems
 from requant.tasks.checkpoint.document import HeadDocument, InspectDocument, QuantizedWeights
+from requant.tasks.checkpoint.heads.drafters import drafter_kind
+from requant.tasks.checkpoint.heads.layouts import UNKNOWN
 from requant.tasks.checkpoint.inventory import head_document, inventory, storage_of
+from requant.tasks.checkpoint.methods import full_name
 from requant.tasks.checkpoint.problems import problems_of
 from requant.tasks.checkpoint.untrusted import shown
 
 MAX_SHOWN_GROUPS = 80  # in the text; the JSON document has all groups
 MAX_PROBLEMS = 1000  # a hostile index may have a million
+COMPLETE = {
+    True: "has all tensors that its architecture needs",
+    False: "lacks tensors, or has them in other shapes",
+    None: "not judged: Requant does not know its architecture, and its layers do not contradict each other",
+}
 
 
 def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
@@ -25,9 +34,10 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
     """
     checkpoint = Checkpoint.open(folder)
     quantization = checkpoint.quantization
-    stored = Counter(storage_of(m, quantization) for m in checkpoint.modules.values() if m.quantized)
+    stored = Counter(storage_of(m, checkpoint.reading) for m in checkpoint.modules.values() if m.quantized)
     judgement = Judgement.of(checkpoint)
-    problems = problems_of(checkpoint, judgement)
+    completeness = Completeness.of(checkpoint)
+    problems = problems_of(checkpoint, judgement, completeness)
     if deep and not checkpoint.fatal:
         problems += deep_problems(checkpoint)
     if len(problems) > MAX_PROBLEMS:
@@ -43,11 +53,14 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
             group_size=_printable(scheme.group_size),
             sym=_printable(scheme.sym),
             method=_printable(quantization.get("quant_method")),
+            name=shown(full_name(checkpoint.method, quantization)) if checkpoint.method else None,
             packing=_printable(quantization.get("packing_format")),
             storage=dict(stored.most_common()),
         ),
         groups=inventory(checkpoint),
+        complete=None if checkpoint.fatal else completeness.complete,
         mtp=head_document(checkpoint),
+        drafter=drafter_kind(checkpoint.config),
         engines=judgement.verdicts,
         problems=problems,
     )
@@ -65,13 +78,18 @@ def as_text(name: str, document: InspectDocument) -> str:
         lines.append(f"and {len(groups) - MAX_SHOWN_GROUPS} more groups (--json has them all)")
     lines.append("")
     if quantized.count:
-        stored = ", ".join(f"{count:,} {storage}" for storage, count in quantized.storage.items())
-        packing = quantized.packing or quantized.method
-        lines.append(f"quantized     {stored}, group {quantized.group_size}, {packing}")
+        parts = [f"{count:,} {storage}" for storage, count in quantized.storage.items()]
+        parts += [f"group {quantized.group_size}"] if quantized.group_size is not None else []
+        parts += [str(how)] if (how := quantized.packing or quantized.name) is not None else []
+        lines.append(f"quantized     {', '.join(parts)}")
     else:
-        lines.append("quantized     nothing")
+        named = f" that Requant knows of {quantized.name}" if quantized.name else ""
+        lines.append(f"quantized     nothing{named}")
+    lines.append(f"complete      {COMPLETE[document.complete]}")
     lines.append(f"MTP head      {_head_text(document.mtp)}")
-    lines += [f"{engine:13} {verdict}" for engine, verdict in document.engines.items()]
+    if document.drafter:
+        lines.append(f"draft model   {document.drafter}: a drafter for its base, not a base model")
+    lines += [f"{engine:13} {verdict.text(engine)}" for engine, verdict in document.engines.items()]
     lines += [f"problem       {problem}" for problem in document.problems] or ["problems      none"]
     return "\n".join(lines)
 
@@ -84,6 +102,8 @@ def _printable(value: object) -> Scalar:
 def _head_text(head: HeadDocument) -> str:
     if not head.present:
         return "none"
+    if head.layout == UNKNOWN:
+        return f"{head.layers} layers of an unknown layout: kept as it is, {head.precision}, {head.bytes:,} bytes"
     complete = "complete" if head.complete else f"lacks {', '.join(head.missing[:3])}"
     experts = f", experts {head.experts}" if head.experts else ""
     return f"{head.layers} layers, {head.layout}{experts}, {head.precision}, {head.bytes:,} bytes, {complete}"

@@ -1,15 +1,19 @@
 """Groups tensors into modules, and says how the weights of each module are stored.
 
-This is decided by the names and dtypes of the tensors and never by a config, which may contradict the tensors.
+This is decided by the names and dtypes of the tensors and not by a config, which may contradict the tensors. Only the
+method that a checkpoint declares is asked for: the same names mean other things in other methods.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.checkpoint.methods import Method
 
 # Parts of weights that GPTQ, AWQ or auto-round packed; of compressed-tensors; of scaled FP8 and INT8 weights.
 INTEGER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -21,9 +25,10 @@ SCALED_PARTS = ("weight_scale_inv", "weight_scale_2", "activation_scale")
 PLAIN_PARTS = ("weight", "bias")
 PARTS = (*INTEGER_PARTS, *COMPRESSED_PARTS, *SCALED_PARTS, *PLAIN_PARTS)
 NARROW_DTYPES = {"I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4"}  # they need a scale
+PACKED_DTYPES = {"I32", "U32"}  # of a `weight` that holds several values in a word, as Quark's
 
 
-Storage = Literal["plain", "integer", "compressed", "scaled"]
+Storage = Literal["plain", "integer", "compressed", "scaled", "other"]
 
 
 @dataclass(frozen=True)
@@ -31,23 +36,35 @@ class Module:
     """A module and its tensors by part.
 
     A parameter whose name does not end in the name of a part (fused 3-D experts, `A_log`) is a module of its own, with
-    the part `""`.
+    the part `""`. `readable`: whether the checkpoint's method stores weights in a way that Requant knows.
     """
 
     name: str
     parts: dict[str, Tensor] = field(default_factory=dict)
+    readable: bool = True
 
-    @property
+    @cached_property
     def storage(self) -> Storage:
-        """How the weight is stored: packed integers of GPTQ or AWQ, compressed-tensors, scaled, or plain."""
+        """How the weight is stored: packed integers of GPTQ or AWQ, compressed-tensors, scaled, or plain.
+
+        `other`: quantized, in a way that Requant does not know.
+        """
+        if not self.readable:
+            return "other" if self._quantized_somehow else "plain"
         if any(part in self.parts for part in INTEGER_PARTS):
             return "integer"
         if "weight_packed" in self.parts:
             return "compressed"
         weight = self.parts.get("weight")
-        if weight is not None and weight.dtype in NARROW_DTYPES:
+        if weight is not None and weight.dtype in NARROW_DTYPES | PACKED_DTYPES:
             return "scaled"
         return "plain"
+
+    @property
+    def _quantized_somehow(self) -> bool:
+        weight = self.parts.get("weight")
+        narrow = weight is not None and weight.dtype in NARROW_DTYPES | PACKED_DTYPES
+        return narrow or any(part and part not in PLAIN_PARTS for part in self.parts)
 
     @property
     def quantized(self) -> bool:
@@ -68,16 +85,25 @@ class Module:
         return sum(t.nbytes for t in self.parts.values())
 
 
-def split_name(name: str) -> tuple[str, str]:
+def split_name(name: str, more_parts: tuple[str, ...] = ()) -> tuple[str, str]:
     """Split a tensor's name into module and part. The part is empty if the name does not end in the name of a part."""
     module, _, part = name.rpartition(".")
-    return (module, part) if module and part in PARTS else (name, "")
+    return (module, part) if module and (part in PARTS or part in more_parts) else (name, "")
 
 
-def modules_of(tensors: Iterable[Tensor]) -> dict[str, Module]:
-    """Group tensors into modules, in the order of their first tensors."""
+def modules_of(tensors: Iterable[Tensor], method: Method | None = None) -> dict[str, Module]:
+    """Group tensors into modules, in the order of their first tensors. `method`: the one that the config declares."""
+    readable = method is None or method.readable
     modules: dict[str, Module] = {}
     for tensor in tensors:
-        name, part = split_name(tensor.name)
-        modules.setdefault(name, Module(name)).parts[part] = tensor
+        name, part = split_name(tensor.name) if method is None else _split_by(method, tensor.name)
+        modules.setdefault(name, Module(name, readable=readable)).parts[part] = tensor
     return modules
+
+
+def _split_by(method: Method, name: str) -> tuple[str, str]:
+    """Split a tensor's name into module and part, as a method names them."""
+    if method.tensors is None:
+        return split_name(name, method.more_parts)
+    match = re.fullmatch(method.tensors, name)
+    return (match["module"], match["part"]) if match else (name, "")

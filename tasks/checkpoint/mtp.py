@@ -1,43 +1,28 @@
-"""Finds the tensors of an MTP head, and writes what a quantization config must say about them.
+"""Finds the tensors of an MTP head, and says in which layout they are.
 
-There are two layouts. `mtp`: tensors `mtp.*` (Qwen3.5, Qwen3.6), whose layers `mtp_num_hidden_layers` counts.
-`inlined`: decoder layers behind the last one of the model, `model.layers.{num_hidden_layers + i}` (DeepSeek, GLM),
-which `num_nextn_predict_layers` counts.
+The layouts are in `heads/layouts.py`. A head in none of them is `unknown`: it is kept as it is, and not judged.
 """
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
 
-from requant.tasks.checkpoint.config import JsonObject, ModelConfig, QuantizationConfig
-from requant.tasks.checkpoint.header import Tensor
-from requant.tasks.checkpoint.modules import modules_of
-from requant.tasks.checkpoint.untrusted import shown
-from requant.tasks.errors import CheckpointError
+from requant.tasks.checkpoint.config import ModelConfig
+from requant.tasks.checkpoint.heads.layout import LAYER_NAME, HeadLayout, HeadName
+from requant.tasks.checkpoint.heads.layouts import BY_NAME, LAYOUTS, UNKNOWN
 
-LAYER_NAME = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.")
-FUSED_EXPERTS = {"gate_up_proj", "down_proj"}  # names of 3-D parameters
-# Modules of an inlined layer that are copies of the main model's, which engines use instead. Sources: vLLM 0.32.0,
-# v1/spec_decode/llm_base_proposer.py (_maybe_share_embeddings, _maybe_share_lm_head); SGLang 0.5.23,
-# srt/models/deepseek_nextn.py, which has none.
-SHARED_MODULES = frozenset({"embed_tokens", "shared_head.head"})
-FULL_PRECISION = {"bits": 16, "data_type": "fp"}  # says in a config of auto-round that a layer is not quantized
-# Values of quant_method, grouped by how their configs name modules that are not quantized.
-AUTO_ROUND_METHODS = frozenset({"auto-round", "inc"})
-GPTQ_METHODS = frozenset({"gptq", "gptq_marlin", "auto_gptq"})
-AWQ_METHODS = frozenset({"awq", "awq_marlin", "auto_awq"})
-FP8_METHODS = frozenset({"fp8", "fbgemm_fp8"})
+__all__ = ["LAYER_NAME", "Head", "find_head"]
+_NUMBERS = re.compile(r"\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
 class Head:
-    """The MTP head: its layout, and the sorted names of its tensors."""
+    """The MTP head: the name of its layout (`heads/layouts.py`), and the sorted names of its tensors."""
 
-    layout: Literal["mtp", "inlined"]
+    layout: str
     names: tuple[str, ...]
 
     @property
@@ -48,141 +33,56 @@ class Head:
 
     @property
     def prefixes(self) -> list[str]:
-        """Module prefixes that cover all of the head: `mtp`, or `model.layers.N` for each inlined layer."""
-        if self.layout == "mtp":
-            return sorted({n[: n.index("mtp") + 3] for n in self.names})
-        return sorted({m.group(0).rstrip(".") for n in self.names if (m := LAYER_NAME.match(n))})
+        """Module prefixes that cover all of the head: `mtp`, or `model.layers.N` for each layer behind the last one."""
+        return sorted({name.prefix for name in self.parts.values()})
+
+    @property
+    def known(self) -> HeadLayout | None:
+        """The layout; None if it is not known."""
+        return BY_NAME.get(self.layout)
+
+    @cached_property
+    def parts(self) -> dict[str, HeadName]:
+        """The names of the tensors, each taken apart."""
+        return {name: part for name in self.names if (part := HeadName.of(name, layers=0))}
+
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of the decoder layers in the names of the tensors, in order."""
+        if self.known and not self.known.layers:
+            return []
+        stem = f"{self.known.layers}." if self.known else ""
+        return sorted({p.layer for p in self.parts.values() if p.layer is not None and p.key.startswith(stem)})
+
+    @property
+    def copies(self) -> set[str]:
+        """Names of the tensors that are copies of the main model's embeddings and output layer."""
+        shared = tuple(f"{key}." for key in self.known.shared) if self.known else ()
+        return {name for name, part in self.parts.items() if part.key.startswith(shared)} if shared else set()
 
 
 def find_head(names: Iterable[str], config: ModelConfig) -> Head | None:
-    """Return the MTP head among the names of a checkpoint's tensors, or None."""
-    names = list(names)
-    named_mtp = sorted(n for n in names if re.match(r"^(?:model\.)?mtp\.", n))
-    if named_mtp:
-        return Head("mtp", tuple(named_mtp))
+    """Return the MTP head among the names of a checkpoint's tensors, or None.
+
+    All tensors below a component that begins with `mtp` or `nextn` belong to it. Without such tensors, or if engines
+    read the model's head there, all layers behind the last one that the config counts do.
+    """
     layers = config.text.integer("num_hidden_layers")
-    if layers is None or not config.mtp_layers:
+    parts = {name: part for name in names if (part := HeadName.of(name, layers))}
+    named = {name: part for name, part in parts.items() if not part.is_layer}
+    if named and not any(layout.layers == "layers.*" and layout.belongs_to(config) for layout in LAYOUTS):
+        parts = named  # layers behind the last one are something else then
+    if not parts:
         return None
-    inlined = sorted(n for n in names if (m := LAYER_NAME.match(n)) and int(m.group(1)) >= layers)
-    return Head("inlined", tuple(inlined)) if inlined else None
+    layout = _layout({_NUMBERS.sub(".*", part.key) for part in parts.values()}, config)
+    return Head(layout.name if layout else UNKNOWN, tuple(sorted(parts)))
 
 
-def unquantized_entries(head: Head, tensors: Mapping[str, Tensor]) -> dict[str, JsonObject]:
-    """Return the entries of `extra_config` that tell every engine that the head is not quantized.
+def _layout(keys: Collection[str], config: ModelConfig) -> HeadLayout | None:
+    """Return the layout that engines read for this model, if there are tensors of it; else the one that fits all.
 
-    These are exact names for vLLM's dense layers, and a regular expression both for vLLM's fused and expert layers,
-    which ignore exact names, and for SGLang, which uses re.fullmatch.
+    `keys`: those of the head's tensors, with `*` for every number.
     """
-    linear = [m for m in head.modules if f"{m}.weight" in tensors and len(tensors[f"{m}.weight"].shape) >= 2]
-    return {key: JsonObject(FULL_PRECISION) for key in (*_patterns(head), *linear, *_fused_experts(head))}
-
-
-def _patterns(head: Head) -> list[str]:
-    """Return regular expressions that match all modules of the head and no other module."""
-    if head.layout == "mtp":
-        return [".*mtp.*"]
-    return [f".*{re.escape(prefix)}\\..*" for prefix in head.prefixes]
-
-
-def without_head_entries(quantization: QuantizationConfig, head: Head | None) -> QuantizationConfig:
-    """Return a copy of a quantization config whose `extra_config` has no entries for the MTP head."""
-    document = copy.deepcopy(quantization)
-    extra = document.child("extra_config")
-    if extra is not None and head is not None:
-        document["extra_config"] = {
-            key: value
-            for key, value in extra.items()
-            if not any(re.search(rf"{re.escape(p)}(?!\d)", key.replace("\\", "")) for p in head.prefixes)
-            and "mtp" not in key
-        }
-    return document
-
-
-def with_head_entries(
-    quantization: QuantizationConfig, head: Head, tensors: Mapping[str, Tensor]
-) -> QuantizationConfig:
-    """Return a copy of a quantization config that says which of the head's modules are quantized.
-
-    Each method has its own field for that: auto-round has `extra_config`; GPTQ has `dynamic`, whose `-:` rules turn
-    quantization off; compressed-tensors has `ignore`; AWQ and FP8 have `modules_to_not_convert`. Raises CheckpointError
-    for any other method, as no engine would read another method's field.
-    """
-    document = without_head_entries(quantization, head)
-    method = document.method
-    if method in GPTQ_METHODS:
-        rules = {f"-:{pattern}": JsonObject() for pattern in _patterns(head)}
-        document["dynamic"] = {**rules, **(document.child("dynamic") or {})}
-    elif method == "compressed-tensors":
-        document["ignore"] = _with(document.get("ignore"), [f"re:{pattern}" for pattern in _patterns(head)])
-    elif method in {*AWQ_METHODS, *FP8_METHODS}:
-        keys = ["modules_to_not_convert"]
-        if method in FP8_METHODS and document.get("ignored_layers"):
-            keys.append("ignored_layers")  # vLLM reads modules_to_not_convert only without ignored_layers
-        if method in AWQ_METHODS and not document.get(keys[0]):
-            document[keys[0]] = _plain_matrices(tensors, head)  # vLLM takes them from the tensors if there is no list
-        for key in keys:
-            document[key] = _with(_without_head(document.get(key), head), _unconverted(head, tensors))
-    elif method in AUTO_ROUND_METHODS:
-        quantized = quantized_entries(head, tensors, document)
-        unquantized = unquantized_entries(head, tensors)
-        if quantized:  # the patterns would match the quantized layers too
-            unquantized = {key: value for key, value in unquantized.items() if key not in _patterns(head)}
-        document["extra_config"] = {**(document.child("extra_config") or {}), **unquantized, **quantized}
-    else:
-        raise CheckpointError(
-            f"quant_method is {shown(repr(quantization.get('quant_method')))}, and Requant does not know how its "
-            "config says that an MTP head is not quantized: add the head's modules to that method's own list by hand"
-        )
-    return document
-
-
-def _plain_matrices(tensors: Mapping[str, Tensor], head: Head) -> list[str]:
-    """Return the modules outside the head that have matrices and are not quantized."""
-    matrices = [t for name, t in tensors.items() if name not in head.names and len(t.shape) >= 2]
-    packed = {t.name.rpartition(".")[0] for t in tensors.values() if t.dtype not in {"F16", "BF16", "F32"}}
-    return sorted({t.name.rpartition(".")[0] for t in matrices} - packed)
-
-
-def _unconverted(head: Head, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the head's modules that are not quantized.
-
-    vLLM's FP8 needs exact names, for fused experts too. The head's prefixes are added if nothing in it is quantized.
-    """
-    modules = modules_of(tensors[name] for name in head.names if name in tensors)
-    unquantized = [name for name in head.modules if name in modules and not modules[name].quantized]
-    prefixes = [] if any(module.quantized for module in modules.values()) else head.prefixes
-    return [*prefixes, *unquantized, *_fused_experts(head)]
-
-
-def _fused_experts(head: Head) -> list[str]:
-    """Return the modules with fused experts, as `mtp.layers.0.mlp.experts`."""
-    return sorted({name.rpartition(".")[0] for name in head.names if name.rpartition(".")[2] in FUSED_EXPERTS})
-
-
-def _without_head(value: object, head: Head) -> list[object]:
-    """Return the entries of a list that do not name a part of the head."""
-    entries = value if isinstance(value, list) else []
-    below = tuple(f"{prefix}." for prefix in head.prefixes)
-    return [e for e in entries if not (isinstance(e, str) and (e in head.prefixes or e.startswith(below)))]
-
-
-def quantized_entries(
-    head: Head, tensors: Mapping[str, Tensor], quantization: QuantizationConfig
-) -> dict[str, JsonObject]:
-    """Return the entries of `extra_config` for the packed layers of a head. Shapes of the parts give the bits."""
-    entries: dict[str, JsonObject] = {}
-    group_size = quantization.integer("group_size") or 1
-    for module in head.modules:
-        packed, scales = tensors.get(f"{module}.qweight"), tensors.get(f"{module}.scales")
-        if packed is None or scales is None:
-            continue
-        along_input = packed.shape[1] == scales.shape[1]  # false for AWQ, which has 4 bits
-        bits = 32 * packed.shape[0] // (scales.shape[0] * max(group_size, 1)) if along_input else 4
-        entries[module] = JsonObject(bits=bits, group_size=quantization.get("group_size"), sym=True, data_type="int")
-    return entries
-
-
-def _with(value: object, names: list[str]) -> list[object]:
-    """Append those of the names that a list lacks. A value that is not a list counts as an empty one."""
-    entries = value if isinstance(value, list) else []
-    return [*entries, *(name for name in names if name not in entries)]
+    own = [layout for layout in LAYOUTS if layout.belongs_to(config) and any(map(layout.is_place_of, keys))]
+    others = (layout for layout in LAYOUTS if all(map(layout.fits, keys)) and layout.present(keys))
+    return max(own or others, key=lambda layout: layout.present(keys), default=None)

@@ -23,7 +23,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.writer import Computed
 from requant.tasks.errors import CheckpointError
@@ -51,22 +50,25 @@ class PackingScheme:
     packing: Packing = "gptq"
 
     @classmethod
-    def of(cls, quantization: QuantizationConfig, module: str) -> PackingScheme:
-        """Read the scheme of a module from a quantization config, and from the entry of that name in `extra_config`.
+    def of_parts(cls, parts: Mapping[str, Tensor], like: PackingScheme | None = None) -> PackingScheme | None:
+        """Read a scheme from the shapes of a module's parts; None if they fit no scheme, or are not complete.
 
-        Raises CheckpointError for a method, packing, width or group size that Requant does not know.
+        Shapes leave two things open, which are taken from `like`: the version of GPTQ's format, and the group size if
+        the last group may be smaller than the others.
         """
-        extra = quantization.get("extra_config") or {}
-        own = extra.get(module, {}) if isinstance(extra, dict) else None
-        if not isinstance(own, dict):
-            raise CheckpointError(f"the extra_config of the quantization config is no mapping for {module}")
-        bits: Any = own.get("bits", quantization.get("bits"))
-        group_size: Any = own.get("group_size", quantization.get("group_size"))
-        packing = _packing(quantization)
-        known = bits == 4 if packing == "awq" else bits in BITS
-        if not known or type(group_size) is not int or not (group_size == -1 or group_size > 0):
-            raise CheckpointError(f"the quantization config gives {module} bits={bits!r}, group_size={group_size!r}")
-        return cls(bits, group_size, packing)
+        if any(part not in parts or len(parts[part].shape) != 2 for part in REQUIRED):
+            return None
+        (rows, columns), (groups, out_features) = parts["qweight"].shape, parts["scales"].shape
+        packing: Packing = "gptq" if like is None or like.packing == "awq" else like.packing
+        packing = packing if columns == out_features else "awq"
+        for bits in (4,) if packing == "awq" else BITS:
+            inputs = rows if packing == "awq" else rows * 32 // bits
+            group_size = -1 if groups == 1 else inputs // max(groups, 1)
+            for size in ([like.group_size] if like else []) + [group_size]:
+                scheme = cls(bits, size, packing)
+                if inputs and size and check_parts("", parts, scheme, (out_features, inputs)) is None:
+                    return scheme
+        return None
 
     def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the packed parts of a weight `[out, in]`."""
@@ -89,24 +91,6 @@ class PackingScheme:
         if len(qweight) != 2 or len(scales) != 2:
             return ()
         return scales[1], qweight[0] if self.packing == "awq" else qweight[0] * 32 // self.bits
-
-
-def _packing(quantization: QuantizationConfig) -> Packing:
-    method = quantization.get("quant_method")
-    packing = str(quantization.get("packing_format", "auto_round:auto_gptq" if method == "auto-round" else method))
-    known: dict[str, Packing] = {
-        "auto_round:auto_gptq": "gptq",
-        "auto_round:gptqmodel": "gptq_v2",
-        "auto_round": "gptq_v2",
-        "auto_round:auto_awq": "awq",
-        "gptq": "gptq",
-        "awq": "awq",
-    }
-    if packing == "gptq" and quantization.get("checkpoint_format") == "gptq_v2":
-        return "gptq_v2"
-    if packing not in known:
-        raise CheckpointError(f"packing {packing!r} of quant_method {method!r} is not known to Requant")
-    return known[packing]
 
 
 def check_parts(module: str, parts: Mapping[str, Tensor], scheme: PackingScheme, weight: tuple[int, ...]) -> str | None:

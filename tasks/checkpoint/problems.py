@@ -5,48 +5,89 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from requant.tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, read_json
+from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES, Checkpoint, Harmless, read_json
+from requant.tasks.checkpoint.companions import companion_problems
 from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
+from requant.tasks.checkpoint.completeness import Completeness
+from requant.tasks.checkpoint.completeness.sentences import lack_problems
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
+from requant.tasks.checkpoint.heads.drafters import drafter_kind
 from requant.tasks.checkpoint.inventory import missing_parts
+from requant.tasks.checkpoint.methods import MODELOPT_FILE, quantizes_cache_only
 from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.mtp import LAYER_NAME
-from requant.tasks.checkpoint.packing import REQUIRED, PackingScheme, check_parts
+from requant.tasks.checkpoint.packing import REQUIRED, check_parts
+from requant.tasks.checkpoint.reading import Contradiction
 from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import CheckpointError
 
 FLOATING = {"BF16", "F16", "F32", "F64"}
 OTHER_TOWERS = re.compile(r"visual|vision|audio|image|projector")
 ROUTER_NAME = re.compile(r"(gate|router|score|bias)")  # stored in a wider dtype than other weights, by design
-COMPRESSED_REQUIRED = ("weight_scale", "weight_shape")
+COMPRESSED_REQUIRED = {
+    "I32": ("weight_scale", "weight_shape")
+}  # by the dtype of weight_packed; FP4 has no weight_shape
 
 
-def problems_of(checkpoint: Checkpoint, judgement: Judgement) -> list[str]:
-    """Return all problems, those of index and headers first. `judgement`: the engines' judgement of the checkpoint."""
-    return [
+def problems_of(
+    checkpoint: Checkpoint, judgement: Judgement, completeness: Completeness | None = None, *, with_head: bool = True
+) -> list[str]:
+    """Return all problems, those of index and headers first.
+
+    `judgement`: the engines' judgement of the checkpoint. `completeness`: what it lacks, if that is known already.
+    Without `with_head`, nothing is said of the MTP head as a whole: it will be dropped. Where a shard cannot be read,
+    nothing is said of tensors: what seems to be missing may be in it.
+    """
+    of_files = [
         *checkpoint.problems,
-        *_configs(checkpoint),
+        *companion_problems(checkpoint.folder),
         *(f"{name} is missing: copy it from the base" for name in missing_vision_files(checkpoint)),
+    ]
+    if checkpoint.has_unread:
+        return of_files
+    found = [
+        *of_files,
+        *_configs(checkpoint),
         *_parts(checkpoint),
-        *_shapes(checkpoint),
+        *_contradictions(checkpoint),
         *_dtypes(checkpoint),
-        *_layers(checkpoint),
-        *_head(checkpoint, judgement),
+        *([] if checkpoint.fatal else lack_problems(checkpoint, completeness or Completeness.of(checkpoint))),
+        *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, judgement, with_head=with_head)),
         *(f"an engine would hang on the pattern {shown(p)!r} of quantization_config" for p in judgement.hostile),
     ]
+    refused = judgement.load_problem
+    return found if refused is None or judgement.loading["vllm"] in found else [*found, refused]
+
+
+def _of_a_base(checkpoint: Checkpoint, judgement: Judgement, *, with_head: bool) -> list[str]:
+    """Return what contradicts the sizes and counts of the config, which say other things for a draft model."""
+    head = _head(checkpoint, judgement) if with_head else ()
+    return [*_shapes(checkpoint), *_layers(checkpoint), *head]
 
 
 def _configs(checkpoint: Checkpoint) -> Iterator[str]:
-    stated = checkpoint.config.get("quantization_config")
+    stated = checkpoint.config.quantization or None
     file = checkpoint.folder / QUANTIZATION
+    other = next((name for name in QUANTIZATION_FILES if (checkpoint.folder / name).is_file()), None)
     if file.is_file() and stated is not None and read_json(file) != stated:
         yield f"{QUANTIZATION} and config.json disagree about the quantization: run requant mtp-fix, or copy one"
-    elif file.is_file() and stated is None:
-        yield f"{QUANTIZATION} is there, and config.json has no quantization_config: put it there too"
+    elif other not in (None, MODELOPT_FILE) and stated is None:
+        method = checkpoint.quantization.get("quant_method")
+        yield (
+            f"{other} is there, and config.json has no quantization_config, which engines read: put it there too, with "
+            f"quant_method {shown(repr(method))}"
+        )
     quantized = any(module.quantized for module in checkpoint.modules.values())
-    if checkpoint.quantization and not quantized and checkpoint.tensors:
+    known = checkpoint.method is None or checkpoint.method.readable  # the tensors of other methods may be overlooked
+    if (
+        checkpoint.quantization
+        and known
+        and not quantizes_cache_only(checkpoint.quantization)
+        and not quantized
+        and checkpoint.tensors
+    ):
         yield "quantization_config is there, and no tensor is quantized: remove it, or restore the quantized shards"
-    if quantized and not checkpoint.quantization:
+    if quantized and not checkpoint.quantization and checkpoint.method is None:
         yield "tensors are quantized, and config.json has no quantization_config: restore it"
 
 
@@ -56,10 +97,11 @@ def _parts(checkpoint: Checkpoint) -> Iterator[str]:
         if module.storage == "integer":
             yield from _integer_parts(checkpoint, module)
         elif module.storage == "compressed":
-            lacking = [p for p in COMPRESSED_REQUIRED if p not in module.parts]
+            required = COMPRESSED_REQUIRED.get(module.parts["weight_packed"].dtype, ("weight_scale",))
+            lacking = [part for part in required if part not in module.parts]
             if lacking:
                 yield f"{module.name}.{lacking[0]} is missing beside {module.name}.weight_packed"
-        elif module.storage == "scaled" and not any(part.startswith("weight_scale") for part in module.parts):
+        elif module.storage == "scaled" and not any("scale" in part for part in module.parts):
             yield f"{module.name}.weight is {module.parts['weight'].dtype} and has no scale beside it"
         if module.storage in {"integer", "compressed"} and "weight" in module.parts:
             yield f"{module.name} is there twice, packed and as {module.name}.weight: remove one"
@@ -72,12 +114,23 @@ def _integer_parts(checkpoint: Checkpoint, module: Module) -> Iterator[str]:
         yield f"{module.name}.{missing[0]} is missing beside {module.name}.{there}"
         return
     try:
-        scheme = PackingScheme.of(checkpoint.quantization, module.name)
-        wrong = check_parts(module.name, module.packed_parts, scheme, scheme.weight_shape(module.parts))
-    except CheckpointError as error:
-        wrong = str(error)
+        scheme = checkpoint.reading.scheme(module)
+    except CheckpointError:
+        return  # of a method that is not judged, or of a config that `_contradictions` tells of
+    wrong = check_parts(module.name, module.packed_parts, scheme, scheme.weight_shape(module.parts))
     if wrong:
         yield wrong
+
+
+def _contradictions(checkpoint: Checkpoint) -> Iterator[str]:
+    """Find packed modules of the main model of which the config says something else; one sentence for all alike."""
+    alike: dict[tuple[str, str], list[Contradiction]] = {}
+    for module in checkpoint.modules.values():
+        found = checkpoint.reading.contradiction(module) if module.name not in checkpoint.head_modules else None
+        if found is not None:
+            alike.setdefault((found.tensors, found.config.replace(found.module, "")), []).append(found)
+    for first, *others in alike.values():
+        yield f"{first} (and so for {len(others)} more modules)" if others else str(first)
 
 
 def _shapes(checkpoint: Checkpoint) -> Iterator[str]:
@@ -100,6 +153,8 @@ def _shapes(checkpoint: Checkpoint) -> Iterator[str]:
         if sides is None or OTHER_TOWERS.search(module.name):
             continue
         shape = _weight_shape(checkpoint, module)
+        if len(shape) == 3:  # experts, fused
+            continue
         if shape and (len(shape) != len(sides) or any(s not in (None, n) for s, n in zip(sides, shape, strict=True))):
             wanted = " x ".join("any" if side is None else str(side) for side in sides)
             yield f"{module.name} has shape {' x '.join(map(str, shape))}, and the sizes of config.json need {wanted}"
@@ -110,7 +165,7 @@ def _weight_shape(checkpoint: Checkpoint, module: Module) -> tuple[int, ...]:
         return module.parts["weight"].shape
     if module.storage == "integer" and all(part in module.parts for part in REQUIRED):
         try:
-            return PackingScheme.of(checkpoint.quantization, module.name).weight_shape(module.parts)
+            return checkpoint.reading.scheme(module).weight_shape(module.parts)
         except CheckpointError:
             return ()
     return ()
@@ -133,7 +188,9 @@ def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:
             other.setdefault(weight.dtype, []).append(weight.name)
     for dtype, names in other.items():
         more = f" and {len(names) - 1} more matrices are" if len(names) > 1 else " is"
-        yield f"{names[0]}{more} {dtype}, and config.json says {word}: take them from the base, or change dtype"
+        yield Harmless(
+            f"{names[0]}{more} {dtype}, and config.json says {word}: take them from the base, or change dtype"
+        )
 
 
 def _layers(checkpoint: Checkpoint) -> Iterator[str]:
@@ -158,5 +215,5 @@ def _head(checkpoint: Checkpoint, judgement: Judgement) -> Iterator[str]:
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         yield f"the MTP head lacks {missing[0]}{more}: restore it with requant mtp-fix --base"
-    elif judgement.draft_problem is not None:
-        yield judgement.draft_problem
+    elif judgement.head_problem is not None:
+        yield judgement.head_problem

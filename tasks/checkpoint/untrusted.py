@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 MAX_JSON_BYTES = 64 << 20  # config.json, the index, and quantization configs
@@ -52,6 +54,11 @@ def shown(text: str) -> str:
     """Shorten a text and escape control characters, so that it can be part of a sentence."""
     cut = text if len(text) <= MAX_SHOWN_LENGTH else text[:MAX_SHOWN_LENGTH] + "..."
     return cut if cut.isprintable() else repr(cut)
+
+
+def without_folder(sentence: str, folder: Path, name: str) -> str:
+    """Return a sentence about a checkpoint in a temporary folder with the names of files alone, and `name` for it."""
+    return sentence.replace(f"{folder}{os.sep}", "").replace(str(folder), name)
 
 
 @contextmanager

@@ -18,20 +18,19 @@ import numpy as np
 
 from requant.tasks.checkpoint.assemble import packed_parts
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.packing import (
     PackingScheme,
-    check_parts,
     dequantized_rows,
     float_rows,
     to_numpy,
     zero_points,
 )
+from requant.tasks.checkpoint.reading import Reading
 from requant.tasks.checkpoint.rounding import SAMPLED_WEIGHTS, Rounding
-from requant.tasks.errors import CheckpointError
 
 PARALLEL_MATRICES = 2  # numpy releases the interpreter's lock
 
@@ -58,26 +57,19 @@ def fidelity(quantized: Checkpoint, base: Checkpoint) -> list[Fidelity]:
     """
     base = dequantize_fp8(split_fused_experts(base))
     parts = packed_parts(quantized.tensors.values())
-    quantization = quantized.config.quantization
     pairs = [
         (name, parts[module], scheme, source)
         for name, source in base.tensors.items()
         if (module := name.removesuffix(".weight")) in parts and name.endswith(".weight")
-        if (scheme := _scheme(quantization, module, parts[module], source)) is not None
+        if (scheme := _scheme(quantized.reading, Module(module, parts[module]), source)) is not None
     ]
     with ThreadPoolExecutor(PARALLEL_MATRICES) as pool:
         return list(pool.map(lambda pair: _compare(*pair), pairs))
 
 
-def _scheme(
-    quantization: QuantizationConfig, module: str, parts: Mapping[str, Tensor], source: Tensor
-) -> PackingScheme | None:
-    """Return how a module is packed; None if its parts do not fit the base's matrix."""
-    try:
-        scheme = PackingScheme.of(quantization, module)
-    except CheckpointError:
-        return None
-    return None if check_parts(module, parts, scheme, source.shape) else scheme
+def _scheme(reading: Reading, module: Module, source: Tensor) -> PackingScheme | None:
+    """Return how a module is packed; None if its parts do not fit the config and the base's matrix."""
+    return None if reading.problem(module, source.shape) else reading.scheme(module)
 
 
 def _compare(name: str, parts: Mapping[str, Tensor], scheme: PackingScheme, source: Tensor) -> Fidelity:

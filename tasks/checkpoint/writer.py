@@ -132,6 +132,14 @@ def place_shard(root: Path, path: str, tensors: Sequence[Tensor]) -> None:
                     _write(stream, chunk)
 
 
+def place_header(root: Path, path: str, tensors: Sequence[Tensor]) -> None:
+    """Write a safetensors file of the same size as `place_shard`, with the header alone: its data reads as zeros."""
+    ordered, header = _lay_out(tensors)
+    with atomic_file(root / path) as stream:
+        _write(stream, header)
+        stream.truncate(len(header) + _nbytes(ordered))
+
+
 def _lay_out(tensors: Sequence[Tensor]) -> tuple[list[Tensor], bytes]:
     """Return the tensors in the order of their data, and the bytes in front of the data: length and header.
 

@@ -83,7 +83,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 def check_checkpoint_name(name: str) -> None:
     """Raise RequantError for what a user gave where a folder could stand, if it cannot be `repo_id[@revision]`."""
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if name.startswith((".", "/", "~")) or split_name(name)[0].count("/") > 1:
         raise RequantError(f"{name} is not a folder: name a checkpoint's folder, or repo_id[@revision]")
 
 

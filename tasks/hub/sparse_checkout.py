@@ -16,8 +16,12 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import hf_hub_url
 
-from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION_FILES, SINGLE
+from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION_FILES
+from requant.tasks.checkpoint.companions import may_be_pointer
+from requant.tasks.checkpoint.compat import PROCESSOR
+from requant.tasks.checkpoint.exclusions import MODELOPT_FILE
 from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.checkpoint.other_kinds import MAX_READ_BYTES, explain_other_kind
 from requant.tasks.checkpoint.untrusted import MAX_HEADER_BYTES, MAX_JSON_BYTES
 from requant.tasks.errors import CheckpointError, HubUnavailable
 from requant.tasks.hub._http import build_hf_headers, hf_raise_for_status, http_stream_backoff
@@ -37,8 +41,16 @@ def create_checkout(
     """Create a sparse checkout of a revision.
 
     `find_local` returns the path of a file that is on this machine already. The checkout has a link to it, and must
-    then not be written to. Raises HubError, HubUnavailable, or CheckpointError for an index that is not JSON.
+    then not be written to. Raises HubError, HubUnavailable, or CheckpointError for a repo that is recognized as
+    something else than a checkpoint in safetensors.
     """
+    listed = {file.path: file.size for file in revision.files}
+
+    def read(path: str) -> bytes:
+        return b"".join(stream(revision, path, 0, min(listed[path], MAX_READ_BYTES))) if listed[path] else b""
+
+    if other := explain_other_kind(revision.repo_id, list(listed), read):
+        raise CheckpointError(other)
     sizes = {}
     for file in revision.wanted:
         (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
@@ -47,11 +59,14 @@ def create_checkout(
             (folder / file.path).symlink_to(local)
             continue
         sizes[file.path] = file.size
-        with (folder / file.path).open("wb") as stream:
-            stream.truncate(file.size)
-    small = (p for p in ("config.json", INDEX, *QUANTIZATION_FILES) if 0 < sizes.get(p, 0) <= MAX_JSON_BYTES)
-    fetch_files(revision, folder, small)
-    shards = [shard for shard in _shards(folder) if sizes.get(shard, 0) >= 8]
+        with (folder / file.path).open("wb") as placeholder:
+            placeholder.truncate(file.size)
+    names = ("config.json", INDEX, PROCESSOR, MODELOPT_FILE, *QUANTIZATION_FILES)
+    configs = (name for name in names if 0 < sizes.get(name, 0) <= MAX_JSON_BYTES)
+    pointers = (path for path, size in sizes.items() if may_be_pointer(path, size))
+    fetch_files(revision, folder, {*configs, *pointers})
+    lying = (path for path in sizes if "/" not in path and path.endswith(".safetensors"))  # An index may not name them.
+    shards = [shard for shard in sorted({*_shards(folder), *lying}) if sizes.get(shard, 0) >= 8]
     with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
         list(pool.map(lambda shard: _fetch_header(revision, folder, shard, sizes[shard]), shards))
     return folder
@@ -79,13 +94,14 @@ def fetch_files(revision: Revision, folder: Path, paths: Iterable[str]) -> None:
 
 
 def _shards(folder: Path) -> Sequence[str]:
+    """List the shards that the index names; none if it cannot be read, which Checkpoint.open explains."""
     if not (folder / INDEX).exists():
-        return [SINGLE]
+        return []
     try:
         weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
         return sorted({shard for shard in weight_map.values() if isinstance(shard, str)})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"the {INDEX} of the repo cannot be read ({error!r}): restore the file") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
 
 
 def _fetch_header(revision: Revision, folder: Path, shard: str, size: int) -> None:

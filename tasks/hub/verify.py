@@ -13,7 +13,7 @@ from pydantic import Field
 
 from requant.tasks.artifact import RELEASE
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.untrusted import shown
+from requant.tasks.checkpoint.untrusted import shown, without_folder
 from requant.tasks.documents import Document
 from requant.tasks.errors import CheckpointError, HubError, HubUnavailable
 from requant.tasks.hub.manifest import ReleaseManifest, read_release
@@ -72,7 +72,7 @@ def _check_structure(revision: Revision) -> list[str]:
         try:
             return list(Checkpoint.open(create_checkout(revision, Path(folder))).problems)
         except CheckpointError as error:
-            return [str(error).replace(f"{folder}/", "").replace(folder, revision.name)]
+            return [without_folder(str(error), Path(folder), revision.name)]
 
 
 def _check_bytes(revision: Revision, claimed: ReleaseManifest) -> list[str]:

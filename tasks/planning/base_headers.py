@@ -11,10 +11,9 @@ from tempfile import TemporaryDirectory
 
 from requant.tasks.artifact import REWRITTEN
 from requant.tasks.checkpoint.checkpoint import Checkpoint, read_json
-from requant.tasks.checkpoint.compat import PROCESSOR
 from requant.tasks.errors import CheckpointError, HubError
 from requant.tasks.hub.revision import Revision, resolve
-from requant.tasks.hub.sparse_checkout import create_checkout, fetch_files
+from requant.tasks.hub.sparse_checkout import create_checkout
 from requant.tasks.planning.base_diff import changed_fields, changed_files, changed_tensors, last_download
 from requant.tasks.planning.document import BaseChanges
 from requant.tasks.planning.transfers import Hashes, known_hashes, local_path
@@ -44,9 +43,6 @@ class BaseHeaders:
         hashes = known_hashes(store, revision)
         folder.mkdir()
         create_checkout(revision, folder, lambda file: local_path(store, file, hashes))
-        processor = folder / PROCESSOR
-        if processor.is_file() and not processor.is_symlink():
-            fetch_files(revision, folder, [PROCESSOR])  # Engines refuse a checkpoint by what this file says.
         return cls(store, revision, hashes, Checkpoint.open(folder))
 
     @cached_property

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from requant.tasks.checkpoint.assemble import lay_out_shards
 from requant.tasks.checkpoint.blocks import block_of
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.compat import verdicts
+from requant.tasks.checkpoint.compat import Judgement
 from requant.tasks.checkpoint.config import QuantizationConfig
-from requant.tasks.checkpoint.document import EngineVerdict, ModuleGroup
+from requant.tasks.checkpoint.document import ModuleGroup
+from requant.tasks.checkpoint.exclusions import without_head_entries
 from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.head import HEAD_SHARD, HeadFiles, with_head, without_head
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.inventory import inventory
-from requant.tasks.checkpoint.mtp import without_head_entries
-from requant.tasks.checkpoint.packing import PackingScheme
+from requant.tasks.checkpoint.reading import Reading
 from requant.tasks.checkpoint.writer import Computed, Layout
 from requant.tasks.errors import CheckpointError
 from requant.tasks.planning.document import (
@@ -27,7 +28,7 @@ from requant.tasks.planning.document import (
 )
 from requant.tasks.planning.groups import uneven_problems
 from requant.tasks.planning.layers import LayerSelection, choose_layers
-from requant.tasks.planning.reasons import kept_groups
+from requant.tasks.planning.reasons import MTP_HEAD, kept_groups
 from requant.tasks.recipe.recipe import Recipe
 
 PACKED = {"qweight": "I32", "qzeros": "I32", "scales": "F16"}
@@ -81,15 +82,18 @@ class CheckpointPlan:
         """Bytes of the shard with the MTP head; 0 if the result has none."""
         return self.sizes.get(HEAD_SHARD, 0)
 
-    def engines(self) -> dict[str, EngineVerdict]:
-        """Judge whether each engine will load the result, and draft with its MTP head."""
-        return verdicts(self.checkpoint)
+    @cached_property
+    def judgement(self) -> Judgement:
+        """Whether each engine will load the result, and draft with its MTP head."""
+        return Judgement.of(self.checkpoint)
 
     def kept(self) -> tuple[KeptTensors, ...]:
         """List the tensors that are not quantized, with the groups and reasons of the model card."""
+        head = self.source.head.names if self.source.head else ()
+        reasons = self.choice.why | {name.removesuffix(".weight"): MTP_HEAD for name in head}
         return tuple(
             KeptTensors(tensors=group.strip("`"), count=int(count), why=why)
-            for group, count, why in kept_groups(self.kept_names, self.choice.why)
+            for group, count, why in kept_groups(self.kept_names, reasons)
         )
 
     def quantized(self) -> tuple[ModuleGroup, ...]:
@@ -145,10 +149,11 @@ def _packed_parts(
     """Lay out the packed tensors of each quantized module. Return them by module, and problems with their schemes."""
     parts: Parts = {}
     group_sizes: dict[str, int] = {}
+    reading = Reading.of(base.config, quantization)
     for module in choice.quantized:
         out_features, in_features = base.tensors[f"{module}.weight"].shape
         try:
-            scheme = PackingScheme.of(quantization, module)
+            scheme = reading.planned(module)
         except CheckpointError as error:
             return {}, [f"{error}: change quantize.layers"]
         group_sizes[module] = scheme.group_size

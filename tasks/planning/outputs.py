@@ -119,7 +119,7 @@ def _engines(plans: Mapping[str, Plan]) -> dict[str, EngineVerdict]:
     worst: dict[str, EngineVerdict] = {}
     for engine in dict.fromkeys(engine for plan in plans.values() for engine in plan.engines):
         verdicts = {name: plan.engines[engine] for name, plan in plans.items() if engine in plan.engines}
-        name, verdict = min(verdicts.items(), key=lambda item: (item[1].loads, item[1].mtp))
+        name, verdict = min(verdicts.items(), key=lambda item: item[1].rank)
         alike = all(other == verdict for other in verdicts.values())
         worst[engine] = verdict if alike else verdict.model_copy(update={"reason": f"{name}: {verdict.reason}"})
     return worst

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from requant.tasks.checkpoint.blocks import block_of
+from requant.tasks.checkpoint.heads.layout import HeadName
 from requant.tasks.planning.layers import KEPT, LayerSetting, is_pattern, standard_regex
 
+MTP_HEAD = "MTP head: packed, it drafts worse or does not load"
 # Reasons by a pattern of the tensor's name. The first match counts.
 REASONS = (
-    (r"(^|\.)mtp\.", "MTP head: packed, it drafts worse or does not load"),
+    (r"(^|\.)(mtp|nextn)(_\w+)?\.", MTP_HEAD),
     (r"linear_attn\.in_proj_[ab]\b", "as many rows as heads: too few to pack in words"),
     (r"(^|\.)(visual|vision)", "vision tower: text calibration says nothing of it"),
     (r"(norm|layernorm|_norm)\b", "normalization: a vector, and sensitive"),
@@ -27,13 +29,11 @@ def kept_groups(names: Iterable[str], own: Mapping[str, str] | None = None) -> l
     """Group the tensors that are not quantized. Return rows of name, count and reason.
 
     Numbers in names become `*`; an MTP head and a vision tower are one group each. `own` has reasons of single layers
-    by name, for tensors whose name alone gives none.
+    by name, for tensors whose name alone gives none; that of a head's layer behind the last one is MTP_HEAD.
     """
     groups: dict[str, list[str]] = {}
     for name in names:
-        tower = re.match(r"(mtp|(?:model\.)?visual|(?:model\.)?vision_tower)\.", name)
-        folded = f"{tower[1]}.*" if tower else re.sub(r"\.\d+\.", ".*.", name)
-        groups.setdefault(folded, []).append(name.removesuffix(".weight"))
+        groups.setdefault(_folded(name, own or {}), []).append(name.removesuffix(".weight"))
     escaped = {group: re.sub(r"[^\w.*-]", "?", group) for group in groups}
     return [
         (f"`{escaped[group]}`", str(len(layers)), _reason(group, layers, own or {}))
@@ -41,9 +41,19 @@ def kept_groups(names: Iterable[str], own: Mapping[str, str] | None = None) -> l
     ]
 
 
+def _folded(name: str, own: Mapping[str, str]) -> str:
+    behind_last = own.get(name.removesuffix(".weight")) == MTP_HEAD
+    if head := HeadName.of(name, 0 if behind_last else None):
+        return f"{head.prefix}.*"
+    tower = re.match(r"((?:model\.)?visual|(?:model\.)?vision_tower)\.", name)
+    return f"{tower[1]}.*" if tower else re.sub(r"\.\d+\.", ".*.", name)
+
+
 def _reason(group: str, layers: Iterable[str], own: Mapping[str, str]) -> str:
     of_group = [why for pattern, why in REASONS if re.search(pattern, group)]
     of_layers = [own[layer] for layer in layers if layer in own]
+    if MTP_HEAD in of_layers:
+        return MTP_HEAD
     return next(iter([*of_group, *of_layers, "not a matrix of a decoder block"]))
 
 

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from requant.tasks.checkpoint.checkpoint import read_json
+from requant.tasks.checkpoint.companions import TEMPLATES, TOKENIZER
 from requant.tasks.errors import CheckpointError, RecipeError
 from requant.tasks.hub.sparse_checkout import fetch_files
 from requant.tasks.planning.inputs import Inputs
+from requant.tasks.planning.tokenizer import TOKENIZER_FILE, broken_tokenizer, missing_tokenizer
 from requant.tasks.quantizing.packing import Length
 from requant.tasks.quantizing.samples import Supply, plan_samples, tokens_to_read
 from requant.tasks.recipe.quantize_section import BUILTIN
 from requant.tasks.recipe.recipe import BUILTIN_EVALUATION, Recipe
 from requant.tasks.texts.documents import read_documents
 from requant.tasks.texts.forms import explain_unusable, form_of
-from requant.tasks.texts.rendering import TEMPLATES, TOKENIZER, ReadingLimit, render
+from requant.tasks.texts.rendering import ReadingLimit, render
 from requant.tasks.texts.rows import read_rows
 from requant.tasks.texts.text import MAX_CHARACTERS_PER_TOKEN, Text, has_rows
 from requant.tasks.validating import window_count
@@ -37,6 +39,7 @@ MAX_CHARACTERS_PER_BUILTIN_TOKEN = 4.8
 MIN_PACKED_TOKENS, PACKED_SHARE = 2048, 0.85
 MAX_TOKENS_PER_WINDOW = 4  # how much of a text for measuring is counted, in windows
 MAX_TOKENIZER_BYTES = 256_000_000
+MAX_PLANNED_BYTES = 1 << 20  # a larger tokenizer is not fetched for a plan
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,16 @@ class Texts:
         self._calibration, self._validation = inputs.calibration, inputs.validation
         self._files: dict[_Need, list[Path]] = {}
         self._counted: dict[_Need, Supply] = {}
-        self._has_tokenizer = False
+        self._fetched: set[str] = set()
         self.notes: list[str] = []
 
-    def problems(self, recipe: Recipe, to_run: Collection[str], window_tokens: int) -> list[str]:
+    def problems(self, recipe: Recipe, to_run: Set[str], window_tokens: int) -> list[str]:
         """Say which texts the stages `to_run` cannot use, in one sentence per text.
 
         `window_tokens` is the length of the windows in which a text is measured.
         """
+        if to_run & {"quantize", "validate"} and (told := self._tokenizer_problem(recipe.allow_remote_code)):
+            return [told]
         asked = recipe.quantize
 
         def check_samples(supplies: Sequence[Supply]) -> None:
@@ -118,6 +123,29 @@ class Texts:
                 problems.append(str(error).replace(f"{self._folder}/", ""))
         return problems
 
+    def _tokenizer_problem(self, remote_code: bool) -> str | None:
+        """Say why the base has no tokenizer that can be loaded; return None if it has one.
+
+        A plan loads a tokenizer only if it is small or on this machine; a run, which fetches the base anyway, always.
+        """
+        path = self._folder / TOKENIZER_FILE
+        if problem := missing_tokenizer(self._folder, self._base.repo_id, remote_code=remote_code):
+            return problem
+        try:
+            if path.is_file():
+                if self._fetch or path.is_symlink() or path.stat().st_size <= MAX_PLANNED_BYTES:
+                    self._fetch_unless_here([TOKENIZER_FILE])
+                    return broken_tokenizer(path)
+            elif self._fetch:
+                self._fetch_tokenizer(remote_code)
+                probe = self._scratch / "probe.txt"
+                self._scratch.mkdir(exist_ok=True)
+                probe.write_text("text")
+                render(self._folder, [probe], self._scratch / "probe", chats=False, remote_code=remote_code)
+        except CheckpointError as error:
+            return str(error)
+        return None
+
     def _has_template(self) -> bool:
         """Check whether the base has a chat template, in a file of its own or in its tokenizer's settings."""
         if any(next(self._folder.glob(pattern), None) for pattern in TEMPLATES):
@@ -125,8 +153,7 @@ class Texts:
         path = self._folder / "tokenizer_config.json"
         if not path.is_file():
             return False
-        if not path.is_symlink() and not self._has_tokenizer:
-            fetch_files(self._base, self._folder, [f.path for f in self._base.wanted if f.path == path.name])
+        self._fetch_unless_here([path.name])
         return bool(read_json(path).get("chat_template"))
 
     def _check(
@@ -200,15 +227,18 @@ class Texts:
         return self._counted[need]
 
     def _fetch_tokenizer(self, remote_code: bool) -> None:
-        if self._has_tokenizer:
-            return
         patterns = (*TOKENIZER, *TEMPLATES, *(("*.py",) if remote_code else ()))
+        self._fetch_unless_here(patterns)
+
+    def _fetch_unless_here(self, patterns: Sequence[str]) -> None:
+        """Fetch the files of the base whose paths match, once. Raises CheckpointError if they are too large."""
         files = [f for f in self._base.wanted if any(fnmatch.fnmatch(f.path, pattern) for pattern in patterns)]
         if sum(f.size for f in files) > MAX_TOKENIZER_BYTES:
             raise CheckpointError(f"the tokenizer of {self._base.name} has over {MAX_TOKENIZER_BYTES:,} bytes")
         # A file that the store has is a link into it, and must not be written to.
-        fetch_files(self._base, self._folder, [f.path for f in files if not (self._folder / f.path).is_symlink()])
-        self._has_tokenizer = True
+        missing = [f.path for f in files if not (self._folder / f.path).is_symlink() and f.path not in self._fetched]
+        fetch_files(self._base, self._folder, missing)
+        self._fetched |= {*missing}
 
 
 def _assume_enough(need: _Need) -> Supply:

@@ -27,8 +27,8 @@ from typing import Any
 from requant.tasks.checkpoint.architecture import architecture_problem
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.config import ModelConfig
+from requant.tasks.checkpoint.exclusions import FULL_PRECISION
 from requant.tasks.checkpoint.experts import split_fused_experts
-from requant.tasks.checkpoint.mtp import FULL_PRECISION
 from requant.tasks.quantizing import resume
 from requant.tasks.quantizing.auto_round import TuningRun, patched, patches, refuse_other_versions
 from requant.tasks.quantizing.auto_settings import choose, unknown_layer

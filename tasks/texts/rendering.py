@@ -22,11 +22,6 @@ from requant.tasks.texts.rendering_child import RenderingAnswer, RenderingJob
 
 # Wall-clock time depends on the machine and not on the text, so that a rendering that takes too long is tried again.
 TIMEOUT_S = 3600.0
-TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*")
-# Files of a tokenizer, besides those of its chat template and config.json.
-TOKENIZER = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

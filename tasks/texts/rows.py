@@ -41,6 +41,7 @@ MAX_ROW_CHARACTERS = 64 << 20
 PARQUET_ROWS, PARQUET_BUFFER_BYTES = 1024, 1 << 20  # how much of a Parquet file is read at once
 CHUNK_CHARACTERS = 1 << 20
 OpenFile = Callable[[], AbstractContextManager[BinaryIO]]
+UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 PEEK_CHUNK_BYTES = 1 << 12
 # What reading a file raises that is not as its name says. The errors of json, zlib and pyarrow are subclasses of these.
 READ_ERRORS = (OSError, EOFError, LookupError, TypeError, ValueError, AttributeError, RecursionError, zlib.error)
@@ -97,6 +98,11 @@ def _sentences_for(name: str) -> Iterator[None]:
         yield
     except RequantError:
         raise
+    except UnicodeDecodeError as error:
+        found = "the mark of UTF-16" if error.object[:2] in UTF_16_MARKS else f"a byte {error.object[error.start]:#x}"
+        raise RecipeError(
+            f"{name} cannot be read (it is not UTF-8: found {found}): save it as UTF-8, or name another text"
+        ) from error
     except READ_ERRORS as error:
         reason = next(iter(str(error).splitlines()), "")[:200]
         raise RecipeError(

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.heads.layouts import INLINED
 from requant.tasks.checkpoint.modules import split_name
-from requant.tasks.checkpoint.mtp import SHARED_MODULES, Head
+from requant.tasks.checkpoint.mtp import Head
 
 # Values of model_type in the text config of models whose inlined heads compute what MtpHead does: DeepSeek V3 and V3.2,
 # GLM-4.5 to 4.7, GLM-4.7-Flash, GLM-5. Source: vLLM 0.32.0, config/speculative.py (hf_config_override).
@@ -45,7 +46,7 @@ LAYOUTS = {
     "inlined": HeadLayout(
         ("enorm", "hnorm", "eh_proj"),
         "shared_head.norm",
-        shared=SHARED_MODULES,
+        shared=frozenset(key.removeprefix(f"{INLINED.layers}.") for key in INLINED.shared),
         masks_first=True,
     ),
 }
@@ -55,7 +56,9 @@ def can_be_run(checkpoint: Checkpoint) -> bool:
     """Check whether a checkpoint has a head, and MtpHead computes it as engines do."""
     if checkpoint.head is None:
         return False
-    return checkpoint.head.layout == "mtp" or checkpoint.text_config.get("model_type") in INLINED_MODELS
+    if checkpoint.head.layout == "inlined":
+        return checkpoint.text_config.get("model_type") in INLINED_MODELS
+    return checkpoint.head.layout in LAYOUTS
 
 
 def layers_of(head: Head) -> list[int]:

@@ -35,8 +35,8 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.fp8 import dequantized_tensors
 from requant.tasks.checkpoint.header import Tensor
-from requant.tasks.checkpoint.modules import INTEGER_PARTS, split_name
-from requant.tasks.checkpoint.packing import PackingScheme, dequantize
+from requant.tasks.checkpoint.modules import INTEGER_PARTS, Module, split_name
+from requant.tasks.checkpoint.packing import dequantize
 from requant.tasks.checkpoint.served_dtype import STORED, Dtype, dtype_of_config
 from requant.tasks.errors import CheckpointError
 from requant.tasks.settings import read_settings
@@ -229,7 +229,7 @@ class Skeleton:
     def _load(self, part: int | str, modules: Iterable[nn.Module | None]) -> None:
         """Load a part. Raises CheckpointError if one of these modules then lacks a weight."""
         folder = self.checkpoint.folder
-        state = state_dict(self._parts[part], self.checkpoint.config, self.settings)
+        state = state_dict(self._parts[part], self.checkpoint, self.settings)
         fill(self.model, state, self._load_config, str(folder))
         self.model.tie_weights()
         missing = [
@@ -324,15 +324,17 @@ def _empty(module: nn.Module) -> None:
                 child._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
-def state_dict(tensors: Iterable[Tensor], config: ModelConfig, settings: RunSettings) -> dict[str, torch.Tensor]:
-    """Return tensors by name: packed and FP8 modules as weights `[out, in]`, all of the dtype of the settings.
+def state_dict(tensors: Iterable[Tensor], checkpoint: Checkpoint, settings: RunSettings) -> dict[str, torch.Tensor]:
+    """Return tensors of a checkpoint by name.
+
+    Packed and FP8 modules are weights `[out, in]`, and floating-point tensors have the dtype of the settings.
 
     Packed modules are dequantized with the scales as an engine keeps them: see `checkpoint/served_dtype.py`. Vectors
     keep a higher precision that they have, since transformers keeps some of them in it, such as the correction bias of
     a router, whose values differ by less than bfloat16 can tell.
     """
-    dtype, scale_dtype = settings.dtype, STORED.get(settings.served_dtype(config) or "")
-    tensors = dequantized_tensors(tensors, config)
+    dtype, scale_dtype = settings.dtype, STORED.get(settings.served_dtype(checkpoint.config) or "")
+    tensors = dequantized_tensors(tensors, checkpoint.config)
     packed = packed_parts(tensors)
     part_names = {t.name for parts in packed.values() for t in parts.values()}
     state = {t.name: to_torch(t) for t in tensors if t.name not in part_names}
@@ -340,7 +342,7 @@ def state_dict(tensors: Iterable[Tensor], config: ModelConfig, settings: RunSett
         if value.is_floating_point():
             state[name] = value.to(torch.promote_types(value.dtype, dtype) if value.dim() == 1 else dtype)
     for module, parts in packed.items():
-        scheme = PackingScheme.of(config.quantization, module)
+        scheme = checkpoint.reading.scheme(Module(module, parts))
         state[f"{module}.weight"] = torch.from_numpy(dequantize(parts, scheme, scale_dtype)).to(dtype)
     return state
 

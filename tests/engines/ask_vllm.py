@@ -79,8 +79,46 @@ def replace_kernels() -> None:
     module(
         f"{QUANTIZATION}.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16"
     ).CompressedTensorsWNA16MoEMethod = Made.of_arguments
+    replace_modelopt(fp8)
+    quark = module(f"{QUANTIZATION}.quark.quark")
+    quark.QuarkConfig.get_scheme_cls = lambda *_: (None, None, object)
+    quark.QuarkConfig.init_scheme = lambda *_, **__: Made(None, None, True)
+    quark.QuarkMoEMethod.get_moe_method_target = lambda *_: (None, None, quark.QuarkMoEMethod)
+    quark.QuarkMoEMethod.get_moe_method = lambda *_, **__: Made(None, None, True)
+    quark.UnquantizedFusedMoEMethod = Unquantized
     for place in (experts, fp8, module(f"{QUANTIZATION}.inc.inc"), module(f"{QUANTIZATION}.utils.gptq_utils")):
         place.UnquantizedFusedMoEMethod = Unquantized
+
+
+class MadeExperts(Made):
+    """Stands for the method of ModelOpt's experts."""
+
+    def __init__(self, quant_config: Any, moe_config: Any = None) -> None:
+        super().__init__(4 if "NVFP4" in quant_config.quant_method else 8, None, True)
+
+
+def replace_modelopt(fp8: Any) -> None:
+    """Put `Made` in the place of ModelOpt's methods, which read sizes of the layer."""
+    place = importlib.import_module(f"{QUANTIZATION}.modelopt")
+    place.build_linear_method = lambda config, algo, prefix: Made(4 if "NVFP4" in algo else 8, None, True)
+    for name in ("ModelOptFp8MoEMethod", "ModelOptNvFp4FusedMoE", "ModelOptMxFp8FusedMoE"):
+        setattr(place, name, MadeExperts)
+    place.Fp8MoEMethod = fp8.Fp8MoEMethod
+    for config in (place.ModelOptFp8Config, place.ModelOptNvFp4Config, place.ModelOptMxFp8Config):
+        config.FusedMoEMethodCls = MadeExperts
+
+
+def method_of(config: dict[str, Any], quantization: Any) -> str:
+    """The method that vLLM picks for a config, which it changes: as ModelConfig._verify_quantization does."""
+    convertor = importlib.import_module("vllm.transformers_utils.model_arch_config_convertor")
+    normalize = convertor.ModelArchConfigConvertorBase._normalize_quantization_config
+    normalize(None, SimpleNamespace(quantization_config=config))
+    for name in quantization.QUANTIZATION_METHODS:
+        model = SimpleNamespace(model_type="qwen3_5")
+        chosen = quantization.get_quantization_config(name).override_quantization_method(config, None, hf_config=model)
+        if chosen is not None:
+            return chosen
+    return config["quant_method"]
 
 
 def stub(kind: str, cls: str) -> Any:
@@ -103,8 +141,11 @@ def stub(kind: str, cls: str) -> Any:
 def parsed(case: dict[str, Any], models: Any) -> Any:
     """The quantization config as it is when the case's model is built."""
     quantization = importlib.import_module(QUANTIZATION)
-    method = {"auto-round": "inc"}.get(case["method"], case["method"])
-    config = quantization.get_quantization_config(method).from_config(copy.deepcopy(case["config"]))
+    stated = copy.deepcopy(case["config"])
+    method = method_of(stated, quantization)
+    if not method:
+        return None
+    config = quantization.get_quantization_config(method).from_config(stated)
     metadata = {name: {"dtype": dtype} for name, dtype in case["tensors"].items()}
     for name in ("auto_gptq", "auto_awq"):
         importlib.import_module(f"{QUANTIZATION}.{name}").get_safetensors_params_metadata = lambda *_, **__: metadata
@@ -122,7 +163,7 @@ def answer(config: Any, layer: dict[str, str]) -> Any:
     try:
         made = stub(layer["kind"], layer["cls"])
         method = config.get_quant_method(made, prefix)
-        if type(method).__name__ == "CompressedTensorsLinearMethod":
+        if type(method).__name__ in ("CompressedTensorsLinearMethod", "QuarkLinearMethod"):
             method = made.__dict__["scheme"]
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:200]}
@@ -157,7 +198,7 @@ def main() -> None:
         except Exception as error:
             answers.append({"error": f"{type(error).__name__}: {error}"[:200]})
             continue
-        answers.append([answer(config, layer) for layer in case["layers"]])
+        answers.append(["plain" if config is None else answer(config, layer) for layer in case["layers"]])
     json.dump({"answers": answers, "tables": tables}, out)
     out.close()
 

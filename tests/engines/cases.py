@@ -247,8 +247,78 @@ def fp8(random: Random, names: list[str], body: str) -> dict[str, Any]:
     return config
 
 
+def left_out(random: Random, names: list[str]) -> list[str]:
+    """Entries of ModelOpt's list: names, parts of names and wildcards."""
+    one = random.choice(names)
+    stem = one.rpartition(".")[0]
+    known = [
+        "lm_head", "mtp*", "mtp.*", "mtp", "*mtp*", "*.mlp.experts*", f"{stem}*", f"{stem}.*", stem, one,
+        "model.language_model.visual*", "model.visual*", "*self_attn*", "*[qk]_proj", "*gate_proj", "proj", "visual",
+        key(random, names),
+    ]  # fmt: skip
+    listed = [random.choice(known) for _ in range(random.randint(0, 4))]
+    return listed + (siblings(one) if random.random() < 0.5 else [])
+
+
+def modelopt(random: Random, names: list[str], body: str) -> dict[str, Any]:
+    fp8, other = ["FP8", "FP8_PER_CHANNEL_PER_TOKEN", "fp8_pb_wo"], ["W4A16_NVFP4", "MXFP8", "INT4_AWQ", "", None]
+    algorithm = random.choice(["FP8", "NVFP4", "NVFP4", "MIXED_PRECISION", "MIXED_PRECISION", *fp8, *other])
+    values: dict[str, Any] = {"quant_algo": algorithm, "group_size": random.choice([16, 16, None, "16", "x"])}
+    if algorithm == "MIXED_PRECISION" and random.random() < 0.95:
+        layers: dict[str, Any] = {}
+        for _ in range(random.randint(1, 6)):
+            one = random.choice(names)
+            stated = random.choice(["FP8", "FP8", "NVFP4", "nvfp4", "W4A16_NVFP4", "MXFP8", "FP8_BLOCK_SCALES", "INT8"])
+            where = siblings(one) if random.random() < 0.7 else [random.choice([one, one.rpartition(".")[0]])]
+            layers |= {name: {"quant_algo": stated} for name in where}
+        values["quantized_layers"] = layers
+    nested = random.random() < 0.5
+    if random.random() < 0.95:
+        values["exclude_modules" if nested else "ignore"] = left_out(random, names)
+    if random.random() < 0.03:
+        values["exclude_modules" if nested else "ignore"] = random.choice(["lm_head", [5], None])
+    if not nested:
+        method = random.choice(["modelopt", "modelopt", "modelopt", "modelopt_fp4"])
+        return {"quant_method": method, **values, "config_groups": {"group_0": {"targets": ["Linear"]}}}
+    if random.random() < 0.95:
+        values["kv_cache_quant_algo"] = random.choice([None, "FP8", "NVFP4"])
+    document = {"quantization": values, "producer": {"name": "modelopt", "version": "0.29.0"}}
+    return document if random.random() < 0.6 else {"quant_method": "modelopt", "quantization": values}
+
+
+def mxfp8(random: Random, names: list[str], body: str) -> dict[str, Any]:
+    config: dict[str, Any] = {"quant_method": "mxfp8", "ignored_layers": left_out(random, names)}
+    if random.random() < 0.1:
+        config |= random.choice([{"quant_algo": "FP8"}, {"quant_algo": "MXFP8"}, {"ignored_layers": None}])
+    if random.random() < 0.05:
+        config["ignored_layers"] = random.choice(["lm_head", [5]])
+    return config
+
+
+def quark(random: Random, names: list[str], body: str) -> dict[str, Any]:
+    excluded = ["lm_head"] if random.random() < 0.7 else []
+    for _ in range(random.randint(0, 4)):
+        one = key(random, names)
+        excluded += [f"re:{one}"] if random.random() < 0.4 else siblings(one) if random.random() < 0.6 else [one]
+    if random.random() < 0.3:
+        excluded.append(f"{random.choice(names).partition('.mlp')[0]}.mlp.experts.*.down_proj")
+    weight = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False}
+    config: dict[str, Any] = {
+        "quant_method": "quark",
+        "export": {"kv_cache_group": [], "pack_method": "reorder"},
+        "global_quant_config": {"weight": weight, "input_tensors": None},
+        "layer_type_quant_config": {},
+        "layer_quant_config": {},
+        "exclude": excluded,
+    }
+    if random.random() < 0.05:
+        config |= random.choice([{"export": None}, {"export": {}}])
+    return config
+
+
 METHODS = {
     "auto-round": auto_round, "gptq": gptq, "awq": awq, "compressed-tensors": compressed_tensors, "fp8": fp8,
+    "modelopt": modelopt, "mxfp8": mxfp8, "quark": quark,
 }  # fmt: skip
 
 

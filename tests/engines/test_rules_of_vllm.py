@@ -44,9 +44,10 @@ def layers_of(case: dict[str, Any]) -> list[Layer]:
 def ours(case: dict[str, Any]) -> Any:
     """The rules' answer in the words of ask_vllm.py."""
     tree = tree_of(case)
-    config = {**case["config"], "quant_method": case["method"]}
     try:
-        rule = vllm.read_rule(QuantizationConfig(config), tree.renames, tree.fused, Patterns(), checkpoint_of(case))
+        rule = vllm.read_rule(
+            QuantizationConfig(case["config"]), tree.renames, tree.fused, Patterns(), checkpoint_of(case)
+        )
     except NotLoadable as refusal:
         return {"error": str(refusal)}
     assert rule is not None

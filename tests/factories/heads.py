@@ -50,7 +50,9 @@ def make_base(folder: Path, layout: str, *, seed: int = 0, shards: int = 2, laye
     tensors = {name: ("BF16", shape, to_bf16(random.normal(0, 0.05, shape))) for name, shape in shapes.items()}
     count = "mtp_num_hidden_layers" if layout.startswith("mtp") else "num_nextn_predict_layers"
     config = {"hidden_size": HIDDEN, "vocab_size": VOCAB, "num_hidden_layers": 2, count: layers, "dtype": "bfloat16"}
-    config |= {"model_type": "made_up", "architectures": ["MadeUpForCausalLM"]}
+    # Engines choose the draft model by the architecture. Of a made-up model type nothing else is known.
+    architecture = "Qwen3NextForCausalLM" if layout.startswith("mtp") else "Glm4MoeForCausalLM"
+    config |= {"model_type": "made_up", "architectures": [architecture]}
     write_checkpoint(folder, sharded(tensors, shards), config)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "generation_config.json").write_text('{"eos_token_id": 1}')

@@ -28,10 +28,28 @@ def compressed(ignore: Any, *targets: str) -> Changes:
     }  # fmt: skip
 
 
+def modelopt(**more: Any) -> Changes:
+    return {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"], **more}
+
+
 SOUND: dict[str, Changes] = {
     "auto-round": auto_round(),
     "gptq": gptq(),
     "awq": awq(),
     "compressed-tensors": compressed([]),
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic"},
-}
+    "modelopt": modelopt(),
+    "modelopt_mixed": modelopt(quant_algo="MIXED_PRECISION", quantized_layers={"lm_head": {"quant_algo": "FP8"}}),
+    "modelopt, own file": {
+        "producer": {"name": "modelopt"},
+        "quantization": {
+            "quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"],
+        },
+    },
+    "mxfp8": {"quant_method": "mxfp8", "ignored_layers": []},
+    "quark": {"quant_method": "quark", "export": {"kv_cache_group": []}, "exclude": ["lm_head"]},
+    "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "mlx": {"group_size": 32, "bits": 4},
+    "not known to anybody": {"quant_method": "my-own", "bits": 4},
+}  # fmt: skip

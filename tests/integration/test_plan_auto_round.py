@@ -12,7 +12,7 @@ from requant.tasks.checkpoint.assemble import assemble
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.head import HeadFiles, keep_head
-from requant.tasks.checkpoint.packing import PackingScheme
+from requant.tasks.checkpoint.reading import Reading
 from requant.tasks.planning.layers import choose_layers
 from requant.tasks.planning.output import plan_output
 from requant.tasks.recipe.quantize_section import Quantize
@@ -88,7 +88,9 @@ def check(folder: Path, asked: Quantize) -> None:
     parts = {n: t.shape for n, t in made.tensors.items() if n.endswith((".qweight", ".qzeros", ".scales"))}
     ours: dict[str, tuple[int, ...]] = {}
     for module in chosen.quantized:
-        shapes = PackingScheme.of(chosen.quantization, module).shapes(*base.tensors[f"{module}.weight"].shape)
+        shapes = (
+            Reading.of(base.config, chosen.quantization).planned(module).shapes(*base.tensors[f"{module}.weight"].shape)
+        )
         ours |= {f"{module}.{part}": shapes[part] for part in ("qweight", "qzeros", "scales")}
     assert ours == {n: shape for n, shape in parts.items() if not n.startswith("mtp.")}
 

@@ -14,8 +14,10 @@ import pyarrow.parquet
 import pytest
 
 from infra.dev.hub.launch import HubStandIn
+from requant.flows import api
 from requant.tasks import excerpt
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.header import read_header
 from requant.tasks.errors import CheckpointError, HubError, HubUnavailable, RecipeError
 from requant.tasks.excerpt import text_files
 from requant.tasks.hub.revision import resolve
@@ -129,6 +131,28 @@ def test_inspect_of_a_repo_says_what_inspect_of_its_folder_says(requant: Requant
     assert by_hub.status == by_folder.status == 0, by_hub.stderr
     assert by_hub.document == by_folder.document
     assert requant("inspect", f"{REPO}@main").status == 0
+
+
+def test_a_skeleton_has_the_headers_of_shards_that_no_index_names(hub: HubStandIn, tmp_path: Path) -> None:
+    base = pico_base(tmp_path / "base")
+    names = sorted(path.name for path in base.glob("*.safetensors"))
+    (base / "model.safetensors.index.json").unlink()
+    hub.seed("demo/no-index", base)
+    skeleton = create_checkout(resolve("demo/no-index"), tmp_path / "skeleton")
+    assert {name for shard in names for name in read_header(skeleton / shard)} == set(all_tensors(base))
+
+
+def test_inspect_of_a_repo_reads_the_one_file_that_has_all_settings_of_processors(
+    hub: HubStandIn, tiny: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "made"
+    shutil.copytree(tiny, folder)
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "video_preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text('{"image_processor": {}, "video_processor": {}}')
+    hub.seed("demo/one-processor-file", folder)
+    by_hub = api.inspect("demo/one-processor-file")
+    assert by_hub == api.inspect(folder) and by_hub.problems == []
 
 
 def test_deep_inspection_of_a_repo_is_refused(requant: Requant, tiny: Path) -> None:

@@ -55,3 +55,11 @@ def metadata(text: str) -> dict[str, Any] | None:
         return None
     loaded: dict[str, Any] = yaml.safe_load(match[1])
     return loaded
+
+
+def base_model_tags(metadata: dict[str, Any]) -> list[str]:
+    """Return the tags that the Hub makes of a card's `base_model`. It also guesses a relation that the card lacks."""
+    named = metadata.get("base_model", [])
+    bases = named if isinstance(named, list) else [named]
+    relation = metadata.get("base_model_relation")
+    return [f"base_model:{base}" for base in bases] + [f"base_model:{relation}:{base}" for base in bases if relation]

@@ -1,4 +1,4 @@
-"""The two calls of a commit: preupload, which says how to upload each file, and the commit itself."""
+"""The two calls of a commit, which may open a pull request: preupload, to ask how to upload each file, and commit."""
 
 import base64
 import json
@@ -7,26 +7,36 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 
-from infra.dev.hub.access import HubError, ResolvedCommit, Revision, WritableRepository, Writer, repo_url
+from infra.dev.hub.access import (
+    HubError,
+    OpenRepository,
+    ResolvedCommit,
+    Revision,
+    Writer,
+    get_writable_repository,
+    repo_url,
+)
 from infra.dev.hub.card import check_card
 from infra.dev.hub.gitattributes import goes_to_lfs, lfs_patterns
 from infra.dev.hub.repository import Commit, Repository, RevisionNotFound
-from infra.dev.hub.tree import Delete, Entry, Operation, Put, check_path
+from infra.dev.hub.tree import Delete, Entry, Operation, Put, apply, check_path
+
+router = APIRouter(prefix="/api/{kind}/{namespace}/{name}")
 
 
-def refuse_new_pull_request(create_pr: bool = False) -> None:
-    """Refuse a commit that opens a pull request: the stand-in knows only those that are opened as drafts."""
-    if create_pr:
-        raise HubError(501, "The stand-in opens no pull request with a commit: use create_pull_request")
+def get_target(repository: OpenRepository, writer: Writer, create_pr: bool = False) -> Repository:
+    """Return a repository that the caller may commit to; anyone who may read it may open a pull request (`create_pr`).
+
+    Raises HubError.
+    """
+    return repository if create_pr else get_writable_repository(repository, writer)
 
 
-router = APIRouter(prefix="/api/{kind}/{namespace}/{name}", dependencies=[Depends(refuse_new_pull_request)])
+Target = Annotated[Repository, Depends(get_target)]
 
 
 @router.post("/preupload/{revision}")
-def preupload(
-    repository: WritableRepository, commit: ResolvedCommit, body: Annotated[dict[str, Any], Body()]
-) -> dict[str, Any]:
+def preupload(repository: Target, commit: ResolvedCommit, body: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
     """Say which files go to LFS, and what the repository holds under their names."""
     patterns = lfs_patterns(repository, commit.tree)
     files = []
@@ -40,30 +50,62 @@ def preupload(
 
 @router.post("/commit/{revision}")
 async def commit(
-    request: Request, repository: WritableRepository, revision: Revision, writer: Writer
+    request: Request, repository: Target, revision: Revision, writer: Writer, create_pr: bool = False
 ) -> dict[str, Any]:
-    """Commit the operations of a body of JSON lines to a branch or pull request."""
+    """Commit the operations of a body of JSON lines to a branch, a pull request, or a new pull request."""
     lines = [json.loads(line) for line in (await request.body()).splitlines() if line]
-    made = await run_in_threadpool(_commit, repository, revision, writer.name, lines)
-    url = f"{repo_url(request, repository)}/commit/{made.id}"
-    return {"success": True, "hookOutput": "", "commitOid": made.id, "commitUrl": url}
+    commit = _commit_to_new_pull_request if create_pr else _commit
+    ref, made = await run_in_threadpool(commit, repository, revision, writer.name, lines)
+    address = repo_url(request, repository)
+    answer = {"success": True, "hookOutput": "", "commitOid": made.id, "commitUrl": f"{address}/commit/{made.id}"}
+    return answer | ({"pullRequestUrl": f"{address}/discussions/{ref.rpartition('/')[2]}"} if create_pr else {})
 
 
-def _commit(repository: Repository, revision: str, author: str, lines: list[dict[str, Any]]) -> Commit:
-    header = next((line["value"] for line in lines if line["key"] == "header"), None)
-    if header is None:
-        raise HubError(400, "The commit has no header")
+def _commit(repository: Repository, revision: str, author: str, lines: list[dict[str, Any]]) -> tuple[str, Commit]:
+    """Commit to a branch or pull request. Returns its full name and the commit."""
+    header = _read_header(lines)
     ref = repository.full_ref(revision)
     if ref is None or ref.startswith("refs/tags/"):
         raise RevisionNotFound(revision)
-    return repository.commit(
+    made = repository.commit(
         ref,
-        [_read_operation(repository, line) for line in lines if line["key"] != "header"],
+        _read_operations(repository, lines),
         title=header["summary"],
         description=header.get("description", ""),
         author=author,
         parent=header.get("parentCommit"),
     )
+    return ref, made
+
+
+def _commit_to_new_pull_request(
+    repository: Repository, revision: str, author: str, lines: list[dict[str, Any]]
+) -> tuple[str, Commit]:
+    """Open a pull request with one commit behind the parent that the header names, otherwise behind the branch.
+
+    As on the Hub, `main` may have moved since that parent. Returns the pull request's ref and the commit.
+    """
+    header, operations = _read_header(lines), _read_operations(repository, lines)
+    if repository.full_ref(revision) != "refs/heads/main":
+        raise HubError(400, f"A pull request changes main, not {revision}")
+    base = repository.resolve(header.get("parentCommit") or revision)
+    title, description = header["summary"], header.get("description", "")
+    with repository.lock:
+        tree = apply(base.tree, operations)  # Raises before anything is opened.
+        request = repository.open_pull_request(base, title=title, author=author, description=description)
+        ref = f"refs/pr/{request.number}"
+        return ref, repository.commit_tree(ref, tree, title, description, author)
+
+
+def _read_header(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    header: dict[str, Any] | None = next((line["value"] for line in lines if line["key"] == "header"), None)
+    if header is None:
+        raise HubError(400, "The commit has no header")
+    return header
+
+
+def _read_operations(repository: Repository, lines: list[dict[str, Any]]) -> list[Operation]:
+    return [_read_operation(repository, line) for line in lines if line["key"] != "header"]
 
 
 def _read_operation(repository: Repository, line: dict[str, Any]) -> Operation:

@@ -1,7 +1,8 @@
 """Pull requests: a ref `refs/pr/<number>` and a record of its state. Other discussions are not supported.
 
 As on the Hub, a pull request that was opened without a commit is a draft, which must be opened before it can be
-merged, and a merge is one squashed commit. Unlike on the Hub, a pull request cannot be merged once `main` has moved.
+merged; one that was opened by a commit (`create_pr`) is open. A merge is one squashed commit. Unlike on the Hub, a pull
+request cannot be merged once `main` has moved.
 """
 
 from typing import Annotated, Any
@@ -20,14 +21,9 @@ JsonBody = Annotated[dict[str, Any], Body()]
 def create(repository: OpenRepository, writer: Writer, body: JsonBody) -> dict[str, Any]:
     if not body.get("pullRequest"):
         raise HubError(501, "The stand-in has no discussions but pull requests")
-    with repository.changing() as state:
-        number = 1 + len(state.pull_requests)
-        main = repository.resolve("main").id
-        repository.create_ref(f"refs/pr/{number}", main)
-        state.pull_requests[number] = PullRequest(
-            number=number, title=body["title"], author=writer.name, created=now(), status="draft", base=main
-        )
-    return {"num": number, "pullRequest": True}
+    main = repository.resolve("main")
+    request = repository.open_pull_request(main, title=body["title"], author=writer.name, status="draft")
+    return {"num": request.number, "pullRequest": True}
 
 
 @router.get("")
@@ -49,7 +45,20 @@ def list_all(
 def details(repository: ReadableRepository, number: int) -> dict[str, Any]:
     request = _find(repository, number)
     changes = {"base": "refs/heads/main", "mergeCommitId": request.merged_as}
-    return {**_describe(repository, request), "changes": changes, "events": [], "filesWithConflicts": [], "diff": ""}
+    comment = {
+        "id": "0" * 24,
+        "type": "comment",
+        "createdAt": request.created,
+        "author": {"name": request.author},
+        "data": {"edited": False, "hidden": False, "latest": {"raw": request.description}},
+    }
+    return {
+        **_describe(repository, request),
+        "changes": changes,
+        "events": [comment] if request.description else [],
+        "filesWithConflicts": [],
+        "diff": "",
+    }
 
 
 @router.post("/{number}/status")

@@ -16,7 +16,7 @@ from infra.dev.hub.access import (
     Writer,
     repo_url,
 )
-from infra.dev.hub.card import check_card, metadata
+from infra.dev.hub.card import base_model_tags, check_card, metadata
 from infra.dev.hub.hub import User
 from infra.dev.hub.repository import Commit, Repository
 from infra.dev.hub.tree import Entry
@@ -109,7 +109,7 @@ def _info(repository: Repository, commit: Commit, blobs: bool) -> dict[str, Any]
         "disabled": False,
         "downloads": 0,
         "likes": 0,
-        "tags": (card_data or {}).get("tags", []),
+        "tags": [*(card_data or {}).get("tags", []), *base_model_tags(card_data or {})],
         "cardData": card_data,
         "siblings": [_sibling(path, entry, blobs) for path, entry in sorted(tree.items())],
     }

@@ -67,6 +67,7 @@ class PullRequest(BaseModel):
     created: str
     status: str
     base: str
+    description: str = ""
     merged_as: str | None = None
 
 
@@ -172,6 +173,25 @@ class Repository:
         with self.changing() as state:
             if state.refs.pop(ref, None) is None:
                 raise RevisionNotFound(ref)
+
+    def open_pull_request(
+        self, base: Commit, *, title: str, author: str, description: str = "", status: str = "open"
+    ) -> PullRequest:
+        """Open a pull request that has no commits yet behind `base`."""
+        with self.changing() as state:
+            number = 1 + len(state.pull_requests)
+            self.create_ref(f"refs/pr/{number}", base.id)
+            request = PullRequest(
+                number=number,
+                title=title,
+                author=author,
+                created=now(),
+                status=status,
+                base=base.id,
+                description=description,
+            )
+            state.pull_requests[number] = request
+            return request
 
     # commits
 

@@ -14,54 +14,58 @@ from itertools import islice
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import sglang, transformers, vllm
-from requant.tasks.checkpoint.compat.rule import Patterns
-from requant.tasks.checkpoint.config import LAYER_COUNTS, JsonObject, QuantizationConfig
+from requant.tasks.checkpoint.compat.drafting import EngineLacks, Fixable, head_finding
+from requant.tasks.checkpoint.compat.rule import Finding, NotJudged, Patterns
+from requant.tasks.checkpoint.config import JsonObject, QuantizationConfig
 from requant.tasks.checkpoint.document import EngineVerdict
-from requant.tasks.checkpoint.inventory import missing_parts
-from requant.tasks.checkpoint.modules import modules_of
+from requant.tasks.checkpoint.heads.drafters import drafter_kind, is_no_base
 from requant.tasks.checkpoint.untrusted import MAX_SMALL_JSON_BYTES
 
 VIDEO, IMAGE, PROCESSOR = "video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json"
 _REPEATED_REPEAT = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")
 FINE = "nothing is in the way"
+DRAFTING = ("vllm", "sglang")  # the engines that draft with a head
 FIX = "run requant mtp-fix"
-
-
-class Fixable(str):
-    """A problem of an MTP head that `requant mtp-fix` solves, without this remedy."""
+VERSIONS = {"vllm": vllm.VERSION, "sglang": sglang.VERSION, "transformers": transformers.VERSION}
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What keeps each engine from loading a checkpoint, and from drafting; None if nothing does.
+    """What keeps each engine from loading a checkpoint, and from drafting, or why that is not judged.
 
     `hostile`: regular expressions on which an engine would hang. They were too slow when tried, or repeat a repetition,
     on which the module `re` that SGLang uses may not terminate.
     """
 
-    loading: dict[str, str | None]
-    drafting: dict[str, str | None]
+    loading: dict[str, Finding]
+    drafting: dict[str, Finding]
     hostile: list[str]
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Judgement:
         """Judge a checkpoint."""
+        kind = drafter_kind(checkpoint.config)
+        if kind is not None:
+            why = NotJudged(f"it is {is_no_base(kind)}")
+            return cls(dict.fromkeys(VERSIONS, why), dict.fromkeys(VERSIONS, why), [])
         patterns = Patterns()
         fatal = checkpoint.fatal[0] if checkpoint.fatal else None
-        head = checkpoint.head
-        head_modules = modules_of(checkpoint.tensors[name] for name in head.names) if head else {}
+        head_modules = checkpoint.head_modules
         main_modules = {name: module for name, module in checkpoint.modules.items() if name not in head_modules}
         missing = missing_vision_files(checkpoint)
         lacks_file = f"{missing[0]} is missing: copy it from the base" if missing else None
-        incomplete = _incomplete_head(checkpoint)
-        loading = {
+        loading: dict[str, Finding] = {
             "vllm": lacks_file or fatal or vllm.load_problem(checkpoint, main_modules, patterns),
             "sglang": lacks_file or fatal or sglang.load_problem(checkpoint, main_modules, patterns),
             "transformers": fatal or transformers.load_problem(checkpoint),
         }
-        drafting = {
-            "vllm": incomplete or _fixable(vllm.head_problem(checkpoint, head_modules, patterns)),
-            "sglang": incomplete or _fixable(sglang.head_problem(checkpoint, head_modules, patterns)),
+        judges = {"vllm": vllm.head_problem, "sglang": sglang.head_problem}
+        drafting: dict[str, Finding] = {
+            **{
+                engine: head_finding(checkpoint, engine)
+                or _fixable(judge(checkpoint, head_modules, patterns), loading[engine])
+                for engine, judge in judges.items()
+            },
             "transformers": transformers.IGNORED,
         }
         suspicious = (p for p in _possible_patterns(checkpoint.quantization) if _REPEATED_REPEAT.search(p))
@@ -71,18 +75,48 @@ class Judgement:
     @property
     def verdicts(self) -> dict[str, EngineVerdict]:
         """The verdict on each engine. `reason` names what to change."""
-        return {
-            engine: EngineVerdict(
-                loads=loading is None,
-                mtp=loading is None and self.drafting[engine] is None,
-                reason=loading or _with_remedy(self.drafting[engine]) or FINE,
-            )
-            for engine, loading in self.loading.items()
-        }
+        return {engine: self._verdict(engine) for engine in self.loading}
+
+    def _verdict(self, engine: str) -> EngineVerdict:
+        loading, drafting = self.loading[engine], self.drafting[engine]
+        loads, drafts = _answer(loading), _answer(drafting)
+        mtp = False if False in (loads, drafts) else None if None in (loads, drafts) else True
+        reasons = [loading] if loads is False else [loading, _with_remedy(drafting)]
+        reason = "; ".join(dict.fromkeys(text for text in reasons if text)) or FINE
+        return EngineVerdict(loads=loads, mtp=mtp, reason=reason, version=VERSIONS[engine])
+
+    @property
+    def load_problem(self) -> str | None:
+        """Why neither vLLM nor SGLang loads the checkpoint; None if one does, or if that is not judged."""
+        found = [self.loading[engine] for engine in DRAFTING]
+        if not all(_answer(finding) is False for finding in found):
+            return None
+        reasons = "; ".join(dict.fromkeys(text for text in found if text))
+        return f"neither vLLM {vllm.VERSION} nor SGLang {sglang.VERSION} loads it: {reasons}"
 
     @property
     def draft_problem(self) -> str | None:
-        return _with_remedy(self.drafting["vllm"] or self.drafting["sglang"])
+        """Why vLLM or SGLang would not draft; None if both would, or if that is not judged."""
+        return next((_with_remedy(found) for found in self._draft_problems.values()), None)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether vLLM or SGLang drafts with the head as it is."""
+        return any(self.drafting[engine] is None for engine in DRAFTING)
+
+    @property
+    def head_problem(self) -> str | None:
+        """Why vLLM or SGLang would not draft, if the head is what is wrong and not the whole checkpoint."""
+        of_heads = (found for engine, found in self._draft_problems.items() if found != self.loading[engine])
+        return next((_with_remedy(found) for found in of_heads), None)
+
+    @property
+    def _draft_problems(self) -> dict[str, Finding]:
+        return {
+            engine: found
+            for engine in DRAFTING
+            if _answer(found := self.drafting[engine]) is False and not isinstance(found, EngineLacks)
+        }
 
 
 def _possible_patterns(quantization: QuantizationConfig) -> list[str]:
@@ -130,39 +164,15 @@ def _read_processor_config(checkpoint: Checkpoint) -> JsonObject:
     return JsonObject(document if isinstance(document, dict) else {})
 
 
-def _incomplete_head(checkpoint: Checkpoint) -> str | None:
-    """Return what the head lacks, or how it contradicts the number of layers in config.json; or None."""
-    head = checkpoint.head
-    promised = checkpoint.config.mtp_layers
-    if head is None and promised:  # vLLM starts with an uninitialized head, and accepts no draft
-        return Fixable("there is no MTP head, though config.json promises one")
-    if head is None:
-        return "there is no MTP head"
-    missing = missing_parts(checkpoint, head)
-    if missing:
-        return Fixable(f"{missing[0]} is missing from the head")
-    if not promised and any(key in checkpoint.text_config for key in LAYER_COUNTS):
-        return Fixable(f"config.json promises 0 MTP layers ({' or '.join(LAYER_COUNTS)}), and there is a head")
-    stray = _uncounted_tensor(checkpoint, promised)
-    return Fixable(f"{stray} is beyond the {promised} MTP layers that config.json promises") if stray else None
+def _fixable(problem: Finding, loading: Finding) -> Finding:
+    """Mark a problem of the head as fixable, unless it is a problem of the whole checkpoint: `loading`."""
+    return Fixable(problem) if _answer(problem) is False and problem != loading else problem
 
 
-def _uncounted_tensor(checkpoint: Checkpoint, promised: int) -> str | None:
-    """Return a tensor of a layer that the config does not count, for which vLLM has no parameter; or None."""
-    head = checkpoint.head
-    if head is None or not promised:
-        return None
-    first = 0 if head.layout == "mtp" else checkpoint.text_config["num_hidden_layers"]
-    for name in head.names:
-        number = name.partition("layers.")[2].partition(".")[0]
-        if number.isdigit() and len(number) < 9 and int(number) >= first + promised:
-            return name
-    return None
+def _answer(finding: Finding) -> bool | None:
+    """Return whether an engine loads or drafts; None if that is not judged."""
+    return None if isinstance(finding, NotJudged) else finding is None
 
 
-def _fixable(problem: str | None) -> Fixable | None:
-    return None if problem is None else Fixable(problem)
-
-
-def _with_remedy(problem: str | None) -> str | None:
+def _with_remedy(problem: Finding) -> str | None:
     return f"{problem}: {FIX}" if isinstance(problem, Fixable) else problem

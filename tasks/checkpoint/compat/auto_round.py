@@ -6,10 +6,11 @@ Source: vLLM 0.32.0, model_executor/layers/quantization/inc/inc.py (INCConfig) a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from requant.tasks.checkpoint.compat.rule import (
+    COMPRESSED,
     EXPERTS,
     INTEGER,
     LM_HEAD,
@@ -62,6 +63,22 @@ class AutoRound:
     @classmethod
     def read(cls, quantization: QuantizationConfig, renames: Renames, fused: Fused, patterns: Patterns) -> AutoRound:
         """Read a config as INCConfig.from_config and apply_vllm_mapper do. Raises NotLoadable if they raise."""
+        rule = cls.of(quantization, renames, fused, patterns)
+        _one_of("bits", rule.bits, BITS)
+        if "mx_fp" not in rule.data_type:
+            _one_of("data_type", rule.data_type, DATA_TYPES)
+        _one_of("packing_format", rule.packing, PACKINGS)
+        _one_of("backend", rule.backend, BACKENDS)
+        values = SchemeValues(rule.bits, rule.group_size, rule.sym)
+        _check_together(quantization, rule.data_type, values, rule.packing, rule.backend)
+        return rule
+
+    @classmethod
+    def of(cls, quantization: QuantizationConfig, renames: Renames, fused: Fused, patterns: Patterns) -> AutoRound:
+        """Read what a config says of layers, whether vLLM has kernels for it or not.
+
+        Raises NotLoadable for fields of the wrong type.
+        """
         data_type = quantization.get("data_type", "int")
         data_type = "fp" if data_type == "fp8" else data_type
         bits = required(quantization, "bits")
@@ -73,12 +90,6 @@ class AutoRound:
             raise NotLoadable(f"data_type is {shorten(data_type)}")
         if packing is None:
             packing = default_packing(data_type, bits, group_size)
-        _one_of("bits", bits, BITS)
-        if "mx_fp" not in data_type:
-            _one_of("data_type", data_type, DATA_TYPES)
-        _one_of("packing_format", packing, PACKINGS)
-        _one_of("backend", backend, BACKENDS)
-        _check_together(quantization, data_type, SchemeValues(bits, group_size, sym), packing, backend)
         blocks = next(
             (quantization[key] for key in ("block_name_to_quantize", "to_quant_block_names") if key in quantization),
             None,
@@ -91,14 +102,19 @@ class AutoRound:
         return cls(bits, group_size, sym, packing, backend, data_type, blocks, named, fused, patterns, keys)
 
     def scheme(self, layer: Layer) -> EngineScheme:
-        """Decide as INCConfig.get_quant_method does."""
+        """Decide as INCConfig.get_quant_method does, for which an exact entry without bits is one of 16 bits."""
         for key in (layer.name, f"model.{layer.name}"):
             if key in self.extra and _at_least_16(self._entry(key).get("bits", 16), key):
                 return EngineScheme(because=f"extra_config[{key!r}]")
+        return self._stated(layer)
+
+    def _stated(self, layer: Layer) -> EngineScheme:
         (bits, group_size, sym), because = self._resolve(layer)
         if _at_least_16(bits, layer.name):
             return EngineScheme(because=because)
         storage: Storage = INTEGER if self.data_type == "int" else SCALED
+        if "mx_fp" in self.data_type and bits == 4:  # weight_packed and weight_scale: inc/schemes/inc_mxfp4_linear.py
+            storage = COMPRESSED
         return EngineScheme(storage, bits, group_size, sym, because, "awq" if self.packing == AWQ else "gptq")
 
     def _resolve(self, layer: Layer) -> tuple[SchemeValues, str]:
@@ -181,6 +197,25 @@ class AutoRound:
         return (
             f"bits={scheme.bits!r}, group_size={scheme.group_size!r}, sym={scheme.sym!r} has no kernel ({layer.name})"
         )
+
+
+@dataclass(frozen=True)
+class AsQuantized(AutoRound):
+    """A config of auto-round, as auto-round writes it: an entry has only those values that differ from the others'.
+
+    Source: auto_round 0.16.1, export/export_to_autoround/export.py.
+    """
+
+    matched: dict[str, str | None] = field(default_factory=dict, repr=False)
+
+    def scheme(self, layer: Layer) -> EngineScheme:
+        """Return how a layer was quantized, whatever vLLM makes of it."""
+        return self._stated(layer)
+
+    def _matching_key(self, name: str) -> str | None:
+        if name not in self.matched:
+            self.matched[name] = super()._matching_key(name)
+        return self.matched[name]
 
 
 def normal_group(group: Any) -> Any:

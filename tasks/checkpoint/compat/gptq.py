@@ -9,7 +9,7 @@ contradict the tensors only because names in lists match as substrings.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from requant.tasks.checkpoint.compat.rule import (
@@ -39,7 +39,10 @@ FLOATS = {"F16", "BF16", "F32"}
 
 @dataclass(frozen=True)
 class Gptq:
-    """A config of GPTQ. `listed`: the quantized modules; None if unknown, which means all."""
+    """A config of GPTQ. `listed`: the quantized modules; None if unknown, which means all.
+
+    `limited`: whether only the schemes are taken for which vLLM has kernels.
+    """
 
     bits: int
     group_size: Any
@@ -50,6 +53,7 @@ class Gptq:
     because: str
     fused: Fused
     patterns: Patterns
+    limited: bool = False
 
     @classmethod
     def read(
@@ -64,11 +68,28 @@ class Gptq:
 
         Raises NotLoadable if they raise.
         """
+        desc_act, sym = required(quantization, "desc_act"), required(quantization, "sym")
+        rule = cls.of(quantization, renames, fused, patterns, tensors)
+        check_order(desc_act, rule.group_size, rule.dynamic)
+        _known(rule.bits, sym)
+        return replace(rule, limited=True)
+
+    @classmethod
+    def of(
+        cls,
+        quantization: QuantizationConfig,
+        renames: Renames,
+        fused: Fused,
+        patterns: Patterns,
+        tensors: Iterable[Tensor],
+    ) -> Gptq:
+        """Read what a config says of layers, whether vLLM has kernels for it or not.
+
+        Raises NotLoadable for fields of the wrong type, and without bits or group size.
+        """
         dynamic = mapping(quantization, "dynamic")
         bits, group_size = required(quantization, "bits"), required(quantization, "group_size")
-        desc_act, sym = required(quantization, "desc_act"), required(quantization, "sym")
-        check_order(desc_act, group_size, dynamic)
-        _known(bits, sym)
+        sym = quantization.get("sym", True)
         modules, because = quantization.get("modules_in_block_to_quantize"), "modules_in_block_to_quantize"
         if modules:
             if isinstance(modules, list) and all(isinstance(item, list) for item in modules):
@@ -99,7 +120,8 @@ class Gptq:
             values = values._replace(
                 **{k: override[k] for k, kind in kinds.items() if isinstance(override.get(k), kind)}
             )
-        _known(values.bits, values.sym)
+        if self.limited:
+            _known(values.bits, values.sym)
         because = self.because if key is None else f"dynamic[{shorten(key)}]"
         return EngineScheme(INTEGER, *values, because)
 
@@ -141,11 +163,21 @@ class Awq:
 
         Raises NotLoadable if they raise.
         """
+        required(quantization, "zero_point")
+        rule = cls.of(quantization, renames, fused, tensors)
+        if type(rule.bits) is not int or rule.bits not in AWQ_BITS:
+            raise NotLoadable(f"bits is {shorten(rule.bits)}; AWQ takes 4")
+        return rule
+
+    @classmethod
+    def of(cls, quantization: QuantizationConfig, renames: Renames, fused: Fused, tensors: Iterable[Tensor]) -> Awq:
+        """Read what a config says of layers, whether vLLM has kernels for it or not.
+
+        Raises NotLoadable for fields of the wrong type, and without bits or group size.
+        """
         bits = required(quantization, "w_bit", "bits")
         group_size = required(quantization, "q_group_size", "group_size")
-        zero_point = required(quantization, "zero_point")
-        if type(bits) is not int or bits not in AWQ_BITS:
-            raise NotLoadable(f"bits is {shorten(bits)}; AWQ takes 4")
+        zero_point = quantization.get("zero_point", True)
         modules, because = quantization.get("modules_to_not_convert"), "modules_to_not_convert"
         if modules:
             names = renames.of_list(modules, because)

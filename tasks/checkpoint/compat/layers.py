@@ -108,7 +108,10 @@ def _misfit(layer: Layer, scheme: EngineScheme, modules: Mapping[str, Module]) -
         module = modules[part]
         if scheme.quantized != module.quantized:
             if not module.quantized:
-                return f"{module.tensor.name} is not packed, and quantization_config says otherwise ({scheme.because})"
+                stored = "packed" if scheme.storage in (INTEGER, COMPRESSED) else "quantized"
+                return (
+                    f"{module.tensor.name} is not {stored}, and quantization_config says otherwise ({scheme.because})"
+                )
             stored = "packed" if module.storage in (INTEGER, COMPRESSED) else "quantized"
             return f"{_main_tensor(module)} is {stored}, and quantization_config says otherwise ({scheme.because})"
         if scheme.storage != module.storage:

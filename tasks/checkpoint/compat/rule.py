@@ -26,6 +26,19 @@ class NotLoadable(Exception):
     """The engine would raise an error here. The text is a part of a sentence, and names the field."""
 
 
+class TooSlow(NotLoadable):
+    """A regular expression of the config does not end within the limits of time, so that nothing is known."""
+
+
+class NotJudged(str):
+    """Why it is not known whether an engine loads a checkpoint, or drafts with its head."""
+
+    __slots__ = ()
+
+
+Finding = str | None  # None: nothing is in the way; NotJudged: that is not known; any other text: what is in the way
+
+
 @dataclass(frozen=True)
 class Layer:
     """A layer of an engine: its name and class there, and the checkpoint's modules from which it is loaded."""
@@ -130,15 +143,15 @@ class Patterns:
 
     def _run(self, how: str, pattern: str, name: str) -> bool:
         if pattern in self.hostile:
-            raise NotLoadable(_hangs(pattern))
+            raise TooSlow(_hangs(pattern))
         if self._spent_s > self.total_timeout_s:
-            raise NotLoadable("its patterns take too long to match the names of all layers")
+            raise TooSlow("its patterns take too long to match the names of all layers")
         began = time.perf_counter()
         try:
             return getattr(self._compile(pattern), how)(name, timeout=self.search_timeout_s) is not None
         except (TimeoutError, RecursionError, MemoryError, OverflowError) as error:
             self.hostile.append(pattern)
-            raise NotLoadable(_hangs(pattern)) from error
+            raise TooSlow(_hangs(pattern)) from error
         finally:
             self._spent_s += time.perf_counter() - began
 

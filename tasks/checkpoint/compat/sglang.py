@@ -1,16 +1,18 @@
 """SGLang: the same configs, with some differences. The rules are from its source and were not tried: there is no build
-for CPUs that can be installed.
+for CPUs that can be installed. infra/dev/engines/differences.py compares its tables with those here.
 
-Sources, in the repository sgl-project/sglang as stored nearest to 0.5.23: layers/quantization/auto_round/auto_round.py
-and routing.py, layers/quantization/gptq/gptq.py, layers/quantization/awq/awq.py,
-layers/quantization/compressed_tensors/compressed_tensors.py, layers/quantization/fp8.py and utils.py (0.5.23),
-model_loader/loader.py (_get_quantization_config), models/qwen3_5.py and models/qwen3_5_mtp.py.
+Sources: SGLang 0.5.23, srt/configs/model_config.py (_verify_quantization, _parse_quant_hf_config);
+srt/layers/quantization: auto_round/auto_round.py and routing.py, gptq/gptq.py, awq/awq.py,
+compressed_tensors/compressed_tensors.py, fp8.py and utils.py, marlin_utils.py, mlx.py;
+srt/model_loader/loader.py (_get_quantization_config), srt/models/qwen3_5.py and qwen3_5_mtp.py.
 
 Differences from vLLM:
 - Names stay as in the checkpoint (Qwen3.5 has no `hf_to_sglang_mapper`).
 - auto-round: a pattern must match the complete name, suffixes do not match, and `packed_modules_mapping` stays empty:
   a fused layer is looked up by its own name and never by the names of its parts.
 - FP8: a name in `modules_to_not_convert` includes all modules below it, and fused layers are looked up by their parts.
+- A config without `quant_method` is refused, unless it is ModelOpt's.
+- GPTQ is loaded by `gptq_marlin` or not at all: `gptq` is in the list of methods for CPU, XPU and NPU only.
 - GPTQ quantizes every layer that `dynamic` does not exclude, AWQ every layer that `modules_to_not_convert` does not
   name.
 - `mtp.fc` is an nn.Linear, and only one MTP layer is built. A tensor of the head without a parameter is skipped with a
@@ -36,6 +38,7 @@ from requant.tasks.checkpoint.compat.rule import (
     INTEGER,
     LM_HEAD,
     EngineScheme,
+    Finding,
     InvalidPattern,
     Layer,
     NotLoadable,
@@ -48,15 +51,22 @@ from requant.tasks.checkpoint.compat.rule import (
     shorten,
 )
 from requant.tasks.checkpoint.config import QuantizationConfig
+from requant.tasks.checkpoint.methods import BY_STATED, MLX
 from requant.tasks.checkpoint.modules import Module
 
+VERSION = "0.5.23"
 BITS = {2, 3, 4, 8}
 PACKINGS = {GPTQ, AWQ}
-METHODS = {
-    "auto-round", "gptq", "gptq_marlin", "awq", "awq_marlin", "fp8", "compressed-tensors", "modelopt", "modelopt_fp4",
-    "modelopt_mixed", "quark", "mxfp4", "w8a8_int8", "w8a8_fp8", "blockwise_int8", "moe_wna16", "w4afp8",
-    "petit_nvfp4", "bitsandbytes", "gguf", "torchao",
-}  # fmt: skip
+# srt/layers/quantization/__init__.py, BASE_QUANTIZATION_METHODS, with what it adds on a GPU of NVIDIA
+METHODS = frozenset({
+    "fp8", "mxfp8", "minimax_m3_nvfp4", "blockwise_int8", "modelopt", "modelopt_fp8", "modelopt_fp4", "nvfp4_online",
+    "modelopt_mixed", "w8a8_int8", "w8a8_fp8", "awq", "awq_marlin", "bitsandbytes", "gguf", "gptq_marlin", "moe_wna16",
+    "compressed-tensors", "w4afp8", "petit_nvfp4", "quark", "quark_mxfp4", "auto-round", "auto-round-int8", "modelslim",
+    "quark_int4fp8_moe", "humming", "mxfp_w4a8", "mxfp4",
+})  # fmt: skip
+MODELOPT = BY_STATED["modelopt"]  # its config may lack quant_method
+GPTQ_SCHEMES = ([4, True], [8, True])  # gptq/gptq.py, GPTQMarlinConfig.TYPE_MAP: bits, sym
+MARLIN_GROUP_SIZES = (-1, 32, 64, 128)  # marlin_utils.py, MARLIN_SUPPORTED_GROUP_SIZES
 _FUSED_FP8 = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _PLAIN = frozenset({"fc", "eh_proj", "gate", "shared_expert_gate", "conv1d", "embed_tokens"})
 
@@ -116,7 +126,7 @@ class SglangFp8(Fp8):
         return any(f".{ignored.removeprefix('model.').rstrip('.')}." in f".{name}." for ignored in self.ignored)
 
 
-def load_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns: Patterns) -> str | None:
+def load_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns: Patterns) -> Finding:
     """Return why SGLang would not load the main model correctly, or None. Fused layers are not judged.
 
     `modules`: the modules outside the MTP head.
@@ -128,10 +138,10 @@ def load_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns
         return f"SGLang refuses quantization_config: {refusal}"
     tree = Tree(Renames(), known.fused, known.plain)
     layers = [layer for layer in tree.layers(modules.values()) if len(layer.parts) == 1 or layer.kind == EXPERTS]
-    return None if rule is None else first_problem(layers, rule, modules, tree)
+    return vllm.no_rules(checkpoint) if rule is None else first_problem(layers, rule, modules, tree)
 
 
-def head_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns: Patterns) -> str | None:
+def head_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns: Patterns) -> Finding:
     """Return why SGLang would not load the MTP head correctly, or None. `modules`: the modules of the head."""
     known = vllm.architecture(checkpoint).tree
     tree = Tree(Renames(), known.fused, known.plain | _PLAIN)
@@ -141,7 +151,9 @@ def head_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns
         rule = _read_rule(checkpoint, patterns)
     except NotLoadable as refusal:
         return f"SGLang refuses quantization_config: {refusal}"
-    return first_problem(plain if rule is None else layers, rule or vllm.Unquantized(), modules, tree)
+    if rule is None:
+        return first_problem(plain, vllm.Unquantized(), modules, tree) or vllm.no_rules(checkpoint)
+    return first_problem(layers, rule, modules, tree)
 
 
 def _read_rule(checkpoint: Checkpoint, patterns: Patterns) -> Rule | None:
@@ -149,29 +161,50 @@ def _read_rule(checkpoint: Checkpoint, patterns: Patterns) -> Rule | None:
 
     Raises NotLoadable if SGLang refuses the config.
     """
-    quantization = vllm.quantization_of(checkpoint.config)
+    quantization = vllm.quantization_of(checkpoint)
+    if checkpoint.method is MLX:
+        raise NotLoadable("it is MLX's, which SGLang knows on Apple's computers only")
     if quantization is None:
         return vllm.Unquantized()
     if not isinstance(stated := quantization.get("quant_method", ""), str):
         raise NotLoadable(f"quant_method is {shorten(stated)}")
     method = quantization.method
+    if not method and checkpoint.method is MODELOPT:
+        return None
     if not method:
-        return vllm.Unquantized()
-    if method not in METHODS:
+        raise NotLoadable("it has no quant_method")
+    if method not in METHODS and method != "gptq":
         raise NotLoadable(f"quant_method is {shorten(method)}, which SGLang does not know")
     if method == "auto-round":
         return _auto_round(quantization, patterns)
-    if method.startswith("gptq"):
-        if [quantization.get("bits"), quantization.get("sym")] not in ([4, True], [8, True]):
-            return None  # a class other than Marlin's handles it, and takes more
+    if method in ("gptq", "gptq_marlin"):
+        _check_marlin(quantization)
         # SGLang does not look at the tensors. A list with an empty name matches every module.
         everything = QuantizationConfig({**quantization, "modules_in_block_to_quantize": [""], "desc_act": False})
         return Gptq.read(everything, Renames(), {}, patterns, ())
     if method.startswith("awq"):
         return Awq.read(quantization, Renames(), {}, ())
+    if method == "fp8" and checkpoint.config.get("model_type") in vllm.DEEPSEEK_V4:
+        return None  # its experts are stored in another way: model_config.py, is_fp4_experts
     if method == "fp8":
         return SglangFp8(**vars(Fp8.read(quantization, Renames(), {})))
     return vllm.read_rule(quantization, Renames(), {}, patterns, checkpoint) if method in vllm.SHARED else None
+
+
+def _check_marlin(quantization: QuantizationConfig) -> None:
+    """Check that GPTQMarlinConfig takes a config: nothing else in SGLang's list of methods does. Raises NotLoadable."""
+    bits, sym, size = (quantization.get(key) for key in ("bits", "sym", "group_size"))
+    if [bits, sym] not in GPTQ_SCHEMES or type(bits) is not int:
+        raise NotLoadable(f"bits={shorten(bits)} with sym={shorten(sym)}; gptq_marlin takes 4 or 8, symmetric")
+    if quantization.method == "gptq_marlin":  # stated so, it is not asked whether it fits
+        return
+    if type(size) is not int or size not in MARLIN_GROUP_SIZES or quantization.get("desc_act") is None:
+        raise NotLoadable(
+            f"group_size is {shorten(size)} and desc_act {shorten(quantization.get('desc_act'))}; gptq_marlin takes "
+            f"{', '.join(map(str, MARLIN_GROUP_SIZES))}, and needs both"
+        )
+    if quantization.get("checkpoint_format") == "marlin" or quantization.get("is_marlin_format", False):
+        raise NotLoadable("its checkpoint_format is marlin, which SGLang no longer takes")
 
 
 def _auto_round(quantization: QuantizationConfig, patterns: Patterns) -> SglangAutoRound:

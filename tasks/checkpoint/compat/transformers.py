@@ -8,23 +8,28 @@ Source: transformers 5.23.0, quantizers/auto.py (AUTO_QUANTIZER_MAPPING), models
 from __future__ import annotations
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.compat.rule import NotLoadable, shorten
-from requant.tasks.checkpoint.compat.vllm import quantization_of
+from requant.tasks.checkpoint.compat.rule import Finding, NotLoadable, shorten
+from requant.tasks.checkpoint.compat.vllm import no_rules, quantization_in
 from requant.tasks.checkpoint.config import QuantizationConfig
+from requant.tasks.checkpoint.methods import MLX
 from requant.tasks.checkpoint.modules import Module
 
+VERSION = "5.23.0"
 METHODS = {
     "awq", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "gptq", "aqlm", "quanto", "quark", "fouroversix",
     "fp_quant", "eetq", "higgs", "hqq", "compressed-tensors", "fbgemm_fp8", "torchao", "bitnet", "vptq", "spqr", "fp8",
     "gguf", "nvfp4", "mxfp8", "auto-round", "mxfp4", "metal", "sinq", "gemma",
 }  # fmt: skip
+JUDGED = {"auto-round", "gptq", "awq", "fp8", "compressed-tensors"}  # whose tensors were tried or read in its source
 IGNORED = "transformers ignores the MTP head"
 
 
-def load_problem(checkpoint: Checkpoint) -> str | None:
+def load_problem(checkpoint: Checkpoint) -> Finding:
     """Return why transformers would not load a checkpoint, or None."""
+    if checkpoint.method is MLX:
+        return "the weights are MLX's, which transformers does not know"
     try:
-        quantization = quantization_of(checkpoint.config)
+        quantization = quantization_in(checkpoint.config)
     except NotLoadable as refusal:
         return f"transformers refuses quantization_config: {refusal}"
     packed = next((module for module in checkpoint.modules.values() if module.quantized), None)
@@ -35,6 +40,8 @@ def load_problem(checkpoint: Checkpoint) -> str | None:
     method = quantization.get("quant_method")
     if not isinstance(method, str) or method not in METHODS:
         return f"quant_method is {shorten(method)}, which transformers does not know"
+    if method not in JUDGED:
+        return no_rules(checkpoint)
     return _uneven(checkpoint, quantization) if method == "auto-round" else None
 
 

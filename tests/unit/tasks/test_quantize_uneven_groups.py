@@ -178,7 +178,7 @@ def test_a_plan_refuses_a_group_that_divides_not_all_inputs_and_names_those_that
     (problem,) = output.problems
     assert sentence in problem and len(problem.splitlines()) == 1
     assert "model.language_model.layers.0." in problem and "no engine loads" in problem
-    assert not any(verdict.loads for verdict in output.engines().values())
+    assert not any(verdict.loads for verdict in output.judgement.verdicts.values())
 
 
 def test_only_groups_that_divide_all_inputs_are_named(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from tests.factories.cards import (
 )
 
 EVIL = "x`](https://evil)[click](https://evil)<b>*x*</b>|![i](https://evil)\n\n# evil\n```\n"
-VERDICT = EngineVerdict(loads=True, mtp=True, reason="none")
+VERDICT = EngineVerdict(loads=True, mtp=True, reason="none", version="0.32.0")
 WHOLE: dict[str, Any] = {
     "measured": {**MEASURED, "tasks": {"a": {"metric": "acc", "base": 1.0, "ours": 1.0, "recovery": 1.0}}},
     "benchmark": COMPARED_IN_VLLM,

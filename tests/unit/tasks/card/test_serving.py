@@ -54,14 +54,14 @@ def test_a_file_in_a_command_is_named_without_the_folder_it_lies_in() -> None:
     assert "--chat-template chat.jinja" in body and "/srv/mine" not in body
 
 
-GOOD = EngineVerdict(loads=True, mtp=True, reason="nothing is in the way")
-NO_DRAFTS = EngineVerdict(loads=True, mtp=False, reason="its head is packed")
-NO_MODEL = EngineVerdict(loads=False, mtp=False, reason="no kernel takes <3> bits")
+GOOD = EngineVerdict(loads=True, mtp=True, reason="nothing is in the way", version="0.32.0")
+NO_DRAFTS = EngineVerdict(loads=True, mtp=False, reason="its head is packed", version="0.32.0")
+NO_MODEL = EngineVerdict(loads=False, mtp=False, reason="no kernel takes <3> bits", version="0.32.0")
 
 
 def test_no_command_is_shown_for_an_engine_that_does_not_load_it() -> None:
     _, body = card_of(engines={"vllm": NO_MODEL, "sglang": GOOD, "transformers": GOOD})
-    assert "vLLM does not load it: no kernel takes ?3? bits." in body and "vllm serve" not in body
+    assert "vLLM does not load it: no kernel takes ?3? bits (vLLM 0.32.0)." in body and "vllm serve" not in body
     assert "--speculative-algorithm NEXTN" in body and "curl" in body and "from_pretrained" in body
     _, body = card_of(engines=dict.fromkeys(("vllm", "sglang", "transformers"), NO_MODEL))
     serving = body.split("## Serving")[1].split("\n## ")[0]
@@ -70,8 +70,18 @@ def test_no_command_is_shown_for_an_engine_that_does_not_load_it() -> None:
 
 def test_no_drafts_are_asked_for_where_the_head_does_not_draft() -> None:
     _, body = card_of(engines={"vllm": NO_DRAFTS, "sglang": NO_DRAFTS, "transformers": NO_DRAFTS})
-    assert "vLLM does not draft with its MTP head: its head is packed." in body
+    assert "vLLM does not draft with its MTP head: its head is packed (vLLM 0.32.0)." in body
     assert "vllm serve me/q-int4\n" in body and "speculative" not in body.split("## Serving")[1].split("\n## ")[0]
+
+
+def test_what_was_not_judged_is_said_to_be_so_and_no_drafts_are_asked_for_in_sglang() -> None:
+    unknown = EngineVerdict(loads=None, mtp=None, reason="there are no rules for it", version="0.5.23")
+    drafting = GOOD.model_copy(update={"mtp": None, "reason": "its scheme is new"})
+    _, body = card_of(engines={"vllm": drafting, "sglang": unknown, "transformers": GOOD})
+    assert "vLLM 0.32.0 loads it; whether it drafts is not judged: its scheme is new." in body
+    assert "Whether SGLang 0.5.23 loads it is not judged: there are no rules for it." in body
+    assert "sglang.launch_server" in body and "--speculative-algorithm" not in body
+    assert "By headers and configs, transformers 0.32.0 loads it." in body
 
 
 def test_what_an_engine_did_outweighs_what_was_expected_of_it() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from requant.tasks.checkpoint.checkpoint import INDEX, SINGLE, STALE, WRONG_TOTAL, Checkpoint, read_json
+from requant.tasks.checkpoint.checkpoint import INDEX, SINGLE, WRONG_TOTAL, Checkpoint, read_json
+from requant.tasks.checkpoint.shards import FIX_INDEX, STALE
 from requant.tasks.checkpoint.untrusted import MAX_JSON_BYTES
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import all_tensors, safetensors_bytes, write_checkpoint
@@ -66,7 +67,7 @@ def test_a_pico_base_is_sound_and_read_as_the_reference_reader_reads_it(tmp_path
 def test_a_missing_shard_is_a_problem_that_stops_work(folder: Path) -> None:
     (folder / TWO).unlink()
     checkpoint = Checkpoint.open(folder)
-    assert checkpoint.problems == [f"the index names {TWO}, which is missing: fetch it from the base or the Hub"]
+    assert checkpoint.problems == [f"the index names {TWO}, which is missing: download it again"]
     with pytest.raises(CheckpointError, match=f"names {TWO}, which is missing"):
         checkpoint.sound()
 
@@ -75,7 +76,10 @@ def test_a_tensor_that_the_index_lacks_is_a_problem(folder: Path) -> None:
     names = weight_map(folder)
     del names["b"]
     edit_index(folder, weight_map=names)
-    assert Checkpoint.open(folder).problems == [f"b is in {ONE} but not in the index"]
+    assert Checkpoint.open(folder).problems == [
+        f"b is in {ONE} but not in the index",
+        f"the index is wrong, and the shards have every tensor that it names: {FIX_INDEX}",
+    ]
 
 
 def test_a_tensor_that_no_shard_has_is_a_problem(folder: Path) -> None:
@@ -301,7 +305,8 @@ def test_a_folder_without_weights_config_or_anything_is_an_error_that_names_it(f
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         Checkpoint.open(folder)
     (folder / "config.json").write_text("{}")
-    (folder / INDEX).unlink()
+    for path in (folder / INDEX, *folder.glob("*.safetensors")):
+        path.unlink()
     with pytest.raises(CheckpointError, match="only safetensors checkpoints"):
         Checkpoint.open(folder)
 

@@ -129,7 +129,7 @@ def test_nothing_of_fp8_is_left_of_a_base(scales: str, tmp_path: Path) -> None:
     written = Checkpoint.open(write_dequantized(fp8, tmp_path / "plain")).sound()
     assert written.config == same.config and (tmp_path / "plain" / "tokenizer.json").exists()
     assert all(t.read() == same.tensors[name].read() for name, t in written.tensors.items())
-    state = state_dict(fp8.tensors.values(), fp8.config, RunSettings(torch.device("cpu"), torch.bfloat16))
+    state = state_dict(fp8.tensors.values(), fp8, RunSettings(torch.device("cpu"), torch.bfloat16))
     assert all(torch.equal(state[name], bits(tensor)) for name, tensor in same.tensors.items())
 
 

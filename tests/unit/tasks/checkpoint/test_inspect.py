@@ -179,7 +179,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "tensors are quantized, and config.json has no quantization_config",
     ),
     "the config beside only": (
-        lambda f: change_config(f, quantization_config=None), "no quantization_config: put it there too",
+        lambda f: change_config(f, quantization_config=None), "no quantization_config, which engines read: put",
     ),
     "nothing quantized": (
         lambda f: change_tensors(f, lambda t: {n: r for n, r in t.items() if r[0] == "BF16"}),

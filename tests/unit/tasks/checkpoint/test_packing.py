@@ -12,14 +12,12 @@ from auto_round.export.export_to_awq.utils import WQLinear_GEMM, dequantize_gemm
 from auto_round_extension.torch import qlinear_torch, qlinear_torch_zp
 from safetensors.torch import save_file
 
-from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.header import Tensor, read_header
 from requant.tasks.checkpoint.packing import PackingScheme, dequantize, to_numpy, unpack
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import from_bf16, rounded, safetensors_bytes
 
 OUT, IN = 64, 192
-AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32}
 
 
 def levels(bits: int, group_size: int, sym: bool, seed: int = 0) -> tuple[Any, Any, Any, Any]:
@@ -192,60 +190,6 @@ def test_a_dtype_that_numpy_does_not_have_is_refused_by_name(tmp_path: Path) -> 
     (tmp_path / "x.safetensors").write_bytes(safetensors_bytes({"t": ("F8_E4M3", (2,), b"ab")}))
     with pytest.raises(CheckpointError, match="t has dtype F8_E4M3"):
         to_numpy(read_header(tmp_path / "x.safetensors")["t"])
-
-
-SCHEMES: dict[str, tuple[dict[str, Any], PackingScheme]] = {
-    "auto-round's default": (AUTO_ROUND, PackingScheme(4, 32, "gptq")),
-    "auto_gptq": ({**AUTO_ROUND, "packing_format": "auto_round:auto_gptq"}, PackingScheme(4, 32, "gptq")),
-    "auto_round plain": ({**AUTO_ROUND, "packing_format": "auto_round"}, PackingScheme(4, 32, "gptq_v2")),
-    "gptqmodel": ({**AUTO_ROUND, "packing_format": "auto_round:gptqmodel"}, PackingScheme(4, 32, "gptq_v2")),
-    "auto_awq": ({**AUTO_ROUND, "packing_format": "auto_round:auto_awq"}, PackingScheme(4, 32, "awq")),
-    "gptq": ({"quant_method": "gptq", "bits": 8, "group_size": -1}, PackingScheme(8, -1, "gptq")),
-    "gptq v1": (
-        {"quant_method": "gptq", "checkpoint_format": "gptq", "bits": 4, "group_size": 128},
-        PackingScheme(4, 128),
-    ),
-    "gptq v2": (
-        {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "bits": 4, "group_size": 128},
-        PackingScheme(4, 128, "gptq_v2"),
-    ),
-    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 128}, PackingScheme(4, 128, "awq")),
-    "bits of its own": ({**AUTO_ROUND, "extra_config": {"m": {"bits": 8}}}, PackingScheme(8, 32, "gptq")),
-    "a group size of its own": (
-        {**AUTO_ROUND, "extra_config": {"m": {"group_size": -1}}},
-        PackingScheme(4, -1, "gptq"),
-    ),
-    "bits of another": ({**AUTO_ROUND, "extra_config": {"n": {"bits": 8}}}, PackingScheme(4, 32, "gptq")),
-}
-
-
-@pytest.mark.parametrize(("config", "expected"), SCHEMES.values(), ids=SCHEMES)
-def test_the_scheme_of_a_module_comes_from_the_config(config: dict[str, Any], expected: PackingScheme) -> None:
-    assert PackingScheme.of(QuantizationConfig(config), "m") == expected
-
-
-HOSTILE: dict[str, dict[str, Any]] = {
-    "nothing": {},
-    "no bits": {"quant_method": "gptq", "group_size": 32},
-    "no group size": {"quant_method": "gptq", "bits": 4},
-    "five bits": {**AUTO_ROUND, "bits": 5},
-    "sixteen bits": {**AUTO_ROUND, "bits": 16},
-    "text bits": {**AUTO_ROUND, "bits": "4"},
-    "bits as a list": {**AUTO_ROUND, "bits": [4]},
-    "an empty group": {**AUTO_ROUND, "group_size": 0},
-    "a negative group": {**AUTO_ROUND, "group_size": -2},
-    "a method of another kind": {**AUTO_ROUND, "quant_method": "bitsandbytes"},
-    "an unknown packing": {**AUTO_ROUND, "packing_format": "auto_round:marlin"},
-    "awq of eight bits": {"quant_method": "awq", "bits": 8, "group_size": 128},
-    "an extra config that is text": {**AUTO_ROUND, "extra_config": "m"},
-    "an entry that is text": {**AUTO_ROUND, "extra_config": {"m": "fp16"}},
-}
-
-
-@pytest.mark.parametrize("config", HOSTILE.values(), ids=HOSTILE)
-def test_a_config_that_makes_no_sense_is_a_checkpoint_error(config: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError):
-        PackingScheme.of(QuantizationConfig(config), "m")
 
 
 def test_an_index_of_groups_beyond_the_last_one_is_a_checkpoint_error(tmp_path: Path) -> None:

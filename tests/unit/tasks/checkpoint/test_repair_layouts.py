@@ -23,6 +23,8 @@ from tests.factories.checkpoints import all_tensors, raw_tensors, safetensors_by
 from tests.factories.heads import LAYOUTS, PACKINGS, head_modules, make_base, packed, quantized, sharded, values_of
 from tests.factories.repairs import snapshot
 
+SERVED = [packing for packing in PACKINGS if packing != "auto_round"]  # no engine loads a model of that packing
+
 
 def damaged(base: Path, folder: Path, layout: str, packing: str = "auto_round:auto_gptq", **options: Any) -> Path:
     """A checkpoint made of the base, the head's matrices packed as well."""
@@ -39,7 +41,7 @@ def head_of(folder: Path, base: Path) -> dict[str, Any]:
     return {n: raw for n, raw in all_tensors(folder).items() if n.startswith(prefixes)}
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", SERVED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_packed_head_of_any_layout_and_packing_comes_back_bit_for_bit(
     layout: str, packing: str, tmp_path: Path
@@ -62,7 +64,7 @@ def test_a_packed_head_of_any_layout_and_packing_comes_back_bit_for_bit(
     assert snapshot(folder) == before
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", SERVED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_without_a_base_a_packed_head_is_dequantized_with_the_zero_point_of_its_packing(
     layout: str, packing: str, tmp_path: Path
@@ -84,6 +86,19 @@ def test_without_a_base_a_packed_head_is_dequantized_with_the_zero_point_of_its_
         assert np.linalg.norm(error) < 0.13 * size  # a zero point that is one off makes it 0.4
     before = snapshot(folder)
     assert repair(folder, None).changed is False
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_head_that_no_engine_would_draft_with_is_not_put_in(layout: str, with_base: bool, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", layout)
+    folder = damaged(base, tmp_path / "made", layout, "auto_round")
+    before = snapshot(folder)
+    for dry_run in (True, False):
+        with pytest.raises(CheckpointError, match="nothing was changed") as caught:
+            repair(folder, RepairSource(base) if with_base else None, dry_run=dry_run)
+        assert "packing_format" in str(caught.value) and len(str(caught.value).splitlines()) == 1
     assert snapshot(folder) == before
 
 
@@ -349,7 +364,7 @@ def test_after_a_repair_the_head_is_the_bases_and_all_else_is_untouched(
                      shards=data.draw(st.integers(1, 5)))  # fmt: skip
     tensors = all_tensors(base)
     head = head_of(base, base)
-    packing = data.draw(st.sampled_from(sorted(PACKINGS)))
+    packing = data.draw(st.sampled_from(sorted(SERVED)))
     choice = data.draw(st.lists(st.sampled_from(head_modules(tensors, layout)), unique=True))
     retyped = data.draw(st.sampled_from(["BF16", "F32", "F16"]))
     kinds = {"F32": "<f4", "F16": "<f2"}

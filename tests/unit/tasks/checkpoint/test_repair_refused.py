@@ -12,9 +12,10 @@ from click.testing import CliRunner
 
 from requant.flows.cli.mtp_fix import mtp_fix
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.compat import FINE, FIX, verdicts
+from requant.tasks.checkpoint.compat import FINE, FIX, VERSIONS, verdicts
 from requant.tasks.checkpoint.config import QuantizationConfig
-from requant.tasks.checkpoint.mtp import find_head, with_head_entries
+from requant.tasks.checkpoint.exclusions import with_head_entries
+from requant.tasks.checkpoint.mtp import find_head
 from requant.tasks.checkpoint.repair import RepairSource, repair
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import FULL, NARROW, all_tensors, experts_apart, raw_tensors, write_checkpoint
@@ -23,7 +24,8 @@ from tests.factories.heads import make_base, quantized
 from tests.factories.pico import pico_base
 from tests.factories.repairs import elsewhere, snapshot
 
-UNKNOWN = ("modelopt", "modelopt_fp4", "quark", "bitsandbytes", "torchao", "my-own", None)
+DRAFTS = {"loads": True, "mtp": True, "reason": FINE, "version": VERSIONS["vllm"]}
+UNKNOWN = ("bitsandbytes", "torchao", "mxfp4", "my-own", None)
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def test_the_command_ends_with_exit_status_1_and_the_error_that_is_a_sentence(tm
     base = pico_base(tmp_path / "base")
     folder = without_the_head(as_fp8(base, tmp_path / "made"))
     (folder / "config.json").write_text(
-        json.dumps({**config_of(folder), "quantization_config": {"quant_method": "quark", "exclude": []}})
+        json.dumps({**config_of(folder), "quantization_config": {"quant_method": "hqq", "exclude": []}})
     )
     outcome = CliRunner().invoke(mtp_fix, [str(folder), "--base", str(base)])
     assert outcome.exit_code == 1 and isinstance(outcome.exception, CheckpointError)  # which the CLI says as a sentence
@@ -70,7 +72,7 @@ def test_the_command_ends_with_exit_status_1_and_the_error_that_is_a_sentence(tm
 def test_an_fp8_moe_names_the_fused_experts_of_the_head_that_is_put_in(head: bool, tmp_path: Path) -> None:
     base = pico_base(tmp_path / "base", experts=4)
     folder = as_fp8(split(base, tmp_path / "split"), tmp_path / "made")
-    assert verdicts(Checkpoint.open(folder))["vllm"].to_json() == {"loads": True, "mtp": True, "reason": FINE}
+    assert verdicts(Checkpoint.open(folder))["vllm"].to_json() == DRAFTS
     if not head:
         without_the_head(folder)
     result = repair(folder, RepairSource(base))
@@ -144,7 +146,7 @@ def shared_key(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_no_repair_is_installed_after_which_an_engine_loads_less_than_before(shared_key: tuple[Path, Path]) -> None:
     folder, base = shared_key
-    assert verdicts(Checkpoint.open(folder))["vllm"].to_json() == {"loads": True, "mtp": True, "reason": FINE}
+    assert verdicts(Checkpoint.open(folder))["vllm"].to_json() == DRAFTS
     before = snapshot(folder)
     for dry_run in (True, False):
         with pytest.raises(
@@ -166,7 +168,7 @@ def test_an_awq_checkpoint_without_a_list_keeps_what_its_tensors_say(tmp_path: P
     held = {n: raw for n, raw in raw_tensors(shard).items() if not n.startswith(plain.removesuffix("weight"))}
     write_checkpoint(folder, {shard.name: {**held, plain: tensors[plain]}}, config_of(folder))
     assert verdicts(Checkpoint.open(folder))["vllm"].loads is True
-    assert repair(folder, RepairSource(base)).engines["vllm"].to_json() == {"loads": True, "mtp": True, "reason": FINE}
+    assert repair(folder, RepairSource(base)).engines["vllm"].to_json() == DRAFTS
     assert {"mtp", plain.removesuffix(".weight")} <= {*kept_by(folder)}
 
 
@@ -179,7 +181,7 @@ def test_a_dry_run_says_what_the_engines_will_make_of_the_repaired_checkpoint(tm
     text = CliRunner().invoke(mtp_fix, [str(folder), "--base", str(base), "--dry-run"]).output
     assert promised.changed is False and "would be repaired" in text and "does not draft: there" not in text
     assert [line for line in text.splitlines() if line.startswith("sglang")] == [
-        "sglang     loads, drafts: nothing is in the way"
+        "sglang     loads, drafts: nothing is in the way (sglang 0.5.23)"
     ]
     assert repair(folder, RepairSource(base)).engines == promised.engines
 

@@ -64,7 +64,7 @@ def test_the_planned_tensors_and_verdicts_are_the_written_ones(mtp: str, tmp_pat
     assert len(output.kept_names) == found.kept + found.head
     from requant.tasks.checkpoint.compat import verdicts
 
-    assert output.engines() == verdicts(made)
+    assert output.judgement.verdicts == verdicts(made)
 
 
 def tensors(output: CheckpointPlan) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -42,7 +42,7 @@ def plan(size: int, ram: int, *stages: dict[str, Any], **changes: Any) -> PlanDo
             "stages": {"quantize": {"ram_bytes": ram, "vram_bytes": 1, "low_ram_bytes": ram, "low_vram_bytes": 0}},
         },
         "transfer": {"download_bytes": stages[0]["bytes"] if stages else 0, "upload_bytes": size},
-        "engines": {"vllm": {"loads": True, "mtp": True, "reason": "nothing is in the way"}},
+        "engines": {"vllm": {"loads": True, "mtp": True, "reason": "nothing is in the way", "version": "1.0"}},
         "hardware": {"gpu": None, "seconds": sum(s["seconds"] for s in stages), "price_per_hour": 2.0, "cost": 0.5},
         "changes": None,
         "notes": ["of all"],
@@ -52,7 +52,7 @@ def plan(size: int, ram: int, *stages: dict[str, Any], **changes: Any) -> PlanDo
 
 
 def whole(**changes: Any) -> PlanDocument:
-    headless = {"vllm": {"loads": True, "mtp": False, "reason": "no head"}}
+    headless = {"vllm": {"loads": True, "mtp": False, "reason": "no head", "version": "1.0"}}
     plans = {
         FOUR: plan(100, 50, stage("download"), stage("quantize", cost=0.5)),
         EIGHT: plan(200, 40, stage("download", "reused", 0.0), stage("quantize", cost=0.5), **changes),
@@ -83,7 +83,12 @@ def test_each_output_has_its_own_plan_and_repo_and_an_engine_is_as_the_worst_of_
     assert [(o["name"], o["repo_id"], o["output"]["bytes"]) for o in document["outputs"]] == [
         (FOUR, f"me/q-{FOUR}", 100), (EIGHT, f"me/q-{EIGHT}", 200), (HEADLESS, f"me/q-{HEADLESS}", 90),
     ]  # fmt: skip
-    assert document["engines"]["vllm"] == {"loads": True, "mtp": False, "reason": f"{HEADLESS}: no head"}
+    assert document["engines"]["vllm"] == {
+        "loads": True,
+        "mtp": False,
+        "reason": f"{HEADLESS}: no head",
+        "version": "1.0",
+    }
     assert set(plan(1, 1).to_json()) | {"outputs"} == set(document)
 
 

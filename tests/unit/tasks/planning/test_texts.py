@@ -17,7 +17,12 @@ from requant.tasks.excerpt import text_files
 from requant.tasks.hub.revision import HubFile, Revision
 from requant.tasks.plan import plan
 from requant.tasks.planning.inputs import Inputs
-from requant.tasks.planning.texts import MAX_CHARACTERS_PER_BUILTIN_TOKEN, Texts, _count_at_least
+from requant.tasks.planning.texts import (
+    MAX_CHARACTERS_PER_BUILTIN_TOKEN,
+    MAX_PLANNED_BYTES,
+    Texts,
+    _count_at_least,
+)
 from requant.tasks.quantizing.samples import SampleSource, calibration_samples, shares
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.quantize_section import PRESETS, SELF
@@ -184,9 +189,11 @@ def test_the_builtin_mixed_text_is_enough_for_the_default_samples(store: Store) 
     assert problems(store, find_text("builtin:mixed"), EVALUATION, nsamples=128, seqlen=2048) == []
 
 
-def test_the_plan_of_a_default_recipe_needs_no_tokenizer(store: Store, tmp_path: Path) -> None:
-    """Reading them with the tokenizer of a base that has none would be a problem."""
+def test_the_plan_of_a_default_recipe_fetches_no_large_tokenizer(store: Store, tmp_path: Path) -> None:
+    """The one in this sparse checkout is nothing but zeros: reading it would be a problem."""
     recipe = parse_recipe({"base": {"repo_id": "a/b"}})
+    with (tmp_path / "tokenizer.json").open("wb") as stream:
+        stream.truncate(MAX_PLANNED_BYTES + 1)
 
     def told(calibration: Text, fetch: bool) -> list[str]:
         texts = Texts(
@@ -200,7 +207,7 @@ def test_the_plan_of_a_default_recipe_needs_no_tokenizer(store: Store, tmp_path:
 
     validation = find_text(recipe.validation.text)
     assert told(find_text("builtin:mixed"), fetch=False) == told(PYTHON, fetch=False) == []
-    (problem,) = told(PYTHON, fetch=True)  # a run counts
+    (problem,) = told(PYTHON, fetch=True)  # a run loads it
     assert "the tokenizer of the base cannot be loaded" in problem
 
 
@@ -222,6 +229,7 @@ def test_tasks_that_want_a_chat_template_are_told_that_the_base_has_none(store: 
     """lm-eval would say so after the quantization."""
     recipe = parse_recipe({"base": {"repo_id": "a/b"}, "eval": {"tasks": ["gsm8k"], "chat_template": True}})
     config = json.loads((TINY / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer.json").symlink_to(TINY / "tokenizer.json")
 
     def told(**changes: Any) -> list[str]:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **changes}))

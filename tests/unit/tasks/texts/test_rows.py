@@ -100,8 +100,13 @@ def test_what_cannot_be_read_is_a_sentence(content: str, tmp_path: Path) -> None
 
 def test_what_is_no_parquet_and_what_is_no_utf_8_is_a_sentence(tmp_path: Path) -> None:
     assert "my text cannot be read" in refused(write(tmp_path, "a.parquet", "PAR1 and no more"))
-    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
-    assert "my text cannot be read" in refused(str(tmp_path / "b.txt"))
+    for content, found in {
+        b"\xff\xfex\0": "the mark of UTF-16",
+        "caf\u00e9 au".encode("latin-1"): "a byte 0xe9",
+    }.items():
+        (tmp_path / "b.txt").write_bytes(content)
+        told = refused(str(tmp_path / "b.txt"))
+        assert told.startswith(f"my text cannot be read (it is not UTF-8: found {found}): save it as UTF-8, or")
 
 
 def test_a_file_is_known_to_need_a_chat_template_by_its_rows(tmp_path: Path) -> None:

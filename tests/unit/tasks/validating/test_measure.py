@@ -152,7 +152,7 @@ def test_a_checkpoint_is_measured_in_the_precision_of_its_base(
 
 def test_a_state_dict_has_one_weight_for_each_packed_module_and_nothing_packed(made: Path, base: Path) -> None:
     checkpoint = Checkpoint.open(made)
-    state = state_dict(checkpoint.tensors.values(), checkpoint.config, run_settings(made))
+    state = state_dict(checkpoint.tensors.values(), checkpoint, run_settings(made))
     assert {n: tuple(t.shape) for n, t in state.items()} == {n: shape for n, (_, shape, _) in all_tensors(base).items()}
     assert {t.dtype for t in state.values()} == {torch.float32}
 

@@ -57,7 +57,7 @@ def test_packed_weights_have_the_scales_that_an_engine_keeps(
     module = next(name for name, m in checkpoint.modules.items() if m.storage == "integer")
     parts = checkpoint.modules[module].packed_parts
     settings = RunSettings(CPU, torch.float32, served=served)
-    weight = state_dict(parts.values(), checkpoint.config, settings)[f"{module}.weight"]
+    weight = state_dict(parts.values(), checkpoint, settings)[f"{module}.weight"]
     scales = to_torch(parts["scales"])
     kept = scales.to(dtype or torch.bfloat16).float()
     assert scales.dtype == torch.float16 and torch.equal(kept, scales.float()) == (dtype == torch.float16)

@@ -1,0 +1,1 @@
+"""Writes what `tasks/checkpoint/completeness` knows about architectures, from the pinned transformers."""

@@ -1,0 +1,189 @@
+"""Builds models of one architecture on the meta device, each with another value in its config."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+LAYERS = 4
+EXPERTS = 8
+LAYER_COUNTS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers", "decoder_layers"}
+EXPERT_COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"}
+# Keys that shape no tensor, or only by their list of layers.
+IGNORED = ("token_id", "token_index", "dtype", "version", "id2label", "label2id", "quantization", "initializer")
+OF_ALL_MODELS = PreTrainedConfig().to_dict().keys() - {"tie_word_embeddings"}
+OPTIONAL_SIZE = 48  # tried where a config has null
+Path = tuple[str, ...]
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One model that was built.
+
+    `changed`: the keys whose values differ from those of the first probe. `document`: the config as transformers has
+    completed it; `values`: what it holds, by path. `shapes`: those of all tensors as `save_pretrained` names them,
+    without those that are tied to others.
+    """
+
+    changed: frozenset[str]
+    values: Mapping[str, Any]
+    document: Values
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Builds models of one class from changes to a small config."""
+
+    config_class: type[PreTrainedConfig]
+    model_class: type[PreTrainedModel]
+    base: Values
+
+    @classmethod
+    def of(cls, config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> Builder:
+        base = config_class().to_dict()
+        for part, part_class in config_class.sub_configs.items():
+            if base.get(part, False) is None and part_class is not AutoConfig:
+                base[part] = part_class().to_dict()  # a tower that the config leaves out
+        base = _small(_without_lists(base))
+        whole = config_class(**copy.deepcopy(base)).to_dict()  # with what transformers derives, as head_dim
+        return cls(config_class, model_class, _with_head_size(_small(_without_lists(whole))))
+
+    def config(self, changes: Mapping[str, Any], without: str | None = None) -> PreTrainedConfig:
+        """Make a config with other values by path, and without a key."""
+        document = copy.deepcopy(self.base)
+        for path, value in changes.items():
+            part, key = _part(document, path)
+            part[key] = value
+        if without is not None:
+            part, key = _part(document, without)
+            part.pop(key, None)
+        return self.config_class(**document)
+
+    def probe(self, changes: Mapping[str, Any]) -> Probe | None:
+        """Build a model; None if transformers refuses the config."""
+        try:
+            config = self.config(changes)
+            document = config.to_dict()
+            with torch.device("meta"):
+                model = self.model_class._from_config(config)
+            tied = set(model.all_tied_weights_keys)
+            ignored = model._keys_to_ignore_on_load_missing or ()
+            tensors = {name: t for name, t in model.state_dict().items() if name not in tied and name not in ignored}
+            saved = revert_weight_conversion(model, tensors)
+        except Exception:
+            return None
+        values = dict(leaves(document))
+        if any(0 in tensor.shape for tensor in saved.values()):
+            return None
+        return Probe(
+            frozenset(changes), values, document, {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        )
+
+    def first(self) -> Probe:
+        """Build the model that the others are compared with."""
+        probe = self.probe({})
+        if probe is None:
+            raise ValueError(f"{self.model_class.__name__} cannot be built small")
+        return probe
+
+    def ties_by_default(self) -> bool:
+        """Return whether a config that does not say makes the output layer the embedding."""
+        config = self.config({}, without="tie_word_embeddings")
+        return bool(getattr(config, "tie_word_embeddings", False))
+
+    def probes(self) -> Iterator[Probe]:
+        """Yield the usual model, those that another value of one key makes different, and some with many changes."""
+        first = self.first()
+        yield first
+        scaled: dict[str, int] = {}
+        for path, value in leaves(self.base):
+            for other in _others(path, value):
+                probe = self.probe({path: other})
+                if probe is not None and probe.shapes == first.shapes:
+                    break  # a key without any effect
+                if probe is not None:
+                    yield probe
+                    if type(value) is int and other == 2 * value:
+                        scaled[path] = value
+        generator = random.Random(0)
+        for _ in range(8):
+            chosen = [path for path in scaled if generator.random() < 0.5]
+            probe = self.probe({path: scaled[path] * generator.choice((2, 4)) for path in chosen})
+            if probe is not None:
+                yield probe
+
+
+def leaves(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of a config by path, as `text_config.hidden_size`."""
+    for key, value in document.items():
+        if key in OF_ALL_MODELS or key.startswith("rope_") or any(word in key for word in IGNORED):
+            continue
+        if isinstance(value, Mapping):
+            if key.endswith("config"):
+                yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _others(path: str, value: object) -> list[Any]:
+    """Return the values to try instead of one."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        none = [] if path.endswith(("_dim", "_size", "_heads")) else [0]
+        return [2 * value, *none, None] if value else [1]
+    if isinstance(value, list) and len(value) > 1:
+        return [value[:-1]]
+    return [True, OPTIONAL_SIZE] if value is None else []
+
+
+def _part(document: Values, path: str) -> tuple[Values, str]:
+    *parents, key = path.split(".")
+    for parent in parents:
+        document = document[parent]
+    return document, key
+
+
+def _small(document: Values) -> Values:
+    """Reduce the numbers of layers and experts."""
+    for key, value in document.items():
+        if isinstance(value, dict) and key.endswith("config"):
+            _small(value)
+        elif type(value) is int and key in LAYER_COUNTS:
+            document[key] = min(value, LAYERS)
+        elif type(value) is int and key in EXPERT_COUNTS:
+            document[key] = min(value, EXPERTS)
+    return document
+
+
+def _with_head_size(document: Values) -> Values:
+    """Put a number where a config has null for the width of a head, which then is that of all heads by their number."""
+    for value in document.values():
+        if isinstance(value, dict):
+            _with_head_size(value)
+    hidden, heads = document.get("hidden_size"), document.get("num_attention_heads")
+    if document.get("head_dim", hidden) is None and hidden and heads:
+        document["head_dim"] = hidden // heads
+    return document
+
+
+def _without_lists(document: Values) -> Values:
+    """Remove lists with a value for each layer, which transformers makes again for another number of layers."""
+    for value in document.values():
+        if isinstance(value, dict):
+            _without_lists(value)
+    counts = {document[key] for key in LAYER_COUNTS if key in document}
+    for key in [key for key, value in document.items() if isinstance(value, list) and len(value) in counts]:
+        del document[key]
+    for key in ("transformers_version", "per_layer_config"):
+        document.pop(key, None)
+    return document

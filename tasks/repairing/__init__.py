@@ -1,0 +1,1 @@
+"""Repairs of repos on the Hub, proposed as pull requests."""
