@@ -14,7 +14,7 @@ PARALLEL := -n 3 --dist loadgroup
 
 PARTS := all-integration all-engines all-ui all-crash
 
-.PHONY: help docs docs-build docs-reference $(PARTS) all-unit install chromium demo plan-27b up down test test-unit test-all test-engines test-gpu test-ui test-crash lint format bench bench-gpu bench-store torture clean
+.PHONY: help architectures docs docs-build docs-reference $(PARTS) all-unit install chromium demo plan-27b up down test test-unit test-all test-engines test-gpu test-ui test-crash lint format bench bench-gpu bench-store torture clean
 
 ## help: list the targets
 help:
@@ -139,6 +139,10 @@ docs-build: $(DOCUMENTS)
 ## docs-reference: write the reference pages that follow from the code
 docs-reference: $(INSTALLED)
 	$(BIN)/python -m infra.dev.docs
+
+## architectures: describe the tensors of all language models that the pinned transformers knows (20 minutes)
+architectures: $(INSTALLED)
+	$(BIN)/python -W ignore -m infra.dev.architectures
 
 $(DOCUMENTS): $(INSTALLED)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'

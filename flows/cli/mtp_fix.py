@@ -41,8 +41,8 @@ def mtp_fix(
     """Repair the MTP head of a folder, or of a repo by pull request.
 
     CHECKPOINT is a folder, or repo_id[@revision]. Its index, total_size and both quantization configs are corrected
-    too, and missing tokenizer and processor files are added. Without --base, a quantized head is dequantized unless
-    both vLLM and SGLang would draft with it; what its quantization lost stays lost.
+    too, and missing tokenizer and processor files are added. Without --base, a quantized head is dequantized if neither
+    vLLM nor SGLang drafts with it; what its quantization lost stays lost.
 
     Of a repo, only what is needed is fetched, and nothing is sent without --pull-request. Exit status 1: no engine
     will draft with the head.

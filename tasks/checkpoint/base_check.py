@@ -51,7 +51,7 @@ def unusable(repo_id: str, reason: str) -> CheckpointError:
 
 
 def _is_packed(base: Checkpoint) -> bool:
-    """Check whether a base of some quantization method has matrices of packed weights, whatever the method is."""
+    """Check whether a base whose config or files name a method has matrices of packed weights, of any method."""
     return base.method is not None and any(
         tensor.dtype in PACKED_DTYPES and len(tensor.shape) > 1 for tensor in base.tensors.values()
     )

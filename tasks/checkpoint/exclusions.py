@@ -10,7 +10,9 @@ from requant.tasks.checkpoint.config import JsonObject, QuantizationConfig
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import modules_of
 from requant.tasks.checkpoint.mtp import Head
+from requant.tasks.checkpoint.packing import PackingScheme
 from requant.tasks.checkpoint.untrusted import shown
+from requant.tasks.checkpoint.writer import Computed
 from requant.tasks.errors import CheckpointError
 
 FUSED_EXPERTS = {"gate_up_proj", "down_proj"}  # names of 3-D parameters
@@ -103,7 +105,7 @@ def with_head_entries(
         for key in keys:
             document[key] = _with(_without_head(document.get(key), head), _unconverted(head, tensors))
     elif method in AUTO_ROUND_METHODS:
-        quantized = quantized_entries(head, tensors, document)
+        quantized = quantized_entries(head, tensors, quantization)
         unquantized = unquantized_entries(head, tensors)
         if quantized:  # the patterns would match the quantized layers too
             unquantized = {key: value for key, value in unquantized.items() if key not in _patterns(head)}
@@ -198,16 +200,20 @@ def _without_head(value: object, head: Head) -> list[object]:
 def quantized_entries(
     head: Head, tensors: Mapping[str, Tensor], quantization: QuantizationConfig
 ) -> dict[str, JsonObject]:
-    """Return the entries of `extra_config` for the packed layers of a head. Shapes of the parts give the bits."""
+    """Return the entries of `extra_config` for the packed layers of a head, as the shapes of their parts are.
+
+    A head that `pack` has just made is symmetric. Of any other one only the config knows, which `quantization` is.
+    """
     entries: dict[str, JsonObject] = {}
-    group_size = quantization.integer("group_size") or 1
-    for module in head.modules:
-        packed, scales = tensors.get(f"{module}.qweight"), tensors.get(f"{module}.scales")
-        if packed is None or scales is None:
+    like = PackingScheme(4, quantization.integer("group_size") or 0)
+    extra = quantization.child("extra_config") or JsonObject()
+    for name, module in modules_of(tensors[name] for name in head.names if name in tensors).items():
+        scheme = PackingScheme.of_parts(module.packed_parts, like)
+        if scheme is None:
             continue
-        along_input = packed.shape[1] == scales.shape[1]  # false for AWQ, which has 4 bits
-        bits = 32 * packed.shape[0] // (scales.shape[0] * max(group_size, 1)) if along_input else 4
-        entries[module] = JsonObject(bits=bits, group_size=quantization.get("group_size"), sym=True, data_type="int")
+        made_here = isinstance(module.parts["qweight"], Computed)
+        sym = True if made_here else (extra.child(name) or quantization).get("sym", quantization.get("sym", True))
+        entries[name] = JsonObject(bits=scheme.bits, group_size=scheme.group_size, sym=sym, data_type="int")
     return entries
 
 

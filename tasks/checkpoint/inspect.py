@@ -21,9 +21,9 @@ from requant.tasks.checkpoint.untrusted import shown
 MAX_SHOWN_GROUPS = 80  # in the text; the JSON document has all groups
 MAX_PROBLEMS = 1000  # a hostile index may have a million
 COMPLETE = {
-    True: "has all tensors that its architecture needs",
-    False: "lacks tensors, or has them in other shapes",
-    None: "not judged: Requant does not know its architecture, and its layers do not contradict each other",
+    True: "yes: all tensors that its architecture needs",
+    False: "no: see the problems",
+    None: "not judged: Requant does not know what config.json describes; the layers do not contradict each other",
 }
 
 
@@ -42,7 +42,7 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
         problems += deep_problems(checkpoint)
     if len(problems) > MAX_PROBLEMS:
         problems = [*problems[:MAX_PROBLEMS], f"and {len(problems) - MAX_PROBLEMS} more problems"]
-    scheme = quantization.scheme
+    scheme = checkpoint.reading.shared(checkpoint.modules.values())
     return InspectDocument(
         tensors=len(checkpoint.tensors),
         bytes=checkpoint.nbytes,

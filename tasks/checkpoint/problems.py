@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES, Checkpoint, Harmless, read_json
 from requant.tasks.checkpoint.companions import companion_problems
@@ -30,13 +30,17 @@ COMPRESSED_REQUIRED = {
 
 
 def problems_of(
-    checkpoint: Checkpoint, judgement: Judgement, completeness: Completeness | None = None, *, with_head: bool = True
+    checkpoint: Checkpoint,
+    judgement: Judgement,
+    completeness: Completeness | None = None,
+    *,
+    with_head: bool = True,
 ) -> list[str]:
     """Return all problems, those of index and headers first.
 
     `judgement`: the engines' judgement of the checkpoint. `completeness`: what it lacks, if that is known already.
-    Without `with_head`, nothing is said of the MTP head as a whole: it will be dropped. Where a shard cannot be read,
-    nothing is said of tensors: what seems to be missing may be in it.
+    Without `with_head`, nothing is said of the MTP head as a whole: it will be dropped.
+    Where a shard cannot be read, nothing is said of tensors: what seems to be missing may be in it.
     """
     of_files = [
         *checkpoint.problems,
@@ -51,18 +55,19 @@ def problems_of(
         *_parts(checkpoint),
         *_contradictions(checkpoint),
         *_dtypes(checkpoint),
-        *([] if checkpoint.fatal else lack_problems(checkpoint, completeness or Completeness.of(checkpoint))),
-        *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, judgement, with_head=with_head)),
+        *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, completeness)),
+        *(_head(checkpoint, judgement) if with_head and not drafter_kind(checkpoint.config) else ()),
         *(f"an engine would hang on the pattern {shown(p)!r} of quantization_config" for p in judgement.hostile),
     ]
     refused = judgement.load_problem
     return found if refused is None or judgement.loading["vllm"] in found else [*found, refused]
 
 
-def _of_a_base(checkpoint: Checkpoint, judgement: Judgement, *, with_head: bool) -> list[str]:
+def _of_a_base(checkpoint: Checkpoint, completeness: Completeness | None) -> list[str]:
     """Return what contradicts the sizes and counts of the config, which say other things for a draft model."""
-    head = _head(checkpoint, judgement) if with_head else ()
-    return [*_shapes(checkpoint), *_layers(checkpoint), *head]
+    completeness = completeness or Completeness.of(checkpoint)
+    lacks = () if checkpoint.fatal else lack_problems(checkpoint, completeness)
+    return [*_shapes(checkpoint, {lack.name for lack in completeness.lacks}), *_layers(checkpoint), *lacks]
 
 
 def _configs(checkpoint: Checkpoint) -> Iterator[str]:
@@ -133,8 +138,8 @@ def _contradictions(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"{first} (and so for {len(others)} more modules)" if others else str(first)
 
 
-def _shapes(checkpoint: Checkpoint) -> Iterator[str]:
-    """Find matrices of the language model whose shapes contradict the sizes in the config."""
+def _shapes(checkpoint: Checkpoint, named: Container[str]) -> Iterator[str]:
+    """Find matrices of the language model whose shapes contradict the sizes in the config, without those `named`."""
     text = checkpoint.text_config
     hidden, vocab = text.integer("hidden_size"), text.integer("vocab_size")
     if hidden is None:
@@ -150,7 +155,7 @@ def _shapes(checkpoint: Checkpoint) -> Iterator[str]:
     }
     for module in checkpoint.modules.values():
         sides = next((s for name, s in expected.items() if f".{module.name}".endswith(f".{name}")), None)
-        if sides is None or OTHER_TOWERS.search(module.name):
+        if sides is None or OTHER_TOWERS.search(module.name) or f"{module.name}.weight" in named:
             continue
         shape = _weight_shape(checkpoint, module)
         if len(shape) == 3:  # experts, fused

@@ -9,7 +9,8 @@ contradicts the tensors, and the shapes say what is stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -34,7 +35,7 @@ from requant.tasks.checkpoint.compat.rule import (
     Rule,
     TooSlow,
 )
-from requant.tasks.checkpoint.config import JsonObject, ModelConfig, QuantizationConfig
+from requant.tasks.checkpoint.config import ConfigScheme, JsonObject, ModelConfig, QuantizationConfig, Scalar
 from requant.tasks.checkpoint.exclusions import AUTO_ROUND_METHODS, AWQ_METHODS, FP8_METHODS, GPTQ_METHODS
 from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.packing import BITS, Packing, PackingScheme, check_parts
@@ -141,6 +142,22 @@ class Reading:
         except CheckpointError:
             return None
         return bits if type(bits) is int and 0 < bits < 16 else None
+
+    def shared(self, modules: Iterable[Module]) -> ConfigScheme:
+        """Return what all quantized modules share; None where they differ, or where neither tensors nor config say."""
+        general = self.quantization.scheme
+        found = set[tuple[Scalar, Scalar]]()
+        for module in modules:
+            if module.storage == INTEGER and not self._is_general(module):
+                with contextlib.suppress(CheckpointError):
+                    scheme = self.scheme(module)
+                    found.add((scheme.bits, scheme.group_size))
+            elif module.quantized:
+                found.add((general.bits, general.group_size))
+        bits, sizes = {bits for bits, _ in found}, {size for _, size in found}
+        if not found:
+            return general
+        return ConfigScheme(_only(bits), _only(sizes), general.sym)
 
     def contradiction(self, module: Module) -> Contradiction | None:
         """Return how the config contradicts the shapes of a packed module; None if it does not, or if nothing is known.
@@ -317,6 +334,10 @@ def _told(stated: EngineScheme) -> str:
     if stated.storage not in (INTEGER, COMPRESSED):
         return f"that it is {stated.storage}{because}"
     return f"{stated.bits} bits in {_groups(stated.group_size)}{because}"
+
+
+def _only(values: set[Scalar]) -> Scalar:
+    return values.pop() if len(values) == 1 else None
 
 
 def _groups(group_size: Any) -> str:

@@ -30,8 +30,8 @@ def repair(
 ) -> MtpFixDocument:
     """Give a checkpoint the MTP head of its base, and index, configs and auxiliary files that fit.
 
-    `precision`: `keep` (bit for bit), int8 or int4. Without a base, a quantized head is dequantized unless both vLLM
-    and SGLang would draft with it; the precision that its quantization lost stays lost.
+    `precision`: `keep` (bit for bit), int8 or int4. Without a base, a quantized head is dequantized if neither vLLM nor
+    SGLang drafts with it; the precision that its quantization lost stays lost.
 
     Raises CheckpointError if a base is needed, if base and checkpoint do not fit each other, for an unknown
     quantization method, if no engine would draft with the head, and if an engine would make less of the checkpoint than

@@ -154,9 +154,9 @@ def as_found(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _plan_own_head(found: Checkpoint) -> RepairPlan:
-    """Plan the head without a base: as it is, described rightly, or dequantized if an engine needs that."""
+    """Plan the head without a base: as it is, described rightly, or dequantized if no engine drafts with it."""
     plan = RepairPlan(found, replace(found, config=_described(found)), head_source=_head_tensors(found))
-    head, before = found.head, Judgement.of(found)
+    head, before = found.head, Judgement.of(plan.target)
     if head is None:
         plan.left = CheckpointError(f"{found.folder} has no MTP head: {NAME_BASE} to restore it")
         return plan
@@ -167,7 +167,8 @@ def _plan_own_head(found: Checkpoint) -> RepairPlan:
         plan.left = CheckpointError(f"{found.folder}: {missing[0]} is missing from the MTP head: {NAME_BASE}")
         return plan
     best = before
-    for tensors_of in (_own_tensors, dequantized_head):
+    # A head that an engine drafts with is left quantized: that may be meant so, and what is lost stays lost.
+    for tensors_of in (_own_tensors,) if before.drafts else (_own_tensors, dequantized_head):
         try:
             wanted = tensors_of(found)
             target = _with_head(found, _counted(plan.target.config, found), wanted, set(head.names))

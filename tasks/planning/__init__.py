@@ -9,7 +9,8 @@ output.py        the checkpoint that comes out, to the byte
 outputs.py       one plan for several outputs of a recipe
 stages.py        which stages would run, and what each moves, takes and costs
 reasons.py       why a tensor is not quantized, for the plan and the card
-checks.py        what would stop a run
+checks.py        what would stop a run: the base, as inspect sees it, and a result that no engine loads
+tokenizer.py     whether the base has a tokenizer that can be loaded
 texts.py         what is wrong with the texts of a run
 transfers.py     what is here already, and what must be fetched or sent
 resources.py     disk, memory and GPU memory

@@ -10,9 +10,8 @@ from __future__ import annotations
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat.rule import Finding, NotLoadable, shorten
 from requant.tasks.checkpoint.compat.vllm import no_rules, quantization_in
-from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.methods import MLX
-from requant.tasks.checkpoint.modules import Module
+from requant.tasks.errors import CheckpointError
 
 VERSION = "5.23.0"
 METHODS = {
@@ -42,41 +41,27 @@ def load_problem(checkpoint: Checkpoint) -> Finding:
         return f"quant_method is {shorten(method)}, which transformers does not know"
     if method not in JUDGED:
         return no_rules(checkpoint)
-    return _uneven(checkpoint, quantization) if method == "auto-round" else None
+    return _uneven(checkpoint) if method == "auto-round" else None
 
 
-def _uneven(checkpoint: Checkpoint, quantization: QuantizationConfig) -> str | None:
+def _uneven(checkpoint: Checkpoint) -> str | None:
     """Return why auto-round, which unpacks for transformers, cannot load a layer whose last group is smaller; or None.
 
     Source: auto_round 0.16.1, inference/backend.py. Every kernel for CPUs needs inputs that are a multiple of the group
     size, which was tried with transformers 5.23.0. By its source, the Triton kernel for GPUs takes other inputs too,
     which was not tried.
     """
-    extra = quantization.get("extra_config")
-    entries = [quantization, *(extra.values() if isinstance(extra, dict) else ())]
-    stated = (entry.get("group_size") for entry in entries if isinstance(entry, dict))
-    sizes = {size for size in stated if type(size) is int}
     for module in checkpoint.modules.values():
-        inputs, rows = _inputs_and_groups(module)
-        if not rows or (-1 in sizes and rows == 1) or any(rows * size == inputs for size in sizes):
+        if not {"qweight", "qzeros", "scales"} <= module.parts.keys():
             continue
-        size = next((size for size in sizes if size > 0 and -(-inputs // size) == rows), None)
-        if size is not None:
+        try:
+            scheme = checkpoint.reading.scheme(module)
+        except CheckpointError:
+            continue
+        shape = scheme.weight_shape(module.packed_parts)
+        if shape and scheme.group_size > 0 and shape[1] % scheme.group_size:
             return (
-                f"{module.name} has {inputs} inputs, no multiple of group_size {size}: auto-round 0.16.1, which "
-                "unpacks it for transformers, has no kernel for that on a CPU (on a GPU it was not tried)"
+                f"{module.name} has {shape[1]} inputs, no multiple of group_size {scheme.group_size}: auto-round "
+                "0.16.1, which unpacks it for transformers, has no kernel for that on a CPU (on a GPU it was not tried)"
             )
     return None
-
-
-def _inputs_and_groups(module: Module) -> tuple[int, int]:
-    """Return the inputs and groups of a packed matrix, from the shapes of its parts; (0, 0) for any other module."""
-    parts = [module.parts.get(part) for part in ("qweight", "qzeros", "scales")]
-    shapes = [part.shape for part in parts if part is not None and len(part.shape) == 2]
-    if len(shapes) < 3:
-        return 0, 0
-    qweight, qzeros, (groups, outputs) = shapes
-    if qweight[1] != outputs:  # AWQ packs along the outputs
-        return qweight[0], groups
-    bits = 32 * qzeros[1] // outputs if outputs else 0
-    return (32 * qweight[0] // bits, groups) if bits else (0, 0)

@@ -18,6 +18,7 @@ from requant.tasks.checkpoint.completeness.names import Stored, without_leading
 from requant.tasks.checkpoint.completeness.needed import Comparison, Lack
 from requant.tasks.checkpoint.completeness.needs import Needs
 from requant.tasks.checkpoint.completeness.siblings import lost_tensors
+from requant.tasks.checkpoint.heads.drafters import drafter_kind
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,12 @@ class Completeness:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Completeness:
-        """Compare a checkpoint with its architecture or, where that is not known, its layers with each other."""
+        """Compare a checkpoint with its architecture or, where that is not known, its layers with each other.
+
+        Nothing is said of a draft model, which may share ends and layers with the model that it drafts for.
+        """
+        if drafter_kind(checkpoint.config) is not None:
+            return cls(None, [])
         stored = Stored.of(checkpoint)
         needs = Needs.of(checkpoint.config)
         if needs is not None:

@@ -14,10 +14,9 @@ from requant.tasks.errors import CheckpointError
 # Prefixes that loaders add and remove. Sources: transformers 5.23.0, conversion_mapping.py and PrefixChange in
 # core_model_loading.py; vLLM 0.32.0, the hf_to_vllm_mapper of models/qwen3_5.py, qwen2_vl.py and mistral3.py.
 LEADING = ("model.", "language_model.", "transformer.", "backbone.", "thinker.")
-# The parts of a module that hold its weight, in the methods that Requant knows and in others (HQQ, AQLM, EXL3).
+# The parts of a module that hold its weight, in the methods that Requant can read.
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 WEIGHT_PARTS = frozenset({"weight", "qweight", "weight_packed"})
-FOREIGN_WEIGHTS = frozenset({"W_q", "codes", "trellis", "q_weight", "weight_q"})
 UNPACKED = frozenset({"BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8"})
 Shape = tuple[int, ...]
 
@@ -90,38 +89,36 @@ def is_first_expert(name: str) -> bool:
 
 def _parameters(checkpoint: Checkpoint, module: Module) -> Iterator[tuple[str, Shape | None]]:
     """Yield the parameters of a module: its bias, and its weight if any storage of it is there."""
+    if not module.readable:
+        yield from _of_another_method(module)
+        return
     if "bias" in module.parts:
         yield f"{module.name}.bias", module.parts["bias"].shape
     if not WEIGHT_PARTS.isdisjoint(module.parts):
         shape = _weight_shape(checkpoint, module) if is_first_expert(module.name) else None  # enough, and quicker
         yield f"{module.name}.weight", shape
     elif "" in module.parts:
-        yield from _bare(checkpoint, module)
-
-
-def _bare(checkpoint: Checkpoint, module: Module) -> Iterator[tuple[str, Shape | None]]:
-    """Yield a parameter that is no part of a module, such as fused experts, or that another method has packed."""
-    stem, _, part = module.name.rpartition(".")
-    if part in FOREIGN_WEIGHTS:
-        yield f"{stem}.weight", None
-    elif module.name.endswith("_blocks"):  # MXFP4, as in gpt-oss
-        if f"{module.name.removesuffix('_blocks')}_scales" in checkpoint.modules:
-            yield module.name.removesuffix("_blocks"), None
-    else:
         tensor = module.parts[""]
         yield module.name, tensor.shape if tensor.dtype in UNPACKED else None
+
+
+def _of_another_method(module: Module) -> Iterator[tuple[str, Shape | None]]:
+    """Yield all that a module may stand for whose method Requant cannot read: its tensors, and what they may store."""
+    for part, tensor in module.parts.items():
+        yield tensor.name, tensor.shape if tensor.dtype in UNPACKED and not module.quantized else None
+        if part not in ("weight", "bias"):
+            yield module.name, None  # fused experts, as in MXFP4
+            yield f"{module.name if part else module.name.rpartition('.')[0]}.weight", None
 
 
 def _weight_shape(checkpoint: Checkpoint, module: Module) -> Shape | None:
     """Return the shape of a weight; None if it is packed in a way that does not say it."""
     weight = module.parts.get("weight")
-    if weight is not None and len(module.parts) == 1:
-        return weight.shape if weight.dtype in UNPACKED else None
-    if module.storage == "integer" and weight is None and all(part in module.parts for part in REQUIRED):
+    if weight is not None:
+        return weight.shape if weight.dtype in UNPACKED and module.storage != "integer" else None
+    if module.storage == "integer" and all(part in module.parts for part in REQUIRED):
         try:
             return checkpoint.reading.scheme(module).weight_shape(module.parts) or None
         except CheckpointError:
             return None
-    if weight is None or module.storage == "integer":
-        return None
-    return weight.shape if weight.dtype in UNPACKED else None
+    return None

@@ -20,15 +20,15 @@ LAYER = re.compile(r"((?:decoder\.)?(?:layers|h|blocks))\.(\d{1,5})\.(.+)")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 MAX_EXPERTS = 100_000
 LANGUAGE_MODEL = re.compile(r"\w+(ForCausalLM|ForConditionalGeneration|LMHeadModel)")
-DRAFTER = re.compile(r"eagle|draft|dflash|dspark|assistant|medusa|mtp|nextn|speculator", re.IGNORECASE)
 HEAD = re.compile(r"(^|\.)(mtp|nextn|eh_proj|enorm|hnorm|shared_head)")
 EMBEDDING = re.compile(r"emb|wte|wpe", re.IGNORECASE)
 LAST_NORM = re.compile(r"norm|ln_f|ln_out|final_ln", re.IGNORECASE)
 OUTPUT = re.compile(r"(^|\.)(lm_head|head|output|output_layer|unembed|embed_out|score)(\.|$)")
 # Matrices that engines load into one: where the first is, the second is too.
-PARTNERS = (("gate_proj.weight", "up_proj.weight"), ("v_proj.weight", "q_proj.weight"))
-
-FUSING_MODULES = ("mlp.", "experts.#.", "self_attn.")
+PARTNERS = (
+    (("mlp.", "experts.#."), "gate_proj.weight", "up_proj.weight"),
+    (("self_attn.",), "v_proj.weight", "q_proj.weight"),
+)
 
 
 @dataclass
@@ -70,18 +70,12 @@ def _layers(stored: Stored, config: ModelConfig) -> tuple[str, dict[int, Layer]]
 
 
 def _lost_in_layers(stored: Stored, prefix: str, layers: dict[int, Layer], config: ModelConfig) -> Iterator[str]:
-    wholes = Counter(frozenset(layer.kinds) for layer in layers.values())
-    modules: dict[str, Counter[frozenset[str]]] = defaultdict(Counter)
-    for layer in layers.values():
-        for module, kinds in _by_module(layer.kinds).items():
-            modules[module][kinds] += 1
+    signatures = Counter(frozenset(layer.kinds) for layer in layers.values())
     stated = [config.text.integer(key) or 0 for key in EXPERT_COUNTS]
     seen = [max(numbers) + 1 for layer in layers.values() for numbers in layer.experts.values()]
     count = min(max([*seen, *stated]), MAX_EXPERTS)
     for number, layer in sorted(layers.items()):
-        lost = _lacking(frozenset(layer.kinds), wholes) | _without_partner(layer.kinds)
-        for module, kinds in _by_module(layer.kinds).items():
-            lost |= _lacking(kinds, modules[module])
+        lost = _lacking(frozenset(layer.kinds), signatures) | _without_partner(layer.kinds)
         for kind in sorted(lost):
             name = f"{prefix}.{number}.{kind.replace('#', '0')}"
             yield stored.full_name(name, name)
@@ -92,17 +86,8 @@ def _lost_in_layers(stored: Stored, prefix: str, layers: dict[int, Layer], confi
                 yield stored.full_name(name, name)
 
 
-def _by_module(kinds: set[str]) -> dict[str, frozenset[str]]:
-    """Group a layer's tensors by the module that they are in, as `mlp`; "" for the layer's own, as its norms."""
-    modules: dict[str, set[str]] = defaultdict(set)
-    for kind in kinds:
-        module, _, rest = kind.partition(".")
-        modules[module if "." in rest else ""].add(kind)
-    return {module: frozenset(own) for module, own in modules.items()}
-
-
 def _lacking(kinds: frozenset[str], signatures: Counter[frozenset[str]]) -> set[str]:
-    """Return what a layer, or a module of it, lacks that its siblings have.
+    """Return what a layer lacks that its siblings have.
 
     A sibling has all that the layer has and at most as much again. Several layers that lack the same are a type of
     their own, as those that share the keys and values of another layer.
@@ -120,9 +105,9 @@ def _lacking(kinds: frozenset[str], signatures: Counter[frozenset[str]]) -> set[
 def _without_partner(kinds: set[str]) -> set[str]:
     """Return matrices that are missing beside others of the same module."""
     missing = set[str]()
-    for there, needed in PARTNERS:
+    for modules, there, needed in PARTNERS:
         stems = {kind.removesuffix(there) for kind in kinds if kind.endswith(there)}
-        missing |= {stem + needed for stem in stems if stem.endswith(FUSING_MODULES) and stem + needed not in kinds}
+        missing |= {stem + needed for stem in stems if stem.endswith(modules) and stem + needed not in kinds}
     return missing
 
 
@@ -130,7 +115,7 @@ def _lost_ends(stored: Stored, config: ModelConfig, head: frozenset[str]) -> Ite
     """Find a lost embedding, last norm or output layer of a language model."""
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
-    if not isinstance(name, str) or not LANGUAGE_MODEL.fullmatch(name) or DRAFTER.search(name):
+    if not isinstance(name, str) or not LANGUAGE_MODEL.fullmatch(name):
         return
     ends = [
         short
@@ -138,9 +123,11 @@ def _lost_ends(stored: Stored, config: ModelConfig, head: frozenset[str]) -> Ite
         if not LAYER.match(short) and short not in head and not HEAD.search(short) and not TOWERS.search(short)
     ]
     prefix = stored.leading.get("layers", "model.")
-    if not any(EMBEDDING.search(end) for end in ends):
+    vocabulary = config.text.integer("vocab_size")
+    rows = {end: (stored.shapes[end] or (None,))[0] for end in ends}
+    if not any(EMBEDDING.search(end) or (rows[end] == vocabulary and not OUTPUT.search(end)) for end in ends):
         yield f"{prefix}embed_tokens.weight"
-    if not any(LAST_NORM.search(end) and not EMBEDDING.search(end) for end in ends):
+    if not any(LAST_NORM.search(end) for end in ends):
         yield f"{prefix}norm.weight"
     stated = [part.get("tie_word_embeddings") for part in (config, config.text)]
     if False in stated and True not in stated and not any(OUTPUT.search(end) for end in ends):

@@ -12,6 +12,7 @@ from requant.tasks.checkpoint.config import ModelConfig, QuantizationConfig
 from requant.tasks.checkpoint.exclusions import unquantized_entries, with_head_entries, without_head_entries
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.mtp import Head, find_head
+from requant.tasks.checkpoint.packing import PackingScheme
 from requant.tasks.errors import CheckpointError
 
 FULL = {"bits": 16, "data_type": "fp"}
@@ -180,3 +181,22 @@ def test_a_list_of_blocks_no_longer_names_the_head(key: str, blocks: Any, left: 
     head, tensors = head_and_tensors(APART)
     stated = QuantizationConfig({**AUTO_ROUND, key: blocks})
     assert with_head_entries(stated, head, tensors)[key] == left
+
+
+@pytest.mark.parametrize(("scheme", "stated"), [
+    (PackingScheme(8, 64), {}), (PackingScheme(4, -1), {}), (PackingScheme(2, 32), {"sym": False}),
+    (PackingScheme(4, 32, "awq"), {"group_size": 64}),
+], ids=str)  # fmt: skip
+def test_a_packed_layer_is_described_as_its_tensors_are(scheme: PackingScheme, stated: dict[str, Any]) -> None:
+    name = "mtp.layers.0.self_attn.q_proj"
+    shapes = scheme.shapes(64, 128)
+    tensors = {
+        f"{name}.{part}": Tensor(f"{name}.{part}", dtype, shapes[part], Path("x"), 0, 0)
+        for part, dtype in (("qweight", "I32"), ("qzeros", "I32"), ("scales", "F16"))
+    }
+    head = find_head(tensors, ModelConfig(mtp_num_hidden_layers=1))
+    assert head is not None
+    quantization = QuantizationConfig({**AUTO_ROUND, "group_size": 32, "sym": True, "extra_config": {name: stated}})
+    entry = with_head_entries(quantization, head, tensors)["extra_config"][name]
+    assert (entry["bits"], entry["group_size"]) == (scheme.bits, scheme.group_size)
+    assert entry["sym"] is stated.get("sym", True)

@@ -17,7 +17,7 @@ from requant.tasks.checkpoint.compat.rule import Patterns
 from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.inventory import storage_of
-from requant.tasks.checkpoint.modules import Module
+from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.packing import PackingScheme, dequantize
 from requant.tasks.checkpoint.problems import problems_of
 from requant.tasks.checkpoint.reading import Reading, stored_scheme
@@ -211,6 +211,16 @@ def test_what_vllm_accepts_is_read_as_vllm_reads_it(tmp_path: Path) -> None:
                 assert theirs and theirs.quantized == (ours is not None)
                 assert ours is None or (ours.bits, ours.group_size) == (theirs.bits, theirs.group_size)
     assert min(accepted[True], accepted[False]) > 2, accepted
+
+
+def test_what_all_modules_share_is_told_and_nothing_where_they_differ(tmp_path: Path) -> None:
+    weight = np.zeros((64, 64), np.float32)
+    schemes = {"a": PackingScheme(4, 32), "b": PackingScheme(8, 32), "c": PackingScheme(8, 64)}
+    modules = {name: modules_of(tensors_of(name, weight, scheme))[name] for name, scheme in schemes.items()}
+    reading = Reading(QuantizationConfig(auto_round(group_size=32)))
+    for names, expected in (("a", (4, 32)), ("b", (8, 32)), ("ab", (None, 32)), ("bc", (8, None)), ("", (4, 32))):
+        shared = reading.shared(modules[name] for name in names)
+        assert (shared.bits, shared.group_size, shared.sym) == (*expected, True)
 
 
 def plain_model(tmp_path: Path, config: Any, bits: int = 4) -> Mixed:

@@ -34,6 +34,23 @@ def damaged(base: Path, folder: Path, layout: str, packing: str = "auto_round:au
     return quantized(tensors, folder, config, packing, **options)
 
 
+def left_out(folder: Path, layout: str) -> Path:
+    """The same with a config that says that the head is not quantized, so that no engine drafts with it."""
+    config = json.loads((folder / "config.json").read_text())
+    quantization = config["quantization_config"]
+    head = "mtp" if layout.startswith("mtp") else "model.layers.2"
+    if quantization["quant_method"] == "gptq":
+        quantization["dynamic"] = {f"-:.*{head}.*": {}, **quantization.get("dynamic", {})}
+    elif quantization["quant_method"] == "awq":
+        quantization["modules_to_not_convert"] = [head, *(["mlp.experts"] if layout == "mtp-moe" else [])]
+    else:
+        quantization["block_name_to_quantize"] = ["model.layers.0", "model.layers.1"]
+    for name in ("quantization_config.json", "config.json"):
+        if (folder / name).exists():
+            (folder / name).write_text(json.dumps(config if name == "config.json" else quantization))
+    return folder
+
+
 def head_of(folder: Path, base: Path) -> dict[str, Any]:
     head = Checkpoint.open(base).head
     assert head is not None
@@ -70,7 +87,7 @@ def test_without_a_base_a_packed_head_is_dequantized_with_the_zero_point_of_its_
     layout: str, packing: str, tmp_path: Path
 ) -> None:
     base = make_base(tmp_path / "base", layout)
-    folder = damaged(base, tmp_path / "made", layout, packing)
+    folder = left_out(damaged(base, tmp_path / "made", layout, packing), layout)
     result = repair(folder, None)
     assert result.source == "dequantized" and result.changed is True
     ours, theirs = head_of(folder, base), head_of(base, base)
@@ -174,7 +191,27 @@ def test_a_smaller_head_is_packed_from_the_base_with_the_fusion_layer_as_it_was(
     assert entry[f"{prefix}.self_attn.q_proj"]["bits"] == bits
     before = snapshot(folder)
     assert repair(folder, RepairSource(base), precision=precision).changed is False
+    assert repair(folder, None).changed is False
     assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(("packing", "file"), [("gptq", "quantize_config.json"), ("awq", "quant_config.json")])
+def test_a_config_that_stands_in_the_quantizers_own_file_alone_is_one_problem_and_one_repair(
+    packing: str, file: str, tmp_path: Path
+) -> None:
+    folder = damaged(make_base(tmp_path / "base", "mtp"), tmp_path / "made", "mtp", packing, head=[])
+    config = json.loads((folder / "config.json").read_text())
+    own = config.pop("quantization_config")
+    del own["quant_method"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / file).write_text(json.dumps(own))
+    found = inspect_checkpoint(folder)
+    assert found.quantized.storage == {"INT4": 14}
+    (problem,) = [sentence for sentence in found.problems if "quantization_config, which engines read" in sentence]
+    assert problem.startswith(file) and problem.endswith(f"quant_method '{packing}'")
+    assert len(found.problems) <= 2  # the other one is that engines refuse it
+    assert repair(folder, None).changed is True
+    assert inspect_checkpoint(folder).problems == [] and repair(folder, None).changed is False
 
 
 def test_a_smaller_head_needs_a_base_and_a_checkpoint_of_auto_round(tmp_path: Path) -> None:

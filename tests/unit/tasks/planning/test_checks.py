@@ -180,6 +180,14 @@ def test_a_base_that_is_already_quantized_is_refused_by_the_name_of_its_method(
     )
 
 
+def test_a_draft_model_is_no_base(store: Store, tmp_path: Path) -> None:
+    base = pico_base(tmp_path / "base")
+    changed(base, "config.json", lambda config: config.update(architectures=["LlamaForCausalLMEagle3"]))
+    (problem,) = planned(store, base).problems
+    assert problem.startswith("the base a/b cannot be used: it is a draft model (EAGLE-3)")
+    assert problem.endswith("name the base that it drafts for")
+
+
 def test_an_fp8_base_is_none_that_is_already_quantized(tmp_path: Path) -> None:
     bf16 = pico_base(tmp_path / "bf16", head=False)
     check_kind(Checkpoint.open(bf16), "a/b")
