@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from requant.tasks.artifact import Manifest
 from requant.tasks.benchmark import STAGE as BENCHMARK
 from requant.tasks.benchmark import benchmark_key, benchmark_task
 from requant.tasks.benchmark import read_result as read_benchmark
+from requant.tasks.environment import bypass_proxy_on_loopback
 from requant.tasks.errors import CheckpointError, EngineFailed, RecipeError, RequantError, StoreError
 from requant.tasks.evaluating.definitions import check_tasks
 from requant.tasks.hub.revision import Revision
@@ -58,6 +60,7 @@ from requant.tasks.writing.amount import writes_text
 log = logging.getLogger(__name__)
 
 log_into_runs()
+bypass_proxy_on_loopback(os.environ)  # A worker's process imports the flows, and not the command line.
 P = ParamSpec("P")
 R = TypeVar("R")
 POLL_INTERVAL_S = 2.0

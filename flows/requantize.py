@@ -45,11 +45,11 @@ from requant.tasks.benchmark import STAGE as BENCHMARK
 from requant.tasks.benchmark import benchmark_key, benchmark_task
 from requant.tasks.benchmark import read_result as read_benchmark
 from requant.tasks.card.facts import CardFacts
-from requant.tasks.download import download_task
+from requant.tasks.download import download_task, find_base
 from requant.tasks.errors import CheckpointError, EngineFailed, RecipeError, RequantError
 from requant.tasks.evaluating.definitions import check_tasks, has_lm_eval
 from requant.tasks.hub.publish_target import check_target
-from requant.tasks.hub.revision import Revision, resolve
+from requant.tasks.hub.revision import Revision
 from requant.tasks.mtp_fix import mtp_fix_task
 from requant.tasks.pipeline.log import log_into_runs
 from requant.tasks.pipeline.prefect import crash_stale_task_runs, options
@@ -363,7 +363,7 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Calibration, Text]:
     Also check that the repos of `publish` can be written to, and that this machine can run the tasks of `eval`, unless
     a worker of the gpu pool runs them and lm-eval is not installed here. Raises RecipeError, HubError, HubUnavailable.
     """
-    base = resolve(recipe.base.repo_id, recipe.base.revision)
+    base = find_base(open_store(), recipe.base.repo_id, recipe.base.revision)
     if has_lm_eval() or VALIDATE.name not in gpu_pool_stages(recipe, base):
         check_tasks(recipe.eval)
     log.info(f"{recipe.base.repo_id}@{recipe.base.revision} is {base.sha}")

@@ -13,12 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import is_offline_mode
 from prefect import task
 
 from requant.tasks.artifact import File, Manifest, git_blob_id
 from requant.tasks.errors import HubUnavailable
+from requant.tasks.hub.cached import known_commit
+from requant.tasks.hub.client import hub_errors, offline_variable
 from requant.tasks.hub.fetch import fetch
-from requant.tasks.hub.revision import HubFile, Revision
+from requant.tasks.hub.revision import HubFile, Revision, find_revision
 from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, run_stage
 from requant.tasks.store import Store, open_store
@@ -30,7 +33,29 @@ log = logging.getLogger(__name__)
 
 
 def download_key(base: Revision) -> str:
-    return STAGE.key(reads={"base": f"{base.repo_type}:{base.name}"}, settings={})
+    """Return the key of a commit, and of its files if a cache has them, which may have only some."""
+    cached = {"cached": base.content} if base.folder is not None else {}
+    return STAGE.key(reads={"base": f"{base.repo_type}:{base.name}", **cached}, settings={})
+
+
+def find_base(store: Store, repo_id: str, revision: str) -> Revision:
+    """Resolve a base to its commit and files.
+
+    While the Hub is switched off (HF_HUB_OFFLINE), the base comes from the store if it was downloaded into it and its
+    commit is known here, otherwise from the cache of huggingface_hub. Raises HubError, HubUnavailable.
+    """
+    stored = _stored_base(store, repo_id, revision) if is_offline_mode() else None
+    return stored or find_revision(repo_id, revision)
+
+
+def _stored_base(store: Store, repo_id: str, revision: str) -> Revision | None:
+    with hub_errors(repo_id, revision):
+        sha = known_commit(repo_id, revision, "model")
+    manifest = store.manifest(STAGE.name, download_key(Revision(repo_id, sha, ()))) if sha else None
+    if sha is None or manifest is None:
+        return None
+    log.info(f"{offline_variable()}: {repo_id}@{revision} is {sha} in the store {store.url}")
+    return Revision(repo_id, sha, tuple(HubFile(file.path, file.size, "", file.sha256) for file in manifest.files))
 
 
 def download(store: Store, base: Revision) -> StageResult:

@@ -11,12 +11,13 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from requant.tasks.artifact import Manifest, digest_of
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.served_dtype import Dtype, dtype_of_flags, rounded_scales
 from requant.tasks.checkpoint.writer import write_file
 from requant.tasks.documents import read_stored
 from requant.tasks.errors import EngineFailed
@@ -104,20 +105,25 @@ def evaluate_pair(recipe: Recipe, base: Path, ours: Path, logs: Path, remember: 
             return _Pair(asked, base, ours, serve, remember).evaluate({"engine": _engine_settings(recipe)})
         except EngineFailed as error:
             log.warning(f"the tasks are run in torch, since vLLM cannot run them: {error}")
-    settings = whole_model_settings(base, recipe.allow_remote_code)
-    in_torch = _Pair(asked, base, ours, lambda folder: run_in_torch(folder, asked, settings), remember)
+    settings = whole_model_settings(base, recipe.allow_remote_code, dtype_of_flags(recipe.benchmark.flags))
+    only_ours = scale_settings(ours, settings)
+    in_torch = _Pair(asked, base, ours, lambda folder: run_in_torch(folder, asked, settings), remember, only_ours)
     return in_torch.evaluate({"device": settings.device.type, "dtype": str(settings.dtype)})
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """A base, a checkpoint made from it, and what runs tasks with either of them."""
+    """A base, a checkpoint made from it, and what runs tasks with either of them.
+
+    `only_ours`: settings on which the outcomes of the checkpoint depend, and those of the base do not.
+    """
 
     asked: Eval
     base: Path
     ours: Path
     serve: Serve
     remember: Remember
+    only_ours: Settings = field(default_factory=dict)
 
     def evaluate(self, settings: Settings) -> Evaluation:
         """Run the tasks with the base, or take what the store has, then with the checkpoint.
@@ -141,7 +147,7 @@ class _Pair:
     def _outcomes(self, harness: Harness, of_base: Outcomes, settings: Settings) -> Outcomes:
         """Run the tasks with the checkpoint, or take what the store has."""
         log.info(f"evaluating the result in {harness.engine} on {', '.join(self.asked.tasks)}")
-        settings = {**settings, "run_by": harness.engine}
+        settings = {**settings, **self.only_ours, "run_by": harness.engine}
         if not stops_early(self.asked, of_base):
             return self.remember(self.ours, settings, harness.outcomes)
         return self.remember(
@@ -198,13 +204,23 @@ def compare_outcomes(of_base: Outcomes, of_ours: Outcomes, asked: Eval) -> Evalu
     )
 
 
-def whole_model_settings(base: Path, remote_code: bool) -> RunSettings:
-    """Choose where and in which precision a base and all models made from it are evaluated, with all weights loaded."""
+def whole_model_settings(base: Path, remote_code: bool, served: Dtype | None = None) -> RunSettings:
+    """Choose where and in which precision a base and all models made from it are evaluated, with all weights loaded.
+
+    `served`: the dtype that the recipe's flags ask the engine for.
+    """
     from requant.tasks.validating.model import RunSettings, pick_device, pick_dtype
 
     parameters = sum(math.prod(tensor.shape) for tensor in Checkpoint.open(base).tensors.values())
     device = pick_device(parameters)
-    return RunSettings(device, pick_dtype(parameters, device), remote_code)
+    return RunSettings(device, pick_dtype(parameters, device), remote_code, served)
+
+
+def scale_settings(folder: Path, settings: RunSettings) -> Settings:
+    """Return what a key says of a checkpoint's scales: the dtype to which they are rounded in torch, if they are."""
+    checkpoint = Checkpoint.open(folder)
+    rounded = rounded_scales(checkpoint.tensors.values(), settings.served_dtype(checkpoint.config))
+    return {"scales": rounded} if rounded else {}
 
 
 def _may_use_engine(recipe: Recipe) -> bool:

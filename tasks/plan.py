@@ -21,12 +21,12 @@ from requant.tasks.checkpoint.base_check import check_base, check_kind
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.checkpoint.untrusted import without_folder
-from requant.tasks.download import download_key
+from requant.tasks.download import download_key, find_base
 from requant.tasks.errors import CheckpointError, HubError, HubUnavailable, Refused
 from requant.tasks.evaluate import STAGE as EVALUATE
 from requant.tasks.evaluating.definitions import check_tasks
 from requant.tasks.excerpt import text_files
-from requant.tasks.hub.revision import Revision, resolve
+from requant.tasks.hub.revision import Revision
 from requant.tasks.mtp_fix import mtp_fix_key
 from requant.tasks.pipeline.stage import Stage, tool_problems
 from requant.tasks.planning.base_headers import BaseHeaders
@@ -75,7 +75,7 @@ def plan(store: Store, recipe: Recipe, *, elsewhere: bool = False) -> PlanDocume
         check_tasks(recipe.eval)
     try:
         inputs = Inputs(
-            base=resolve(recipe.base.repo_id, recipe.base.revision),
+            base=find_base(store, recipe.base.repo_id, recipe.base.revision),
             calibration=find_calibration(recipe.quantize),
             validation=find_validation_text(recipe.validation.text),
         )

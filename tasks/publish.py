@@ -24,6 +24,7 @@ from requant.tasks.card.pinned import recipe_text
 from requant.tasks.checkpoint.checkpoint import INDEX
 from requant.tasks.checkpoint.head import HEAD_SHARD
 from requant.tasks.checkpoint.modules import INTEGER_PARTS
+from requant.tasks.checkpoint.served_dtype import dtype_of_config
 from requant.tasks.checkpoint.writer import write_file
 from requant.tasks.errors import redact
 from requant.tasks.hub.manifest import MAX_REGULAR_FILE_BYTES, Origin, release_document
@@ -54,15 +55,21 @@ def file_facts(store: Store, recipe: Recipe, base_files: Manifest, artifact: Man
         kept_names=kept_names,
         kept_reasons=reasons | {name.removesuffix(".weight"): MTP_HEAD for name in in_head},
         packing=_quantization(store, artifact).get("packing_format"),
+        dtype=dtype_of_config(_config(store, artifact)),
         fp8=bool(_quantization(store, base_files)),  # checkpoint/base_check.py refuses all other quantized bases.
         chat=has_chat_template({f.path for f in artifact.files}, lambda name: store.read_blob(artifact[name])),
         base_card=_base_card(store, base_files),
     )
 
 
+def _config(store: Store, artifact: Manifest) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(store.read_blob(artifact["config.json"]))
+    return config
+
+
 def _quantization(store: Store, artifact: Manifest) -> dict[str, Any]:
-    config = json.loads(store.read_blob(artifact["config.json"])).get("quantization_config")
-    return config if isinstance(config, dict) else {}
+    quantization = _config(store, artifact).get("quantization_config")
+    return quantization if isinstance(quantization, dict) else {}
 
 
 def _base_card(store: Store, base_files: Manifest) -> str:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from requant.tasks.artifact import REWRITTEN, Manifest
 from requant.tasks.checkpoint.audit import account
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.served_dtype import Dtype, dtype_of_flags, rounded_scales
 from requant.tasks.checkpoint.weight_error import fidelity
 from requant.tasks.checkpoint.writer import write_file, write_json
 from requant.tasks.documents import first_problem, read_stored
@@ -48,7 +49,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a reused stage does not 
     from requant.tasks.validating.measurement import Measurement
     from requant.tasks.validating.model import RunSettings
 
-STAGE = Stage("validate", 6, tools=("transformers",))
+STAGE = Stage("validate", 7, tools=("transformers",))
 # This version stays as it is: the key also has VERSION of validating/measure.py, and that is the one to raise. To merge
 # the two would change all keys.
 MEASURE = Stage("measure", 1, tools=("transformers",))
@@ -70,6 +71,7 @@ def validate_key(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text)
             "mtp": recipe.mtp,
             "allow_remote_code": recipe.allow_remote_code,
             "tokens": recipe.validation.tokens,
+            **({"served": served} if (served := dtype_of_flags(recipe.benchmark.flags)) else {}),
             **evaluation_key(recipe),
         },
     )
@@ -95,7 +97,7 @@ def validate(
         manifests = {quantized_folder: artifact, base_folder: compared_part(base)}
         tokens = recipe.validation.tokens
         base_checkpoint = Checkpoint.open(base_folder).sound()
-        run_with = run_settings(base_folder, recipe.allow_remote_code)
+        run_with = run_settings(base_folder, recipe.allow_remote_code, dtype_of_flags(recipe.benchmark.flags))
 
         @functools.cache
         def text_file() -> Path:
@@ -103,7 +105,8 @@ def validate(
 
         @functools.cache
         def measure_one(path: Path, settings: RunSettings) -> Measurement:
-            asked = MeasurementKey(manifests[path].digest, text.digest, tokens, settings)
+            rounded = scales_rounded_to(Checkpoint.open(path), settings)
+            asked = MeasurementKey(manifests[path].digest, text.digest, tokens, settings, rounded)
             return measure_or_reuse(store, asked, path, text_file, folder / "measured" / path.name)
 
         def evaluate_both() -> Evaluation:
@@ -142,12 +145,16 @@ def validate(
 
 @dataclass(frozen=True)
 class MeasurementKey:
-    """What a measurement depends on: a checkpoint, a text, how many tokens of each domain, and how it is run."""
+    """What a measurement depends on: a checkpoint, a text, how many tokens of each domain, and how it is run.
+
+    `scales`: the dtype to which its scales are rounded; None if they are not.
+    """
 
     checkpoint: str
     text: str
     tokens: int | None
     settings: RunSettings
+    scales: Dtype | None = None
 
     def of(self, stage: Stage) -> str:
         from requant.tasks.validating.measure import VERSION
@@ -156,7 +163,14 @@ class MeasurementKey:
         settings = {"code": VERSION, "device": device, "dtype": dtype, "tokens": self.tokens}
         if self.settings.remote_code:  # left out where it is not used, so that keys made before stay
             settings["allow_remote_code"] = True
+        if self.scales:
+            settings["scales"] = self.scales
         return stage.key(reads={"checkpoint": self.checkpoint, "text": self.text}, settings=settings)
+
+
+def scales_rounded_to(checkpoint: Checkpoint, settings: RunSettings) -> Dtype | None:
+    """Return the dtype to which a checkpoint's scales are rounded when it is run; None if they are not."""
+    return rounded_scales(checkpoint.tensors.values(), settings.served_dtype(checkpoint.config))
 
 
 def measure_or_reuse(

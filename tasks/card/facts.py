@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import requant
 from requant.tasks.checkpoint.document import EngineVerdict
+from requant.tasks.checkpoint.served_dtype import Dtype, dtype_of_flags
 from requant.tasks.hub.revision import Revision
 from requant.tasks.plots import Picture
 from requant.tasks.probing.compare import ProbeSummary
@@ -30,6 +31,7 @@ class FileFacts:
     kept_names: tuple[str, ...]  # of tensors that are not quantized
     kept_reasons: Mapping[str, str] = field(default_factory=dict)  # why layers of blocks are not quantized, by name
     packing: str | None = None  # its name in config.json
+    dtype: Dtype | None = None  # in which engines serve it by default; None if its config names none
     fp8: bool = False  # whether the base has FP8 tensors, which become BF16 in the result
     chat: bool = True  # whether there is a chat template
     base_card: str = ""
@@ -61,6 +63,11 @@ class CardFacts:
     @property
     def title(self) -> str:
         return self.model.split("/")[-1] if self.recipe.publish else "this checkpoint"
+
+    @property
+    def dtype(self) -> Dtype | None:
+        """The dtype in which the result is served, and in which its scales were judged; None if nobody says."""
+        return dtype_of_flags(self.recipe.benchmark.flags) or self.files.dtype
 
     @property
     def head(self) -> bool:

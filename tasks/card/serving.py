@@ -9,6 +9,7 @@ from requant.tasks.card.facts import CardFacts
 from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.recipe.engine_flags import MODEL, arguments, command_line, with_drafts, without_drafts
 from requant.tasks.redaction import public
+from requant.tasks.serving.flags import with_dtype
 
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
 
@@ -77,7 +78,7 @@ def _vllm(facts: CardFacts, *, mtp: bool) -> VllmCommand:
         return VllmCommand(mtp, command_line(public(list(ran)), facts.model), ran=True)
     asked = facts.recipe.benchmark
     flags = with_drafts(asked.flags, asked.draft_tokens) if mtp else without_drafts(asked.flags)
-    words = ["vllm", "serve", MODEL, *_trust(facts), *arguments(flags)]
+    words = ["vllm", "serve", MODEL, *_trust(facts), *arguments(with_dtype(flags, facts.dtype))]
     verdict = facts.engines.get("vllm") if mtp else None
     no_drafts = _reason("vllm", verdict) if verdict is not None and verdict.mtp is False else None
     return VllmCommand(mtp, command_line(public(words), facts.model), ran=False, no_drafts=no_drafts)
@@ -86,6 +87,7 @@ def _vllm(facts: CardFacts, *, mtp: bool) -> VllmCommand:
 def _sglang(facts: CardFacts, *, drafts: bool) -> str:
     """Write the command. Source of the flags: https://docs.sglang.io/docs/advanced_features/speculative_decoding"""
     words = ["python", "-m", "sglang.launch_server", "--model-path", facts.model, *_trust(facts)]
+    words += arguments(with_dtype({}, facts.dtype))
     if drafts:
         count = facts.recipe.benchmark.draft_tokens
         words += ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(count)]

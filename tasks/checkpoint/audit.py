@@ -54,6 +54,7 @@ class Account:
     unaccounted: list[str] = field(default_factory=list)
     altered: list[str] = field(default_factory=list)
     not_finite: list[str] = field(default_factory=list)
+    not_finite_in_base: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     context: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
@@ -127,7 +128,9 @@ def _check_kept(result: Account, tensor: Tensor, source: Tensor) -> None:
         sound = sound and is_finite(ours, tensor.dtype)
     if not same:
         result.altered.append(f"{tensor.name} differs from the base's")
-    if not sound:
+    if not sound and same:
+        result.not_finite_in_base.append(f"{tensor.name} is not finite in the base either")
+    elif not sound:
         result.not_finite.append(tensor.name)
 
 

@@ -222,17 +222,21 @@ def unpack(words: Array, bits: int, axis: int) -> Array:
     return np.moveaxis(flat, -1, axis)
 
 
-def dequantize(parts: Mapping[str, Tensor], scheme: PackingScheme) -> Floats:
-    """Dequantize packed parts to a float32 weight `[out, in]`."""
-    stripes = list(dequantized_rows(parts, scheme))
+def dequantize(parts: Mapping[str, Tensor], scheme: PackingScheme, scale_dtype: str | None = None) -> Floats:
+    """Dequantize packed parts to a float32 weight `[out, in]`. With `scale_dtype`, the scales are rounded to it."""
+    stripes = list(dequantized_rows(parts, scheme, scale_dtype))
     weight: Floats = np.concatenate(stripes) if stripes else np.empty((0, 0), np.float32)
     return weight
 
 
-def dequantized_rows(parts: Mapping[str, Tensor], scheme: PackingScheme) -> Iterator[Floats]:
+def dequantized_rows(
+    parts: Mapping[str, Tensor], scheme: PackingScheme, scale_dtype: str | None = None
+) -> Iterator[Floats]:
     """Yield the dequantized weight as float32 stripes of STRIPE_ROWS rows, from the top."""
     qweight, qzeros = to_numpy(parts["qweight"]), to_numpy(parts["qzeros"])
     scales = to_numpy(parts["scales"])
+    if scale_dtype is not None:
+        scales = _values(to_bytes(scales.astype(np.float32), scale_dtype), scale_dtype).reshape(scales.shape)
     inputs = qweight.shape[0] if scheme.packing == "awq" else qweight.shape[0] * 32 // scheme.bits
     group = _groups(parts, scheme, inputs, len(scales))
     for begin in range(0, scales.shape[1], STRIPE_ROWS):

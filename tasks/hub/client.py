@@ -60,12 +60,12 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
         if isinstance(error.__cause__, HfHubHTTPError):
             raise _explain(error.__cause__, repo_id, name) from error
         if isinstance(error.__cause__, OfflineModeIsEnabled):
-            raise HubError(_switched_off(name), repo_id=repo_id) from error
+            raise HubError(switched_off(name), repo_id=repo_id) from error
         if isinstance(error.__cause__, httpx2.HTTPError) or isinstance(error, LocalEntryNotFoundError):
             raise HubUnavailable(_unanswered(error.__cause__ or error), repo_id=repo_id) from error
         raise
     except OfflineModeIsEnabled as error:  # is an OSError too, and so must come first
-        raise HubError(_switched_off(name), repo_id=repo_id) from error
+        raise HubError(switched_off(name), repo_id=repo_id) from error
     except OSError as error:
         if "Consistency check failed" in str(error):  # fewer bytes arrived than the Hub had announced
             raise HubUnavailable(f"{name}: {_first_line(error)}", repo_id=repo_id) from error
@@ -83,14 +83,18 @@ def _unanswered(error: BaseException) -> str:
     return f"the Hub at {constants.ENDPOINT} did not answer ({_first_line(error)}): check {variables} and the network"
 
 
-def _switched_off(name: str) -> str:
-    """Return a sentence that names the variable that switches the Hub off, and what to do."""
-    # huggingface_hub reads both, in this order.
+def offline_variable() -> str:
+    """Return the variable that switches the Hub off, with its value. huggingface_hub reads both, in this order."""
     variable = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
-    said = f"{variable}={os.environ[variable]}" if variable in os.environ else variable
+    return f"{variable}={os.environ[variable]}" if variable in os.environ else variable
+
+
+def switched_off(name: str) -> str:
+    """Return a sentence that names the variable that switches the Hub off, and what to do."""
+    said = offline_variable()
     return (
-        f"{name} lies on the Hub, which {said} switches off: unset {variable}, or name a local folder where the "
-        "command takes one"
+        f"{name} lies on the Hub, which {said} switches off: unset {said.partition('=')[0]}, name a commit that is in "
+        "the cache of huggingface_hub or was downloaded into the store, or a local folder where the command takes one"
     )
 
 

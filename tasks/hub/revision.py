@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import fnmatch
-import re
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from huggingface_hub import is_offline_mode
 
 from requant.tasks.artifact import REWRITTEN, SHA256, File, Manifest, check_relative, digest_of
 from requant.tasks.errors import HubError, RequantError
-from requant.tasks.hub.client import hub_api, hub_errors
+from requant.tasks.hub.cached import GIT_HASH, known_commit, missing_shard, snapshot_files, snapshot_folder
+from requant.tasks.hub.client import hub_api, hub_errors, offline_variable, switched_off
 
+log = logging.getLogger(__name__)
+COMMIT = GIT_HASH
 TIMEOUT_S = 60.0  # between two bytes of an answer; huggingface_hub sets no limit
-COMMIT = re.compile(r"[0-9a-f]{40}")
 # Weights for other frameworks. Pickles are never downloaded, so that none can be opened.
 NOT_FETCHED = (
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.onnx_data",
@@ -41,6 +46,7 @@ class Revision:
     private: bool = False
     gated: Literal["auto", "manual"] | None = None
     left_out: tuple[str, ...] = ()
+    folder: Path | None = None  # where its files lie on this machine; None: on the Hub
 
     @property
     def name(self) -> str:
@@ -75,15 +81,19 @@ def split_name(name: str) -> tuple[str, str]:
     return repo_id, revision or "main"
 
 
+def check_checkpoint_name(name: str) -> None:
+    """Raise RequantError for what a user gave where a folder could stand, if it cannot be `repo_id[@revision]`."""
+    if name.startswith((".", "/", "~")) or split_name(name)[0].count("/") > 1:
+        raise RequantError(f"{name} is not a folder: name a checkpoint's folder, or repo_id[@revision]")
+
+
 def resolve_name(name: str) -> Revision:
     """Resolve `repo_id[@revision]`, which a user gave where a folder could stand, to a commit.
 
-    Raises RequantError for what cannot be a repo's name, otherwise as `resolve`.
+    Raises RequantError for what cannot be a repo's name, otherwise as `find_revision`.
     """
-    repo_id, revision = split_name(name)
-    if name.startswith((".", "/", "~")) or repo_id.count("/") > 1:
-        raise RequantError(f"{name} is not a folder: name a checkpoint's folder, or repo_id[@revision]")
-    return resolve(repo_id, revision)
+    check_checkpoint_name(name)
+    return find_revision(*split_name(name))
 
 
 def check_repo_id(name: str) -> str:
@@ -91,6 +101,15 @@ def check_repo_id(name: str) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise RequantError(f"{name} is not a repo on the Hub: name it as owner/name")
     return name
+
+
+def find_revision(repo_id: str, revision: str = "main", repo_type: Literal["model", "dataset"] = "model") -> Revision:
+    """Resolve a repo that is only read: on the Hub, or in huggingface_hub's cache while HF_HUB_OFFLINE is set.
+
+    Raises what `resolve` raises, and HubError for a repo or revision that the cache does not have.
+    """
+    find = _resolve_in_cache if is_offline_mode() else resolve
+    return find(repo_id, revision, repo_type)
 
 
 def resolve(repo_id: str, revision: str = "main", repo_type: Literal["model", "dataset"] = "model") -> Revision:
@@ -123,3 +142,29 @@ def resolve(repo_id: str, revision: str = "main", repo_type: Literal["model", "d
     ordered = tuple(sorted(files, key=lambda f: f.path))
     gated = info.gated or None  # the Hub answers False for a repo that is not gated
     return Revision(repo_id, sha, ordered, repo_type, bool(info.private), gated, tuple(sorted(left_out)))
+
+
+def _resolve_in_cache(repo_id: str, revision: str, repo_type: Literal["model", "dataset"]) -> Revision:
+    """Return a revision with the files that the cache has of it, which need not be all files of the commit.
+
+    Raises HubError if it has none, or not all shards of the weights.
+    """
+    with hub_errors(repo_id, revision):
+        sha = known_commit(repo_id, revision, repo_type)
+        folder = snapshot_folder(repo_id, sha or "unknown", repo_type)
+    files = []
+    for path, size, digest in snapshot_files(folder):
+        check_relative(path)
+        is_sha256 = SHA256.fullmatch(digest) is not None
+        files.append(HubFile(path, size, "" if is_sha256 else digest, digest if is_sha256 else None))
+    if sha is None or not files:
+        raise HubError(switched_off(f"{repo_id}@{revision}"), repo_id=repo_id)
+    missing = missing_shard(folder, {file.path for file in files})
+    if missing is not None:
+        raise HubError(
+            f"the cache of huggingface_hub has {repo_id}@{sha} without {missing}, and {offline_variable()} switches "
+            "the Hub off: unset it to download the rest",
+            repo_id=repo_id,
+        )
+    log.info(f"{offline_variable()}: {repo_id}@{revision} is {sha} in the cache of huggingface_hub")
+    return Revision(repo_id, sha, tuple(files), repo_type, folder=folder)

@@ -119,12 +119,23 @@ def _fetch(revision: Revision, folder: Path, path: str, begin: int, end: int) ->
             file.write(chunk)
 
 
+def _read(path: Path, begin: int, end: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(begin)
+        while chunk := file.read(min(CHUNK_BYTES, end - begin)):
+            begin += len(chunk)
+            yield chunk
+
+
 def stream(revision: Revision, path: str, begin: int, end: int) -> Iterator[bytes]:
     """Yield the bytes `[begin, end)` of a file in chunks.
 
     After a lost connection, only the missing bytes are requested. If a server ignores the range and sends the whole
     file, reading ends at `end`. Raises HubError, HubUnavailable.
     """
+    if revision.folder is not None:
+        yield from _read(revision.folder / path, begin, end)
+        return
     url = hf_hub_url(revision.repo_id, path, revision=revision.sha, repo_type=revision.repo_type)
     headers = {
         **build_hf_headers(library_name="requant"),

@@ -9,6 +9,7 @@ from pydantic import JsonValue
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.heads.layouts import has_draft_model
+from requant.tasks.checkpoint.served_dtype import Dtype, dtype_of_config
 from requant.tasks.recipe.engine_flags import speculates, with_drafts, without_drafts
 from requant.tasks.recipe.recipe import Benchmark
 
@@ -24,7 +25,15 @@ def can_draft(checkpoint: Checkpoint, asked: Benchmark) -> bool:
 def serving_flags(config: Mapping[str, Any], asked: Benchmark, *, drafts: bool) -> dict[str, Any]:
     """Return the recipe's flags for a checkpoint with this config.json, with or without speculative decoding."""
     flags = with_drafts(asked.flags, asked.draft_tokens) if drafts else without_drafts(asked.flags)
-    return fitting_flags(config, flags)
+    return fitting_flags(config, with_dtype(flags, dtype_of_config(config)))
+
+
+def with_dtype(flags: Mapping[str, JsonValue], dtype: Dtype | None) -> dict[str, JsonValue]:
+    """Add the flag for the dtype to serve in, if it is known and the flags do not have one.
+
+    The engine would choose the same by default. Named, it is what the gates judged and what a reader serves too.
+    """
+    return dict(flags) if dtype is None or "dtype" in flags else {"dtype": dtype, **flags}
 
 
 def fitting_flags(config: Mapping[str, Any], flags: Mapping[str, JsonValue]) -> dict[str, JsonValue]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from requant.tasks.artifact import Manifest, digest_of, sha256_of
 from requant.tasks.errors import RecipeError
-from requant.tasks.hub.revision import Revision, resolve, split_name
+from requant.tasks.hub.revision import Revision, find_revision, split_name
 from requant.tasks.hub.sparse_checkout import stream
 from requant.tasks.recipe.quantize_section import BUILTIN, READABLE, SELF
 from requant.tasks.recipe.recipe import BUILTIN_EVALUATION
@@ -105,7 +105,7 @@ def _dataset(name: str, key: str, field: str | None) -> Text:
     """Find the files of a Hub data set `id[@revision][:config][:split]` at its commit."""
     repo, *wanted = name.split(":")
     repo_id, revision = split_name(repo)
-    found = resolve(repo_id, revision, "dataset")
+    found = find_revision(repo_id, revision, "dataset")
     card = read_card(_card_of(found))
     files = [file for file in found.files if file.path.endswith(READABLE) and not file.path.startswith(".")]
     paths = [file.path for file in files if has_rows(file.path)]

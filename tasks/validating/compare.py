@@ -27,24 +27,39 @@ def side_by_side(of_base: Measurement, of_quantized: Measurement) -> Behaviour:
     finite = bool(np.isfinite(of_quantized.nll).all())
     quantized = _side(of_quantized, with_rates=finite)
     rate = quantized.mtp_acceptance
-    tried, finite_places = of_quantized.context.tolist()
     return Behaviour(
         same_tokens=float((of_base.tokens == of_quantized.tokens).mean()) if same_shape else 0.0,
         tokens=int(of_base.tokens.size),
         perplexity_increase=increase,
         perplexity_increase_interval=increase_interval,
         top1_agreement=float((of_base.top1 == of_quantized.top1).mean()) if same_shape else 0.0,
-        most_repeated_token=sum(map(most_repeated, of_quantized.generated.tolist())) / len(of_quantized.generated),
-        long_context=finite_places / tried,
-        long_context_tokens=tried,
+        most_repeated_token=_most_repeated_token(of_quantized),
+        base_most_repeated_token=_most_repeated_token(of_base),
+        long_context=_finite_share(of_quantized),
+        base_long_context=_finite_share(of_base),
+        long_context_tokens=int(of_quantized.context[0]),
         # A ratio to a rate of 0 is undefined.
         mtp_acceptance_ratio=rate / of_base.acceptance if rate is not None and of_base.acceptance else None,
-        speculative_agreement=(
-            float(of_quantized.speculative.mean()) if finite and of_quantized.speculative.size else None
-        ),
+        speculative_agreement=_speculative_agreement(of_quantized) if finite else None,
+        base_speculative_agreement=_speculative_agreement(of_base),
         base=_side(of_base),
         quantized=quantized,
     )
+
+
+def _most_repeated_token(measurement: Measurement) -> float:
+    """Return the share of the most frequent token of a greedy continuation, the mean of all continuations."""
+    return sum(map(most_repeated, measurement.generated.tolist())) / len(measurement.generated)
+
+
+def _finite_share(measurement: Measurement) -> float:
+    """Return the share of the long text's places at which all values are finite."""
+    tried, finite_places = measurement.context.tolist()
+    return float(finite_places / tried)
+
+
+def _speculative_agreement(measurement: Measurement) -> float | None:
+    return float(measurement.speculative.mean()) if measurement.speculative.size else None
 
 
 def _side(measurement: Measurement, with_rates: bool = True) -> Side:

@@ -16,10 +16,11 @@ from pydantic import Field
 from requant.tasks.documents import Value, finite_or_none, is_none
 from requant.tasks.recipe.recipe import Gates
 from requant.tasks.validating.domain_gates import WorstDomain, worst_domain
-from requant.tasks.validating.measured import MatrixError, Measured, TaskScore
+from requant.tasks.validating.measured import Behaviour, MatrixError, Measured, TaskScore
 from requant.tasks.validating.paired import Comparison
 
 MAX_REPEATED_SHARE = 0.9  # share of one token in a greedy continuation above which the text is garbage
+REPEATED_SHARE_MARGIN = 0.1  # by which a result may repeat one token more than its base, whatever the share
 # Shares of |W|^2 that rounding alone may lose: 0.28 at most in 2 bits and groups of 64, where nothing is clipped.
 MAX_TUNABLE_NOISE = 0.3  # above this, more noise gives tuning no more freedom
 LOST_MATRIX_NOISE = 0.5  # above this, the rounding says nothing about the matrix
@@ -102,7 +103,7 @@ def judge(measured: Measured, gates: Gates) -> list[Gate]:
     results = [
         _no_problem("structure", audit.unaccounted, audit.differences),
         _no_problem("lossless", audit.altered),
-        _no_problem("finite", audit.not_finite),
+        _no_problem("finite", audit.not_finite, audit.not_finite_in_base),
         _no_problem("files", audit.files),
         _no_problem("context", audit.context),
         at_most("weight_slope", slope[0], gates.max_weight_slope_error, slope[1]),
@@ -112,8 +113,8 @@ def judge(measured: Measured, gates: Gates) -> list[Gate]:
         on_worst(at_most, "perplexity_increase", behaviour.perplexity_increase, gates.max_perplexity_increase),
         on_worst(at_most, "kl_divergence", divergence.kl_divergence, gates.max_kl_divergence, noise),
         on_worst(at_least, "top1_agreement", behaviour.top1_agreement, gates.min_top1_agreement),
-        at_most("most_repeated_token", behaviour.most_repeated_token, MAX_REPEATED_SHARE),
-        at_least("long_context", behaviour.long_context, 1.0),
+        _repetition(at_most, behaviour),
+        _no_worse(at_least, "long_context", behaviour.long_context, behaviour.base_long_context),
     ]
     if measured.vision:
         results.append(at_most("vision_output", divergence.vision_difference, 0.0))
@@ -126,7 +127,8 @@ def judge(measured: Measured, gates: Gates) -> list[Gate]:
             ratio = replace(ratio, passed=None, note=NOT_IN_TORCH)
         results.append(ratio)
     if behaviour.speculative_agreement is not None:  # it is measured in float32 and with a head only
-        results.append(at_least("speculative_decoding", behaviour.speculative_agreement, 1.0))
+        of_base = behaviour.base_speculative_agreement
+        results.append(_no_worse(at_least, "speculative_decoding", behaviour.speculative_agreement, of_base))
     if measured.evaluation is not None:
         tasks, worst_recovery = measured.evaluation.tasks or {}, measured.evaluation.worst_task_recovery
         worst = worst_task(tasks) if tasks else ""
@@ -164,6 +166,26 @@ def summary(gates: Iterable[Gate]) -> str:
     results = Counter(gate.result for gate in gates)
     text = f"{results['failed']} of {len(gates)} failed" if results["failed"] else f"{results['passed']} passed"
     return text + "".join(f", {results[word]} {word}" for word in ("not measured", "cannot tell") if results[word])
+
+
+def _repetition(at_most: Callable[..., Gate], behaviour: Behaviour) -> Gate:
+    """Compare the most repeated token with MAX_REPEATED_SHARE, or with the base's own share where that is as large.
+
+    Models without instruction tuning, and small ones, loop in greedy text by themselves.
+    """
+    of_base, limit = behaviour.base_most_repeated_token, MAX_REPEATED_SHARE
+    if of_base is not None:
+        limit = max(limit, min(1.0, of_base + REPEATED_SHARE_MARGIN))
+    gate = at_most("most_repeated_token", behaviour.most_repeated_token, limit)
+    return replace(gate, note=f"the base's own is {of_base:.4g}") if limit > MAX_REPEATED_SHARE else gate
+
+
+def _no_worse(at_least: Callable[..., Gate], name: str, value: float | None, of_base: float | None) -> Gate:
+    """Compare a share that should be 1 with the base's own where the base falls short of that."""
+    if of_base is None or not of_base < 1.0:
+        return at_least(name, value, 1.0)
+    gate = at_least(name, value, of_base)
+    return replace(gate, note="; ".join(filter(None, [gate.note, f"the base's own is {of_base:.4g}"])))
 
 
 def worst_task(tasks: Mapping[str, TaskScore]) -> str:

@@ -51,7 +51,7 @@ class MtpHead(nn.Module):
         for name, module in zip(self.layout.before, self._modules_before(type(main.text.norm)), strict=True):
             self.model.add_module(name, module.to(main.dtype))
         read = (checkpoint.tensors[name] for name in head.names if name_in_model(name, self.layout, first))
-        weights = state_dict(read, checkpoint, main.dtype)
+        weights = state_dict(read, checkpoint, main.settings)
         state = {own: weights[name] for name in weights if (own := name_in_model(name, self.layout, first))}
         state["embed_tokens.weight"] = torch.zeros(1, self.config.hidden_size)  # never looked up
         if missing := fill(self.model, state, loading_of(self.model, main.settings), source):

@@ -17,6 +17,7 @@ import torch
 
 from requant.tasks.checkpoint.blocks import streaming_parameters
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.served_dtype import Dtype
 from requant.tasks.errors import CheckpointError
 from requant.tasks.validating import LENGTH, PROBE
 from requant.tasks.validating.blocks import Rows, run_blocks
@@ -122,11 +123,14 @@ def rows_of(skeleton: Skeleton, cut: Windows) -> list[Rows]:
     return [Rows.of(skeleton, tokens) for tokens in (separate, long) if tokens.numel()]
 
 
-def run_settings(base: Path, remote_code: bool = False) -> RunSettings:
-    """Choose where and in which precision a base is measured, and everything that is compared with it."""
+def run_settings(base: Path, remote_code: bool = False, served: Dtype | None = None) -> RunSettings:
+    """Choose where and in which precision a base is measured, and everything that is compared with it.
+
+    `served`: the dtype that the recipe's flags ask the engine for.
+    """
     parameters = streaming_parameters(Checkpoint.open(base))
     device = pick_device(parameters)
-    return RunSettings(device, pick_dtype(parameters, device), remote_code)
+    return RunSettings(device, pick_dtype(parameters, device), remote_code, served)
 
 
 def longest(skeleton: Skeleton) -> int:

@@ -21,22 +21,22 @@ Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is Non
 Interval = tuple[Number, Number]
 # The keys are written in this order, so that equal values have equal bytes in the store.
 KEYS = (
-    "text", "texts", "packed", "kept", "head", "unaccounted", "altered", "not_finite", "files", "context",
-    "differences", "head_kept", "vision", "matrices", "blocks", "same_tokens", "perplexity_increase", "kl_divergence",
-    "top1_agreement", "most_repeated_token", "long_context", "vision_difference", "mtp_acceptance_ratio",
-    "speculative_agreement", "tasks", "worst_task_recovery", "tasks_engine", "tokens", "perplexity",
-    "perplexity_interval",
-    "base_perplexity", "base_perplexity_interval", "perplexity_increase_interval", "long_context_tokens",
-    "mtp_acceptance", "base_mtp_acceptance", "mtp_acceptance_by_position", "base_mtp_acceptance_by_position",
-    "greedy_acceptance_by_position", "base_greedy_acceptance_by_position", "kl_divergence_p99", "kl_noise_floor",
-    "domains", "not_measured",
+    "text", "texts", "packed", "kept", "head", "unaccounted", "altered", "not_finite", "not_finite_in_base", "files",
+    "context", "differences", "head_kept", "vision", "matrices", "blocks", "same_tokens", "perplexity_increase",
+    "kl_divergence", "top1_agreement", "most_repeated_token", "long_context", "vision_difference",
+    "mtp_acceptance_ratio", "speculative_agreement", "base_most_repeated_token", "base_long_context",
+    "base_speculative_agreement", "tasks", "worst_task_recovery", "tasks_engine", "tokens", "perplexity",
+    "perplexity_interval", "base_perplexity", "base_perplexity_interval", "perplexity_increase_interval",
+    "long_context_tokens", "mtp_acceptance", "base_mtp_acceptance", "mtp_acceptance_by_position",
+    "base_mtp_acceptance_by_position", "greedy_acceptance_by_position", "base_greedy_acceptance_by_position",
+    "kl_divergence_p99", "kl_noise_floor", "domains", "not_measured",
 )  # fmt: skip
 
 
 class Audit(StoredDocument):
     """The comparison of all tensors and files with the base's, without running either model.
 
-    Every list holds sentences. All but `differences` must be empty for a sound checkpoint.
+    Every list holds sentences. All but `differences` and `not_finite_in_base` must be empty for a sound checkpoint.
     """
 
     packed: int = Field(0, description="Matrices that are quantized")
@@ -45,6 +45,7 @@ class Audit(StoredDocument):
     unaccounted: tuple[str, ...] = Field((), description="Missing, surplus and contradictory tensors and settings")
     altered: tuple[str, ...] = Field((), description="Tensors that are not quantized, and differ from the base's")
     not_finite: tuple[str, ...] = Field((), description="Tensors and scales that hold NaN or infinity")
+    not_finite_in_base: tuple[str, ...] = Field((), description="Kept tensors with NaN or infinity in the base too")
     files: tuple[str, ...] = Field((), description="Files other than weights and configs that differ from the base's")
     context: tuple[str, ...] = Field((), description="Settings of context length and rotary embeddings that differ")
     differences: tuple[str, ...] = Field((), description="Differences that change nothing that is computed")
@@ -166,6 +167,9 @@ class Behaviour(StoredDocument):
     speculative_agreement: float | None = Field(
         None, description="Share of tokens that speculative decoding leaves as they are without it"
     )
+    base_most_repeated_token: float | None = Field(None, description="`most_repeated_token` of the base")
+    base_long_context: float | None = Field(None, description="`long_context` of the base")
+    base_speculative_agreement: float | None = Field(None, description="`speculative_agreement` of the base")
     tokens: int | None = Field(None, description="Number of tokens of the text")
     perplexity_increase_interval: Interval | None = Field(None, description="95 % interval of `perplexity_increase`")
     long_context_tokens: int | None = Field(None, description="Number of tokens of the long text")

@@ -37,6 +37,7 @@ from requant.tasks.checkpoint.fp8 import dequantized_tensors
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import INTEGER_PARTS, Module, split_name
 from requant.tasks.checkpoint.packing import dequantize
+from requant.tasks.checkpoint.served_dtype import STORED, Dtype, dtype_of_config
 from requant.tasks.errors import CheckpointError
 from requant.tasks.settings import read_settings
 
@@ -54,11 +55,20 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The device, dtype and permission for remote code with which a checkpoint is run."""
+    """The device, dtype and permission for remote code with which a checkpoint is run.
+
+    `served` is the dtype that the recipe's flags ask the engine for. The scales of packed weights are rounded as an
+    engine rounds them that serves the checkpoint in this dtype, or by default in that of its config.
+    """
 
     device: torch.device
     dtype: torch.dtype
     remote_code: bool = False  # whether Python code of the checkpoint may be run
+    served: Dtype | None = None
+
+    def served_dtype(self, config: ModelConfig) -> Dtype | None:
+        """Return the dtype in which a checkpoint with this config is served; None if nobody says."""
+        return self.served or dtype_of_config(config)
 
 
 def pick_device(parameters: int = 0) -> torch.device:
@@ -219,7 +229,7 @@ class Skeleton:
     def _load(self, part: int | str, modules: Iterable[nn.Module | None]) -> None:
         """Load a part. Raises CheckpointError if one of these modules then lacks a weight."""
         folder = self.checkpoint.folder
-        state = state_dict(self._parts[part], self.checkpoint, self.dtype)
+        state = state_dict(self._parts[part], self.checkpoint, self.settings)
         fill(self.model, state, self._load_config, str(folder))
         self.model.tie_weights()
         missing = [
@@ -314,14 +324,16 @@ def _empty(module: nn.Module) -> None:
                 child._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
-def state_dict(tensors: Iterable[Tensor], checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def state_dict(tensors: Iterable[Tensor], checkpoint: Checkpoint, settings: RunSettings) -> dict[str, torch.Tensor]:
     """Return tensors of a checkpoint by name.
 
-    Packed and FP8 modules are weights `[out, in]`, and floating-point tensors have `dtype`.
+    Packed and FP8 modules are weights `[out, in]`, and floating-point tensors have the dtype of the settings.
 
-    Vectors keep a higher precision that they have, since transformers keeps some of them in it, such as the
-    correction bias of a router, whose values differ by less than bfloat16 can tell.
+    Packed modules are dequantized with the scales as an engine keeps them: see `checkpoint/served_dtype.py`. Vectors
+    keep a higher precision that they have, since transformers keeps some of them in it, such as the correction bias of
+    a router, whose values differ by less than bfloat16 can tell.
     """
+    dtype, scale_dtype = settings.dtype, STORED.get(settings.served_dtype(checkpoint.config) or "")
     tensors = dequantized_tensors(tensors, checkpoint.config)
     packed = packed_parts(tensors)
     part_names = {t.name for parts in packed.values() for t in parts.values()}
@@ -331,7 +343,7 @@ def state_dict(tensors: Iterable[Tensor], checkpoint: Checkpoint, dtype: torch.d
             state[name] = value.to(torch.promote_types(value.dtype, dtype) if value.dim() == 1 else dtype)
     for module, parts in packed.items():
         scheme = checkpoint.reading.scheme(Module(module, parts))
-        state[f"{module}.weight"] = torch.from_numpy(dequantize(parts, scheme)).to(dtype)
+        state[f"{module}.weight"] = torch.from_numpy(dequantize(parts, scheme, scale_dtype)).to(dtype)
     return state
 
 

@@ -73,7 +73,8 @@ def test_bench_measures_both_ways_and_leaves_no_process(start_bench: Start, stan
     document = json.loads(stdout)
     assert [command["mtp"] for command in document["commands"]] == [False, True]
     assert document["commands"][1]["words"] == [
-        "vllm", "serve", "MODEL", "--speculative-config", '{"method":"mtp","num_speculative_tokens":1}',
+        "vllm", "serve", "MODEL", "--dtype", "bfloat16",
+        "--speculative-config", '{"method":"mtp","num_speculative_tokens":1}',
     ]  # fmt: skip
     assert len(document["prompts"]) == 4 * 2 * 2 * 2 and document["acceptance"] == 0.75
     assert {row["tokens"] for row in document["prompts"]} == {20, 60}

@@ -141,7 +141,7 @@ def test_the_name_of_a_run_has_the_bits_that_override_the_scheme(monkeypatch: py
 def resolving(monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """A recipe with tasks of lm-eval, which is not installed. Its base is large."""
     base = Revision("a/b", "0" * 40, (HubFile("model.safetensors", 54_000_000_000, "0" * 40, "0" * 64),))
-    monkeypatch.setattr(requantize, "resolve", lambda repo_id, revision: base)
+    monkeypatch.setattr(requantize, "find_base", lambda *of: base)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     return RECIPE.model_copy(
         update={"eval": parse_recipe({"base": {"repo_id": "a/b"}, "eval": {"tasks": ["gsm8k"]}}).eval}

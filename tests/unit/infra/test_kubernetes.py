@@ -147,7 +147,8 @@ def test_what_an_image_copies_is_there_and_whole(name: str) -> None:
 
 
 def test_the_gpu_image_has_the_vllm_that_is_tested() -> None:
-    tested = re.search(r"^version=(\S+)", (ROOT / "infra" / "dev" / "engines" / "install").read_text(), re.MULTILINE)
+    script = (ROOT / "infra" / "dev" / "engines" / "install").read_text()
+    tested = re.search(r"^version=\$\{VLLM_VERSION:-([\d.]+)\}$", script, re.MULTILINE)
     assert tested is not None and f"ARG VLLM={tested[1]}\n" in DOCKERFILES["gpu.Dockerfile"]
 
 

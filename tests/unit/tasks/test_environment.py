@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 
@@ -140,6 +142,13 @@ def test_servers_of_this_machine_are_asked_without_a_proxy_in_a_worker_too(
     with pytest.raises(RequantError, match="answers 403"):
         check_server("http://prefect.example/api")
     assert proxy.asked == ["http://prefect.example/api/health"]
+
+
+def test_the_process_of_a_worker_exempts_loopback_for_whatever_it_starts() -> None:
+    code = "import os, requant.flows.gpu_pool; print(os.environ['no_proxy'], os.environ['NO_PROXY'])"
+    environment = with_package({**os.environ, "ALL_PROXY": "http://proxy.example"})
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["127.0.0.1,localhost,::1"] * 2
 
 
 @pytest.mark.parametrize(("variable", "value"), [

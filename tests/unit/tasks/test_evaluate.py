@@ -133,6 +133,7 @@ def engines(monkeypatch: pytest.MonkeyPatch, checkpoints: dict[str, Answers]) ->
     monkeypatch.setattr(stage, "run_in_vllm", made["vllm"].serve)
     monkeypatch.setattr(stage, "run_in_torch", made["torch"].serve)
     monkeypatch.setattr(stage, "whole_model_settings", lambda *_: SimpleNamespace(device=torch.device("cpu"), dtype=0))
+    monkeypatch.setattr(stage, "scale_settings", lambda folder, settings: {"scales": "bfloat16"})
     return made
 
 
@@ -157,8 +158,11 @@ def test_all_items_are_run_where_the_recipe_asks_for_it(engines: dict[str, Stand
 def test_torch_runs_both_where_the_recipe_has_no_engine(
     asked: Recipe, engines: dict[str, StandIn], tmp_path: Path
 ) -> None:
-    assert evaluated(asked, tmp_path).tasks_engine == "transformers 1.0"
+    kept: dict[str, Outcomes] = {}
+    assert evaluated(asked, tmp_path, remembering(kept)).tasks_engine == "transformers 1.0"
     assert engines["torch"].served == ["base", "ours"] and engines["vllm"].served == []
+    of_base, of_ours = kept
+    assert "scales" in of_ours and "scales" not in of_base, "only the result has scales that are rounded"
 
 
 @pytest.mark.parametrize("fails", ["base", "ours"])

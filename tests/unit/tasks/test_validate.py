@@ -19,11 +19,12 @@ from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import open_store
 from requant.tasks.texts.text import Text, find_text
-from requant.tasks.validate import MeasurementKey, compared_part, validate_key
+from requant.tasks.validate import MeasurementKey, compared_part, scales_rounded_to, validate_key
 from requant.tasks.validating.measure import VERSION
 from requant.tasks.validating.measured import Measured
 from requant.tasks.validating.model import RunSettings
 from tests.factories.bases import prepared
+from tests.factories.checkpoints import write_quantized
 from tests.factories.measured import good
 from tests.factories.paths import TINY
 from tests.factories.pico import pico_base
@@ -59,8 +60,18 @@ def test_a_measurement_with_the_code_of_a_checkpoint_has_a_key_of_its_own() -> N
     for kind in (stage.MEASURE, stage.NOISE):
         key = MeasurementKey(A, B, None, plain).of(kind)
         assert MeasurementKey(A, B, None, replace(plain, remote_code=True)).of(kind) != key
+        assert MeasurementKey(A, B, None, plain, "bfloat16").of(kind) != key
         before = {"code": VERSION, "device": "cpu", "dtype": "torch.float32", "tokens": None}
         assert key == kind.key(reads={"checkpoint": A, "text": B}, settings=before)
+
+
+def test_a_result_whose_scales_an_engine_rounds_is_measured_so_and_its_base_as_before(tmp_path: Path) -> None:
+    base = pico_base(tmp_path / "base")
+    made = Checkpoint.open(write_quantized(base, tmp_path))
+    plain = RunSettings(torch.device("cpu"), torch.float32)
+    assert scales_rounded_to(Checkpoint.open(base), plain) is None
+    assert scales_rounded_to(made, plain) == "bfloat16", "the dtype of the config, in which vLLM serves it"
+    assert scales_rounded_to(made, replace(plain, served="float16")) is None, "they are float16, and stay exact"
 
 
 def test_a_changed_base_artifact_or_head_is_measured() -> None:
@@ -71,9 +82,10 @@ def test_a_changed_base_artifact_or_head_is_measured() -> None:
         validate_key(recipe(), BASE, BASE, TEXT),
         validate_key(recipe(mtp="drop"), BASE, MADE, TEXT),
         validate_key(recipe(allow_remote_code=True), BASE, MADE, TEXT),
+        validate_key(recipe(benchmark={"flags": {"dtype": "half"}}), BASE, MADE, TEXT),
         validate_key(recipe(), BASE, MADE, replace(TEXT, digest=B)),
     }
-    assert len(keys) == 7
+    assert len(keys) == 8
 
 
 def test_a_text_of_many_documents_is_measured_on_as_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,15 @@ def test_a_recipes_flags_are_in_a_command_that_was_not_run_too() -> None:
     assert '"num_speculative_tokens":2' in body and "**not run**" in body and "No engine was run." in body
 
 
+def test_the_commands_name_the_dtype_in_which_the_scales_were_judged() -> None:
+    _, body = card_of(dtype="bfloat16")
+    assert body.count("--dtype bfloat16") == 3  # vLLM with MTP and without, SGLang
+    assert "with their scales in bfloat16, as an engine keeps them" in body
+    _, body = card_of(dtype="bfloat16", recipe=recipe(benchmark={"flags": {"dtype": "half"}}))
+    assert body.count("--dtype half") == 2 and body.count("--dtype float16") == 1 and "scales in float16" in body
+    assert "dtype" not in card_of()[1]
+
+
 def test_a_file_in_a_command_is_named_without_the_folder_it_lies_in() -> None:
     path = "/srv/mine/chat.jinja"
     _, body = card_of(recipe=recipe(benchmark={"flags": {"chat-template": path}}))

@@ -111,14 +111,19 @@ def test_one_flipped_bit_in_the_head_is_found_by_name(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0, 0xFFFF], ids=["inf", "-inf", "nan", "another nan"])
-def test_a_kept_value_that_is_not_finite_is_found_even_if_the_base_has_it_too(pair: Pair, bits: int) -> None:
+def test_a_kept_value_that_is_not_finite_is_found_and_told_from_one_that_the_base_has_too(
+    pair: Pair, bits: int
+) -> None:
     spoil = replaced(KEPT, lambda data: data[:-2] + struct.pack("<H", bits))
     pair.edit(spoil)
+    found = pair.found()
+    assert (found.not_finite, found.not_finite_in_base, len(found.altered)) == ([KEPT], [], 1)
     theirs = Pair(pair.base, pair.base)
     shard = next(s.name for s in pair.base.glob("*.safetensors") if KEPT in raw_tensors(s))
     theirs.edit(spoil, shard)
     found = pair.found()
-    assert (found.not_finite, found.altered) == ([KEPT], [])
+    assert (found.not_finite, found.altered) == ([], [])
+    assert found.not_finite_in_base == [f"{KEPT} is not finite in the base either"]
 
 
 @pytest.mark.parametrize("bits", [0x7C00, 0xFC00, 0x7E00], ids=["inf", "-inf", "nan"])

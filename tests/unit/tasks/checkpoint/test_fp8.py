@@ -20,7 +20,7 @@ from requant.tasks.checkpoint.header import CHUNK_BYTES, Tensor
 from requant.tasks.checkpoint.packing import float_rows, to_numpy
 from requant.tasks.checkpoint.writer import write_shard
 from requant.tasks.errors import CheckpointError
-from requant.tasks.validating.model import state_dict
+from requant.tasks.validating.model import RunSettings, state_dict
 from tests.factories.checkpoints import write_checkpoint
 from tests.factories.fp8_bases import as_fp8
 from tests.factories.pico import pico_base
@@ -129,7 +129,7 @@ def test_nothing_of_fp8_is_left_of_a_base(scales: str, tmp_path: Path) -> None:
     written = Checkpoint.open(write_dequantized(fp8, tmp_path / "plain")).sound()
     assert written.config == same.config and (tmp_path / "plain" / "tokenizer.json").exists()
     assert all(t.read() == same.tensors[name].read() for name, t in written.tensors.items())
-    state = state_dict(fp8.tensors.values(), fp8, torch.bfloat16)
+    state = state_dict(fp8.tensors.values(), fp8, RunSettings(torch.device("cpu"), torch.bfloat16))
     assert all(torch.equal(state[name], bits(tensor)) for name, tensor in same.tensors.items())
 
 

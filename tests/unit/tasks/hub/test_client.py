@@ -107,8 +107,8 @@ def test_a_hub_that_is_switched_off_is_a_sentence_that_names_the_variable(
     with pytest.raises(HubError) as caught:
         resolve("a/b", "v2")
     assert str(caught.value) == (
-        f"a/b@v2 lies on the Hub, which {variable}=1 switches off: unset {variable}, or name a local folder where the "
-        "command takes one"
+        f"a/b@v2 lies on the Hub, which {variable}=1 switches off: unset {variable}, name a commit that is in the "
+        "cache of huggingface_hub or was downloaded into the store, or a local folder where the command takes one"
     )
     assert not caught.value.retryable
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.recipe.engine_flags import SPECULATION
@@ -35,3 +38,11 @@ def test_only_a_quantized_checkpoint_is_served_with_the_flags_that_say_how() -> 
     assert serving_flags(result, asked, drafts=True) == {**asked.flags, **DRAFTS}
     assert serving_flags(base, asked, drafts=False) == {"max-model-len": 512}
     assert serving_flags(base, asked, drafts=True) == {"max-model-len": 512, **DRAFTS}
+
+
+@pytest.mark.parametrize("quantized", [{}, {"quantization_config": {"bits": 4}}], ids=["base", "result"])
+def test_a_checkpoint_is_served_in_the_dtype_that_its_scales_are_judged_in(quantized: dict[str, Any]) -> None:
+    config = {"torch_dtype": "bfloat16", **quantized}
+    assert serving_flags(config, Benchmark(), drafts=False) == {"dtype": "bfloat16"}
+    asked = Benchmark(flags={"dtype": "half"})
+    assert serving_flags(config, asked, drafts=False) == asked.flags, "what the recipe says comes first"

@@ -87,6 +87,50 @@ def test_a_value_at_its_limit_passes() -> None:
     assert failed(most_repeated_token=MAX_REPEATED_SHARE, **at) == set()
 
 
+# A value that fails by itself, the base's value with which it passes, and one that is worse than that.
+FLAWS_OF_THE_BASE = {
+    "most_repeated_token": ("most_repeated_token", 1.0, 0.97, None),
+    "long_context": ("long_context", 0.7, 0.7, 0.69),
+    "speculative_decoding": ("speculative_agreement", 0.98, 0.98, 0.97),
+}
+
+
+@pytest.mark.parametrize("name", FLAWS_OF_THE_BASE)
+def test_what_the_base_does_too_fails_no_result(name: str) -> None:
+    """Every gate with a limit of its own, instead of a comparison, is here."""
+    key, value, of_base, worse = FLAWS_OF_THE_BASE[name]
+    assert failed(**{key: value}) == {name}, "a document of an earlier version has no value of the base"
+    gate = by_name(judge(good(**{key: value, f"base_{key}": of_base}), Gates()))[name]
+    assert gate.passed and gate.note == f"the base's own is {of_base}"
+    if worse is not None:
+        assert failed(**{key: worse, f"base_{key}": of_base}) == {name}
+
+
+def test_no_fixed_limit_is_left_that_a_base_may_fail_itself() -> None:
+    """The others compare with the base: its tokens, its vision features."""
+    assert {"same_tokens", "vision_output"} == FIXED - FLAWS_OF_THE_BASE.keys()
+
+
+@pytest.mark.parametrize(("of_base", "limit"), [(0.1, 0.9), (0.8, 0.9), (0.84, 0.94), (1.0, 1.0)])
+def test_garbage_is_told_from_a_base_that_repeats_itself(of_base: float, limit: float) -> None:
+    gate = by_name(judge(good(most_repeated_token=0.95, base_most_repeated_token=of_base), Gates()))
+    assert gate["most_repeated_token"].limit == pytest.approx(limit)
+    assert gate["most_repeated_token"].failed == (limit < 0.95)
+
+
+@pytest.mark.parametrize("key", ["base_most_repeated_token", "base_long_context", "base_speculative_agreement"])
+def test_a_sound_base_excuses_nothing(key: str) -> None:
+    sound = 0.1 if "repeated" in key else 1.0
+    for name, (own, value, *_) in FLAWS_OF_THE_BASE.items():
+        if key == f"base_{own}":
+            assert failed(**{own: value, key: sound}) == {name}
+
+
+def test_a_tensor_that_is_not_finite_in_the_base_either_is_shown_and_fails_nothing() -> None:
+    gate = by_name(judge(good(not_finite_in_base=["a is not finite in the base either"]), Gates()))["finite"]
+    assert gate == Gate("finite", 0.0, 0.0, True, "a is not finite in the base either")
+
+
 UNMEASURED = {
     "weight_slope": "matrices", "weight_offset": "matrices", "block_error": "blocks", "vision_output":
     "vision_difference", **{name: name for name in ("same_tokens", "perplexity_increase", "kl_divergence",

@@ -23,7 +23,7 @@ from requant.tasks.validate import measured_values, validate_folders
 from requant.tasks.validating import measure as measuring
 from requant.tasks.validating.compare import compare as compare_folders
 from requant.tasks.validating.compare import side_by_side
-from requant.tasks.validating.gates import judge
+from requant.tasks.validating.gates import judge, most_repeated
 from requant.tasks.validating.measure import measure as measure_as
 from requant.tasks.validating.measure import run_settings
 from requant.tasks.validating.measured import Measured
@@ -116,10 +116,11 @@ def test_the_losses_are_the_cross_entropy_of_the_next_token(base: Path, of_base:
     assert math.isclose(found.perplexity, math.exp(float(found.nll.mean())), rel_tol=1e-5)
 
 
-def test_packed_weights_are_measured_as_what_they_stand_for(
-    made: Path, of_base: Measurement, of_made: Measurement, tmp_path: Path
-) -> None:
-    """A copy of the base with the rounded weights in plain numbers measures the same as the packed checkpoint."""
+def test_packed_weights_are_measured_as_what_they_stand_for(made: Path, of_made: Measurement, tmp_path: Path) -> None:
+    """A copy of the base with the rounded weights in plain numbers measures the same as the packed checkpoint.
+
+    In float16 its scales are exact, and in bfloat16, by default, they are not.
+    """
     plain = pico_base(tmp_path / "plain", seed=1, shards=1)
     packed = {n.removesuffix(".qweight") for n in all_tensors(made) if n.endswith(".qweight")}
     tensors = raw_tensors(plain / SHARD)
@@ -128,10 +129,11 @@ def test_packed_weights_are_measured_as_what_they_stand_for(
         meant = np.ascontiguousarray(rounded(from_bf16(data, shape))[1], "<f4")
         tensors[f"{module}.weight"] = ("F32", shape, meant.tobytes())
     (plain / SHARD).write_bytes(safetensors_bytes(tensors))
-    ours, theirs = of_made, measure(plain, EVALUATION)
+    exact = replace(run_settings(made), served="float16")
+    ours, theirs = measure_as(made, EVALUATION, exact), measure(plain, EVALUATION)
     np.testing.assert_allclose(ours.nll, theirs.nll, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(ours.drafts, theirs.drafts)
-    assert ours.nll.tobytes() != of_base.nll.tobytes()
+    assert 0 < np.abs(of_made.nll - theirs.nll).max() < 0.05
 
 
 def test_a_checkpoint_is_measured_in_the_precision_of_its_base(
@@ -150,7 +152,7 @@ def test_a_checkpoint_is_measured_in_the_precision_of_its_base(
 
 def test_a_state_dict_has_one_weight_for_each_packed_module_and_nothing_packed(made: Path, base: Path) -> None:
     checkpoint = Checkpoint.open(made)
-    state = state_dict(checkpoint.tensors.values(), checkpoint, torch.float32)
+    state = state_dict(checkpoint.tensors.values(), checkpoint, run_settings(made))
     assert {n: tuple(t.shape) for n, t in state.items()} == {n: shape for n, (_, shape, _) in all_tensors(base).items()}
     assert {t.dtype for t in state.values()} == {torch.float32}
 
@@ -286,6 +288,10 @@ def test_a_quantized_checkpoint_is_compared_with_its_base(
     assert (
         values.divergence.vision_difference == 0.0
         and values.behaviour.long_context == values.behaviour.speculative_agreement == 1.0
+    )
+    assert values.behaviour.base_long_context == values.behaviour.base_speculative_agreement == 1.0
+    assert values.behaviour.base_most_repeated_token == pytest.approx(
+        np.mean([most_repeated(tokens) for tokens in one.generated.tolist()])
     )
 
 

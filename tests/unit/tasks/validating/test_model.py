@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.served_dtype import Dtype
 from requant.tasks.errors import CheckpointError
 from requant.tasks.validating.blocks import Rows, run_blocks
-from requant.tasks.validating.model import RunSettings, Skeleton, load_model
+from requant.tasks.validating.model import RunSettings, Skeleton, load_model, state_dict, to_torch
 from tests.factories.bases import other_base
 from tests.factories.checkpoints import write_quantized
 from tests.factories.inlined import KINDS as INLINED
@@ -44,6 +45,24 @@ def _base(folder: Path, kind: str) -> Path:
         return inlined_base(folder, kind)
     name, _, tied = kind.partition(" ")
     return other_base(folder, name, tie_word_embeddings=bool(tied))
+
+
+@pytest.mark.parametrize(("served", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16), (None, None)])
+def test_packed_weights_have_the_scales_that_an_engine_keeps(
+    tmp_path: Path, served: Dtype | None, dtype: torch.dtype | None
+) -> None:
+    """vLLM keeps them in the dtype of the model: the recipe's, otherwise that of the config."""
+    checkpoint = Checkpoint.open(write_quantized(pico_base(tmp_path / "base"), tmp_path))
+    assert checkpoint.config["dtype"] == "bfloat16"
+    module = next(name for name, m in checkpoint.modules.items() if m.storage == "integer")
+    parts = checkpoint.modules[module].packed_parts
+    settings = RunSettings(CPU, torch.float32, served=served)
+    weight = state_dict(parts.values(), checkpoint, settings)[f"{module}.weight"]
+    scales = to_torch(parts["scales"])
+    kept = scales.to(dtype or torch.bfloat16).float()
+    assert scales.dtype == torch.float16 and torch.equal(kept, scales.float()) == (dtype == torch.float16)
+    integers = weight / kept.T.repeat_interleave(weight.shape[1] // len(kept), dim=1)
+    assert torch.allclose(integers, integers.round(), atol=1e-4) and integers.abs().max() > 1
 
 
 def on_meta(skeleton: Skeleton) -> int:
