@@ -26,6 +26,7 @@ from requant.tasks.checkpoint.completeness.needed import Comparison
 from requant.tasks.checkpoint.completeness.needs import COUNT, ESSENTIAL, FOLDER, Needs
 from requant.tasks.checkpoint.config import JsonObject
 
+MANY_ITEMS = re.compile(r"\.([4-9]|\d\d+)\.")  # numbers in names; a small network in a row has fewer
 CONDITION_WORDS = re.compile(r"^not |^i (<|>=) |\[i\] == .*")
 OUTPUT_NAMES = ("lm_head.weight", "language_model.lm_head.weight", "embed_out.weight", "output.weight")
 SOURCE = f"transformers {transformers.__version__}"
@@ -59,6 +60,8 @@ def describe(name: str, model_types: list[str]) -> Needs:
     builder = Builder.of(config_class, model_class)
     probes = list(builder.probes())
     document = Description(probes).document()
+    if any(MANY_ITEMS.search(name) for group in document["groups"] for name in group["tensors"]):
+        raise ValueError("it counts items by more than one key can say")
     layers = _decoder_layers(document)
     text = layers.partition("{")[2].partition("}")[0].rpartition(".")[0]
     stated = {f"{text}.{key}" if text else key for key in ESSENTIAL}
