@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from requant.tasks.artifact import sha256_of
-from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.checkpoint import read_json
+from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.writer import write_file
 from requant.tasks.errors import RecipeError
 from requant.tasks.texts.rendering import render_prompts
@@ -64,7 +65,7 @@ def find_starts(
 def first_id(model: Path, tokenizer: Any) -> int | None:
     """Return the id of the token that begins a text: the tokenizer's, or that of the config; None without one."""
     first = tokenizer.bos_token_id
-    first = Checkpoint.open(model).text_config.get("bos_token_id") if first is None else first
+    first = ModelConfig(read_json(model / "config.json")).text.get("bos_token_id") if first is None else first
     return first if type(first) is int and 0 <= first < len(tokenizer) else None
 
 

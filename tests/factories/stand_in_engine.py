@@ -107,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
 def main() -> None:
     global SLOW, ACCEPTS, DRAFTS, PROBED
     parser = argparse.ArgumentParser()
-    for name in ("--model", "--served-model-name", "--host", "--speculative-config", "--die-with"):
+    for name in ("--model", "--served-model-name", "--host", "--dtype", "--speculative-config", "--die-with"):
         parser.add_argument(name)
     parser.add_argument("--port", type=int)
     parser.add_argument("--never-ready", action="store_true")
