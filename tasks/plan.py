@@ -190,7 +190,7 @@ class _Planner:
         stages = tuple(plan_stages(recipe, self.base, output, done, before.stages(recipe), text_tokens, left_out))
         to_run = {stage.name for stage in stages if stage.state == "run"}
         needed = estimate_needs(output, recipe, self.base.missing_bytes, to_run, kept_bytes=before.kept_bytes)
-        problems += [*output.problems, *result_problems(output.judgement)]
+        problems += output.problems or result_problems(output.judgement)  # the former are why engines refuse it
         problems += self._machine_problems(recipe, to_run, needed.disk_bytes)
         # The texts are read last, and only if nothing else stops the run: reading them may take long.
         problems += [] if problems else self.texts.problems(recipe, to_run, window_length(source.text_config))
