@@ -9,6 +9,7 @@ The hash covers the syntax tree without docstrings and comments: rewording them 
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -70,21 +71,20 @@ def modules_of(stage: str) -> list[str]:
     return sorted({*modules, *WITHOUT_IMPORTS.get(stage, ())})
 
 
-def imported_by(path: Path) -> Iterator[str]:
-    """Yield the modules below tasks/ that a file imports, also inside functions, or starts as a process by name."""
+@functools.cache
+def imported_by(path: Path) -> frozenset[str]:
+    """Return the modules below tasks/ that a file imports, also inside functions, or starts as a process by name."""
+    names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text())):
-        names: list[str] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            names = [node.value]  # It can be NAME of the command `python -m NAME`.
-        for name in names:
-            package, _, rest = name.partition(".")
-            module = f"{rest.replace('.', '/')}.py"
-            if package == "requant" and module.startswith("tasks/") and (ROOT / module).is_file():
-                yield module
+            names.append(node.value)  # It can be NAME of the command `python -m NAME`.
+    ours = (name.removeprefix("requant.") for name in names if name.startswith("requant.tasks."))
+    modules = (f"{name.replace('.', '/')}.py" for name in ours)
+    return frozenset(module for module in modules if (ROOT / module).is_file())
 
 
 def hash_of(source: str) -> str:
