@@ -25,6 +25,7 @@ from tests.factories.checkpoints import edited, write_quantized
 from tests.factories.damage import Edit
 from tests.factories.measured import measuring_little
 from tests.factories.pico import pico_base
+from tests.factories.requant import SHORT_TEXT
 
 SHARD = "model-00001-of-00001.safetensors"
 QUALITY = ("perplexity_increase", "kl_divergence", "top1_agreement", "block_error", "weight_slope")
@@ -212,7 +213,7 @@ def test_validate_tells_findings_at_the_terminal_and_as_json(base: Path, made: P
     reconfigure(made, HARMLESS["transformers_version"])
     recipe = tmp_path / "recipe.yaml"
     gates = "".join(f"  {name}: null\n" for name in Gates.model_fields)
-    recipe.write_text(f"base: {{repo_id: me/x}}\ngates:\n{gates}")
+    recipe.write_text(f"base: me/x\nvalidation: {{text: {SHORT_TEXT}, tokens: 512}}\ngates:\n{gates}")
     arguments = [str(made), "--base", str(base), "--recipe", str(recipe)]
     outcome = CliRunner().invoke(validate, [*arguments, "--json"], catch_exceptions=False)
     document = json.loads(outcome.stdout)
