@@ -23,6 +23,8 @@ from requant.tasks.checkpoint.heads.drafters import drafter_kind, is_no_base
 from requant.tasks.checkpoint.untrusted import MAX_SMALL_JSON_BYTES
 
 VIDEO, IMAGE, PROCESSOR = "video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json"
+# Model types whose settings for videos differ from those for images.
+OWN_VIDEO_SETTINGS = frozenset({"qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"})
 _REPEATED_REPEAT = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")
 FINE = "nothing is in the way"
 DRAFTING = ("vllm", "sglang")  # the engines that draft with a head
@@ -153,15 +155,16 @@ def missing_vision_files(checkpoint: Checkpoint) -> list[str]:
 
     These are settings for images and, if the config has a token for videos, for videos. Each has a file of its own, or
     both are in transformers 5's `processor_config.json`. vLLM 0.32 does not start without the settings for images.
-    Without those for videos it does not start either, or uses those for images if `preprocessor_config.json` is there;
-    both are reported. vLLM needs no settings if its limits of images and videos are set to 0.
+    Without those for videos it uses those for images. That is reported only for OWN_VIDEO_SETTINGS: other families, as
+    Qwen2.5-VL, have no file for videos. vLLM needs no settings if its limits of images and videos are set to 0.
     """
     if not isinstance(checkpoint.config.get("vision_config"), dict):
         return []
     needed = {IMAGE: "image_processor"}
-    if "video_token_id" in checkpoint.config:
-        needed[VIDEO] = "video_processor"
     processor = _read_processor_config(checkpoint)
+    shared = checkpoint.file(IMAGE).is_file() and checkpoint.config.get("model_type") not in OWN_VIDEO_SETTINGS
+    if "video_token_id" in checkpoint.config and not shared:
+        needed[VIDEO] = "video_processor"
     return [file for file, key in needed.items() if key not in processor and not checkpoint.file(file).is_file()]
 
 

@@ -196,6 +196,16 @@ def test_an_image_model_needs_its_processors_and_a_text_model_none(base: Path) -
     assert missing_vision_files(Checkpoint.open(base)) == []
 
 
+def test_a_family_whose_repos_have_no_settings_for_videos_lacks_none(base: Path) -> None:
+    (base / "video_preprocessor_config.json").unlink()
+    assert missing_vision_files(Checkpoint.open(base)) == ["video_preprocessor_config.json"]
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "qwen2_5_vl"}))
+    assert missing_vision_files(Checkpoint.open(base)) == []
+    (base / "preprocessor_config.json").unlink()
+    assert len(missing_vision_files(Checkpoint.open(base))) == 2
+
+
 # Sizes
 
 
