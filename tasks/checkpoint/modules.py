@@ -23,6 +23,7 @@ COMPRESSED_PARTS = (
 )  # fmt: skip
 SCALED_PARTS = ("weight_scale_inv", "weight_scale_2", "activation_scale")
 PLAIN_PARTS = ("weight", "bias")
+WEIGHTS = ("weight", "qweight", "weight_packed", "")  # parts that hold a weight in one of the forms
 PARTS = (*INTEGER_PARTS, *COMPRESSED_PARTS, *SCALED_PARTS, *PLAIN_PARTS)
 NARROW_DTYPES = {"I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4"}  # they need a scale
 PACKED_DTYPES = {"I32", "U32"}  # of a `weight` that holds several values in a word, as Quark's
@@ -69,6 +70,11 @@ class Module:
     @property
     def quantized(self) -> bool:
         return self.storage != "plain"
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether the weight is there, and not only a bias or scales."""
+        return any(part in self.parts for part in WEIGHTS)
 
     @property
     def packed_parts(self) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.heads.layout import HeadLayout, architecture_of
 from requant.tasks.checkpoint.heads.layouts import INLINED, MTP
+from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.mtp import Head
 
 EXPERT_MATRIX = re.compile(r"mlp\.experts(\.\d+)?\.(gate_up_proj|gate_proj|up_proj|down_proj)$")
@@ -57,13 +58,13 @@ def _depths(head: Head, layout: HeadLayout, config: ModelConfig) -> list[Sequenc
 
 
 def missing_modules(
-    head: Head, config: ModelConfig, own: Mapping[str, object], model: Mapping[str, object]
+    head: Head, config: ModelConfig, own: Mapping[str, Module], model: Mapping[str, Module]
 ) -> list[str]:
     """Return the names of modules that a head must have and lacks; nothing for a layout that is not known.
 
-    `own` and `model` have the names of the head's and of the main model's modules. In the layouts `mtp` and `inlined`,
-    a decoder layer of a head has the same modules as the main model's last layer with full attention, unless the table
-    says otherwise; experts may be fused in one of them and split in the other.
+    `own` and `model` have the head's and the main model's modules. In the layouts `mtp` and `inlined`, a decoder layer
+    of a head has the same modules as the main model's last layer with full attention, unless the table says otherwise;
+    experts may be fused in one of them and split in the other. A module without its weight is missing.
     """
     layout = head.known
     if layout is None:
@@ -79,12 +80,12 @@ def missing_modules(
         needed = _layer_parts(own, model)
         for number in (number for depth in depths for number in depth):
             layer = f"{root}{layout.layers.replace('*', str(number))}."
-            there = {_fused(name.removeprefix(layer)) for name in own if name.startswith(layer)}
-            missing += sorted(f"{layer}{part}" for part in needed - there)
+            there = {name.removeprefix(layer) for name, one in own.items() if name.startswith(layer) and one.has_weight}
+            missing += sorted(f"{layer}{part}" for part in _lost(needed, there))
     return missing
 
 
-def _lacking(key: str, root: str, numbers: Sequence[int], own: Mapping[str, object]) -> list[str]:
+def _lacking(key: str, root: str, numbers: Sequence[int], own: Mapping[str, Module]) -> list[str]:
     """Return the names that a module of a complete head should have and has not, for each layer in `numbers`."""
     found = []
     for number in numbers if "*" in key else [0]:
@@ -94,13 +95,25 @@ def _lacking(key: str, root: str, numbers: Sequence[int], own: Mapping[str, obje
     return found
 
 
-def _layer_parts(own: Mapping[str, object], model: Mapping[str, object]) -> set[str]:
+def _lost(needed: set[str], there: set[str]) -> set[str]:
+    """Return the modules of a layer that are not there. Experts are counted one by one if both layers have them so."""
+    if _split_matrices(needed) == _split_matrices(there):
+        return needed - there
+    return {_fused(part) for part in needed} - {_fused(part) for part in there}
+
+
+def _split_matrices(parts: set[str]) -> set[str]:
+    """Return which matrices of experts are stored one by one."""
+    return {match[2] for part in parts if (match := EXPERT_MATRIX.search(part)) and match[1]}
+
+
+def _layer_parts(own: Mapping[str, Module], model: Mapping[str, Module]) -> set[str]:
     """Return the modules of the main model's last decoder layer with full attention, without the layer's prefix."""
     layers: dict[str, set[str]] = {}
     for name in model:
         match = re.match(r"(.*\.layers\.\d+)\.(.+)$", name)
         if match and name not in own and not re.search(r"visual|vision|audio", name):
-            layers.setdefault(match[1], set()).add(_fused(match[2]))
+            layers.setdefault(match[1], set()).add(match[2])
     full = [parts for parts in layers.values() if any(part.startswith("self_attn.") for part in parts)]
     return full[-1] if full else set()
 
