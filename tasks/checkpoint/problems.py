@@ -13,6 +13,7 @@ from requant.tasks.checkpoint.completeness.sentences import lack_problems
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
 from requant.tasks.checkpoint.heads.drafters import drafter_kind
 from requant.tasks.checkpoint.inventory import missing_parts
+from requant.tasks.checkpoint.lost_parts import lost_parts
 from requant.tasks.checkpoint.methods import MODELOPT_FILE, quantizes_cache_only
 from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.mtp import LAYER_NAME
@@ -51,6 +52,7 @@ def problems_of(
         *of_files,
         *_configs(checkpoint, remedies),
         *_parts(checkpoint),
+        *lost_parts(checkpoint.modules.values()),
         *_contradictions(checkpoint),
         *_dtypes(checkpoint),
         *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, completeness)),
