@@ -139,6 +139,32 @@ def test_names_of_another_scheme_are_not_judged() -> None:
     assert made.lacks == []
 
 
+GEMMA = "Gemma3ForConditionalGeneration"
+TOWERS = {  # other names of a vision tower, which engines load: as they were published, and as Pixtral has them
+    "SigLIP or CLIP in a model of its own": {"vision_tower.": "vision_tower.vision_model."},
+    "Pixtral": {
+        "vision_tower.embeddings.patch_embedding": "vision_tower.patch_conv",
+        "vision_tower.embeddings.": "vision_tower.",
+        "vision_tower.encoder.layers": "vision_tower.transformer.layers",
+    },
+}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("name", [GEMMA, "PaliGemmaForConditionalGeneration", "LlavaForConditionalGeneration"])
+def test_a_tower_with_other_names_is_passed_over_and_the_rest_is_judged(name: str, tower: str) -> None:
+    config, shapes = pico(name)
+    renamed: Shapes = {}
+    for own, shape in shapes.items():
+        for old, new in TOWERS[tower].items():
+            own = own.replace(old, new)
+        renamed[own] = shape
+    assert missing_tensors(headers_only(config, renamed)) == []
+    for lost in renamed:
+        if "vision_tower" not in lost:
+            assert missing_tensors(headers_only(config, without(renamed, lost))) == [lost]
+
+
 def split_experts(shapes: Shapes) -> Shapes:
     """The same with a matrix for each expert."""
     split: Shapes = {}
