@@ -80,6 +80,16 @@ def test_what_the_cache_lacks_is_said(snapshot: Path) -> None:
         find_revision("a/b")
 
 
+@pytest.mark.parametrize("left", [("config.json",), ("config.json", "tokenizer.json", "tokenizer_config.json")])
+def test_a_cache_with_small_files_alone_lacks_the_weights(snapshot: Path, left: tuple[str, ...]) -> None:
+    for path in [path for path in snapshot.iterdir() if path.name not in left]:
+        path.unlink()
+    with pytest.raises(HubError, match=f"has a/b@{SHA} without its weights, and HF_HUB_OFFLINE=1 switches the Hub off"):
+        find_revision("a/b")
+    (snapshot / "model.gguf").write_bytes(b"GGUF")
+    assert find_revision("a/b").sha == SHA, "weights in another format are told of as such"
+
+
 def test_an_altered_file_of_the_cache_is_refused(snapshot: Path, store: Store) -> None:
     shard = next(snapshot.glob("*.safetensors")).resolve()
     shard.write_bytes(shard.read_bytes()[::-1])
