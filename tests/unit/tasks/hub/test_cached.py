@@ -14,6 +14,7 @@ from requant.tasks.download import download, download_key, find_base
 from requant.tasks.errors import HubError
 from requant.tasks.hub.revision import Revision, find_revision, resolve
 from requant.tasks.store import Store
+from requant.tasks.store.folder import FolderBackend
 from tests.factories.hub_cache import SHA, cached_repo, switch_hub_off
 from tests.factories.pico import pico_base
 
@@ -63,6 +64,10 @@ def test_a_base_is_copied_into_the_store_and_found_there_when_the_cache_is_gone(
     switch_hub_off(monkeypatch, tmp_path / "nothing")
     stored = find_base(store, "a/b", SHA)
     assert download(store, stored).state == "reused" and stored.folder is None
+    assert stored.content == found.content, "or a run without the Hub would seem to be of another commit"
+    remote = Store(store.backend, FolderBackend(tmp_path / "near"))
+    with pytest.raises(HubError, match="in the store and on this machine"):
+        find_base(remote, "a/b", SHA)
     with pytest.raises(HubError, match="a/b@main lies on the Hub, which HF_HUB_OFFLINE=1 switches off"):
         find_base(store, "a/b", "main")
 
