@@ -15,11 +15,8 @@ from requant.tasks.checkpoint.config import JsonObject, ModelConfig
 FOLDER = Path(__file__).parent / "architectures"
 COUNT = re.compile(r"\{([^}]+)\}")
 CLASS_NAME = re.compile(r"\w{1,100}", re.ASCII)
-ESSENTIAL = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)  # where the architecture has them, configs must state them
+# Keys that a config must state where the architecture has them.
+ESSENTIAL = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 class Group(BaseModel):
