@@ -29,6 +29,7 @@ from requant.tasks.store.folder import inside
 
 STAGE = Stage("download", 1)
 PARALLEL_DOWNLOADS = 4
+MAX_GIT_BYTES = 16 << 20  # larger files are in LFS: the Hub takes at most 10 MB without it
 log = logging.getLogger(__name__)
 
 
@@ -41,8 +42,9 @@ def download_key(base: Revision) -> str:
 def find_base(store: Store, repo_id: str, revision: str) -> Revision:
     """Resolve a base to its commit and files.
 
-    While the Hub is switched off (HF_HUB_OFFLINE), the base comes from the store if it was downloaded into it and its
-    commit is known here, otherwise from the cache of huggingface_hub. Raises HubError, HubUnavailable.
+    While the Hub is switched off (HF_HUB_OFFLINE), the base comes from the store if it was downloaded into it, its
+    commit is known here, and this machine has all of its files, otherwise from the cache of huggingface_hub. Raises
+    HubError, HubUnavailable.
     """
     stored = _stored_base(store, repo_id, revision) if is_offline_mode() else None
     return stored or find_revision(repo_id, revision)
@@ -54,8 +56,21 @@ def _stored_base(store: Store, repo_id: str, revision: str) -> Revision | None:
     manifest = store.manifest(STAGE.name, download_key(Revision(repo_id, sha, ()))) if sha else None
     if sha is None or manifest is None:
         return None
+    paths = {file: store.local_path(file) for file in manifest.files}
+    files = tuple(_as_listed(store, file, path) for file, path in paths.items() if path is not None)
+    if len(files) < len(paths):
+        log.info(f"{offline_variable()}: {store.url} has {repo_id}@{revision}, and this machine has not all of it")
+        return None  # headers are read from files of this machine or of the Hub
     log.info(f"{offline_variable()}: {repo_id}@{revision} is {sha} in the store {store.url}")
-    return Revision(repo_id, sha, tuple(HubFile(file.path, file.size, "", file.sha256) for file in manifest.files))
+    return Revision(repo_id, sha, files)
+
+
+def _as_listed(store: Store, file: File, path: Path) -> HubFile:
+    """Return a file as the Hub lists it: with its git blob id alone if it is not in LFS, as `download` has noted."""
+    blob_id = git_blob_id(path) if file.size <= MAX_GIT_BYTES else ""
+    if blob_id and store.get_fact("git-blobs", blob_id) == file.sha256:
+        return HubFile(file.path, file.size, blob_id, None)
+    return HubFile(file.path, file.size, "", file.sha256)
 
 
 def download(store: Store, base: Revision) -> StageResult:

@@ -31,9 +31,11 @@ def init(model: str, path: Path | None, force: bool) -> CommandResult:
     from requant.flows.cli.documents import InitDocument, InitialBase
     from requant.flows.cli.schema import recipe_schema
     from requant.tasks.checkpoint.checkpoint import Checkpoint
+    from requant.tasks.checkpoint.untrusted import without_folder
     from requant.tasks.checkpoint.writer import write_file
+    from requant.tasks.errors import CheckpointError
     from requant.tasks.hub.publish_target import account_name
-    from requant.tasks.hub.revision import check_repo_id, resolve, split_name
+    from requant.tasks.hub.revision import check_repo_id, find_revision, split_name
     from requant.tasks.hub.sparse_checkout import create_checkout
     from requant.tasks.recipe.starter import SCHEMA_FILE, Target, starter_recipe
 
@@ -42,11 +44,15 @@ def init(model: str, path: Path | None, force: bool) -> CommandResult:
     path = path or Path(f"{short_name.lower()}.yaml")
     if path.exists() and not force:
         raise click.UsageError(f"{path} exists: name another file with --recipe, or replace it with --force")
-    resolved = resolve(repo_id, revision)
+    resolved = find_revision(repo_id, revision)
     account = account_name()
     target = Target(f"{account or 'YOU'}/{short_name}-W4A16-AutoRound", account is not None)
-    with tempfile.TemporaryDirectory(prefix="requant-") as folder:
-        base = Checkpoint.open(create_checkout(resolved, Path(folder)))
+    with tempfile.TemporaryDirectory(prefix="requant-") as temporary:
+        folder = Path(temporary)
+        try:
+            base = Checkpoint.open(create_checkout(resolved, folder)).sound()
+        except CheckpointError as error:
+            raise CheckpointError(without_folder(str(error), folder, repo_id)) from error
         text = starter_recipe(model, resolved.sha, base, target)
     write_file(path.parent, SCHEMA_FILE, [json.dumps(recipe_schema(), indent=1).encode()])
     write_file(path.parent, path.name, [text.encode()])

@@ -17,6 +17,7 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templ
 # Files of a tokenizer, besides those of its chat template and config.json.
 TOKENIZER = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
+    "tekken.json",
 )  # fmt: skip
 SETTINGS = ("generation_config.json", "*processor_config.json")
 # Of a tokenizer's files, those that say how a text becomes tokens; `tokenization_*.py` may do without others.

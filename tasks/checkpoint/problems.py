@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 
 from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES, Checkpoint, Harmless
 from requant.tasks.checkpoint.companions import companion_problems
@@ -67,7 +67,7 @@ def _of_a_base(checkpoint: Checkpoint, completeness: Completeness | None) -> lis
     """Return what contradicts the sizes and counts of the config, which say other things for a draft model."""
     completeness = completeness or Completeness.of(checkpoint)
     lacks = () if checkpoint.fatal else lack_problems(checkpoint, completeness)
-    return [*_shapes(checkpoint, {lack.name for lack in completeness.lacks}), *_layers(checkpoint), *lacks]
+    return [*_shapes(checkpoint, of_known=completeness.architecture is not None), *_layers(checkpoint), *lacks]
 
 
 def _configs(checkpoint: Checkpoint, remedies: Remedies) -> Iterator[str]:
@@ -139,24 +139,28 @@ def _contradictions(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"{first} (and so for {len(others)} more modules)" if others else str(first)
 
 
-def _shapes(checkpoint: Checkpoint, named: Container[str]) -> Iterator[str]:
-    """Find matrices of the language model whose shapes contradict the sizes in the config, without those `named`."""
+def _shapes(checkpoint: Checkpoint, *, of_known: bool) -> Iterator[str]:
+    """Find matrices of the language model whose shapes contradict the sizes in the config, as most models have them.
+
+    Of a known architecture, whose own formulas have been compared, only the MTP head is looked at.
+    """
     text = checkpoint.text_config
     hidden, vocab = text.integer("hidden_size"), text.integer("vocab_size")
     if hidden is None:
         return
     from_hidden, to_hidden = (None, hidden), (hidden, None)
     vocabulary = (vocab, hidden)
-    expected: dict[str, tuple[int | None, ...]] = {
+    expected: dict[str, tuple[int | None, ...]] = dict.fromkeys(("mtp.fc", "eh_proj"), (hidden, 2 * hidden))
+    usual: dict[str, tuple[int | None, ...]] = {
         **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), from_hidden),
         **dict.fromkeys(("o_proj", "down_proj"), to_hidden),
         **dict.fromkeys(("embed_tokens", "lm_head"), vocabulary),
         **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (hidden,)),
-        **dict.fromkeys(("mtp.fc", "eh_proj"), (hidden, 2 * hidden)),
     }
+    expected |= {} if of_known else usual
     for module in checkpoint.modules.values():
         sides = next((s for name, s in expected.items() if f".{module.name}".endswith(f".{name}")), None)
-        if sides is None or OTHER_TOWERS.search(module.name) or f"{module.name}.weight" in named:
+        if sides is None or OTHER_TOWERS.search(module.name):
             continue
         shape = _weight_shape(checkpoint, module)
         if len(shape) == 3:  # experts, fused

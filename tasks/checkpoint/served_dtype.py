@@ -22,6 +22,8 @@ Dtype = Literal["bfloat16", "float16"]
 SERVED: Mapping[str, Dtype] = {
     "bfloat16": "bfloat16", "float16": "float16", "half": "float16", "float32": "bfloat16", "float": "bfloat16",
 }  # fmt: skip
+# Model types that vLLM never serves in float16, as "numerically unstable" (_FLOAT16_NOT_SUPPORTED_MODELS).
+NEVER_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 STORED = {"bfloat16": "BF16", "float16": "F16"}  # the same in the headers of safetensors
 PARTS_WITH_DTYPE = ("text_config", "vision_config")  # of a multimodal config, in the order in which vLLM looks
 
@@ -31,7 +33,8 @@ def dtype_of_config(config: Mapping[str, Any]) -> Dtype | None:
     parts = [config, *(part for key in PARTS_WITH_DTYPE if isinstance(part := config.get(key), dict))]
     for word in (part.get("dtype") or part.get("torch_dtype") for part in parts):
         if word:
-            return SERVED.get(str(word).removeprefix("torch."))
+            dtype = SERVED.get(str(word).removeprefix("torch."))
+            return "bfloat16" if dtype == "float16" and config.get("model_type") in NEVER_FLOAT16 else dtype
     return None
 
 

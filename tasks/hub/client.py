@@ -94,7 +94,8 @@ def switched_off(name: str) -> str:
     said = offline_variable()
     return (
         f"{name} lies on the Hub, which {said} switches off: unset {said.partition('=')[0]}, name a commit that is in "
-        "the cache of huggingface_hub or was downloaded into the store, or a local folder where the command takes one"
+        "the cache of huggingface_hub, or in the store and on this machine, or a local folder where the command takes "
+        "one"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from requant.tasks.errors import HubError
@@ -47,8 +48,10 @@ def check_target(publish: Publish, base: Revision) -> None:
 def account_name() -> str | None:
     """Return the name of the account whose token is at hand, or None without a token that the Hub accepts.
 
-    Raises HubUnavailable.
+    It is None too while the Hub is switched off. Raises HubUnavailable.
     """
+    if is_offline_mode():
+        return None
     with hub_errors("the account of HF_TOKEN"):
         try:
             name = hub_api().whoami().get("name")

@@ -147,7 +147,7 @@ def resolve(repo_id: str, revision: str = "main", repo_type: Literal["model", "d
 def _resolve_in_cache(repo_id: str, revision: str, repo_type: Literal["model", "dataset"]) -> Revision:
     """Return a revision with the files that the cache has of it, which need not be all files of the commit.
 
-    Raises HubError if it has none, or not all shards of the weights.
+    Raises HubError if it has none, or not all shards of a model's weights.
     """
     with hub_errors(repo_id, revision):
         sha = known_commit(repo_id, revision, repo_type)
@@ -159,7 +159,10 @@ def _resolve_in_cache(repo_id: str, revision: str, repo_type: Literal["model", "
         files.append(HubFile(path, size, "" if is_sha256 else digest, digest if is_sha256 else None))
     if sha is None or not files:
         raise HubError(switched_off(f"{repo_id}@{revision}"), repo_id=repo_id)
-    missing = missing_shard(folder, {file.path for file in files})
+    paths = {file.path for file in files}
+    missing = missing_shard(folder, paths)
+    if missing is None and repo_type == "model" and not any(map(_is_weights, paths)):
+        missing = "its weights"
     if missing is not None:
         raise HubError(
             f"the cache of huggingface_hub has {repo_id}@{sha} without {missing}, and {offline_variable()} switches "
@@ -168,3 +171,8 @@ def _resolve_in_cache(repo_id: str, revision: str, repo_type: Literal["model", "
         )
     log.info(f"{offline_variable()}: {repo_id}@{revision} is {sha} in the cache of huggingface_hub")
     return Revision(repo_id, sha, tuple(files), repo_type, folder=folder)
+
+
+def _is_weights(path: str) -> bool:
+    """Check by its name whether a file holds weights, for whatever framework."""
+    return any(fnmatch.fnmatch(path, pattern) for pattern in ("*.safetensors", *NOT_FETCHED))

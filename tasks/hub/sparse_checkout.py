@@ -19,7 +19,6 @@ from huggingface_hub import hf_hub_url
 from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION_FILES
 from requant.tasks.checkpoint.companions import may_be_pointer
 from requant.tasks.checkpoint.compat import PROCESSOR
-from requant.tasks.checkpoint.exclusions import MODELOPT_FILE
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.other_kinds import MAX_READ_BYTES, explain_other_kind
 from requant.tasks.checkpoint.untrusted import MAX_HEADER_BYTES, MAX_JSON_BYTES
@@ -61,7 +60,7 @@ def create_checkout(
         sizes[file.path] = file.size
         with (folder / file.path).open("wb") as placeholder:
             placeholder.truncate(file.size)
-    names = ("config.json", INDEX, PROCESSOR, MODELOPT_FILE, *QUANTIZATION_FILES)
+    names = ("config.json", INDEX, PROCESSOR, *QUANTIZATION_FILES)
     configs = (name for name in names if 0 < sizes.get(name, 0) <= MAX_JSON_BYTES)
     pointers = (path for path, size in sizes.items() if may_be_pointer(path, size))
     fetch_files(revision, folder, {*configs, *pointers})

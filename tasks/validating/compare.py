@@ -93,7 +93,7 @@ def compare(
         blocks=tuple(blocks),
         kl_divergence=float(divergence.mean()),
         kl_divergence_p99=float(np.quantile(divergence, 0.99)),
-        vision_difference=_vision_difference(of_quantized.features, of_base.features),
+        vision_difference=feature_difference(of_quantized.features, of_base.features),
         domains=compare_domains(of_quantized, of_base, divergence),
     )
 
@@ -159,13 +159,18 @@ def kl_divergence(skeleton: Skeleton, base: Skeleton, of_quantized: Measurement,
     return np.stack(divergence)
 
 
-def _vision_difference(quantized: torch.Tensor, base: torch.Tensor) -> float | None:
-    """Return the largest difference of two features, infinity for another shape; None if the base has no features."""
+def feature_difference(quantized: torch.Tensor, base: torch.Tensor) -> float | None:
+    """Return the largest difference of two features; None if the base has none.
+
+    It is infinity for another shape, and where one alone is NaN. What is NaN or infinite in both is the same.
+    """
     if not base.numel():
         return None
     if quantized.shape != base.shape:
         return float("inf")
-    return float((quantized.float() - base.float()).abs().max())
+    same = (quantized == base) | (quantized.isnan() & base.isnan())
+    difference = (quantized.float() - base.float()).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
+    return float(difference.masked_fill(same, 0.0).max())
 
 
 def _same_output_layer(quantized: Checkpoint, base: Checkpoint) -> bool:

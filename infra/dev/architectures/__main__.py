@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -70,6 +71,7 @@ def describe(name: str, model_types: list[str]) -> Needs:
         architecture=name,
         source=SOURCE,
         model_types=own,
+        parts=_parts(config_class, probes[0].document),
         layers=layers,
         output=_output(probes),
         tied=builder.ties_by_default(),
@@ -79,6 +81,13 @@ def describe(name: str, model_types: list[str]) -> Needs:
     )
     _check(needs, probes)
     return needs
+
+
+def _parts(config_class: type[PreTrainedConfig], document: Mapping[str, Any]) -> dict[str, str]:
+    """Return the model types of the parts of a config that may be any model, as far as the config has them."""
+    anything = [part for part, part_class in config_class.sub_configs.items() if part_class is AutoConfig]
+    types = {part: (document.get(part) or {}).get("model_type") for part in sorted(anything)}
+    return {part: model_type for part, model_type in types.items() if model_type}
 
 
 def _decoder_layers(document: dict[str, Any]) -> str:

@@ -14,8 +14,8 @@ from requant.tasks.errors import CheckpointError
 # Prefixes that loaders add and remove. Sources: transformers 5.23.0, conversion_mapping.py and PrefixChange in
 # core_model_loading.py; vLLM 0.32.0, the hf_to_vllm_mapper of models/qwen3_5.py, qwen2_vl.py and mistral3.py.
 LEADING = ("model.", "language_model.", "transformer.", "backbone.", "thinker.")
-# The parts of a module that hold its weight, in the methods that Requant can read.
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
+# The parts of a module that hold its weight, in the methods that Requant can read.
 WEIGHT_PARTS = frozenset({"weight", "qweight", "weight_packed"})
 UNPACKED = frozenset({"BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8"})
 Shape = tuple[int, ...]

@@ -47,10 +47,10 @@ class Comparison:
         found: list[Lack] = []
         foreign = self._foreign_parts()
         for number, group in enumerate(self.needs.groups):
-            if part_of(group.layers or next(iter(group.tensors))) not in foreign and self._is_stated(group):
+            if self._is_stated(group):
                 for layer in range(self._layers(group)):
                     if len(found) < MAX_LACKS and self._needed(number, layer):
-                        found += islice(self._lacking(group, layer), MAX_LACKS)
+                        found += islice(self._lacking(group, layer, foreign), MAX_LACKS)
         return found
 
     def _foreign_parts(self) -> set[str]:
@@ -125,8 +125,10 @@ class Comparison:
         said = [value for value in stated if isinstance(value, bool)]
         return any(said) if said else self.needs.tied
 
-    def _lacking(self, group: Group, layer: int) -> Iterator[Lack]:
+    def _lacking(self, group: Group, layer: int, foreign: set[str]) -> Iterator[Lack]:
         for short, usual, shape in expanded(group, layer, self.values, self.stored):
+            if part_of(short) in foreign:
+                continue
             there = self.stored.shapes.get(short, ABSENT)
             if there == ABSENT:
                 yield Lack(self.stored.full_name(short, usual))

@@ -15,7 +15,8 @@ from requant.tasks.checkpoint.config import JsonObject, ModelConfig
 FOLDER = Path(__file__).parent / "architectures"
 COUNT = re.compile(r"\{([^}]+)\}")
 CLASS_NAME = re.compile(r"\w{1,100}", re.ASCII)
-ESSENTIAL = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # every config of a real model states them
+# Keys that a config must state where the architecture has them.
+ESSENTIAL = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 class Group(BaseModel):
@@ -37,7 +38,8 @@ class Group(BaseModel):
 class Needs(BaseModel):
     """The parameters of one class of transformers, as `save_pretrained` names them.
 
-    `model_types`: of configs that it is made for. `layers`: as that of the decoder layers' groups. `output`: the weight
+    `model_types`: of configs that it is made for. `parts`: the model types that it was described with of parts that may
+    be any model, by their keys in the config. `layers`: as that of the decoder layers' groups. `output`: the weight
     of the output layer. `tied`: whether that is the embedding if a config says nothing. `keys`: what transformers takes
     for keys that a config leaves out. `aliases`: other names of keys. `one_of`: pairs of groups one of which each layer
     has.
@@ -48,6 +50,7 @@ class Needs(BaseModel):
     architecture: str
     source: str
     model_types: list[str]
+    parts: dict[str, str]
     layers: str
     output: str | None
     tied: bool
@@ -60,13 +63,15 @@ class Needs(BaseModel):
     def of(cls, config: ModelConfig) -> Needs | None:
         """Return what the architecture of a config needs; None if it is not known.
 
-        It counts as not known too if the config lacks a key that every model of the architecture states: what
-        transformers takes instead is another model.
+        It counts as not known too if the config lacks a key that every model of the architecture states, since what
+        transformers takes instead is another model, and if a part of the config is another model than described.
         """
         architectures = config.get("architectures")
         name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
         needs = _read(name) if isinstance(name, str) and CLASS_NAME.fullmatch(name) else None
         if needs is None or config.get("model_type") not in needs.model_types:
+            return None
+        if any(_model_type(config, part) not in (None, known) for part, known in needs.parts.items()):
             return None
         values, text = needs.values(config), needs.text_path
         used = [path for path in needs.keys if path.removeprefix(text) in ESSENTIAL and path.startswith(text)]
@@ -87,6 +92,11 @@ class Needs(BaseModel):
                     kinds.setdefault(match[1], set()).add(match[2])
         known = {path: frozenset(names) for path, names in kinds.items()}
         return Values(config, self.keys, self.aliases, known)
+
+
+def _model_type(config: ModelConfig, part: str) -> object:
+    child = config.child(part)
+    return None if child is None else child.get("model_type")
 
 
 def split_layers(layers: str) -> tuple[str, str]:

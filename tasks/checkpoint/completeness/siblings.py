@@ -23,7 +23,8 @@ LANGUAGE_MODEL = re.compile(r"\w+(ForCausalLM|ForConditionalGeneration|LMHeadMod
 HEAD = re.compile(r"(^|\.)(mtp|nextn|eh_proj|enorm|hnorm|shared_head)")
 EMBEDDING = re.compile(r"emb|wte|wpe", re.IGNORECASE)
 LAST_NORM = re.compile(r"norm|ln_f|ln_out|final_ln", re.IGNORECASE)
-OUTPUT = re.compile(r"(^|\.)(lm_head|head|output|output_layer|unembed|embed_out|score)(\.|$)")
+NORM_OF_LAYER = re.compile(r"norm|(^|\.)ln", re.IGNORECASE)
+OUTPUT = re.compile(r"(^|\.)(lm_head|head|output|output_layer|unembed|embed_out|score|ff_out)(\.|$)")
 # Matrices that engines load into one: where the first is, the second is too.
 PARTNERS = (
     (("mlp.", "experts.#."), "gate_proj.weight", "up_proj.weight"),
@@ -44,7 +45,11 @@ def lost_tensors(stored: Stored, config: ModelConfig, head: Iterable[str] = ()) 
     prefix, layers = _layers(stored, config)
     if not layers:
         return []
-    return [*_lost_ends(stored, config, frozenset(head)), *_lost_in_layers(stored, prefix, layers, config)]
+    normed = any(NORM_OF_LAYER.search(kind) for layer in layers.values() for kind in layer.kinds)
+    return [
+        *_lost_ends(stored, config, frozenset(head), normed=normed),
+        *_lost_in_layers(stored, prefix, layers, config),
+    ]
 
 
 def _layers(stored: Stored, config: ModelConfig) -> tuple[str, dict[int, Layer]]:
@@ -111,8 +116,12 @@ def _without_partner(kinds: set[str]) -> set[str]:
     return missing
 
 
-def _lost_ends(stored: Stored, config: ModelConfig, head: frozenset[str]) -> Iterator[str]:
-    """Find a lost embedding, last norm or output layer of a language model."""
+def _lost_ends(stored: Stored, config: ModelConfig, head: frozenset[str], *, normed: bool) -> Iterator[str]:
+    """Find a lost embedding, last norm or output layer of a language model.
+
+    Nothing is said of the last norm if those of the layers have no weights either, nor of the output layer if anything
+    may be it under another name.
+    """
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
     if not isinstance(name, str) or not LANGUAGE_MODEL.fullmatch(name):
@@ -127,8 +136,8 @@ def _lost_ends(stored: Stored, config: ModelConfig, head: frozenset[str]) -> Ite
     rows = {end: (stored.shapes[end] or (None,))[0] for end in ends}
     if not any(EMBEDDING.search(end) or (rows[end] == vocabulary and not OUTPUT.search(end)) for end in ends):
         yield f"{prefix}embed_tokens.weight"
-    if not any(LAST_NORM.search(end) for end in ends):
+    if normed and not any(LAST_NORM.search(end) for end in ends):
         yield f"{prefix}norm.weight"
     stated = [part.get("tie_word_embeddings") for part in (config, config.text)]
-    if False in stated and True not in stated and not any(OUTPUT.search(end) for end in ends):
+    if False in stated and True not in stated and all(EMBEDDING.search(end) or LAST_NORM.search(end) for end in ends):
         yield "lm_head.weight"

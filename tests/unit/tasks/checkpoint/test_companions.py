@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from pathlib import Path
 
 import pytest
 
-from requant.tasks.checkpoint.companions import companion_problems, has_vocabulary, may_be_pointer
+from requant.tasks.checkpoint.companions import (
+    VOCABULARIES,
+    companion_problems,
+    has_vocabulary,
+    is_companion,
+    may_be_pointer,
+)
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
 from tests.factories.foreign import IN_PLACE, POINTER
 from tests.factories.pico import pico_base
@@ -16,7 +23,7 @@ from tests.factories.watching import is_one_sentence
 NAMES = [
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model", "qwen.tiktoken",
     "special_tokens_map.json", "chat_template.jinja", "generation_config.json", "preprocessor_config.json",
-    "processor_config.json",
+    "processor_config.json", "tekken.json",
 ]  # fmt: skip
 
 
@@ -28,6 +35,13 @@ def test_each_of_them_is_named_if_it_is_something_else(case: str, tmp_path: Path
         (problem,) = companion_problems(tmp_path)
         assert problem.startswith(f"{name} {said}") and is_one_sentence(problem)
         (tmp_path / name).unlink()
+
+
+def test_every_vocabulary_is_fetched_before_a_text_is_read() -> None:
+    """The code of a tokenizer is fetched with the other code, if the recipe allows it."""
+    names = ["tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "qwen.tiktoken", "tekken.json"]
+    assert has_vocabulary(names) and all(is_companion(name) for name in names)
+    assert all(any(fnmatch.fnmatchcase(n, p) for n in [*names, "tokenization_x.py"]) for p in VOCABULARIES)
 
 
 def test_a_pointer_in_place_of_the_tokenizer_is_a_problem_of_the_checkpoint(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from requant.tasks.download import download, download_key, find_base
 from requant.tasks.errors import HubError
 from requant.tasks.hub.revision import Revision, find_revision, resolve
 from requant.tasks.store import Store
+from requant.tasks.store.folder import FolderBackend
 from tests.factories.hub_cache import SHA, cached_repo, switch_hub_off
 from tests.factories.pico import pico_base
 
@@ -63,6 +64,10 @@ def test_a_base_is_copied_into_the_store_and_found_there_when_the_cache_is_gone(
     switch_hub_off(monkeypatch, tmp_path / "nothing")
     stored = find_base(store, "a/b", SHA)
     assert download(store, stored).state == "reused" and stored.folder is None
+    assert stored.content == found.content, "or a run without the Hub would seem to be of another commit"
+    remote = Store(store.backend, FolderBackend(tmp_path / "near"))
+    with pytest.raises(HubError, match="in the store and on this machine"):
+        find_base(remote, "a/b", SHA)
     with pytest.raises(HubError, match="a/b@main lies on the Hub, which HF_HUB_OFFLINE=1 switches off"):
         find_base(store, "a/b", "main")
 
@@ -78,6 +83,16 @@ def test_what_the_cache_lacks_is_said(snapshot: Path) -> None:
     shard.resolve().unlink()
     with pytest.raises(HubError, match=f"without {shard.name}, and HF_HUB_OFFLINE=1 switches the Hub off: unset it"):
         find_revision("a/b")
+
+
+@pytest.mark.parametrize("left", [("config.json",), ("config.json", "tokenizer.json", "tokenizer_config.json")])
+def test_a_cache_with_small_files_alone_lacks_the_weights(snapshot: Path, left: tuple[str, ...]) -> None:
+    for path in [path for path in snapshot.iterdir() if path.name not in left]:
+        path.unlink()
+    with pytest.raises(HubError, match=f"has a/b@{SHA} without its weights, and HF_HUB_OFFLINE=1 switches the Hub off"):
+        find_revision("a/b")
+    (snapshot / "model.gguf").write_bytes(b"GGUF")
+    assert find_revision("a/b").sha == SHA, "weights in another format are told of as such"
 
 
 def test_an_altered_file_of_the_cache_is_refused(snapshot: Path, store: Store) -> None:

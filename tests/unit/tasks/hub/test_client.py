@@ -108,7 +108,7 @@ def test_a_hub_that_is_switched_off_is_a_sentence_that_names_the_variable(
         resolve("a/b", "v2")
     assert str(caught.value) == (
         f"a/b@v2 lies on the Hub, which {variable}=1 switches off: unset {variable}, name a commit that is in the "
-        "cache of huggingface_hub or was downloaded into the store, or a local folder where the command takes one"
+        "cache of huggingface_hub, or in the store and on this machine, or a local folder where the command takes one"
     )
     assert not caught.value.retryable
 

@@ -11,7 +11,7 @@ import pytest
 from requant.tasks.checkpoint.completeness import Completeness, missing_tensors
 from requant.tasks.checkpoint.completeness.needs import FOLDER
 from requant.tasks.checkpoint.completeness.sentences import lack_problems
-from tests.factories.architectures import Shapes, headers_only, pico_config, pico_shapes, stated
+from tests.factories.architectures import SIZES, Shapes, headers_only, pico_config, pico_shapes, stated
 
 DENSE, HYBRID, VISION = "Qwen3ForCausalLM", "Qwen3_5ForConditionalGeneration", "Qwen3VLForConditionalGeneration"
 MIXTRAL, FUSED, DEEPSEEK = "MixtralForCausalLM", "Qwen3VLMoeForConditionalGeneration", "DeepseekV3ForCausalLM"
@@ -137,6 +137,52 @@ def test_names_of_another_scheme_are_not_judged() -> None:
     other = {f"stack.{number}.w": shape for number, shape in enumerate(shapes.values())}
     made = completeness(config, {**other, "norm.weight": (64,)})
     assert made.lacks == []
+
+
+GEMMA = "Gemma3ForConditionalGeneration"
+TOWERS = {  # other names of a vision tower, which engines load: as they were published, and as Pixtral has them
+    "SigLIP or CLIP in a model of its own": {"vision_tower.": "vision_tower.vision_model."},
+    "Pixtral": {
+        "vision_tower.embeddings.patch_embedding": "vision_tower.patch_conv",
+        "vision_tower.embeddings.": "vision_tower.",
+        "vision_tower.encoder.layers": "vision_tower.transformer.layers",
+    },
+}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("name", [GEMMA, "PaliGemmaForConditionalGeneration", "LlavaForConditionalGeneration"])
+def test_a_tower_with_other_names_is_passed_over_and_the_rest_is_judged(name: str, tower: str) -> None:
+    config, shapes = pico(name)
+    renamed: Shapes = {}
+    for own, shape in shapes.items():
+        for old, new in TOWERS[tower].items():
+            own = own.replace(old, new)
+        renamed[own] = shape
+    assert missing_tensors(headers_only(config, renamed)) == []
+    for lost in renamed:
+        if "vision_tower" not in lost:
+            assert missing_tensors(headers_only(config, without(renamed, lost))) == [lost]
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "kind"),
+    [
+        ("InternVLForConditionalGeneration", "text_config", "qwen3"),
+        ("InternVLForConditionalGeneration", "text_config", "qwen3_moe"),
+        ("InternVLForConditionalGeneration", "text_config", "gpt_oss"),
+        ("LlavaOnevisionForConditionalGeneration", "text_config", "qwen3"),
+        ("LlavaForConditionalGeneration", "text_config", "phi3"),
+        ("LlavaForConditionalGeneration", "vision_config", "siglip_vision_model"),
+        ("PaliGemmaForConditionalGeneration", "text_config", "gemma2"),
+    ],
+)
+def test_a_part_that_is_another_model_is_not_compared_with_the_usual_one(name: str, part: str, kind: str) -> None:
+    made = pico_config(name, **{part: {**SIZES, "model_type": kind, "layer_types": None}})
+    config, shapes = stated(made), pico_shapes(made)
+    assert config[part]["model_type"] == kind
+    assert missing_tensors(headers_only(config, shapes)) is None
+    assert missing_tensors(headers_only(*pico(name))) == []
 
 
 def split_experts(shapes: Shapes) -> Shapes:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from requant.tasks.checkpoint.base_check import check_base
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.compat import Judgement
 from requant.tasks.checkpoint.inspect import as_text, inspect_checkpoint
+from requant.tasks.checkpoint.problems import problems_of
 from requant.tasks.errors import CheckpointError
+from tests.factories.architectures import headers_only, pico_config, pico_shapes, stated
 from tests.factories.bases import other_base
 from tests.factories.checkpoints import edited, write_quantized
 from tests.factories.paths import TINY
@@ -80,6 +84,30 @@ def test_a_shape_that_the_config_contradicts_is_told_once(base: Path) -> None:
         tensors[name] = dtype, (rows // 2, columns), data[: len(data) // 2]
     problems = [problem for problem in inspected(base)[1] if "embed_tokens" in problem]
     assert len(problems) == 1 and "has shape 1024 x 64, and the sizes of config.json need 2048 x 64" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("MllamaForConditionalGeneration", {}),
+        ("NemotronHForCausalLM", {"moe_latent_size": 16}),
+        ("GraniteSpeechForConditionalGeneration", {}),
+        ("OPTForCausalLM", {"word_embed_proj_dim": 32}),
+    ],
+)
+def test_an_architecture_whose_sizes_are_its_own_is_whole(tmp_path: Path, name: str, changes: dict[str, int]) -> None:
+    made = pico_config(name, **changes)
+    checkpoint = replace(headers_only(stated(made), pico_shapes(made)), folder=tmp_path)
+    assert [p for p in problems_of(checkpoint, Judgement.of(checkpoint)) if "shape" in p or "needs it" in p] == []
+
+
+def test_a_matrix_of_the_head_of_a_known_architecture_is_told_by_its_shape(base: Path) -> None:
+    with edited(base, SHARD) as tensors:
+        dtype, (rows, columns), data = tensors["mtp.fc.weight"]
+        tensors["mtp.fc.weight"] = dtype, (rows, columns // 2), data[: len(data) // 2]
+    assert [p for p in inspected(base)[1] if "shape" in p] == [
+        "mtp.fc has shape 64 x 64, and the sizes of config.json need 64 x 128"
+    ]
 
 
 def test_a_lost_layer_is_told_once(base: Path) -> None:

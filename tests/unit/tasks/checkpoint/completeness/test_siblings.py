@@ -73,6 +73,22 @@ def test_a_tied_or_silent_config_asks_for_no_output_layer() -> None:
     assert found(left, tie_word_embeddings=None) is None
 
 
+def renamed(names: dict[str, str]) -> Shapes:
+    """The model with other names, the first that fits; one without a name is left out."""
+    made = ((next((names[old] for old in names if old in name), name), shape) for name, shape in model().items())
+    return {name: shape for name, shape in made if name}
+
+
+@pytest.mark.parametrize("output", ["model.transformer.ff_out.weight", "model.to_logits.weight"])
+def test_an_output_layer_of_another_name_is_not_missed(output: str) -> None:
+    assert found(renamed({"lm_head": output})) is None
+    assert found(renamed({"lm_head": ""})) == ["lm_head.weight"]
+
+
+def test_norms_without_weights_are_not_missed() -> None:
+    assert found(renamed({"norm": ""})) is None
+
+
 def test_a_norm_of_the_mtp_head_is_not_the_last_norm() -> None:
     left = {name: shape for name, shape in model().items() if name != "model.norm.weight"}
     assert found({**left, "mtp.norm.weight": (8,), "mtp.fc.weight": (8, 16)}) == ["model.norm.weight"]
