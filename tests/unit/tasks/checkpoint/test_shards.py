@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from requant.tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
-from requant.tasks.checkpoint.repair import repair
+from requant.tasks.checkpoint.repair import RepairSource, repair
 from requant.tasks.checkpoint.shards import FIX_INDEX, MOVE, lost_numbers
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import all_tensors, raw_tensors, safetensors_bytes, write_checkpoint
@@ -169,3 +173,33 @@ def test_a_number_of_shards_that_nobody_has_costs_no_time() -> None:
 def test_a_link_that_leads_nowhere_is_told(base: Path, tmp_path: Path) -> None:
     (base / "x.safetensors").symlink_to(tmp_path / "nowhere")
     assert sentences(base, "x.safetensors is a shard which the index does not name, and it leads to no file")
+
+
+@pytest.mark.parametrize("linked", [True, False], ids=["a link to another disk", "a disk without hard links"])
+def test_a_shard_that_cannot_have_a_second_name_is_renamed_all_the_same(
+    linked: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main, head = halves(base)
+    made, blob = Path(shutil.copytree(base, tmp_path / "model")), tmp_path / "blob"
+    laid_out(made, {SINGLE: main}, set())
+    if linked:
+        (made / SINGLE).rename(blob)
+        (made / SINGLE).symlink_to("../blob")
+
+    def refuse(source: Any, target: Any, **options: Any) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert repair(made, RepairSource(base)).removes == [SINGLE]
+    assert all_tensors(made) == main | head and Checkpoint.open(made).problems == []
+    assert not linked or raw_tensors(blob) == main
+
+
+def test_the_head_of_a_base_may_lie_beside_its_index(base: Path, tmp_path: Path) -> None:
+    main, head = halves(base)
+    made = Path(shutil.copytree(base, tmp_path / "model"))
+    laid_out(made, {ONE: main}, {ONE})
+    laid_out(base, {ONE: main, "mtp.safetensors": head}, {ONE})
+    before = snapshot(base)
+    assert repair(made, RepairSource(base)).source == "base"
+    assert all_tensors(made) == main | head and snapshot(base) == before
