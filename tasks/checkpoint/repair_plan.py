@@ -256,7 +256,7 @@ def _plan_head_of(
     base: RepairSource, found: Checkpoint, precision: HeadPrecision, fetch: Callable[[Iterable[Tensor]], None]
 ) -> RepairPlan:
     """Plan the base's head, and the auxiliary files that the folder lacks."""
-    source = Checkpoint.open(base.folder).sound()
+    source = as_found(Checkpoint.open(base.folder), without_head=False)
     check_fits(found, source)
     wanted = head_tensors(source, precision, found.quantization)
     missing_files = [name for name in _auxiliary_files(base.folder) if not (found.folder / name).is_file()]
