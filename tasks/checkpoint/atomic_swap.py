@@ -162,7 +162,7 @@ def _finish(stage: Path, folder: Path) -> None:
     if os.path.lexists(stage / INDEX):
         _forget(stage / REMOVED)
         _remove(folder, [name for name in _listed(stage / ADDED) if not os.path.lexists(stage / name)])
-    elif (folder / INDEX).is_file():
+    elif os.path.isfile(folder / INDEX):
         _remove(folder, _listed(stage / REMOVED))
         _forget(stage / REMOVED)
 
@@ -181,7 +181,7 @@ def _listed(file: Path) -> list[str]:
 
 def _remove(folder: Path, names: Sequence[str]) -> None:
     """Remove those of the named files that are shards and that the index, if there is one, does not name."""
-    weight_map = read_json(folder / INDEX).child("weight_map") if names and (folder / INDEX).is_file() else None
+    weight_map = read_json(folder / INDEX).child("weight_map") if names and os.path.isfile(folder / INDEX) else None
     named = [shard for shard in (weight_map or {}).values() if isinstance(shard, str)]
     for name in set(names).difference(named):
         if name.endswith(".safetensors") and stays_inside(folder, name):
