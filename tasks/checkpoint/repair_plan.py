@@ -22,6 +22,7 @@ from requant.tasks.checkpoint.checkpoint import (
     Mendable,
     OfIndex,
     Unread,
+    beside_index,
     parse_json,
     read_json,
 )
@@ -39,7 +40,7 @@ from requant.tasks.checkpoint.heads.missing import depths_of, stated_count
 from requant.tasks.checkpoint.inventory import missing_parts
 from requant.tasks.checkpoint.mtp import Head, find_head
 from requant.tasks.checkpoint.repair_base import alike_tensors, check_fits, differing_tensors, stored_tensors
-from requant.tasks.checkpoint.shards import Contents
+from requant.tasks.checkpoint.shards import Contents, contents_of
 from requant.tasks.checkpoint.writer import Layout, index_of
 from requant.tasks.errors import CheckpointError
 
@@ -135,10 +136,29 @@ def plan_repair(
         plan = _plan_head_of(base, found, precision, fetch)
     _plan_shards(plan, with_base=base is not None)
     _plan_documents(plan)
+    contents = _contents_after(plan)
     plan.target = replace(
-        plan.target, shards=tuple(plan.layout), contents=None, problems=[], pending_documents=plan.documents
+        plan.target,
+        shards=tuple(plan.layout),
+        contents=contents,
+        problems=beside_index(contents, plan.target.config) if contents else [],
+        pending_documents=plan.documents,
+        planned=True,
     )
     return plan
+
+
+def _contents_after(plan: RepairPlan) -> Contents | None:
+    """Return what the weight files of the target will hold, those included that stay beside the index.
+
+    None if there will be no index.
+    """
+    folder = plan.target.folder
+    if INDEX not in plan.documents and not (folder / INDEX).exists():
+        return None
+    headers = {shard: {tensor.name: tensor for tensor in tensors} for shard, tensors in plan.layout.items()}
+    weight_map = {name: shard for shard, header in headers.items() for name in header}
+    return contents_of(folder, plan.target.config, weight_map, headers, plan.to_remove)
 
 
 def as_found(checkpoint: Checkpoint, *, without_head: bool) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -203,3 +204,41 @@ def test_the_head_of_a_base_may_lie_beside_its_index(base: Path, tmp_path: Path)
     before = snapshot(base)
     assert repair(made, RepairSource(base)).source == "base"
     assert all_tensors(made) == main | head and snapshot(base) == before
+
+
+@pytest.mark.parametrize("kind", ["all", "the main model", "another dtype", "a part"])
+def test_only_transformers_minds_a_single_file_beside_an_index_and_only_if_it_misses_tensors(
+    kind: str, base: Path
+) -> None:
+    main, head = halves(base)
+    raw = {
+        "all": main | head,
+        "the main model": main,
+        "another dtype": main | {"model.norm.weight": ("F32", (64,), bytes(256))},
+        "a part": {"lm_head.weight": main["lm_head.weight"]},
+    }[kind]
+    laid_out(base, {ONE: main | head, SINGLE: raw}, {ONE})
+    found = inspect_checkpoint(base)
+    assert found.engines["vllm"].mtp is True and found.engines["sglang"].mtp is True
+    assert found.engines["transformers"].loads is (kind != "a part")
+    (sentence,) = found.problems
+    assert SINGLE in sentence and sentence.endswith(MOVE)
+    with (
+        contextlib.nullcontext() if kind in {"all", "the main model"} else pytest.raises(CheckpointError, match=SINGLE)
+    ):
+        Checkpoint.open(base).sound()
+    before = snapshot(base)
+    assert repair(base, None, dry_run=True).problems == repair(base, None).problems == [sentence]
+    assert snapshot(base) == before
+
+
+@pytest.mark.parametrize("name", [SINGLE, "more.safetensors"])
+def test_a_dry_run_promises_what_the_repair_then_makes_of_a_file_that_stays(name: str, base: Path) -> None:
+    """The head is in that file alone, and a tensor of the main model is in it too."""
+    main, head = halves(base)
+    laid_out(base, {ONE: main, name: head | {"lm_head.weight": main["lm_head.weight"]}}, {ONE})
+    promised, done = repair(base, None, dry_run=True), repair(base, None)
+    assert done.changed is True and (base / name).exists()
+    assert (promised.engines, promised.problems) == (done.engines, done.problems)
+    assert [name in sentence for sentence in done.problems] == [True]
+    assert done.engines["vllm"].mtp is True and done.engines["transformers"].loads is (name != SINGLE)
