@@ -67,7 +67,9 @@ def test_a_file_that_the_index_does_not_name_is_never_overwritten(name: str, bas
 LAYOUTS = ["the head and more in the single file", "the head in a file of its own", "the head in its own shard"]
 
 
-@pytest.mark.parametrize("with_base", [True, False], ids=["base", "no base"])
+@pytest.mark.parametrize(
+    "with_base", [pytest.param(True, id="base", marks=pytest.mark.slow), pytest.param(False, id="no base")]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_repair_in_place_killed_at_any_step_loses_no_tensor(
     layout: str, with_base: bool, base: Path, tmp_path: Path
