@@ -3,7 +3,8 @@
 New files are written to a staging folder. If the file system allows it, links to all files that stay are added there,
 and the two folders are exchanged (`renameat2` with RENAME_EXCHANGE, Linux). A folder that cannot be exchanged, such as
 a mount point, gets the new files one by one: shards, then the index, then the configs. Shards that the index no longer
-names are removed last. If the process is killed in between, the next call continues.
+names are removed last. If the process is killed in between, the next call removes what is too much: the new shards if
+the new index was not in place yet, otherwise the old ones.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from requant.tasks.errors import CheckpointError
 EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h
 AT_FDCWD = -100
 STAGING_FOLDER = ".mtp-fix"
-REMOVED = ".removed"  # a file in the staging folder: names of the shards to remove once the new index is in place
+# Files in the staging folder, with names of shards: those to remove once the new index is in place, and those that the
+# folder did not have before, to remove if the process is killed before that.
+REMOVED, ADDED = ".removed", ".added"
 NOT_EXCHANGEABLE = {errno.EBUSY, errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK}
 
 
@@ -47,12 +50,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def finish_interrupted(folder: Path) -> None:
-    """Complete the work of a call that was killed: remove the shards that its index no longer names."""
-    stage = folder / STAGING_FOLDER
-    names = stage / REMOVED
-    if stage.is_symlink() or not stat.S_ISREG(_mode(names)) or names.stat().st_size > MAX_REMOVED_BYTES:
-        return
-    _remove(folder, names.read_bytes().decode("utf-8", "replace").split("\n"))
+    """Complete or undo the work of a call that was killed while it moved files into the folder one by one."""
+    for stage in _stages(folder):
+        if not stage.is_symlink():
+            _finish(stage, folder)
 
 
 @contextlib.contextmanager
@@ -68,11 +69,16 @@ def staged(folder: Path) -> Iterator[Path]:
 
 def remove_stages(folder: Path) -> None:
     """Remove the staging folders of calls that were killed."""
-    for stage in (folder.parent / f".{folder.name}{STAGING_FOLDER}", folder / STAGING_FOLDER):
+    for stage in _stages(folder):
         if stage.is_symlink() or stat.S_ISREG(_mode(stage)):
             stage.unlink()
         elif stage.is_dir():
             shutil.rmtree(stage)
+
+
+def _stages(folder: Path) -> tuple[Path, Path]:
+    """Return both places where a staging folder of this folder can be."""
+    return folder.parent / f".{folder.name}{STAGING_FOLDER}", folder / STAGING_FOLDER
 
 
 def _mode(path: Path) -> int:
@@ -89,7 +95,8 @@ def stage_of(folder: Path) -> Path:
     exchangeable = os.access(parent, os.W_OK | os.X_OK) and parent.stat().st_dev == folder.stat().st_dev
     # A shell whose working directory is the folder would be left in the old one.
     exchangeable = exchangeable and not os.path.ismount(folder) and not Path.cwd().is_relative_to(folder)
-    return parent / f".{folder.name}{STAGING_FOLDER}" if exchangeable else folder / STAGING_FOLDER
+    beside, inside = _stages(folder)
+    return beside if exchangeable else inside
 
 
 def install(stage: Path, folder: Path, removed: Sequence[str]) -> None:
@@ -136,20 +143,48 @@ def _link_rest(source: Path, target: Path, skip: set[Path]) -> None:
 
 def _move_in(stage: Path, folder: Path, removed: Sequence[str]) -> None:
     names = [p.name for p in stage.iterdir() if not p.is_dir() and not _is_unchanged(p, folder / p.name)]
+    (stage / ADDED).write_text("\n".join(name for name in names if not os.path.lexists(folder / name)))
     (stage / REMOVED).write_text("\n".join(removed))
-    for name in sorted(names, key=_install_order):
-        os.replace(stage / name, folder / name)
-    sync(folder)
-    _remove(folder, removed)
+    try:
+        for name in sorted(names, key=_install_order):
+            os.replace(stage / name, folder / name)
+        sync(folder)
+    finally:
+        _finish(stage, folder)
+
+
+def _finish(stage: Path, folder: Path) -> None:
+    """Remove the old shards if the index of the staging folder is in place, otherwise the new ones.
+
+    Until then, what is to be removed may be the only copy of a tensor. The lists go before the staging folder does,
+    which may lose its index first.
+    """
+    if os.path.lexists(stage / INDEX):
+        _forget(stage / REMOVED)
+        _remove(folder, [name for name in _listed(stage / ADDED) if not os.path.lexists(stage / name)])
+    elif os.path.isfile(folder / INDEX):
+        _remove(folder, _listed(stage / REMOVED))
+        _forget(stage / REMOVED)
+
+
+def _forget(file: Path) -> None:
+    if not stat.S_ISDIR(_mode(file)):
+        file.unlink(missing_ok=True)
+
+
+def _listed(file: Path) -> list[str]:
+    """Return the lines of a file; none if it is no ordinary file of a usual size."""
+    if not stat.S_ISREG(_mode(file)) or file.stat().st_size > MAX_REMOVED_BYTES:
+        return []
+    return file.read_bytes().decode("utf-8", "replace").split("\n")
 
 
 def _remove(folder: Path, names: Sequence[str]) -> None:
-    """Remove those of the named files that are shards and that the index does not name."""
-    if not (folder / INDEX).is_file():
-        return
-    named = set(read_json(folder / INDEX).get("weight_map", {}).values())
-    for name in names:
-        if name not in named and name.endswith(".safetensors") and stays_inside(folder, name):
+    """Remove those of the named files that are shards and that the index, if there is one, does not name."""
+    weight_map = read_json(folder / INDEX).child("weight_map") if names and os.path.isfile(folder / INDEX) else None
+    named = [shard for shard in (weight_map or {}).values() if isinstance(shard, str)]
+    for name in set(names).difference(named):
+        if name.endswith(".safetensors") and stays_inside(folder, name):
             (folder / name).unlink(missing_ok=True)
 
 

@@ -18,7 +18,15 @@ from requant.tasks.checkpoint.methods import MODELOPT_FILE, Method, method_of
 from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import Head, find_head
 from requant.tasks.checkpoint.other_kinds import CHECKPOINT_FILES, explain_folder
-from requant.tasks.checkpoint.shards import FIX_INDEX, MOVE, Contents, Headers, contents_of, lost_numbers
+from requant.tasks.checkpoint.shards import (
+    FIX_INDEX,
+    MOVE,
+    Contents,
+    Headers,
+    contents_of,
+    lost_numbers,
+    missed_by_transformers,
+)
 from requant.tasks.checkpoint.untrusted import MAX_JSON_BYTES, MAX_SHARDS, check_depth, parse, shown
 from requant.tasks.errors import CheckpointError
 
@@ -46,7 +54,7 @@ class Ambiguous(Harmless):
 
 
 class OfIndex(Ambiguous):
-    """An ambiguity that a new index solves."""
+    """An ambiguity about the file that a tensor is read from, which hinders no repair."""
 
 
 class Mendable(str):
@@ -65,7 +73,7 @@ class Checkpoint:
     inspected, but `sound` refuses it for any other work.
     `pending_files`: files that the folder does not have yet but will have, with their current paths. `contents`: what
     all weight files of the folder hold, whatever the index says; None if only some shards were opened.
-    `pending_documents`: the same for JSON files that will be written.
+    `pending_documents`: the same for JSON files that will be written. `planned`: it is what a repair would make.
     """
 
     folder: Path
@@ -77,6 +85,7 @@ class Checkpoint:
     pending_files: Mapping[str, Path] = field(default_factory=dict)
     contents: Contents | None = None
     pending_documents: Mapping[str, JsonObject] = field(default_factory=dict)
+    planned: bool = False
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -107,7 +116,8 @@ class Checkpoint:
             _report(problems, ordinary, lambda name: Mendable(sentences[name]))
             _report(problems, [name for name in missing if name not in ordinary], lambda name: sentences[name])
             tensors = _tensors(headers, weight_map, problems)
-            _beside_index(contents, problems)
+            problems += beside_index(contents, config)
+            _can_mend(contents, problems)
         else:
             contents = contents_of(folder, config, {}, {})
             shards, tensors = tuple(stray.name for stray in contents.strays if stray.own), contents.tensors
@@ -241,15 +251,27 @@ def stays_inside(folder: Path, shard: str) -> bool:
     return os.path.commonpath([parent, root := os.path.realpath(folder)]) == root
 
 
-def _beside_index(contents: Contents, problems: list[str]) -> None:
-    """Find weight files that the index does not name, and say whether the index can be written anew."""
-    single = next((stray for stray in contents.strays if stray.name == SINGLE), None)
-    if single is not None:
-        remedy = f": {FIX_INDEX}" if single.own and contents.is_whole else ""
-        what = f"{SINGLE} lies beside a sharded index: loaders prefer it and miss the other shards{remedy}"
-        problems.append(Mendable(what) if single.own else what)
-    others = {stray.name: stray.sentence() for stray in contents.strays if stray.name != SINGLE}
-    _report(problems, list(others), lambda name: Harmless(others[name]))
+def beside_index(contents: Contents, config: ModelConfig) -> list[str]:
+    """Say what the weight files are that the index does not name.
+
+    Engines read only what the index names, but transformers reads `model.safetensors` alone: see `shards`.
+    """
+    problems: list[str] = []
+    others = {stray.name: stray.sentence() for stray in contents.strays}
+    differs = any(stray.differing for stray in contents.strays if stray.name == SINGLE)
+    missed = missed_by_transformers(contents, config)
+    if missed is not None:
+        del others[SINGLE]
+        has_own = any(stray.own for stray in contents.strays if stray.name == SINGLE)
+        remedy = f": {FIX_INDEX}" if contents.is_whole else ""
+        what = f"{SINGLE} lies beside a sharded index: transformers reads it alone, and misses {shown(missed)}"
+        problems.append(OfIndex(what + (remedy if has_own else f": {MOVE}")))
+    _report(problems, list(others), lambda n: (OfIndex if n == SINGLE and differs else Harmless)(others[n]))
+    return problems
+
+
+def _can_mend(contents: Contents, problems: list[str]) -> None:
+    """Say so if all that is wrong is solved by a new index."""
     fatal = [problem for problem in problems if not isinstance(problem, Harmless)]
     if fatal and contents.is_whole and all(isinstance(problem, Mendable) for problem in fatal):
         problems.append(Harmless(f"the index is wrong, and the shards have every tensor that it names: {FIX_INDEX}"))

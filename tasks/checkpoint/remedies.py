@@ -31,7 +31,7 @@ class Remedies:
     @cached_property
     def _plan(self) -> tuple[RepairPlan, Judgement] | None:
         """The plan of `requant mtp-fix` without a base, and its judgement; None if it would change nothing."""
-        if self.checkpoint.contents is None:  # it is itself what a plan would make
+        if self.checkpoint.planned:  # it is itself what a plan would make
             return None
         try:
             plan = plan_repair(self.checkpoint, None, "keep")
@@ -45,7 +45,7 @@ class Remedies:
         """Return the command after which engines draft that do not now; None if there is none."""
         if self._plan is not None and self._helps(self._plan[1]):
             return FIX
-        if self.checkpoint.contents is None:
+        if self.checkpoint.planned:
             return None
         try:
             found = as_found(self.checkpoint, without_head=True)

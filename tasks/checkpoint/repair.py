@@ -7,6 +7,7 @@ nothing is changed.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -98,8 +99,22 @@ def write_repair(
     for shard, tensors in plan.shards.items():
         place(stage, shard, tensors)
     for name, old in plan.links.items():
-        (stage / name).hardlink_to((folder / old).resolve())
+        _link(stage / name, folder / old)
     for name, document in plan.documents.items():
         write_json(stage, name, document)
     for name, path in plan.copies.items():
         write_file(stage, name, [path.read_bytes()])
+
+
+def _link(new: Path, old: Path) -> None:
+    """Give a shard a second name: a hard link, otherwise a symbolic link to where `old` leads, otherwise a copy.
+
+    A link of a cache may lead to another file system or to another user's file, which may have no hard link.
+    """
+    try:
+        new.hardlink_to(old.resolve())
+    except OSError:
+        if old.is_symlink():
+            new.symlink_to(old.resolve())
+        else:
+            shutil.copyfile(old, new)

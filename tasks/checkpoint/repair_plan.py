@@ -22,6 +22,7 @@ from requant.tasks.checkpoint.checkpoint import (
     Mendable,
     OfIndex,
     Unread,
+    beside_index,
     parse_json,
     read_json,
 )
@@ -39,7 +40,7 @@ from requant.tasks.checkpoint.heads.missing import depths_of, stated_count
 from requant.tasks.checkpoint.inventory import missing_parts
 from requant.tasks.checkpoint.mtp import Head, find_head
 from requant.tasks.checkpoint.repair_base import alike_tensors, check_fits, differing_tensors, stored_tensors
-from requant.tasks.checkpoint.shards import Contents
+from requant.tasks.checkpoint.shards import Contents, contents_of
 from requant.tasks.checkpoint.writer import Layout, index_of
 from requant.tasks.errors import CheckpointError
 
@@ -76,8 +77,9 @@ class RepairPlan:
     target with its tensors, by name. `shards`, `links`, `documents` and `copies` are files to write, by name: from
     tensors, as a link to an existing shard, as JSON, and as a copy of a file of the base. `to_remove` are names of
     files, `to_restore` those of the head's tensors that differ. `head_source`: the stored tensors of the head, of which
-    those that are computed are made. `changes_head`: the head's tensors change, or what a
-    config says of them. `left`: why the head stays as it is, though an engine would not draft with it.
+    those that are computed are made. `head_shard`: the shard that is written for the head, or "". `changes_head`: the
+    head's tensors change, or what a config says of them. `left`: why the head stays as it is, though an engine would
+    not draft with it.
     """
 
     present: Checkpoint
@@ -90,6 +92,7 @@ class RepairPlan:
     to_remove: list[str] = field(default_factory=list)
     to_restore: list[str] = field(default_factory=list)
     head_source: list[Tensor] = field(default_factory=list)
+    head_shard: str = ""
     changes_head: bool = False
     left: CheckpointError | None = None
 
@@ -131,12 +134,31 @@ def plan_repair(
         plan = _plan_own_head(found)
     else:
         plan = _plan_head_of(base, found, precision, fetch)
-    _plan_shards(plan)
+    _plan_shards(plan, with_base=base is not None)
     _plan_documents(plan)
+    contents = _contents_after(plan)
     plan.target = replace(
-        plan.target, shards=tuple(plan.layout), contents=None, problems=[], pending_documents=plan.documents
+        plan.target,
+        shards=tuple(plan.layout),
+        contents=contents,
+        problems=beside_index(contents, plan.target.config) if contents else [],
+        pending_documents=plan.documents,
+        planned=True,
     )
     return plan
+
+
+def _contents_after(plan: RepairPlan) -> Contents | None:
+    """Return what the weight files of the target will hold, those included that stay beside the index.
+
+    None if there will be no index.
+    """
+    folder = plan.target.folder
+    if INDEX not in plan.documents and not (folder / INDEX).exists():
+        return None
+    headers = {shard: {tensor.name: tensor for tensor in tensors} for shard, tensors in plan.layout.items()}
+    weight_map = {name: shard for shard, header in headers.items() for name in header}
+    return contents_of(folder, plan.target.config, weight_map, headers, plan.to_remove)
 
 
 def as_found(checkpoint: Checkpoint, *, without_head: bool) -> Checkpoint:
@@ -254,7 +276,7 @@ def _plan_head_of(
     base: RepairSource, found: Checkpoint, precision: HeadPrecision, fetch: Callable[[Iterable[Tensor]], None]
 ) -> RepairPlan:
     """Plan the base's head, and the auxiliary files that the folder lacks."""
-    source = Checkpoint.open(base.folder).sound()
+    source = as_found(Checkpoint.open(base.folder), without_head=False)
     check_fits(found, source)
     wanted = head_tensors(source, precision, found.quantization)
     missing_files = [name for name in _auxiliary_files(base.folder) if not (found.folder / name).is_file()]
@@ -320,12 +342,13 @@ def with_head(checkpoint: Checkpoint, config: ModelConfig, wanted: Tensors, pres
     return replace(target, config=config)
 
 
-def _plan_shards(plan: RepairPlan) -> None:
+def _plan_shards(plan: RepairPlan, *, with_base: bool) -> None:
     """Plan the shards of the target: those that stay, those that lose tensors, and the head's.
 
-    A shard that loses tensors gets a new name, so that the old index stays valid until it is replaced. Only a shard of
-    HEAD_SHARD's name with nothing but the head may be replaced before the index: the next repair restores a head that
-    index and shard disagree about, but no other tensor.
+    A shard that loses tensors gets a new name, so that the old index stays valid until it is replaced. Only with a base
+    may a shard of HEAD_SHARD's name with nothing but the head be replaced before the index: the next repair restores a
+    head that index and shard disagree about, but no other tensor. No other file of the folder is replaced: it may hold
+    the only copy of a tensor, or a better one.
     """
     folder, contents = plan.present.folder, plan.present.contents or Contents()
     old = _by_shard(folder, plan.present.tensors.values())
@@ -334,14 +357,17 @@ def _plan_shards(plan: RepairPlan) -> None:
     head_names = set(head.names if head else ())
     stays = {id(tensor) for name, tensor in plan.target.tensors.items() if name not in head_names}
     lost = {name for name in plan.present.tensors if name not in plan.target.tensors} | head_names
-    only_head = all(tensor.name in lost for tensor in old.get(HEAD_SHARD, ()))
-    head_shard = HEAD_SHARD if only_head else _free_name(old)
+    taken = {*old, *contents.named, *contents.counts, *(stray.name for stray in contents.strays)}
+    there = old.get(HEAD_SHARD, [])
+    only_head = len(there) == contents.counts.get(HEAD_SHARD, 0) and all(tensor.name in lost for tensor in there)
+    replaced = with_base and only_head and HEAD_SHARD in {*old, *contents.named}
+    head_shard = HEAD_SHARD if replaced or HEAD_SHARD not in taken else _free_name(taken)
     keeps_single = not head_names and (set(old) == {SINGLE} or SINGLE in contents.named)
     for shard, tensors in old.items():
         rest = [tensor for tensor in tensors if id(tensor) in stays]
         is_whole = len(rest) == contents.counts.get(shard, len(tensors))
         renamed = not is_whole or (shard == SINGLE and not keeps_single)
-        name = _free_name(old, plan.layout, {head_shard}) if renamed else shard
+        name = _free_name(taken, plan.layout, {head_shard}) if renamed else shard
         if rest:
             plan.layout[name] = rest
             if not is_whole:
@@ -352,6 +378,7 @@ def _plan_shards(plan: RepairPlan) -> None:
         if renamed and has_only_counted and shard != head_shard:
             plan.to_remove.append(shard)
     if head_names:
+        plan.head_shard = head_shard
         plan.shards[head_shard] = plan.layout[head_shard] = [plan.target.tensors[name] for name in sorted(head_names)]
     if contents.named:
         unnamed = set(plan.present.shards) - set(plan.layout) - set(plan.to_remove)
@@ -380,7 +407,7 @@ def _plan_documents(plan: RepairPlan) -> None:
         _plan_document(plan, INDEX, index_of(plan.layout, old_index))
     quantization = target.config.quantization
     by_auto_round = quantization.method == "auto-round"  # auto-round writes both files
-    if quantization and ((folder / QUANTIZATION).exists() or (HEAD_SHARD in plan.shards and by_auto_round)):
+    if quantization and ((folder / QUANTIZATION).exists() or (plan.head_shard and by_auto_round)):
         _plan_document(plan, QUANTIZATION, quantization)
     by_modelopt = (folder / MODELOPT_FILE).exists() and (not quantization or quantization.method in MODELOPT_METHODS)
     if plan.changes_head and target.head is not None and by_modelopt:

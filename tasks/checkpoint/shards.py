@@ -11,13 +11,13 @@ _get_resolved_checkpoint_files).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.header import Tensor, read_header
-from requant.tasks.checkpoint.mtp import LAYER_NAME
+from requant.tasks.checkpoint.mtp import LAYER_NAME, find_head
 from requant.tasks.checkpoint.other_kinds import CHECKPOINT_FILES
 from requant.tasks.checkpoint.untrusted import MAX_SHARDS, shown
 from requant.tasks.errors import CheckpointError
@@ -123,18 +123,25 @@ class Contents:
         return not self.lost and not self.twice
 
 
-def contents_of(folder: Path, config: ModelConfig, weight_map: Mapping[str, object], headers: Headers) -> Contents:
+def contents_of(
+    folder: Path,
+    config: ModelConfig,
+    weight_map: Mapping[str, object],
+    headers: Headers,
+    removed: Collection[str] = (),
+) -> Contents:
     """Collect the tensors of a checkpoint from all weight files of its folder.
 
     `headers`: those of the shards that the index names and that can be read. `weight_map`: of the index; empty if there
     is none. Without an index, `model.safetensors` counts more than other files, as it does for transformers.
+    `removed`: files that count as not there.
     """
     named = frozenset(shard for shard in weight_map.values() if isinstance(shard, str))
     contents = Contents(counts={shard: len(header) for shard, header in headers.items()}, named=named)
     for header in headers.values():
         contents.twice += [name for name in header if name in contents.tensors]
         contents.tensors.update(header)
-    files = [name for name in weight_files(folder) if name not in named][:MAX_SHARDS]
+    files = [name for name in weight_files(folder) if name not in {*named, *removed}][:MAX_SHARDS]
     known = _KnownNames(config)
     if files:
         known.add(contents.tensors)
@@ -167,6 +174,21 @@ def contents_of(folder: Path, config: ModelConfig, weight_map: Mapping[str, obje
     if not weight_map and SINGLE not in contents.counts:
         contents.twice = [name for stray in contents.strays for name in (*stray.copied, *stray.differing)]
     return contents
+
+
+def missed_by_transformers(contents: Contents, config: ModelConfig) -> str | None:
+    """Return a tensor that transformers misses as it reads `model.safetensors` alone beside an index; None if none.
+
+    It does not read a head.
+    """
+    single = next((stray for stray in contents.strays if stray.name == SINGLE), None)
+    if single is None or not contents.named:
+        return None
+    there = {*single.own, *single.copied, *single.differing}
+    missed = [name for name in contents.tensors if name not in there]
+    head = find_head(contents.tensors, config) if missed else None
+    ignored = set(head.names if head else ())
+    return next((name for name in missed if name not in ignored), None)
 
 
 class _KnownNames:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +57,32 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Every file with its time, and the folder's own."""
     times = {".": (folder.stat().st_mtime_ns, b"")}
     return times | {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.iterdir()}
+
+
+def killed_at(step: int, work: Callable[[], Any], cwd: Path) -> bool:
+    """Fork, do the work, die by SIGKILL before the `step`-th file operation. Whether it came to that."""
+    child = os.fork()
+    if child == 0:
+        left = step
+
+        def count(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal left
+            writing = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wxa+")
+            if writing or event in TOUCHING:
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+
+        os.chdir(cwd)
+        sys.addaudithook(count)
+        with contextlib.suppress(BaseException):
+            work()
+            os._exit(0)
+        os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert status == 0 or os.WIFSIGNALED(status), "the repair failed by itself"
+    return status != 0
+
+
+# Audit events of calls that change a folder; ctypes.dlsym comes right before the exchange.
+TOUCHING = {"os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "ctypes.dlsym"}

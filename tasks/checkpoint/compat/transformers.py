@@ -11,6 +11,8 @@ from requant.tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from requant.tasks.checkpoint.compat.rule import Finding, NotLoadable, shorten
 from requant.tasks.checkpoint.compat.vllm import no_rules, quantization_in
 from requant.tasks.checkpoint.methods import MLX
+from requant.tasks.checkpoint.shards import missed_by_transformers
+from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import CheckpointError
 
 VERSION = "5.23.0"
@@ -28,6 +30,8 @@ def load_problem(checkpoint: Checkpoint) -> Finding:
     contents = checkpoint.contents
     if contents is not None and not contents.named and SINGLE not in checkpoint.shards:
         return f"there is no {INDEX}, without which transformers reads {SINGLE} alone"
+    if contents is not None and (missed := missed_by_transformers(contents, checkpoint.config)) is not None:
+        return f"it reads {SINGLE} alone, which lies beside the index, and misses {shown(missed)}"
     if checkpoint.method is MLX:
         return "the weights are MLX's, which transformers does not know"
     try:

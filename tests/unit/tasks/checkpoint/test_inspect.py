@@ -13,7 +13,7 @@ import pytest
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.inspect import as_text, inspect_checkpoint
 from requant.tasks.checkpoint.inventory import missing_parts
-from tests.factories.checkpoints import all_tensors, from_bf16, rounded, to_bf16, write_checkpoint
+from tests.factories.checkpoints import all_tensors, from_bf16, rounded, safetensors_bytes, to_bf16, write_checkpoint
 from tests.factories.repairs import elsewhere, fixed
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -190,7 +190,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "model-00009-of-00009.safetensors is a shard which the index does not name",
     ),
     "a single file beside the index": (
-        lambda f: (f / "model.safetensors").write_bytes((f / SHARD).read_bytes()),
+        lambda f: (f / "model.safetensors").write_bytes(safetensors_bytes({EMBED: all_tensors(f)[EMBED]})),
         "model.safetensors lies beside a sharded index",
     ),
 }  # fmt: skip

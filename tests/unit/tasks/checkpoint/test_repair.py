@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import shutil
-import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +23,7 @@ from tests.factories.checkpoints import (
     write_packed,
 )
 from tests.factories.pico import pico_base
-from tests.factories.repairs import elsewhere, fixed, snapshot
+from tests.factories.repairs import elsewhere, fixed, killed_at, snapshot
 
 
 @pytest.fixture(scope="module")
@@ -194,35 +189,6 @@ def move_into_head_shard(folder: Path, name: str) -> None:
 
 def names_of(folder: Path) -> dict[str, tuple[int, ...]]:
     return {n: t.shape for n, t in Checkpoint.open(folder).tensors.items()}
-
-
-def killed_at(step: int, work: Callable[[], Any], cwd: Path) -> bool:
-    """Fork, do the work, die by SIGKILL before the `step`-th file operation. Whether it came to that."""
-    child = os.fork()
-    if child == 0:
-        left = step
-
-        def count(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal left
-            writing = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wxa+")
-            if writing or event in TOUCHING:
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                left -= 1
-
-        os.chdir(cwd)
-        sys.addaudithook(count)
-        with contextlib.suppress(BaseException):
-            work()
-            os._exit(0)
-        os._exit(1)
-    status = os.waitpid(child, 0)[1]
-    assert status == 0 or os.WIFSIGNALED(status), "the repair failed by itself"
-    return status != 0
-
-
-# Audit events of calls that change a folder; ctypes.dlsym comes right before the exchange.
-TOUCHING = {"os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "ctypes.dlsym"}
 
 
 def test_a_base_of_another_size_or_without_a_head_is_refused_and_changes_nothing(base: Path, tmp_path: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from requant.tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
-from requant.tasks.checkpoint.repair import repair
+from requant.tasks.checkpoint.repair import RepairSource, repair
 from requant.tasks.checkpoint.shards import FIX_INDEX, MOVE, lost_numbers
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import all_tensors, raw_tensors, safetensors_bytes, write_checkpoint
@@ -169,3 +174,71 @@ def test_a_number_of_shards_that_nobody_has_costs_no_time() -> None:
 def test_a_link_that_leads_nowhere_is_told(base: Path, tmp_path: Path) -> None:
     (base / "x.safetensors").symlink_to(tmp_path / "nowhere")
     assert sentences(base, "x.safetensors is a shard which the index does not name, and it leads to no file")
+
+
+@pytest.mark.parametrize("linked", [True, False], ids=["a link to another disk", "a disk without hard links"])
+def test_a_shard_that_cannot_have_a_second_name_is_renamed_all_the_same(
+    linked: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main, head = halves(base)
+    made, blob = Path(shutil.copytree(base, tmp_path / "model")), tmp_path / "blob"
+    laid_out(made, {SINGLE: main}, set())
+    if linked:
+        (made / SINGLE).rename(blob)
+        (made / SINGLE).symlink_to("../blob")
+
+    def refuse(source: Any, target: Any, **options: Any) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert repair(made, RepairSource(base)).removes == [SINGLE]
+    assert all_tensors(made) == main | head and Checkpoint.open(made).problems == []
+    assert not linked or raw_tensors(blob) == main
+
+
+def test_the_head_of_a_base_may_lie_beside_its_index(base: Path, tmp_path: Path) -> None:
+    main, head = halves(base)
+    made = Path(shutil.copytree(base, tmp_path / "model"))
+    laid_out(made, {ONE: main}, {ONE})
+    laid_out(base, {ONE: main, "mtp.safetensors": head}, {ONE})
+    before = snapshot(base)
+    assert repair(made, RepairSource(base)).source == "base"
+    assert all_tensors(made) == main | head and snapshot(base) == before
+
+
+@pytest.mark.parametrize("kind", ["all", "the main model", "another dtype", "a part"])
+def test_only_transformers_minds_a_single_file_beside_an_index_and_only_if_it_misses_tensors(
+    kind: str, base: Path
+) -> None:
+    main, head = halves(base)
+    raw = {
+        "all": main | head,
+        "the main model": main,
+        "another dtype": main | {"model.norm.weight": ("F32", (64,), bytes(256))},
+        "a part": {"lm_head.weight": main["lm_head.weight"]},
+    }[kind]
+    laid_out(base, {ONE: main | head, SINGLE: raw}, {ONE})
+    found = inspect_checkpoint(base)
+    assert found.engines["vllm"].mtp is True and found.engines["sglang"].mtp is True
+    assert found.engines["transformers"].loads is (kind != "a part")
+    (sentence,) = found.problems
+    assert SINGLE in sentence and sentence.endswith(MOVE)
+    with (
+        contextlib.nullcontext() if kind in {"all", "the main model"} else pytest.raises(CheckpointError, match=SINGLE)
+    ):
+        Checkpoint.open(base).sound()
+    before = snapshot(base)
+    assert repair(base, None, dry_run=True).problems == repair(base, None).problems == [sentence]
+    assert snapshot(base) == before
+
+
+@pytest.mark.parametrize("name", [SINGLE, "more.safetensors"])
+def test_a_dry_run_promises_what_the_repair_then_makes_of_a_file_that_stays(name: str, base: Path) -> None:
+    """The head is in that file alone, and a tensor of the main model is in it too."""
+    main, head = halves(base)
+    laid_out(base, {ONE: main, name: head | {"lm_head.weight": main["lm_head.weight"]}}, {ONE})
+    promised, done = repair(base, None, dry_run=True), repair(base, None)
+    assert done.changed is True and (base / name).exists()
+    assert (promised.engines, promised.problems) == (done.engines, done.problems)
+    assert [name in sentence for sentence in done.problems] == [True]
+    assert done.engines["vllm"].mtp is True and done.engines["transformers"].loads is (name != SINGLE)
