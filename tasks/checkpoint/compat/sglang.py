@@ -68,6 +68,7 @@ MODELOPT = BY_STATED["modelopt"]  # its config may lack quant_method
 GPTQ_SCHEMES = ([4, True], [8, True])  # gptq/gptq.py, GPTQMarlinConfig.TYPE_MAP: bits, sym
 MARLIN_GROUP_SIZES = (-1, 32, 64, 128)  # marlin_utils.py, MARLIN_SUPPORTED_GROUP_SIZES
 _FUSED_FP8 = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_CONVERTED = frozenset({"wk", "weights_proj"})  # of the indexer: deepseek_weight_loader.py, _load_fused_indexer_wk
 _PLAIN = frozenset({"fc", "eh_proj", "gate", "shared_expert_gate", "conv1d", "embed_tokens"})
 
 
@@ -151,7 +152,7 @@ def load_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns
         rule = _read_rule(checkpoint, patterns)
     except NotLoadable as refusal:
         return f"SGLang refuses quantization_config: {refusal}"
-    tree = Tree(Renames(), known.fused, known.plain)
+    tree = Tree(Renames(), known.fused, known.plain, _CONVERTED)
     layers = [layer for layer in tree.layers(modules.values()) if len(layer.parts) == 1 or layer.kind == EXPERTS]
     return vllm.no_rules(checkpoint) if rule is None else _first_problem(layers, rule, modules, tree)
 
@@ -159,7 +160,7 @@ def load_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns
 def head_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns: Patterns) -> Finding:
     """Return why SGLang would not load the MTP head correctly, or None. `modules`: the modules of the head."""
     known = vllm.architecture(checkpoint).tree
-    tree = Tree(Renames(), known.fused, known.plain | _PLAIN)
+    tree = Tree(Renames(), known.fused, known.plain | _PLAIN, _CONVERTED)
     layers = tree.layers(modules.values())
     plain = [layer for layer in layers if layer.name.rpartition(".")[2] in tree.plain]
     try:
