@@ -11,7 +11,7 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import sglang, vllm
 from requant.tasks.checkpoint.compat.rule import Finding, NotJudged
 from requant.tasks.checkpoint.heads.layout import HeadLayout, architecture_of
-from requant.tasks.checkpoint.heads.layouts import LAYOUTS
+from requant.tasks.checkpoint.heads.layouts import LAYOUTS, promised_layers
 from requant.tasks.checkpoint.heads.missing import depths_of, stated_count
 from requant.tasks.checkpoint.inventory import missing_parts
 from requant.tasks.checkpoint.mtp import Head
@@ -31,7 +31,7 @@ def head_finding(checkpoint: Checkpoint, engine: str) -> Finding:
     """
     head = checkpoint.head
     if head is None:  # vLLM starts with an uninitialized head, and accepts no draft
-        promised = checkpoint.config.mtp_layers
+        promised = promised_layers(checkpoint.config)
         return "there is no MTP head, though config.json promises one" if promised else "there is no MTP head"
     if head.known is None:
         return NotJudged("the MTP head has a layout that Requant does not know: it is kept as it is")

@@ -322,3 +322,11 @@ def has_draft_model(engine: str, config: ModelConfig) -> bool:
     """
     drafters = (layout.engines[engine] for layout in LAYOUTS if layout.method == "mtp" and engine in layout.engines)
     return not architecture_of(config) or any(drafter.serves(config) for drafter in drafters)
+
+
+def promised_layers(config: ModelConfig) -> int:
+    """Return how many MTP layers a config promises; 0 if no engine drafts with a head of the model.
+
+    Some families count the layers of a head that was trained and is in no checkpoint, as MiniMax-M2.
+    """
+    return config.mtp_layers if any(layout.belongs_to(config) for layout in LAYOUTS) else 0

@@ -149,6 +149,16 @@ def test_an_engine_without_a_draft_model_is_no_problem_of_the_checkpoint(tmp_pat
     assert not [p for p in document.problems if "draft model" in p]
 
 
+def test_a_counted_head_that_no_engine_reads_need_not_be_there(tmp_path: Path) -> None:
+    """MiniMax-M2 counts three modules, and its makers release none of them."""
+    released = Family("", "MiniMaxM2ForCausalLM", "minimax_m2", {}, {"num_mtp_modules": 3, "use_mtp": True})
+    document = inspect_checkpoint(released.write(tmp_path / "base"))
+    assert [p for p in document.problems if any(word in p for word in WORDS)] == []
+    assert {document.engines[engine].mtp for engine in ("vllm", "sglang")} == {False}
+    check_base(base := Checkpoint.open(tmp_path / "base"), "a/b", with_head=True)
+    assert plan_output(base, RECIPE, {}).problems == []
+
+
 COMPONENTS = st.sampled_from(["mtp", "nextn", "mtp_layers", "mtp_head", "nextn_block", "mtp_x"])
 ROOTS = st.sampled_from(["", "model.", "language_model.", "model.language_model.", "backbone."])
 PARTS = st.lists(st.from_regex(r"[a-z_]{1,8}|[0-9]{1,2}", fullmatch=True), min_size=1, max_size=4)
