@@ -29,7 +29,7 @@ from tests.factories.head_families import FAMILIES, HIDDEN, Family
 
 RECIPE = parse_recipe({"base": {"repo_id": "a/b"}, "quantize": {"group_size": 32}, "mtp": "keep"})
 WORDS = ("MTP", "mtp", "head.")  # of a problem of the head
-DRAFTED_OTHERWISE = {"deepseek-v4.1", "iquest-flat", "unheard-of", "unheard-of-behind"}
+DRAFTED_OTHERWISE = {"deepseek-v4.1", "deepseek-v4-dspark", "iquest-flat", "unheard-of", "unheard-of-behind"}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -180,6 +180,8 @@ DRAFTERS = {
     "DSpark": ("Qwen3DSparkModel", {"layers.0.mlp.up_proj.weight": (96, HIDDEN), "markov_head.w1": (8, HIDDEN)}),
     "Gemma assistant": ("Gemma4AssistantForCausalLM", {"pre_projection.weight": (HIDDEN, 2 * HIDDEN)}),
     "MTP": ("IQuestQ1MTP", dict(FAMILIES["iquest-flat"].head)),
+    "MTP for SGLang": ("DeepseekV3ForCausalLMNextN", {"model.layers.0.eh_proj.weight": (HIDDEN, 2 * HIDDEN)}),
+    "MTP for vLLM": ("Glm4MoeMTPModel", {"model.layers.46.eh_proj.weight": (HIDDEN, 2 * HIDDEN)}),
 }
 
 
@@ -191,7 +193,7 @@ def test_a_draft_model_in_a_repo_of_its_own_is_named_and_nothing_is_called_broke
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 7}))
     document = inspect_checkpoint(folder)
-    assert document.drafter == kind and document.problems == []
+    assert document.drafter == kind.partition(" for ")[0] and document.problems == []
     assert {verdict.loads for verdict in document.engines.values()} == {None}
     assert "a drafter for its base, not a base model" in as_text("x", document)
     with pytest.raises(CheckpointError, match=r"it is a draft model .* and no base model: name the base"):
