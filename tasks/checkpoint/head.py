@@ -196,11 +196,12 @@ def without_head(files: HeadFiles, head: Head | None, *, keep_count: bool = Fals
 def check_head(base: Checkpoint) -> None:
     """Check that a base has as many MTP layers as its config promises. Raises CheckpointError if not.
 
-    What an unknown layout should have is not known: such a head is never refused.
+    What an unknown layout should have is not known: such a head is never refused. The stages of DSpark are one depth,
+    and the config counts the stages.
     """
     head, promised, there = base.head, promised_layers(base.config), 0
     if head is not None:
-        if head.known is None:
+        if head.known is None or head.known.one_depth:
             return
         promised, there = stated_count(base.config, head.known).count or 0, depths_of(head, base.config)
         if not head.known.exact:  # engines skip what is not counted

@@ -18,7 +18,9 @@ OF_RESULT_ONLY = {"quantization", "q"}  # flags that a base cannot be served wit
 
 def can_draft(checkpoint: Checkpoint, asked: Benchmark) -> bool:
     """Check whether vLLM drafts for a checkpoint: with its MTP head, or as the recipe's flags say."""
-    with_head = checkpoint.head is not None and has_draft_model("vllm", checkpoint.config)
+    head = checkpoint.head
+    by_mtp = head is not None and (head.known is None or head.known.method == "mtp")
+    with_head = by_mtp and has_draft_model("vllm", checkpoint.config)
     return with_head or any(map(speculates, asked.flags))
 
 

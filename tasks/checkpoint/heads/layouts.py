@@ -307,7 +307,11 @@ LAYOUTS: tuple[HeadLayout, ...] = (
         one_depth=True,
         method="dspark",
         engines={
-            "vllm": Drafter("deepseek_v41/nvidia/dspark.py", _all("DeepseekV41ForCausalLM"), _all("deepseek_v41")),
+            "vllm": Drafter(
+                "deepseek_v4/nvidia/dspark.py, deepseek_v41/nvidia/dspark.py",
+                _all("DeepseekV41ForCausalLM"),
+                _all("deepseek_v4", "deepseek_v41"),
+            ),
             "sglang": Drafter("deepseek_v4_dspark.py", _all("DeepseekV4ForCausalLM")),
         },
     ),
@@ -316,7 +320,7 @@ BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
 
 def has_draft_model(engine: str, config: ModelConfig) -> bool:
-    """Check whether an engine has a draft model for a model's MTP head.
+    """Check whether an engine has a draft model for a model's MTP head, by the method `mtp`.
 
     For a config that names no architecture this is not known, and assumed.
     """
