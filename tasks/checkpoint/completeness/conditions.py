@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 
-from requant.tasks.checkpoint.config import JsonObject
+from requant.tasks.checkpoint.config import JsonObject, ModelConfig
 
 FACTOR = re.compile(r"([*/]?)(len\()?([\w.]+)\)?")
 PER_LAYER = re.compile(r"(.+)\[i\] == (.+)")
@@ -46,10 +46,11 @@ class Values:
         *parents, key = path.split(".")
         part = self.config
         for parent in parents:
-            child = part.child(parent)
-            if child is None and parent != "text_config":
+            # a flat config has the text's keys at the top
+            child = ModelConfig(part).text if parent == "text_config" else part.child(parent)
+            if child is None:
                 return UNSTATED
-            part = part if child is None else child  # a flat config has the text's keys at the top
+            part = child
         return part.get(key, part.get(self.aliases.get(path, ""), UNSTATED))
 
     def size(self, formula: str) -> int | None:
