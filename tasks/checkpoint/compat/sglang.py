@@ -2,7 +2,7 @@
 for CPUs that can be installed. infra/dev/engines/differences.py compares its tables with those here.
 
 Sources: SGLang 0.5.23, srt/configs/model_config.py (_verify_quantization, _parse_quant_hf_config);
-srt/layers/quantization: auto_round/auto_round.py and routing.py, gptq/gptq.py, awq/awq.py,
+srt/layers/quantization: auto_round.py, gptq/gptq.py, awq/awq.py,
 compressed_tensors/compressed_tensors.py, fp8.py and utils.py, marlin_utils.py, mlx.py;
 srt/model_loader/loader.py (_get_quantization_config), srt/models/qwen3_5.py and qwen3_5_mtp.py.
 
@@ -74,10 +74,10 @@ _PLAIN = frozenset({"fc", "eh_proj", "gate", "shared_expert_gate", "conv1d", "em
 
 @dataclass(frozen=True)
 class SglangAutoRound(AutoRound):
-    """A config of auto-round, as routing.get_layer_config of SGLang reads it."""
+    """A config of auto-round, as AutoRoundConfig.get_layer_config of SGLang reads it."""
 
     def scheme(self, layer: Layer) -> EngineScheme:
-        """Decide as routing.get_layer_config does."""
+        """Decide as AutoRoundConfig.get_layer_config does."""
         name, quantized = layer.name, layer.kind != LM_HEAD
         because = EVERYTHING
         if name in self.extra:
