@@ -207,12 +207,13 @@ LAYOUTS: tuple[HeadLayout, ...] = (
         layers="mtp.layers.*",
         modules=_below("mtp.layers.*", "enorm", "hnorm", "eh_proj", "norm", "mixer", "final_layernorm"),
         at_end=_all("mtp.layers.*.final_layernorm"),
-        pattern="mtp_hybrid_override_pattern",
+        patterns=("mtp_hybrid_override_pattern", "mtp_layers_block_type"),
         engines={
             "vllm": Drafter(
                 "nemotron_h_mtp.py",
                 _all("NemotronH_Super_Omni_Reasoning_V3", "NemotronH_Omni_Reasoning_V3"),
                 _all("nemotron_h", "nemotron_h_puzzle"),
+                most_depths=1,
             ),
             "sglang": Drafter(
                 "nemotron_h_mtp.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -124,6 +125,32 @@ def test_a_count_that_contradicts_the_head_is_named(name: str, count: int | None
     key = next(key for key in made.config if "layers" in key)
     wrong = Family(**{**vars(made), "config": {**made.config, key: count}})
     assert said in inspect_checkpoint(wrong.write(tmp_path / "base")).engines["vllm"].reason
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"mtp_hybrid_override_pattern": "*E"}, {"mtp_layers_block_type": ["full_attention", "moe"]}],
+    ids=["*", "type"],
+)
+def test_a_head_of_two_depths_is_whole_and_vllm_takes_one(said: dict[str, Any], tmp_path: Path) -> None:
+    made = FAMILIES["nemotron-h"]
+    second = {n.replace(".0.", ".2.", 1).replace(".1.", ".3.", 1): shape for n, shape in made.head.items()}
+    config = {"num_nextn_predict_layers": 2, **said}
+    document = inspect_checkpoint(
+        Family(**{**vars(made), "head": made.head | second, "config": config}).write(tmp_path / "base")
+    )
+    assert document.mtp.layers == 2 and document.mtp.complete
+    assert [p for p in document.problems if any(word in p for word in WORDS)] == []
+    assert document.engines["sglang"].mtp is True and document.engines["vllm"].mtp is False
+    assert "takes no head of more than 1 MTP layers, and there are 2" in document.engines["vllm"].reason
+    check_base(Checkpoint.open(tmp_path / "base"), "a/b", with_head=True)
+
+
+@pytest.mark.parametrize("count", [-1, 10**9])
+def test_a_head_has_the_layers_that_are_there_whatever_its_count_says(count: int, tmp_path: Path) -> None:
+    made = FAMILIES["qwen3.5"]
+    wrong = Family(**{**vars(made), "config": {"mtp_num_hidden_layers": count}})
+    assert inspect_checkpoint(wrong.write(tmp_path / "base")).mtp.layers == 1
 
 
 def test_a_head_of_another_family_is_not_said_to_draft(tmp_path: Path) -> None:
