@@ -233,7 +233,14 @@ def load_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns
         return f"vLLM refuses quantization_config: {refusal}"
     if rule is None:
         return no_rules(checkpoint)
-    return _first_problem(rule, tree.layers(modules.values()), modules, tree)
+    layers = tree.layers(modules.values())
+    if architecture(checkpoint) is not UNKNOWN_ARCHITECTURE:
+        return _first_problem(rule, layers, modules, tree)
+    fused = [layer for layer in layers if layer.name.rpartition(".")[2] in tree.fused]
+    found = _first_problem(rule, [layer for layer in layers if layer not in fused], modules, tree)
+    if found is None and (problem := _first_problem(rule, fused, modules, tree)):
+        return NotJudged(f"which layers vLLM fuses for this architecture is not known; fused as Llama's, {problem}")
+    return found
 
 
 def head_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns: Patterns) -> Finding:
