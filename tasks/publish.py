@@ -22,8 +22,10 @@ from requant.tasks.card.card import make_card
 from requant.tasks.card.facts import CardFacts, FileFacts
 from requant.tasks.card.pinned import recipe_text
 from requant.tasks.checkpoint.checkpoint import INDEX
+from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.head import HEAD_SHARD
 from requant.tasks.checkpoint.modules import INTEGER_PARTS
+from requant.tasks.checkpoint.mtp import find_head
 from requant.tasks.checkpoint.served_dtype import dtype_of_config
 from requant.tasks.checkpoint.writer import write_file
 from requant.tasks.errors import redact
@@ -35,6 +37,7 @@ from requant.tasks.pipeline.stage import StageResult, machine_errors
 from requant.tasks.planning.reasons import MTP_HEAD, why_kept
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.record import StageRecord
+from requant.tasks.serving.flags import drafts_by_mtp
 from requant.tasks.serving.prompts import has_chat_template
 from requant.tasks.store import Store, open_store
 
@@ -48,6 +51,8 @@ def file_facts(store: Store, recipe: Recipe, base_files: Manifest, artifact: Man
     kept_names = tuple(name for name in index["weight_map"] if name.rsplit(".", 1)[-1] not in INTEGER_PARTS)
     in_head = (name for name, shard in index["weight_map"].items() if shard == HEAD_SHARD)
     reasons = why_kept(kept_names, recipe.quantize.layers)
+    config = ModelConfig(_config(store, artifact))
+    head = find_head(index["weight_map"], config)
     return FileFacts(
         digest=artifact.digest,
         weights_bytes=artifact.weights,
@@ -55,8 +60,9 @@ def file_facts(store: Store, recipe: Recipe, base_files: Manifest, artifact: Man
         kept_names=kept_names,
         kept_reasons=reasons | {name.removesuffix(".weight"): MTP_HEAD for name in in_head},
         packing=_quantization(store, artifact).get("packing_format"),
-        dtype=dtype_of_config(_config(store, artifact)),
+        dtype=dtype_of_config(config),
         fp8=bool(_quantization(store, base_files)),  # checkpoint/base_check.py refuses all other quantized bases.
+        by_mtp=head is None or drafts_by_mtp(head, config),
         chat=has_chat_template({f.path for f in artifact.files}, lambda name: store.read_blob(artifact[name])),
         base_card=_base_card(store, base_files),
     )

@@ -19,6 +19,7 @@ from requant.flows.cli.main import cli
 from requant.tasks.checkpoint.compat.sglang import VERSION as SGLANG
 from requant.tasks.checkpoint.compat.vllm import VERSION as VLLM
 from requant.tasks.checkpoint.heads.drafters import ARCHITECTURES as DRAFTER_ARCHITECTURES
+from requant.tasks.checkpoint.heads.layout import HeadLayout
 from requant.tasks.checkpoint.heads.layouts import LAYOUTS
 from requant.tasks.recipe.quantize_section import PRESETS
 from requant.tasks.recipe.recipe import Recipe
@@ -120,6 +121,11 @@ def settings_page() -> str:
     return f"{before}{heading}{GENERATED_NOTE}\n| Variable | Meaning |\n|---|---|\n{table}{next_heading}{after}"
 
 
+def _pattern(layout: HeadLayout) -> str:
+    keys = " or ".join(f"`{key}`" for key in layout.patterns)
+    return f"as many as {keys} has entries" if keys else ""
+
+
 def heads_page() -> str:
     """Return the page of the layouts of MTP heads, from the table of layouts."""
     parts = [HEADS, GENERATED_NOTE, f"\nFrom vLLM {VLLM} and SGLang {SGLANG}.\n"]
@@ -130,7 +136,7 @@ def heads_page() -> str:
             "A complete head has": _names(layout.modules),
             "Taken from the main model": _names(layout.shared),
             "Layers counted by": _names(layout.counts) or "nothing: engines build one",
-            "Layers of one draft": f"as many as `{layout.pattern}` has characters" if layout.pattern else "",
+            "Layers of one draft": _pattern(layout),
         }
         for engine, drafter in layout.engines.items():
             models = _names(sorted({*drafter.architectures, *drafter.model_types}))

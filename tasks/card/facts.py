@@ -33,6 +33,7 @@ class FileFacts:
     packing: str | None = None  # its name in config.json
     dtype: Dtype | None = None  # in which engines serve it by default; None if its config names none
     fp8: bool = False  # whether the base has FP8 tensors, which become BF16 in the result
+    by_mtp: bool = True  # whether vLLM has a draft model by the method mtp for the MTP head, if there is one
     chat: bool = True  # whether there is a chat template
     base_card: str = ""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from requant.tasks.card.facts import CardFacts
 from requant.tasks.checkpoint.document import EngineVerdict
-from requant.tasks.recipe.engine_flags import MODEL, arguments, command_line, with_drafts, without_drafts
+from requant.tasks.recipe.engine_flags import MODEL, arguments, command_line, speculates, with_drafts, without_drafts
 from requant.tasks.redaction import public
 from requant.tasks.serving.flags import with_dtype
 
@@ -51,7 +51,8 @@ def serving_of(facts: CardFacts) -> Serving:
     judged = [_expected(engine, one, head=facts.head) for engine, one in verdicts.items() if engine not in refused]
     sglang = facts.engines.get("sglang")  # a head that was not judged is not asked for drafts
     drafts = facts.head and not facts.packed_head and (sglang is None or sglang.mtp is True)
-    modes = (True, False) if facts.head else (False,)
+    asked = any(map(speculates, facts.recipe.benchmark.flags))
+    modes = (True, False) if facts.head and (facts.files.by_mtp or asked) else (False,)
     return Serving(refused, judged, [_vllm(facts, mtp=mtp) for mtp in modes], _sglang(facts, drafts=drafts), drafts)
 
 

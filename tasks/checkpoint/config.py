@@ -90,9 +90,16 @@ class ModelConfig(JsonObject):
 
     @property
     def text(self) -> JsonObject:
-        """The language model's part: `text_config` of a multimodal model, otherwise the config itself."""
-        text = self.child("text_config")
-        return self if text is None else text
+        """The language model's part of a multimodal model, otherwise the config itself."""
+        return JsonObject(self[self.text_key]) if self.text_key else self
+
+    @property
+    def text_key(self) -> str:
+        """The key of the language model's part; empty if there is none.
+
+        Both vLLM 0.32.0 (transformers_utils/config.py) and transformers read `llm_config` as `text_config`.
+        """
+        return next((key for key in ("text_config", "llm_config") if isinstance(self.get(key), dict)), "")
 
     @property
     def mtp_layers(self) -> int:
@@ -126,24 +133,22 @@ class ModelConfig(JsonObject):
     def without_quantization(self) -> ModelConfig:
         """Return a copy without a quantization config."""
         bare = ModelConfig({key: value for key, value in self.items() if key != "quantization_config"})
-        text = bare.child("text_config")
-        if text is not None:
-            text.pop("quantization_config", None)
-            bare["text_config"] = text
+        if self.text_key:
+            bare[self.text_key] = {key: value for key, value in self.text.items() if key != "quantization_config"}
         return bare
 
     def with_mtp_layers_of(self, base: ModelConfig) -> ModelConfig:
         """Return a copy that promises as many MTP layers as the base's config, if that says anything."""
         counts = {key: base.text[key] for key in LAYER_COUNTS if key in base.text}
-        if self.text is not self and base.text is not base:
-            return ModelConfig({**self, "text_config": {**self.text, **counts}})
+        if self.text_key and base.text_key:
+            return ModelConfig({**self, self.text_key: {**self.text, **counts}})
         return ModelConfig({**self, **counts})
 
     def with_count(self, key: str, count: int) -> ModelConfig:
         """Return a copy with another number of MTP layers, which stands at `key`; `.` leads to a key of an object."""
         config = copy.deepcopy(self)
         outer, _, inner = key.rpartition(".")
-        for part in (config.get("text_config"), config):
+        for part in (config.get(config.text_key), config):
             place = part.get(outer) if outer and isinstance(part, dict) else part
             if isinstance(place, dict) and inner in place:
                 place[inner] = count

@@ -14,7 +14,7 @@ from requant.tasks.checkpoint.config import HEAD_BITS, JsonObject, ModelConfig, 
 from requant.tasks.checkpoint.exclusions import with_head_entries, without_head_entries
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.header import CONFIG_DTYPES, Tensor
-from requant.tasks.checkpoint.heads.layouts import INLINED, MTP
+from requant.tasks.checkpoint.heads.layouts import INLINED, MTP, promised_layers
 from requant.tasks.checkpoint.heads.missing import depths_of, stated_count
 from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import Head, find_head
@@ -196,11 +196,12 @@ def without_head(files: HeadFiles, head: Head | None, *, keep_count: bool = Fals
 def check_head(base: Checkpoint) -> None:
     """Check that a base has as many MTP layers as its config promises. Raises CheckpointError if not.
 
-    What an unknown layout should have is not known: such a head is never refused.
+    What an unknown layout should have is not known: such a head is never refused. The stages of DSpark are one depth,
+    and the config counts the stages.
     """
-    head, promised, there = base.head, base.config.mtp_layers, 0
+    head, promised, there = base.head, promised_layers(base.config), 0
     if head is not None:
-        if head.known is None:
+        if head.known is None or head.known.one_depth:
             return
         promised, there = stated_count(base.config, head.known).count or 0, depths_of(head, base.config)
         if not head.known.exact:  # engines skip what is not counted

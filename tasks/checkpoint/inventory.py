@@ -66,7 +66,7 @@ def head_document(checkpoint: Checkpoint) -> HeadDocument:
     return HeadDocument(
         present=True,
         layout=head.layout,
-        layers=checkpoint.config.mtp_layers or depths_of(head, checkpoint.config),
+        layers=depths_of(head, checkpoint.config),
         precision="+".join(sorted(set(stored.values()))),
         experts=_experts(modules),
         complete=not missing,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 from requant.tasks.checkpoint.config import ModelConfig
@@ -82,8 +83,11 @@ def find_head(names: Iterable[str], config: ModelConfig) -> Head | None:
 def _layout(keys: Collection[str], config: ModelConfig) -> HeadLayout | None:
     """Return the layout that engines read for this model, if there are tensors of it; else the one that fits all.
 
-    `keys`: those of the head's tensors, with `*` for every number.
+    `keys`: those of the head's tensors, with `*` for every number. Engines may read two layouts for a model, as for
+    DeepSeek V4: then it is the one of whose modules most are there.
     """
     own = [layout for layout in LAYOUTS if layout.belongs_to(config) and any(map(layout.is_place_of, keys))]
+    if own:
+        return max(own, key=lambda layout: Fraction(layout.present(keys), len(layout.modules)))
     others = (layout for layout in LAYOUTS if all(map(layout.fits, keys)) and layout.present(keys))
-    return max(own or others, key=lambda layout: layout.present(keys), default=None)
+    return max(others, key=lambda layout: layout.present(keys), default=None)

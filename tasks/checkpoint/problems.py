@@ -12,6 +12,7 @@ from requant.tasks.checkpoint.completeness import Completeness
 from requant.tasks.checkpoint.completeness.sentences import lack_problems
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
 from requant.tasks.checkpoint.heads.drafters import drafter_kind
+from requant.tasks.checkpoint.heads.layouts import promised_layers
 from requant.tasks.checkpoint.inventory import missing_parts
 from requant.tasks.checkpoint.lost_parts import lost_parts
 from requant.tasks.checkpoint.methods import MODELOPT_FILE, quantizes_cache_only
@@ -214,7 +215,7 @@ def _layers(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _head(checkpoint: Checkpoint, judgement: Judgement, remedies: Remedies) -> Iterator[str]:
-    promised, head = checkpoint.config.mtp_layers, checkpoint.head
+    promised, head = promised_layers(checkpoint.config), checkpoint.head
     problem: str | None
     if head is None:
         problem = (

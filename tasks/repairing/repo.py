@@ -16,6 +16,7 @@ from requant.tasks.checkpoint.atomic_swap import install, staged
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.config import HeadPrecision
 from requant.tasks.checkpoint.document import Diagnosis, MtpFixDocument
+from requant.tasks.checkpoint.heads.layouts import promised_layers
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
 from requant.tasks.checkpoint.repair import checked_plan, write_repair
 from requant.tasks.checkpoint.repair_plan import RepairPlan, RepairSource
@@ -117,7 +118,7 @@ def _plan(target: RepairSource, base: RepairSource | None, precision: HeadPrecis
     """Plan the repair of a sparse checkout. Raises CheckpointError if its head could only be repaired with a base."""
     checkpoint = Checkpoint.open(target.folder)
     plan, after = checked_plan(checkpoint, base, precision, target.fetch_own)
-    needs_head = checkpoint.head is not None or checkpoint.config.mtp_layers > 0
+    needs_head = checkpoint.head is not None or promised_layers(checkpoint.config) > 0
     if plan.left is not None and not plan.to_write and needs_head and not after.drafts:
         raise plan.left
     return plan

@@ -8,7 +8,9 @@ from typing import Any
 from pydantic import JsonValue
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.heads.layouts import has_draft_model
+from requant.tasks.checkpoint.mtp import Head
 from requant.tasks.checkpoint.served_dtype import Dtype, dtype_of_config
 from requant.tasks.recipe.engine_flags import speculates, with_drafts, without_drafts
 from requant.tasks.recipe.recipe import Benchmark
@@ -18,8 +20,13 @@ OF_RESULT_ONLY = {"quantization", "q"}  # flags that a base cannot be served wit
 
 def can_draft(checkpoint: Checkpoint, asked: Benchmark) -> bool:
     """Check whether vLLM drafts for a checkpoint: with its MTP head, or as the recipe's flags say."""
-    with_head = checkpoint.head is not None and has_draft_model("vllm", checkpoint.config)
+    with_head = checkpoint.head is not None and drafts_by_mtp(checkpoint.head, checkpoint.config)
     return with_head or any(map(speculates, asked.flags))
+
+
+def drafts_by_mtp(head: Head, config: ModelConfig) -> bool:
+    """Check whether vLLM has a draft model for a head by the method `mtp`, as far as the head's layout is known."""
+    return (head.known is None or head.known.method == "mtp") and has_draft_model("vllm", config)
 
 
 def serving_flags(config: Mapping[str, Any], asked: Benchmark, *, drafts: bool) -> dict[str, Any]:

@@ -137,9 +137,16 @@ def _deepseek_v4() -> Shapes:
 
 
 def _dspark() -> Shapes:
-    shapes: Shapes = {"mtp.0.main_proj.weight": _FUSION, "mtp.2.markov_head.embed.weight": _TABLE}
+    """Three stages, each a decoder block: the first takes the model's hidden states, the last gives the tokens."""
+    shapes: Shapes = {"mtp.0.main_proj.weight": _FUSION, "mtp.2.hc_head_fn": (4, HIDDEN)}
+    shapes |= {f"mtp.2.markov_head.markov_{w}.weight": _TABLE for w in ("w1", "w2")}
+    shapes |= {"mtp.2.confidence_head.proj.weight": (1, HIDDEN)}
     shapes |= _norms("mtp.0", "main_norm") | _norms("mtp.2", "norm")
-    return shapes | {f"mtp.{stage}.attn.wq_a.weight": _MATRIX for stage in range(3)}
+    names = ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b", "ffn.gate")
+    for stage in (f"mtp.{number}" for number in range(3)):
+        shapes |= {f"{stage}.{name}.weight": _MATRIX for name in names} | _norms(stage, "attn_norm", "ffn_norm")
+        shapes |= {f"{stage}.ffn.experts.{e}.w{w}.weight": _MATRIX for e in range(2) for w in (1, 2, 3)}
+    return shapes
 
 
 def _minimax() -> Shapes:
@@ -254,8 +261,12 @@ FAMILIES: dict[str, Family] = {
         needed="mtp.0.e_proj.weight",
     ),
     "deepseek-v4.1": Family(
-        "dspark", "DeepseekV41ForCausalLM", "deepseek_v41", _dspark(), {"n_mtp_layers": 1}, root="",
+        "dspark", "DeepseekV41ForCausalLM", "deepseek_v41", _dspark(), {"n_mtp_layers": 3}, root="",
         needed="mtp.0.main_proj.weight",
+    ),
+    "deepseek-v4-dspark": Family(
+        "dspark", "DeepseekV4ForCausalLM", "deepseek_v4", _dspark(), {**_COUNTED, "dspark_block_size": 5}, root="",
+        needed="mtp.0.main_norm.weight",
     ),
     "minimax-m3": Family(
         "minimax_m3", "MiniMaxM3SparseForConditionalGeneration", "minimax_m3_vl", _minimax(),

@@ -19,6 +19,8 @@ EXPERT_COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 # Keys that shape no tensor, or only by their list of layers.
 IGNORED = ("token_id", "token_index", "dtype", "version", "id2label", "label2id", "quantization", "initializer")
 OF_ALL_MODELS = PreTrainedConfig().to_dict().keys() - {"tie_word_embeddings"}
+# Values to try in lists with one for each layer of which transformers' own has not all.
+BY_LAYER = {"indexer_types": ("full", "shared")}
 OPTIONAL_SIZE = 48  # tried where a config has null
 Path = tuple[str, ...]
 Values = dict[str, Any]
@@ -114,6 +116,12 @@ class Builder:
                     yield probe
                     if type(value) is int and other == 2 * value:
                         scaled[path] = value
+        for path, value in first.values.items():
+            kinds = BY_LAYER.get(path.rpartition(".")[2])
+            if kinds and isinstance(value, list):
+                probe = self.probe({path: [kinds[number % len(kinds)] for number in range(len(value))]})
+                if probe is not None:
+                    yield probe
         generator = random.Random(0)
         for _ in range(8):
             chosen = [path for path in scaled if generator.random() < 0.5]

@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 
 from infra.dev.engines.source import Source
 from requant.tasks.checkpoint.compat import VERSIONS, auto_round, gptq, modelopt, sglang, transformers, vllm
+from requant.tasks.checkpoint.heads.layouts import LAYOUTS
 
 RECORD = Path(__file__).parent / "sources.json"
 V = "vllm/model_executor/layers/quantization"
@@ -87,6 +88,7 @@ TABLES = (
 FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "vllm": {
         "vllm/config/model.py": ("ModelConfig._verify_quantization",),
+        "vllm/config/speculative.py": ("SpeculativeConfig.hf_config_override",),
         "vllm/transformers_utils/model_arch_config_convertor.py": (
             "ModelArchConfigConvertorBase._normalize_quantization_config",
             "ModelArchConfigConvertorBase.get_quantization_config",
@@ -130,6 +132,7 @@ FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "ModelConfig._verify_quantization",
             "ModelConfig._parse_quant_hf_config",
             "ModelConfig._parse_modelopt_quant_config",
+            "ModelConfig._config_draft_model",
         ),
         f"{S}/auto_round.py": ("AutoRoundConfig",),
         f"{S}/gptq/gptq.py": ("check_marlin_format", "GPTQMarlinConfig"),
@@ -163,15 +166,37 @@ def differences(engine: str, source: Source, recorded: Mapping[str, str | None])
     for place, digest in digests(engine, source).items():
         file, _, name = place.partition(":")
         if digest is None:
-            yield f"`{file}` has no `{name}` any more, which a rule follows"
+            yield (
+                f"`{file}` has no `{name}` any more, which a rule follows"
+                if name
+                else f"`{file}` is not there any more"
+            )
         elif digest != recorded.get(place):
-            yield f"`{name}` (`{file}`) is not the code any more that a rule follows"
+            code = f"`{name}` (`{file}`)" if name else f"`{file}`"
+            yield f"{code} is not the code any more that a rule follows"
 
 
 def digests(engine: str, source: Source) -> dict[str, str | None]:
-    """Return a digest of each function that the rules about an engine follow, by `file:name`."""
-    functions = FUNCTIONS.get(engine, {})
-    return {f"{file}:{name}": source.digest(file, name) for file, names in functions.items() for name in names}
+    """Return a digest of each function that the rules about an engine follow, by `file:name`, and of draft models.
+
+    Those are whole files, which the table of MTP heads names, by `file:`.
+    """
+    return {f"{file}:{name}": source.digest(file, name) for file, name in followed(engine)}
+
+
+def followed(engine: str) -> list[tuple[str, str]]:
+    """Return the files and names of what the rules about an engine follow; a whole file has no name."""
+    functions = [(file, name) for file, names in FUNCTIONS.get(engine, {}).items() for name in names]
+    return [*functions, *((file, "") for file in draft_models(engine))]
+
+
+def draft_models(engine: str) -> list[str]:
+    """Return the files of an engine's draft models for MTP heads. vLLM has those in folders of a family elsewhere."""
+    drafters = (layout.engines[engine] for layout in LAYOUTS if engine in layout.engines)
+    named = sorted({file for drafter in drafters for file in drafter.source.split(", ")})
+    if engine == "sglang":
+        return [f"sglang/srt/models/{file}" for file in named]
+    return [f"vllm/models/{file}" if "/" in file else f"vllm/model_executor/models/{file}" for file in named]
 
 
 def report(sources: Mapping[str, Source], record: Mapping[str, Mapping[str, str | None]]) -> tuple[str, int]:

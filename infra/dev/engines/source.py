@@ -63,13 +63,16 @@ class Source:
         return found
 
     def digest(self, file: str, name: str) -> str | None:
-        """Return a digest of a function's or class's code without comments and docstrings; None if it is not there."""
+        """Return a digest of a function's or class's code without comments and docstrings; None if it is not there.
+
+        `name` empty: of the whole file.
+        """
         tree = self.tree(file)
-        found = None if tree is None else _definition(tree.body, name.split("."))
+        found = tree if tree is None or not name else _definition(tree.body, name.split("."))
         if found is None:
             return None
         for node in ast.walk(found):
-            if isinstance(node, Definition) and ast.get_docstring(node, clean=False) is not None:
+            if isinstance(node, Definition | ast.Module) and ast.get_docstring(node, clean=False) is not None:
                 node.body = node.body[1:] or [ast.Pass()]
         return hashlib.sha256(ast.dump(found).encode()).hexdigest()[:16]
 

@@ -11,7 +11,7 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import sglang, vllm
 from requant.tasks.checkpoint.compat.rule import Finding, NotJudged
 from requant.tasks.checkpoint.heads.layout import HeadLayout, architecture_of
-from requant.tasks.checkpoint.heads.layouts import LAYOUTS
+from requant.tasks.checkpoint.heads.layouts import LAYOUTS, promised_layers
 from requant.tasks.checkpoint.heads.missing import depths_of, stated_count
 from requant.tasks.checkpoint.inventory import missing_parts
 from requant.tasks.checkpoint.mtp import Head
@@ -31,7 +31,7 @@ def head_finding(checkpoint: Checkpoint, engine: str) -> Finding:
     """
     head = checkpoint.head
     if head is None:  # vLLM starts with an uninitialized head, and accepts no draft
-        promised = checkpoint.config.mtp_layers
+        promised = promised_layers(checkpoint.config)
         return "there is no MTP head, though config.json promises one" if promised else "there is no MTP head"
     if head.known is None:
         return NotJudged("the MTP head has a layout that Requant does not know: it is kept as it is")
@@ -41,7 +41,7 @@ def head_finding(checkpoint: Checkpoint, engine: str) -> Finding:
     missing = missing_parts(checkpoint, head)
     if missing:
         return f"{missing[0]} is missing from the head"
-    return _count_finding(checkpoint, head, head.known) or _naming_finding(checkpoint, head, engine)
+    return _count_finding(checkpoint, head, engine) or _naming_finding(checkpoint, head, engine)
 
 
 def _drafter_finding(checkpoint: Checkpoint, layout: HeadLayout, engine: str) -> Finding:
@@ -61,8 +61,11 @@ def _drafter_finding(checkpoint: Checkpoint, layout: HeadLayout, engine: str) ->
     return EngineLacks(f"{ENGINES[engine]} has no draft model for {name}")
 
 
-def _count_finding(checkpoint: Checkpoint, head: Head, layout: HeadLayout) -> Finding:
-    """Return how the number of layers contradicts what config.json says, or None."""
+def _count_finding(checkpoint: Checkpoint, head: Head, engine: str) -> Finding:
+    """Return how the number of layers contradicts what config.json says, or what the engine takes; or None."""
+    layout = head.known
+    if layout is None:
+        return None
     stated, there = stated_count(checkpoint.config, layout), depths_of(head, checkpoint.config)
     if stated.count is None:
         said = f"{stated.key} is null, or no number" if stated.key else f"{layout.counts[0]} is missing"
@@ -71,6 +74,9 @@ def _count_finding(checkpoint: Checkpoint, head: Head, layout: HeadLayout) -> Fi
         return f"config.json promises 0 MTP layers ({stated.key}), and there is a head"
     if there < stated.count:
         return f"config.json promises {stated.count} MTP layers, and there are {there}"
+    most = layout.engines[engine].most_depths if engine in layout.engines else None
+    if most is not None and stated.count > most:
+        return EngineLacks(f"{ENGINES[engine]} takes no head of more than {most} MTP layers, and there are {there}")
     stray = _uncounted_tensor(checkpoint, head, stated.count) if layout.exact else None
     return f"{stray} is beyond the {stated.count} MTP layers that config.json promises" if stray else None
 

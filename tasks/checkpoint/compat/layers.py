@@ -40,12 +40,14 @@ LAYER_CLASSES = {
 class Tree:
     """How an engine names the layers of a model.
 
-    `plain`: names (last component) of layers that the engine never quantizes.
+    `plain`: names (last component) of layers that the engine never quantizes. `converted`: those of them whose weight
+    may be FP8 with scales too, which the engine converts while it loads.
     """
 
     renames: Renames = field(default_factory=Renames)
     fused: Fused = field(default_factory=dict)
     plain: frozenset[str] = frozenset()
+    converted: frozenset[str] = frozenset()
 
     def layers(self, modules: Iterable[Module]) -> list[Layer]:
         """Return the layers, in the order of their first modules."""
@@ -87,7 +89,10 @@ def first_problem(
     The sentence names the tensor and the field of the config.
     """
     for layer in layers:
-        if layer.name.rpartition(".")[2] in tree.plain:
+        leaf = layer.name.rpartition(".")[2]
+        if leaf in tree.converted and all(_is_scaled_fp8(modules[part]) for part in layer.parts):
+            continue
+        if leaf in tree.plain:
             scheme = EngineScheme(because="the engine builds this layer without quantization")
         else:
             try:
@@ -121,6 +126,10 @@ def _misfit(layer: Layer, scheme: EngineScheme, modules: Mapping[str, Module]) -
         if number < shapes_to_check and (problem := shape_problem(module, scheme)):
             return problem
     return None
+
+
+def _is_scaled_fp8(module: Module) -> bool:
+    return module.storage == "scaled" and module.parts["weight"].dtype == "F8_E4M3"
 
 
 def _main_tensor(module: Module) -> str:

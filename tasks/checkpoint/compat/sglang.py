@@ -2,7 +2,7 @@
 for CPUs that can be installed. infra/dev/engines/differences.py compares its tables with those here.
 
 Sources: SGLang 0.5.23, srt/configs/model_config.py (_verify_quantization, _parse_quant_hf_config);
-srt/layers/quantization: auto_round/auto_round.py and routing.py, gptq/gptq.py, awq/awq.py,
+srt/layers/quantization: auto_round.py, gptq/gptq.py, awq/awq.py,
 compressed_tensors/compressed_tensors.py, fp8.py and utils.py, marlin_utils.py, mlx.py;
 srt/model_loader/loader.py (_get_quantization_config), srt/models/qwen3_5.py and qwen3_5_mtp.py.
 
@@ -68,15 +68,16 @@ MODELOPT = BY_STATED["modelopt"]  # its config may lack quant_method
 GPTQ_SCHEMES = ([4, True], [8, True])  # gptq/gptq.py, GPTQMarlinConfig.TYPE_MAP: bits, sym
 MARLIN_GROUP_SIZES = (-1, 32, 64, 128)  # marlin_utils.py, MARLIN_SUPPORTED_GROUP_SIZES
 _FUSED_FP8 = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_CONVERTED = frozenset({"wk", "weights_proj"})  # of the indexer: deepseek_weight_loader.py, _load_fused_indexer_wk
 _PLAIN = frozenset({"fc", "eh_proj", "gate", "shared_expert_gate", "conv1d", "embed_tokens"})
 
 
 @dataclass(frozen=True)
 class SglangAutoRound(AutoRound):
-    """A config of auto-round, as routing.get_layer_config of SGLang reads it."""
+    """A config of auto-round, as AutoRoundConfig.get_layer_config of SGLang reads it."""
 
     def scheme(self, layer: Layer) -> EngineScheme:
-        """Decide as routing.get_layer_config does."""
+        """Decide as AutoRoundConfig.get_layer_config does."""
         name, quantized = layer.name, layer.kind != LM_HEAD
         because = EVERYTHING
         if name in self.extra:
@@ -151,7 +152,7 @@ def load_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns
         rule = _read_rule(checkpoint, patterns)
     except NotLoadable as refusal:
         return f"SGLang refuses quantization_config: {refusal}"
-    tree = Tree(Renames(), known.fused, known.plain)
+    tree = Tree(Renames(), known.fused, known.plain, _CONVERTED)
     layers = [layer for layer in tree.layers(modules.values()) if len(layer.parts) == 1 or layer.kind == EXPERTS]
     return vllm.no_rules(checkpoint) if rule is None else _first_problem(layers, rule, modules, tree)
 
@@ -159,7 +160,7 @@ def load_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns
 def head_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns: Patterns) -> Finding:
     """Return why SGLang would not load the MTP head correctly, or None. `modules`: the modules of the head."""
     known = vllm.architecture(checkpoint).tree
-    tree = Tree(Renames(), known.fused, known.plain | _PLAIN)
+    tree = Tree(Renames(), known.fused, known.plain | _PLAIN, _CONVERTED)
     layers = tree.layers(modules.values())
     plain = [layer for layer in layers if layer.name.rpartition(".")[2] in tree.plain]
     try:

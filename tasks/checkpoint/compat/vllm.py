@@ -14,7 +14,7 @@ tensor without a parameter is an error.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint, read_json
 from requant.tasks.checkpoint.compat.auto_round import AutoRound
@@ -55,6 +55,7 @@ _WRAPPED = Renames(
 )
 _TEXT = Renames((("model.language_model.", "model."),))
 _ROUTERS = frozenset({"gate", "shared_expert_gate", "conv1d", "embed_tokens", "weights_proj", "wk"})
+_CONVERTED = frozenset({"wk"})  # of the indexer: deepseek_v2.py, _try_load_fp8_indexer_wk
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Architecture:
 
 _DENSE = Tree(Renames(), {**_QKV, **_GATE_UP}, _ROUTERS)
 # deepseek_v2.py fuses q_a_proj and kv_a_proj_with_mqa if q_lora_rank is set.
-_LATENT = Tree(Renames(), {**_GATE_UP, "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}, _ROUTERS)
+_LATENT = Tree(Renames(), {**_GATE_UP, "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}, _ROUTERS, _CONVERTED)
 _VISION = Tree(_WRAPPED, {**_QKV, **_GATE_UP, "qkv": ("qkv",), **_GDN}, _ROUTERS)
 _PLAIN_HEAD = frozenset({"eh_proj"})  # nn.Linear in deepseek_mtp.py and glm4_moe_mtp.py
 ARCHITECTURES: dict[str, Architecture] = {
@@ -232,14 +233,21 @@ def load_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns
         return f"vLLM refuses quantization_config: {refusal}"
     if rule is None:
         return no_rules(checkpoint)
-    return _first_problem(rule, tree.layers(modules.values()), modules, tree)
+    layers = tree.layers(modules.values())
+    if architecture(checkpoint) is not UNKNOWN_ARCHITECTURE:
+        return _first_problem(rule, layers, modules, tree)
+    fused = [layer for layer in layers if layer.name.rpartition(".")[2] in tree.fused]
+    found = _first_problem(rule, [layer for layer in layers if layer not in fused], modules, tree)
+    if found is None and (problem := _first_problem(rule, fused, modules, tree)):
+        return NotJudged(f"which layers vLLM fuses for this architecture is not known; fused as Llama's, {problem}")
+    return found
 
 
 def head_problem(checkpoint: Checkpoint, modules: Mapping[str, Module], patterns: Patterns) -> Finding:
     """Return why vLLM would not load the MTP head correctly, or None. `modules`: the modules of the head."""
     known = architecture(checkpoint)
     fused = known.tree.fused if known.draft_fused is None else known.draft_fused
-    tree = Tree(known.tree.renames, fused, known.tree.plain | known.draft_plain)
+    tree = replace(known.tree, fused=fused, plain=known.tree.plain | known.draft_plain)
     try:
         quantization = quantization_of(checkpoint)
         rule = read_rule(quantization, tree.renames, fused, patterns, checkpoint)

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 
-from requant.tasks.checkpoint.config import JsonObject
+from requant.tasks.checkpoint.config import JsonObject, ModelConfig
 
 FACTOR = re.compile(r"([*/]?)(len\()?([\w.]+)\)?")
 PER_LAYER = re.compile(r"(.+)\[i\] == (.+)")
 FROM_LAYER = re.compile(r"i (<|>=) (.+)")
+INDEXER_TYPES = "indexer_types"
+SCHEDULE = ("index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")
+LETTERS = {"F": "full", "S": "shared"}
 UNSTATED = object()
 Default = bool | int | str | None
 
@@ -43,10 +46,11 @@ class Values:
         *parents, key = path.split(".")
         part = self.config
         for parent in parents:
-            child = part.child(parent)
-            if child is None and parent != "text_config":
+            # a flat config has the text's keys at the top
+            child = ModelConfig(part).text if parent == "text_config" else part.child(parent)
+            if child is None:
                 return UNSTATED
-            part = part if child is None else child  # a flat config has the text's keys at the top
+            part = child
         return part.get(key, part.get(self.aliases.get(path, ""), UNSTATED))
 
     def size(self, formula: str) -> int | None:
@@ -84,11 +88,31 @@ class Values:
         value = default if value is UNSTATED else value
         return value if type(value) is int else None
 
+    def _kind(self, path: str, layer: int) -> object:
+        """Return the entry for a layer of a list with one for each; None if the config does not say."""
+        kinds = self.stated(path)
+        if kinds in (None, UNSTATED) and path.endswith(INDEXER_TYPES):
+            return self._indexer_kind(path.removesuffix(INDEXER_TYPES), layer)
+        return kinds[layer] if isinstance(kinds, list) and layer < len(kinds) else None
+
+    def _indexer_kind(self, part: str, layer: int) -> object:
+        """Return the kind of a layer's indexer from the pattern or schedule in a part of the config.
+
+        Source: transformers 5.23.0, GlmMoeDsaConfig.__post_init__; those of GLM-5-Next and Mistral Large 4 are alike.
+        """
+        pattern, frequency, offset = (self.stated(part + key) for key in SCHEDULE)
+        if pattern not in (None, UNSTATED):
+            listed = [LETTERS.get(letter) for letter in pattern] if isinstance(pattern, str) else pattern
+            return listed[layer] if isinstance(listed, list) and layer < len(listed) else None
+        if type(frequency) is not int:
+            return None
+        first = offset if type(offset) is int else 2
+        return "shared" if max(layer - first + 1, 0) % max(frequency, 1) else "full"
+
     def holds(self, condition: str, layer: int) -> bool | None:
         """Check a condition for a layer; None if the config does not say."""
         if match := PER_LAYER.fullmatch(condition):
-            kinds = self.stated(match[1])
-            kind = kinds[layer] if isinstance(kinds, list) and layer < len(kinds) else None
+            kind = self._kind(match[1], layer)
             known = isinstance(kind, str) and kind in self.kinds.get(match[1], ())
             return kind == match[2] if known else None
         if match := FROM_LAYER.fullmatch(condition):

@@ -1,8 +1,8 @@
 """Recognizes draft models in repos of their own. Engines load them beside their base; they are no base models.
 
 Sources: vLLM 0.32.0, model_executor/models/registry.py (_SPECULATIVE_DECODING_MODELS), config/speculative.py and
-transformers_utils/configs/speculators; SGLang 0.5.23, `EntryClass` of srt/models/{*eagle*,dflash,*dspark*,gemma4_mtp,
-iquest_q1_mtp}.py.
+transformers_utils/configs/speculators; SGLang 0.5.23, `EntryClass` of srt/models/{*eagle*,dflash,*dspark*,*nextn,*mtp,
+ernie4_eagle,inkling}.py.
 """
 
 from __future__ import annotations
@@ -31,10 +31,27 @@ ARCHITECTURES: dict[str, frozenset[str]] = {
     "DSpark": frozenset({
         "DSparkDraftModel", "DSparkV41DraftModel", "Qwen3DSparkModel", "Qwen3OmniDSparkModel", "K3DSparkModel",
         "Gemma4DSparkModel", "LingDSparkModel", "DSparkMiniMaxDraftModel", "Lfm2DSparkDraftModel",
+        "DeepseekV4ForCausalLMDSpark",
     }),
     "Gemma assistant": frozenset({"Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM", "Gemma4MTPModel"}),
     "Medusa": frozenset({"MedusaModel"}),
-    "MTP": frozenset({"IQuestQ1MTP", "MiniMaxM3MTP"}),
+    "MTP": frozenset({
+        # vLLM
+        "BailingMoeV25MTPModel", "BailingMoeV3MTPModel", "DeepSeekMTPModel", "DeepSeekV4MTPModel",
+        "DeepseekV32MTPModel", "Dots3NoteMTPModel", "ErnieMTPModel", "Exaone4_5_MTP", "ExaoneMoeMTP",
+        "Glm4MoeLiteMTPModel", "Glm4MoeMTPModel", "Glm5NextMTPModel", "GlmOcrMTPModel", "HYV3MTPModel", "HYV4MTPModel",
+        "InklingMTPModel", "InternS2MobiusMTP", "KimiK3MTPModel", "LongCatFlashMTPModel", "MiMoMTPModel",
+        "MiMoV2MTPModel", "MiMoV2OmniMTPModel", "MiniMaxM3MTP", "NemotronHMTPModel", "OpenPanguMTPModel",
+        "Qwen3NextMTP", "Qwen3_5MTP", "Qwen3_5MoeMTP", "Qwen4ExpMTP", "Step3p5MTP",
+        # SGLang
+        "BailingMoeForCausalLMNextN", "DeepseekV3ForCausalLMNextN", "DeepseekV4ForCausalLMNextN",
+        "Dots3NoteForCausalLMNextN", "Ernie4_5_MoeForCausalLMMTP", "ExaoneMoEForCausalLMMTP",
+        "GigaChat35ForCausalLMNextN", "Glm4MoeForCausalLMNextN", "Glm4MoeLiteForCausalLMNextN",
+        "Glm5NextForConditionalGenerationNextN", "GlmOcrForConditionalGenerationNextN", "HYV3ForCausalLMNextN",
+        "HYV4ForCausalLMNextN", "IQuestQ1MTP", "InklingForConditionalGenerationMTP", "LongcatFlashForCausalLMNextN",
+        "MiMoMTP", "MiMoV2MTP", "NemotronHForCausalLMMTP", "Qwen3MoeForCausalLMMTP", "Qwen3NextForCausalLMMTP",
+        "Qwen3_5ForCausalLMMTP", "Qwen4ExpForCausalLMMTP",
+    }),
 }  # fmt: skip
 # Values of `speculators_model_type`, in the configs of the library speculators, and of `model_type`.
 MODEL_TYPES = {

@@ -61,12 +61,13 @@ class Drafter:
     """An engine's draft model for heads of a layout: the main models for which the engine builds it.
 
     A main model is named by the first of its config's `architectures`, or by `model_type`: engines look at one or the
-    other. `source` is the file of the loader.
+    other. `source` is the file of the loader. `most_depths`: with more in the config, the engine refuses to start.
     """
 
     source: str
     architectures: frozenset[str] = frozenset()
     model_types: frozenset[str] = frozenset()
+    most_depths: int | None = None
 
     def serves(self, config: ModelConfig) -> bool:
         """Check whether the engine builds this draft model for a main model with this config."""
@@ -88,7 +89,8 @@ class HeadLayout:
     counts: keys of the config that count the depths, the first one that is there; with `.` for a key of an object.
     default: the depths if the config does not say; None if engines do not draft then.
     exact: whether there must be as many depths as counted. Otherwise more may be there, which engines skip.
-    pattern: a key of the config whose value has one character for each layer of a depth.
+    patterns: keys of the config, of which the first one that is there has one character or entry for each layer of a
+        depth.
     one_depth: whether all layers are one depth.
     method: the method of speculative decoding, as vLLM calls it.
     engines: the draft model of each engine that has one.
@@ -105,7 +107,7 @@ class HeadLayout:
     counts: tuple[str, ...] = ("num_nextn_predict_layers",)
     default: int | None = None
     exact: bool = False
-    pattern: str = ""
+    patterns: tuple[str, ...] = ()
     one_depth: bool = False
     method: str = "mtp"
     engines: Mapping[str, Drafter] = field(default_factory=dict)

@@ -207,12 +207,13 @@ LAYOUTS: tuple[HeadLayout, ...] = (
         layers="mtp.layers.*",
         modules=_below("mtp.layers.*", "enorm", "hnorm", "eh_proj", "norm", "mixer", "final_layernorm"),
         at_end=_all("mtp.layers.*.final_layernorm"),
-        pattern="mtp_hybrid_override_pattern",
+        patterns=("mtp_hybrid_override_pattern", "mtp_layers_block_type"),
         engines={
             "vllm": Drafter(
                 "nemotron_h_mtp.py",
                 _all("NemotronH_Super_Omni_Reasoning_V3", "NemotronH_Omni_Reasoning_V3"),
                 _all("nemotron_h", "nemotron_h_puzzle"),
+                most_depths=1,
             ),
             "sglang": Drafter(
                 "nemotron_h_mtp.py",
@@ -307,7 +308,11 @@ LAYOUTS: tuple[HeadLayout, ...] = (
         one_depth=True,
         method="dspark",
         engines={
-            "vllm": Drafter("deepseek_v41/nvidia/dspark.py", _all("DeepseekV41ForCausalLM"), _all("deepseek_v41")),
+            "vllm": Drafter(
+                "deepseek_v4/nvidia/dspark.py, deepseek_v41/nvidia/dspark.py",
+                _all("DeepseekV41ForCausalLM"),
+                _all("deepseek_v4", "deepseek_v41"),
+            ),
             "sglang": Drafter("deepseek_v4_dspark.py", _all("DeepseekV4ForCausalLM")),
         },
     ),
@@ -316,9 +321,17 @@ BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
 
 def has_draft_model(engine: str, config: ModelConfig) -> bool:
-    """Check whether an engine has a draft model for a model's MTP head.
+    """Check whether an engine has a draft model for a model's MTP head, by the method `mtp`.
 
     For a config that names no architecture this is not known, and assumed.
     """
     drafters = (layout.engines[engine] for layout in LAYOUTS if layout.method == "mtp" and engine in layout.engines)
     return not architecture_of(config) or any(drafter.serves(config) for drafter in drafters)
+
+
+def promised_layers(config: ModelConfig) -> int:
+    """Return how many MTP layers a config promises; 0 if no engine drafts with a head of the model.
+
+    Some families count the layers of a head that was trained and is in no checkpoint, as MiniMax-M2.
+    """
+    return config.mtp_layers if any(layout.belongs_to(config) for layout in LAYOUTS) else 0

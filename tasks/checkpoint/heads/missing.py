@@ -50,10 +50,9 @@ def _depths(head: Head, layout: HeadLayout, config: ModelConfig) -> list[Sequenc
         return [()]
     if layout.one_depth:
         return [layers] if layers else []
-    pattern = config.text.get(layout.pattern) if layout.pattern else None
-    size = max(len(pattern), 1) if isinstance(pattern, str | list) else 1
-    if layout.pattern and pattern is None:
-        size = max(len(layers), 1)
+    stated = (config.text.get(key) for key in layout.patterns)
+    pattern = next((value for value in stated if isinstance(value, str | list)), None)
+    size = 1 if pattern is None and not layout.patterns else max(len(layers if pattern is None else pattern), 1)
     return [layers[start : start + size] for start in range(0, len(layers), size)]
 
 

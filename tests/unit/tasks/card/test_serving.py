@@ -45,6 +45,14 @@ def test_the_commands_name_the_dtype_in_which_the_scales_were_judged() -> None:
     assert "dtype" not in card_of()[1]
 
 
+def test_a_head_for_which_vllm_has_no_method_mtp_gets_no_command_with_drafts() -> None:
+    """As the stages of DSpark, for which vLLM refuses the method."""
+    _, body = card_of(by_mtp=False)
+    assert "vllm serve" in body and "--speculative-config" not in body
+    _, body = card_of(by_mtp=False, recipe=recipe(benchmark={"flags": {"speculative-config": {"method": "dspark"}}}))
+    assert '"method":"dspark"' in body
+
+
 def test_a_file_in_a_command_is_named_without_the_folder_it_lies_in() -> None:
     path = "/srv/mine/chat.jinja"
     _, body = card_of(recipe=recipe(benchmark={"flags": {"chat-template": path}}))

@@ -72,3 +72,14 @@ def test_a_method_has_the_spelling_of_vllm(stated: Any, method: str) -> None:
 ], ids=lambda value: str(value)[:60])  # fmt: skip
 def test_the_scheme_is_told_in_one_way_for_every_method(quantization: dict[str, Any], fields: Any) -> None:
     assert astuple(QuantizationConfig(quantization).scheme) == fields
+
+
+@pytest.mark.parametrize("key", ["text_config", "llm_config"])
+def test_the_language_models_part_has_either_of_two_names(key: str) -> None:
+    stated = {"bits": 4}
+    config = ModelConfig({key: {"num_nextn_predict_layers": 2, "quantization_config": stated}})
+    assert config.mtp_layers == 2 and config.quantization == stated
+    assert config.without_quantization() == {key: {"num_nextn_predict_layers": 2}}
+    counted = ModelConfig({"text_config": {"num_nextn_predict_layers": 1}})
+    assert config.with_mtp_layers_of(counted).text["num_nextn_predict_layers"] == 1
+    assert config.with_count("num_nextn_predict_layers", 3)[key]["num_nextn_predict_layers"] == 3

@@ -24,6 +24,12 @@ def test_vllm_is_not_asked_to_draft_for_a_model_for_which_it_has_no_draft_model(
     assert can_draft(foreign, Benchmark(flags={"speculative-config": {"method": "draft_model"}}))
 
 
+@pytest.mark.parametrize("name", ["deepseek-v4.1", "deepseek-v4-dspark"])
+def test_stages_of_dspark_are_not_served_as_an_mtp_head(name: str, tmp_path: Path) -> None:
+    staged = Checkpoint.open(FAMILIES[name].write(tmp_path / name))
+    assert staged.head is not None and not can_draft(staged, Benchmark())
+
+
 def test_a_checkpoint_drafts_if_it_has_a_head_or_the_recipe_says_so(tmp_path: Path) -> None:
     base = pico_base(tmp_path / "base")
     headless = Checkpoint.open(write_quantized(base, tmp_path, head=False))

@@ -86,8 +86,8 @@ def test_the_installed_transformers_is_the_one_whose_rules_are_here() -> None:
 
 def test_every_function_that_a_rule_follows_is_recorded() -> None:
     recorded = json.loads(differences.RECORD.read_text())
-    for engine, files in differences.FUNCTIONS.items():
-        assert set(recorded[engine]) == {f"{file}:{name}" for file, names in files.items() for name in names}
+    for engine in differences.FUNCTIONS:
+        assert set(recorded[engine]) == {f"{file}:{name}" for file, name in differences.followed(engine)}
         assert None not in recorded[engine].values()
 
 
@@ -96,3 +96,15 @@ def test_the_nightly_workflow_runs_the_comparison_and_opens_an_issue() -> None:
     steps = "\n".join(step.get("run", "") for step in workflow["jobs"]["differences"]["steps"])
     assert "infra.dev.engines.differences" in steps and "test_rules_of_vllm.py" in steps and "gh issue create" in steps
     assert "schedule" in workflow[True] and workflow["permissions"]["issues"] == "write"
+
+
+def test_a_changed_draft_model_is_told_by_its_file(tmp_path: Path) -> None:
+    record = json.loads(differences.RECORD.read_text())
+    for engine in ("vllm", "sglang"):
+        files = differences.draft_models(engine)
+        assert files and all(record[engine][f"{file}:"] for file in files)
+    whole = source_of(tmp_path / "a").digest("engine/code.py", "")
+    assert source_of(tmp_path / "b", TABLES.replace("# a comment", "")).digest("engine/code.py", "") == whole
+    assert source_of(tmp_path / "c", TABLES + "X = 1\n").digest("engine/code.py", "") != whole
+    said = list(differences.differences("vllm", Source(tmp_path), record["vllm"]))
+    assert f"`{differences.draft_models('vllm')[0]}` is not there any more" in said

@@ -49,6 +49,33 @@ def test_a_model_that_transformers_makes_lacks_nothing(name: str) -> None:
     assert made.architecture == name and made.lacks == []
 
 
+SHARING = ["full", "full", "shared", "full", "shared", "full"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"indexer_types": SHARING},
+        {"index_topk_pattern": "FFSFSF"},
+        {"index_topk_freq": 2, "index_skip_topk_offset": 2},
+        {},
+    ],
+    ids=["types", "pattern", "schedule", "nothing"],
+)
+def test_a_layer_that_shares_the_choice_of_another_needs_no_indexer(said: dict[str, Any]) -> None:
+    made = pico_config("GlmMoeDsaForCausalLM")
+    made.indexer_types = SHARING
+    config, shapes = stated(made), pico_shapes(made)
+    del config["indexer_types"]
+    assert completeness(config | said, shapes).lacks == []
+    lost = "model.layers.3.self_attn.indexer.wk.weight"
+    assert missing_tensors(headers_only(config | said, without(shapes, lost))) == [lost]
+    whole = {name for name in shapes if ".3.self_attn.indexer." in name}
+    assert set(missing_tensors(headers_only(config | said, without(shapes, *whole))) or ()) == (
+        whole if said else set()
+    )
+
+
 def unknown(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "architectures": ["SomethingNewForCausalLM"]}
 

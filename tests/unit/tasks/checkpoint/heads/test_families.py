@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -29,7 +30,7 @@ from tests.factories.head_families import FAMILIES, HIDDEN, Family
 
 RECIPE = parse_recipe({"base": {"repo_id": "a/b"}, "quantize": {"group_size": 32}, "mtp": "keep"})
 WORDS = ("MTP", "mtp", "head.")  # of a problem of the head
-DRAFTED_OTHERWISE = {"deepseek-v4.1", "iquest-flat", "unheard-of", "unheard-of-behind"}
+DRAFTED_OTHERWISE = {"deepseek-v4.1", "deepseek-v4-dspark", "iquest-flat", "unheard-of", "unheard-of-behind"}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -126,6 +127,32 @@ def test_a_count_that_contradicts_the_head_is_named(name: str, count: int | None
     assert said in inspect_checkpoint(wrong.write(tmp_path / "base")).engines["vllm"].reason
 
 
+@pytest.mark.parametrize(
+    "said",
+    [{"mtp_hybrid_override_pattern": "*E"}, {"mtp_layers_block_type": ["full_attention", "moe"]}],
+    ids=["*", "type"],
+)
+def test_a_head_of_two_depths_is_whole_and_vllm_takes_one(said: dict[str, Any], tmp_path: Path) -> None:
+    made = FAMILIES["nemotron-h"]
+    second = {n.replace(".0.", ".2.", 1).replace(".1.", ".3.", 1): shape for n, shape in made.head.items()}
+    config = {"num_nextn_predict_layers": 2, **said}
+    document = inspect_checkpoint(
+        Family(**{**vars(made), "head": made.head | second, "config": config}).write(tmp_path / "base")
+    )
+    assert document.mtp.layers == 2 and document.mtp.complete
+    assert [p for p in document.problems if any(word in p for word in WORDS)] == []
+    assert document.engines["sglang"].mtp is True and document.engines["vllm"].mtp is False
+    assert "takes no head of more than 1 MTP layers, and there are 2" in document.engines["vllm"].reason
+    check_base(Checkpoint.open(tmp_path / "base"), "a/b", with_head=True)
+
+
+@pytest.mark.parametrize("count", [-1, 10**9])
+def test_a_head_has_the_layers_that_are_there_whatever_its_count_says(count: int, tmp_path: Path) -> None:
+    made = FAMILIES["qwen3.5"]
+    wrong = Family(**{**vars(made), "config": {"mtp_num_hidden_layers": count}})
+    assert inspect_checkpoint(wrong.write(tmp_path / "base")).mtp.layers == 1
+
+
 def test_a_head_of_another_family_is_not_said_to_draft(tmp_path: Path) -> None:
     glm, qwen = FAMILIES["glm-4.5"], FAMILIES["qwen3.5"]
     mixed = Family(**{**vars(glm), "head": qwen.head})
@@ -149,6 +176,16 @@ def test_an_engine_without_a_draft_model_is_no_problem_of_the_checkpoint(tmp_pat
     assert not [p for p in document.problems if "draft model" in p]
 
 
+def test_a_counted_head_that_no_engine_reads_need_not_be_there(tmp_path: Path) -> None:
+    """MiniMax-M2 counts three modules, and its makers release none of them."""
+    released = Family("", "MiniMaxM2ForCausalLM", "minimax_m2", {}, {"num_mtp_modules": 3, "use_mtp": True})
+    document = inspect_checkpoint(released.write(tmp_path / "base"))
+    assert [p for p in document.problems if any(word in p for word in WORDS)] == []
+    assert {document.engines[engine].mtp for engine in ("vllm", "sglang")} == {False}
+    check_base(base := Checkpoint.open(tmp_path / "base"), "a/b", with_head=True)
+    assert plan_output(base, RECIPE, {}).problems == []
+
+
 COMPONENTS = st.sampled_from(["mtp", "nextn", "mtp_layers", "mtp_head", "nextn_block", "mtp_x"])
 ROOTS = st.sampled_from(["", "model.", "language_model.", "model.language_model.", "backbone."])
 PARTS = st.lists(st.from_regex(r"[a-z_]{1,8}|[0-9]{1,2}", fullmatch=True), min_size=1, max_size=4)
@@ -170,6 +207,8 @@ DRAFTERS = {
     "DSpark": ("Qwen3DSparkModel", {"layers.0.mlp.up_proj.weight": (96, HIDDEN), "markov_head.w1": (8, HIDDEN)}),
     "Gemma assistant": ("Gemma4AssistantForCausalLM", {"pre_projection.weight": (HIDDEN, 2 * HIDDEN)}),
     "MTP": ("IQuestQ1MTP", dict(FAMILIES["iquest-flat"].head)),
+    "MTP for SGLang": ("DeepseekV3ForCausalLMNextN", {"model.layers.0.eh_proj.weight": (HIDDEN, 2 * HIDDEN)}),
+    "MTP for vLLM": ("Glm4MoeMTPModel", {"model.layers.46.eh_proj.weight": (HIDDEN, 2 * HIDDEN)}),
 }
 
 
@@ -181,7 +220,7 @@ def test_a_draft_model_in_a_repo_of_its_own_is_named_and_nothing_is_called_broke
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 7}))
     document = inspect_checkpoint(folder)
-    assert document.drafter == kind and document.problems == []
+    assert document.drafter == kind.partition(" for ")[0] and document.problems == []
     assert {verdict.loads for verdict in document.engines.values()} == {None}
     assert "a drafter for its base, not a base model" in as_text("x", document)
     with pytest.raises(CheckpointError, match=r"it is a draft model .* and no base model: name the base"):
