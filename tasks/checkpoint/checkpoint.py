@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from requant.tasks.artifact import check_relative
+from requant.tasks.checkpoint.advice import FIX, FIX_INDEX
 from requant.tasks.checkpoint.config import JsonObject, ModelConfig, QuantizationConfig
 from requant.tasks.checkpoint.foreign_files import beginning_of, explain_content
 from requant.tasks.checkpoint.header import Tensor, read_header, size_of, unreadable
@@ -18,7 +19,7 @@ from requant.tasks.checkpoint.methods import MODELOPT_FILE, Method, method_of
 from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import Head, find_head
 from requant.tasks.checkpoint.other_kinds import CHECKPOINT_FILES, explain_folder
-from requant.tasks.checkpoint.shards import FIX_INDEX, MOVE, Contents, Headers, contents_of, lost_numbers
+from requant.tasks.checkpoint.shards import MOVE, Contents, Headers, contents_of, lost_numbers
 from requant.tasks.checkpoint.untrusted import MAX_JSON_BYTES, MAX_SHARDS, check_depth, parse, shown
 from requant.tasks.errors import CheckpointError
 
@@ -114,7 +115,7 @@ class Checkpoint:
             _without_index(folder, contents, problems)
         size = sum(t.nbytes for t in tensors.values())
         if total_size is not None and total_size != size and all(isinstance(p, Harmless) for p in problems):
-            problems.append(Harmless(f"{WRONG_TOTAL} {total_size}, the tensors have {size} bytes: run requant mtp-fix"))
+            problems.append(Harmless(f"{WRONG_TOTAL} {total_size}, the tensors have {size} bytes: {FIX}"))
         return cls(folder, config, tensors, shards, total_size, problems, contents=contents)
 
     @classmethod

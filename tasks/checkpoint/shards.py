@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from requant.tasks.checkpoint.advice import FIX_INDEX
 from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.header import Tensor, read_header
 from requant.tasks.checkpoint.mtp import LAYER_NAME
@@ -24,7 +25,6 @@ from requant.tasks.errors import CheckpointError
 
 SINGLE = CHECKPOINT_FILES[1]
 STALE = "which the index does not name"
-FIX_INDEX = "run requant mtp-fix, which writes the index"
 MOVE = "move it out of this folder"
 NUMBERED = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors", re.ASCII)
 # First components of the names of a model's tensors. Tensors with other ones are those of an adapter or of a drafter.

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import requant
 from requant.tasks.card.filters import Markdown, cell, fence, named, table
+from requant.tasks.checkpoint.advice import without_advice
 from requant.tasks.checkpoint.config import HeadPrecision
 from requant.tasks.checkpoint.document import Diagnosis, MtpFixDocument
 
 TITLE = "Repair the checkpoint with requant mtp-fix"
 MAX_PROBLEMS = 10
-ADVICE = re.compile(r"[:;,] (?:run|restore it with) requant mtp-fix")  # which was followed here
 
 
 def describe(document: MtpFixDocument, precision: HeadPrecision) -> str:
@@ -61,7 +60,7 @@ def _reason(document: MtpFixDocument, precision: HeadPrecision) -> str:
     wrong = [verdict.reason for engine, verdict in before.engines.items() if verdict != after.engines.get(engine)]
     wrong += [problem for problem in before.problems if problem not in after.problems]
     cause = (
-        f"This checkpoint has a problem: {_text(ADVICE.split(wrong[0])[0])}."
+        f"This checkpoint has a problem: {_text(without_advice(wrong[0]))}."
         if wrong
         else "The MTP head is not that of the base."
     )

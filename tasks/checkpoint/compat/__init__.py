@@ -26,7 +26,6 @@ VIDEO, IMAGE, PROCESSOR = "video_preprocessor_config.json", "preprocessor_config
 _REPEATED_REPEAT = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")
 FINE = "nothing is in the way"
 DRAFTING = ("vllm", "sglang")  # the engines that draft with a head
-FIX = "run requant mtp-fix"
 VERSIONS = {"vllm": vllm.VERSION, "sglang": sglang.VERSION, "transformers": transformers.VERSION}
 
 

@@ -11,8 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from requant.flows.cli.mtp_fix import mtp_fix
+from requant.tasks.checkpoint.advice import FIX
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.compat import FINE, FIX, VERSIONS, verdicts
+from requant.tasks.checkpoint.compat import FINE, VERSIONS, verdicts
 from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.exclusions import with_head_entries
 from requant.tasks.checkpoint.mtp import find_head

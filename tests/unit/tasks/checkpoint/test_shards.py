@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from requant.tasks.checkpoint.advice import FIX_INDEX
 from requant.tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
 from requant.tasks.checkpoint.repair import repair
-from requant.tasks.checkpoint.shards import FIX_INDEX, MOVE, lost_numbers
+from requant.tasks.checkpoint.shards import MOVE, lost_numbers
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import all_tensors, raw_tensors, safetensors_bytes, write_checkpoint
 from tests.factories.heads import make_base
