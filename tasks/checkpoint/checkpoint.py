@@ -188,12 +188,18 @@ class Checkpoint:
     @cached_property
     def quantization(self) -> QuantizationConfig:
         """The quantization config of config.json, otherwise of a file that a quantizer has written next to it."""
-        if self.config.quantization:
-            return self.config.quantization
-        name = next((name for name in QUANTIZATION_FILES if (self.folder / name).is_file()), None)
+        name = self.quantization_file
         if name is None:
-            return QuantizationConfig()
-        return QuantizationConfig({**METHODS_OF_FILES.get(name, {}), **read_json(self.folder / name)})
+            return self.config.quantization
+        return QuantizationConfig({**METHODS_OF_FILES.get(name, {}), **(self.document(name) or {})})
+
+    @property
+    def quantization_file(self) -> str | None:
+        """The name of the file next to config.json with the quantization config; None if config.json or no file has."""
+        if self.config.quantization:
+            return None
+        names = (name for name in QUANTIZATION_FILES if name in self.pending_documents or self.file(name).is_file())
+        return next(names, None)
 
     @cached_property
     def reading(self) -> Reading:
