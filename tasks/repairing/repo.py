@@ -23,7 +23,7 @@ from requant.tasks.checkpoint.untrusted import without_folder
 from requant.tasks.checkpoint.writer import place_header, place_shard
 from requant.tasks.errors import CheckpointError, HubError, RecipeError
 from requant.tasks.hub.revision import Revision, resolve_name, split_name
-from requant.tasks.repairing.description import TITLE, describe
+from requant.tasks.repairing.description import TITLE, describe, improvements
 from requant.tasks.repairing.named_base import named_base
 from requant.tasks.repairing.proposal import Change, check_account, check_is_main, propose
 from requant.tasks.repairing.source import sparse_source
@@ -55,6 +55,9 @@ def repair_repo(
         before = _diagnose(target)
         plan = _plan(target, source, precision)
         after = _carry_out(plan, target, source, with_data=pull_request) if plan.to_write else before
+        if plan.to_write and not plan.to_restore and not improvements(before, after):
+            log.info(f"{revision.name} stays as it is: no verdict would get better, and no problem would go away")
+            plan, after = RepairPlan(plan.present, plan.present), before
         document = MtpFixDocument(
             changed=False,
             tensors_restored=len(plan.to_restore),

@@ -170,6 +170,12 @@ def test_a_checkpoint_that_is_fine_gets_no_pull_request(
     outcome = CliRunner().invoke(cli, ["mtp-fix", repo, "--pull-request"])
     assert outcome.exit_code == 0 and "nothing to repair" in outcome.stdout and written(hub) == []
     assert list(api.get_repo_discussions(repo)) == []
+    # Of a file that only the base has no engine and no sentence of inspect says anything.
+    (fine / "tokenizer_config.json").unlink()
+    hub.seed(repo, fine, delete_missing=True)
+    document = requant.mtp_fix(repo, pull_request=True)
+    assert (document.writes, document.problems, document.pull_request) == ([], [], None)
+    assert list(api.get_repo_discussions(repo)) == []
 
 
 def test_only_main_gets_a_pull_request_and_only_at_the_commit_that_was_inspected(
