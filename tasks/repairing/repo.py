@@ -18,10 +18,11 @@ from requant.tasks.checkpoint.config import HeadPrecision
 from requant.tasks.checkpoint.document import Diagnosis, MtpFixDocument
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
 from requant.tasks.checkpoint.repair import checked_plan, write_repair
+from requant.tasks.checkpoint.repair_base import check_fits
 from requant.tasks.checkpoint.repair_plan import RepairPlan, RepairSource
 from requant.tasks.checkpoint.untrusted import without_folder
 from requant.tasks.checkpoint.writer import place_header, place_shard
-from requant.tasks.errors import CheckpointError, HubError, RecipeError
+from requant.tasks.errors import CheckpointError, HubError, HubUnavailable, RecipeError, RequantError
 from requant.tasks.hub.revision import Revision, resolve_name, split_name
 from requant.tasks.repairing.description import TITLE, describe, improvements
 from requant.tasks.repairing.named_base import named_base
@@ -37,21 +38,20 @@ def repair_repo(
     """Work out a repair of the repo `repo_id[@revision]`, and open a pull request with it if `pull_request`.
 
     `base` and `precision` are as for `repair`; by default, the base is the one that the repo's card names, at its
-    newest commit. Data of tensors is downloaded only to compare heads that differ in nothing else, and for a pull
-    request.
+    newest commit, and none if that does not exist, may not be read or does not fit. Data of tensors is downloaded only
+    to compare heads that differ in nothing else, and for a pull request.
 
     Raises CheckpointError as `repair` does, RecipeError for a pull request without a token, HubError, HubUnavailable.
     """
     account = check_account(split_name(name)[0]) if pull_request else None
     revision = resolve_name(name)
-    base_name = base or named_base(revision)
-    found = _find_base(base_name) if base_name else None
+    found = _find_base(base) if base else _base_of_card(revision)
     if account is not None:
         check_is_main(revision)
         _check_base(found, revision)
     with sparse_source(revision) as target, _opened(found) as source:
-        if base is None and source is not None and Checkpoint.open(source.folder).head is None:
-            source = None  # What else is wrong can be repaired without the base that the card names.
+        if base is None and source is not None and not _fits(target, source):
+            source = None
         before = _diagnose(target)
         plan = _plan(target, source, precision)
         after = _carry_out(plan, target, source, with_data=pull_request) if plan.to_write else before
@@ -89,6 +89,30 @@ def repair_repo(
 
 def _find_base(name: str | Path) -> Path | Revision:
     return Path(name) if Path(name).is_dir() else resolve_name(str(name))
+
+
+def _base_of_card(revision: Revision) -> Revision | None:
+    """Return the base on the Hub that a repo's card names; None if it names none that can be read."""
+    try:
+        name = named_base(revision)
+        return resolve_name(name) if name else None
+    except HubUnavailable:
+        raise
+    except RequantError as error:
+        log.warning(f"the base that the card of {revision.repo_id} names is left out: {error}")
+        return None
+
+
+def _fits(target: RepairSource, base: RepairSource) -> bool:
+    """Check whether a base that a card names is the target's: what else is wrong can be repaired without it."""
+    checkpoint = Checkpoint.open(target.folder)
+    try:
+        check_fits(checkpoint, Checkpoint.open(base.folder).sound())
+    except CheckpointError as error:
+        reason = without_folder(without_folder(str(error), base.folder, base.name), target.folder, target.name)
+        log.warning(f"the base that the card of {target.name} names is left out: {reason}")
+        return False
+    return True
 
 
 @contextlib.contextmanager
