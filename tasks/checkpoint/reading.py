@@ -37,7 +37,7 @@ from requant.tasks.checkpoint.compat.rule import (
     shorten,
 )
 from requant.tasks.checkpoint.config import ConfigScheme, JsonObject, ModelConfig, QuantizationConfig, Scalar
-from requant.tasks.checkpoint.exclusions import AUTO_ROUND_METHODS, AWQ_METHODS, FP8_METHODS, GPTQ_METHODS
+from requant.tasks.checkpoint.methods import AUTO_ROUND_METHODS, AWQ_METHODS, FP8_METHODS, GPTQ_METHODS
 from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.packing import BITS, Packing, PackingScheme, check_parts
 from requant.tasks.checkpoint.untrusted import shown

@@ -27,16 +27,12 @@ from requant.tasks.checkpoint.checkpoint import (
 )
 from requant.tasks.checkpoint.compat import DRAFTING, Judgement
 from requant.tasks.checkpoint.config import HeadPrecision, JsonObject, ModelConfig, QuantizationConfig
-from requant.tasks.checkpoint.exclusions import (
-    MODELOPT_FILE,
-    MODELOPT_METHODS,
-    with_head_entries,
-    with_modelopt_entries,
-)
+from requant.tasks.checkpoint.exclusions import with_head_entries, with_modelopt_entries
 from requant.tasks.checkpoint.head import HEAD_SHARD, NAME_BASE, Tensors, dequantized_head, head_tensors
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.heads.missing import depths_of, stated_count
 from requant.tasks.checkpoint.inventory import missing_parts
+from requant.tasks.checkpoint.methods import MODELOPT_FILE, MODELOPT_METHODS
 from requant.tasks.checkpoint.mtp import Head, find_head
 from requant.tasks.checkpoint.repair_base import alike_tensors, check_fits, differing_tensors, stored_tensors
 from requant.tasks.checkpoint.shards import Contents

@@ -19,8 +19,8 @@ from huggingface_hub import hf_hub_url
 from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION_FILES
 from requant.tasks.checkpoint.companions import may_be_pointer
 from requant.tasks.checkpoint.compat import PROCESSOR
-from requant.tasks.checkpoint.exclusions import MODELOPT_FILE
 from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.checkpoint.methods import MODELOPT_FILE
 from requant.tasks.checkpoint.other_kinds import MAX_READ_BYTES, explain_other_kind
 from requant.tasks.checkpoint.untrusted import MAX_HEADER_BYTES, MAX_JSON_BYTES
 from requant.tasks.errors import CheckpointError, HubUnavailable

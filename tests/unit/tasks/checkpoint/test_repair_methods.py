@@ -42,16 +42,19 @@ def without_head(folder: Path, quantization: dict[str, Any] | None) -> Path:
     )
 
 
-@pytest.mark.parametrize("stated", ["config.json", "both", "hf_quant_config.json"])
+@pytest.mark.parametrize(
+    ("stated", "method"),
+    [("config.json", "modelopt"), ("both", "modelopt"), ("both", "modelopt_fp8"), ("hf_quant_config.json", "modelopt")],
+)
 def test_modelopt_names_the_head_in_each_of_its_files_and_in_no_other_words(
-    stated: str, base: Path, tmp_path: Path
+    stated: str, method: str, base: Path, tmp_path: Path
 ) -> None:
-    own = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
+    own = {"quant_method": method, "quant_algo": "FP8", "ignore": ["lm_head"]}
     folder = without_head(as_fp8(base, tmp_path / "made"), None if stated == "hf_quant_config.json" else own)
     if stated != "config.json":
         (folder / "hf_quant_config.json").write_text(json.dumps(HF_QUANT))
     result = repair(folder, RepairSource(base))
-    assert result.changed and result.engines["vllm"].mtp is not False
+    assert result.changed and result.engines["sglang" if method == "modelopt_fp8" else "vllm"].mtp is not False
     if stated != "hf_quant_config.json":
         quantization = config_of(folder)["quantization_config"]
         assert {**quantization, "ignore": None} == {**own, "ignore": None} and "mtp*" in quantization["ignore"]

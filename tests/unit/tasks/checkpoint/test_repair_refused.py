@@ -123,6 +123,7 @@ def test_the_list_that_vllm_prefers_names_the_head_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("method", "key"), [
     ("gptq_marlin", "dynamic"), ("auto_gptq", "dynamic"), ("awq_marlin", "modules_to_not_convert"),
+    ("modelopt_fp8", "ignore"), ("quark_mxfp4", "exclude"), ("quark_int4fp8_moe", "exclude"),
     ("inc", "extra_config"), ("compressed_tensors", "ignore"), ("AWQ", "modules_to_not_convert"),
 ])  # fmt: skip
 def test_another_name_of_a_known_method_has_that_methods_words(method: str, key: str, tmp_path: Path) -> None:
