@@ -40,8 +40,6 @@ def repair(
         if not dry_run:
             finish_interrupted(folder)
         plan, after = checked_plan(Checkpoint.open(folder), base, precision)
-        if not plan.to_write and plan.left is not None and not any(verdict.mtp for verdict in after.verdicts.values()):
-            raise plan.left
         if not dry_run:
             remove_stages(folder)
         if plan.to_write and not dry_run:
@@ -68,12 +66,18 @@ def checked_plan(
     precision: HeadPrecision,
     fetch: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
 ) -> tuple[RepairPlan, Judgement]:
-    """Plan a repair (see `plan_repair`) and judge its target. Raises CheckpointError if it must not be carried out."""
+    """Plan a repair (see `plan_repair`) and judge its target.
+
+    Raises CheckpointError if it must not be carried out, or if all that it would change is a head that needs a base.
+    """
     plan = plan_repair(checkpoint, base, precision, fetch)
     after = Judgement.of(plan.target)
     refused = objection(plan, Judgement.of(checkpoint), after, asked=precision != "keep") if plan.to_write else None
     if refused is not None:
         raise CheckpointError(f"{checkpoint.folder}: {refused}")
+    needs_head = plan.present.head is not None or checkpoint.config.mtp_layers > 0
+    if plan.left is not None and not plan.to_write and needs_head and not after.drafts:
+        raise plan.left
     return plan, after
 
 

@@ -53,7 +53,7 @@ def repair_repo(
         if base is None and source is not None and not _fits(target, source):
             source = None
         before = _diagnose(target)
-        plan = _plan(target, source, precision)
+        plan, _ = checked_plan(Checkpoint.open(target.folder), source, precision, target.fetch_own)
         after = _carry_out(plan, target, source, with_data=pull_request) if plan.to_write else before
         if plan.to_write and not plan.to_restore and not improvements(before, after):
             log.info(f"{revision.name} stays as it is: no verdict would get better, and no problem would go away")
@@ -138,16 +138,6 @@ def _check_base(base: Path | Revision | None, revision: Revision) -> None:
             "the repo private, or name a public base with --base",
             repo_id=base.repo_id,
         )
-
-
-def _plan(target: RepairSource, base: RepairSource | None, precision: HeadPrecision) -> RepairPlan:
-    """Plan the repair of a sparse checkout. Raises CheckpointError if its head could only be repaired with a base."""
-    checkpoint = Checkpoint.open(target.folder)
-    plan, after = checked_plan(checkpoint, base, precision, target.fetch_own)
-    needs_head = checkpoint.head is not None or checkpoint.config.mtp_layers > 0
-    if plan.left is not None and not plan.to_write and needs_head and not after.drafts:
-        raise plan.left
-    return plan
 
 
 def _diagnose(source: RepairSource) -> Diagnosis:

@@ -207,6 +207,15 @@ def test_a_smaller_head_that_is_asked_for_may_cost_one_engine(tmp_path: Path) ->
     assert result.changed and result.engines["vllm"].mtp is True
 
 
+def test_a_model_that_never_had_a_head_needs_no_base(tmp_path: Path) -> None:
+    folder = pico_base(tmp_path / "base", head=False)
+    for dry_run in (True, False):
+        result = repair(folder, None, dry_run=dry_run)
+        assert (result.changed, result.writes, result.problems) == (False, [], [])
+    outcome = CliRunner().invoke(mtp_fix, [str(folder)])
+    assert outcome.exit_code == 1 and "nothing to repair" in outcome.output  # no engine drafts
+
+
 def text_of(*words: str | Path) -> str:
     """The first line that `requant mtp-fix` prints, without the folder."""
     line = CliRunner().invoke(mtp_fix, [str(word) for word in words]).output.splitlines()[0]
