@@ -50,14 +50,6 @@ PACKINGS: dict[str, Packing] = {
 }  # fmt: skip
 
 
-def stored_scheme(quantization: QuantizationConfig, module: str) -> EngineScheme:
-    """Return how a quantization config alone says that a module is stored. It is not `quantized` if it is left out.
-
-    Where the checkpoint is known, ask its `reading`. Raises CheckpointError as `Reading.stated` does.
-    """
-    return Reading.of(ModelConfig(), quantization).stated(Module(module))
-
-
 def general_scheme(quantization: QuantizationConfig) -> PackingScheme:
     """Return how those modules are packed that the config does not name. Raises CheckpointError if it does not say."""
     stated = quantization.scheme

@@ -81,11 +81,6 @@ class Stray:
     foreign: list[str] = field(default_factory=list)
     problem: str | None = None
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether the checkpoint has all of its tensors from it."""
-        return bool(self.own) and not (self.copied or self.differing or self.foreign)
-
     def sentence(self) -> str:
         """Say what the file is beside an index, and a remedy if there is one that loses nothing."""
         what = f"{shown(self.name)} is a shard {STALE}"

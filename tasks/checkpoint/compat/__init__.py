@@ -137,16 +137,6 @@ def _possible_patterns(quantization: QuantizationConfig) -> list[str]:
     return list(islice(entries, 100_000))
 
 
-def verdicts(checkpoint: Checkpoint) -> dict[str, EngineVerdict]:
-    """Judge by engine whether it will load a checkpoint and draft with its MTP head."""
-    return Judgement.of(checkpoint).verdicts
-
-
-def draft_problem(checkpoint: Checkpoint) -> str | None:
-    """Return why vLLM or SGLang would not draft with this checkpoint's head, or None."""
-    return Judgement.of(checkpoint).draft_problem
-
-
 def missing_vision_files(checkpoint: Checkpoint) -> list[str]:
     """Return the missing processor files that vLLM needs for a vision model.
 
