@@ -120,7 +120,7 @@ def mtp_fix(
     """Repair the MTP head of the checkpoint in a folder, in place, and return what was changed.
 
     `base` is the checkpoint with the original head: a folder, or `repo_id[@revision]`, of which only the head is
-    fetched. Without it, a quantized head is dequantized unless both vLLM and SGLang would draft with it. `precision` is
+    fetched. Without it, a quantized head is dequantized if neither vLLM nor SGLang would draft with it. `precision` is
     `keep`, which copies the head bit for bit, or `int8` or `int4`. `dry_run`: change nothing.
 
     `folder` may also be a repo, `repo_id[@revision]`. Then nothing is changed, and `pull_request` opens a pull request

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from requant.tasks.checkpoint.advice import without_advice
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.completeness import missing_tensors
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
@@ -46,8 +47,8 @@ def check_kind(base: Checkpoint, repo_id: str) -> None:
 
 
 def unusable(repo_id: str, reason: str) -> CheckpointError:
-    """Return the error that says why a base cannot be used."""
-    return CheckpointError(f"the base {repo_id} cannot be used: {reason}")
+    """Return the error that says why a base cannot be used. It does not advise to repair what is the Hub's."""
+    return CheckpointError(f"the base {repo_id} cannot be used: {without_advice(reason)}")
 
 
 def _is_packed(base: Checkpoint) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from requant.tasks.artifact import check_relative
+from requant.tasks.checkpoint.advice import FIX, FIX_INDEX
 from requant.tasks.checkpoint.config import JsonObject, ModelConfig, QuantizationConfig
 from requant.tasks.checkpoint.foreign_files import beginning_of, explain_content
 from requant.tasks.checkpoint.header import Tensor, read_header, size_of, unreadable
@@ -19,7 +20,6 @@ from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.mtp import Head, find_head
 from requant.tasks.checkpoint.other_kinds import CHECKPOINT_FILES, explain_folder
 from requant.tasks.checkpoint.shards import (
-    FIX_INDEX,
     MOVE,
     Contents,
     Headers,
@@ -124,7 +124,7 @@ class Checkpoint:
             _without_index(folder, contents, problems)
         size = sum(t.nbytes for t in tensors.values())
         if total_size is not None and total_size != size and all(isinstance(p, Harmless) for p in problems):
-            problems.append(Harmless(f"{WRONG_TOTAL} {total_size}, the tensors have {size} bytes: run requant mtp-fix"))
+            problems.append(Harmless(f"{WRONG_TOTAL} {total_size}, the tensors have {size} bytes: {FIX}"))
         return cls(folder, config, tensors, shards, total_size, problems, contents=contents)
 
     @classmethod
@@ -197,12 +197,18 @@ class Checkpoint:
     @cached_property
     def quantization(self) -> QuantizationConfig:
         """The quantization config of config.json, otherwise of a file that a quantizer has written next to it."""
-        if self.config.quantization:
-            return self.config.quantization
-        name = next((name for name in QUANTIZATION_FILES if (self.folder / name).is_file()), None)
+        name = self.quantization_file
         if name is None:
-            return QuantizationConfig()
-        return QuantizationConfig({**METHODS_OF_FILES.get(name, {}), **read_json(self.folder / name)})
+            return self.config.quantization
+        return QuantizationConfig({**METHODS_OF_FILES.get(name, {}), **(self.document(name) or {})})
+
+    @property
+    def quantization_file(self) -> str | None:
+        """The name of the file next to config.json with the quantization config; None if config.json or no file has."""
+        if self.config.quantization:
+            return None
+        names = (name for name in QUANTIZATION_FILES if name in self.pending_documents or self.file(name).is_file())
+        return next(names, None)
 
     @cached_property
     def reading(self) -> Reading:

@@ -111,11 +111,14 @@ class ModelConfig(JsonObject):
     @property
     def quantization(self) -> QuantizationConfig:
         """The quantization config, wherever in the file engines and transformers look for it."""
-        for part in (self, self.text):
-            for key in ("quantization_config", "compression_config"):
-                if (stated := part.child(key)) is not None:
-                    return QuantizationConfig(stated)
-        return QuantizationConfig()
+        place = self._place_of_quantization
+        return QuantizationConfig(place[0].child(place[1]) or {}) if place else QuantizationConfig()
+
+    @property
+    def _place_of_quantization(self) -> tuple[JsonObject, str] | None:
+        """The part of the config with the quantization config, and its key there."""
+        places = ((part, key) for part in (self, self.text) for key in ("quantization_config", "compression_config"))
+        return next(((part, key) for part, key in places if part.child(key) is not None), None)
 
     @property
     def fp8_block(self) -> tuple[int, int] | None:
@@ -127,8 +130,10 @@ class ModelConfig(JsonObject):
         return None
 
     def with_quantization(self, quantization: QuantizationConfig) -> ModelConfig:
-        """Return a copy with another quantization config."""
-        return ModelConfig({**self, "quantization_config": quantization})
+        """Return a copy with another quantization config, at the place of the old one."""
+        part, key = self._place_of_quantization or (self, "quantization_config")
+        changed = {**part, key: quantization}
+        return ModelConfig(changed if part is self else {**self, "text_config": changed})
 
     def without_quantization(self) -> ModelConfig:
         """Return a copy without a quantization config."""

@@ -8,6 +8,14 @@ from collections.abc import Mapping
 
 from requant.tasks.checkpoint.config import JsonObject, QuantizationConfig
 from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.checkpoint.methods import (
+    AUTO_ROUND_METHODS,
+    AWQ_METHODS,
+    FP8_METHODS,
+    GPTQ_METHODS,
+    MODELOPT_METHODS,
+    QUARK_METHODS,
+)
 from requant.tasks.checkpoint.modules import modules_of
 from requant.tasks.checkpoint.mtp import Head
 from requant.tasks.checkpoint.packing import PackingScheme
@@ -23,14 +31,7 @@ FUSED_LAYERS = {
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
 FULL_PRECISION = {"bits": 16, "data_type": "fp"}  # says in a config of auto-round that a layer is not quantized
-# Values of quant_method, grouped by how their configs name modules that are not quantized.
-AUTO_ROUND_METHODS = frozenset({"auto-round", "inc"})
-GPTQ_METHODS = frozenset({"gptq", "gptq_marlin", "auto_gptq"})
-AWQ_METHODS = frozenset({"awq", "awq_marlin", "auto_awq"})
-FP8_METHODS = frozenset({"fp8", "fbgemm_fp8"})
-MODELOPT_METHODS = frozenset({"modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed"})
 BLOCK_LISTS = ("block_name_to_quantize", "to_quant_block_names")  # auto-round's names for one field
-MODELOPT_FILE = "hf_quant_config.json"  # ModelOpt writes its config there too, in words of its own
 
 
 def unquantized_entries(head: Head, tensors: Mapping[str, Tensor]) -> dict[str, JsonObject]:
@@ -92,7 +93,7 @@ def with_head_entries(
         document["dynamic"] = {**rules, **(document.child("dynamic") or {})}
     elif method == "compressed-tensors":
         _add(document, "ignore", [f"re:{pattern}" for pattern in _patterns(head)])
-    elif method == "quark":
+    elif method in QUARK_METHODS:
         _replace_entries(document, "exclude", head, _excluded_by_quark(head, tensors))
     elif method in MODELOPT_METHODS:
         document = with_modelopt_entries(document, head, tensors)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from requant.tasks.checkpoint.config import ModelConfig, QuantizationConfig
 from requant.tasks.checkpoint.untrusted import shown
 
-MODELOPT_FILE = "hf_quant_config.json"
+MODELOPT_FILE = "hf_quant_config.json"  # ModelOpt writes its config there too, in words of its own
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,13 @@ METHODS = (
 )
 BY_STATED = {stated: method for method in METHODS for stated in method.stated}
 MLX = BY_STATED["mlx_q4"]
+# Values of quant_method whose configs have the same words.
+AUTO_ROUND_METHODS = BY_STATED["auto-round"].stated
+GPTQ_METHODS = BY_STATED["gptq"].stated
+AWQ_METHODS = BY_STATED["awq"].stated
+FP8_METHODS = BY_STATED["fp8"].stated | BY_STATED["fbgemm_fp8"].stated
+MODELOPT_METHODS = BY_STATED["modelopt"].stated
+QUARK_METHODS = BY_STATED["quark"].stated
 
 
 def method_of(config: ModelConfig, quantization: QuantizationConfig) -> Method | None:

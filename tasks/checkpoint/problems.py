@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from requant.tasks.checkpoint.checkpoint import QUANTIZATION, QUANTIZATION_FILES, Checkpoint, Harmless
+from requant.tasks.checkpoint.advice import FIX
+from requant.tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, Harmless
 from requant.tasks.checkpoint.companions import companion_problems
-from requant.tasks.checkpoint.compat import FIX, Judgement, missing_vision_files
+from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
 from requant.tasks.checkpoint.completeness import Completeness
 from requant.tasks.checkpoint.completeness.sentences import lack_problems
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
@@ -74,10 +75,9 @@ def _of_a_base(checkpoint: Checkpoint, completeness: Completeness | None) -> lis
 def _configs(checkpoint: Checkpoint, remedies: Remedies) -> Iterator[str]:
     stated = checkpoint.config.quantization or None
     beside = checkpoint.document(QUANTIZATION)
-    other = next((name for name in QUANTIZATION_FILES if (checkpoint.folder / name).is_file()), None)
     if beside is not None and stated is not None and beside != stated:
         yield remedies.checked(f"{QUANTIZATION} and config.json disagree about the quantization: {FIX}")
-    elif other not in (None, MODELOPT_FILE) and stated is None:
+    elif (other := checkpoint.quantization_file) not in (None, MODELOPT_FILE):
         method = checkpoint.quantization.get("quant_method")
         yield (
             f"{other} is there, and config.json has no quantization_config, which engines read: put it there too, with "

@@ -37,7 +37,7 @@ from requant.tasks.checkpoint.compat.rule import (
     shorten,
 )
 from requant.tasks.checkpoint.config import ConfigScheme, JsonObject, ModelConfig, QuantizationConfig, Scalar
-from requant.tasks.checkpoint.exclusions import AUTO_ROUND_METHODS, AWQ_METHODS, FP8_METHODS, GPTQ_METHODS
+from requant.tasks.checkpoint.methods import AUTO_ROUND_METHODS, AWQ_METHODS, FP8_METHODS, GPTQ_METHODS
 from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.packing import BITS, Packing, PackingScheme, check_parts
 from requant.tasks.checkpoint.untrusted import shown
@@ -48,14 +48,6 @@ PACKINGS: dict[str, Packing] = {
     "auto_gptq": "gptq", "gptqmodel": "gptq_v2", "auto_round": "gptq_v2", "auto_awq": "awq", "gptq": "gptq",
     "gptq_v2": "gptq_v2", "awq": "awq",
 }  # fmt: skip
-
-
-def stored_scheme(quantization: QuantizationConfig, module: str) -> EngineScheme:
-    """Return how a quantization config alone says that a module is stored. It is not `quantized` if it is left out.
-
-    Where the checkpoint is known, ask its `reading`. Raises CheckpointError as `Reading.stated` does.
-    """
-    return Reading.of(ModelConfig(), quantization).stated(Module(module))
 
 
 def general_scheme(quantization: QuantizationConfig) -> PackingScheme:

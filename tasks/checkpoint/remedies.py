@@ -6,18 +6,17 @@ import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from requant.tasks.checkpoint.advice import FIX, FIX_INDEX, FROM_BASE
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.compat import FIX, Judgement
+from requant.tasks.checkpoint.compat import Judgement
 from requant.tasks.checkpoint.head import Tensors
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.heads.layouts import LAYOUTS
 from requant.tasks.checkpoint.inventory import missing_parts
 from requant.tasks.checkpoint.modules import modules_of
 from requant.tasks.checkpoint.repair_plan import RepairPlan, as_found, objection, plan_repair, with_head
-from requant.tasks.checkpoint.shards import FIX_INDEX
 from requant.tasks.errors import CheckpointError
 
-FROM_BASE = f"{FIX} --base"
 FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
 
 

@@ -17,6 +17,7 @@ from requant.tasks.checkpoint.compat import Judgement
 from requant.tasks.checkpoint.config import HeadPrecision
 from requant.tasks.checkpoint.document import EngineVerdict, MtpFixDocument
 from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.checkpoint.heads.layouts import promised_layers
 from requant.tasks.checkpoint.problems import problems_of
 from requant.tasks.checkpoint.repair_plan import RepairPlan, objection, plan_repair
 from requant.tasks.checkpoint.repair_plan import RepairSource as RepairSource
@@ -41,8 +42,6 @@ def repair(
         if not dry_run:
             finish_interrupted(folder)
         plan, after = checked_plan(Checkpoint.open(folder), base, precision)
-        if not plan.to_write and plan.left is not None and not any(verdict.mtp for verdict in after.verdicts.values()):
-            raise plan.left
         if not dry_run:
             remove_stages(folder)
         if plan.to_write and not dry_run:
@@ -69,12 +68,18 @@ def checked_plan(
     precision: HeadPrecision,
     fetch: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
 ) -> tuple[RepairPlan, Judgement]:
-    """Plan a repair (see `plan_repair`) and judge its target. Raises CheckpointError if it must not be carried out."""
+    """Plan a repair (see `plan_repair`) and judge its target.
+
+    Raises CheckpointError if it must not be carried out, or if all that it would change is a head that needs a base.
+    """
     plan = plan_repair(checkpoint, base, precision, fetch)
     after = Judgement.of(plan.target)
     refused = objection(plan, Judgement.of(checkpoint), after, asked=precision != "keep") if plan.to_write else None
     if refused is not None:
         raise CheckpointError(f"{checkpoint.folder}: {refused}")
+    needs_head = plan.present.head is not None or promised_layers(checkpoint.config) > 0
+    if plan.left is not None and not plan.to_write and needs_head and not after.drafts:
+        raise plan.left
     return plan, after
 
 

@@ -28,16 +28,12 @@ from requant.tasks.checkpoint.checkpoint import (
 )
 from requant.tasks.checkpoint.compat import DRAFTING, Judgement
 from requant.tasks.checkpoint.config import HeadPrecision, JsonObject, ModelConfig, QuantizationConfig
-from requant.tasks.checkpoint.exclusions import (
-    MODELOPT_FILE,
-    MODELOPT_METHODS,
-    with_head_entries,
-    with_modelopt_entries,
-)
+from requant.tasks.checkpoint.exclusions import with_head_entries, with_modelopt_entries
 from requant.tasks.checkpoint.head import HEAD_SHARD, NAME_BASE, Tensors, dequantized_head, head_tensors
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.heads.missing import depths_of, stated_count
 from requant.tasks.checkpoint.inventory import missing_parts
+from requant.tasks.checkpoint.methods import MODELOPT_FILE, MODELOPT_METHODS
 from requant.tasks.checkpoint.mtp import Head, find_head
 from requant.tasks.checkpoint.repair_base import alike_tensors, check_fits, differing_tensors, stored_tensors
 from requant.tasks.checkpoint.shards import Contents, contents_of
@@ -299,7 +295,7 @@ def _plan_head_of(
     missing = missing_parts(target, target.head) if target.head else []
     if missing:
         raise CheckpointError(f"{found.folder}: {missing[0]} is missing from the MTP head: name another base")
-    changes = replaces or target.config.quantization != found.config.quantization
+    changes = replaces or target.quantization != found.quantization
     return RepairPlan(found, target, copies=copies, to_restore=differing, head_source=head_source, changes_head=changes)
 
 
@@ -311,9 +307,10 @@ def _present_head(checkpoint: Checkpoint, base: Checkpoint) -> set[str]:
 
 
 def _described(checkpoint: Checkpoint) -> ModelConfig:
-    """Return the config with the quantization config, which may stand only in a file of its own."""
-    quantization = checkpoint.quantization
-    return checkpoint.config.with_quantization(quantization) if quantization else checkpoint.config
+    """Return the config with the quantization config, if that stands in a file of its own that engines do not read."""
+    if checkpoint.quantization_file in (None, MODELOPT_FILE):
+        return checkpoint.config
+    return checkpoint.config.with_quantization(checkpoint.quantization)
 
 
 def _counted(config: ModelConfig, head: Head) -> ModelConfig:
@@ -337,9 +334,12 @@ def with_head(checkpoint: Checkpoint, config: ModelConfig, wanted: Tensors, pres
     if head is None:
         return target
     config = _counted(config, head)
-    if target.quantization:
-        config = config.with_quantization(with_head_entries(target.quantization, head, target.tensors))
-    return replace(target, config=config)
+    if not target.quantization:
+        return replace(target, config=config)
+    stated = with_head_entries(target.quantization, head, target.tensors)
+    if target.quantization_file == MODELOPT_FILE:
+        return replace(target, config=config, pending_documents={MODELOPT_FILE: stated})
+    return replace(target, config=config.with_quantization(stated))
 
 
 def _plan_shards(plan: RepairPlan, *, with_base: bool) -> None:
@@ -404,7 +404,10 @@ def _plan_documents(plan: RepairPlan) -> None:
     folder, target = plan.target.folder, plan.target
     if (folder / INDEX).exists() or set(plan.layout) != {SINGLE}:
         old_index = read_json(folder / INDEX) if (folder / INDEX).exists() else None
-        _plan_document(plan, INDEX, index_of(plan.layout, old_index))
+        index = index_of(plan.layout, old_index)
+        if old_index is not None and plan.present.total_size is None and index["weight_map"] == old_index["weight_map"]:
+            index = old_index  # without a total_size, which nobody needs
+        _plan_document(plan, INDEX, index)
     quantization = target.config.quantization
     by_auto_round = quantization.method == "auto-round"  # auto-round writes both files
     if quantization and ((folder / QUANTIZATION).exists() or (plan.head_shard and by_auto_round)):

@@ -15,23 +15,28 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from requant.tasks.checkpoint.advice import FIX_INDEX
 from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.header import Tensor, read_header
-from requant.tasks.checkpoint.mtp import LAYER_NAME, find_head
+from requant.tasks.checkpoint.heads.layout import LAYER_NAME, HeadName
+from requant.tasks.checkpoint.mtp import find_head
 from requant.tasks.checkpoint.other_kinds import CHECKPOINT_FILES
 from requant.tasks.checkpoint.untrusted import MAX_SHARDS, shown
 from requant.tasks.errors import CheckpointError
 
 SINGLE = CHECKPOINT_FILES[1]
 STALE = "which the index does not name"
-FIX_INDEX = "run requant mtp-fix, which writes the index"
 MOVE = "move it out of this folder"
 NUMBERED = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors", re.ASCII)
-# First components of the names of a model's tensors. Tensors with other ones are those of an adapter or of a drafter.
-ROOTS = frozenset({
-    "model", "language_model", "lm_head", "mtp", "visual", "vision_tower", "vision_model", "audio_tower",
-    "multi_modal_projector", "thinker", "talker", "transformer", "backbone", "score",
-})  # fmt: skip
+# First components of the names of tensors of a language model whose architecture is not known.
+ROOTS = frozenset({"model", "language_model", "lm_head", "transformer", "backbone"})
+# The same of other parts of a model, by the part of the config without which a model has none.
+PARTS = {
+    "vision_config": ("visual", "vision_tower", "vision_model", "multi_modal_projector"),
+    "audio_config": ("audio_tower", "multi_modal_projector"),
+    "thinker_config": ("thinker",),
+    "talker_config": ("talker",),
+}
 READ_BY_SGLANG = frozenset({"mtp.safetensors"})  # beside any index of a GLM-4 MoE: weight_utils.py
 EXPERT = re.compile(r"\.experts\.(\d+\.)?(gate_up_proj|gate_proj|up_proj|down_proj)\b")
 ADAPTER = re.compile(r"(^|\.)lora_|^base_model\.")
@@ -76,11 +81,6 @@ class Stray:
     differing: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     problem: str | None = None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the checkpoint has all of its tensors from it."""
-        return bool(self.own) and not (self.copied or self.differing or self.foreign)
 
     def sentence(self) -> str:
         """Say what the file is beside an index, and a remedy if there is one that loses nothing."""
@@ -192,27 +192,44 @@ def missed_by_transformers(contents: Contents, config: ModelConfig) -> str | Non
 
 
 class _KnownNames:
-    """The names of a model's tensors, and which other names can belong to it too."""
+    """The names of a model's tensors, and which other names can belong to it too.
+
+    Another one can if it begins as the model's own do or as those that its architecture needs, behind the prefixes that
+    loaders add and remove. An engine refuses to load a tensor of any other part.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
+        from requant.tasks.checkpoint.completeness.needs import Needs  # which imports this module
+
         layers = config.text.integer("num_hidden_layers")
         self.layers = None if layers is None else layers + config.mtp_layers
-        self.roots = set(ROOTS)
+        needs = Needs.of(config)
+        self.any_of = ROOTS if needs is None else frozenset()
+        self.parts = {part for key, parts in PARTS.items() if config.child(key) is not None for part in parts}
+        self.parts |= {_part_of(name) for name in (needs.names if needs else ())}
         self.forms: dict[str, str] = {}
 
     def add(self, names: Iterable[str]) -> None:
         for name in names:
-            self.roots.add(name.partition(".")[0])
+            self.parts.add(_part_of(name))
             self.forms.update(_forms(name))
 
     def allow(self, name: str, *, any_root: bool) -> bool:
         """Check whether a tensor can be one of the model's. `any_root`: whatever its name begins with."""
-        if ADAPTER.search(name) or not (any_root or name.partition(".")[0] in self.roots):
+        is_of_model = _part_of(name) in self.parts or name.partition(".")[0] in self.any_of or HeadName.of(name, None)
+        if ADAPTER.search(name) or not (any_root or is_of_model):
             return False
         layer = LAYER_NAME.match(name)
         if layer and self.layers is not None and (len(layer[1]) > 8 or int(layer[1]) >= self.layers):
             return False
         return all(self.forms.get(key, form) == form for key, form in _forms(name))
+
+
+def _part_of(name: str) -> str:
+    """Return the first component of a name behind the prefixes that loaders add and remove."""
+    from requant.tasks.checkpoint.completeness.names import without_leading  # which imports this module
+
+    return without_leading(name).partition(".")[0]
 
 
 def _forms(name: str) -> Iterator[tuple[str, str]]:

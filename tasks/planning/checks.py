@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from requant.tasks.checkpoint.advice import without_advice
 from requant.tasks.checkpoint.architecture import architecture_problem, known_model_types
 from requant.tasks.checkpoint.base_check import unusable
 from requant.tasks.checkpoint.checkpoint import Ambiguous, Checkpoint, Harmless
@@ -46,8 +47,9 @@ def inspected(base: Checkpoint, recipe: Recipe) -> tuple[list[str], list[str]]:
     hinders, harmless = [], []
     for problem in problems_of(base, judgement, with_head=recipe.mtp != "drop" and _keeps_promise(base)):
         is_harmless = isinstance(problem, Harmless) and not isinstance(problem, Ambiguous)
-        if is_harmless or problem == judgement.head_problem:
-            harmless.append(f"the base {recipe.base.repo_id}: {problem}")
+        told = without_advice(problem)  # the base is the Hub's
+        if is_harmless or told == judgement.head_problem:
+            harmless.append(f"the base {recipe.base.repo_id}: {told}")
         else:
             hinders.append(str(unusable(recipe.base.repo_id, problem)))
     return _at_most(hinders), _at_most(harmless)

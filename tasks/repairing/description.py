@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import requant
 from requant.tasks.card.filters import Markdown, cell, fence, named, table
+from requant.tasks.checkpoint.advice import without_advice
 from requant.tasks.checkpoint.config import HeadPrecision
 from requant.tasks.checkpoint.document import Diagnosis, MtpFixDocument
 
 TITLE = "Repair the checkpoint with requant mtp-fix"
 MAX_PROBLEMS = 10
-ADVICE = re.compile(r"[:;,] (?:run|restore it with) requant mtp-fix")  # which was followed here
 
 
 def describe(document: MtpFixDocument, precision: HeadPrecision) -> str:
@@ -54,17 +53,27 @@ def head_text(document: MtpFixDocument, precision: HeadPrecision) -> str:
     return f"{tensors} from the base" + (f", its layers rounded to {precision.upper()}" if precision != "keep" else "")
 
 
+def improvements(before: Diagnosis, after: Diagnosis) -> list[str]:
+    """Return what was in the way of each engine that makes more of the checkpoint now, and the problems that are gone.
+
+    Without one, and if the head is the base's, there is no reason for a change.
+    """
+    engines = [(verdict, after.engines.get(engine)) for engine, verdict in before.engines.items()]
+    reasons = [old.reason for old, new in engines if new is not None and new.rank > old.rank]
+    return reasons + [problem for problem in before.problems if problem not in after.problems]
+
+
 def _reason(document: MtpFixDocument, precision: HeadPrecision) -> str:
     """Return one paragraph that says why the repo should have the change, and what the change leaves alone."""
     assert document.before is not None and document.after is not None
     before, after = document.before, document.after
-    wrong = [verdict.reason for engine, verdict in before.engines.items() if verdict != after.engines.get(engine)]
-    wrong += [problem for problem in before.problems if problem not in after.problems]
-    cause = (
-        f"This checkpoint has a problem: {_text(ADVICE.split(wrong[0])[0])}."
-        if wrong
-        else "The MTP head is not that of the base."
-    )
+    mended = improvements(before, after)
+    if mended:
+        cause = f"This checkpoint has a problem: {_text(without_advice(mended[0]))}."
+    elif precision != "keep":
+        cause = "The MTP head can be smaller."
+    else:
+        cause = "The MTP head is not that of the base."
     base = f" (base: {named(document.base)})" if document.base else ""
     return (
         f"{cause} The repair: {head_text(document, precision)}{base}, with an index and configs that describe what the "

@@ -16,15 +16,15 @@ from requant.tasks.checkpoint.atomic_swap import install, staged
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.config import HeadPrecision
 from requant.tasks.checkpoint.document import Diagnosis, MtpFixDocument
-from requant.tasks.checkpoint.heads.layouts import promised_layers
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
 from requant.tasks.checkpoint.repair import checked_plan, write_repair
+from requant.tasks.checkpoint.repair_base import check_fits
 from requant.tasks.checkpoint.repair_plan import RepairPlan, RepairSource
 from requant.tasks.checkpoint.untrusted import without_folder
 from requant.tasks.checkpoint.writer import place_header, place_shard
-from requant.tasks.errors import CheckpointError, HubError, RecipeError
+from requant.tasks.errors import CheckpointError, HubError, HubUnavailable, RecipeError, RequantError
 from requant.tasks.hub.revision import Revision, resolve_name, split_name
-from requant.tasks.repairing.description import TITLE, describe
+from requant.tasks.repairing.description import TITLE, describe, improvements
 from requant.tasks.repairing.named_base import named_base
 from requant.tasks.repairing.proposal import Change, check_account, check_is_main, propose
 from requant.tasks.repairing.source import sparse_source
@@ -38,24 +38,26 @@ def repair_repo(
     """Work out a repair of the repo `repo_id[@revision]`, and open a pull request with it if `pull_request`.
 
     `base` and `precision` are as for `repair`; by default, the base is the one that the repo's card names, at its
-    newest commit. Data of tensors is downloaded only to compare heads that differ in nothing else, and for a pull
-    request.
+    newest commit, and none if that does not exist, may not be read or does not fit. Data of tensors is downloaded only
+    to compare heads that differ in nothing else, and for a pull request.
 
     Raises CheckpointError as `repair` does, RecipeError for a pull request without a token, HubError, HubUnavailable.
     """
     account = check_account(split_name(name)[0]) if pull_request else None
     revision = resolve_name(name)
-    base_name = base or named_base(revision)
-    found = _find_base(base_name) if base_name else None
+    found = _find_base(base) if base else _base_of_card(revision)
     if account is not None:
         check_is_main(revision)
         _check_base(found, revision)
     with sparse_source(revision) as target, _opened(found) as source:
-        if base is None and source is not None and Checkpoint.open(source.folder).head is None:
-            source = None  # What else is wrong can be repaired without the base that the card names.
+        if base is None and source is not None and not _fits(target, source):
+            source = None
         before = _diagnose(target)
-        plan = _plan(target, source, precision)
+        plan, _ = checked_plan(Checkpoint.open(target.folder), source, precision, target.fetch_own)
         after = _carry_out(plan, target, source, with_data=pull_request) if plan.to_write else before
+        if plan.to_write and not plan.to_restore and not improvements(before, after):
+            log.info(f"{revision.name} stays as it is: no verdict would get better, and no problem would go away")
+            plan, after = RepairPlan(plan.present, plan.present), before
         document = MtpFixDocument(
             changed=False,
             tensors_restored=len(plan.to_restore),
@@ -89,6 +91,30 @@ def _find_base(name: str | Path) -> Path | Revision:
     return Path(name) if Path(name).is_dir() else resolve_name(str(name))
 
 
+def _base_of_card(revision: Revision) -> Revision | None:
+    """Return the base on the Hub that a repo's card names; None if it names none that can be read."""
+    try:
+        name = named_base(revision)
+        return resolve_name(name) if name else None
+    except HubUnavailable:
+        raise
+    except RequantError as error:
+        log.warning(f"the base that the card of {revision.repo_id} names is left out: {error}")
+        return None
+
+
+def _fits(target: RepairSource, base: RepairSource) -> bool:
+    """Check whether a base that a card names is the target's: what else is wrong can be repaired without it."""
+    checkpoint = Checkpoint.open(target.folder)
+    try:
+        check_fits(checkpoint, Checkpoint.open(base.folder).sound())
+    except CheckpointError as error:
+        reason = without_folder(without_folder(str(error), base.folder, base.name), target.folder, target.name)
+        log.warning(f"the base that the card of {target.name} names is left out: {reason}")
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def _opened(base: Path | Revision | None) -> Iterator[RepairSource | None]:
     """Yield a base as a source; the sparse checkout of a repo lasts for the block."""
@@ -112,16 +138,6 @@ def _check_base(base: Path | Revision | None, revision: Revision) -> None:
             "the repo private, or name a public base with --base",
             repo_id=base.repo_id,
         )
-
-
-def _plan(target: RepairSource, base: RepairSource | None, precision: HeadPrecision) -> RepairPlan:
-    """Plan the repair of a sparse checkout. Raises CheckpointError if its head could only be repaired with a base."""
-    checkpoint = Checkpoint.open(target.folder)
-    plan, after = checked_plan(checkpoint, base, precision, target.fetch_own)
-    needs_head = checkpoint.head is not None or promised_layers(checkpoint.config) > 0
-    if plan.left is not None and not plan.to_write and needs_head and not after.drafts:
-        raise plan.left
-    return plan
 
 
 def _diagnose(source: RepairSource) -> Diagnosis:

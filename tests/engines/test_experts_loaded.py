@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.compat import verdicts
+from requant.tasks.checkpoint.compat import Judgement
 from requant.tasks.serving.prompts import python_prompts
 from tests.factories.checkpoints import write_quantized
 from tests.factories.moe_bases import trained_moe, with_experts_apart
@@ -26,7 +26,7 @@ def test_a_moe_drafts_from_fused_and_single_experts_alike_and_packed_besides(vll
     base = trained_moe(tmp_path / "base")
     apart = with_experts_apart(base, tmp_path / "apart")
     made = write_quantized(base, tmp_path / "quantized", kept="mlp.experts")
-    assert verdicts(Checkpoint.open(made))["vllm"].mtp is True
+    assert Judgement.of(Checkpoint.open(made)).verdicts["vllm"].mtp is True
     (tmp_path / "prompts").write_text(json.dumps(python_prompts(PROMPTS)))
     script, draft = Path(__file__).parent / "try_all.py", ROOT / "infra" / "dev" / "engines" / "draft.py"
     command = [vllm_python, script, draft, tmp_path / "prompts", str(TOKENS), base, apart, made]

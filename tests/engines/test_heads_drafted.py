@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.compat import verdicts
+from requant.tasks.checkpoint.compat import Judgement
 from requant.tasks.serving.prompts import python_prompts
 from requant.tasks.validating.decode import speculate
 from requant.tasks.validating.head import MtpHead
@@ -58,7 +58,7 @@ def test_torch_writes_and_accepts_what_vllm_does(
 ) -> None:
     theirs, tokenizer = drafted[kind], load_tokenizer(bases[kind])
     assert theirs["error"] is None and theirs["warnings"] == []
-    assert verdicts(Checkpoint.open(bases[kind]))["vllm"].mtp is True
+    assert Judgement.of(Checkpoint.open(bases[kind])).verdicts["vllm"].mtp is True
     skeleton = Skeleton(Checkpoint.open(bases[kind]), RunSettings(torch.device("cpu"), torch.float32))
     skeleton.hold()
     head = MtpHead(skeleton.checkpoint, skeleton)

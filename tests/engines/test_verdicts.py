@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.compat import verdicts
+from requant.tasks.checkpoint.compat import Judgement
 from requant.tasks.checkpoint.repair import RepairSource, repair
 from requant.tasks.serving.prompts import python_prompts
 from tests.engines.variants import VARIANTS, make
@@ -61,7 +61,7 @@ def tried(vllm_python: str, folders: dict[str, Path], tmp_path_factory: pytest.T
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_verdict_is_what_vllm_does(name: str, folders: dict[str, Path], tried: dict[str, Any]) -> None:
-    verdict = verdicts(Checkpoint.open(folders[name]))["vllm"]
+    verdict = Judgement.of(Checkpoint.open(folders[name])).verdicts["vllm"]
     with_mtp, without = tried[name]["with"], tried[name]["without"]
     loads = with_mtp["error"] is None or without["error"] is None
     drafts = with_mtp["error"] is None and (with_mtp["acceptance"] or 0) > DRAFTS
@@ -74,7 +74,7 @@ def test_the_verdict_is_what_vllm_does(name: str, folders: dict[str, Path], trie
 
 
 def test_a_mended_head_drafts_as_the_bases(folders: dict[str, Path], tried: dict[str, Any]) -> None:
-    assert verdicts(Checkpoint.open(folders[MENDED]))["vllm"].mtp is True
+    assert Judgement.of(Checkpoint.open(folders[MENDED])).verdicts["vllm"].mtp is True
     mended, sound = tried[MENDED]["with"], tried[SOUND]["with"]
     assert mended["error"] is None and mended["warnings"] == [] and sound["acceptance"] > DRAFTS
     assert mended["drafted"] > 50

@@ -170,6 +170,12 @@ def test_a_checkpoint_that_is_fine_gets_no_pull_request(
     outcome = CliRunner().invoke(cli, ["mtp-fix", repo, "--pull-request"])
     assert outcome.exit_code == 0 and "nothing to repair" in outcome.stdout and written(hub) == []
     assert list(api.get_repo_discussions(repo)) == []
+    # Of a file that only the base has no engine and no sentence of inspect says anything.
+    (fine / "tokenizer_config.json").unlink()
+    hub.seed(repo, fine, delete_missing=True)
+    document = requant.mtp_fix(repo, pull_request=True)
+    assert (document.writes, document.problems, document.pull_request) == ([], [], None)
+    assert list(api.get_repo_discussions(repo)) == []
 
 
 def test_only_main_gets_a_pull_request_and_only_at_the_commit_that_was_inspected(
@@ -292,6 +298,29 @@ def test_a_base_without_a_head_that_a_card_names_does_not_keep_the_rest_from_rep
         requant.mtp_fix(repo, base="demo/headless")
 
 
+@pytest.mark.parametrize("named", ["demo/nowhere", "demo/other-size", BASE])
+def test_a_base_that_a_card_names_is_a_repo_and_is_left_out_if_it_is_not_the_checkpoints(
+    named: str,
+    hub: HubStandIn,
+    repo: str,
+    broken: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    hub.seed("demo/other-size", TINY)
+    (tmp_path / named).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    (broken / "README.md").write_text(CARD.format(named))
+    hub.seed(repo, broken)
+    document = requant.mtp_fix(repo)
+    if named == BASE:
+        assert document.base == f"{BASE}@{resolve(BASE).sha}"
+    else:
+        assert (document.base, document.source) == (None, "dequantized") and document.engines["vllm"].mtp
+        assert f"the base that the card of {repo}" in caplog.text and "/tmp" not in caplog.text
+
+
 def test_a_base_that_does_not_fit_is_a_sentence_about_the_two_repos(hub: HubStandIn, repo: str) -> None:
     hub.seed("demo/other-size", TINY)
     with pytest.raises(CheckpointError, match=f"demo/other-size@.* is not the base of {repo}@") as refused:
@@ -308,7 +337,7 @@ def test_the_base_of_a_pull_request_is_one_that_others_can_look_at(
     hub.set_repo(BASE, private=True)
     try:
         with pytest.raises(HubError, match=f"{BASE} does not exist"):
-            requant.mtp_fix(repo)
+            requant.mtp_fix(repo, base=BASE)
         monkeypatch.setenv("HF_TOKEN", "hf_owner")
         assert requant.mtp_fix(repo).tensors_restored == 15
         with pytest.raises(HubError, match=f"{BASE} is private and {repo} is not"):

@@ -28,7 +28,6 @@ OWN_VIDEO_SETTINGS = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 _REPEATED_REPEAT = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")
 FINE = "nothing is in the way"
 DRAFTING = ("vllm", "sglang")  # the engines that draft with a head
-FIX = "run requant mtp-fix"
 VERSIONS = {"vllm": vllm.VERSION, "sglang": sglang.VERSION, "transformers": transformers.VERSION}
 
 
@@ -138,16 +137,6 @@ def _possible_patterns(quantization: QuantizationConfig) -> list[str]:
     parts = (part for part in quantization.values() if isinstance(part, dict | list))
     entries = (entry for part in parts for entry in part if isinstance(entry, str) and len(entry) <= 1000)
     return list(islice(entries, 100_000))
-
-
-def verdicts(checkpoint: Checkpoint) -> dict[str, EngineVerdict]:
-    """Judge by engine whether it will load a checkpoint and draft with its MTP head."""
-    return Judgement.of(checkpoint).verdicts
-
-
-def draft_problem(checkpoint: Checkpoint) -> str | None:
-    """Return why vLLM or SGLang would not draft with this checkpoint's head, or None."""
-    return Judgement.of(checkpoint).draft_problem
 
 
 def missing_vision_files(checkpoint: Checkpoint) -> list[str]:

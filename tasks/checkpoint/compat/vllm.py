@@ -36,8 +36,15 @@ from requant.tasks.checkpoint.compat.rule import (
     shorten,
 )
 from requant.tasks.checkpoint.config import JsonObject, ModelConfig, QuantizationConfig
-from requant.tasks.checkpoint.exclusions import AUTO_ROUND_METHODS, AWQ_METHODS, GPTQ_METHODS
-from requant.tasks.checkpoint.methods import BY_STATED, MLX, MODELOPT_FILE, full_name
+from requant.tasks.checkpoint.methods import (
+    AUTO_ROUND_METHODS,
+    AWQ_METHODS,
+    BY_STATED,
+    GPTQ_METHODS,
+    MLX,
+    MODELOPT_FILE,
+    full_name,
+)
 from requant.tasks.checkpoint.modules import Module
 
 VERSION = "0.32.0"

@@ -83,6 +83,11 @@ class Needs(BaseModel):
         count = split_layers(self.layers)[1]
         return count[: count.rfind(".") + 1]
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors, those of the layers without a number."""
+        return [f"{split_layers(group.layers)[0]}{name}" for group in self.groups for name in group.tensors]
+
     def values(self, config: JsonObject) -> Values:
         """Return the values of a config of this architecture."""
         kinds: dict[str, set[str]] = {}

@@ -13,7 +13,7 @@ from requant.flows.report.report import scheme_of
 from requant.tasks.artifact import Manifest
 from requant.tasks.card.facts import scheme_words
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.compat import verdicts
+from requant.tasks.checkpoint.compat import Judgement
 from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
@@ -67,46 +67,46 @@ def packed(quantization: dict[str, Any], inputs: int, module: str = LAYER, **own
 @pytest.mark.parametrize("method", METHODS)
 def test_vllm_and_sglang_load_no_matrix_whose_inputs_the_group_does_not_divide(method: str) -> None:
     for engine in ("vllm", "sglang"):
-        verdict = verdicts(packed(METHODS[method], 576))[engine]
+        verdict = Judgement.of(packed(METHODS[method], 576)).verdicts[engine]
         assert verdict.loads is False
         assert f"{LAYER} has 576 inputs, no multiple of group_size 128" in verdict.reason
-        assert verdicts(packed(METHODS[method], 640))[engine].loads is True
+        assert Judgement.of(packed(METHODS[method], 640)).verdicts[engine].loads is True
 
 
 @pytest.mark.parametrize("method", ["auto-round", "auto-round AWQ"])
 def test_transformers_loads_none_of_auto_round_on_a_cpu(method: str) -> None:
-    verdict = verdicts(packed(METHODS[method], 576))["transformers"]
+    verdict = Judgement.of(packed(METHODS[method], 576)).verdicts["transformers"]
     assert verdict.loads is False and "on a CPU" in verdict.reason
     assert f"{LAYER} has 576 inputs, no multiple of group_size 128" in verdict.reason
-    assert verdicts(packed(METHODS[method], 640))["transformers"].loads is True
+    assert Judgement.of(packed(METHODS[method], 640)).verdicts["transformers"].loads is True
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_other_widths_are_compared_too(bits: int) -> None:
-    found = verdicts(packed(auto_round(bits=bits), 576))
+    found = Judgement.of(packed(auto_round(bits=bits), 576)).verdicts
     assert [verdict.loads for verdict in found.values()] == [False] * 3
     assert all("576 inputs" in verdict.reason for verdict in found.values())
 
 
 @pytest.mark.parametrize(("group_size", "inputs"), [(-1, 576), (64, 576), (32, 96), (128, 128)])
 def test_whole_rows_and_groups_that_divide_load_everywhere(group_size: int, inputs: int) -> None:
-    found = verdicts(packed(auto_round(group_size=group_size), inputs))
+    found = Judgement.of(packed(auto_round(group_size=group_size), inputs)).verdicts
     assert [verdict.loads for verdict in found.values()] == [True] * 3
 
 
 def test_a_matrix_that_is_smaller_than_a_group_loads_nowhere() -> None:
-    assert not any(verdict.loads for verdict in verdicts(packed(auto_round(), 64)).values())
+    assert not any(verdict.loads for verdict in Judgement.of(packed(auto_round(), 64)).verdicts.values())
 
 
 @pytest.mark.parametrize(("own", "loads"), [(64, True), (128, False), (-1, True)])
 def test_a_layer_of_its_own_group_size_is_compared_with_that_one(own: int, loads: bool) -> None:
     quantization = auto_round(group_size=32, extra_config={LAYER: {"bits": 4, "group_size": own}})
-    found = verdicts(packed(quantization, 576, group_size=own))
+    found = Judgement.of(packed(quantization, 576, group_size=own)).verdicts
     assert [verdict.loads for verdict in found.values()] == [loads] * 3
 
 
 def test_experts_are_compared_as_other_matrices_are() -> None:
-    found = verdicts(packed(auto_round(), 704, "model.layers.0.mlp.experts.0.down_proj"))
+    found = Judgement.of(packed(auto_round(), 704, "model.layers.0.mlp.experts.0.down_proj")).verdicts
     assert [verdict.loads for verdict in found.values()] == [False] * 3
 
 
@@ -122,7 +122,7 @@ def test_compressed_tensors_is_compared_too() -> None:
         checkpoint = Checkpoint(
             Path("x"), ModelConfig({**CONFIG, "quantization_config": quantization}), tensors, (), None
         )
-        assert verdicts(checkpoint)["vllm"].loads is loads
+        assert Judgement.of(checkpoint).verdicts["vllm"].loads is loads
 
 
 @pytest.mark.parametrize("size", [0, True, "128", [128, 128], None, 2**70])
@@ -133,7 +133,9 @@ def test_nonsense_for_a_group_size_gives_a_verdict_and_no_traceback(size: Any) -
         config = {**checkpoint.config, "quantization_config": auto_round(**changed)}
         assert all(
             verdict.reason
-            for verdict in verdicts(Checkpoint(Path("x"), ModelConfig(config), checkpoint.tensors, (), None)).values()
+            for verdict in Judgement.of(
+                Checkpoint(Path("x"), ModelConfig(config), checkpoint.tensors, (), None)
+            ).verdicts.values()
         )
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from requant.tasks.checkpoint.advice import FIX_INDEX
 from requant.tasks.checkpoint.checkpoint import INDEX, SINGLE, WRONG_TOTAL, Checkpoint, read_json
-from requant.tasks.checkpoint.shards import FIX_INDEX, STALE
+from requant.tasks.checkpoint.shards import STALE
 from requant.tasks.checkpoint.untrusted import MAX_JSON_BYTES
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import all_tensors, safetensors_bytes, write_checkpoint

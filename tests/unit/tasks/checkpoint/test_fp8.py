@@ -12,7 +12,7 @@ import torch
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.compat import verdicts
+from requant.tasks.checkpoint.compat import Judgement
 from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.fp8 import STRIPE_ROWS, dequantize_fp8, dequantized_tensors, values_of, write_dequantized
 from requant.tasks.checkpoint.head import head_tensors
@@ -145,6 +145,6 @@ def test_a_head_is_bf16_in_an_int4_checkpoint_and_fp8_in_an_fp8_one(tmp_path: Pa
 
 def test_inspect_and_engines_read_the_base_as_fp8(tmp_path: Path) -> None:
     folder = as_fp8(pico_base(tmp_path / "bf16"), tmp_path / "fp8")
-    found = verdicts(Checkpoint.open(folder))
+    found = Judgement.of(Checkpoint.open(folder)).verdicts
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
     assert all(engine.loads for engine in found.values())

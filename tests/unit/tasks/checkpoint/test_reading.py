@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from requant.tasks.checkpoint.audit import account
-from requant.tasks.checkpoint.compat import Judgement, verdicts, vllm
+from requant.tasks.checkpoint.compat import Judgement, vllm
 from requant.tasks.checkpoint.compat.rule import Patterns
-from requant.tasks.checkpoint.config import QuantizationConfig
+from requant.tasks.checkpoint.config import ModelConfig, QuantizationConfig
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.inventory import storage_of
 from requant.tasks.checkpoint.modules import Module, modules_of
 from requant.tasks.checkpoint.packing import PackingScheme, dequantize
 from requant.tasks.checkpoint.problems import problems_of
-from requant.tasks.checkpoint.reading import Reading, stored_scheme
+from requant.tasks.checkpoint.reading import Reading
 from requant.tasks.checkpoint.weight_error import fidelity
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import FULL
@@ -120,7 +120,7 @@ STATED: dict[str, tuple[Changes, str, Any]] = {
 
 @pytest.mark.parametrize(("config", "module", "expected"), STATED.values(), ids=STATED)
 def test_a_config_is_read_in_the_words_of_its_method(config: Changes, module: str, expected: Any) -> None:
-    stated = stored_scheme(QuantizationConfig(config), module)
+    stated = Reading.of(ModelConfig(), QuantizationConfig(config)).stated(Module(module))
     if isinstance(expected, str):
         assert not stated.quantized and expected in stated.because
     else:
@@ -207,7 +207,7 @@ def test_what_vllm_accepts_is_read_as_vllm_reads_it(tmp_path: Path) -> None:
     for seed in SEEDS:
         made = mixed(Random(seed), tmp_path)
         checkpoint = made.quantized
-        accepted[loads := bool(verdicts(checkpoint)["vllm"].loads)] += 1
+        accepted[loads := bool(Judgement.of(checkpoint).verdicts["vllm"].loads)] += 1
         if not loads:
             continue
         tree = vllm.architecture_of(checkpoint.config).tree

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
+from requant.tasks.checkpoint.advice import FIX, FIX_INDEX, FROM_BASE
 from requant.tasks.checkpoint.checkpoint import INDEX
-from requant.tasks.checkpoint.compat import FIX
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
-from requant.tasks.checkpoint.remedies import FROM_BASE
 from requant.tasks.checkpoint.repair import RepairSource, repair
-from requant.tasks.checkpoint.shards import FIX_INDEX, MOVE
+from requant.tasks.checkpoint.shards import MOVE
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import all_tensors, raw_tensors, safetensors_bytes, write_checkpoint
 from tests.factories.fp8_bases import as_fp8

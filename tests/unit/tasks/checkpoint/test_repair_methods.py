@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,19 @@ def without_head(folder: Path, quantization: dict[str, Any] | None) -> Path:
     )
 
 
-@pytest.mark.parametrize("stated", ["config.json", "both", "hf_quant_config.json"])
+@pytest.mark.parametrize(
+    ("stated", "method"),
+    [("config.json", "modelopt"), ("both", "modelopt"), ("both", "modelopt_fp8"), ("hf_quant_config.json", "modelopt")],
+)
 def test_modelopt_names_the_head_in_each_of_its_files_and_in_no_other_words(
-    stated: str, base: Path, tmp_path: Path
+    stated: str, method: str, base: Path, tmp_path: Path
 ) -> None:
-    own = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
+    own = {"quant_method": method, "quant_algo": "FP8", "ignore": ["lm_head"]}
     folder = without_head(as_fp8(base, tmp_path / "made"), None if stated == "hf_quant_config.json" else own)
     if stated != "config.json":
         (folder / "hf_quant_config.json").write_text(json.dumps(HF_QUANT))
     result = repair(folder, RepairSource(base))
-    assert result.changed and result.engines["vllm"].mtp is not False
+    assert result.changed and result.engines["sglang" if method == "modelopt_fp8" else "vllm"].mtp is not False
     if stated != "hf_quant_config.json":
         quantization = config_of(folder)["quantization_config"]
         assert {**quantization, "ignore": None} == {**own, "ignore": None} and "mtp*" in quantization["ignore"]
@@ -60,6 +64,70 @@ def test_modelopt_names_the_head_in_each_of_its_files_and_in_no_other_words(
         assert document["producer"] == HF_QUANT["producer"]
     before = snapshot(folder)
     assert repair(folder, RepairSource(base)).changed is False and snapshot(folder) == before
+
+
+def hf_alone(folder: Path, quantization: dict[str, Any]) -> None:
+    stated(folder, quantization_config=None)
+    (folder / "hf_quant_config.json").write_text(json.dumps(HF_QUANT))
+
+
+def stated(folder: Path, **values: Any) -> None:
+    config = {**config_of(folder), **values}
+    path = folder / "config.json"
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def without_total(folder: Path, quantization: dict[str, Any]) -> None:
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": json.loads(path.read_text())["weight_map"]}))
+
+
+def in_text_config(key: str) -> Callable[[Path, dict[str, Any]], None]:
+    def change(folder: Path, quantization: dict[str, Any]) -> None:
+        stated(folder, quantization_config=None)
+        stated(folder, text_config={**config_of(folder), key: quantization})
+
+    return change
+
+
+SOUND: dict[str, Callable[[Path, dict[str, Any]], None]] = {
+    "hf_quant_config.json": hf_alone,
+    "no total_size": without_total,
+    "text_config": in_text_config("quantization_config"),
+    "compression_config": lambda f, q: stated(f, quantization_config=None, compression_config=q),
+    "text_config.compression_config": in_text_config("compression_config"),
+}
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+@pytest.mark.parametrize("case", SOUND)
+def test_where_inspect_finds_no_problem_nothing_is_repaired(
+    case: str, with_base: bool, base: Path, tmp_path: Path
+) -> None:
+    quantization = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head", "mtp*"]}
+    folder = as_fp8(base, tmp_path / "made", head=False)
+    stated(folder, quantization_config=quantization)
+    SOUND[case](folder, quantization)
+    if case == "hf_quant_config.json":
+        repair(folder, RepairSource(base))  # which says that the head is not quantized
+        assert "quantization_config" not in config_of(folder)
+    assert inspect_checkpoint(folder).problems == []
+    before = snapshot(folder)
+    result = repair(folder, RepairSource(base) if with_base else None)
+    assert (result.changed, result.writes) == (False, []) and snapshot(folder) == before
+
+
+@pytest.mark.parametrize("case", ["text_config", "compression_config", "text_config.compression_config"])
+def test_a_quantization_config_is_corrected_where_it_stands(case: str, base: Path, tmp_path: Path) -> None:
+    quantization = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
+    folder = as_fp8(base, tmp_path / "made", head=False)
+    SOUND[case](folder, quantization)
+    before = config_of(folder)
+    repair(folder, RepairSource(base))
+    after = config_of(folder)
+    assert before.keys() == after.keys() and before != after
+    place = after.get("text_config", after)
+    assert "mtp*" in place["quantization_config" if case == "text_config" else "compression_config"]["ignore"]
 
 
 def test_packed_weights_of_the_same_names_do_not_make_a_base_a_foreign_one(base: Path, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from requant.flows.cli.mtp_fix import mtp_fix
+from requant.tasks.checkpoint.advice import FIX
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.compat import FINE, FIX, VERSIONS, verdicts
+from requant.tasks.checkpoint.compat import FINE, VERSIONS, Judgement
 from requant.tasks.checkpoint.config import QuantizationConfig
 from requant.tasks.checkpoint.exclusions import with_head_entries
 from requant.tasks.checkpoint.mtp import find_head
@@ -72,12 +73,12 @@ def test_the_command_ends_with_exit_status_1_and_the_error_that_is_a_sentence(tm
 def test_an_fp8_moe_names_the_fused_experts_of_the_head_that_is_put_in(head: bool, tmp_path: Path) -> None:
     base = pico_base(tmp_path / "base", experts=4)
     folder = as_fp8(split(base, tmp_path / "split"), tmp_path / "made")
-    assert verdicts(Checkpoint.open(folder))["vllm"].to_json() == DRAFTS
+    assert Judgement.of(Checkpoint.open(folder)).verdicts["vllm"].to_json() == DRAFTS
     if not head:
         without_the_head(folder)
     result = repair(folder, RepairSource(base))
     assert result.changed and "mtp.layers.0.mlp.experts" in kept_by(folder)
-    assert result.engines == verdicts(Checkpoint.open(folder))
+    assert result.engines == Judgement.of(Checkpoint.open(folder)).verdicts
     assert result.engines["vllm"].mtp is True and result.engines["sglang"].mtp is True
     before = snapshot(folder)
     assert repair(folder, RepairSource(base)).changed is False and snapshot(folder) == before
@@ -122,6 +123,7 @@ def test_the_list_that_vllm_prefers_names_the_head_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("method", "key"), [
     ("gptq_marlin", "dynamic"), ("auto_gptq", "dynamic"), ("awq_marlin", "modules_to_not_convert"),
+    ("modelopt_fp8", "ignore"), ("quark_mxfp4", "exclude"), ("quark_int4fp8_moe", "exclude"),
     ("inc", "extra_config"), ("compressed_tensors", "ignore"), ("AWQ", "modules_to_not_convert"),
 ])  # fmt: skip
 def test_another_name_of_a_known_method_has_that_methods_words(method: str, key: str, tmp_path: Path) -> None:
@@ -146,7 +148,7 @@ def shared_key(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_no_repair_is_installed_after_which_an_engine_loads_less_than_before(shared_key: tuple[Path, Path]) -> None:
     folder, base = shared_key
-    assert verdicts(Checkpoint.open(folder))["vllm"].to_json() == DRAFTS
+    assert Judgement.of(Checkpoint.open(folder)).verdicts["vllm"].to_json() == DRAFTS
     before = snapshot(folder)
     for dry_run in (True, False):
         with pytest.raises(
@@ -167,7 +169,7 @@ def test_an_awq_checkpoint_without_a_list_keeps_what_its_tensors_say(tmp_path: P
     (shard,) = folder.glob("*.safetensors")
     held = {n: raw for n, raw in raw_tensors(shard).items() if not n.startswith(plain.removesuffix("weight"))}
     write_checkpoint(folder, {shard.name: {**held, plain: tensors[plain]}}, config_of(folder))
-    assert verdicts(Checkpoint.open(folder))["vllm"].loads is True
+    assert Judgement.of(Checkpoint.open(folder)).verdicts["vllm"].loads is True
     assert repair(folder, RepairSource(base)).engines["vllm"].to_json() == DRAFTS
     assert {"mtp", plain.removesuffix(".weight")} <= {*kept_by(folder)}
 
@@ -176,7 +178,7 @@ def test_a_dry_run_says_what_the_engines_will_make_of_the_repaired_checkpoint(tm
     base = make_base(tmp_path / "base", "mtp")
     folder = quantized(all_tensors(base), tmp_path / "made", config_of(base), "gptq", head=["mtp.fc"], shards=2,
                        single=False)  # fmt: skip
-    assert verdicts(Checkpoint.open(folder))["sglang"].mtp is False
+    assert Judgement.of(Checkpoint.open(folder)).verdicts["sglang"].mtp is False
     promised = repair(folder, RepairSource(base), dry_run=True)
     text = CliRunner().invoke(mtp_fix, [str(folder), "--base", str(base), "--dry-run"]).output
     assert promised.changed is False and "would be repaired" in text and "does not draft: there" not in text
@@ -203,6 +205,15 @@ def test_a_smaller_head_that_is_asked_for_may_cost_one_engine(tmp_path: Path) ->
     repair(folder, RepairSource(base))
     result = repair(folder, RepairSource(base), precision="int4")
     assert result.changed and result.engines["vllm"].mtp is True
+
+
+def test_a_model_that_never_had_a_head_needs_no_base(tmp_path: Path) -> None:
+    folder = pico_base(tmp_path / "base", head=False)
+    for dry_run in (True, False):
+        result = repair(folder, None, dry_run=dry_run)
+        assert (result.changed, result.writes, result.problems) == (False, [], [])
+    outcome = CliRunner().invoke(mtp_fix, [str(folder)])
+    assert outcome.exit_code == 1 and "nothing to repair" in outcome.output  # no engine drafts
 
 
 def text_of(*words: str | Path) -> str:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from requant.tasks.checkpoint.advice import FIX_INDEX
 from requant.tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from requant.tasks.checkpoint.inspect import inspect_checkpoint
 from requant.tasks.checkpoint.repair import RepairSource, repair
-from requant.tasks.checkpoint.shards import FIX_INDEX, MOVE, lost_numbers
+from requant.tasks.checkpoint.shards import MOVE, lost_numbers
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import all_tensors, raw_tensors, safetensors_bytes, write_checkpoint
 from tests.factories.heads import make_base
@@ -92,6 +93,35 @@ def test_what_is_no_part_of_the_model_stays_and_may_be_moved(kind: str, base: Pa
     assert sentence.startswith("x.safetensors is a shard") and part in sentence and sentence.endswith(MOVE)
     before = snapshot(base)
     assert repair(base, None).problems == [sentence] and snapshot(base) == before
+
+
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_attention_heads": 2, "num_key_value_heads": 2,
+    "intermediate_size": 64,
+}  # fmt: skip
+VISION = {"vision_config": {"model_type": "x"}}
+# What a tensor's name begins with, what the config says besides, and whether the tensor belongs to the model.
+OF_MODEL: list[tuple[str, dict[str, Any], bool]] = [
+    ("visual.blocks.0.attn.qkv", QWEN3, False), ("score", QWEN3, False), ("model.fc", QWEN3, False),
+    ("model.norm", QWEN3, True), ("mtp.layers.0.input_layernorm", QWEN3, True),
+    ("model.layers.1.mlp.up_proj", QWEN3, True), ("model.visual.blocks.0.attn.qkv", QWEN3 | VISION, True),
+    ("visual.blocks.0.attn.qkv", {}, False), ("visual.blocks.0.attn.qkv", VISION, True), ("score", {}, False),
+    ("talker.model.norm", {}, False), ("model.fc", {}, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "config", "is_own"), OF_MODEL)
+def test_a_tensor_that_no_part_of_the_model_holds_is_never_indexed(
+    module: str, config: dict[str, Any], is_own: bool, base: Path
+) -> None:
+    main, head = halves(base)
+    name = f"{module}.weight"
+    kept = {n: raw for n, raw in (main | head).items() if n != name}
+    laid_out(base, {ONE: kept, "x.safetensors": {name: ("BF16", (1,), b"ab")}}, {ONE})
+    path = base / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    (sentence,) = sentences(base, "x.safetensors is a shard")
+    assert sentence.endswith(FIX_INDEX if is_own else MOVE) and name in sentence
 
 
 @pytest.mark.parametrize("name", [SINGLE, "model-00001-of-00002.safetensors"])

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from requant.tasks.checkpoint.base_check import check_kind
+from requant.tasks.checkpoint.advice import FIX, without_advice
+from requant.tasks.checkpoint.base_check import check_base, check_kind
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import Judgement
 from requant.tasks.checkpoint.compat.rule import NotJudged
@@ -99,9 +100,10 @@ def test_all_that_inspect_finds_in_a_base_stops_its_plan(case: str, store: Store
     found = inspect_checkpoint(base).problems
     assert any(sentence in problem for problem in found)
     problems = planned(store, base).problems
-    assert [f"the base a/b cannot be used: {problem}" for problem in found] == [
+    assert [f"the base a/b cannot be used: {without_advice(problem)}" for problem in found] == [
         p for p in problems if p.startswith("the base a/b")
     ]
+    assert not any("mtp-fix" in problem for problem in problems)
 
 
 @pytest.mark.parametrize("case", IN_PLACE)
@@ -120,7 +122,28 @@ def test_what_readers_do_not_mind_is_a_note(store: Store, tmp_path: Path) -> Non
     document = planned(store, base)
     assert document.problems == () and len(document.stages) > 4
     total, dtype = (note for note in document.notes if note.startswith("the base a/b: "))
-    assert "total_size 1" in total and "config.json says float16" in dtype
+    assert "total_size 1" in total and "mtp-fix" not in total and "config.json says float16" in dtype
+
+
+@pytest.mark.parametrize("layers", [None, 0])
+def test_a_head_that_no_engine_drafts_with_is_a_note_without_an_advice(
+    layers: int | None, store: Store, tmp_path: Path
+) -> None:
+    base = pico_base(tmp_path / "base")
+    changed(base, "config.json", lambda config: config["text_config"].update(mtp_num_hidden_layers=layers))
+    (problem,) = inspect_checkpoint(base).problems
+    assert problem.endswith(FIX)
+    check_base(Checkpoint.open(base), "a/b", with_head=True)
+    document = planned(store, base)
+    assert document.problems == () and f"the base a/b: {without_advice(problem)}" in document.notes
+
+
+def test_a_refused_base_is_never_to_be_repaired(tmp_path: Path) -> None:
+    base = pico_base(tmp_path / "base")
+    (base / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match="there is no model") as caught:
+        check_base(Checkpoint.open(base), "a/b", with_head=True)
+    assert "mtp-fix" in str(Checkpoint.open(base).problems) and "mtp-fix" not in str(caught.value)
 
 
 def test_a_head_that_is_dropped_need_not_be_whole(store: Store, tmp_path: Path) -> None:

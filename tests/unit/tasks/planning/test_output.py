@@ -62,9 +62,9 @@ def test_the_planned_tensors_and_verdicts_are_the_written_ones(mtp: str, tmp_pat
     assert made.config == output.checkpoint.config and not made.problems
     found = account(made, Checkpoint.open(base), with_head=mtp != "drop", pack_head=mtp == "int8")
     assert len(output.kept_names) == found.kept + found.head
-    from requant.tasks.checkpoint.compat import verdicts
+    from requant.tasks.checkpoint.compat import Judgement
 
-    assert output.judgement.verdicts == verdicts(made)
+    assert output.judgement.verdicts == Judgement.of(made).verdicts
 
 
 def tensors(output: CheckpointPlan) -> dict[str, tuple[str, tuple[int, ...]]]:

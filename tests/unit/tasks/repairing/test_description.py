@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from requant.tasks.checkpoint.document import Diagnosis, EngineVerdict, MtpFixDocument
-from requant.tasks.repairing.description import MAX_PROBLEMS, describe
+from requant.tasks.repairing.description import MAX_PROBLEMS, describe, improvements
 
 BASE = f"Qwen/Qwen3.6-27B@{'b' * 40}"
 HOSTILE = "@everyone [click](http://evil) <img src=x> `rm` | a\n# b: run requant mtp-fix"
@@ -51,6 +51,15 @@ def test_a_change_of_a_verdict_alone_is_a_reason_too_and_an_other_head_is_one() 
     assert "has a problem: there is no MTP head." in describe(document([]), "keep")
     same = document([]).before
     assert describe(document([], after=same), "keep").startswith("The MTP head is not that of the base.")
+
+
+def test_the_reason_is_never_taken_from_an_engine_that_does_not_do_better() -> None:
+    drafts, refuses = verdict(True), verdict(False, "it reads no packed head")
+    before = Diagnosis(engines={"vllm": drafts, "sglang": drafts}, problems=[])
+    after = Diagnosis(engines={"vllm": drafts, "sglang": refuses}, problems=[])
+    text = describe(document([], before=before, after=after), "int8")
+    assert text.startswith("The MTP head can be smaller. The repair: 15 tensors of the head from the base")
+    assert improvements(before, after) == [] and improvements(after, before) == ["it reads no packed head"]
 
 
 def test_nothing_that_a_repo_says_is_markup_or_mentions_anyone() -> None:

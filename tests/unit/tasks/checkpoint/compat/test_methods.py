@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.compat import VERSIONS, sglang, transformers, verdicts, vllm
+from requant.tasks.checkpoint.compat import VERSIONS, Judgement, sglang, transformers, vllm
 from requant.tasks.checkpoint.inspect import as_text, inspect_checkpoint
 from requant.tasks.checkpoint.methods import BY_STATED, METHODS
 from tests.factories.checkpoints import write_checkpoint
@@ -209,7 +209,7 @@ def test_a_method_is_named_and_never_taken_for_another(kind: str, tmp_path: Path
 
 @pytest.mark.parametrize("kind", BROUGHT)
 def test_every_verdict_says_why_and_whose_rules_it_follows(kind: str, tmp_path: Path) -> None:
-    found = verdicts(Checkpoint.open(checkpoint_of(tmp_path / "x", BROUGHT[kind])))
+    found = Judgement.of(Checkpoint.open(checkpoint_of(tmp_path / "x", BROUGHT[kind]))).verdicts
     for engine, verdict in found.items():
         assert verdict.version == VERSIONS[engine] and f"({engine} {verdict.version})" in verdict.text(engine)
         assert verdict.mtp is not True or verdict.loads is True
@@ -220,7 +220,7 @@ def test_every_verdict_says_why_and_whose_rules_it_follows(kind: str, tmp_path: 
 @pytest.mark.parametrize("kind", ["ModelOpt", "ModelOpt, FP8", "ModelOpt, own file", "MXFP8"])
 def test_a_plain_head_drafts_in_vllm_if_its_method_leaves_it_out(kind: str, tmp_path: Path) -> None:
     brought = BROUGHT[kind]
-    assert verdicts(Checkpoint.open(checkpoint_of(tmp_path / "x", brought)))["vllm"].mtp is True
+    assert Judgement.of(Checkpoint.open(checkpoint_of(tmp_path / "x", brought))).verdicts["vllm"].mtp is True
     text = json.dumps([brought.quantization, brought.file]).replace(', "mtp*"', "").replace(', "mtp"', "")
     quantization, file = json.loads(text)
     silent = brought._replace(quantization=quantization, file=file)
@@ -231,7 +231,7 @@ def test_a_plain_head_drafts_in_vllm_if_its_method_leaves_it_out(kind: str, tmp_
 
 def test_quark_says_no_to_a_plain_head_that_is_not_left_out_and_nothing_of_its_schemes(tmp_path: Path) -> None:
     silent = BROUGHT["Quark"]._replace(quantization={**QUARK, "exclude": ["lm_head"]})
-    verdict = verdicts(Checkpoint.open(checkpoint_of(tmp_path / "x", silent)))["vllm"]
+    verdict = Judgement.of(Checkpoint.open(checkpoint_of(tmp_path / "x", silent))).verdicts["vllm"]
     assert verdict.loads is None and verdict.mtp is False and "mtp.fc.weight" in verdict.reason
     assert "which of Quark's schemes" in verdict.reason
 
@@ -258,7 +258,7 @@ def test_sglang_has_no_kernel_for_auto_round_that_marlin_does_not_take(
     config |= {"block_name_to_quantize": "model.layers"}
     parts = {".qweight": ("I32", (4, HIDDEN)), ".qzeros": ("I32", (1, 4)), ".scales": ("F16", (1, HIDDEN))}
     brought = Brought(config, parts, "auto-round", (None, loads, None))
-    verdict = verdicts(Checkpoint.open(checkpoint_of(tmp_path / "x", brought)))["sglang"]
+    verdict = Judgement.of(Checkpoint.open(checkpoint_of(tmp_path / "x", brought))).verdicts["sglang"]
     assert verdict.loads is loads and (loads or "bits=" in verdict.reason)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.compat import Judgement, draft_problem, missing_vision_files, verdicts
+from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
 from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.checkpoint.header import Tensor
@@ -51,12 +51,12 @@ def test_a_sound_checkpoint_has_nothing_in_the_way(base: Path) -> None:
     fine = EngineVerdict(loads=True, mtp=True, reason="nothing is in the way", version="0.32.0")
     ignored = fine.model_copy(update={"mtp": False, "reason": "transformers ignores the MTP head", "version": "5.23.0"})
     in_sglang = fine.model_copy(update={"version": "0.5.23"})
-    assert verdicts(checkpoint) == {"vllm": fine, "sglang": in_sglang, "transformers": ignored}
-    assert draft_problem(checkpoint) is None
+    assert Judgement.of(checkpoint).verdicts == {"vllm": fine, "sglang": in_sglang, "transformers": ignored}
+    assert Judgement.of(checkpoint).draft_problem is None
 
 
 def test_a_packed_fc_drafts_in_vllm_if_the_config_says_so_and_never_in_sglang(base: Path) -> None:
-    silent = verdicts(packed(base, quantization_config(), ("mtp.fc",)))
+    silent = Judgement.of(packed(base, quantization_config(), ("mtp.fc",))).verdicts
     assert silent["vllm"].mtp is False and "mtp.fc.qweight is packed" in silent["vllm"].reason
     assert "block_name_to_quantize" in silent["vllm"].reason
 
@@ -64,7 +64,7 @@ def test_a_packed_fc_drafts_in_vllm_if_the_config_says_so_and_never_in_sglang(ba
 def test_a_packed_fc_that_the_config_names_drafts_in_vllm_only(base: Path) -> None:
     fc = {"mtp.fc": {"bits": 4, "group_size": 32, "sym": True}}
     said = quantization_config(extra_config=NARROW | fc)
-    engines = verdicts(packed(base, said, ("mtp.fc",)))
+    engines = Judgement.of(packed(base, said, ("mtp.fc",))).verdicts
     assert engines["vllm"].mtp is True and engines["sglang"].mtp is False
     assert "mtp.fc.qweight is packed" in engines["sglang"].reason
 
@@ -76,29 +76,29 @@ def test_sglang_sees_no_exact_keys_of_fused_parts_and_no_pattern_that_matches_a_
     exact = {f"mtp.layers.0.self_attn.{p}_proj": FULL for p in "qkvo"} | {"mtp.fc": FULL}
     exact |= {f"mtp.layers.0.mlp.{p}_proj": FULL for p in ("gate", "up", "down")}
     checkpoint = packed(base, {**config, "extra_config": NARROW | exact | {".*visual.*": FULL}})
-    assert verdicts(checkpoint)["vllm"].mtp is True
-    assert "otherwise (no block_name_to_quantize" in verdicts(checkpoint)["sglang"].reason
+    assert Judgement.of(checkpoint).verdicts["vllm"].mtp is True
+    assert "otherwise (no block_name_to_quantize" in Judgement.of(checkpoint).verdicts["sglang"].reason
     for pattern, drafts in (("mtp.*", True), (r"layers\.0\..*", False)):
         extra = NARROW | exact | {".*visual.*": FULL, pattern: FULL}
         changed = {**checkpoint.config, "quantization_config": {**config, "extra_config": extra}}
-        engines = verdicts(replace(checkpoint, config=ModelConfig(changed)))
+        engines = Judgement.of(replace(checkpoint, config=ModelConfig(changed))).verdicts
         assert engines["sglang"].mtp is drafts
 
 
 def test_what_the_config_says_of_the_body_must_fit_its_tensors(base: Path) -> None:
-    wrong = verdicts(packed(base, quantization_config(group_size=64)))["vllm"]
+    wrong = Judgement.of(packed(base, quantization_config(group_size=64))).verdicts["vllm"]
     assert wrong.loads is False and "scales has shape" in wrong.reason and "group_size=64" in wrong.reason
 
 
 def test_without_a_block_list_every_plain_layer_is_one_too_many(base: Path) -> None:
     open_config = quantization_config()
     del open_config["block_name_to_quantize"]
-    verdict = verdicts(packed(base, open_config))["vllm"]
+    verdict = Judgement.of(packed(base, open_config)).verdicts["vllm"]
     assert verdict.loads is False and "no block_name_to_quantize" in verdict.reason
 
 
 def test_packed_tensors_without_a_config_load_nowhere(base: Path) -> None:
-    engines = verdicts(packed(base, None))
+    engines = Judgement.of(packed(base, None)).verdicts
     assert not any(verdict.loads for verdict in engines.values())
     assert "no quantization_config" in engines["vllm"].reason
 
@@ -107,7 +107,7 @@ def test_a_head_of_another_size_than_its_count_does_not_draft(base: Path) -> Non
     config = json.loads((base / "config.json").read_text())
     config["text_config"]["mtp_num_hidden_layers"] = 0
     (base / "config.json").write_text(json.dumps(config))
-    verdict = verdicts(Checkpoint.open(base))["vllm"]
+    verdict = Judgement.of(Checkpoint.open(base)).verdicts["vllm"]
     assert verdict.loads is True and verdict.mtp is False and "promises 0 MTP layers" in verdict.reason
 
 
@@ -118,7 +118,7 @@ def test_an_incomplete_head_does_not_draft(base: Path) -> None:
     )
     (base / "model-00002-of-00002.safetensors").unlink()
     for engine in ("vllm", "sglang"):
-        verdict = verdicts(Checkpoint.open(base))[engine]
+        verdict = Judgement.of(Checkpoint.open(base)).verdicts[engine]
         assert verdict.mtp is False and "mtp.layers.0.mlp.up_proj is missing" in verdict.reason
 
 
@@ -126,14 +126,14 @@ def test_a_dynamic_rule_against_mtp_makes_the_whole_head_plain_but_its_fc(base: 
     """The shortcut of qwen3_5_mtp.py: also where the rule's pattern would not match a single layer."""
     config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
     config["dynamic"] = {"-:nothing_like_mtp": {}}
-    verdict = verdicts(packed(base, config, ("mtp.layers.0.mlp.down_proj",)))["vllm"]
+    verdict = Judgement.of(packed(base, config, ("mtp.layers.0.mlp.down_proj",))).verdicts["vllm"]
     assert verdict.mtp is False and "dynamic leaves mtp out" in verdict.reason
 
 
 def test_a_hostile_pattern_is_told_and_holds_up_nothing(base: Path) -> None:
     checkpoint = packed(base, quantization_config(extra_config={ENDLESS: FULL, "(.*)*X": FULL}))
     with watching():
-        verdict = verdicts(checkpoint)["vllm"]
+        verdict = Judgement.of(checkpoint).verdicts["vllm"]
     assert verdict.loads is False and "does not end in sensible time" in verdict.reason
     assert Judgement.of(checkpoint).hostile == [ENDLESS, "(.*)*X"]
 
@@ -146,7 +146,7 @@ def test_a_hostile_pattern_is_told_and_holds_up_nothing(base: Path) -> None:
     auto_round(dynamic=5), auto_round(dynamic=[None]),
 ], ids=repr)  # fmt: skip
 def test_nonsense_in_a_config_gives_a_reason_and_never_a_traceback(quantization: Any, base: Path) -> None:
-    for verdict in verdicts(packed(base, quantization, ("mtp.fc",))).values():
+    for verdict in Judgement.of(packed(base, quantization, ("mtp.fc",))).verdicts.values():
         assert set(verdict.to_json()) == {"loads", "mtp", "reason", "version"} and verdict.reason
 
 
@@ -175,7 +175,7 @@ def test_any_json_in_any_field_gives_verdicts_and_no_traceback(
     quantized: Checkpoint, method: str, changes: Changes
 ) -> None:
     config = {**quantized.config, "quantization_config": {**SOUND[method], **changes}}
-    for verdict in verdicts(replace(quantized, config=ModelConfig(config))).values():
+    for verdict in Judgement.of(replace(quantized, config=ModelConfig(config))).verdicts.values():
         assert verdict.loads in (True, False, None) and verdict.mtp in (True, False, None) and verdict.reason
 
 
@@ -252,7 +252,7 @@ def large(folder: Path, layers: int, experts: int, entries: int) -> Checkpoint:
 def test_a_large_model_is_judged(layers: int, experts: int, tmp_path: Path) -> None:
     checkpoint = large(tmp_path, layers, experts, 192)
     assert len(checkpoint.modules) > 400
-    assert verdicts(checkpoint)["vllm"].to_json() == {
+    assert Judgement.of(checkpoint).verdicts["vllm"].to_json() == {
         "loads": True,
         "mtp": True,
         "reason": "nothing is in the way",
@@ -266,7 +266,7 @@ def test_the_work_for_verdicts_grows_as_the_model_does_and_not_faster(tmp_path: 
 
     def work(**changes: int) -> int:
         checkpoint = large(tmp_path, **(small | changes))
-        return calls(lambda: verdicts(checkpoint))
+        return calls(lambda: Judgement.of(checkpoint).verdicts)
 
     once = work()
     assert once > 1000
