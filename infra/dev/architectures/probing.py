@@ -64,6 +64,8 @@ class Builder:
         base = _small(_without_lists(base))
         whole = config_class(**copy.deepcopy(base)).to_dict()  # with what transformers derives, as head_dim
         whole = _small(_without_lists(whole))
+        if "head_dim" in config_class.attribute_map:  # another name of a key that is there
+            return cls(config_class, model_class, whole)
         builder = cls(config_class, model_class, _with_head_size(copy.deepcopy(whole)))
         # Some classes compute the width of a head and let nobody set it.
         return builder if builder.probe({}) is not None else cls(config_class, model_class, whole)
