@@ -30,6 +30,12 @@ from requant.tasks.checkpoint.config import JsonObject
 MANY_ITEMS = re.compile(r"\.([4-9]|\d\d+)\.")  # numbers in names; a small network in a row has fewer
 CONDITION_WORDS = re.compile(r"^not |^i (<|>=) |\[i\] == .*")
 OUTPUT_NAMES = ("lm_head.weight", "language_model.lm_head.weight", "embed_out.weight", "output.weight")
+# Classes whose descriptions are wrong for models of other sizes than those that are built here.
+NOT_DESCRIBED = {
+    "MistralLarge4ForConditionalGeneration": "a head_dim that differs from qk_rope_head_dim changes lerope.alpha",
+    "RecurrentGemmaForCausalLM": "the number of heads of keys and values is a constant in its formulas",
+    "UnlimitedOcrForConditionalGeneration": "its formulas ignore the width of a head",
+}
 SOURCE = f"transformers {transformers.__version__}"
 
 
@@ -51,6 +57,8 @@ def classes() -> dict[str, list[str]]:
 
 def describe(name: str, model_types: list[str]) -> Needs:
     """Describe a class. Raises ValueError if its models cannot be built or described."""
+    if name in NOT_DESCRIBED:
+        raise ValueError(NOT_DESCRIBED[name])
     model_class: type[PreTrainedModel] = getattr(transformers, name)
     config_class = model_class.config_class
     own = [t for t in model_types if t in CONFIG_MAPPING and CONFIG_MAPPING[t] is config_class]

@@ -151,7 +151,7 @@ class Description:
             key
             for n, number in numbers.items()
             for key in self.probes[n].changed
-            if number != numbers[0] and len(self.probes[n].changed) == 1
+            if number != numbers[0] and self.probes[n].minimal
         }
         rows = [
             ({key: _integer(self.probes[n].values.get(key)) for key in keys}, number) for n, number in numbers.items()

@@ -18,6 +18,8 @@ NUMBER = re.compile(r"\.\d+(?=\.|$)")
 # The parts of a module that hold its weight, in the methods that Requant can read.
 WEIGHT_PARTS = frozenset({"weight", "qweight", "weight_packed"})
 UNPACKED = frozenset({"BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8"})
+# The parts that scale or describe a weight and never hold it, in the methods that Requant cannot read (methods.py).
+BESIDE_WEIGHT = re.compile(r"bias|SCB|weight_format|weight\..+|scales?|zeros?|biases")
 Shape = tuple[int, ...]
 
 
@@ -103,10 +105,14 @@ def _parameters(checkpoint: Checkpoint, module: Module) -> Iterator[tuple[str, S
 
 
 def _of_another_method(module: Module) -> Iterator[tuple[str, Shape | None]]:
-    """Yield all that a module may stand for whose method Requant cannot read: its tensors, and what they may store."""
+    """Yield all that a module may stand for whose method Requant cannot read: its tensors, and what they may store.
+
+    Scales alone are no weight, and the blocks of MXFP4 are none without their scales.
+    """
+    half = "blocks" in module.parts and "scales" not in module.parts
     for part, tensor in module.parts.items():
         yield tensor.name, tensor.shape if tensor.dtype in UNPACKED and not module.quantized else None
-        if part not in ("weight", "bias"):
+        if part != "weight" and not half and not BESIDE_WEIGHT.fullmatch(part):
             yield module.name, None  # fused experts, as in MXFP4
             yield f"{module.name if part else module.name.rpartition('.')[0]}.weight", None
 

@@ -276,6 +276,43 @@ def test_a_quantized_module_counts_as_its_weight(name: str, method: str) -> None
     assert missing_tensors(headers_only(config, without(made, main))) == [lost]
 
 
+# What a method keeps beside the packed weight, by the parts of a module; the first one holds the weight.
+PARTS_OF_METHODS = {
+    "bitsandbytes": ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4"),
+    "mlx": ("weight", "scales", "biases"),
+    "hqq": ("W_q", "scale", "zero"),
+}
+
+
+@pytest.mark.parametrize("method", PARTS_OF_METHODS)
+def test_scales_do_not_stand_for_a_lost_weight_of_a_method_that_is_not_read(method: str) -> None:
+    config, shapes = pico(DENSE)
+    stated_as = {"bits": 4, "group_size": 16} if method == "mlx" else {"quant_method": method}
+    config = {**config, "quantization_config": stated_as}
+    made: Shapes = {}
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        quantized = "layers." in name and name.endswith("_proj.weight")
+        made |= {f"{module}.{part}": (8,) for part in PARTS_OF_METHODS[method]} if quantized else {name: shape}
+    assert missing_tensors(headers_only(config, made)) == []
+    module = "model.layers.3.self_attn.k_proj"
+    lost = f"{module}.{PARTS_OF_METHODS[method][0]}"
+    assert missing_tensors(headers_only(config, without(made, lost))) == [f"{module}.weight"]
+
+
+@pytest.mark.parametrize("part", ["blocks", "scales"])
+def test_experts_in_mxfp4_need_blocks_and_scales(part: str) -> None:
+    config, shapes = pico("GptOssForCausalLM")
+    config = {**config, "quantization_config": {"quant_method": "mxfp4"}}
+    made: Shapes = {}
+    for name, shape in shapes.items():
+        fused = name.endswith(("experts.down_proj", "experts.gate_up_proj"))
+        made |= {f"{name}_blocks": (6, 8, 2, 16), f"{name}_scales": (6, 8, 2)} if fused else {name: shape}
+    assert missing_tensors(headers_only(config, made)) == []
+    lost = "model.layers.1.mlp.experts.down_proj"
+    assert missing_tensors(headers_only(config, without(made, f"{lost}_{part}"))) == [lost]
+
+
 def test_extra_tensors_and_layers_behind_the_last_are_no_problem() -> None:
     config, shapes = pico(DEEPSEEK)
     extra = {name.replace("layers.5.", "layers.6."): shape for name, shape in shapes.items()}
