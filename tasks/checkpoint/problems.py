@@ -27,7 +27,10 @@ from requant.tasks.errors import CheckpointError
 
 FLOATING = {"BF16", "F16", "F32", "F64"}
 OTHER_TOWERS = re.compile(r"visual|vision|audio|image|projector")
-ROUTER_NAME = re.compile(r"(gate|router|score|bias)")  # stored in a wider dtype than other weights, by design
+# Routers of experts, and of the indexer that DeepSeek V3.2 chooses tokens with.
+ROUTER_NAME = re.compile(
+    r"(gate|router|score|bias|weights_proj)"
+)  # stored in a wider dtype than other weights, by design
 COMPRESSED_REQUIRED = {
     "I32": ("weight_scale", "weight_shape")
 }  # by the dtype of weight_packed; FP4 has no weight_shape
@@ -143,7 +146,8 @@ def _contradictions(checkpoint: Checkpoint) -> Iterator[str]:
 def _shapes(checkpoint: Checkpoint, *, of_known: bool) -> Iterator[str]:
     """Find matrices of the language model whose shapes contradict the sizes in the config, as most models have them.
 
-    Of a known architecture, whose own formulas have been compared, only the MTP head is looked at.
+    Of a known architecture, whose own formulas have been compared, only the MTP head is looked at. Of any other one,
+    only what has the prefix of the embeddings is: a tower has sizes of its own.
     """
     text = checkpoint.text_config
     hidden, vocab = text.integer("hidden_size"), text.integer("vocab_size")
@@ -158,9 +162,12 @@ def _shapes(checkpoint: Checkpoint, *, of_known: bool) -> Iterator[str]:
         **dict.fromkeys(("embed_tokens", "lm_head"), vocabulary),
         **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (hidden,)),
     }
-    expected |= {} if of_known else usual
+    names = (name for name in checkpoint.modules if f".{name}".endswith(".embed_tokens"))
+    roots = [name.removesuffix("embed_tokens") for name in names if not OTHER_TOWERS.search(name) and not of_known]
     for module in checkpoint.modules.values():
-        sides = next((s for name, s in expected.items() if f".{module.name}".endswith(f".{name}")), None)
+        usual_here = roots and (module.name.startswith(roots[0]) or module.name.endswith("lm_head"))
+        looked_at = {**expected, **usual} if usual_here else expected
+        sides = next((s for name, s in looked_at.items() if f".{module.name}".endswith(f".{name}")), None)
         if sides is None or OTHER_TOWERS.search(module.name):
             continue
         shape = _weight_shape(checkpoint, module)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from requant.tasks.checkpoint.completeness import missing_tensors
+from requant.tasks.checkpoint.inspect import inspect_checkpoint
 from tests.factories.architectures import Shapes, headers_only
+from tests.factories.checkpoints import write_checkpoint
 
 CONFIG: dict[str, Any] = {
     "model_type": "someone_new", "architectures": ["SomeoneNewForCausalLM"], "num_hidden_layers": 4,
@@ -92,3 +96,22 @@ def test_norms_without_weights_are_not_missed() -> None:
 def test_a_norm_of_the_mtp_head_is_not_the_last_norm() -> None:
     left = {name: shape for name, shape in model().items() if name != "model.norm.weight"}
     assert found({**left, "mtp.norm.weight": (8,), "mtp.fc.weight": (8, 16)}) == ["model.norm.weight"]
+
+
+def test_a_tower_of_an_unknown_architecture_has_sizes_of_its_own(tmp_path: Path) -> None:
+    """The language model's are still compared with the config."""
+    tower = {f"vpm.encoder.layers.0.self_attn.{part}.weight": (16, 16) for part in ATTENTION}
+    shapes: Shapes = {f"llm.{name}": (8,) if "norm" in name else shape for name, shape in model().items()}
+    shapes |= tower
+    assert told_of_shapes(tmp_path / "sound", shapes) == []
+    shapes["llm.model.layers.1.self_attn.q_proj.weight"] = (8, 16)
+    assert told_of_shapes(tmp_path / "wrong", shapes) == [
+        "llm.model.layers.1.self_attn.q_proj has shape 8 x 16, and the sizes of config.json need any x 8"
+    ]
+
+
+def told_of_shapes(folder: Path, shapes: Shapes) -> list[str]:
+    sizes = {"hidden_size": 8, "vocab_size": 8, "intermediate_size": 8}
+    tensors = {name: ("BF16", shape, bytes(2 * math.prod(shape))) for name, shape in shapes.items()}
+    write_checkpoint(folder, {"model-00001-of-00001.safetensors": tensors}, {**CONFIG, **sizes})
+    return [problem for problem in inspect_checkpoint(folder).problems if "has shape" in problem]
