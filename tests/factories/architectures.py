@@ -21,6 +21,8 @@ SIZES = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 10,
     "out_hidden_size": 64, "first_k_dense_replace": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+# Of classes that refuse some of these.
+OWN_SIZES = {"Glm5NextForConditionalGeneration": {"num_key_value_heads": 4, "qk_rope_head_dim": 0}}
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -35,7 +37,7 @@ def pico_config(name: str, **changes: Any) -> Any:
             document[part] = part_class().to_dict()
     _shrink(document)
     for part in (document, document.get("text_config") or {}):
-        part.update({key: value for key, value in changes.items() if key in part})
+        part.update({key: value for key, value in (OWN_SIZES.get(name, {}) | changes).items() if key in part})
     config = config_class(**document)
     config.architectures = [name]
     return config
