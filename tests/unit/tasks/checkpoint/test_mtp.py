@@ -8,24 +8,7 @@ import pytest
 
 from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.mtp import Head, find_head
-
-APART = {
-    "mtp.fc.weight": (8, 16),
-    "mtp.norm.weight": (8,),
-    "mtp.pre_fc_norm_hidden.weight": (8,),
-    "mtp.layers.0.self_attn.q_proj.weight": (8, 8),
-    "mtp.layers.0.self_attn.q_norm.weight": (4,),
-    "mtp.layers.0.mlp.experts.gate_up_proj": (4, 8, 8),
-    "mtp.layers.0.mlp.gate.weight": (4, 8),
-}
-INLINED = {
-    "model.layers.2.eh_proj.weight": (8, 16),
-    "model.layers.2.enorm.weight": (8,),
-    "model.layers.2.self_attn.o_proj.weight": (8, 8),
-    "model.layers.2.mlp.gate.e_score_correction_bias": (4,),
-}
-MAIN = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight")
-COUNTED = ModelConfig(num_hidden_layers=2, num_nextn_predict_layers=1)
+from tests.factories.head_names import APART, COUNTED, INLINED, MAIN
 
 
 def test_tensors_below_mtp_are_the_head_whatever_the_config_says() -> None:
