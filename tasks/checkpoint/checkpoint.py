@@ -31,6 +31,7 @@ from requant.tasks.checkpoint.untrusted import MAX_JSON_BYTES, MAX_SHARDS, check
 from requant.tasks.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from requant.tasks.checkpoint.completeness import Completeness
     from requant.tasks.checkpoint.reading import Reading
 
 INDEX, SINGLE = CHECKPOINT_FILES
@@ -216,6 +217,13 @@ class Checkpoint:
         from requant.tasks.checkpoint.reading import Reading  # which imports this module by way of the engines' rules
 
         return Reading.of(self.config, self.quantization)
+
+    @cached_property
+    def completeness(self) -> Completeness:
+        """What the checkpoint lacks of what its architecture needs."""
+        from requant.tasks.checkpoint.completeness import Completeness  # which imports this module
+
+        return Completeness.of(self)
 
 
 def _total_size(index: JsonObject) -> int | None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import Judgement
-from requant.tasks.checkpoint.completeness import Completeness
 from requant.tasks.checkpoint.config import Scalar
 from requant.tasks.checkpoint.data_checks import deep_problems
 from requant.tasks.checkpoint.document import HeadDocument, InspectDocument, QuantizedWeights
@@ -36,8 +35,7 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
     quantization = checkpoint.quantization
     stored = Counter(storage_of(m, checkpoint.reading) for m in checkpoint.modules.values() if m.quantized)
     judgement = Judgement.of(checkpoint)
-    completeness = Completeness.of(checkpoint)
-    problems = problems_of(checkpoint, judgement, completeness)
+    problems = problems_of(checkpoint, judgement)
     if deep and not checkpoint.fatal:
         problems += deep_problems(checkpoint)
     if len(problems) > MAX_PROBLEMS:
@@ -58,7 +56,7 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
             storage=dict(stored.most_common()),
         ),
         groups=inventory(checkpoint),
-        complete=None if checkpoint.fatal else completeness.complete,
+        complete=None if checkpoint.fatal else checkpoint.completeness.complete,
         mtp=head_document(checkpoint),
         drafter=drafter_kind(checkpoint.config),
         engines=judgement.verdicts,

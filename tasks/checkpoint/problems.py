@@ -9,7 +9,6 @@ from requant.tasks.checkpoint.advice import FIX
 from requant.tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, Harmless
 from requant.tasks.checkpoint.companions import companion_problems
 from requant.tasks.checkpoint.compat import Judgement, missing_vision_files
-from requant.tasks.checkpoint.completeness import Completeness
 from requant.tasks.checkpoint.completeness.sentences import lack_problems
 from requant.tasks.checkpoint.header import CONFIG_DTYPES
 from requant.tasks.checkpoint.heads.drafters import drafter_kind
@@ -36,14 +35,12 @@ COMPRESSED_REQUIRED = {
 }  # by the dtype of weight_packed; FP4 has no weight_shape
 
 
-def problems_of(
-    checkpoint: Checkpoint, judgement: Judgement, completeness: Completeness | None = None, *, with_head: bool = True
-) -> list[str]:
+def problems_of(checkpoint: Checkpoint, judgement: Judgement, *, with_head: bool = True) -> list[str]:
     """Return all problems, those of index and headers first.
 
-    `judgement`: the engines' judgement of the checkpoint. `completeness`: what it lacks, if that is known already.
-    Without `with_head`, nothing is said of the MTP head as a whole: it will be dropped. Where a shard cannot be read,
-    nothing is said of tensors: what seems to be missing may be in it.
+    `judgement`: the engines' judgement of the checkpoint. Without `with_head`, nothing is said of the MTP head as a
+    whole: it will be dropped. Where a shard cannot be read, nothing is said of tensors: what seems to be missing may be
+    in it.
     """
     remedies = Remedies(checkpoint, judgement)
     of_files = [
@@ -60,7 +57,7 @@ def problems_of(
         *lost_parts(checkpoint.modules.values()),
         *_contradictions(checkpoint),
         *_dtypes(checkpoint),
-        *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint, completeness)),
+        *([] if drafter_kind(checkpoint.config) else _of_a_base(checkpoint)),
         *(_head(checkpoint, judgement, remedies) if with_head and not drafter_kind(checkpoint.config) else ()),
         *(f"an engine would hang on the pattern {shown(p)!r} of quantization_config" for p in judgement.hostile),
     ]
@@ -68,9 +65,9 @@ def problems_of(
     return found if refused is None or judgement.loading["vllm"] in found else [*found, refused]
 
 
-def _of_a_base(checkpoint: Checkpoint, completeness: Completeness | None) -> list[str]:
+def _of_a_base(checkpoint: Checkpoint) -> list[str]:
     """Return what contradicts the sizes and counts of the config, which say other things for a draft model."""
-    completeness = completeness or Completeness.of(checkpoint)
+    completeness = checkpoint.completeness
     lacks = () if checkpoint.fatal else lack_problems(checkpoint, completeness)
     return [*_shapes(checkpoint, of_known=completeness.architecture is not None), *_layers(checkpoint), *lacks]
 

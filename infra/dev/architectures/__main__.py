@@ -136,7 +136,7 @@ def _default(builder: Builder, first: Probe, path: str) -> bool | int | str | No
     for changed in ({}, *({key: 2 * value} for key, value in sizes.items())):
         try:
             config = builder.config(changed, without=path)
-        except Exception:
+        except Exception:  # classes of configs raise errors of all kinds for what they do not take
             continue
         values = dict(leaves(config.to_dict()))
         examples.append((changed, values, values.get(path)))

@@ -94,7 +94,7 @@ class Builder:
             ignored = model._keys_to_ignore_on_load_missing or ()
             tensors = {name: t for name, t in model.state_dict().items() if name not in tied and name not in ignored}
             saved = revert_weight_conversion(model, tensors)
-        except Exception:
+        except Exception:  # classes raise errors of all kinds for sizes that they do not take
             return None
         values = dict(leaves(document))
         if any(0 in tensor.shape for tensor in saved.values()):

@@ -51,6 +51,6 @@ class Completeness:
 
 def missing_tensors(checkpoint: Checkpoint) -> list[str] | None:
     """Return the names of tensors that are missing; None if none are found and the architecture is not known."""
-    completeness = Completeness.of(checkpoint)
+    completeness = checkpoint.completeness
     names = [lack.name for lack in completeness.lacks if lack.there is None]
     return None if not names and completeness.architecture is None else names
