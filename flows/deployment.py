@@ -9,8 +9,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 import requant
-from requant.tasks.documents import first_problem
 from requant.tasks.checkpoint.writer import write_file
+from requant.tasks.documents import first_problem
 from requant.tasks.errors import RecipeError, RequantError
 
 if TYPE_CHECKING:

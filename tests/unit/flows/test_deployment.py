@@ -294,7 +294,10 @@ def test_the_example_is_a_folder_that_can_be_deployed_and_is_not_written_over_fi
     folder = tmp_path / "mine"
     first = CliRunner().invoke(deploy, [str(folder), "--example", "--json"])
     written = [Path(path) for path in json.loads(first.output)["written"]]
-    assert first.exit_code == 0 and {path.relative_to(folder).parts[0] for path in written} == {"prefect.yaml", "recipes"}
+    assert first.exit_code == 0 and {path.relative_to(folder).parts[0] for path in written} == {
+        "prefect.yaml",
+        "recipes",
+    }
     assert read_deployments(folder, folder / "recipes")[-1].name == written[-1].stem
     written[0].unlink()
     second = CliRunner().invoke(deploy, [str(folder), "--example"])
