@@ -95,7 +95,7 @@ def _write_shard(path: Path, specs: Specs, one_copy: threading.Semaphore) -> tup
         for name, spec in specs.items():
             for piece in _random_pieces(name, spec):
                 with one_copy:
-                    data = memoryview(piece.cpu().view(torch.uint8).numpy())
+                    data = piece.cpu().view(torch.uint8).numpy().tobytes()
                 digest.update(data)
                 stream.write(data)
     return digest.hexdigest(), len(first) + end

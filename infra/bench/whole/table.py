@@ -19,7 +19,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class MeasuredStage:
-    """One stage. `planned_*` is what the plan said; sizes are peaks in bytes, None where nothing was sampled or said."""
+    """One stage. `planned_*` is what the plan said. Sizes are peaks in bytes, None where nothing is known."""
 
     name: str
     seconds: float

@@ -1,7 +1,7 @@
 """The process that does the work of `make run-27b`: `python -m infra.bench.whole.worker FOLDER LAYERS ITERS`.
 
-It has a session of its own, so it goes on while nobody waits for it. If it was killed, a new one goes on where it ended:
-the shards of the base, and the artifacts in the store, are not made again.
+It has a session of its own, so it goes on while nobody waits for it. If it was killed, a new one goes on where it
+ended: the shards of the base, and the artifacts in the store, are not made again.
 """
 
 from __future__ import annotations
