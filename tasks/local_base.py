@@ -6,6 +6,7 @@ it changed. What a training leaves in a folder beside the model is left out: it 
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import logging
@@ -86,99 +87,17 @@ class Listing:
     unprintable: tuple[str, ...]
 
 
-def local_folder(base: Base) -> Path:
-    """Return the folder of a local base. Raises RecipeError if this machine does not have it."""
-    assert base.folder is not None, "only a local base has a folder"
-    folder = Path(base.folder).expanduser()
-    try:
-        folder = folder.resolve(strict=True)
-        is_folder = folder.is_dir()
-    except (OSError, RuntimeError, ValueError):
-        is_folder = False
-    if not is_folder:
-        raise RecipeError(
-            f"the base's folder {folder} does not exist on this machine ({platform.node()}): run where it lies, or put "
-            "the checkpoint into a repo on the Hub",
-            path=folder,
-        )
-    return folder
-
-
-def list_folder(folder: Path) -> Listing:
-    """List the files of a checkpoint's folder, without reading them.
-
-    A link may lead to a file of the same folder, or of a snapshot in huggingface_hub's cache to the cache's blobs.
-    Any other link is refused: what it leads to would be published, and nobody has looked at it. Raises CheckpointError.
-    """
-    files, of_training, unprintable = list[LocalFile](), list[str](), list[str]()
-    for path in _walk(folder):
-        name = path.rpartition("/")[2].removesuffix("/")
-        if not path.isprintable():
-            unprintable.append(path)
-        elif any(fnmatch.fnmatchcase(name, pattern) for pattern in LEFT_OUT):
-            of_training.append(path)
-        else:
-            check_relative(path)
-            files.append(LocalFile.at(path, _real(folder, path)))
-    return Listing(tuple(sorted(files, key=lambda file: file.path)), tuple(sorted(of_training)), tuple(unprintable))
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    """Yield the path of each file, and of each folder that LEFT_OUT names, without what begins with a dot."""
-    found = 0
-
-    def fail(error: OSError) -> None:
-        raise CheckpointError(
-            f"the base's folder {error.filename} cannot be read ({error.strerror}): allow it, or name another folder",
-            path=error.filename,
-        ) from error
-
-    for root, folders, names in os.walk(folder, onerror=fail):
-        below = Path(root).relative_to(folder)
-        linked = [name for name in folders if os.path.islink(os.path.join(root, name)) and not name.startswith(".")]
-        left_out = [name for name in folders if any(fnmatch.fnmatchcase(name, pattern) for pattern in LEFT_OUT)]
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in {*linked, *left_out}]
-        for name in (*left_out, *names, *(one for one in linked if one not in left_out)):
-            found += 1
-            if found > MAX_FILES:
-                raise CheckpointError(
-                    f"the base's folder {folder} has more than {MAX_FILES:,} files: name the folder of one checkpoint",
-                    path=folder,
-                )
-            if not name.startswith("."):
-                yield (below / name).as_posix()
-
-
-def _real(folder: Path, path: str) -> Path:
-    """Return where a file really lies. Raises CheckpointError for a link that leads out of the folder."""
-    full = folder / path
-    if not full.is_symlink():
-        return full
-    real = Path(os.path.realpath(full))
-    blobs = folder.parent.parent / "blobs"
-    in_cache = folder.parent.name == "snapshots" and real.is_relative_to(blobs)
-    if not in_cache and not real.is_relative_to(folder):
-        raise CheckpointError(
-            f"{shown(path)} of the base's folder is a link that leads out of it, to {real}: put the file itself there",
-            path=full,
-        )
-    return real
-
-
 def find_local_base(store: Store, base: Base, hash_limit_bytes: int | None = None) -> Revision:
     """List and hash a base in a folder. Its commit is 40 digits of the digest of its files.
 
     With `hash_limit_bytes`, nothing is hashed if more bytes than these have no known sha256. Then the commit is empty,
-    and so are the hashes of these files. Raises RecipeError if there is no such folder, and CheckpointError for a link
-    that leads out of it, for a file that cannot be read, or if it changes while it is read.
+    and so are the hashes of these files. Raises what `find_folder` raises, and CheckpointError if a file changes while
+    it is read.
     """
-    folder = local_folder(base)
+    assert base.folder is not None, "a base of the Hub is found there"
+    folder = _existing(Path(base.folder))
     listing = list_folder(folder)
-    if listing.of_training:
-        log.info(f"left out of {folder}, as no part of the model: {', '.join(map(shown, listing.of_training[:20]))}")
-    listed = tuple(HubFile(file.path, file.size, "", None) for file in listing.files)
-    revision = Revision(base.name, "", listed, left_out=listing.unprintable, folder=folder, is_local=True)
-    revision.check_names()
+    revision = _unhashed(folder, base.name, listing)
     wanted = {file.path for file in revision.wanted}
     files = {file.path: file for file in listing.files if file.path in wanted}
     known = {path: sha256 for path, file in files.items() if (sha256 := store.get_fact(FACT, file.fact))}
@@ -189,7 +108,7 @@ def find_local_base(store: Store, base: Base, hash_limit_bytes: int | None = Non
             log.info(f"hashing {len(unknown)} files of {folder}, {gigabytes(size_bytes)}")
         with ThreadPoolExecutor(PARALLEL_READS) as pool:
             known |= dict(pool.map(lambda file: (file.path, _hash(store, file)), unknown))
-    hashed = tuple(replace(file, sha256=known.get(file.path)) for file in listed)
+    hashed = tuple(replace(file, sha256=known.get(file.path)) for file in revision.files)
     if len(known) < len(files):
         return replace(revision, files=hashed)
     manifest = Manifest.of(File(path, files[path].size, sha256) for path, sha256 in known.items())
@@ -215,3 +134,101 @@ def changed(path: str, real: Path) -> CheckpointError:
         f"{shown(path)} of the base's folder changed while it was read: wait until it is written, then run again",
         path=real,
     )
+
+
+def find_folder(folder: Path) -> Revision:
+    """List a checkpoint's folder, without reading its files. The commit and the hashes are empty.
+
+    Raises RecipeError if this machine has no such folder, and what `list_folder` raises.
+    """
+    folder = _existing(folder)
+    return _unhashed(folder, folder.name, list_folder(folder))
+
+
+def _existing(folder: Path) -> Path:
+    is_folder = False
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        folder = folder.expanduser().resolve(strict=True)
+        is_folder = folder.is_dir()
+    if not is_folder:
+        raise RecipeError(
+            f"the base's folder {folder} does not exist on this machine ({platform.node()}): run where it lies, or put "
+            "the checkpoint into a repo on the Hub",
+            path=folder,
+        )
+    return folder
+
+
+def _unhashed(folder: Path, name: str, listing: Listing) -> Revision:
+    """Return a folder as a revision without a commit. Names that cannot lie in one folder are refused."""
+    if listing.of_training:
+        log.info(f"left out of {folder}, as no part of the model: {', '.join(map(shown, listing.of_training[:20]))}")
+    files = tuple(HubFile(file.path, file.size, "", None) for file in listing.files)
+    revision = Revision(name, "", files, left_out=listing.unprintable, folder=folder, is_local=True)
+    revision.check_names()
+    return revision
+
+
+def list_folder(folder: Path) -> Listing:
+    """List the files of a checkpoint's folder, without reading them.
+
+    A link may lead to a file of the same folder, or of a snapshot in huggingface_hub's cache to the cache's blobs.
+    Any other link is refused: what it leads to would be published, and nobody has looked at it. Raises CheckpointError.
+    """
+    files, of_training, unprintable = list[LocalFile](), list[str](), list[str]()
+    for path in _walk(folder):
+        name = path.rpartition("/")[2]
+        if not path.isprintable():
+            unprintable.append(path)
+        elif _is_of_training(name):
+            of_training.append(path)
+        else:
+            check_relative(path)
+            files.append(LocalFile.at(path, _real(folder, path)))
+    return Listing(tuple(sorted(files, key=lambda file: file.path)), tuple(sorted(of_training)), tuple(unprintable))
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Yield the path of each file, and of each folder that LEFT_OUT names, without what begins with a dot."""
+    found = 0
+
+    def fail(error: OSError) -> None:
+        raise CheckpointError(
+            f"the base's folder {error.filename} cannot be read ({error.strerror}): allow it, or name another folder",
+            path=error.filename,
+        ) from error
+
+    for root, folders, names in os.walk(folder, onerror=fail):
+        below = Path(root).relative_to(folder)
+        linked = [name for name in folders if os.path.islink(os.path.join(root, name)) and not name.startswith(".")]
+        left_out = [name for name in folders if _is_of_training(name)]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in {*linked, *left_out}]
+        for name in (*left_out, *names, *(one for one in linked if one not in left_out)):
+            found += 1
+            if found > MAX_FILES:
+                raise CheckpointError(
+                    f"the base's folder {folder} has more than {MAX_FILES:,} files: name the folder of one checkpoint",
+                    path=folder,
+                )
+            if not name.startswith("."):
+                yield (below / name).as_posix()
+
+
+def _is_of_training(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in LEFT_OUT)
+
+
+def _real(folder: Path, path: str) -> Path:
+    """Return where a file really lies. Raises CheckpointError for a link that leads out of the folder."""
+    full = folder / path
+    if not full.is_symlink():
+        return full
+    real = Path(os.path.realpath(full))
+    blobs = folder.parent.parent / "blobs"
+    in_cache = folder.parent.name == "snapshots" and real.is_relative_to(blobs)
+    if not in_cache and not real.is_relative_to(folder):
+        raise CheckpointError(
+            f"{shown(path)} of the base's folder is a link that leads out of it, to {real}: put the file itself there",
+            path=full,
+        )
+    return real

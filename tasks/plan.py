@@ -26,6 +26,7 @@ from requant.tasks.errors import CheckpointError, HubError, HubUnavailable, Refu
 from requant.tasks.evaluate import STAGE as EVALUATE
 from requant.tasks.evaluating.definitions import check_tasks
 from requant.tasks.excerpt import text_files
+from requant.tasks.formatting import gigabytes
 from requant.tasks.hub.revision import Revision
 from requant.tasks.mtp_fix import mtp_fix_key
 from requant.tasks.pipeline.stage import Stage, tool_problems
@@ -206,7 +207,7 @@ class _Planner:
             engines=output.judgement.verdicts,
             hardware=total_hardware(recipe, stages),
             changes=self.base.changes,
-            notes=(*harmless, *output.notes, *_notes(recipe), *self.texts.notes),
+            notes=(*harmless, *output.notes, *_notes(recipe), *_unhashed(self.inputs.base), *self.texts.notes),
             problems=tuple(problems),
         )
 
@@ -316,3 +317,12 @@ def _duplicate_problem(recipe: Recipe, other: str) -> str:
 
 def _notes(recipe: Recipe) -> tuple[str, ...]:
     return ("how long the tasks of eval take is not foretold: validate will take longer",) if recipe.eval else ()
+
+
+def _unhashed(base: Revision) -> Iterator[str]:
+    """Say that a folder is so large that only a run hashes it."""
+    if base.is_local and not base.sha:
+        yield (
+            f"the {gigabytes(base.size)} of the base's folder are not all hashed yet: the run does that first, and "
+            "only then knows which stages the store has done already"
+        )
