@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from requant.tasks.artifact import File, Manifest, check_relative, digest_of
-from requant.tasks.checkpoint.untrusted import shown
+from requant.tasks.checkpoint.untrusted import MAX_JSON_BYTES, parse, shown
 from requant.tasks.errors import CheckpointError, RecipeError
 from requant.tasks.formatting import gigabytes
 from requant.tasks.hub.revision import HubFile, Revision
@@ -39,6 +40,9 @@ LEFT_OUT = (
     "trainer_state.json", "trainer_log.jsonl", "training_args.*", "*_results.json", "zero_to_fp32.py", "*.jsonl",
     "*.parquet", "*.arrow", "*.yaml", "*.yml", "recipe.schema.json",
 )  # fmt: skip
+# Small files of a checkpoint, and a path in them that has folders: of Linux or macOS, of a home, of Windows.
+SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
+OWN_PATH = re.compile(r"(~?/[^/\n]+/|[A-Za-z]:\\)[^\n]{1,1000}")
 log = logging.getLogger(__name__)
 
 
@@ -126,6 +130,27 @@ def _hash(store: Store, file: LocalFile) -> str:
     if file.modified_ns + RACY_NS < begun_ns:
         store.put_fact(FACT, file.fact, hasher.hexdigest())
     return hasher.hexdigest()
+
+
+def private_paths(folder: Path) -> Iterator[str]:
+    """Yield a sentence for each setting in small files of a folder that names a path of the user's machine.
+
+    Trainers write the path from which they loaded a model, and the files are published as they are.
+    """
+    for name in SETTINGS:
+        path = folder / name
+        if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
+            continue
+        try:
+            document, _ = parse(path.read_bytes())
+        except (OSError, ValueError, RecursionError):  # Others say so.
+            continue
+        for key, value in document.items() if isinstance(document, dict) else ():
+            if isinstance(value, str) and OWN_PATH.fullmatch(value):
+                yield (
+                    f"{name} names a path of somebody's machine, and is published as it is: take {shown(key)} "
+                    f"({shown(value)}) out of it"
+                )
 
 
 def changed(path: str, real: Path) -> CheckpointError:

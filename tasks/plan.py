@@ -28,6 +28,7 @@ from requant.tasks.evaluating.definitions import check_tasks
 from requant.tasks.excerpt import text_files
 from requant.tasks.formatting import gigabytes
 from requant.tasks.hub.revision import Revision
+from requant.tasks.local_base import private_paths
 from requant.tasks.mtp_fix import mtp_fix_key
 from requant.tasks.pipeline.stage import Stage, tool_problems
 from requant.tasks.planning.base_headers import BaseHeaders
@@ -207,7 +208,13 @@ class _Planner:
             engines=output.judgement.verdicts,
             hardware=total_hardware(recipe, stages),
             changes=self.base.changes,
-            notes=(*harmless, *output.notes, *_notes(recipe), *_unhashed(self.inputs.base), *self.texts.notes),
+            notes=(
+                *harmless,
+                *output.notes,
+                *_notes(recipe),
+                *_notes_of_folder(self.inputs.base),
+                *self.texts.notes,
+            ),
             problems=tuple(problems),
         )
 
@@ -319,9 +326,12 @@ def _notes(recipe: Recipe) -> tuple[str, ...]:
     return ("how long the tasks of eval take is not foretold: validate will take longer",) if recipe.eval else ()
 
 
-def _unhashed(base: Revision) -> Iterator[str]:
-    """Say that a folder is so large that only a run hashes it."""
-    if base.is_local and not base.sha:
+def _notes_of_folder(base: Revision) -> Iterator[str]:
+    """Say what of a base in a folder is known only to a run, and which of its settings name folders of its author."""
+    if not base.is_local or base.folder is None:
+        return
+    yield from private_paths(base.folder)
+    if not base.sha:
         yield (
             f"the {gigabytes(base.size)} of the base's folder are not all hashed yet: the run does that first, and "
             "only then knows which stages the store has done already"

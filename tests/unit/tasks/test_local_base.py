@@ -15,7 +15,7 @@ from requant.tasks.artifact import Manifest, file_of
 from requant.tasks.download import download, download_key, find_base
 from requant.tasks.errors import CheckpointError, RecipeError, RequantError
 from requant.tasks.hub.revision import Revision
-from requant.tasks.local_base import FACT, LEFT_OUT, LocalFile, find_folder
+from requant.tasks.local_base import FACT, LEFT_OUT, SETTINGS, LocalFile, find_folder
 from requant.tasks.plan import plan
 from requant.tasks.quantize import quantize_key
 from requant.tasks.recipe.recipe import Base, Recipe
@@ -325,3 +325,20 @@ def test_an_unreadable_file_is_named(store: Store, folder: Path, monkeypatch: py
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "config.json")  # as for others than root
     with pytest.raises(RequantError, match=r"config.json of the base's folder cannot be read \(no permission\)"):
         found(store, folder)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("path", ["/home/me/base", "~/models/x", "C:\\\\me\\\\base", "/data/my models/x"])
+def test_a_plan_says_which_settings_name_a_path_of_the_author(path: str, name: str, store: Store, folder: Path) -> None:
+    config = folder / name
+    assert config.is_file()
+    config.write_text(config.read_text().replace("{", f'{{"_name_or_path": "{path}", "hub": "owner/name",', 1))
+    notes = [note for note in plan(store, recipe_of(folder), elsewhere=True).notes if "somebody's machine" in note]
+    assert len(notes) == 1 and notes[0].startswith(f"{name} names a path") and "take _name_or_path (" in notes[0]
+
+
+def test_a_store_elsewhere_gets_the_files_and_they_are_not_read_again(far: Store, folder: Path, reads: Reads) -> None:
+    made = download(far, found(far, folder))
+    assert all(far.backend.size(blob_key(file.sha256)) == file.size for file in made.manifest.files)
+    reads.paths.clear()
+    assert download(far, found(far, folder)).state == "reused" and not reads.paths
