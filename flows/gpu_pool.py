@@ -27,12 +27,20 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling, Completed, Failed, Running
 
 from requant.flows.own_run import exit_if_run_is_over, watch_own_run
+from requant.flows.stages import (
+    acceptance_task,
+    benchmark_task,
+    probe_task,
+    quantize_task,
+    self_calibration_task,
+    validate_task,
+)
 from requant.flows.sweep import propose, state_after_crash
 from requant.flows.work_pool import WorkerNotice, problem_of_pool
-from requant.tasks.acceptance import DraftCounter, acceptance_key, acceptance_task
+from requant.tasks.acceptance import DraftCounter, acceptance_key
 from requant.tasks.artifact import Manifest
 from requant.tasks.benchmark import STAGE as BENCHMARK
-from requant.tasks.benchmark import benchmark_key, benchmark_task
+from requant.tasks.benchmark import benchmark_key
 from requant.tasks.benchmark import read_result as read_benchmark
 from requant.tasks.environment import bypass_proxy_on_loopback
 from requant.tasks.errors import CheckpointError, EngineFailed, RecipeError, RequantError, StoreError
@@ -42,19 +50,19 @@ from requant.tasks.pipeline.log import log_into_runs
 from requant.tasks.pipeline.prefect import crash_stale_task_runs, options, stage_summary
 from requant.tasks.pipeline.stage import Stage, StageResult
 from requant.tasks.planning.stages import ON_GPU
-from requant.tasks.probe import probe_key, probe_task
+from requant.tasks.probe import probe_key
 from requant.tasks.quantize import STAGE as QUANTIZE
-from requant.tasks.quantize import quantize_key, quantize_task
+from requant.tasks.quantize import quantize_key
 from requant.tasks.recipe.loader import recipe_of
 from requant.tasks.recipe.quantize_section import Quantize
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.self_calibration import STAGE as SELF_CALIBRATION
-from requant.tasks.self_calibration import self_calibration_key, self_calibration_task
+from requant.tasks.self_calibration import self_calibration_key
 from requant.tasks.store import Store, open_checked_store, open_store
 from requant.tasks.texts.calibration import find_calibration
 from requant.tasks.texts.text import Text
 from requant.tasks.texts.validation import find_validation_text
-from requant.tasks.validate import validate_key, validate_task
+from requant.tasks.validate import validate_key
 from requant.tasks.writing.amount import writes_text
 
 log = logging.getLogger(__name__)

@@ -11,10 +11,8 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import is_offline_mode
-from prefect import task
 
 from requant.tasks.artifact import File, Manifest, git_blob_id
 from requant.tasks.errors import HubUnavailable
@@ -22,9 +20,8 @@ from requant.tasks.hub.cached import known_commit
 from requant.tasks.hub.client import hub_errors, offline_variable
 from requant.tasks.hub.fetch import fetch
 from requant.tasks.hub.revision import HubFile, Revision, find_revision
-from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, run_stage
-from requant.tasks.store import Store, open_store
+from requant.tasks.store import Store
 from requant.tasks.store.folder import inside
 
 STAGE = Stage("download", 1)
@@ -114,8 +111,3 @@ def _stored(store: Store, file: HubFile) -> File | None:
     sha256 = file.sha256 or store.get_fact("git-blobs", file.blob_id)
     stored = File(file.path, file.size, sha256) if sha256 is not None else None
     return stored if stored is not None and store.has_blob(stored) else None
-
-
-@task(**options("download", hours=12))
-def download_task(base: Revision) -> Any:
-    return stage_summary(download(open_store(), base))
