@@ -53,20 +53,20 @@ class StageFailed(RequantError, RuntimeError):
 
 
 def gpu_pool_stages(recipe: Recipe, base: Revision) -> frozenset[str]:
-    """Return the stages of this run that workers of the gpu pool do."""
+    """Return the stages of this run that workers of the gpu pool do: none if no worker has started it."""
+    if runtime.deployment.id is None:  # Prefect asks its server each time.
+        return frozenset()
     weights_bytes = sum(file.size for file in base.wanted if file.path.endswith(".safetensors"))
     return frozenset(stage for stage in ON_GPU if delegates(stage, recipe, weights_bytes))
 
 
 def delegates(stage: str, recipe: Recipe, weights_bytes: int) -> bool:
-    """Check whether this run has a stage done by a worker of the gpu pool.
+    """Check whether a run that a worker started has a stage done by a worker of the gpu pool.
 
-    A run started by a worker always delegates quantize, with the text that the base writes for it. It delegates
-    validate for LARGE_MODEL_BYTES or more, and then also benchmark, acceptance and probe, unless these need no model on
-    this machine; probe also needs vLLM. Any other run does all stages itself.
+    It always delegates quantize, with the text that the base writes for it. It delegates validate for LARGE_MODEL_BYTES
+    or more, and then also benchmark, acceptance and probe, unless these need no model on this machine; probe also needs
+    vLLM.
     """
-    if runtime.deployment.id is None:
-        return False
     large = weights_bytes >= LARGE_MODEL_BYTES
     runs_model = recipe.benchmark.engine in {"auto", "vllm", "torch"}
     in_engine = large and runs_model

@@ -33,6 +33,7 @@ SETTINGS = {
     "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
     "PREFECT_LOGGING_TO_API_ENABLED": "false",
     "PREFECT_SERVER_UI_ENABLED": "false",
+    "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
     # Nothing is scheduled here, nobody reads events, and no block of Prefect's is used.
     "PREFECT__SERVER_WEBSERVER_ONLY": "true",
     "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
@@ -96,13 +97,15 @@ def embedded_prefect() -> Iterator[None]:
     try:
         os.environ.update(SETTINGS, PREFECT_HOME=str(home), PREFECT_API_URL=f"http://127.0.0.1:{port}/api")
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO")
-        import prefect  # noqa: F401  Its import takes seconds, as does the start of the server.
+        from prefect import settings  # This import takes as long as the start of the server.
 
         _wait(server, port, home)
         if not migrated.exists():
             with contextlib.suppress(OSError, sqlite3.Error):  # The copy only saves time.
                 _save_migrated(database, migrated)
-        yield
+        # Nobody waits for heartbeats, and a run would wait up to a second for the end of the thread that sends them.
+        with settings.temporary_settings({settings.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+            yield
     finally:
         os.environ.pop("PREFECT_API_URL", None)
         server.kill()
