@@ -12,10 +12,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from types import FrameType
 
 INTERRUPTED = "interrupted: what was finished is kept, and the same command goes on from there"
+Handler = Callable[[int, FrameType | None], object]
 RETRY_S = 0.01  # after which a signal is sent again that arrived in the middle of an import
 # Libraries report their use to their makers unless these are set. What a user has set is left as it is.
 NO_TELEMETRY = {
@@ -29,8 +30,7 @@ NO_TELEMETRY = {
 
 def main() -> None:
     """Run the command line."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end_at_once)
+    _handle_interrupts(end_at_once)
     collect_garbage_rarely()
     turn_off_telemetry(os.environ)
     try:
@@ -62,19 +62,28 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
     """
     if "--json" in sys.argv:
         os.write(1, f'{{"status": "failed", "error": "{INTERRUPTED}"}}\n'.encode())
-    os.write(2, f"requant: {INTERRUPTED}\n".encode())
+    os.write(2, f"\nrequant: {INTERRUPTED}\n".encode())  # behind the ^C of a terminal, as click does
     os._exit(130)
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM raise KeyboardInterrupt in this block, but not in the middle of an import."""
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = _handle_interrupts(_interrupt)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _handle_interrupts(handler: Handler) -> dict[int, Handler | int | None]:
+    """Set the handler of both signals, and return the earlier ones.
+
+    A background job of a shell is started with SIGINT ignored, and goes on ignoring it.
+    """
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
