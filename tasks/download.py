@@ -11,10 +11,8 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import is_offline_mode
-from prefect import task
 
 from requant.tasks.artifact import File, Manifest, git_blob_id
 from requant.tasks.errors import HubUnavailable
@@ -23,10 +21,9 @@ from requant.tasks.hub.client import hub_errors, offline_variable
 from requant.tasks.hub.fetch import fetch
 from requant.tasks.hub.revision import HubFile, Revision, find_revision
 from requant.tasks.local_base import changed, find_local_base
-from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, run_stage
 from requant.tasks.recipe.recipe import Base
-from requant.tasks.store import Store, open_store
+from requant.tasks.store import Store
 from requant.tasks.store.folder import inside
 
 STAGE = Stage("download", 1)
@@ -41,6 +38,7 @@ def download_key(base: Revision) -> str:
     A base in a folder has the key of its files alone, wherever they lie.
     """
     if base.is_local:
+        assert base.sha, "a plan alone may leave a folder unhashed"
         return STAGE.key(reads={"base": f"local:{base.sha}"}, settings={})
     cached = {"cached": base.content} if base.folder is not None else {}
     return STAGE.key(reads={"base": f"{base.repo_type}:{base.name}", **cached}, settings={})
@@ -134,8 +132,3 @@ def _stored(store: Store, file: HubFile) -> File | None:
     sha256 = file.sha256 or store.get_fact("git-blobs", file.blob_id)
     stored = File(file.path, file.size, sha256) if sha256 is not None else None
     return stored if stored is not None and store.has_blob(stored) else None
-
-
-@task(**options("download", hours=12))
-def download_task(base: Revision) -> Any:
-    return stage_summary(download(open_store(), base))

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefect import task
 from pydantic import ValidationError
 
 from requant.tasks.artifact import REWRITTEN, Manifest
@@ -27,10 +26,9 @@ from requant.tasks.documents import first_problem, read_stored
 from requant.tasks.errors import CheckpointError, RecipeError, RequantError, StoreError, TooFewTokens
 from requant.tasks.evaluate import do_not_remember, evaluate_pair, evaluation_key, remember_in
 from requant.tasks.evaluation_text import text_for_measuring
-from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
 from requant.tasks.recipe.recipe import PACKED_HEADS, Recipe
-from requant.tasks.store import Store, cache_folder, open_store
+from requant.tasks.store import Store, cache_folder
 from requant.tasks.texts.text import EVALUATION, Text
 from requant.tasks.validating.measured import (
     NOT_COMPARED,
@@ -398,8 +396,3 @@ def read_values(store: Store, result: StageResult) -> Measured:
             f"{RESULT_FILE} of the artifact {STAGE.name}/{result.key} cannot be read ({where or RESULT_FILE}: {why}): "
             "delete the artifact and run again"
         ) from error
-
-
-@task(**options("validate", hours=12))
-def validate_task(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text) -> Any:
-    return stage_summary(validate(open_store(), recipe, base, artifact, text))
