@@ -64,9 +64,7 @@ class LocalFile:
             status = real.stat()
             readable = os.access(real, os.R_OK)
         except OSError as error:
-            raise CheckpointError(
-                f"{shown(path)} of the base's folder cannot be read ({error.strerror}): mend or remove it", path=real
-            ) from error
+            raise _unreadable(path, real, error) from error
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{shown(path)} of the base's folder is not a file: remove it", path=real)
         if not readable:
@@ -122,9 +120,12 @@ def find_local_base(store: Store, base: Base, hash_limit_bytes: int | None = Non
 def _hash(store: Store, file: LocalFile) -> str:
     """Return the sha256 of a file, and remember it unless the file is so young that it may change unnoticed."""
     begun_ns, hasher = time.time_ns(), hashlib.sha256()
-    with file.real.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            hasher.update(chunk)
+    try:
+        with file.real.open("rb") as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                hasher.update(chunk)
+    except OSError as error:
+        raise _unreadable(file.path, file.real, error) from error
     if LocalFile.at(file.path, file.real) != file:
         raise changed(file.path, file.real)
     if file.modified_ns + RACY_NS < begun_ns:
@@ -151,6 +152,12 @@ def private_paths(folder: Path) -> Iterator[str]:
                     f"{name} names a path of somebody's machine, and is published as it is: take {shown(key)} "
                     f"({shown(value)}) out of it"
                 )
+
+
+def _unreadable(path: str, real: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{shown(path)} of the base's folder cannot be read ({error.strerror}): mend or remove it", path=real
+    )
 
 
 def changed(path: str, real: Path) -> CheckpointError:

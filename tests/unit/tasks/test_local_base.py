@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,19 @@ def test_a_file_that_changes_between_hash_and_copy_is_not_stored(store: Store, f
         download(store, base)
     assert is_one_sentence(str(caught.value)) and store.manifest("download", download_key(base)) is None
     assert download(store, found(store, folder)).state == "ran"
+
+
+def test_a_file_that_is_gone_before_it_is_hashed_or_copied_is_told(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, listing = found(store, folder), local_base.list_folder(folder)
+    gone = replace(next(file for file in listing.files if file.path == "tokenizer.json"), modified_ns=1)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer.json .* changed while it was read"):
+        download(store, base)
+    monkeypatch.setattr(local_base, "list_folder", lambda of: replace(listing, files=(gone,)))
+    with pytest.raises(CheckpointError, match=r"tokenizer.json .* cannot be read \(No such file"):
+        found(store, folder)
 
 
 def test_a_file_that_is_written_while_it_is_read_is_found(
