@@ -248,13 +248,13 @@ def _local_checkpoint(name: str | Path) -> Path:
     """Return a checkpoint's folder. A repo is downloaded into the store, and its files are read-only."""
     if Path(name).is_dir():
         return Path(name)
-    from requant.tasks.download import download, find_base
+    from requant.tasks.download import download, find_repo
     from requant.tasks.hub.revision import check_checkpoint_name, split_name
     from requant.tasks.store import open_checked_store
 
     check_checkpoint_name(str(name))
     store = open_checked_store()
-    revision = find_base(store, *split_name(str(name)))
+    revision = find_repo(store, *split_name(str(name)))
     manifest = download(store, revision).manifest
     return store.link_files(manifest, store.checkout_folder(manifest))
 

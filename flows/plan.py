@@ -34,7 +34,7 @@ def plan(recipe: Recipe, elsewhere: bool = True) -> State[Any]:
 def _plan_and_show(recipe: Recipe, elsewhere: bool) -> PlanDocument:
     """Plan a run, and show the plan in Prefect's UI. Raises Refused if a problem would stop the run."""
     document = plan_run(open_store(), recipe, elsewhere=elsewhere)
-    text = plan_markdown(document, f"plan of {recipe.base.repo_id}")
+    text = plan_markdown(document, f"plan of {recipe.base.name}")
     create_markdown_artifact(text, key="requant-plan", description=f"{subject(document)}: {plan_headline(document)}")
     stages = [stage.to_json() for stage in document.stages]
     create_table_artifact(stages, key="requant-plan-stages", description="What would run, and how long")

@@ -372,10 +372,10 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Calibration, Text]:
     Also check that the repos of `publish` can be written to, and that this machine can run the tasks of `eval`, unless
     a worker of the gpu pool runs them and lm-eval is not installed here. Raises RecipeError, HubError, HubUnavailable.
     """
-    base = find_base(open_store(), recipe.base.repo_id, recipe.base.revision)
+    base = find_base(open_store(), recipe.base)
     if has_lm_eval() or VALIDATE.name not in gpu_pool_stages(recipe, base):
         check_tasks(recipe.eval)
-    log.info(f"{recipe.base.repo_id}@{recipe.base.revision} is {base.sha}")
+    log.info(f"{recipe.base.folder or f'{recipe.base.name}@{recipe.base.revision}'} is {base.sha}")
     for one in recipe.each.values():
         if one.publish is not None:
             check_target(one.publish, base)

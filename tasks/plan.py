@@ -64,6 +64,9 @@ from requant.tasks.validate import validate_key
 from requant.tasks.validating import window_length
 from requant.tasks.writing.amount import needed_tokens, writes_text
 
+# A plan hashes as much of a base in a folder, in a few seconds. What is larger is left to the run.
+MAX_HASHED_BYTES = 4 << 30
+
 
 def plan(store: Store, recipe: Recipe, *, elsewhere: bool = False) -> PlanDocument:
     """Plan a run of a recipe. With `elsewhere`, neither the disk nor the tools of this machine are checked.
@@ -75,13 +78,13 @@ def plan(store: Store, recipe: Recipe, *, elsewhere: bool = False) -> PlanDocume
         check_tasks(recipe.eval)
     try:
         inputs = Inputs(
-            base=find_base(store, recipe.base.repo_id, recipe.base.revision),
+            base=find_base(store, recipe.base, MAX_HASHED_BYTES),
             calibration=find_calibration(recipe.quantize),
             validation=find_validation_text(recipe.validation.text),
         )
     except HubUnavailable:
         raise
-    except HubError as error:
+    except (HubError, CheckpointError) as error:
         return _without_result(recipe, None, [str(error)])
     return plan_of(store, recipe, inputs, elsewhere=elsewhere)
 
@@ -165,7 +168,7 @@ class _Planner:
 
     def plan_result(self, recipe: Recipe, before: EarlierOutputs) -> tuple[Recipe, PlanDocument]:
         """Plan one result. Return its recipe, with a number for a group size of auto, and the plan."""
-        source, repo_id = self.base.source, recipe.base.repo_id
+        source, repo_id = self.base.source, recipe.base.name
         try:
             check_kind(source, repo_id)
         except CheckpointError as error:  # What else is wrong, the user need not know.
@@ -221,7 +224,7 @@ class _Planner:
                 done[stage] = manifest
             return manifest
 
-        files = look("download", download_key(inputs.base))
+        files = look("download", download_key(inputs.base)) if inputs.base.sha else None  # Else not all is hashed yet.
         if files is None and (store.has_any("quantize") or store.has_any("self_calibration")):
             # Another commit may have the same weights.
             files = base_manifest(inputs.base, self.base.hashes, REWRITTEN)
@@ -285,9 +288,10 @@ def _without_result(recipe: Recipe, base: Revision | None, problems: Iterable[st
 
 def _planned_base(recipe: Recipe, base: Revision | None, source: Checkpoint | None) -> PlannedBase:
     return PlannedBase(
-        repo_id=recipe.base.repo_id,
+        repo_id=recipe.base.name,
         revision=recipe.base.revision,
-        sha=base.sha if base else None,
+        sha=(base.sha or None) if base else None,
+        folder=recipe.base.folder,
         bytes=base.size if base else None,
         tensors=len(source.tensors) if source else None,
     )

@@ -156,7 +156,7 @@ def _link_model(store: Store, recipe: Recipe, base: Manifest, folder: Path) -> t
     """
     model = store.link_files(read_part(base), folder / "base")
     checkpoint = Checkpoint.open(model)
-    check_base(checkpoint, recipe.base.repo_id, with_head=recipe.mtp != "drop")
+    check_base(checkpoint, recipe.base.name, with_head=recipe.mtp != "drop")
     head_prefixes = checkpoint.head.prefixes if checkpoint.head else []
     if is_fp8(checkpoint.tensors.values()):
         log.info("the base is FP8: it is quantized from the BF16 weights that its scales give")

@@ -29,6 +29,8 @@ OUTPUT_COLUMNS = ("output", "repo", "bytes", "scheme and packing", "quantized", 
 def subject(document: PlanDocument) -> str:
     """Return the base and its commit."""
     base = document.base
+    if base.folder is not None:
+        return f"{base.folder} ({base.sha[:7] if base.sha else 'not hashed yet'})"
     return f"{base.repo_id}@{base.sha[:7] if base.sha else base.revision}"
 
 

@@ -64,11 +64,13 @@ def open_target(publish: Publish, base: Revision) -> Revision:
     """Create the repo if there is none, and set who may read it. Return the revision of its `main`.
 
     Where the recipe does not say who may read it, a private or gated base makes the repo private or gated too, and a
-    repo that is private or gated stays so.
+    repo that is private or gated stays so. Nobody says who may read a base in a folder: then a new repo is private, and
+    one that is there stays as it is.
     """
     api, repo_id = hub_api(), publish.repo_id
     with hub_errors(repo_id):
-        api.create_repo(repo_id, private=base.private if publish.private is None else publish.private, exist_ok=True)
+        new = base.private or base.is_local if publish.private is None else publish.private
+        api.create_repo(repo_id, private=new, exist_ok=True)
     main = resolve(repo_id)
     private = (main.private or base.private) if publish.private is None else publish.private
     gated = (main.gated or base.gated or "open") if publish.gated is None else publish.gated

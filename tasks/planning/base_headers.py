@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from requant.tasks.artifact import REWRITTEN
+from requant.tasks.artifact import REWRITTEN, Manifest
 from requant.tasks.checkpoint.checkpoint import Checkpoint, read_json
 from requant.tasks.errors import CheckpointError, HubError
-from requant.tasks.hub.revision import Revision, resolve
+from requant.tasks.hub.revision import HubFile, Revision, resolve
 from requant.tasks.hub.sparse_checkout import create_checkout
 from requant.tasks.planning.base_diff import changed_fields, changed_files, changed_tensors, last_download
 from requant.tasks.planning.document import BaseChanges
@@ -72,9 +72,17 @@ class BaseHeaders:
         if files.added or files.removed or files.changed:
             known: Hashes = {file.path: file.sha256 for file in before.files}
             with TemporaryDirectory(prefix="requant-") as temporary, contextlib.suppress(CheckpointError, HubError):
-                # The Hub may no longer have that commit. Then only the files are compared.
-                old = resolve(self.revision.repo_id, sha)
+                # The Hub may no longer have that commit, nor the store an earlier state of a folder. Then only the
+                # files are compared.
+                old = self._stored(before) if self.revision.is_local else resolve(self.revision.repo_id, sha)
                 folder = create_checkout(old, Path(temporary), lambda file: local_path(self.store, file, known))
                 config = changed_fields(read_json(folder / "config.json"), self.source.config)
                 tensors = changed_tensors(Checkpoint.open(folder), self.source, files.changed)
         return BaseChanges(since=sha, files=files, tensors=tensors, config=config or ())
+
+    def _stored(self, before: Manifest) -> Revision:
+        """Return an earlier state of a folder as a revision. Raises CheckpointError if this machine lacks a file."""
+        if any(self.store.local_path(file) is None for file in before.files):
+            raise CheckpointError(f"this machine has not all files of an earlier {self.revision.repo_id}: run it again")
+        files = tuple(HubFile(file.path, file.size, "", file.sha256) for file in before.files)
+        return Revision(self.revision.repo_id, "", files, is_local=True)

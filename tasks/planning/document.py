@@ -24,9 +24,13 @@ StageName = Literal[
 class PlannedBase(Document):
     """The base at the commit that would be used."""
 
-    repo_id: str = Field(description="The base's repo on the Hub, owner/name")
+    repo_id: str = Field(description="The base's repo on the Hub, owner/name; of a base in a folder, its name")
+    folder: str | None = Field(None, description="The folder of a base that is not on the Hub; otherwise null")
     revision: str = Field(description="The branch, tag or commit that the recipe names")
-    sha: str | None = Field(description="The commit that the revision is now; null where it does not resolve")
+    sha: str | None = Field(
+        description="The commit that the revision is now, of a folder a digest of its files; null where it does not "
+        "resolve, and for a large folder that no run has hashed yet"
+    )
     bytes: int | None = Field(description="Bytes of the files that a run fetches; null where there is no commit")
     tensors: int | None = Field(description="Tensors of the checkpoint; null where it cannot be used")
 
