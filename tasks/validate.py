@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from requant.tasks.artifact import REWRITTEN, Manifest
+from requant.tasks.artifact import REWRITTEN, Manifest, StageKey
 from requant.tasks.checkpoint.audit import account
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.served_dtype import Dtype, dtype_of_flags, rounded_scales
@@ -62,7 +62,7 @@ def compared_part(base: Manifest) -> Manifest:
     return Manifest.of(f for f in base.files if f.path not in REWRITTEN)
 
 
-def validate_key(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text) -> str:
+def validate_key(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text) -> StageKey:
     return STAGE.key(
         reads={"base": compared_part(base).digest, "artifact": artifact.digest, "text": text.digest},
         settings={

@@ -17,6 +17,7 @@ from requant.tasks.planning.document import (
     PlanDocument,
     PlannedOutput,
     PlannedSource,
+    PlannedStage,
 )
 
 Row = tuple[str, ...]
@@ -163,8 +164,15 @@ def sentences(document: PlanDocument) -> list[tuple[str, str]]:
     lines += [("calibration", _source_words(source)) for source in document.calibration or ()]
     lines += [(engine, verdict.text(engine)) for engine, verdict in document.engines.items()]
     lines += [("changed", line) for line in _changes(document.changes)]
+    lines += [("again", _again(stage)) for stage in document.stages if stage.again is not None]
     lines += [("note", note) for note in document.notes]
+    lines += [("warning", warning) for warning in document.warnings]
     return lines + ([("problem", problem) for problem in document.problems] or [("problems", "none")])
+
+
+def _again(stage: PlannedStage) -> str:
+    """Say why a stage runs although the store has an earlier result of it."""
+    return f"{stage.name}{f' of {stage.output}' if stage.output else ''} runs again: {stage.again}"
 
 
 def _source_words(source: PlannedSource) -> str:
