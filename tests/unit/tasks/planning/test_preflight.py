@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from requant.tasks import hardware
+from requant.tasks.artifact import Manifest
 from requant.tasks.errors import HubUnavailable, Refused
 from requant.tasks.hardware import Gpu
 from requant.tasks.hub.revision import Revision
@@ -19,6 +20,7 @@ from requant.tasks.planning import machine
 from requant.tasks.planning.document import PlanDocument
 from requant.tasks.planning.inputs import Inputs
 from requant.tasks.planning.machine import Here
+from requant.tasks.quantize import quantize_key
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.store import Store
 from requant.tasks.texts.calibration import Calibration
@@ -215,3 +217,55 @@ def test_the_gpus_of_a_process_are_those_that_cuda_shows_it(monkeypatch: pytest.
     assert hardware.visible_gpus() == (a, b)
     rows["gpu=name,memory.total"] = [["A", "[N/A]"]]
     assert hardware.visible_gpus() is None, "there is one whose memory is not known"
+
+
+# Outputs that come to the same
+
+
+SAME: list[tuple[str, list[dict[str, Any]], bool, str]] = [
+    ("a base without a head", [{}, {"name": "b", "mtp": "drop"}], False, "auto_round:auto_gptq"),
+    ("a base with one", [{}, {"name": "b", "mtp": "drop"}], True, ""),
+    ("a group size of auto", [{"group_size": "auto"}, {"name": "b", "group_size": 32}], True, ""),
+    ("which is 64", [{"group_size": "auto"}, {"name": "b", "group_size": 64}], True, "auto_round:auto_gptq"),
+    (
+        "a setting of layers that changes nothing",
+        [
+            {"sym": False, "format": "auto_round:auto_awq"},
+            {"name": "b", "sym": False, "format": "auto_round", "layers": {"lm_head": {"bits": 16}}},
+        ],
+        True,
+        "auto_round:auto_awq",
+    ),
+]
+
+
+@pytest.mark.parametrize(("case", "outputs", "head", "packing"), SAME, ids=[row[0] for row in SAME])
+def test_outputs_that_come_to_the_same_for_a_base_are_refused_whatever_they_are_called(
+    case: str, outputs: list[dict[str, Any]], head: bool, packing: str, store: Store, tmp_path: Path
+) -> None:
+    base = held_base(store, pico_base(tmp_path / "base", head=head))
+    small = {"scheme": "W4A16G64", "nsamples": 8, "seqlen": 64, "batch_size": 4}
+    asked = parse_recipe({"base": {"repo_id": "a/b"}, "quantize": small, "outputs": outputs})
+    problems = plan_of(store, asked, Inputs(base, CALIBRATION, TEXT), elsewhere=True).problems
+    first = next(iter(asked.each))
+    told = f"b: for this base it comes to the same as output {first}, packed as {packing}: take one of them out"
+    assert [problem for problem in problems if "the same as" in problem] == ([told] if packing else [])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"scheme": "W4A16", "group_size": 64}, {"bits": 4}, {"format": "auto_round:auto_gptq"}, {"group_size": "auto"}],
+)
+def test_outputs_that_quantize_alike_but_are_spelled_otherwise_share_that_in_plan_and_run(
+    other: dict[str, Any], store: Store, base: Revision
+) -> None:
+    small = {"scheme": "W4A16G64", "nsamples": 8, "seqlen": 64, "batch_size": 4}
+    outputs = [{}, {"name": "headless", "mtp": "drop", **other}]
+    plain = {"base": {"repo_id": "a/b"}, "quantize": small, "benchmark": {"engine": "none"}}
+    asked = parse_recipe({**plain, "outputs": outputs})
+    document = plan_of(store, asked, Inputs(base, CALIBRATION, TEXT), elsewhere=True)
+    states = {stage.output: stage.state for stage in document.stages if stage.name == "quantize"}
+    assert list(states.values()) == ["run", "reused"] and not document.problems
+    foreseen = preflight(store, asked, base, CALIBRATION, TEXT)
+    files = Manifest.of([])
+    assert len({quantize_key(one.recipe, files, CALIBRATION) for one in foreseen.values()}) == 1
