@@ -63,6 +63,7 @@ from requant.tasks.texts.validation import find_validation_text
 from requant.tasks.validate import STAGE as VALIDATE
 from requant.tasks.validate import validate_key
 from requant.tasks.validating import window_length
+from requant.tasks.versions import ABSENT, installed_version
 from requant.tasks.writing.amount import needed_tokens, writes_text
 
 log = logging.getLogger(__name__)
@@ -333,7 +334,8 @@ def _stages_with_tools(recipe: Recipe, to_run: Collection[str]) -> Iterator[tupl
         yield QUANTIZE, QUANTIZE.tools
     if "validate" in to_run:
         yield VALIDATE, VALIDATE.tools
-        if recipe.eval is not None:  # Tasks are evaluated inside validate.
+        # Tasks are evaluated inside validate. That there is no lm-eval at all is told with the tasks.
+        if recipe.eval is not None and installed_version("lm_eval") != ABSENT:
             yield EVALUATE, EVALUATE.tools
     if "benchmark" in to_run:
         yield BENCHMARK, used_tools(recipe.benchmark)

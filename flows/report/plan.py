@@ -62,7 +62,8 @@ def plan_text(document: PlanDocument) -> str:
         )
         if document.stages:
             console.print(table_of(stage_columns(document), stage_rows(document)), "")
-            console.print(table_of(NEED_COLUMNS, need_rows(document)), "")
+            if needs := need_rows(document):
+                console.print(table_of(NEED_COLUMNS, needs), "")
             if document.outputs:
                 console.print(table_of(OUTPUT_COLUMNS, output_rows(document.outputs)), "")
             else:
@@ -78,7 +79,8 @@ def plan_markdown(document: PlanDocument, title: str) -> str:
     parts = [f"### {escape(title)}: {verdict}", f"{_verbatim(subject(document))}: {escape(plan_headline(document))}"]
     if document.stages:
         parts.append(table(stage_columns(document), stage_rows(document)))
-        parts.append(table(NEED_COLUMNS, need_rows(document)))
+        if needs := need_rows(document):
+            parts.append(table(NEED_COLUMNS, needs))
         if document.outputs:
             parts.append(table(OUTPUT_COLUMNS, output_rows(document.outputs)))
         plans: Sequence[Plan] = document.outputs or [document]
@@ -127,7 +129,7 @@ def need_rows(document: PlanDocument) -> list[Row]:
     rows: list[Row] = []
     for name, need in stages.items():
         sizes = (need.disk_bytes, need.ram_bytes, need.vram_bytes, need.low_ram_bytes, need.low_vram_bytes)
-        rows.append((name, *("" if size is None else gigabytes(size) for size in sizes)))
+        rows.append((name, *(gigabytes(size) if size else "" for size in sizes)))
     return rows
 
 
@@ -172,7 +174,7 @@ def sentences(document: PlanDocument) -> list[tuple[str, str]]:
 
 def _again(stage: PlannedStage) -> str:
     """Say why a stage runs although the store has an earlier result of it."""
-    return f"{stage.name}{f' of {stage.output}' if stage.output else ''} runs again: {stage.again}"
+    return f"{stage.name}{f' of {stage.output}' if stage.output else ''}: {stage.again}"
 
 
 def _source_words(source: PlannedSource) -> str:
