@@ -6,11 +6,13 @@ it changed. What a training leaves in a folder beside the model is left out: it 
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import logging
 import os
 import platform
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from requant.tasks.artifact import File, Manifest, check_relative, digest_of
-from requant.tasks.checkpoint.untrusted import shown
+from requant.tasks.checkpoint.untrusted import MAX_JSON_BYTES, parse, shown
 from requant.tasks.errors import CheckpointError, RecipeError
 from requant.tasks.formatting import gigabytes
 from requant.tasks.hub.revision import HubFile, Revision
@@ -38,6 +40,9 @@ LEFT_OUT = (
     "trainer_state.json", "trainer_log.jsonl", "training_args.*", "*_results.json", "zero_to_fp32.py", "*.jsonl",
     "*.parquet", "*.arrow", "*.yaml", "*.yml", "recipe.schema.json",
 )  # fmt: skip
+# Small files of a checkpoint, and a path in them that has folders: of Linux or macOS, of a home, of Windows.
+SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
+OWN_PATH = re.compile(r"(~?/[^/\n]+/|[A-Za-z]:\\)[^\n]{1,1000}")
 log = logging.getLogger(__name__)
 
 
@@ -86,15 +91,90 @@ class Listing:
     unprintable: tuple[str, ...]
 
 
-def local_folder(base: Base) -> Path:
-    """Return the folder of a local base. Raises RecipeError if this machine does not have it."""
-    assert base.folder is not None, "only a local base has a folder"
-    folder = Path(base.folder).expanduser()
-    try:
-        folder = folder.resolve(strict=True)
+def find_local_base(store: Store, base: Base, hash_limit_bytes: int | None = None) -> Revision:
+    """List and hash a base in a folder. Its commit is 40 digits of the digest of its files.
+
+    With `hash_limit_bytes`, nothing is hashed if more bytes than these have no known sha256. Then the commit is empty,
+    and so are the hashes of these files. Raises what `find_folder` raises, and CheckpointError if a file changes while
+    it is read.
+    """
+    assert base.folder is not None, "a base of the Hub is found there"
+    folder = _existing(Path(base.folder))
+    listing = list_folder(folder)
+    revision = _unhashed(folder, base.name, listing)
+    wanted = {file.path for file in revision.wanted}
+    files = {file.path: file for file in listing.files if file.path in wanted}
+    known = {path: sha256 for path, file in files.items() if (sha256 := store.get_fact(FACT, file.fact))}
+    unknown = [file for path, file in files.items() if path not in known]
+    size_bytes = sum(file.size for file in unknown)
+    if hash_limit_bytes is None or size_bytes <= hash_limit_bytes:
+        if unknown:
+            log.info(f"hashing {len(unknown)} files of {folder}, {gigabytes(size_bytes)}")
+        with ThreadPoolExecutor(PARALLEL_READS) as pool:
+            known |= dict(pool.map(lambda file: (file.path, _hash(store, file)), unknown))
+    hashed = tuple(replace(file, sha256=known.get(file.path)) for file in revision.files)
+    if len(known) < len(files):
+        return replace(revision, files=hashed)
+    manifest = Manifest.of(File(path, files[path].size, sha256) for path, sha256 in known.items())
+    return replace(revision, files=hashed, sha=manifest.digest[:40])
+
+
+def _hash(store: Store, file: LocalFile) -> str:
+    """Return the sha256 of a file, and remember it unless the file is so young that it may change unnoticed."""
+    begun_ns, hasher = time.time_ns(), hashlib.sha256()
+    with file.real.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            hasher.update(chunk)
+    if LocalFile.at(file.path, file.real) != file:
+        raise changed(file.path, file.real)
+    if file.modified_ns + RACY_NS < begun_ns:
+        store.put_fact(FACT, file.fact, hasher.hexdigest())
+    return hasher.hexdigest()
+
+
+def private_paths(folder: Path) -> Iterator[str]:
+    """Yield a sentence for each setting in small files of a folder that names a path of the user's machine.
+
+    Trainers write the path from which they loaded a model, and the files are published as they are.
+    """
+    for name in SETTINGS:
+        path = folder / name
+        if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
+            continue
+        try:
+            document, _ = parse(path.read_bytes())
+        except (OSError, ValueError, RecursionError):  # Others say so.
+            continue
+        for key, value in document.items() if isinstance(document, dict) else ():
+            if isinstance(value, str) and OWN_PATH.fullmatch(value):
+                yield (
+                    f"{name} names a path of somebody's machine, and is published as it is: take {shown(key)} "
+                    f"({shown(value)}) out of it"
+                )
+
+
+def changed(path: str, real: Path) -> CheckpointError:
+    """Return the error for a file that is not, or no longer, what was hashed."""
+    return CheckpointError(
+        f"{shown(path)} of the base's folder changed while it was read: wait until it is written, then run again",
+        path=real,
+    )
+
+
+def find_folder(folder: Path) -> Revision:
+    """List a checkpoint's folder, without reading its files. The commit and the hashes are empty.
+
+    Raises RecipeError if this machine has no such folder, and what `list_folder` raises.
+    """
+    folder = _existing(folder)
+    return _unhashed(folder, folder.name, list_folder(folder))
+
+
+def _existing(folder: Path) -> Path:
+    is_folder = False
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        folder = folder.expanduser().resolve(strict=True)
         is_folder = folder.is_dir()
-    except (OSError, RuntimeError, ValueError):
-        is_folder = False
     if not is_folder:
         raise RecipeError(
             f"the base's folder {folder} does not exist on this machine ({platform.node()}): run where it lies, or put "
@@ -102,6 +182,16 @@ def local_folder(base: Base) -> Path:
             path=folder,
         )
     return folder
+
+
+def _unhashed(folder: Path, name: str, listing: Listing) -> Revision:
+    """Return a folder as a revision without a commit. Names that cannot lie in one folder are refused."""
+    if listing.of_training:
+        log.info(f"left out of {folder}, as no part of the model: {', '.join(map(shown, listing.of_training[:20]))}")
+    files = tuple(HubFile(file.path, file.size, "", None) for file in listing.files)
+    revision = Revision(name, "", files, left_out=listing.unprintable, folder=folder, is_local=True)
+    revision.check_names()
+    return revision
 
 
 def list_folder(folder: Path) -> Listing:
@@ -112,10 +202,10 @@ def list_folder(folder: Path) -> Listing:
     """
     files, of_training, unprintable = list[LocalFile](), list[str](), list[str]()
     for path in _walk(folder):
-        name = path.rpartition("/")[2].removesuffix("/")
+        name = path.rpartition("/")[2]
         if not path.isprintable():
             unprintable.append(path)
-        elif any(fnmatch.fnmatchcase(name, pattern) for pattern in LEFT_OUT):
+        elif _is_of_training(name):
             of_training.append(path)
         else:
             check_relative(path)
@@ -136,7 +226,7 @@ def _walk(folder: Path) -> Iterator[str]:
     for root, folders, names in os.walk(folder, onerror=fail):
         below = Path(root).relative_to(folder)
         linked = [name for name in folders if os.path.islink(os.path.join(root, name)) and not name.startswith(".")]
-        left_out = [name for name in folders if any(fnmatch.fnmatchcase(name, pattern) for pattern in LEFT_OUT)]
+        left_out = [name for name in folders if _is_of_training(name)]
         folders[:] = [name for name in folders if not name.startswith(".") and name not in {*linked, *left_out}]
         for name in (*left_out, *names, *(one for one in linked if one not in left_out)):
             found += 1
@@ -147,6 +237,10 @@ def _walk(folder: Path) -> Iterator[str]:
                 )
             if not name.startswith("."):
                 yield (below / name).as_posix()
+
+
+def _is_of_training(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in LEFT_OUT)
 
 
 def _real(folder: Path, path: str) -> Path:
@@ -163,55 +257,3 @@ def _real(folder: Path, path: str) -> Path:
             path=full,
         )
     return real
-
-
-def find_local_base(store: Store, base: Base, hash_limit_bytes: int | None = None) -> Revision:
-    """List and hash a base in a folder. Its commit is 40 digits of the digest of its files.
-
-    With `hash_limit_bytes`, nothing is hashed if more bytes than these have no known sha256. Then the commit is empty,
-    and so are the hashes of these files. Raises RecipeError if there is no such folder, and CheckpointError for a link
-    that leads out of it, for a file that cannot be read, or if it changes while it is read.
-    """
-    folder = local_folder(base)
-    listing = list_folder(folder)
-    if listing.of_training:
-        log.info(f"left out of {folder}, as no part of the model: {', '.join(map(shown, listing.of_training[:20]))}")
-    listed = tuple(HubFile(file.path, file.size, "", None) for file in listing.files)
-    revision = Revision(base.name, "", listed, left_out=listing.unprintable, folder=folder, is_local=True)
-    revision.check_names()
-    wanted = {file.path for file in revision.wanted}
-    files = {file.path: file for file in listing.files if file.path in wanted}
-    known = {path: sha256 for path, file in files.items() if (sha256 := store.get_fact(FACT, file.fact))}
-    unknown = [file for path, file in files.items() if path not in known]
-    size_bytes = sum(file.size for file in unknown)
-    if hash_limit_bytes is None or size_bytes <= hash_limit_bytes:
-        if unknown:
-            log.info(f"hashing {len(unknown)} files of {folder}, {gigabytes(size_bytes)}")
-        with ThreadPoolExecutor(PARALLEL_READS) as pool:
-            known |= dict(pool.map(lambda file: (file.path, _hash(store, file)), unknown))
-    hashed = tuple(replace(file, sha256=known.get(file.path)) for file in listed)
-    if len(known) < len(files):
-        return replace(revision, files=hashed)
-    manifest = Manifest.of(File(path, files[path].size, sha256) for path, sha256 in known.items())
-    return replace(revision, files=hashed, sha=manifest.digest[:40])
-
-
-def _hash(store: Store, file: LocalFile) -> str:
-    """Return the sha256 of a file, and remember it unless the file is so young that it may change unnoticed."""
-    begun_ns, hasher = time.time_ns(), hashlib.sha256()
-    with file.real.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            hasher.update(chunk)
-    if LocalFile.at(file.path, file.real) != file:
-        raise changed(file.path, file.real)
-    if file.modified_ns + RACY_NS < begun_ns:
-        store.put_fact(FACT, file.fact, hasher.hexdigest())
-    return hasher.hexdigest()
-
-
-def changed(path: str, real: Path) -> CheckpointError:
-    """Return the error for a file that is not, or no longer, what was hashed."""
-    return CheckpointError(
-        f"{shown(path)} of the base's folder changed while it was read: wait until it is written, then run again",
-        path=real,
-    )

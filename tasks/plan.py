@@ -248,7 +248,7 @@ class _Planner:
             engines=output.judgement.verdicts,
             hardware=total_hardware(estimated, stages),
             changes=self.base.changes,
-            notes=(*harmless, *output.notes, *notes_of(recipe), *self.texts.notes),
+            notes=(*harmless, *output.notes, *notes_of(recipe, self.inputs.base), *self.texts.notes),
             problems=tuple(problems),
             warnings=machine.warnings,
         )

@@ -33,7 +33,8 @@ def plan(
 ) -> CommandResult:
     """Say what a run would do, take and cost, and what would stop it.
 
-    RECIPE is a YAML file, or owner/name[@revision] of a base, which stands for a recipe with this base and defaults.
+    RECIPE is a YAML file, or owner/name[@revision] or the folder of a base, which stands for a recipe with this base
+    and defaults.
     The headers of the base's files are enough: no weights are fetched and no GPU is needed.
     Exit status 1: a problem would stop the run.
 

@@ -69,7 +69,8 @@ def run(
 ) -> CommandResult:
     """Run the whole pipeline of a recipe, here and now.
 
-    RECIPE is a YAML file, or owner/name[@revision] of a base, which stands for a recipe with this base and defaults.
+    RECIPE is a YAML file, or owner/name[@revision] or the folder of a base, which stands for a recipe with this base
+    and defaults.
     The stages are download, quantize, mtp_fix, validate, benchmark and publish; one that is in the store already is
     not done again. No Prefect server is needed; the one that PREFECT_API_URL names is used.
     Exit status 1: a gate failed or the work failed.
@@ -78,7 +79,7 @@ def run(
     Examples:
       requant run deployments/recipes/demo.yaml --checkout build/result
       requant run recipe.yaml --set quantize.iters=50 --report build/report.json
-      requant run me/my-finetune --scheme W4A16 --publish me/my-finetune-W4A16
+      requant run ./my-finetune --scheme W4A16 --publish me/my-finetune-W4A16
     """
     from requant.tasks.evaluating.definitions import check_tasks, has_lm_eval
     from requant.tasks.recipe.loader import load_recipe

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.untrusted import without_folder
 from requant.tasks.errors import CheckpointError
+from requant.tasks.formatting import gigabytes
 from requant.tasks.hub.revision import Revision
+from requant.tasks.local_base import private_paths
 from requant.tasks.planning.document import (
     OutputTotals,
     PlanDocument,
@@ -32,7 +34,7 @@ def without_result(recipe: Recipe, base: Revision | None, problems: Iterable[str
         engines={},
         hardware=total_hardware(recipe, ()),
         changes=None,
-        notes=notes_of(recipe),
+        notes=notes_of(recipe, None),
         problems=tuple(problems),
         outputs=() if recipe.outputs else None,
     )
@@ -64,5 +66,19 @@ def with_reason(stage: PlannedStage, again: Mapping[str, str]) -> PlannedStage:
     return stage if why is None else stage.model_copy(update={"again": why})
 
 
-def notes_of(recipe: Recipe) -> tuple[str, ...]:
-    return ("how long the tasks of eval take is not foretold: validate will take longer",) if recipe.eval else ()
+def notes_of(recipe: Recipe, base: Revision | None) -> tuple[str, ...]:
+    """Say what is worth knowing of a recipe and its base."""
+    unknown = ("how long the tasks of eval take is not foretold: validate will take longer",) if recipe.eval else ()
+    return (*unknown, *(() if base is None else _notes_of_folder(base)))
+
+
+def _notes_of_folder(base: Revision) -> Iterator[str]:
+    """Say what of a base in a folder is known only to a run, and which of its settings name folders of its author."""
+    if not base.is_local or base.folder is None:
+        return
+    yield from private_paths(base.folder)
+    if not base.sha:
+        yield (
+            f"the {gigabytes(base.size)} of the base's folder are not all hashed yet: the run does that first, and "
+            "only then knows which stages the store has done already"
+        )

@@ -134,7 +134,11 @@ def recipe_of(given: Recipe | Mapping[str, Any]) -> Recipe:
 def _with_base_folder(recipe: Recipe, folder: Path) -> Recipe:
     if recipe.base.folder is None:
         return recipe
-    path = _absolute(folder, recipe.base.folder)
+    path = Path(recipe.base.folder)
+    # A link keeps its name, which is that of the base, whichever folder it leads to now.
+    path = (
+        _absolute(folder, str(path.parent)) / path.name if path.name not in {"", ".."} else _absolute(folder, str(path))
+    )
     if not os.path.isdir(path):
         raise RecipeError(f"base.folder: the folder {path} does not exist: correct the path in the recipe", path=path)
     return recipe.model_copy(update={"base": recipe.base.model_copy(update={"folder": str(path)})})

@@ -447,6 +447,14 @@ def test_a_base_in_a_folder_is_found_from_the_recipes_file_and_named_absolutely(
     assert parse_recipe(recipe.model_dump(mode="json")).digest == recipe.digest, "a Prefect server sends it as JSON"
 
 
+def test_a_link_to_a_folder_keeps_its_name(home: Path) -> None:
+    (home / "newest").symlink_to("my tuné")
+    recipe = load_recipe(write(home / "recipes", "base: ../newest\n"))
+    assert (recipe.base.folder, recipe.base.name) == (str(home / "newest"), "newest")
+    inside = load_recipe(write(home / "my tuné", "base: .\n"))
+    assert inside.base.folder == str(home / "my tuné"), "a recipe may lie in its base"
+
+
 @pytest.mark.parametrize("written", ["my tuné", "./my tuné", "recipes/../my tuné"])
 def test_a_folder_in_place_of_a_recipes_file_stands_for_its_base(home: Path, written: str) -> None:
     recipe = load_recipe(Path(written), ["publish.repo_id=me/x"])
