@@ -8,17 +8,14 @@ from prefect import State
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import Completed, Failed
 
-from requant.flows.gpu_pool import recipe_flow
+from requant.flows.recipe_flow import recipe_flow
 from requant.flows.report.plan import plan_headline, plan_markdown, subject
 from requant.tasks.errors import Refused, RequantError
-from requant.tasks.pipeline.log import log_into_runs
 from requant.tasks.plan import plan as plan_run
 from requant.tasks.planning.document import PlanDocument
 from requant.tasks.recipe.loader import recipe_of
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import open_store
-
-log_into_runs()
 
 
 @recipe_flow("plan")

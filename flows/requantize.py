@@ -17,16 +17,16 @@ from prefect import State, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import Completed, Failed
 
-from requant.flows.gpu_pool import (
+from requant.flows.delegation import (
     cancel_children,
     gpu_pool_stages,
     name_for_worker,
     names_for_worker,
-    recipe_flow,
     run_on_gpu_pool,
 )
 from requant.flows.last_run import remember_run
 from requant.flows.own_run import exit_if_run_is_over, watch_own_run
+from requant.flows.recipe_flow import recipe_flow
 from requant.flows.report.markdown import comparison, markdown
 from requant.flows.report.report import RunReport, gate_rows, verdict, worst
 from requant.flows.stages import (
@@ -58,7 +58,6 @@ from requant.tasks.card.facts import CardFacts
 from requant.tasks.download import find_base
 from requant.tasks.errors import CheckpointError, EngineFailed, RecipeError, RequantError
 from requant.tasks.hub.revision import Revision
-from requant.tasks.pipeline.log import log_into_runs
 from requant.tasks.pipeline.prefect import crash_stale_task_runs, options
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.plan import Foreseen, preflight
@@ -87,8 +86,6 @@ from requant.tasks.validating.engine_gate import EngineDrafts, judge_engine
 from requant.tasks.validating.gates import Gate, accepted, judge, summary
 
 log = logging.getLogger(__name__)
-
-log_into_runs()
 
 
 class RunFailed(RequantError):

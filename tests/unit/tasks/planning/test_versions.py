@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from requant.flows.gpu_pool import gpu_pool_stages
+from requant.flows.delegation import gpu_pool_stages
 from requant.tasks.errors import Refused
 from requant.tasks.hub.revision import HubFile, Revision
 from requant.tasks.plan import plan_of, preflight
