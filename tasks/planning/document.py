@@ -25,7 +25,9 @@ class PlannedBase(Document):
     """The base at the commit that would be used."""
 
     repo_id: str = Field(description="The base's repo on the Hub, owner/name; of a base in a folder, its name")
-    folder: str | None = Field(None, description="The folder of a base that is not on the Hub; otherwise null")
+    folder: str | None = Field(
+        None, exclude_if=is_none, description="The folder of a base in a folder; absent for one on the Hub"
+    )
     revision: str = Field(description="The branch, tag or commit that the recipe names")
     sha: str | None = Field(
         description="The commit that the revision is now, of a folder a digest of its files; null where it does not "
