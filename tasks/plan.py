@@ -180,7 +180,7 @@ def _plan_run(store: Store, recipe: Recipe, inputs: Inputs, scope: Scope) -> _Pl
 
 def _found_outside(recipe: Recipe, base: Revision, document: PlanDocument, scope: Scope) -> Findings:
     """Find what is wrong with the tasks of `eval`, the engine, and the repos to publish to."""
-    to_run = {stage.name for stage in document.stages if stage.state == "run"} or ON_GPU
+    to_run = {stage.name for stage in document.stages if stage.state == "run"} if document.stages else ON_GPU
     found = task_findings(recipe, to_run, scope.delegated) + engine_findings(recipe, to_run, scope.delegated)
     if recipe.probes is not None and PROBE.name not in scope.delegated and (why := no_engine(recipe.benchmark)):
         fails = recipe.gates.max_probe_loss is not None  # A gate with a limit that is not measured is a failed one.
