@@ -236,7 +236,7 @@ def read_recipe(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> R
     from requant.tasks.recipe.loader import load_recipe, with_absolute_paths
 
     if isinstance(recipe, str | Path):
-        return load_recipe(Path(recipe), overrides)
+        return load_recipe(recipe, overrides)
     if overrides:
         raise RecipeError(
             "overrides change a recipe's file, and this is a Recipe: make a changed one, with "

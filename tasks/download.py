@@ -38,6 +38,7 @@ def download_key(base: Revision) -> StageKey:
     A base in a folder has the key of its files alone, wherever they lie.
     """
     if base.is_local:
+        assert base.sha, "a plan alone may leave a folder unhashed"
         return STAGE.key(reads={"base": f"local:{base.sha}"}, settings={})
     cached = {"cached": base.content} if base.folder is not None else {}
     return STAGE.key(reads={"base": f"{base.repo_type}:{base.name}", **cached}, settings={})
@@ -109,10 +110,15 @@ def _fetch_unless_stored(store: Store, base: Revision, folder: Path, file: HubFi
     if stored is not None:
         return stored, True
     path = inside(folder, file.path)
-    fetched = File(file.path, file.size, fetch(base, file, path))
-    if base.is_local and fetched.sha256 != file.sha256:
+    try:
+        fetched = File(file.path, file.size, fetch(base, file, path))
+    except FileNotFoundError as error:
+        if base.folder is None:
+            raise
+        raise changed(file.path, base.folder / file.path) from error
+    if base.folder is not None and base.is_local and fetched.sha256 != file.sha256:
         path.unlink()
-        raise changed(file.path, (base.folder or folder) / file.path)
+        raise changed(file.path, base.folder / file.path)
     if (fetched.sha256 != file.sha256) if file.sha256 else (git_blob_id(path) != file.blob_id):
         path.unlink()
         raise HubUnavailable(

@@ -14,9 +14,10 @@ import os
 import platform
 import re
 import stat
+import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,9 +65,7 @@ class LocalFile:
             status = real.stat()
             readable = os.access(real, os.R_OK)
         except OSError as error:
-            raise CheckpointError(
-                f"{shown(path)} of the base's folder cannot be read ({error.strerror}): mend or remove it", path=real
-            ) from error
+            raise _unreadable(path, real, error) from error
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{shown(path)} of the base's folder is not a file: remove it", path=real)
         if not readable:
@@ -110,8 +109,7 @@ def find_local_base(store: Store, base: Base, hash_limit_bytes: int | None = Non
     if hash_limit_bytes is None or size_bytes <= hash_limit_bytes:
         if unknown:
             log.info(f"hashing {len(unknown)} files of {folder}, {gigabytes(size_bytes)}")
-        with ThreadPoolExecutor(PARALLEL_READS) as pool:
-            known |= dict(pool.map(lambda file: (file.path, _hash(store, file)), unknown))
+        known |= _hash_all(store, unknown)
     hashed = tuple(replace(file, sha256=known.get(file.path)) for file in revision.files)
     if len(known) < len(files):
         return replace(revision, files=hashed)
@@ -119,12 +117,28 @@ def find_local_base(store: Store, base: Base, hash_limit_bytes: int | None = Non
     return replace(revision, files=hashed, sha=manifest.digest[:40])
 
 
-def _hash(store: Store, file: LocalFile) -> str:
+def _hash_all(store: Store, files: Sequence[LocalFile]) -> dict[str, str]:
+    """Return the sha256 of each file by path. An interrupt ends the threads before the ends of their files."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+        try:
+            return dict(pool.map(lambda file: (file.path, _hash(store, file, stop)), files))
+        except BaseException:
+            stop.set()
+            raise
+
+
+def _hash(store: Store, file: LocalFile, stop: threading.Event) -> str:
     """Return the sha256 of a file, and remember it unless the file is so young that it may change unnoticed."""
     begun_ns, hasher = time.time_ns(), hashlib.sha256()
-    with file.real.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            hasher.update(chunk)
+    try:
+        with file.real.open("rb") as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                if stop.is_set():
+                    raise CancelledError
+                hasher.update(chunk)
+    except OSError as error:
+        raise _unreadable(file.path, file.real, error) from error
     if LocalFile.at(file.path, file.real) != file:
         raise changed(file.path, file.real)
     if file.modified_ns + RACY_NS < begun_ns:
@@ -151,6 +165,12 @@ def private_paths(folder: Path) -> Iterator[str]:
                     f"{name} names a path of somebody's machine, and is published as it is: take {shown(key)} "
                     f"({shown(value)}) out of it"
                 )
+
+
+def _unreadable(path: str, real: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{shown(path)} of the base's folder cannot be read ({error.strerror}): mend or remove it", path=real
+    )
 
 
 def changed(path: str, real: Path) -> CheckpointError:

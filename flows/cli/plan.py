@@ -11,7 +11,7 @@ from requant.flows.cli.command import NEW_FILE, PUBLISH, SCHEME, SET, CommandRes
 
 
 @command("plan")
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe")
 @SET
 @SCHEME
 @PUBLISH
@@ -24,7 +24,7 @@ from requant.flows.cli.command import NEW_FILE, PUBLISH, SCHEME, SET, CommandRes
     "--markdown", "markdown_path", type=NEW_FILE, metavar="FILE", help="Write the plan to this file too, as Markdown."
 )
 def plan(
-    recipe: Path,
+    recipe: str,
     overrides: tuple[str, ...],
     scheme: str | None,
     publish: str | None,
@@ -49,5 +49,5 @@ def plan(
 
     document = api.plan(recipe, overrides=all_overrides(overrides, scheme, publish), elsewhere=elsewhere)
     if markdown_path is not None:
-        write_file(markdown_path.parent, markdown_path.name, [plan_markdown(document, recipe.name).encode()])
+        write_file(markdown_path.parent, markdown_path.name, [plan_markdown(document, Path(recipe).name).encode()])
     return CommandResult(document.to_json(), plan_text(document), 1 if document.problems else 0)

@@ -38,7 +38,7 @@ def _report_path(context: click.Context, parameter: click.Parameter, path: Path 
 
 
 @command("run")
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe")
 @SET
 @SCHEME
 @PUBLISH
@@ -59,7 +59,7 @@ def _report_path(context: click.Context, parameter: click.Parameter, path: Path 
     help="Write the JSON document to this file, and beside it a report in Markdown and a folder of pictures.",
 )
 def run(
-    recipe: Path,
+    recipe: str,
     overrides: tuple[str, ...],
     scheme: str | None,
     publish: str | None,

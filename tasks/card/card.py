@@ -54,8 +54,8 @@ def _base_words(facts: CardFacts) -> Markdown:
         return hub_link(facts.recipe.base.name)
     repos = [facts.base_models] if isinstance(facts.base_models, str) else facts.base_models
     tuned = "" if facts.base_relation == "quantized" else "a fine-tune of "
-    linked = f", {tuned}{' and '.join(map(hub_link, repos))}" if repos else ""
-    return Markdown(f"a local checkpoint{linked}")
+    linked = f" ({tuned}{' and '.join(map(hub_link, repos))})" if repos else ""
+    return Markdown(f"A local checkpoint{linked}")
 
 
 def environment() -> Environment:

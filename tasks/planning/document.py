@@ -26,7 +26,7 @@ class PlannedBase(Document):
 
     repo_id: str = Field(description="The base's repo on the Hub, owner/name; of a base in a folder, its name")
     folder: str | None = Field(
-        None, exclude_if=is_none, description="The folder of a base in a folder; absent for one on the Hub"
+        None, exclude_if=is_none, description="The folder of a base that is not on the Hub; otherwise absent"
     )
     revision: str = Field(description="The branch, tag or commit that the recipe names")
     sha: str | None = Field(

@@ -55,15 +55,17 @@ MAX_PROBLEMS = 20  # A recipe from outside may have any number.
 log = logging.getLogger(__name__)
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply `overrides`, each `a.b=c` with a YAML value.
+def load_recipe(given: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe file `given` and apply `overrides`, each `a.b=c` with a YAML value.
 
     `owner/name[@revision]` of a base, unless it is the path of a file, and a folder with a base stand for a recipe with
     this base and defaults. Paths in a recipe become absolute: they are relative to the folder of the recipe.
 
     Raises RecipeError with a sentence for each problem: the file or key, the value and what is allowed.
     """
-    named = BASE_NAME.fullmatch(str(path)) is not None and not path.exists()
+    path = Path(given)
+    # As text, ./a/b is the path of a folder that is not there, and no repo.
+    named = BASE_NAME.fullmatch(str(given)) is not None and not path.exists()
     is_folder = os.path.isdir(path)
     document: dict[str, Any] = (
         {"base": {"folder": str(path)}} if is_folder else {"base": str(path)} if named else _read(path)

@@ -198,6 +198,8 @@ def test_a_repo_of_a_persons_own_words_is_published_to(api: HfApi, three: list[M
         ({"gated": "auto"}, {}, False, "auto"),
         ({"private": True, "gated": "manual"}, {"private": False, "gated": "open"}, False, False),
         ({}, {"private": True, "gated": "manual"}, True, "manual"),
+        ({"is_local": True}, {}, True, False),
+        ({"is_local": True}, {"private": False}, False, False),
     ],
 )
 def test_who_may_read_it_follows_the_base_unless_the_recipe_says_otherwise(
@@ -214,6 +216,12 @@ def test_what_is_closed_already_stays_so(api: HfApi, three: list[Made]) -> None:
     three[0].publish()
     info = api.model_info(TARGET)
     assert (info.private, info.gated) == (True, "manual")
+
+
+def test_a_public_repo_stays_so_for_a_base_in_a_folder(api: HfApi, tmp_path: Path) -> None:
+    api.create_repo(TARGET, private=False)
+    made(tmp_path / "made", 1, is_local=True).publish()
+    assert not api.model_info(TARGET).private
 
 
 def test_a_collection_lists_it_once(api: HfApi, three: list[Made]) -> None:

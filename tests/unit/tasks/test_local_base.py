@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,9 +65,9 @@ class Reads:
         self.paths: list[str] = []
         original = local_base._hash
 
-        def count(store: Store, file: LocalFile) -> str:
+        def count(store: Store, file: LocalFile, stop: threading.Event) -> str:
             self.paths.append(file.path)
-            return original(store, file)
+            return original(store, file, stop)
 
         monkeypatch.setattr(local_base, "_hash", count)
 
@@ -147,6 +149,19 @@ def test_a_file_that_changes_between_hash_and_copy_is_not_stored(store: Store, f
         download(store, base)
     assert is_one_sentence(str(caught.value)) and store.manifest("download", download_key(base)) is None
     assert download(store, found(store, folder)).state == "ran"
+
+
+def test_a_file_that_is_gone_before_it_is_hashed_or_copied_is_told(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, listing = found(store, folder), local_base.list_folder(folder)
+    gone = replace(next(file for file in listing.files if file.path == "tokenizer.json"), modified_ns=1)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer.json .* changed while it was read"):
+        download(store, base)
+    monkeypatch.setattr(local_base, "list_folder", lambda of: replace(listing, files=(gone,)))
+    with pytest.raises(CheckpointError, match=r"tokenizer.json .* cannot be read \(No such file"):
+        found(store, folder)
 
 
 def test_a_file_that_is_written_while_it_is_read_is_found(
@@ -325,6 +340,33 @@ def test_an_unreadable_file_is_named(store: Store, folder: Path, monkeypatch: py
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "config.json")  # as for others than root
     with pytest.raises(RequantError, match=r"config.json of the base's folder cannot be read \(no permission\)"):
         found(store, folder)
+
+
+def test_an_interrupt_ends_hashing_in_the_middle_of_files(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large = "config.json", min(path.name for path in folder.glob("*.safetensors"))
+    begun, ended = threading.Event(), list[str]()
+    original = local_base._hash
+
+    def interrupted(store: Store, file: LocalFile, stop: threading.Event) -> str:
+        if file.path == small:
+            assert begun.wait(60)
+            raise KeyboardInterrupt
+        if file.path == large:
+            begun.set()
+            assert stop.wait(60)
+        sha256 = original(store, file, stop)
+        ended.append(file.path)
+        return sha256
+
+    monkeypatch.setattr(local_base, "_hash", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        found(store, folder)
+    assert large not in ended
+    monkeypatch.undo()
+    assert found(store, folder).sha, "nothing of it was remembered wrongly"
+    assert {file.path: file.sha256 for file in found(store, folder).files}[large] == file_of(folder, large).sha256
 
 
 @pytest.mark.parametrize("name", SETTINGS)

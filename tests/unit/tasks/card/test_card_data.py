@@ -103,20 +103,20 @@ def local_card(stated: str, **base: str) -> tuple[dict[str, Any], str]:
 def test_a_local_base_is_a_fine_tune_of_what_its_own_card_names(stated: str, names: str | list[str]) -> None:
     data, text = local_card(stated)
     assert (data["base_model"], data["base_model_relation"], data["license"]) == (names, "finetune", "mit")
-    assert "- a local checkpoint, a fine-tune of [" in text and "with the digest `5503434`" in text
+    assert "- A local checkpoint (a fine-tune of [" in text and "with the digest `5503434`" in text
 
 
 @pytest.mark.parametrize("stated", ["", "base_model: /home/me/secret place", "base_model: {a: b}", "base_model: x"])
 def test_a_local_base_of_nobody_knows_what_has_no_base_model(stated: str) -> None:
     data, text = local_card(stated)
     assert "base_model" not in data and "base_model_relation" not in data
-    assert "- a local checkpoint with the digest `5503434`" in text
+    assert "- A local checkpoint with the digest `5503434`" in text
 
 
 def test_the_recipe_says_of_which_repo_a_local_base_is() -> None:
     data, text = local_card("base_model: a/b", repo_id="me/tuned")
     assert (data["base_model"], data["base_model_relation"]) == ("me/tuned", "quantized")
-    assert "a local checkpoint, [me/tuned](https://huggingface.co/me/tuned) with the digest" in text
+    assert "A local checkpoint ([me/tuned](https://huggingface.co/me/tuned)) with the digest" in text
 
 
 def test_a_card_names_the_folder_of_a_local_base_and_nothing_above_it() -> None:

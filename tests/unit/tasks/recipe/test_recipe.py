@@ -447,6 +447,12 @@ def test_a_base_in_a_folder_is_found_from_the_recipes_file_and_named_absolutely(
     assert parse_recipe(recipe.model_dump(mode="json")).digest == recipe.digest, "a Prefect server sends it as JSON"
 
 
+def test_a_folder_that_is_not_there_is_no_repo(home: Path) -> None:
+    with pytest.raises(RecipeError, match=r"the recipe out/tuned cannot be read \(No such file.*or a model's folder"):
+        load_recipe("./out/tuned")
+    assert load_recipe("out/tuned").base.repo_id == "out/tuned"
+
+
 def test_a_link_to_a_folder_keeps_its_name(home: Path) -> None:
     (home / "newest").symlink_to("my tuné")
     recipe = load_recipe(write(home / "recipes", "base: ../newest\n"))
