@@ -83,16 +83,23 @@ def is_plain_fp8(checkpoint: Checkpoint, module: Module) -> bool:
 
 def problem_of(checkpoint: Checkpoint, module: Module, weight: tuple[int, ...]) -> str | None:
     """Return why a quantized module does not hold a weight `[out, in]` as the config says, as a sentence."""
+    if unreadable := misfit_of(checkpoint, module, weight):
+        return unreadable
+    if checkpoint.method is None:
+        return f"{module.name} is quantized, and no config says how: add the quantization_config to config.json"
+    contradiction = checkpoint.reading.contradiction(module)
+    return None if contradiction is None else str(contradiction)
+
+
+def misfit_of(checkpoint: Checkpoint, module: Module, weight: tuple[int, ...]) -> str | None:
+    """Return why no weight `[out, in]` can be read from a quantized module, whatever the config says, as a sentence."""
     if module.storage == "integer":
         return checkpoint.reading.problem(module, weight)
     try:
         shape = stored_matrix(checkpoint, module).shape
     except CheckpointError as error:
         return str(error)
-    if shape != weight:
-        return f"{module.name} holds a matrix of shape {shape}, the base's has {weight}"
-    contradiction = checkpoint.reading.contradiction(module)
-    return None if contradiction is None else str(contradiction)
+    return None if shape == weight else f"{module.name} holds a matrix of shape {shape}, the base's has {weight}"
 
 
 def stored_matrix(checkpoint: Checkpoint, module: Module, scale_dtype: str | None = None) -> StoredMatrix:

@@ -24,7 +24,7 @@ from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.packing import float_rows
 from requant.tasks.checkpoint.rounding import SAMPLED_WEIGHTS, Rounding
-from requant.tasks.checkpoint.stored_matrix import StoredMatrix, is_quantized_as, problem_of, stored_matrix
+from requant.tasks.checkpoint.stored_matrix import StoredMatrix, is_quantized_as, misfit_of, stored_matrix
 
 PARALLEL_MATRICES = 2  # numpy releases the interpreter's lock
 
@@ -49,8 +49,8 @@ class Fidelity:
 def fidelity(quantized: Checkpoint, base: Checkpoint) -> list[Fidelity]:
     """Compare every quantized matrix with the base's, in the order of the base's tensors.
 
-    Both checkpoints are read once, some rows at a time. Matrices that cannot be read or contradict their scheme are
-    left out; `account` of audit.py names them.
+    Both checkpoints are read once, some rows at a time. Matrices that cannot be read are left out; `account` of
+    audit.py names them.
     """
     base = dequantize_fp8(split_fused_experts(base))
     pairs = [
@@ -64,8 +64,8 @@ def fidelity(quantized: Checkpoint, base: Checkpoint) -> list[Fidelity]:
 
 
 def _readable(quantized: Checkpoint, module: Module, source: Tensor) -> Callable[[], StoredMatrix] | None:
-    """Return what reads a module's matrix; None if it does not fit the config and the base's matrix."""
-    if problem_of(quantized, module, source.shape):
+    """Return what reads a module's matrix; None if it cannot be read, or does not fit the base's matrix."""
+    if misfit_of(quantized, module, source.shape):
         return None
     return functools.partial(stored_matrix, quantized, module)
 

@@ -37,7 +37,7 @@ from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import PLAIN_PARTS, modules_of
 from requant.tasks.checkpoint.served_dtype import STORED, Dtype, dtype_of_config
 from requant.tasks.checkpoint.stored_matrix import is_plain_fp8, stored_matrix
-from requant.tasks.errors import CheckpointError
+from requant.tasks.errors import CheckpointError, TokenizerError
 from requant.tasks.settings import read_settings
 
 CORRECTION_BIAS = "e_score_correction_bias"
@@ -58,12 +58,14 @@ class RunSettings:
 
     `served` is the dtype that the recipe's flags ask the engine for. The scales of packed weights are rounded as an
     engine rounds them that serves the checkpoint in this dtype, or by default in that of its config.
+    `tokens_of` is the folder of another checkpoint, whose tokenizer makes the tokens.
     """
 
     device: torch.device
     dtype: torch.dtype
     remote_code: bool = False  # whether Python code of the checkpoint may be run
     served: Dtype | None = None
+    tokens_of: Path | None = None
 
     def served_dtype(self, config: ModelConfig) -> Dtype | None:
         """Return the dtype in which a checkpoint with this config is served; None if nobody says."""
@@ -241,7 +243,8 @@ class Skeleton:
             if parameter.is_meta
         ]
         if missing:
-            raise CheckpointError(f"{folder} lacks {missing[0]} (and {len(missing) - 1} more)")
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise CheckpointError(f"{folder} lacks {missing[0]}{more}")
 
 
 def empty_model(family: Any, config: Any, settings: RunSettings) -> Any:
@@ -380,7 +383,7 @@ def free(device: torch.device) -> None:
 
 
 def load_tokenizer(folder: Path, *, remote_code: bool = False) -> Any:
-    """Load a checkpoint's tokenizer. Raises CheckpointError for one that cannot be loaded."""
+    """Load a checkpoint's tokenizer. Raises TokenizerError for one that cannot be loaded."""
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
     except MemoryError:
@@ -389,4 +392,4 @@ def load_tokenizer(folder: Path, *, remote_code: bool = False) -> Any:
         reason = " ".join(str(error).split())
         if not isinstance(error, ValueError | OSError | StrictDataclassError):
             reason = f"{type(error).__name__}: {reason}"
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({reason[:1000]})") from error
+        raise TokenizerError(f"the tokenizer in {folder} cannot be loaded ({reason[:1000]})") from error
