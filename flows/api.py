@@ -37,7 +37,8 @@ def plan(recipe: Recipe | str | Path, *, overrides: Sequence[str] = (), elsewher
 
     `recipe` is a Recipe or the path of a YAML file. Paths in a Recipe are relative to the current folder, those in a
     file to the file's folder. `overrides` change keys of a file, as in `quantize.iters=50`. `elsewhere`: plan for
-    another machine, and do not check the disk and the tools of this one. Only headers of the base's files are fetched.
+    another machine, and check neither what this one has and lacks nor the account to publish with. Only headers of the
+    base's files are fetched.
 
     Raises RecipeError, HubError, HubUnavailable or StoreError.
     """

@@ -28,7 +28,7 @@ def run_name() -> str:
     given = runtime.flow_run.parameters.get("recipe")
     recipe = given.model_dump() if isinstance(given, Recipe) else _mapping_or_empty(given)
     base, quantize = _mapping_or_empty(recipe.get("base")), _mapping_or_empty(recipe.get("quantize"))
-    repo = str(base.get("repo_id") or "a base without a name").split("/")[-1]
+    repo = str(base.get("folder") or base.get("repo_id") or "a base without a name").split("/")[-1]
     outputs, bits = recipe.get("outputs"), quantize.get("bits")
     if isinstance(outputs, list) and outputs:
         makes = f"{len(outputs)} outputs"

@@ -57,8 +57,6 @@ from requant.tasks.benchmark import read_result as read_benchmark
 from requant.tasks.card.facts import CardFacts
 from requant.tasks.download import find_base
 from requant.tasks.errors import CheckpointError, EngineFailed, RecipeError, RequantError
-from requant.tasks.evaluating.definitions import check_tasks, has_lm_eval
-from requant.tasks.hub.publish_target import check_target
 from requant.tasks.hub.revision import Revision
 from requant.tasks.pipeline.prefect import crash_stale_task_runs, options
 from requant.tasks.pipeline.stage import StageResult
@@ -366,16 +364,10 @@ def _probe(context: RunContext, recipe: Recipe, made: MadeStages) -> Any:
 def resolve_task(recipe: Recipe) -> tuple[Revision, Calibration, Text]:
     """Resolve the base to its commit, and the texts for calibration and validation to their content.
 
-    Also check that the repos of `publish` can be written to, and that this machine can run the tasks of `eval`, unless
-    a worker of the gpu pool runs them and lm-eval is not installed here. Raises RecipeError, HubError, HubUnavailable.
+    Raises RecipeError, HubError, HubUnavailable.
     """
     base = find_base(open_store(), recipe.base)
-    if has_lm_eval() or VALIDATE.name not in gpu_pool_stages(recipe, base):
-        check_tasks(recipe.eval)
     log.info(f"{recipe.base.folder or f'{recipe.base.name}@{recipe.base.revision}'} is {base.sha}")
-    for one in recipe.each.values():
-        if one.publish is not None:
-            check_target(one.publish, base)
     return base, find_calibration(recipe.quantize), find_validation_text(recipe.validation.text)
 
 
@@ -383,9 +375,10 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Calibration, Text]:
 def preflight_task(
     recipe: Recipe, base: Revision, calibration: Calibration, text: Text, delegated: frozenset[str]
 ) -> dict[str, Foreseen]:
-    """Make the plan of the run, and stop the run if it would fail. `delegated`: the stages of the gpu pool.
+    """Make the plan of the run, and stop the run with everything that would make it fail: see `preflight`.
 
-    Return the preflight results by output name.
+    `delegated`: the stages of the gpu pool. Return the preflight results by output name. Raises Refused or
+    HubUnavailable.
     """
     return preflight(open_store(), recipe, base, calibration, text, delegated)
 

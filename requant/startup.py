@@ -5,19 +5,16 @@ From here on, Ctrl-C and SIGTERM end the process with one sentence and the exit 
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import gc
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, MutableMapping
 from types import FrameType
 
 INTERRUPTED = "interrupted: what was finished is kept, and the same command goes on from there"
 Handler = Callable[[int, FrameType | None], object]
-RETRY_S = 0.01  # after which a signal is sent again that arrived in the middle of an import
 # Libraries report their use to their makers unless these are set. What a user has set is left as it is.
 NO_TELEMETRY = {
     "DO_NOT_TRACK": "1",  # Prefect's client, huggingface_hub, vLLM and others
@@ -87,14 +84,29 @@ def _handle_interrupts(handler: Handler) -> dict[int, Handler | int | None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, in the middle of an import as soon as the module that began it goes on.
+
+    A debugger's means tells when that is: a trace function of its frame.
+    """
+    imports = [each for each in _with_callers(frame) if each.f_code.co_filename.startswith("<frozen importlib")]
+    importing = imports[-1].f_back if imports else None
+    if importing is None:
+        raise KeyboardInterrupt
+    importing.f_trace = _raise_interrupt
+    sys.settrace(_trace_nothing)  # Without any trace function, that of a frame is not called.
+
+
+def _with_callers(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            _thread.start_new_thread(_send_again, (number,))  # A Thread takes locks that this thread may hold.
-            return
+        yield frame
         frame = frame.f_back
+
+
+def _raise_interrupt(frame: FrameType, event: str, argument: object) -> None:
+    sys.settrace(None)
+    frame.f_trace = None
     raise KeyboardInterrupt
 
 
-def _send_again(number: int) -> None:
-    time.sleep(RETRY_S)
-    os.kill(os.getpid(), number)
+def _trace_nothing(frame: FrameType, event: str, argument: object) -> None:
+    return None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from requant.tasks.artifact import Manifest
+from requant.tasks.artifact import Manifest, StageKey
 from requant.tasks.checkpoint.checkpoint import read_json
 from requant.tasks.checkpoint.writer import write_json
 from requant.tasks.documents import read_stored
@@ -59,7 +59,7 @@ def without_addresses(sentence: str, asked: Benchmark) -> str:
     return str(public(sentence))
 
 
-def acceptance_key(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text, engine: str) -> str:
+def acceptance_key(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text, engine: str) -> StageKey:
     settings = {**_settings(recipe), "engine": engine, "base_engine": recipe.benchmark.base_engine}
     return STAGE.key(
         reads={"base": compared_part(base).digest, "artifact": artifact.digest, "text": text.digest}, settings=settings

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from requant.tasks.artifact import File, Manifest
+from requant.tasks.artifact import File, Manifest, StageKey
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.writer import write_file, write_json
 from requant.tasks.errors import CheckpointError, redact
@@ -38,7 +38,7 @@ MtpModes = Literal["auto", "on", "off", "both"]
 CountDrafts = Callable[[Manifest, ServedCheckpoint], None]
 
 
-def benchmark_key(recipe: Recipe, artifact: Manifest) -> str:
+def benchmark_key(recipe: Recipe, artifact: Manifest) -> StageKey:
     asked = recipe.benchmark
     settings = {"engine": "none"} if asked.engine == "none" else asked.model_dump(exclude=NOT_MEASURED_HERE)
     prompts = load_prompts(asked.prompts, asked.max_tokens)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from huggingface_hub import is_offline_mode
 
-from requant.tasks.artifact import File, Manifest, git_blob_id
+from requant.tasks.artifact import File, Manifest, StageKey, git_blob_id
 from requant.tasks.errors import HubUnavailable
 from requant.tasks.hub.cached import known_commit
 from requant.tasks.hub.client import hub_errors, offline_variable
@@ -32,7 +32,7 @@ MAX_GIT_BYTES = 16 << 20  # larger files are in LFS: the Hub takes at most 10 MB
 log = logging.getLogger(__name__)
 
 
-def download_key(base: Revision) -> str:
+def download_key(base: Revision) -> StageKey:
     """Return the key of a commit, and of its files if a cache has them, which may have only some.
 
     A base in a folder has the key of its files alone, wherever they lie.

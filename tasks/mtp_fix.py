@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from requant.tasks.artifact import REWRITTEN, File, Manifest
+from requant.tasks.artifact import REWRITTEN, File, Manifest, StageKey
 from requant.tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from requant.tasks.checkpoint.head import HEAD_SHARD, HeadFiles, keep_head, shards_with_head, without_head
 from requant.tasks.checkpoint.shards import without_vendors_own
@@ -22,7 +22,7 @@ STAGE = Stage("mtp_fix", 2)
 log = logging.getLogger(__name__)
 
 
-def mtp_fix_key(recipe: Recipe, base: Manifest, quantized: Manifest) -> str:
+def mtp_fix_key(recipe: Recipe, base: Manifest, quantized: Manifest) -> StageKey:
     """Return the stage key."""
     verbatim = Manifest.of(f for f in base.files if f.path not in REWRITTEN)
     return STAGE.key(

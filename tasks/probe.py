@@ -10,7 +10,7 @@ import logging
 import time
 from pathlib import Path
 
-from requant.tasks.artifact import Manifest
+from requant.tasks.artifact import Manifest, StageKey
 from requant.tasks.benchmark import copy_log
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.writer import write_json
@@ -34,7 +34,7 @@ RESULT_FILE = "probe.json"
 log = logging.getLogger(__name__)
 
 
-def probe_key(recipe: Recipe, base: Manifest, artifact: Manifest) -> str:
+def probe_key(recipe: Recipe, base: Manifest, artifact: Manifest) -> StageKey:
     base = compared_part(base)
     reads = {"base": base.digest, "artifact": artifact.digest}
     return STAGE.key(reads=reads, settings={"answers": [_answers_key(recipe, one) for one in (base, artifact)]})
@@ -103,7 +103,7 @@ def _stored_answers(
     return read_stored(ProbeResult, store.read_blob(made[RESULT_FILE]), RESULT_FILE)
 
 
-def _answers_key(recipe: Recipe, checkpoint: Manifest, setup: EngineSetup | None = None) -> str:
+def _answers_key(recipe: Recipe, checkpoint: Manifest, setup: EngineSetup | None = None) -> StageKey:
     asked, engine = _asked(recipe), recipe.benchmark
     return ANSWERS.key(
         reads={"checkpoint": checkpoint.digest, "questions": digest_of_questions(asked)},

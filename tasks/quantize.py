@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from requant.tasks.artifact import Manifest
+from requant.tasks.artifact import Manifest, StageKey
 from requant.tasks.checkpoint.assemble import assemble
 from requant.tasks.checkpoint.base_check import check_base
 from requant.tasks.checkpoint.checkpoint import Checkpoint
@@ -51,7 +51,7 @@ QUANTIZE_INPUTS = (
 log = logging.getLogger(__name__)
 
 
-def quantize_key(recipe: Recipe, base: Manifest, calibration: Calibration) -> str:
+def quantize_key(recipe: Recipe, base: Manifest, calibration: Calibration) -> StageKey:
     """Return the stage key.
 
     Raises RecipeError if the group size is still `auto`, or if the base is yet to write a calibration text, because

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from requant.tasks.artifact import Manifest
+from requant.tasks.artifact import Manifest, StageKey
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.companions import TEMPLATES, TOKENIZER
 from requant.tasks.checkpoint.writer import write_file
@@ -49,7 +49,7 @@ TIMEOUT_HOURS = 24
 log = logging.getLogger(__name__)
 
 
-def self_calibration_key(recipe: Recipe, base: Manifest) -> str:
+def self_calibration_key(recipe: Recipe, base: Manifest) -> StageKey:
     """Return the stage key for a recipe with all its outputs, which share one text."""
     inputs = Manifest.of(f for f in base.files if any(fnmatch.fnmatch(f.path, pattern) for pattern in INPUTS))
     return STAGE.key(

@@ -16,7 +16,9 @@ from requant.flows.cli.command import NEW_FILE, PUBLISH, SCHEME, SET, CommandRes
 @SCHEME
 @PUBLISH
 @click.option(
-    "--elsewhere", is_flag=True, help="Plan for another machine: do not check the disk and the tools of this one."
+    "--elsewhere",
+    is_flag=True,
+    help="Plan for another machine: check neither what this one lacks, nor the account to publish with.",
 )
 @click.option(
     "--markdown", "markdown_path", type=NEW_FILE, metavar="FILE", help="Write the plan to this file too, as Markdown."

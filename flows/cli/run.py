@@ -81,12 +81,13 @@ def run(
       requant run recipe.yaml --set quantize.iters=50 --report build/report.json
       requant run ./my-finetune --scheme W4A16 --publish me/my-finetune-W4A16
     """
-    from requant.tasks.evaluating.definitions import check_tasks
+    from requant.tasks.evaluating.definitions import check_tasks, has_lm_eval
     from requant.tasks.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, all_overrides(overrides, scheme, publish))
     store = open_store()  # Raises RecipeError for a wrong REQUANT_STORE, before anything starts.
-    check_tasks(loaded.eval)
+    if has_lm_eval():  # A task that does not exist is a wrong recipe. What else stops the run, it says all at once.
+        check_tasks(loaded.eval)
     if force and checkout is None:
         raise click.UsageError("--force is about the folder of --checkout: name one")
     if checkout is not None:

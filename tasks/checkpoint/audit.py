@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from requant.tasks.artifact import REWRITTEN, sha256_of
-from requant.tasks.checkpoint.assemble import packed_parts
 from requant.tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, read_json
 from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.data_checks import is_finite
@@ -16,7 +15,7 @@ from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import Module
-from requant.tasks.checkpoint.reading import Reading
+from requant.tasks.checkpoint.stored_matrix import is_quantized_as, problem_of
 from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import CheckpointError
 
@@ -31,7 +30,7 @@ BOOKKEEPING = {
     "transformers_version", "torch_dtype", "dtype", "_name_or_path", "name_or_path", "_model_name_or_path",
     "_commit_hash", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "torchscript",
     "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "problem_type", "id2label",
-    "label2id", "tokenizer_class", "processor_class", "pad_token_id",
+    "label2id", "tokenizer_class", "processor_class", "pad_token_id", "local_files_only", "is_local",
 }  # fmt: skip
 # In the files of a tokenizer or processor, these keys decide which class is loaded.
 CLASS_KEYS = {"tokenizer_class", "processor_class"}
@@ -79,17 +78,16 @@ def account(
     """
     base = dequantize_fp8(split_fused_experts(base, quantized.tensors, head_too=True))
     result = Account(unaccounted=list(quantized.problems))
-    parts = packed_parts(quantized.tensors.values())
     head_names = set(base.head.names if base.head else ())
     seen: set[str] = set()
     for name, source in base.tensors.items():
-        module, _, last = name.rpartition(".")
-        if last == "weight" and module in parts and name not in quantized.tensors:
+        module = is_quantized_as(quantized, name)
+        if module is not None:
             result.packed += 1
             if name in head_names and not pack_head:
-                result.altered.append(f"{module} of the MTP head is packed")
-            seen.update(t.name for t in parts[module].values())
-            _check_packed(result, quantized.reading, Module(module, parts[module]), source)
+                result.altered.append(f"{module.name} of the MTP head is packed")
+            seen.update(t.name for t in module.quantized_parts.values())
+            _check_packed(result, quantized, module, source)
         elif name in quantized.tensors:
             seen.add(name)
             if name in head_names and not with_head:
@@ -107,13 +105,14 @@ def account(
     return result
 
 
-def _check_packed(result: Account, reading: Reading, module: Module, weight: Tensor) -> None:
-    wrong = reading.problem(module, weight.shape)
-    scales = module.parts.get("scales")
-    if wrong:
+def _check_packed(result: Account, quantized: Checkpoint, module: Module, weight: Tensor) -> None:
+    if wrong := problem_of(quantized, module, weight.shape):
         result.unaccounted.append(wrong)
-    elif scales is not None and not all(is_finite(chunk, scales.dtype) for chunk in scales.chunks()):
-        result.not_finite.append(scales.name)
+    result.not_finite += [
+        tensor.name
+        for part, tensor in module.quantized_parts.items()
+        if "scale" in part and not all(is_finite(chunk, tensor.dtype) for chunk in tensor.chunks())
+    ]
 
 
 def _check_kept(result: Account, tensor: Tensor, source: Tensor) -> None:

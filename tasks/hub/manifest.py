@@ -154,6 +154,6 @@ def release_document(
         ],
         "beside": sorted(file.path for file in release_files),
         "gates": public(list(gates)),
-        "provenance": public({stage: record.to_json() for stage, record in provenance.items()}),
+        "provenance": public({stage: record.published for stage, record in provenance.items()}),
     }
     return (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

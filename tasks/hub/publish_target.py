@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from requant.tasks.errors import HubError
+from requant.tasks.errors import HubError, HubUnavailable
 from requant.tasks.hub.client import hub_api, hub_errors
 from requant.tasks.hub.manifest import read_release
 from requant.tasks.hub.revision import Revision, resolve
@@ -15,34 +18,92 @@ from requant.tasks.recipe.quantize_section import NAME_PATTERN
 from requant.tasks.recipe.recipe import Publish
 
 
-def check_target(publish: Publish, base: Revision) -> None:
-    """Check before any work whether a release of `base` could be published. Raises HubError, HubUnavailable.
+@dataclass(frozen=True)
+class Account:
+    """The account of the token at hand: the names that it may create repos under, itself and organizations.
 
-    Refuse a changed target here only if it holds a release of another commit of this base. Otherwise the run may lead
-    to the artifact that the target holds already, which is known only when the run publishes.
+    `lists_all`: no other names are possible. A token that is limited to some repos need not list all.
     """
-    api, repo_id = hub_api(), publish.repo_id
-    with hub_errors(repo_id):
-        try:
-            account = api.whoami()
-        except LocalTokenNotFoundError as error:
-            raise HubError(
-                f"publishing to {repo_id} needs HF_TOKEN: set it to a token that may write there", repo_id=repo_id
-            ) from error
-        if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+
+    namespaces: frozenset[str]
+    lists_all: bool
+
+    @classmethod
+    def of_token(cls, repo_id: str) -> Account:
+        """Ask whose token is at hand, to publish to `repo_id`. Raises HubError without one that may write."""
+        with hub_errors(repo_id):
+            try:
+                account = hub_api().whoami()
+            except LocalTokenNotFoundError as error:
+                raise HubError(
+                    f"publishing to {repo_id} needs HF_TOKEN: set it to a token that may write there, or log in with "
+                    "hf auth login",
+                    repo_id=repo_id,
+                ) from error
+        role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
+        if role == "read":
             raise HubError(f"HF_TOKEN may only read: set it to a token that may write to {repo_id}", repo_id=repo_id)
-        names = {account.get("name"), *(org.get("name") for org in account.get("orgs") or [])}
-    if repo_id.split("/")[0] not in names:
-        open_target(publish, base)  # not every token lists all its namespaces, so try to create the repo
+        owners = [account, *(org for org in account.get("orgs") or [] if org.get("roleInOrg") != "read")]
+        return cls(frozenset(str(owner.get("name")) for owner in owners), role in {"write", "admin"})
+
+
+@dataclass(frozen=True)
+class TargetCheck:
+    """What is wrong with a target, and what could not be checked, in sentences."""
+
+    problems: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
+
+
+def check_target(publish: Publish, base: Revision, account: Account, *, create: bool) -> TargetCheck:
+    """Check before any work whether a release of `base` could be published by an account. Raises HubUnavailable.
+
+    With `create`, a repo of an owner that the account does not name is created, as only that shows whether it may be.
+    A changed target is refused here only if it holds a release of another commit of this base. Otherwise the run may
+    lead to the artifact that the target holds already, which is known only when the run publishes.
+    """
+    problems: list[str] = []
+    unchecked: list[str] = []
+
+    @contextlib.contextmanager
+    def collected() -> Iterator[None]:
+        try:
+            yield
+        except HubUnavailable:
+            raise
+        except HubError as error:
+            problems.append(str(error))
+
+    with collected():
+        unchecked += _check_repo(publish, base, account, create=create)
     if publish.collection is not None:
-        with hub_errors(f"collection {publish.collection}"):
-            api.get_collection(publish.collection)
+        with collected(), hub_errors(f"collection {publish.collection}"):
+            hub_api().get_collection(publish.collection)
+    return TargetCheck(tuple(problems), tuple(unchecked))
+
+
+def _check_repo(publish: Publish, base: Revision, account: Account, *, create: bool) -> Iterator[str]:
+    """Yield what could not be checked of the repo. Raises HubError for what is wrong with it."""
+    api, repo_id = hub_api(), publish.repo_id
+    owner = repo_id.split("/")[0]
     with hub_errors(repo_id):
         exists = api.repo_exists(repo_id)
         if exists and not publish.pull_request:  # anyone may open a pull request
             api.auth_check(repo_id, write=True)
     if exists:
         refuse_changed(resolve(repo_id), base, overwrite=publish.overwrite, before_work=True)
+    elif owner in account.namespaces:
+        return
+    elif create:
+        open_target(publish, base)
+    elif account.lists_all:
+        raise HubError(
+            f"this account may not create {repo_id}: it may create repos under "
+            f"{', '.join(sorted(account.namespaces))}; correct the name, or set HF_TOKEN to a token of {owner}",
+            repo_id=repo_id,
+        )
+    else:
+        yield f"not checked: whether this token may create {repo_id}, which a run tries before it does anything else"
 
 
 def account_name() -> str | None:

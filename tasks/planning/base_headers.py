@@ -58,15 +58,19 @@ class BaseHeaders:
         return {f.path: f.size for f in wanted if not f.path.endswith(weights)}
 
     @cached_property
+    def last_download(self) -> tuple[str, Manifest] | None:
+        """The last download of another commit of this base: the commit and its files; None if there was none."""
+        return last_download(self.store, self.revision)
+
+    @cached_property
     def changes(self) -> BaseChanges | None:
         """What this commit changed since the last one of this base that was downloaded; None if there was none.
 
         If files differ, the headers of the earlier commit are fetched from the Hub unless they are on this machine.
         """
-        last = last_download(self.store, self.revision)
-        if last is None:
+        if self.last_download is None:
             return None
-        sha, before = last
+        sha, before = self.last_download
         files = changed_files(before, self.revision, self.hashes)
         config, tensors = None, None
         if files.added or files.removed or files.changed:

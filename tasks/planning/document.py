@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from requant.tasks.checkpoint.document import EngineVerdict, ModuleGroup
-from requant.tasks.documents import Document, is_none
+from requant.tasks.documents import Document, is_empty, is_none
 from requant.tasks.texts.calibration import CalibrationSource
 
 StageName = Literal[
@@ -49,6 +49,11 @@ class PlannedStage(Document):
     seconds: float = Field(description="Seconds that the stage takes; 0 where it is reused")
     cost: float | None = Field(description="What the GPU costs for so long; null without a price or where none is used")
     figure: str = Field(description="Where the seconds are from, in words")
+    again: str | None = Field(
+        None,
+        exclude_if=is_none,
+        description="Why the stage runs although the store has an earlier result of it; absent where it has none",
+    )
 
 
 class QuantizationScheme(Document):
@@ -212,6 +217,12 @@ class Plan(Document):
     changes: BaseChanges | None = Field(description="What is new in the base; null where it was never downloaded")
     notes: tuple[str, ...] = Field(description="What is worth knowing and stops nothing, in sentences")
     problems: tuple[str, ...] = Field(description="What would stop the run, in sentences")
+    warnings: tuple[str, ...] = Field(
+        (),
+        exclude_if=is_empty,
+        description="What may stop the run or make it slow, and what could not be checked; absent where there is "
+        "nothing of the kind",
+    )
 
 
 class OutputName(Document):

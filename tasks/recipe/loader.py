@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import reprlib
@@ -51,6 +52,7 @@ NO_KEYS = {
 # A model in place of a recipe's file. Such a name with the end of a YAML file is a path with a typing error.
 BASE_NAME = re.compile(r"(?!.*\.ya?ml$)[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}(@.{1,255})?")
 MAX_PROBLEMS = 20  # A recipe from outside may have any number.
+log = logging.getLogger(__name__)
 
 
 def load_recipe(given: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -198,6 +200,11 @@ def _with_definitions(recipe: Recipe, folder: Path) -> Recipe:
     if not os.path.isdir(path):
         raise RecipeError(
             f"eval.definitions: the folder {path} does not exist: correct the path in the recipe", path=path
+        )
+    if recipe.eval.allow_code is None:
+        log.warning(
+            "allow_remote_code allows eval.definitions, and also the Python of the base: where the tasks alone need "
+            "it, write allow_code: true in eval instead"
         )
     return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"definitions": str(path)})})
 

@@ -57,7 +57,7 @@ LATER_KEYS = {
     "quantize": ("compare_last",),
     "validation": ("tokens",),
     "gates": ("mtp_acceptance", "max_probe_loss"),
-    "eval": ("engine", "margin", "stop_early"),
+    "eval": ("engine", "margin", "stop_early", "allow_code"),
     "benchmark": ("acceptance_precision", "base_engine"),
 }
 
@@ -207,7 +207,11 @@ class Eval(Section):
     chat_template: bool = Field(False, description="Ask through the model's chat template")
     batch_size: int = Field(8, ge=1, le=1024, description="Requests at a time")
     definitions: str | None = Field(
-        None, min_length=1, description="A folder of further task definitions; lm-eval's can run Python"
+        None, min_length=1, description="A folder of further task definitions; needs allow_code, as they can run Python"
+    )
+    allow_code: bool | None = Field(
+        None,
+        description="Run the Python of `definitions`, and none of the base's; null: as allow_remote_code says",
     )
     engine: Literal["auto", "torch"] = Field(
         "auto", description="auto: vLLM with the benchmark's flags, where the benchmark starts it; else torch"
@@ -357,7 +361,9 @@ class Recipe(Section):
     mtp: HeadPolicy = Field(
         "keep", description="The MTP head: keep (lossless, from the base), its layers packed to int8 or int4, or drop"
     )
-    allow_remote_code: bool = Field(False, description="Run Python files of the base's repo")
+    allow_remote_code: bool = Field(
+        False, description="Run Python files of the base's repo; those of an evaluation have eval.allow_code"
+    )
     validation: Validation = Validation()
     gates: Gates = Gates()
     eval: Eval | None = None
@@ -370,15 +376,18 @@ class Recipe(Section):
     )
 
     @model_validator(mode="after")
-    def own_tasks_need_remote_code(self) -> Recipe:
-        """Refuse task definitions of the user's own unless remote code is allowed.
+    def own_tasks_need_trust(self) -> Recipe:
+        """Refuse task definitions of the user's own unless their code is allowed.
 
         Source: lm_eval 0.4.13. `!function` and `class` import Python files next to the YAML (tasks/_yaml_loader.py),
         and prompts are Jinja templates without a sandbox (utils.py).
         """
-        if self.eval is not None and self.eval.definitions is not None and not self.allow_remote_code:
+        if self.eval is None or self.eval.definitions is None:
+            return self
+        allowed = self.allow_remote_code if self.eval.allow_code is None else self.eval.allow_code
+        if not allowed:
             raise ValueError(
-                f"eval.definitions {self.eval.definitions} can run Python: trust it with allow_remote_code: true"
+                f"eval.definitions {self.eval.definitions} can run Python: trust it with allow_code: true in eval"
             )
         return self
 

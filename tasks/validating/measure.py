@@ -54,10 +54,11 @@ def measure(
 ) -> Measurement:
     """Run a checkpoint on a text. `tokens`: how many of each domain; None: as many as `windows` takes.
 
-    Raises CheckpointError if it cannot be loaded, TooFewTokens if its tokenizer makes too few tokens of the text.
+    Raises CheckpointError if it cannot be loaded, and its subclass TokenizerError if only its tokenizer is in the way.
     """
-    checkpoint = Checkpoint.open(folder).sound()
-    cut = windows(folder, text, checkpoint, tokens=tokens, remote_code=settings.remote_code)
+    checkpoint = Checkpoint.open(folder).loadable()
+    tokenizer = settings.tokens_of or folder
+    cut = windows(tokenizer, text, checkpoint, tokens=tokens, remote_code=settings.remote_code)
     skeleton = Skeleton(checkpoint, settings)
     skeleton.load_ends()
     cut = cut.up_to(_fitting(skeleton))

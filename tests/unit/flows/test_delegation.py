@@ -13,15 +13,16 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from requant.flows import delegation, gpu_pool, requantize
-from requant.flows.delegation import CrashOutcome, StageFailed, StageRequest
+from requant.flows.delegation import CrashOutcome, StageFailed, StageRequest, gpu_pool_stages
 from requant.flows.report.report import RunReport
 from requant.tasks.artifact import Manifest
 from requant.tasks.errors import CheckpointError, EngineFailed, RecipeError, RequantError, StoreError
 from requant.tasks.hub.revision import HubFile, Revision
 from requant.tasks.pipeline.stage import Stage, StageResult
+from requant.tasks.planning.findings import Findings
+from requant.tasks.planning.outside import task_findings
 from requant.tasks.quantize import STAGE as QUANTIZE
 from requant.tasks.recipe.loader import parse_recipe
-from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.record import StageRecord
 from requant.tasks.serving.result import BenchmarkResult
 from requant.tasks.store import open_store
@@ -130,20 +131,11 @@ def test_a_cancelled_run_of_the_gpu_pool_fails_the_stage(monkeypatch: pytest.Mon
         Waiting(monkeypatch, [Cancelled()])(VALIDATE)
 
 
-@pytest.fixture
-def resolving(monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    """A recipe with tasks of lm-eval, which is not installed. Its base is large."""
+def test_a_worker_without_lm_eval_can_delegate_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     base = Revision("a/b", "0" * 40, (HubFile("model.safetensors", 54_000_000_000, "0" * 40, "0" * 64),))
-    monkeypatch.setattr(requantize, "find_base", lambda *of: base)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    return RECIPE.model_copy(
-        update={"eval": parse_recipe({"base": {"repo_id": "a/b"}, "eval": {"tasks": ["gsm8k"]}}).eval}
-    )
-
-
-def test_a_worker_without_lm_eval_can_delegate_its_tasks(resolving: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RecipeError, match="gsm8k needs lm-eval"):
-        requantize.resolve_task.fn(resolving)
+    asked = parse_recipe({"base": {"repo_id": "a/b"}, "eval": {"tasks": ["gsm8k"]}})
+    (problem,) = task_findings(asked, {"validate"}, gpu_pool_stages(asked, base)).problems
+    assert problem.startswith("validate: eval.tasks: gsm8k needs lm-eval")
     monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "a-deployment")
-    base, _, _ = requantize.resolve_task.fn(resolving)
-    assert base.sha == "0" * 40
+    assert task_findings(asked, {"validate"}, gpu_pool_stages(asked, base)) == Findings()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from requant.tasks.errors import RecipeError
+from requant.tasks.evaluate import evaluation_key
 from requant.tasks.evaluating.definitions import _is_complete, _leaves, check_tasks
 from requant.tasks.recipe.loader import load_recipe, parse_recipe
 from requant.tasks.recipe.recipe import Eval
@@ -69,11 +70,50 @@ def test_a_recipe_that_asks_for_tasks_without_lm_eval_is_refused(monkeypatch: py
     check_tasks(None)
 
 
-def test_own_definitions_are_code_and_need_the_word() -> None:
-    document = {"base": {"repo_id": "a/b"}, "eval": {"tasks": ["x"], "definitions": "./tasks"}}
-    with pytest.raises(RecipeError, match=r"^eval.definitions ./tasks can run Python: trust it with allow_remote_code"):
-        parse_recipe(document)
-    assert parse_recipe({**document, "allow_remote_code": True}).eval is not None
+REFUSED = r"^eval.definitions ./tasks can run Python: trust it with allow_code: true in eval$"
+
+
+@pytest.mark.parametrize(
+    ("of_tasks", "of_base", "allowed"),
+    [
+        (None, False, False),
+        (False, False, False),
+        (False, True, False),  # what is said of the tasks counts
+        (True, False, True),
+        (True, True, True),
+        (None, True, True),  # recipes of before have one word for both
+    ],
+)
+def test_own_definitions_are_code_and_need_a_word_of_their_own(
+    of_tasks: bool | None, of_base: bool, allowed: bool
+) -> None:
+    word = {} if of_tasks is None else {"allow_code": of_tasks}
+    section = {"tasks": ["x"], "definitions": "./tasks", **word}
+    document = {"base": {"repo_id": "a/b"}, "allow_remote_code": of_base, "eval": section}
+    if not allowed:
+        with pytest.raises(RecipeError, match=REFUSED):
+            parse_recipe(document)
+        return
+    recipe = parse_recipe(document)
+    assert recipe.allow_remote_code is of_base, "the word for the tasks allows nothing of the base"
+
+
+def test_the_word_for_the_tasks_is_in_no_digest_unless_it_is_used() -> None:
+    document: dict[str, Any] = {"base": {"repo_id": "a/b"}, "eval": {"tasks": ["gsm8k"]}}
+    plain, null = parse_recipe(document), parse_recipe({**document, "eval": {"tasks": ["gsm8k"], "allow_code": None}})
+    used = parse_recipe({**document, "eval": {"tasks": ["gsm8k"], "allow_code": True}})
+    assert plain.digest == null.digest != used.digest
+    assert evaluation_key(plain) == evaluation_key(used), "scores do not depend on it"
+
+
+def test_the_word_for_both_is_told_to_be_wide(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "mine").mkdir()
+    path = tmp_path / "recipe.yaml"
+    for word, warnings in (("allow_remote_code: true\neval: {", 1), ("eval: {allow_code: true, ", 0)):
+        path.write_text(f"base: {{repo_id: a/b}}\n{word}tasks: [x], definitions: mine}}\n")
+        caplog.clear()
+        load_recipe(path)
+        assert ["allow_code: true in eval" in record.message for record in caplog.records] == [True] * warnings
 
 
 def test_own_definitions_are_relative_to_the_recipe(tmp_path: Path) -> None:
