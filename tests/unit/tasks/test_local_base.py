@@ -325,6 +325,8 @@ def test_a_plan_of_a_large_folder_reads_headers_alone_until_a_run_has_hashed_it(
     after = plan(store, recipe_of(folder), elsewhere=True)
     assert after.base.sha is not None and not any("hashed" in note for note in after.notes)
     assert [stage.state for stage in after.stages if stage.name == "download"] == ["reused"]
+    assert document.stages[0].bytes == sum(file.size for file in found(store, folder).wanted)
+    assert document.transfer.download_bytes == 0, "nothing comes over the network"
 
 
 def test_a_plan_says_what_changed_since_the_last_run_of_the_folder(store: Store, folder: Path) -> None:
