@@ -61,7 +61,8 @@ def check_target(publish: Publish, base: Revision, account: Account, *, create: 
     A changed target is refused here only if it holds a release of another commit of this base. Otherwise the run may
     lead to the artifact that the target holds already, which is known only when the run publishes.
     """
-    problems, unchecked = [], []
+    problems: list[str] = []
+    unchecked: list[str] = []
     for check in (_check_repo, _check_collection):
         try:
             unchecked += check(publish, base, account, create)
