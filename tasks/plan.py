@@ -44,7 +44,7 @@ from requant.tasks.planning.no_result import (
     without_result,
 )
 from requant.tasks.planning.output import CheckpointPlan, plan_output
-from requant.tasks.planning.outputs import EarlierOutputs, MadeBefore, combine_plans
+from requant.tasks.planning.outputs import EarlierOutputs, combine_plans
 from requant.tasks.planning.outside import engine_findings, target_findings, task_findings
 from requant.tasks.planning.resources import disk_problem, estimate_needs
 from requant.tasks.planning.stages import ON_GPU, plan_stages, total_hardware
@@ -159,10 +159,10 @@ def _plan_run(store: Store, recipe: Recipe, inputs: Inputs, scope: Scope) -> _Pl
         files_of = functools.partial(text_files, store)
         texts = Texts(files_of, inputs, folder, Path(temporary) / "texts", fetch=scope.starts)
         planner = _Planner(recipe, inputs, base, texts, scope, None if scope.elsewhere else Here.look())
-        plans, recipes, before, makers = dict[str, PlanDocument](), dict[str, Recipe](), EarlierOutputs(), MadeBefore()
+        plans, recipes, before = dict[str, PlanDocument](), dict[str, Recipe](), EarlierOutputs()
         for name, asked in recipe.each.items():
             recipes[name], plans[name], output = planner.plan_result(asked, before)
-            if output is not None and (same := makers.find_same(name, recipes[name], output)):
+            if output is not None and (same := before.find_same(name, recipes[name], output)):
                 plans[name] = with_problem(plans[name], same)
             before.add(recipes[name], plans[name])
         document = combine_plans(recipe, plans) if recipe.outputs else plans[""]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from huggingface_hub import is_offline_mode
@@ -64,26 +63,18 @@ def check_target(publish: Publish, base: Revision, account: Account, *, create: 
     """
     problems: list[str] = []
     unchecked: list[str] = []
-
-    @contextlib.contextmanager
-    def collected() -> Iterator[None]:
+    for check in (_check_repo, _check_collection):
         try:
-            yield
+            unchecked += check(publish, base, account, create)
         except HubUnavailable:
             raise
         except HubError as error:
             problems.append(str(error))
-
-    with collected():
-        unchecked += _check_repo(publish, base, account, create=create)
-    if publish.collection is not None:
-        with collected(), hub_errors(f"collection {publish.collection}"):
-            hub_api().get_collection(publish.collection)
     return TargetCheck(tuple(problems), tuple(unchecked))
 
 
-def _check_repo(publish: Publish, base: Revision, account: Account, *, create: bool) -> Iterator[str]:
-    """Yield what could not be checked of the repo. Raises HubError for what is wrong with it."""
+def _check_repo(publish: Publish, base: Revision, account: Account, create: bool) -> Sequence[str]:
+    """Raise HubError for what is wrong with the repo. Return what could not be checked."""
     api, repo_id = hub_api(), publish.repo_id
     owner = repo_id.split("/")[0]
     with hub_errors(repo_id):
@@ -92,18 +83,25 @@ def _check_repo(publish: Publish, base: Revision, account: Account, *, create: b
             api.auth_check(repo_id, write=True)
     if exists:
         refuse_changed(resolve(repo_id), base, overwrite=publish.overwrite, before_work=True)
-    elif owner in account.namespaces:
-        return
-    elif create:
+    elif owner not in account.namespaces and create:
         open_target(publish, base)
-    elif account.lists_all:
+    elif owner not in account.namespaces and account.lists_all:
         raise HubError(
             f"this account may not create {repo_id}: it may create repos under "
             f"{', '.join(sorted(account.namespaces))}; correct the name, or set HF_TOKEN to a token of {owner}",
             repo_id=repo_id,
         )
-    else:
-        yield f"not checked: whether this token may create {repo_id}, which a run tries before it does anything else"
+    elif owner not in account.namespaces:
+        return [f"not checked: whether this token may create {repo_id}, which a run tries before it does anything else"]
+    return []
+
+
+def _check_collection(publish: Publish, base: Revision, account: Account, create: bool) -> Sequence[str]:
+    """Raise HubError if there is no such collection."""
+    if publish.collection is not None:
+        with hub_errors(f"collection {publish.collection}"):
+            hub_api().get_collection(publish.collection)
+    return []
 
 
 def account_name() -> str | None:

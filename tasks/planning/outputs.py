@@ -30,10 +30,14 @@ Number = TypeVar("Number", int, float)
 
 @dataclass
 class EarlierOutputs:
-    """The outputs that a run makes before another one: their recipes, and the bytes of disk that they keep occupied."""
+    """The outputs that a run makes before another one: their recipes, and the bytes of disk that they keep occupied.
+
+    `names` has the name of each output by what it comes to for the base, however the recipe spells that.
+    """
 
     recipes: list[Recipe] = field(default_factory=list)
     kept_bytes: int = 0
+    names: dict[str, str] = field(default_factory=dict)
 
     def add(self, recipe: Recipe, plan: Plan) -> None:
         """Add an output with its plan. One that cannot be made is left out."""
@@ -42,6 +46,19 @@ class EarlierOutputs:
         self.recipes.append(recipe)
         if any(stage.state == "run" for stage in plan.stages if stage.name in {"quantize", "mtp_fix"}):
             self.kept_bytes += plan.output.bytes or 0
+
+    def find_same(self, name: str, recipe: Recipe, output: CheckpointPlan) -> str | None:
+        """Say that an earlier output comes to the same as this one; None if there is none."""
+        packing = output.choice.quantization["packing_format"]
+        settings = recipe.quantize.model_copy(update={"layers": {}, "format": packing})
+        # Without a head, nothing depends on what the recipe says of it.
+        mtp = recipe.mtp if output.source.head is not None else "keep"
+        settled = recipe.model_copy(update={"quantize": settings, "mtp": mtp})
+        made = digest_of([settled.makes, output.choice.quantization, sorted(output.choice.quantized)])
+        first = self.names.setdefault(made, name)
+        if first == name:
+            return None
+        return f"for this base it comes to the same as output {first}, packed as {packing}: take one of them out"
 
     def as_spelled(self, recipe: Recipe) -> Recipe:
         """Return a recipe with the spelling of the first output that quantizes as it does, so that both share that.
@@ -57,27 +74,6 @@ class EarlierOutputs:
         quantized = any(one.quantize == recipe.quantize for one in self.recipes)
         of_base = ["download", *(["self_calibration"] if writes_text(recipe) else [])]
         return {*(of_base if self.recipes else []), *(["quantize"] if quantized else [])}
-
-
-@dataclass
-class MadeBefore:
-    """The outputs of a recipe by what they come to for its base, however the recipe spells them."""
-
-    names: dict[str, str] = field(default_factory=dict)
-
-    def find_same(self, name: str, recipe: Recipe, output: CheckpointPlan) -> str | None:
-        """Say that an earlier output comes to the same as this one; None if there is none."""
-        quantization = output.choice.quantization
-        packing = quantization["packing_format"]
-        settings = recipe.quantize.model_copy(update={"layers": {}, "format": packing})
-        # Without a head, nothing depends on what the recipe says of it.
-        mtp = recipe.mtp if output.source.head is not None else "keep"
-        settled = recipe.model_copy(update={"quantize": settings, "mtp": mtp})
-        identity = digest_of([settled.makes, quantization, sorted(output.choice.quantized)])
-        first = self.names.setdefault(identity, name)
-        if first == name:
-            return None
-        return f"for this base it comes to the same as output {first}, packed as {packing}: take one of them out"
 
 
 def combine_plans(recipe: Recipe, plans: Mapping[str, Plan]) -> PlanDocument:

@@ -162,6 +162,14 @@ def test_a_plan_says_as_a_run_does_whether_a_repo_may_be_created_and_creates_non
         assert f"may not create {repo_id}: it may create repos under me, team; correct the name" in planned[0]
 
 
+def test_a_token_that_does_not_list_all_its_owners_leaves_that_unchecked_in_a_plan(three: list[Made]) -> None:
+    limited, target = Account(frozenset({"you"}), lists_all=False), Publish(repo_id="me/not-there-yet")
+    planned = check_target(target, three[0].base, limited, create=False)
+    assert planned.problems == () and "whether this token may create me/not-there-yet" in planned.unchecked[0]
+    tried = check_target(target, three[0].base, limited, create=True)
+    assert (tried.problems, tried.unchecked) == ((), ())
+
+
 def test_a_token_that_may_only_read_and_an_unknown_one_are_told(
     three: list[Made], hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
