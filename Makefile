@@ -14,7 +14,7 @@ PARALLEL := -n 3 --dist loadgroup
 
 PARTS := all-integration all-engines all-ui all-crash
 
-.PHONY: help architectures docs docs-build docs-reference $(PARTS) all-unit install chromium demo plan-27b up down test test-unit test-all test-engines test-gpu test-ui test-crash lint format bench bench-gpu bench-store torture clean
+.PHONY: help architectures docs docs-build docs-reference $(PARTS) all-unit install chromium demo plan-27b up down test test-unit test-all test-engines test-gpu test-ui test-crash lint format bench bench-gpu bench-store run-27b torture clean
 
 ## help: list the targets
 help:
@@ -105,6 +105,12 @@ bench: $(SERVES)
 torture: $(INSTALLED)
 	infra/dev/s3/ceph install
 	SECONDS=$(SECONDS) $(BIN)/python -m infra.bench.store_torture
+
+## run-27b: take a model of Qwen3.6-27B's shapes through all stages on a GPU; again: go on; LAYERS=8 ITERS=50 MINUTES=9
+LAYERS ?= 64
+ITERS ?= 200
+run-27b: $(INSTALLED)
+	$(BIN)/python -m infra.bench.whole --layers $(LAYERS) --iters $(ITERS) --minutes $(or $(MINUTES),9)
 
 ## bench-gpu: measure what quantizing 27 B costs on this GPU; MINUTES=9.5 in pieces, SEEDS=3 with more orders of samples
 bench-gpu: $(INSTALLED)

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+import requant
+from requant.tasks.checkpoint.writer import write_file
 from requant.tasks.documents import first_problem
-from requant.tasks.errors import RecipeError
+from requant.tasks.errors import RecipeError, RequantError
 
 if TYPE_CHECKING:
     from prefect import Flow
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from prefect.events.schemas.automations import AutomationCore
 
 POOLS = ("cpu", "gpu")
+PREFECT_YAML, RECIPES = "prefect.yaml", "recipes"
+EXAMPLE_RECIPE = "qwen3.6-27b-int4.yaml"
+OWN_DEPLOYMENTS = Path(requant.__file__).parent / "deployments"
 
 
 class Schedule(BaseModel):
@@ -78,9 +83,14 @@ def _read(path: Path) -> Any:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from error
 
 
-def read_deployments(folder: Path) -> list[Deployment]:
-    """Read the deployments of a folder's prefect.yaml, and add one for each of its recipes. Raises RecipeError."""
-    path = folder / "prefect.yaml"
+def read_deployments(folder: Path, recipes: Path) -> list[Deployment]:
+    """Read the deployments of a folder's prefect.yaml, and add one for each recipe of the folder `recipes`.
+
+    A folder without prefect.yaml gets Requant's own deployments. Raises RecipeError.
+    """
+    path = folder / PREFECT_YAML
+    if not path.exists():
+        path = OWN_DEPLOYMENTS / PREFECT_YAML
     document = _read(path)
     rows = document.get("deployments") if isinstance(document, dict) else None
     try:
@@ -88,8 +98,22 @@ def read_deployments(folder: Path) -> list[Deployment]:
     except ValidationError as error:
         raise RecipeError(f"{path}: {_describe(error)}") from error
     if not any(deployment.name == "requantize" for deployment in deployments):
-        raise RecipeError(f"{path} has no deployment requantize: start from the one of the project")
-    return with_recipes(deployments, folder / "recipes")
+        raise RecipeError(f"{path} has no deployment requantize: write one with `requant deploy --example`")
+    return with_recipes(deployments, recipes)
+
+
+def write_example(folder: Path) -> list[Path]:
+    """Write Requant's own prefect.yaml and its reference recipe into a folder. Return the written files.
+
+    Raises RequantError if one of them exists, and then writes none.
+    """
+    sources = (PREFECT_YAML, f"{RECIPES}/{EXAMPLE_RECIPE}")
+    for name in sources:
+        if (folder / name).exists():
+            raise RequantError(f"{folder / name} exists: name another folder, or delete it first")
+    for name in sources:
+        write_file(folder, name, [(OWN_DEPLOYMENTS / name).read_bytes()])
+    return [folder / name for name in sources]
 
 
 def read_automations(folder: Path) -> list[AutomationCore]:
@@ -117,10 +141,12 @@ def with_recipes(deployments: list[Deployment], folder: Path) -> list[Deployment
     """Add a deployment of requantize for each recipe of a folder, named after its file, with the recipe as parameter.
 
     The watch gets the absolute path of the folder, since a worker runs in another working folder. Raises RecipeError if
-    a recipe is wrong, or is named like the deployment requantize.
+    there is no such folder, or a recipe is wrong, or is named like the deployment requantize.
     """
     from requant.tasks.recipe.loader import load_recipe
 
+    if not folder.is_dir():
+        raise RecipeError(f"the folder of recipes {folder} does not exist: name one with --recipes")
     watched = {"folder": str(folder.resolve())}
     result = [one.model_copy(update={"parameters": watched}) if one.name == "watch" else one for one in deployments]
     requantize = next(one for one in deployments if one.name == "requantize")

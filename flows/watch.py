@@ -10,7 +10,6 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.states import Completed, Failed
 
-from requant.flows import RECIPES_FOLDER
 from requant.flows.start import start_on_server
 from requant.flows.watching import watch_pass
 from requant.tasks.errors import RequantError
@@ -22,7 +21,7 @@ log_into_runs()
 
 
 @flow(name="watch", persist_result=False)
-def watch(folder: str = str(RECIPES_FOLDER)) -> Any:
+def watch(folder: str = "deployments/recipes") -> Any:
     """Compare the base of every recipe in a folder with that of the recipe's last run, and start the runs that are due.
 
     If a base cannot be read, the others still are. The flow run then ends in the state Problems, and its table names

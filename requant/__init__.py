@@ -7,9 +7,9 @@
 The functions are the commands of the command line; see `docs/how-to/python.md`. Nothing that they need is imported
 before it is used.
 
-The folders `flows/` and `tasks/` of the project are links in this package. So their modules have one name,
-`requant.flows...` and `requant.tasks...`, in a checkout, in an installation and for every tool that reads the code, and
-a `tasks.py` or a `flows/` of a user's own never takes their place.
+The folders `flows/`, `tasks/` and `deployments/` of the project are links in this package. So their modules have one
+name, `requant.flows...` and `requant.tasks...`, in a checkout, in an installation and for every tool that reads the
+code, and a `tasks.py` or a `flows/` of a user's own never takes their place.
 """
 
 from __future__ import annotations

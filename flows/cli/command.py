@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import click
 
-from requant.flows import RECIPES_FOLDER
+from requant.flows import RECIPES_FOLDERS, default_recipes
 from requant.tasks.errors import redact
 
 
@@ -53,10 +53,10 @@ FORCE = click.option(
 RECIPES = click.option(
     "--recipes",
     type=click.Path(path_type=Path),
-    default=RECIPES_FOLDER,
+    default=default_recipes,
     metavar="FOLDER",
-    show_default=True,
-    help="Watch the bases of the recipes in this folder, one YAML file per recipe.",
+    show_default=f"{RECIPES_FOLDERS[0]}, or {RECIPES_FOLDERS[1]} if there is none",
+    help="Take the recipes of this folder, one YAML file per recipe.",
 )
 SET = click.option(
     "--set",

@@ -38,10 +38,11 @@ class InitDocument(Document):
 class DeployDocument(Document):
     """The document of `requant deploy`."""
 
-    deployments: list[str] = Field(description="Names of the deployments")
-    automations: list[str] = Field(description="Names of the automations")
-    changed: list[str] = Field(description="Those that this command created or changed")
-    notes: list[str] = Field(description="Sentences, for instance about a work pool without a worker")
+    deployments: list[str] = Field([], description="Names of the deployments")
+    automations: list[str] = Field([], description="Names of the automations")
+    changed: list[str] = Field([], description="Those that this command created or changed")
+    notes: list[str] = Field([], description="Sentences, for instance about a work pool without a worker")
+    written: list[str] = Field([], description="The files that --example wrote")
 
 
 class StoreListDocument(Document):

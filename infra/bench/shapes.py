@@ -27,7 +27,7 @@ EXTRA = "model_extra_tensors.safetensors"  # auto-round's shard for tensors that
 VIDEO = "video_preprocessor_config.json"  # auto-round does not copy this file
 GROUP = 128
 FULL_PRECISION = {"bits": 16, "data_type": "fp"}
-DTYPE_BYTES = {"BF16": 2, "F16": 2, "I32": 4}
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F8_E4M3": 1, "I32": 4}
 ROWS_AT_A_TIME = 1024
 
 Floats = npt.NDArray[np.float32]
@@ -151,7 +151,7 @@ def write_base(
     shards = split(tensors, max_shard)
     for name, specs in shards.items():
         write_sparse(folder / name, specs, {"format": "pt"}, data=data)
-    _write_json(folder / INDEX, _index(shards, {"total_size": sum(spec.nbytes for spec in tensors.values())}))
+    _write_json(folder / INDEX, index_of(shards, {"total_size": sum(spec.nbytes for spec in tensors.values())}))
     return folder
 
 
@@ -183,7 +183,7 @@ def write_quantized(
     shards[EXTRA] = {name: spec for name, spec in tensors.items() if is_head(name)}
     for name, specs in shards.items():
         write_sparse(folder / name, specs, None, data=data)
-    _write_json(folder / INDEX, _index(shards, metadata))
+    _write_json(folder / INDEX, index_of(shards, metadata))
     own_file = quantization_config(dims)
     in_config = {**own_file, "block_name_to_quantize": [own_file["block_name_to_quantize"], "mtp.layers"]}
     _write_json(folder / "config.json", {**base_config(dims), "quantization_config": dict(sorted(in_config.items()))})
@@ -414,7 +414,7 @@ def _vision(vision: Vision, out: int) -> dict[str, Shape]:
     return shapes | {f"model.visual.{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
 
 
-def _index(shards: Mapping[str, Iterable[str]], metadata: Mapping[str, Any]) -> dict[str, Any]:
+def index_of(shards: Mapping[str, Iterable[str]], metadata: Mapping[str, Any]) -> dict[str, Any]:
     weight_map = {name: shard for shard, names in shards.items() for name in names}
     return {"metadata": dict(metadata), "weight_map": dict(sorted(weight_map.items()))}
 

@@ -18,7 +18,7 @@ LICENSES = ("LICENSE", "NOTICE")
 NO_CACHES = shutil.ignore_patterns("__pycache__")
 SOURCES = {
     path.relative_to(ROOT).as_posix()
-    for top in ("flows", "tasks")
+    for top in ("deployments", "flows", "tasks")
     for path in (ROOT / top).rglob("*")
     if path.is_file() and path.suffix != ".pyc"
 }
@@ -30,7 +30,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("distributions")
     source = folder / "source"
     source.mkdir()
-    for name in ("requant", "flows", "tasks"):
+    for name in ("requant", "deployments", "flows", "tasks"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=NO_CACHES)
     for name in ("pyproject.toml", "README.md", *LICENSES):
         shutil.copy(ROOT / name, source)
@@ -52,7 +52,7 @@ def files_of(distribution: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", ["sdist", "wheel"])
-def test_a_distribution_holds_every_file_of_flows_and_tasks_and_nothing_outside_of_the_package(
+def test_a_distribution_holds_every_file_of_the_linked_folders_and_nothing_outside_of_the_package(
     kind: str, distributions: dict[str, Path]
 ) -> None:
     held = files_of(distributions[kind])
@@ -73,11 +73,14 @@ def test_the_wheel_works_in_a_folder_that_has_flows_and_tasks_of_its_own(
     for name in ("flows/__init__.py", "tasks.py"):
         (project / name).write_text("raise AssertionError('the module of a user is imported')\n")
     checkpoint = ROOT / "infra" / "dev" / "models" / "tiny-qwen3_5-mtp"
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(site)}
+    environment = {
+        "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(site), "HF_ENDPOINT": "http://127.0.0.1:9",
+    }  # fmt: skip
 
-    def run(*arguments: str) -> str:
+    def run(*arguments: str, status: int = 0) -> str:
         command = [sys.executable, "-m", "requant", *arguments]
-        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
         return done.stdout
 
     where = "import requant.tasks.errors as e; print(e.__file__)"
@@ -85,3 +88,5 @@ def test_the_wheel_works_in_a_folder_that_has_flows_and_tasks_of_its_own(
     assert Path(found.stdout.strip()).is_relative_to(site)
     assert run("--version").split()[-1] == requant.__version__
     assert '"vllm"' in run("inspect", str(checkpoint), "--json")
+    run("deploy", "--example", "mine")  # The files of Requant's own deployments are in the wheel.
+    assert "1 checked, 0 started, 1 problem" in run("watch", "--once", "--recipes", "mine/recipes", status=1)

@@ -15,7 +15,7 @@ from itertools import islice
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import sglang, transformers, vllm
-from requant.tasks.checkpoint.compat.drafting import EngineLacks, head_finding
+from requant.tasks.checkpoint.compat.drafting import NO_HEAD, EngineLacks, head_finding
 from requant.tasks.checkpoint.compat.rule import Finding, NotJudged, Patterns
 from requant.tasks.checkpoint.config import JsonObject, QuantizationConfig
 from requant.tasks.checkpoint.document import EngineVerdict
@@ -67,7 +67,7 @@ class Judgement:
                 engine: head_finding(checkpoint, engine) or judge(checkpoint, head_modules, patterns)
                 for engine, judge in judges.items()
             },
-            "transformers": transformers.IGNORED,
+            "transformers": NO_HEAD if checkpoint.head is None else transformers.IGNORED,
         }
         suspicious = (p for p in _possible_patterns(checkpoint.quantization) if _REPEATED_REPEAT.search(p))
         hostile = [*patterns.hostile, *(p for p in suspicious if p not in patterns.hostile)]

@@ -17,7 +17,6 @@ from requant.tasks.checkpoint.compat.rule import (
     SCALED,
     EngineScheme,
     Fused,
-    InvalidPattern,
     Layer,
     NotLoadable,
     Patterns,
@@ -154,13 +153,7 @@ class AutoRound:
         return name in self.extra or self._matching_key(name) is not None
 
     def _matching_key(self, name: str) -> str | None:
-        for key in self.keys:
-            try:
-                if self.patterns.search(key, name):
-                    return key
-            except InvalidPattern:
-                continue  # as vLLM does
-        return None
+        return self.patterns.first("search", self.keys, name)  # vLLM passes over invalid ones too.
 
     def _values(self, name: str, quantized: bool) -> SchemeValues:
         values = SchemeValues(self.bits, self.group_size, self.sym) if quantized else SchemeValues(16, -1, True)

@@ -17,6 +17,7 @@ from requant.tasks.checkpoint.inventory import missing_parts
 from requant.tasks.checkpoint.mtp import Head
 from requant.tasks.checkpoint.untrusted import shown
 
+NO_HEAD = "there is no MTP head"
 ENGINES = {"vllm": f"vLLM {vllm.VERSION}", "sglang": f"SGLang {sglang.VERSION}"}
 
 
@@ -32,7 +33,7 @@ def head_finding(checkpoint: Checkpoint, engine: str) -> Finding:
     head = checkpoint.head
     if head is None:  # vLLM starts with an uninitialized head, and accepts no draft
         promised = promised_layers(checkpoint.config)
-        return "there is no MTP head, though config.json promises one" if promised else "there is no MTP head"
+        return f"{NO_HEAD}, though config.json promises one" if promised else NO_HEAD
     if head.known is None:
         return NotJudged("the MTP head has a layout that Requant does not know: it is kept as it is")
     served = _drafter_finding(checkpoint, head.known, engine)

@@ -39,7 +39,6 @@ from requant.tasks.checkpoint.compat.rule import (
     LM_HEAD,
     EngineScheme,
     Finding,
-    InvalidPattern,
     Layer,
     NotLoadable,
     Patterns,
@@ -116,13 +115,7 @@ class SglangAutoRound(AutoRound):
         return EngineScheme(INTEGER, *values, because, "awq" if self.packing == AWQ else "gptq")
 
     def _matching_key(self, name: str) -> str | None:
-        for key in self.keys:
-            try:
-                if self.patterns.fullmatch(key, name):
-                    return key
-            except InvalidPattern:
-                continue  # as SGLang does
-        return None
+        return self.patterns.first("fullmatch", self.keys, name)  # SGLang passes over invalid ones too.
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from click.testing import CliRunner
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import import_object
 
+from requant.flows import default_recipes
 from requant.flows.cli.deploy import deploy
 from requant.flows.deployment import POOLS, Deployment, WorkPool, read_automations, read_deployments, with_recipes
 from requant.flows.gpu_pool import delegates, name_for_worker, run_name
@@ -239,8 +241,11 @@ def test_a_server_that_is_away_or_is_none_is_a_sentence(no_entry: str) -> None:
 
 def test_a_file_that_is_missing_or_wrong_is_named_before_the_server_is_asked(tmp_path: Path) -> None:
     status, sentence = refusal("http://127.0.0.1:9/api", tmp_path)
+    assert status == 2 and f"{tmp_path / 'recipes'} does not exist" in sentence
+    (tmp_path / "prefect.yaml").mkdir()
+    status, sentence = refusal("http://127.0.0.1:9/api", tmp_path)
     assert status == 2 and "prefect.yaml cannot be read" in sentence
-    (tmp_path / "prefect.yaml").write_text((DEPLOYMENTS / "prefect.yaml").read_text())
+    (tmp_path / "prefect.yaml").rmdir()
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "mine.yaml").write_text("base: {repo_id: x y}\n")
     status, sentence = refusal("http://127.0.0.1:9/api", tmp_path)
@@ -265,7 +270,39 @@ def test_a_file_that_is_missing_or_wrong_is_named_before_the_server_is_asked(tmp
 def test_a_prefect_yaml_that_lacks_something_is_a_sentence(text: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "prefect.yaml").write_text(text)
     with pytest.raises(RecipeError, match=sentence):
-        read_deployments(tmp_path)
+        read_deployments(tmp_path, tmp_path)
+
+
+def test_recipes_of_any_folder_are_deployed_with_the_deployments_of_requant(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: me/base\n")
+    deployed = read_deployments(tmp_path / "no-folder", tmp_path)
+    own = yaml.safe_load((DEPLOYMENTS / "prefect.yaml").read_text())["deployments"]
+    assert [each.name for each in deployed] == [*(each["name"] for each in own), "mine"]
+
+
+def test_without_a_folder_the_recipes_are_those_of_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert default_recipes() == Path("recipes")  # which an error names if neither exists
+    for folder in ("recipes", "deployments/recipes"):
+        Path(folder).mkdir(parents=True)
+        assert default_recipes() == Path(folder)
+
+
+def test_the_example_is_a_folder_that_can_be_deployed_and_is_not_written_over_files(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    first = CliRunner().invoke(deploy, [str(folder), "--example", "--json"])
+    written = [Path(path) for path in json.loads(first.output)["written"]]
+    assert first.exit_code == 0 and {path.relative_to(folder).parts[0] for path in written} == {
+        "prefect.yaml",
+        "recipes",
+    }
+    assert read_deployments(folder, folder / "recipes")[-1].name == written[-1].stem
+    written[0].unlink()
+    second = CliRunner().invoke(deploy, [str(folder), "--example"])
+    assert isinstance(second.exception, RequantError) and f"{written[-1]} exists" in str(second.exception)
+    assert not written[0].exists()
 
 
 def test_an_automation_of_the_users_is_read_and_one_that_is_none_is_a_sentence(tmp_path: Path) -> None:

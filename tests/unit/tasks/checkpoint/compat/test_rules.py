@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import regex
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import vllm
@@ -20,6 +21,7 @@ from requant.tasks.checkpoint.compat.rule import (
     Patterns,
     Renames,
     Substrings,
+    TooSlow,
 )
 from requant.tasks.checkpoint.config import ModelConfig, QuantizationConfig
 from tests.factories.checkpoints import (
@@ -213,6 +215,36 @@ def test_of_many_slow_patterns_only_the_first_are_tried() -> None:
         refusals.append(str(caught.value))
     assert 1 <= len(patterns.hostile) <= 6
     assert set(refusals[6:]) == {"its patterns take too long to match the names of all layers"}
+
+
+@pytest.mark.parametrize("how", ["search", "fullmatch"])
+@pytest.mark.parametrize(
+    "pattern",
+    [r".*layers\.1\.mlp\.gate.*", ".*mlp.*", r".*a\-b.*", ".*gate", "gate.*", r".*\d.*", ".*1|2.*", r".*mlp\.\bgate.*"],
+)
+def test_the_first_pattern_that_matches_is_the_one_that_the_engine_finds(
+    how: Literal["search", "fullmatch"], pattern: str
+) -> None:
+    names = ["model.layers.1.mlp.gate", "model.layers.11.mlp.gate_proj", "a-b", "x\nlayers.1.mlp.gate", "2", ""]
+    for name in names:
+        expected = pattern if getattr(regex.compile(pattern), how)(name) else None
+        assert Patterns().first(how, ["(", pattern], name) == expected
+
+
+def test_routers_of_a_model_with_many_experts_are_found_without_running_a_pattern() -> None:
+    """auto-round writes a pattern for the router of each layer. Run on the names of all experts, they took minutes."""
+    patterns = Patterns(search_timeout_s=0.0)  # A pattern that is run takes too long.
+    routers = [rf".*model\.layers\.{layer}\.mlp\.gate.*" for layer in range(94)]
+    names = [f"model.layers.{layer}.mlp.experts.{expert}.up_proj" for layer in range(94) for expert in range(128)]
+    assert {patterns.first("search", routers, name) for name in names} == {None}
+    assert patterns.first("search", routers, "model.layers.93.mlp.gate") == routers[-1]
+    assert patterns.hostile == []
+
+
+def test_many_plain_patterns_end_too() -> None:
+    patterns = Patterns(total_timeout_s=0.0)
+    with pytest.raises(TooSlow):
+        patterns.first("search", [f".*{number}.*" for number in range(1000)], "x" * 1000)
 
 
 def test_substrings_are_found_as_python_finds_them() -> None:

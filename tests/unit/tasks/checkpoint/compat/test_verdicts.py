@@ -271,3 +271,10 @@ def test_the_work_for_verdicts_grows_as_the_model_does_and_not_faster(tmp_path: 
     once = work()
     assert once > 1000
     assert work(layers=8, entries=512) < 2.5 * once and work(experts=32) < 2.5 * once
+
+
+def test_no_engine_is_said_to_ignore_a_head_that_is_not_there(tmp_path: Path) -> None:
+    shard = {"model.norm.weight": ("BF16", (2,), bytes(4))}
+    folder = write_checkpoint(tmp_path / "dense", {"model.safetensors": shard}, {"model_type": "llama"})
+    verdicts = Judgement.of(Checkpoint.open(folder)).verdicts
+    assert {verdict.reason for verdict in verdicts.values()} == {"there is no MTP head"}
