@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from requant.tasks.artifact import File, Manifest, check_relative, digest_of
 from requant.tasks.checkpoint.untrusted import MAX_JSON_BYTES, parse, shown
@@ -38,7 +39,7 @@ CHUNK_BYTES = 1 << 20
 # Names that begin with a dot are left out too.
 LEFT_OUT = (
     "checkpoint-*", "global_step*", "runs", "wandb", "logs", "__pycache__", "events.out.tfevents*", "*.log", "latest",
-    "trainer_state.json", "trainer_log.jsonl", "training_args.*", "*_results.json", "zero_to_fp32.py", "*.jsonl",
+    "trainer_state.json", "training_args.*", "*_results.json", "zero_to_fp32.py", "*.jsonl",
     "*.parquet", "*.arrow", "*.yaml", "*.yml", "recipe.schema.json",
 )  # fmt: skip
 # Small files of a checkpoint, and a path in them that has folders: of Linux or macOS, of a home, of Windows.
@@ -146,41 +147,6 @@ def _hash(store: Store, file: LocalFile, stop: threading.Event) -> str:
     return hasher.hexdigest()
 
 
-def private_paths(folder: Path) -> Iterator[str]:
-    """Yield a sentence for each setting in small files of a folder that names a path of the user's machine.
-
-    Trainers write the path from which they loaded a model, and the files are published as they are.
-    """
-    for name in SETTINGS:
-        path = folder / name
-        if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
-            continue
-        try:
-            document, _ = parse(path.read_bytes())
-        except (OSError, ValueError, RecursionError):  # Others say so.
-            continue
-        for key, value in document.items() if isinstance(document, dict) else ():
-            if isinstance(value, str) and OWN_PATH.fullmatch(value):
-                yield (
-                    f"{name} names a path of somebody's machine, and is published as it is: take {shown(key)} "
-                    f"({shown(value)}) out of it"
-                )
-
-
-def _unreadable(path: str, real: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"{shown(path)} of the base's folder cannot be read ({error.strerror}): mend or remove it", path=real
-    )
-
-
-def changed(path: str, real: Path) -> CheckpointError:
-    """Return the error for a file that is not, or no longer, what was hashed."""
-    return CheckpointError(
-        f"{shown(path)} of the base's folder changed while it was read: wait until it is written, then run again",
-        path=real,
-    )
-
-
 def find_folder(folder: Path) -> Revision:
     """List a checkpoint's folder, without reading its files. The commit and the hashes are empty.
 
@@ -277,3 +243,47 @@ def _real(folder: Path, path: str) -> Path:
             path=full,
         )
     return real
+
+
+def private_paths(folder: Path) -> Iterator[str]:
+    """Yield a sentence for each setting in small files of a folder that names a path of the user's machine.
+
+    Trainers write the path from which they loaded a model, and the files are published as they are.
+    """
+    for name in SETTINGS:
+        path = folder / name
+        if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
+            continue
+        try:
+            document, _ = parse(path.read_bytes())
+        except (OSError, ValueError, RecursionError):  # Others say so.
+            continue
+        for key, value in _settings(document):
+            if OWN_PATH.fullmatch(value):
+                yield (
+                    f"{name} names a path of somebody's machine, and is published as it is: take {shown(key)} "
+                    f"({shown(value)}) out of it"
+                )
+
+
+def _settings(document: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the texts of a JSON object, also of objects in it, each with the keys that lead to it."""
+    for key, value in document.items() if isinstance(document, dict) else ():
+        if isinstance(value, str):
+            yield f"{prefix}{key}", value
+        else:
+            yield from _settings(value, f"{prefix}{key}.")
+
+
+def changed(path: str, real: Path) -> CheckpointError:
+    """Return the error for a file that is not, or no longer, what was hashed."""
+    return CheckpointError(
+        f"{shown(path)} of the base's folder changed while it was read: wait until it is written, then run again",
+        path=real,
+    )
+
+
+def _unreadable(path: str, real: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{shown(path)} of the base's folder cannot be read ({error.strerror}): mend or remove it", path=real
+    )

@@ -245,7 +245,7 @@ class _Planner:
             stages=stages,
             output=output.layout(recipe),
             needs=needed,
-            transfer=Transfers.of(stages),
+            transfer=Transfers.of(stages, from_folder=self.inputs.base.is_local),
             engines=output.judgement.verdicts,
             hardware=total_hardware(estimated, stages),
             changes=self.base.changes,

@@ -152,13 +152,13 @@ class UnknownNeeds(Document):
 class Transfers(Document):
     """What goes over the network."""
 
-    download_bytes: int = Field(description="Bytes of the base that the store lacks")
+    download_bytes: int = Field(description="Bytes of the base that the store lacks; 0 for a base in a folder")
     upload_bytes: int = Field(description="Bytes that publishing sends")
 
     @classmethod
-    def of(cls, stages: Iterable[PlannedStage]) -> Transfers:
+    def of(cls, stages: Iterable[PlannedStage], *, from_folder: bool = False) -> Transfers:
         moved = {stage.name: stage.bytes for stage in stages}
-        return cls(download_bytes=moved.get("download", 0), upload_bytes=moved.get("publish", 0))
+        return cls(download_bytes=0 if from_folder else moved.get("download", 0), upload_bytes=moved.get("publish", 0))
 
 
 class PlannedHardware(Document):

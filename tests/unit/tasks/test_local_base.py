@@ -325,6 +325,8 @@ def test_a_plan_of_a_large_folder_reads_headers_alone_until_a_run_has_hashed_it(
     after = plan(store, recipe_of(folder), elsewhere=True)
     assert after.base.sha is not None and not any("hashed" in note for note in after.notes)
     assert [stage.state for stage in after.stages if stage.name == "download"] == ["reused"]
+    assert document.stages[0].bytes == sum(file.size for file in found(store, folder).wanted)
+    assert document.transfer.download_bytes == 0, "nothing comes over the network"
 
 
 def test_a_plan_says_what_changed_since_the_last_run_of_the_folder(store: Store, folder: Path) -> None:
@@ -374,9 +376,10 @@ def test_an_interrupt_ends_hashing_in_the_middle_of_files(
 def test_a_plan_says_which_settings_name_a_path_of_the_author(path: str, name: str, store: Store, folder: Path) -> None:
     config = folder / name
     assert config.is_file()
-    config.write_text(config.read_text().replace("{", f'{{"_name_or_path": "{path}", "hub": "owner/name",', 1))
+    named = f'{{"text": {{"_name_or_path": "{path}", "hub": "owner/name", "note": "a / b/c"}},'
+    config.write_text(config.read_text().replace("{", named, 1))
     notes = [note for note in plan(store, recipe_of(folder), elsewhere=True).notes if "somebody's machine" in note]
-    assert len(notes) == 1 and notes[0].startswith(f"{name} names a path") and "take _name_or_path (" in notes[0]
+    assert len(notes) == 1 and notes[0].startswith(f"{name} names a path") and "take text._name_or_path (" in notes[0]
 
 
 def test_a_store_elsewhere_gets_the_files_and_they_are_not_read_again(far: Store, folder: Path, reads: Reads) -> None:
