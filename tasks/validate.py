@@ -317,6 +317,7 @@ def measured_values(
     log.info("comparing every tensor and file with the base's")
     audit = account(checkpoint, base, with_head=keep_head, pack_head=pack_head, completed=completed_config)
     matrices = tuple(MatrixError(**vars(matrix)) for matrix in fidelity(checkpoint, base))
+    not_compared = "none of its quantized matrices can be dequantized" if audit.packed and not matrices else None
     behaviour, divergence, not_measured = _run_both(
         checkpoint.folder, base.folder, measure_one, settings, sound=not audit.unaccounted
     )
@@ -331,7 +332,7 @@ def measured_values(
         divergence=divergence,
         behaviour=behaviour,
         evaluation=evaluation,
-        not_measured=not_measured,
+        not_measured=not_measured or not_compared,
         not_computed=rounded_inputs(checkpoint),
     )
 

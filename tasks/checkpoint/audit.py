@@ -15,7 +15,7 @@ from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import Module
-from requant.tasks.checkpoint.stored_matrix import is_quantized_as, problem_of
+from requant.tasks.checkpoint.stored_matrix import is_quantized_as, problem_of, unknown_format
 from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import CheckpointError
 
@@ -44,7 +44,7 @@ class Account:
 
     `packed`, `kept` and `head` count quantized matrices, tensors that are the base's, and such tensors of the MTP head.
     Every list holds sentences, and is empty for a checkpoint that Requant made. `differences` do not change what the
-    model computes. An entry of any other list means that the checkpoint is not sound.
+    model computes, or name what cannot be compared. An entry of any other list means that the checkpoint is not sound.
     """
 
     packed: int = 0
@@ -80,10 +80,12 @@ def account(
     result = Account(unaccounted=list(quantized.problems))
     head_names = set(base.head.names if base.head else ())
     seen: set[str] = set()
+    unknown: list[str] = []
     for name, source in base.tensors.items():
         module = is_quantized_as(quantized, name)
         if module is not None:
             result.packed += 1
+            unknown += filter(None, [unknown_format(quantized, module)])
             if name in head_names and not pack_head:
                 result.altered.append(f"{module.name} of the MTP head is packed")
             seen.update(t.name for t in module.quantized_parts.values())
@@ -100,12 +102,16 @@ def account(
     result.unaccounted += [f"{name} is not in the base" for name in quantized.tensors if name not in seen]
     if not result.packed:
         result.unaccounted.append("no tensor is quantized")
+    if unknown:
+        result.differences.append(f"{len(unknown)} matrices are not compared with the base's: {unknown[0]}")
     _check_config(result, quantized, base, with_head, completed)
     _check_files(result, quantized.folder, base.folder)
     return result
 
 
 def _check_packed(result: Account, quantized: Checkpoint, module: Module, weight: Tensor) -> None:
+    if unknown_format(quantized, module):  # what Requant cannot read is not wrong
+        return
     if wrong := problem_of(quantized, module, weight.shape):
         result.unaccounted.append(wrong)
     result.not_finite += [

@@ -108,25 +108,40 @@ def stored_matrix(checkpoint: Checkpoint, module: Module, scale_dtype: str | Non
     With `scale_dtype`, the scales of packed integers are rounded to this dtype of safetensors. Raises CheckpointError
     for a format that Requant does not know, and for tensors that do not fit each other.
     """
+    if unknown := unknown_format(checkpoint, module):
+        raise CheckpointError(unknown)
     if module.storage == "integer":
         return _of_packing(checkpoint, module, scale_dtype)
-    if module.storage == "other" and checkpoint.method is not None:
-        name = shown(full_name(checkpoint.method, checkpoint.quantization))
-        raise CheckpointError(f"{module.name} is stored as {name}, which Requant cannot dequantize")
     weight = module.parts.get("weight_packed") or module.parts.get("weight")
     if module.storage == "plain" or weight is None or len(weight.shape) != 2:
         raise CheckpointError(f"{module.name} holds no quantized matrix")
-    if checkpoint.quantization.get("transform_config"):
-        raise CheckpointError("its weights are rotated (transform_config), which Requant does not undo")
-    if weight.dtype == "I32" and "weight_packed" in module.parts:
+    if weight.dtype == "I32":
         return _of_words(checkpoint, module, weight, scale_dtype)
     if weight.dtype == "I8":
         return _of_bytes(module, weight)
     if weight.dtype in FP8:
         return _of_floats(module, weight, weight.dtype, _stated_block(checkpoint))
-    if weight.dtype == "U8" and ("weight_packed" in module.parts or "weight_scale_2" in module.parts):
-        return _of_floats(module, weight, "E2M1", None)
-    raise CheckpointError(f"{module.name} is stored as {weight.dtype} in a way that Requant does not know")
+    return _of_floats(module, weight, "E2M1", None)
+
+
+def unknown_format(checkpoint: Checkpoint, module: Module) -> str | None:
+    """Return why Requant has no formula for a quantized module, as a sentence; None if it has one."""
+    if module.storage == "other":
+        name = shown(full_name(checkpoint.method, checkpoint.quantization)) if checkpoint.method else "nobody says what"
+        return f"{module.name} is stored as {name}, which Requant cannot dequantize"
+    if module.storage in ("compressed", "scaled") and checkpoint.quantization.get("transform_config"):
+        return f"the weight of {module.name} is rotated (transform_config), which Requant cannot undo"
+    if module.storage not in ("compressed", "scaled"):
+        return None
+    packed = module.parts.get("weight_packed")
+    weight = packed or module.parts.get("weight")
+    if packed is not None:
+        known = packed.dtype in ("I32", "U8")
+    else:
+        known = weight is None or weight.dtype in {"I8", *FP8} or "weight_scale_2" in module.parts
+    if known or weight is None:
+        return None
+    return f"{module.name} is stored as {weight.dtype} in a way that Requant does not know"
 
 
 def _of_packing(checkpoint: Checkpoint, module: Module, scale_dtype: str | None) -> StoredMatrix:

@@ -127,7 +127,7 @@ class Skeleton:
 
     def __init__(self, checkpoint: Checkpoint, settings: RunSettings) -> None:
         self.checkpoint, self.settings, self.dtype, self.device = checkpoint, settings, settings.dtype, settings.device
-        family, config = _family(checkpoint, settings.remote_code)
+        family, config = family_of(checkpoint, settings.remote_code)
         self.model: Any = empty_model(family, config, settings)
         self._paths = {module: name for name, module in self.model.named_modules()}
         self.text: Any = text_model(self.model)
@@ -285,7 +285,7 @@ def fill(model: Any, state: dict[str, torch.Tensor], loading: LoadStateDictConfi
     return set(loaded.missing_keys)
 
 
-def _family(checkpoint: Checkpoint, remote_code: bool) -> tuple[Any, Any]:
+def family_of(checkpoint: Checkpoint, remote_code: bool) -> tuple[Any, Any]:
     """Return transformers' model class for a checkpoint, with a language model head, and its config."""
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=remote_code)

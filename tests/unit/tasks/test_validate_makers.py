@@ -169,7 +169,6 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str | None]] = {
     "scales of another matrix": (two_scales, "does not fit"),
     "its shape is missing": (tensors(lambda t: t.pop(f"{LAYER}.weight_shape")), "weight_shape"),
     "a norm is missing": (tensors(lambda t: t.pop(NORM)), f"lacks {NORM}"),
-    "rotated weights": (quantization(lambda config: config.update(transform_config=ROTATED)), "rotated"),
     "a method of other names": (quantization(lambda config: config.update(quant_method="eetq")), "lacks model."),
     "cut off": (cut_off, "download the file again"),
 }
@@ -199,6 +198,55 @@ def test_a_scale_that_is_no_number_is_found_and_measured(base: Path, of_base: Me
     gates = gates_of(values_of(folder, base, of_base), Gates())
     assert gates["finite"].note == f"{LAYER}.weight_scale" and gates["structure"].passed
     assert gates["kl_divergence"].failed and gates["weight_slope"].failed
+
+
+def test_a_format_without_a_formula_is_loaded_by_transformers_and_its_weights_are_not_compared(
+    base: Path, of_base: Measurement, tmp_path: Path
+) -> None:
+    """BitNet: transformers 5.23.0 computes it without another library, quantizers/quantizer_bitnet.py."""
+    with torch.compiler.set_stance("force_eager"):
+        measured = values_of(ternary(base, tmp_path / "ternary"), base, of_base)
+    gates = gates_of(measured)
+    assert {gate.name for gate in gates.values() if gate.value is None} == {"weight_slope", "weight_offset"}
+    assert "can be dequantized" in gates["weight_slope"].note and gates["weight_slope"].result == "not measured"
+    assert "7 matrices are not compared with the base's" in gates["structure"].note and gates["structure"].passed
+    assert 0.3 < (gates["block_error"].value or 0) < 1.5, "three values for each weight"
+
+
+def ternary(base: Path, folder: Path) -> Path:
+    """A checkpoint of BitNet: weights -1, 0 and 1, four in a byte, times 1 / weight_scale."""
+    pico_llama(folder)
+    tensors: Tensors = {}
+    for name, (dtype, shape, data) in raw_tensors(base / SHARD).items():
+        if "_proj." not in name:
+            tensors[name] = (dtype, shape, data)
+            continue
+        weight = from_bf16(data, shape)
+        scale = np.abs(weight).mean()
+        codes = np.clip(np.rint(weight / scale), -1, 1).astype(np.uint8) + np.uint8(1)
+        rows = shape[0] // 4
+        packed = sum(codes[part * rows :][:rows] << 2 * part for part in range(4)).astype(np.uint8)
+        tensors[name] = ("U8", packed.shape, packed.tobytes())
+        tensors[f"{name}_scale"] = ("BF16", (1,), to_bf16(np.array([1 / scale])))
+    (folder / SHARD).write_bytes(safetensors_bytes(tensors))
+    bitnet = {"quant_method": "bitnet", "linear_class": "bitlinear", "quantization_mode": "offline"}
+    reconfigure(folder, lambda config: config.update(quantization_config=bitnet))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config", [{"transform_config": ROTATED}, {"quant_method": "torchao"}], ids=["rotated", "torchao"]
+)
+def test_what_neither_a_formula_nor_transformers_can_load_is_not_measured_and_not_called_broken(
+    config: dict[str, Any], base: Path, of_base: Measurement, tmp_path: Path
+) -> None:
+    folder = made_by_others("w8a8", base, tmp_path / "made")
+    quantization(lambda whole: whole.update(config))(folder)
+    document = ValidationDocument.of(values_of(folder, base, of_base), NONE)
+    gates = {gate.name: gate for gate in document.gates}
+    assert gates["structure"].passed and not document.passed
+    assert gates["kl_divergence"].result == "not measured"
+    assert "transformers cannot load it here" in gates["weight_slope"].note
 
 
 def test_two_checkpoints_of_others_are_compared(base: Path, tmp_path: Path) -> None:
