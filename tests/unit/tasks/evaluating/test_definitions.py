@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from requant.tasks.errors import RecipeError
 from requant.tasks.evaluate import evaluation_key
 from requant.tasks.evaluating.definitions import _is_complete, _leaves, check_tasks
 from requant.tasks.recipe.loader import load_recipe, parse_recipe
 from requant.tasks.recipe.recipe import Eval
+from tests.factories.paths import ROOT
 
 
 def entry(kind: str, tags: tuple[str, ...] = (), **config: Any) -> Any:
@@ -151,3 +154,14 @@ def test_a_wrong_section_is_refused_with_its_key(section: str, tmp_path: Path) -
     with pytest.raises(RecipeError) as refused:
         load_recipe(path)
     assert WRONG[section] in str(refused.value)
+
+
+def test_the_example_of_an_own_task_is_data_and_trusts_nothing_of_the_base() -> None:
+    recipe = load_recipe(ROOT / "examples" / "own-evaluation.yaml")
+    assert recipe.eval is not None and recipe.eval.definitions is not None and not recipe.allow_remote_code
+    folder = Path(recipe.eval.definitions)
+    assert {path.suffix for path in folder.iterdir()} == {".yaml", ".jsonl"}
+    task = yaml.safe_load((folder / "opening_hours.yaml").read_text())  # it refuses !function
+    assert [task["task"]] == recipe.eval.tasks
+    questions = [json.loads(line) for line in (ROOT / task["dataset_kwargs"]["data_files"]["test"]).open()]
+    assert [len(one["answers"]) > one["right"] >= 0 and bool(one["question"]) for one in questions] == [True] * 8
