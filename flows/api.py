@@ -42,10 +42,11 @@ def plan(recipe: Recipe | str | Path, *, overrides: Sequence[str] = (), elsewher
 
     Raises RecipeError, HubError, HubUnavailable or StoreError.
     """
+    loaded = read_recipe(recipe, overrides)  # before the imports that only a plan needs
     from requant.tasks.plan import plan as make_plan
     from requant.tasks.store import open_store
 
-    return make_plan(open_store(), read_recipe(recipe, overrides), elsewhere=elsewhere)
+    return make_plan(open_store(), loaded, elsewhere=elsewhere)
 
 
 def run(

@@ -22,6 +22,7 @@ from requant.tasks.planning.reasons import kept_groups
 from requant.tasks.redaction import public
 
 TEMPLATE = "card.md.jinja"
+MAKER_PICTURES = ("losses", "matrices")  # They say how tuning went, and are in report.md alone.
 
 
 def make_card(facts: CardFacts) -> str:
@@ -44,8 +45,19 @@ def make_card(facts: CardFacts) -> str:
         citation=cited(facts.files.base_card),
         table=table,
         rows=rows,
+        maker_pictures=MAKER_PICTURES,
+        speed_tables=_speed_tables(facts),
         probe_tables=probe_tables(facts.probes) if facts.probes else [],
     )
+
+
+def _speed_tables(facts: CardFacts) -> list[tuple[rows.Row, list[rows.Row]]]:
+    """Return the columns and rows of the tables of speed, without those about drafts if there is no head."""
+    tables: list[tuple[rows.Row, list[rows.Row]]] = [
+        (rows.SPEED_COLUMNS, rows.speed_rows(facts.benchmark)),
+        (rows.PROMPT_COLUMNS, rows.prompt_rows(facts.benchmark)),
+    ]
+    return tables if facts.head else [rows.without_drafts(*table) for table in tables]
 
 
 def _base_words(facts: CardFacts) -> Markdown:
