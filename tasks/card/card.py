@@ -19,10 +19,11 @@ from requant.tasks.card.probes import probe_tables
 from requant.tasks.card.serving import ENGINES, serving_of
 from requant.tasks.formatting import gigabytes
 from requant.tasks.planning.reasons import kept_groups
+from requant.tasks.plots import Picture
 from requant.tasks.redaction import public
 
 TEMPLATE = "card.md.jinja"
-MAKER_PICTURES = ("losses", "matrices")  # They say how tuning went, and are in report.md alone.
+MAKER_PICTURES = ("losses", "matrices")  # They say how tuning went.
 
 
 def make_card(facts: CardFacts) -> str:
@@ -45,10 +46,16 @@ def make_card(facts: CardFacts) -> str:
         citation=cited(facts.files.base_card),
         table=table,
         rows=rows,
-        maker_pictures=MAKER_PICTURES,
+        pictures=_pictures(facts),
         speed_tables=_speed_tables(facts),
         probe_tables=probe_tables(facts.probes) if facts.probes else [],
     )
+
+
+def _pictures(facts: CardFacts) -> list[Picture]:
+    """Return the pictures for who downloads the model. All are in report.md."""
+    left_out = {*MAKER_PICTURES, *(["throughput"] if facts.benchmark.engine == "torch" else [])}
+    return [picture for picture in facts.pictures if picture.name not in left_out]
 
 
 def _speed_tables(facts: CardFacts) -> list[tuple[rows.Row, list[rows.Row]]]:

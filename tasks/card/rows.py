@@ -45,9 +45,10 @@ def summary_rows(facts: CardFacts) -> list[Row]:
     rows.append(("KL divergence, nats", "", number(facts.measured.divergence.kl_divergence, ".4f")))
     rows.append(("same next token as the base", "", number(behaviour.top1_agreement, ".1%")))
     rows.append(("first draft accepted", number(base.mtp_acceptance, ".1%"), number(ours.mtp_acceptance, ".1%")))
+    in_engine = facts.benchmark.engine != "torch"
     for mtp, words in ((False, "output tokens per second"), (True, "output tokens per second, with MTP")):
         speed = facts.benchmark.summary(mtp=mtp, sampling="greedy", concurrency=1)
-        rows.append((words, "", number(speed.tokens_per_second, ".1f") if speed else ""))
+        rows.append((words, "", number(speed.tokens_per_second, ".1f") if speed and in_engine else ""))
     return [row for row in rows if row[2]]
 
 

@@ -228,6 +228,7 @@ def test_a_measured_speed_is_said_not_to_be_an_engines() -> None:
     }  # fmt: skip
     _, body = card_of(benchmark=speed)
     assert "1234 tokens per second of prompt, 56.8 decoded. This is no engine's figure." in body
+    assert "output tokens per second" not in body
     assert "Not measured." in card_of()[1]
 
 
