@@ -13,7 +13,7 @@ from requant.tasks.artifact import RELEASE
 @click.argument("release", metavar="RELEASE")
 @click.option("--deep", is_flag=True, help="Fetch and hash every byte of a repo. Nothing is kept.")
 def verify(release: str, deep: bool) -> CommandResult:
-    """Check that a published repo, or a copy of it, is what its requant.json claims.
+    """Check that a release is what its requant.json claims.
 
     RELEASE is repo_id[@revision], or a folder to which a release was downloaded. Of a repo, the Hub's file list,
     headers and small files are fetched, but no weights. Of a folder, every byte is read. Exit status 1: there are

@@ -86,7 +86,7 @@ def _presence(here: Here, recipe: Recipe, computing: list[str]) -> Findings:
         if recipe.hardware is not None and recipe.hardware.gpu == "cpu":
             return Findings()
         named = f"hardware.gpu is {gpu}, and " if (gpu := _named_gpu(recipe)) else ""
-        lacking = f"{named}this machine has no GPU: the CPU would be used; --elsewhere plans for another machine"
+        lacking = f"{named}this machine has no GPU: the CPU would be used"
         return Findings.of(computing[0], warnings=[lacking])
     number = int(device.partition(":")[2] or 0)
     if device != "auto" and number >= len(here.gpus):

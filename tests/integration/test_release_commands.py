@@ -128,7 +128,7 @@ def test_publish_rolls_back_by_recipe_or_repo(
         (["publish", "me/pico"], 2, "--rollback"),
         (["publish", "nothing.yaml", "--rollback"], 2, "nothing.yaml cannot be read"),
         (["publish", "pico", "--rollback"], 1, "name it as owner/name"),
-        (["verify", "./folder"], 1, "name it as owner/name"),
+        (["verify", "./folder"], 1, "is not a folder: name a checkpoint's folder, or repo_id[@revision]"),
         (["verify", "me/nowhere"], 1, "me/nowhere does not exist"),
         (["verify", "demo/pico", "--json"], 1, "has no requant.json"),
         (["publish", "demo/pico", "--rollback"], 1, "holds no release of Requant"),
