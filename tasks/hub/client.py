@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import warnings
 from collections.abc import Iterator
 
 import httpx2
@@ -43,6 +44,8 @@ def _client() -> httpx2.Client:
 
 
 set_client_factory(_client)
+# A card without a license is the author's choice, which `publish` tells in a sentence.
+warnings.filterwarnings("ignore", message="Warnings while validating metadata in README.md")
 
 
 def hub_api() -> HfApi:
