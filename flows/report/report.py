@@ -112,7 +112,7 @@ def run_headline(report: RunReport) -> str:
         return f"{base} -> {', '.join(report.outputs)}"
     if report.artifact is None:
         return f"{name}{base}: nothing made"
-    size = gigabytes(report.artifact.size)
+    size = gigabytes(report.artifact.weights)  # the size of a model, as the card has it
     return (
         f"{name}{base} -> {scheme_of(report.settled or report.recipe)}, {size}, artifact {report.artifact.digest[:12]}"
     )

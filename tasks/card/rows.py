@@ -17,7 +17,7 @@ from requant.tasks.validating.paired import Comparison
 SUMMARY_COLUMNS = ("", "base", "this model")
 QUALITY_COLUMNS = ("", "base", "quantized", "95 % interval")
 DOMAIN_COLUMNS = (
-    "domain", "tokens", "perplexity, base", "over the base's", "KL divergence, nats", "99 % of places below",
+    "domain", "tokens", "perplexity, base", "over the base's", "KL divergence, nats", "99 % of tokens below",
     "noise floor", "same next token", "first draft accepted, base", "ratio to the base's",
 )  # fmt: skip
 DRAFT_COLUMNS = ("draft", "base", "quantized", "base, on its own text", "quantized, on its own text")
@@ -61,7 +61,7 @@ def quality_rows(measured: Measured) -> list[Row]:
         ("perplexity", base.perplexity, quantized.perplexity, quantized.perplexity_interval, ".4f"),
         ("perplexity against the base's", None, increase, increase_interval, "+.2%"),
         ("KL divergence, nats", None, divergence.kl_divergence, None, ".4f"),
-        ("KL divergence, 99 % of places below", None, divergence.kl_divergence_p99, None, ".4f"),
+        ("KL divergence, 99 % of tokens below", None, divergence.kl_divergence_p99, None, ".4f"),
         ("same next token", None, behaviour.top1_agreement, None, ".2%"),
         ("draft acceptance rate, first draft", base.mtp_acceptance, quantized.mtp_acceptance, None, ".1%"),
     ]

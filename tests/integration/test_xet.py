@@ -18,7 +18,8 @@ XORBS = "_xet/.*/xorbs/"
 
 @pytest.fixture(scope="module")
 def xet_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubStandIn]:
-    with HubStandIn(tmp_path_factory.mktemp("xet") / "hub", xet=True) as hub:
+    with HubStandIn(tmp_path_factory.mktemp("xet") / "hub") as hub:
+        hub.xet = True
         yield hub
 
 

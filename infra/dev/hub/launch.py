@@ -54,8 +54,8 @@ class FaultOptions(TypedDict, total=False):
 class HubStandIn:
     """A process of the stand-in with its state in a folder. It ends with its parent process.
 
-    With `xet`, clients upload through Xet, as they do to the Hub; otherwise through LFS, which tests of what is sent
-    look at. `user` is the owner of `token` and of the namespace of that name. `tokens` are further tokens and their
+    If `xet` is set to true, clients upload through Xet, as they do to the Hub; otherwise through LFS, which tests of
+    what is sent look at. `user` is the owner of `token` and of the namespace of that name. `tokens` are further tokens and their
     users. See `infra.dev.hub.hub.Limits` for the sizes.
     """
 
@@ -69,10 +69,10 @@ class HubStandIn:
         multipart_over: int | None = None,
         part_size: int | None = None,
         tree_page: int | None = None,
-        xet: bool = False,
     ) -> None:
         self.state = Path(state)
-        self.user, self.token, self.xet = user, token, xet
+        self.user, self.token = user, token
+        self.xet = False
         self.url = ""
         self.log = self.state / "server.log"
         self._tokens = {token: user, **(tokens or {})}

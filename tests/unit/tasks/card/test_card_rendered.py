@@ -147,7 +147,9 @@ def test_hostile_names_texts_and_records_render_to_our_page() -> None:
 def test_one_sentence_says_which_commands_were_run() -> None:
     for benchmark, marked in ((MEASURED_IN_VLLM, 0), ({**MEASURED_IN_VLLM, "commands": COMMANDS[1:]}, 1)):
         serving = card_of(benchmark=benchmark)[1].split("## Serving")[1].split("\n## ")[0]
-        assert serving.count("was run by the pipeline") == 1 and serving.count("not run on these files") == 1
+        assert (
+            serving.count("was started as below by the pipeline") == 1 and serving.count("not run on these files") == 1
+        )
         assert serving.count("vLLM, without drafts (not run):") == marked
     assert card_of()[1].count("not run") == 1
 

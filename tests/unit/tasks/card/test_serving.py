@@ -13,13 +13,16 @@ COMMANDS: list[dict[str, Any]] = MEASURED_IN_VLLM["commands"]
 def test_the_serving_command_is_the_one_that_ran() -> None:
     _, body = card_of(benchmark=MEASURED_IN_VLLM)
     assert "```bash\nvllm serve me/q-int4 \\\n  --dtype half \\\n  --speculative-config '{\"a\":1}'\n```" in body
-    assert "was run by the pipeline that made this card, on these very files (vLLM 0.32.0, NVIDIA H100)" in body
+    assert (
+        "was started as below by the pipeline that made this card, on these very files (vLLM 0.32.0, NVIDIA H100)"
+        in body
+    )
     assert "No engine was run" not in body
 
 
 def test_a_command_that_ran_without_anything_published_is_not_said_to_be_of_what_was() -> None:
     _, body = card_of(benchmark=MEASURED_IN_VLLM, recipe=recipe(publish=None))
-    assert "was run by the pipeline" in body and "published" not in body.split("## Speed")[0]
+    assert "was started as below by the pipeline" in body and "published" not in body.split("## Speed")[0]
 
 
 def test_of_a_server_that_ran_already_nothing_is_told_that_nobody_knows() -> None:
