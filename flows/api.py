@@ -37,7 +37,8 @@ def plan(recipe: Recipe | str | Path, *, overrides: Sequence[str] = (), elsewher
 
     `recipe` is a Recipe or the path of a YAML file. Paths in a Recipe are relative to the current folder, those in a
     file to the file's folder. `overrides` change keys of a file, as in `quantize.iters=50`. `elsewhere`: plan for
-    another machine, and do not check the disk and the tools of this one. Only headers of the base's files are fetched.
+    another machine, and check neither what this one has and lacks nor the account to publish with. Only headers of the
+    base's files are fetched.
 
     Raises RecipeError, HubError, HubUnavailable or StoreError.
     """
@@ -235,7 +236,7 @@ def read_recipe(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> R
     from requant.tasks.recipe.loader import load_recipe, with_absolute_paths
 
     if isinstance(recipe, str | Path):
-        return load_recipe(Path(recipe), overrides)
+        return load_recipe(recipe, overrides)
     if overrides:
         raise RecipeError(
             "overrides change a recipe's file, and this is a Recipe: make a changed one, with "
@@ -248,13 +249,13 @@ def _local_checkpoint(name: str | Path) -> Path:
     """Return a checkpoint's folder. A repo is downloaded into the store, and its files are read-only."""
     if Path(name).is_dir():
         return Path(name)
-    from requant.tasks.download import download, find_base
+    from requant.tasks.download import download, find_repo
     from requant.tasks.hub.revision import check_checkpoint_name, split_name
     from requant.tasks.store import open_checked_store
 
     check_checkpoint_name(str(name))
     store = open_checked_store()
-    revision = find_base(store, *split_name(str(name)))
+    revision = find_repo(store, *split_name(str(name)))
     manifest = download(store, revision).manifest
     return store.link_files(manifest, store.checkout_folder(manifest))
 

@@ -159,7 +159,7 @@ def with_recipes(deployments: list[Deployment], folder: Path) -> list[Deployment
             raise RecipeError(f"{path.name}: {error}") from error
         changes = {
             "name": path.stem,
-            "description": f"{recipe.base.repo_id}: {requantize.description or ''}",
+            "description": f"{recipe.base.name}: {requantize.description or ''}",
             "parameters": {"recipe": recipe.model_dump(mode="json")},
         }
         result.append(requantize.model_copy(update=changes, deep=True))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import httpx
 
+from requant.startup import collect_garbage_rarely, turn_off_telemetry
 from requant.tasks.environment import bypass_proxy_on_loopback, with_package
 from requant.tasks.errors import RequantError
 from requant.tasks.http import CLIENT_ERRORS, http_client, no_client
@@ -29,13 +30,14 @@ from requant.tasks.versions import installed_version
 
 START_TIMEOUT_S = 180.0
 SETTINGS = {
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
     "PREFECT_LOGGING_TO_API_ENABLED": "false",
     "PREFECT_SERVER_UI_ENABLED": "false",
-    "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
-    "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
+    "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
+    # Nothing is scheduled here, nobody reads events, and no block of Prefect's is used.
+    "PREFECT__SERVER_WEBSERVER_ONLY": "true",
+    "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
+    "PREFECT_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",
     "PREFECT_CLI_COLORS": "false",
 }
 
@@ -62,6 +64,7 @@ def embedded_prefect() -> Iterator[None]:
     Enter it before Prefect is imported, which reads its settings at import.
     """
     bypass_proxy_on_loopback(os.environ)
+    turn_off_telemetry(os.environ)
     if url := os.environ.get("PREFECT_API_URL"):
         check_server(url)
         yield
@@ -94,13 +97,15 @@ def embedded_prefect() -> Iterator[None]:
     try:
         os.environ.update(SETTINGS, PREFECT_HOME=str(home), PREFECT_API_URL=f"http://127.0.0.1:{port}/api")
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO")
-        import prefect  # noqa: F401  Its import takes seconds, as does the start of the server.
+        from prefect import settings  # This import takes as long as the start of the server.
 
         _wait(server, port, home)
         if not migrated.exists():
             with contextlib.suppress(OSError, sqlite3.Error):  # The copy only saves time.
                 _save_migrated(database, migrated)
-        yield
+        # Nobody waits for heartbeats, and a run would wait up to a second for the end of the thread that sends them.
+        with settings.temporary_settings({settings.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+            yield
     finally:
         os.environ.pop("PREFECT_API_URL", None)
         server.kill()
@@ -141,6 +146,7 @@ def _wait(server: subprocess.Popen[bytes], port: int, home: Path) -> None:
 def _serve(port: int) -> None:
     """Run the server, in its own process, until standard input is closed."""
     threading.Thread(target=_end_with_parent, args=(os.environ["PREFECT_HOME"],), daemon=True).start()
+    collect_garbage_rarely()
     import uvicorn
     from prefect.server.api.server import create_app
 

@@ -41,6 +41,8 @@ def exit_if_run_is_over() -> None:
     The thread may not have looked again yet: the cancellation of a run also cancels the run that it waits for on
     another worker, and the process learns of the latter first.
     """
+    if not _starts:  # It is not watched. To ask for its deployment is a request to the server.
+        return
     run_id = UUID(runtime.flow_run.id) if runtime.deployment.id is not None else None
     if run_id not in _starts:
         return

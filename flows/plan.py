@@ -8,17 +8,14 @@ from prefect import State
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import Completed, Failed
 
-from requant.flows.gpu_pool import recipe_flow
+from requant.flows.recipe_flow import recipe_flow
 from requant.flows.report.plan import plan_headline, plan_markdown, subject
 from requant.tasks.errors import Refused, RequantError
-from requant.tasks.pipeline.log import log_into_runs
 from requant.tasks.plan import plan as plan_run
 from requant.tasks.planning.document import PlanDocument
 from requant.tasks.recipe.loader import recipe_of
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import open_store
-
-log_into_runs()
 
 
 @recipe_flow("plan")
@@ -34,7 +31,7 @@ def plan(recipe: Recipe, elsewhere: bool = True) -> State[Any]:
 def _plan_and_show(recipe: Recipe, elsewhere: bool) -> PlanDocument:
     """Plan a run, and show the plan in Prefect's UI. Raises Refused if a problem would stop the run."""
     document = plan_run(open_store(), recipe, elsewhere=elsewhere)
-    text = plan_markdown(document, f"plan of {recipe.base.repo_id}")
+    text = plan_markdown(document, f"plan of {recipe.base.name}")
     create_markdown_artifact(text, key="requant-plan", description=f"{subject(document)}: {plan_headline(document)}")
     stages = [stage.to_json() for stage in document.stages]
     create_table_artifact(stages, key="requant-plan-stages", description="What would run, and how long")

@@ -17,23 +17,33 @@ from prefect import State, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import Completed, Failed
 
-from requant.flows.gpu_pool import (
+from requant.flows.delegation import (
     cancel_children,
     gpu_pool_stages,
     name_for_worker,
     names_for_worker,
-    recipe_flow,
     run_on_gpu_pool,
 )
 from requant.flows.last_run import remember_run
 from requant.flows.own_run import exit_if_run_is_over, watch_own_run
+from requant.flows.recipe_flow import recipe_flow
 from requant.flows.report.markdown import comparison, markdown
 from requant.flows.report.report import RunReport, gate_rows, verdict, worst
+from requant.flows.stages import (
+    acceptance_task,
+    benchmark_task,
+    download_task,
+    mtp_fix_task,
+    probe_task,
+    publish_task,
+    quantize_task,
+    self_calibration_task,
+    validate_task,
+)
 from requant.tasks.acceptance import (
     NO_BASE_SERVER,
     DraftCounter,
     acceptance_key,
-    acceptance_task,
     drafts_in,
     read_comparison,
     serves_base,
@@ -42,31 +52,27 @@ from requant.tasks.acceptance import (
 from requant.tasks.acceptance import STAGE as ACCEPTANCE
 from requant.tasks.artifact import PICTURES
 from requant.tasks.benchmark import STAGE as BENCHMARK
-from requant.tasks.benchmark import benchmark_key, benchmark_task
+from requant.tasks.benchmark import benchmark_key
 from requant.tasks.benchmark import read_result as read_benchmark
 from requant.tasks.card.facts import CardFacts
-from requant.tasks.download import download_task, find_base
+from requant.tasks.download import find_base
 from requant.tasks.errors import CheckpointError, EngineFailed, RecipeError, RequantError
-from requant.tasks.evaluating.definitions import check_tasks, has_lm_eval
-from requant.tasks.hub.publish_target import check_target
 from requant.tasks.hub.revision import Revision
-from requant.tasks.mtp_fix import mtp_fix_task
-from requant.tasks.pipeline.log import log_into_runs
 from requant.tasks.pipeline.prefect import crash_stale_task_runs, options
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.plan import Foreseen, preflight
 from requant.tasks.plots import Picture
 from requant.tasks.probe import STAGE as PROBE
-from requant.tasks.probe import no_engine, probe_key, probe_task, read_probes
+from requant.tasks.probe import no_engine, probe_key, read_probes
 from requant.tasks.probing.compare import probe_gates, unmeasured_gates
-from requant.tasks.publish import PublishResult, file_facts, publish_task, release_files
+from requant.tasks.publish import PublishResult, file_facts, release_files
 from requant.tasks.quantize import STAGE as QUANTIZE
-from requant.tasks.quantize import quantize_key, quantize_task
+from requant.tasks.quantize import quantize_key
 from requant.tasks.recipe.loader import recipe_of
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.redaction import public
 from requant.tasks.self_calibration import STAGE as SELF_CALIBRATION
-from requant.tasks.self_calibration import self_calibration_key, self_calibration_task
+from requant.tasks.self_calibration import self_calibration_key
 from requant.tasks.serving.result import BenchmarkResult
 from requant.tasks.store import Store, open_checked_store, open_store
 from requant.tasks.store.runs import recorded
@@ -75,13 +81,11 @@ from requant.tasks.texts.text import Text
 from requant.tasks.texts.validation import find_validation_text
 from requant.tasks.validate import STAGE as VALIDATE
 from requant.tasks.validate import read_values as read_measured
-from requant.tasks.validate import validate_key, validate_task
+from requant.tasks.validate import validate_key
 from requant.tasks.validating.engine_gate import EngineDrafts, judge_engine
 from requant.tasks.validating.gates import Gate, accepted, judge, summary
 
 log = logging.getLogger(__name__)
-
-log_into_runs()
 
 
 class RunFailed(RequantError):
@@ -360,16 +364,10 @@ def _probe(context: RunContext, recipe: Recipe, made: MadeStages) -> Any:
 def resolve_task(recipe: Recipe) -> tuple[Revision, Calibration, Text]:
     """Resolve the base to its commit, and the texts for calibration and validation to their content.
 
-    Also check that the repos of `publish` can be written to, and that this machine can run the tasks of `eval`, unless
-    a worker of the gpu pool runs them and lm-eval is not installed here. Raises RecipeError, HubError, HubUnavailable.
+    Raises RecipeError, HubError, HubUnavailable.
     """
-    base = find_base(open_store(), recipe.base.repo_id, recipe.base.revision)
-    if has_lm_eval() or VALIDATE.name not in gpu_pool_stages(recipe, base):
-        check_tasks(recipe.eval)
-    log.info(f"{recipe.base.repo_id}@{recipe.base.revision} is {base.sha}")
-    for one in recipe.each.values():
-        if one.publish is not None:
-            check_target(one.publish, base)
+    base = find_base(open_store(), recipe.base)
+    log.info(f"{recipe.base.folder or f'{recipe.base.name}@{recipe.base.revision}'} is {base.sha}")
     return base, find_calibration(recipe.quantize), find_validation_text(recipe.validation.text)
 
 
@@ -377,9 +375,10 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Calibration, Text]:
 def preflight_task(
     recipe: Recipe, base: Revision, calibration: Calibration, text: Text, delegated: frozenset[str]
 ) -> dict[str, Foreseen]:
-    """Make the plan of the run, and stop the run if it would fail. `delegated`: the stages of the gpu pool.
+    """Make the plan of the run, and stop the run with everything that would make it fail: see `preflight`.
 
-    Return the preflight results by output name.
+    `delegated`: the stages of the gpu pool. Return the preflight results by output name. Raises Refused or
+    HubUnavailable.
     """
     return preflight(open_store(), recipe, base, calibration, text, delegated)
 

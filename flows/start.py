@@ -102,7 +102,7 @@ def _create(client: SyncPrefectClient, deployment: UUID, wanted: list[tuple[Due,
 
 def run_keys(store: Store, due: Due) -> list[str]:
     """Return the idempotency keys of a commit and recipe: one for each run that may be started."""
-    key = f"{due.recipe.base.repo_id}@{first_commit(store, due.recipe, due.base)}:{due.recipe.digest}"
+    key = f"{due.recipe.base.name}@{first_commit(store, due.recipe, due.base)}:{due.recipe.digest}"
     return [key, *(f"{key}:{number}" for number in range(2, MAX_RUNS + 1))]
 
 

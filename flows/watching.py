@@ -15,11 +15,12 @@ from pydantic import Field
 
 from requant.flows.last_run import last_run
 from requant.tasks.documents import Document
+from requant.tasks.download import find_base
 from requant.tasks.errors import RecipeError, RequantError
 from requant.tasks.hub.rate_limit import PARALLEL_REQUESTS, Pace
 from requant.tasks.hub.revision import Revision, resolve
 from requant.tasks.recipe.loader import load_recipe
-from requant.tasks.recipe.recipe import Recipe
+from requant.tasks.recipe.recipe import Base, Recipe
 from requant.tasks.store import Store, open_checked_store
 
 
@@ -146,16 +147,19 @@ def load_tracked(folder: Path, repos: Collection[str] | None = None) -> tuple[li
         except RecipeError as error:
             problems.append(Problem(path.name, str(error)))
             continue
-        if wanted is None or recipe.base.repo_id.lower() in wanted:
+        if wanted is None or (recipe.base.folder is None and recipe.base.name.lower() in wanted):
             tracked.setdefault(recipe.digest, Tracked(path.name, recipe))
     return list(tracked.values()), problems
 
 
 def find_due(store: Store, tracked: Sequence[Tracked], pace: Pace) -> tuple[list[Due], list[Problem]]:
-    """Ask the Hub for the commit of each base, in one request per base, and compare it with the recipes' last runs."""
-    bases: dict[tuple[str, str], list[Tracked]] = defaultdict(list)
+    """Ask the Hub for the commit of each base, in one request per base, and compare it with the recipes' last runs.
+
+    Bases in folders are read where they changed.
+    """
+    bases: dict[Base, list[Tracked]] = defaultdict(list)
     for one in tracked:
-        bases[one.recipe.base.repo_id, one.recipe.base.revision].append(one)
+        bases[one.recipe.base].append(one)
     pool = ThreadPoolExecutor(PARALLEL_REQUESTS)
     try:
         groups = list(pool.map(lambda group: _compare(store, group, pace), bases.values()))
@@ -168,10 +172,13 @@ def find_due(store: Store, tracked: Sequence[Tracked], pace: Pace) -> tuple[list
 
 
 def _compare(store: Store, group: Sequence[Tracked], pace: Pace) -> list[Due | Problem]:
-    """Return the recipes of one base that are due, or a problem for each if the Hub does not give the base."""
+    """Return the recipes of one base that are due, or a problem for each if the base cannot be had."""
     wanted = group[0].recipe.base
     try:
-        base = pace.ask(lambda: resolve(wanted.repo_id, wanted.revision))
+        if wanted.folder is not None:
+            base = find_base(store, wanted)
+        else:
+            base = pace.ask(lambda: resolve(wanted.name, wanted.revision))
     except RequantError as error:
         return [Problem(one.name, str(error)) for one in group]
     due: list[Due | Problem] = []

@@ -15,8 +15,8 @@ code, and a `tasks.py` or a `flows/` of a user's own never takes their place.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # as in `typing`, whose import is the longest part of `import requant`
 if TYPE_CHECKING:
     from requant.flows.api import compare, inspect, mtp_fix, plan, run, validate, verify
     from requant.tasks.errors import RequantError

@@ -1,5 +1,5 @@
 """Run the command line: `python -m requant`."""
 
-from requant.flows.cli.main import main
+from requant.startup import main
 
 main()

@@ -14,15 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefect import task
-
-from requant.tasks.artifact import Manifest
+from requant.tasks.artifact import Manifest, StageKey
 from requant.tasks.checkpoint.checkpoint import read_json
 from requant.tasks.checkpoint.writer import write_json
 from requant.tasks.documents import read_stored
 from requant.tasks.errors import CheckpointError, EngineFailed
 from requant.tasks.evaluation_text import MAX_CHARACTERS, text_for_measuring
-from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
 from requant.tasks.recipe.engine_flags import server_address, speculates
 from requant.tasks.recipe.recipe import Benchmark, Recipe
@@ -31,7 +28,7 @@ from requant.tasks.serving.drafts import ServedCheckpoint, count_drafts
 from requant.tasks.serving.flags import serving_flags
 from requant.tasks.serving.result import BenchmarkResult
 from requant.tasks.serving.vllm import find_server, find_vllm, serve_vllm
-from requant.tasks.store import Store, open_store
+from requant.tasks.store import Store
 from requant.tasks.texts.rows import read_rows
 from requant.tasks.texts.text import Text
 from requant.tasks.validate import compared_part
@@ -62,7 +59,7 @@ def without_addresses(sentence: str, asked: Benchmark) -> str:
     return str(public(sentence))
 
 
-def acceptance_key(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text, engine: str) -> str:
+def acceptance_key(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text, engine: str) -> StageKey:
     settings = {**_settings(recipe), "engine": engine, "base_engine": recipe.benchmark.base_engine}
     return STAGE.key(
         reads={"base": compared_part(base).digest, "artifact": artifact.digest, "text": text.digest}, settings=settings
@@ -190,8 +187,3 @@ def acceptance(
 def read_comparison(store: Store, compared: Manifest) -> DraftComparison:
     """Read the artifact of an acceptance stage. Raises StoreError if its acceptance.json cannot be read."""
     return read_stored(DraftComparison, store.read_blob(compared[RESULT_FILE]), RESULT_FILE)
-
-
-@task(**options("acceptance", hours=4))
-def acceptance_task(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text, benchmark: BenchmarkResult) -> Any:
-    return stage_summary(acceptance(open_store(), recipe, base, artifact, text, benchmark))

@@ -173,12 +173,46 @@ def digest_of(document: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class KeyParts:
+    """What a stage key covers: see `stage_key`. A record has it, so that a plan can say what changed since."""
+
+    version: int
+    reads: Mapping[str, str]
+    settings: Mapping[str, Any]
+    tools: Mapping[str, str]
+
+    @classmethod
+    def from_json(cls, document: object) -> KeyParts | None:
+        """Read the parts from a record, which is untrusted. None if they are not there or have other types."""
+        if not isinstance(document, dict):
+            return None
+        version, reads, settings, tools = (document.get(name) for name in ("version", "reads", "settings", "tools"))
+        if type(version) is not int or not isinstance(settings, dict):
+            return None
+        if not all(isinstance(part, dict) and all(type(v) is str for v in part.values()) for part in (reads, tools)):
+            return None
+        return cls(version, dict(reads or {}), settings, dict(tools or {}))
+
+
+class StageKey(str):
+    """A stage key, with what it covers."""
+
+    parts: KeyParts
+
+    @classmethod
+    def of(cls, stage: str, parts: KeyParts) -> StageKey:
+        key = cls(digest_of({"stage": stage, **vars(parts)}))
+        key.parts = parts
+        return key
+
+
 def stage_key(
     stage: str, version: int, *, reads: Mapping[str, str], settings: Mapping[str, Any], tools: Mapping[str, str]
-) -> str:
+) -> StageKey:
     """Compute the key of a stage, which identifies its result.
 
     `reads` has a digest of each input by name, `settings` the part of the recipe that the stage reads, and `tools` the
     declared (locked) versions of the tools that shape the result.
     """
-    return digest_of({"stage": stage, "version": version, "reads": reads, "settings": settings, "tools": tools})
+    return StageKey.of(stage, KeyParts(version, reads, settings, tools))

@@ -10,15 +10,12 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from prefect import task
-
-from requant.tasks.artifact import File, Manifest
+from requant.tasks.artifact import File, Manifest, StageKey
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.writer import write_file, write_json
 from requant.tasks.errors import CheckpointError, redact
-from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
 from requant.tasks.recipe.recipe import Benchmark, Recipe
 from requant.tasks.serving.client import SAMPLING
@@ -28,7 +25,7 @@ from requant.tasks.serving.measure import measure_speed
 from requant.tasks.serving.prompts import digest_of_prompts, has_chat_template, load_prompts
 from requant.tasks.serving.result import BenchmarkResult, PromptResult, ServeCommand, compare_mtp
 from requant.tasks.serving.vllm import find_server, find_vllm, serve_vllm
-from requant.tasks.store import Store, open_store
+from requant.tasks.store import Store
 from requant.tasks.validating.drafts import EngineSetup
 
 STAGE = Stage("benchmark", 2, tools=("transformers", "auto-round"))
@@ -41,7 +38,7 @@ MtpModes = Literal["auto", "on", "off", "both"]
 CountDrafts = Callable[[Manifest, ServedCheckpoint], None]
 
 
-def benchmark_key(recipe: Recipe, artifact: Manifest) -> str:
+def benchmark_key(recipe: Recipe, artifact: Manifest) -> StageKey:
     asked = recipe.benchmark
     settings = {"engine": "none"} if asked.engine == "none" else asked.model_dump(exclude=NOT_MEASURED_HERE)
     prompts = load_prompts(asked.prompts, asked.max_tokens)
@@ -170,8 +167,3 @@ def _modes(mtp: MtpModes, checkpoint: Checkpoint, asked: Benchmark) -> list[bool
     if mtp != "off" and not drafts:
         raise CheckpointError(f"{checkpoint.folder} has no MTP head to draft with: measure it with --mtp off")
     return {"on": [True], "off": [False], "both": [False, True]}[mtp]
-
-
-@task(**options("benchmark", hours=4))
-def benchmark_task(recipe: Recipe, artifact: Manifest, count_drafts: CountDrafts | None = None) -> Any:
-    return stage_summary(benchmark(open_store(), recipe, artifact, count_drafts))

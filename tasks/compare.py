@@ -14,14 +14,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.errors import CheckpointError
+from requant.tasks.errors import CheckpointError, TokenizerError
 from requant.tasks.validating.compare import kl_by_place
 from requant.tasks.validating.comparison import Answer, Difference, DomainComparison, OverallAnswer
 from requant.tasks.validating.domains import MIN_WINDOWS
@@ -87,7 +87,12 @@ def compare_checkpoints(
     of_base = measure(base, text, settings, tokens)
 
     def distances_of(folder: Path) -> Distances:
-        return _distances(folder, base, of_base, measure(folder, text, settings, tokens), settings)
+        try:
+            measured = measure(folder, text, settings, tokens)
+        except TokenizerError as error:
+            log.warning(f"{error}: it is measured on the base's tokens")
+            measured = measure(folder, text, replace(settings, tokens_of=base), tokens)
+        return _distances(folder, base, of_base, measured, settings)
 
     return compare_distances(distances_of(a), distances_of(b), window_tokens=of_base.tokens.shape[1])
 

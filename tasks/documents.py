@@ -6,6 +6,7 @@ Their keys are a contract with users: `requant schema` prints the documents of a
 from __future__ import annotations
 
 import math
+from collections.abc import Sized
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -33,6 +34,11 @@ Model = TypeVar("Model", bound=BaseModel)
 def is_none(value: object) -> bool:
     """Check whether a field is None, for the fields that are absent then (`exclude_if`)."""
     return value is None
+
+
+def is_empty(value: Sized) -> bool:
+    """Check whether a list is empty, for the fields that are absent then (`exclude_if`)."""
+    return not value
 
 
 def first_problem(error: ValidationError) -> tuple[str, str]:

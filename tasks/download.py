@@ -1,4 +1,4 @@
-"""The stage download: copy the files of one commit from the Hub into the store.
+"""The stage download: copy the files of one commit from the Hub, or of a folder, into the store.
 
 Files that the store has already are not fetched again: if a new revision changed two shards, two shards are fetched. A
 file is written once, on the disk of the store. A killed download goes on in the middle of a file.
@@ -11,20 +11,19 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import is_offline_mode
-from prefect import task
 
-from requant.tasks.artifact import File, Manifest, git_blob_id
+from requant.tasks.artifact import File, Manifest, StageKey, git_blob_id
 from requant.tasks.errors import HubUnavailable
 from requant.tasks.hub.cached import known_commit
 from requant.tasks.hub.client import hub_errors, offline_variable
 from requant.tasks.hub.fetch import fetch
 from requant.tasks.hub.revision import HubFile, Revision, find_revision
-from requant.tasks.pipeline.prefect import options, stage_summary
+from requant.tasks.local_base import changed, find_local_base
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, run_stage
-from requant.tasks.store import Store, open_store
+from requant.tasks.recipe.recipe import Base
+from requant.tasks.store import Store
 from requant.tasks.store.folder import inside
 
 STAGE = Stage("download", 1)
@@ -33,18 +32,34 @@ MAX_GIT_BYTES = 16 << 20  # larger files are in LFS: the Hub takes at most 10 MB
 log = logging.getLogger(__name__)
 
 
-def download_key(base: Revision) -> str:
-    """Return the key of a commit, and of its files if a cache has them, which may have only some."""
+def download_key(base: Revision) -> StageKey:
+    """Return the key of a commit, and of its files if a cache has them, which may have only some.
+
+    A base in a folder has the key of its files alone, wherever they lie.
+    """
+    if base.is_local:
+        assert base.sha, "a plan alone may leave a folder unhashed"
+        return STAGE.key(reads={"base": f"local:{base.sha}"}, settings={})
     cached = {"cached": base.content} if base.folder is not None else {}
     return STAGE.key(reads={"base": f"{base.repo_type}:{base.name}", **cached}, settings={})
 
 
-def find_base(store: Store, repo_id: str, revision: str) -> Revision:
-    """Resolve a base to its commit and files.
+def find_base(store: Store, base: Base, hash_limit_bytes: int | None = None) -> Revision:
+    """Resolve a recipe's base to its commit and files, on the Hub or in a folder.
 
-    While the Hub is switched off (HF_HUB_OFFLINE), the base comes from the store if it was downloaded into it, its
-    commit is known here, and this machine has all of its files, otherwise from the cache of huggingface_hub. Raises
-    HubError, HubUnavailable.
+    `hash_limit_bytes` is for a base in a folder. Raises what `find_repo` or `find_local_base` raises.
+    """
+    if base.folder is not None:
+        return find_local_base(store, base, hash_limit_bytes)
+    return find_repo(store, base.name, base.revision)
+
+
+def find_repo(store: Store, repo_id: str, revision: str) -> Revision:
+    """Resolve a model's repo to its commit and files.
+
+    While the Hub is switched off (HF_HUB_OFFLINE), they come from the store if they were downloaded into it, the commit
+    is known here, and this machine has all of its files, otherwise from the cache of huggingface_hub. Raises HubError,
+    HubUnavailable.
     """
     stored = _stored_base(store, repo_id, revision) if is_offline_mode() else None
     return stored or find_revision(repo_id, revision)
@@ -95,7 +110,15 @@ def _fetch_unless_stored(store: Store, base: Revision, folder: Path, file: HubFi
     if stored is not None:
         return stored, True
     path = inside(folder, file.path)
-    fetched = File(file.path, file.size, fetch(base, file, path))
+    try:
+        fetched = File(file.path, file.size, fetch(base, file, path))
+    except FileNotFoundError as error:
+        if base.folder is None:
+            raise
+        raise changed(file.path, base.folder / file.path) from error
+    if base.folder is not None and base.is_local and fetched.sha256 != file.sha256:
+        path.unlink()
+        raise changed(file.path, base.folder / file.path)
     if (fetched.sha256 != file.sha256) if file.sha256 else (git_blob_id(path) != file.blob_id):
         path.unlink()
         raise HubUnavailable(
@@ -105,7 +128,7 @@ def _fetch_unless_stored(store: Store, base: Revision, folder: Path, file: HubFi
     store.put_blob(path, fetched)
     if not file.sha256:
         store.put_fact("git-blobs", file.blob_id, fetched.sha256)
-    log.info(f"fetched {file.path}, {fetched.size:,} bytes")
+    log.info(f"{'copied' if base.is_local else 'fetched'} {file.path}, {fetched.size:,} bytes")
     return fetched, False
 
 
@@ -114,8 +137,3 @@ def _stored(store: Store, file: HubFile) -> File | None:
     sha256 = file.sha256 or store.get_fact("git-blobs", file.blob_id)
     stored = File(file.path, file.size, sha256) if sha256 is not None else None
     return stored if stored is not None and store.has_blob(stored) else None
-
-
-@task(**options("download", hours=12))
-def download_task(base: Revision) -> Any:
-    return stage_summary(download(open_store(), base))

@@ -46,7 +46,11 @@ class CheckpointError(RequantError, ValueError):
         self.tensor = tensor
 
 
-class TooFewTokens(CheckpointError):
+class TokenizerError(CheckpointError):
+    """A checkpoint's tokenizer cannot be loaded, or makes tokens that the model does not know."""
+
+
+class TooFewTokens(TokenizerError):
     """A checkpoint's tokenizer makes too few tokens of a text for measuring."""
 
 

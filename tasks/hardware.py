@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
@@ -50,6 +54,40 @@ def held_bytes(pids: Collection[int], before: int | None) -> int | None:
         return held
     now = used_bytes()
     return None if now is None or before is None else max(0, now - before)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU of this machine."""
+
+    name: str
+    memory_bytes: int
+
+
+def visible_gpus() -> tuple[Gpu, ...] | None:
+    """List the GPUs that this process may use; None if there may be some that nvidia-smi does not list.
+
+    An index in CUDA_VISIBLE_DEVICES that there is no GPU of ends the list, as in CUDA. Identifiers other than indices
+    are not looked up: then all GPUs are listed.
+    """
+    rows = [row for row in query("gpu=name,memory.total") if len(row) == 2 and row[1].isdecimal()]
+    gpus = [Gpu(name, int(size_mib) * MIB) for name, size_mib in rows]
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None and re.fullmatch(r"[-\d, ]*", chosen):
+        indices = [int(index) for index in re.findall(r"-?\d+", chosen)]
+        return tuple(gpus[i] for i in itertools.takewhile(lambda i: 0 <= i < len(gpus), indices))
+    # AMD's driver has the device kfd. A machine whose nvidia-smi lists no memory has GPUs all the same.
+    return tuple(gpus) if gpus or not (os.path.exists("/dev/kfd") or gpu_names()) else None
+
+
+def total_memory_bytes() -> int:
+    """Return the memory that the processes of this machine or container may use together."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = [whole]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # A cgroup without a limit says `max`.
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
 
 
 @dataclass(frozen=True)

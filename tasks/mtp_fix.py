@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
-from prefect import task
-
-from requant.tasks.artifact import REWRITTEN, File, Manifest
+from requant.tasks.artifact import REWRITTEN, File, Manifest, StageKey
 from requant.tasks.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from requant.tasks.checkpoint.head import HEAD_SHARD, HeadFiles, keep_head, shards_with_head, without_head
 from requant.tasks.checkpoint.shards import without_vendors_own
-from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
 from requant.tasks.recipe.recipe import Recipe
-from requant.tasks.store import Store, open_store
+from requant.tasks.store import Store
 
 STAGE = Stage("mtp_fix", 2)
 log = logging.getLogger(__name__)
 
 
-def mtp_fix_key(recipe: Recipe, base: Manifest, quantized: Manifest) -> str:
+def mtp_fix_key(recipe: Recipe, base: Manifest, quantized: Manifest) -> StageKey:
     """Return the stage key."""
     verbatim = Manifest.of(f for f in base.files if f.path not in REWRITTEN)
     return STAGE.key(
@@ -78,8 +74,3 @@ def _remaining(base: Manifest, present: set[str]) -> list[File]:
     """Return the files of the base that are copied verbatim: all except weights and files that were written."""
     weights = (".safetensors", ".safetensors.index.json")
     return [f for f in base.files if f.path not in REWRITTEN and f.path not in present and not f.path.endswith(weights)]
-
-
-@task(**options("mtp_fix", hours=4))
-def mtp_fix_task(recipe: Recipe, base: Manifest, quantized: Manifest) -> Any:
-    return stage_summary(mtp_fix(open_store(), recipe, base, quantized))

@@ -7,46 +7,47 @@ stops a run that could not end well. A plan fetches no weights and changes nothi
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from requant.tasks.acceptance import STAGE as ACCEPTANCE
 from requant.tasks.acceptance import acceptance_key, drafts_in, serves_base
-from requant.tasks.artifact import REWRITTEN, Manifest
+from requant.tasks.artifact import REWRITTEN, Manifest, StageKey
 from requant.tasks.benchmark import STAGE as BENCHMARK
 from requant.tasks.benchmark import benchmark_key, engine_of, used_tools
 from requant.tasks.checkpoint.base_check import check_base, check_kind
-from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.document import EngineVerdict
-from requant.tasks.checkpoint.untrusted import without_folder
 from requant.tasks.download import download_key, find_base
 from requant.tasks.errors import CheckpointError, HubError, HubUnavailable, Refused
 from requant.tasks.evaluate import STAGE as EVALUATE
-from requant.tasks.evaluating.definitions import check_tasks
 from requant.tasks.excerpt import text_files
 from requant.tasks.hub.revision import Revision
 from requant.tasks.mtp_fix import mtp_fix_key
 from requant.tasks.pipeline.stage import Stage, tool_problems
+from requant.tasks.planning.again import UNEXPLAINED, changes_in_words, has_unexplained, why_again
 from requant.tasks.planning.base_headers import BaseHeaders
 from requant.tasks.planning.checks import base_problems, inspected, result_problems
-from requant.tasks.planning.document import (
-    OutputLayout,
-    OutputTotals,
-    Plan,
-    PlanDocument,
-    PlannedBase,
-    PlannedSource,
-    Transfers,
-    UnknownNeeds,
-)
+from requant.tasks.planning.document import Needs, Plan, PlanDocument, PlannedSource, Transfers
+from requant.tasks.planning.findings import Findings
 from requant.tasks.planning.groups import resolve_group_size
 from requant.tasks.planning.inputs import Inputs
-from requant.tasks.planning.output import plan_output
+from requant.tasks.planning.machine import Here, as_estimated, machine_findings
+from requant.tasks.planning.no_result import (
+    notes_of,
+    planned_base,
+    with_problem,
+    with_reason,
+    without_base_folder,
+    without_result,
+)
+from requant.tasks.planning.output import CheckpointPlan, plan_output
 from requant.tasks.planning.outputs import EarlierOutputs, combine_plans
+from requant.tasks.planning.outside import engine_findings, target_findings, task_findings
 from requant.tasks.planning.resources import disk_problem, estimate_needs
-from requant.tasks.planning.stages import plan_stages, total_hardware
+from requant.tasks.planning.stages import ON_GPU, plan_stages, total_hardware
 from requant.tasks.planning.texts import Texts
 from requant.tasks.planning.transfers import base_manifest
 from requant.tasks.probe import STAGE as PROBE
@@ -62,27 +63,29 @@ from requant.tasks.texts.validation import find_validation_text
 from requant.tasks.validate import STAGE as VALIDATE
 from requant.tasks.validate import validate_key
 from requant.tasks.validating import window_length
+from requant.tasks.versions import ABSENT, installed_version
 from requant.tasks.writing.amount import needed_tokens, writes_text
+
+log = logging.getLogger(__name__)
+# A plan hashes as much of a base in a folder, in a few seconds. What is larger is left to the run.
+MAX_HASHED_BYTES = 4 << 30
 
 
 def plan(store: Store, recipe: Recipe, *, elsewhere: bool = False) -> PlanDocument:
-    """Plan a run of a recipe. With `elsewhere`, neither the disk nor the tools of this machine are checked.
+    """Plan a run of a recipe. With `elsewhere`, nothing of this machine is checked, nor the account of its token.
 
-    Raises HubUnavailable, StoreUnreachable, or RecipeError if a text does not exist or this machine cannot run the
-    tasks of `eval`.
+    Raises HubUnavailable, StoreUnreachable, or RecipeError if a text does not exist.
     """
-    if not elsewhere:
-        check_tasks(recipe.eval)
     try:
         inputs = Inputs(
-            base=find_base(store, recipe.base.repo_id, recipe.base.revision),
+            base=find_base(store, recipe.base, MAX_HASHED_BYTES),
             calibration=find_calibration(recipe.quantize),
             validation=find_validation_text(recipe.validation.text),
         )
     except HubUnavailable:
         raise
-    except HubError as error:
-        return _without_result(recipe, None, [str(error)])
+    except (HubError, CheckpointError) as error:
+        return without_result(recipe, None, [str(error)])
     return plan_of(store, recipe, inputs, elsewhere=elsewhere)
 
 
@@ -100,56 +103,89 @@ class Foreseen:
 def preflight(
     store: Store, recipe: Recipe, base: Revision, calibration: Calibration, text: Text, delegated: Collection[str] = ()
 ) -> dict[str, Foreseen]:
-    """Check before anything is downloaded that a run can end well. Raises Refused with the problems of the plan.
+    """Check before anything is downloaded that a run can end well. Raises Refused with all problems of the plan.
 
-    `delegated` names the stages that another worker will do. Return what is foreseen of each result, by output name.
+    Its warnings are logged. `delegated` names the stages that another worker will do. Return what is foreseen of each
+    result, by output name.
     """
-    document = plan_of(store, recipe, Inputs(base, calibration, text), fetch_texts=True, delegated=delegated)
-    if document.problems:
-        raise Refused("; ".join(document.problems))
-    plans: dict[str, Plan] = {one.name: one for one in document.outputs or ()} or {"": document}
-    return {name: _foreseen(one, plans[name]) for name, one in recipe.each.items()}
-
-
-def _foreseen(recipe: Recipe, plan: Plan) -> Foreseen:
-    assert isinstance(plan.output, OutputLayout), "a result that cannot be laid out is a problem"
-    return Foreseen(recipe.with_group_size(plan.output.scheme.group_size), plan.engines)
+    planned = _plan_run(store, recipe, Inputs(base, calibration, text), Scope(starts=True, delegated=delegated))
+    for warning in planned.document.warnings:
+        log.warning(warning)
+    if planned.document.problems:
+        raise Refused("; ".join(planned.document.problems))
+    plans: dict[str, Plan] = {one.name: one for one in planned.document.outputs or ()} or {"": planned.document}
+    return {name: Foreseen(settled, plans[name].engines) for name, settled in planned.recipes.items()}
 
 
 def plan_of(
-    store: Store,
-    recipe: Recipe,
-    inputs: Inputs,
-    *,
-    elsewhere: bool = False,
-    fetch_texts: bool = False,
-    delegated: Collection[str] = (),
+    store: Store, recipe: Recipe, inputs: Inputs, *, elsewhere: bool = False, delegated: Collection[str] = ()
 ) -> PlanDocument:
     """Plan a run whose inputs are resolved. Several outputs have one plan.
 
-    With `fetch_texts`, texts that are Hub data sets are fetched and read too. `delegated` names the stages that another
-    worker will do, with tools of its own.
+    `delegated` names the stages that another worker will do, with tools of its own.
     """
+    return _plan_run(store, recipe, inputs, Scope(elsewhere=elsewhere, delegated=delegated)).document
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Where and when the planned run takes place.
+
+    elsewhere: not on this machine, so that nothing of it is looked at; starts: it begins now, so that texts which are
+    Hub data sets are fetched and read too, and repos may be created; delegated: the stages that another worker does.
+    """
+
+    elsewhere: bool = False
+    starts: bool = False
+    delegated: Collection[str] = ()
+
+
+@dataclass(frozen=True)
+class _PlannedRun:
+    """The plan of a run, and the recipe of each result as the plan settled it, by output name."""
+
+    document: PlanDocument
+    recipes: Mapping[str, Recipe]
+
+
+def _plan_run(store: Store, recipe: Recipe, inputs: Inputs, scope: Scope) -> _PlannedRun:
+    """Plan a run, and find everything that would stop it. `requant plan` and `requant run` both do this."""
     with TemporaryDirectory(prefix="requant-") as temporary:
         folder = Path(temporary) / "base"
         try:
             base = BaseHeaders.fetch(store, inputs.base, folder)
         except CheckpointError as error:
-            return _without_result(recipe, inputs.base, [_without_folder(error, folder)])
+            return _PlannedRun(without_result(recipe, inputs.base, [without_base_folder(error, folder)]), {})
         files_of = functools.partial(text_files, store)
-        texts = Texts(files_of, inputs, folder, Path(temporary) / "texts", fetch=fetch_texts)
-        planner = _Planner(recipe, inputs, base, texts, elsewhere, delegated)
-        plans, before, makers = dict[str, PlanDocument](), EarlierOutputs(), dict[str, str]()
+        texts = Texts(files_of, inputs, folder, Path(temporary) / "texts", fetch=scope.starts)
+        planner = _Planner(recipe, inputs, base, texts, scope, None if scope.elsewhere else Here.look())
+        plans, recipes, before = dict[str, PlanDocument](), dict[str, Recipe](), EarlierOutputs()
         for name, asked in recipe.each.items():
-            resolved, document = planner.plan_result(asked, before)
-            first = makers.setdefault(resolved.makes, name)
-            if first != name:
-                document = _with_problem(document, _duplicate_problem(resolved, first))
-            before.add(resolved, document)
-            plans[name] = document
+            recipes[name], plans[name], output = planner.plan_result(asked, before)
+            if output is not None and (same := before.find_same(name, recipes[name], output)):
+                plans[name] = with_problem(plans[name], same)
+            before.add(recipes[name], plans[name])
         document = combine_plans(recipe, plans) if recipe.outputs else plans[""]
-        sources = tuple(map(PlannedSource.of, inputs.calibration.sources))
-        return document.model_copy(update={"calibration": sources})
+        found = Findings() if scope.elsewhere else _found_outside(recipe, inputs.base, document, scope)
+        calibration = tuple(map(PlannedSource.of, inputs.calibration.sources))
+        document = document.model_copy(
+            update={
+                "calibration": calibration,
+                "problems": (*document.problems, *found.problems),
+                "warnings": (*document.warnings, *found.warnings),
+            }
+        )
+        return _PlannedRun(document, recipes)
+
+
+def _found_outside(recipe: Recipe, base: Revision, document: PlanDocument, scope: Scope) -> Findings:
+    """Find what is wrong with the tasks of `eval`, the engine, and the repos to publish to."""
+    to_run = {stage.name for stage in document.stages if stage.state == "run"} if document.stages else ON_GPU
+    found = task_findings(recipe, to_run, scope.delegated) + engine_findings(recipe, to_run, scope.delegated)
+    if recipe.probes is not None and PROBE.name not in scope.delegated and (why := no_engine(recipe.benchmark)):
+        fails = recipe.gates.max_probe_loss is not None  # A gate with a limit that is not measured is a failed one.
+        found += Findings.of(PROBE.name, [why] if fails else [], [] if fails else [why])
+    return found + target_findings(recipe, base, starts=scope.starts)
 
 
 @dataclass(frozen=True)
@@ -160,98 +196,136 @@ class _Planner:
     inputs: Inputs
     base: BaseHeaders
     texts: Texts
-    elsewhere: bool
-    delegated: Collection[str]
+    scope: Scope
+    here: Here | None  # None: a run elsewhere
 
-    def plan_result(self, recipe: Recipe, before: EarlierOutputs) -> tuple[Recipe, PlanDocument]:
-        """Plan one result. Return its recipe, with a number for a group size of auto, and the plan."""
-        source, repo_id = self.base.source, recipe.base.repo_id
+    def plan_result(self, recipe: Recipe, before: EarlierOutputs) -> tuple[Recipe, PlanDocument, CheckpointPlan | None]:
+        """Plan one result. Return its recipe as it is run, the plan, and the checkpoint if one can be laid out.
+
+        The recipe has a number for a group size of auto, and where it quantizes as an output before it does, the
+        spelling of that one, so that this is done once.
+        """
+        source, repo_id = self.base.source, recipe.base.name
         try:
             check_kind(source, repo_id)
         except CheckpointError as error:  # What else is wrong, the user need not know.
-            return recipe, _without_result(recipe, self.inputs.base, [str(error)])
+            return recipe, without_result(recipe, self.inputs.base, [str(error)]), None
         found, harmless = inspected(source, recipe)
         problems = [*found, *base_problems(source, recipe)]
         try:
             check_base(source, repo_id, with_head=recipe.mtp != "drop")
-            recipe = resolve_group_size(source, recipe)
+            recipe = before.as_spelled(resolve_group_size(source, recipe))
             output = plan_output(source, recipe, self.base.verbatim_files)
         except CheckpointError as error:
             if not found:  # Otherwise it says the same in other words.
-                problems.append(_without_folder(error, source.folder))
-            return recipe, _without_result(recipe, self.inputs.base, problems)
-        done = self._finished_stages(recipe)
+                problems.append(without_base_folder(error, source.folder))
+            return recipe, without_result(recipe, self.inputs.base, problems), None
+        done, again = self._finished_stages(recipe)
         text_tokens = needed_tokens(self.recipe) if writes_text(self.recipe) else None
         engine = engine_of(recipe.benchmark)
         head = recipe.mtp != "drop" and source.head is not None
         compared = drafts_in(engine, recipe.benchmark, head=head) and serves_base(engine, recipe.benchmark)
-        asks = PROBE.name in self.delegated or not no_engine(recipe.benchmark)
+        asks = PROBE.name in self.scope.delegated or not no_engine(recipe.benchmark)
         left_out = [*([] if compared else [ACCEPTANCE.name]), *([] if asks else [PROBE.name])]
-        stages = tuple(plan_stages(recipe, self.base, output, done, before.stages(recipe), text_tokens, left_out))
-        to_run = {stage.name for stage in stages if stage.state == "run"}
-        needed = estimate_needs(output, recipe, self.base.missing_bytes, to_run, kept_bytes=before.kept_bytes)
+        estimated = as_estimated(recipe, self.here, self.scope.delegated)
+        stages = tuple(
+            with_reason(stage, again)
+            for stage in plan_stages(estimated, self.base, output, done, before.stages(recipe), text_tokens, left_out)
+        )
+        to_run: list[str] = [stage.name for stage in stages if stage.state == "run"]
+        needed = estimate_needs(output, estimated, self.base.missing_bytes, to_run, kept_bytes=before.kept_bytes)
+        machine = self._machine_findings(recipe, output, to_run, needed)
         problems += output.problems or result_problems(output.judgement)  # the former are why engines refuse it
-        problems += self._machine_problems(recipe, to_run, needed.disk_bytes)
+        problems += machine.problems
         # The texts are read last, and only if nothing else stops the run: reading them may take long.
-        problems += [] if problems else self.texts.problems(recipe, to_run, window_length(source.text_config))
-        return recipe, PlanDocument(
-            base=_planned_base(recipe, self.inputs.base, source),
+        problems += [] if problems else self.texts.problems(recipe, set(to_run), window_length(source.text_config))
+        document = PlanDocument(
+            base=planned_base(recipe, self.inputs.base, source),
             stages=stages,
             output=output.layout(recipe),
             needs=needed,
-            transfer=Transfers.of(stages),
+            transfer=Transfers.of(stages, from_folder=self.inputs.base.is_local),
             engines=output.judgement.verdicts,
-            hardware=total_hardware(recipe, stages),
+            hardware=total_hardware(estimated, stages),
             changes=self.base.changes,
-            notes=(*harmless, *output.notes, *_notes(recipe), *self.texts.notes),
+            notes=(*harmless, *output.notes, *notes_of(recipe, self.inputs.base), *self.texts.notes),
             problems=tuple(problems),
+            warnings=machine.warnings,
         )
+        return recipe, document, output
 
-    def _finished_stages(self, recipe: Recipe) -> dict[str, Manifest]:
-        """Return the artifacts that a run would reuse for one result, by stage.
+    def _finished_stages(self, recipe: Recipe) -> tuple[dict[str, Manifest], dict[str, str]]:
+        """Return the artifacts that a run would reuse for one result, and why others are made again, both by stage.
 
-        They are found as in a run: the artifact of each stage is part of the key of the next one. Small files of the
-        base may be fetched for it, but no weights.
+        Artifacts are found as in a run: the artifact of each stage is part of the key of the next one. Small files of
+        the base may be fetched for it, but no weights.
         """
-        store, inputs, done = self.base.store, self.inputs, dict[str, Manifest]()
+        store, inputs, done, again = self.base.store, self.inputs, dict[str, Manifest](), dict[str, str]()
 
-        def look(stage: str, key: str) -> Manifest | None:
+        def look(stage: str, key_with: Callable[[Manifest], StageKey], files: Manifest) -> Manifest | None:
+            key = key_with(files)
             manifest = store.manifest(stage, key)
             if manifest is not None:
                 done[stage] = manifest
+            elif why := self._why_again(stage, key, key_with):
+                again[stage] = why
             return manifest
 
-        files = look("download", download_key(inputs.base))
-        if files is None and (store.has_any("quantize") or store.has_any("self_calibration")):
+        files = None
+        if inputs.base.sha:  # Otherwise not all files are hashed yet.
+            files = store.manifest("download", download_key(inputs.base))
+        if files is not None:
+            done["download"] = files
+        elif store.has_any("quantize") or store.has_any("self_calibration"):
             # Another commit may have the same weights.
             files = base_manifest(inputs.base, self.base.hashes, REWRITTEN)
         if files is None:
-            return done
+            return done, again
         calibration = inputs.calibration
         if calibration.waits_for_base:
-            written = look("self_calibration", self_calibration_key(self.recipe, files))
+            written = look("self_calibration", lambda base: self_calibration_key(self.recipe, base), files)
             if written is None:  # What the base will write is not known, nor are the keys of the other stages.
-                return done
+                return done, again
             calibration = calibration.with_written(written)
-        quantized = look("quantize", quantize_key(recipe, files, calibration))
-        artifact = look("mtp_fix", mtp_fix_key(recipe, files, quantized)) if quantized else None
-        if artifact:
-            look("validate", validate_key(recipe, files, artifact, inputs.validation))
-            look("benchmark", benchmark_key(recipe, artifact))
-            look("acceptance", acceptance_key(recipe, files, artifact, inputs.validation, engine_of(recipe.benchmark)))
-            if recipe.probes is not None:
-                look("probe", probe_key(recipe, files, artifact))
-        return done
+        quantized = look("quantize", lambda base: quantize_key(recipe, base, calibration), files)
+        if quantized is None:
+            return done, again
+        artifact = look("mtp_fix", lambda base: mtp_fix_key(recipe, base, quantized), files)
+        if artifact is None:
+            return done, again
+        text, engine = inputs.validation, engine_of(recipe.benchmark)
+        look("validate", lambda base: validate_key(recipe, base, artifact, text), files)
+        look("benchmark", lambda base: benchmark_key(recipe, artifact), files)
+        look("acceptance", lambda base: acceptance_key(recipe, base, artifact, text, engine), files)
+        if recipe.probes is not None:
+            look("probe", lambda base: probe_key(recipe, base, artifact), files)
+        return done, again
 
-    def _machine_problems(self, recipe: Recipe, to_run: Collection[str], disk_bytes: int) -> list[str]:
+    def _why_again(self, stage: str, key: StageKey, key_with: Callable[[Manifest], StageKey]) -> str | None:
+        """Say why a stage will run although the store has an earlier result of it; None if it has none."""
+        store, last = self.base.store, self.base.last_download
+        if not store.has_any(stage):
+            return None
+        before, changed = None, ""
+        if last is not None and self.base.changes is not None:
+            sha, files = last
+            before, changed = key_with(files), changes_in_words(sha, self.base.changes, len(self.inputs.base.wanted))
+        why = why_again(store, stage, key, before, changed)
+        if why is None and (last is not None or store.manifest("download", download_key(self.inputs.base))):
+            return UNEXPLAINED if has_unexplained(store, stage) else None
+        return why
+
+    def _machine_findings(self, recipe: Recipe, output: CheckpointPlan, to_run: list[str], needed: Needs) -> Findings:
         """Say what this machine lacks, if it is the one that will run the stages."""
-        if self.elsewhere:
-            return []
-        store, problems = self.base.store, []
+        if self.here is None:
+            return Findings()
+        store, found = self.base.store, Findings()
         # If machines share the store, another one may quantize.
-        if store.is_local and (too_little := disk_problem(disk_bytes, store.cache.root)):
-            problems.append(too_little)
-        return [*problems, *tool_problems(_stages_with_tools(recipe, {*to_run} - {*self.delegated}))]
+        if store.is_local and (too_little := disk_problem(needed.disk_bytes, store.cache.root)):
+            found += Findings((too_little,))
+        here = [stage for stage in to_run if stage not in self.scope.delegated]
+        found += Findings(tuple(tool_problems(_stages_with_tools(recipe, here))))
+        return found + machine_findings(self.here, recipe, output, needed, here)
 
 
 def _stages_with_tools(recipe: Recipe, to_run: Collection[str]) -> Iterator[tuple[Stage, tuple[str, ...]]]:
@@ -260,55 +334,8 @@ def _stages_with_tools(recipe: Recipe, to_run: Collection[str]) -> Iterator[tupl
         yield QUANTIZE, QUANTIZE.tools
     if "validate" in to_run:
         yield VALIDATE, VALIDATE.tools
-        if recipe.eval is not None:  # Tasks are evaluated inside validate.
+        # Tasks are evaluated inside validate. That there is no lm-eval at all is told with the tasks.
+        if recipe.eval is not None and installed_version("lm_eval") != ABSENT:
             yield EVALUATE, EVALUATE.tools
     if "benchmark" in to_run:
         yield BENCHMARK, used_tools(recipe.benchmark)
-
-
-def _without_result(recipe: Recipe, base: Revision | None, problems: Iterable[str]) -> PlanDocument:
-    """Return the plan of a run that cannot make anything. `base` is None if its revision does not resolve."""
-    return PlanDocument(
-        base=_planned_base(recipe, base, None),
-        stages=(),
-        output=OutputTotals(bytes=None, quantized_tensors=None, kept_tensors=None),
-        needs=UnknownNeeds(disk_bytes=None, ram_bytes=None, vram_bytes=None),
-        transfer=Transfers.of(()),
-        engines={},
-        hardware=total_hardware(recipe, ()),
-        changes=None,
-        notes=_notes(recipe),
-        problems=tuple(problems),
-        outputs=() if recipe.outputs else None,
-    )
-
-
-def _planned_base(recipe: Recipe, base: Revision | None, source: Checkpoint | None) -> PlannedBase:
-    return PlannedBase(
-        repo_id=recipe.base.repo_id,
-        revision=recipe.base.revision,
-        sha=base.sha if base else None,
-        bytes=base.size if base else None,
-        tensors=len(source.tensors) if source else None,
-    )
-
-
-def _without_folder(error: CheckpointError, folder: Path) -> str:
-    """Return the sentence of an error without the temporary folder that holds the base's headers."""
-    return without_folder(str(error), folder, "the base")
-
-
-def _with_problem(plan: PlanDocument, problem: str) -> PlanDocument:
-    return plan.model_copy(update={"problems": (*plan.problems, problem)})
-
-
-def _duplicate_problem(recipe: Recipe, other: str) -> str:
-    """Say that two outputs are the same, which only shows when a group size of auto has its number."""
-    return (
-        f"quantize.group_size auto comes to {recipe.quantize.asked[1]} for this base, so that it makes the same as "
-        f"{other}: take one of them out"
-    )
-
-
-def _notes(recipe: Recipe) -> tuple[str, ...]:
-    return ("how long the tasks of eval take is not foretold: validate will take longer",) if recipe.eval else ()

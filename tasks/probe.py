@@ -9,17 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
-from prefect import task
-
-from requant.tasks.artifact import Manifest
+from requant.tasks.artifact import Manifest, StageKey
 from requant.tasks.benchmark import copy_log
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.writer import write_json
 from requant.tasks.documents import read_stored
 from requant.tasks.errors import EngineFailed
-from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
 from requant.tasks.probing.compare import ProbeDocument
 from requant.tasks.probing.outcome import ProbeResult
@@ -28,7 +24,7 @@ from requant.tasks.recipe.recipe import Benchmark, Probes, Recipe
 from requant.tasks.serving.flags import can_draft, serving_flags
 from requant.tasks.serving.prompts import has_chat_template
 from requant.tasks.serving.vllm import find_vllm, serve_vllm
-from requant.tasks.store import Store, open_store
+from requant.tasks.store import Store
 from requant.tasks.validate import compared_part
 from requant.tasks.validating.drafts import EngineSetup
 
@@ -38,7 +34,7 @@ RESULT_FILE = "probe.json"
 log = logging.getLogger(__name__)
 
 
-def probe_key(recipe: Recipe, base: Manifest, artifact: Manifest) -> str:
+def probe_key(recipe: Recipe, base: Manifest, artifact: Manifest) -> StageKey:
     base = compared_part(base)
     reads = {"base": base.digest, "artifact": artifact.digest}
     return STAGE.key(reads=reads, settings={"answers": [_answers_key(recipe, one) for one in (base, artifact)]})
@@ -107,7 +103,7 @@ def _stored_answers(
     return read_stored(ProbeResult, store.read_blob(made[RESULT_FILE]), RESULT_FILE)
 
 
-def _answers_key(recipe: Recipe, checkpoint: Manifest, setup: EngineSetup | None = None) -> str:
+def _answers_key(recipe: Recipe, checkpoint: Manifest, setup: EngineSetup | None = None) -> StageKey:
     asked, engine = _asked(recipe), recipe.benchmark
     return ANSWERS.key(
         reads={"checkpoint": checkpoint.digest, "questions": digest_of_questions(asked)},
@@ -155,8 +151,3 @@ def no_engine(benchmark: Benchmark) -> str:
 def _asked(recipe: Recipe) -> Probes:
     assert recipe.probes is not None
     return recipe.probes
-
-
-@task(**options("probe", hours=24))
-def probe_task(recipe: Recipe, base: Manifest, artifact: Manifest) -> Any:
-    return stage_summary(probe(open_store(), recipe, base, artifact))

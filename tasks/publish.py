@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from huggingface_hub import constants
-from prefect import task
 
 from requant.tasks.artifact import CARD, PICTURES, RECIPE, RELEASE, REPORT, File, Manifest, digest_of, git_blob_id_of
 from requant.tasks.card.card import make_card
@@ -32,14 +31,13 @@ from requant.tasks.errors import redact
 from requant.tasks.hub.manifest import MAX_REGULAR_FILE_BYTES, Origin, release_document
 from requant.tasks.hub.release import Release, release
 from requant.tasks.hub.revision import Revision
-from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import StageResult, machine_errors
 from requant.tasks.planning.reasons import MTP_HEAD, why_kept
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.record import StageRecord
 from requant.tasks.serving.flags import drafts_by_mtp
 from requant.tasks.serving.prompts import has_chat_template
-from requant.tasks.store import Store, open_store
+from requant.tasks.store import Store
 
 MAX_CARD_BYTES = 1 << 20  # A base's card that is larger is ignored.
 log = logging.getLogger(__name__)
@@ -139,8 +137,3 @@ def publish(
     seconds = round(time.monotonic() - started, 3)
     state = "ran" if released.changed else "reused"
     return PublishResult("publish", key, state, seconds, artifact, StageRecord(), released)
-
-
-@task(**options("publish", hours=12, retries=8))
-def publish_task(recipe: Recipe, base: Revision, artifact: Manifest, files: Mapping[str, bytes]) -> Any:
-    return stage_summary(publish(open_store(), recipe, base, artifact, files))

@@ -18,9 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefect import task
-
-from requant.tasks.artifact import Manifest
+from requant.tasks.artifact import Manifest, StageKey
 from requant.tasks.checkpoint.assemble import assemble
 from requant.tasks.checkpoint.base_check import check_base
 from requant.tasks.checkpoint.checkpoint import Checkpoint
@@ -29,7 +27,6 @@ from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.fp8 import dequantize_fp8, is_fp8, write_dequantized
 from requant.tasks.errors import RecipeError
 from requant.tasks.excerpt import text_files
-from requant.tasks.pipeline.prefect import BlockProgress, options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
 from requant.tasks.quantizing import resume
 from requant.tasks.quantizing.events import EventSink
@@ -38,7 +35,7 @@ from requant.tasks.quantizing.memory_fallback import TIMEOUT_S, quantize_with_fa
 from requant.tasks.quantizing.samples import SampleSource, SourceUse, tokens_to_read
 from requant.tasks.quantizing.tuned_blocks import tuned_blocks
 from requant.tasks.recipe.recipe import Recipe
-from requant.tasks.store import Store, open_store
+from requant.tasks.store import Store
 from requant.tasks.store.resume import delete_resume, download_resume, resume_uploads
 from requant.tasks.texts.calibration import Calibration, CalibrationSource
 from requant.tasks.texts.rendering import ReadingLimit, Rendered, render
@@ -51,12 +48,10 @@ QUANTIZE_INPUTS = (
     "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken", "*.py",
 )  # fmt: skip
-# Prefect ends the task this much later than TIMEOUT_S, after which the stage raises StageTimeout and says what to do.
-TIMEOUT_MARGIN_S = 1800.0
 log = logging.getLogger(__name__)
 
 
-def quantize_key(recipe: Recipe, base: Manifest, calibration: Calibration) -> str:
+def quantize_key(recipe: Recipe, base: Manifest, calibration: Calibration) -> StageKey:
     """Return the stage key.
 
     Raises RecipeError if the group size is still `auto`, or if the base is yet to write a calibration text, because
@@ -161,7 +156,7 @@ def _link_model(store: Store, recipe: Recipe, base: Manifest, folder: Path) -> t
     """
     model = store.link_files(read_part(base), folder / "base")
     checkpoint = Checkpoint.open(model)
-    check_base(checkpoint, recipe.base.repo_id, with_head=recipe.mtp != "drop")
+    check_base(checkpoint, recipe.base.name, with_head=recipe.mtp != "drop")
     head_prefixes = checkpoint.head.prefixes if checkpoint.head else []
     if is_fp8(checkpoint.tensors.values()):
         log.info("the base is FP8: it is quantized from the BF16 weights that its scales give")
@@ -235,8 +230,3 @@ def _quantized_parameters(base: Checkpoint, bits: Mapping[str, int]) -> int:
     """Count the weights of the modules that were quantized: those with fewer than 16 bits."""
     names = (f"{module}.weight" for module, width in bits.items() if width < 16)
     return sum(math.prod(base.tensors[name].shape) for name in names if name in base.tensors)
-
-
-@task(**options("quantize", hours=(TIMEOUT_S + TIMEOUT_MARGIN_S) / 3600))
-def quantize_task(recipe: Recipe, base: Manifest, calibration: Calibration) -> Any:
-    return stage_summary(quantize(open_store(), recipe, base, calibration, BlockProgress()))

@@ -7,7 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from requant.tasks.artifact import KeyParts
 from requant.tasks.hardware import Machine
+
+KEY_PARTS = "key_parts"  # the key of a record's JSON object
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,20 @@ class StageRecord:
     def with_values(self, **values: object) -> StageRecord:
         """Return a copy of the record in which these keys have these values."""
         return StageRecord({**self.document, **values})
+
+    def with_key_parts(self, parts: KeyParts) -> StageRecord:
+        """Return a copy of the record with what its stage key covers."""
+        return self.with_values(**{KEY_PARTS: vars(parts)})
+
+    @property
+    def key_parts(self) -> KeyParts | None:
+        """What the stage key covers; None in the record of a Requant that did not record it."""
+        return KeyParts.from_json(self.document.get(KEY_PARTS))
+
+    @property
+    def published(self) -> Mapping[str, object]:
+        """The object without what the key covers: that is of use in the store alone."""
+        return {name: value for name, value in self.document.items() if name != KEY_PARTS}
 
     @property
     def started(self) -> str:

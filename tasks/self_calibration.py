@@ -19,19 +19,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefect import task
-
-from requant.tasks.artifact import Manifest
+from requant.tasks.artifact import Manifest, StageKey
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.companions import TEMPLATES, TOKENIZER
 from requant.tasks.checkpoint.writer import write_file
-from requant.tasks.pipeline.prefect import ShareProgress, options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
 from requant.tasks.quantizing.packing import Length
 from requant.tasks.quantizing.samples import Supply
 from requant.tasks.recipe.quantize_section import SELF
 from requant.tasks.recipe.recipe import Recipe
-from requant.tasks.store import Store, open_store
+from requant.tasks.store import Store
 from requant.tasks.store.resume import delete_resume, download_resume, resume_uploads
 from requant.tasks.texts.documents import Document
 from requant.tasks.writing.amount import max_row_tokens, needed_tokens, outputs_of, own_samples
@@ -52,7 +49,7 @@ TIMEOUT_HOURS = 24
 log = logging.getLogger(__name__)
 
 
-def self_calibration_key(recipe: Recipe, base: Manifest) -> str:
+def self_calibration_key(recipe: Recipe, base: Manifest) -> StageKey:
     """Return the stage key for a recipe with all its outputs, which share one text."""
     inputs = Manifest.of(f for f in base.files if any(fnmatch.fnmatch(f.path, pattern) for pattern in INPUTS))
     return STAGE.key(
@@ -147,9 +144,3 @@ def _record(text: WrittenText) -> dict[str, object]:
         "unused_rows": dict(unused),
         "experts": text.choice.to_json() if text.choice else None,
     }
-
-
-@task(**options("self_calibration", hours=TIMEOUT_HOURS))
-def self_calibration_task(recipe: Recipe, base: Manifest) -> Any:
-    progress = ShareProgress("self-calibration-progress", "Calibration text written")
-    return stage_summary(self_calibration(open_store(), recipe, base, progress))

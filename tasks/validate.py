@@ -10,27 +10,26 @@ import functools
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefect import task
 from pydantic import ValidationError
 
-from requant.tasks.artifact import REWRITTEN, Manifest
+from requant.tasks.artifact import REWRITTEN, Manifest, StageKey
 from requant.tasks.checkpoint.audit import account
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.rounded_inputs import rounded_inputs
 from requant.tasks.checkpoint.served_dtype import Dtype, dtype_of_flags, rounded_scales
 from requant.tasks.checkpoint.weight_error import fidelity
 from requant.tasks.checkpoint.writer import write_file, write_json
 from requant.tasks.documents import first_problem, read_stored
-from requant.tasks.errors import CheckpointError, RecipeError, RequantError, StoreError, TooFewTokens
+from requant.tasks.errors import CheckpointError, RecipeError, RequantError, StoreError, TokenizerError, TooFewTokens
 from requant.tasks.evaluate import do_not_remember, evaluate_pair, evaluation_key, remember_in
 from requant.tasks.evaluation_text import text_for_measuring
-from requant.tasks.pipeline.prefect import options, stage_summary
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
 from requant.tasks.recipe.recipe import PACKED_HEADS, Recipe
-from requant.tasks.store import Store, cache_folder, open_store
+from requant.tasks.store import Store, cache_folder
 from requant.tasks.texts.text import EVALUATION, Text
 from requant.tasks.validating.measured import (
     NOT_COMPARED,
@@ -64,7 +63,7 @@ def compared_part(base: Manifest) -> Manifest:
     return Manifest.of(f for f in base.files if f.path not in REWRITTEN)
 
 
-def validate_key(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text) -> str:
+def validate_key(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text) -> StageKey:
     return STAGE.key(
         reads={"base": compared_part(base).digest, "artifact": artifact.digest, "text": text.digest},
         settings={
@@ -106,7 +105,8 @@ def validate(
         @functools.cache
         def measure_one(path: Path, settings: RunSettings) -> Measurement:
             rounded = scales_rounded_to(Checkpoint.open(path), settings)
-            asked = MeasurementKey(manifests[path].digest, text.digest, tokens, settings, rounded)
+            tokenizer = manifests[settings.tokens_of].digest if settings.tokens_of else None
+            asked = MeasurementKey(manifests[path].digest, text.digest, tokens, settings, rounded, tokenizer)
             return measure_or_reuse(store, asked, path, text_file, folder / "measured" / path.name)
 
         def evaluate_both() -> Evaluation:
@@ -147,7 +147,8 @@ def validate(
 class MeasurementKey:
     """What a measurement depends on: a checkpoint, a text, how many tokens of each domain, and how it is run.
 
-    `scales`: the dtype to which its scales are rounded; None if they are not.
+    `scales`: the dtype to which its scales are rounded; None if they are not. `tokenizer`: the checkpoint whose
+    tokenizer is used; None for its own.
     """
 
     checkpoint: str
@@ -155,6 +156,7 @@ class MeasurementKey:
     tokens: int | None
     settings: RunSettings
     scales: Dtype | None = None
+    tokenizer: str | None = None
 
     def of(self, stage: Stage) -> str:
         from requant.tasks.validating.measure import VERSION
@@ -165,7 +167,8 @@ class MeasurementKey:
             settings["allow_remote_code"] = True
         if self.scales:
             settings["scales"] = self.scales
-        return stage.key(reads={"checkpoint": self.checkpoint, "text": self.text}, settings=settings)
+        tokenizer = {"tokenizer": self.tokenizer} if self.tokenizer else {}
+        return stage.key(reads={"checkpoint": self.checkpoint, "text": self.text, **tokenizer}, settings=settings)
 
 
 def scales_rounded_to(checkpoint: Checkpoint, settings: RunSettings) -> Dtype | None:
@@ -314,11 +317,12 @@ def measured_values(
     log.info("comparing every tensor and file with the base's")
     audit = account(checkpoint, base, with_head=keep_head, pack_head=pack_head, completed=completed_config)
     matrices = tuple(MatrixError(**vars(matrix)) for matrix in fidelity(checkpoint, base))
+    not_compared = "none of its quantized matrices can be dequantized" if audit.packed and not matrices else None
     behaviour, divergence, not_measured = _run_both(
         checkpoint.folder, base.folder, measure_one, settings, sound=not audit.unaccounted
     )
     evaluation = NOT_EVALUATED if evaluate_both else None
-    if evaluate_both and behaviour.was_run:
+    if evaluate_both and behaviour.same_tokens is not None:
         evaluation = evaluate_both()
     return Measured(
         audit=Audit(**vars(audit)),
@@ -328,7 +332,8 @@ def measured_values(
         divergence=divergence,
         behaviour=behaviour,
         evaluation=evaluation,
-        not_measured=not_measured,
+        not_measured=not_measured or not_compared,
+        not_computed=rounded_inputs(checkpoint),
     )
 
 
@@ -345,24 +350,39 @@ def _run_both(
     `sound`: all tensors and settings of the quantized checkpoint are accounted for.
     """
     from requant.tasks.validating.compare import compare, side_by_side
-    from requant.tasks.validating.measurement import aligned
 
+    behaviour, same_tokens, why_not = NOT_RUN, None, None
     try:
-        of_quantized = measure_one(quantized_folder, settings)
-    except Exception as error:
-        if not _is_caused_by_checkpoint(error, sound=sound):
-            raise
-        return NOT_RUN, NOT_COMPARED, _why_not(error)
-    of_base, of_quantized = aligned(measure_one(base_folder, settings), of_quantized)
-    behaviour = side_by_side(of_base, of_quantized)
-    if behaviour.same_tokens != 1.0:
-        return behaviour, NOT_COMPARED, "its tokenizer makes other tokens than the base's"
-    try:
-        return behaviour, compare(quantized_folder, base_folder, of_quantized, of_base, settings), None
+        try:
+            of_base, of_quantized = _pair(base_folder, quantized_folder, measure_one, settings)
+            behaviour = side_by_side(of_base, of_quantized)
+            same_tokens = behaviour.same_tokens
+        except TokenizerError as error:
+            why_not = str(error)
+        if same_tokens != 1.0:
+            log.warning(f"{why_not or 'its tokenizer makes other tokens'}: it is measured on the base's tokens")
+            on_base = replace(settings, tokens_of=base_folder)
+            of_base, of_quantized = _pair(base_folder, quantized_folder, measure_one, settings, on_base)
+            behaviour = side_by_side(of_base, of_quantized).model_copy(update={"same_tokens": same_tokens})
+        return behaviour, compare(quantized_folder, base_folder, of_quantized, of_base, settings), why_not
     except Exception as error:
         if not _is_caused_by_checkpoint(error, sound=sound):
             raise
         return behaviour, NOT_COMPARED, _why_not(error)
+
+
+def _pair(
+    base_folder: Path,
+    quantized_folder: Path,
+    measure_one: Callable[[Path, RunSettings], Measurement],
+    settings: RunSettings,
+    of_quantized: RunSettings | None = None,
+) -> tuple[Measurement, Measurement]:
+    """Measure the quantized checkpoint, with settings of its own if there are any, and then the base."""
+    from requant.tasks.validating.measurement import aligned
+
+    measured = measure_one(quantized_folder, of_quantized or settings)
+    return aligned(measure_one(base_folder, settings), measured)
 
 
 def _is_caused_by_checkpoint(error: Exception, *, sound: bool) -> bool:
@@ -398,8 +418,3 @@ def read_values(store: Store, result: StageResult) -> Measured:
             f"{RESULT_FILE} of the artifact {STAGE.name}/{result.key} cannot be read ({where or RESULT_FILE}: {why}): "
             "delete the artifact and run again"
         ) from error
-
-
-@task(**options("validate", hours=12))
-def validate_task(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text) -> Any:
-    return stage_summary(validate(open_store(), recipe, base, artifact, text))

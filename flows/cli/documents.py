@@ -23,8 +23,10 @@ class PublishDocument(Document):
 class InitialBase(Document):
     """The base of a new recipe."""
 
-    repo_id: str = Field(description="Its repo on the Hub")
-    sha: str = Field(description="The commit that its revision is at now")
+    repo_id: str = Field(description="Its repo on the Hub, or the name of its folder")
+    sha: str | None = Field(
+        description="The commit that its revision is at now; null for a folder, which is not hashed"
+    )
 
 
 class InitDocument(Document):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import click
@@ -20,13 +23,15 @@ from requant.flows.cli.command import NEW_FILE, CommandResult, command
 def init(model: str, path: Path | None, force: bool) -> CommandResult:
     """Write a recipe to begin with for a model.
 
-    MODEL is owner/name[@revision] of a repo on the Hub, of which a few hundred KB are fetched. The recipe has comments
-    and the keys that people change. A JSON schema is written beside it, with which an editor completes and checks keys.
+    MODEL is owner/name[@revision] of a repo on the Hub, of which a few hundred KB are fetched, or a folder. The recipe
+    has comments and the keys that people change. A JSON schema is written beside it, with which an editor completes and
+    checks keys.
 
     \b
     Examples:
       requant init Qwen/Qwen3.6-27B
       requant init me/my-finetune@v2 --recipe recipes/my-finetune.yaml
+      requant init ./my-finetune
     """
     from requant.flows.cli.documents import InitDocument, InitialBase
     from requant.flows.cli.schema import recipe_schema
@@ -37,14 +42,22 @@ def init(model: str, path: Path | None, force: bool) -> CommandResult:
     from requant.tasks.hub.publish_target import account_name
     from requant.tasks.hub.revision import check_repo_id, find_revision, split_name
     from requant.tasks.hub.sparse_checkout import create_checkout
-    from requant.tasks.recipe.starter import SCHEMA_FILE, Target, starter_recipe
+    from requant.tasks.local_base import find_folder
+    from requant.tasks.recipe.starter import SCHEMA_FILE, Target, path_from, starter_recipe
 
-    repo_id, revision = split_name(model)
-    short_name = check_repo_id(repo_id).partition("/")[2]
+    is_folder = os.path.isdir(model)
+    if is_folder:
+        resolved = find_folder(Path(model))
+        plain = unicodedata.normalize("NFKD", resolved.repo_id).encode("ascii", "ignore").decode()
+        short_name = re.sub(r"[^A-Za-z0-9.]+", "-", plain).strip("-.") or "model"
+    else:
+        repo_id, revision = split_name(model)
+        short_name = check_repo_id(repo_id).partition("/")[2]
     path = path or Path(f"{short_name.lower()}.yaml")
     if path.exists() and not force:
         raise click.UsageError(f"{path} exists: name another file with --recipe, or replace it with --force")
-    resolved = find_revision(repo_id, revision)
+    if not is_folder:
+        resolved = find_revision(repo_id, revision)
     account = account_name()
     target = Target(f"{account or 'YOU'}/{short_name}-W4A16-AutoRound", account is not None)
     with tempfile.TemporaryDirectory(prefix="requant-") as temporary:
@@ -52,13 +65,14 @@ def init(model: str, path: Path | None, force: bool) -> CommandResult:
         try:
             base = Checkpoint.open(create_checkout(resolved, folder)).sound()
         except CheckpointError as error:
-            raise CheckpointError(without_folder(str(error), folder, repo_id)) from error
-        text = starter_recipe(model, resolved.sha, base, target)
+            raise CheckpointError(without_folder(str(error), folder, resolved.repo_id)) from error
+        name = path_from(path.parent, Path(model)) if is_folder else model
+        text = starter_recipe(name, resolved.sha or None, base, target)
     write_file(path.parent, SCHEMA_FILE, [json.dumps(recipe_schema(), indent=1).encode()])
     write_file(path.parent, path.name, [text.encode()])
     document = InitDocument(
         recipe=str(path),
         schema_file=str(path.parent / SCHEMA_FILE),
-        base=InitialBase(repo_id=repo_id, sha=resolved.sha),
+        base=InitialBase(repo_id=resolved.repo_id, sha=resolved.sha or None),
     )
     return CommandResult(document.to_json(), f"wrote {path}: look at it, then run `requant plan {path}`")

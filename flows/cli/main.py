@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
 
 import click
@@ -33,6 +32,7 @@ from requant.flows.cli.verify import verify
 from requant.flows.cli.watch import watch
 from requant.flows.cli.webhook import webhook
 from requant.flows.cli.worker import worker
+from requant.startup import INTERRUPTED, interruptible
 from requant.tasks.environment import bypass_proxy_on_loopback
 from requant.tasks.errors import RecipeError, RequantError, explain_os_error, redact
 from requant.tasks.pipeline.log import set_up_logging
@@ -77,9 +77,9 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     set_up_logging()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends the process as Ctrl-C does.
     try:
-        cli(standalone_mode=False)
+        with interruptible():
+            cli(standalone_mode=False)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.UsageError as error:
@@ -87,7 +87,7 @@ def main() -> None:
     except RecipeError as error:
         _fail(str(error), 2)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted: what was finished is kept, and the same command goes on from there", 130)
+        _fail(INTERRUPTED, 130)
     except RequantError as error:
         _fail(str(error), 1)
     except OSError as error:

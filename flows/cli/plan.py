@@ -11,18 +11,20 @@ from requant.flows.cli.command import NEW_FILE, PUBLISH, SCHEME, SET, CommandRes
 
 
 @command("plan")
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe")
 @SET
 @SCHEME
 @PUBLISH
 @click.option(
-    "--elsewhere", is_flag=True, help="Plan for another machine: do not check the disk and the tools of this one."
+    "--elsewhere",
+    is_flag=True,
+    help="Plan for another machine: check neither what this one lacks, nor the account to publish with.",
 )
 @click.option(
     "--markdown", "markdown_path", type=NEW_FILE, metavar="FILE", help="Write the plan to this file too, as Markdown."
 )
 def plan(
-    recipe: Path,
+    recipe: str,
     overrides: tuple[str, ...],
     scheme: str | None,
     publish: str | None,
@@ -31,7 +33,8 @@ def plan(
 ) -> CommandResult:
     """Say what a run would do, take and cost, and what would stop it.
 
-    RECIPE is a YAML file, or owner/name[@revision] of a base, which stands for a recipe with this base and defaults.
+    RECIPE is a YAML file, or owner/name[@revision] or the folder of a base, which stands for a recipe with this base
+    and defaults.
     The headers of the base's files are enough: no weights are fetched and no GPU is needed.
     Exit status 1: a problem would stop the run.
 
@@ -46,5 +49,5 @@ def plan(
 
     document = api.plan(recipe, overrides=all_overrides(overrides, scheme, publish), elsewhere=elsewhere)
     if markdown_path is not None:
-        write_file(markdown_path.parent, markdown_path.name, [plan_markdown(document, recipe.name).encode()])
+        write_file(markdown_path.parent, markdown_path.name, [plan_markdown(document, Path(recipe).name).encode()])
     return CommandResult(document.to_json(), plan_text(document), 1 if document.problems else 0)

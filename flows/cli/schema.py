@@ -70,7 +70,9 @@ def recipe_schema() -> dict[str, Any]:
 
     schema = {"$schema": DIALECT, **Recipe.model_json_schema()}
     base = schema["properties"]["base"]
-    schema["properties"]["base"] = {"anyOf": [{"type": "string", "description": "owner/name[@revision]"}, base]}
+    schema["properties"]["base"] = {
+        "anyOf": [{"type": "string", "description": "owner/name[@revision], or a folder as ./folder"}, base]
+    }
     return schema
 
 

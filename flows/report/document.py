@@ -32,8 +32,10 @@ class RunPart(Document):
 class RunBase(RunPart):
     """The base."""
 
-    repo_id: str = Field(description="Its repo on the Hub")
-    sha: str | None = Field(description="Its commit; null if the run did not come to it")
+    repo_id: str = Field(description="Its repo on the Hub, or the name of its folder")
+    sha: str | None = Field(
+        description="Its commit, of a folder a digest of its files; null if the run did not come to it"
+    )
 
 
 class RunArtifact(RunPart):

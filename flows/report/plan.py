@@ -17,6 +17,7 @@ from requant.tasks.planning.document import (
     PlanDocument,
     PlannedOutput,
     PlannedSource,
+    PlannedStage,
 )
 
 Row = tuple[str, ...]
@@ -29,6 +30,8 @@ OUTPUT_COLUMNS = ("output", "repo", "bytes", "scheme and packing", "quantized", 
 def subject(document: PlanDocument) -> str:
     """Return the base and its commit."""
     base = document.base
+    if base.folder is not None:
+        return f"{base.folder} ({base.sha[:7] if base.sha else 'not hashed yet'})"
     return f"{base.repo_id}@{base.sha[:7] if base.sha else base.revision}"
 
 
@@ -59,7 +62,8 @@ def plan_text(document: PlanDocument) -> str:
         )
         if document.stages:
             console.print(table_of(stage_columns(document), stage_rows(document)), "")
-            console.print(table_of(NEED_COLUMNS, need_rows(document)), "")
+            if needs := need_rows(document):
+                console.print(table_of(NEED_COLUMNS, needs), "")
             if document.outputs:
                 console.print(table_of(OUTPUT_COLUMNS, output_rows(document.outputs)), "")
             else:
@@ -75,7 +79,8 @@ def plan_markdown(document: PlanDocument, title: str) -> str:
     parts = [f"### {escape(title)}: {verdict}", f"{_verbatim(subject(document))}: {escape(plan_headline(document))}"]
     if document.stages:
         parts.append(table(stage_columns(document), stage_rows(document)))
-        parts.append(table(NEED_COLUMNS, need_rows(document)))
+        if needs := need_rows(document):
+            parts.append(table(NEED_COLUMNS, needs))
         if document.outputs:
             parts.append(table(OUTPUT_COLUMNS, output_rows(document.outputs)))
         plans: Sequence[Plan] = document.outputs or [document]
@@ -124,7 +129,7 @@ def need_rows(document: PlanDocument) -> list[Row]:
     rows: list[Row] = []
     for name, need in stages.items():
         sizes = (need.disk_bytes, need.ram_bytes, need.vram_bytes, need.low_ram_bytes, need.low_vram_bytes)
-        rows.append((name, *("" if size is None else gigabytes(size) for size in sizes)))
+        rows.append((name, *(gigabytes(size) if size else "" for size in sizes)))
     return rows
 
 
@@ -161,8 +166,15 @@ def sentences(document: PlanDocument) -> list[tuple[str, str]]:
     lines += [("calibration", _source_words(source)) for source in document.calibration or ()]
     lines += [(engine, verdict.text(engine)) for engine, verdict in document.engines.items()]
     lines += [("changed", line) for line in _changes(document.changes)]
+    lines += [("again", _again(stage)) for stage in document.stages if stage.again is not None]
     lines += [("note", note) for note in document.notes]
+    lines += [("warning", warning) for warning in document.warnings]
     return lines + ([("problem", problem) for problem in document.problems] or [("problems", "none")])
+
+
+def _again(stage: PlannedStage) -> str:
+    """Say why a stage runs although the store has an earlier result of it."""
+    return f"{stage.name}{f' of {stage.output}' if stage.output else ''}: {stage.again}"
 
 
 def _source_words(source: PlannedSource) -> str:

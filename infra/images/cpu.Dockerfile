@@ -3,6 +3,8 @@
 FROM python:3.11-slim-bookworm
 ARG TORCH_INDEX=""
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 XDG_CACHE_HOME=/work/cache PREFECT_HOME=/work/prefect
+# Kubernetes starts flows without the command line, which would set these.
+ENV DO_NOT_TRACK=1 PREFECT_SERVER_ANALYTICS_ENABLED=false
 # The server unpacks its pages here: its user may not write into the installed package, where it does so otherwise.
 ENV PREFECT_UI_STATIC_DIRECTORY=/var/lib/requant/ui
 WORKDIR /requant

@@ -22,6 +22,8 @@ INHERITED = {
     "pipeline_tag": r"[a-z0-9]{1,30}(-[a-z0-9]{1,30}){0,8}",
 }
 LISTS = {"license", "language"}  # keys that may have several values
+REPO = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+MAX_BASES = 8  # of a merge
 MAX_CITATION = 8 << 10  # characters
 FENCE = re.compile(r"`{3,}|~{3,}")
 BIBTEX = re.compile(r"@\w{1,40}\s*\{")
@@ -29,14 +31,24 @@ BIBTEX = re.compile(r"@\w{1,40}\s*\{")
 
 def inherited(base_card: str) -> dict[str, Any]:
     """Read the keys of INHERITED from the front matter, if their values have the form that it allows."""
+    document = _front_matter(base_card)
+    return {key: document[key] for key in INHERITED if _is_allowed(key, document.get(key))}
+
+
+def stated_bases(base_card: str) -> list[str]:
+    """Read the repos that the front matter names as `base_model`. Whatever cannot be a repo's name is left out."""
+    stated = _front_matter(base_card).get("base_model")
+    names = stated if isinstance(stated, list) else [stated]
+    return [name for name in names[:MAX_BASES] if isinstance(name, str) and re.fullmatch(REPO, name)]
+
+
+def _front_matter(base_card: str) -> dict[Any, Any]:
     match = re.match(r"---\r?\n(.{0,65536}?)\r?\n---", base_card, re.DOTALL)
     try:
         document = yaml.safe_load(match[1]) if match else None
     except NOT_YAML:
         document = None
-    if not isinstance(document, dict):
-        return {}
-    return {key: document[key] for key in INHERITED if _is_allowed(key, document.get(key))}
+    return document if isinstance(document, dict) else {}
 
 
 def _is_allowed(key: str, value: object) -> bool:

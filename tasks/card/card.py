@@ -33,6 +33,7 @@ def make_card(facts: CardFacts) -> str:
         recipe=facts.recipe,
         measured=facts.measured,
         benchmark=facts.benchmark,
+        base=_base_words(facts),
         front_matter=Markdown(card_data(facts).to_yaml()),
         serving=serving_of(facts),
         engine_names=ENGINES,
@@ -45,6 +46,16 @@ def make_card(facts: CardFacts) -> str:
         rows=rows,
         probe_tables=probe_tables(facts.probes) if facts.probes else [],
     )
+
+
+def _base_words(facts: CardFacts) -> Markdown:
+    """Name the base: a link to its repo, or that it is a local checkpoint, and the repos that it is of."""
+    if not facts.base.is_local:
+        return hub_link(facts.recipe.base.name)
+    repos = [facts.base_models] if isinstance(facts.base_models, str) else facts.base_models
+    tuned = "" if facts.base_relation == "quantized" else "a fine-tune of "
+    linked = f" ({tuned}{' and '.join(map(hub_link, repos))})" if repos else ""
+    return Markdown(f"A local checkpoint{linked}")
 
 
 def environment() -> Environment:

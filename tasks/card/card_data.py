@@ -28,8 +28,8 @@ def card_data(facts: CardFacts) -> ModelCardData:
     return ModelCardData(
         **license_of(facts),
         **from_base,
-        base_model=facts.recipe.base.repo_id,
-        base_model_relation="quantized",
+        base_model=facts.base_models or None,
+        base_model_relation=facts.base_relation if facts.base_models else None,
         library_name="transformers",
         quantized_by="requant",
         tags=["auto-round", f"int{facts.bits}", f"w{facts.bits}a16", *(["mtp"] if facts.head else [])],

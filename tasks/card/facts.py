@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import requant
+from requant.tasks.card.base_card import stated_bases
 from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.checkpoint.served_dtype import Dtype, dtype_of_flags
 from requant.tasks.hub.revision import Revision
@@ -64,6 +65,19 @@ class CardFacts:
     @property
     def title(self) -> str:
         return self.model.split("/")[-1] if self.recipe.publish else "this checkpoint"
+
+    @property
+    def base_models(self) -> str | list[str]:
+        """The Hub repos that the card names as its base. Of a base in a folder, its own card may name them."""
+        if self.recipe.base.repo_id is not None:
+            return self.recipe.base.repo_id
+        stated = stated_bases(self.files.base_card)
+        return stated[0] if len(stated) == 1 else stated
+
+    @property
+    def base_relation(self) -> str:
+        """How the result comes from `base_models`: what a folder's card names was tuned before it was quantized."""
+        return "quantized" if self.recipe.base.repo_id is not None else "finetune"
 
     @property
     def dtype(self) -> Dtype | None:

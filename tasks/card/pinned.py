@@ -21,7 +21,10 @@ def recipe_text(facts: CardFacts) -> str:
     """Write the recipe as YAML, with base and texts pinned, and without anything about the machine of the run."""
     recipe = facts.recipe
     document: dict[str, Any] = json.loads(recipe.model_dump_json(exclude_unset=True))
-    document["base"]["revision"] = facts.base.sha
+    if facts.base.is_local:  # Nobody else has the folder, and where it lies is nobody's business.
+        document["base"]["folder"] = f"./{recipe.base.name}"
+    else:
+        document["base"]["revision"] = facts.base.sha
     if "calibration" in document.get("quantize", {}):
         document["quantize"]["calibration"] = _pinned_calibration(facts)
     if "text" in document.get("validation", {}):
@@ -36,7 +39,9 @@ def recipe_text(facts: CardFacts) -> str:
 
 
 def reads_local_files(facts: CardFacts) -> bool:
-    """Check whether the recipe names a local file as a text, which is not published."""
+    """Check whether the recipe names a local folder as its base or a local file as a text: these are not published."""
+    if facts.base.is_local:
+        return True
     texts = [source.source for source in facts.recipe.quantize.sources]
     asked = facts.recipe.validation.text
     texts += [asked] if isinstance(asked, str) else asked.values()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from requant.tasks.artifact import REWRITTEN, sha256_of
-from requant.tasks.checkpoint.assemble import packed_parts
 from requant.tasks.checkpoint.checkpoint import QUANTIZATION, Checkpoint, read_json
 from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.data_checks import is_finite
@@ -16,7 +15,7 @@ from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import Module
-from requant.tasks.checkpoint.reading import Reading
+from requant.tasks.checkpoint.stored_matrix import is_quantized_as, problem_of, unknown_format
 from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import CheckpointError
 
@@ -31,7 +30,7 @@ BOOKKEEPING = {
     "transformers_version", "torch_dtype", "dtype", "_name_or_path", "name_or_path", "_model_name_or_path",
     "_commit_hash", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "torchscript",
     "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "problem_type", "id2label",
-    "label2id", "tokenizer_class", "processor_class", "pad_token_id",
+    "label2id", "tokenizer_class", "processor_class", "pad_token_id", "local_files_only", "is_local",
 }  # fmt: skip
 # In the files of a tokenizer or processor, these keys decide which class is loaded.
 CLASS_KEYS = {"tokenizer_class", "processor_class"}
@@ -45,7 +44,7 @@ class Account:
 
     `packed`, `kept` and `head` count quantized matrices, tensors that are the base's, and such tensors of the MTP head.
     Every list holds sentences, and is empty for a checkpoint that Requant made. `differences` do not change what the
-    model computes. An entry of any other list means that the checkpoint is not sound.
+    model computes, or name what cannot be compared. An entry of any other list means that the checkpoint is not sound.
     """
 
     packed: int = 0
@@ -79,17 +78,18 @@ def account(
     """
     base = dequantize_fp8(split_fused_experts(base, quantized.tensors, head_too=True))
     result = Account(unaccounted=list(quantized.problems))
-    parts = packed_parts(quantized.tensors.values())
     head_names = set(base.head.names if base.head else ())
     seen: set[str] = set()
+    unknown: list[str] = []
     for name, source in base.tensors.items():
-        module, _, last = name.rpartition(".")
-        if last == "weight" and module in parts and name not in quantized.tensors:
+        module = is_quantized_as(quantized, name)
+        if module is not None:
             result.packed += 1
+            unknown += filter(None, [unknown_format(quantized, module)])
             if name in head_names and not pack_head:
-                result.altered.append(f"{module} of the MTP head is packed")
-            seen.update(t.name for t in parts[module].values())
-            _check_packed(result, quantized.reading, Module(module, parts[module]), source)
+                result.altered.append(f"{module.name} of the MTP head is packed")
+            seen.update(t.name for t in module.quantized_parts.values())
+            _check_packed(result, quantized, module, source)
         elif name in quantized.tensors:
             seen.add(name)
             if name in head_names and not with_head:
@@ -102,18 +102,23 @@ def account(
     result.unaccounted += [f"{name} is not in the base" for name in quantized.tensors if name not in seen]
     if not result.packed:
         result.unaccounted.append("no tensor is quantized")
+    if unknown:
+        result.differences.append(f"{len(unknown)} matrices are not compared with the base's: {unknown[0]}")
     _check_config(result, quantized, base, with_head, completed)
     _check_files(result, quantized.folder, base.folder)
     return result
 
 
-def _check_packed(result: Account, reading: Reading, module: Module, weight: Tensor) -> None:
-    wrong = reading.problem(module, weight.shape)
-    scales = module.parts.get("scales")
-    if wrong:
+def _check_packed(result: Account, quantized: Checkpoint, module: Module, weight: Tensor) -> None:
+    if unknown_format(quantized, module):  # what Requant cannot read is not wrong
+        return
+    if wrong := problem_of(quantized, module, weight.shape):
         result.unaccounted.append(wrong)
-    elif scales is not None and not all(is_finite(chunk, scales.dtype) for chunk in scales.chunks()):
-        result.not_finite.append(scales.name)
+    result.not_finite += [
+        tensor.name
+        for part, tensor in module.quantized_parts.items()
+        if "scale" in part and not all(is_finite(chunk, tensor.dtype) for chunk in tensor.chunks())
+    ]
 
 
 def _check_kept(result: Account, tensor: Tensor, source: Tensor) -> None:

@@ -136,7 +136,13 @@ class Checkpoint:
 
     def sound(self) -> Checkpoint:
         """Return this checkpoint. Raises CheckpointError if readers cannot load it, or may load it differently."""
-        hindering = [*self.fatal, *(p for p in self.problems if isinstance(p, Ambiguous))]
+        return self._without([*self.fatal, *(p for p in self.problems if isinstance(p, Ambiguous))])
+
+    def loadable(self) -> Checkpoint:
+        """Return this checkpoint. Raises CheckpointError if readers cannot load it."""
+        return self._without(self.fatal)
+
+    def _without(self, hindering: Sequence[str]) -> Checkpoint:
         if hindering:
             more = f" (and {len(hindering) - 1} more: see requant inspect)" if len(hindering) > 1 else ""
             raise CheckpointError(f"{shown(str(self.folder))}: {hindering[0]}{more}", path=self.folder)

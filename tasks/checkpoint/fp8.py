@@ -28,6 +28,7 @@ from requant.tasks.checkpoint.writer import Computed, index_of, place_shard, spl
 from requant.tasks.errors import CheckpointError
 
 FP8 = {"F8_E4M3", "F8_E5M2"}
+SCALE_DTYPES = {"F32", "BF16", "F16", "U8", "F8_E8M0", *FP8}
 WEIGHT_SCALE_SUFFIXES = ("_scale_inv", "_scale")
 ACTIVATION_SCALES = ("activation_scale", "input_scale")
 
@@ -103,7 +104,7 @@ def dequantized_rows(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> I
     table, columns = values_of(weight.dtype), weight.shape[-1]
     high, wide = block
     for matrix in range(math.prod(weight.shape[:-2])):
-        grid = _grid(scale, weight.shape, matrix)
+        grid = scale_grid(scale, weight.shape, matrix)
         for begin in range(0, weight.shape[-2], STRIPE_ROWS):
             end = min(begin + STRIPE_ROWS, weight.shape[-2])
             first = weight.begin + (matrix * weight.shape[-2] + begin) * columns
@@ -135,24 +136,28 @@ def values_of(dtype: str) -> Floats:
 
 
 def _block(weight: Tensor, scale: Tensor, stated: tuple[int, int] | None) -> tuple[int, int]:
-    """Return the rows and columns that share one scale.
+    """Return the rows and columns of a weight that share one scale. Raises CheckpointError as `block_of` does."""
+    if len(weight.shape) < 2:
+        raise CheckpointError(f"{weight.name} is {weight.dtype} and no matrix: use the base that it was made of")
+    return block_of(weight.name, weight.shape, scale, stated)
+
+
+def block_of(name: str, weight: tuple[int, ...], scale: Tensor, stated: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the rows and columns that share one scale of a weight with this name and shape.
 
     The size that the config states counts if it fits the scale's shape, as blocks at the edges may be smaller.
     Otherwise all blocks are equal, and the shape says how large. Raises CheckpointError if neither fits.
     """
-    if len(weight.shape) < 2:
-        raise CheckpointError(f"{weight.name} is {weight.dtype} and no matrix: use the base that it was made of")
-    rows, columns = weight.shape[-2:]
-    down, across = _grid_shape(scale, weight.shape)
+    rows, columns = weight[-2:]
+    down, across = _grid_shape(scale, weight)
     if stated is not None and (down, across) == (-(-rows // stated[0]), -(-columns // stated[1])):
         return stated
-    if scale.dtype in {"F32", "BF16", "F16", "U8", "F8_E8M0"} and down and across:
-        leading = math.prod(scale.shape) == math.prod(weight.shape[:-2]) * down * across
+    if scale.dtype in SCALE_DTYPES and down and across:
+        leading = math.prod(scale.shape) == math.prod(weight[:-2]) * down * across
         if leading and not rows % down and not columns % across:
             return rows // down, columns // across
     raise CheckpointError(
-        f"{scale.name} ({scale.dtype} {list(scale.shape)}) does not fit {weight.name} {list(weight.shape)}: "
-        "use a complete base"
+        f"{scale.name} ({scale.dtype} {list(scale.shape)}) does not fit {name} {list(weight)}: use a complete base"
     )
 
 
@@ -167,12 +172,15 @@ def _grid_shape(scale: Tensor, weight: tuple[int, ...]) -> tuple[int, int]:
     return (count, 1) if len(weight) == 2 and count in {1, weight[0]} else (0, 0)
 
 
-def _grid(scale: Tensor, weight: tuple[int, ...], matrix: int) -> Floats:
-    """Return the float32 scales `[down, across]` of one matrix. A byte is an exponent (E8M0): `2 ** (byte - 127)`."""
+def scale_grid(scale: Tensor, weight: tuple[int, ...], matrix: int = 0) -> Floats:
+    """Return the float32 scales `[down, across]` of one matrix of a weight with this shape.
+
+    A byte is an exponent (E8M0): `2 ** (byte - 127)`.
+    """
     down, across = _grid_shape(scale, weight)
-    exponents = scale.dtype in {"U8", "F8_E8M0"}
-    values = to_numpy(replace(scale, dtype="U8") if exponents else scale).reshape(-1, down, across)[matrix]
-    grid: Floats = values.astype(np.float32)
-    if exponents:
+    narrow = scale.dtype in {"U8", "F8_E8M0", *FP8}
+    values = to_numpy(replace(scale, dtype="U8") if narrow else scale).reshape(-1, down, across)[matrix]
+    grid: Floats = values_of(scale.dtype)[values] if scale.dtype in FP8 else values.astype(np.float32)
+    if scale.dtype in {"U8", "F8_E8M0"}:
         grid = np.exp2(grid - 127)
     return grid

@@ -82,6 +82,13 @@ class Module:
         return {part: self.parts[part] for part in INTEGER_PARTS if part in self.parts}
 
     @property
+    def quantized_parts(self) -> dict[str, Tensor]:
+        """The tensors that hold a quantized weight: all parts but the bias; of GPTQ and AWQ, the packed parts."""
+        if self.storage == "integer":
+            return self.packed_parts
+        return {part: tensor for part, tensor in self.parts.items() if part != "bias"}
+
+    @property
     def tensor(self) -> Tensor:
         """The largest tensor of the module."""
         return max(self.parts.values(), key=lambda t: t.nbytes)

@@ -234,9 +234,7 @@ def dequantized_rows(
 ) -> Iterator[Floats]:
     """Yield the dequantized weight as float32 stripes of STRIPE_ROWS rows, from the top."""
     qweight, qzeros = to_numpy(parts["qweight"]), to_numpy(parts["qzeros"])
-    scales = to_numpy(parts["scales"])
-    if scale_dtype is not None:
-        scales = _values(to_bytes(scales.astype(np.float32), scale_dtype), scale_dtype).reshape(scales.shape)
+    scales = scales_of(parts, scale_dtype)
     inputs = qweight.shape[0] if scheme.packing == "awq" else qweight.shape[0] * 32 // scheme.bits
     group = _groups(parts, scheme, inputs, len(scales))
     for begin in range(0, scales.shape[1], STRIPE_ROWS):
@@ -247,7 +245,7 @@ def dequantized_rows(
         else:
             values = unpack(qweight[:, begin:end], scheme.bits, 0)
         zeros = _zero_points(qzeros[:, words], scheme)
-        scale = scales[:, begin:end].astype(np.float32)
+        scale = scales[:, begin:end]
         weight: Floats = values.astype(np.float32)
         if group is None:
             by_group = weight.reshape(len(scale), -1, weight.shape[1])
@@ -257,6 +255,18 @@ def dequantized_rows(
             weight -= zeros[group].astype(np.float32)
             weight *= scale[group]
         yield np.ascontiguousarray(weight.T)
+
+
+def scales_of(parts: Mapping[str, Tensor], scale_dtype: str | None = None) -> Floats:
+    """Return the scales of packed parts, float32 `[groups, out]`; with `scale_dtype`, rounded to it."""
+    scales: Floats = to_numpy(parts["scales"]).astype(np.float32)
+    return scales if scale_dtype is None else rounded_to(scales, scale_dtype)
+
+
+def rounded_to(values: Floats, dtype: str) -> Floats:
+    """Round float32 values to a floating-point dtype of safetensors."""
+    rounded: Floats = _values(to_bytes(values, dtype), dtype).reshape(values.shape).astype(np.float32)
+    return rounded
 
 
 def zero_points(parts: Mapping[str, Tensor], scheme: PackingScheme) -> Array:

@@ -40,22 +40,26 @@ def has_lm_eval() -> bool:
 
 
 def check_tasks(settings: Eval | None) -> None:
-    """Check whether these tasks can be run here, before any work is done. Raises RecipeError if they cannot."""
-    if settings is None:
-        return
+    """Check whether these tasks can be run here. Raises RecipeError with all sentences of `task_problems`."""
+    if settings is not None and (problems := task_problems(settings)):
+        raise RecipeError("; ".join(problems))
+
+
+def task_problems(settings: Eval) -> list[str]:
+    """Say why these tasks cannot be run here."""
     if not has_lm_eval():
-        raise RecipeError(f"eval.tasks: {settings.tasks[0]} needs lm-eval: pip install 'requant[eval]'")
+        return [f"eval.tasks: {settings.tasks[0]} needs lm-eval: pip install 'requant[eval]'"]
     if settings.definitions is not None and not os.path.isdir(settings.definitions):
-        raise RecipeError(f"eval.definitions: the folder {settings.definitions} does not exist: correct the path")
-    index = _task_index(settings)
+        return [f"eval.definitions: the folder {settings.definitions} does not exist: correct the path"]
+    index, problems = _task_index(settings), []
     for name in settings.tasks:
         if name not in index:
-            raise RecipeError(f"eval.tasks: lm-eval has no task {name}: `lm_eval ls tasks` lists them")
-        for definition in _leaves(index, name):
-            if definition.get("unsafe_code"):
-                raise RecipeError(
-                    f"eval.tasks: {name} runs code that the model writes, and this machine is no sandbox: leave it out"
-                )
+            problems.append(f"eval.tasks: lm-eval has no task {name}: `lm_eval ls tasks` lists them")
+        elif any(definition.get("unsafe_code") for definition in _leaves(index, name)):
+            problems.append(
+                f"eval.tasks: {name} runs code that the model writes, and this machine is no sandbox: leave it out"
+            )
+    return problems
 
 
 def data_sets(settings: Eval) -> dict[str, str]:

@@ -111,7 +111,7 @@ def _explain(error: HfHubHTTPError, repo_id: str, name: str) -> HubError:
             f"{constants.ENDPOINT}/{repo_id} and set HF_TOKEN to a token of that account",
             repo_id=repo_id,
         )
-    if status == 401 and "credential" in str(error).lower():
+    if status == 401 and any(words in str(error).lower() for words in ("credential", "invalid user token")):
         return HubError(
             f"the Hub at {constants.ENDPOINT} refuses HF_TOKEN: set it to a valid token, or unset it", repo_id=repo_id
         )

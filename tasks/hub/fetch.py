@@ -17,28 +17,34 @@ import httpx2
 from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 
+from requant.tasks.artifact import sha256_of
 from requant.tasks.errors import HubUnavailable
 from requant.tasks.hub._http import build_hf_headers, get_session, hf_raise_for_status
 from requant.tasks.hub.client import TEMPORARY_STATUSES, hub_errors
 from requant.tasks.hub.rate_limit import WINDOW_S, requested_wait_s
 from requant.tasks.hub.revision import HubFile, Revision
+from requant.tasks.store.folder import clone
 
 MAX_TRIES = 8  # in a row without a new byte: the pauses of 1, 2, 4, ..., 60 s last two minutes
 MAX_PAUSE_S = 60.0  # unless the server names a time
 CHUNK_BYTES = 1 << 20
+UNSHARED = 0o644  # permissions of files that others may read, and not write
 log = logging.getLogger(__name__)
 
 
 def fetch(base: Revision, file: HubFile, path: Path) -> str:
     """Download a file to `path`, after the bytes that an earlier process has left there. Return the sha256 of the file.
 
-    A file that lies on this machine is copied. The caller must compare the sha256: after a power cut, the bytes on the
+    A file that lies on this machine is copied, as a reflink where the file system can: a hard link would change with
+    the original. The caller must compare the sha256: after a power cut, the bytes on the
     disk may be wrong. A connection that sends nothing for HF_HUB_DOWNLOAD_TIMEOUT seconds (10) counts as lost. Raises
     HubError or HubUnavailable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if base.folder is not None:
-        return _copy(base.folder / file.path, path)
+        path.unlink(missing_ok=True)
+        clone(base.folder / file.path, path, UNSHARED)
+        return sha256_of(path)
     with hub_errors(base.repo_id, base.sha), open(path, "ab+", buffering=0, opener=_open_unshared) as stream:
         partial = _PartialFile(stream, file.size)
         if partial.at:
@@ -67,19 +73,9 @@ def fetch(base: Revision, file: HubFile, path: Path) -> str:
         return partial.hasher.hexdigest()
 
 
-def _copy(source: Path, path: Path) -> str:
-    """Copy a file, and return its sha256."""
-    hasher = hashlib.sha256()
-    with source.open("rb") as stream, open(path, "wb", opener=_open_unshared) as copy:
-        while chunk := stream.read(CHUNK_BYTES):
-            hasher.update(chunk)
-            copy.write(chunk)
-    return hasher.hexdigest()
-
-
 def _open_unshared(path: str, flags: int) -> int:
     """Open a file that, whatever the umask, other users cannot write to: they could alter bytes that were hashed."""
-    return os.open(path, flags, 0o644)
+    return os.open(path, flags, UNSHARED)
 
 
 class _PartialFile:

@@ -3,7 +3,7 @@
 files       path, size and sha256 of every file but this one and .gitattributes. Small files have git's blob id too, as
             the Hub lists that for files outside of LFS
 beside      the paths of files that are not part of the artifact: the card, the recipe, the report, its pictures
-base        repo_id and commit
+base        repo_id and commit; of a base in a folder its name and a digest of its files, and that it is `local`
 artifact    the digest of the artifact
 recipe      the digest of the recipe
 gates       measured values and limits
@@ -143,7 +143,8 @@ def release_document(
     document = {
         "format": FORMAT,
         "requant": origin.version,
-        "base": {"repo_id": origin.base.repo_id, "sha": origin.base.sha},
+        "base": {"repo_id": origin.base.repo_id, "sha": origin.base.sha}
+        | ({"local": True} if origin.base.is_local else {}),
         "artifact": artifact.digest,
         "recipe": origin.recipe_digest,
         "files": [
@@ -153,6 +154,6 @@ def release_document(
         ],
         "beside": sorted(file.path for file in release_files),
         "gates": public(list(gates)),
-        "provenance": public({stage: record.to_json() for stage, record in provenance.items()}),
+        "provenance": public({stage: record.published for stage, record in provenance.items()}),
     }
     return (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

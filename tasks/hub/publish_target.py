@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from requant.tasks.errors import HubError
+from requant.tasks.errors import HubError, HubUnavailable
 from requant.tasks.hub.client import hub_api, hub_errors
 from requant.tasks.hub.manifest import read_release
 from requant.tasks.hub.revision import Revision, resolve
@@ -15,34 +17,91 @@ from requant.tasks.recipe.quantize_section import NAME_PATTERN
 from requant.tasks.recipe.recipe import Publish
 
 
-def check_target(publish: Publish, base: Revision) -> None:
-    """Check before any work whether a release of `base` could be published. Raises HubError, HubUnavailable.
+@dataclass(frozen=True)
+class Account:
+    """The account of the token at hand: the names that it may create repos under, itself and organizations.
 
-    Refuse a changed target here only if it holds a release of another commit of this base. Otherwise the run may lead
-    to the artifact that the target holds already, which is known only when the run publishes.
+    `lists_all`: no other names are possible. A token that is limited to some repos need not list all.
     """
-    api, repo_id = hub_api(), publish.repo_id
-    with hub_errors(repo_id):
-        try:
-            account = api.whoami()
-        except LocalTokenNotFoundError as error:
-            raise HubError(
-                f"publishing to {repo_id} needs HF_TOKEN: set it to a token that may write there", repo_id=repo_id
-            ) from error
-        if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+
+    namespaces: frozenset[str]
+    lists_all: bool
+
+    @classmethod
+    def of_token(cls, repo_id: str) -> Account:
+        """Ask whose token is at hand, to publish to `repo_id`. Raises HubError without one that may write."""
+        with hub_errors(repo_id):
+            try:
+                account = hub_api().whoami()
+            except LocalTokenNotFoundError as error:
+                raise HubError(
+                    f"publishing to {repo_id} needs HF_TOKEN: set it to a token that may write there, or log in with "
+                    "hf auth login",
+                    repo_id=repo_id,
+                ) from error
+        role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
+        if role == "read":
             raise HubError(f"HF_TOKEN may only read: set it to a token that may write to {repo_id}", repo_id=repo_id)
-        names = {account.get("name"), *(org.get("name") for org in account.get("orgs") or [])}
-    if repo_id.split("/")[0] not in names:
-        open_target(publish, base)  # not every token lists all its namespaces, so try to create the repo
-    if publish.collection is not None:
-        with hub_errors(f"collection {publish.collection}"):
-            api.get_collection(publish.collection)
+        owners = [account, *(org for org in account.get("orgs") or [] if org.get("roleInOrg") != "read")]
+        return cls(frozenset(str(owner.get("name")) for owner in owners), role in {"write", "admin"})
+
+
+@dataclass(frozen=True)
+class TargetCheck:
+    """What is wrong with a target, and what could not be checked, in sentences."""
+
+    problems: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
+
+
+def check_target(publish: Publish, base: Revision, account: Account, *, create: bool) -> TargetCheck:
+    """Check before any work whether a release of `base` could be published by an account. Raises HubUnavailable.
+
+    With `create`, a repo of an owner that the account does not name is created, as only that shows whether it may be.
+    A changed target is refused here only if it holds a release of another commit of this base. Otherwise the run may
+    lead to the artifact that the target holds already, which is known only when the run publishes.
+    """
+    problems: list[str] = []
+    unchecked: list[str] = []
+    for check in (_check_repo, _check_collection):
+        try:
+            unchecked += check(publish, base, account, create)
+        except HubUnavailable:
+            raise
+        except HubError as error:
+            problems.append(str(error))
+    return TargetCheck(tuple(problems), tuple(unchecked))
+
+
+def _check_repo(publish: Publish, base: Revision, account: Account, create: bool) -> Sequence[str]:
+    """Raise HubError for what is wrong with the repo. Return what could not be checked."""
+    api, repo_id = hub_api(), publish.repo_id
+    owner = repo_id.split("/")[0]
     with hub_errors(repo_id):
         exists = api.repo_exists(repo_id)
         if exists and not publish.pull_request:  # anyone may open a pull request
             api.auth_check(repo_id, write=True)
     if exists:
         refuse_changed(resolve(repo_id), base, overwrite=publish.overwrite, before_work=True)
+    elif owner not in account.namespaces and create:
+        open_target(publish, base)
+    elif owner not in account.namespaces and account.lists_all:
+        raise HubError(
+            f"this account may not create {repo_id}: it may create repos under "
+            f"{', '.join(sorted(account.namespaces))}; correct the name, or set HF_TOKEN to a token of {owner}",
+            repo_id=repo_id,
+        )
+    elif owner not in account.namespaces:
+        return [f"not checked: whether this token may create {repo_id}, which a run tries before it does anything else"]
+    return []
+
+
+def _check_collection(publish: Publish, base: Revision, account: Account, create: bool) -> Sequence[str]:
+    """Raise HubError if there is no such collection."""
+    if publish.collection is not None:
+        with hub_errors(f"collection {publish.collection}"):
+            hub_api().get_collection(publish.collection)
+    return []
 
 
 def account_name() -> str | None:
@@ -64,11 +123,13 @@ def open_target(publish: Publish, base: Revision) -> Revision:
     """Create the repo if there is none, and set who may read it. Return the revision of its `main`.
 
     Where the recipe does not say who may read it, a private or gated base makes the repo private or gated too, and a
-    repo that is private or gated stays so.
+    repo that is private or gated stays so. Nobody says who may read a base in a folder: then a new repo is private, and
+    one that is there stays as it is.
     """
     api, repo_id = hub_api(), publish.repo_id
     with hub_errors(repo_id):
-        api.create_repo(repo_id, private=base.private if publish.private is None else publish.private, exist_ok=True)
+        new = base.private or base.is_local if publish.private is None else publish.private
+        api.create_repo(repo_id, private=new, exist_ok=True)
     main = resolve(repo_id)
     private = (main.private or base.private) if publish.private is None else publish.private
     gated = (main.gated or base.gated or "open") if publish.gated is None else publish.gated

@@ -37,7 +37,11 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Revision:
-    """A repo at one commit, and who may read it. `left_out` are files with control characters in their names."""
+    """A repo at one commit, and who may read it. `left_out` are files with control characters in their names.
+
+    A base in a folder is one too: `repo_id` is the folder's name, and `sha` 40 digits of a digest of its files, or
+    empty while they are not all hashed. Nobody but the recipe says who may read it.
+    """
 
     repo_id: str
     sha: str
@@ -47,6 +51,7 @@ class Revision:
     gated: Literal["auto", "manual"] | None = None
     left_out: tuple[str, ...] = ()
     folder: Path | None = None  # where its files lie on this machine; None: on the Hub
+    is_local: bool = False  # a base in a folder of the user, not in huggingface_hub's cache
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.tasks import hardware
-from requant.tasks.artifact import File, Manifest, stage_key
+from requant.tasks.artifact import File, Manifest, StageKey, stage_key
 from requant.tasks.errors import OutOfMemory, RequantError, WrongToolVersion, explain_os_error
 from requant.tasks.record import StageRecord
 from requant.tasks.store import Store
@@ -37,7 +37,7 @@ class Stage:
         """The declared version of each tool."""
         return {name: locked_version(name) for name in self.tools}
 
-    def key(self, reads: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+    def key(self, reads: Mapping[str, str], settings: Mapping[str, Any]) -> StageKey:
         """Compute the stage key from the digests of the inputs, by name, and the settings that the stage reads."""
         return stage_key(self.name, self.version, reads=reads, settings=settings, tools=self.locked)
 
@@ -145,6 +145,8 @@ def _make(
         machine=hardware.machine().to_json(),
         used=sorted(set(store.used[inner:])),  # Garbage collection keeps what stages inside this one made or reused.
     )
+    if isinstance(key, StageKey):
+        record = record.with_key_parts(key.parts)
     manifest = store.commit(stage.name, key, made.manifest, record)
     shutil.rmtree(folder, ignore_errors=True)
     return manifest

@@ -57,15 +57,16 @@ def changed_tensors(before: Checkpoint, now: Checkpoint, shards: Collection[str]
 
 def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[FieldChange, ...]:
     """Compare two config.json, field by field."""
-    old, new = dict(_flat(before)), dict(_flat(now))
+    old, new = dict(flat(before)), dict(flat(now))
     differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     return tuple(FieldChange(field=shown(k), before=old.get(k), now=new.get(k)) for k in differing[:MAX_LISTED])
 
 
-def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the fields of a JSON document, with dots in the names of nested ones, and their values as JSON."""
     for key, value in document.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", shown(json.dumps(value))
 

@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from requant.tasks.artifact import REWRITTEN
+from requant.tasks.artifact import REWRITTEN, Manifest
 from requant.tasks.checkpoint.checkpoint import Checkpoint, read_json
 from requant.tasks.errors import CheckpointError, HubError
-from requant.tasks.hub.revision import Revision, resolve
+from requant.tasks.hub.revision import HubFile, Revision, resolve
 from requant.tasks.hub.sparse_checkout import create_checkout
 from requant.tasks.planning.base_diff import changed_fields, changed_files, changed_tensors, last_download
 from requant.tasks.planning.document import BaseChanges
@@ -58,23 +58,35 @@ class BaseHeaders:
         return {f.path: f.size for f in wanted if not f.path.endswith(weights)}
 
     @cached_property
+    def last_download(self) -> tuple[str, Manifest] | None:
+        """The last download of another commit of this base: the commit and its files; None if there was none."""
+        return last_download(self.store, self.revision)
+
+    @cached_property
     def changes(self) -> BaseChanges | None:
         """What this commit changed since the last one of this base that was downloaded; None if there was none.
 
         If files differ, the headers of the earlier commit are fetched from the Hub unless they are on this machine.
         """
-        last = last_download(self.store, self.revision)
-        if last is None:
+        if self.last_download is None:
             return None
-        sha, before = last
+        sha, before = self.last_download
         files = changed_files(before, self.revision, self.hashes)
         config, tensors = None, None
         if files.added or files.removed or files.changed:
             known: Hashes = {file.path: file.sha256 for file in before.files}
             with TemporaryDirectory(prefix="requant-") as temporary, contextlib.suppress(CheckpointError, HubError):
-                # The Hub may no longer have that commit. Then only the files are compared.
-                old = resolve(self.revision.repo_id, sha)
+                # The Hub may no longer have that commit, nor the store an earlier state of a folder. Then only the
+                # files are compared.
+                old = self._stored(before) if self.revision.is_local else resolve(self.revision.repo_id, sha)
                 folder = create_checkout(old, Path(temporary), lambda file: local_path(self.store, file, known))
                 config = changed_fields(read_json(folder / "config.json"), self.source.config)
                 tensors = changed_tensors(Checkpoint.open(folder), self.source, files.changed)
         return BaseChanges(since=sha, files=files, tensors=tensors, config=config or ())
+
+    def _stored(self, before: Manifest) -> Revision:
+        """Return an earlier state of a folder as a revision. Raises CheckpointError if this machine lacks a file."""
+        if any(self.store.local_path(file) is None for file in before.files):
+            raise CheckpointError(f"this machine has not all files of an earlier {self.revision.repo_id}: run it again")
+        files = tuple(HubFile(file.path, file.size, "", file.sha256) for file in before.files)
+        return Revision(self.revision.repo_id, "", files, is_local=True)

@@ -49,9 +49,9 @@ def inspected(base: Checkpoint, recipe: Recipe) -> tuple[list[str], list[str]]:
         is_harmless = isinstance(problem, Harmless) and not isinstance(problem, Ambiguous)
         told = without_advice(problem)  # the base is the Hub's
         if is_harmless or told == judgement.head_problem:
-            harmless.append(f"the base {recipe.base.repo_id}: {told}")
+            harmless.append(f"the base {recipe.base.name}: {told}")
         else:
-            hinders.append(str(unusable(recipe.base.repo_id, problem)))
+            hinders.append(str(unusable(recipe.base.name, problem)))
     return _at_most(hinders), _at_most(harmless)
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from requant.tasks.checkpoint.document import EngineVerdict, ModuleGroup
-from requant.tasks.documents import Document, is_none
+from requant.tasks.documents import Document, is_empty, is_none
 from requant.tasks.texts.calibration import CalibrationSource
 
 StageName = Literal[
@@ -24,9 +24,15 @@ StageName = Literal[
 class PlannedBase(Document):
     """The base at the commit that would be used."""
 
-    repo_id: str = Field(description="The base's repo on the Hub, owner/name")
+    repo_id: str = Field(description="The base's repo on the Hub, owner/name; of a base in a folder, its name")
+    folder: str | None = Field(
+        None, exclude_if=is_none, description="The folder of a base that is not on the Hub; otherwise absent"
+    )
     revision: str = Field(description="The branch, tag or commit that the recipe names")
-    sha: str | None = Field(description="The commit that the revision is now; null where it does not resolve")
+    sha: str | None = Field(
+        description="The commit that the revision is now, of a folder a digest of its files; null where it does not "
+        "resolve, and for a large folder that no run has hashed yet"
+    )
     bytes: int | None = Field(description="Bytes of the files that a run fetches; null where there is no commit")
     tensors: int | None = Field(description="Tensors of the checkpoint; null where it cannot be used")
 
@@ -43,6 +49,11 @@ class PlannedStage(Document):
     seconds: float = Field(description="Seconds that the stage takes; 0 where it is reused")
     cost: float | None = Field(description="What the GPU costs for so long; null without a price or where none is used")
     figure: str = Field(description="Where the seconds are from, in words")
+    again: str | None = Field(
+        None,
+        exclude_if=is_none,
+        description="Why the stage runs although the store has an earlier result of it; absent where it has none",
+    )
 
 
 class QuantizationScheme(Document):
@@ -141,13 +152,13 @@ class UnknownNeeds(Document):
 class Transfers(Document):
     """What goes over the network."""
 
-    download_bytes: int = Field(description="Bytes of the base that the store lacks")
+    download_bytes: int = Field(description="Bytes of the base that the store lacks; 0 for a base in a folder")
     upload_bytes: int = Field(description="Bytes that publishing sends")
 
     @classmethod
-    def of(cls, stages: Iterable[PlannedStage]) -> Transfers:
+    def of(cls, stages: Iterable[PlannedStage], *, from_folder: bool = False) -> Transfers:
         moved = {stage.name: stage.bytes for stage in stages}
-        return cls(download_bytes=moved.get("download", 0), upload_bytes=moved.get("publish", 0))
+        return cls(download_bytes=0 if from_folder else moved.get("download", 0), upload_bytes=moved.get("publish", 0))
 
 
 class PlannedHardware(Document):
@@ -206,6 +217,12 @@ class Plan(Document):
     changes: BaseChanges | None = Field(description="What is new in the base; null where it was never downloaded")
     notes: tuple[str, ...] = Field(description="What is worth knowing and stops nothing, in sentences")
     problems: tuple[str, ...] = Field(description="What would stop the run, in sentences")
+    warnings: tuple[str, ...] = Field(
+        (),
+        exclude_if=is_empty,
+        description="What may stop the run or make it slow, and what could not be checked; absent where there is "
+        "nothing of the kind",
+    )
 
 
 class OutputName(Document):

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+from requant.tasks.artifact import digest_of
 from requant.tasks.checkpoint.document import EngineVerdict
 from requant.tasks.planning.document import (
     MemoryNeeds,
@@ -20,6 +21,7 @@ from requant.tasks.planning.document import (
     Transfers,
     UnknownNeeds,
 )
+from requant.tasks.planning.output import CheckpointPlan
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.writing.amount import writes_text
 
@@ -28,10 +30,14 @@ Number = TypeVar("Number", int, float)
 
 @dataclass
 class EarlierOutputs:
-    """The outputs that a run makes before another one: their recipes, and the bytes of disk that they keep occupied."""
+    """The outputs that a run makes before another one: their recipes, and the bytes of disk that they keep occupied.
+
+    `names` has the name of each output by what it comes to for the base, however the recipe spells that.
+    """
 
     recipes: list[Recipe] = field(default_factory=list)
     kept_bytes: int = 0
+    names: dict[str, str] = field(default_factory=dict)
 
     def add(self, recipe: Recipe, plan: Plan) -> None:
         """Add an output with its plan. One that cannot be made is left out."""
@@ -41,8 +47,30 @@ class EarlierOutputs:
         if any(stage.state == "run" for stage in plan.stages if stage.name in {"quantize", "mtp_fix"}):
             self.kept_bytes += plan.output.bytes or 0
 
+    def find_same(self, name: str, recipe: Recipe, output: CheckpointPlan) -> str | None:
+        """Say that an earlier output comes to the same as this one; None if there is none."""
+        packing = output.choice.quantization["packing_format"]
+        settings = recipe.quantize.model_copy(update={"layers": {}, "format": packing})
+        # Without a head, nothing depends on what the recipe says of it.
+        mtp = recipe.mtp if output.source.head is not None else "keep"
+        settled = recipe.model_copy(update={"quantize": settings, "mtp": mtp})
+        made = digest_of([settled.makes, output.choice.quantization, sorted(output.choice.quantized)])
+        first = self.names.setdefault(made, name)
+        if first == name:
+            return None
+        return f"for this base it comes to the same as output {first}, packed as {packing}: take one of them out"
+
+    def as_spelled(self, recipe: Recipe) -> Recipe:
+        """Return a recipe with the spelling of the first output that quantizes as it does, so that both share that.
+
+        The stage key of quantize has the settings as they are spelled: `bits: 8` is not `scheme: W8A16` there.
+        """
+        same = (one.quantize for one in self.recipes if one.quantize.makes == recipe.quantize.makes)
+        quantize = next(same, recipe.quantize)
+        return recipe if quantize is recipe.quantize else recipe.model_copy(update={"quantize": quantize})
+
     def stages(self, recipe: Recipe) -> set[str]:
-        """Return the stages that the run of another recipe reuses from these outputs."""
+        """Return the stages that the run of another recipe reuses from these outputs (see `as_spelled`)."""
         quantized = any(one.quantize == recipe.quantize for one in self.recipes)
         of_base = ["download", *(["self_calibration"] if writes_text(recipe) else [])]
         return {*(of_base if self.recipes else []), *(["quantize"] if quantized else [])}
@@ -71,6 +99,7 @@ def combine_plans(recipe: Recipe, plans: Mapping[str, Plan]) -> PlanDocument:
         changes=next((plan.changes for plan in every if plan.changes is not None), None),
         notes=_sentences(plans, "notes"),
         problems=_sentences(plans, "problems"),
+        warnings=_sentences(plans, "warnings"),
         outputs=tuple(PlannedOutput.of(name, targets[name], plan) for name, plan in plans.items()),
     )
 
@@ -125,7 +154,7 @@ def _engines(plans: Mapping[str, Plan]) -> dict[str, EngineVerdict]:
     return worst
 
 
-def _sentences(plans: Mapping[str, Plan], kind: Literal["notes", "problems"]) -> tuple[str, ...]:
+def _sentences(plans: Mapping[str, Plan], kind: Literal["notes", "problems", "warnings"]) -> tuple[str, ...]:
     """List each sentence once. One that does not hold for all outputs gets the name of its output."""
     by_output: dict[str, tuple[str, ...]] = {name: getattr(plan, kind) for name, plan in plans.items()}
     common = set[str].intersection(*map(set, by_output.values()))

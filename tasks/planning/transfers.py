@@ -21,8 +21,8 @@ MAX_HASHED_FILES = 100
 
 
 def known_hashes(store: Store, base: Revision) -> Hashes:
-    """Return the sha256 of each file of a base by path, from the Hub or from an earlier download; None: not known."""
-    return {f.path: f.sha256 or store.get_fact("git-blobs", f.blob_id) for f in base.wanted}
+    """Return the sha256 of each file of a base by path, as the Hub or an earlier download knows it; None: not known."""
+    return {f.path: f.sha256 or (store.get_fact("git-blobs", f.blob_id) if f.blob_id else None) for f in base.wanted}
 
 
 def base_manifest(base: Revision, hashes: Hashes, unread: Container[str]) -> Manifest | None:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonschema
-
 from requant.tasks.probing.outcome import Outcome
 from requant.tasks.probing.question import Json, Question, Reply
 from requant.tasks.probing.thought import split_thought
@@ -113,6 +111,8 @@ def call_problem(row: ToolRow, call: ToolCall) -> str:
     properties = tool["parameters"].get("properties", {})
     if any(name not in properties for name in call.arguments):
         return "unknown parameter"
+    import jsonschema  # A plan reads the questions of probes, and would wait for this import.
+
     try:
         jsonschema.validate(call.arguments, tool["parameters"])
     except jsonschema.ValidationError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import reprlib
@@ -40,7 +41,7 @@ from requant.tasks.recipe.recipe import (
 
 # What pydantic puts between the keys of a location.
 NO_KEYS = {
-    "function-before[written_as_a_name(), Base]",
+    "function-after[a_folder_has_no_revision(), function-before[written_as_a_name(), Base]]",
     "function-after[possible(), Quantize]",
     NAME_TAG,
     SOURCE_TAG,
@@ -51,21 +52,27 @@ NO_KEYS = {
 # A model in place of a recipe's file. Such a name with the end of a YAML file is a path with a typing error.
 BASE_NAME = re.compile(r"(?!.*\.ya?ml$)[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}(@.{1,255})?")
 MAX_PROBLEMS = 20  # A recipe from outside may have any number.
+log = logging.getLogger(__name__)
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply `overrides`, each `a.b=c` with a YAML value.
+def load_recipe(given: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe file `given` and apply `overrides`, each `a.b=c` with a YAML value.
 
-    `owner/name[@revision]` of a base that is not the path of a file stands for a recipe with this base and defaults.
-    Names of local text files in it become absolute paths: they are relative to the folder of the recipe.
+    `owner/name[@revision]` of a base, unless it is the path of a file, and a folder with a base stand for a recipe with
+    this base and defaults. Paths in a recipe become absolute: they are relative to the folder of the recipe.
 
     Raises RecipeError with a sentence for each problem: the file or key, the value and what is allowed.
     """
-    named = BASE_NAME.fullmatch(str(path)) is not None and not path.exists()
-    document: dict[str, Any] = {"base": str(path)} if named else _read(path)
+    path = Path(given)
+    # As text, ./a/b is the path of a folder that is not there, and no repo.
+    named = BASE_NAME.fullmatch(str(given)) is not None and not path.exists()
+    is_folder = os.path.isdir(path)
+    document: dict[str, Any] = (
+        {"base": {"folder": str(path)}} if is_folder else {"base": str(path)} if named else _read(path)
+    )
     for override in overrides:
         _override(document, override)
-    return with_absolute_paths(parse_recipe(document), Path.cwd() if named else path.parent)
+    return with_absolute_paths(parse_recipe(document), Path.cwd() if named or is_folder else path.parent)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -75,7 +82,9 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise RecipeError(
-            f"the recipe {path} cannot be read ({reason}): name a YAML file, or a model as owner/name", path=path
+            f"the recipe {path} cannot be read ({reason}): name a YAML file, a model as owner/name, or a "
+            "model's folder",
+            path=path,
         ) from error
     try:
         document = yaml.safe_load(text)
@@ -90,10 +99,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """Make the names of local text files and of task definitions absolute: they are relative to this folder.
+    """Make the names of the base's folder, of text files and of task definitions absolute.
+
+    They are relative to this folder, so that a recipe means the same wherever it is sent on this machine.
 
     Raises RecipeError if one of them does not exist.
     """
+    recipe = _with_base_folder(recipe, folder)
     recipe = _with_calibration_files(recipe, folder)
     recipe = _with_validation_files(recipe, folder)
     return _with_definitions(recipe, folder)
@@ -121,6 +133,19 @@ def recipe_of(given: Recipe | Mapping[str, Any]) -> Recipe:
     if not isinstance(given, Mapping):
         raise RecipeError(f"the recipe {_short(given)} is not a mapping: it needs at least base: owner/name")
     return parse_recipe(given)
+
+
+def _with_base_folder(recipe: Recipe, folder: Path) -> Recipe:
+    if recipe.base.folder is None:
+        return recipe
+    path = Path(recipe.base.folder)
+    # A link keeps its name, which is that of the base, whichever folder it leads to now.
+    path = (
+        _absolute(folder, str(path.parent)) / path.name if path.name not in {"", ".."} else _absolute(folder, str(path))
+    )
+    if not os.path.isdir(path):
+        raise RecipeError(f"base.folder: the folder {path} does not exist: correct the path in the recipe", path=path)
+    return recipe.model_copy(update={"base": recipe.base.model_copy(update={"folder": str(path)})})
 
 
 def _with_validation_files(recipe: Recipe, folder: Path) -> Recipe:
@@ -175,6 +200,11 @@ def _with_definitions(recipe: Recipe, folder: Path) -> Recipe:
     if not os.path.isdir(path):
         raise RecipeError(
             f"eval.definitions: the folder {path} does not exist: correct the path in the recipe", path=path
+        )
+    if recipe.eval.allow_code is None:
+        log.warning(
+            "allow_remote_code allows eval.definitions, and also the Python of the base: where the tasks alone need "
+            "it, write allow_code: true in eval instead"
         )
     return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"definitions": str(path)})})
 

@@ -6,6 +6,7 @@ The sections `quantize` and `outputs` are in `quantize_section.py`; `loader.py` 
 from __future__ import annotations
 
 import re
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -49,34 +50,63 @@ MAX_KL_DIVERGENCE = 0.25
 MAX_PROBE_LOSS = 0.1  # docs/explanation/gates.md has the measurements behind it
 ENGINES = ("auto", "vllm", "torch", "none")
 ENGINE_URL = re.compile(r"url:https?://[A-Za-z0-9.-]{1,253}(:\d{1,5})?(/[A-Za-z0-9._~/-]{0,200})?")
+FOLDER_BEGINS = (".", "/", "~")  # of a path where a repo could stand
 # Keys that were added to these sections, and left out of a recipe's digest while they have their defaults.
 LATER_KEYS = {
+    "base": ("folder",),
     "quantize": ("compare_last",),
     "validation": ("tokens",),
     "gates": ("mtp_acceptance", "max_probe_loss"),
-    "eval": ("engine", "margin", "stop_early"),
+    "eval": ("engine", "margin", "stop_early", "allow_code"),
     "benchmark": ("acceptance_precision", "base_engine"),
 }
 
 
 class Base(Section):
-    """The base: a Hub repo at a revision, resolved to a commit before anything else happens.
+    """The base: a Hub repo at a revision, or a folder. It is resolved to a commit or a digest before anything else.
 
-    A recipe may have `owner/name[@revision]` in place of this section.
+    A recipe may have `owner/name[@revision]`, or a path that begins with `.`, `/` or `~`, in place of this section.
     """
 
-    repo_id: str = Field(pattern=REPO_ID, description="Hub repo of the base checkpoint")
+    repo_id: Annotated[str, Field(pattern=REPO_ID)] | None = Field(
+        None,
+        description="Hub repo of the base checkpoint; with a folder, the repo that the card names as base_model",
+    )
     revision: str = Field("main", min_length=1, max_length=255, description="Branch, tag or commit")
+    folder: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
+        None, description="Folder of a base that is not on the Hub, relative to the recipe's file"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def written_as_a_name(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("folder") is None and value.get("repo_id") is None:
+            problem = "string_type" if "repo_id" in value else "missing"
+            raise ValidationError.from_exception_data(
+                "Base", [{"type": problem, "loc": ("repo_id",), "input": value.get("repo_id", value)}]
+            )
         if isinstance(value, Base | dict):
             return value
+        if isinstance(value, str) and value.startswith(FOLDER_BEGINS):
+            return {"folder": value}
         repo_id, at, revision = value.partition("@") if isinstance(value, str) else ("", "", "")
         if not re.fullmatch(REPO_ID, repo_id) or (at and not revision):
-            raise ValueError("write the base as owner/name or owner/name@revision")
+            raise ValueError("write the base as owner/name or owner/name@revision, or a folder as ./folder")
         return {"repo_id": repo_id, "revision": revision} if at else {"repo_id": repo_id}
+
+    @model_validator(mode="after")
+    def a_folder_has_no_revision(self) -> Base:
+        if self.folder is not None and self.revision != "main":
+            raise ValueError(f"the folder {self.folder} has no revision {self.revision}: leave it out")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What people call the base: its repo, or the name of its folder without the folders above it."""
+        if self.folder is None:
+            assert self.repo_id is not None, "one of the two is there"
+            return self.repo_id
+        return PurePath(self.folder).name or "base"
 
 
 def _text_tag(value: object) -> str:
@@ -177,7 +207,11 @@ class Eval(Section):
     chat_template: bool = Field(False, description="Ask through the model's chat template")
     batch_size: int = Field(8, ge=1, le=1024, description="Requests at a time")
     definitions: str | None = Field(
-        None, min_length=1, description="A folder of further task definitions; lm-eval's can run Python"
+        None, min_length=1, description="A folder of further task definitions; needs allow_code, as they can run Python"
+    )
+    allow_code: bool | None = Field(
+        None,
+        description="Run the Python of `definitions`, and none of the base's; null: as allow_remote_code says",
     )
     engine: Literal["auto", "torch"] = Field(
         "auto", description="auto: vLLM with the benchmark's flags, where the benchmark starts it; else torch"
@@ -327,7 +361,9 @@ class Recipe(Section):
     mtp: HeadPolicy = Field(
         "keep", description="The MTP head: keep (lossless, from the base), its layers packed to int8 or int4, or drop"
     )
-    allow_remote_code: bool = Field(False, description="Run Python files of the base's repo")
+    allow_remote_code: bool = Field(
+        False, description="Run Python files of the base's repo; those of an evaluation have eval.allow_code"
+    )
     validation: Validation = Validation()
     gates: Gates = Gates()
     eval: Eval | None = None
@@ -340,15 +376,18 @@ class Recipe(Section):
     )
 
     @model_validator(mode="after")
-    def own_tasks_need_remote_code(self) -> Recipe:
-        """Refuse task definitions of the user's own unless remote code is allowed.
+    def own_tasks_need_trust(self) -> Recipe:
+        """Refuse task definitions of the user's own unless their code is allowed.
 
         Source: lm_eval 0.4.13. `!function` and `class` import Python files next to the YAML (tasks/_yaml_loader.py),
         and prompts are Jinja templates without a sandbox (utils.py).
         """
-        if self.eval is not None and self.eval.definitions is not None and not self.allow_remote_code:
+        if self.eval is None or self.eval.definitions is None:
+            return self
+        allowed = self.allow_remote_code if self.eval.allow_code is None else self.eval.allow_code
+        if not allowed:
             raise ValueError(
-                f"eval.definitions {self.eval.definitions} can run Python: trust it with allow_remote_code: true"
+                f"eval.definitions {self.eval.definitions} can run Python: trust it with allow_code: true in eval"
             )
         return self
 
@@ -356,7 +395,7 @@ class Recipe(Section):
     def not_over_the_base(self) -> Recipe:
         if self.publish is None or self.outputs:  # Each output has its own repo, which its own recipe checks.
             return self
-        if self.publish.repo_id.lower() == self.base.repo_id.lower():
+        if self.publish.repo_id.lower() == (self.base.repo_id or "").lower():
             raise ValueError(f"publish.repo_id {self.publish.repo_id} is the base itself: name a repo of your own")
         return self
 

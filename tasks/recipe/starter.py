@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.untrusted import shown
@@ -25,16 +27,17 @@ class Target:
     known: bool
 
 
-def starter_recipe(name: str, sha: str, base: Checkpoint, target: Target) -> str:
-    """Return the text of a recipe for the base `name` (`repo_id[@revision]`), which is at the commit `sha` now.
+def starter_recipe(name: str, sha: str | None, base: Checkpoint, target: Target) -> str:
+    """Return the text of a recipe for the base `name`, which is at the commit `sha` now.
 
-    `base` needs headers and configs alone. The recipe leaves out what has a default that is rarely changed.
+    `name` is `repo_id[@revision]`, or the path of a folder (see `path_from`), which has no commit. `base` needs headers
+    and configs alone. The recipe leaves out what has a default that is rarely changed.
     """
     quantize, gates = Quantize(), Gates()
     lines = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
-        f"# {name} (commit {sha[:8]}): {_description(base)}.",
-        f"base: {name if PLAIN.fullmatch(name) else json.dumps(name)}",
+        f"# {shown(name)}{f' (commit {sha[:8]})' if sha else ''}: {_description(base)}.",
+        f"base: {name if PLAIN.fullmatch(name) else json.dumps(name, ensure_ascii=False)}",
         "",
         "quantize:",
         "  scheme: W4A16               # or W2A16, W3A16, W8A16",
@@ -62,6 +65,14 @@ def starter_recipe(name: str, sha: str, base: Checkpoint, target: Target) -> str
         *_publish_lines(target),
     ]
     return "\n".join(lines) + "\n"
+
+
+def path_from(recipes: Path, folder: Path) -> str:
+    """Return the path of a base's folder as a recipe in the folder `recipes` names it. An absolute one stays so."""
+    if folder.is_absolute():
+        return str(folder)
+    relative = os.path.relpath(folder.resolve(), recipes.resolve())
+    return relative if relative.startswith(".") else f"./{relative}"
 
 
 def _publish_lines(target: Target) -> list[str]:

@@ -199,10 +199,17 @@ def link(source: Path, target: Path) -> None:
         os.chmod(target, 0o444)
 
 
-def clone(source: Path, target: Path) -> None:
-    """Copy a file into a new file. Where the file system can (reflink), both share their blocks."""
+def clone(source: Path, target: Path, mode: int = 0o666) -> None:
+    """Copy a file into a new file. Where the file system can (reflink), both share their blocks.
+
+    `mode` has the permissions of the new file, of which the umask takes away.
+    """
     make_folder(target.parent)
-    with source.open("rb", buffering=0) as reader, target.open("xb") as writer:
+
+    def create(path: str, flags: int) -> int:
+        return os.open(path, flags, mode)
+
+    with source.open("rb", buffering=0) as reader, open(target, "xb", opener=create) as writer:
         if not _reflink(reader.fileno(), writer.fileno()):
             _copy(reader, writer)
 

@@ -14,6 +14,7 @@ from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.validating.blocks import Rows
 from requant.tasks.validating.domains import compare_domains
 from requant.tasks.validating.gates import most_repeated
+from requant.tasks.validating.loaded import skeleton_of
 from requant.tasks.validating.measured import Behaviour, BlockError, Divergence, Side
 from requant.tasks.validating.measurement import Floats, Measurement, perplexity_increase
 from requant.tasks.validating.model import RunSettings, Skeleton, few_threads, free
@@ -119,7 +120,7 @@ def _loaded_ends(
     quantized_folder: Path, base_folder: Path, settings: RunSettings
 ) -> Iterator[tuple[Skeleton, Skeleton]]:
     """Load embeddings and output layers of both; the same ones twice if they are equal."""
-    skeleton = Skeleton(Checkpoint.open(quantized_folder), settings)
+    skeleton = skeleton_of(Checkpoint.open(quantized_folder), settings)
     skeleton.load_ends()
     base_checkpoint = Checkpoint.open(base_folder)
     base = skeleton

@@ -23,7 +23,10 @@ class ValidationDocument(Document):
 
     gates: tuple[Gate, ...] = Field(description="All gates that apply to the checkpoint")
     passed: bool = Field(description="Whether no gate failed and a value of the model's quality was measured")
-    findings: tuple[str, ...] = Field(description="Differences from the base that change nothing that is computed")
+    findings: tuple[str, ...] = Field(
+        description="Differences from the base that change nothing that is computed, and what engines compute and this "
+        "does not"
+    )
     domains: Annotated[
         dict[str, DomainValues] | None,
         PlainSerializer(_without_non_finite, return_type=dict[str, Any] | None),  # JSON has no NaN
@@ -37,6 +40,6 @@ class ValidationDocument(Document):
         return cls(
             gates=results,
             passed=accepted(results),
-            findings=measured.audit.differences,
+            findings=(*measured.audit.differences, *filter(None, [measured.not_computed])),
             domains=measured.divergence.domains,
         )

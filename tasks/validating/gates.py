@@ -67,6 +67,8 @@ class Gate:
         """The outcome in a word or two."""
         if self.passed is None:
             return "not measured" if self.value is None else "cannot tell"
+        if self.passed and self.limit is None:
+            return "measured"
         return "passed" if self.passed else "failed"
 
     def to_json(self) -> dict[str, Any]:
@@ -138,7 +140,7 @@ def judge(measured: Measured, gates: Gates) -> list[Gate]:
     if why and unmeasured:  # the reason is the same for all of them, so the first one is enough
         first = results[unmeasured[0]]
         results[unmeasured[0]] = replace(first, note=f"{first.note}: {why}")
-    return results
+    return [_same_tokens(gate, measured) if gate.name == "same_tokens" else gate for gate in results]
 
 
 def accepted(gates: Iterable[Gate]) -> bool:
@@ -165,7 +167,16 @@ def summary(gates: Iterable[Gate]) -> str:
     gates = list(gates)
     results = Counter(gate.result for gate in gates)
     text = f"{results['failed']} of {len(gates)} failed" if results["failed"] else f"{results['passed']} passed"
-    return text + "".join(f", {results[word]} {word}" for word in ("not measured", "cannot tell") if results[word])
+    words = {"measured": "measured without a limit", "not measured": "not measured", "cannot tell": "cannot tell"}
+    return text + "".join(f", {results[word]} {shown}" for word, shown in words.items() if results[word])
+
+
+def _same_tokens(gate: Gate, measured: Measured) -> Gate:
+    """Say of which tokens everything else was measured if the checkpoint's tokenizer makes other ones."""
+    if not gate.failed or measured.divergence.kl_divergence is None:
+        return gate
+    note = "everything else is measured on the base's tokens"
+    return replace(gate, note=f"{gate.note}; {note}" if gate.note else note)
 
 
 def _repetition(at_most: Callable[..., Gate], behaviour: Behaviour) -> Gate:

@@ -23,6 +23,7 @@ from requant.tasks.validating import LENGTH, PROBE
 from requant.tasks.validating.blocks import Rows, run_blocks
 from requant.tasks.validating.decode import agreement, decode, decode_in_blocks, speculate
 from requant.tasks.validating.head import MtpHead
+from requant.tasks.validating.loaded import skeleton_of
 from requant.tasks.validating.measurement import UNDRAFTED, Floats, Ints, Measurement
 from requant.tasks.validating.model import (
     RunSettings,
@@ -54,11 +55,12 @@ def measure(
 ) -> Measurement:
     """Run a checkpoint on a text. `tokens`: how many of each domain; None: as many as `windows` takes.
 
-    Raises CheckpointError if it cannot be loaded, TooFewTokens if its tokenizer makes too few tokens of the text.
+    Raises CheckpointError if it cannot be loaded, and its subclass TokenizerError if only its tokenizer is in the way.
     """
-    checkpoint = Checkpoint.open(folder).sound()
-    cut = windows(folder, text, checkpoint, tokens=tokens, remote_code=settings.remote_code)
-    skeleton = Skeleton(checkpoint, settings)
+    checkpoint = Checkpoint.open(folder).loadable()
+    tokenizer = settings.tokens_of or folder
+    cut = windows(tokenizer, text, checkpoint, tokens=tokens, remote_code=settings.remote_code)
+    skeleton = skeleton_of(checkpoint, settings)
     skeleton.load_ends()
     cut = cut.up_to(_fitting(skeleton))
     dtype = str(settings.dtype).removeprefix("torch.")

@@ -29,7 +29,7 @@ KEYS = (
     "perplexity_interval", "base_perplexity", "base_perplexity_interval", "perplexity_increase_interval",
     "long_context_tokens", "mtp_acceptance", "base_mtp_acceptance", "mtp_acceptance_by_position",
     "base_mtp_acceptance_by_position", "greedy_acceptance_by_position", "base_greedy_acceptance_by_position",
-    "kl_divergence_p99", "kl_noise_floor", "domains", "not_measured",
+    "kl_divergence_p99", "kl_noise_floor", "domains", "not_measured", "not_computed",
 )  # fmt: skip
 
 
@@ -179,7 +179,7 @@ class Behaviour(StoredDocument):
     @property
     def was_run(self) -> bool:
         """Whether both models were run on the text."""
-        return self.same_tokens is not None
+        return self.same_tokens is not None or self.top1_agreement is not None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that were set, with those of both sides beside the others."""
@@ -232,6 +232,9 @@ class Measured(StoredDocument):
     evaluation: Evaluation | None = Field(None, description="None if the recipe names no tasks")
     not_measured: str | None = Field(
         None, exclude_if=is_none, description="Why values are null; absent if all were measured"
+    )
+    not_computed: str | None = Field(
+        None, exclude_if=is_none, description="What engines compute and validate does not; absent if there is nothing"
     )
 
     def with_noise_floor(self, floor: NoiseFloor) -> Measured:

@@ -30,15 +30,14 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from requant.tasks.checkpoint.assemble import packed_parts
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.fp8 import dequantized_tensors
 from requant.tasks.checkpoint.header import Tensor
-from requant.tasks.checkpoint.modules import INTEGER_PARTS, Module, split_name
-from requant.tasks.checkpoint.packing import dequantize
+from requant.tasks.checkpoint.modules import PLAIN_PARTS, modules_of
 from requant.tasks.checkpoint.served_dtype import STORED, Dtype, dtype_of_config
-from requant.tasks.errors import CheckpointError
+from requant.tasks.checkpoint.stored_matrix import is_plain_fp8, stored_matrix
+from requant.tasks.errors import CheckpointError, TokenizerError
 from requant.tasks.settings import read_settings
 
 CORRECTION_BIAS = "e_score_correction_bias"
@@ -59,12 +58,14 @@ class RunSettings:
 
     `served` is the dtype that the recipe's flags ask the engine for. The scales of packed weights are rounded as an
     engine rounds them that serves the checkpoint in this dtype, or by default in that of its config.
+    `tokens_of` is the folder of another checkpoint, whose tokenizer makes the tokens.
     """
 
     device: torch.device
     dtype: torch.dtype
     remote_code: bool = False  # whether Python code of the checkpoint may be run
     served: Dtype | None = None
+    tokens_of: Path | None = None
 
     def served_dtype(self, config: ModelConfig) -> Dtype | None:
         """Return the dtype in which a checkpoint with this config is served; None if nobody says."""
@@ -126,7 +127,7 @@ class Skeleton:
 
     def __init__(self, checkpoint: Checkpoint, settings: RunSettings) -> None:
         self.checkpoint, self.settings, self.dtype, self.device = checkpoint, settings, settings.dtype, settings.device
-        family, config = _family(checkpoint, settings.remote_code)
+        family, config = family_of(checkpoint, settings.remote_code)
         self.model: Any = empty_model(family, config, settings)
         self._paths = {module: name for name, module in self.model.named_modules()}
         self.text: Any = text_model(self.model)
@@ -204,11 +205,13 @@ class Skeleton:
         siblings = tuple(f"{name}." for name, module in self._other_modules())
         parts: dict[int | str, list[Tensor]] = {"ends": [], "rest": [], **{n: [] for n in range(len(self.blocks))}}
         head = set(self.checkpoint.head.names if self.checkpoint.head else ())
+        modules = self.checkpoint.modules
+        name_of_part = {t.name: (name, part) for name, m in modules.items() for part, t in m.parts.items()}
         for tensor in self.checkpoint.tensors.values():
             if tensor.name in head:
                 continue
-            module, part = split_name(tensor.name)
-            name = f"{module}.weight" if part in INTEGER_PARTS else tensor.name
+            module, part = name_of_part[tensor.name]
+            name = f"{module}.weight" if part and part not in PLAIN_PARTS else tensor.name
             key, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, known)
             if key not in known and name in known:
                 key = name
@@ -240,7 +243,8 @@ class Skeleton:
             if parameter.is_meta
         ]
         if missing:
-            raise CheckpointError(f"{folder} lacks {missing[0]} (and {len(missing) - 1} more)")
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise CheckpointError(f"{folder} lacks {missing[0]}{more}")
 
 
 def empty_model(family: Any, config: Any, settings: RunSettings) -> Any:
@@ -281,7 +285,7 @@ def fill(model: Any, state: dict[str, torch.Tensor], loading: LoadStateDictConfi
     return set(loaded.missing_keys)
 
 
-def _family(checkpoint: Checkpoint, remote_code: bool) -> tuple[Any, Any]:
+def family_of(checkpoint: Checkpoint, remote_code: bool) -> tuple[Any, Any]:
     """Return transformers' model class for a checkpoint, with a language model head, and its config."""
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=remote_code)
@@ -325,25 +329,32 @@ def _empty(module: nn.Module) -> None:
 
 
 def state_dict(tensors: Iterable[Tensor], checkpoint: Checkpoint, settings: RunSettings) -> dict[str, torch.Tensor]:
-    """Return tensors of a checkpoint by name.
+    """Return tensors of a checkpoint by name. Raises CheckpointError for a quantized module that cannot be read.
 
-    Packed and FP8 modules are weights `[out, in]`, and floating-point tensors have the dtype of the settings.
+    Quantized modules are weights `[out, in]`, and floating-point tensors have the dtype of the settings.
 
-    Packed modules are dequantized with the scales as an engine keeps them: see `checkpoint/served_dtype.py`. Vectors
+    Packed integers are dequantized with the scales as an engine keeps them: see `checkpoint/served_dtype.py`. Vectors
     keep a higher precision that they have, since transformers keeps some of them in it, such as the correction bias of
     a router, whose values differ by less than bfloat16 can tell.
     """
     dtype, scale_dtype = settings.dtype, STORED.get(settings.served_dtype(checkpoint.config) or "")
-    tensors = dequantized_tensors(tensors, checkpoint.config)
-    packed = packed_parts(tensors)
-    part_names = {t.name for parts in packed.values() for t in parts.values()}
-    state = {t.name: to_torch(t) for t in tensors if t.name not in part_names}
+    tensors = list(tensors)
+    stored = {name: m for name, m in modules_of(tensors, checkpoint.method).items() if m.quantized}
+    stored = {name: m for name, m in stored.items() if not is_plain_fp8(checkpoint, m)}
+    part_names = {t.name for module in stored.values() for t in module.quantized_parts.values()}
+    plain = dequantized_tensors([t for t in tensors if t.name not in part_names], checkpoint.config)
+    state = {t.name: to_torch(t) for t in plain}
     for name, value in state.items():
         if value.is_floating_point():
             state[name] = value.to(torch.promote_types(value.dtype, dtype) if value.dim() == 1 else dtype)
-    for module, parts in packed.items():
-        scheme = checkpoint.reading.scheme(Module(module, parts))
-        state[f"{module}.weight"] = torch.from_numpy(dequantize(parts, scheme, scale_dtype)).to(dtype)
+    for name, module in stored.items():
+        matrix = stored_matrix(checkpoint, module, scale_dtype)
+        weight = torch.empty(matrix.shape, dtype=dtype)
+        row = 0
+        for rows in matrix.rows():
+            weight[row : row + len(rows)] = torch.from_numpy(rows)
+            row += len(rows)
+        state[f"{name}.weight"] = weight
     return state
 
 
@@ -372,7 +383,7 @@ def free(device: torch.device) -> None:
 
 
 def load_tokenizer(folder: Path, *, remote_code: bool = False) -> Any:
-    """Load a checkpoint's tokenizer. Raises CheckpointError for one that cannot be loaded."""
+    """Load a checkpoint's tokenizer. Raises TokenizerError for one that cannot be loaded."""
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
     except MemoryError:
@@ -381,4 +392,4 @@ def load_tokenizer(folder: Path, *, remote_code: bool = False) -> Any:
         reason = " ".join(str(error).split())
         if not isinstance(error, ValueError | OSError | StrictDataclassError):
             reason = f"{type(error).__name__}: {reason}"
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({reason[:1000]})") from error
+        raise TokenizerError(f"the tokenizer in {folder} cannot be loaded ({reason[:1000]})") from error

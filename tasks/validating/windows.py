@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.errors import CheckpointError, TooFewTokens
+from requant.tasks.errors import TokenizerError, TooFewTokens
 from requant.tasks.validating import (
     DOMAIN_TOKENS,
     LENGTH,
@@ -85,8 +85,8 @@ def windows(
     tokens: how many are measured of each domain; None: DOMAIN_TOKENS, or WINDOWS windows of a text without domains. A
     domain with fewer is measured on the windows that it has.
 
-    Raises TooFewTokens if the text has fewer tokens than one window, CheckpointError if a token is outside of the
-    vocabulary.
+    Raises TooFewTokens if the text has fewer tokens than one window, TokenizerError if the tokenizer cannot be loaded
+    or makes a token outside of the vocabulary.
     """
     tokenizer = load_tokenizer(folder, remote_code=remote_code)
     length = window_length(checkpoint.text_config, LENGTH)
@@ -114,7 +114,7 @@ def windows(
     vocabulary = int(checkpoint.text_config.get("vocab_size") or 1 << 31)
     highest = max(int(window.max()) for window in found)
     if highest >= vocabulary:
-        raise CheckpointError(f"the tokenizer of {folder} makes token {highest}, the model knows {vocabulary}")
+        raise TokenizerError(f"the tokenizer of {folder} makes token {highest}, the model knows {vocabulary}")
     return Windows(np.stack(found), tuple(domains))
 
 

@@ -165,3 +165,33 @@ def _vision() -> dict[str, tuple[int, ...]]:
     shapes |= {"model.visual.patch_embed.proj.weight": (32, 3, 2, 16, 16), "model.visual.patch_embed.proj.bias": (32,)}
     shapes |= {"model.visual.pos_embed.weight": (64, 32)}
     return shapes
+
+
+def pico_llama(folder: Path, *, seed: int = 0) -> Path:
+    """A Llama with one decoder layer and tied embeddings in one file, with the tiny model's tokenizer.
+
+    All checkpoints of tests/corpus/makers are made of it, so its weights must not change.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TINY / name, folder / name)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "vocab_size": VOCAB,
+        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": HEAD_DIM, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+        "hidden_act": "silu", "tie_word_embeddings": True, "rope_theta": 10000.0, "bos_token_id": None,
+        "eos_token_id": 2,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    layer = "model.layers.0"
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    shapes |= {f"{layer}.self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qo"}
+    shapes |= {f"{layer}.self_attn.{name}_proj.weight": (HEAD_DIM, HIDDEN) for name in "kv"}
+    shapes |= _mlp(layer, INTERMEDIATE, 0)
+    random = np.random.default_rng(seed)
+    ones = np.uint16(0x3F80)
+    tensors = {
+        name: np.full(shape, ones) if len(shape) == 1 else _bf16(random, name, shape) for name, shape in shapes.items()
+    }
+    save_bf16(tensors, folder / "model.safetensors")
+    return folder

@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 from infra.dev.hub.launch import HubStandIn
-from requant.flows.embedded import embedded_prefect
+from requant.flows import embedded
 from tests.factories.forked import COMMANDS, forked_children, quantize_server
 from tests.factories.paths import ROOT
 from tests.factories.pico import pico_base
@@ -33,9 +33,13 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     with contextlib.ExitStack() as running:
         with pytest.MonkeyPatch.context() as server:
-            # The server otherwise keeps events for 5 s before it writes them down, and tests wait for them.
+            # Tests ask for events, which a server of one run does not keep.
+            server.delitem(embedded.SETTINGS, "PREFECT__SERVER_WEBSERVER_ONLY")
+            server.setenv("PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED", "false")
+            server.setenv("PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED", "false")
+            # The server otherwise keeps events for 5 s before it writes them down.
             server.setenv("PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL", "0.1")
-            running.enter_context(embedded_prefect())
+            running.enter_context(embedded.embedded_prefect())
         yield os.environ["PREFECT_API_URL"]
 
 

@@ -16,7 +16,7 @@ PROGRAM = """
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.states import Cancelling, Completed, Running
-from requant.flows.gpu_pool import _start_run
+from requant.flows.delegation import _start_run
 from requant.flows.requantize import requantize
 
 @flow(persist_result=False, on_cancellation=requantize.on_cancellation_hooks)

@@ -20,7 +20,7 @@ from requant.tasks.evaluating.definitions import check_tasks, data_sets, task_ma
 from requant.tasks.evaluating.harness import run_in_torch
 from requant.tasks.evaluating.outcomes import Outcomes, Reading
 from requant.tasks.evaluating.rounds import run_in_rounds
-from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.recipe.loader import load_recipe, parse_recipe
 from requant.tasks.recipe.recipe import Eval, Recipe
 from requant.tasks.store import Store, open_store
 from requant.tasks.texts.text import find_text
@@ -30,7 +30,7 @@ from requant.tasks.validating.measured import Evaluation
 from requant.tasks.validating.paired import Verdict
 from tests.factories.checkpoints import edited, from_bf16, to_bf16
 from tests.factories.line_tasks import line_tasks
-from tests.factories.paths import TINY
+from tests.factories.paths import ROOT, TINY
 from tests.factories.pico import pico_base
 from tests.factories.requant import Requant, merge
 
@@ -171,6 +171,15 @@ def test_damage_is_worse_an_equal_model_is_equivalent_and_two_seeds_are_no_diffe
     assert verdict(base, with_rounded_body(tmp_path / "damaged", 2, 0)) is Verdict.WORSE
     one, other = (with_rounded_body(tmp_path / f"seed{seed}", 8, seed) for seed in (1, 2))
     assert verdict(outcomes(one, asked), other) in {Verdict.EQUIVALENT, Verdict.CANNOT_TELL}
+
+
+def test_the_example_of_an_own_task_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = load_recipe(ROOT / "examples" / "own-evaluation.yaml").eval
+    assert asked is not None
+    monkeypatch.chdir(ROOT)  # its data file is relative to it
+    check_tasks(asked)
+    (score,) = outcomes(TINY, asked).scores.values()
+    assert score.metric == "acc" and score.samples == 8 and 0 <= score.value <= 1
 
 
 def test_a_limit_is_kept(definitions: Path) -> None:

@@ -13,13 +13,19 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from infra.dev.hub.launch import HubStandIn
 from requant.tasks.errors import HubError, HubUnavailable
 from requant.tasks.hub import release as releasing
-from requant.tasks.hub.publish_target import check_target
+from requant.tasks.hub.publish_target import Account, check_target
 from requant.tasks.hub.revision import Revision, resolve
 from requant.tasks.hub.verify import verify_release
 from requant.tasks.recipe.recipe import Publish
 from tests.factories.releases import TARGET, Made, card_on_hub, edit, made, sent, titles
 
 pytestmark = pytest.mark.usefixtures("hub_here")
+
+
+def problems(base: Revision, *, create: bool = False, repo_id: str = TARGET, **settings: Any) -> tuple[str, ...]:
+    """What stops a release of a base before any work, as a plan says it or, with `create`, a run."""
+    target = Publish(repo_id=repo_id, **settings)
+    return check_target(target, base, Account.of_token(repo_id), create=create).problems
 
 
 # Publishing
@@ -102,8 +108,8 @@ def test_a_main_that_someone_changed_is_not_overwritten(
     with pytest.raises(HubError, match=f"changed by someone else since release {three[0].tag}.*overwrite") as told:
         three[1].publish()
     assert words in str(told.value) and api.model_info(TARGET).sha == before
-    with pytest.raises(HubError, match="changed by someone else"):  # and before any work
-        check_target(Publish(repo_id=TARGET), three[1].base)
+    (problem,) = problems(three[1].base)  # and before any work
+    assert "changed by someone else" in problem
     assert three[1].publish(overwrite=True).changed
     assert set(api.list_repo_files(TARGET)) == three[1].names
 
@@ -126,7 +132,7 @@ def test_words_that_someone_writes_during_a_release_are_not_overwritten(
 def test_an_edited_card_does_not_fail_the_run_that_has_nothing_new(api: HfApi, three: list[Made]) -> None:
     three[0].publish()
     edit(api)
-    check_target(Publish(repo_id=TARGET), three[0].base)
+    assert problems(three[0].base) == ()
     assert not three[0].publish().changed and card_on_hub(api) == "# by hand\n"
 
 
@@ -136,10 +142,44 @@ def test_who_may_not_write_there_is_told_before_any_work_unless_a_pull_request_i
     three[0].publish()
     hub.add_token("hf_stranger", "stranger")
     monkeypatch.setenv("HF_TOKEN", "hf_stranger")
-    with pytest.raises(HubError, match=rf"may not do that with {TARGET} \(403\)"):
-        check_target(Publish(repo_id=TARGET), three[0].base)
-    check_target(Publish(repo_id=TARGET, pull_request=True), three[0].base)
+    (problem,) = problems(three[0].base)
+    assert f"may not do that with {TARGET} (403)" in problem
+    assert problems(three[0].base, pull_request=True) == ()
     assert len(titles(api)) == 2
+
+
+@pytest.mark.parametrize(("owner", "may"), [("me", True), ("team", True), ("others", False)])
+def test_a_plan_says_as_a_run_does_whether_a_repo_may_be_created_and_creates_none(
+    owner: str, may: bool, api: HfApi, three: list[Made], hub: HubStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add_token("hf_member", "me", orgs=["team"])
+    monkeypatch.setenv("HF_TOKEN", "hf_member")
+    repo_id, base = f"{owner}/not-there-yet", three[0].base
+    planned = problems(base, repo_id=repo_id)
+    assert not api.repo_exists(repo_id)
+    assert [bool(planned), bool(problems(base, repo_id=repo_id, create=True))] == [not may, not may]
+    if not may:
+        assert f"may not create {repo_id}: it may create repos under me, team; correct the name" in planned[0]
+
+
+def test_a_token_that_does_not_list_all_its_owners_leaves_that_unchecked_in_a_plan(three: list[Made]) -> None:
+    limited, target = Account(frozenset({"you"}), lists_all=False), Publish(repo_id="me/not-there-yet")
+    planned = check_target(target, three[0].base, limited, create=False)
+    assert planned.problems == () and "whether this token may create me/not-there-yet" in planned.unchecked[0]
+    tried = check_target(target, three[0].base, limited, create=True)
+    assert (tried.problems, tried.unchecked) == ((), ())
+
+
+def test_a_token_that_may_only_read_and_an_unknown_one_are_told(
+    three: list[Made], hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hub.add_token("hf_reader", "me", role="read")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    words = {"hf_reader": "may only read", "hf_unknown": "refuses HF_TOKEN", "": r"or log in with hf auth login"}
+    for token, told in words.items():
+        monkeypatch.setenv("HF_TOKEN", token)
+        with pytest.raises(HubError, match=told):
+            problems(three[0].base)
 
 
 def test_a_release_of_another_base_is_not_overwritten(api: HfApi, three: list[Made], tmp_path: Path) -> None:
@@ -166,6 +206,8 @@ def test_a_repo_of_a_persons_own_words_is_published_to(api: HfApi, three: list[M
         ({"gated": "auto"}, {}, False, "auto"),
         ({"private": True, "gated": "manual"}, {"private": False, "gated": "open"}, False, False),
         ({}, {"private": True, "gated": "manual"}, True, "manual"),
+        ({"is_local": True}, {}, True, False),
+        ({"is_local": True}, {"private": False}, False, False),
     ],
 )
 def test_who_may_read_it_follows_the_base_unless_the_recipe_says_otherwise(
@@ -184,14 +226,20 @@ def test_what_is_closed_already_stays_so(api: HfApi, three: list[Made]) -> None:
     assert (info.private, info.gated) == (True, "manual")
 
 
+def test_a_public_repo_stays_so_for_a_base_in_a_folder(api: HfApi, tmp_path: Path) -> None:
+    api.create_repo(TARGET, private=False)
+    made(tmp_path / "made", 1, is_local=True).publish()
+    assert not api.model_info(TARGET).private
+
+
 def test_a_collection_lists_it_once(api: HfApi, three: list[Made]) -> None:
     slug = api.create_collection("Quantized").slug
-    check_target(Publish(repo_id=TARGET, collection=slug), three[0].base)
+    assert problems(three[0].base, collection=slug) == ()
     for each in (three[0], three[0], three[1]):
         each.publish(collection=slug)
     assert [item.item_id for item in api.get_collection(slug).items] == [TARGET]
-    with pytest.raises(HubError, match="collection me/none-0123 does not exist"):
-        check_target(Publish(repo_id=TARGET, collection="me/none-0123"), three[0].base)
+    (problem,) = problems(three[0].base, collection="me/none-0123")
+    assert "collection me/none-0123 does not exist" in problem
 
 
 # Pull requests

@@ -90,6 +90,15 @@ def test_nothing_below_imports_what_is_above(importer: str, forbidden: str) -> N
                 assert name != forbidden and not name.startswith(f"{forbidden}."), f"{path}:{line}: {name}"
 
 
+def test_a_stage_knows_nothing_of_prefect() -> None:
+    """A plan imports the stages. `flows/stages.py` makes tasks of them."""
+    knowing = {str(path) for path in SOURCES for _, name in imports(path) if name.split(".")[0] == "prefect"}
+    of_stages = {path for path in knowing if path.startswith("tasks/")}
+    assert of_stages == {"tasks/pipeline/log.py", "tasks/pipeline/prefect.py"}
+    importers = {str(path) for path, _, imported in edges() if str(imported) == "tasks/pipeline/prefect.py"}
+    assert importers and all(path.startswith("flows/") for path in importers), importers
+
+
 @pytest.mark.parametrize("top", ["flows", "tasks", "infra", "tests"])
 def test_our_modules_are_imported_under_the_name_of_the_package(top: str) -> None:
     """Otherwise one file would be two modules, and a `tasks.py` of the user's could take the place of ours."""

@@ -112,7 +112,8 @@ class AutoRound:
         if _at_least_16(bits, layer.name):
             return EngineScheme(because=because)
         storage: Storage = INTEGER if self.data_type == "int" else SCALED
-        if "mx_fp" in self.data_type and bits == 4:  # weight_packed and weight_scale: inc/schemes/inc_mxfp4_linear.py
+        # weight_packed and weight_scale: inc/schemes/inc_mxfp4_linear.py; auto-round 0.16.1 writes nv_fp alike.
+        if bits == 4 and ("mx_fp" in self.data_type or "nv_fp" in self.data_type):
             storage = COMPRESSED
         return EngineScheme(storage, bits, group_size, sym, because, "awq" if self.packing == AWQ else "gptq")
 

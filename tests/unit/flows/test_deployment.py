@@ -22,12 +22,12 @@ from prefect.utilities.importtools import import_object
 
 from requant.flows import default_recipes
 from requant.flows.cli.deploy import deploy
+from requant.flows.delegation import delegates, name_for_worker
 from requant.flows.deployment import POOLS, Deployment, WorkPool, read_automations, read_deployments, with_recipes
-from requant.flows.gpu_pool import delegates, name_for_worker, run_name
+from requant.flows.recipe_flow import run_name
 from requant.flows.requantize import requantize
 from requant.flows.sweep import HEARTBEAT_TIMEOUT_S, TAG
 from requant.tasks.errors import RecipeError, RequantError
-from requant.tasks.planning.stages import ON_GPU
 from requant.tasks.recipe.loader import load_recipe, parse_recipe, recipe_of
 from requant.tasks.recipe.quantize_section import PRESETS
 from requant.tasks.texts.text import find_text
@@ -142,16 +142,8 @@ def test_a_recipe_with_a_preset_may_be_given_whole_and_the_fields_of_the_form_st
     assert "preset" not in form()["definitions"]["Quantize"]["properties"]
 
 
-def test_a_run_that_no_worker_started_does_every_stage_itself() -> None:
-    recipe = parse_recipe({"base": {"repo_id": "a/b"}})
-    assert not any(delegates(stage, recipe, 54_000_000_000) for stage in ON_GPU)
-
-
 @pytest.mark.parametrize(("engine", "delegated"), [("vllm", True), ("auto", True), ("torch", False), ("none", False)])
-def test_probes_go_to_a_worker_only_if_it_may_start_an_engine(
-    engine: str, delegated: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "a-deployment")
+def test_probes_go_to_a_worker_only_if_it_may_start_an_engine(engine: str, delegated: bool) -> None:
     recipe = parse_recipe({"base": {"repo_id": "a/b"}, "benchmark": {"engine": engine}, "probes": {}})
     assert delegates("probe", recipe, 54_000_000_000) is delegated
 

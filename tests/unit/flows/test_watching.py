@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import pytest
 import yaml
 
 from requant.flows.last_run import LastRun, first_commit, last_run, limits_digest, remember_run
-from requant.flows.watching import load_tracked
+from requant.flows.watching import find_due, load_tracked
 from requant.tasks.errors import RecipeError
+from requant.tasks.hub.rate_limit import Pace
 from requant.tasks.hub.revision import HubFile, Revision
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store
+from tests.factories.pico import pico_base
 
 FILES = (
     HubFile(".gitattributes", 10, "a1", None),
@@ -136,3 +139,22 @@ def test_a_rejected_base_is_run_again_once_the_recipe_has_other_limits() -> None
     assert rejected.settles(RECIPE, BASE) and not rejected.settles(off, BASE)
     assert published.settles(off, BASE) and not published.settles(RECIPE, changed("config.json", size=1))
     assert LastRun("a/b", BASE.sha, BASE.content, "rejected").settles(off, BASE)  # of a version that kept no limits
+
+
+def test_a_changed_folder_is_due_and_no_webhook_asks_for_it(store: Store, tmp_path: Path) -> None:
+    base = pico_base(tmp_path / "tuned")
+    write(tmp_path / "recipes", "a.yaml", {"base": {"folder": "../tuned", "repo_id": "x/one"}})
+    assert load_tracked(tmp_path / "recipes", {"x/one"})[0] == [], "what changes in that repo is not in the folder"
+    tracked, _ = load_tracked(tmp_path / "recipes")
+    with Pace() as pace:
+        (due,), problems = find_due(store, tracked, pace)
+        assert due.base.repo_id == "tuned" and not problems
+        remember_run(store, due.recipe, due.base, "published")
+        assert find_due(store, tracked, pace) == ([], [])
+        (base / "README.md").write_text("another card")
+        assert find_due(store, tracked, pace) == ([], [])
+        (base / "generation_config.json").write_text("{}")
+        ((again,), _) = find_due(store, tracked, pace)
+        assert again.base.content != due.base.content
+        shutil.rmtree(base)
+        assert [p.name for p in find_due(store, tracked, pace)[1]] == ["a.yaml"]

@@ -14,6 +14,7 @@ import pytest
 import requests
 
 from requant.flows.embedded import check_server
+from requant.startup import NO_TELEMETRY
 from requant.tasks.environment import bypass_proxy_on_loopback, with_package
 from requant.tasks.errors import RequantError
 from requant.tasks.http import is_loopback
@@ -144,11 +145,13 @@ def test_servers_of_this_machine_are_asked_without_a_proxy_in_a_worker_too(
     assert proxy.asked == ["http://prefect.example/api/health"]
 
 
-def test_the_process_of_a_worker_exempts_loopback_for_whatever_it_starts() -> None:
-    code = "import os, requant.flows.gpu_pool; print(os.environ['no_proxy'], os.environ['NO_PROXY'])"
+def test_the_process_of_a_worker_exempts_loopback_and_telemetry_for_whatever_it_starts() -> None:
+    names = ("no_proxy", "NO_PROXY", *NO_TELEMETRY)
+    code = f"import os, requant.flows.requantize; print(*(os.environ[name] for name in {names}))"
     environment = with_package({**os.environ, "ALL_PROXY": "http://proxy.example"})
+    environment = {name: value for name, value in environment.items() if name not in NO_TELEMETRY}
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert told.stdout.split() == ["127.0.0.1,localhost,::1"] * 2
+    assert told.stdout.split() == ["127.0.0.1,localhost,::1"] * 2 + list(NO_TELEMETRY.values())
 
 
 @pytest.mark.parametrize(("variable", "value"), [

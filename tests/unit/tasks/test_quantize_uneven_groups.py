@@ -242,8 +242,8 @@ def test_two_outputs_that_auto_makes_one_are_refused_by_the_plan(store: Store, t
     texts = Calibration.of(find_text("builtin:python")), find_text("builtin:python-evaluation")
     plan = plan_of(store, parse_recipe(document), Inputs(base, *texts), elsewhere=True)
     assert list(plan.problems) == [
-        "W4A16G64-auto_round: quantize.group_size auto comes to 64 for this base, so that it makes the same as "
-        "W4A16Gauto-auto_round: take one of them out"
+        "W4A16G64-auto_round: for this base it comes to the same as output W4A16Gauto-auto_round, packed as "
+        "auto_round:auto_gptq: take one of them out"
     ]
 
 

@@ -20,7 +20,7 @@ from tests.factories.paths import TINY
 LOADERS: dict[str, Callable[[Path, bool], object]] = {
     "the tokenizer of chats": rendering_child._tokenizer,
     "the tokenizer of a measurement": lambda folder, allowed: model.load_tokenizer(folder, remote_code=allowed),
-    "the model of a measurement": lambda folder, allowed: model._family(Checkpoint.open(folder), allowed),
+    "the model of a measurement": lambda folder, allowed: model.family_of(Checkpoint.open(folder), allowed),
     "the config of quantizing": lambda folder, allowed: child._load_config(folder, allowed),
     "the model of a benchmark": lambda folder, allowed: measure_in_torch(folder, remote_code=allowed),
 }

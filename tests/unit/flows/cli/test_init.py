@@ -17,10 +17,15 @@ from tests.factories.watching import is_one_sentence
 
 
 @pytest.fixture
-def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def base(tmp_path: Path) -> Path:
+    return pico_base(tmp_path / "base")
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A base in the cache, and the Hub switched off."""
     switch_hub_off(monkeypatch, tmp_path / "cache")
-    return cached_repo(tmp_path / "cache", pico_base(tmp_path / "base"))
+    return cached_repo(tmp_path / "cache", base)
 
 
 def init(folder: Path) -> Result:
@@ -65,4 +70,23 @@ def test_a_model_that_cannot_be_read_is_refused_without_a_file(
     error = init(tmp_path).exception
     assert isinstance(error, CheckpointError) and names in str(error)
     assert "/requant-" not in str(error) and is_one_sentence(str(error))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("snapshot")
+def test_a_recipe_is_written_for_a_folder(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = base.rename(tmp_path / "my tuné")
+    monkeypatch.chdir(tmp_path)
+    outcome = CliRunner().invoke(cli, ["init", "./my tuné", "--json"])
+    assert outcome.exit_code == 0, outcome.output
+    recipe = load_recipe(tmp_path / "my-tune.yaml")
+    assert recipe.base.folder == str(folder)
+    assert "me/my-tune-W4A16" not in (text := (tmp_path / "my-tune.yaml").read_text()) and "YOU/my-tune-W4A16" in text
+
+
+@pytest.mark.usefixtures("snapshot")
+def test_a_folder_that_is_no_checkpoint_gets_no_recipe(base: Path, tmp_path: Path) -> None:
+    no_config(base)
+    error = CliRunner().invoke(cli, ["init", str(base), "--recipe", str(tmp_path / "new" / "b.yaml")]).exception
+    assert isinstance(error, CheckpointError) and "config.json is missing" in str(error)
     assert not (tmp_path / "new").exists()

@@ -55,12 +55,12 @@ def test_a_gate_is_a_row_with_its_note() -> None:
     ]
     assert gate_rows(gates) == [
         ("a", "0.1235", "0.5", "passed", ""),
-        ("b", "0.5", "none", "passed", "no limit asked for"),
+        ("b", "0.5", "none", "measured", "no limit asked for"),
         ("c", "1", "0", "FAILED", ""),
         ("d", "not measured", "none", "not measured", "no limit asked for, and could not be measured"),
         ("e", "not measured", "1", "FAILED", "could not be measured"),
     ]
-    assert summary(gates) == "2 of 5 failed, 1 not measured"
+    assert summary(gates) == "2 of 5 failed, 1 measured without a limit, 1 not measured"
     assert summary(gates[:2]) == "2 passed" and summary(gates[:2] + gates[3:4]) == "2 passed, 1 not measured"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from requant.flows.cli.report_files import write_report
-from requant.flows.gpu_pool import run_name
+from requant.flows.recipe_flow import run_name
 from requant.flows.report.markdown import comparison
 from requant.flows.report.report import COMPARISON_COLUMNS, RunReport, compared_rows, run_headline, verdict, worst
 from requant.flows.report.terminal import render

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import pytest
+import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 from requant.tasks.card.card import make_card
-from tests.factories.cards import MEASURED, base_card, facts_of, recipe
+from requant.tasks.hub.revision import Revision
+from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.recipe.recipe import Recipe
+from tests.factories.cards import MEASURED, base_card, card_of, facts_of, recipe
 
 SHA = "5503434ddd753f426f4b38109466949a1217c2bb"
 TASKS = {
@@ -77,3 +83,52 @@ def test_a_license_that_is_linked_and_not_named_is_not_named() -> None:
 
 def test_a_card_that_is_not_published_has_a_name_too() -> None:
     assert card(recipe=recipe(publish=None)).data.model_name == "this checkpoint"
+
+
+def local_card(stated: str, **base: str) -> tuple[dict[str, Any], str]:
+    """The card of a base in a folder whose own card states `stated`."""
+    made = recipe(base={"folder": "/home/me/secret place/my tuné", **base})
+    local = Revision("my tuné", SHA, (), is_local=True)
+    return card_of(base_card=base_card(f"license: mit\n{stated}"), recipe=made, base=local)
+
+
+@pytest.mark.parametrize(
+    ("stated", "names"),
+    [
+        ("base_model: Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-4B"),
+        ("base_model: [a/b, c/d]", ["a/b", "c/d"]),
+        ("base_model:\n- /home/me/secret place\n- a/b\n- [c/d]", "a/b"),
+    ],
+)
+def test_a_local_base_is_a_fine_tune_of_what_its_own_card_names(stated: str, names: str | list[str]) -> None:
+    data, text = local_card(stated)
+    assert (data["base_model"], data["base_model_relation"], data["license"]) == (names, "finetune", "mit")
+    assert "- A local checkpoint (a fine-tune of [" in text and "with the digest `5503434`" in text
+
+
+@pytest.mark.parametrize("stated", ["", "base_model: /home/me/secret place", "base_model: {a: b}", "base_model: x"])
+def test_a_local_base_of_nobody_knows_what_has_no_base_model(stated: str) -> None:
+    data, text = local_card(stated)
+    assert "base_model" not in data and "base_model_relation" not in data
+    assert "- A local checkpoint with the digest `5503434`" in text
+
+
+def test_the_recipe_says_of_which_repo_a_local_base_is() -> None:
+    data, text = local_card("base_model: a/b", repo_id="me/tuned")
+    assert (data["base_model"], data["base_model_relation"]) == ("me/tuned", "quantized")
+    assert "A local checkpoint ([me/tuned](https://huggingface.co/me/tuned)) with the digest" in text
+
+
+def test_a_card_names_the_folder_of_a_local_base_and_nothing_above_it() -> None:
+    for data, text in (local_card(""), local_card("base_model: a/b"), local_card("", repo_id="me/tuned")):
+        assert "secret" not in f"{data}{text}" and "/home" not in f"{data}{text}"
+        published = load_recipe_text(text)
+        assert published.base.folder == "./my tuné" and published.base.revision == "main"
+        assert "The recipe reads the base of its author's own, which is not published" in text
+
+
+def load_recipe_text(card: str) -> Recipe:
+    """The recipe that a card shows."""
+    match = re.search(r"```yaml\n(.*?)```", card, re.DOTALL)
+    assert match is not None
+    return parse_recipe(yaml.safe_load(match[1]))

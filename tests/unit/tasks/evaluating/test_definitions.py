@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from requant.tasks.errors import RecipeError
+from requant.tasks.evaluate import evaluation_key
 from requant.tasks.evaluating.definitions import _is_complete, _leaves, check_tasks
 from requant.tasks.recipe.loader import load_recipe, parse_recipe
 from requant.tasks.recipe.recipe import Eval
+from tests.factories.paths import ROOT
 
 
 def entry(kind: str, tags: tuple[str, ...] = (), **config: Any) -> Any:
@@ -69,11 +73,50 @@ def test_a_recipe_that_asks_for_tasks_without_lm_eval_is_refused(monkeypatch: py
     check_tasks(None)
 
 
-def test_own_definitions_are_code_and_need_the_word() -> None:
-    document = {"base": {"repo_id": "a/b"}, "eval": {"tasks": ["x"], "definitions": "./tasks"}}
-    with pytest.raises(RecipeError, match=r"^eval.definitions ./tasks can run Python: trust it with allow_remote_code"):
-        parse_recipe(document)
-    assert parse_recipe({**document, "allow_remote_code": True}).eval is not None
+REFUSED = r"^eval.definitions ./tasks can run Python: trust it with allow_code: true in eval$"
+
+
+@pytest.mark.parametrize(
+    ("of_tasks", "of_base", "allowed"),
+    [
+        (None, False, False),
+        (False, False, False),
+        (False, True, False),  # what is said of the tasks counts
+        (True, False, True),
+        (True, True, True),
+        (None, True, True),  # recipes of before have one word for both
+    ],
+)
+def test_own_definitions_are_code_and_need_a_word_of_their_own(
+    of_tasks: bool | None, of_base: bool, allowed: bool
+) -> None:
+    word = {} if of_tasks is None else {"allow_code": of_tasks}
+    section = {"tasks": ["x"], "definitions": "./tasks", **word}
+    document = {"base": {"repo_id": "a/b"}, "allow_remote_code": of_base, "eval": section}
+    if not allowed:
+        with pytest.raises(RecipeError, match=REFUSED):
+            parse_recipe(document)
+        return
+    recipe = parse_recipe(document)
+    assert recipe.allow_remote_code is of_base, "the word for the tasks allows nothing of the base"
+
+
+def test_the_word_for_the_tasks_is_in_no_digest_unless_it_is_used() -> None:
+    document: dict[str, Any] = {"base": {"repo_id": "a/b"}, "eval": {"tasks": ["gsm8k"]}}
+    plain, null = parse_recipe(document), parse_recipe({**document, "eval": {"tasks": ["gsm8k"], "allow_code": None}})
+    used = parse_recipe({**document, "eval": {"tasks": ["gsm8k"], "allow_code": True}})
+    assert plain.digest == null.digest != used.digest
+    assert evaluation_key(plain) == evaluation_key(used), "scores do not depend on it"
+
+
+def test_the_word_for_both_is_told_to_be_wide(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "mine").mkdir()
+    path = tmp_path / "recipe.yaml"
+    for word, warnings in (("allow_remote_code: true\neval: {", 1), ("eval: {allow_code: true, ", 0)):
+        path.write_text(f"base: {{repo_id: a/b}}\n{word}tasks: [x], definitions: mine}}\n")
+        caplog.clear()
+        load_recipe(path)
+        assert ["allow_code: true in eval" in record.message for record in caplog.records] == [True] * warnings
 
 
 def test_own_definitions_are_relative_to_the_recipe(tmp_path: Path) -> None:
@@ -111,3 +154,14 @@ def test_a_wrong_section_is_refused_with_its_key(section: str, tmp_path: Path) -
     with pytest.raises(RecipeError) as refused:
         load_recipe(path)
     assert WRONG[section] in str(refused.value)
+
+
+def test_the_example_of_an_own_task_is_data_and_trusts_nothing_of_the_base() -> None:
+    recipe = load_recipe(ROOT / "examples" / "own-evaluation.yaml")
+    assert recipe.eval is not None and recipe.eval.definitions is not None and not recipe.allow_remote_code
+    folder = Path(recipe.eval.definitions)
+    assert {path.suffix for path in folder.iterdir()} == {".yaml", ".jsonl"}
+    task = yaml.safe_load((folder / "opening_hours.yaml").read_text())  # it refuses !function
+    assert [task["task"]] == recipe.eval.tasks
+    questions = [json.loads(line) for line in (ROOT / task["dataset_kwargs"]["data_files"]["test"]).open()]
+    assert [len(one["answers"]) > one["right"] >= 0 and bool(one["question"]) for one in questions] == [True] * 8

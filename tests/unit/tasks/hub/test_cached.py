@@ -10,7 +10,7 @@ import pytest
 from requant.flows import api
 from requant.tasks.artifact import Manifest, file_of, git_blob_id
 from requant.tasks.checkpoint.checkpoint import INDEX
-from requant.tasks.download import download, download_key, find_base
+from requant.tasks.download import download, download_key, find_repo
 from requant.tasks.errors import HubError
 from requant.tasks.hub.revision import Revision, find_revision, resolve
 from requant.tasks.store import Store
@@ -56,20 +56,20 @@ def test_a_repo_is_inspected_and_gives_its_head_to_a_repair(base: Path, tmp_path
 def test_a_base_is_copied_into_the_store_and_found_there_when_the_cache_is_gone(
     store: Store, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = find_base(store, "a/b", "main")
+    found = find_repo(store, "a/b", "main")
     downloaded = download(store, found)
     assert downloaded.manifest.digest == manifest_of(base).digest
     assert downloaded.key != download_key(Revision("a/b", SHA, ())), "a cache may have only some of the files"
     download(store, replace(found, folder=None))  # as with the Hub, of which no file is needed any more
     switch_hub_off(monkeypatch, tmp_path / "nothing")
-    stored = find_base(store, "a/b", SHA)
+    stored = find_repo(store, "a/b", SHA)
     assert download(store, stored).state == "reused" and stored.folder is None
     assert stored.content == found.content, "or a run without the Hub would seem to be of another commit"
     remote = Store(store.backend, FolderBackend(tmp_path / "near"))
     with pytest.raises(HubError, match="in the store and on this machine"):
-        find_base(remote, "a/b", SHA)
+        find_repo(remote, "a/b", SHA)
     with pytest.raises(HubError, match="a/b@main lies on the Hub, which HF_HUB_OFFLINE=1 switches off"):
-        find_base(store, "a/b", "main")
+        find_repo(store, "a/b", "main")
 
 
 def test_what_the_cache_lacks_is_said(snapshot: Path) -> None:

@@ -15,7 +15,6 @@ import yaml
 from requant.tasks.errors import RecipeError
 from requant.tasks.excerpt import text_files
 from requant.tasks.hub.revision import HubFile, Revision
-from requant.tasks.plan import plan
 from requant.tasks.planning.inputs import Inputs
 from requant.tasks.planning.texts import (
     MAX_CHARACTERS_PER_BUILTIN_TOKEN,
@@ -246,13 +245,6 @@ def test_tasks_that_want_a_chat_template_are_told_that_the_base_has_none(store: 
     assert told(chat_template="{{ messages }}") == []
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     assert told() == []
-
-
-def test_tasks_that_this_machine_cannot_run_end_its_plan_as_they_end_its_run(store: Store) -> None:
-    tasks = {"tasks": ["gsm8k"], "definitions": "/no/such/folder"}
-    recipe = parse_recipe({"base": {"repo_id": "a/b"}, "allow_remote_code": True, "eval": tasks})
-    with pytest.raises(RecipeError, match=r"^eval\.(tasks|definitions): "):
-        plan(store, recipe)
 
 
 def test_a_text_that_is_gone_is_told_where_it_is_named(tmp_path: Path) -> None:

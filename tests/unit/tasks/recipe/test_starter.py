@@ -11,9 +11,9 @@ import yaml
 
 from requant.flows.cli.schema import recipe_schema
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.recipe.loader import parse_recipe
+from requant.tasks.recipe.loader import load_recipe, parse_recipe
 from requant.tasks.recipe.recipe import Gates
-from requant.tasks.recipe.starter import Target, starter_recipe
+from requant.tasks.recipe.starter import Target, path_from, starter_recipe
 from tests.factories.paths import ROOT
 from tests.factories.pico import pico_base
 
@@ -77,3 +77,21 @@ def test_the_schema_of_a_recipe_takes_the_projects_recipes_and_refuses_a_wrong_k
         jsonschema.validate(yaml.safe_load(path.read_text()), recipe_schema())
     with pytest.raises(jsonschema.ValidationError, match="quantise"):
         jsonschema.validate({"base": "me/x", "quantise": {}}, recipe_schema())
+
+
+@pytest.mark.parametrize("name", ["my tuné", "🙂 x: #1", "-", "a'b\"c"])
+@pytest.mark.parametrize("recipes", [".", "recipes/deep", "tuned"])
+def test_a_folder_is_named_from_where_the_recipe_lies(
+    name: str, recipes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pico_base(Path("tuned") / name)
+    Path(recipes).mkdir(parents=True, exist_ok=True)
+    for folder in (Path("tuned") / name, tmp_path / "tuned" / name):
+        written = path_from(Path(recipes), folder)
+        text = starter_recipe(written, None, Checkpoint.open(folder), MINE)
+        jsonschema.validate(yaml.safe_load(text), recipe_schema())
+        path = Path(recipes) / "recipe.yaml"
+        path.write_text(text)
+        assert load_recipe(path).base.folder == str(tmp_path / "tuned" / name)
+        assert ("commit" not in text) and (str(tmp_path) in text) == folder.is_absolute()

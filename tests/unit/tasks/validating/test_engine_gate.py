@@ -118,7 +118,7 @@ def test_a_head_that_only_the_base_has_still_fails() -> None:
 
 
 def test_a_checkpoint_that_could_not_be_run_at_all_still_fails() -> None:
-    not_run = good(**NOT_IN_TORCH, same_tokens=None, not_measured="it cannot be run")
+    not_run = good(**NOT_IN_TORCH, same_tokens=None, top1_agreement=None, not_measured="it cannot be run")
     (torch,) = [each for each in judge(not_run, Gates()) if each.name == "mtp_acceptance_ratio"]
     assert torch.failed
 

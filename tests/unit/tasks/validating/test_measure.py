@@ -220,7 +220,7 @@ def test_a_text_too_short_to_measure_on_is_refused(base: Path, tmp_path: Path) -
         validate_folders(made, base, tmp_path / "short.txt")
 
 
-def test_a_tokenizer_that_makes_too_few_tokens_is_not_measured_and_all_files_are_compared(
+def test_a_tokenizer_that_makes_too_few_tokens_is_told_and_the_base_s_tokens_are_measured(
     base: Path, tmp_path: Path
 ) -> None:
     folder = write_quantized(base, tmp_path / "made")
@@ -234,15 +234,19 @@ def test_a_tokenizer_that_makes_too_few_tokens_is_not_measured_and_all_files_are
     gates = {gate.name: gate for gate in judge(values, Gates())}
     assert gates["files"].note == "tokenizer.json of the base is missing"
     assert gates["structure"].passed and gates["lossless"].passed and gates["weight_slope"].passed
-    assert gates["top1_agreement"].failed and gates["top1_agreement"].value is None
+    assert gates["same_tokens"].failed and gates["same_tokens"].value is None and why in gates["same_tokens"].note
+    assert gates["top1_agreement"].value is not None and gates["kl_divergence"].value is not None
 
 
 @pytest.mark.parametrize("content", ["{}", '{"version": "1.0", "added_tokens": [], "model": {"type": "none"}}', "[1]"])
-def test_a_tokenizer_that_cannot_be_read_is_not_measured_and_says_so(content: str, base: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_cannot_be_read_is_told_and_the_base_s_is_used(
+    content: str, base: Path, tmp_path: Path
+) -> None:
     folder = write_quantized(base, tmp_path)
     (folder / "tokenizer.json").write_text(content)
     values = validate_folders(folder, base)
     assert f"the tokenizer in {folder} cannot be loaded" in (values.not_measured or "")
+    assert values.behaviour.same_tokens is None and values.divergence.kl_divergence is not None
     assert values.audit.files == ("tokenizer.json differs from the base's",)
 
 

@@ -1,0 +1,84 @@
+"""Parts of a plan that are the same whether a result can be laid out or not, and the plan of none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.untrusted import without_folder
+from requant.tasks.errors import CheckpointError
+from requant.tasks.formatting import gigabytes
+from requant.tasks.hub.revision import Revision
+from requant.tasks.local_base import private_paths
+from requant.tasks.planning.document import (
+    OutputTotals,
+    PlanDocument,
+    PlannedBase,
+    PlannedStage,
+    Transfers,
+    UnknownNeeds,
+)
+from requant.tasks.planning.stages import total_hardware
+from requant.tasks.recipe.recipe import Recipe
+
+
+def without_result(recipe: Recipe, base: Revision | None, problems: Iterable[str]) -> PlanDocument:
+    """Return the plan of a run that cannot make anything. `base` is None if its revision does not resolve."""
+    return PlanDocument(
+        base=planned_base(recipe, base, None),
+        stages=(),
+        output=OutputTotals(bytes=None, quantized_tensors=None, kept_tensors=None),
+        needs=UnknownNeeds(disk_bytes=None, ram_bytes=None, vram_bytes=None),
+        transfer=Transfers.of(()),
+        engines={},
+        hardware=total_hardware(recipe, ()),
+        changes=None,
+        notes=notes_of(recipe, None),
+        problems=tuple(problems),
+        outputs=() if recipe.outputs else None,
+    )
+
+
+def planned_base(recipe: Recipe, base: Revision | None, source: Checkpoint | None) -> PlannedBase:
+    return PlannedBase(
+        repo_id=recipe.base.name,
+        revision=recipe.base.revision,
+        sha=(base.sha or None) if base else None,
+        folder=recipe.base.folder,
+        bytes=base.size if base else None,
+        tensors=len(source.tensors) if source else None,
+    )
+
+
+def without_base_folder(error: CheckpointError, folder: Path) -> str:
+    """Return the sentence of an error without the temporary folder that holds the base's headers."""
+    return without_folder(str(error), folder, "the base")
+
+
+def with_problem(plan: PlanDocument, problem: str) -> PlanDocument:
+    return plan.model_copy(update={"problems": (*plan.problems, problem)})
+
+
+def with_reason(stage: PlannedStage, again: Mapping[str, str]) -> PlannedStage:
+    """Return a stage with the reason why it runs again, if there is one."""
+    why = again.get(stage.name) if stage.state == "run" else None
+    return stage if why is None else stage.model_copy(update={"again": why})
+
+
+def notes_of(recipe: Recipe, base: Revision | None) -> tuple[str, ...]:
+    """Say what is worth knowing of a recipe and its base."""
+    unknown = ("how long the tasks of eval take is not foretold: validate will take longer",) if recipe.eval else ()
+    return (*unknown, *(() if base is None else _notes_of_folder(base)))
+
+
+def _notes_of_folder(base: Revision) -> Iterator[str]:
+    """Say what of a base in a folder is known only to a run, and which of its settings name folders of its author."""
+    if not base.is_local or base.folder is None:
+        return
+    yield from private_paths(base.folder)
+    if not base.sha:
+        yield (
+            f"the {gigabytes(base.size)} of the base's folder are not all hashed yet: the run does that first, and "
+            "only then knows which stages the store has done already"
+        )

@@ -1,0 +1,68 @@
+"""Models of formats for which Requant has no formula: transformers loads them, with the library of the format."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.stored_matrix import unknown_format
+from requant.tasks.errors import CheckpointError
+from requant.tasks.validating.model import RunSettings, Skeleton, family_of, free, text_model
+
+
+def skeleton_of(checkpoint: Checkpoint, settings: RunSettings) -> Skeleton:
+    """Return a checkpoint's model, whose blocks are loaded one at a time where Requant can read its weights.
+
+    Raises CheckpointError for one that cannot be run.
+    """
+    unknown = (unknown_format(checkpoint, m) for m in checkpoint.modules.values() if m.quantized)
+    why = next(filter(None, unknown), None)
+    return Skeleton(checkpoint, settings) if why is None else LoadedModel(checkpoint, settings, why)
+
+
+class LoadedModel(Skeleton):
+    """A model with all its weights, as transformers loads it. `why`: why Requant does not, as a sentence."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: RunSettings, why: str) -> None:
+        self.checkpoint, self.settings, self.dtype, self.device = checkpoint, settings, settings.dtype, settings.device
+        family, _ = family_of(checkpoint, settings.remote_code)
+        try:
+            self.model: Any = family.from_pretrained(
+                checkpoint.folder,
+                dtype=settings.dtype,
+                device_map={"": settings.device},
+                use_safetensors=True,  # never a pickle
+                trust_remote_code=settings.remote_code,
+            ).eval()
+        except MemoryError:
+            raise
+        except Exception as error:  # the library of the method can raise anything; often it is not installed
+            reason = " ".join(str(error).split())[:500] or type(error).__name__
+            raise CheckpointError(f"{why}, and transformers cannot load it here: {reason}") from error
+        self.text = text_model(self.model)
+        self.blocks: list[nn.Module] = list(getattr(self.text, "layers", ()))
+        if not self.blocks:
+            raise CheckpointError(f"{type(self.model).__name__} has no decoder layers that can be told apart")
+
+    @contextlib.contextmanager
+    def loaded(self, number: int) -> Iterator[nn.Module]:
+        """Return a decoder block, which is there already."""
+        yield self.blocks[number]
+
+    def load_ends(self) -> None:
+        """Do nothing: everything is loaded."""
+
+    def load_rest(self) -> None:
+        """Do nothing: everything is loaded."""
+
+    def hold(self) -> None:
+        """Do nothing: everything is loaded."""
+
+    def drop(self) -> None:
+        """Drop all weights, and return their GPU memory to the device. The model cannot run any more."""
+        del self.model, self.text, self.blocks
+        free(self.device)
