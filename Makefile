@@ -107,10 +107,8 @@ torture: $(INSTALLED)
 	SECONDS=$(SECONDS) $(BIN)/python -m infra.bench.store_torture
 
 ## run-27b: take a model of Qwen3.6-27B's shapes through all stages on a GPU; again: go on; LAYERS=8 ITERS=50 MINUTES=9
-LAYERS ?= 64
-ITERS ?= 200
 run-27b: $(INSTALLED)
-	$(BIN)/python -m infra.bench.whole --layers $(LAYERS) --iters $(ITERS) --minutes $(or $(MINUTES),9)
+	$(BIN)/python -m infra.bench.whole --layers $(or $(LAYERS),64) --iters $(or $(ITERS),200) --minutes $(or $(MINUTES),9)
 
 ## bench-gpu: measure what quantizing 27 B costs on this GPU; MINUTES=9.5 in pieces, SEEDS=3 with more orders of samples
 bench-gpu: $(INSTALLED)

@@ -42,10 +42,11 @@ def plan(recipe: Recipe | str | Path, *, overrides: Sequence[str] = (), elsewher
 
     Raises RecipeError, HubError, HubUnavailable or StoreError.
     """
+    loaded = read_recipe(recipe, overrides)  # before the imports that only a plan needs
     from requant.tasks.plan import plan as make_plan
     from requant.tasks.store import open_store
 
-    return make_plan(open_store(), read_recipe(recipe, overrides), elsewhere=elsewhere)
+    return make_plan(open_store(), loaded, elsewhere=elsewhere)
 
 
 def run(
@@ -86,18 +87,14 @@ def inspect(checkpoint: str | Path, *, deep: bool = False) -> InspectDocument:
     """Return how a checkpoint is quantized, what is wrong with it, and whether engines will load it.
 
     `checkpoint` is a folder, or `repo_id[@revision]`, of which only headers and configs are fetched. `deep`: read the
-    tensors of a folder too.
+    tensors too; a repo is downloaded into the store for that.
 
     Raises CheckpointError if it is no checkpoint, RequantError, HubError or HubUnavailable.
     """
     from requant.tasks.checkpoint.inspect import inspect_checkpoint
 
-    if Path(checkpoint).is_dir():
-        return inspect_checkpoint(Path(checkpoint), deep=deep)
-    if deep:
-        raise RequantError(
-            f"a deep inspection (--deep) reads the data of a folder, and {checkpoint} is none: download it first"
-        )
+    if deep or Path(checkpoint).is_dir():
+        return inspect_checkpoint(local_checkpoint(checkpoint), deep=deep)
     from requant.tasks.checkpoint.untrusted import without_folder
     from requant.tasks.hub.revision import resolve_name
     from requant.tasks.hub.sparse_checkout import create_checkout
@@ -149,11 +146,13 @@ def mtp_fix(
         return repair(Path(folder), source, precision=precision, dry_run=dry_run)
 
 
-def validate(folder: str | Path, *, base: str | Path, recipe: Recipe | str | Path | None = None) -> ValidationDocument:
+def validate(
+    checkpoint: str | Path, *, base: str | Path, recipe: Recipe | str | Path | None = None
+) -> ValidationDocument:
     """Measure a quantized checkpoint against its base, and return the gate results; `passed` is the overall verdict.
 
-    `base` is a folder, or `repo_id[@revision]`, which is downloaded into the store. The limits, the text and the
-    evaluation tasks are those of `recipe`, otherwise the defaults of a recipe.
+    Each of the two is a folder, or `repo_id[@revision]`, which is downloaded into the store. The limits, the text and
+    the evaluation tasks are those of `recipe`, otherwise the defaults of a recipe.
 
     Raises CheckpointError, RecipeError, RequantError, HubError, HubUnavailable or StoreError.
     """
@@ -171,9 +170,9 @@ def validate(folder: str | Path, *, base: str | Path, recipe: Recipe | str | Pat
     validation = loaded.validation if loaded else Validation()
     text = find_validation_text(validation.text)
     with tempfile.TemporaryDirectory(prefix="requant-") as scratch:
-        base_folder = _local_checkpoint(base)
+        base_folder = local_checkpoint(base)
         measured = validate_folders(
-            Path(folder),
+            local_checkpoint(checkpoint),
             base_folder,
             text_for_measuring(open_store(), text, Path(scratch), base_folder, remote_code),
             remote_code=remote_code,
@@ -206,7 +205,7 @@ def compare(
     validation = loaded.validation if loaded else Validation()
     remote_code = loaded is not None and loaded.allow_remote_code
     text = find_validation_text(validation.text)
-    folders = [_local_checkpoint(name) for name in (a, b, base)]
+    folders = [local_checkpoint(name) for name in (a, b, base)]
     with tempfile.TemporaryDirectory(prefix="requant-") as scratch:
         words = text_for_measuring(open_store(), text, Path(scratch), folders[2], remote_code)
         domains = compare_checkpoints(
@@ -217,18 +216,22 @@ def compare(
     )
 
 
-def verify(repo: str, *, deep: bool = False) -> ReleaseCheck:
-    """Compare a published repo, `repo_id[@revision]`, with what its requant.json claims (`problems`).
+def verify(release: str | Path, *, deep: bool = False) -> ReleaseCheck:
+    """Compare a published repo, `repo_id[@revision]`, or a folder with a copy of it, with what its requant.json claims.
 
-    `deep`: fetch and hash every byte; nothing is stored.
+    `problems` has the differences. `deep`: fetch and hash every byte of a repo; nothing is stored. Of a folder, every
+    byte is read in any case.
 
-    Raises HubError if there is no such repo, or HubUnavailable.
+    Raises HubError if there is no such repo, HubUnavailable, or CheckpointError for a folder that cannot be read.
     """
-    from requant.tasks.hub.revision import check_repo_id, split_name
-    from requant.tasks.hub.verify import verify_release
+    from requant.tasks.hub.revision import check_checkpoint_name, split_name
+    from requant.tasks.hub.verify import verify_folder, verify_release
 
-    repo_id, revision = split_name(repo)
-    return verify_release(check_repo_id(repo_id), revision, deep=deep)
+    if Path(release).is_dir():
+        return verify_folder(Path(release))
+    check_checkpoint_name(str(release))
+    repo_id, revision = split_name(str(release))
+    return verify_release(repo_id, revision, deep=deep)
 
 
 def read_recipe(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -245,8 +248,12 @@ def read_recipe(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> R
     return with_absolute_paths(recipe, Path.cwd())
 
 
-def _local_checkpoint(name: str | Path) -> Path:
-    """Return a checkpoint's folder. A repo is downloaded into the store, and its files are read-only."""
+def local_checkpoint(name: str | Path) -> Path:
+    """Return the folder of what a user gave as a checkpoint: a folder, or `repo_id[@revision]`.
+
+    A repo is downloaded into the store, and its files must not be written to. Raises RequantError for what can be
+    neither, HubError, HubUnavailable or StoreError.
+    """
     if Path(name).is_dir():
         return Path(name)
     from requant.tasks.download import download, find_repo

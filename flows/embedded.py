@@ -34,6 +34,7 @@ SETTINGS = {
     "PREFECT_LOGGING_TO_API_ENABLED": "false",
     "PREFECT_SERVER_UI_ENABLED": "false",
     "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
+    "PREFECT_CLIENT_CSRF_SUPPORT_ENABLED": "false",  # Every client would ask for a token that the server has not.
     # Nothing is scheduled here, nobody reads events, and no block of Prefect's is used.
     "PREFECT__SERVER_WEBSERVER_ONLY": "true",
     "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",

@@ -84,6 +84,7 @@ from requant.tasks.validate import read_values as read_measured
 from requant.tasks.validate import validate_key
 from requant.tasks.validating.engine_gate import EngineDrafts, judge_engine
 from requant.tasks.validating.gates import Gate, accepted, judge, summary
+from requant.tasks.versions import source_commit
 
 log = logging.getLogger(__name__)
 
@@ -245,6 +246,7 @@ def _run_stages(context: RunContext, report: RunReport) -> None:
         pictures=report.pictures,
         others={name: other.recipe for name, other in foreseen.items() if name != report.name},
         engines=foreseen[report.name].engines,
+        commit=source_commit(),
     )
     report_text = markdown(report, lambda picture: f"{PICTURES}/{picture.name}.png")
     report.beside = release_files(store, artifact, facts, report_text)

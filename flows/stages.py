@@ -46,7 +46,8 @@ def self_calibration_task(recipe: Recipe, base: Manifest) -> Any:
 
 @task(**options("quantize", hours=(TIMEOUT_S + TIMEOUT_MARGIN_S) / 3600))
 def quantize_task(recipe: Recipe, base: Manifest, calibration: Calibration) -> Any:
-    return stage_summary(quantize(open_store(), recipe, base, calibration, BlockProgress()))
+    with BlockProgress() as report:
+        return stage_summary(quantize(open_store(), recipe, base, calibration, report))
 
 
 @task(**options("mtp_fix", hours=4))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from types import FrameType
 
 INTERRUPTED = "interrupted: what was finished is kept, and the same command goes on from there"
+PYTHONS_THRESHOLDS = gc.get_threshold()
 Handler = Callable[[int, FrameType | None], object]
 # Libraries report their use to their makers unless these are set. What a user has set is left as it is.
 NO_TELEMETRY = {
@@ -30,6 +31,7 @@ def main() -> None:
     _handle_interrupts(end_at_once)
     collect_garbage_rarely()
     turn_off_telemetry(os.environ)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # huggingface_hub reads it when it is imported.
     try:
         from requant.flows.cli.main import main as run_command
 
@@ -50,6 +52,11 @@ def collect_garbage_rarely() -> None:
     This saves a quarter of the CPU seconds of imports.
     """
     gc.set_threshold(10_000)
+
+
+def collect_garbage_often() -> None:
+    """Look for garbage as often as Python does by itself: tensors in reference cycles take gigabytes."""
+    gc.set_threshold(*PYTHONS_THRESHOLDS)
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:

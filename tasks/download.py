@@ -21,6 +21,7 @@ from requant.tasks.hub.client import hub_errors, offline_variable
 from requant.tasks.hub.fetch import fetch
 from requant.tasks.hub.revision import HubFile, Revision, find_revision
 from requant.tasks.local_base import changed, find_local_base
+from requant.tasks.pipeline.progress import Bar, progress
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, run_stage
 from requant.tasks.recipe.recipe import Base
 from requant.tasks.store import Store
@@ -93,9 +94,10 @@ def download(store: Store, base: Revision) -> StageResult:
 
     def work(folder: Path) -> Made:
         base.check_names()
-        with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
+        name = "copy" if base.is_local else "download"
+        with progress(name, base.size, "bytes") as bar, ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
             contexts = [contextvars.copy_context() for _ in base.wanted]  # In them, threads log to the current run.
-            fetch_file = partial(_fetch_unless_stored, store, base, folder)
+            fetch_file = partial(_fetch_unless_stored, store, base, folder, bar)
             files = list(pool.map(lambda file, context: context.run(fetch_file, file), base.wanted, contexts))
         fetched_bytes = sum(file.size for file, was_stored in files if not was_stored)
         manifest = Manifest.of(file for file, _ in files)
@@ -104,14 +106,15 @@ def download(store: Store, base: Revision) -> StageResult:
     return run_stage(store, STAGE, download_key(base), work)
 
 
-def _fetch_unless_stored(store: Store, base: Revision, folder: Path, file: HubFile) -> tuple[File, bool]:
+def _fetch_unless_stored(store: Store, base: Revision, folder: Path, bar: Bar, file: HubFile) -> tuple[File, bool]:
     """Return the file, and whether the store had it already. Raises HubUnavailable if it arrives altered."""
     stored = _stored(store, file)
     if stored is not None:
+        bar.advance(file.size)
         return stored, True
     path = inside(folder, file.path)
     try:
-        fetched = File(file.path, file.size, fetch(base, file, path))
+        fetched = File(file.path, file.size, fetch(base, file, path, bar.advance))
     except FileNotFoundError as error:
         if base.folder is None:
             raise

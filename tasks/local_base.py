@@ -27,6 +27,7 @@ from requant.tasks.checkpoint.untrusted import MAX_JSON_BYTES, parse, shown
 from requant.tasks.errors import CheckpointError, RecipeError
 from requant.tasks.formatting import gigabytes
 from requant.tasks.hub.revision import HubFile, Revision
+from requant.tasks.pipeline.progress import Bar, progress
 from requant.tasks.recipe.recipe import Base
 from requant.tasks.store import Store
 
@@ -121,15 +122,16 @@ def find_local_base(store: Store, base: Base, hash_limit_bytes: int | None = Non
 def _hash_all(store: Store, files: Sequence[LocalFile]) -> dict[str, str]:
     """Return the sha256 of each file by path. An interrupt ends the threads before the ends of their files."""
     stop = threading.Event()
-    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+    size_bytes = sum(file.size for file in files)
+    with progress("hash", size_bytes, "bytes") as bar, ThreadPoolExecutor(PARALLEL_READS) as pool:
         try:
-            return dict(pool.map(lambda file: (file.path, _hash(store, file, stop)), files))
+            return dict(pool.map(lambda file: (file.path, _hash(store, file, stop, bar)), files))
         except BaseException:
             stop.set()
             raise
 
 
-def _hash(store: Store, file: LocalFile, stop: threading.Event) -> str:
+def _hash(store: Store, file: LocalFile, stop: threading.Event, bar: Bar) -> str:
     """Return the sha256 of a file, and remember it unless the file is so young that it may change unnoticed."""
     begun_ns, hasher = time.time_ns(), hashlib.sha256()
     try:
@@ -138,6 +140,7 @@ def _hash(store: Store, file: LocalFile, stop: threading.Event) -> str:
                 if stop.is_set():
                     raise CancelledError
                 hasher.update(chunk)
+                bar.advance(len(chunk))
     except OSError as error:
         raise _unreadable(file.path, file.real, error) from error
     if LocalFile.at(file.path, file.real) != file:

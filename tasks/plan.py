@@ -185,7 +185,8 @@ def _found_outside(recipe: Recipe, base: Revision, document: PlanDocument, scope
     if recipe.probes is not None and PROBE.name not in scope.delegated and (why := no_engine(recipe.benchmark)):
         fails = recipe.gates.max_probe_loss is not None  # A gate with a limit that is not measured is a failed one.
         found += Findings.of(PROBE.name, [why] if fails else [], [] if fails else [why])
-    return found + target_findings(recipe, base, starts=scope.starts)
+    stopped = document.problems or found.problems  # Then no repo is created just to see whether it may be.
+    return found + target_findings(recipe, base, starts=scope.starts and not stopped)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from huggingface_hub import constants
 from requant.tasks.artifact import CARD, PICTURES, RECIPE, RELEASE, REPORT, File, Manifest, digest_of, git_blob_id_of
 from requant.tasks.card.card import make_card
 from requant.tasks.card.facts import CardFacts, FileFacts
+from requant.tasks.card.memory import CONTEXTS, cache_bytes
 from requant.tasks.card.pinned import recipe_text
 from requant.tasks.checkpoint.checkpoint import INDEX
 from requant.tasks.checkpoint.config import ModelConfig
@@ -39,6 +41,8 @@ from requant.tasks.serving.flags import drafts_by_mtp
 from requant.tasks.serving.prompts import has_chat_template
 from requant.tasks.store import Store
 
+GENERATION_CONFIG = "generation_config.json"
+SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
 MAX_CARD_BYTES = 1 << 20  # A base's card that is larger is ignored.
 log = logging.getLogger(__name__)
 
@@ -63,6 +67,8 @@ def file_facts(store: Store, recipe: Recipe, base_files: Manifest, artifact: Man
         by_mtp=head is None or drafts_by_mtp(head, config),
         chat=has_chat_template({f.path for f in artifact.files}, lambda name: store.read_blob(artifact[name])),
         base_card=_base_card(store, base_files),
+        cache_bytes={tokens: size for tokens in CONTEXTS if (size := cache_bytes(config, tokens)) is not None},
+        sampling=_sampling(store, artifact),
     )
 
 
@@ -74,6 +80,20 @@ def _config(store: Store, artifact: Manifest) -> dict[str, Any]:
 def _quantization(store: Store, artifact: Manifest) -> dict[str, Any]:
     quantization = _config(store, artifact).get("quantization_config")
     return quantization if isinstance(quantization, dict) else {}
+
+
+def _sampling(store: Store, artifact: Manifest) -> dict[str, float]:
+    """Return the numbers that the checkpoint's generation settings recommend for sampling."""
+    if GENERATION_CONFIG not in artifact or artifact[GENERATION_CONFIG].size > MAX_CARD_BYTES:
+        return {}
+    try:
+        document = json.loads(store.read_blob(artifact[GENERATION_CONFIG]))
+    except ValueError:
+        return {}
+    if not isinstance(document, dict):
+        return {}
+    values = {key: value for key in SAMPLING_KEYS if isinstance(value := document.get(key), int | float)}
+    return {key: value for key, value in values.items() if not isinstance(value, bool) and math.isfinite(value)}
 
 
 def _base_card(store: Store, base_files: Manifest) -> str:

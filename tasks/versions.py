@@ -5,9 +5,12 @@ The process that quantizes imports this module too, so it needs only the standar
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Mapping
 from functools import cache
 from importlib import metadata, resources
+from pathlib import Path
 
 ABSENT = "absent"
 
@@ -29,6 +32,35 @@ def installed_version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ABSENT
+
+
+@cache
+def source_commit() -> str | None:
+    """Return the commit of Requant that runs: of its git checkout, or the one that pip installed.
+
+    A checkout whose files were changed since its commit is said to be so. None if neither is known.
+    """
+    root = Path(__file__).resolve().parent.parent
+    if (root / ".git").exists():
+        commit = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+        return f"{commit} with changes" if commit and changed else commit
+    try:
+        installed = json.loads(metadata.distribution("requant").read_text("direct_url.json") or "{}")
+        commit = installed.get("vcs_info", {}).get("commit_id")
+    except (metadata.PackageNotFoundError, ValueError, AttributeError):
+        return None
+    return commit if isinstance(commit, str) else None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Return what git prints; None without git, or if it fails."""
+    try:
+        command = ["git", "-C", str(folder), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def version_problem(stage: str, declared: Mapping[str, str]) -> str | None:

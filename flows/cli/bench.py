@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from requant.flows.cli.command import EXISTING_FOLDER, CommandResult, command
+from requant.flows import api
+from requant.flows.cli.command import CommandResult, command
 from requant.tasks.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @command("bench")
-@click.argument("folder", type=EXISTING_FOLDER)
+@click.argument("checkpoint")
 @click.option(
     "--engine",
     metavar="ENGINE",
@@ -49,13 +50,14 @@ if TYPE_CHECKING:
     help="Pass this flag to the engine, spelled as the engine spells it. May be given several times.",
 )
 def bench(
-    folder: Path, mtp: MtpModes, recipe: Path | None, prompts: str | None, flags: tuple[str, ...], **asked: Any
+    checkpoint: str, mtp: MtpModes, recipe: Path | None, prompts: str | None, flags: tuple[str, ...], **asked: Any
 ) -> CommandResult:
     """Measure a checkpoint's speed and draft acceptance in an engine.
 
-    FOLDER is the checkpoint. The engine vllm starts `vllm serve`, or the command in REQUANT_VLLM, and stops it
-    afterwards; url: sends the requests to a server that is running already. Options that are not
-    given take their values from --recipe, otherwise from the defaults of a recipe.
+    CHECKPOINT is a folder, or repo_id[@revision], which is downloaded into the store. The engine vllm starts
+    `vllm serve`, or the command in REQUANT_VLLM, and stops it afterwards; url: sends the requests to a server that is
+    running already. Options that are not given take their values from --recipe, otherwise from the defaults of a
+    recipe.
 
     \b
     Examples:
@@ -76,11 +78,13 @@ def bench(
     changes["flags"] = {**settings.flags, **dict(_flag(text) for text in flags)}
     benchmark_part = {**settings.model_dump(), **changes}
     settings = parse_recipe({"base": {"repo_id": "any/base"}, "benchmark": benchmark_part}).benchmark
-    logs = cache_folder() / "bench" / f"{folder.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = api.local_checkpoint(checkpoint)
+    name = Path(checkpoint).resolve().name
+    logs = cache_folder() / "bench" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     remote_code = loaded is not None and loaded.allow_remote_code
     measured = benchmark.bench(folder, settings, logs, mtp=mtp, remote_code=remote_code)
     result = measured.with_logs(str(path) for path in sorted(logs.glob("*.log")))
-    return CommandResult(result.to_json(), bench_text(result, folder.resolve().name))
+    return CommandResult(result.to_json(), bench_text(result, name))
 
 
 def _flag(text: str) -> tuple[str, Any]:

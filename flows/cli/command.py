@@ -12,7 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 import click
 
 from requant.flows import RECIPES_FOLDERS, default_recipes
+from requant.flows.cli.colours import use_colour, with_colours
 from requant.tasks.errors import redact
+from requant.tasks.pipeline.log import set_verbosity
+from requant.tasks.pipeline.progress import show
 
 
 class OrderedGroup(click.Group):
@@ -58,6 +61,24 @@ RECIPES = click.option(
     show_default=f"{RECIPES_FOLDERS[0]}, or {RECIPES_FOLDERS[1]} if there is none",
     help="Take the recipes of this folder, one YAML file per recipe.",
 )
+
+
+def _set_verbosity(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
+    if asked and parameter.name == "quiet":
+        set_verbosity("quiet")
+        show("nothing")
+    elif asked:
+        set_verbosity("verbose")
+
+
+QUIET = click.option(
+    "-q", "--quiet", is_flag=True, expose_value=False, callback=_set_verbosity,
+    help="Print the result, warnings and errors only.",
+)  # fmt: skip
+VERBOSE = click.option(
+    "-v", "--verbose", is_flag=True, expose_value=False, callback=_set_verbosity,
+    help="Print what Prefect logs too, and more of Requant.",
+)  # fmt: skip
 SET = click.option(
     "--set",
     "overrides",
@@ -77,11 +98,16 @@ def command(name: str) -> Callable[[F], click.Command]:
         @functools.wraps(function)
         def run(as_json: bool, **arguments: Any) -> None:
             result = function(**arguments)
-            click.echo(redact(json.dumps(result.document, indent=1) if as_json else _visible(result.text)))
+            if as_json:
+                click.echo(redact(json.dumps(result.document, indent=1)))
+            else:
+                colour = use_colour(sys.stdout)
+                text = redact(_visible(result.text))
+                click.echo(with_colours(text) if colour else text, color=colour)
             sys.exit(result.status)
 
         option = click.option("--json", "as_json", is_flag=True, help="Print only a JSON document to stdout.")
-        return click.command(name)(option(run))
+        return click.command(name)(option(QUIET(VERBOSE(run))))
 
     return wrap
 

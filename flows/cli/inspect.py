@@ -13,7 +13,8 @@ from requant.flows.cli.command import CommandResult, command
 @click.option(
     "--deep",
     is_flag=True,
-    help="Read the tensors of a folder too, and find NaN values, scales of zero and lossy MTP heads.",
+    help="Read the tensors too, and find NaN values, scales of zero and lossy MTP heads. A repo is downloaded into the "
+    "store for that.",
 )
 def inspect(checkpoint: str, deep: bool) -> CommandResult:
     """Say how a checkpoint is quantized and where its MTP head works.

@@ -16,7 +16,7 @@ import click
 import requant
 from requant.flows import api
 from requant.flows.cli.bench import bench
-from requant.flows.cli.command import OrderedGroup
+from requant.flows.cli.command import QUIET, VERBOSE, OrderedGroup
 from requant.flows.cli.compare import compare
 from requant.flows.cli.deploy import deploy
 from requant.flows.cli.init import init
@@ -35,11 +35,14 @@ from requant.flows.cli.worker import worker
 from requant.startup import INTERRUPTED, interruptible
 from requant.tasks.environment import bypass_proxy_on_loopback
 from requant.tasks.errors import RecipeError, RequantError, explain_os_error, redact
-from requant.tasks.pipeline.log import set_up_logging
+from requant.tasks.pipeline.log import StderrHandler, set_up_logging, set_verbosity
+from requant.tasks.pipeline.progress import show
 
 
 @click.group(cls=OrderedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(requant.__version__)
+@QUIET
+@VERBOSE
 def cli() -> None:
     """Quantize a Hugging Face base model, prove that the result works, publish it.
 
@@ -72,9 +75,11 @@ for subcommand in (
 
 def main() -> None:
     """Run the command line. Every expected failure is one sentence on stderr."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[StderrHandler()])
+    set_verbosity("normal")
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        show("bars")
     bypass_proxy_on_loopback(os.environ)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     set_up_logging()
     try:

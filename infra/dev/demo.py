@@ -12,6 +12,9 @@ from infra.dev.hub.launch import HubStandIn
 
 ROOT = Path(__file__).parent.parent.parent
 BUILD = ROOT / "build" / "demo"
+NEXT = """
+The Hub of this demo has ended, so its address leads nowhere. The model and its card are in build/demo/checkpoint.
+Next: `requant init MODEL-or-FOLDER` writes a recipe for a model of your own (docs/getting-started.md)."""
 RECIPE = ROOT / "deployments" / "recipes" / "demo.yaml"
 
 
@@ -24,7 +27,10 @@ def main() -> int:
         environment = {**os.environ, **hub.env, "REQUANT_STORE": (BUILD / "store").as_uri()}
         arguments = ["--checkout", str(BUILD / "checkpoint"), "--report", str(BUILD / "report.json")]
         command = [sys.executable, "-m", "requant", "run", str(RECIPE), *arguments]
-        return subprocess.run(command, env=environment, check=False).returncode
+        status = subprocess.run(command, env=environment, check=False).returncode
+    if status == 0:
+        print(NEXT)
+    return status
 
 
 if __name__ == "__main__":

@@ -19,9 +19,11 @@ from requant.tasks.card.probes import probe_tables
 from requant.tasks.card.serving import ENGINES, serving_of
 from requant.tasks.formatting import gigabytes
 from requant.tasks.planning.reasons import kept_groups
+from requant.tasks.plots import Picture
 from requant.tasks.redaction import public
 
 TEMPLATE = "card.md.jinja"
+MAKER_PICTURES = ("losses", "matrices")  # They say how tuning went.
 
 
 def make_card(facts: CardFacts) -> str:
@@ -44,8 +46,25 @@ def make_card(facts: CardFacts) -> str:
         citation=cited(facts.files.base_card),
         table=table,
         rows=rows,
+        pictures=_pictures(facts),
+        speed_tables=_speed_tables(facts),
         probe_tables=probe_tables(facts.probes) if facts.probes else [],
     )
+
+
+def _pictures(facts: CardFacts) -> list[Picture]:
+    """Return the pictures for who downloads the model. All are in report.md."""
+    left_out = {*MAKER_PICTURES, *(["throughput"] if facts.benchmark.engine == "torch" else [])}
+    return [picture for picture in facts.pictures if picture.name not in left_out]
+
+
+def _speed_tables(facts: CardFacts) -> list[tuple[rows.Row, list[rows.Row]]]:
+    """Return the columns and rows of the tables of speed, without those about drafts if there is no head."""
+    tables: list[tuple[rows.Row, list[rows.Row]]] = [
+        (rows.SPEED_COLUMNS, rows.speed_rows(facts.benchmark)),
+        (rows.PROMPT_COLUMNS, rows.prompt_rows(facts.benchmark)),
+    ]
+    return tables if facts.head else [rows.without_drafts(*table) for table in tables]
 
 
 def _base_words(facts: CardFacts) -> Markdown:

@@ -36,6 +36,8 @@ class FileFacts:
     fp8: bool = False  # whether the base has FP8 tensors, which become BF16 in the result
     by_mtp: bool = True  # whether vLLM has a draft model by the method mtp for the MTP head, if there is one
     chat: bool = True  # whether there is a chat template
+    cache_bytes: Mapping[int, int] = field(default_factory=dict)  # of one request, by its tokens, where it is known
+    sampling: Mapping[str, float] = field(default_factory=dict)  # what generation_config.json recommends
     base_card: str = ""
 
 
@@ -56,6 +58,7 @@ class CardFacts:
     others: Mapping[str, Recipe] = field(default_factory=dict)  # the other outputs of the same run, by name
     engines: Mapping[str, EngineVerdict] = field(default_factory=dict)  # the plan's verdicts, by engine
     version: str = requant.__version__
+    commit: str | None = None  # of Requant, where it is known
 
     @property
     def model(self) -> str:
@@ -64,7 +67,8 @@ class CardFacts:
 
     @property
     def title(self) -> str:
-        return self.model.split("/")[-1] if self.recipe.publish else "this checkpoint"
+        name = self.recipe.base.name.split("/")[-1]
+        return self.model.split("/")[-1] if self.recipe.publish else f"{name} in {self.bits} bits"
 
     @property
     def base_models(self) -> str | list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from requant.tasks.card.filters import named, number
 from requant.tasks.probing.compare import ProbeSummary
 
-PROBE_COLUMNS = ("probe", "questions", "base", "quantized", "loss", "95 % of the time between")
+PROBE_COLUMNS = ("probe", "questions", "base", "quantized", "loss", "95 % interval")
 REASON_COLUMNS = ("what is wrong", "in", "base", "quantized")
 LENGTH_COLUMNS = ("tokens of text", "values", "base found", "quantized found")
 NAMES = {
@@ -37,7 +37,7 @@ def comparison_rows(summary: ProbeSummary) -> list[Row]:
             number(one.base, ".1%") or "not measured",
             number(one.ours, ".1%") or "not measured",
             number(one.loss, ".1%"),
-            " and ".join(number(end, ".1%") for end in one.loss_interval or ()),
+            " to ".join(number(end, ".1%") for end in one.loss_interval or ()),
         )
         for one in summary.comparisons
     ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from requant.tasks.card.filters import escape, named, number
+from requant.tasks.card.facts import CardFacts
+from requant.tasks.card.filters import escape, name_characters, named, number
 from requant.tasks.formatting import gigabytes
 from requant.tasks.recipe.quantize_section import SELF
 from requant.tasks.record import RecordedSource, StageRecord
@@ -13,7 +14,8 @@ from requant.tasks.serving.result import BenchmarkResult, PromptResult, SpeedSum
 from requant.tasks.validating.measured import DomainValues, Interval, Measured, TaskScore
 from requant.tasks.validating.paired import Comparison
 
-QUALITY_COLUMNS = ("", "base", "quantized", "95 % of the time between")
+SUMMARY_COLUMNS = ("", "base", "this model")
+QUALITY_COLUMNS = ("", "base", "quantized", "95 % interval")
 DOMAIN_COLUMNS = (
     "domain", "tokens", "perplexity, base", "over the base's", "KL divergence, nats", "99 % of places below",
     "noise floor", "same next token", "first draft accepted, base", "ratio to the base's",
@@ -22,8 +24,32 @@ DRAFT_COLUMNS = ("draft", "base", "quantized", "base, on its own text", "quantiz
 TASK_COLUMNS = ("task", "metric", "base", "quantized", "recovery", "samples", "lost, gained", "verdict")
 SPEED_COLUMNS = ("requests", "without MTP", "with MTP", "speedup", "draft acceptance rate")
 PROMPT_COLUMNS = ("prompt, greedy, alone", "tokens", "without MTP", "with MTP", "draft acceptance rate")
+HEADLESS = {"without MTP": "tokens per second", "with MTP": None, "speedup": None, "draft acceptance rate": None}
 SOURCE_COLUMNS = ("calibration text", "samples", "rows read", "tokens read", "chats", "license")
 Row = tuple[str, ...]
+
+
+def summary_rows(facts: CardFacts) -> list[Row]:
+    """Compare sizes, quality and speed at a glance. What was not measured has no row."""
+    files, behaviour = facts.files, facts.measured.behaviour
+    base, ours = behaviour.base, behaviour.quantized
+    rows: list[Row] = [("weights", gigabytes(files.base_weights_bytes), gigabytes(files.weights_bytes))]
+    for tokens, size in files.cache_bytes.items():
+        both = (gigabytes(weights + size) for weights in (files.base_weights_bytes, files.weights_bytes))
+        rows.append((f"weights and the cache of {tokens:,} tokens", *both))
+    for name, task in (facts.measured.evaluation.tasks or {} if facts.measured.evaluation else {}).items():
+        rows.append((name_characters(f"{name}, {task.metric}"), number(task.base, ".4g"), number(task.ours, ".4g")))
+    increase = number(behaviour.perplexity_increase, "+.1%")
+    perplexity = f"{number(ours.perplexity, '.4f')} ({increase})" if increase else number(ours.perplexity, ".4f")
+    rows.append(("perplexity", number(base.perplexity, ".4f"), perplexity))
+    rows.append(("KL divergence, nats", "", number(facts.measured.divergence.kl_divergence, ".4f")))
+    rows.append(("same next token as the base", "", number(behaviour.top1_agreement, ".1%")))
+    rows.append(("first draft accepted", number(base.mtp_acceptance, ".1%"), number(ours.mtp_acceptance, ".1%")))
+    in_engine = facts.benchmark.engine != "torch"
+    for mtp, words in ((False, "output tokens per second"), (True, "output tokens per second, with MTP")):
+        speed = facts.benchmark.summary(mtp=mtp, sampling="greedy", concurrency=1)
+        rows.append((words, "", number(speed.tokens_per_second, ".1f") if speed and in_engine else ""))
+    return [row for row in rows if row[2]]
 
 
 def quality_rows(measured: Measured) -> list[Row]:
@@ -33,14 +59,14 @@ def quality_rows(measured: Measured) -> list[Row]:
     increase, increase_interval = behaviour.perplexity_increase, behaviour.perplexity_increase_interval
     rows: list[tuple[str, float | None, float | None, Interval | None, str]] = [
         ("perplexity", base.perplexity, quantized.perplexity, quantized.perplexity_interval, ".4f"),
-        ("perplexity over the base's, minus 1", None, increase, increase_interval, ".2%"),
+        ("perplexity against the base's", None, increase, increase_interval, "+.2%"),
         ("KL divergence, nats", None, divergence.kl_divergence, None, ".4f"),
         ("KL divergence, 99 % of places below", None, divergence.kl_divergence_p99, None, ".4f"),
         ("same next token", None, behaviour.top1_agreement, None, ".2%"),
         ("draft acceptance rate, first draft", base.mtp_acceptance, quantized.mtp_acceptance, None, ".1%"),
     ]
     return [
-        (name, number(of_base, form), number(value, form), " and ".join(number(end, form) for end in interval or ()))
+        (name, number(of_base, form), number(value, form), " to ".join(number(end, form) for end in interval or ()))
         for name, of_base, value, interval, form in rows
         if value is not None
     ]
@@ -147,6 +173,12 @@ def prompt_rows(benchmark: BenchmarkResult) -> list[Row]:
         )
         for name, modes in prompts.items()
     ]
+
+
+def without_drafts(columns: Row, rows: Sequence[Row]) -> tuple[Row, list[Row]]:
+    """Leave out the columns about drafts, for a model without an MTP head."""
+    kept = [number for number, column in enumerate(columns) if HEADLESS.get(column, column) is not None]
+    return tuple(HEADLESS.get(columns[n]) or columns[n] for n in kept), [tuple(row[n] for n in kept) for row in rows]
 
 
 def source_rows(sources: Sequence[RecordedSource]) -> list[Row]:

@@ -32,10 +32,15 @@ class Serving:
     """The engines that load a model, and the commands that serve it."""
 
     refused: Mapping[str, str]  # why an engine does not load it, by engine
-    judged: Sequence[str]  # what is expected of the other engines, in sentences with their versions
+    judged: Sequence[str]  # what is expected of the other engines, in clauses with their versions
     vllm: Sequence[VllmCommand]
     sglang: str  # the command
     sglang_drafts: bool
+
+    @property
+    def ran(self) -> bool:
+        """Whether the benchmark ran a command of vLLM."""
+        return any(command.ran for command in self.vllm)
 
     def loads(self, engine: str) -> bool:
         """Check whether `vllm`, `sglang` or `transformers` may load the model. True if that is not known or judged."""
@@ -64,12 +69,12 @@ def _expected(engine: str, verdict: EngineVerdict, *, head: bool) -> str:
     """Say what headers and configs let expect of an engine that may load the model."""
     subject = f"{ENGINES[engine]} {verdict.version}"
     if verdict.loads is None:
-        return f"Whether {subject} loads it is not judged: {verdict.reason}."
+        return f"whether {subject} loads it is not judged ({verdict.reason})"
     if not head or engine == "transformers":
-        return f"By headers and configs, {subject} loads it."
+        return f"{subject} loads it"
     if verdict.mtp is None:
-        return f"By headers and configs, {subject} loads it; whether it drafts is not judged: {verdict.reason}."
-    return f"By headers and configs, {subject} loads it and {'drafts' if verdict.mtp else 'does not draft'}."
+        return f"{subject} loads it, and whether it drafts is not judged ({verdict.reason})"
+    return f"{subject} loads it and {'drafts' if verdict.mtp else 'does not draft'}"
 
 
 def _vllm(facts: CardFacts, *, mtp: bool) -> VllmCommand:

@@ -15,7 +15,7 @@ from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import Module
-from requant.tasks.checkpoint.stored_matrix import is_quantized_as, problem_of, unknown_format
+from requant.tasks.checkpoint.stored_matrix import problem_of, quantized_module, unknown_format
 from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import CheckpointError
 
@@ -82,7 +82,7 @@ def account(
     seen: set[str] = set()
     unknown: list[str] = []
     for name, source in base.tensors.items():
-        module = is_quantized_as(quantized, name)
+        module = quantized_module(quantized, name)
         if module is not None:
             result.packed += 1
             unknown += filter(None, [unknown_format(quantized, module)])

@@ -64,7 +64,7 @@ class StoredMatrix:
     step: float = 1.0
 
 
-def is_quantized_as(checkpoint: Checkpoint, name: str) -> Module | None:
+def quantized_module(checkpoint: Checkpoint, name: str) -> Module | None:
     """Return the module that holds the quantized matrix of a weight of the base, by the weight's name, if one does."""
     module_name, _, part = name.rpartition(".")
     module = checkpoint.modules.get(module_name)
@@ -83,23 +83,27 @@ def is_plain_fp8(checkpoint: Checkpoint, module: Module) -> bool:
 
 def problem_of(checkpoint: Checkpoint, module: Module, weight: tuple[int, ...]) -> str | None:
     """Return why a quantized module does not hold a weight `[out, in]` as the config says, as a sentence."""
-    if unreadable := misfit_of(checkpoint, module, weight):
-        return unreadable
+    try:
+        matrix_of(checkpoint, module, weight)
+    except CheckpointError as error:
+        return str(error)
     if checkpoint.method is None:
         return f"{module.name} is quantized, and no config says how: add the quantization_config to config.json"
     contradiction = checkpoint.reading.contradiction(module)
     return None if contradiction is None else str(contradiction)
 
 
-def misfit_of(checkpoint: Checkpoint, module: Module, weight: tuple[int, ...]) -> str | None:
-    """Return why no weight `[out, in]` can be read from a quantized module, whatever the config says, as a sentence."""
-    if module.storage == "integer":
-        return checkpoint.reading.problem(module, weight)
-    try:
-        shape = stored_matrix(checkpoint, module).shape
-    except CheckpointError as error:
-        return str(error)
-    return None if shape == weight else f"{module.name} holds a matrix of shape {shape}, the base's has {weight}"
+def matrix_of(checkpoint: Checkpoint, module: Module, weight: tuple[int, ...]) -> StoredMatrix:
+    """Read the matrix of a weight `[out, in]`. Raises CheckpointError if the module does not hold such a matrix.
+
+    GPTQ's and AWQ's version of the format is only in the config, so that a matrix that contradicts it is refused.
+    """
+    if module.storage == "integer" and (wrong := checkpoint.reading.problem(module, weight)):
+        raise CheckpointError(wrong)
+    matrix = stored_matrix(checkpoint, module)
+    if matrix.shape != weight:
+        raise CheckpointError(f"{module.name} holds a matrix of shape {matrix.shape}, the base's has {weight}")
+    return matrix
 
 
 def stored_matrix(checkpoint: Checkpoint, module: Module, scale_dtype: str | None = None) -> StoredMatrix:

@@ -10,8 +10,6 @@ As rounding is nearly unbiased, three figures together do show it:
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -24,7 +22,8 @@ from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.packing import float_rows
 from requant.tasks.checkpoint.rounding import SAMPLED_WEIGHTS, Rounding
-from requant.tasks.checkpoint.stored_matrix import StoredMatrix, is_quantized_as, misfit_of, stored_matrix
+from requant.tasks.checkpoint.stored_matrix import matrix_of, quantized_module
+from requant.tasks.errors import CheckpointError
 
 PARALLEL_MATRICES = 2  # numpy releases the interpreter's lock
 
@@ -54,24 +53,21 @@ def fidelity(quantized: Checkpoint, base: Checkpoint) -> list[Fidelity]:
     """
     base = dequantize_fp8(split_fused_experts(base))
     pairs = [
-        (name, matrix, source)
+        (module, source)
         for name, source in base.tensors.items()
-        if (module := is_quantized_as(quantized, name)) is not None
-        if (matrix := _readable(quantized, module, source)) is not None
+        if (module := quantized_module(quantized, name)) is not None
     ]
     with ThreadPoolExecutor(PARALLEL_MATRICES) as pool:
-        return list(pool.map(lambda pair: _compare(*pair), pairs))
+        compared = pool.map(lambda pair: _compare(quantized, *pair), pairs)
+        return [fidelity for fidelity in compared if fidelity is not None]
 
 
-def _readable(quantized: Checkpoint, module: Module, source: Tensor) -> Callable[[], StoredMatrix] | None:
-    """Return what reads a module's matrix; None if it cannot be read, or does not fit the base's matrix."""
-    if misfit_of(quantized, module, source.shape):
+def _compare(quantized: Checkpoint, module: Module, source: Tensor) -> Fidelity | None:
+    """Compare the matrix of a module with the base's; None if it cannot be read."""
+    try:
+        matrix = matrix_of(quantized, module, source.shape)
+    except CheckpointError:
         return None
-    return functools.partial(stored_matrix, quantized, module)
-
-
-def _compare(name: str, read: Callable[[], StoredMatrix], source: Tensor) -> Fidelity:
-    matrix = read()
     group, bits = matrix.group, matrix.bits
     order = np.argsort(group, kind="stable")
     in_order = bool((order[1:] > order[:-1]).all())
@@ -95,8 +91,8 @@ def _compare(name: str, read: Callable[[], StoredMatrix], source: Tensor) -> Fid
         row += len(ours)
     cells = row * len(present)
     if not ww or not cells:  # a base of zeros has no slope, and its only rounding is zeros
-        return Fidelity(name, bits, float(dd == 0), 0.0, float(dd > 0), rounding_noise=float(dd > 0))
-    figures = (name, bits, qw / ww, steps / cells, (dd / ww) ** 0.5)
+        return Fidelity(source.name, bits, float(dd == 0), 0.0, float(dd > 0), rounding_noise=float(dd > 0))
+    figures = (source.name, bits, qw / ww, steps / cells, (dd / ww) ** 0.5)
     if matrix.zeros is None:
         return Fidelity(*figures, slope_excess=None, scale_factor=None, rounding_noise=None)
     return Fidelity(*figures, sample.slope_excess, sample.scale_factor, sample.rounding_noise)

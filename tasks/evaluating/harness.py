@@ -124,15 +124,18 @@ def run_in_torch(folder: Path, settings: Eval, run_settings: RunSettings) -> Ite
     """Load a checkpoint with all of its weights. Raises CheckpointError."""
     from lm_eval.models.huggingface import HFLM
 
-    from requant.tasks.validating.model import free, load_model, load_tokenizer
+    from requant.tasks.validating.loaded import skeleton_of
+    from requant.tasks.validating.model import free, load_tokenizer
 
-    model = load_model(Checkpoint.open(folder).sound(), run_settings)
+    skeleton = skeleton_of(Checkpoint.open(folder).loadable(), run_settings)
+    skeleton.hold()
+    model = skeleton.model
     tokenizer = load_tokenizer(folder, remote_code=run_settings.remote_code)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=settings.batch_size)
     try:
         yield Harness(settings, lm, f"transformers {installed_version('transformers')}")
     finally:
-        del model, lm
+        del skeleton, model, lm
         free(run_settings.device)
 
 

@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,21 +33,22 @@ UNSHARED = 0o644  # permissions of files that others may read, and not write
 log = logging.getLogger(__name__)
 
 
-def fetch(base: Revision, file: HubFile, path: Path) -> str:
+def fetch(base: Revision, file: HubFile, path: Path, advance: Callable[[int], None] = lambda count: None) -> str:
     """Download a file to `path`, after the bytes that an earlier process has left there. Return the sha256 of the file.
 
     A file that lies on this machine is copied, as a reflink where the file system can: a hard link would change with
-    the original. The caller must compare the sha256: after a power cut, the bytes on the
-    disk may be wrong. A connection that sends nothing for HF_HUB_DOWNLOAD_TIMEOUT seconds (10) counts as lost. Raises
-    HubError or HubUnavailable.
+    the original. `advance` is told the bytes that the file has got. The caller must compare the sha256: after a power
+    cut, the bytes on the disk may be wrong. A connection that sends nothing for HF_HUB_DOWNLOAD_TIMEOUT seconds (10)
+    counts as lost. Raises HubError or HubUnavailable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if base.folder is not None:
         path.unlink(missing_ok=True)
         clone(base.folder / file.path, path, UNSHARED)
+        advance(file.size)
         return sha256_of(path)
     with hub_errors(base.repo_id, base.sha), open(path, "ab+", buffering=0, opener=_open_unshared) as stream:
-        partial = _PartialFile(stream, file.size)
+        partial = _PartialFile(stream, file.size, advance)
         if partial.at:
             log.info(f"going on with {file.path} after {partial.at:,} of {file.size:,} bytes")
         url = hf_hub_url(base.repo_id, file.path, repo_type=base.repo_type, revision=base.sha)
@@ -81,18 +83,20 @@ def _open_unshared(path: str, flags: int) -> int:
 class _PartialFile:
     """A file that is being downloaded, and the hash of the bytes that it has. `at` is their number."""
 
-    def __init__(self, stream: BinaryIO, size: int) -> None:
-        self._stream, self.size = stream, size
+    def __init__(self, stream: BinaryIO, size: int, advance: Callable[[int], None]) -> None:
+        self._stream, self.size, self._advance = stream, size, advance
         self.hasher = hashlib.sha256()
         stream.seek(0)
         while chunk := stream.read(CHUNK_BYTES):
             self.hasher.update(chunk)
         self.at = stream.tell()
+        advance(self.at)
         if self.at > size:
             self.start_over()
 
     def start_over(self) -> None:
         self._stream.truncate(0)
+        self._advance(-self.at)
         self.at, self.hasher = 0, hashlib.sha256()
 
     def add(self, chunk: bytes) -> None:
@@ -103,6 +107,7 @@ class _PartialFile:
             view = view[self._stream.write(view) :]
         self.hasher.update(chunk)
         self.at += len(chunk)
+        self._advance(len(chunk))
 
 
 def _request_rest(url: str, partial: _PartialFile) -> None:

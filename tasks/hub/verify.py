@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from requant.tasks.artifact import RELEASE
+from requant.tasks.artifact import RELEASE, sha256_of
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.untrusted import shown, without_folder
 from requant.tasks.documents import Document
@@ -22,15 +22,15 @@ from requant.tasks.hub.sparse_checkout import create_checkout, stream
 
 log = logging.getLogger(__name__)
 
-PARALLEL_DOWNLOADS = 4
+PARALLEL_DOWNLOADS = PARALLEL_READS = 4
 
 
 class ReleaseCheck(Document):
     """The document of `requant verify --json`."""
 
-    repo_id: str = Field(description="The repo")
+    repo_id: str = Field(description="The repo, or the folder")
     deep: bool = Field(description="Whether every byte was read")
-    commit: str = Field(description="The commit that was read")
+    commit: str | None = Field(description="The commit that was read; null for a folder")
     release: str | None = Field(None, description="The tag of the release; null if the repo has none")
     files: int = Field(0, description="How many files the release claims")
     problems: list[str] = Field(description="What is not as the manifest claims, in sentences")
@@ -42,12 +42,43 @@ def verify_release(repo_id: str, revision: str = "main", *, deep: bool = False) 
     Also compare the index and the safetensors headers with each other and with the files' sizes. With `deep`, download
     and hash every file, without storing it. Raises HubError if there is no such repo, or HubUnavailable.
     """
-    resolved = resolve(repo_id, revision)
+    return _check_release(resolve(repo_id, revision), deep=deep)
+
+
+def verify_folder(folder: Path) -> ReleaseCheck:
+    """Compare a folder to which a release was downloaded with its manifest. Every byte is read.
+
+    Files and folders whose names begin with a dot are passed over, as `hf download` keeps notes in one. Raises
+    CheckpointError for a file that cannot be read.
+    """
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path.relative_to(folder))]
+    try:
+        with ThreadPoolExecutor(PARALLEL_READS) as pool:
+            hashes = list(pool.map(sha256_of, paths))
+        sizes = [path.stat().st_size for path in paths]
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read ({error.strerror}): allow it") from error
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    files = (HubFile(name, size, "", sha256) for name, size, sha256 in zip(names, sizes, hashes, strict=True))
+    return _check_release(Revision(str(folder), "", tuple(files), folder=folder, is_local=True), deep=True)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _check_release(resolved: Revision, *, deep: bool) -> ReleaseCheck:
+    repo_id = resolved.repo_id
 
     def check(problems: Sequence[str], claimed: ReleaseManifest | None = None) -> ReleaseCheck:
         release, files = (claimed.tag, len(claimed.files)) if claimed else (None, 0)
         return ReleaseCheck(
-            repo_id=repo_id, deep=deep, commit=resolved.sha, release=release, files=files, problems=list(problems)
+            repo_id=repo_id,
+            deep=deep,
+            commit=resolved.sha or None,
+            release=release,
+            files=files,
+            problems=list(problems),
         )
 
     try:
@@ -61,13 +92,18 @@ def verify_release(repo_id: str, revision: str = "main", *, deep: bool = False) 
     problems = claimed.differences(resolved)
     problems += [f"the gate {shown(name)} was not passed" for name in claimed.failed_gates]
     problems += _check_structure(resolved)
-    if deep:
+    if deep and not resolved.is_local:  # The listing of a folder has the hashes of its bytes.
         problems += _check_bytes(resolved, claimed)
     return check(problems, claimed)
 
 
 def _check_structure(revision: Revision) -> list[str]:
     """Return the contradictions between index, headers and sizes."""
+    if revision.folder is not None:
+        try:
+            return list(Checkpoint.open(revision.folder).problems)
+        except CheckpointError as error:
+            return [str(error)]
     with tempfile.TemporaryDirectory(prefix="requant-") as folder:
         try:
             return list(Checkpoint.open(create_checkout(revision, Path(folder))).problems)

@@ -3,12 +3,54 @@
 from __future__ import annotations
 
 import logging
+import sys
+from typing import Literal, TextIO
 
 from requant.tasks.errors import RequantError, redact
 
 SUCCESS_PREFIXES = ("Finished in state Completed", "Finished in state Reused")
 ROOT_LOGGER = "requant"
 PREFECT_LOGGERS = ("prefect.flow_runs", "prefect.task_runs", "prefect.engine", "prefect")
+
+
+Verbosity = Literal["quiet", "normal", "verbose"]
+_verbosity: Verbosity | None = None
+
+
+def set_verbosity(verbosity: Verbosity) -> None:
+    """Choose what this process prints. The command line does so; the log of a worker has everything."""
+    global _verbosity
+    _verbosity = verbosity
+    logging.getLogger(ROOT_LOGGER).setLevel({"quiet": "WARNING", "normal": "INFO", "verbose": "DEBUG"}[verbosity])
+
+
+def verbosity() -> Verbosity:
+    """Return what was chosen: `verbose` where nobody chose."""
+    return _verbosity or "verbose"
+
+
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stderr is at the moment: while bars are shown, that puts lines above them."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, stream: TextIO) -> None:
+        """Keep sys.stderr."""
+
+
+class PrefectLines(logging.Filter):
+    """Keeps Prefect's own lines from a terminal, unless they were asked for. Those about another try are shown."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if verbosity() == "verbose" or not record.name.startswith("prefect"):
+            return True
+        return verbosity() == "normal" and "Retry" in record.getMessage()
 
 
 class Redacting(logging.Filter):
@@ -38,7 +80,12 @@ def set_up_logging() -> None:
     The filter is added to handlers, which get the records of all loggers below theirs. A filter of a logger would see
     only the records of this one logger.
     """
-    logging.getLogger(ROOT_LOGGER).setLevel(logging.INFO)
+    if _verbosity is None:
+        logging.getLogger(ROOT_LOGGER).setLevel(logging.INFO)
+    for name in (None, "prefect"):  # what is printed; the handlers of runs are elsewhere
+        for handler in logging.getLogger(name).handlers:
+            if not any(isinstance(one, PrefectLines) for one in handler.filters):
+                handler.addFilter(PrefectLines())
     for name in (None, ROOT_LOGGER, *PREFECT_LOGGERS):
         for handler in logging.getLogger(name).handlers:
             if not any(isinstance(one, Redacting) for one in handler.filters):

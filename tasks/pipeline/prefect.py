@@ -5,9 +5,10 @@ The stages themselves are plain functions, which also run without Prefect.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, Self, TypedDict
 from uuid import UUID
 
 from prefect import State, runtime
@@ -28,6 +29,7 @@ from prefect.tasks import Task, exponential_backoff
 
 from requant.tasks.errors import RequantError
 from requant.tasks.formatting import format_duration
+from requant.tasks.pipeline.progress import Bar, progress
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.quantizing.events import (
     BlockDone,
@@ -121,17 +123,34 @@ class ShareProgress:
 
 
 class BlockProgress:
-    """Reports the events of the quantize child as log lines and as a progress artifact of Prefect."""
+    """Reports the events of the quantize child as log lines, as a bar, and as a progress artifact of Prefect.
+
+    The bar is shown from the first block on, until the `with` block ends.
+    """
 
     def __init__(self) -> None:
         self._progress = ShareProgress("quantize-progress", "Blocks quantized")
         self._lines = BlockLines()
+        self._shown = contextlib.ExitStack()
+        self._bar: Bar | None = None
+        self._done = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._shown.close()
 
     def __call__(self, event: Event) -> None:
         for line in self._lines(event):
             log.info(line)
+        if isinstance(event, BlockStarted) and self._bar is None:
+            self._bar = self._shown.enter_context(progress("quantize", event.total or 0, "blocks"))
         if isinstance(event, BlockDone):
             self._progress(event.done / event.total)
+            if self._bar is not None:
+                self._bar.advance(event.done - self._done)
+            self._done = event.done
 
 
 class BlockLines:

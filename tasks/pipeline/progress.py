@@ -1,73 +1,150 @@
-"""How far work has come: a bar where a terminal is, elsewhere a log line at most every 30 s."""
+"""How far long work has come: bars on a terminal, and elsewhere a log line every 30 s.
+
+The command line chooses with `show`. A worker, a notebook and a pipe get lines.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import TextIO
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from requant.tasks.formatting import format_duration, gigabytes
 
-from requant.tasks.formatting import gigabytes
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
+Unit = Literal["bytes", "blocks", "requests", "files"]
+Display = Literal["bars", "lines", "nothing"]
 INTERVAL_S = 30.0
 log = logging.getLogger(__name__)
 
 
-class Bar:
-    """Counts what is done. It may be advanced from several threads."""
+class Bar(Protocol):
+    """What work reports to. It may be called from several threads."""
 
-    def __init__(self, name: str, total: int, unit: str, clock: Callable[[], float], interval_s: float) -> None:
-        self._name, self._total, self._unit = name, total, unit
-        self._clock, self._interval_s = clock, interval_s
+    def advance(self, count: int = 1) -> None:
+        """Add to what is done."""
+
+
+class _Count:
+    """What is done of a piece of work, and for how long it has been going on."""
+
+    def __init__(self, name: str, total: int, unit: Unit) -> None:
+        self.name, self.total, self.unit = name, total, unit
+        self.done, self.begun_s = 0, time.monotonic()
         self._lock = threading.Lock()
-        self._done = 0
-        self._begun_s = self._said_s = clock()
-        self.show: Callable[[str, int], None] | None = None
 
-    def advance(self, count: int) -> None:
-        """Add to what is done. On a terminal the bar moves; elsewhere a line is logged if the interval has passed."""
+    def advance(self, count: int = 1) -> None:
         with self._lock:
-            self._done += count
-            now_s = self._clock()
-            if self.show is not None:
-                self.show(self._words(now_s), self._done)
-            elif now_s - self._said_s >= self._interval_s:
-                self._said_s = now_s
-                left_s = (now_s - self._begun_s) * (self._total - self._done) / self._done if self._done else 0.0
-                left = f", about {max(1, round(left_s / 60))} min left" if 0 < self._done < self._total else ""
-                log.info("%s: %s%s", self._name, self._words(now_s), left)
+            self.done += count
 
-    def _words(self, now_s: float) -> str:
-        rate = self._done / max(now_s - self._begun_s, 1e-9)
-        if self._unit == "bytes":
-            return f"{gigabytes(self._done)} of {gigabytes(self._total)}, {gigabytes(int(rate))}/s"
-        return f"{self._done} of {self._total} {self._unit}, {rate:.3g}/s"
+    def words(self, elapsed_s: float) -> str:
+        """Say what is done and how fast, as `12.30 GB of 54.00 GB, 310.00 MB/s`."""
+        rate = self.done / max(elapsed_s, 1e-9)
+        if self.unit == "bytes":
+            return f"{gigabytes(self.done)} of {gigabytes(self.total)}, {gigabytes(round(rate))}/s"
+        pace = f", {1 / rate:.1f} s each" if 0 < rate < 1 else f", {rate:.1f}/s" if rate else ""
+        return f"{self.done} of {self.total} {self.unit}{pace}"
+
+    def line(self, elapsed_s: float) -> str:
+        """Say the same with the name of the work and the time left."""
+        left_s = elapsed_s * (self.total - self.done) / self.done if self.done else 0.0
+        left = f", about {format_duration(left_s)} left" if left_s > 0 else ""
+        return f"{self.name}: {self.words(elapsed_s)}{left}"
+
+
+class _Terminal:
+    """The bars of this process, one below the other. Log lines appear above them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._progress: Progress | None = None
+        self._bars = 0
+
+    @contextlib.contextmanager
+    def bar(self, count: _Count) -> Iterator[Bar]:
+        progress = self._begin()
+        task = progress.add_task(count.name, total=count.total, words="")
+
+        class Shown:
+            def advance(self, more: int = 1) -> None:
+                count.advance(more)
+                progress.update(task, completed=count.done, words=count.words(time.monotonic() - count.begun_s))
+
+        try:
+            yield Shown()
+        finally:
+            progress.refresh()
+            progress.remove_task(task)
+            self._end()
+
+    def _begin(self) -> Progress:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        with self._lock:
+            if self._progress is None:
+                columns: list[Any] = [
+                    TextColumn("{task.description}", markup=False),
+                    BarColumn(bar_width=20),
+                    TextColumn("{task.fields[words]}", markup=False),
+                    TimeRemainingColumn(compact=True),
+                ]
+                self._progress = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
+                self._progress.start()
+            self._bars += 1
+            return self._progress
+
+    def _end(self) -> None:
+        with self._lock:
+            self._bars -= 1
+            if self._bars == 0 and self._progress is not None:
+                self._progress.stop()
+                self._progress = None
+
+
+_display: Display = "lines"
+_terminal = _Terminal()
+
+
+def show(display: Display) -> None:
+    """Choose how progress is shown in this process."""
+    global _display
+    _display = display
 
 
 @contextlib.contextmanager
-def progress(
-    name: str,
-    total: int,
-    unit: str,
-    *,
-    stream: TextIO | None = None,
-    clock: Callable[[], float] = time.monotonic,
-    interval_s: float = INTERVAL_S,
-) -> Iterator[Bar]:
-    """Show how far work has come. `unit` is bytes, blocks, tokens, requests or files; `stream` is stderr by default."""
-    bar = Bar(name, total, unit, clock, interval_s)
-    console = Console(file=stream or sys.stderr)
-    if not console.is_terminal or console.is_dumb_terminal:
-        yield bar
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as shown:
-        task = shown.add_task(name, total=total, words="")
-        bar.show = lambda words, done: shown.update(task, completed=done, words=words)
-        yield bar
+def progress(name: str, total: int, unit: Unit, *, interval_s: float = INTERVAL_S) -> Iterator[Bar]:
+    """Show how far a piece of work has come, of which `total` is the whole."""
+    count = _Count(name, total, unit)
+    if _display == "bars":
+        with _terminal.bar(count) as bar:
+            yield bar
+    elif _display == "lines":
+        with _lines(count, interval_s):
+            yield count
+    else:
+        yield count
+
+
+@contextlib.contextmanager
+def _lines(count: _Count, interval_s: float) -> Iterator[None]:
+    """Log a line at every interval until the block ends. The lines belong to the run that this thread works for."""
+    ended = threading.Event()
+
+    def talk() -> None:
+        while not ended.wait(interval_s):
+            log.info(count.line(time.monotonic() - count.begun_s))
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(talk,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

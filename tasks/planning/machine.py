@@ -47,10 +47,15 @@ def as_estimated(recipe: Recipe, here: Here | None, delegated: Collection[str]) 
 
     `here` is None for a run elsewhere. A GPU that the recipe names in `hardware` counts as the one of the run.
     """
-    named = recipe.hardware is not None and recipe.hardware.gpu is not None
-    if here is None or named or "quantize" in delegated or not here.uses_cpu(recipe):
+    if here is None or _named_gpu(recipe) or "quantize" in delegated or not here.uses_cpu(recipe):
         return recipe
     return recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"device": "cpu"})})
+
+
+def _named_gpu(recipe: Recipe) -> str | None:
+    """Return the GPU that the recipe is planned for, if it names one."""
+    named = recipe.hardware.gpu if recipe.hardware else None
+    return None if named == "cpu" else named
 
 
 def machine_findings(here: Here, recipe: Recipe, output: CheckpointPlan, needs: Needs, stages: list[str]) -> Findings:
@@ -78,10 +83,11 @@ def _presence(here: Here, recipe: Recipe, computing: list[str]) -> Findings:
             computing[0], [f"quantize.device is {device}, and this machine has no GPU: set it to cpu, or run elsewhere"]
         )
     if not here.gpus:
-        named = recipe.hardware.gpu if recipe.hardware else None
-        words = f"hardware.gpu is {named}, and this machine has no GPU" if named else "this machine has no GPU"
-        remedy = "--elsewhere plans for another machine"
-        return Findings.of(computing[0], warnings=[f"{words}: {' and '.join(computing)} would use the CPU; {remedy}"])
+        if recipe.hardware is not None and recipe.hardware.gpu == "cpu":
+            return Findings()
+        named = f"hardware.gpu is {gpu}, and " if (gpu := _named_gpu(recipe)) else ""
+        lacking = f"{named}this machine has no GPU: the CPU would be used"
+        return Findings.of(computing[0], warnings=[lacking])
     number = int(device.partition(":")[2] or 0)
     if device != "auto" and number >= len(here.gpus):
         return Findings.of(

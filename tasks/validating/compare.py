@@ -11,6 +11,7 @@ import torch
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.header import Tensor
+from requant.tasks.pipeline.progress import progress
 from requant.tasks.validating.blocks import Rows
 from requant.tasks.validating.domains import compare_domains
 from requant.tasks.validating.gates import most_repeated
@@ -138,15 +139,17 @@ def _block_errors(skeleton: Skeleton, of_quantized: Measurement, of_base: Measur
     rows = Rows.of(skeleton, tokens)
     kinds = getattr(skeleton.text.config, "layer_types", None) or ["decoder"] * len(skeleton.blocks)
     errors = []
-    for number in range(len(skeleton.blocks)):
-        base_input, base_output = (of_base.probes[number + k].to(skeleton.device) for k in (0, 1))
-        rows.hidden = [base_input[None]]
-        with skeleton.loaded(number) as block:
-            rows.through(number, block)
-        error = _relative(rows.hidden[0][0] - base_output, base_output - base_input)
-        reached = of_base.probes[number + 1]
-        drift = _relative(of_quantized.probes[number + 1] - reached, reached)
-        errors.append(BlockError(block=number, kind=kinds[number], error=error, drift=drift))
+    with progress("compare", len(skeleton.blocks), "blocks") as bar:
+        for number in range(len(skeleton.blocks)):
+            base_input, base_output = (of_base.probes[number + k].to(skeleton.device) for k in (0, 1))
+            rows.hidden = [base_input[None]]
+            with skeleton.loaded(number) as block:
+                rows.through(number, block)
+            error = _relative(rows.hidden[0][0] - base_output, base_output - base_input)
+            reached = of_base.probes[number + 1]
+            drift = _relative(of_quantized.probes[number + 1] - reached, reached)
+            errors.append(BlockError(block=number, kind=kinds[number], error=error, drift=drift))
+            bar.advance()
     return errors
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from requant.tasks.checkpoint.blocks import streaming_parameters
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.served_dtype import Dtype
 from requant.tasks.errors import CheckpointError
+from requant.tasks.pipeline.progress import progress
 from requant.tasks.validating import LENGTH, PROBE
 from requant.tasks.validating.blocks import Rows, run_blocks
 from requant.tasks.validating.decode import agreement, decode, decode_in_blocks, speculate
@@ -42,7 +42,6 @@ DRAFTS = 3  # draft tokens per step: engines use no more
 PROMPTS, PROMPT, GENERATED = 4, 32, 48  # greedy continuations: their number, tokens of each prompt, tokens after it
 GENERATED_IN_BLOCKS = 8  # tokens after a prompt where each token costs a pass over all weights
 MAX_TEXT_TOKENS = {"cpu": 4096, "cuda": 131_072}  # a longer text takes longer than everything else together
-PROGRESS_INTERVAL_S = 15.0  # between two lines of progress in the log
 log = logging.getLogger(__name__)
 
 
@@ -78,16 +77,13 @@ def _measure(skeleton: Skeleton, cut: Windows) -> Measurement:
     groups = rows_of(skeleton, cut)
     groups.append(Rows.of(skeleton, _long_text(ids, longest(skeleton))))
     probes = [groups[0].hidden[0][0, :PROBE].cpu()]
-    logged = time.monotonic()
+    with progress("measure", len(skeleton.blocks), "blocks") as bar:
 
-    def after(number: int) -> None:
-        nonlocal logged
-        probes.append(groups[0].hidden[0][0, :PROBE].cpu())
-        if time.monotonic() - logged > PROGRESS_INTERVAL_S:
-            logged = time.monotonic()
-            log.info(f"measuring: block {number + 1} of {len(skeleton.blocks)}")
+        def after(number: int) -> None:
+            probes.append(groups[0].hidden[0][0, :PROBE].cpu())
+            bar.advance()
 
-    *by_group, long_hidden = run_blocks(skeleton, groups, after)
+        *by_group, long_hidden = run_blocks(skeleton, groups, after)
     groups.clear()
     hidden = torch.cat([states.reshape(-1, ids.shape[1], states.shape[-1]) for states in by_group])
     nll, top1 = _next_tokens(skeleton, ids, hidden)

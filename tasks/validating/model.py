@@ -30,6 +30,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from requant.startup import collect_garbage_often
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.fp8 import dequantized_tensors
@@ -44,6 +45,7 @@ CORRECTION_BIAS = "e_score_correction_bias"
 FEW_THREADS_BYTES = 128 << 20  # weights below this size are computed with by one thread
 transformers.logging.set_verbosity_error()  # otherwise it warns of every kernel that is not installed
 transformers.logging.disable_progress_bar()
+collect_garbage_often()  # Every module that computes with tensors in this process imports this one.
 
 TORCH_DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,

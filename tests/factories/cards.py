@@ -133,13 +133,12 @@ HOSTILE = {
 
 
 SECTIONS = [
-    "TL;DR", "Serving", "Quantization", "What is not quantized, and why", "MTP head", "Against the base", "Speed",
-    "Pictures", "Limits", "Reproduce", "Provenance", "License and citation",
+    "Serving", "Quality", "Speed", "Pictures", "MTP head", "Known limits", "How it was made", "License and citation",
 ]  # fmt: skip
 
 
 TAGS = {
-    "h1", "h2", "p", "ul", "li", "a", "code", "pre", "strong", "table", "thead", "tbody", "tr", "th", "td", "img",
+    "h1", "h2", "p", "a", "code", "pre", "table", "thead", "tbody", "tr", "th", "td", "img", "details", "summary",
 }  # fmt: skip
 
 

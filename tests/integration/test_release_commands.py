@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, ModelCard, constants
@@ -35,6 +37,38 @@ def test_a_run_is_what_its_manifest_claims_and_its_card_is_valid(
     assert "/v1}/chat/completions" in (folder / "README.md").read_text()  # what is no folder stays as it is
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     ModelCard((folder / "README.md").read_text()).validate()
+
+
+def test_a_copy_of_a_release_is_checked_by_every_byte(finished: Finished, tmp_path: Path) -> None:
+    requant = finished[0]
+    copy = shutil.copytree(requant.folder / "checkout", tmp_path / "copy")
+    (copy / ".cache").mkdir()
+    (copy / ".cache" / "notes.json").write_text("what hf download leaves")
+    verified = requant("verify", str(copy), "--json")
+    assert verified.status == 0, verified.stdout
+    assert verified.document["repo_id"] == str(copy) and verified.document["commit"] is None
+    shard = next(copy.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.unlink()
+    shard.write_bytes(data)
+    (copy / "config.json").unlink()
+    outcome = requant("verify", str(copy))
+    assert outcome.status == 1 and f"{shard.name} is not the file that requant.json names" in outcome.stdout
+    assert "config.json is missing" in outcome.stdout
+
+
+def test_a_repo_is_inspected_by_its_tensors_too(finished: Finished) -> None:
+    deep = finished[0]("inspect", "me/pico", "--deep", "--json")
+    assert deep.status == 0, deep.stderr
+    assert deep.document["problems"] == []
+
+
+@pytest.mark.parametrize("command", [["validate", "--base", "demo/pico"], ["bench"], ["verify"], ["inspect", "--deep"]])
+def test_what_is_neither_a_folder_nor_a_repo_is_one_sentence(finished: Finished, command: list[str]) -> None:
+    outcome = finished[0](command[0], "./no/such", *command[1:])
+    assert outcome.status == 1, outcome.stderr
+    assert outcome.stderr == ("requant: ./no/such is not a folder: name a checkpoint's folder, or repo_id[@revision]\n")
 
 
 def test_the_published_recipe_makes_the_same_artifact_again(requant: Requant, finished: Finished) -> None:
@@ -94,7 +128,7 @@ def test_publish_rolls_back_by_recipe_or_repo(
         (["publish", "me/pico"], 2, "--rollback"),
         (["publish", "nothing.yaml", "--rollback"], 2, "nothing.yaml cannot be read"),
         (["publish", "pico", "--rollback"], 1, "name it as owner/name"),
-        (["verify", "./folder"], 1, "name it as owner/name"),
+        (["verify", "./folder"], 1, "is not a folder: name a checkpoint's folder, or repo_id[@revision]"),
         (["verify", "me/nowhere"], 1, "me/nowhere does not exist"),
         (["verify", "demo/pico", "--json"], 1, "has no requant.json"),
         (["publish", "demo/pico", "--rollback"], 1, "holds no release of Requant"),

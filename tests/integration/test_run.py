@@ -96,7 +96,8 @@ def test_what_is_published_is_the_artifact_with_a_card_and_a_tag(finished: Finis
     card = (requant.folder / "checkout" / "README.md").read_text()
     assert "license: apache-2.0" in card and "base_model: demo/pico" in card and digest in card
     shown = re.findall(r"!\[[^\]]+\]\((.+?)\)", card)
-    assert "pictures/losses.png" in shown and set(shown) <= names
+    assert "pictures/block-errors.png" in shown and set(shown) <= names
+    assert "pictures/losses.png" in names and "pictures/losses.png" not in shown  # It is in report.md alone.
 
 
 def test_a_report_that_would_be_its_own_markdown_is_refused(requant: Requant) -> None:

@@ -155,9 +155,9 @@ def test_inspect_of_a_repo_reads_the_one_file_that_has_all_settings_of_processor
     assert by_hub == api.inspect(folder) and by_hub.problems == []
 
 
-def test_deep_inspection_of_a_repo_is_refused(requant: Requant, tiny: Path) -> None:
+def test_deep_inspection_of_a_repo_downloads_it(requant: Requant, tiny: Path) -> None:
     outcome = requant("inspect", REPO, "--deep")
-    assert outcome.status == 1 and "download it first" in outcome.stderr
+    assert outcome.status == 0 and "fetched model-00001" in outcome.stderr
 
 
 def test_mtp_fix_takes_the_head_of_a_repo_and_nothing_else(

@@ -47,7 +47,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z0-9-]+):(?!=)", MAKEFILE, re.MULTILINE))
 TOPS = ("flows/", "tasks/", "infra/", "deployments/", "tests/", "docs/", "requant/", ".ci/", ".github/")
 # Programs of others that blocks call. What belongs to this project is looked at more closely.
-OTHERS = {"docker", "prefect", "cp", "chmod"}
+OTHERS = {"docker", "prefect", "cp", "chmod", "hf"}
 # Options in running text that are not ours: those of Prefect's worker, of pytest and of vLLM's server.
 FOREIGN_OPTIONS = {"--pool", "--name", "--limit", "--dtype", "--enforce-eager", "--no-enable-prefix-caching", "--model"}
 FOREIGN_OPTIONS |= {"--tokens", "--no-mtp", "--vision", "--places", "--port", "--strict-markers"}

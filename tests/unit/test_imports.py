@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import itertools
+import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.factories.paths import ROOT
+from tests.factories.pico import pico_base
 
 STAGES = {
     "download", "quantize", "mtp_fix", "validate", "evaluate", "benchmark", "acceptance", "probe", "publish", "plan",
@@ -107,13 +109,45 @@ def test_our_modules_are_imported_under_the_name_of_the_package(top: str) -> Non
             assert name.split(".")[0] not in {"flows", "tasks"}, f"{path}:{line}: {name}"
 
 
-HEAVY = ["torch", "prefect", "transformers", "matplotlib", "httpx", "pydantic", "yaml", "rich"]
+HEAVY = {"torch", "prefect", "transformers", "matplotlib", "httpx", "pydantic", "yaml", "rich"}
+OF_A_RUN = {"torch", "prefect", "transformers", "matplotlib", "pyarrow", "boto3", "jsonschema", "jinja2", "lm_eval"}
+CODE = """
+import sys
+from requant.flows.cli.main import cli
+try:
+    cli(sys.argv[2:], standalone_mode=False)
+except (SystemExit, OSError, RuntimeError, ValueError):
+    pass
+print([name for name in sys.argv[1].split() if name in sys.modules], file=sys.stderr)
+"""
 
 
-def test_the_help_of_a_command_imports_nothing_heavy() -> None:
-    code = (
-        "import sys; from requant.flows.cli.main import cli\ntry: cli(['inspect', '--help'])\nexcept SystemExit: pass\n"
+@pytest.mark.parametrize(
+    ("command", "forbidden"),
+    [
+        (["inspect", "--help"], HEAVY),
+        (["plan", "missing.yaml"], OF_A_RUN | {"requant.tasks.plan"}),
+        (["plan", "base/model"], OF_A_RUN),  # as far as the Hub, which does not answer
+        (["inspect", "model"], OF_A_RUN | {"huggingface_hub"}),
+        (["store", "ls"], OF_A_RUN),
+        (["init", "base/model"], OF_A_RUN),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_command_imports_nothing_heavy_without_need(command: list[str], forbidden: set[str], tmp_path: Path) -> None:
+    pico_base(tmp_path / "model", layers=1)
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "REQUANT_STORE": str(tmp_path / "store"), "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, "-c", CODE, " ".join(sorted(forbidden)), *command]
+    done = subprocess.run(
+        arguments, cwd=tmp_path, env={**os.environ, **nowhere}, capture_output=True, text=True, check=True
     )
-    code += "print([name for name in sys.argv[1:] if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code, *HEAVY], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_the_flow_of_a_run_imports_no_stage_that_it_may_reuse_and_no_flow_that_it_does_not_run() -> None:
+    code = "import sys, requant.flows.requantize; print([name for name in sys.argv[1:] if name in sys.modules])"
+    forbidden = ["torch", "transformers", "accelerate", "matplotlib", "prefect.server", "requant.flows.gpu_pool"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *forbidden], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "[]"

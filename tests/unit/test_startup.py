@@ -101,3 +101,12 @@ def test_what_a_user_says_of_telemetry_stays() -> None:
     environment = {"DO_NOT_TRACK": "0"}
     turn_off_telemetry(environment)
     assert environment == {**NO_TELEMETRY, "DO_NOT_TRACK": "0"}
+
+
+def test_garbage_is_collected_as_usual_once_models_are_there() -> None:
+    code = (
+        "import gc, requant.startup as startup; usual = gc.get_threshold(); startup.collect_garbage_rarely(); "
+        "rare = gc.get_threshold(); import requant.tasks.validating.model; print(rare > usual == gc.get_threshold())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"

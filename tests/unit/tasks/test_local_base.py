@@ -18,6 +18,7 @@ from requant.tasks.download import download, download_key, find_base
 from requant.tasks.errors import CheckpointError, RecipeError, RequantError
 from requant.tasks.hub.revision import Revision
 from requant.tasks.local_base import FACT, LEFT_OUT, SETTINGS, LocalFile, find_folder
+from requant.tasks.pipeline.progress import Bar
 from requant.tasks.plan import plan
 from requant.tasks.quantize import quantize_key
 from requant.tasks.recipe.recipe import Base, Recipe
@@ -65,9 +66,9 @@ class Reads:
         self.paths: list[str] = []
         original = local_base._hash
 
-        def count(store: Store, file: LocalFile, stop: threading.Event) -> str:
+        def count(store: Store, file: LocalFile, stop: threading.Event, bar: Bar) -> str:
             self.paths.append(file.path)
-            return original(store, file, stop)
+            return original(store, file, stop, bar)
 
         monkeypatch.setattr(local_base, "_hash", count)
 
@@ -351,14 +352,14 @@ def test_an_interrupt_ends_hashing_in_the_middle_of_files(
     begun, ended = threading.Event(), list[str]()
     original = local_base._hash
 
-    def interrupted(store: Store, file: LocalFile, stop: threading.Event) -> str:
+    def interrupted(store: Store, file: LocalFile, stop: threading.Event, bar: Bar) -> str:
         if file.path == small:
             assert begun.wait(60)
             raise KeyboardInterrupt
         if file.path == large:
             begun.set()
             assert stop.wait(60)
-        sha256 = original(store, file, stop)
+        sha256 = original(store, file, stop, bar)
         ended.append(file.path)
         return sha256
 

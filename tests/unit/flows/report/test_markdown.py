@@ -60,8 +60,8 @@ def test_a_failed_run_is_reported_with_its_sentence() -> None:
 def test_quality_stands_beside_the_bases_with_its_interval() -> None:
     lines = sections(told(finished(measured=MEASURED)))["Quality"]
     assert lines[2:] == [
-        "| perplexity | 3.0000 | 3.1416 | 3.1000 and 3.2000 |",
-        "| perplexity over the base's, minus 1 |  | 4.72% | 4.00% and 5.50% |",
+        "| perplexity | 3.0000 | 3.1416 | 3.1000 to 3.2000 |",
+        "| perplexity against the base's |  | +4.72% | +4.00% to +5.50% |",
         "| KL divergence, nats |  | 0.0123 |  |",
         "| same next token |  | 95.10% |  |",
         "| draft acceptance rate, first draft | 89.4% | 87.1% |  |",

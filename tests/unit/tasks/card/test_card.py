@@ -21,7 +21,7 @@ from requant.tasks.record import StageRecord
 from requant.tasks.validating.drafts import DraftComparison, DraftCount
 from requant.tasks.validating.gates import judge
 from requant.tasks.validating.measured import Measured
-from tests.factories.cards import HOSTILE, MEASURED, SHA, base_card, card_of, facts_of, recipe
+from tests.factories.cards import HOSTILE, MEASURED, MEASURED_IN_VLLM, SHA, base_card, card_of, facts_of, recipe
 from tests.factories.measured import GOOD, good
 
 OWN = {
@@ -120,7 +120,7 @@ def test_a_cell_cannot_hold_html() -> None:
 @pytest.mark.parametrize("name", ["a`[click](javascript:x)`.weight", "a|b.weight", "a\nb.weight", "<img src=x>.weight"])
 def test_a_tensors_name_cannot_break_out_of_its_cell(name: str) -> None:
     _, body = card_of(kept_names=(name,))
-    section = body.split("## What is not quantized")[1].split("##")[0]
+    section = body.split("<summary>Tensors that are not quantized")[1].split("</details>")[0]
     rows = [line for line in section.split("\n") if line.startswith("|")]
     assert len(rows) == 3 and len(cells(rows[2])) == 3
     assert cells(rows[2])[0].count("`") == 2 and "<img" not in section
@@ -128,9 +128,9 @@ def test_a_tensors_name_cannot_break_out_of_its_cell(name: str) -> None:
 
 def test_every_measured_value_is_in_the_card() -> None:
     _, body = card_of()
-    assert "| perplexity | 3.0000 | 3.1416 | 3.0000 and 3.3000 |" in body
+    assert "| perplexity | 3.0000 | 3.1416 | 3.0000 to 3.3000 |" in body
     assert "| 1 | 89.4% | 87.1% |  | 91.0% |" in body and "| 2 | 72.0% | 70.0% |  |  |" in body
-    assert "54.00 GB to 18.00 GB (3.00 times smaller)" in body
+    assert "| weights | 54.00 GB | 18.00 GB |" in body and "3.00 times smaller" in body
     assert "87.1%" in body and "89.4%" in body and "12,288 tokens" in body
     assert "| perplexity_increase | 0.01 | 0.05 | passed |" in body
     assert "| top1_agreement | 0.95 | 0.85 | passed |" in body
@@ -202,7 +202,7 @@ def test_a_calibration_file_is_named_without_the_folder_it_lies_in(tmp_path: Pat
 
 def test_a_command_that_was_not_run_is_marked_so_and_asks_for_the_head() -> None:
     _, body = card_of()
-    assert "**not run**" in body and '"method":"mtp"' in body
+    assert "The commands were not run on these files." in body and '"method":"mtp"' in body
     _, headless = card_of(measured={**MEASURED, "head_kept": False}, recipe=recipe(mtp="drop"))
     assert '"method":"mtp"' not in headless and "The result has no MTP head." in headless
 
@@ -214,8 +214,11 @@ def test_a_head_that_the_recipe_drops_is_said_to_be_left_out() -> None:
 
 
 def test_a_base_without_a_head_is_not_said_to_have_lost_it() -> None:
-    front, body = card_of(measured={**MEASURED, "head_kept": False})
-    assert "The base has no MTP head." in body and "mtp" not in front["tags"]
+    without = {name: value for name, value in MEASURED.items() if "acceptance" not in name}
+    benchmark = {**MEASURED_IN_VLLM, "prompts": MEASURED_IN_VLLM["prompts"][:1], "commands": []}
+    kept = ("model.norm.weight",)
+    front, body = card_of(measured={**without, "head_kept": False}, benchmark=benchmark, kept_names=kept)
+    assert "mtp" not in front["tags"] and "draft" not in body and "MTP" not in body
 
 
 def test_a_measured_speed_is_said_not_to_be_an_engines() -> None:
@@ -225,15 +228,17 @@ def test_a_measured_speed_is_said_not_to_be_an_engines() -> None:
     }  # fmt: skip
     _, body = card_of(benchmark=speed)
     assert "1234 tokens per second of prompt, 56.8 decoded. This is no engine's figure." in body
+    assert "output tokens per second" not in body
     assert "Not measured." in card_of()[1]
 
 
 def test_pictures_are_shown_with_what_is_to_be_seen() -> None:
-    picture = Picture("losses", "Twice as small [x](javascript:1) <b>.", b"", b"")
-    _, body = card_of(pictures=(picture,))
+    of_tuning = Picture("losses", "How tuning went.", b"", b"")
+    picture = Picture("block-errors", "Twice as small [x](javascript:1) <b>.", b"", b"")
+    _, body = card_of(pictures=(picture, of_tuning))
     section = body.split("## Pictures\n\n")[1].split("\n\n## ")[0]
     caption = "Twice as small ?x?(javascript:1) ?b?."
-    assert section == f"![{caption}](pictures/losses.png)\n\n{caption}"
+    assert section == f"![block errors](pictures/block-errors.png)\n\n{caption}"
     assert "## Pictures" not in card_of()[1]
 
 

@@ -82,7 +82,7 @@ def test_a_license_that_is_linked_and_not_named_is_not_named() -> None:
 
 
 def test_a_card_that_is_not_published_has_a_name_too() -> None:
-    assert card(recipe=recipe(publish=None)).data.model_name == "this checkpoint"
+    assert card(recipe=recipe(publish=None)).data.model_name == "Qwen3.6-27B in 4 bits"
 
 
 def local_card(stated: str, **base: str) -> tuple[dict[str, Any], str]:
@@ -103,14 +103,14 @@ def local_card(stated: str, **base: str) -> tuple[dict[str, Any], str]:
 def test_a_local_base_is_a_fine_tune_of_what_its_own_card_names(stated: str, names: str | list[str]) -> None:
     data, text = local_card(stated)
     assert (data["base_model"], data["base_model_relation"], data["license"]) == (names, "finetune", "mit")
-    assert "- A local checkpoint (a fine-tune of [" in text and "with the digest `5503434`" in text
+    assert "A local checkpoint (a fine-tune of [" in text and "with the digest `5503434`" in text
 
 
 @pytest.mark.parametrize("stated", ["", "base_model: /home/me/secret place", "base_model: {a: b}", "base_model: x"])
 def test_a_local_base_of_nobody_knows_what_has_no_base_model(stated: str) -> None:
     data, text = local_card(stated)
     assert "base_model" not in data and "base_model_relation" not in data
-    assert "- A local checkpoint with the digest `5503434`" in text
+    assert "A local checkpoint with the digest `5503434`" in text
 
 
 def test_the_recipe_says_of_which_repo_a_local_base_is() -> None:

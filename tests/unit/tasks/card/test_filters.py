@@ -45,7 +45,7 @@ WHOLE: dict[str, Any] = {
     },
     "engines": {"vllm": VERDICT, "sglang": VERDICT, "transformers": VERDICT},
     "gates": [Gate("structure", 0.0, 0.0, True)],
-    "pictures": [Picture("losses", "Errors, block by block.", b"", b"")],
+    "pictures": [Picture("block-errors", "Errors, block by block.", b"", b"")],
     "kept_reasons": {"model.layers.0.input_layernorm": "kept"},
 }
 
@@ -67,7 +67,7 @@ def check(facts: CardFacts) -> None:
     """Assert that the sections, tags and links of a card are ours."""
     page = page_of(make_card(facts))
     assert page.headings == SECTIONS and page.tags <= TAGS
-    assert page.links == {"https://huggingface.co/Qwen/Qwen3.6-27B", "pictures/losses.png"}
+    assert page.links == {"https://huggingface.co/Qwen/Qwen3.6-27B", "pictures/block-errors.png"}
 
 
 @pytest.mark.parametrize(
@@ -134,4 +134,4 @@ def test_what_is_read_of_the_files_is_escaped(name: str) -> None:
 def test_a_commit_and_a_version_are_escaped() -> None:
     base = replace(FACTS.base, sha=EVIL)
     assert SHA not in make_card(facts_of(**{**WHOLE, "base": base}))
-    check(facts_of(**{**WHOLE, "base": base, "version": EVIL}))
+    check(facts_of(**{**WHOLE, "base": base, "version": EVIL, "commit": EVIL}))

@@ -68,7 +68,7 @@ def test_a_machine_that_has_what_it_takes_is_not_warned_of(planned: Planned) -> 
 
 
 MACHINES: list[tuple[dict[str, Any], dict[str, Any], list[str], list[str]]] = [
-    ({}, {"gpus": ()}, [], ["quantize: this machine has no GPU: quantize and validate would use the CPU"]),
+    ({}, {"gpus": ()}, [], ["quantize: this machine has no GPU: the CPU would be used"]),
     (
         {"hardware": {"gpu": "NVIDIA H100 80GB HBM3"}},
         {"gpus": ()},
@@ -76,6 +76,7 @@ MACHINES: list[tuple[dict[str, Any], dict[str, Any], list[str], list[str]]] = [
         ["quantize: hardware.gpu is NVIDIA H100 80GB HBM3, and this machine has no GPU"],
     ),
     ({"quantize": {"device": "cpu"}}, {"gpus": ()}, [], []),
+    ({"hardware": {"gpu": "cpu"}}, {"gpus": ()}, [], []),
     (
         {"quantize": {"device": "cuda"}},
         {"gpus": ()},
