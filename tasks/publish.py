@@ -19,6 +19,7 @@ from huggingface_hub import constants
 
 from requant.tasks.artifact import CARD, PICTURES, RECIPE, RELEASE, REPORT, File, Manifest, digest_of, git_blob_id_of
 from requant.tasks.card.card import make_card
+from requant.tasks.card.card_data import license_of
 from requant.tasks.card.facts import CardFacts, FileFacts
 from requant.tasks.card.memory import CONTEXTS, cache_bytes
 from requant.tasks.card.pinned import recipe_text
@@ -107,6 +108,8 @@ def release_files(store: Store, artifact: Manifest, facts: CardFacts, report: st
 
     They are published next to the artifact's files. A picture is left out if the artifact has a file of its name.
     """
+    if facts.recipe.publish is not None and not license_of(facts):
+        log.warning("neither the recipe nor the card of the base names a license: set publish.license")
     pictures = {f"{PICTURES}/{picture.name}.png": picture for picture in facts.pictures}
     pictures = {path: picture for path, picture in pictures.items() if path not in artifact}
     files = {

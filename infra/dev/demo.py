@@ -22,7 +22,7 @@ def main() -> int:
     """Seed the stand-in with the tiny base, run the recipe, and write build/demo/report.json."""
     BUILD.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(BUILD / "checkpoint", ignore_errors=True)
-    with HubStandIn(BUILD / "hub") as hub:
+    with HubStandIn(BUILD / "hub", xet=True) as hub:
         hub.seed("demo/tiny-qwen3_5-mtp", ROOT / "infra" / "dev" / "models" / "tiny-qwen3_5-mtp")
         environment = {**os.environ, **hub.env, "REQUANT_STORE": (BUILD / "store").as_uri()}
         arguments = ["--checkout", str(BUILD / "checkpoint"), "--report", str(BUILD / "report.json")]

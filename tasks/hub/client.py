@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import warnings
 from collections.abc import Iterator
 
 import httpx2
@@ -27,6 +29,7 @@ from requant.tasks.errors import HubError, HubUnavailable, redact
 from requant.tasks.http import CLIENT_ERRORS, no_client
 from requant.tasks.hub._http import default_client_factory
 
+HTTP_STATUS = re.compile(r"\((\d{3}) ")  # as hf_xet writes it
 TEMPORARY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 STALL_TIMEOUT_S = 60.0  # between two bytes of an answer; huggingface_hub sets no limit for uploads and commits
 
@@ -41,6 +44,8 @@ def _client() -> httpx2.Client:
 
 
 set_client_factory(_client)
+# A card without a license is the author's choice, which `publish` tells in a sentence.
+warnings.filterwarnings("ignore", message="Warnings while validating metadata in README.md")
 
 
 def hub_api() -> HfApi:
@@ -66,6 +71,8 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
         raise
     except OfflineModeIsEnabled as error:  # is an OSError too, and so must come first
         raise HubError(switched_off(name), repo_id=repo_id) from error
+    except ConnectionError as error:  # of hf_xet, whose exceptions are Python's own
+        raise _explain_xet(error, repo_id, name) from error
     except OSError as error:
         if "Consistency check failed" in str(error):  # fewer bytes arrived than the Hub had announced
             raise HubUnavailable(f"{name}: {_first_line(error)}", repo_id=repo_id) from error
@@ -138,6 +145,25 @@ def _explain(error: HfHubHTTPError, repo_id: str, name: str) -> HubError:
     if status == 412:
         return HubError(f"{repo_id} was changed by someone else meanwhile: look at it, then run again", repo_id=repo_id)
     return HubError(f"the Hub refused {name} ({status}): {_first_line(error)}", repo_id=repo_id)
+
+
+def _explain_xet(error: ConnectionError, repo_id: str, name: str) -> HubError:
+    """Turn an error of an upload through Xet into a sentence. hf_xet 1.8 has tried again what may succeed later."""
+    said = re.sub(r"\?\S*", "", _first_line(error))  # Addresses of the storage carry signatures.
+    status = int(found[1]) if (found := HTTP_STATUS.search(said)) else None
+    without = "HF_HUB_DISABLE_XET=1 uploads without Xet"
+    if status is None or status in TEMPORARY_STATUSES:
+        return HubUnavailable(
+            f"the Hub's Xet storage did not answer for {name} ({said}): try again later, or check the network; "
+            f"{without}",
+            repo_id=repo_id,
+        )
+    if status in {401, 403} and "xet-write-token" in said:
+        return HubError(
+            f"this account may not upload to {repo_id} ({status}): set HF_TOKEN to a token with write access to it",
+            repo_id=repo_id,
+        )
+    return HubError(f"the Hub's Xet storage refuses {name} ({said}): {without}", repo_id=repo_id)
 
 
 def _first_line(error: BaseException) -> str:

@@ -16,6 +16,7 @@ SUBJECTS = ("artifact", "quantized", "base")
 INPUTS = {
     "calibration": "another calibration text",
     "chat_template": "another chat template of the base",
+    "samples": "samples that are packed otherwise",
     "text": "another text to measure on",
     "prompts": "other prompts",
 }

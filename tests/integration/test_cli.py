@@ -161,7 +161,7 @@ def test_validate_without_a_recipe_measures_the_default_text_against_the_default
 ) -> None:
     """Random weights pass the limits of everything but quality."""
     outcome = requant("validate", str(checkout), "--base", str(base), "--json")
-    assert outcome.status == 1 and "validation text: 40 chats through the base's chat template" in outcome.stderr
+    assert outcome.status == 1 and "validation text: 166 chats through the base's chat template" in outcome.stderr
     gates = {gate["name"]: gate for gate in outcome.document["gates"]}
     assert all(gates[name]["passed"] for name in ("structure", "lossless", "finite"))
     assert gates["perplexity_increase"]["limit"] == Gates().max_perplexity_increase is not None

@@ -58,8 +58,9 @@ def test_a_copy_of_a_release_is_checked_by_every_byte(finished: Finished, tmp_pa
     assert "config.json is missing" in outcome.stdout
 
 
-def test_a_repo_is_inspected_by_its_tensors_too(finished: Finished) -> None:
-    deep = finished[0]("inspect", "me/pico", "--deep", "--json")
+def test_a_repo_is_inspected_by_its_tensors_too(finished: Finished, requant: Requant) -> None:
+    """With a store of its own, since the repo is downloaded into it."""
+    deep = requant("inspect", "me/pico", "--deep", "--json")
     assert deep.status == 0, deep.stderr
     assert deep.document["problems"] == []
 

@@ -54,10 +54,12 @@ class Hub:
         self.limits = limits or Limits()
         self.users: dict[str, User] = {}
         self.collections: dict[str, dict[str, Any]] = {}
+        self.xet_tokens: dict[str, tuple[str, int]] = {}  # the storage that a token is for, and when it expires
         self.lock = threading.RLock()
         self._repositories = state / "repos"
         self._open: dict[tuple[str, str], Repository] = {}
         self._secret = secrets.token_bytes(32)
+        self.xorbs = state / "xorbs"  # One storage is behind all repositories, as a client finds what it sent anywhere.
         self._temporary = state / "temporary"
         shutil.rmtree(self._temporary, ignore_errors=True)  # a killed process may have left uploads there
         self._temporary.mkdir(parents=True)

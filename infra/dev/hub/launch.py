@@ -54,8 +54,9 @@ class FaultOptions(TypedDict, total=False):
 class HubStandIn:
     """A process of the stand-in with its state in a folder. It ends with its parent process.
 
-    `user` is the owner of `token` and of the namespace of that name. `tokens` are further tokens and their users. See
-    `infra.dev.hub.hub.Limits` for the sizes.
+    With `xet`, clients upload through Xet, as they do to the Hub; otherwise through LFS, which tests of what is sent
+    look at. `user` is the owner of `token` and of the namespace of that name. `tokens` are further tokens and their
+    users. See `infra.dev.hub.hub.Limits` for the sizes.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class HubStandIn:
         multipart_over: int | None = None,
         part_size: int | None = None,
         tree_page: int | None = None,
+        xet: bool = False,
     ) -> None:
         self.state = Path(state)
-        self.user, self.token = user, token
+        self.user, self.token, self.xet = user, token, xet
         self.url = ""
         self.log = self.state / "server.log"
         self._tokens = {token: user, **(tokens or {})}
@@ -96,7 +98,7 @@ class HubStandIn:
     @property
     def env(self) -> dict[str, str]:
         """The variables that let a process take this for the Hub."""
-        return {"HF_ENDPOINT": self.url, "HF_TOKEN": self.token, "HF_HUB_DISABLE_XET": "1"}
+        return {"HF_ENDPOINT": self.url, "HF_TOKEN": self.token, **({} if self.xet else {"HF_HUB_DISABLE_XET": "1"})}
 
     def start(self) -> None:
         """Start the process, and wait until it answers. Raises RuntimeError."""
