@@ -27,7 +27,7 @@ from requant.tasks.checkpoint.untrusted import MAX_JSON_BYTES, parse, shown
 from requant.tasks.errors import CheckpointError, RecipeError
 from requant.tasks.formatting import gigabytes
 from requant.tasks.hub.revision import HubFile, Revision
-from requant.tasks.pipeline.progress import Bar, progress
+from requant.tasks.progress import Bar, progress
 from requant.tasks.recipe.recipe import Base
 from requant.tasks.store import Store
 

@@ -15,7 +15,7 @@ from requant.flows import RECIPES_FOLDERS, default_recipes
 from requant.flows.cli.colours import use_colour, with_colours
 from requant.tasks.errors import redact
 from requant.tasks.pipeline.log import set_verbosity
-from requant.tasks.pipeline.progress import show
+from requant.tasks.progress import show
 
 
 class OrderedGroup(click.Group):

@@ -36,7 +36,7 @@ from requant.startup import INTERRUPTED, interruptible
 from requant.tasks.environment import bypass_proxy_on_loopback
 from requant.tasks.errors import RecipeError, RequantError, explain_os_error, redact
 from requant.tasks.pipeline.log import StderrHandler, set_up_logging, set_verbosity
-from requant.tasks.pipeline.progress import show
+from requant.tasks.progress import show
 
 
 @click.group(cls=OrderedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
+from requant.flows.report.console import text_console
 from requant.flows.report.terminal import table_of
 from requant.tasks.validating.comparison import Answer, ComparisonDocument, Difference
 
@@ -18,7 +17,7 @@ def comparison_text(document: ComparisonDocument) -> str:
     for name, row in document.domains.items():
         cells = _cells(row.kl_divergence, "{:.4f}") + (_cells(row.mtp_acceptance, "{:.1%}") if drafts else ())
         rows.append((name.replace("_", " "), *cells))
-    console = Console(width=130, no_color=True, force_terminal=False)
+    console = text_console(130)
     with console.capture() as capture:
         for letter, name in (("A", document.a), ("B", document.b), ("base", document.base), ("text", document.text)):
             console.print(f"{letter:5} {name}", highlight=False, markup=False, soft_wrap=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
-
+from requant.flows.report.console import text_console
 from requant.flows.report.terminal import table_of
 from requant.tasks.card.filters import escape, named, table
 from requant.tasks.formatting import format_duration, gigabytes
@@ -55,7 +54,7 @@ def _scheme(output: OutputLayout) -> str:
 
 def plan_text(document: PlanDocument) -> str:
     """Format the plan for a terminal."""
-    console = Console(width=160 if document.outputs else 130, no_color=True, force_terminal=False)
+    console = text_console(160 if document.outputs else 130)
     with console.capture() as capture:
         console.print(
             f"\n{subject(document)}: {plan_headline(document)}\n", highlight=False, markup=False, soft_wrap=True

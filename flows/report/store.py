@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from requant.flows.report.console import text_console
 from requant.tasks.documents import Document
 from requant.tasks.formatting import gigabytes
 from requant.tasks.store.catalog import Catalog, Entry
@@ -129,7 +129,7 @@ def artifact_table(rows: Iterable[StoredArtifact]) -> str:
             age(row.unused_seconds),
             Text(users(row.used_by)),
         )
-    console = Console(width=TABLE_WIDTH, no_color=True, force_terminal=False)
+    console = text_console(TABLE_WIDTH)
     with console.capture() as capture:
         console.print(made)
     return capture.get()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from requant.flows.report.console import text_console
 from requant.flows.report.report import (
     COMPARISON_COLUMNS,
     RunReport,
@@ -43,7 +43,7 @@ def render(report: RunReport) -> str:
     """Render the report of a run. With outputs, render the report of each, and a comparison at the end."""
     if not report.outputs:
         return _render_one(report)
-    console = Console(width=130, no_color=True, force_terminal=False)
+    console = text_console(130)
     with console.capture() as capture:
         console.print(
             f"\n{report.status.upper()}  {run_headline(report)}", highlight=False, markup=False, soft_wrap=True
@@ -54,7 +54,7 @@ def render(report: RunReport) -> str:
 
 def _render_one(report: RunReport) -> str:
     """Render the report of one result: its base, stages and gates, its speed, and where its files are."""
-    console = Console(width=110, no_color=True, force_terminal=False)
+    console = text_console(110)
     with console.capture() as capture:
         console.print(f"\n{report.status.upper()}  {run_headline(report)}", highlight=False, markup=False)
         if report.stages:
@@ -80,7 +80,7 @@ def _render_one(report: RunReport) -> str:
 
 def validation_text(document: ValidationDocument) -> str:
     """Render the gates, and the comparison by domain, as tables."""
-    console = Console(width=110, no_color=True, force_terminal=False)
+    console = text_console(110)
     with console.capture() as capture:
         console.print(table_of(("gate", "measured", "limit", "", ""), gate_rows(document.gates)))
         if document.domains:
@@ -97,7 +97,7 @@ def _domains(domains: Mapping[str, DomainValues]) -> Table:
 
 def bench_text(result: BenchmarkResult, name: str) -> str:
     """Render a benchmark: a row for each prompt, the totals with MTP and without, and the paths of engine logs."""
-    console = Console(width=110, no_color=True, force_terminal=False)
+    console = text_console(110)
     with console.capture() as capture:
         console.print(f"\n{name}  {speed_line(result)}", highlight=False, markup=False, soft_wrap=True)
         header = ("prompt", "sampling", "at once", "MTP", "tokens/s", "first token", "between, p99", "draft acceptance")

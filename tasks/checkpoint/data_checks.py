@@ -13,6 +13,7 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import modules_of, split_name
 from requant.tasks.checkpoint.packing import float_rows
+from requant.tasks.progress import progress
 
 # The bits of the exponent by dtype: all are set in infinity and NaN.
 EXPONENT = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
@@ -33,13 +34,14 @@ def is_finite(chunk: bytes, dtype: str) -> bool:
 
 def deep_problems(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield the problems in the data of a checkpoint as sentences."""
-    for tensor in checkpoint.tensors.values():
-        if tensor.dtype not in EXPONENT:
-            continue
-        if not all(is_finite(chunk, tensor.dtype) for chunk in tensor.chunks()):
-            yield f"{tensor.name} has values that are not numbers or infinite: quantize this layer again"
-        elif split_name(tensor.name)[1] in SCALE_PARTS and _has_zero(tensor):
-            yield f"{tensor.name} has scales of zero: the groups that they belong to are lost"
+    read = [tensor for tensor in checkpoint.tensors.values() if tensor.dtype in EXPONENT]
+    with progress("inspect", sum(tensor.nbytes for tensor in read), "bytes") as bar:
+        for tensor in read:
+            if not all(is_finite(chunk, tensor.dtype) for chunk in tensor.chunks()):
+                yield f"{tensor.name} has values that are not numbers or infinite: quantize this layer again"
+            elif split_name(tensor.name)[1] in SCALE_PARTS and _has_zero(tensor):
+                yield f"{tensor.name} has scales of zero: the groups that they belong to are lost"
+            bar.advance(tensor.nbytes)
     head = checkpoint.head
     for module in modules_of(checkpoint.tensors[n] for n in (head.names if head else ())).values():
         weight = module.parts.get("weight")

@@ -19,6 +19,7 @@ from requant.tasks.errors import CheckpointError, HubError, HubUnavailable
 from requant.tasks.hub.manifest import ReleaseManifest, read_release
 from requant.tasks.hub.revision import HubFile, Revision, resolve
 from requant.tasks.hub.sparse_checkout import create_checkout, stream
+from requant.tasks.progress import Bar, progress
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +54,12 @@ def verify_folder(folder: Path) -> ReleaseCheck:
     """
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path.relative_to(folder))]
     try:
-        with ThreadPoolExecutor(PARALLEL_READS) as pool:
-            hashes = list(pool.map(sha256_of, paths))
         sizes = [path.stat().st_size for path in paths]
+        hashes = []
+        with progress("verify", sum(sizes), "bytes") as bar, ThreadPoolExecutor(PARALLEL_READS) as pool:
+            for size, sha256 in zip(sizes, pool.map(sha256_of, paths), strict=True):
+                hashes.append(sha256)
+                bar.advance(size)
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read ({error.strerror}): allow it") from error
     names = [path.relative_to(folder).as_posix() for path in paths]
@@ -114,16 +118,18 @@ def _check_structure(revision: Revision) -> list[str]:
 def _check_bytes(revision: Revision, claimed: ReleaseManifest) -> list[str]:
     """Download and hash the files that the manifest lists. Return a sentence for each wrong hash."""
 
-    def check(file: HubFile) -> str | None:
+    files = [file for file in revision.files if file.path in claimed.files]
+
+    def check(bar: Bar, file: HubFile) -> str | None:
         hasher = hashlib.sha256()
         for chunk in stream(revision, file.path, 0, file.size) if file.size else ():  # an empty file has no range
             hasher.update(chunk)
+            bar.advance(len(chunk))
         log.info(f"read {shown(file.path)}, {file.size:,} bytes")
         if hasher.hexdigest() == claimed.files[file.path].sha256:
             return None
         return f"the bytes of {shown(file.path)} are not those that {RELEASE} names (sha256 {hasher.hexdigest()[:12]})"
 
-    with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
-        return [
-            problem for problem in pool.map(check, (f for f in revision.files if f.path in claimed.files)) if problem
-        ]
+    size_bytes = sum(file.size for file in files)
+    with progress("verify", size_bytes, "bytes") as bar, ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
+        return [problem for problem in pool.map(lambda file: check(bar, file), files) if problem]

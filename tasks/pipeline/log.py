@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from typing import Literal, TextIO
 
@@ -10,6 +11,12 @@ from requant.tasks.errors import RequantError, redact
 
 SUCCESS_PREFIXES = ("Finished in state Completed", "Finished in state Reused")
 ROOT_LOGGER = "requant"
+# Of a task that is tried again. Source: prefect 3.8.8, task_engine.py (handle_retry).
+RETRY = re.compile(
+    r"failed with exception: (?P<quote>['\"]?)(?P<error>.*)(?P=quote) - "
+    r"Retry (?P<number>\d+)/(?P<tries>\d+) will start (?P<wait_s>[\d.]+) second",
+    re.DOTALL,
+)
 PREFECT_LOGGERS = ("prefect.flow_runs", "prefect.task_runs", "prefect.engine", "prefect")
 
 
@@ -45,12 +52,18 @@ class StderrHandler(logging.StreamHandler[TextIO]):
 
 
 class PrefectLines(logging.Filter):
-    """Keeps Prefect's own lines from a terminal, unless they were asked for. Those about another try are shown."""
+    """Keeps Prefect's own lines from a terminal, unless they were asked for. Another try is told in few words."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if verbosity() == "verbose" or not record.name.startswith("prefect"):
             return True
-        return verbosity() == "normal" and "Retry" in record.getMessage()
+        retry = RETRY.search(record.getMessage())
+        if retry is not None:
+            again = (
+                f"try {int(retry['number']) + 1} of {int(retry['tries']) + 1} begins in {float(retry['wait_s']):.1f} s"
+            )
+            record.msg, record.args = f"{retry['error']}; {again}", ()
+        return verbosity() == "normal" and retry is not None
 
 
 class Redacting(logging.Filter):

@@ -29,8 +29,8 @@ from prefect.tasks import Task, exponential_backoff
 
 from requant.tasks.errors import RequantError
 from requant.tasks.formatting import format_duration
-from requant.tasks.pipeline.progress import Bar, progress
 from requant.tasks.pipeline.stage import StageResult
+from requant.tasks.progress import Bar, progress
 from requant.tasks.quantizing.events import (
     BlockDone,
     BlockLoss,

@@ -14,6 +14,7 @@ import httpx
 from pydantic import BaseModel, Field, ValidationError
 
 from requant.tasks.probing.question import Prompt, Question, Reply
+from requant.tasks.progress import progress
 from requant.tasks.serving.client import SAMPLING, Server
 
 ANSWER_TIMEOUT_S = 3600.0  # an answer is sent as a whole when it is finished
@@ -56,7 +57,14 @@ def ask(server: Server, questions: Sequence[Question], concurrency: int) -> list
     An answer ends with the engine's limit on prompt and answer together. It is None where the prompt alone reaches the
     limit. Raises EngineFailed.
     """
-    return asyncio.run(_with_client(server, questions, _ask, concurrency))
+    with progress("probe", len(questions), "requests") as bar:
+
+        async def answer(server: Server, client: httpx.AsyncClient, question: Question) -> Reply | None:
+            reply = await _ask(server, client, question)
+            bar.advance()
+            return reply
+
+        return asyncio.run(_with_client(server, questions, answer, concurrency))
 
 
 async def _with_client(

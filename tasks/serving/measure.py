@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import statistics
 from collections.abc import Sequence
 
+from requant.tasks.progress import progress
 from requant.tasks.serving.client import SAMPLING, Server, ask
 from requant.tasks.serving.prompts import Prompt
 from requant.tasks.serving.result import PromptResult, TokenGaps
@@ -26,12 +28,12 @@ def measure_speed(server: Server, prompts: Sequence[Prompt], concurrency: int, m
     for times in concurrencies:  # an engine compiles kernels for a batch size when it first needs them
         ask(server, warm_up, "greedy", times)
     rows = []
-    for prompt in prompts:
-        for sampling in SAMPLING:
-            for times in concurrencies:
-                row = _measure_prompt(server, prompt, sampling, times, mtp)
-                rows.append(row)
-                log.info(_log_line(row))
+    with progress("benchmark", len(prompts) * len(SAMPLING) * sum(concurrencies), "requests") as bar:
+        for prompt, sampling, times in itertools.product(prompts, SAMPLING, concurrencies):
+            row = _measure_prompt(server, prompt, sampling, times, mtp)
+            rows.append(row)
+            bar.advance(times)
+            log.info(_log_line(row))
     return rows
 
 

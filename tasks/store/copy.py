@@ -14,6 +14,7 @@ from pathlib import Path
 
 from requant.tasks.artifact import File
 from requant.tasks.errors import CorruptBlob, RequantError, StoreError
+from requant.tasks.progress import progress
 from requant.tasks.store.catalog import Catalog, Entry
 from requant.tasks.store.folder import make_folder
 from requant.tasks.store.store import PARTIAL_FILES, Store, blob_key
@@ -61,12 +62,14 @@ def copy(source: Store, target: Store, entries: Iterable[Entry]) -> list[Copied]
                 continue
             files = {file.sha256: file for file in entry.manifest.files}
             missing = [file for file in files.values() if not target.has_blob(file)]
-            with ThreadPoolExecutor(PARALLEL_COPIES) as pool:
+            size_bytes = sum(file.size for file in missing)
+            with progress("copy", size_bytes, "bytes") as bar, ThreadPoolExecutor(PARALLEL_COPIES) as pool:
                 for file in pool.map(lambda file: _copy_blob(source, target, file), missing):
+                    bar.advance(file.size)
                     log.info(f"{file.path}, {file.size:,} bytes")
             record = entry.provenance.with_values(copied_from=source.url)
             target.commit(entry.stage, entry.key, entry.manifest, record)
-        copied.append(Copied(entry, sum(file.size for file in missing)))
+        copied.append(Copied(entry, size_bytes))
     if others:
         raise RequantError(
             f"{target.url} has another artifact for {', '.join(others)}, and the first one for a stage key stays: "

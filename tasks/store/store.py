@@ -27,6 +27,7 @@ from pathlib import Path
 
 from requant.tasks.artifact import SHA256, File, Manifest, check_relative, digest_of, sha256_of
 from requant.tasks.errors import Collected, CorruptBlob, StoreError
+from requant.tasks.progress import progress
 from requant.tasks.record import StageRecord
 from requant.tasks.store.backend import Backend
 from requant.tasks.store.folder import FolderBackend, clone, inside, link, make_folder
@@ -185,19 +186,23 @@ class Store:
 
     def checkout(self, manifest: Manifest, folder: Path) -> Path:
         """Copy an artifact's files into `folder` as writable files, as reflinks where the file system can."""
-        for file in manifest.files:
-            target = inside(folder, file.path)
-            own = target.is_file() and target.stat().st_nlink == 1 and os.access(target, os.W_OK)
-            if own and target.stat().st_size == file.size and sha256_of(target) == file.sha256:
-                continue
-            temporary = target.with_name(f".{target.name[:40]}.part")  # a killed process may have left it
-            temporary.unlink(missing_ok=True)
-            try:
-                clone(self._cached_path(file), temporary)
-                os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with progress("checkout", manifest.size, "bytes") as bar:
+            for file in manifest.files:
+                self._copy_file(file, inside(folder, file.path))
+                bar.advance(file.size)
         return folder
+
+    def _copy_file(self, file: File, target: Path) -> None:
+        own = target.is_file() and target.stat().st_nlink == 1 and os.access(target, os.W_OK)
+        if own and target.stat().st_size == file.size and sha256_of(target) == file.sha256:
+            return
+        temporary = target.with_name(f".{target.name[:40]}.part")  # a killed process may have left it
+        temporary.unlink(missing_ok=True)
+        try:
+            clone(self._cached_path(file), temporary)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _link_file(self, file: File, folder: Path) -> None:
         target, source = inside(folder, file.path), self._cached_path(file)

@@ -17,6 +17,7 @@ from pydantic import Field
 from requant.tasks.artifact import File, sha256_of
 from requant.tasks.documents import Document
 from requant.tasks.errors import StoreError
+from requant.tasks.progress import progress
 from requant.tasks.store.catalog import Catalog, read_catalog
 from requant.tasks.store.folder import clone, make_folder
 from requant.tasks.store.lease import LeaseHandle, lease
@@ -75,9 +76,18 @@ def _named_blobs(catalog: Catalog) -> dict[Blob, File]:
 def _find_bad(store: Store, files: Iterable[File], deep: bool) -> set[Blob]:
     """Return the blobs that are missing or damaged."""
     checked = list(files)
-    with ThreadPoolExecutor(PARALLEL_HASHES if deep else PARALLEL_REQUESTS) as pool:
-        intact = pool.map(lambda file: _is_intact(store, file, deep), checked)
-        return {_blob(file) for file, good in zip(checked, intact, strict=True) if not good}
+    size_bytes = sum(file.size for file in checked)
+    with (
+        progress("verify", size_bytes if deep else len(checked), "bytes" if deep else "files") as bar,
+        ThreadPoolExecutor(PARALLEL_HASHES if deep else PARALLEL_REQUESTS) as pool,
+    ):
+
+        def check(file: File) -> bool:
+            good = _is_intact(store, file, deep)
+            bar.advance(file.size if deep else 1)
+            return good
+
+        return {_blob(file) for file, good in zip(checked, pool.map(check, checked), strict=True) if not good}
 
 
 def _is_intact(store: Store, file: File, deep: bool) -> bool:

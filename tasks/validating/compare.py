@@ -11,7 +11,7 @@ import torch
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.header import Tensor
-from requant.tasks.pipeline.progress import progress
+from requant.tasks.progress import progress
 from requant.tasks.validating.blocks import Rows
 from requant.tasks.validating.domains import compare_domains
 from requant.tasks.validating.gates import most_repeated

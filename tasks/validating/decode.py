@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache
 
+from requant.tasks.progress import progress
 from requant.tasks.validating.blocks import Rows, run_blocks
 from requant.tasks.validating.head import MtpHead
 from requant.tasks.validating.model import Skeleton
@@ -53,9 +54,10 @@ def decode_in_blocks(skeleton: Skeleton, prompts: torch.Tensor, new: int) -> tor
     One block is in memory at a time, so that each token costs a pass over all weights.
     """
     tokens = prompts
-    for _ in range(new):
-        (hidden,) = run_blocks(skeleton, [Rows.of(skeleton, tokens)])
-        tokens = torch.cat([tokens, skeleton.logits(hidden[:, -1]).argmax(-1, keepdim=True)], dim=1)
+    with progress("continuations", new * len(skeleton.blocks), "blocks") as bar:
+        for _ in range(new):
+            (hidden,) = run_blocks(skeleton, [Rows.of(skeleton, tokens)], lambda number: bar.advance())
+            tokens = torch.cat([tokens, skeleton.logits(hidden[:, -1]).argmax(-1, keepdim=True)], dim=1)
     return tokens[:, prompts.shape[1] :]
 
 

@@ -18,7 +18,7 @@ from requant.tasks.checkpoint.blocks import streaming_parameters
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.served_dtype import Dtype
 from requant.tasks.errors import CheckpointError
-from requant.tasks.pipeline.progress import progress
+from requant.tasks.progress import progress
 from requant.tasks.validating import LENGTH, PROBE
 from requant.tasks.validating.blocks import Rows, run_blocks
 from requant.tasks.validating.decode import agreement, decode, decode_in_blocks, speculate
@@ -169,17 +169,23 @@ def _long_text(ids: torch.Tensor, length: int) -> torch.Tensor:
 def _next_tokens(skeleton: Skeleton, ids: torch.Tensor, hidden: torch.Tensor) -> tuple[Floats, Ints]:
     """Return the losses (natural log) and the choices of the next token, both `[n, L-1]`."""
     nll, top1 = [], []
-    for row, state in zip(ids, hidden, strict=True):
-        logits = skeleton.logits(state[:-1])
-        nll.append(torch.nn.functional.cross_entropy(logits, row[1:], reduction="none").cpu().numpy())
-        top1.append(logits.argmax(-1).int().cpu().numpy())
+    with progress("next tokens", ids.numel(), "tokens") as bar:
+        for row, state in zip(ids, hidden, strict=True):
+            logits = skeleton.logits(state[:-1])
+            nll.append(torch.nn.functional.cross_entropy(logits, row[1:], reduction="none").cpu().numpy())
+            top1.append(logits.argmax(-1).int().cpu().numpy())
+            bar.advance(len(row))
     return np.stack(nll), np.stack(top1)
 
 
 def _drafts(skeleton: Skeleton, head: MtpHead, ids: torch.Tensor, hidden: torch.Tensor, separate: int) -> Ints:
     """Return the drafts at each place, `[drafts, n, L-1]`. In the long text, only the first draft is made."""
     length = ids.shape[1]
-    by_window = [head.drafts(row, state, DRAFTS) for row, state in zip(ids[:separate], hidden[:separate], strict=True)]
+    by_window = []
+    with progress("drafts", separate * length, "tokens") as bar:
+        for row, state in zip(ids[:separate], hidden[:separate], strict=True):
+            by_window.append(head.drafts(row, state, DRAFTS))
+            bar.advance(length)
     if separate < len(ids):
         tokens, states = ids[separate:].flatten(), hidden[separate:].flatten(0, 1)
         place = torch.arange(len(tokens) - 1, device=tokens.device)
@@ -203,12 +209,20 @@ def _continuations(skeleton: Skeleton, head: MtpHead | None, prompts: torch.Tens
             head.to("meta")  # The blocks come and go once more, and need its memory.
         return decode_in_blocks(skeleton, prompts, GENERATED_IN_BLOCKS).int().cpu().numpy(), no_steps, no_shares
     skeleton.hold()
-    plain = [decode(skeleton, prompt, GENERATED) for prompt in prompts]
+    plain = []
+    with progress("continuations", len(prompts) * GENERATED, "tokens") as bar:
+        for prompt in prompts:
+            plain.append(decode(skeleton, prompt, GENERATED))
+            bar.advance(GENERATED)
     generated = np.array([tokens for tokens, _ in plain], np.int32)
     if head is None:
         return generated, no_steps, no_shares
     depth = DRAFTS if head.recycles else 1
-    speculations = [speculate(skeleton, head, prompt, GENERATED, depth) for prompt in prompts]
+    speculations = []
+    with progress("speculation", len(prompts) * GENERATED, "tokens") as bar:
+        for prompt in prompts:
+            speculations.append(speculate(skeleton, head, prompt, GENERATED, depth))
+            bar.advance(GENERATED)
     steps = np.array([[one.steps, *one.accepted] for one in speculations], np.int32)
     if skeleton.dtype != torch.float32:  # in half precision, passes of one token and of several may choose differently
         return generated, steps, no_shares

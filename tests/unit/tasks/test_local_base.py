@@ -18,8 +18,8 @@ from requant.tasks.download import download, download_key, find_base
 from requant.tasks.errors import CheckpointError, RecipeError, RequantError
 from requant.tasks.hub.revision import Revision
 from requant.tasks.local_base import FACT, LEFT_OUT, SETTINGS, LocalFile, find_folder
-from requant.tasks.pipeline.progress import Bar
 from requant.tasks.plan import plan
+from requant.tasks.progress import Bar
 from requant.tasks.quantize import quantize_key
 from requant.tasks.recipe.recipe import Base, Recipe
 from requant.tasks.store import Store

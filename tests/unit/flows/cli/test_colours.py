@@ -13,9 +13,9 @@ from requant.flows.cli.colours import use_colour, with_colours
 from requant.flows.cli.main import cli
 from requant.tasks.pipeline import log
 from requant.tasks.pipeline.log import PrefectLines, set_verbosity, verbosity
-from requant.tasks.pipeline.progress import show
+from requant.tasks.progress import show
 
-RETRY = "Task run failed with exception: x - Retry 1/3 will start 10 seconds from now"
+RETRY = "Task run failed with exception: 'the Hub did not answer' - Retry 1/3 will start 0.5814379 second(s) from now"
 
 
 class Terminal(io.StringIO):
@@ -94,3 +94,10 @@ def test_prefects_own_lines_are_for_those_who_ask(chosen: log.Verbosity, name: s
     set_verbosity(chosen)
     record = logging.LogRecord(name, logging.INFO, "", 0, message, (), None)
     assert PrefectLines().filter(record) is kept
+
+
+def test_another_try_is_told_in_few_words() -> None:
+    set_verbosity("normal")
+    record = logging.LogRecord("prefect.task_runs", logging.ERROR, "", 0, RETRY, (), None)
+    assert PrefectLines().filter(record)
+    assert record.getMessage() == "the Hub did not answer; try 2 of 4 begins in 0.6 s"

@@ -18,7 +18,7 @@ from requant.tasks.formatting import format_duration, gigabytes
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-Unit = Literal["bytes", "blocks", "requests", "files"]
+Unit = Literal["bytes", "blocks", "tokens", "requests", "files"]
 Display = Literal["bars", "lines", "nothing"]
 INTERVAL_S = 30.0
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class _Terminal:
     @contextlib.contextmanager
     def bar(self, count: _Count) -> Iterator[Bar]:
         progress = self._begin()
-        task = progress.add_task(count.name, total=count.total, words="")
+        task = progress.add_task(count.name, total=count.total, words=count.words(0.0))
 
         class Shown:
             def advance(self, more: int = 1) -> None:

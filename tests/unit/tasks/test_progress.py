@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from requant.tasks.pipeline.progress import Display, _Count, progress, show
+from requant.tasks.progress import Display, _Count, progress, show
 
 
 class Terminal(io.StringIO):
@@ -45,7 +45,7 @@ def test_a_pipe_gets_lines_while_work_is_silent_and_none_after_it(caplog: pytest
     said = threading.Event()
     handler = logging.Handler()
     handler.emit = lambda record: said.set()  # type: ignore[method-assign]
-    logger = logging.getLogger("requant.tasks.pipeline.progress")
+    logger = logging.getLogger("requant.tasks.progress")
     logger.addHandler(handler)
     try:
         with caplog.at_level(logging.INFO), progress("download", 600, "files", interval_s=0.01) as bar:
