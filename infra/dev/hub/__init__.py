@@ -4,7 +4,7 @@ It speaks the Hub's HTTP protocol to the real `huggingface_hub` client, keeps re
 demand (`infra.dev.hub.faults`). It listens on 127.0.0.1 only.
 
     python -m infra.dev.hub --state DIR --port 8080 --token hf_secret=me --seed me/tiny=models/tiny
-    HF_ENDPOINT=http://127.0.0.1:8080 HF_HUB_DISABLE_XET=1 HF_TOKEN=hf_secret hf download me/tiny
+    HF_ENDPOINT=http://127.0.0.1:8080 HF_TOKEN=hf_secret hf download me/tiny
 
 Tests start it with `infra.dev.hub.launch.HubStandIn`. Its modules, from the disk upwards:
 
@@ -21,6 +21,8 @@ Tests start it with `infra.dev.hub.launch.HubStandIn`. Its modules, from the dis
     content.py          tree listings and file downloads
     commits.py          preupload and commit
     lfs.py              uploads of large files, basic and multipart
+    xet.py              what Xet stores: xorbs, and the files that their chunks make
+    xet_api.py          tokens for Xet, and the requests to its storage
     discussions.py      pull requests
     collections_api.py  collections of repositories
     faults.py           failures on demand, and a log of the traffic
@@ -29,5 +31,5 @@ Tests start it with `infra.dev.hub.launch.HubStandIn`. Its modules, from the dis
     __main__.py         the command line
     launch.py           `HubStandIn`: the command line as a context manager
 
-Xet is not supported: set `HF_HUB_DISABLE_XET=1`. Repository ids are always `namespace/name`.
+Repository ids are always `namespace/name`.
 """

@@ -188,6 +188,10 @@ class HubStandIn:
         """Change who may see a repository and read its files."""
         self._call("PUT", f"repos/{repo_id}", {"gated": gated, "private": private, "repo_type": repo_type})
 
+    def set_xet(self, *, enabled: bool = True, cas_url: str | None = None, token_lifetime_s: int = 3600) -> None:
+        """Switch Xet on or off, send clients to another storage, or let its tokens expire sooner."""
+        self._call("PUT", "xet", {"enabled": enabled, "cas_url": cas_url, "token_lifetime_s": token_lifetime_s})
+
     def add_token(self, token: str, user: str, *, orgs: Sequence[str] = (), role: str = "write") -> None:
         """Make a token valid. `role` is `write` or `read`."""
         self._call("POST", "tokens", {"token": token, "user": user, "orgs": list(orgs), "role": role})
