@@ -26,8 +26,11 @@ from requant.tasks.environment import PROXIES, variables_set
 from requant.tasks.errors import HubError, HubUnavailable, redact
 from requant.tasks.http import CLIENT_ERRORS, no_client
 from requant.tasks.hub._http import default_client_factory
+from requant.tasks.hub.xet_errors import explain_xet
 
 TEMPORARY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
+# hf_xet writes down every so often what it has uploaded (20 s by default), and goes on from there after a kill.
+os.environ.setdefault("HF_XET_DATA_SESSION_XORB_METADATA_FLUSH_INTERVAL", "1s")
 STALL_TIMEOUT_S = 60.0  # between two bytes of an answer; huggingface_hub sets no limit for uploads and commits
 
 
@@ -63,12 +66,16 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
             raise HubError(switched_off(name), repo_id=repo_id) from error
         if isinstance(error.__cause__, httpx2.HTTPError) or isinstance(error, LocalEntryNotFoundError):
             raise HubUnavailable(_unanswered(error.__cause__ or error), repo_id=repo_id) from error
+        if (explained := explain_xet(error, repo_id, TEMPORARY_STATUSES)) is not None:
+            raise explained from error
         raise
     except OfflineModeIsEnabled as error:  # is an OSError too, and so must come first
         raise HubError(switched_off(name), repo_id=repo_id) from error
     except OSError as error:
         if "Consistency check failed" in str(error):  # fewer bytes arrived than the Hub had announced
             raise HubUnavailable(f"{name}: {_first_line(error)}", repo_id=repo_id) from error
+        if (explained := explain_xet(error, repo_id, TEMPORARY_STATUSES)) is not None:
+            raise explained from error
         raise
     except HFValidationError as error:
         raise HubError(f"{name} cannot be asked for: {_first_line(error)}", repo_id=repo_id) from error
