@@ -96,7 +96,7 @@ class HubStandIn:
     @property
     def env(self) -> dict[str, str]:
         """The variables that let a process take this for the Hub."""
-        return {"HF_ENDPOINT": self.url, "HF_TOKEN": self.token, "HF_HUB_DISABLE_XET": "1"}
+        return {"HF_ENDPOINT": self.url, "HF_TOKEN": self.token}
 
     def start(self) -> None:
         """Start the process, and wait until it answers. Raises RuntimeError."""
