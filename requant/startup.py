@@ -20,6 +20,7 @@ Handler = Callable[[int, FrameType | None], object]
 NO_TELEMETRY = {
     "DO_NOT_TRACK": "1",  # Prefect's client, huggingface_hub, vLLM and others
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_XET_TELEMETRY_ENABLED": "0",  # uploads to the Hub; hf_xet heeds none of the two above
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "RAY_USAGE_STATS_ENABLED": "0",  # vLLM on several machines
     "VLLM_NO_USAGE_STATS": "1",

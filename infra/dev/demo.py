@@ -23,7 +23,6 @@ def main() -> int:
     BUILD.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(BUILD / "checkpoint", ignore_errors=True)
     with HubStandIn(BUILD / "hub") as hub:
-        hub.xet = True
         hub.seed("demo/tiny-qwen3_5-mtp", ROOT / "infra" / "dev" / "models" / "tiny-qwen3_5-mtp")
         environment = {**os.environ, **hub.env, "REQUANT_STORE": (BUILD / "store").as_uri()}
         arguments = ["--checkout", str(BUILD / "checkpoint"), "--report", str(BUILD / "report.json")]

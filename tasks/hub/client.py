@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import warnings
 from collections.abc import Iterator
 
@@ -28,9 +27,11 @@ from requant.tasks.environment import PROXIES, variables_set
 from requant.tasks.errors import HubError, HubUnavailable, redact
 from requant.tasks.http import CLIENT_ERRORS, no_client
 from requant.tasks.hub._http import default_client_factory
+from requant.tasks.hub.xet_errors import explain_xet
 
-HTTP_STATUS = re.compile(r"\((\d{3}) ")  # as hf_xet writes it
 TEMPORARY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
+# hf_xet writes down every so often what it has uploaded (20 s by default), and goes on from there after a kill.
+os.environ.setdefault("HF_XET_DATA_SESSION_XORB_METADATA_FLUSH_INTERVAL", "1s")
 STALL_TIMEOUT_S = 60.0  # between two bytes of an answer; huggingface_hub sets no limit for uploads and commits
 
 
@@ -68,14 +69,16 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
             raise HubError(switched_off(name), repo_id=repo_id) from error
         if isinstance(error.__cause__, httpx2.HTTPError) or isinstance(error, LocalEntryNotFoundError):
             raise HubUnavailable(_unanswered(error.__cause__ or error), repo_id=repo_id) from error
+        if (explained := explain_xet(error, repo_id, TEMPORARY_STATUSES)) is not None:
+            raise explained from error
         raise
     except OfflineModeIsEnabled as error:  # is an OSError too, and so must come first
         raise HubError(switched_off(name), repo_id=repo_id) from error
-    except ConnectionError as error:  # of hf_xet, whose exceptions are Python's own
-        raise _explain_xet(error, repo_id, name) from error
     except OSError as error:
         if "Consistency check failed" in str(error):  # fewer bytes arrived than the Hub had announced
             raise HubUnavailable(f"{name}: {_first_line(error)}", repo_id=repo_id) from error
+        if (explained := explain_xet(error, repo_id, TEMPORARY_STATUSES)) is not None:
+            raise explained from error
         raise
     except HFValidationError as error:
         raise HubError(f"{name} cannot be asked for: {_first_line(error)}", repo_id=repo_id) from error
@@ -145,25 +148,6 @@ def _explain(error: HfHubHTTPError, repo_id: str, name: str) -> HubError:
     if status == 412:
         return HubError(f"{repo_id} was changed by someone else meanwhile: look at it, then run again", repo_id=repo_id)
     return HubError(f"the Hub refused {name} ({status}): {_first_line(error)}", repo_id=repo_id)
-
-
-def _explain_xet(error: ConnectionError, repo_id: str, name: str) -> HubError:
-    """Turn an error of an upload through Xet into a sentence. hf_xet 1.8 has tried again what may succeed later."""
-    said = re.sub(r"\?\S*", "", _first_line(error))  # Addresses of the storage carry signatures.
-    status = int(found[1]) if (found := HTTP_STATUS.search(said)) else None
-    without = "HF_HUB_DISABLE_XET=1 uploads without Xet"
-    if status is None or status in TEMPORARY_STATUSES:
-        return HubUnavailable(
-            f"the Hub's Xet storage did not answer for {name} ({said}): try again later, or check the network; "
-            f"{without}",
-            repo_id=repo_id,
-        )
-    if status in {401, 403} and "xet-write-token" in said:
-        return HubError(
-            f"this account may not upload to {repo_id} ({status}): set HF_TOKEN to a token with write access to it",
-            repo_id=repo_id,
-        )
-    return HubError(f"the Hub's Xet storage refuses {name} ({said}): {without}", repo_id=repo_id)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """Download one file of a revision, and hash it on the way. A download that was cut off or killed is resumed.
 
-huggingface_hub resumes a download only within one call. After a kill, it would download the whole file again.
+huggingface_hub resumes a download only within one call. After a kill, it would download the whole file again, with Xet
+too: docs/explanation/architecture.md has the figures.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ Tests start it with `infra.dev.hub.launch.HubStandIn`. Its modules, from the dis
     content.py          tree listings and file downloads
     commits.py          preupload and commit
     lfs.py              uploads of large files, basic and multipart
-    xet.py              uploads of large files through Xet
-    xet_format.py       what hf_xet uploads
+    xet.py              what Xet stores: xorbs, and the files that their chunks make
+    xet_api.py          tokens for Xet, and the requests to its storage
     discussions.py      pull requests
     collections_api.py  collections of repositories
     faults.py           failures on demand, and a log of the traffic
@@ -31,5 +31,5 @@ Tests start it with `infra.dev.hub.launch.HubStandIn`. Its modules, from the dis
     __main__.py         the command line
     launch.py           `HubStandIn`: the command line as a context manager
 
-Files are downloaded by plain HTTP, never through Xet. Repository ids are always `namespace/name`.
+Repository ids are always `namespace/name`.
 """

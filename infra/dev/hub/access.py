@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from infra.dev.hub.hub import Hub, InvalidRepoId, RepoExists, User
 from infra.dev.hub.repository import Commit, InvalidRef, RefExists, Repository, RevisionNotFound, StaleParent
 from infra.dev.hub.tree import InvalidPath, MissingPath
+from infra.dev.hub.xet import BrokenUpload
 
 
 class HubError(Exception):
@@ -29,6 +30,7 @@ class HubError(Exception):
 
 
 STATUS_OF_ERROR: dict[type[Exception], tuple[int, str | None]] = {
+    BrokenUpload: (400, None),
     InvalidPath: (400, None),
     InvalidRef: (400, None),
     InvalidRepoId: (400, None),

@@ -4,6 +4,7 @@
     POST   /_standin/seed       {repo_id, folder, repo_type?, message?, revision?,
                                  delete_missing?, headers_only?} -> {commit}
     PUT    /_standin/repos/{id} {repo_type?, private?, gated?}
+    PUT    /_standin/xet        {enabled?, cas_url?, token_lifetime_s?}; what is left out gets its default
     POST   /_standin/faults     a fault, see `infra.dev.hub.faults.Fault`
     DELETE /_standin/faults
     GET    /_standin/traffic -> [{method, path, query, status, bytes_in, bytes_out}]
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from infra.dev.hub.access import HubError, HubState
 from infra.dev.hub.faults import Disturbance, Fault
-from infra.dev.hub.hub import User
+from infra.dev.hub.hub import User, XetSettings
 from infra.dev.hub.seeding import Seed, seed
 
 
@@ -73,6 +74,11 @@ def change_repository(hub: HubState, namespace: str, name: str, body: Repository
             state.private = body.private
         if body.gated is not None:
             state.gated = "manual" if body.gated else None
+
+
+@router.put("/xet")
+def change_xet(hub: HubState, settings: XetSettings) -> None:
+    hub.xet_settings = settings
 
 
 @router.post("/faults")

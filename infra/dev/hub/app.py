@@ -3,7 +3,7 @@
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from infra.dev.hub import admin, collections_api, commits, content, discussions, lfs, refs_api, repo_api, xet
+from infra.dev.hub import admin, collections_api, commits, content, discussions, lfs, refs_api, repo_api, xet_api
 from infra.dev.hub.access import STATUS_OF_ERROR, HubError, answer_error
 from infra.dev.hub.faults import Disturbance
 from infra.dev.hub.hub import Hub
@@ -27,7 +27,7 @@ class RawPath:
 def create_app(hub: Hub) -> ASGIApp:
     """Return the application that serves a Hub."""
     app = FastAPI(title="Hub stand-in", redirect_slashes=False, openapi_url=None)
-    for module in (admin, collections_api, repo_api, refs_api, commits, discussions, lfs, xet, content):
+    for module in (admin, collections_api, repo_api, refs_api, commits, discussions, lfs, xet_api, content):
         app.include_router(module.router)
     errors: list[type[Exception]] = [HubError, *STATUS_OF_ERROR]
     for error in errors:

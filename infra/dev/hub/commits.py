@@ -9,6 +9,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from infra.dev.hub.access import (
     HubError,
+    HubState,
     OpenRepository,
     ResolvedCommit,
     Revision,
@@ -18,6 +19,7 @@ from infra.dev.hub.access import (
 )
 from infra.dev.hub.card import check_card
 from infra.dev.hub.gitattributes import goes_to_lfs, lfs_patterns
+from infra.dev.hub.hub import Hub
 from infra.dev.hub.repository import Commit, Repository, RevisionNotFound
 from infra.dev.hub.tree import Delete, Entry, Operation, Put, apply, check_path
 
@@ -50,10 +52,11 @@ def preupload(repository: Target, commit: ResolvedCommit, body: Annotated[dict[s
 
 @router.post("/commit/{revision}")
 async def commit(
-    request: Request, repository: Target, revision: Revision, writer: Writer, create_pr: bool = False
+    request: Request, hub: HubState, repository: Target, revision: Revision, writer: Writer, create_pr: bool = False
 ) -> dict[str, Any]:
     """Commit the operations of a body of JSON lines to a branch, a pull request, or a new pull request."""
     lines = [json.loads(line) for line in (await request.body()).splitlines() if line]
+    await run_in_threadpool(_take_from_xet, hub, repository, lines)
     commit = _commit_to_new_pull_request if create_pr else _commit
     ref, made = await run_in_threadpool(commit, repository, revision, writer.name, lines)
     address = repo_url(request, repository)
@@ -95,6 +98,19 @@ def _commit_to_new_pull_request(
         request = repository.open_pull_request(base, title=title, author=author, description=description)
         ref = f"refs/pr/{request.number}"
         return ref, repository.commit_tree(ref, tree, title, description, author)
+
+
+def _take_from_xet(hub: Hub, repository: Repository, lines: list[dict[str, Any]]) -> None:
+    """Make objects of the large files that the commit names and that were uploaded through Xet. Raises BrokenUpload."""
+    for oid in {line["value"]["oid"] for line in lines if line["key"] == "lfsFile"}:
+        file = None if repository.lfs_entry(oid) else hub.xet.find_sha256(oid)
+        if file is not None:
+            temporary = hub.temporary()
+            try:
+                hub.xet.rebuild(file, temporary)
+                repository.adopt_lfs(temporary, Entry.lfs(oid, file.size))
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 def _read_header(lines: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
 from infra.dev.hub.access import FilePath, HubError, HubState, OpenRepository, ResolvedCommit
+from infra.dev.hub.hub import Hub
 from infra.dev.hub.paging import one_page
-from infra.dev.hub.tree import Tree, folder_id, folders
+from infra.dev.hub.tree import Entry, Tree, folder_id, folders
+from infra.dev.hub.xet import XetFile
 
 router = APIRouter()
 MAX_RANGE_BYTES = 2**24
@@ -24,18 +26,27 @@ class BlobResponse(FileResponse):
 
 @router.api_route("/{namespace}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
 @router.api_route("/{kind}/{namespace}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
-def resolve(request: Request, repository: OpenRepository, commit: ResolvedCommit, path: FilePath) -> Response:
+def resolve(
+    request: Request, hub: HubState, repository: OpenRepository, commit: ResolvedCommit, path: FilePath
+) -> Response:
     entry = commit.tree.get(path)
     if entry is None:
         raise HubError(404, "Entry not found", "EntryNotFound", commit=commit.id)
     headers = {"X-Repo-Commit": commit.id, "ETag": f'"{entry.etag}"'}
     if entry.sha256:
         headers |= {"X-Linked-Etag": f'"{entry.sha256}"', "X-Linked-Size": str(entry.size)}
+    if xet := _find_in_xet(hub, entry):
+        route = f"{request.base_url}api/{repository.kind}/{repository.id}/xet-read-token/{commit.id}"
+        headers |= {"X-Xet-Hash": xet.hash, "X-Xet-Refresh-Route": route}
     media_type = "application/octet-stream" if entry.sha256 else "text/plain; charset=utf-8"
     stored = repository.object_path(entry)
     if stored.stat().st_size < entry.size:
         return _from_header(request, stored, entry.size, headers)
     return BlobResponse(stored, headers=headers, media_type=media_type)
+
+
+def _find_in_xet(hub: Hub, entry: Entry) -> XetFile | None:
+    return hub.xet.find_sha256(entry.sha256) if entry.sha256 and hub.xet_settings.enabled else None
 
 
 def _from_header(request: Request, stored: Path, size: int, headers: dict[str, str]) -> Response:
@@ -73,18 +84,18 @@ def list_folder(
     if path and not found:
         raise HubError(404, f"{path} does not exist", "EntryNotFound", commit=commit.id)
     page, headers = one_page(request, found, hub.limits.tree_page)
-    return JSONResponse([_describe(tree, name) for name in page], headers=headers)
+    return JSONResponse([_describe(hub, tree, name) for name in page], headers=headers)
 
 
 @router.post("/api/{kind}/{namespace}/{name}/paths-info/{revision}")
-async def paths_info(request: Request, commit: ResolvedCommit) -> list[dict[str, Any]]:
+async def paths_info(request: Request, hub: HubState, commit: ResolvedCommit) -> list[dict[str, Any]]:
     """Describe those of the form's `paths` that exist."""
     form = parse_qs((await request.body()).decode())
     existing = commit.tree.keys() | folders(commit.tree)
-    return [_describe(commit.tree, path) for path in form.get("paths", []) if path in existing]
+    return [_describe(hub, commit.tree, path) for path in form.get("paths", []) if path in existing]
 
 
-def _describe(tree: Tree, path: str) -> dict[str, Any]:
+def _describe(hub: Hub, tree: Tree, path: str) -> dict[str, Any]:
     """Describe a file or folder as the Hub lists it."""
     entry = tree.get(path)
     if entry is None:
@@ -96,4 +107,6 @@ def _describe(tree: Tree, path: str) -> dict[str, Any]:
             "size": entry.size,
             "pointerSize": entry.pointer_size,
         }
+    if xet := _find_in_xet(hub, entry):
+        row["xetHash"] = xet.hash
     return row

@@ -13,6 +13,7 @@ from typing import Any
 
 from infra.dev.hub.gitattributes import DEFAULT_GITATTRIBUTES
 from infra.dev.hub.repository import STATE, Repository
+from infra.dev.hub.xet import XetStorage
 
 KINDS = ("models", "datasets")
 _NAME = re.compile(r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
@@ -47,19 +48,31 @@ class Limits:
     tree_page: int = 1000
 
 
+@dataclass
+class XetSettings:
+    """Whether files are uploaded through Xet, and what its tokens say.
+
+    `cas_url` is where clients are sent instead of to the storage here.
+    """
+
+    enabled: bool = True
+    cas_url: str | None = None
+    token_lifetime_s: int = 3600
+
+
 class Hub:
     """The repositories in a state folder. Users and collections are forgotten when the process ends."""
 
     def __init__(self, state: Path, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self.users: dict[str, User] = {}
+        self.xet = XetStorage(state / "xet")
+        self.xet_settings = XetSettings()
         self.collections: dict[str, dict[str, Any]] = {}
-        self.xet_tokens: dict[str, tuple[str, int]] = {}  # the storage that a token is for, and when it expires
         self.lock = threading.RLock()
         self._repositories = state / "repos"
         self._open: dict[tuple[str, str], Repository] = {}
         self._secret = secrets.token_bytes(32)
-        self.xorbs = state / "xorbs"  # One storage is behind all repositories, as a client finds what it sent anywhere.
         self._temporary = state / "temporary"
         shutil.rmtree(self._temporary, ignore_errors=True)  # a killed process may have left uploads there
         self._temporary.mkdir(parents=True)

@@ -54,9 +54,8 @@ class FaultOptions(TypedDict, total=False):
 class HubStandIn:
     """A process of the stand-in with its state in a folder. It ends with its parent process.
 
-    If `xet` is set to true, clients upload through Xet, as they do to the Hub; otherwise through LFS, which tests of
-    what is sent look at. `user` is the owner of `token` and of the namespace of that name. `tokens` are further tokens and their
-    users. See `infra.dev.hub.hub.Limits` for the sizes.
+    `user` is the owner of `token` and of the namespace of that name. `tokens` are further tokens and their users. See
+    `infra.dev.hub.hub.Limits` for the sizes.
     """
 
     def __init__(
@@ -72,7 +71,6 @@ class HubStandIn:
     ) -> None:
         self.state = Path(state)
         self.user, self.token = user, token
-        self.xet = False
         self.url = ""
         self.log = self.state / "server.log"
         self._tokens = {token: user, **(tokens or {})}
@@ -98,7 +96,7 @@ class HubStandIn:
     @property
     def env(self) -> dict[str, str]:
         """The variables that let a process take this for the Hub."""
-        return {"HF_ENDPOINT": self.url, "HF_TOKEN": self.token, **({} if self.xet else {"HF_HUB_DISABLE_XET": "1"})}
+        return {"HF_ENDPOINT": self.url, "HF_TOKEN": self.token}
 
     def start(self) -> None:
         """Start the process, and wait until it answers. Raises RuntimeError."""
@@ -189,6 +187,10 @@ class HubStandIn:
     ) -> None:
         """Change who may see a repository and read its files."""
         self._call("PUT", f"repos/{repo_id}", {"gated": gated, "private": private, "repo_type": repo_type})
+
+    def set_xet(self, *, enabled: bool = True, cas_url: str | None = None, token_lifetime_s: int = 3600) -> None:
+        """Switch Xet on or off, send clients to another storage, or let its tokens expire sooner."""
+        self._call("PUT", "xet", {"enabled": enabled, "cas_url": cas_url, "token_lifetime_s": token_lifetime_s})
 
     def add_token(self, token: str, user: str, *, orgs: Sequence[str] = (), role: str = "write") -> None:
         """Make a token valid. `role` is `write` or `read`."""

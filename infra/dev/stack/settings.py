@@ -66,7 +66,6 @@ class Settings:
             "DO_NOT_TRACK": "1",
             "HF_ENDPOINT": f"http://127.0.0.1:{self.ports['hub']}",
             "HF_TOKEN": self.hub_token,
-            "HF_HUB_DISABLE_XET": "1",
             "XDG_CACHE_HOME": str(self.folder / "cache"),
         }
 

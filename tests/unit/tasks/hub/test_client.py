@@ -44,37 +44,6 @@ def test_a_refusal_is_not_asked_again(status: int) -> None:
     assert not explained(http_error(status)).retryable
 
 
-XET = "Network error: Request error: HTTP status client error ({}), domain: https://cas.hf.co/v1/xorbs/default/ab?sig=secret"
-
-
-@pytest.mark.parametrize(
-    ("said", "retryable", "words"),
-    [
-        (XET.format("503 Service Unavailable"), True, "try again later"),
-        (XET.format("429 Too Many Requests"), True, "try again later"),
-        (
-            "Network error: error sending request for url (https://cas.hf.co/v1/shards?sig=secret)",
-            True,
-            "check the network",
-        ),
-        (XET.format("413 Request Entity Too Large"), False, "refuses a/b@main"),
-        (XET.format("403 Forbidden"), False, "refuses a/b@main"),
-        (XET.format("404 Not Found").replace("v1/xorbs", "api/models/a/b/xet-write-token"), False, "refuses a/b@main"),
-    ],
-)
-def test_an_error_of_hf_xet_is_a_sentence_with_a_way_around_it(said: str, retryable: bool, words: str) -> None:
-    error = explained(ConnectionError(said))
-    assert error.retryable is retryable and words in str(error)
-    assert "HF_HUB_DISABLE_XET=1" in str(error) and "secret" not in str(error)
-
-
-def test_an_account_that_may_not_upload_is_told_so_through_xet_too() -> None:
-    error = explained(
-        ConnectionError(XET.format("403 Forbidden").replace("v1/xorbs", "api/models/a/b/xet-write-token"))
-    )
-    assert "this account may not upload to a/b (403)" in str(error) and not error.retryable
-
-
 def test_each_refusal_says_what_to_do() -> None:
     assert "accept its terms" in str(explained(http_error(403, GatedRepoError)))
     assert "correct the repo_id" in str(explained(http_error(404, RepositoryNotFoundError)))
