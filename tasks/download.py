@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextvars
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def download_key(base: Revision) -> StageKey:
     if base.is_local:
         assert base.sha, "a plan alone may leave a folder unhashed"
         return STAGE.key(reads={"base": f"local:{base.sha}"}, settings={})
-    cached = {"cached": base.content} if base.folder is not None else {}
+    cached = {"cached": replace(base, adapter=None).content} if base.folder is not None else {}
     return STAGE.key(reads={"base": f"{base.repo_type}:{base.name}", **cached}, settings={})
 
 
@@ -95,7 +96,7 @@ def download(store: Store, base: Revision) -> StageResult:
         base.check_names()
         with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
             contexts = [contextvars.copy_context() for _ in base.wanted]  # In them, threads log to the current run.
-            fetch_file = partial(_fetch_unless_stored, store, base, folder)
+            fetch_file = partial(fetch_unless_stored, store, base, folder)
             files = list(pool.map(lambda file, context: context.run(fetch_file, file), base.wanted, contexts))
         fetched_bytes = sum(file.size for file, was_stored in files if not was_stored)
         manifest = Manifest.of(file for file, _ in files)
@@ -104,7 +105,7 @@ def download(store: Store, base: Revision) -> StageResult:
     return run_stage(store, STAGE, download_key(base), work)
 
 
-def _fetch_unless_stored(store: Store, base: Revision, folder: Path, file: HubFile) -> tuple[File, bool]:
+def fetch_unless_stored(store: Store, base: Revision, folder: Path, file: HubFile) -> tuple[File, bool]:
     """Return the file, and whether the store had it already. Raises HubUnavailable if it arrives altered."""
     stored = _stored(store, file)
     if stored is not None:
