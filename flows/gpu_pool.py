@@ -25,11 +25,13 @@ from requant.flows.stages import (
     validate_task,
 )
 from requant.tasks.acceptance import DraftCounter, acceptance_key
+from requant.tasks.artifact import Manifest
 from requant.tasks.benchmark import STAGE as BENCHMARK
 from requant.tasks.benchmark import benchmark_key
 from requant.tasks.benchmark import read_result as read_benchmark
 from requant.tasks.errors import RecipeError, RequantError
 from requant.tasks.evaluating.definitions import check_tasks
+from requant.tasks.merge import base_stage
 from requant.tasks.pipeline.prefect import crash_stale_task_runs
 from requant.tasks.probe import probe_key
 from requant.tasks.quantize import quantize_key
@@ -37,7 +39,7 @@ from requant.tasks.recipe.loader import recipe_of
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.self_calibration import STAGE as SELF_CALIBRATION
 from requant.tasks.self_calibration import self_calibration_key
-from requant.tasks.store import open_checked_store
+from requant.tasks.store import Store, open_checked_store
 from requant.tasks.texts.calibration import find_calibration
 from requant.tasks.texts.validation import find_validation_text
 from requant.tasks.validate import validate_key
@@ -47,11 +49,11 @@ log = logging.getLogger(__name__)
 
 @recipe_flow("self_calibration")
 def self_calibration(recipe: Recipe, base: str, key: str) -> State[Any]:
-    """Let the base whose download has the stage key `base` write its calibration text, for all outputs."""
+    """Let the base whose files have the stage key `base` write its calibration text, for all outputs."""
 
     def work() -> Any:
         checked, store = recipe_of(recipe), open_checked_store()
-        base_files = artifact_of(store, "download", base)
+        base_files = _base_files(store, checked, base)
         _check_key(key, self_calibration_key(checked, base_files))
         return self_calibration_task(checked, base_files)
 
@@ -60,7 +62,7 @@ def self_calibration(recipe: Recipe, base: str, key: str) -> State[Any]:
 
 @recipe_flow("quantize")
 def quantize(recipe: Recipe, base: str, key: str, written: str | None = None) -> State[Any]:
-    """Quantize the base whose download has the stage key `base`. The recipe names the calibration texts pinned.
+    """Quantize the base whose files have the stage key `base`. The recipe names the calibration texts pinned.
 
     `written` is the stage key of the text that the base wrote, if it did.
     """
@@ -70,7 +72,7 @@ def quantize(recipe: Recipe, base: str, key: str, written: str | None = None) ->
         calibration = find_calibration(checked.quantize)
         if written is not None:
             calibration = calibration.with_written(artifact_of(store, SELF_CALIBRATION.name, written))
-        base_files = artifact_of(store, "download", base)
+        base_files = _base_files(store, checked, base)
         _check_key(key, quantize_key(checked, base_files, calibration))
         return quantize_task(checked, base_files, calibration)
 
@@ -79,12 +81,13 @@ def quantize(recipe: Recipe, base: str, key: str, written: str | None = None) ->
 
 @recipe_flow("validate")
 def validate(recipe: Recipe, base: str, artifact: str, text: str | dict[str, str], key: str) -> State[Any]:
-    """Measure the artifact with the mtp_fix key `artifact` against its base, whose download has the key `base`."""
+    """Measure the artifact with the mtp_fix key `artifact` against its base, whose files have the key `base`."""
 
     def work() -> Any:
         checked, store, validation = recipe_of(recipe), open_checked_store(), find_validation_text(text)
         check_tasks(checked.eval)
-        base_files, quantized_files = artifact_of(store, "download", base), artifact_of(store, "mtp_fix", artifact)
+        base_files = _base_files(store, checked, base)
+        quantized_files = artifact_of(store, "mtp_fix", artifact)
         _check_key(key, validate_key(checked, base_files, quantized_files, validation))
         return validate_task(checked, base_files, quantized_files, validation)
 
@@ -110,12 +113,13 @@ def acceptance(
 ) -> State[Any]:
     """Compare the drafts of the artifact with the mtp_fix key `artifact` with its base's, in one engine.
 
-    `base` is the key of the base's download, and `benchmark` that of the artifact's benchmark.
+    `base` is the key of the base's files, and `benchmark` that of the artifact's benchmark.
     """
 
     def work() -> Any:
         checked, store, validation = recipe_of(recipe), open_checked_store(), find_validation_text(text)
-        base_files, quantized_files = artifact_of(store, "download", base), artifact_of(store, "mtp_fix", artifact)
+        base_files = _base_files(store, checked, base)
+        quantized_files = artifact_of(store, "mtp_fix", artifact)
         measured = read_benchmark(store, artifact_of(store, BENCHMARK.name, benchmark))
         _check_key(key, acceptance_key(checked, base_files, quantized_files, validation, measured.engine))
         return acceptance_task(checked, base_files, quantized_files, validation, measured)
@@ -129,11 +133,17 @@ def probe(recipe: Recipe, base: str, artifact: str, key: str) -> State[Any]:
 
     def work() -> Any:
         checked, store = recipe_of(recipe), open_checked_store()
-        base_files, quantized_files = artifact_of(store, "download", base), artifact_of(store, "mtp_fix", artifact)
+        base_files = _base_files(store, checked, base)
+        quantized_files = artifact_of(store, "mtp_fix", artifact)
         _check_key(key, probe_key(checked, base_files, quantized_files))
         return probe_task(checked, base_files, quantized_files)
 
     return run_to_final_state(work)
+
+
+def _base_files(store: Store, recipe: Recipe, key: str) -> Manifest:
+    """Return the files of the base: as merged with its adapter, or else as downloaded."""
+    return artifact_of(store, base_stage(recipe), key)
 
 
 def run_to_final_state(work: Callable[[], Any]) -> State[Any]:

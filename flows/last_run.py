@@ -56,8 +56,10 @@ def last_run(store: Store, recipe: Recipe) -> LastRun | None:
 
 
 def first_commit(store: Store, recipe: Recipe, base: Revision) -> str:
-    """Return the commit with which a run for this content of the base was first asked for. It names the runs.
+    """Return the commits with which a run for this content of base and adapter was first asked for.
+
+    They name the runs.
 
     So no second run is started if the README is edited while the run of an earlier commit waits or works.
     """
-    return store.put_first_fact("asked", f"{recipe.digest}/{base.content}", base.sha)
+    return store.put_first_fact("asked", f"{recipe.digest}/{base.content}", base.commits)

@@ -1,6 +1,6 @@
 """The pipeline: download -> quantize -> mtp_fix -> validate -> benchmark -> acceptance -> probe -> publish.
 
-With `calibration: self`, the stage self_calibration comes before quantize.
+With an adapter, the stage merge comes after download, and with `calibration: self`, self_calibration before quantize.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from requant.flows.stages import (
     acceptance_task,
     benchmark_task,
     download_task,
+    merge_task,
     mtp_fix_task,
     probe_task,
     publish_task,
@@ -55,9 +56,9 @@ from requant.tasks.benchmark import STAGE as BENCHMARK
 from requant.tasks.benchmark import benchmark_key
 from requant.tasks.benchmark import read_result as read_benchmark
 from requant.tasks.card.facts import CardFacts
-from requant.tasks.download import find_base
 from requant.tasks.errors import CheckpointError, EngineFailed, RecipeError, RequantError
 from requant.tasks.hub.revision import Revision
+from requant.tasks.merge import find_merged_base, with_card
 from requant.tasks.pipeline.prefect import crash_stale_task_runs, options
 from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.plan import Foreseen, preflight
@@ -204,15 +205,17 @@ def _run_stages(context: RunContext, report: RunReport) -> None:
     recipe, base = foreseen[report.name].recipe, report.base
     report.settled = recipe
     assert base is not None
-    downloaded = _record(download_task(base), report)
+    downloaded = source = _record(download_task(base), report)
+    if base.adapter is not None:
+        source = _record(merge_task(downloaded.manifest, base.adapter), report)
     calibration, written = context.calibration, None
     if calibration.waits_for_base:
-        written = _record(_self_calibration(context.recipe, downloaded, delegated), report)
+        written = _record(_self_calibration(context.recipe, source, delegated), report)
         calibration = calibration.with_written(written.manifest)
-    quantized = _record(_quantize(recipe, downloaded, calibration, delegated, written), report)
-    fixed = _record(mtp_fix_task(recipe, downloaded.manifest, quantized.manifest), report)
+    quantized = _record(_quantize(recipe, source, calibration, delegated, written), report)
+    fixed = _record(mtp_fix_task(recipe, source.manifest, quantized.manifest), report)
     artifact = report.artifact = fixed.manifest
-    validated = _record(_validate(recipe, downloaded, fixed, context.text, delegated), report)
+    validated = _record(_validate(recipe, source, fixed, context.text, delegated), report)
     report.measured = measured = read_measured(store, validated)
     report.gates = judge(measured, recipe.gates)
     show_gates(report)
@@ -221,7 +224,7 @@ def _run_stages(context: RunContext, report: RunReport) -> None:
         return
     benchmarked = _record(_benchmark(context, recipe, fixed), report)
     report.benchmark = read_benchmark(store, benchmarked.manifest)
-    made = MadeStages(downloaded, fixed, benchmarked)
+    made = MadeStages(source, fixed, benchmarked)
     engine_gates = judge_engine(measured, recipe.gates, _drafts_in_engine(context, report, made))
     if recipe.probes is not None and accepted([*report.gates, *engine_gates]):
         engine_gates = [*engine_gates, *_judge_probes(context, report, made)]
@@ -236,7 +239,7 @@ def _run_stages(context: RunContext, report: RunReport) -> None:
     facts = CardFacts(
         recipe=recipe,
         base=base,
-        files=file_facts(store, recipe, downloaded.manifest, artifact),
+        files=file_facts(store, recipe, with_card(source.manifest, downloaded.manifest), artifact),
         measured=measured,
         gates=report.gates,
         benchmark=report.benchmark,
@@ -301,7 +304,7 @@ def _benchmark(context: RunContext, recipe: Recipe, fixed: StageResult) -> Any:
 class MadeStages:
     """The stages of a result that acceptance and probe read."""
 
-    base: StageResult  # downloaded
+    base: StageResult  # downloaded, and merged with its adapter
     artifact: StageResult  # of mtp_fix
     benchmark: StageResult
 
@@ -368,8 +371,10 @@ def resolve_task(recipe: Recipe) -> tuple[Revision, Calibration, Text]:
 
     Raises RecipeError, HubError, HubUnavailable.
     """
-    base = find_base(open_store(), recipe.base)
+    base = find_merged_base(open_store(), recipe)
     log.info(f"{recipe.base.folder or f'{recipe.base.name}@{recipe.base.revision}'} is {base.sha}")
+    if base.adapter is not None:
+        log.info(f"its adapter is {base.adapter.name}")
     return base, find_calibration(recipe.quantize), find_validation_text(recipe.validation.text)
 
 

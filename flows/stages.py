@@ -15,6 +15,7 @@ from requant.tasks.artifact import Manifest
 from requant.tasks.benchmark import CountDrafts, benchmark
 from requant.tasks.download import download
 from requant.tasks.hub.revision import Revision
+from requant.tasks.merge import merge
 from requant.tasks.mtp_fix import mtp_fix
 from requant.tasks.pipeline.prefect import BlockProgress, ShareProgress, options, stage_summary
 from requant.tasks.probe import probe
@@ -36,6 +37,11 @@ TIMEOUT_MARGIN_S = 1800.0
 @task(**options("download", hours=12))
 def download_task(base: Revision) -> Any:
     return stage_summary(download(open_store(), base))
+
+
+@task(**options("merge", hours=4))
+def merge_task(base: Manifest, adapter: Revision) -> Any:
+    return stage_summary(merge(open_store(), base, adapter))
 
 
 @task(**options("self_calibration", hours=TIMEOUT_HOURS))

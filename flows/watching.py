@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import Field
 
 from requant.flows.last_run import last_run
 from requant.tasks.documents import Document
-from requant.tasks.download import find_base
 from requant.tasks.errors import RecipeError, RequantError
 from requant.tasks.hub.rate_limit import PARALLEL_REQUESTS, Pace
 from requant.tasks.hub.revision import Revision, resolve
+from requant.tasks.local_base import find_local_base
+from requant.tasks.merge import adapter_files, find_adapter
 from requant.tasks.recipe.loader import load_recipe
 from requant.tasks.recipe.recipe import Base, Recipe
 from requant.tasks.store import Store, open_checked_store
@@ -132,7 +133,7 @@ def watch_pass(folder: Path, start: Start, repos: Collection[str] | None = None)
 
 
 def load_tracked(folder: Path, repos: Collection[str] | None = None) -> tuple[list[Tracked], list[Problem]]:
-    """Read the recipes of a folder. If `repos` is given, return only recipes whose base is one of these.
+    """Read the recipes of a folder. If `repos` is given, return only recipes whose base or adapter is one of these.
 
     Of several files with the same recipe, the first one counts. Raises RecipeError if there is no such folder.
     """
@@ -147,19 +148,19 @@ def load_tracked(folder: Path, repos: Collection[str] | None = None) -> tuple[li
         except RecipeError as error:
             problems.append(Problem(path.name, str(error)))
             continue
-        if wanted is None or (recipe.base.folder is None and recipe.base.name.lower() in wanted):
+        if wanted is None or wanted & {one.name.lower() for one in _sources(recipe) if one.folder is None}:
             tracked.setdefault(recipe.digest, Tracked(path.name, recipe))
     return list(tracked.values()), problems
 
 
 def find_due(store: Store, tracked: Sequence[Tracked], pace: Pace) -> tuple[list[Due], list[Problem]]:
-    """Ask the Hub for the commit of each base, in one request per base, and compare it with the recipes' last runs.
+    """Ask the Hub for the commit of each base and adapter, and compare them with the recipes' last runs.
 
-    Bases in folders are read where they changed.
+    Recipes of the same base and adapter share a request for each. Folders are read where they changed.
     """
-    bases: dict[Base, list[Tracked]] = defaultdict(list)
+    bases: dict[tuple[Base, ...], list[Tracked]] = defaultdict(list)
     for one in tracked:
-        bases[one.recipe.base].append(one)
+        bases[_sources(one.recipe)].append(one)
     pool = ThreadPoolExecutor(PARALLEL_REQUESTS)
     try:
         groups = list(pool.map(lambda group: _compare(store, group, pace), bases.values()))
@@ -173,12 +174,13 @@ def find_due(store: Store, tracked: Sequence[Tracked], pace: Pace) -> tuple[list
 
 def _compare(store: Store, group: Sequence[Tracked], pace: Pace) -> list[Due | Problem]:
     """Return the recipes of one base that are due, or a problem for each if the base cannot be had."""
-    wanted = group[0].recipe.base
+    recipe = group[0].recipe
     try:
-        if wanted.folder is not None:
-            base = find_base(store, wanted)
-        else:
-            base = pace.ask(lambda: resolve(wanted.name, wanted.revision))
+        base = find_local_base(store, recipe.base) if recipe.base.folder is not None else _ask(recipe.base, pace)
+        if recipe.adapter is not None:
+            local = recipe.adapter.folder is not None
+            adapter = find_adapter(store, recipe.adapter) if local else adapter_files(_ask(recipe.adapter, pace))
+            base = replace(base, adapter=adapter)
     except RequantError as error:
         return [Problem(one.name, str(error)) for one in group]
     due: list[Due | Problem] = []
@@ -187,3 +189,12 @@ def _compare(store: Store, group: Sequence[Tracked], pace: Pace) -> list[Due | P
         if last is None or not last.settles(one.recipe, base):
             due.append(Due(one.name, one.recipe, base))
     return due
+
+
+def _ask(source: Base, pace: Pace) -> Revision:
+    return pace.ask(lambda: resolve(source.name, source.revision))
+
+
+def _sources(recipe: Recipe) -> tuple[Base, ...]:
+    """Return what is watched for a recipe: its base, and its adapter if it has one."""
+    return (recipe.base,) if recipe.adapter is None else (recipe.base, recipe.adapter)

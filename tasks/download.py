@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextvars
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def download_key(base: Revision) -> StageKey:
     if base.is_local:
         assert base.sha, "a plan alone may leave a folder unhashed"
         return STAGE.key(reads={"base": f"local:{base.sha}"}, settings={})
-    cached = {"cached": base.content} if base.folder is not None else {}
+    cached = {"cached": replace(base, adapter=None).content} if base.folder is not None else {}
     return STAGE.key(reads={"base": f"{base.repo_type}:{base.name}", **cached}, settings={})
 
 
@@ -97,7 +98,7 @@ def download(store: Store, base: Revision) -> StageResult:
         name = "copy" if base.is_local else "download"
         with progress(name, base.size, "bytes") as bar, ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
             contexts = [contextvars.copy_context() for _ in base.wanted]  # In them, threads log to the current run.
-            fetch_file = partial(_fetch_unless_stored, store, base, folder, bar)
+            fetch_file = partial(fetch_unless_stored, store, base, folder, bar)
             files = list(pool.map(lambda file, context: context.run(fetch_file, file), base.wanted, contexts))
         fetched_bytes = sum(file.size for file, was_stored in files if not was_stored)
         manifest = Manifest.of(file for file, _ in files)
@@ -106,7 +107,7 @@ def download(store: Store, base: Revision) -> StageResult:
     return run_stage(store, STAGE, download_key(base), work)
 
 
-def _fetch_unless_stored(store: Store, base: Revision, folder: Path, bar: Bar, file: HubFile) -> tuple[File, bool]:
+def fetch_unless_stored(store: Store, base: Revision, folder: Path, bar: Bar, file: HubFile) -> tuple[File, bool]:
     """Return the file, and whether the store had it already. Raises HubUnavailable if it arrives altered."""
     stored = _stored(store, file)
     if stored is not None:

@@ -20,11 +20,12 @@ from requant.tasks.benchmark import STAGE as BENCHMARK
 from requant.tasks.benchmark import benchmark_key, engine_of, used_tools
 from requant.tasks.checkpoint.base_check import check_base, check_kind
 from requant.tasks.checkpoint.document import EngineVerdict
-from requant.tasks.download import download_key, find_base
+from requant.tasks.download import download_key
 from requant.tasks.errors import CheckpointError, HubError, HubUnavailable, Refused
 from requant.tasks.evaluate import STAGE as EVALUATE
 from requant.tasks.excerpt import text_files
 from requant.tasks.hub.revision import Revision
+from requant.tasks.merge import find_merged_base, merge_key
 from requant.tasks.mtp_fix import mtp_fix_key
 from requant.tasks.pipeline.stage import Stage, tool_problems
 from requant.tasks.planning.again import UNEXPLAINED, changes_in_words, has_unexplained, why_again
@@ -78,7 +79,7 @@ def plan(store: Store, recipe: Recipe, *, elsewhere: bool = False) -> PlanDocume
     """
     try:
         inputs = Inputs(
-            base=find_base(store, recipe.base, MAX_HASHED_BYTES),
+            base=find_merged_base(store, recipe, MAX_HASHED_BYTES),
             calibration=find_calibration(recipe.quantize),
             validation=find_validation_text(recipe.validation.text),
         )
@@ -234,7 +235,8 @@ class _Planner:
             for stage in plan_stages(estimated, self.base, output, done, before.stages(recipe), text_tokens, left_out)
         )
         to_run: list[str] = [stage.name for stage in stages if stage.state == "run"]
-        needed = estimate_needs(output, estimated, self.base.missing_bytes, to_run, kept_bytes=before.kept_bytes)
+        kept_bytes, merge = before.kept_bytes, self.base.merge
+        needed = estimate_needs(output, estimated, self.base.missing_bytes, to_run, kept_bytes=kept_bytes, merge=merge)
         machine = self._machine_findings(recipe, output, to_run, needed)
         problems += output.problems or result_problems(output.judgement)  # the former are why engines refuse it
         problems += machine.problems
@@ -280,6 +282,8 @@ class _Planner:
         elif store.has_any("quantize") or store.has_any("self_calibration"):
             # Another commit may have the same weights.
             files = base_manifest(inputs.base, self.base.hashes, REWRITTEN)
+        if files is not None and (adapter := inputs.base.adapter) is not None:
+            files = look("merge", lambda base: merge_key(base, adapter), files)
         if files is None:
             return done, again
         calibration = inputs.calibration

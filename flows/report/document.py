@@ -36,6 +36,9 @@ class RunBase(RunPart):
     sha: str | None = Field(
         description="Its commit, of a folder a digest of its files; null if the run did not come to it"
     )
+    adapter: str | None = Field(
+        None, exclude_if=is_none, description="The adapter that is merged into it, at its commit; otherwise absent"
+    )
 
 
 class RunArtifact(RunPart):

@@ -27,11 +27,13 @@ OUTPUT_COLUMNS = ("output", "repo", "bytes", "scheme and packing", "quantized", 
 
 
 def subject(document: PlanDocument) -> str:
-    """Return the base and its commit."""
+    """Return the base and its commit, and those of its adapter."""
     base = document.base
+    adapter, _, commit = (base.adapter or "").partition("@")
+    merged = f" with the adapter {adapter}{f'@{commit[:7]}' if commit else ''}" if adapter else ""
     if base.folder is not None:
-        return f"{base.folder} ({base.sha[:7] if base.sha else 'not hashed yet'})"
-    return f"{base.repo_id}@{base.sha[:7] if base.sha else base.revision}"
+        return f"{base.folder} ({base.sha[:7] if base.sha else 'not hashed yet'}){merged}"
+    return f"{base.repo_id}@{base.sha[:7] if base.sha else base.revision}{merged}"
 
 
 def plan_headline(document: PlanDocument) -> str:

@@ -68,7 +68,11 @@ class RunReport:
         return RunDocument(
             name=self.name or None,
             status=self.status,
-            base=RunBase(repo_id=self.recipe.base.name, sha=self.base.sha if self.base else None),
+            base=RunBase(
+                repo_id=self.recipe.base.name,
+                sha=self.base.sha if self.base else None,
+                adapter=self.base.adapter.name if self.base and self.base.adapter else None,
+            ),
             artifact=RunArtifact(
                 digest=self.artifact.digest if self.artifact else None, path=str(self.path) if self.path else None
             ),
@@ -107,6 +111,8 @@ def scheme_of(recipe: Recipe) -> str:
 def run_headline(report: RunReport) -> str:
     """Say in one line what was made from which base."""
     base = f"{report.recipe.base.name}@{report.base.sha[:7]}" if report.base else report.recipe.base.name
+    if report.base and report.base.adapter:
+        base += f" with {report.base.adapter.repo_id}@{report.base.adapter.sha[:7]}"
     name = f"{report.name}: " if report.name else ""
     if report.outputs:
         return f"{base} -> {', '.join(report.outputs)}"

@@ -21,6 +21,7 @@ COMMAND = "python -m infra.dev.stage_hashes"
 # For each stage the modules to start from. The modules below tasks/ that these import, directly or not, are added.
 STAGES = {
     "download": ("tasks/download.py",),
+    "merge": ("tasks/merge.py",),
     "self_calibration": ("tasks/self_calibration.py",),
     "excerpt": ("tasks/excerpt.py",),
     "quantize": ("tasks/quantize.py",),

@@ -36,6 +36,7 @@ def make_card(facts: CardFacts) -> str:
         measured=facts.measured,
         benchmark=facts.benchmark,
         base=_base_words(facts),
+        adapter=_adapter_words(facts),
         front_matter=Markdown(card_data(facts).to_yaml()),
         serving=serving_of(facts),
         engine_names=ENGINES,
@@ -71,10 +72,19 @@ def _base_words(facts: CardFacts) -> Markdown:
     """Name the base: a link to its repo, or that it is a local checkpoint, and the repos that it is of."""
     if not facts.base.is_local:
         return hub_link(facts.recipe.base.name)
-    repos = [facts.base_models] if isinstance(facts.base_models, str) else facts.base_models
-    tuned = "" if facts.base_relation == "quantized" else "a fine-tune of "
+    repos = [facts.own_base_models] if isinstance(facts.own_base_models, str) else facts.own_base_models
+    tuned = "" if facts.recipe.base.repo_id is not None else "a fine-tune of "
     linked = f" ({tuned}{' and '.join(map(hub_link, repos))})" if repos else ""
     return Markdown(f"A local checkpoint{linked}")
+
+
+def _adapter_words(facts: CardFacts) -> Markdown:
+    """Name the adapter: a link to its repo, or that it is a local one. Empty if there is none."""
+    adapter = facts.recipe.adapter
+    if adapter is None or facts.base.adapter is None:
+        return Markdown("")
+    name = "a local LoRA adapter" if adapter.repo_id is None else f"the LoRA adapter {hub_link(adapter.repo_id)}"
+    return Markdown(f"{name} {'with the digest' if facts.base.adapter.is_local else 'at'}")
 
 
 def environment() -> Environment:

@@ -72,7 +72,13 @@ class CardFacts:
 
     @property
     def base_models(self) -> str | list[str]:
-        """The Hub repos that the card names as its base. Of a base in a folder, its own card may name them."""
+        """The Hub repos that the front matter names as base: an adapter's repo, whose own card names its base."""
+        adapter = self.recipe.adapter
+        return adapter.repo_id if adapter is not None and adapter.repo_id is not None else self.own_base_models
+
+    @property
+    def own_base_models(self) -> str | list[str]:
+        """The Hub repos of the base without its adapter. Of a base in a folder, its own card may name them."""
         if self.recipe.base.repo_id is not None:
             return self.recipe.base.repo_id
         stated = stated_bases(self.files.base_card)
@@ -80,8 +86,18 @@ class CardFacts:
 
     @property
     def base_relation(self) -> str:
-        """How the result comes from `base_models`: what a folder's card names was tuned before it was quantized."""
-        return "quantized" if self.recipe.base.repo_id is not None else "finetune"
+        """How the result comes from `base_models`: what a folder's card names was tuned before it was quantized.
+
+        So was a base that an adapter of no repo is merged into.
+        """
+        named = self.recipe.adapter or self.recipe.base
+        return "quantized" if named.repo_id is not None else "finetune"
+
+    @property
+    def unpublished(self) -> str:
+        """What of base and adapter lies in a folder of the author's, in words; empty if nothing does."""
+        parts = {"the base": self.base, "the adapter": self.base.adapter}
+        return " and ".join(name for name, one in parts.items() if one is not None and one.is_local)
 
     @property
     def dtype(self) -> Dtype | None:

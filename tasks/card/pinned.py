@@ -25,6 +25,10 @@ def recipe_text(facts: CardFacts) -> str:
         document["base"]["folder"] = f"./{recipe.base.name}"
     else:
         document["base"]["revision"] = facts.base.sha
+    if recipe.adapter is not None and facts.base.adapter is not None:
+        adapter = facts.base.adapter
+        own = {"folder": f"./{recipe.adapter.name}"} if adapter.is_local else {"revision": adapter.sha}
+        document["adapter"] |= own
     if "calibration" in document.get("quantize", {}):
         document["quantize"]["calibration"] = _pinned_calibration(facts)
     if "text" in document.get("validation", {}):
@@ -39,8 +43,8 @@ def recipe_text(facts: CardFacts) -> str:
 
 
 def reads_local_files(facts: CardFacts) -> bool:
-    """Check whether the recipe names a local folder as its base or a local file as a text: these are not published."""
-    if facts.base.is_local:
+    """Check whether the recipe names a local folder as base or adapter, or a local file: these are not published."""
+    if facts.unpublished:
         return True
     texts = [source.source for source in facts.recipe.quantize.sources]
     asked = facts.recipe.validation.text

@@ -146,8 +146,8 @@ def _explain_adapter(name: str, settings: JsonObject) -> str:
     kind, model = settings.string("peft_type"), settings.string("base_model_name_or_path")
     of = f" of {shown(model)}" if model else ""
     return (
-        f"{name} is an adapter{f' ({shown(kind)})' if kind else ''}{of}, not a model: merge it into "
-        f"{shown(model) if model else 'its model'} with peft (merge_and_unload), and name the result"
+        f"{name} is an adapter{f' ({shown(kind)})' if kind else ''}{of}, not a model: name "
+        f"{shown(model) if model else 'its model'} as the base of a recipe, and this as its adapter"
     )
 
 

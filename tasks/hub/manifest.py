@@ -41,6 +41,7 @@ class ReleaseManifest:
     blob_ids: Mapping[str, str]
     release_files: frozenset[str]
     failed_gates: tuple[str, ...]
+    adapter_repo_id: str | None = None
 
     @classmethod
     def read(cls, raw: bytes, name: str) -> ReleaseManifest:
@@ -61,6 +62,7 @@ class ReleaseManifest:
                 {str(r["path"]): str(r["blob_id"]) for r in rows if "blob_id" in r},
                 release_files,
                 tuple(str(gate["name"]) for gate in document["gates"] if not _may_be_published(gate)),
+                str(document["adapter"]["repo_id"]) if "adapter" in document else None,
             )
             if not COMMIT.fullmatch(parsed.base_sha) or not all(SHA256.fullmatch(f.sha256) for f in manifest.files):
                 raise ValueError("a hash in it is none")
@@ -70,6 +72,12 @@ class ReleaseManifest:
             said = shown(str(error) if isinstance(error, CheckpointError | ValueError) else repr(error))
             raise HubError(f"the {RELEASE} of {name} is not what Requant writes ({said}): restore it") from error
         return parsed
+
+    @property
+    def model_name(self) -> str:
+        """The name of what was quantized, as `Revision.model_name`."""
+        adapter = "" if self.adapter_repo_id is None else f" with the adapter {self.adapter_repo_id}"
+        return f"{self.base_repo_id}{adapter}"
 
     @property
     def tag(self) -> str:
@@ -143,8 +151,8 @@ def release_document(
     document = {
         "format": FORMAT,
         "requant": origin.version,
-        "base": {"repo_id": origin.base.repo_id, "sha": origin.base.sha}
-        | ({"local": True} if origin.base.is_local else {}),
+        "base": _named(origin.base),
+        **({"adapter": _named(origin.base.adapter)} if origin.base.adapter else {}),
         "artifact": artifact.digest,
         "recipe": origin.recipe_digest,
         "files": [
@@ -157,3 +165,7 @@ def release_document(
         "provenance": public({stage: record.published for stage, record in provenance.items()}),
     }
     return (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _named(revision: Revision) -> dict[str, object]:
+    return {"repo_id": revision.repo_id, "sha": revision.sha} | ({"local": True} if revision.is_local else {})

@@ -122,17 +122,19 @@ def account_name() -> str | None:
 def open_target(publish: Publish, base: Revision) -> Revision:
     """Create the repo if there is none, and set who may read it. Return the revision of its `main`.
 
-    Where the recipe does not say who may read it, a private or gated base makes the repo private or gated too, and a
-    repo that is private or gated stays so. Nobody says who may read a base in a folder: then a new repo is private, and
-    one that is there stays as it is.
+    Where the recipe does not say who may read it, a private or gated base or adapter makes the repo private or gated
+    too, and a repo that is private or gated stays so. Nobody says who may read what lies in a folder: then a new repo
+    is private, and one that is there stays as it is.
     """
     api, repo_id = hub_api(), publish.repo_id
     with hub_errors(repo_id):
-        new = base.private or base.is_local if publish.private is None else publish.private
+        new = base.is_restricted if publish.private is None else publish.private
         api.create_repo(repo_id, private=new, exist_ok=True)
     main = resolve(repo_id)
-    private = (main.private or base.private) if publish.private is None else publish.private
-    gated = (main.gated or base.gated or "open") if publish.gated is None else publish.gated
+    sources = [main, base, *([base.adapter] if base.adapter else [])]
+    private = any(one.private for one in sources) if publish.private is None else publish.private
+    inherited = [one.gated for one in sources if one.gated is not None]
+    gated = publish.gated or (inherited[0] if inherited else "open")
     new_private = None if private == main.private else private
     new_gated = None if gated == (main.gated or "open") else False if gated == "open" else gated
     if new_private is not None or new_gated is not None:
@@ -152,11 +154,11 @@ def refuse_changed(main: Revision, base: Revision, *, overwrite: bool, before_wo
             f"{main.repo_id} holds a model that Requant did not make: publish to a repo of its own",
             repo_id=main.repo_id,
         )
-    if before_work and (claimed.base_repo_id != base.repo_id or claimed.base_sha == base.sha):
+    if before_work and (claimed.model_name != base.model_name or claimed.base_sha == base.sha):
         return
-    if claimed.base_repo_id != base.repo_id:
+    if claimed.model_name != base.model_name:
         raise HubError(
-            f"{main.repo_id} holds a release made of {claimed.base_repo_id}, not of {base.repo_id}: publish to a repo "
+            f"{main.repo_id} holds a release made of {claimed.model_name}, not of {base.model_name}: publish to a repo "
             "of its own, or set publish.overwrite: true",
             repo_id=main.repo_id,
         )

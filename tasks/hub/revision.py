@@ -52,6 +52,7 @@ class Revision:
     left_out: tuple[str, ...] = ()
     folder: Path | None = None  # where its files lie on this machine; None: on the Hub
     is_local: bool = False  # a base in a folder of the user, not in huggingface_hub's cache
+    adapter: Revision | None = None  # the LoRA adapter that is merged into it
 
     @property
     def name(self) -> str:
@@ -75,9 +76,26 @@ class Revision:
     def content(self) -> str:
         """A sha256 over path, size and hash of the wanted files without REWRITTEN, from the Hub's listing alone.
 
-        Two commits with the same content lead to the same result.
+        The adapter's files count too. Two commits with the same content lead to the same result.
         """
-        return digest_of([[f.path, f.size, f.sha256 or f.blob_id] for f in self.wanted if f.path not in REWRITTEN])
+        own = digest_of([[f.path, f.size, f.sha256 or f.blob_id] for f in self.wanted if f.path not in REWRITTEN])
+        return own if self.adapter is None else digest_of([own, self.adapter.content])
+
+    @property
+    def commits(self) -> str:
+        """The commit, and that of the adapter behind it if there is one."""
+        return self.sha if self.adapter is None else f"{self.sha}+{self.adapter.sha}"
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model: the repo, with that of the adapter that makes another of it."""
+        return self.repo_id if self.adapter is None else f"{self.repo_id} with the adapter {self.adapter.repo_id}"
+
+    @property
+    def is_restricted(self) -> bool:
+        """Whether a new repo made of it should be private: it or its adapter is, or lies in somebody's folder."""
+        restricted = self.private or self.is_local
+        return restricted or (self.adapter is not None and self.adapter.is_restricted)
 
 
 def split_name(name: str) -> tuple[str, str]:

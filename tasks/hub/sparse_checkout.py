@@ -50,6 +50,13 @@ def create_checkout(
 
     if other := explain_other_kind(revision.repo_id, list(listed), read):
         raise CheckpointError(other)
+    return create_placeholders(revision, folder, find_local)
+
+
+def create_placeholders(
+    revision: Revision, folder: Path, find_local: Callable[[HubFile], Path | None] = lambda file: None
+) -> Path:
+    """Create a sparse checkout of a revision, whatever it is. Raises HubError, HubUnavailable."""
     sizes = {}
     for file in revision.wanted:
         (folder / file.path).parent.mkdir(parents=True, exist_ok=True)

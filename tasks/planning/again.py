@@ -14,6 +14,7 @@ from requant.tasks.store import Store
 SUBJECTS = ("artifact", "quantized", "base")
 # Other inputs of stages, by the names that keys have for them.
 INPUTS = {
+    "adapter": "another adapter",
     "calibration": "another calibration text",
     "chat_template": "another chat template of the base",
     "samples": "samples that are packed otherwise",

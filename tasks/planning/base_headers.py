@@ -16,6 +16,7 @@ from requant.tasks.hub.revision import HubFile, Revision, resolve
 from requant.tasks.hub.sparse_checkout import create_checkout
 from requant.tasks.planning.base_diff import changed_fields, changed_files, changed_tensors, last_download
 from requant.tasks.planning.document import BaseChanges
+from requant.tasks.planning.merging import PlannedMerge
 from requant.tasks.planning.transfers import Hashes, known_hashes, local_path
 from requant.tasks.store import Store
 
@@ -25,25 +26,29 @@ class BaseHeaders:
     """A base without its weights.
 
     `hashes` has the sha256 of each file by path, as far as it is known. `source` is a sparse checkout, in which the
-    files that this machine has are links into the store.
+    files that this machine has are links into the store. `merge` is there if an adapter is merged into it.
     """
 
     store: Store
     revision: Revision
     hashes: Hashes
     source: Checkpoint
+    merge: PlannedMerge | None = None
 
     @classmethod
     def fetch(cls, store: Store, revision: Revision, folder: Path) -> BaseHeaders:
         """Create `folder` with a sparse checkout of the base in it.
 
-        Raises HubError, HubUnavailable, or CheckpointError if the base is no checkpoint.
+        Raises HubError, HubUnavailable, or CheckpointError if the base is no checkpoint, or if its adapter cannot be
+        merged into it.
         """
         revision.check_names()
         hashes = known_hashes(store, revision)
         folder.mkdir()
         create_checkout(revision, folder, lambda file: local_path(store, file, hashes))
-        return cls(store, revision, hashes, Checkpoint.open(folder))
+        source = Checkpoint.open(folder)
+        merge = None if revision.adapter is None else PlannedMerge.of(revision.adapter, source)
+        return cls(store, revision, hashes, source, merge)
 
     @cached_property
     def missing_bytes(self) -> int:

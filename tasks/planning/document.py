@@ -17,7 +17,16 @@ from requant.tasks.documents import Document, is_empty, is_none
 from requant.tasks.texts.calibration import CalibrationSource
 
 StageName = Literal[
-    "download", "self_calibration", "quantize", "mtp_fix", "validate", "benchmark", "acceptance", "probe", "publish"
+    "download",
+    "merge",
+    "self_calibration",
+    "quantize",
+    "mtp_fix",
+    "validate",
+    "benchmark",
+    "acceptance",
+    "probe",
+    "publish",
 ]
 
 
@@ -32,6 +41,9 @@ class PlannedBase(Document):
     sha: str | None = Field(
         description="The commit that the revision is now, of a folder a digest of its files; null where it does not "
         "resolve, and for a large folder that no run has hashed yet"
+    )
+    adapter: str | None = Field(
+        None, exclude_if=is_none, description="The adapter that is merged into it, at its commit; otherwise absent"
     )
     bytes: int | None = Field(description="Bytes of the files that a run fetches; null where there is no commit")
     tensors: int | None = Field(description="Tensors of the checkpoint; null where it cannot be used")

@@ -33,15 +33,16 @@ TABLE_GPU = "A100 80GB"
 TABLE_WORK = TuningWork(parameters=1, iters=200, nsamples=128, seqlen=2048, batch_size=8)
 # Assumed throughput without a record, and the fixed time to import torch or start an engine twice.
 ASSUMED_BYTES_PER_S = {
-    "download": 100e6, "mtp_fix": 200e6, "validate": 100e6, "benchmark": 25e6, "acceptance": 100e6, "probe": 50e6,
-    "publish": 50e6,
+    "download": 100e6, "merge": 100e6, "mtp_fix": 200e6, "validate": 100e6, "benchmark": 25e6, "acceptance": 100e6,
+    "probe": 50e6, "publish": 50e6,
 }  # fmt: skip
 ASSUMED_CPU_FLOPS, ASSUMED_GPU_FLOPS = 500e9, 100e12
 # The base's weights are read once for every token of the rows that are written at once.
 ASSUMED_ROWS_AT_ONCE = 32
 ASSUMED_WEIGHTS_BYTES_PER_S = {"cpu": 10e9, "gpu": 1e12}
 FIXED_SECONDS = {
-    "self_calibration": 60.0, "quantize": 10.0, "validate": 10.0, "benchmark": 60.0, "acceptance": 60.0, "probe": 60.0,
+    "merge": 5.0, "self_calibration": 60.0, "quantize": 10.0, "validate": 10.0, "benchmark": 60.0, "acceptance": 60.0,
+    "probe": 60.0,
 }  # fmt: skip
 
 BlockKind = Literal["linear", "full"]  # kind of attention

@@ -46,6 +46,7 @@ def planned_base(recipe: Recipe, base: Revision | None, source: Checkpoint | Non
         revision=recipe.base.revision,
         sha=(base.sha or None) if base else None,
         folder=recipe.base.folder,
+        adapter=base.adapter.name if base and base.adapter else recipe.adapter.name if recipe.adapter else None,
         bytes=base.size if base else None,
         tensors=len(source.tensors) if source else None,
     )

@@ -72,7 +72,8 @@ class EarlierOutputs:
     def stages(self, recipe: Recipe) -> set[str]:
         """Return the stages that the run of another recipe reuses from these outputs (see `as_spelled`)."""
         quantized = any(one.quantize == recipe.quantize for one in self.recipes)
-        of_base = ["download", *(["self_calibration"] if writes_text(recipe) else [])]
+        merge = ["merge"] if recipe.adapter is not None else []
+        of_base = ["download", *merge, *(["self_calibration"] if writes_text(recipe) else [])]
         return {*(of_base if self.recipes else []), *(["quantize"] if quantized else [])}
 
 
@@ -107,7 +108,7 @@ def combine_plans(recipe: Recipe, plans: Mapping[str, Plan]) -> PlanDocument:
 def _stages(plans: Mapping[str, Plan]) -> tuple[PlannedStage, ...]:
     """List the stages of all outputs, each with its output's name. Those on the base alone are for the first one."""
     stages = [stage.model_copy(update={"output": name}) for name, plan in plans.items() for stage in plan.stages]
-    shared = ("download", "self_calibration")
+    shared = ("download", "merge", "self_calibration")
     first = {name: next((stage for stage in stages if stage.name == name), None) for name in shared}
     return tuple(stage for stage in stages if stage.name not in first or stage is first[stage.name])
 

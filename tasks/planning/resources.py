@@ -14,6 +14,7 @@ from requant.tasks.checkpoint.fp8 import is_fp8
 from requant.tasks.formatting import gigabytes
 from requant.tasks.planning.document import Needs, StageNeeds
 from requant.tasks.planning.measuring import measured_tokens
+from requant.tasks.planning.merging import PlannedMerge
 from requant.tasks.planning.output import CheckpointPlan
 from requant.tasks.quantizing.auto_settings import ROUTED, sample_bytes, step_bytes
 from requant.tasks.recipe.recipe import Recipe
@@ -23,18 +24,26 @@ RUNTIME_BYTES = 3_000_000_000  # memory that Python, torch, CUDA and Prefect tak
 
 
 def estimate_needs(
-    output: CheckpointPlan, recipe: Recipe, missing_bytes: int, to_run: Collection[str], *, kept_bytes: int = 0
+    output: CheckpointPlan,
+    recipe: Recipe,
+    missing_bytes: int,
+    to_run: Collection[str],
+    *,
+    kept_bytes: int = 0,
+    merge: PlannedMerge | None = None,
 ) -> Needs:
     """Estimate what the stages `to_run` need.
 
     `missing_bytes` counts the part of the base that is not on this machine, and `kept_bytes` what earlier outputs of
-    the same run leave on it.
+    the same run leave on it. `merge` is that of an adapter.
     """
     stages: dict[str, StageNeeds] = {}
     if not set(to_run) - {"publish"}:
         return Needs.of(stages)
     if missing_bytes:
         stages["download"] = StageNeeds(disk_bytes=missing_bytes)
+    if merge is not None and "merge" in to_run:
+        stages["merge"] = _same_in_low_memory(RUNTIME_BYTES + merge.ram_bytes, 0, merge.size_bytes)
     if "self_calibration" in to_run:
         weights, on_cpu = output.base.nbytes, recipe.quantize.device == "cpu"
         # On a CPU, transformers computes in float32.

@@ -76,6 +76,7 @@ def _moved_bytes(
     result_bytes = sum(output.sizes.values())
     moved: dict[StageName, int] = {
         "download": download_bytes(base.store, base.revision, base.hashes),
+        **({} if base.merge is None else {"merge": base.merge.size_bytes}),
         **({} if text_tokens is None else {"self_calibration": base.revision.size}),
         "quantize": sum(output.before_head.values()),
         "mtp_fix": output.head_bytes,

@@ -9,7 +9,7 @@ import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -99,13 +99,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """Make the names of the base's folder, of text files and of task definitions absolute.
+    """Make the names of the folders of base and adapter, of text files and of task definitions absolute.
 
     They are relative to this folder, so that a recipe means the same wherever it is sent on this machine.
 
     Raises RecipeError if one of them does not exist.
     """
-    recipe = _with_base_folder(recipe, folder)
+    recipe = _with_folder(_with_folder(recipe, folder, "base"), folder, "adapter")
     recipe = _with_calibration_files(recipe, folder)
     recipe = _with_validation_files(recipe, folder)
     return _with_definitions(recipe, folder)
@@ -135,17 +135,18 @@ def recipe_of(given: Recipe | Mapping[str, Any]) -> Recipe:
     return parse_recipe(given)
 
 
-def _with_base_folder(recipe: Recipe, folder: Path) -> Recipe:
-    if recipe.base.folder is None:
+def _with_folder(recipe: Recipe, folder: Path, key: Literal["base", "adapter"]) -> Recipe:
+    named = recipe.base if key == "base" else recipe.adapter
+    if named is None or named.folder is None:
         return recipe
-    path = Path(recipe.base.folder)
+    path = Path(named.folder)
     # A link keeps its name, which is that of the base, whichever folder it leads to now.
     path = (
         _absolute(folder, str(path.parent)) / path.name if path.name not in {"", ".."} else _absolute(folder, str(path))
     )
     if not os.path.isdir(path):
-        raise RecipeError(f"base.folder: the folder {path} does not exist: correct the path in the recipe", path=path)
-    return recipe.model_copy(update={"base": recipe.base.model_copy(update={"folder": str(path)})})
+        raise RecipeError(f"{key}.folder: the folder {path} does not exist: correct the path in the recipe", path=path)
+    return recipe.model_copy(update={key: named.model_copy(update={"folder": str(path)})})
 
 
 def _with_validation_files(recipe: Recipe, folder: Path) -> Recipe:

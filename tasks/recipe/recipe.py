@@ -357,6 +357,11 @@ class Recipe(Section):
     """What to make of which base."""
 
     base: Base
+    adapter: Base | None = Field(
+        None,
+        description="LoRA adapter of peft that is merged into the base first: a Hub repo owner/name[@revision], or a "
+        "folder",
+    )
     quantize: Quantize = Quantize()
     mtp: HeadPolicy = Field(
         "keep", description="The MTP head: keep (lossless, from the base), its layers packed to int8 or int4, or drop"
@@ -463,7 +468,7 @@ class Recipe(Section):
 
         Keys that were added later are left out unless they are used, so that the digests of earlier recipes stay.
         """
-        unused = {"hardware"} | {section for section in ("outputs", "probes") if not getattr(self, section)}
+        unused = {"hardware"} | {section for section in ("adapter", "outputs", "probes") if not getattr(self, section)}
         document = self.model_dump(mode="json", exclude=unused)
         for section, keys in LATER_KEYS.items():
             settings = getattr(self, section)

@@ -55,12 +55,12 @@ KINDS = {
             "adapter_config.json": _json(peft_type="LORA", base_model_name_or_path="Qwen/Qwen3.6-27B"),
             "adapter_model.safetensors": b"",
         },
-        "is an adapter (LORA) of Qwen/Qwen3.6-27B, not a model: merge it into Qwen/Qwen3.6-27B with peft "
-        "(merge_and_unload), and name the result",
+        "is an adapter (LORA) of Qwen/Qwen3.6-27B, not a model: name Qwen/Qwen3.6-27B as the base of a recipe, and "
+        "this as its adapter",
     ),
     "adapter alone": OtherKind(
         {"adapter_model.safetensors": b""},
-        "is an adapter, not a model: merge it into its model with peft (merge_and_unload), and name the result",
+        "is an adapter, not a model: name its model as the base of a recipe, and this as its adapter",
     ),
     "pickles": OtherKind(
         {**CONFIG, **CARD, "pytorch_model.bin": b"PK\x03\x04", "training_args.bin": b"PK"},

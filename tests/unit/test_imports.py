@@ -18,7 +18,8 @@ from tests.factories.paths import ROOT
 from tests.factories.pico import pico_base
 
 STAGES = {
-    "download", "quantize", "mtp_fix", "validate", "evaluate", "benchmark", "acceptance", "probe", "publish", "plan",
+    "download", "merge", "quantize", "mtp_fix", "validate", "evaluate", "benchmark", "acceptance", "probe", "publish",
+    "plan",
 }  # fmt: skip
 SOURCES = sorted(path.relative_to(ROOT) for top in ("flows", "tasks") for path in (ROOT / top).rglob("*.py"))
 

@@ -17,6 +17,7 @@ from requant.tasks.hub.revision import HubFile, Revision
 from requant.tasks.recipe.loader import parse_recipe
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store
+from tests.factories.adapters import lora_tensors, write_adapter
 from tests.factories.pico import pico_base
 
 FILES = (
@@ -157,4 +158,28 @@ def test_a_changed_folder_is_due_and_no_webhook_asks_for_it(store: Store, tmp_pa
         ((again,), _) = find_due(store, tracked, pace)
         assert again.base.content != due.base.content
         shutil.rmtree(base)
+        assert [p.name for p in find_due(store, tracked, pace)[1]] == ["a.yaml"]
+
+
+def test_a_changed_adapter_is_due_and_is_another_run_of_the_same_base(store: Store, tmp_path: Path) -> None:
+    tensors = lora_tensors(pico_base(tmp_path / "base"))
+    adapter = write_adapter(tmp_path / "lora", tensors)
+    write(tmp_path / "recipes", "a.yaml", {"base": "../base", "adapter": "../lora"})
+    write(tmp_path / "recipes", "b.yaml", {"base": "../base"})
+    write(tmp_path / "recipes", "c.yaml", {"base": "x/one", "adapter": "X/lora"})
+    assert [t.name for t in load_tracked(tmp_path / "recipes", {"x/lora"})[0]] == ["c.yaml"]
+    tracked = [one for one in load_tracked(tmp_path / "recipes")[0] if one.name != "c.yaml"]
+    with Pace() as pace:
+        (due, plain), problems = find_due(store, tracked, pace)
+        assert not problems and due.base.sha == plain.base.sha and due.base.content != plain.base.content
+        for one in (due, plain):
+            remember_run(store, one.recipe, one.base, "published")
+        assert find_due(store, tracked, pace) == ([], [])
+        (adapter / "README.md").write_text("another card")
+        assert find_due(store, tracked, pace) == ([], [])
+        write_adapter(adapter, {name: 2 * one for name, one in tensors.items()})
+        ((again,), _) = find_due(store, tracked, pace)
+        assert again.name == "a.yaml" and again.base.sha == due.base.sha
+        assert first_commit(store, due.recipe, due.base) != first_commit(store, due.recipe, again.base)
+        (adapter / "adapter_model.safetensors").unlink()
         assert [p.name for p in find_due(store, tracked, pace)[1]] == ["a.yaml"]

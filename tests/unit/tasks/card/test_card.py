@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from requant.tasks.card.card import make_card
 from requant.tasks.card.filters import table
 from requant.tasks.card.pinned import recipe_text
 from requant.tasks.formatting import gigabytes
+from requant.tasks.hub.revision import Revision
 from requant.tasks.planning.reasons import kept_groups
 from requant.tasks.plots import Picture
 from requant.tasks.recipe.loader import parse_recipe
@@ -294,3 +296,26 @@ def test_the_card_says_what_was_taken_from_each_calibration_text_and_pins_it_in_
     assert "| `builtin:mixed` | 32 (20 code, 12 chat) | 5 | 6 |" in body
     pinned = yaml.safe_load(recipe_text(found))["quantize"]["calibration"]
     assert pinned == [{"source": f"me/chats@{SHA}:train", "weight": 3.0}, "builtin:mixed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "front", "sentence", "pinned"),
+    [
+        ("a/lora", ("a/lora", "quantized"), "merged with the LoRA adapter [a/lora]", {"revision": "f" * 40}),
+        ("/home/me/my-lora", ("Qwen/Qwen3.6-27B", "finetune"), "a local LoRA adapter", {"folder": "./my-lora"}),
+    ],
+)
+def test_an_adapter_is_named_and_pinned_and_its_folder_is_not_told(
+    name: str, front: tuple[str, str], sentence: str, pinned: dict[str, str]
+) -> None:
+    local = name.startswith("/")
+    adapter = Revision("my-lora" if local else name, "f" * 40, (), is_local=local)
+    facts = facts_of(recipe=recipe(adapter=name))
+    facts = replace(facts, base=replace(facts.base, adapter=adapter))
+    card = make_card(facts)
+    data = yaml.safe_load(card.split("---")[1])
+    assert (data["base_model"], data["base_model_relation"]) == front
+    assert sentence in card and "f" * 40 in card and "/home/me" not in card
+    assert ("The recipe reads the adapter of its author's own" in card) == local
+    assert yaml.safe_load(recipe_text(facts))["adapter"].items() >= pinned.items()
+    assert facts.base.is_restricted == local, "nobody says who may read a folder"
