@@ -163,7 +163,11 @@ def find_due(store: Store, tracked: Sequence[Tracked], pace: Pace) -> tuple[list
         bases[_sources(one.recipe)].append(one)
     pool = ThreadPoolExecutor(PARALLEL_REQUESTS)
     try:
-        groups = list(pool.map(lambda group: _compare(store, group, pace), bases.values()))
+        on_hub = [group for key, group in bases.items() if key[0].folder is None]
+        asked = pool.map(lambda group: _compare(store, group, pace), on_hub)
+        # Folders are hashed in this thread, where Ctrl-C ends it.
+        read = [_compare(store, group, pace) for key, group in bases.items() if key[0].folder is not None]
+        groups = [*asked, *read]
     finally:
         pace.stop()  # If the pass was interrupted, no thread goes on waiting.
         pool.shutdown(cancel_futures=True)

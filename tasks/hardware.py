@@ -75,6 +75,8 @@ def visible_gpus() -> tuple[Gpu, ...] | None:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None and re.fullmatch(r"[-\d, ]*", chosen):
         indices = [int(index) for index in re.findall(r"-?\d+", chosen)]
+        if indices[:1] >= [0] and not gpus and (os.path.exists("/dev/kfd") or gpu_names()):
+            return None
         return tuple(gpus[i] for i in itertools.takewhile(lambda i: 0 <= i < len(gpus), indices))
     # AMD's driver has the device kfd. A machine whose nvidia-smi lists no memory has GPUs all the same.
     return tuple(gpus) if gpus or not (os.path.exists("/dev/kfd") or gpu_names()) else None

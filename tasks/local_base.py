@@ -41,7 +41,8 @@ CHUNK_BYTES = 1 << 20
 LEFT_OUT = (
     "checkpoint-*", "global_step*", "runs", "wandb", "logs", "__pycache__", "events.out.tfevents*", "*.log", "latest",
     "trainer_state.json", "training_args.*", "*_results.json", "zero_to_fp32.py", "*.jsonl",
-    "*.parquet", "*.arrow", "*.yaml", "*.yml", "recipe.schema.json",
+    "*.parquet", "*.arrow", "*.csv", "*.tsv", "*.yaml", "*.yml", "recipe.schema.json",
+    "*.sh", "*.env", "*.out", "*.err", "*.ipynb",
 )  # fmt: skip
 # Small files of a checkpoint, and a path in them that has folders: of Linux or macOS, of a home, of Windows.
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
@@ -270,12 +271,15 @@ def private_paths(folder: Path) -> Iterator[str]:
 
 
 def _settings(document: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the texts of a JSON object, also of objects in it, each with the keys that lead to it."""
-    for key, value in document.items() if isinstance(document, dict) else ():
-        if isinstance(value, str):
-            yield f"{prefix}{key}", value
-        else:
+    """Yield the texts of a JSON document, also of objects and lists in it, each with the keys that lead to it."""
+    if isinstance(document, str):
+        yield prefix.removesuffix("."), document
+    elif isinstance(document, dict):
+        for key, value in document.items():
             yield from _settings(value, f"{prefix}{key}.")
+    elif isinstance(document, list):
+        for value in document:
+            yield from _settings(value, prefix)
 
 
 def changed(path: str, real: Path) -> CheckpointError:

@@ -89,12 +89,13 @@ def _sampling(store: Store, artifact: Manifest) -> dict[str, float]:
         return {}
     try:
         document = json.loads(store.read_blob(artifact[GENERATION_CONFIG]))
-    except ValueError:
+        values = {key: document.get(key) for key in SAMPLING_KEYS}
+        known = {
+            key: value for key, value in values.items() if isinstance(value, int | float) and type(value) is not bool
+        }
+        return {key: value for key, value in known.items() if math.isfinite(value)}
+    except (ValueError, AttributeError, OverflowError, RecursionError):  # A stranger wrote it.
         return {}
-    if not isinstance(document, dict):
-        return {}
-    values = {key: value for key in SAMPLING_KEYS if isinstance(value := document.get(key), int | float)}
-    return {key: value for key, value in values.items() if not isinstance(value, bool) and math.isfinite(value)}
 
 
 def _base_card(store: Store, base_files: Manifest) -> str:
@@ -152,7 +153,7 @@ def publish(
     started = time.monotonic()
     key = digest_of({"endpoint": constants.ENDPOINT, "repo_id": recipe.publish.repo_id})
     with machine_errors(), store.lease("publish", key):
-        folder = store.link_files(artifact, store.work_folder("publish", artifact.digest))
+        folder = store.link_files(artifact, store.work_folder("publish", digest_of([key, artifact.digest])))
         for path, data in files.items():
             write_file(folder, path, [data])
         released = release(recipe.publish, base, folder, artifact, list(files))

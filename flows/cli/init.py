@@ -13,6 +13,8 @@ import click
 
 from requant.flows.cli.command import NEW_FILE, CommandResult, command
 
+MAX_NAME_CHARACTERS = 60  # of a name on the Hub, which has 96 at most, before what says how it was quantized
+
 
 @command("init")
 @click.argument("model")
@@ -48,8 +50,9 @@ def init(model: str, path: Path | None, force: bool) -> CommandResult:
     is_folder = os.path.isdir(model)
     if is_folder:
         resolved = find_folder(Path(model))
-        plain = unicodedata.normalize("NFKD", resolved.repo_id).encode("ascii", "ignore").decode()
-        short_name = re.sub(r"[^A-Za-z0-9.]+", "-", plain).strip("-.") or "model"
+        folder_name = Path(os.path.abspath(model)).name  # of a link, not of what it leads to
+        plain = unicodedata.normalize("NFKD", folder_name).encode("ascii", "ignore").decode()
+        short_name = re.sub(r"[^A-Za-z0-9.]+|\.{2,}", "-", plain)[:MAX_NAME_CHARACTERS].strip("-.") or "model"
     else:
         repo_id, revision = split_name(model)
         short_name = check_repo_id(repo_id).partition("/")[2]

@@ -81,9 +81,11 @@ def _check_repo(publish: Publish, base: Revision, account: Account, create: bool
         exists = api.repo_exists(repo_id)
         if exists and not publish.pull_request:  # anyone may open a pull request
             api.auth_check(repo_id, write=True)
+    sure = owner in account.namespaces and account.lists_all
     if exists:
-        refuse_changed(resolve(repo_id), base, overwrite=publish.overwrite, before_work=True)
-    elif owner not in account.namespaces and create:
+        warning = refuse_changed(resolve(repo_id), base, overwrite=publish.overwrite, before_work=True)
+        return [warning] if warning else []
+    if not sure and create:
         open_target(publish, base)
     elif owner not in account.namespaces and account.lists_all:
         raise HubError(
@@ -91,7 +93,7 @@ def _check_repo(publish: Publish, base: Revision, account: Account, create: bool
             f"{', '.join(sorted(account.namespaces))}; correct the name, or set HF_TOKEN to a token of {owner}",
             repo_id=repo_id,
         )
-    elif owner not in account.namespaces:
+    elif not sure:
         return [f"not checked: whether this token may create {repo_id}, which a run tries before it does anything else"]
     return []
 
@@ -143,19 +145,28 @@ def open_target(publish: Publish, base: Revision) -> Revision:
     return main
 
 
-def refuse_changed(main: Revision, base: Revision, *, overwrite: bool, before_work: bool = False) -> None:
+def refuse_changed(main: Revision, base: Revision, *, overwrite: bool, before_work: bool = False) -> str | None:
     """Raise HubError if a release of `base` would replace another model, or changes that someone else made since the
-    last release. With `before_work`, raise it only where the run cannot lead to the release that is there already."""
+    last release.
+
+    With `before_work`, raise it only where the run cannot lead to the release that is there already. Return a sentence
+    if it would be raised after the work, unless the result is the same.
+    """
     if overwrite or not any(file.path.endswith(".safetensors") for file in main.files):
-        return
+        return None
     claimed = read_release(main)
     if claimed is None:
         raise HubError(
             f"{main.repo_id} holds a model that Requant did not make: publish to a repo of its own",
             repo_id=main.repo_id,
         )
-    if before_work and (claimed.model_name != base.model_name or claimed.base_sha == base.sha):
-        return
+    if before_work and claimed.model_name != base.model_name:
+        return (
+            f"{main.repo_id} holds a release made of {claimed.model_name}: unless the result is the same, one made of "
+            f"{base.model_name} is refused at the end; set publish.overwrite: true, or publish to a repo of its own"
+        )
+    if before_work and claimed.base_sha == base.sha:
+        return None
     if claimed.model_name != base.model_name:
         raise HubError(
             f"{main.repo_id} holds a release made of {claimed.model_name}, not of {base.model_name}: publish to a repo "
@@ -168,6 +179,7 @@ def refuse_changed(main: Revision, base: Revision, *, overwrite: bool, before_wo
             "look at it, then undo that, or set publish.overwrite: true",
             repo_id=main.repo_id,
         )
+    return None
 
 
 def join_problems(sentences: list[str]) -> str:

@@ -34,6 +34,7 @@ from requant.tasks.recipe.recipe import (
     Eval,
     Gates,
     Hardware,
+    Probes,
     Publish,
     Recipe,
     Validation,
@@ -300,5 +301,7 @@ def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _all_keys() -> set[str]:
-    sections = (Recipe, Base, Quantize, Source, Validation, Gates, Eval, Benchmark, Publish, Hardware, Output)
+    sections = (
+        Recipe, Base, Quantize, Source, Validation, Gates, Eval, Benchmark, Probes, Publish, Hardware, Output,
+    )  # fmt: skip
     return {name for section in sections for name in section.model_fields}

@@ -68,10 +68,14 @@ def starter_recipe(name: str, sha: str | None, base: Checkpoint, target: Target)
 
 
 def path_from(recipes: Path, folder: Path) -> str:
-    """Return the path of a base's folder as a recipe in the folder `recipes` names it. An absolute one stays so."""
+    """Return the path of a base's folder as a recipe in the folder `recipes` names it. An absolute one stays so.
+
+    A link keeps its name, since it may lead to another folder next week.
+    """
     if folder.is_absolute():
         return str(folder)
-    relative = os.path.relpath(folder.resolve(), recipes.resolve())
+    lexical = Path(os.path.abspath(folder))
+    relative = os.path.relpath(lexical.parent.resolve() / lexical.name, recipes.resolve())
     return relative if relative.startswith(".") else f"./{relative}"
 
 

@@ -388,3 +388,18 @@ def test_a_store_elsewhere_gets_the_files_and_they_are_not_read_again(far: Store
     assert all(far.backend.size(blob_key(file.sha256)) == file.size for file in made.manifest.files)
     reads.paths.clear()
     assert download(far, found(far, folder)).state == "reused" and not reads.paths
+
+
+def test_a_path_of_the_machine_is_told_wherever_it_stands_in_the_settings(folder: Path) -> None:
+    settings = {"a": ["/home/me/x"], "b": [{"c": "/home/me/y"}], "d": "/home/me/z", "e": 5}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    told = " ".join(local_base.private_paths(folder))
+    assert all(path in told for path in ("/home/me/x", "/home/me/y", "/home/me/z"))
+
+
+def test_scripts_and_notes_of_a_training_are_left_out(folder: Path) -> None:
+    for name in ("train.sh", "job.env", "slurm-12.out", "rows.csv", "notes.ipynb"):
+        (folder / name).write_text("TOKEN=secret")
+    assert not {"train.sh", "job.env", "slurm-12.out", "rows.csv", "notes.ipynb"} & {
+        file.path for file in local_base.find_folder(folder).files
+    }

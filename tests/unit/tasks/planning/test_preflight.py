@@ -218,6 +218,10 @@ def test_the_gpus_of_a_process_are_those_that_cuda_shows_it(monkeypatch: pytest.
     assert hardware.visible_gpus() == (a, b)
     rows["gpu=name,memory.total"] = [["A", "[N/A]"]]
     assert hardware.visible_gpus() is None, "there is one whose memory is not known"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert hardware.visible_gpus() is None, "the same, and it is chosen"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert hardware.visible_gpus() == ()
 
 
 # Outputs that come to the same

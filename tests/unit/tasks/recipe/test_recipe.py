@@ -415,6 +415,14 @@ def test_every_problem_of_a_recipe_is_told_at_once_and_each_key_once(tmp_path: P
     assert len(many) == 21 and many[-1] == "and 980 more"
 
 
+def test_a_wrong_value_of_a_probe_is_told_with_its_key(tmp_path: Path) -> None:
+    text = f"{SMALL}probes: {{max_context: 5, retrieval_minutes: x}}\n"
+    assert [line.split(":")[0] for line in problems(tmp_path, text)] == [
+        "probes.max_context",
+        "probes.retrieval_minutes",
+    ]
+
+
 def test_a_base_may_be_written_as_its_name(tmp_path: Path) -> None:
     for name, mapping in (("me/x", "{repo_id: me/x}"), ("me/x@v1@2", "{repo_id: me/x, revision: v1@2}")):
         short, long = (load_recipe(write(tmp_path, f"base: {base}\n")) for base in (f"'{name}'", mapping))

@@ -95,3 +95,12 @@ def test_a_folder_is_named_from_where_the_recipe_lies(
         path.write_text(text)
         assert load_recipe(path).base.folder == str(tmp_path / "tuned" / name)
         assert ("commit" not in text) and (str(tmp_path) in text) == folder.is_absolute()
+
+
+def test_a_link_to_a_folder_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may lead to the folder of the newest training."""
+    (tmp_path / "run-17").mkdir()
+    (tmp_path / "latest").symlink_to("run-17")
+    monkeypatch.chdir(tmp_path)
+    assert path_from(Path("recipes"), Path("latest")) == "../latest"
+    assert path_from(Path(), Path("latest")) == "./latest"
