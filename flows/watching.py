@@ -20,8 +20,9 @@ from requant.tasks.hub.rate_limit import PARALLEL_REQUESTS, Pace
 from requant.tasks.hub.revision import Revision, resolve
 from requant.tasks.local_base import find_local_base
 from requant.tasks.merge import adapter_files, find_adapter
+from requant.tasks.recipe.base_section import Base
 from requant.tasks.recipe.loader import load_recipe
-from requant.tasks.recipe.recipe import Base, Recipe
+from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store, open_checked_store
 
 

@@ -24,7 +24,7 @@ from requant.tasks.hub.revision import HubFile, Revision, find_revision
 from requant.tasks.local_base import changed, find_local_base
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, run_stage
 from requant.tasks.progress import Bar, progress
-from requant.tasks.recipe.recipe import Base
+from requant.tasks.recipe.base_section import Base
 from requant.tasks.store import Store
 from requant.tasks.store.folder import inside
 

@@ -28,7 +28,7 @@ from requant.tasks.errors import CheckpointError, RecipeError
 from requant.tasks.formatting import gigabytes
 from requant.tasks.hub.revision import HubFile, Revision
 from requant.tasks.progress import Bar, progress
-from requant.tasks.recipe.recipe import Base
+from requant.tasks.recipe.base_section import Base
 from requant.tasks.store import Store
 
 FACT = "local-files"

@@ -25,7 +25,8 @@ from requant.tasks.hub.revision import Revision, find_revision
 from requant.tasks.local_base import find_local_base
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
 from requant.tasks.progress import progress
-from requant.tasks.recipe.recipe import Base, Recipe
+from requant.tasks.recipe.base_section import Base
+from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store
 
 if TYPE_CHECKING:  # a plan imports this module, and no torch

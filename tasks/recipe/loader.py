@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from requant.tasks.errors import RecipeError
+from requant.tasks.recipe.base_section import Base
 from requant.tasks.recipe.quantize_section import (
     LIST_TAG,
     NAME_TAG,
@@ -29,7 +30,6 @@ from requant.tasks.recipe.quantize_section import (
 from requant.tasks.recipe.recipe import (
     DOMAINS_TAG,
     NOT_YAML,
-    Base,
     Benchmark,
     Eval,
     Gates,

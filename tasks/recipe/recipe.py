@@ -6,7 +6,6 @@ The sections `quantize` and `outputs` are in `quantize_section.py`; `loader.py` 
 from __future__ import annotations
 
 import re
-from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -23,10 +22,10 @@ from pydantic import (
 
 from requant.tasks.artifact import digest_of
 from requant.tasks.checkpoint.config import HEAD_BITS
+from requant.tasks.recipe.base_section import Base
 from requant.tasks.recipe.engine_flags import checked_flags, server_address
 from requant.tasks.recipe.quantize_section import (
     NAME_TAG,
-    REPO_ID,
     HeadPolicy,
     Output,
     PublishRepo,
@@ -50,7 +49,6 @@ MAX_KL_DIVERGENCE = 0.25
 MAX_PROBE_LOSS = 0.1  # docs/explanation/gates.md has the measurements behind it
 ENGINES = ("auto", "vllm", "torch", "none")
 ENGINE_URL = re.compile(r"url:https?://[A-Za-z0-9.-]{1,253}(:\d{1,5})?(/[A-Za-z0-9._~/-]{0,200})?")
-FOLDER_BEGINS = (".", "/", "~")  # of a path where a repo could stand
 # Keys that were added to these sections, and left out of a recipe's digest while they have their defaults.
 LATER_KEYS = {
     "base": ("folder",),
@@ -60,53 +58,6 @@ LATER_KEYS = {
     "eval": ("engine", "margin", "stop_early", "allow_code"),
     "benchmark": ("acceptance_precision", "base_engine"),
 }
-
-
-class Base(Section):
-    """The base: a Hub repo at a revision, or a folder. It is resolved to a commit or a digest before anything else.
-
-    A recipe may have `owner/name[@revision]`, or a path that begins with `.`, `/` or `~`, in place of this section.
-    """
-
-    repo_id: Annotated[str, Field(pattern=REPO_ID)] | None = Field(
-        None,
-        description="Hub repo of the base checkpoint; with a folder, the repo that the card names as base_model",
-    )
-    revision: str = Field("main", min_length=1, max_length=255, description="Branch, tag or commit")
-    folder: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
-        None, description="Folder of a base that is not on the Hub, relative to the recipe's file"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def written_as_a_name(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("folder") is None and value.get("repo_id") is None:
-            problem = "string_type" if "repo_id" in value else "missing"
-            raise ValidationError.from_exception_data(
-                "Base", [{"type": problem, "loc": ("repo_id",), "input": value.get("repo_id", value)}]
-            )
-        if isinstance(value, Base | dict):
-            return value
-        if isinstance(value, str) and value.startswith(FOLDER_BEGINS):
-            return {"folder": value}
-        repo_id, at, revision = value.partition("@") if isinstance(value, str) else ("", "", "")
-        if not re.fullmatch(REPO_ID, repo_id) or (at and not revision):
-            raise ValueError("write the base as owner/name or owner/name@revision, or a folder as ./folder")
-        return {"repo_id": repo_id, "revision": revision} if at else {"repo_id": repo_id}
-
-    @model_validator(mode="after")
-    def a_folder_has_no_revision(self) -> Base:
-        if self.folder is not None and self.revision != "main":
-            raise ValueError(f"the folder {self.folder} has no revision {self.revision}: leave it out")
-        return self
-
-    @property
-    def name(self) -> str:
-        """What people call the base: its repo, or the name of its folder without the folders above it."""
-        if self.folder is None:
-            assert self.repo_id is not None, "one of the two is there"
-            return self.repo_id
-        return PurePath(self.folder).name or "base"
 
 
 def _text_tag(value: object) -> str:

@@ -15,8 +15,9 @@ from requant.tasks.checkpoint.head import HeadFiles, keep_head
 from requant.tasks.checkpoint.reading import Reading
 from requant.tasks.planning.layers import choose_layers
 from requant.tasks.planning.output import plan_output
+from requant.tasks.recipe.base_section import Base
 from requant.tasks.recipe.quantize_section import Quantize
-from requant.tasks.recipe.recipe import Base, Recipe
+from requant.tasks.recipe.recipe import Recipe
 from tests.factories.auto_round_itself import pack_with_auto_round
 from tests.factories.bases import other_base
 from tests.factories.pico import pico_base

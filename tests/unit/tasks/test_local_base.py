@@ -22,7 +22,8 @@ from requant.tasks.local_base import FACT, LEFT_OUT, SETTINGS, LocalFile, find_f
 from requant.tasks.plan import plan
 from requant.tasks.progress import Bar
 from requant.tasks.quantize import quantize_key
-from requant.tasks.recipe.recipe import Base, Recipe
+from requant.tasks.recipe.base_section import Base
+from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store
 from requant.tasks.store.store import blob_key
 from requant.tasks.texts.calibration import find_calibration

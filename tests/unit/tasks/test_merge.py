@@ -18,8 +18,9 @@ from requant.tasks.errors import CheckpointError, RecipeError
 from requant.tasks.merge import find_adapter, find_merged_base, merge, with_card
 from requant.tasks.plan import plan
 from requant.tasks.quantize import quantize_key
+from requant.tasks.recipe.base_section import Base
 from requant.tasks.recipe.loader import parse_recipe
-from requant.tasks.recipe.recipe import Base, Recipe
+from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store
 from requant.tasks.texts.calibration import Calibration
 from requant.tasks.texts.text import find_text

@@ -13,26 +13,8 @@ import yaml
 from requant.tasks.errors import RecipeError
 from requant.tasks.recipe.loader import load_recipe, parse_recipe
 from requant.tasks.recipe.quantize_section import PRESETS
-from requant.tasks.recipe.recipe import MAX_KL_DIVERGENCE
 from tests.factories.counting import calls
-
-SMALL = "base: {repo_id: Qwen/Qwen3.6-27B}\n"
-
-
-def write(folder: Path, text: str | bytes) -> Path:
-    path = folder / "recipe.yaml"
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return path
-
-
-def sentence(folder: Path, text: str | bytes, *overrides: str) -> str:
-    """The refusal of a recipe: one line."""
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(write(folder, text), overrides)
-    message = str(caught.value)
-    assert message and len(message.splitlines()) == 1, message
-    assert len(message) < 600
-    return message
+from tests.factories.recipes import SMALL, sentence, write
 
 
 def with_key(key: str, value: str) -> str:
@@ -423,88 +405,6 @@ def test_a_wrong_value_of_a_probe_is_told_with_its_key(tmp_path: Path) -> None:
     ]
 
 
-def test_a_base_may_be_written_as_its_name(tmp_path: Path) -> None:
-    for name, mapping in (("me/x", "{repo_id: me/x}"), ("me/x@v1@2", "{repo_id: me/x, revision: v1@2}")):
-        short, long = (load_recipe(write(tmp_path, f"base: {base}\n")) for base in (f"'{name}'", mapping))
-        assert short == long and short.digest == long.digest
-
-
-@pytest.mark.parametrize("name", ["me/x@", "a/b/c", "", "'@main'", "3", "null", "[me/x]"])
-def test_a_base_that_is_no_name_is_refused(name: str, tmp_path: Path) -> None:
-    assert sentence(tmp_path, f"base: {name}\n").startswith("base: write the base as owner/name")
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home with the folders `recipes` and `my tuné`, from which commands are run."""
-    for name in ("recipes", "my tuné"):
-        (tmp_path / name).mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.mark.parametrize("written", ["../my tuné", "~/my tuné", "{home}/my tuné", "./../recipes/../my tuné/"])
-@pytest.mark.parametrize("form", ["'{}'", "{{folder: '{}'}}", "{{folder: '{}', repo_id: a/b}}"])
-def test_a_base_in_a_folder_is_found_from_the_recipes_file_and_named_absolutely(
-    home: Path, form: str, written: str
-) -> None:
-    recipe = load_recipe(write(home / "recipes", f"base: {form.format(written.format(home=home))}\n"))
-    assert recipe.base.folder == str(home / "my tuné") and recipe.base.name == "my tuné"
-    assert recipe.base.repo_id == ("a/b" if "repo_id" in form else None)
-    assert parse_recipe(recipe.model_dump(mode="json")).digest == recipe.digest, "a Prefect server sends it as JSON"
-
-
-def test_a_folder_that_is_not_there_is_no_repo(home: Path) -> None:
-    with pytest.raises(RecipeError, match=r"the recipe out/tuned cannot be read \(No such file.*or a model's folder"):
-        load_recipe("./out/tuned")
-    assert load_recipe("out/tuned").base.repo_id == "out/tuned"
-
-
-def test_a_link_to_a_folder_keeps_its_name(home: Path) -> None:
-    (home / "newest").symlink_to("my tuné")
-    recipe = load_recipe(write(home / "recipes", "base: ../newest\n"))
-    assert (recipe.base.folder, recipe.base.name) == (str(home / "newest"), "newest")
-    inside = load_recipe(write(home / "my tuné", "base: .\n"))
-    assert inside.base.folder == str(home / "my tuné"), "a recipe may lie in its base"
-
-
-@pytest.mark.parametrize("written", ["my tuné", "./my tuné", "recipes/../my tuné"])
-def test_a_folder_in_place_of_a_recipes_file_stands_for_its_base(home: Path, written: str) -> None:
-    recipe = load_recipe(Path(written), ["publish.repo_id=me/x"])
-    assert recipe.base.folder == str(home / "my tuné") and recipe.publish is not None
-
-
-@pytest.mark.parametrize(
-    ("base", "said"),
-    [
-        ("./none", "base.folder: the folder {home}/none does not exist: correct the path in the recipe"),
-        ("{folder: ''}", "base.folder"),
-        ("{folder: 5}", "base.folder"),
-        ("{folder: './recipes', revision: v1}", "base: the folder ./recipes has no revision v1: leave it out"),
-        ("{folder: './recipes', repo_id: a/b/c}", "base.repo_id: 'a/b/c' is not allowed: write a repo as owner/name"),
-        ("'~nobody-of-this-name/x'", "base.folder: the folder ~nobody-of-this-name/x does not exist"),
-        ('"./a\\0b"', "base.folder: the folder"),
-    ],
-)
-def test_a_base_in_a_folder_that_cannot_be_is_refused(home: Path, base: str, said: str) -> None:
-    assert said.format(home=home) in sentence(home, f"base: {base}\n")
-
-
-def test_a_folder_is_a_part_of_the_digest_and_its_absence_is_none(home: Path) -> None:
-    digests = {
-        load_recipe(write(home, f"base: {base}\n")).digest
-        for base in ("a/b", "./recipes", "'./my tuné'", "{folder: ./recipes, repo_id: a/b}")
-    }
-    assert len(digests) == 4
-    assert "folder" not in parse_recipe({"base": "a/b"})._document()["base"], "recipes of before keep their digests"
-
-
-def test_a_recipe_may_not_publish_over_what_its_folder_was_made_of(home: Path) -> None:
-    publish = "publish: {repo_id: A/B}\n"
-    assert "is the base itself" in sentence(home, f"base: {{folder: ./recipes, repo_id: a/b}}\n{publish}")
-
-
 def test_a_recipe_survives_json(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, f"{SMALL}quantize: {{preset: auto-round-light}}\npublish: {{repo_id: a/b}}\n"))
     document: dict[str, Any] = json.loads(recipe.model_dump_json())
@@ -535,86 +435,6 @@ def test_a_base_without_an_owner_is_one_of_the_hubs_oldest() -> None:
 def test_a_builtin_text_that_does_not_exist_is_refused_before_any_work() -> None:
     with pytest.raises(RecipeError, match="builtin:prose does not exist: use builtin:mixed or builtin:python"):
         parse_recipe({"base": {"repo_id": "a/b"}, "quantize": {"calibration": "builtin:prose"}})
-
-
-def test_recipes_that_say_the_same_have_one_digest_however_they_are_written() -> None:
-    short = parse_recipe({"base": {"repo_id": "a/b"}})
-    spelled = parse_recipe({"base": {"repo_id": "a/b", "revision": "main"}, "quantize": {"iters": 200}})
-    other = parse_recipe({"base": {"repo_id": "a/b"}, "quantize": {"iters": 50}})
-    assert short.digest == spelled.digest != other.digest
-
-
-# Recorded before builtin:mixed and the limit of max_kl_divergence became defaults.
-NAMED = {"quantize": {"calibration": "builtin:python"}, "validation": {"text": "builtin:python-evaluation"}}
-RECORDED: dict[str, tuple[dict[str, Any], str]] = {
-    "texts alone": (NAMED, "33bd64558c4ced86704533197078a42eb2e2dddc1298311c156c3a1a00aef14a"),
-    "a data set and a file": (
-        {"quantize": {"calibration": "me/text@main"}, "validation": {"text": "/texts/a.txt"}},
-        "2e2d4c1b08a45d3e11624dc6f97069103a8992916ac963392d2ee67f4669b6c0",
-    ),
-    "other limits": (
-        {**NAMED, "gates": {"max_perplexity_increase": 0.1}},
-        "e59e0506ea6e54de4421d0952c52c0bd8f7f82267b1d79c50f26140a1df70f76",
-    ),
-    "a limit of the KL divergence": (
-        {**NAMED, "gates": {"max_kl_divergence": 0.1}},
-        "653f09dab3dd851db984acd044b0297efa308a4528683a9b46e59037b26be530",
-    ),
-    "outputs": (
-        {**NAMED, "outputs": [{}, {"scheme": "W8A16"}]},
-        "327e27d8175f40ecf173a09a63bdbe64790703faa34a21d83de6703693980123",
-    ),
-    "tasks": (
-        {**NAMED, "eval": {"tasks": ["gsm8k"], "limit": 200}},
-        "9af9f2551f0aede93c08bfaf788b0d4283345c55e784f614762d192b68d79f73",
-    ),
-}
-
-
-@pytest.mark.parametrize(("said", "digest"), RECORDED.values(), ids=RECORDED)
-def test_the_digest_of_a_recipe_that_names_its_texts_is_what_it_was(said: dict[str, Any], digest: str) -> None:
-    recipe = parse_recipe({"base": {"repo_id": "a/b"}, **said})
-    assert recipe.digest == digest
-    assert parse_recipe(recipe.model_dump(mode="json")).digest == digest  # as Prefect hands it on
-
-
-def test_the_default_texts_are_not_python_alone() -> None:
-    recipe = parse_recipe({"base": {"repo_id": "a/b"}})
-    assert (recipe.quantize.calibration, recipe.validation.text) == ("builtin:mixed", "builtin:mixed-evaluation")
-
-
-def test_how_tasks_are_compared_enters_a_digest_only_where_it_is_not_the_default() -> None:
-    said = [{}, {"engine": "auto", "margin": 0.02, "stop_early": True}]
-    others = [{"engine": "torch"}, {"margin": 0.01}, {"stop_early": False}]
-    digests = [parse_recipe({"base": {"repo_id": "a/b"}, "eval": {"tasks": ["x"], **more}}).digest for more in said]
-    digests += [parse_recipe({"base": {"repo_id": "a/b"}, "eval": {"tasks": ["x"], **more}}).digest for more in others]
-    assert digests[0] == digests[1] and len(set(digests)) == 4
-
-
-def test_the_kl_limit_enters_a_digest_only_where_it_is_neither_the_default_nor_the_null_that_was_it_before() -> None:
-    default, spelled, off, other = (
-        parse_recipe({"base": {"repo_id": "a/b"}, "gates": gates}).digest
-        for gates in ({}, *({"max_kl_divergence": limit} for limit in (MAX_KL_DIVERGENCE, None, 0.4)))
-    )
-    assert default == spelled == off != other
-
-
-LATER = [
-    ("gates", "mtp_acceptance", None, "required"),
-    ("benchmark", "acceptance_precision", 0.01, 0.02),
-    ("benchmark", "base_engine", None, "url:http://127.0.0.1:8001"),
-]
-
-
-@pytest.mark.parametrize(("section", "key", "default", "other"), LATER, ids=[row[1] for row in LATER])
-def test_a_key_that_was_added_later_enters_a_digest_only_where_it_is_used(
-    section: str, key: str, default: object, other: object
-) -> None:
-    plain, spelled, used = (
-        parse_recipe({"base": {"repo_id": "a/b"}, **NAMED, section: said}).digest
-        for said in ({}, {key: default}, {key: other})
-    )
-    assert plain == spelled == RECORDED["texts alone"][1] != used
 
 
 @pytest.mark.parametrize(
