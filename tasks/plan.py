@@ -24,6 +24,7 @@ from requant.tasks.download import download_key
 from requant.tasks.errors import CheckpointError, HubError, HubUnavailable, Refused
 from requant.tasks.evaluate import STAGE as EVALUATE
 from requant.tasks.excerpt import text_files
+from requant.tasks.hub.release import find_rolled_back
 from requant.tasks.hub.revision import Revision
 from requant.tasks.merge import find_merged_base, merge_key
 from requant.tasks.mtp_fix import mtp_fix_key
@@ -240,6 +241,9 @@ class _Planner:
         machine = self._machine_findings(recipe, output, to_run, needed)
         problems += output.problems or result_problems(output.judgement)  # the former are why engines refuse it
         problems += machine.problems
+        if recipe.publish is not None and "mtp_fix" in done and not self.scope.elsewhere:
+            rolled_back = find_rolled_back(recipe.publish, self.inputs.base, done["mtp_fix"])
+            problems += [f"publish: {rolled_back}"] if rolled_back else []
         # The texts are read last, and only if nothing else stops the run: reading them may take long.
         problems += [] if problems else self.texts.problems(recipe, set(to_run), window_length(source.text_config))
         document = PlanDocument(

@@ -38,6 +38,11 @@ DOMAINS_IN_TERMINAL = {
     "ratio to the base's": "draft acceptance ratio",
 }
 
+NEXT_STEP = (
+    "next        raise quantize.iters, choose a smaller group_size or more bits, or change the limits in gates: a run "
+    "with other limits quantizes and measures nothing again"
+)
+
 
 def render(report: RunReport) -> str:
     """Render the report of a run. With outputs, render the report of each, and a comparison at the end."""
@@ -61,6 +66,8 @@ def _render_one(report: RunReport) -> str:
             console.print(table_of(("stage", "state", "seconds", "artifact"), stage_rows(report)))
         if report.gates:
             console.print(table_of(("gate", "measured", "limit", "", ""), gate_rows(report.gates)))
+        if report.status == "rejected":
+            console.print(NEXT_STEP, highlight=False, markup=False)
         if report.measured and report.measured.divergence.domains:
             console.print(_domains(report.measured.divergence.domains))
         if report.benchmark and report.benchmark.engine != "none":

@@ -38,6 +38,8 @@ def recipe_text(facts: CardFacts) -> str:
     document.get("benchmark", {}).pop("base_engine", None)  # so is this
     document.pop("hardware", None)  # it has the price of the author's machine
     text = yaml.safe_dump(public(document), sort_keys=False, allow_unicode=True)
+    if facts.base.is_local:
+        text = text.replace("base:\n", f"base:  # whose files have the digest {facts.base.sha}\n", 1)
     # A number would change the stage keys, so null stays, and a comment names the number.
     return NO_GROUP_SIZE.sub(rf"\g<0>  # the scheme's: {recipe.quantize.asked.group_size}", text)
 

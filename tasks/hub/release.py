@@ -18,7 +18,7 @@ from requant.tasks.artifact import GITATTRIBUTES, PICTURES, REWRITTEN, File, Man
 from requant.tasks.documents import Document
 from requant.tasks.errors import HubError, HubUnavailable
 from requant.tasks.hub.client import hub_api, hub_errors
-from requant.tasks.hub.manifest import tag_of
+from requant.tasks.hub.manifest import read_release, tag_of
 from requant.tasks.hub.publish_target import open_target, refuse_changed
 from requant.tasks.hub.revision import HubFile, Revision, resolve
 from requant.tasks.recipe.recipe import Publish
@@ -45,6 +45,10 @@ class Release(Document):
         return f"{constants.ENDPOINT}/{self.repo_id}"
 
 
+class RolledBack(HubError):
+    """A person moved `main` away from a release that would be published again."""
+
+
 def release(
     publish: Publish,
     base: Revision,
@@ -58,8 +62,7 @@ def release(
     release. With `publish.pull_request`, open a pull request; once it is merged, the next call creates the tag.
     Raises HubError (no write access, or a change by someone else) or HubUnavailable.
     """
-    repo_id, tag = publish.repo_id, tag_of(base.sha, manifest.digest)
-    message = f"Requant of {base.repo_id}@{base.sha[:7]} ({manifest.digest[:7]})"
+    repo_id, tag, message = publish.repo_id, tag_of(base.sha, manifest.digest), _title(base, manifest)
     files = [*manifest.files, *(file_of(folder, path) for path in release_files)]
     main = open_target(publish, base)
     branch = f"requant-{manifest.digest[:12]}"
@@ -82,8 +85,29 @@ def release(
     return Release(repo_id=repo_id, commit=main.sha, tag=tag, changed=True)
 
 
+def find_rolled_back(publish: Publish, base: Revision, manifest: Manifest) -> str | None:
+    """Say before any work that `release` would refuse an artifact because a person moved `main` away from it.
+
+    None if it would not, and if the repo cannot be read, which `check_target` tells.
+    """
+    try:
+        claimed = None if publish.overwrite else read_release(resolve(publish.repo_id))
+        if claimed is not None and claimed.artifact != manifest.digest:
+            _refuse_rolled_back(publish.repo_id, tag_of(base.sha, manifest.digest), _title(base, manifest))
+    except RolledBack as error:
+        return str(error)
+    except HubError:
+        return None
+    return None
+
+
+def _title(base: Revision, manifest: Manifest) -> str:
+    """Return the title of the commit of a release."""
+    return f"Requant of {base.repo_id}@{base.sha[:7]} ({manifest.digest[:7]})"
+
+
 def _refuse_rolled_back(repo_id: str, tag: str, message: str) -> None:
-    """Raise HubError if the last commit of `main` is a rollback by which a person moved `main` away from this release.
+    """Raise RolledBack if the last commit of `main` is a rollback by which a person moved it away from this release.
 
     These are the releases that `main` had since the release that it was moved back to. A tag is that of the first
     commit of its release, and later ones are known by their titles.
@@ -100,9 +124,9 @@ def _refuse_rolled_back(repo_id: str, tag: str, message: str) -> None:
         commit.commit_id == tags.get(tag) or message in commit.title or commit.title == f"{ROLLBACK_TITLE}{tag}"
         for commit in since_goal
     ):
-        raise HubError(
-            f"release {tag} of {repo_id} was rolled back: to have it again, requant publish {repo_id} --rollback "
-            f"--to {tag}, or set publish.overwrite: true"
+        raise RolledBack(
+            f"release {tag} of {repo_id} was rolled back: to have it again, requant rollback {repo_id} --to {tag}, or "
+            "set publish.overwrite: true"
         )
 
 

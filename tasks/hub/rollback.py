@@ -53,7 +53,13 @@ def find_rollback(repo_id: str, to: str | None = None, *, overwrite: bool = Fals
             repo_id=repo_id,
         )
     tag = to or _find_previous(main, claimed)
-    goal = resolve(repo_id, tag)
+    try:
+        goal = resolve(repo_id, tag)
+    except HubError as error:
+        if error.retryable:
+            raise
+        releases = ", ".join(dict.fromkeys(name for name, _ in _list_releases(repo_id))) or "none"
+        raise HubError(f"{repo_id} has no release {tag}: its releases are {releases}", repo_id=repo_id) from error
     _check_goal(goal, tag)
     return Rollback(main, goal, tag, claimed)
 
@@ -85,7 +91,8 @@ def _find_previous(main: Revision, claimed: ReleaseManifest | None) -> str:
     previous = next((tag for tag, _ in releases if tag != current), None)
     if previous is None:
         raise HubError(
-            f"{main.repo_id} has no release before {current or 'the first'}: there is nothing to move back to"
+            f"{main.repo_id} has no release before {current or 'the first'}: there is nothing to move back to; its "
+            f"releases are {', '.join(dict.fromkeys(tag for tag, _ in releases)) or 'none'}"
         )
     return previous
 

@@ -34,10 +34,16 @@ def starter_recipe(name: str, sha: str | None, base: Checkpoint, target: Target)
     and configs alone. The recipe leaves out what has a default that is rarely changed.
     """
     quantize, gates = Quantize(), Gates()
+    written = name if PLAIN.fullmatch(name) else json.dumps(name, ensure_ascii=False)
     lines = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
         f"# {shown(name)}{f' (commit {sha[:8]})' if sha else ''}: {_description(base)}.",
-        f"base: {name if PLAIN.fullmatch(name) else json.dumps(name, ensure_ascii=False)}",
+        f"base: {written}",
+        *(
+            []
+            if sha
+            else [f"# or, so that the card names what it was tuned from: {{folder: {written}, repo_id: OWNER/NAME}}"]
+        ),
         "",
         "quantize:",
         "  scheme: W4A16               # or W2A16, W3A16, W8A16",

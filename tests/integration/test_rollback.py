@@ -7,8 +7,10 @@ from huggingface_hub import HfApi
 
 from infra.dev.hub.launch import HubStandIn
 from requant.tasks.errors import HubError
+from requant.tasks.hub.release import find_rolled_back
 from requant.tasks.hub.rollback import find_rollback, rollback
 from requant.tasks.hub.verify import verify_release
+from requant.tasks.recipe.recipe import Publish
 from tests.factories.releases import TARGET, Made, card_on_hub, edit, edited, sent, titles
 
 pytestmark = pytest.mark.usefixtures("hub_here")
@@ -132,7 +134,21 @@ def test_what_was_rolled_back_is_not_released_again_unless_asked_for(api: HfApi,
     rollback(TARGET)
     with pytest.raises(HubError, match=f"release {three[1].tag} of {TARGET} was rolled back"):
         three[1].publish()
+    asked = Publish(repo_id=TARGET)  # type: ignore[call-arg]
+    foreseen = [find_rolled_back(asked, one.base, one.manifest) for one in three]
+    assert (foreseen[0], foreseen[2]) == (None, None), "main holds the first, and the third is new"
+    assert foreseen[1] is not None and f"requant rollback {TARGET} --to {three[1].tag}" in foreseen[1]
+    assert find_rolled_back(asked.model_copy(update={"overwrite": True}), three[1].base, three[1].manifest) is None
+    elsewhere = asked.model_copy(update={"repo_id": "me/nowhere"})
+    assert find_rolled_back(elsewhere, three[1].base, three[1].manifest) is None
     assert three[1].publish(overwrite=True).changed
+
+
+def test_a_release_that_does_not_exist_is_told_with_those_that_do(api: HfApi, three: list[Made]) -> None:
+    three[0].publish()
+    three[1].publish()
+    with pytest.raises(HubError, match=f"has no release nosuch: its releases are {three[1].tag}, {three[0].tag}"):
+        rollback(TARGET, "nosuch")
 
 
 def test_a_release_from_long_before_a_rollback_is_made_again(api: HfApi, three: list[Made]) -> None:
