@@ -67,6 +67,7 @@ def test_a_gate_is_a_row_with_its_note() -> None:
 
 def test_a_rejected_run_says_which_gates_failed_or_that_nothing_was_measured() -> None:
     failed = finished(status="rejected", gates=[Gate("a", 1.0, 0.0, False), Gate("b", None, None, None)])
+    assert "next        raise quantize.iters" in render(failed) and "next  " not in render(finished())
     assert verdict(failed) == "nothing was published: a failed"
     unmeasured = finished(status="rejected", gates=[Gate("perplexity_increase", None, None, None)])
     assert verdict(unmeasured) == "nothing was published: nothing of its quality could be measured"
