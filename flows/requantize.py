@@ -139,6 +139,7 @@ def _final_state(report: RunReport) -> State[Any]:
     if report.status == "failed":
         return Failed(message=verdict(report), data=RunFailed(report))
     if report.status == "rejected":
+        log.warning(verdict(report))
         return Failed(name="Rejected", message=verdict(report), data=report)
     return Completed(name=report.status.capitalize(), message=verdict(report), data=report)
 

@@ -31,7 +31,7 @@ def test_the_hub_failing_twice_is_waited_for(requant: Requant, hub: HubStandIn) 
         hub.fault(r"/api/models/demo/pico/revision/", times=1, status=status)
     outcome = requant.run(publish=None)
     assert outcome.status == 0, outcome.stderr
-    assert "answers 500" in outcome.stderr and "answers 429" in outcome.stderr and "Retry" in outcome.stderr
+    assert "answers 500" in outcome.stderr and "answers 429" in outcome.stderr and "; try 2 of " in outcome.stderr
 
 
 def test_a_shard_that_is_cut_twice_and_one_that_is_altered_arrive_whole_in_the_end(

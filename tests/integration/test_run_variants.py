@@ -80,7 +80,7 @@ def test_a_group_size_of_auto_is_the_one_that_it_comes_to(regrouped: Finished) -
     """The largest group that divides 64 and 128 inputs is 64: all of it is made."""
     requant, _ = regrouped
     folder = requant.folder / "auto"
-    outcome = requant.run("--checkout", str(folder), quantize={"group_size": "auto"})
+    outcome = requant.run("-v", "--checkout", str(folder), quantize={"group_size": "auto"})
     assert outcome.status == 0, outcome.stderr
     assert set(outcome.states.values()) == {"reused"} and "W4A16 g64" in outcome.stderr
     assert "W4A16, group size 64" in (folder / "README.md").read_text()
