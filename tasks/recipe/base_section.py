@@ -6,8 +6,9 @@ import re
 from pathlib import PurePath
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, WithJsonSchema, model_validator
 
+from requant.tasks.documents import is_none
 from requant.tasks.recipe.quantize_section import REPO_ID, Section
 
 FOLDER_BEGINS = (".", "/", "~")  # of a path where a repo could stand
@@ -19,8 +20,12 @@ class Base(Section):
     A recipe may have `owner/name[@revision]`, or a path that begins with `.`, `/` or `~`, in place of this section.
     """
 
-    repo_id: Annotated[str, Field(pattern=REPO_ID)] | None = Field(
+    # A form shows a plain field of text for it, and a base in a folder comes without the key.
+    repo_id: Annotated[
+        Annotated[str, Field(pattern=REPO_ID)] | None, WithJsonSchema({"type": "string", "pattern": REPO_ID})
+    ] = Field(
         None,
+        exclude_if=is_none,
         description="Hub repo of the base checkpoint; with a folder, the repo that the card names as base_model",
     )
     revision: str = Field("main", min_length=1, max_length=255, description="Branch, tag or commit")
