@@ -6,13 +6,13 @@ The command line chooses with `show`. A worker, a notebook and a pipe get lines.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import logging
 import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from requant.tasks.background import repeated
 from requant.tasks.formatting import format_duration, gigabytes
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ class _Count:
         left_s = elapsed_s * (self.total - self.done) / self.done if self.done else 0.0
         left = f", about {format_duration(left_s)} left" if left_s > 0 else ""
         return f"{self.name}: {self.words(elapsed_s)}{left}"
+
+    def log_line(self) -> None:
+        """Log that line for this moment."""
+        log.info(self.line(time.monotonic() - self.begun_s))
 
 
 class _Terminal:
@@ -126,25 +130,7 @@ def progress(name: str, total: int, unit: Unit, *, interval_s: float = INTERVAL_
         with _terminal.bar(count) as bar:
             yield bar
     elif _display == "lines":
-        with _lines(count, interval_s):
+        with repeated(count.log_line, interval_s, f"no line about {name}", at_end=False):
             yield count
     else:
         yield count
-
-
-@contextlib.contextmanager
-def _lines(count: _Count, interval_s: float) -> Iterator[None]:
-    """Log a line at every interval until the block ends. The lines belong to the run that this thread works for."""
-    ended = threading.Event()
-
-    def talk() -> None:
-        while not ended.wait(interval_s):
-            log.info(count.line(time.monotonic() - count.begun_s))
-
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(talk,), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()

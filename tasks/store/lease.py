@@ -25,9 +25,9 @@ from pathlib import Path
 
 import psutil
 
+from requant.tasks.background import repeated
 from requant.tasks.errors import StoreError
 from requant.tasks.store.backend import Backend
-from requant.tasks.store.background import repeated
 
 log = logging.getLogger(__name__)
 

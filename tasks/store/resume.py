@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from requant.tasks.artifact import sha256_of
-from requant.tasks.store.background import repeated
+from requant.tasks.background import repeated
 from requant.tasks.store.folder import inside
 from requant.tasks.store.store import Store
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from requant.tasks.store.background import repeated
+from requant.tasks.background import repeated
 from requant.tasks.store.store import Store
 
 BEAT_S = 60.0  # gc's grace period must be much longer

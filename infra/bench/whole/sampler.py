@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from requant.tasks import hardware
+from requant.tasks.background import repeated
 
 PAUSE_S = 1.0
 
@@ -42,20 +42,13 @@ class Sample:
 @contextmanager
 def sampling(pid: int, store: Path, path: Path) -> Iterator[None]:
     """Append samples of a process tree and a store to a file until the block ends."""
-    ended = threading.Event()
+    with path.open("a", buffering=1) as stream:
 
-    def work() -> None:
-        with path.open("a", buffering=1) as stream:
-            while not ended.wait(PAUSE_S):
-                stream.write(json.dumps(asdict(take_sample(pid, store))) + "\n")
+        def note() -> None:
+            stream.write(json.dumps(asdict(take_sample(pid, store))) + "\n")
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+        with repeated(note, PAUSE_S, "no sample", at_end=False):
+            yield
 
 
 def take_sample(pid: int, store: Path) -> Sample:
