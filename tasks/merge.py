@@ -10,7 +10,6 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from requant.tasks.artifact import REWRITTEN, Manifest, StageKey
 from requant.tasks.checkpoint.checkpoint import Checkpoint
@@ -28,9 +27,6 @@ from requant.tasks.progress import progress
 from requant.tasks.recipe.base_section import Base
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store
-
-if TYPE_CHECKING:  # a plan imports this module, and no torch
-    import torch
 
 STAGE = Stage("merge", 1)
 ROWS_AT_ONCE = 256  # torch computes a sum of two dtypes in copies of both
@@ -131,9 +127,11 @@ def _merged_bytes(update: Update) -> bytes:
     """
     import torch
 
-    delta = _to_torch(update.b).float() @ _to_torch(update.a).float()
+    from requant.tasks.checkpoint.torch_tensor import to_torch
+
+    delta = to_torch(update.b).float() @ to_torch(update.a).float()
     delta *= update.scale
-    weight = _to_torch(update.weight)
+    weight = to_torch(update.weight)
     for begin in range(0, len(weight), ROWS_AT_ONCE):
         rows = weight[begin : begin + ROWS_AT_ONCE]
         rows += delta[begin : begin + ROWS_AT_ONCE]
@@ -143,14 +141,3 @@ def _merged_bytes(update: Update) -> bytes:
             )
     del delta  # it is twice as large as the weight
     return weight.view(torch.uint8).numpy().tobytes()
-
-
-def _to_torch(tensor: Tensor) -> torch.Tensor:
-    import torch
-
-    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    data, position = bytearray(tensor.nbytes), 0
-    for chunk in tensor.chunks():
-        data[position : position + len(chunk)] = chunk
-        position += len(chunk)
-    return torch.frombuffer(data, dtype=dtypes[tensor.dtype]).reshape(tensor.shape)

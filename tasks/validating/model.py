@@ -38,6 +38,7 @@ from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import PLAIN_PARTS, modules_of
 from requant.tasks.checkpoint.served_dtype import STORED, Dtype, dtype_of_config
 from requant.tasks.checkpoint.stored_matrix import is_plain_fp8, stored_matrix
+from requant.tasks.checkpoint.torch_tensor import to_torch
 from requant.tasks.errors import CheckpointError, TokenizerError
 from requant.tasks.settings import read_settings
 
@@ -46,12 +47,6 @@ FEW_THREADS_BYTES = 128 << 20  # weights below this size are computed with by on
 transformers.logging.set_verbosity_error()  # otherwise it warns of every kernel that is not installed
 transformers.logging.disable_progress_bar()
 collect_garbage_often()  # Every module that computes with tensors in this process imports this one.
-
-TORCH_DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -358,18 +353,6 @@ def state_dict(tensors: Iterable[Tensor], checkpoint: Checkpoint, settings: RunS
             row += len(rows)
         state[f"{name}.weight"] = weight
     return state
-
-
-def to_torch(tensor: Tensor) -> torch.Tensor:
-    """Read a tensor with its own dtype and shape. Raises CheckpointError for a dtype that torch does not have."""
-    if tensor.dtype not in TORCH_DTYPES:
-        raise CheckpointError(f"{tensor.name} has dtype {tensor.dtype}, which torch cannot hold")
-    data, position = bytearray(tensor.nbytes), 0
-    for chunk in tensor.chunks():
-        data[position : position + len(chunk)] = chunk
-        position += len(chunk)
-    raw = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    return raw.view(TORCH_DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 def text_model(model: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 
 from requant.tasks.checkpoint.audit import Account, account
 from requant.tasks.checkpoint.checkpoint import INDEX, Checkpoint
+from requant.tasks.checkpoint.torch_tensor import to_torch
 from requant.tasks.errors import CheckpointError, RecipeError
 from requant.tasks.recipe.recipe import Gates
 from requant.tasks.texts.text import EVALUATION
@@ -28,7 +29,7 @@ from requant.tasks.validating.measure import measure as measure_as
 from requant.tasks.validating.measure import run_settings
 from requant.tasks.validating.measured import Measured
 from requant.tasks.validating.measurement import Measurement
-from requant.tasks.validating.model import RunSettings, load_model, state_dict, to_torch
+from requant.tasks.validating.model import RunSettings, load_model, state_dict
 from tests.factories.checkpoints import (
     all_tensors,
     from_bf16,

@@ -10,9 +10,10 @@ import torch
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.served_dtype import Dtype
+from requant.tasks.checkpoint.torch_tensor import to_torch
 from requant.tasks.errors import CheckpointError
 from requant.tasks.validating.blocks import Rows, run_blocks
-from requant.tasks.validating.model import RunSettings, Skeleton, load_model, state_dict, to_torch
+from requant.tasks.validating.model import RunSettings, Skeleton, load_model, state_dict
 from tests.factories.bases import other_base
 from tests.factories.checkpoints import write_quantized
 from tests.factories.inlined import KINDS as INLINED
