@@ -23,6 +23,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 # Files that a published repo has in addition to the artifact. A base's files of these names are not copied. The Hub
 # writes .gitattributes itself.
 RELEASE_FILES = CARD, RELEASE, RECIPE, REPORT = "README.md", "requant.json", "recipe.yaml", "report.md"
+MAX_CARD_BYTES = 1 << 20  # A base's card that is larger is ignored.
 GITATTRIBUTES = ".gitattributes"
 REWRITTEN = (*RELEASE_FILES, GITATTRIBUTES)
 PICTURES = "pictures"  # the folder with the pictures of a release

@@ -147,6 +147,12 @@ class StageRecord:
         return int(_number(self.document.get("written_tokens")) or 0)
 
     @property
+    def bits(self) -> int | None:
+        """The bits of the quantized weights, in the record of a quantize stage."""
+        bits = self._part("scheme").get("bits")
+        return bits if type(bits) is int else None
+
+    @property
     def calibration(self) -> str | None:
         """The calibration text, pinned to what it was."""
         return _text(self.document.get("calibration"))

@@ -165,6 +165,7 @@ def sentences(document: PlanDocument) -> list[tuple[str, str]]:
         moved = f"{gigabytes(transfer.download_bytes)} down, {gigabytes(transfer.upload_bytes)} up"
         lines.append(("moves", f"{moved}; {gigabytes(needs.disk_bytes)} of disk below the store"))
     lines += [("calibration", _source_words(source)) for source in document.calibration or ()]
+    lines += [("publish", f"to {document.repo_id}")] if document.repo_id is not None else []
     lines += [(engine, verdict.text(engine)) for engine, verdict in document.engines.items()]
     lines += [("changed", line) for line in _changes(document.changes)]
     lines += [("again", _again(stage)) for stage in document.stages if stage.again is not None]

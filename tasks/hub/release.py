@@ -55,11 +55,14 @@ def release(
     folder: Path,
     manifest: Manifest,
     release_files: Sequence[str],
+    *,
+    bits: int,
 ) -> Release:
     """Make `main` of the recipe's repo hold exactly the artifact and its release files: card, recipe, report, pictures.
 
-    `folder` has the files of both. If `main` already has the artifact, changed release files alone do not create a new
-    release. With `publish.pull_request`, open a pull request; once it is merged, the next call creates the tag.
+    `folder` has the files of both, and `bits` are those of the quantized weights. If `main` already has the artifact,
+    changed release files alone do not create a new release. With `publish.pull_request`, open a pull request; once it
+    is merged, the next call creates the tag.
     Raises HubError (no write access, or a change by someone else) or HubUnavailable.
     """
     repo_id, tag, message = publish.repo_id, tag_of(base.sha, manifest.digest), _title(base, manifest)
@@ -72,7 +75,7 @@ def release(
         log.info(f"{repo_id} already holds this artifact")
         _finish(publish, branch, main, tag, message)
         return Release(repo_id=repo_id, commit=main.sha, tag=tag, changed=False)
-    refuse_changed(main, base, overwrite=publish.overwrite)
+    refuse_changed(main, base, bits, overwrite=publish.overwrite)
     if not publish.overwrite:
         _refuse_rolled_back(repo_id, tag, message)
     if publish.pull_request:

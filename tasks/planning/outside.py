@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
+from requant.tasks.card.base_card import inherited
 from requant.tasks.errors import EngineFailed, HubError, HubUnavailable
 from requant.tasks.evaluating.definitions import has_lm_eval, task_problems
 from requant.tasks.hub.publish_target import Account, check_target
 from requant.tasks.hub.revision import Revision
+from requant.tasks.hub.sparse_checkout import read_card
 from requant.tasks.planning.findings import Findings
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.serving.vllm import VLLM_VARIABLE, find_server, find_vllm
@@ -41,19 +44,32 @@ def engine_findings(recipe: Recipe, to_run: Collection[str], delegated: Collecti
     return Findings.of("benchmark", warnings=waiting)
 
 
+def license_findings(recipe: Recipe, base: Revision, checkout: Path) -> Findings:
+    """Say that the results would be published without a license. `checkout` is a sparse checkout of the base.
+
+    Raises HubError, HubUnavailable.
+    """
+    if all(one.publish is None or one.publish.license is not None for one in recipe.each.values()):
+        return Findings()
+    if "license" in inherited(read_card(base, checkout)):
+        return Findings()
+    why = "neither the recipe nor the card of the base names a license, so the result has none: set publish.license"
+    return Findings.of("publish", warnings=[why])
+
+
 def target_findings(recipe: Recipe, base: Revision, *, starts: bool) -> Findings:
     """Say why the results of a recipe could not be published.
 
     `starts`: a run begins, which may create repos, and which a Hub that does not answer stops: raises HubUnavailable.
     """
-    targets = [one.publish for one in recipe.each.values() if one.publish is not None]
+    targets = [(one.publish, one.quantize.asked.bits) for one in recipe.each.values() if one.publish is not None]
     if not targets:
         return Findings()
     found = Findings()
     try:
-        account = Account.of_token(targets[0].repo_id)
-        for publish in targets:
-            checked = check_target(publish, base, account, create=starts)
+        account = Account.of_token(targets[0][0].repo_id)
+        for publish, bits in targets:
+            checked = check_target(publish, base, account, bits=bits, create=starts)
             found += Findings.of("publish", checked.problems, checked.unchecked)
     except HubUnavailable as error:
         if starts:
