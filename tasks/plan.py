@@ -26,6 +26,7 @@ from requant.tasks.evaluate import STAGE as EVALUATE
 from requant.tasks.excerpt import text_files
 from requant.tasks.hub.release import find_rolled_back
 from requant.tasks.hub.revision import Revision
+from requant.tasks.license import license_findings
 from requant.tasks.merge import find_merged_base, merge_key
 from requant.tasks.mtp_fix import mtp_fix_key
 from requant.tasks.pipeline.stage import Stage, tool_problems
@@ -47,7 +48,7 @@ from requant.tasks.planning.no_result import (
 )
 from requant.tasks.planning.output import CheckpointPlan, plan_output
 from requant.tasks.planning.outputs import EarlierOutputs, combine_plans
-from requant.tasks.planning.outside import engine_findings, license_findings, target_findings, task_findings
+from requant.tasks.planning.outside import engine_findings, target_findings, task_findings
 from requant.tasks.planning.resources import disk_problem, estimate_needs
 from requant.tasks.planning.stages import ON_GPU, plan_stages, total_hardware
 from requant.tasks.planning.texts import Texts

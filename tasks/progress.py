@@ -18,7 +18,7 @@ from requant.tasks.formatting import format_duration, gigabytes
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-Unit = Literal["bytes", "blocks", "tokens", "requests", "files"]
+Unit = Literal["bytes", "blocks", "tokens", "requests", "runs", "files"]
 Display = Literal["bars", "lines", "nothing"]
 INTERVAL_S = 30.0
 log = logging.getLogger(__name__)

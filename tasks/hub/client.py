@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 
 import httpx2
-from huggingface_hub import HfApi, constants, set_client_factory
+from huggingface_hub import HfApi, constants, get_token, set_client_factory
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -118,7 +118,7 @@ def _explain(error: HfHubHTTPError, repo_id: str, name: str) -> HubError:
     if isinstance(error, GatedRepoError):
         return HubError(
             f"{repo_id} is gated and this account has no access: accept its terms at "
-            f"{constants.ENDPOINT}/{repo_id} and set HF_TOKEN to a token of that account",
+            f"{constants.ENDPOINT}/{repo_id} and {_token_of('that account')}",
             repo_id=repo_id,
         )
     if status == 401 and any(words in str(error).lower() for words in ("credential", "invalid user token")):
@@ -127,8 +127,8 @@ def _explain(error: HfHubHTTPError, repo_id: str, name: str) -> HubError:
         )
     if isinstance(error, RepositoryNotFoundError):
         return HubError(
-            f"{repo_id} does not exist at {constants.ENDPOINT}, or is private: correct the repo_id, "
-            "or set HF_TOKEN to a token that may read it",
+            f"{repo_id} does not exist at {constants.ENDPOINT}, or is private: correct the repo_id, or "
+            f"{_token_of('an account that may read it')}",
             repo_id=repo_id,
         )
     if isinstance(error, RevisionNotFoundError):
@@ -148,6 +148,13 @@ def _explain(error: HfHubHTTPError, repo_id: str, name: str) -> HubError:
     if status == 412:
         return HubError(f"{repo_id} was changed by someone else meanwhile: look at it, then run again", repo_id=repo_id)
     return HubError(f"the Hub refused {name} ({status}): {_first_line(error)}", repo_id=repo_id)
+
+
+def _token_of(account: str) -> str:
+    """Say how to use the token of an account, and that there is none at hand."""
+    if get_token() is None:
+        return f"log in with hf auth login or set HF_TOKEN, since no token is set, to use one of {account}"
+    return f"set HF_TOKEN to a token of {account}"
 
 
 def _first_line(error: BaseException) -> str:

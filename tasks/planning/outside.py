@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 
-from requant.tasks.card.base_card import inherited
 from requant.tasks.errors import EngineFailed, HubError, HubUnavailable
 from requant.tasks.evaluating.definitions import has_lm_eval, task_problems
 from requant.tasks.hub.publish_target import Account, check_target
 from requant.tasks.hub.revision import Revision
-from requant.tasks.hub.sparse_checkout import read_card
 from requant.tasks.planning.findings import Findings
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.serving.vllm import VLLM_VARIABLE, find_server, find_vllm
@@ -42,19 +39,6 @@ def engine_findings(recipe: Recipe, to_run: Collection[str], delegated: Collecti
             except EngineFailed as error:
                 waiting.append(f"this server must be up by then: {error}")
     return Findings.of("benchmark", warnings=waiting)
-
-
-def license_findings(recipe: Recipe, base: Revision, checkout: Path) -> Findings:
-    """Say that the results would be published without a license. `checkout` is a sparse checkout of the base.
-
-    Raises HubError, HubUnavailable.
-    """
-    if all(one.publish is None or one.publish.license is not None for one in recipe.each.values()):
-        return Findings()
-    if "license" in inherited(read_card(base, checkout)):
-        return Findings()
-    why = "neither the recipe nor the card of the base names a license, so the result has none: set publish.license"
-    return Findings.of("publish", warnings=[why])
 
 
 def target_findings(recipe: Recipe, base: Revision, *, starts: bool) -> Findings:

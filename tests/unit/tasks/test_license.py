@@ -1,4 +1,4 @@
-"""What would stop a run outside of this project, or be missing in what it publishes."""
+"""A result without a license is told before the work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from requant.tasks.hub.revision import HubFile, Revision
 from requant.tasks.hub.sparse_checkout import create_placeholders
-from requant.tasks.planning.outside import license_findings
+from requant.tasks.license import license_findings
 from requant.tasks.recipe.loader import parse_recipe
 
 TARGET = {"publish": {"repo_id": "me/pico"}}
