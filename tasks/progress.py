@@ -122,6 +122,11 @@ def show(display: Display) -> None:
     _display = display
 
 
+def shows_bars() -> bool:
+    """Check whether this process shows bars."""
+    return _display == "bars"
+
+
 @contextlib.contextmanager
 def progress(name: str, total: int, unit: Unit, *, interval_s: float = INTERVAL_S) -> Iterator[Bar]:
     """Show how far a piece of work has come, of which `total` is the whole."""

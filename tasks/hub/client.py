@@ -22,12 +22,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars  # type: ignore[attr-defined]
 
 from requant.tasks.environment import PROXIES, variables_set
 from requant.tasks.errors import HubError, HubUnavailable, redact
 from requant.tasks.http import CLIENT_ERRORS, no_client
 from requant.tasks.hub._http import default_client_factory
 from requant.tasks.hub.xet_errors import explain_xet
+from requant.tasks.progress import shows_bars
 
 TEMPORARY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 # hf_xet writes down every so often what it has uploaded (20 s by default), and goes on from there after a kill.
@@ -49,8 +51,25 @@ set_client_factory(_client)
 warnings.filterwarnings("ignore", message="Warnings while validating metadata in README.md")
 
 
+if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:  # Otherwise the user has chosen.
+    disable_progress_bars()
+
+
 def hub_api() -> HfApi:
     return HfApi(library_name="requant")
+
+
+@contextlib.contextmanager
+def upload_bars() -> Iterator[None]:
+    """Show huggingface_hub's own bars in this block, on a terminal that has bars: nobody else can count an upload."""
+    if not shows_bars() or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None:
+        yield
+        return
+    enable_progress_bars()
+    try:
+        yield
+    finally:
+        disable_progress_bars()
 
 
 @contextlib.contextmanager
