@@ -29,7 +29,7 @@ from requant.tasks.store import Store
 from requant.tasks.store.folder import inside
 
 STAGE = Stage("download", 1)
-PARALLEL_DOWNLOADS = 4
+PARALLEL_DOWNLOADS = 8
 MAX_GIT_BYTES = 16 << 20  # larger files are in LFS: the Hub takes at most 10 MB without it
 log = logging.getLogger(__name__)
 
