@@ -200,6 +200,12 @@ class StageRecord:
         return [RecordedBlock(str(row.get("name")), *(_number(row.get(name)) for name in numbers)) for row in rows]
 
     @property
+    def experts(self) -> dict[str, tuple[int, ...]]:
+        """How many tokens of the calibration each expert got, by the name of the module that has the experts."""
+        counted = {name: counts for name, counts in self._part("experts").items() if isinstance(counts, list)}
+        return {name: tuple(int(_number(count) or 0) for count in counts) for name, counts in counted.items()}
+
+    @property
     def block_seconds(self) -> list[float]:
         """How long each tuned block took, where that is known."""
         return [block.seconds for block in self.blocks if block.seconds is not None]

@@ -48,6 +48,7 @@ def test_a_recipe_of_a_base_alone_has_the_reference_cards_settings(tmp_path: Pat
         "max_perplexity_increase": 0.05, "min_top1_agreement": 0.85, "min_mtp_acceptance_ratio": 0.95,
         "max_kl_divergence": 0.25, "max_block_error": 0.5, "max_weight_slope_error": 0.03, "max_weight_offset": 0.25,
         "min_task_recovery": 0.95, "mtp_acceptance": None, "max_probe_loss": 0.1,
+        "max_experts_without_tokens": None,
     }  # fmt: skip
 
 
