@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from requant.tasks.artifact import File
 from requant.tasks.checkpoint.config import JsonObject
@@ -22,6 +22,7 @@ from requant.tasks.errors import CheckpointError
 
 SLICE_BYTES = 32 << 20
 MAX_SHARD_BYTES = 5_000_000_000  # the default of transformers
+PARALLEL_SHARDS = 4
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def write_file(root: Path, path: str, pieces: Iterable[bytes]) -> File:
     return File(path, size, hasher.hexdigest())
 
 
-def _write(stream: BinaryIO, piece: bytes) -> None:
+def _write(stream: BinaryIO, piece: bytes | memoryview) -> None:
     left = memoryview(piece)
     while left:  # an unbuffered stream may write only a part
         left = left[stream.write(left) :]
@@ -112,8 +113,9 @@ class Layout:
         return shards | {path: len(json_bytes(document)) for path, document in self.documents.items()}
 
     def write(self, out: Path) -> list[File]:
-        """Write the files. Returns their sizes and hashes."""
-        shards = [write_shard(out, path, tensors) for path, tensors in self.shards.items()]
+        """Write the files, several at a time: one thread hashes 0.7 GB/s. Returns their sizes and hashes."""
+        with ThreadPoolExecutor(PARALLEL_SHARDS) as pool:
+            shards = list(pool.map(lambda item: write_shard(out, *item), self.shards.items()))
         return shards + [write_json(out, path, document) for path, document in self.documents.items()]
 
 
@@ -130,6 +132,23 @@ def place_shard(root: Path, path: str, tensors: Sequence[Tensor]) -> None:
             if isinstance(tensor, Computed) or not _copied_by_kernel(tensor, stream):
                 for chunk in tensor.chunks():
                     _write(stream, chunk)
+
+
+class Held(NamedTuple):
+    """A tensor in memory: its dtype in the spelling of safetensors, its shape, and its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+def place_held(target: Path, held: Mapping[str, Held]) -> None:
+    """Write a safetensors file from tensors in memory, by name, without a hash."""
+    ordered, header = _lay_out([Tensor(name, h.dtype, h.shape, Path(), 0, h.data.nbytes) for name, h in held.items()])
+    with atomic_file(target) as stream:
+        _write(stream, header)
+        for tensor in ordered:
+            _write(stream, held[tensor.name].data)
 
 
 def place_header(root: Path, path: str, tensors: Sequence[Tensor]) -> None:

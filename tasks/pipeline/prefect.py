@@ -39,6 +39,7 @@ from requant.tasks.quantizing.events import (
     Event,
     Resumed,
     SettingsChosen,
+    StepsTimed,
 )
 
 log = logging.getLogger(__name__)
@@ -157,28 +158,31 @@ class BlockLines:
     """Puts the events of the quantize child into words: each block with its time, its losses and the time left."""
 
     def __init__(self) -> None:
-        self._block, self._loss, self._started_s = "", "", 0.0
-        self._seconds: list[float] = []
+        self._block, self._loss, self._started_s, self._compiling_s = "", "", 0.0, 0.0
+        self._seconds: list[float] = []  # of each block, without compiling
 
     def __call__(self, event: Event) -> list[str]:
         match event:
             case SettingsChosen():
                 self._block, self._seconds = "", []
             case BlockStarted():
-                self._block, self._loss, self._started_s = event.name, "", event.seconds
+                self._block, self._loss, self._started_s, self._compiling_s = event.name, "", event.seconds, 0.0
             case BlockLoss():
                 self._loss = f", loss {event.before:.3g} to {event.after:.3g}"
+            case StepsTimed():
+                self._compiling_s = event.compiling
             case Resumed():
                 return [f"going on after {event.blocks} finished blocks"]
             case CompileFailed():
                 return [f"{self._block}: {event.text}"]
             case BlockDone() if self._block:
-                self._seconds.append(event.seconds - self._started_s)
-                return [self._line(event)]
+                seconds = event.seconds - self._started_s
+                self._seconds.append(seconds - self._compiling_s)
+                return [self._line(event, seconds)]
         return []
 
-    def _line(self, event: BlockDone) -> str:
-        line = f"block {event.done} of {event.total}: {self._block}, {self._seconds[-1]:.1f} s{self._loss}"
+    def _line(self, event: BlockDone, seconds: float) -> str:
+        line = f"block {event.done} of {event.total}: {self._block}, {seconds:.1f} s{self._loss}"
         left = (event.total - event.done) * seconds_per_block(self._seconds)
         if left:
             line += f", about {format_duration(left)} left"
@@ -188,6 +192,9 @@ class BlockLines:
 
 
 def seconds_per_block(seconds: list[float]) -> float:
-    """Estimate the seconds of a block. The first one includes compilation, and counts only if there is no other."""
+    """Estimate the seconds of a block from those that ended. The first one counts only if there is no other.
+
+    auto-round's own loop does not say how long it compiled.
+    """
     counted = seconds[1:] or seconds
     return sum(counted) / len(counted) if counted else 0.0

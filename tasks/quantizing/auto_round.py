@@ -61,6 +61,7 @@ class TuningRun:
     loop          the settings of our tuning loop; None for auto-round's loop
     delta_rule    the modules whose gated delta rule is replaced (`modules_with_reference`)
     clock         measures the phases of each block if REQUANT_PROFILE is set
+    load_ahead    the device onto which the next block is loaded while a block is tuned; None to load none ahead
     """
 
     report: EventSink
@@ -68,6 +69,7 @@ class TuningRun:
     loop: LoopSettings | None
     delta_rule: Sequence[ModuleType] = ()
     clock: Profile | None = None
+    load_ahead: torch.device | None = None
 
 
 def refuse_other_versions() -> None:
@@ -101,6 +103,8 @@ def patches(run: TuningRun) -> list[Patch]:
         *tuning_patches(run),
         *calibration_patches(),
         *resume_patches(run.report),
+        *loading_patches(run.load_ahead),
+        *writing_patches(),
         *progress_patches(run),
     ]
     return [*rows, *profile_patches(run.clock)] if run.clock else rows
@@ -179,32 +183,15 @@ def resume_patches(report: EventSink) -> list[Patch]:
 
     auto-round's own resume state was proposed in https://github.com/intel/auto-round/pull/2062.
     """
-    from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
     from auto_round.compressors.orchestrator import CompressionOrchestrator
     from auto_round.utils import resume as auto_round_resume
 
-    rounded: dict[str, torch.Tensor] = {}  # the weights of the block that was tuned last, until they are written
     return [
         Patch(
             auto_round_resume,
             "compute_run_signature",
             resume.signing_without_folder,
             why="The signature includes the folder of the base. Another machine has it elsewhere and would start anew.",
-            upstream=NOT_REPORTED,
-        ),
-        Patch(
-            SignRoundQuantizer,
-            "quantize_block",
-            lambda original: resume.keeping_rounded_weights(original, rounded),
-            why="The rounded weights exist only between the tuning of a block and its packing.",
-            upstream=NO_UPSTREAM_ISSUE,
-        ),
-        Patch(
-            auto_round_resume.ResumeState,
-            "mark_block_done",
-            lambda original: resume.writing_rounded_weights(rounded),
-            why="It writes the hidden states of all samples anew after each block, 5.4 GB at 27 B dimensions. The "
-            "rounded weights take 0.4 GB and are written once.",
             upstream=NOT_REPORTED,
         ),
         Patch(
@@ -228,6 +215,98 @@ def resume_patches(report: EventSink) -> list[Patch]:
             why="A resumed run passes the samples through the finished blocks. It then drops the weights of these, "
             "which auto-round would otherwise write again, unpacked.",
             upstream="https://github.com/intel/auto-round/issues/2350 reports the weights that are written twice",
+        ),
+    ]
+
+
+def loading_patches(device: torch.device | None) -> list[Patch]:
+    """List the patches that load the next block onto the device while a block is tuned, unless that is None."""
+    from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
+    from auto_round.compressors.orchestrator import CompressionOrchestrator
+
+    from requant.tasks.quantizing.next_block import NextBlock
+
+    following = NextBlock(device)
+    return [
+        Patch(
+            CompressionOrchestrator,
+            "_quantize_blocks",
+            following.knowing_names,
+            why="Loading a block ahead needs to know which one it will be.",
+            upstream=NO_UPSTREAM_ISSUE,
+        ),
+        Patch(
+            SignRoundQuantizer,
+            "dispatch_block",
+            following.starting,
+            why="It copies the block to the GPU while the GPU waits. And it is the last call before a block starts, "
+            "from where on collecting garbage need not look at what is there.",
+            upstream=NOT_REPORTED,
+        ),
+    ]
+
+
+def writing_patches() -> list[Patch]:
+    """List the patches that pack a block where it was tuned, and write what is packed while the next one is tuned."""
+    from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
+    from auto_round.compressors import orchestrator
+    from auto_round.compressors.shard_writer import ShardWriter
+    from auto_round.export import utils as export_utils
+    from auto_round.utils.resume import ResumeState
+
+    from requant.tasks.quantizing.finished_blocks import FinishedBlocks
+
+    finished = FinishedBlocks()
+    return [
+        Patch(
+            SignRoundQuantizer,
+            "quantize_block",
+            finished.keeping_rounded_weights,
+            why="The rounded weights exist only between the tuning of a block and its packing.",
+            upstream=NO_UPSTREAM_ISSUE,
+        ),
+        Patch(
+            orchestrator,
+            "mv_module_from_gpu",
+            finished.leaving_in_place,
+            why="It moves the weights of a tuned block to the CPU, and packing moves them to the GPU again.",
+            upstream=NOT_REPORTED,
+        ),
+        Patch(
+            ShardWriter,
+            "_add_tensor",
+            finished.adding_packed_parts,
+            why="All other tensors are taken from the base.",
+            upstream=NO_UPSTREAM_ISSUE,
+        ),
+        Patch(
+            export_utils,
+            "apply_post_save_source_fixes",
+            lambda original: lambda model, save_dir: None,
+            why="It copies the base's tensors that were not written.",
+            upstream=NO_UPSTREAM_ISSUE,
+        ),
+        Patch(
+            ShardWriter,
+            "_flush_shard",
+            lambda original: lambda self: finished.flush_shard(self),
+            why="Nothing is tuned while it writes a file, and a killed process leaves an incomplete one.",
+            upstream=NOT_REPORTED,
+        ),
+        Patch(
+            ResumeState,
+            "mark_block_done",
+            lambda original: lambda self, *args: finished.mark_block_done(self, *args),
+            why="It writes the hidden states of all samples anew after each block, 5.4 GB at 27 B dimensions. The "
+            "rounded weights take 0.4 GB and are written once.",
+            upstream=NOT_REPORTED,
+        ),
+        Patch(
+            orchestrator.CompressionOrchestrator,
+            "_quantize_blocks",
+            finished.writing,
+            why="The last block must have been written before auto-round lists the files.",
+            upstream=NO_UPSTREAM_ISSUE,
         ),
     ]
 
@@ -268,9 +347,10 @@ def progress_patches(run: TuningRun) -> list[Patch]:
 
 def profile_patches(clock: Profile) -> list[Patch]:
     """List the patches that measure the phases of a block. They come last, because clocks wrap all other patches."""
+    from auto_round.algorithms import composer
     from auto_round.algorithms.block_runner import BlockForwardRunner
     from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
-    from auto_round.compressors import utils
+    from auto_round.compressors import orchestrator, utils
     from auto_round.compressors.shard_writer import ShardWriter
     from auto_round.utils.resume import ResumeState
 
@@ -280,6 +360,9 @@ def profile_patches(clock: Profile) -> list[Patch]:
         )
 
     return [
+        timed(SignRoundQuantizer, "dispatch_block", "loading the block"),
+        timed(composer, "clear_memory", "clearing memory"),
+        timed(orchestrator, "clear_memory", "clearing memory"),
         timed(BlockForwardRunner, "__call__", "forward passes over all samples"),
         timed(SignRoundQuantizer, "quantize_block", "tuning"),
         timed(ShardWriter, "write", "writing the packed block"),

@@ -131,6 +131,7 @@ def quantize(job_path: Path, folder: Path, report: EventSink) -> JobResult:
         loop=chosen if chosen.fast else None,
         delta_rule=delta_rule,
         clock=Profile(machine.profile) if machine.profile else None,
+        load_ahead=torch.device(device) if on_gpu and not chosen.low_gpu_mem else None,
     )
     with patched(patches(run), report):
         rounder = AutoRound(

@@ -97,6 +97,19 @@ class BlockLoss(Event):
     iteration: int | None = None
 
 
+class StepsTimed(Event):
+    """The seconds of a block's first step, in which it is compiled if its kind is new, and the median of the others."""
+
+    event: Literal["steps"] = "steps"
+    first: float
+    median: float
+
+    @property
+    def compiling(self) -> float:
+        """How many seconds more the first step took than the others."""
+        return max(0.0, self.first - self.median)
+
+
 class RoundingKept(Event):
     """Which rounding the block keeps: that of `last step` or of `lowest batch`; `losses` holds the losses of both."""
 
@@ -155,6 +168,7 @@ _LINE: TypeAdapter[Event] = TypeAdapter(
         | LoopChosen
         | CompileFailed
         | BlockLoss
+        | StepsTimed
         | RoundingKept
         | BlockOutput
         | ExpertsCounted

@@ -17,9 +17,8 @@ import copy
 import functools
 import itertools
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,32 +72,6 @@ def signing_without_folder(sign: Callable[..., str]) -> Callable[..., str]:
     return compute_run_signature
 
 
-def keeping_rounded_weights(quantize_block: Callable[..., Any], rounded: dict[str, torch.Tensor]) -> Callable[..., Any]:
-    """Wrap `SignRoundQuantizer.quantize_block` to put the block's `rounded_weights` into `rounded`."""
-
-    @functools.wraps(quantize_block)
-    def quantize_and_keep(self: Any, block: Any, *args: Any, **kwargs: Any) -> Any:
-        result = quantize_block(self, block, *args, **kwargs)
-        rounded.clear()
-        rounded.update(rounded_weights(block))
-        return result
-
-    return quantize_and_keep
-
-
-def writing_rounded_weights(rounded: Mapping[str, torch.Tensor]) -> Callable[..., None]:
-    """Return a `ResumeState.mark_block_done` that writes `rounded` as the block's file, and then the manifest."""
-    from auto_round.utils.resume import _atomic_write_json
-
-    def mark_block_done(self: Any, block_name: str, q_input: Any, input_ids: Any) -> None:
-        write_block(block_file(self.dir, len(self.completed_blocks)), rounded)
-        self.completed_blocks.append(block_name)
-        manifest = {"signature": self.signature, "completed_blocks": self.completed_blocks}
-        _atomic_write_json(self.manifest_path, manifest)
-
-    return mark_block_done
-
-
 def passing_finished_blocks(quantize_blocks: Callable[..., None], report: EventSink) -> Callable[..., None]:
     """Wrap `CompressionOrchestrator._quantize_blocks` to pass the samples through the finished blocks first.
 
@@ -120,7 +93,7 @@ def passing_finished_blocks(quantize_blocks: Callable[..., None], report: EventS
 
 
 def rounded_weights(block: Any) -> dict[str, torch.Tensor]:
-    """Return the weights of a quantized block's layers, on the CPU.
+    """Return the weights of a quantized block's layers, on the device where they are.
 
     Of a layer NAME they are the integers `NAME.q` `[out, in]` and the scales `NAME.scale` `[out, groups]`, or
     `NAME.weight` if their product (`weight_of`) is not exactly the weight.
@@ -138,26 +111,15 @@ def rounded_weights(block: Any) -> dict[str, torch.Tensor]:
             q = (weight.float().view(*scale.shape, -1) / scale_on_device.float()[..., None]).round().view(weight.shape)
             dtype = torch.int8 if float(q.abs().max()) < 128 else torch.int16
             if torch.equal(weight_of(q.to(dtype), scale_on_device, weight.dtype), weight):
-                tensors[f"{name}.q"], tensors[f"{name}.scale"] = q.to(dtype).cpu(), scale.cpu().contiguous()
+                tensors[f"{name}.q"], tensors[f"{name}.scale"] = q.to(dtype), scale.contiguous()
                 continue
-        tensors[f"{name}.weight"] = weight.cpu().contiguous()
+        tensors[f"{name}.weight"] = weight.contiguous()
     return tensors
 
 
 def weight_of(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Compute the weight from integers `[out, in]` and scales `[out, groups]`, in float32 as auto-round does."""
     return (q.float().view(*scale.shape, -1) * scale.float()[..., None]).view(q.shape).to(dtype)
-
-
-def write_block(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file under a temporary name, and rename it once it is complete."""
-    from safetensors.torch import save_file
-
-    temporary = path.with_suffix(".part")
-    save_file(dict(tensors), temporary)
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
 
 
 def drop_unusable_blocks(folder: Path) -> None:

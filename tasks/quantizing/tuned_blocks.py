@@ -15,6 +15,7 @@ from requant.tasks.quantizing.events import (
     ExpertsCounted,
     LoopChosen,
     RoundingKept,
+    StepsTimed,
     read_events,
 )
 
@@ -32,7 +33,9 @@ class TunedBlock:
                       the same samples; `kept_because` says why the last step's was not kept
     loop              why auto-round's own loop tuned the block
     fallback          how torch.compile failed
-    seconds           the time that tuning took
+    seconds           the time from the block's start to its end
+    step_seconds      the median time of a step of our tuning loop
+    compile_seconds   how much longer the first step took
     peak_gpu_bytes    the most GPU memory in use until the block's end
     """
 
@@ -48,6 +51,8 @@ class TunedBlock:
     loop: str | None = None
     fallback: str | None = None
     seconds: float | None = None
+    step_seconds: float | None = None
+    compile_seconds: float | None = None
     peak_gpu_bytes: int | None = None
 
     def to_json(self) -> dict[str, object]:
@@ -83,6 +88,8 @@ def _with_event(block: TunedBlock, event: Event, began_s: float) -> TunedBlock:
     match event:
         case BlockLoss():
             return replace(block, loss_before=event.before, loss_after=event.after, best_iteration=event.iteration)
+        case StepsTimed():
+            return replace(block, step_seconds=event.median, compile_seconds=round(event.compiling, 3))
         case BlockOutput():
             return replace(block, output_error=event.error)
         case RoundingKept():

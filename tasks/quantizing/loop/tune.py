@@ -25,9 +25,12 @@ import functools
 import inspect
 import math
 import random
+import statistics
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,7 +39,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from requant.tasks.quantizing.auto_settings import LoopSettings
-from requant.tasks.quantizing.events import BlockLoss, CompileFailed, EventSink, LoopChosen
+from requant.tasks.quantizing.events import BlockLoss, CompileFailed, EventSink, LoopChosen, StepsTimed
 from requant.tasks.quantizing.failures import FailureKind, classify
 from requant.tasks.quantizing.loop import sign_sgd
 from requant.tasks.quantizing.loop.batches import BlockInputs, Loss, split
@@ -169,7 +172,8 @@ def fast_quantize_block(
 ) -> Callable[..., Any]:
     """Wrap `SignRoundQuantizer.quantize_block` to tune blocks with `tune`, unless only auto-round's loop supports them.
 
-    `report` gets `BlockLoss`, `LoopChosen`, `CompileFailed` and `RoundingKept`. `after_step` is called after each step.
+    `report` gets `BlockLoss`, `StepsTimed`, `LoopChosen`, `CompileFailed` and `RoundingKept`. `after_step` is called
+    after each step.
     """
     compiled_loss: Callable[..., torch.Tensor] | None = None
     if settings.torch_compile:
@@ -233,7 +237,8 @@ def tune(
 ) -> BestParameters:
     """Quantize a block in place as `SignRoundQuantizer.quantize_block` (0.16.1) does, and return its best parameters.
 
-    `loss_of` is `masked_loss`, compiled or not. `report` gets `BlockLoss`, and with `compare_last` also `RoundingKept`.
+    `loss_of` is `masked_loss`, compiled or not. `report` gets `BlockLoss`, `StepsTimed`, and with `compare_last`
+    `RoundingKept`.
     """
     from auto_round.compressors.utils import IndexSampler
     from auto_round.utils.device_manager import device_manager
@@ -269,6 +274,7 @@ def tune(
             return loss_of(block, batch.arguments, batch.target, batch.mask)
 
     best: list[torch.Tensor] = []
+    ends_s = [time.monotonic()]
     first_loss = lowest_loss = float("inf")
     best_iteration = 0
     fakes = {name: FakeQuantized(wrapper) for name, wrapper in wrappers.items()}
@@ -298,6 +304,7 @@ def tune(
                 best = sign_sgd.copy_parameters(parameters, best, offload)
             sign_sgd.take_step(groups, [sizes[iteration] for sizes in step_sizes], bounded)
             after_step()
+            ends_s.append(time.monotonic())
             indices = next_indices
         if settings.compare_last:
             pieces = split(spread_indices(len(inputs), step_samples, batch_size), batch_size)
@@ -320,6 +327,8 @@ def tune(
     with torch.no_grad():
         unwrapper_block(block, chosen)
     report(BlockLoss(before=_rounded(first_loss), after=_rounded(lowest_loss), iteration=best_iteration))
+    steps_s = [end_s - began_s for began_s, end_s in pairwise(ends_s)]
+    report(StepsTimed(first=round(steps_s[0], 4), median=round(statistics.median(steps_s[1:] or steps_s), 4)))
     return chosen
 
 

@@ -26,6 +26,7 @@ from requant.tasks.quantizing.events import (
     Resumed,
     RoundingKept,
     SettingsChosen,
+    StepsTimed,
     Warned,
     line_of,
     read_events,
@@ -103,6 +104,25 @@ def test_what_is_no_event_that_is_known_is_skipped(tmp_path: Path) -> None:
     lines = ['{"event": "later", "seconds": 1}', '{"event": "block"}', "5", "null", '{"name": "x"}', '{"event": "bl']
     path.write_text("\n".join([*lines, '{"event": "block", "name": "x", "later": 1}']) + "\n")
     assert read_events(path)[1] == [BlockStarted(name="x")]
+
+
+def test_the_time_left_leaves_out_what_a_new_kind_of_block_took_to_compile() -> None:
+    lines = BlockLines()
+    told = [
+        lines(event)
+        for event in (
+            BlockStarted(seconds=0.0, name="layers.0"),
+            StepsTimed(first=30.5, median=0.5),
+            BlockDone(seconds=40.0, done=1, total=3),
+            BlockStarted(seconds=40.0, name="layers.1"),
+            StepsTimed(first=0.4, median=0.5),
+            BlockDone(seconds=52.0, done=2, total=3),
+        )
+    ]
+    assert [line for one in told for line in one] == [
+        "block 1 of 3: layers.0, 40.0 s, about 20 s left",
+        "block 2 of 3: layers.1, 12.0 s, about 12 s left",
+    ]
 
 
 def test_a_run_is_told_in_words() -> None:

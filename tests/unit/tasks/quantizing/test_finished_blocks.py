@@ -1,0 +1,158 @@
+"""Blocks that are written while the next one is tuned: when they count as finished, and what happens to errors."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from auto_round.context.compress import CompressContext
+from auto_round.utils.resume import ResumeState
+from safetensors.torch import load_file
+
+from requant.tasks.quantizing import finished_blocks
+from requant.tasks.quantizing.finished_blocks import FinishedBlocks
+from requant.tasks.quantizing.resume import MANIFEST, block_file
+
+NAMES = ["layers.0", "layers.1", "layers.2"]
+
+
+class Written:
+    """What a run leaves: a model of three blocks, auto-round's resume state, and its writer of shards."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.finished = FinishedBlocks()
+        self.model = torch.nn.Module()
+        self.model.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in NAMES)
+        self.state = ResumeState(str(folder / "resume"), "signature", NAMES)
+        self.writer: Any = SimpleNamespace(
+            current_shard_tensors=OrderedDict(), current_shard_size=0, shard_counter=0, shard_meta=[], _all_saved=set(),
+            output_dir=str(folder / "out"), _existing_shards_discovered=True,
+        )  # fmt: skip
+
+    def run(self, between: Callable[[int], None] = lambda number: None) -> None:
+        """Let every block be tuned and written, as auto-round does. `between` is called after each."""
+        quantizer = SimpleNamespace(quantize_block=self.finished.keeping_rounded_weights(self._tune))
+
+        def quantize_blocks(orchestrator: Any, model: Any) -> None:
+            for number, name in enumerate(NAMES):
+                quantizer.quantize_block(quantizer, model.get_submodule(name))
+                self.writer.current_shard_tensors[f"{name}.qweight"] = torch.full((2, 4), number, dtype=torch.int32)
+                self.finished.flush_shard(self.writer)
+                self.finished.mark_block_done(self.state, name, None, None)
+                between(number)
+
+        self.finished.writing(quantize_blocks)(None, self.model)
+
+    def _tune(self, quantizer: Any, block: torch.nn.Linear) -> None:
+        block.scale = torch.full((4, 2), 0.5)
+        block.weight.data = torch.arange(-8.0, 8.0).view(4, 4) * 0.5
+
+    def blocks(self) -> list[str]:
+        path = self.folder / "resume" / MANIFEST
+        return list(json.loads(path.read_text())["completed_blocks"]) if path.exists() else []
+
+    def shards(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "out").glob("*"))
+
+
+@pytest.fixture(autouse=True)
+def _packs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CompressContext, "get_context", lambda: SimpleNamespace(is_immediate_saving=True))
+
+
+def test_every_block_is_on_the_disk_when_the_last_one_was_tuned(tmp_path: Path) -> None:
+    written = Written(tmp_path)
+    written.run()
+    assert written.blocks() == NAMES
+    assert written.shards() == [f"model-shard-{number:05d}.safetensors" for number in (1, 2, 3)]
+    assert [meta["params"] for meta in written.writer.shard_meta] == [[f"{name}.qweight"] for name in NAMES]
+    for number in range(3):
+        packed = load_file(tmp_path / "out" / f"model-shard-{number + 1:05d}.safetensors")
+        assert packed[f"layers.{number}.qweight"].tolist() == [[number] * 4] * 2
+        rounded = load_file(block_file(tmp_path / "resume", number))
+        assert rounded[".q"].flatten().tolist() == list(range(-8, 8)) and rounded[".scale"].shape == (4, 2)
+    assert {parameter.device.type for parameter in written.model.parameters()} == {"meta"}
+
+
+def test_a_block_counts_as_finished_only_when_all_of_its_files_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, may_write, original = Written(tmp_path), threading.Event(), finished_blocks.write_tensors
+
+    def write_when_allowed(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        assert may_write.wait(60)
+        original(path, tensors)
+
+    monkeypatch.setattr(finished_blocks, "write_tensors", write_when_allowed)
+    seen: list[tuple[list[str], list[str]]] = []
+
+    def look(number: int) -> None:
+        if number == 0:  # The next block is tuned while the first one waits to be written.
+            seen.append((written.blocks(), written.shards()))
+            may_write.set()
+
+    written.run(look)
+    assert seen == [([], [])] and written.blocks() == NAMES
+
+
+def test_at_most_one_block_waits_to_be_written(tmp_path: Path) -> None:
+    written = Written(tmp_path)
+    finished: list[int] = []
+    written.run(lambda number: finished.append(len(written.blocks())))
+    assert all(count >= number for number, count in enumerate(finished))
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_what_writing_a_block_raises_ends_the_run_and_the_blocks_before_it_stay(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, original = Written(tmp_path), finished_blocks.write_tensors
+
+    def fill_the_disk(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        if path == block_file(tmp_path / "resume", number):
+            raise OSError(28, "No space left on device")
+        original(path, tensors)
+
+    monkeypatch.setattr(finished_blocks, "write_tensors", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        written.run()
+    assert written.blocks() == NAMES[:number]
+
+
+def test_a_shard_is_written_at_once_when_no_blocks_are_tuned(tmp_path: Path) -> None:
+    written = Written(tmp_path)
+    written.writer.current_shard_tensors["lm_head.qweight"] = torch.ones(2, 2, dtype=torch.int32)
+    written.finished.flush_shard(written.writer)
+    assert written.shards() == ["model-shard-00001.safetensors"] and not written.writer.current_shard_tensors
+    written.finished.flush_shard(written.writer)
+    assert written.writer.shard_counter == 1  # nothing to write
+
+
+def test_only_packed_parts_are_added_to_a_shard() -> None:
+    added: list[str] = []
+    add = FinishedBlocks().adding_packed_parts(lambda writer, name, tensor: added.append(name))
+    for part in ("qweight", "weight", "scales", "bias", "qzeros", "g_idx"):
+        add(None, f"layers.0.mlp.{part}", torch.ones(1))
+    assert [name.rpartition(".")[2] for name in added] == ["qweight", "scales", "qzeros", "g_idx"]
+
+
+def test_tensors_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:
+    tensors = {
+        "int8": torch.arange(-4, 4, dtype=torch.int8).view(2, 4),
+        "transposed": torch.arange(6, dtype=torch.int32).view(2, 3).t(),
+        "bf16": torch.tensor([1.5, float("inf")], dtype=torch.bfloat16),
+        "single": torch.tensor(2.0, dtype=torch.float16),
+        "none": torch.empty(0, 3),
+    }
+    finished_blocks.write_tensors(tmp_path / "x.safetensors", tensors)
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in tensors)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
