@@ -15,7 +15,7 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -65,6 +65,18 @@ def _refuse_foreign_files(store: Store, folder: Path, where: Path) -> None:
                 )
     except OSError as error:
         raise FolderInUse(f"{folder} cannot be read ({error.strerror}): name another folder", path=folder) from error
+
+
+def refuse_sources(folder: Path, sources: Iterable[str | None]) -> None:
+    """Raise FolderInUse if a checkout would write into one of the folders `sources`, whatever else is allowed."""
+    where = _resolved(folder)
+    for source in filter(None, sources):
+        if where.is_relative_to(_resolved(Path(source))):
+            raise FolderInUse(
+                f"{folder} is in the folder of the base or the adapter, {source}, which Requant only reads: name "
+                "another folder",
+                path=folder,
+            )
 
 
 def check_writable(where: Path, named: Path) -> None:

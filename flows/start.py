@@ -30,6 +30,7 @@ MAX_ATTEMPTS = 5  # to create a run
 
 def start_here(store: Store, due: Sequence[Due]) -> Iterator[Started | Problem]:
     """Run due recipes in this process, one after another. The next pass tries a failed one again."""
+    from requant.flows.report.report import verdict
     from requant.flows.requantize import RunFailed, requantize  # This imports torch.
 
     for one in due:
@@ -39,7 +40,7 @@ def start_here(store: Store, due: Sequence[Due]) -> Iterator[Started | Problem]:
         elif isinstance(outcome, BaseException):
             raise outcome
         else:
-            yield Started(one.name, one.base, None, outcome.status)
+            yield Started(one.name, one.base, None, outcome.status, verdict(outcome))
 
 
 def start_on_server(store: Store, due: Sequence[Due]) -> Iterator[Started | Problem]:

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from requant.flows.last_run import last_run
 from requant.flows.recipes import recipe_files
-from requant.tasks.documents import Document
+from requant.tasks.documents import Document, is_empty
 from requant.tasks.errors import RecipeError, RequantError
 from requant.tasks.hub.rate_limit import PARALLEL_REQUESTS, Pace
 from requant.tasks.hub.revision import Revision, resolve
@@ -53,13 +53,24 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Rejected:
+    """A recipe whose last run was rejected by its gates. Another one is due when its base or the recipe changes."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Started:
-    """A run that was started. `status` is `scheduled` on a Prefect server, otherwise how the run ended here."""
+    """A run that was started. `status` is `scheduled` on a Prefect server, otherwise how the run ended here.
+
+    `verdict` says the latter in words.
+    """
 
     name: str
     base: Revision
     run: str | None
     status: str
+    verdict: str = ""
 
 
 Start = Callable[[Store, Sequence[Due]], Iterator[Started | Problem]]  # flows/start.py has two of them
@@ -88,15 +99,25 @@ class WatchDocument(Document):
     checked: int = Field(description="How many recipes there are")
     started: list[StartedRun] = Field(description="The runs that were started")
     problems: list[WatchProblem] = Field(description="What went wrong")
+    rejected: list[str] = Field(
+        [],
+        exclude_if=is_empty,
+        description="File names of recipes whose last run was rejected, and whose base has not changed since; absent "
+        "where there is none",
+    )
 
 
 @dataclass(frozen=True)
 class Pass:
-    """The result of a pass: how many recipes there are, which runs were started, and what went wrong."""
+    """The result of a pass: how many recipes there are, which runs were started, and what went wrong.
+
+    `rejected` are the recipes whose last run was rejected, and for which no run is due.
+    """
 
     checked: int
     started: tuple[Started, ...]
     problems: tuple[Problem, ...]
+    rejected: tuple[Rejected, ...] = ()
 
     def document(self) -> WatchDocument:
         """Return the document of `requant watch --once`."""
@@ -107,14 +128,22 @@ class Pass:
                 for s in self.started
             ],
             problems=[WatchProblem(recipe=p.name, error=p.error) for p in self.problems],
+            rejected=[one.name for one in self.rejected],
         )
 
     @property
     def text(self) -> str:
-        """A summary in one line, then a line for each started run and each problem."""
+        """A summary in one line, then a line for each started run, each problem and each recipe that was rejected."""
         lines = [f"{self.checked} checked, {len(self.started)} started, {len(self.problems)} problems"]
         lines += [
-            f"started   {s.name}: {s.base.name}, {s.status}{f', run {s.run}' if s.run else ''}" for s in self.started
+            f"started   {s.name}: {s.base.name}, {s.status}{f', run {s.run}' if s.run else ''}"
+            f"{f' ({s.verdict})' if s.status == 'rejected' else ''}"
+            for s in self.started
+        ]
+        lines += [
+            f"rejected  {one.name}: by its gates in an earlier run, and its base has not changed since: change its "
+            "gates, or how it quantizes"
+            for one in self.rejected
         ]
         return "\n".join([*lines, *(f"problem   {p.name}: {p.error}" for p in self.problems)])
 
@@ -127,11 +156,11 @@ def watch_pass(folder: Path, start: Start, repos: Collection[str] | None = None)
     store = open_checked_store()
     tracked, unread = load_tracked(folder, repos)
     with Pace() as pace:
-        due, not_compared = find_due(store, tracked, pace)
+        due, not_compared, rejected = find_due(store, tracked, pace)
     outcomes = list(start(store, due)) if due else []
     started = tuple(outcome for outcome in outcomes if isinstance(outcome, Started))
     not_started = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
-    return Pass(len(tracked) + len(unread), started, (*unread, *not_compared, *not_started))
+    return Pass(len(tracked) + len(unread), started, (*unread, *not_compared, *not_started), tuple(rejected))
 
 
 def load_tracked(folder: Path, repos: Collection[str] | None = None) -> tuple[list[Tracked], list[Problem]]:
@@ -153,10 +182,11 @@ def load_tracked(folder: Path, repos: Collection[str] | None = None) -> tuple[li
     return list(tracked.values()), problems
 
 
-def find_due(store: Store, tracked: Sequence[Tracked], pace: Pace) -> tuple[list[Due], list[Problem]]:
+def find_due(store: Store, tracked: Sequence[Tracked], pace: Pace) -> tuple[list[Due], list[Problem], list[Rejected]]:
     """Ask the Hub for the commit of each base and adapter, and compare them with the recipes' last runs.
 
-    Recipes of the same base and adapter share a request for each. Folders are read where they changed.
+    Return the recipes for which a run is due, those that could not be compared, and those that were rejected. Recipes
+    of the same base and adapter share a request for each. Folders are read where they changed.
     """
     bases: dict[tuple[Base, ...], list[Tracked]] = defaultdict(list)
     for one in tracked:
@@ -173,11 +203,12 @@ def find_due(store: Store, tracked: Sequence[Tracked], pace: Pace) -> tuple[list
         pool.shutdown(cancel_futures=True)
     outcomes = [outcome for group in groups for outcome in group]
     due = [outcome for outcome in outcomes if isinstance(outcome, Due)]
-    return due, [outcome for outcome in outcomes if isinstance(outcome, Problem)]
+    not_compared = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
+    return due, not_compared, [outcome for outcome in outcomes if isinstance(outcome, Rejected)]
 
 
-def _compare(store: Store, group: Sequence[Tracked], pace: Pace) -> list[Due | Problem]:
-    """Return the recipes of one base that are due, or a problem for each if the base cannot be had."""
+def _compare(store: Store, group: Sequence[Tracked], pace: Pace) -> list[Due | Problem | Rejected]:
+    """Return the recipes of one base that are due or were rejected, or a problem for each if the base cannot be had."""
     recipe = group[0].recipe
     try:
         base = find_local_base(store, recipe.base) if recipe.base.folder is not None else _ask(recipe.base, pace)
@@ -187,12 +218,14 @@ def _compare(store: Store, group: Sequence[Tracked], pace: Pace) -> list[Due | P
             base = replace(base, adapter=adapter)
     except RequantError as error:
         return [Problem(one.name, str(error)) for one in group]
-    due: list[Due | Problem] = []
+    found: list[Due | Problem | Rejected] = []
     for one in group:
         last = last_run(store, one.recipe)
         if last is None or not last.settles(one.recipe, base):
-            due.append(Due(one.name, one.recipe, base))
-    return due
+            found.append(Due(one.name, one.recipe, base))
+        elif last.status == "rejected":
+            found.append(Rejected(one.name))
+    return found
 
 
 def _ask(source: Base, pace: Pace) -> Revision:

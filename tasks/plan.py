@@ -24,6 +24,7 @@ from requant.tasks.download import download_key
 from requant.tasks.errors import CheckpointError, HubError, HubUnavailable, Refused
 from requant.tasks.evaluate import STAGE as EVALUATE
 from requant.tasks.excerpt import text_files
+from requant.tasks.formatting import format_duration
 from requant.tasks.hub.release import find_rolled_back
 from requant.tasks.hub.revision import Revision
 from requant.tasks.license import license_findings
@@ -72,6 +73,7 @@ from requant.tasks.writing.amount import needed_tokens, writes_text
 log = logging.getLogger(__name__)
 # A plan hashes as much of a base in a folder, in a few seconds. What is larger is left to the run.
 MAX_HASHED_BYTES = 4 << 30
+WORTH_TELLING_S = 60  # how long a run must take to say so before it begins
 
 
 def plan(store: Store, recipe: Recipe, *, elsewhere: bool = False) -> PlanDocument:
@@ -116,6 +118,8 @@ def preflight(
         log.warning(warning)
     if planned.document.problems:
         raise Refused("; ".join(planned.document.problems))
+    if (seconds := planned.document.hardware.seconds) >= WORTH_TELLING_S:
+        log.info(f"by the plan, this takes about {format_duration(seconds)}")
     plans: dict[str, Plan] = {one.name: one for one in planned.document.outputs or ()} or {"": planned.document}
     return {name: Foreseen(settled, plans[name].engines) for name, settled in planned.recipes.items()}
 

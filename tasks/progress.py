@@ -38,29 +38,37 @@ class _Count:
     def __init__(self, name: str, total: int, unit: Unit) -> None:
         self.name, self.total, self.unit = name, total, unit
         self.done, self.begun_s = 0, time.monotonic()
+        self.done_at_s = self.begun_s  # when something was done last
         self._lock = threading.Lock()
 
     def advance(self, count: int = 1) -> None:
         with self._lock:
             self.done += count
+            self.done_at_s = time.monotonic()
 
-    def words(self, elapsed_s: float) -> str:
+    @property
+    def _taken_s(self) -> float:
+        """The seconds that what is done has taken, without those of what is under way."""
+        return max(self.done_at_s - self.begun_s, 1e-9)
+
+    def words(self) -> str:
         """Say what is done and how fast, as `12.30 GB of 54.00 GB, 310.00 MB/s`."""
-        rate = self.done / max(elapsed_s, 1e-9)
+        rate = self.done / self._taken_s
         if self.unit == "bytes":
             return f"{gigabytes(self.done)} of {gigabytes(self.total)}, {gigabytes(round(rate))}/s"
         pace = f", {1 / rate:.1f} s each" if 0 < rate < 1 else f", {rate:.1f}/s" if rate else ""
         return f"{self.done} of {self.total} {self.unit}{pace}"
 
-    def line(self, elapsed_s: float) -> str:
-        """Say the same with the name of the work and the time left."""
-        left_s = elapsed_s * (self.total - self.done) / self.done if self.done else 0.0
+    def line(self, now_s: float) -> str:
+        """Say the same with the name of the work, and the time left at `now_s` of the monotonic clock."""
+        under_way_s = now_s - self.done_at_s
+        left_s = self._taken_s * (self.total - self.done) / self.done - under_way_s if self.done else 0.0
         left = f", about {format_duration(left_s)} left" if left_s > 0 else ""
-        return f"{self.name}: {self.words(elapsed_s)}{left}"
+        return f"{self.name}: {self.words()}{left}"
 
     def log_line(self) -> None:
         """Log that line for this moment."""
-        log.info(self.line(time.monotonic() - self.begun_s))
+        log.info(self.line(time.monotonic()))
 
 
 class _Terminal:
@@ -74,10 +82,10 @@ class _Terminal:
     @contextlib.contextmanager
     def bar(self, count: _Count) -> Iterator[Bar]:
         progress = self._begin()
-        task = progress.add_task(count.name, total=count.total, words=count.words(0.0))
+        task = progress.add_task(count.name, total=count.total, words=count.words())
 
-        def update(now_s: float) -> None:
-            progress.update(task, completed=count.done, words=count.words(now_s - count.begun_s))
+        def update() -> None:
+            progress.update(task, completed=count.done, words=count.words())
 
         class Shown:
             next_s = 0.0
@@ -87,12 +95,12 @@ class _Terminal:
                 now_s = time.monotonic()
                 if now_s >= self.next_s:  # A download calls 16,000 times for each GB.
                     self.next_s = now_s + UPDATE_S
-                    update(now_s)
+                    update()
 
         try:
             yield Shown()
         finally:
-            update(time.monotonic())
+            update()
             progress.refresh()
             progress.remove_task(task)
             self._end()

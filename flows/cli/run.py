@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from requant.flows.checkout import check_folder, copy_to_folder
+from requant.flows.checkout import check_folder, copy_to_folder, refuse_sources
 from requant.flows.cli.command import (
     FORCE,
     NEW_FILE,
@@ -91,6 +91,7 @@ def run(
     if force and checkout is None:
         raise click.UsageError("--force is about the folder of --checkout: name one")
     if checkout is not None:
+        refuse_sources(checkout, (source.folder for source in (loaded.base, loaded.adapter) if source is not None))
         for name in loaded.each:
             check_folder(store, checkout / name, force=force)
     if report_path is not None:

@@ -14,7 +14,7 @@ from requant.tasks.hub.revision import Revision
 from requant.tasks.plots import Picture
 from requant.tasks.probing.compare import ProbeSummary
 from requant.tasks.recipe.quantize_section import Quantize
-from requant.tasks.recipe.recipe import PACKED_HEADS, Recipe
+from requant.tasks.recipe.recipe import PACKED_HEADS, Gates, Recipe
 from requant.tasks.record import StageRecord
 from requant.tasks.serving.result import BenchmarkResult
 from requant.tasks.validating.drafts import DraftComparison
@@ -113,6 +113,16 @@ class CardFacts:
     def packed_head(self) -> bool:
         """Whether an MTP head, if there is one, is quantized."""
         return self.recipe.mtp in PACKED_HEADS
+
+    @property
+    def weaker_limits(self) -> list[str]:
+        """The limits of gates that are weaker than the defaults, or not there, each beside its default."""
+        weaker = []
+        for name, field_ in Gates.model_fields.items():
+            asked, default = getattr(self.recipe.gates, name), field_.default
+            if isinstance(default, float) and (asked is None or (asked - default) * (-1 if "min_" in name else 1) > 0):
+                weaker.append(f"{name} {'none' if asked is None else f'{asked:g}'} (by default {default:g})")
+        return weaker
 
     @property
     def vision(self) -> bool:

@@ -69,8 +69,20 @@ def with_reason(stage: PlannedStage, again: Mapping[str, str]) -> PlannedStage:
 
 def notes_of(recipe: Recipe, base: Revision | None) -> tuple[str, ...]:
     """Say what is worth knowing of a recipe and its base."""
+    several = _note_of_targets(recipe)
     unknown = ("how long the tasks of eval take is not foretold: validate will take longer",) if recipe.eval else ()
-    return (*unknown, *(() if base is None else _notes_of_folder(base)))
+    return (*unknown, *several, *(() if base is None else _notes_of_folder(base)))
+
+
+def _note_of_targets(recipe: Recipe) -> tuple[str, ...]:
+    """Say that no output is published to the repo that `publish` names, where earlier runs may have published to."""
+    targets = {one.publish.repo_id.lower() for one in recipe.each.values() if one.publish is not None}
+    if recipe.publish is None or not recipe.outputs or recipe.publish.repo_id.lower() in targets:
+        return ()
+    return (
+        f"no output is published to {recipe.publish.repo_id} itself: to go on with a release there, write its repo_id "
+        "into the output that it is of",
+    )
 
 
 def _notes_of_folder(base: Revision) -> Iterator[str]:

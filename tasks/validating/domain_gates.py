@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from requant.tasks.validating.measured import DomainValues, Interval
 
@@ -19,7 +19,7 @@ class WorstDomain:
     """The value of a gate on the worst domain.
 
     `limit` is a largest value (`is_most`) or a smallest, and None if nobody asked for one. `interval` is None for a
-    domain of few windows.
+    domain of few windows. `is_worst` is false where another domain has a worse value, which may be chance.
     """
 
     domain: str
@@ -27,6 +27,7 @@ class WorstDomain:
     interval: Interval | None
     limit: float | None
     is_most: bool
+    is_worst: bool = True
 
     @property
     def excess(self) -> float:
@@ -46,7 +47,7 @@ class WorstDomain:
     @property
     def note(self) -> str:
         """The name of the domain, and why a value beyond the limit fails or passes."""
-        words = f"worst domain: {self.domain}"
+        words = f"{'worst domain' if self.is_worst else 'worst domain that is beyond chance'}: {self.domain}"
         if self.limit is None or math.isnan(self.value) or self.excess <= 0:
             return words
         if self.interval is None:
@@ -73,4 +74,7 @@ def worst_domain(
         for domain, values in domains.items()
         if (value := getattr(values, gate)) is not None
     ]
-    return max(rows, key=lambda row: (row.fails, row.excess)) if len(rows) > 1 else None
+    if len(rows) < 2:
+        return None
+    chosen = max(rows, key=lambda row: (row.fails, row.excess))
+    return replace(chosen, is_worst=chosen.excess == max(row.excess for row in rows))

@@ -240,7 +240,9 @@ def test_without_a_server_what_is_due_is_run_here_and_then_no_more(requant: Requ
     assert first.status == 1, first.stderr  # since one is rejected
     started = [(each["recipe"], each["status"], each["run"]) for each in first.document["started"]]
     assert started == [("here.yaml", "validated", None), ("strict.yaml", "rejected", None)]
-    assert (second.status, second.document) == (0, {"checked": 2, "started": [], "problems": []})
+    assert (second.status, second.document) == (
+        0, {"checked": 2, "started": [], "problems": [], "rejected": ["strict.yaml"]},
+    )  # fmt: skip
 
 
 def test_a_server_that_does_not_answer_is_a_sentence(

@@ -245,6 +245,17 @@ def test_run_refuses_a_users_folder_before_any_work(
     assert "Prefect" not in said and contents(tmp_path / "out") == {"b/README.md": b"mine"}
 
 
+@pytest.mark.parametrize("below", ["", "made"])
+def test_run_writes_no_checkout_into_the_folder_of_its_base_even_with_force(
+    below: str, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    write_files(base, {"config.json": b"{}"})
+    status, said = ended(capsys, monkeypatch, "run", str(base), "--checkout", str(base / below), "--force")
+    assert status == 2 and "is in the folder of the base or the adapter" in said
+    assert contents(base) == {"config.json": b"{}"}
+
+
 def test_run_refuses_a_report_that_cannot_be_written_before_any_work(
     recipe: Path, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,14 +148,14 @@ def test_a_changed_folder_is_due_and_no_webhook_asks_for_it(store: Store, tmp_pa
     assert load_tracked(tmp_path / "recipes", {"x/one"})[0] == [], "what changes in that repo is not in the folder"
     tracked, _ = load_tracked(tmp_path / "recipes")
     with Pace() as pace:
-        (due,), problems = find_due(store, tracked, pace)
+        (due,), problems, _ = find_due(store, tracked, pace)
         assert due.base.repo_id == "tuned" and not problems
         remember_run(store, due.recipe, due.base, "published")
-        assert find_due(store, tracked, pace) == ([], [])
+        assert find_due(store, tracked, pace) == ([], [], [])
         (base / "README.md").write_text("another card")
-        assert find_due(store, tracked, pace) == ([], [])
+        assert find_due(store, tracked, pace) == ([], [], [])
         (base / "generation_config.json").write_text("{}")
-        ((again,), _) = find_due(store, tracked, pace)
+        ((again,), _, _) = find_due(store, tracked, pace)
         assert again.base.content != due.base.content
         shutil.rmtree(base)
         assert [p.name for p in find_due(store, tracked, pace)[1]] == ["a.yaml"]
@@ -170,15 +170,15 @@ def test_a_changed_adapter_is_due_and_is_another_run_of_the_same_base(store: Sto
     assert [t.name for t in load_tracked(tmp_path / "recipes", {"x/lora"})[0]] == ["c.yaml"]
     tracked = [one for one in load_tracked(tmp_path / "recipes")[0] if one.name != "c.yaml"]
     with Pace() as pace:
-        (due, plain), problems = find_due(store, tracked, pace)
+        (due, plain), problems, _ = find_due(store, tracked, pace)
         assert not problems and due.base.sha == plain.base.sha and due.base.content != plain.base.content
         for one in (due, plain):
             remember_run(store, one.recipe, one.base, "published")
-        assert find_due(store, tracked, pace) == ([], [])
+        assert find_due(store, tracked, pace) == ([], [], [])
         (adapter / "README.md").write_text("another card")
-        assert find_due(store, tracked, pace) == ([], [])
+        assert find_due(store, tracked, pace) == ([], [], [])
         write_adapter(adapter, {name: 2 * one for name, one in tensors.items()})
-        ((again,), _) = find_due(store, tracked, pace)
+        ((again,), _, _) = find_due(store, tracked, pace)
         assert again.name == "a.yaml" and again.base.sha == due.base.sha
         assert first_commit(store, due.recipe, due.base) != first_commit(store, due.recipe, again.base)
         (adapter / "adapter_model.safetensors").unlink()

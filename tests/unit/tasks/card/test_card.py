@@ -319,3 +319,16 @@ def test_an_adapter_is_named_and_pinned_and_its_folder_is_not_told(
     assert ("The recipe reads the adapter of its author's own" in card) == local
     assert yaml.safe_load(recipe_text(facts))["adapter"].items() >= pinned.items()
     assert facts.base.is_restricted == local, "nobody says who may read a folder"
+
+
+def test_limits_that_are_weaker_than_the_defaults_are_told() -> None:
+    def told(**gates: float | None) -> str:
+        text = make_card(replace(facts_of(), recipe=facts_of().recipe.model_copy(update={"gates": Gates(**gates)})))
+        found = re.search(r"weaker than those that Requant sets by default: (.*)\.", text)
+        return found[1] if found else ""
+
+    assert told() == told(max_kl_divergence=0.1, min_top1_agreement=0.9) == ""
+    assert told(max_kl_divergence=0.5, min_top1_agreement=0.4, max_block_error=None) == (
+        "max_kl_divergence 0.5 (by default 0.25); min_top1_agreement 0.4 (by default 0.85); "
+        "max_block_error none (by default 0.5)"
+    )
