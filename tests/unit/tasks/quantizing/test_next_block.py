@@ -70,6 +70,16 @@ def test_weights_that_were_replaced_after_they_were_copied_are_kept() -> None:
     assert [value for _, value in run(NextBlock(torch.device("cpu")), model, replace)] == [0.0, 7.0, 2.0]
 
 
+def test_memory_is_cleared_once_per_block_and_at_other_times_as_before() -> None:
+    model, following, cleared = model_of_blocks(), NextBlock(None), list[Any]()
+    clear = following.sparing(lambda tensors=None, device_list=None: cleared.append(tensors))
+    samples = [torch.ones(1), torch.ones(1)]
+    run(following, model, lambda number: clear(samples, device_list=["cpu"]))
+    assert samples == [None, None] and cleared == []
+    clear([3])
+    assert cleared == [[3]]
+
+
 def test_a_block_that_could_not_be_copied_ahead_is_started_as_it_is() -> None:
     model = model_of_blocks()
     assert [value for _, value in run(NextBlock(torch.device("cuda:99")), model)] == [0.0, 1.0, 2.0]
