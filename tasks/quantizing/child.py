@@ -46,6 +46,7 @@ def main(job_path: str, folder_path: str) -> int:
     report = EventWriter(folder / "events.jsonl").write
     os.environ["AR_RESUME_DIR"] = str(folder / "resume")
     os.environ["AR_WORK_SPACE"] = str(folder / "offload")
+    os.environ["AR_MALLOC_TRIM_EVERY"] = "1"  # `NextBlock` lets memory be cleared once a block.
     try:
         result = quantize(Path(job_path), folder, report)
     except JobRefused as error:

@@ -65,6 +65,7 @@ class NextBlock:
             gc.freeze()
             self._use(block)
             block = dispatch_block(quantizer, block, *args, **kwargs)
+            _own_weights(block)
             following = self._following.get(getattr(block, "global_name", ""))
             if self._device is not None and following is not None:
                 self._loaded = self._thread.submit(_load, self._model.get_submodule(following), self._device)
@@ -96,6 +97,16 @@ class NextBlock:
         for name, parameter in block.named_parameters():
             if name in loaded and parameter.data_ptr() == loaded[name].original.data_ptr():
                 parameter.data = loaded[name].copy
+
+
+def _own_weights(block: Any) -> None:
+    """Give a block on the CPU weights of its own, which tuning changes.
+
+    A changed page of a mapped file takes memory until the whole file is closed, which is at the end of the model.
+    """
+    for parameter in block.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def _load(block: Any, device: torch.device) -> dict[str, _Loaded]:

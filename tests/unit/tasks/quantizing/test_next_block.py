@@ -60,6 +60,14 @@ def test_without_a_device_nothing_is_copied() -> None:
     assert [place for place, _ in run(NextBlock(None), model)] == before
 
 
+def test_a_block_on_the_cpu_is_tuned_in_memory_of_its_own_and_not_in_the_pages_of_its_file() -> None:
+    model = model_of_blocks()
+    before = [block.weight.data_ptr() for block in model.layers]
+    run(NextBlock(None), model)
+    assert all(block.weight.data_ptr() != place for block, place in zip(model.layers, before, strict=True))
+    assert [float(block.weight.detach()[0, 0]) for block in model.layers] == [0.0, 1.0, 2.0]
+
+
 def test_weights_that_were_replaced_after_they_were_copied_are_kept() -> None:
     model = model_of_blocks()
 
