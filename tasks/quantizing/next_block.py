@@ -58,6 +58,7 @@ class NextBlock:
         It also clears the memory. What is there then stays, so that later collections of garbage need not look at it.
         """
         from auto_round.utils import clear_memory
+        from auto_round.utils.device_manager import device_manager
 
         @functools.wraps(dispatch_block)
         def dispatch_and_load(quantizer: Any, block: Any, *args: Any, **kwargs: Any) -> Any:
@@ -65,7 +66,8 @@ class NextBlock:
             gc.freeze()
             self._use(block)
             block = dispatch_block(quantizer, block, *args, **kwargs)
-            _own_weights(block)
+            if torch.device(device_manager.device).type == "cpu":
+                _own_weights(block)
             following = self._following.get(getattr(block, "global_name", ""))
             if self._device is not None and following is not None:
                 self._loaded = self._thread.submit(_load, self._model.get_submodule(following), self._device)
@@ -105,8 +107,7 @@ def _own_weights(block: Any) -> None:
     A changed page of a mapped file takes memory until the whole file is closed, which is at the end of the model.
     """
     for parameter in block.parameters():
-        if parameter.device.type == "cpu":
-            parameter.data = parameter.data.clone()
+        parameter.data = parameter.data.clone()
 
 
 def _load(block: Any, device: torch.device) -> dict[str, _Loaded]:
