@@ -65,6 +65,7 @@ class TuningRun:
     delta_rule    the modules whose gated delta rule is replaced (`modules_with_reference`)
     clock         measures the phases of each block if REQUANT_PROFILE is set
     load_ahead    the device onto which the next block is loaded while a block is tuned; None to load none ahead
+    write_behind  whether a block is written while the next one is tuned
     """
 
     report: EventSink
@@ -73,6 +74,7 @@ class TuningRun:
     delta_rule: Sequence[ModuleType] = ()
     clock: Profile | None = None
     load_ahead: torch.device | None = None
+    write_behind: bool = True
 
 
 def refuse_other_versions() -> None:
@@ -108,7 +110,7 @@ def patches(run: TuningRun) -> list[Patch]:
         *resume_patches(run.report),
         *loading_patches(run.load_ahead),
         *passing_patches(),
-        *writing_patches(),
+        *writing_patches(run.write_behind),
         *progress_patches(run),
     ]
     return [*rows, *profile_patches(run.clock)] if run.clock else rows
@@ -278,8 +280,8 @@ def passing_patches() -> list[Patch]:
     ]
 
 
-def writing_patches() -> list[Patch]:
-    """List the patches that pack and write a block in a thread, while the next one is tuned."""
+def writing_patches(behind: bool) -> list[Patch]:
+    """List the patches that pack and write a block in a thread, with `behind` while the next one is tuned."""
     from auto_round.compressors import orchestrator, utils
     from auto_round.compressors.shard_writer import ShardWriter
     from auto_round.export import utils as export_utils
@@ -287,7 +289,7 @@ def writing_patches() -> list[Patch]:
 
     from requant.tasks.quantizing.finished_blocks import FinishedBlocks, flush_shard
 
-    finished = FinishedBlocks()
+    finished = FinishedBlocks(wait=not behind)
     return [
         Patch(
             orchestrator,

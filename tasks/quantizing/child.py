@@ -133,6 +133,7 @@ def quantize(job_path: Path, folder: Path, report: EventSink) -> JobResult:
         delta_rule=delta_rule,
         clock=Profile(machine.profile) if machine.profile else None,
         load_ahead=torch.device(device) if on_gpu and not chosen.low_gpu_mem else None,
+        write_behind=not (on_gpu and chosen.low_gpu_mem),
     )
     with patched(patches(run), report):
         rounder = AutoRound(

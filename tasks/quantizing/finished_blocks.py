@@ -26,9 +26,13 @@ from requant.tasks.quantizing.resume import block_file, rounded_weights
 
 
 class FinishedBlocks:
-    """The tuned block that is being written. Its methods make replacements for auto-round's functions."""
+    """The tuned block that is being written. Its methods make replacements for auto-round's functions.
 
-    def __init__(self) -> None:
+    `wait`: write each block before the next one starts, since the GPU has no memory for two.
+    """
+
+    def __init__(self, *, wait: bool = False) -> None:
+        self._wait_at_once = wait
         self._model: Any = None
         self._tuning_thread: int | None = None  # while the blocks of a model are tuned
         self._thread: ThreadPoolExecutor | None = None
@@ -123,6 +127,8 @@ class FinishedBlocks:
         self._wait()
         assert self._thread is not None
         self._written = self._thread.submit(finish)
+        if self._wait_at_once:
+            self._wait()
 
     def _wait(self) -> None:
         if self._written is not None:

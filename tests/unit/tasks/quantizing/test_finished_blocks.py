@@ -26,9 +26,9 @@ NAMES = ["layers.0", "layers.1", "layers.2"]
 class Written:
     """What a run leaves: a model of three blocks, auto-round's resume state, and its writer of shards."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, wait: bool = False) -> None:
         self.folder = folder
-        self.finished = FinishedBlocks()
+        self.finished = FinishedBlocks(wait=wait)
         self.packed_by: list[threading.Thread] = []
         self.model = torch.nn.Module()
         self.model.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in NAMES)
@@ -107,6 +107,13 @@ def test_at_most_one_block_waits_to_be_written(tmp_path: Path) -> None:
     finished: list[int] = []
     written.run(lambda number: finished.append(len(written.blocks())))
     assert all(count >= number for number, count in enumerate(finished))
+
+
+def test_without_memory_for_two_a_block_is_written_before_the_next_one_starts(tmp_path: Path) -> None:
+    written = Written(tmp_path, wait=True)
+    finished: list[int] = []
+    written.run(lambda number: finished.append(len(written.blocks())))
+    assert finished == [1, 2, 3]
 
 
 @pytest.mark.parametrize("number", range(3))
