@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 import requant
+from requant.flows.recipes import recipe_files
 from requant.tasks.checkpoint.writer import write_file
 from requant.tasks.documents import first_problem
 from requant.tasks.errors import RecipeError, RequantError
@@ -141,18 +142,19 @@ def with_recipes(deployments: list[Deployment], folder: Path) -> list[Deployment
     """Add a deployment of requantize for each recipe of a folder, named after its file, with the recipe as parameter.
 
     The watch gets the absolute path of the folder, since a worker runs in another working folder. Raises RecipeError if
-    there is no such folder, or a recipe is wrong, or is named like the deployment requantize.
+    there is no such folder, or a recipe is wrong, or two deployments would have one name.
     """
     from requant.tasks.recipe.loader import load_recipe
 
-    if not folder.is_dir():
-        raise RecipeError(f"the folder of recipes {folder} does not exist: name one with --recipes")
+    recipes = recipe_files(folder)
     watched = {"folder": str(folder.resolve())}
     result = [one.model_copy(update={"parameters": watched}) if one.name == "watch" else one for one in deployments]
     requantize = next(one for one in deployments if one.name == "requantize")
-    for path in sorted(folder.glob("*.yaml")):
+    for path in recipes:
         if path.stem == requantize.name:
             raise RecipeError(f"{path}: the watch starts its runs from the deployment of this name: rename the recipe")
+        if path.with_suffix(".yaml") in recipes and path.suffix != ".yaml":
+            raise RecipeError(f"{path}: {path.stem}.yaml would have a deployment of the same name: rename the recipe")
         try:
             recipe = load_recipe(path)
         except RecipeError as error:

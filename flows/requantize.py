@@ -84,6 +84,7 @@ from requant.tasks.validate import STAGE as VALIDATE
 from requant.tasks.validate import read_values as read_measured
 from requant.tasks.validate import validate_key
 from requant.tasks.validating.engine_gate import EngineDrafts, judge_engine
+from requant.tasks.validating.expert_gate import judge_experts
 from requant.tasks.validating.gates import Gate, accepted, judge, summary
 from requant.tasks.versions import source_commit
 
@@ -218,7 +219,7 @@ def _run_stages(context: RunContext, report: RunReport) -> None:
     artifact = report.artifact = fixed.manifest
     validated = _record(_validate(recipe, source, fixed, context.text, delegated), report)
     report.measured = measured = read_measured(store, validated)
-    report.gates = judge(measured, recipe.gates)
+    report.gates = [*judge(measured, recipe.gates), *judge_experts(report.experts, recipe.gates)]
     show_gates(report)
     if not accepted(report.gates):
         report.status = "rejected"

@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import Field
 
 from requant.flows.last_run import last_run
+from requant.flows.recipes import recipe_files
 from requant.tasks.documents import Document
 from requant.tasks.errors import RecipeError, RequantError
 from requant.tasks.hub.rate_limit import PARALLEL_REQUESTS, Pace
@@ -136,14 +137,12 @@ def watch_pass(folder: Path, start: Start, repos: Collection[str] | None = None)
 def load_tracked(folder: Path, repos: Collection[str] | None = None) -> tuple[list[Tracked], list[Problem]]:
     """Read the recipes of a folder. If `repos` is given, return only recipes whose base or adapter is one of these.
 
-    Of several files with the same recipe, the first one counts. Raises RecipeError if there is no such folder.
+    Of several files with the same recipe, the first one counts. Raises what `recipe_files` raises.
     """
-    if not folder.is_dir():
-        raise RecipeError(f"the folder of recipes {folder} does not exist: name one with --recipes")
     wanted = None if repos is None else {repo.lower() for repo in repos}
     tracked: dict[str, Tracked] = {}
     problems = []
-    for path in sorted(folder.glob("*.yaml")):
+    for path in recipe_files(folder):
         try:
             recipe = load_recipe(path)
         except RecipeError as error:

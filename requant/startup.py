@@ -32,7 +32,6 @@ def main() -> None:
     _handle_interrupts(end_at_once)
     collect_garbage_rarely()
     turn_off_telemetry(os.environ)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # huggingface_hub reads it when it is imported.
     try:
         from requant.flows.cli.main import main as run_command
 

@@ -23,6 +23,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 # Files that a published repo has in addition to the artifact. A base's files of these names are not copied. The Hub
 # writes .gitattributes itself.
 RELEASE_FILES = CARD, RELEASE, RECIPE, REPORT = "README.md", "requant.json", "recipe.yaml", "report.md"
+MAX_CARD_BYTES = 1 << 20  # A base's card that is larger is ignored.
 GITATTRIBUTES = ".gitattributes"
 REWRITTEN = (*RELEASE_FILES, GITATTRIBUTES)
 PICTURES = "pictures"  # the folder with the pictures of a release
@@ -156,6 +157,13 @@ def file_of(root: Path, path: str) -> File:
     """Describe the file `path` below `root`, which is read once."""
     full = root / path
     return File(path, full.stat().st_size, sha256_of(full))
+
+
+def write_back(descriptor: int, start: int, length: int) -> None:
+    """Start writing a finished range of a file to the disk, so that the fsync at the end is quick."""
+    if hasattr(os, "posix_fadvise"):
+        # Linux starts to write dirty pages, keeps them cached, and drops pages that are written.
+        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
 
 
 def sync(path: Path) -> None:

@@ -29,7 +29,7 @@ from requant.tasks.store import Store
 from requant.tasks.store.folder import inside
 
 STAGE = Stage("download", 1)
-PARALLEL_DOWNLOADS = 4
+PARALLEL_DOWNLOADS = 8
 MAX_GIT_BYTES = 16 << 20  # larger files are in LFS: the Hub takes at most 10 MB without it
 log = logging.getLogger(__name__)
 
@@ -119,10 +119,10 @@ def fetch_unless_stored(store: Store, base: Revision, folder: Path, bar: Bar, fi
     except FileNotFoundError as error:
         if base.folder is None:
             raise
-        raise changed(file.path, base.folder / file.path) from error
+        raise changed(base.folder / file.path) from error
     if base.folder is not None and base.is_local and fetched.sha256 != file.sha256:
         path.unlink()
-        raise changed(file.path, base.folder / file.path)
+        raise changed(base.folder / file.path)
     if (fetched.sha256 != file.sha256) if file.sha256 else (git_blob_id(path) != file.blob_id):
         path.unlink()
         raise HubUnavailable(

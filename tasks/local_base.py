@@ -70,10 +70,10 @@ class LocalFile:
         except OSError as error:
             raise _unreadable(path, real, error) from error
         if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{shown(path)} of the base's folder is not a file: remove it", path=real)
+            raise CheckpointError(f"{real} is not a file: remove it", path=real)
         if not readable:
             raise CheckpointError(
-                f"{shown(path)} of the base's folder cannot be read (no permission): allow it or remove the file",
+                f"{real} cannot be read (no permission): allow it or remove the file",
                 path=real,
             )
         return cls(path, real, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
@@ -145,7 +145,7 @@ def _hash(store: Store, file: LocalFile, stop: threading.Event, bar: Bar) -> str
     except OSError as error:
         raise _unreadable(file.path, file.real, error) from error
     if LocalFile.at(file.path, file.real) != file:
-        raise changed(file.path, file.real)
+        raise changed(file.real)
     if file.modified_ns + RACY_NS < begun_ns:
         store.put_fact(FACT, file.fact, hasher.hexdigest())
     return hasher.hexdigest()
@@ -167,7 +167,7 @@ def _existing(folder: Path) -> Path:
         is_folder = folder.is_dir()
     if not is_folder:
         raise RecipeError(
-            f"the base's folder {folder} does not exist on this machine ({platform.node()}): run where it lies, or put "
+            f"the folder {folder} does not exist on this machine ({platform.node()}): run where it lies, or put "
             "the checkpoint into a repo on the Hub",
             path=folder,
         )
@@ -209,7 +209,7 @@ def _walk(folder: Path) -> Iterator[str]:
 
     def fail(error: OSError) -> None:
         raise CheckpointError(
-            f"the base's folder {error.filename} cannot be read ({error.strerror}): allow it, or name another folder",
+            f"the folder {error.filename} cannot be read ({error.strerror}): allow it, or name another folder",
             path=error.filename,
         ) from error
 
@@ -222,7 +222,7 @@ def _walk(folder: Path) -> Iterator[str]:
             found += 1
             if found > MAX_FILES:
                 raise CheckpointError(
-                    f"the base's folder {folder} has more than {MAX_FILES:,} files: name the folder of one checkpoint",
+                    f"the folder {folder} has more than {MAX_FILES:,} files: name the folder of one checkpoint",
                     path=folder,
                 )
             if not name.startswith("."):
@@ -243,7 +243,7 @@ def _real(folder: Path, path: str) -> Path:
     in_cache = folder.parent.name == "snapshots" and real.is_relative_to(blobs)
     if not in_cache and not real.is_relative_to(folder):
         raise CheckpointError(
-            f"{shown(path)} of the base's folder is a link that leads out of it, to {real}: put the file itself there",
+            f"{full} is a link that leads out of its folder, to {real}: put the file itself there",
             path=full,
         )
     return real
@@ -282,15 +282,14 @@ def _settings(document: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _settings(value, prefix)
 
 
-def changed(path: str, real: Path) -> CheckpointError:
+def changed(real: Path) -> CheckpointError:
     """Return the error for a file that is not, or no longer, what was hashed."""
     return CheckpointError(
-        f"{shown(path)} of the base's folder changed while it was read: wait until it is written, then run again",
+        f"{real} changed while it was read: wait until it is written, then run again",
         path=real,
     )
 
 
 def _unreadable(path: str, real: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"{shown(path)} of the base's folder cannot be read ({error.strerror}): mend or remove it", path=real
-    )
+    link = "" if real.as_posix().endswith(f"/{path}") else f", to which {shown(path)} leads,"
+    return CheckpointError(f"{real}{link} cannot be read ({error.strerror}): mend or remove it", path=real)

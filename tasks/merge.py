@@ -7,7 +7,6 @@ a test compares the result with that of `merge_and_unload`, bit for bit. Shards 
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.checkpoint.writer import Computed, Layout
 from requant.tasks.download import STAGE as DOWNLOAD
 from requant.tasks.download import fetch_unless_stored, find_base
-from requant.tasks.errors import CheckpointError, RecipeError
+from requant.tasks.errors import CheckpointError
 from requant.tasks.hub.revision import Revision, find_revision
 from requant.tasks.local_base import find_local_base
 from requant.tasks.pipeline.stage import Made, Stage, StageResult, put_files, run_stage
@@ -45,13 +44,10 @@ def find_merged_base(store: Store, recipe: Recipe, hash_limit_bytes: int | None 
 def find_adapter(store: Store, adapter: Base) -> Revision:
     """Resolve an adapter to its commit, or to a digest of its folder, with the two files that are read of it.
 
-    Raises RecipeError for a folder that does not exist, CheckpointError for what is no adapter in safetensors, and what
-    `find_revision` and `find_local_base` raise.
+    Raises CheckpointError for what is no adapter in safetensors, and what `find_revision` and `find_local_base` raise.
     """
     if adapter.folder is None:
         return adapter_files(find_revision(adapter.name, adapter.revision))
-    if not os.path.isdir(adapter.folder):
-        raise RecipeError(f"the adapter's folder {adapter.folder} does not exist on this machine", path=adapter.folder)
     return adapter_files(find_local_base(store, adapter))
 
 

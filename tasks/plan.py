@@ -26,6 +26,7 @@ from requant.tasks.evaluate import STAGE as EVALUATE
 from requant.tasks.excerpt import text_files
 from requant.tasks.hub.release import find_rolled_back
 from requant.tasks.hub.revision import Revision
+from requant.tasks.license import license_findings
 from requant.tasks.merge import find_merged_base, merge_key
 from requant.tasks.mtp_fix import mtp_fix_key
 from requant.tasks.pipeline.stage import Stage, tool_problems
@@ -168,11 +169,13 @@ def _plan_run(store: Store, recipe: Recipe, inputs: Inputs, scope: Scope) -> _Pl
                 plans[name] = with_problem(plans[name], same)
             before.add(recipes[name], plans[name])
         document = combine_plans(recipe, plans) if recipe.outputs else plans[""]
-        found = Findings() if scope.elsewhere else _found_outside(recipe, inputs.base, document, scope)
+        found = Findings() if scope.elsewhere else _found_outside(recipe, base, document, scope)
         calibration = tuple(map(PlannedSource.of, inputs.calibration.sources))
+        target = None if recipe.publish is None or recipe.outputs else recipe.publish.repo_id
         document = document.model_copy(
             update={
                 "calibration": calibration,
+                "repo_id": target,
                 "problems": (*document.problems, *found.problems),
                 "warnings": (*document.warnings, *found.warnings),
             }
@@ -180,15 +183,16 @@ def _plan_run(store: Store, recipe: Recipe, inputs: Inputs, scope: Scope) -> _Pl
         return _PlannedRun(document, recipes)
 
 
-def _found_outside(recipe: Recipe, base: Revision, document: PlanDocument, scope: Scope) -> Findings:
-    """Find what is wrong with the tasks of `eval`, the engine, and the repos to publish to."""
+def _found_outside(recipe: Recipe, base: BaseHeaders, document: PlanDocument, scope: Scope) -> Findings:
+    """Find what is wrong with the tasks of `eval`, the engine, the license, and the repos to publish to."""
     to_run = {stage.name for stage in document.stages if stage.state == "run"} if document.stages else ON_GPU
     found = task_findings(recipe, to_run, scope.delegated) + engine_findings(recipe, to_run, scope.delegated)
     if recipe.probes is not None and PROBE.name not in scope.delegated and (why := no_engine(recipe.benchmark)):
         fails = recipe.gates.max_probe_loss is not None  # A gate with a limit that is not measured is a failed one.
         found += Findings.of(PROBE.name, [why] if fails else [], [] if fails else [why])
     stopped = document.problems or found.problems  # Then no repo is created just to see whether it may be.
-    return found + target_findings(recipe, base, starts=scope.starts and not stopped)
+    found += license_findings(recipe, base.revision, base.source.folder)
+    return found + target_findings(recipe, base.revision, starts=scope.starts and not stopped)
 
 
 @dataclass(frozen=True)

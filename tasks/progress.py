@@ -18,9 +18,10 @@ from requant.tasks.formatting import format_duration, gigabytes
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-Unit = Literal["bytes", "blocks", "tokens", "requests", "files"]
+Unit = Literal["bytes", "blocks", "tokens", "requests", "runs", "files"]
 Display = Literal["bars", "lines", "nothing"]
 INTERVAL_S = 30.0
+UPDATE_S = 0.1  # between two updates of a bar
 log = logging.getLogger(__name__)
 
 
@@ -75,14 +76,23 @@ class _Terminal:
         progress = self._begin()
         task = progress.add_task(count.name, total=count.total, words=count.words(0.0))
 
+        def update(now_s: float) -> None:
+            progress.update(task, completed=count.done, words=count.words(now_s - count.begun_s))
+
         class Shown:
+            next_s = 0.0
+
             def advance(self, more: int = 1) -> None:
                 count.advance(more)
-                progress.update(task, completed=count.done, words=count.words(time.monotonic() - count.begun_s))
+                now_s = time.monotonic()
+                if now_s >= self.next_s:  # A download calls 16,000 times for each GB.
+                    self.next_s = now_s + UPDATE_S
+                    update(now_s)
 
         try:
             yield Shown()
         finally:
+            update(time.monotonic())
             progress.refresh()
             progress.remove_task(task)
             self._end()
@@ -120,6 +130,11 @@ def show(display: Display) -> None:
     """Choose how progress is shown in this process."""
     global _display
     _display = display
+
+
+def shows_bars() -> bool:
+    """Check whether this process shows bars."""
+    return _display == "bars"
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import shutil
 import time
@@ -17,9 +16,19 @@ from typing import Any
 
 from huggingface_hub import constants
 
-from requant.tasks.artifact import CARD, PICTURES, RECIPE, RELEASE, REPORT, File, Manifest, digest_of, git_blob_id_of
+from requant.tasks.artifact import (
+    CARD,
+    MAX_CARD_BYTES,
+    PICTURES,
+    RECIPE,
+    RELEASE,
+    REPORT,
+    File,
+    Manifest,
+    digest_of,
+    git_blob_id_of,
+)
 from requant.tasks.card.card import make_card
-from requant.tasks.card.card_data import license_of
 from requant.tasks.card.facts import CardFacts, FileFacts
 from requant.tasks.card.memory import CONTEXTS, cache_bytes
 from requant.tasks.card.pinned import recipe_text
@@ -44,8 +53,6 @@ from requant.tasks.store import Store
 
 GENERATION_CONFIG = "generation_config.json"
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
-MAX_CARD_BYTES = 1 << 20  # A base's card that is larger is ignored.
-log = logging.getLogger(__name__)
 
 
 def file_facts(store: Store, recipe: Recipe, base_files: Manifest, artifact: Manifest) -> FileFacts:
@@ -109,8 +116,6 @@ def release_files(store: Store, artifact: Manifest, facts: CardFacts, report: st
 
     They are published next to the artifact's files. A picture is left out if the artifact has a file of its name.
     """
-    if facts.recipe.publish is not None and not license_of(facts):
-        log.warning("neither the recipe nor the card of the base names a license: set publish.license")
     pictures = {f"{PICTURES}/{picture.name}.png": picture for picture in facts.pictures}
     pictures = {path: picture for path, picture in pictures.items() if path not in artifact}
     files = {
@@ -156,7 +161,7 @@ def publish(
         folder = store.link_files(artifact, store.work_folder("publish", digest_of([key, artifact.digest])))
         for path, data in files.items():
             write_file(folder, path, [data])
-        released = release(recipe.publish, base, folder, artifact, list(files))
+        released = release(recipe.publish, base, folder, artifact, list(files), bits=recipe.quantize.asked.bits)
         shutil.rmtree(folder, ignore_errors=True)
     seconds = round(time.monotonic() - started, 3)
     state = "ran" if released.changed else "reused"

@@ -33,7 +33,7 @@ from requant.tasks.quantizing.events import EventSink
 from requant.tasks.quantizing.job import Job, Rung
 from requant.tasks.quantizing.memory_fallback import TIMEOUT_S, quantize_with_fallback
 from requant.tasks.quantizing.samples import SampleSource, SourceUse, tokens_to_read
-from requant.tasks.quantizing.tuned_blocks import tuned_blocks
+from requant.tasks.quantizing.tuned_blocks import expert_tokens, tuned_blocks
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.store import Store
 from requant.tasks.store.resume import delete_resume, download_resume, resume_uploads
@@ -137,6 +137,7 @@ def quantize(
             "work": {"parameters": _quantized_parameters(checkpoint, result.bits), **work_settings},
             "attempts": [attempt.model_dump(exclude_unset=True) for attempt in attempts],
             "blocks": [block.to_json() for block in tuned_blocks(folder / "events.jsonl")],
+            **({"experts": experts} if (experts := expert_tokens(folder / "events.jsonl")) else {}),
             "peak_gpu_bytes": result.peak_gpu_bytes,
             **_sources(read, result.calibration),
         }

@@ -149,6 +149,12 @@ class StageRecord:
         return int(_number(self.document.get("written_tokens")) or 0)
 
     @property
+    def bits(self) -> int | None:
+        """The bits of the quantized weights, in the record of a quantize stage."""
+        bits = self._part("scheme").get("bits")
+        return bits if type(bits) is int else None
+
+    @property
     def calibration(self) -> str | None:
         """The calibration text, pinned to what it was."""
         return _text(self.document.get("calibration"))
@@ -194,6 +200,12 @@ class StageRecord:
         rows = [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
         numbers = ("seconds", "loss_before", "loss_after", "step_seconds", "compile_seconds")
         return [RecordedBlock(str(row.get("name")), *(_number(row.get(name)) for name in numbers)) for row in rows]
+
+    @property
+    def experts(self) -> dict[str, tuple[int, ...]]:
+        """How many tokens of the calibration each expert got, by the name of the module that has the experts."""
+        counted = {name: counts for name, counts in self._part("experts").items() if isinstance(counts, list)}
+        return {name: tuple(int(_number(count) or 0) for count in counts) for name, counts in counted.items()}
 
     @property
     def block_seconds(self) -> list[float]:

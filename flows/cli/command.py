@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import click
 
-from requant.flows import RECIPES_FOLDERS, default_recipes
 from requant.flows.cli.colours import use_colour, with_colours
+from requant.flows.recipes import RECIPES_FOLDERS, default_recipes
 from requant.tasks.errors import redact
 from requant.tasks.pipeline.log import set_verbosity
 from requant.tasks.progress import show

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from requant.flows import default_recipes
 from requant.flows.cli.arguments import server_url
 from requant.flows.cli.command import EXISTING_FOLDER, CommandResult, command
+from requant.flows.recipes import default_recipes
 
 DEFAULT_FOLDER = Path("deployments")
 

@@ -37,17 +37,22 @@ def init(model: str, path: Path | None, force: bool) -> CommandResult:
     """
     from requant.flows.cli.documents import InitDocument, InitialBase
     from requant.flows.cli.schema import recipe_schema
+    from requant.tasks.card.base_card import inherited
+    from requant.tasks.checkpoint.base_check import check_kind
     from requant.tasks.checkpoint.checkpoint import Checkpoint
     from requant.tasks.checkpoint.untrusted import without_folder
     from requant.tasks.checkpoint.writer import write_file
     from requant.tasks.errors import CheckpointError
     from requant.tasks.hub.publish_target import account_name
     from requant.tasks.hub.revision import check_repo_id, find_revision, split_name
-    from requant.tasks.hub.sparse_checkout import create_checkout
+    from requant.tasks.hub.sparse_checkout import create_checkout, read_card
     from requant.tasks.local_base import find_folder
+    from requant.tasks.recipe.base_section import FOLDER_BEGINS
     from requant.tasks.recipe.starter import SCHEMA_FILE, Target, path_from, starter_recipe
 
     is_folder = os.path.isdir(model)
+    if not is_folder and model.startswith(FOLDER_BEGINS):
+        raise click.UsageError(f"the folder {model} does not exist: name a model's folder, or a model as owner/name")
     if is_folder:
         resolved = find_folder(Path(model))
         folder_name = Path(os.path.abspath(model)).name  # of a link, not of what it leads to
@@ -67,10 +72,12 @@ def init(model: str, path: Path | None, force: bool) -> CommandResult:
         folder = Path(temporary)
         try:
             base = Checkpoint.open(create_checkout(resolved, folder)).sound()
+            check_kind(base, resolved.repo_id)
         except CheckpointError as error:
             raise CheckpointError(without_folder(str(error), folder, resolved.repo_id)) from error
         name = path_from(path.parent, Path(model)) if is_folder else model
-        text = starter_recipe(name, resolved.sha or None, base, target)
+        has_license = "license" in inherited(read_card(resolved, folder))
+        text = starter_recipe(name, resolved.sha or None, base, target, has_license=has_license)
     write_file(path.parent, SCHEMA_FILE, [json.dumps(recipe_schema(), indent=1).encode()])
     write_file(path.parent, path.name, [text.encode()])
     document = InitDocument(

@@ -87,8 +87,10 @@ def main() -> None:
             cli(standalone_mode=False)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
+    except click.NoSuchOption as error:
+        _fail(_unknown_option(error), 2)
     except click.UsageError as error:
-        _fail(error.format_message() + (f" ({error.ctx.command_path} --help)" if error.ctx else ""), 2)
+        _fail(_with_help(error), 2)
     except RecipeError as error:
         _fail(str(error), 2)
     except (KeyboardInterrupt, click.Abort):
@@ -100,6 +102,22 @@ def main() -> None:
         if explained is None:
             raise
         _fail(str(explained), 1)
+
+
+def _unknown_option(error: click.NoSuchOption) -> str:
+    """Return the sentence of an option that a command does not have. It may be a key of the recipe."""
+    from requant.tasks.recipe.loader import places_of
+
+    takes_keys = error.ctx is not None and any(one.name == "overrides" for one in error.ctx.command.params)
+    places = places_of(error.option_name.lstrip("-").replace("-", "_")) if takes_keys else []
+    if not places:
+        return _with_help(error)
+    keys = " or ".join(f"--set {place}=VALUE" for place in places)
+    return f"No such option '{error.option_name}': set this key of the recipe with {keys}"
+
+
+def _with_help(error: click.UsageError) -> str:
+    return error.format_message() + (f" ({error.ctx.command_path} --help)" if error.ctx else "")
 
 
 def _fail(sentence: str, status: int) -> None:

@@ -21,9 +21,11 @@ from requant.tasks.card.probes import probe_tables
 from requant.tasks.card.rows import (
     DOMAIN_COLUMNS,
     DRAFT_COLUMNS,
+    EXPERT_COLUMNS,
     QUALITY_COLUMNS,
     TASK_COLUMNS,
     domain_rows,
+    expert_rows,
     head_rows,
     quality_rows,
     task_rows,
@@ -61,6 +63,8 @@ def markdown(report: RunReport, link: Callable[[Picture], str]) -> str:
         parts += ["### Probes", *(table(columns, rows) for columns, rows in probe_tables(report.probes))]
     if rows := worst_rows(measured):
         parts += ["### Worst layers", table(("", "error", "slope", "bits"), rows)]
+    if rows := expert_rows(report.experts):
+        parts += ["### Experts", "Tokens of the calibration that they got:", table(EXPERT_COLUMNS, rows)]
     if report.benchmark and report.benchmark.engine != "none":
         parts += ["### Speed", *_speed(report.benchmark)]
     if report.pictures:

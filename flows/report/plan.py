@@ -26,13 +26,14 @@ TENSOR_COLUMNS = ("tensors", "count", "", "why")
 OUTPUT_COLUMNS = ("output", "repo", "bytes", "scheme and packing", "quantized", "kept")
 
 
-def subject(document: PlanDocument) -> str:
-    """Return the base and its commit, and those of its adapter."""
+def subject(document: PlanDocument, *, whole_path: bool = True) -> str:
+    """Return the base and its commit, and those of its adapter. A base in a folder has its path, or its name alone."""
     base = document.base
     adapter, _, commit = (base.adapter or "").partition("@")
     merged = f" with the adapter {adapter}{f'@{commit[:7]}' if commit else ''}" if adapter else ""
     if base.folder is not None:
-        return f"{base.folder} ({base.sha[:7] if base.sha else 'not hashed yet'}){merged}"
+        folder = base.folder if whole_path else base.repo_id
+        return f"{folder} ({base.sha[:7] if base.sha else 'not hashed yet'}){merged}"
     return f"{base.repo_id}@{base.sha[:7] if base.sha else base.revision}{merged}"
 
 
@@ -77,7 +78,10 @@ def plan_text(document: PlanDocument) -> str:
 def plan_markdown(document: PlanDocument, title: str) -> str:
     """Format the plan as Markdown, and escape names and sentences, which are untrusted."""
     verdict = "would be stopped" if document.problems else "would run"
-    parts = [f"### {escape(title)}: {verdict}", f"{_verbatim(subject(document))}: {escape(plan_headline(document))}"]
+    parts = [
+        f"### {escape(title)}: {verdict}",
+        f"{_verbatim(subject(document, whole_path=False))}: {escape(plan_headline(document))}",
+    ]
     if document.stages:
         parts.append(table(stage_columns(document), stage_rows(document)))
         if needs := need_rows(document):
@@ -165,6 +169,7 @@ def sentences(document: PlanDocument) -> list[tuple[str, str]]:
         moved = f"{gigabytes(transfer.download_bytes)} down, {gigabytes(transfer.upload_bytes)} up"
         lines.append(("moves", f"{moved}; {gigabytes(needs.disk_bytes)} of disk below the store"))
     lines += [("calibration", _source_words(source)) for source in document.calibration or ()]
+    lines += [("publish", f"to {document.repo_id}")] if document.repo_id is not None else []
     lines += [(engine, verdict.text(engine)) for engine, verdict in document.engines.items()]
     lines += [("changed", line) for line in _changes(document.changes)]
     lines += [("again", _again(stage)) for stage in document.stages if stage.again is not None]

@@ -19,7 +19,7 @@ from requant.tasks.pipeline.stage import StageResult
 from requant.tasks.plots import Picture
 from requant.tasks.probing.compare import ProbeSummary
 from requant.tasks.recipe.recipe import Recipe
-from requant.tasks.record import RecordedBlock
+from requant.tasks.record import RecordedBlock, StageRecord
 from requant.tasks.serving.result import BenchmarkResult
 from requant.tasks.store.runs import Run
 from requant.tasks.validating.drafts import DraftComparison
@@ -99,7 +99,17 @@ class RunReport:
     @property
     def blocks(self) -> Sequence[RecordedBlock]:
         """The decoder blocks as the quantize stage recorded them, with losses before and after tuning."""
-        return next((stage.provenance.blocks for stage in self.stages if stage.name == "quantize"), [])
+        return self._quantized.blocks
+
+    @property
+    def experts(self) -> Mapping[str, Sequence[int]]:
+        """How many tokens of the calibration each expert got, by the name of the module that has the experts."""
+        return self._quantized.experts
+
+    @property
+    def _quantized(self) -> StageRecord:
+        """The record of the quantize stage; an empty one if there is none."""
+        return next((stage.provenance for stage in self.stages if stage.name == "quantize"), StageRecord())
 
 
 def scheme_of(recipe: Recipe) -> str:

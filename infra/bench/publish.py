@@ -48,7 +48,7 @@ def main() -> None:
             api.upload_folder(repo_id=repo_id, folder_path=folder)
 
         def publish(repo_id: str) -> None:
-            release(Publish(repo_id=repo_id), base, folder, manifest, ["README.md"])
+            release(Publish(repo_id=repo_id), base, folder, manifest, ["README.md"], bits=4)
 
         seconds: dict[str, list[float]] = {"upload_folder": [], "requant": [], "requant, nothing new": []}
         for number in range(ROUNDS):

@@ -26,6 +26,7 @@ SPEED_COLUMNS = ("requests", "without MTP", "with MTP", "speedup", "draft accept
 PROMPT_COLUMNS = ("prompt, greedy, alone", "tokens", "without MTP", "with MTP", "draft acceptance rate")
 HEADLESS = {"without MTP": "tokens per second", "with MTP": None, "speedup": None, "draft acceptance rate": None}
 SOURCE_COLUMNS = ("calibration text", "samples", "rows read", "tokens read", "chats", "license")
+EXPERT_COLUMNS = ("experts", "number", "tokens each, mean", "least", "most", "without a token")
 Row = tuple[str, ...]
 
 
@@ -195,6 +196,22 @@ def source_rows(sources: Sequence[RecordedSource]) -> list[Row]:
         name = named(public(source.name))
         rows.append((name, samples, f"{source.rows:,}", f"{source.tokens:,}", words, escape(source.license or "")))
     return rows
+
+
+def expert_rows(experts: Mapping[str, Sequence[int]]) -> list[Row]:
+    """List how many tokens of the calibration the experts got, by the module that has them."""
+    return [
+        (
+            named(name),
+            str(len(tokens)),
+            f"{sum(tokens) / len(tokens):,.0f}",
+            f"{min(tokens):,}",
+            f"{max(tokens):,}",
+            ", ".join(str(number) for number, count in enumerate(tokens) if not count) or "none",
+        )
+        for name, tokens in experts.items()
+        if tokens
+    ]
 
 
 def stage_rows(provenance: Mapping[str, StageRecord]) -> list[Row]:

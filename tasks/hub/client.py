@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 
 import httpx2
-from huggingface_hub import HfApi, constants, set_client_factory
+from huggingface_hub import HfApi, constants, get_token, set_client_factory
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -22,12 +22,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars  # type: ignore[attr-defined]
 
 from requant.tasks.environment import PROXIES, variables_set
 from requant.tasks.errors import HubError, HubUnavailable, redact
 from requant.tasks.http import CLIENT_ERRORS, no_client
 from requant.tasks.hub._http import default_client_factory
 from requant.tasks.hub.xet_errors import explain_xet
+from requant.tasks.progress import shows_bars
 
 TEMPORARY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 # hf_xet writes down every so often what it has uploaded (20 s by default), and goes on from there after a kill.
@@ -49,8 +51,25 @@ set_client_factory(_client)
 warnings.filterwarnings("ignore", message="Warnings while validating metadata in README.md")
 
 
+if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:  # Otherwise the user has chosen.
+    disable_progress_bars()
+
+
 def hub_api() -> HfApi:
     return HfApi(library_name="requant")
+
+
+@contextlib.contextmanager
+def upload_bars() -> Iterator[None]:
+    """Show huggingface_hub's own bars in this block, on a terminal that has bars: nobody else can count an upload."""
+    if not shows_bars() or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None:
+        yield
+        return
+    enable_progress_bars()
+    try:
+        yield
+    finally:
+        disable_progress_bars()
 
 
 @contextlib.contextmanager
@@ -118,7 +137,7 @@ def _explain(error: HfHubHTTPError, repo_id: str, name: str) -> HubError:
     if isinstance(error, GatedRepoError):
         return HubError(
             f"{repo_id} is gated and this account has no access: accept its terms at "
-            f"{constants.ENDPOINT}/{repo_id} and set HF_TOKEN to a token of that account",
+            f"{constants.ENDPOINT}/{repo_id} and {_token_of('that account')}",
             repo_id=repo_id,
         )
     if status == 401 and any(words in str(error).lower() for words in ("credential", "invalid user token")):
@@ -127,8 +146,8 @@ def _explain(error: HfHubHTTPError, repo_id: str, name: str) -> HubError:
         )
     if isinstance(error, RepositoryNotFoundError):
         return HubError(
-            f"{repo_id} does not exist at {constants.ENDPOINT}, or is private: correct the repo_id, "
-            "or set HF_TOKEN to a token that may read it",
+            f"{repo_id} does not exist at {constants.ENDPOINT}, or is private: correct the repo_id, or "
+            f"{_token_of('an account that may read it')}",
             repo_id=repo_id,
         )
     if isinstance(error, RevisionNotFoundError):
@@ -148,6 +167,13 @@ def _explain(error: HfHubHTTPError, repo_id: str, name: str) -> HubError:
     if status == 412:
         return HubError(f"{repo_id} was changed by someone else meanwhile: look at it, then run again", repo_id=repo_id)
     return HubError(f"the Hub refused {name} ({status}): {_first_line(error)}", repo_id=repo_id)
+
+
+def _token_of(account: str) -> str:
+    """Say how to use the token of an account, and that there is none at hand."""
+    if get_token() is None:
+        return f"log in with hf auth login or set HF_TOKEN, since no token is set, to use one of {account}"
+    return f"set HF_TOKEN to a token of {account}"
 
 
 def _first_line(error: BaseException) -> str:

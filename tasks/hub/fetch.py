@@ -19,7 +19,7 @@ import httpx2
 from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 
-from requant.tasks.artifact import sha256_of
+from requant.tasks.artifact import sha256_of, write_back
 from requant.tasks.errors import HubUnavailable
 from requant.tasks.hub._http import build_hf_headers, get_session, hf_raise_for_status
 from requant.tasks.hub.client import TEMPORARY_STATUSES, hub_errors
@@ -30,6 +30,7 @@ from requant.tasks.store.folder import clone
 MAX_TRIES = 8  # in a row without a new byte: the pauses of 1, 2, 4, ..., 60 s last two minutes
 MAX_PAUSE_S = 60.0  # unless the server names a time
 CHUNK_BYTES = 1 << 20
+WRITE_BACK_BYTES = 64 << 20
 UNSHARED = 0o644  # permissions of files that others may read, and not write
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class _PartialFile:
         stream.seek(0)
         while chunk := stream.read(CHUNK_BYTES):
             self.hasher.update(chunk)
-        self.at = stream.tell()
+        self.at = self._written_back = stream.tell()
         advance(self.at)
         if self.at > size:
             self.start_over()
@@ -98,7 +99,7 @@ class _PartialFile:
     def start_over(self) -> None:
         self._stream.truncate(0)
         self._advance(-self.at)
-        self.at, self.hasher = 0, hashlib.sha256()
+        self.at, self._written_back, self.hasher = 0, 0, hashlib.sha256()
 
     def add(self, chunk: bytes) -> None:
         if self.at + len(chunk) > self.size:
@@ -108,6 +109,9 @@ class _PartialFile:
             view = view[self._stream.write(view) :]
         self.hasher.update(chunk)
         self.at += len(chunk)
+        if self.at - self._written_back >= WRITE_BACK_BYTES:
+            write_back(self._stream.fileno(), self._written_back, self.at - self._written_back)
+            self._written_back = self.at
         self._advance(len(chunk))
 
 
@@ -127,7 +131,7 @@ def _request_rest(url: str, partial: _PartialFile) -> None:
             partial.start_over()  # the server ignores ranges
             if begins != "bytes 0":
                 return
-        for chunk in response.iter_bytes(CHUNK_BYTES):
+        for chunk in response.iter_bytes():  # To collect them into larger ones takes a quarter of the CPU time.
             partial.add(chunk)
 
 

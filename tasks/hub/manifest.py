@@ -32,7 +32,10 @@ MAX_MANIFEST_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class ReleaseManifest:
-    """The content of a `requant.json`. `release_files` are the paths that it lists under `beside`."""
+    """The content of a `requant.json`. `release_files` are the paths that it lists under `beside`.
+
+    `bits` are those of the quantized weights; None where the manifest does not say.
+    """
 
     base_repo_id: str
     base_sha: str
@@ -42,6 +45,7 @@ class ReleaseManifest:
     release_files: frozenset[str]
     failed_gates: tuple[str, ...]
     adapter_repo_id: str | None = None
+    bits: int | None = None
 
     @classmethod
     def read(cls, raw: bytes, name: str) -> ReleaseManifest:
@@ -63,6 +67,7 @@ class ReleaseManifest:
                 release_files,
                 tuple(str(gate["name"]) for gate in document["gates"] if not _may_be_published(gate)),
                 str(document["adapter"]["repo_id"]) if "adapter" in document else None,
+                StageRecord(document["provenance"].get("quantize") or {}).bits,
             )
             if not COMMIT.fullmatch(parsed.base_sha) or not all(SHA256.fullmatch(f.sha256) for f in manifest.files):
                 raise ValueError("a hash in it is none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -54,18 +55,20 @@ class TargetCheck:
     unchecked: tuple[str, ...] = ()
 
 
-def check_target(publish: Publish, base: Revision, account: Account, *, create: bool) -> TargetCheck:
+def check_target(publish: Publish, base: Revision, account: Account, *, bits: int, create: bool) -> TargetCheck:
     """Check before any work whether a release of `base` could be published by an account. Raises HubUnavailable.
 
-    With `create`, a repo of an owner that the account does not name is created, as only that shows whether it may be.
+    `bits` are those of the quantized weights. With `create`, a repo of an owner that the account does not name is
+    created, as only that shows whether it may be.
     A changed target is refused here only if it holds a release of another commit of this base. Otherwise the run may
     lead to the artifact that the target holds already, which is known only when the run publishes.
     """
     problems: list[str] = []
     unchecked: list[str] = []
-    for check in (_check_repo, _check_collection):
+    check_repo = partial(_check_repo, publish, base, account, bits=bits, create=create)
+    for check in (check_repo, partial(_check_collection, publish)):
         try:
-            unchecked += check(publish, base, account, create)
+            unchecked += check()
         except HubUnavailable:
             raise
         except HubError as error:
@@ -73,7 +76,7 @@ def check_target(publish: Publish, base: Revision, account: Account, *, create: 
     return TargetCheck(tuple(problems), tuple(unchecked))
 
 
-def _check_repo(publish: Publish, base: Revision, account: Account, create: bool) -> Sequence[str]:
+def _check_repo(publish: Publish, base: Revision, account: Account, *, bits: int, create: bool) -> Sequence[str]:
     """Raise HubError for what is wrong with the repo. Return what could not be checked."""
     api, repo_id = hub_api(), publish.repo_id
     owner = repo_id.split("/")[0]
@@ -83,7 +86,7 @@ def _check_repo(publish: Publish, base: Revision, account: Account, create: bool
             api.auth_check(repo_id, write=True)
     sure = owner in account.namespaces and account.lists_all
     if exists:
-        warning = refuse_changed(resolve(repo_id), base, overwrite=publish.overwrite, before_work=True)
+        warning = refuse_changed(resolve(repo_id), base, bits, overwrite=publish.overwrite, before_work=True)
         return [warning] if warning else []
     if not sure and create:
         open_target(publish, base)
@@ -98,7 +101,7 @@ def _check_repo(publish: Publish, base: Revision, account: Account, create: bool
     return []
 
 
-def _check_collection(publish: Publish, base: Revision, account: Account, create: bool) -> Sequence[str]:
+def _check_collection(publish: Publish) -> Sequence[str]:
     """Raise HubError if there is no such collection."""
     if publish.collection is not None:
         with hub_errors(f"collection {publish.collection}"):
@@ -145,9 +148,11 @@ def open_target(publish: Publish, base: Revision) -> Revision:
     return main
 
 
-def refuse_changed(main: Revision, base: Revision, *, overwrite: bool, before_work: bool = False) -> str | None:
-    """Raise HubError if a release of `base` would replace another model, or changes that someone else made since the
-    last release.
+def refuse_changed(
+    main: Revision, base: Revision, bits: int, *, overwrite: bool, before_work: bool = False
+) -> str | None:
+    """Raise HubError if a release of `base` would replace another model, one with other bits, or changes that someone
+    else made since the last release.
 
     With `before_work`, raise it only where the run cannot lead to the release that is there already. Return a sentence
     if it would be raised after the work, unless the result is the same.
@@ -164,6 +169,12 @@ def refuse_changed(main: Revision, base: Revision, *, overwrite: bool, before_wo
         return (
             f"{main.repo_id} holds a release made of {claimed.model_name}: unless the result is the same, one made of "
             f"{base.model_name} is refused at the end; set publish.overwrite: true, or publish to a repo of its own"
+        )
+    if claimed.model_name == base.model_name and claimed.bits not in {None, bits}:
+        raise HubError(
+            f"{main.repo_id} holds a release with {claimed.bits} bits, and this one has {bits}: publish to a repo "
+            "of its own, or set publish.overwrite: true",
+            repo_id=main.repo_id,
         )
     if before_work and claimed.base_sha == base.sha:
         return None

@@ -17,7 +17,8 @@ from pydantic import ConfigDict, Field, computed_field
 from requant.tasks.artifact import GITATTRIBUTES, PICTURES, REWRITTEN, File, Manifest, file_of, git_blob_id
 from requant.tasks.documents import Document
 from requant.tasks.errors import HubError, HubUnavailable
-from requant.tasks.hub.client import hub_api, hub_errors
+from requant.tasks.formatting import gigabytes
+from requant.tasks.hub.client import hub_api, hub_errors, upload_bars
 from requant.tasks.hub.manifest import read_release, tag_of
 from requant.tasks.hub.publish_target import open_target, refuse_changed
 from requant.tasks.hub.revision import HubFile, Revision, resolve
@@ -55,11 +56,14 @@ def release(
     folder: Path,
     manifest: Manifest,
     release_files: Sequence[str],
+    *,
+    bits: int,
 ) -> Release:
     """Make `main` of the recipe's repo hold exactly the artifact and its release files: card, recipe, report, pictures.
 
-    `folder` has the files of both. If `main` already has the artifact, changed release files alone do not create a new
-    release. With `publish.pull_request`, open a pull request; once it is merged, the next call creates the tag.
+    `folder` has the files of both, and `bits` are those of the quantized weights. If `main` already has the artifact,
+    changed release files alone do not create a new release. With `publish.pull_request`, open a pull request; once it
+    is merged, the next call creates the tag.
     Raises HubError (no write access, or a change by someone else) or HubUnavailable.
     """
     repo_id, tag, message = publish.repo_id, tag_of(base.sha, manifest.digest), _title(base, manifest)
@@ -72,7 +76,7 @@ def release(
         log.info(f"{repo_id} already holds this artifact")
         _finish(publish, branch, main, tag, message)
         return Release(repo_id=repo_id, commit=main.sha, tag=tag, changed=False)
-    refuse_changed(main, base, overwrite=publish.overwrite)
+    refuse_changed(main, base, bits, overwrite=publish.overwrite)
     if not publish.overwrite:
         _refuse_rolled_back(repo_id, tag, message)
     if publish.pull_request:
@@ -159,16 +163,17 @@ def _stage(repo_id: str, reference: str, folder: Path, files: Sequence[File], me
     """Make a branch or pull request hold exactly these files, and compare them with the files that the Hub lists."""
     before = resolve(repo_id, reference)
     on_hub = {f.path: f for f in before.files}
+    new = [f for f in files if f.path not in on_hub or not has_same_content(on_hub[f.path], f, folder)]
     operations: list[Operation] = []
-    for file in files:
-        if file.path not in on_hub or not has_same_content(on_hub[file.path], file, folder):
-            operation = CommitOperationAdd(file.path, folder / file.path)
-            operation.upload_info.sha256 = bytes.fromhex(file.sha256)  # the client then does not hash the file again
-            operations.append(operation)
+    for file in new:
+        operation = CommitOperationAdd(file.path, folder / file.path)
+        operation.upload_info.sha256 = bytes.fromhex(file.sha256)  # the client then does not hash the file again
+        operations.append(operation)
     operations += [CommitOperationDelete(path) for path in _list_stale(before, files)]
     if operations:
-        log.info(f"uploading {len(operations)} changes to {reference} of {repo_id}")
-        with hub_errors(repo_id, reference):
+        size = gigabytes(sum(file.size for file in new))
+        log.info(f"uploading {len(operations)} changes, {size}, to {reference} of {repo_id}")
+        with hub_errors(repo_id, reference), upload_bars():
             hub_api().create_commit(
                 repo_id, operations, commit_message=message, revision=reference, parent_commit=before.sha, num_threads=4
             )

@@ -275,6 +275,11 @@ class PlanDocument(Plan):
         exclude_if=is_none,
         description="The texts that samples will be taken from; absent where the base cannot be read",
     )
+    repo_id: str | None = Field(
+        None,
+        exclude_if=is_none,
+        description="The repo that the result is published to; absent where it stays in the store, and of outputs",
+    )
     outputs: tuple[PlannedOutput, ...] | None = Field(
         None,
         exclude_if=is_none,

@@ -46,14 +46,14 @@ def target_findings(recipe: Recipe, base: Revision, *, starts: bool) -> Findings
 
     `starts`: a run begins, which may create repos, and which a Hub that does not answer stops: raises HubUnavailable.
     """
-    targets = [one.publish for one in recipe.each.values() if one.publish is not None]
+    targets = [(one.publish, one.quantize.asked.bits) for one in recipe.each.values() if one.publish is not None]
     if not targets:
         return Findings()
     found = Findings()
     try:
-        account = Account.of_token(targets[0].repo_id)
-        for publish in targets:
-            checked = check_target(publish, base, account, create=starts)
+        account = Account.of_token(targets[0][0].repo_id)
+        for publish, bits in targets:
+            checked = check_target(publish, base, account, bits=bits, create=starts)
             found += Findings.of("publish", checked.problems, checked.unchecked)
     except HubUnavailable as error:
         if starts:

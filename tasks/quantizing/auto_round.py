@@ -353,6 +353,7 @@ def writing_patches(behind: bool) -> list[Patch]:
 
 def progress_patches(run: TuningRun) -> list[Patch]:
     """List the patches that report auto-round's progress as events."""
+    from auto_round.algorithms.block_runner import BlockForwardRunner
     from auto_round.algorithms.composer import AlgorithmComposer
     from auto_round.compressors import orchestrator
 
@@ -372,6 +373,13 @@ def progress_patches(run: TuningRun) -> list[Patch]:
             lambda original: reporting.reporting_output(original, run.report),
             why="The loss that auto-round logs is the lowest of single batches, so it depends on the batch as much as "
             "on the block. The error of the output over all samples is reported too.",
+            upstream=NOT_REPORTED,
+        ),
+        Patch(
+            BlockForwardRunner,
+            "forward",
+            lambda original: reporting.reporting_experts(original, run.report),
+            why="An expert that gets no token of the samples is rounded and not tuned, and nothing says so.",
             upstream=NOT_REPORTED,
         ),
     ]

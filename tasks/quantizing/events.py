@@ -127,6 +127,14 @@ class BlockOutput(Event):
     spent: float = 0.0
 
 
+class ExpertsCounted(Event):
+    """How many tokens of all samples each expert of the block `block` gets, by the module that has the experts."""
+
+    event: Literal["experts"] = "experts"
+    block: str
+    tokens: dict[str, list[int]]
+
+
 class BlockDone(Event):
     """A block has ended, the `done`-th of `total`; `peak_gpu_bytes` of the process so far is None without a GPU."""
 
@@ -163,6 +171,7 @@ _LINE: TypeAdapter[Event] = TypeAdapter(
         | StepsTimed
         | RoundingKept
         | BlockOutput
+        | ExpertsCounted
         | BlockDone
         | Warned
         | Failed,

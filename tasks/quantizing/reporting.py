@@ -13,7 +13,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from requant.tasks.quantizing.events import BlockDone, BlockLoss, BlockOutput, BlockStarted, EventSink, Warned
+from requant.tasks.quantizing.events import (
+    BlockDone,
+    BlockLoss,
+    BlockOutput,
+    BlockStarted,
+    EventSink,
+    ExpertsCounted,
+    Warned,
+)
 
 LOSS = re.compile(r"loss iter 0: ([\d.e+-]+|nan|inf) -> iter (\d+): ([\d.e+-]+|nan|inf)")
 WARNING_CHARACTERS = 500
@@ -78,6 +86,30 @@ def reporting_output(compress_block: Callable[..., Any], report: EventSink) -> C
         return quantized, reference
 
     return compress_and_report
+
+
+def reporting_experts(forward: Callable[..., Any], report: EventSink) -> Callable[..., Any]:
+    """Wrap `BlockForwardRunner.forward` to report how many tokens of the samples each expert of a block gets.
+
+    The first pass of all samples through a block is that of the base's own states through its own weights.
+    """
+    from requant.tasks.expert_counts import counting_experts
+
+    counted_blocks = set[str]()
+
+    @functools.wraps(forward)
+    def count(self: Any, block: Any, inputs: Any, input_others: Any, indices: Any = None, *args: Any, **kw: Any) -> Any:
+        name = getattr(block, "global_name", None)
+        if indices is not None or name is None or name in counted_blocks:
+            return forward(self, block, inputs, input_others, indices, *args, **kw)
+        counted_blocks.add(name)
+        with counting_experts(block) as counted:
+            output = forward(self, block, inputs, input_others, indices, *args, **kw)
+        if counted:
+            report(ExpertsCounted(block=name, tokens={module: tokens.tolist() for module, tokens in counted.items()}))
+        return output
+
+    return count
 
 
 def _peak_gpu_bytes() -> int | None:

@@ -12,6 +12,7 @@ from requant.tasks.quantizing.events import (
     BlockStarted,
     CompileFailed,
     Event,
+    ExpertsCounted,
     LoopChosen,
     RoundingKept,
     StepsTimed,
@@ -71,6 +72,15 @@ def tuned_blocks(events: Path) -> list[TunedBlock]:
         elif name is not None:
             blocks[name] = _with_event(blocks[name], event, began_s)
     return list(blocks.values())
+
+
+def expert_tokens(events: Path) -> dict[str, list[int]]:
+    """Read from events.jsonl how many tokens each expert got, by the name of the module that has the experts."""
+    counted: dict[str, list[int]] = {}
+    for event in read_events(events)[1]:
+        if isinstance(event, ExpertsCounted):
+            counted |= {f"{event.block}.{module}": tokens for module, tokens in event.tokens.items()}
+    return counted
 
 
 def _with_event(block: TunedBlock, event: Event, began_s: float) -> TunedBlock:

@@ -69,24 +69,26 @@ def load_recipe(given: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     named = BASE_NAME.fullmatch(str(given)) is not None and not path.exists()
     is_folder = os.path.isdir(path)
     document: dict[str, Any] = (
-        {"base": {"folder": str(path)}} if is_folder else {"base": str(path)} if named else _read(path)
+        {"base": {"folder": str(path)}} if is_folder else {"base": str(path)} if named else _read(given)
     )
     for override in overrides:
         _override(document, override)
     return with_absolute_paths(parse_recipe(document), Path.cwd() if named or is_folder else path.parent)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(given: str | Path) -> dict[str, Any]:
     """Read the mapping in a recipe file. Raises RecipeError."""
+    path = Path(given)
+    if not os.path.lexists(path):
+        raise RecipeError(
+            f"{given} does not exist: name the YAML file of a recipe, a model as owner/name, or a model's folder",
+            path=path,
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise RecipeError(
-            f"the recipe {path} cannot be read ({reason}): name a YAML file, a model as owner/name, or a "
-            "model's folder",
-            path=path,
-        ) from error
+        raise RecipeError(f"the recipe {path} cannot be read ({reason})", path=path) from error
     try:
         document = yaml.safe_load(text)
     except NOT_YAML as error:
@@ -139,6 +141,11 @@ def recipe_of(given: Recipe | Mapping[str, Any]) -> Recipe:
 def _with_folder(recipe: Recipe, folder: Path, key: Literal["base", "adapter"]) -> Recipe:
     named = recipe.base if key == "base" else recipe.adapter
     if named is None or named.folder is None:
+        if named is not None and os.path.isdir(folder / named.name):
+            log.warning(
+                f"{key}: {named.name} is taken as a repo of the Hub; for the folder of this name beside the recipe, "
+                f"write ./{named.name}"
+            )
         return recipe
     path = Path(named.folder)
     # A link keeps its name, which is that of the base, whichever folder it leads to now.
@@ -248,11 +255,11 @@ def _sentence(problem: ErrorDetails) -> str:
     kind, value = problem["type"], problem["input"]
     if kind == "extra_forbidden":
         known = _keys_at(location[:-1])
-        close = difflib.get_close_matches(location[-1], known, 1)
-        hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(known)}"
+        close = places_of(location[-1]) or difflib.get_close_matches(location[-1], known, 1)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"allowed are {', '.join(known)}"
         return f"{key} is not a key of a recipe: {hint}"
     if kind == "missing":
-        return f"{key} is missing: {'every recipe needs it' if len(location) < 3 else 'add it'}"
+        return f"{key} is missing: {'every recipe needs it' if location[0] == 'base' else 'add it'}"
     if kind == "value_error":
         named = f"{key}: " if key else ""
         return f"{named}{problem['ctx']['error']}" + (f", not {_short(value)}" if not isinstance(value, dict) else "")
@@ -290,6 +297,12 @@ def _keys_at(location: Sequence[str]) -> list[str]:
         model = next(_sections_in(model.model_fields[name].annotation))
     keys = list(model.model_fields)
     return [*keys, "preset"] if model is Quantize else keys
+
+
+def places_of(key: str) -> list[str]:
+    """Return the full names of the keys of sections that have this name, as `quantize.iters` for `iters`."""
+    sections = (name for name, field in Recipe.model_fields.items() if any(_sections_in(field.annotation)))
+    return [f"{name}.{key}" for name in sections if name != "outputs" and key in _keys_at((name,))]
 
 
 def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:

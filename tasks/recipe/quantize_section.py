@@ -383,7 +383,7 @@ class Output(Section):
         if self.name is not None:
             return self.name
         bits, group_size, sym = quantize.asked
-        group = {"128": "", "-1": "Gall"}.get(str(group_size), f"G{group_size}")
+        group = {"128": "", "auto": "", "-1": "Gall"}.get(str(group_size), f"G{group_size}")
         words = [f"W{bits}A16{group}{'' if sym else '-asym'}", quantize.format.removeprefix("auto_round:")]
         words += [self.preset.removeprefix("auto-round-")] if self.preset not in {None, "auto-round"} else []
         return "-".join([*words, *([f"mtp-{self.mtp}"] if self.mtp else [])])

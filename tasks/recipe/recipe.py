@@ -54,7 +54,7 @@ LATER_KEYS = {
     "base": ("folder",),
     "quantize": ("compare_last",),
     "validation": ("tokens",),
-    "gates": ("mtp_acceptance", "max_probe_loss"),
+    "gates": ("mtp_acceptance", "max_probe_loss", "max_experts_without_tokens"),
     "eval": ("engine", "margin", "stop_early", "allow_code"),
     "benchmark": ("acceptance_precision", "base_engine"),
 }
@@ -144,6 +144,9 @@ class Gates(Section):
     max_probe_loss: Annotated[float, Field(ge=0, le=1)] | None = Field(
         MAX_PROBE_LOSS,
         description="Share of the questions of a probe that the base answers well and the result does not",
+    )
+    max_experts_without_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Experts that no token of the calibration reached, so that they are rounded and not tuned"
     )
 
 

@@ -27,11 +27,12 @@ class Target:
     known: bool
 
 
-def starter_recipe(name: str, sha: str | None, base: Checkpoint, target: Target) -> str:
+def starter_recipe(name: str, sha: str | None, base: Checkpoint, target: Target, *, has_license: bool) -> str:
     """Return the text of a recipe for the base `name`, which is at the commit `sha` now.
 
     `name` is `repo_id[@revision]`, or the path of a folder (see `path_from`), which has no commit. `base` needs headers
-    and configs alone. The recipe leaves out what has a default that is rarely changed.
+    and configs alone, and `has_license` says whether its card names a license. The recipe leaves out what has a default
+    that is rarely changed.
     """
     quantize, gates = Quantize(), Gates()
     written = name if PLAIN.fullmatch(name) else json.dumps(name, ensure_ascii=False)
@@ -68,6 +69,7 @@ def starter_recipe(name: str, sha: str | None, base: Checkpoint, target: Target)
         "",
         "benchmark: {engine: auto}     # vllm where it is installed, otherwise torch; or none",
         "",
+        *([] if has_license else ["# The base's card names no license: add license: to what is in the braces."]),
         *_publish_lines(target),
     ]
     return "\n".join(lines) + "\n"

@@ -18,6 +18,7 @@ from typing import Any
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.errors import EngineFailed, RequantError, explain_os_error
 from requant.tasks.hardware import machine
+from requant.tasks.progress import progress
 from requant.tasks.serving.result import BenchmarkResult, PromptResult, TokenGaps
 from requant.tasks.texts.text import EVALUATION
 
@@ -40,6 +41,7 @@ def measure_in_torch(folder: Path, *, remote_code: bool) -> BenchmarkResult:
 
     device = pick_device(sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 2)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {machine().cpus} cores"
+    log.info(f"loading {folder.name} in transformers on {name}")
     with explain_errors("load", folder, name):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
         auto = transformers.AutoModelForCausalLM
@@ -50,15 +52,17 @@ def measure_in_torch(folder: Path, *, remote_code: bool) -> BenchmarkResult:
         )
         _check_loaded(Checkpoint.open(folder), info["missing_keys"])
         model.eval()
-    log.info(f"timing {PREFILL_TOKENS} + {DECODE_TOKENS} tokens in transformers on {name}")
+    log.info(f"timing {PREFILL_TOKENS} + {DECODE_TOKENS} tokens in transformers")
     rows, prefill_seconds = [], []
-    with explain_errors("run", folder, name):
+    runs = range(REPEATS + 1)
+    with explain_errors("run", folder, name), progress("benchmark", len(runs), "runs") as bar:
         ids = load_tokenizer(folder, remote_code=remote_code)(EVALUATION.read_text())["input_ids"]
-        for number in range(REPEATS + 1):
+        for number in runs:
             prompt = torch.tensor([ids[number * PREFILL_TOKENS : (number + 1) * PREFILL_TOKENS]], device=device)
             seconds = [_seconds(device, model, prompt, new) for new in (1, 1 + DECODE_TOKENS)]
             prefill_seconds.append(seconds[0])
             rows.append(_row(number, seconds[0], max(seconds[1] - seconds[0], 1e-9)))
+            bar.advance()
     warm = rows[1:]  # the first generation is slower: libraries initialize themselves
     return BenchmarkResult(
         engine="torch",

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Protocol, TypedDict, TypeVar
 from botocore.auth import AUTH_TYPE_MAPS, S3SigV4Auth
 from botocore.exceptions import ClientError, ResponseStreamingError
 
-from requant.tasks.artifact import sha256_of
+from requant.tasks.artifact import sha256_of, write_back
 from requant.tasks.errors import CorruptBlob
 
 T = TypeVar("T")
@@ -240,7 +240,7 @@ class Transfer:
                     read_bytes = os.preadv(descriptor, [buffer[: end - at]], at)
                     hasher.update(buffer[:read_bytes])
                     at += read_bytes
-                _write_back(descriptor, start, end - start)
+                write_back(descriptor, start, end - start)
             os.fsync(descriptor)
             return hasher.hexdigest()
         except BaseException:
@@ -294,10 +294,3 @@ def _changed(path: Path, sha256: str) -> CorruptBlob:
     return CorruptBlob(
         f"{path} does not have the sha256 {sha256[:12]} that it was made with: run again to make it anew"
     )
-
-
-def _write_back(descriptor: int, start: int, length: int) -> None:
-    """Start writing a finished range to the disk, so that the fsync at the end is quick."""
-    if hasattr(os, "posix_fadvise"):
-        # Linux starts to write dirty pages, keeps them cached, and drops pages that are written.
-        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)

@@ -113,7 +113,10 @@ def judge(measured: Measured, gates: Gates) -> list[Gate]:
         at_least("same_tokens", behaviour.same_tokens, 1.0),
         at_most("block_error", block[0], gates.max_block_error, block[1]),
         on_worst(at_most, "perplexity_increase", behaviour.perplexity_increase, gates.max_perplexity_increase),
-        on_worst(at_most, "kl_divergence", divergence.kl_divergence, gates.max_kl_divergence, noise),
+        _above_floor(
+            on_worst(at_most, "kl_divergence", divergence.kl_divergence, gates.max_kl_divergence, noise),
+            gates.max_kl_divergence,
+        ),
         on_worst(at_least, "top1_agreement", behaviour.top1_agreement, gates.min_top1_agreement),
         _repetition(at_most, behaviour),
         _no_worse(at_least, "long_context", behaviour.long_context, behaviour.base_long_context),
@@ -307,6 +310,14 @@ def _on_worst_domain(whole: Gate, worst: WorstDomain | None) -> Gate:
         note = f"all domains together: {whole.value:.4g}; {note}"
     passed = whole.passed and not worst.fails
     return replace(whole, value=worst.value, limit=worst.limit, passed=passed, note=note)
+
+
+def _above_floor(gate: Gate, asked: float | None) -> Gate:
+    """Say where the limit of a gate is higher than the recipe's, since the base's noise floor is added to it."""
+    if gate.limit is None or asked is None or gate.value is None or gate.limit == asked:
+        return gate
+    why = f"the limit is {asked:g} and the base's noise floor of {gate.limit - asked:.2g}"
+    return replace(gate, note="; ".join(filter(None, [gate.note, why])))
 
 
 def _gate(name: str, value: float | None, limit: float | None, within: bool, worst: str, advise: bool) -> Gate:

@@ -241,7 +241,7 @@ def hub_operation(name: str, hub: HubStandIn, folder: Path) -> Operation:
 
 def put_release(target: str, folder: Path, manifest: Manifest) -> None:
     base = Revision("demo/base", "0" * 40, ())
-    release(Publish(repo_id=target), base, folder, manifest, ["README.md"])
+    release(Publish(repo_id=target), base, folder, manifest, ["README.md"], bits=4)
 
 
 @contextlib.contextmanager

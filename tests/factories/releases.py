@@ -18,6 +18,7 @@ from requant.tasks.hub.manifest import Origin, release_document, tag_of
 from requant.tasks.hub.release import Release, release
 from requant.tasks.hub.revision import Revision
 from requant.tasks.recipe.recipe import Publish
+from requant.tasks.record import StageRecord
 from tests.factories.pico import pico_base
 
 BASE = "demo/pico"
@@ -32,6 +33,7 @@ class Made:
     base: Revision
     manifest: Manifest
     beside: tuple[str, ...]
+    bits: int
 
     @property
     def tag(self) -> str:
@@ -44,10 +46,10 @@ class Made:
 
     def publish(self, **settings: Any) -> Release:
         asked = Publish.model_validate({"repo_id": TARGET, **settings})
-        return release(asked, self.base, self.folder, self.manifest, self.beside)
+        return release(asked, self.base, self.folder, self.manifest, self.beside, bits=self.bits)
 
 
-def made(folder: Path, seed: int, *, files: Mapping[str, bytes] | None = None, **base: Any) -> Made:
+def made(folder: Path, seed: int, *, files: Mapping[str, bytes] | None = None, bits: int = 4, **base: Any) -> Made:
     """A release of the base's commit number `seed`: other weights for each."""
     pico_base(folder, seed=seed)
     (folder / CARD).unlink()
@@ -70,12 +72,12 @@ def made(folder: Path, seed: int, *, files: Mapping[str, bytes] | None = None, *
         blob_ids={path: git_blob_id(folder / path) for path in paths}
         | {path: git_blob_id_of(data) for path, data in beside.items()},
         gates=[{"name": "structure", "value": 0.0, "limit": 0.0, "passed": True}],
-        provenance={},
+        provenance={"quantize": StageRecord({"scheme": {"bits": bits, "group_size": 128, "sym": True}})},
     )
     for path, data in beside.items():
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_bytes(data)
-    return Made(folder, revision, manifest, tuple(beside))
+    return Made(folder, revision, manifest, tuple(beside), bits)
 
 
 def edited(document: bytes, **changes: Any) -> bytes:

@@ -72,8 +72,8 @@ def test_inspect_of_a_folder_with_a_missing_shard_is_status_1(requant: Requant, 
 # Every command as a new process: its words, its exit status, what it has to say; {checkout}: a finished run's result.
 COMMANDS = {
     "init": ("init demo/pico --recipe {folder}/new.yaml", 0, '"schema_file"'),
-    "run": ("run {folder}/none.yaml", 2, "none.yaml cannot be read"),
-    "plan": ("plan {folder}/none.yaml", 2, "none.yaml cannot be read"),
+    "run": ("run {folder}/none.yaml", 2, "none.yaml does not exist"),
+    "plan": ("plan {folder}/none.yaml", 2, "none.yaml does not exist"),
     "validate": ("validate {folder}/none --base {checkout}", 1, "is not a folder"),
     "compare": ("compare {checkout} {folder}/none --base {checkout}", 1, "none"),
     "mtp-fix": ("mtp-fix {checkout}", 0, '"changed"'),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.mtp_fix import mtp_fix
 from requant.tasks.quantize import quantize
+from requant.tasks.recipe.quantize_section import Quantize
 from requant.tasks.recipe.recipe import Gates
 from requant.tasks.texts.text import find_text
 from requant.tasks.validate import read_values, validate
@@ -45,11 +47,20 @@ def made_of(base: Path, folder: Path, gates: Gates, **settings: Any) -> tuple[Pa
     recipe = recipe.model_copy(update={"mtp": "keep"})
     packed = quantize(store, recipe, files, text)
     assert all(block.loss_after <= block.loss_before for block in packed.provenance.blocks)
+    check_expert_counts(packed.provenance.experts, Checkpoint.open(base), recipe.quantize)
     whole = mtp_fix(store, recipe, files, packed.manifest).manifest
     found = validate(store, recipe, files, whole, find_text("builtin:python-evaluation"))
     measured = read_values(store, found)
     assert any(".mlp.experts.3.down_proj" in matrix.name for matrix in measured.matrices or ())
     return store.checkout(whole, folder / "checkout"), judge(measured, gates)
+
+
+def check_expert_counts(experts: Mapping[str, Sequence[int]], base: Checkpoint, asked: Quantize) -> None:
+    """Each token of the calibration is counted for each of its experts, in each block."""
+    text = base.text_config
+    assert len(experts) == text["num_hidden_layers"]
+    expected = asked.nsamples * asked.seqlen * text["num_experts_per_tok"]
+    assert all(len(tokens) == text["num_experts"] and sum(tokens) == expected for tokens in experts.values())
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 
 from infra.dev.hub.launch import HubStandIn
 from requant.tasks.recipe.loader import load_recipe
+from tests.factories.checkpoints import write_quantized
 from tests.factories.requant import Requant, store_in
 
 
@@ -45,6 +46,15 @@ def test_a_model_that_is_not_there_leaves_no_file(here: Requant) -> None:
     outcome = here("init", "demo/nothing", "--recipe", str(here.folder / "nothing.yaml"))
     assert outcome.status == 1 and "demo/nothing does not exist" in outcome.stderr
     assert not list(here.folder.glob("*.yaml")) and not list(here.folder.glob("*.json"))
+
+
+def test_a_folder_that_is_not_there_and_a_quantized_model_get_no_recipe(here: Requant, base: Path) -> None:
+    gone = here("init", "./nothing")
+    assert gone.status == 2 and "the folder ./nothing does not exist" in gone.stderr
+    made = write_quantized(base, here.folder)
+    quantized = here("init", str(made), "--recipe", str(here.folder / "again.yaml"))
+    assert quantized.status == 1 and "it is already quantized" in quantized.stderr
+    assert not list(here.folder.glob("*.yaml"))
 
 
 def test_a_model_can_be_planned_by_its_name(here: Requant) -> None:

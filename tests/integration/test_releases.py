@@ -22,10 +22,12 @@ from tests.factories.releases import TARGET, Made, card_on_hub, edit, made, sent
 pytestmark = pytest.mark.usefixtures("hub_here")
 
 
-def problems(base: Revision, *, create: bool = False, repo_id: str = TARGET, **settings: Any) -> tuple[str, ...]:
+def problems(
+    base: Revision, *, bits: int = 4, create: bool = False, repo_id: str = TARGET, **settings: Any
+) -> tuple[str, ...]:
     """What stops a release of a base before any work, as a plan says it or, with `create`, a run."""
     target = Publish(repo_id=repo_id, **settings)
-    return check_target(target, base, Account.of_token(repo_id), create=create).problems
+    return check_target(target, base, Account.of_token(repo_id), bits=bits, create=create).problems
 
 
 # Publishing
@@ -164,9 +166,9 @@ def test_a_plan_says_as_a_run_does_whether_a_repo_may_be_created_and_creates_non
 
 def test_a_token_that_does_not_list_all_its_owners_leaves_that_unchecked_in_a_plan(three: list[Made]) -> None:
     limited, target = Account(frozenset({"you"}), lists_all=False), Publish(repo_id="me/not-there-yet")
-    planned = check_target(target, three[0].base, limited, create=False)
+    planned = check_target(target, three[0].base, limited, bits=4, create=False)
     assert planned.problems == () and "whether this token may create me/not-there-yet" in planned.unchecked[0]
-    tried = check_target(target, three[0].base, limited, create=True)
+    tried = check_target(target, three[0].base, limited, bits=4, create=True)
     assert (tried.problems, tried.unchecked) == ((), ())
 
 
@@ -187,6 +189,19 @@ def test_a_release_of_another_base_is_not_overwritten(api: HfApi, three: list[Ma
     other = made(tmp_path / "other", 4, repo_id="demo/llama")
     with pytest.raises(HubError, match="holds a release made of demo/pico, not of demo/llama"):
         other.publish()
+
+
+def test_a_release_with_other_bits_is_not_replaced_unless_the_recipe_says_so(
+    api: HfApi, three: list[Made], tmp_path: Path
+) -> None:
+    three[0].publish()
+    told = f"{TARGET} holds a release with 4 bits, and this one has 8: publish to a repo of its own"
+    assert problems(three[0].base, bits=8)[0].startswith(told)
+    assert problems(three[0].base, bits=4) == problems(three[0].base, bits=8, overwrite=True) == ()
+    other = made(tmp_path / "other", 5, bits=8)
+    with pytest.raises(HubError, match=told):
+        other.publish()
+    assert other.publish(overwrite=True).changed
 
 
 def test_a_repo_of_a_persons_own_words_is_published_to(api: HfApi, three: list[Made]) -> None:

@@ -20,11 +20,11 @@ from click.testing import CliRunner
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import import_object
 
-from requant.flows import default_recipes
 from requant.flows.cli.deploy import deploy
 from requant.flows.delegation import delegates, name_for_worker
 from requant.flows.deployment import POOLS, Deployment, WorkPool, read_automations, read_deployments, with_recipes
 from requant.flows.recipe_flow import run_name
+from requant.flows.recipes import default_recipes
 from requant.flows.requantize import requantize
 from requant.flows.sweep import HEARTBEAT_TIMEOUT_S, TAG
 from requant.tasks.errors import RecipeError, RequantError

@@ -58,6 +58,7 @@ def test_the_workflow_to_copy_names_inputs_of_the_action_and_the_documentation_n
 def test_the_recipes_of_the_last_commit_are_those_that_it_adds_or_edits_and_has_not_deleted(tmp_path: Path) -> None:
     recipes = tmp_path / "mine" / "recipes"
     (recipes / "old").mkdir(parents=True)
+    assert changed(recipes) == []
     for name in ("same", "edited", "deleted", "old/below"):
         (recipes / f"{name}.yaml").write_text("base: a/b\n")
     git(tmp_path, "init")
@@ -68,9 +69,10 @@ def test_the_recipes_of_the_last_commit_are_those_that_it_adds_or_edits_and_has_
     for name in ("edited", "new ünd", "old/below"):
         (recipes / f"{name}.yaml").write_text("base: a/c\n")
     (recipes / "README.md").write_text("x")
+    (recipes / "short.yml").write_text("base: a/b\n")
     git(tmp_path, "add", "-A")
     git(tmp_path, "commit", "-m", "second")
-    assert changed(recipes) == ["recipes/edited.yaml", "recipes/new ünd.yaml"]
+    assert changed(recipes) == ["recipes/edited.yaml", "recipes/new ünd.yaml", "recipes/short.yml"]
 
 
 def test_a_recipe_that_cannot_be_planned_is_in_the_tables_and_fails_the_job(tmp_path: Path) -> None:

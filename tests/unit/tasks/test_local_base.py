@@ -148,7 +148,7 @@ def test_a_file_that_changes_between_hash_and_copy_is_not_stored(store: Store, f
     base = found(store, folder)
     shard = min(folder.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[::-1])
-    with pytest.raises(CheckpointError, match=rf"{shard.name} .* changed while it was read: wait until") as caught:
+    with pytest.raises(CheckpointError, match=rf"{shard.name} changed while it was read: wait until") as caught:
         download(store, base)
     assert is_one_sentence(str(caught.value)) and store.manifest("download", download_key(base)) is None
     assert download(store, found(store, folder)).state == "ran"
@@ -160,10 +160,10 @@ def test_a_file_that_is_gone_before_it_is_hashed_or_copied_is_told(
     base, listing = found(store, folder), local_base.list_folder(folder)
     gone = replace(next(file for file in listing.files if file.path == "tokenizer.json"), modified_ns=1)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"tokenizer.json .* changed while it was read"):
+    with pytest.raises(CheckpointError, match=r"tokenizer.json changed while it was read"):
         download(store, base)
     monkeypatch.setattr(local_base, "list_folder", lambda of: replace(listing, files=(gone,)))
-    with pytest.raises(CheckpointError, match=r"tokenizer.json .* cannot be read \(No such file"):
+    with pytest.raises(CheckpointError, match=r"tokenizer.json cannot be read \(No such file"):
         found(store, folder)
 
 
@@ -183,7 +183,7 @@ def test_a_file_that_is_written_while_it_is_read_is_found(
     base_size = shard.stat().st_size
     monkeypatch.setattr(local_base, "list_folder", lambda of: listing)
     monkeypatch.setattr(LocalFile, "at", written_meanwhile)
-    with pytest.raises(CheckpointError, match=rf"{shard.name} .* changed while it was read"):
+    with pytest.raises(CheckpointError, match=rf"{shard.name} changed while it was read"):
         found(store, folder)
     assert not any(store.get_fact(FACT, file.fact) for file in listing.files if file.path == shard.name)
 
@@ -221,11 +221,11 @@ def too_many(folder: Path) -> None:
 
 
 HOSTILE: dict[Callable[[Path], None], str] = {
-    link_outside: r"notes.txt of the base's folder is a link that leads out of it, to .*/secret",
-    linked_folder: r"data of the base's folder is a link that leads out of it",
-    link_to_nothing: r"notes.txt of the base's folder cannot be read \(No such file",
-    link_to_itself: r"notes.txt of the base's folder cannot be read \(Too many levels",
-    pipe: r"pipe of the base's folder is not a file",
+    link_outside: r"notes.txt is a link that leads out of its folder, to .*/secret",
+    linked_folder: r"data is a link that leads out of its folder",
+    link_to_nothing: r"none, to which notes.txt leads, cannot be read \(No such file",
+    link_to_itself: r"notes.txt cannot be read \(Too many levels",
+    pipe: r"pipe is not a file",
     two_names_of_one: r"stands twice",
     too_many: r"more than 50 files: name the folder of one checkpoint",
 }
@@ -343,7 +343,7 @@ def test_a_plan_says_what_changed_since_the_last_run_of_the_folder(store: Store,
 
 def test_an_unreadable_file_is_named(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "config.json")  # as for others than root
-    with pytest.raises(RequantError, match=r"config.json of the base's folder cannot be read \(no permission\)"):
+    with pytest.raises(RequantError, match=r"config.json cannot be read \(no permission\)"):
         found(store, folder)
 
 

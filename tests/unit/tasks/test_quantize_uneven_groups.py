@@ -242,7 +242,7 @@ def test_two_outputs_that_auto_makes_one_are_refused_by_the_plan(store: Store, t
     texts = Calibration.of(find_text("builtin:python")), find_text("builtin:python-evaluation")
     plan = plan_of(store, parse_recipe(document), Inputs(base, *texts), elsewhere=True)
     assert list(plan.problems) == [
-        "W4A16G64-auto_round: for this base it comes to the same as output W4A16Gauto-auto_round, packed as "
+        "W4A16G64-auto_round: for this base it comes to the same as output W4A16-auto_round, packed as "
         "auto_round:auto_gptq: take one of them out"
     ]
 
@@ -251,7 +251,7 @@ def test_the_words_for_auto_are_known_before_the_base_is() -> None:
     asked = recipe(group_size="auto")
     assert scheme_words(asked.quantize) == "W4A16, group size auto, symmetric" and scheme_of(asked) == "W4A16 gauto"
     several = parse_recipe({"base": {"repo_id": "a/b"}, "outputs": [{"group_size": "auto"}, {"scheme": "W8A16"}]})
-    assert list(several.each) == ["W4A16Gauto-auto_round", "W8A16-auto_round"]
+    assert list(several.each) == ["W4A16-auto_round", "W8A16-auto_round"]
     assert asked.digest not in {recipe().digest, recipe(group_size=64).digest}
 
 

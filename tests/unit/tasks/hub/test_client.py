@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import httpx2
@@ -15,10 +16,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import are_progress_bars_disabled
 
 from requant.tasks.errors import HubError, HubUnavailable
-from requant.tasks.hub.client import TEMPORARY_STATUSES, hub_errors
+from requant.tasks.hub.client import TEMPORARY_STATUSES, hub_errors, upload_bars
 from requant.tasks.hub.revision import resolve
+from requant.tasks.progress import Display
 
 
 def http_error(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError, message: str = "as it says") -> HfHubHTTPError:
@@ -141,3 +144,15 @@ def test_a_hub_out_of_reach_behind_a_proxy_is_a_sentence_that_names_the_proxy(mo
     monkeypatch.setattr(constants, "ENDPOINT", "http://hub.example")
     with pytest.raises(HubError, match=r"check HF_ENDPOINT, .*HTTP_PROXY.* and the network"):
         resolve("a/b")
+
+
+@pytest.mark.parametrize(("display", "shown"), [("bars", True), ("lines", False), ("nothing", False)])
+def test_an_upload_has_the_bars_of_huggingface_hub_where_the_terminal_has_bars(
+    display: Display, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("requant.tasks.progress._display", display)
+    assert are_progress_bars_disabled()
+    with contextlib.suppress(ZeroDivisionError), upload_bars():
+        assert are_progress_bars_disabled() is not shown
+        raise ZeroDivisionError
+    assert are_progress_bars_disabled()

@@ -48,6 +48,7 @@ def test_a_recipe_of_a_base_alone_has_the_reference_cards_settings(tmp_path: Pat
         "max_perplexity_increase": 0.05, "min_top1_agreement": 0.85, "min_mtp_acceptance_ratio": 0.95,
         "max_kl_divergence": 0.25, "max_block_error": 0.5, "max_weight_slope_error": 0.03, "max_weight_offset": 0.25,
         "min_task_recovery": 0.95, "mtp_acceptance": None, "max_probe_loss": 0.1,
+        "max_experts_without_tokens": None,
     }  # fmt: skip
 
 
@@ -225,6 +226,20 @@ def test_set_overrides_adds_and_nests(tmp_path: Path) -> None:
     assert recipe.publish is not None and recipe.publish.repo_id == "me/x"
 
 
+def test_a_path_that_is_not_there_is_named_as_it_was_given() -> None:
+    for given in ("./nothing", "nothing", "recipes/nothing.yml"):
+        with pytest.raises(RecipeError, match=f"^{re.escape(given)} does not exist: name the YAML file of a recipe"):
+            load_recipe(given)
+
+
+def test_a_repo_with_the_name_of_a_folder_beside_the_recipe_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "my-finetune").mkdir()
+    recipe = load_recipe(write(tmp_path, "base: my-finetune\n"))
+    assert recipe.base.repo_id == "my-finetune" and "write ./my-finetune" in caplog.text
+
+
 def test_the_last_of_two_overrides_wins(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, SMALL), ["mtp=drop", "mtp=keep"]).mtp == "keep"
 
@@ -242,6 +257,10 @@ OVERRIDES = {
     "quantize.lr=2020-13-45": "quantize.lr",
     "quantize.iters=many": "quantize.iters",
     "quantize.itres=5": "did you mean iters?",
+    "iters=5": "iters is not a key of a recipe: did you mean quantize.iters?",
+    "quantize.engine=vllm": "quantize.engine is not a key of a recipe: did you mean eval.engine or benchmark.engine?",
+    "sets=[tools]": "did you mean probes.sets?",
+    "publish.private=true": "publish.repo_id is missing: add it",
     "base.repo_id.x=1": "not a group of keys",
     "mtp.x.y=1": "mtp",
     "quantize=5": "quantize",
@@ -310,11 +329,6 @@ def test_aliases_that_grow_a_millionfold_are_refused_before_they_are_followed(tm
         text = "\n".join([*lines, f"base: {base}", ""])
         assert calls(lambda text=text: problems(tmp_path, text)) < 100_000
         assert max(map(len, problems(tmp_path, text))) < 300
-
-
-def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"cannot be read \(No such file.*a model as owner/name, or a model's folder"):
-        load_recipe(tmp_path / "none.yaml")
 
 
 def test_a_calibration_file_is_relative_to_the_recipe(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ MINE, NOBODYS = Target("me/pico-W4A16-AutoRound", known=True), Target("YOU/pico-
 
 
 def starter(folder: Path, name: str = "owner/pico", target: Target = MINE) -> str:
-    text = starter_recipe(name, SHA, Checkpoint.open(folder), target)
+    text = starter_recipe(name, SHA, Checkpoint.open(folder), target, has_license=True)
     jsonschema.validate(yaml.safe_load(text), recipe_schema())
     return text
 
@@ -89,8 +89,9 @@ def test_a_folder_is_named_from_where_the_recipe_lies(
     Path(recipes).mkdir(parents=True, exist_ok=True)
     for folder in (Path("tuned") / name, tmp_path / "tuned" / name):
         written = path_from(Path(recipes), folder)
-        text = starter_recipe(written, None, Checkpoint.open(folder), MINE)
+        text = starter_recipe(written, None, Checkpoint.open(folder), MINE, has_license=False)
         jsonschema.validate(yaml.safe_load(text), recipe_schema())
+        assert "names no license: add license:" in text
         path = Path(recipes) / "recipe.yaml"
         path.write_text(text)
         assert load_recipe(path).base.folder == str(tmp_path / "tuned" / name)

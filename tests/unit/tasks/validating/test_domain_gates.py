@@ -21,6 +21,12 @@ GOOD: dict[str, Any] = {
 }  # fmt: skip
 
 
+def noted(name: str, note: str) -> str:
+    """The note of a gate. That of the divergence also says of what its limit is made."""
+    floor = "the limit is 0.25 and the base's noise floor of 0.001" if name == "kl_divergence" else ""
+    return "; ".join(filter(None, [note, floor]))
+
+
 def gates(
     limits: Gates | None = None, whole: dict[str, Any] | None = None, **domains: dict[str, Any]
 ) -> dict[str, Gate]:
@@ -36,7 +42,7 @@ def gates(
 )
 def test_the_value_is_that_of_the_worst_domain_and_the_note_names_it(name: str, worse: float) -> None:
     gate = gates(code={}, prose={name: worse})[name]
-    assert (gate.value, gate.passed, gate.note) == (worse, True, "worst domain: prose")
+    assert (gate.value, gate.passed, gate.note) == (worse, True, noted(name, "worst domain: prose"))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +60,7 @@ def test_one_domain_fails_a_gate_although_the_whole_text_passes(
     found = gates(code={}, prose={name: bad, f"{name}_interval": list(ends)})
     assert {gate.name for gate in found.values() if gate.failed} == {name}
     assert found[name].value == bad
-    assert found[name].note == f"worst domain: prose, 95 % interval {ends[0]:.4g} to {ends[1]:.4g}"
+    assert found[name].note == noted(name, f"worst domain: prose, 95 % interval {ends[0]:.4g} to {ends[1]:.4g}")
 
 
 def test_a_domain_whose_interval_reaches_the_limit_does_not_fail() -> None:
@@ -67,7 +73,8 @@ def test_a_domain_whose_interval_reaches_the_limit_does_not_fail() -> None:
 
 def test_a_domain_without_an_interval_is_not_judged_by_itself() -> None:
     gate = gates(code={}, tools={"kl_divergence": 0.9, "kl_divergence_interval": None})["kl_divergence"]
-    assert gate.passed and gate.note == "worst domain: tools, which has too few tokens to be judged by itself"
+    alone = "worst domain: tools, which has too few tokens to be judged by itself"
+    assert gate.passed and gate.note == noted("kl_divergence", alone)
 
 
 def test_all_domains_together_are_judged_by_the_value_itself() -> None:
@@ -110,15 +117,16 @@ def test_a_domain_in_which_the_base_accepts_no_draft_has_no_part_in_the_ratio() 
 
 
 def test_a_domain_whose_value_is_no_number_fails() -> None:
-    gate = gates(code={}, prose={"kl_divergence": math.nan, "kl_divergence_interval": [math.nan, math.nan]})
-    assert gate["kl_divergence"].failed and gate["kl_divergence"].note == "worst domain: prose"
+    name = "kl_divergence"
+    gate = gates(code={}, prose={name: math.nan, f"{name}_interval": [math.nan, math.nan]})[name]
+    assert gate.failed and gate.note == noted(name, "worst domain: prose")
 
 
 @pytest.mark.parametrize("name", QUALITY)
 def test_a_text_without_domains_is_judged_as_before(name: str) -> None:
     """Its value is compared, whatever its interval."""
     before, after = {gate.name: gate for gate in judge(good(), Gates())}, gates(text={})
-    assert (after[name].value, after[name].passed, after[name].note) == (before[name].value, True, "")
+    assert (after[name].value, after[name].passed, after[name].note) == (before[name].value, True, noted(name, ""))
     bad = {"perplexity_increase": 0.051, "kl_divergence": 0.26, "top1_agreement": 0.84, "mtp_acceptance_ratio": 0.94}
     wide = {f"{name}_interval": [-9.0, 9.0], name: bad[name]}
     assert gates(whole={name: bad[name]}, text=wide)[name].failed

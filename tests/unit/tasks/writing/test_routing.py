@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.expert_counts import counting_experts
 from requant.tasks.validating.model import RunSettings, Skeleton
 from requant.tasks.writing import routing
-from requant.tasks.writing.routing import count_routed, counting_experts, has_experts
+from requant.tasks.writing.routing import count_routed, has_experts
 from tests.factories.bases import other_base
 from tests.factories.pico import pico_base
 
