@@ -41,6 +41,8 @@ class RecordedBlock:
     seconds: float | None
     loss_before: float | None
     loss_after: float | None
+    step_seconds: float | None = None
+    compile_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ class StageRecord:
         """The blocks that a quantize stage tuned."""
         found = self.document.get("blocks")
         rows = [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
-        numbers = ("seconds", "loss_before", "loss_after")
+        numbers = ("seconds", "loss_before", "loss_after", "step_seconds", "compile_seconds")
         return [RecordedBlock(str(row.get("name")), *(_number(row.get(name)) for name in numbers)) for row in rows]
 
     @property
@@ -209,6 +211,18 @@ class StageRecord:
     def block_seconds(self) -> list[float]:
         """How long each tuned block took, where that is known."""
         return [block.seconds for block in self.blocks if block.seconds is not None]
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """How long a tuning step of each block took; empty unless all blocks were tuned by our own loop."""
+        seconds = [block.step_seconds for block in self.blocks]
+        known = [value for value in seconds if value is not None and value > 0]
+        return known if len(known) == len(self.block_seconds) == len(seconds) else []
+
+    @property
+    def compile_seconds(self) -> float:
+        """How long the first steps of new kinds of blocks took more than other steps."""
+        return sum(block.compile_seconds or 0.0 for block in self.blocks)
 
     @property
     def base_has_head(self) -> bool:

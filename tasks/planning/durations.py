@@ -1,9 +1,10 @@
 """Estimate how long stages take, and say what each estimate is based on.
 
 The best source is an earlier run on the same hardware, whose record is in the store. Without one, an estimate of
-quantize on a GPU uses blocks with the dimensions of a 27 B model that were benchmarked in isolation (gpu-figures.json,
-made by `make bench-gpu`), or auto-round's own table for another GPU. For a CPU and for all other stages, a speed is
-assumed, and the estimate says so.
+quantize on a GPU uses blocks with the dimensions of a 27 B model that were measured, or auto-round's own table for
+another GPU. For a CPU and for all other stages, a speed is assumed, and the estimate says so.
+
+h200-figures.json was measured with a base of four blocks of that size, and gpu-figures.json by `make bench-gpu`.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ FIXED_SECONDS = {
 }  # fmt: skip
 
 BlockKind = Literal["linear", "full"]  # kind of attention
+FIGURES = ("h200-figures.json", "gpu-figures.json")  # the first one counts where no GPU is named
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,15 @@ class Estimate:
 
 
 class MeasuredBlock(BaseModel):
-    """Seconds for the first block of a kind (with compilation) and for each later one."""
+    """Seconds for the first block of a kind (with compilation) and for each later one.
+
+    `fixed_seconds` is the part of the latter that does not depend on the iterations: the passes over all samples, and
+    the start and end of a block. 0 if only one number of iterations was measured.
+    """
 
     cold_seconds: float
     steady_seconds: float
+    fixed_seconds: float = 0.0
 
 
 class ModelSize(BaseModel):
@@ -100,15 +107,17 @@ class ModelSize(BaseModel):
 
 
 class GpuFigures(BaseModel):
-    """The part of gpu-figures.json that estimates read.
+    """The part of a file with figures that estimates read.
 
     `blocks` has the measured blocks by kind, and by the tuning loop that was measured: `requant` or `auto-round`.
+    `around_seconds` is the time before the first block and after the last one.
     """
 
     date: str
     gpu: str = Field(validation_alias=AliasPath("card", "name"))
     model: ModelSize = Field(validation_alias=AliasPath("model", "size"))
     blocks: dict[BlockKind, dict[str, MeasuredBlock]]
+    around_seconds: float = 0.0
 
 
 class TimedRecord(NamedTuple):
@@ -119,10 +128,10 @@ class TimedRecord(NamedTuple):
 
 
 @cache
-def gpu_figures() -> GpuFigures:
-    """Read gpu-figures.json."""
-    text = resources.files("requant.tasks.planning").joinpath("gpu-figures.json").read_text()
-    return GpuFigures.model_validate_json(text)
+def gpu_figures() -> list[GpuFigures]:
+    """Read the measured figures."""
+    folder = resources.files("requant.tasks.planning")
+    return [GpuFigures.model_validate_json(folder.joinpath(name).read_text()) for name in FIGURES]
 
 
 def effort(work: TuningWork) -> float:
@@ -130,8 +139,17 @@ def effort(work: TuningWork) -> float:
 
     A sample passes through each block twice without tuning.
     """
-    tuned = 3 * work.iters * work.batch_size
-    return work.parameters * work.seqlen * (tuned + 2 * work.nsamples)
+    return tuning_effort(work) + passing_effort(work)
+
+
+def tuning_effort(work: TuningWork) -> float:
+    """Return the part of the effort that depends on the iterations."""
+    return work.parameters * work.seqlen * 3 * work.iters * work.batch_size
+
+
+def passing_effort(work: TuningWork) -> float:
+    """Return the part of the effort that does not depend on the iterations."""
+    return work.parameters * work.seqlen * 2 * work.nsamples
 
 
 def estimate_quantize(
@@ -153,13 +171,14 @@ def estimate_quantize(
     if hardware == "cpu":
         seconds = FIXED_SECONDS["quantize"] + 2 * effort(work) / ASSUMED_CPU_FLOPS  # a product and a sum per weight
         return Estimate(seconds, f"assumed: a CPU with {ASSUMED_CPU_FLOPS / 1e9:.0f} GFLOP/s")
-    figures = gpu_figures()
-    if hardware is None or _is_named(hardware, figures.gpu):
-        loop = "auto-round" if settings.fast is False else "requant"
-        weights = sum(count for block, count in weights_per_block.items() if block in linear_attention_blocks)
-        seconds = _block_seconds(figures, "linear", loop, replace(work, parameters=weights))
-        seconds += _block_seconds(figures, "full", loop, replace(work, parameters=work.parameters - weights))
-        return Estimate(seconds, f"blocks of 27 B dimensions measured on {figures.gpu}, {figures.date}")
+    loop = "auto-round" if settings.fast is False else "requant"
+    for figures in gpu_figures():
+        if loop in figures.blocks["full"] and (hardware is None or _is_named(hardware, figures.gpu)):
+            weights = sum(count for block, count in weights_per_block.items() if block in linear_attention_blocks)
+            seconds = figures.around_seconds
+            seconds += _block_seconds(figures, "linear", loop, replace(work, parameters=weights))
+            seconds += _block_seconds(figures, "full", loop, replace(work, parameters=work.parameters - weights))
+            return Estimate(seconds, f"blocks of 27 B dimensions measured on {figures.gpu}, {figures.date}")
     minutes = _table_minutes(work.parameters, low_gpu_mem=settings.low_gpu_mem is True)
     scale = effort(replace(work, parameters=1)) / effort(TABLE_WORK)
     return Estimate(60 * minutes * scale, f"auto-round's table for {TABLE_GPU}: nothing was measured on {hardware} yet")
@@ -181,6 +200,15 @@ def _nearest_quantize(runs: Iterable[TimedRecord], work: TuningWork, *, small_to
     if not efforts or asked <= 0:
         return None
     run, nearest = min(efforts, key=lambda pair: abs(math.log(asked) - math.log(pair[1])))
+    done = run.record.work
+    steps = run.record.step_seconds
+    if done is not None and steps and done.iters > 0 and done.nsamples > 0:
+        tuning = done.iters * sum(steps)
+        passing = sum(run.record.block_seconds) - run.record.compile_seconds - tuning
+        around = run.seconds - sum(run.record.block_seconds) + run.record.compile_seconds
+        seconds = max(0.0, around) + tuning * (tuning_effort(work) / tuning_effort(done))
+        seconds += max(0.0, passing) * (passing_effort(work) / passing_effort(done))
+        return Estimate(seconds, _earlier_run(run.record))
     steady = statistics.median(run.record.block_seconds) * len(run.record.block_seconds)
     fixed = max(0.0, run.seconds - steady)
     return Estimate(fixed + steady * (asked / nearest), _earlier_run(run.record))
@@ -262,12 +290,19 @@ def _is_named(short_name: str, name: str) -> bool:
 
 
 def _block_seconds(figures: GpuFigures, kind: BlockKind, loop: str, work: TuningWork) -> float:
-    """Estimate all blocks of one kind: one cold start, and the rest in proportion to weights and tokens."""
+    """Estimate all blocks of one kind: one cold start, and the rest in proportion to weights and tokens.
+
+    The part that does not depend on the iterations is scaled by itself, where it is known.
+    """
     if not work.parameters:
         return 0.0
-    measured = figures.blocks[kind][loop]
-    rate = measured.steady_seconds / effort(figures.model.work(kind))
-    return measured.cold_seconds - measured.steady_seconds + rate * effort(work)
+    measured, reference = figures.blocks[kind][loop], figures.model.work(kind)
+    seconds = measured.cold_seconds - measured.steady_seconds
+    if not measured.fixed_seconds:
+        return seconds + measured.steady_seconds * effort(work) / effort(reference)
+    seconds += measured.fixed_seconds * passing_effort(work) / passing_effort(reference)
+    tuning = measured.steady_seconds - measured.fixed_seconds
+    return seconds + tuning * tuning_effort(work) / tuning_effort(reference)
 
 
 def _table_minutes(parameters: float, *, low_gpu_mem: bool) -> float:

@@ -99,8 +99,7 @@ def _presence(here: Here, recipe: Recipe, computing: list[str]) -> Findings:
 def _memory(here: Here, stage: str, needs: Needs) -> Iterator[str]:
     needed, has = needs.stages[stage].ram_bytes or 0, here.memory_bytes
     if needed > has:
-        mapped = "; files of the base that do not fit are read again, which is slow" if stage == "quantize" else ""
-        yield f"may take up to {gigabytes(needed)} of memory, and this machine has {gigabytes(has)}{mapped}"
+        yield f"may take up to {gigabytes(needed)} of memory, and this machine has {gigabytes(has)}"
 
 
 def _gpu_memory(gpus: tuple[Gpu, ...], stage: str, needs: Needs) -> Iterator[str]:

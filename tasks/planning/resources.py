@@ -16,10 +16,12 @@ from requant.tasks.planning.document import Needs, StageNeeds
 from requant.tasks.planning.measuring import measured_tokens
 from requant.tasks.planning.merging import PlannedMerge
 from requant.tasks.planning.output import CheckpointPlan
-from requant.tasks.quantizing.auto_settings import ROUTED, sample_bytes, step_bytes
+from requant.tasks.quantizing.auto_settings import NEXT_BLOCK_BYTES, ROUTED, sample_bytes, step_bytes
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.validating import PROBE
 
+# Bytes per weight of a block in memory: its rounded and its packed weights while they are written, and split experts.
+WRITTEN_BYTES, SPLIT_BYTES = 2, 2
 RUNTIME_BYTES = 3_000_000_000  # memory that Python, torch, CUDA and Prefect take before any weight is loaded
 
 
@@ -90,10 +92,12 @@ def _own_bytes(path: Path) -> int:
 
 
 def _quantize(output: CheckpointPlan, recipe: Recipe) -> StageNeeds:
-    """Estimate quantize: the model in memory, one block and its samples on the GPU (or in memory with low_gpu_mem)."""
+    """Estimate quantize: one block and its samples on the GPU (or in memory with low_gpu_mem).
+
+    The base's weights are pages of its files. They need no memory of their own: each block is read once. In memory are
+    the packed and the rounded weights of the block that is being written, and the experts of one block, split.
+    """
     base, asked = output.base, recipe.quantize
-    head = set(base.head.names if base.head else ())
-    model = sum(tensor.nbytes for name, tensor in base.tensors.items() if name not in head)
     hidden = _config_size(base, "hidden_size")
     width = hidden + (_config_size(base, "intermediate_size") or 4 * hidden)
     routed = any(word in name.lower() for name in base.tensors for word in ROUTED)
@@ -102,29 +106,28 @@ def _quantize(output: CheckpointPlan, recipe: Recipe) -> StageNeeds:
     compiled = not (routed or on_cpu or asked.torch_compile is False)
     step = step_bytes(asked.batch_size * asked.seqlen, largest, width, compiled)
     samples = sample_bytes(asked.nsamples * asked.seqlen, hidden)
-    disk_bytes = _quantize_disk(output, recipe)
+    disk_bytes = _quantize_disk(output)
+    ram_bytes = RUNTIME_BYTES + largest * (WRITTEN_BYTES + (SPLIT_BYTES if routed else 0))
     if on_cpu:
-        return _same_in_low_memory(RUNTIME_BYTES + model + samples + step, 0, disk_bytes)
+        return _same_in_low_memory(ram_bytes + samples + step, 0, disk_bytes)
     return StageNeeds(
         disk_bytes=disk_bytes,
-        ram_bytes=RUNTIME_BYTES + model,
-        vram_bytes=samples + step,
-        low_ram_bytes=RUNTIME_BYTES + model + samples,
+        ram_bytes=ram_bytes,
+        vram_bytes=samples + step + largest * NEXT_BLOCK_BYTES,
+        low_ram_bytes=ram_bytes + samples,
         low_vram_bytes=step,
     )
 
 
-def _quantize_disk(output: CheckpointPlan, recipe: Recipe) -> int:
-    """Add up auto-round's output, the assembled files, the resume state, and a BF16 copy of an FP8 base.
+def _quantize_disk(output: CheckpointPlan) -> int:
+    """Add up the packed layers, the resume state, the assembled files, and a BF16 copy of an FP8 base.
 
-    The resume state has one byte per quantized weight. On a CPU, auto-round writes the other tensors as float32, which
-    takes twice their bytes.
+    The resume state has one byte per quantized weight.
     """
     assembled = sum(output.before_head.values())
-    kept = sum(t.nbytes for name, t in output.checkpoint.tensors.items() if name in output.base.tensors)
-    written = assembled + (kept if recipe.quantize.device in {"cpu", "auto"} else 0)
+    packed = sum(t.nbytes for name, t in output.checkpoint.tensors.items() if name not in output.base.tensors)
     dequantized = output.base.nbytes if is_fp8(output.source.tensors.values()) else 0
-    return written + output.quantized_parameters + assembled + dequantized
+    return packed + output.quantized_parameters + assembled + dequantized
 
 
 def _states_bytes(output: CheckpointPlan, tokens: int) -> int:

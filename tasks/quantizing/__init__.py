@@ -13,6 +13,8 @@ auto_round.py       all names of auto-round that are replaced at run time, in on
 events.py           the child's events, written and read
 reporting.py        turns auto-round's progress into events
 tuned_blocks.py     turns the events into the record of each block
+next_block.py       loads the next block while one is tuned, and clears the memory between them
+finished_blocks.py  packs and writes a tuned block while the next one is tuned
 resume.py           continues a run that was killed or moved to another machine
 loop/               our tuning loop: auto-round's, but faster
 """

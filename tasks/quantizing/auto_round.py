@@ -7,9 +7,12 @@ these packages.
 
 The order matters for names that are replaced more than once, because a later row wraps the result of an earlier one:
 
-- `SignRoundQuantizer.quantize_block`, from the inside out: our loop or auto-round's, then the wrapper that keeps the
-  rounded weights of the tuned block, then the clock.
-- `ResumeState.mark_block_done`: our replacement, then the clock.
+- `SignRoundQuantizer.quantize_block`: our loop or auto-round's, then the clock.
+- `SignRoundQuantizer.dispatch_block`: the wrapper that uses what was loaded ahead, then the clock.
+- `ResumeState.mark_block_done` and `BlockForwardRunner.forward`: our replacement, then the clock.
+- `CompressionOrchestrator._quantize_blocks`, from the inside out: what passes finished blocks, what loads the next one,
+  what waits until the last one has been written.
+- `clear_memory` in two modules: ours, then the clock.
 
 The names are internal. Another version may have different ones, so `patched` refuses all versions but CHECKED_VERSIONS.
 For an upgrade, check each row against the new version, and then change CHECKED_VERSIONS.
@@ -62,6 +65,7 @@ class TuningRun:
     delta_rule    the modules whose gated delta rule is replaced (`modules_with_reference`)
     clock         measures the phases of each block if REQUANT_PROFILE is set
     load_ahead    the device onto which the next block is loaded while a block is tuned; None to load none ahead
+    write_behind  whether a block is written while the next one is tuned
     """
 
     report: EventSink
@@ -70,6 +74,7 @@ class TuningRun:
     delta_rule: Sequence[ModuleType] = ()
     clock: Profile | None = None
     load_ahead: torch.device | None = None
+    write_behind: bool = True
 
 
 def refuse_other_versions() -> None:
@@ -104,7 +109,8 @@ def patches(run: TuningRun) -> list[Patch]:
         *calibration_patches(),
         *resume_patches(run.report),
         *loading_patches(run.load_ahead),
-        *writing_patches(),
+        *passing_patches(),
+        *writing_patches(run.write_behind),
         *progress_patches(run),
     ]
     return [*rows, *profile_patches(run.clock)] if run.clock else rows
@@ -221,15 +227,16 @@ def resume_patches(report: EventSink) -> list[Patch]:
 
 def loading_patches(device: torch.device | None) -> list[Patch]:
     """List the patches that load the next block onto the device while a block is tuned, unless that is None."""
+    from auto_round.algorithms import composer
     from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
-    from auto_round.compressors.orchestrator import CompressionOrchestrator
+    from auto_round.compressors import orchestrator
 
     from requant.tasks.quantizing.next_block import NextBlock
 
     following = NextBlock(device)
     return [
         Patch(
-            CompressionOrchestrator,
+            orchestrator.CompressionOrchestrator,
             "_quantize_blocks",
             following.knowing_names,
             why="Loading a block ahead needs to know which one it will be.",
@@ -239,38 +246,71 @@ def loading_patches(device: torch.device | None) -> list[Patch]:
             SignRoundQuantizer,
             "dispatch_block",
             following.starting,
-            why="It copies the block to the GPU while the GPU waits. And it is the last call before a block starts, "
-            "from where on collecting garbage need not look at what is there.",
+            why="It copies the block to the GPU while the GPU waits.",
             upstream=NOT_REPORTED,
+        ),
+        *(
+            Patch(
+                module,
+                "clear_memory",
+                following.sparing,
+                why="It is called five times per block. Each time it collects garbage, waits for the GPU, and gives "
+                "memory back that the next call takes again.",
+                upstream=NOT_REPORTED,
+            )
+            for module in (composer, orchestrator)
         ),
     ]
 
 
-def writing_patches() -> list[Patch]:
-    """List the patches that pack a block where it was tuned, and write what is packed while the next one is tuned."""
-    from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
-    from auto_round.compressors import orchestrator
+def passing_patches() -> list[Patch]:
+    """List the patches that make the forward passes over all samples faster."""
+    from auto_round.algorithms.block_runner import BlockForwardRunner
+
+    from requant.tasks.quantizing.loop import passes
+
+    return [
+        Patch(
+            BlockForwardRunner,
+            "forward",
+            passes.without_waits,
+            why="It waits for the GPU several times per batch, to read indices that it has made itself.",
+            upstream=NOT_REPORTED,
+        )
+    ]
+
+
+def writing_patches(behind: bool) -> list[Patch]:
+    """List the patches that pack and write a block in a thread, with `behind` while the next one is tuned."""
+    from auto_round.compressors import orchestrator, utils
     from auto_round.compressors.shard_writer import ShardWriter
     from auto_round.export import utils as export_utils
     from auto_round.utils.resume import ResumeState
 
-    from requant.tasks.quantizing.finished_blocks import FinishedBlocks
+    from requant.tasks.quantizing.finished_blocks import FinishedBlocks, flush_shard
 
-    finished = FinishedBlocks()
+    finished = FinishedBlocks(wait=not behind)
     return [
-        Patch(
-            SignRoundQuantizer,
-            "quantize_block",
-            finished.keeping_rounded_weights,
-            why="The rounded weights exist only between the tuning of a block and its packing.",
-            upstream=NO_UPSTREAM_ISSUE,
-        ),
         Patch(
             orchestrator,
             "mv_module_from_gpu",
             finished.leaving_in_place,
             why="It moves the weights of a tuned block to the CPU, and packing moves them to the GPU again.",
             upstream=NOT_REPORTED,
+        ),
+        Patch(
+            utils,
+            "immediate_pack",
+            finished.postponing,
+            why="Nothing is tuned while it packs a layer.",
+            upstream=NOT_REPORTED,
+        ),
+        Patch(
+            ShardWriter,
+            "write",
+            finished.postponing,
+            why="It collects the packed layers of a block, which there are only when the thread has packed them.",
+            upstream=NO_UPSTREAM_ISSUE,
         ),
         Patch(
             ShardWriter,
@@ -280,18 +320,18 @@ def writing_patches() -> list[Patch]:
             upstream=NO_UPSTREAM_ISSUE,
         ),
         Patch(
+            ShardWriter,
+            "_flush_shard",
+            lambda original: finished.postponing(flush_shard),
+            why="Nothing is tuned while it writes a file, and a killed process leaves an incomplete one.",
+            upstream=NOT_REPORTED,
+        ),
+        Patch(
             export_utils,
             "apply_post_save_source_fixes",
             lambda original: lambda model, save_dir: None,
             why="It copies the base's tensors that were not written.",
             upstream=NO_UPSTREAM_ISSUE,
-        ),
-        Patch(
-            ShardWriter,
-            "_flush_shard",
-            lambda original: lambda self: finished.flush_shard(self),
-            why="Nothing is tuned while it writes a file, and a killed process leaves an incomplete one.",
-            upstream=NOT_REPORTED,
         ),
         Patch(
             ResumeState,
@@ -350,8 +390,7 @@ def profile_patches(clock: Profile) -> list[Patch]:
     from auto_round.algorithms import composer
     from auto_round.algorithms.block_runner import BlockForwardRunner
     from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
-    from auto_round.compressors import orchestrator, utils
-    from auto_round.compressors.shard_writer import ShardWriter
+    from auto_round.compressors import orchestrator
     from auto_round.utils.resume import ResumeState
 
     def timed(owner: Any, name: str, phase: str) -> Patch:
@@ -363,12 +402,9 @@ def profile_patches(clock: Profile) -> list[Patch]:
         timed(SignRoundQuantizer, "dispatch_block", "loading the block"),
         timed(composer, "clear_memory", "clearing memory"),
         timed(orchestrator, "clear_memory", "clearing memory"),
-        timed(BlockForwardRunner, "__call__", "forward passes over all samples"),
+        timed(BlockForwardRunner, "forward", "forward passes over all samples"),
         timed(SignRoundQuantizer, "quantize_block", "tuning"),
-        timed(ShardWriter, "write", "writing the packed block"),
-        timed(ShardWriter, "_flush_shard", "writing the packed block"),
-        timed(ResumeState, "mark_block_done", "resume state"),
-        timed(utils, "immediate_pack", "packing"),
+        timed(ResumeState, "mark_block_done", "waiting for the block before to be written"),
         Patch(
             SignRoundQuantizer,
             "_step",

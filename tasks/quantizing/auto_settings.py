@@ -12,6 +12,8 @@ from requant.tasks.quantizing.job import Job
 # Bytes per weight of the block that is tuned, on the GPU: the BF16 weight and its quantized copy, the rounding value in
 # float32, its gradient, and the best rounding value so far.
 TUNED_BYTES = 2 + 2 + 4 + 4 + 4
+# Bytes per weight that are on the GPU beside a block, unless the samples are not: the next block in BF16.
+NEXT_BLOCK_BYTES = 2
 # Bytes of activations that a step keeps for its backward pass, per token and unit of width (hidden + intermediate
 # size), by whether the block is compiled. 16.5 were measured for a compiled linear-attention block of 27 B dimensions
 # (H200, torch 2.11); the rest is a margin.
@@ -91,14 +93,15 @@ def choose(job: Job, model: Any, device: str, free_bytes: int | None, same_bits:
 
 
 def resident_bytes(job: Job, model: Any, compiled: bool) -> int:
-    """Estimate the GPU memory in bytes for tuning the largest block, with the samples on the GPU."""
+    """Estimate the GPU memory in bytes for tuning the largest block, with the samples and the next block on the GPU."""
     config = getattr(model.config, "text_config", model.config)
     hidden = int(config.hidden_size)
     blocks = [b for m in model.modules() if type(m).__name__ == "ModuleList" for b in m]
     largest = max((sum(p.numel() for p in b.parameters()) for b in blocks), default=0)
     width = hidden + int(getattr(config, "intermediate_size", None) or 4 * hidden)
     samples = sample_bytes(job.settings.nsamples * job.settings.seqlen, hidden)
-    return samples + step_bytes(job.rung.batch_size * job.settings.seqlen, largest, width, compiled)
+    step = step_bytes(job.rung.batch_size * job.settings.seqlen, largest, width, compiled)
+    return samples + step + largest * NEXT_BLOCK_BYTES
 
 
 def sample_bytes(tokens: int, hidden: int) -> int:

@@ -251,7 +251,8 @@ def run_child(job: Job, folder: Path, report: EventSink, deadline_s: float = mat
         try:
             running = True
             while running:
-                running = child.poll() is None
+                # Python needs a second or more to take a large model apart. `_end` does not wait for that.
+                running = child.poll() is None and not (folder / "result.json").exists()
                 position, new = read_events(events, position)
                 for event in new:
                     last = event

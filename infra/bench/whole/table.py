@@ -11,15 +11,20 @@ from typing import Any
 
 from infra.bench.whole.sampler import read_samples
 from requant.tasks import hardware
+from requant.tasks.record import StageRecord
 from requant.tasks.store.catalog import read_catalog
 from requant.tasks.store.store import Store
 
 GB = 1e9
+RECORDED = Path(__file__).parents[2] / "gpu-figures.json"  # A test compares the plan with it.
 
 
 @dataclass(frozen=True)
 class MeasuredStage:
-    """One stage. `planned_*` is what the plan said. Sizes are peaks in bytes, None where nothing is known."""
+    """One stage. `planned_*` is what the plan said. Sizes are peaks in bytes, None where nothing is known.
+
+    `compile_seconds` is the part of the time in which new kinds of blocks were compiled.
+    """
 
     name: str
     seconds: float
@@ -32,6 +37,7 @@ class MeasuredStage:
     gpu_percent: float | None
     disk_bytes: int | None
     planned_disk_bytes: int | None
+    compile_seconds: float = 0.0
 
 
 def measure(store: Store, plan: Mapping[str, Any], run: Mapping[str, Any], samples: Path) -> list[MeasuredStage]:
@@ -60,6 +66,7 @@ def measure(store: Store, plan: Mapping[str, Any], run: Mapping[str, Any], sampl
                 round(sum(busy) / len(busy), 1) if busy else None,
                 (max(s.disk_bytes for s in during) - during[0].disk_bytes) if during else None,
                 needs.get("disk_bytes"),
+                StageRecord(record).compile_seconds,
             )
         )
     return stages
@@ -76,6 +83,26 @@ def write_figures(folder: Path, layers: int, iters: int, stages: Sequence[Measur
     }
     (folder / "figures.json").write_text(json.dumps(document, indent=1) + "\n")
     (folder / "figures.md").write_text(as_markdown(stages))
+
+
+def record_stages(path: Path, layers: int, iters: int, stages: Sequence[MeasuredStage]) -> None:
+    """Put what was measured into a file of rows, in place of the rows of an earlier run of this size on this GPU."""
+    where = {
+        "gpu": next(iter(hardware.machine().gpus), "cpu"),
+        "layers": layers,
+        "iters": iters,
+    }
+    names = {stage.name for stage in stages}
+    kept = [
+        row
+        for row in json.loads(path.read_text())
+        if row["stage"] not in names or any(row[key] != value for key, value in where.items())
+    ]
+    rows = [
+        {"stage": values.pop("name"), "date": datetime.date.today().isoformat(), **where, **values, "how": "run-27b"}
+        for values in map(asdict, stages)
+    ]
+    path.write_text(json.dumps([*kept, *rows], indent=1) + "\n")
 
 
 def as_markdown(stages: Iterable[MeasuredStage]) -> str:

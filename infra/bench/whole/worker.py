@@ -15,8 +15,9 @@ from pathlib import Path
 
 from infra.bench.whole.base import REPO_ID, dimensions
 from infra.bench.whole.sampler import sampling
-from infra.bench.whole.table import measure, write_figures
+from infra.bench.whole.table import RECORDED, measure, record_stages, write_figures
 from infra.dev.hub.launch import HubStandIn
+from requant.tasks import hardware
 from requant.tasks.store import open_store
 
 TEXTS = Path(__file__).parents[3] / "tasks" / "texts" / "builtin"
@@ -58,6 +59,8 @@ def main(folder: Path, layers: int, iters: int) -> int:
         plan, run = (json.loads((folder / name).read_text()) for name in ("plan.json", "run.json"))
         stages = measure(open_store(), plan, run, folder / "samples.jsonl")
         write_figures(folder, dimensions(layers).layers, iters, stages)
+        if layers and hardware.machine().gpus:
+            record_stages(RECORDED, layers, iters, stages)
     (folder / "status").write_text(str(status))
     return status
 

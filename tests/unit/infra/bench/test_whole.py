@@ -9,7 +9,7 @@ from pathlib import Path
 
 from infra.bench.whole.base import SMALL, dimensions
 from infra.bench.whole.sampler import bytes_below, read_samples, take_sample
-from infra.bench.whole.table import MeasuredStage, as_markdown
+from infra.bench.whole.table import MeasuredStage, as_markdown, record_stages
 from infra.bench.whole.worker import recipe
 from requant.tasks.recipe.loader import parse_recipe
 
@@ -39,6 +39,19 @@ def test_a_stage_stands_with_what_was_planned_and_a_dash_for_what_is_not_known()
         "| quantize | 153.8 (247) | 17.00 (57.00) | 8.00 | 20.00 (21.00) | 55 % | 9.00 (12.00) |",
         "| publish | 0.3 (0) | - (-) | - | - (-) |  | - (-) |",
     ]
+
+
+def test_a_run_takes_the_place_of_an_earlier_one_of_its_size_in_the_recorded_figures(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    path.write_text("[]")
+    for seconds, iters in ((100.0, 50), (300.0, 200), (90.0, 50)):
+        record_stages(path, 64, iters, [MeasuredStage("quantize", seconds, 247.0, *[None] * 8, compile_seconds=9.0)])
+    rows = json.loads(path.read_text())
+    assert [(row["iters"], row["seconds"], row["compile_seconds"]) for row in rows] == [
+        (200, 300.0, 9.0),
+        (50, 90.0, 9.0),
+    ]
+    assert {row["stage"] for row in rows} == {"quantize"}
 
 
 def test_the_recipes_of_a_whole_run_and_of_a_small_one_are_recipes() -> None:

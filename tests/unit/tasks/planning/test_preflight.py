@@ -143,8 +143,8 @@ def test_a_plan_on_a_machine_without_a_gpu_takes_the_time_of_a_cpu_unless_the_re
         return next(stage.figure for stage in document.stages if stage.name == "quantize")
 
     assert figure(planned(recipe(), gpus=())).startswith("assumed: a CPU")
-    assert "H100" in figure(planned(recipe()))
-    assert "H100" in figure(planned(recipe(), gpus=(), elsewhere=True))
+    assert "H200" in figure(planned(recipe()))
+    assert "H200" in figure(planned(recipe(), gpus=(), elsewhere=True))
     assert "H100" in figure(planned(recipe(hardware={"gpu": "H100"}), gpus=()))
 
 

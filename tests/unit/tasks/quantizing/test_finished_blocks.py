@@ -17,7 +17,7 @@ from auto_round.utils.resume import ResumeState
 from safetensors.torch import load_file
 
 from requant.tasks.quantizing import finished_blocks
-from requant.tasks.quantizing.finished_blocks import FinishedBlocks
+from requant.tasks.quantizing.finished_blocks import FinishedBlocks, flush_shard
 from requant.tasks.quantizing.resume import MANIFEST, block_file
 
 NAMES = ["layers.0", "layers.1", "layers.2"]
@@ -26,9 +26,10 @@ NAMES = ["layers.0", "layers.1", "layers.2"]
 class Written:
     """What a run leaves: a model of three blocks, auto-round's resume state, and its writer of shards."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, wait: bool = False) -> None:
         self.folder = folder
-        self.finished = FinishedBlocks()
+        self.finished = FinishedBlocks(wait=wait)
+        self.packed_by: list[threading.Thread] = []
         self.model = torch.nn.Module()
         self.model.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in NAMES)
         self.state = ResumeState(str(folder / "resume"), "signature", NAMES)
@@ -39,21 +40,23 @@ class Written:
 
     def run(self, between: Callable[[int], None] = lambda number: None) -> None:
         """Let every block be tuned and written, as auto-round does. `between` is called after each."""
-        quantizer = SimpleNamespace(quantize_block=self.finished.keeping_rounded_weights(self._tune))
+        pack, flush = self.finished.postponing(self._pack), self.finished.postponing(flush_shard)
 
         def quantize_blocks(orchestrator: Any, model: Any) -> None:
             for number, name in enumerate(NAMES):
-                quantizer.quantize_block(quantizer, model.get_submodule(name))
-                self.writer.current_shard_tensors[f"{name}.qweight"] = torch.full((2, 4), number, dtype=torch.int32)
-                self.finished.flush_shard(self.writer)
+                block = model.get_submodule(name)
+                block.scale = torch.full((4, 2), 0.5)
+                block.weight.data = torch.arange(-8.0, 8.0).view(4, 4) * 0.5
+                pack(name, number)
+                flush(self.writer)
                 self.finished.mark_block_done(self.state, name, None, None)
                 between(number)
 
         self.finished.writing(quantize_blocks)(None, self.model)
 
-    def _tune(self, quantizer: Any, block: torch.nn.Linear) -> None:
-        block.scale = torch.full((4, 2), 0.5)
-        block.weight.data = torch.arange(-8.0, 8.0).view(4, 4) * 0.5
+    def _pack(self, name: str, number: int) -> None:
+        self.packed_by.append(threading.current_thread())
+        self.writer.current_shard_tensors[f"{name}.qweight"] = torch.full((2, 4), number, dtype=torch.int32)
 
     def blocks(self) -> list[str]:
         path = self.folder / "resume" / MANIFEST
@@ -61,11 +64,6 @@ class Written:
 
     def shards(self) -> list[str]:
         return sorted(path.name for path in (self.folder / "out").glob("*"))
-
-
-@pytest.fixture(autouse=True)
-def _packs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CompressContext, "get_context", lambda: SimpleNamespace(is_immediate_saving=True))
 
 
 def test_every_block_is_on_the_disk_when_the_last_one_was_tuned(tmp_path: Path) -> None:
@@ -80,6 +78,7 @@ def test_every_block_is_on_the_disk_when_the_last_one_was_tuned(tmp_path: Path) 
         rounded = load_file(block_file(tmp_path / "resume", number))
         assert rounded[".q"].flatten().tolist() == list(range(-8, 8)) and rounded[".scale"].shape == (4, 2)
     assert {parameter.device.type for parameter in written.model.parameters()} == {"meta"}
+    assert threading.current_thread() not in written.packed_by
 
 
 def test_a_block_counts_as_finished_only_when_all_of_its_files_are_whole(
@@ -110,6 +109,13 @@ def test_at_most_one_block_waits_to_be_written(tmp_path: Path) -> None:
     assert all(count >= number for number, count in enumerate(finished))
 
 
+def test_without_memory_for_two_a_block_is_written_before_the_next_one_starts(tmp_path: Path) -> None:
+    written = Written(tmp_path, wait=True)
+    finished: list[int] = []
+    written.run(lambda number: finished.append(len(written.blocks())))
+    assert finished == [1, 2, 3]
+
+
 @pytest.mark.parametrize("number", range(3))
 def test_what_writing_a_block_raises_ends_the_run_and_the_blocks_before_it_stay(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -130,9 +136,10 @@ def test_what_writing_a_block_raises_ends_the_run_and_the_blocks_before_it_stay(
 def test_a_shard_is_written_at_once_when_no_blocks_are_tuned(tmp_path: Path) -> None:
     written = Written(tmp_path)
     written.writer.current_shard_tensors["lm_head.qweight"] = torch.ones(2, 2, dtype=torch.int32)
-    written.finished.flush_shard(written.writer)
+    flush = written.finished.postponing(flush_shard)
+    flush(written.writer)
     assert written.shards() == ["model-shard-00001.safetensors"] and not written.writer.current_shard_tensors
-    written.finished.flush_shard(written.writer)
+    flush(written.writer)
     assert written.writer.shard_counter == 1  # nothing to write
 
 
@@ -156,3 +163,17 @@ def test_tensors_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in tensors)
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_tuned_block_stays_where_it_is_to_be_packed_and_other_modules_are_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = SimpleNamespace(is_immediate_saving=True)
+    monkeypatch.setattr(CompressContext, "get_context", lambda: context)
+    written, moved = Written(tmp_path), list[int]()
+    move = written.finished.leaving_in_place(moved.append)
+    move(0)
+    written.run(move)
+    context.is_immediate_saving = False  # Layers outside of the blocks are quantized too: nothing is packed yet.
+    Written(tmp_path / "other").finished.writing(lambda orchestrator, model: move(4))(None, None)
+    assert moved == [0, 4]

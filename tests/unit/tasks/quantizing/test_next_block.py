@@ -60,6 +60,14 @@ def test_without_a_device_nothing_is_copied() -> None:
     assert [place for place, _ in run(NextBlock(None), model)] == before
 
 
+def test_a_block_on_the_cpu_is_tuned_in_memory_of_its_own_and_not_in_the_pages_of_its_file() -> None:
+    model = model_of_blocks()
+    before = [block.weight.data_ptr() for block in model.layers]
+    run(NextBlock(None), model)
+    assert all(block.weight.data_ptr() != place for block, place in zip(model.layers, before, strict=True))
+    assert [float(block.weight.detach()[0, 0]) for block in model.layers] == [0.0, 1.0, 2.0]
+
+
 def test_weights_that_were_replaced_after_they_were_copied_are_kept() -> None:
     model = model_of_blocks()
 
@@ -68,6 +76,16 @@ def test_weights_that_were_replaced_after_they_were_copied_are_kept() -> None:
             model.layers[1].weight.data = torch.full((2, 2), 7.0)
 
     assert [value for _, value in run(NextBlock(torch.device("cpu")), model, replace)] == [0.0, 7.0, 2.0]
+
+
+def test_memory_is_cleared_once_per_block_and_at_other_times_as_before() -> None:
+    model, following, cleared = model_of_blocks(), NextBlock(None), list[Any]()
+    clear = following.sparing(lambda tensors=None, device_list=None: cleared.append(tensors))
+    samples = [torch.ones(1), torch.ones(1)]
+    run(following, model, lambda number: clear(samples, device_list=["cpu"]))
+    assert samples == [None, None] and cleared == []
+    clear([3])
+    assert cleared == [[3]]
 
 
 def test_a_block_that_could_not_be_copied_ahead_is_started_as_it_is() -> None:
