@@ -21,7 +21,6 @@ from requant.tasks.checkpoint.audit import account
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.rounded_inputs import rounded_inputs
 from requant.tasks.checkpoint.served_dtype import Dtype, dtype_of_flags, rounded_scales
-from requant.tasks.checkpoint.weight_error import fidelity
 from requant.tasks.checkpoint.writer import write_file, write_json
 from requant.tasks.documents import first_problem, read_stored
 from requant.tasks.errors import CheckpointError, RecipeError, RequantError, StoreError, TokenizerError, TooFewTokens
@@ -312,11 +311,12 @@ def measured_values(
     `measure_one` runs a checkpoint on the text; `evaluate_both` runs the lm-eval tasks of both, or is None. `settings`
     are chosen once for all that is compared, since how much memory of a GPU is free changes.
     """
+    from requant.tasks.checkpoint.weight_error import fidelity
     from requant.tasks.validating.model import completed_config
 
     log.info("comparing every tensor and file with the base's")
     audit = account(checkpoint, base, with_head=keep_head, pack_head=pack_head, completed=completed_config)
-    matrices = tuple(MatrixError(**vars(matrix)) for matrix in fidelity(checkpoint, base))
+    matrices = tuple(MatrixError(**vars(matrix)) for matrix in fidelity(checkpoint, base, settings.device))
     not_compared = "none of its quantized matrices can be dequantized" if audit.packed and not matrices else None
     behaviour, divergence, not_measured = _run_both(
         checkpoint.folder, base.folder, measure_one, settings, sound=not audit.unaccounted

@@ -33,6 +33,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from requant.startup import collect_garbage_often
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.config import ModelConfig
+from requant.tasks.checkpoint.dequantize import weight_of
 from requant.tasks.checkpoint.fp8 import dequantized_tensors
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import PLAIN_PARTS, modules_of
@@ -326,9 +327,10 @@ def _empty(module: nn.Module) -> None:
 
 
 def state_dict(tensors: Iterable[Tensor], checkpoint: Checkpoint, settings: RunSettings) -> dict[str, torch.Tensor]:
-    """Return tensors of a checkpoint by name. Raises CheckpointError for a quantized module that cannot be read.
+    """Return tensors of a checkpoint by name, on the device of the settings.
 
-    Quantized modules are weights `[out, in]`, and floating-point tensors have the dtype of the settings.
+    Quantized modules are weights `[out, in]`, and floating-point tensors have the dtype of the settings. Raises
+    CheckpointError for a quantized module that cannot be read.
 
     Packed integers are dequantized with the scales as an engine keeps them: see `checkpoint/served_dtype.py`. Vectors
     keep a higher precision that they have, since transformers keeps some of them in it, such as the correction bias of
@@ -340,18 +342,13 @@ def state_dict(tensors: Iterable[Tensor], checkpoint: Checkpoint, settings: RunS
     stored = {name: m for name, m in stored.items() if not is_plain_fp8(checkpoint, m)}
     part_names = {t.name for module in stored.values() for t in module.quantized_parts.values()}
     plain = dequantized_tensors([t for t in tensors if t.name not in part_names], checkpoint.config)
-    state = {t.name: to_torch(t) for t in plain}
+    state = {t.name: to_torch(t, settings.device) for t in plain}
     for name, value in state.items():
         if value.is_floating_point():
             state[name] = value.to(torch.promote_types(value.dtype, dtype) if value.dim() == 1 else dtype)
     for name, module in stored.items():
         matrix = stored_matrix(checkpoint, module, scale_dtype)
-        weight = torch.empty(matrix.shape, dtype=dtype)
-        row = 0
-        for rows in matrix.rows():
-            weight[row : row + len(rows)] = torch.from_numpy(rows)
-            row += len(rows)
-        state[f"{name}.weight"] = weight
+        state[f"{name}.weight"] = weight_of(matrix, settings.device, dtype)
     return state
 
 
