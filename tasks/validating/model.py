@@ -187,6 +187,11 @@ class Skeleton:
         """The bytes of all weights in this precision."""
         return int(sum(p.numel() for p in self.model.parameters())) * self.dtype.itemsize
 
+    @property
+    def absent_bytes(self) -> int:
+        """The bytes of the weights that are not loaded, in this precision."""
+        return int(sum(p.numel() for p in self.model.parameters() if p.is_meta)) * self.dtype.itemsize
+
     def _other_modules(self) -> list[tuple[str, nn.Module]]:
         """Return paths and modules of a multimodal model other than the text model."""
         if self.text is self.model.model:
