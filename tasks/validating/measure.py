@@ -37,7 +37,7 @@ from requant.tasks.validating.model import (
 from requant.tasks.validating.vision import features
 from requant.tasks.validating.windows import Windows, windows
 
-VERSION = 3  # must be raised when the same checkpoint and text give other values
+VERSION = 4  # must be raised when the same checkpoint and text give other values
 DRAFTS = 3  # draft tokens per step: engines use no more
 PROMPTS, PROMPT, GENERATED = 4, 32, 48  # greedy continuations: their number, tokens of each prompt, tokens after it
 GENERATED_IN_BLOCKS = 8  # tokens after a prompt where each token costs a pass over all weights

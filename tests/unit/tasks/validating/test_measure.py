@@ -29,7 +29,7 @@ from requant.tasks.validating.measure import measure as measure_as
 from requant.tasks.validating.measure import run_settings
 from requant.tasks.validating.measured import Measured
 from requant.tasks.validating.measurement import Measurement
-from requant.tasks.validating.model import RunSettings, load_model, state_dict
+from requant.tasks.validating.model import RunSettings, Skeleton, load_model, state_dict
 from tests.factories.checkpoints import (
     all_tensors,
     from_bf16,
@@ -96,6 +96,38 @@ def test_a_checkpoint_is_measured_the_same_every_time(base: Path, of_base: Measu
     assert (one.tokens.dtype, one.nll.dtype) == (np.int32, np.float32)
     assert one.hidden.shape == (4, 48, 64) and one.probes.shape == (3, 16, 64) and one.features.shape[1] == 64
     assert one.context.tolist() == [96, 96]
+
+
+def test_windows_that_are_computed_at_once_are_measured_as_each_by_itself(
+    base: Path, of_base: Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three at a time, so that the last one is left over."""
+    monkeypatch.setitem(measuring.BATCH_TOKENS, "cpu", 3 * 48 + 1)
+    batched = measure(base, EVALUATION)
+    torch.testing.assert_close(batched.hidden, of_base.hidden, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(batched.nll, of_base.nll, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(batched.drafts, of_base.drafts)
+    torch.testing.assert_close(batched.probes, of_base.probes, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_fit_just_so_are_held_and_otherwise_come_block_by_block(
+    base: Path, of_base: Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What decoding needs is its weights and what it computes, and no half of them again."""
+    skeleton = Skeleton(Checkpoint.open(base).loadable(), run_settings(base))
+    skeleton.load_ends()
+    decoded_tokens = measuring.PROMPTS * (measuring.PROMPT + measuring.GENERATED + measuring.DRAFTS)
+    needed = skeleton.absent_bytes + decoded_tokens * measuring._token_bytes(skeleton) + measuring.SPARE_BYTES
+    held = []
+    monkeypatch.setattr(measuring.Skeleton, "hold", lambda self, hold=Skeleton.hold: held.append(1) or hold(self))
+    for room, times, generated in ((2 * needed, 2, 4), (needed, 1, 4), (needed - 1, 0, 8)):
+        held.clear()
+        monkeypatch.setattr(measuring, "room", lambda device, room=room: room)
+        found = measure(base, EVALUATION)
+        assert len(held) == times and found.generated.shape == (2, generated)
+        assert found.nll.tobytes() == of_base.nll.tobytes() and found.hidden.equal(of_base.hidden)
+        np.testing.assert_array_equal(found.generated[:, :4], of_base.generated)
+        assert bool(found.speculation.size) == (generated == 4)
 
 
 def test_a_model_of_random_weights_knows_as_little_as_it_can(of_base: Measurement) -> None:
