@@ -140,11 +140,10 @@ def _block_errors(skeleton: Skeleton, of_quantized: Measurement, of_base: Measur
     kinds = getattr(skeleton.text.config, "layer_types", None) or ["decoder"] * len(skeleton.blocks)
     errors = []
     with progress("compare", len(skeleton.blocks), "blocks") as bar:
-        for number in range(len(skeleton.blocks)):
+        for number, block in enumerate(skeleton.in_turn()):
             base_input, base_output = (of_base.probes[number + k].to(skeleton.device) for k in (0, 1))
             rows.hidden = [base_input[None]]
-            with skeleton.loaded(number) as block:
-                rows.through(number, block)
+            rows.through(number, block)
             error = _relative(rows.hidden[0][0] - base_output, base_output - base_input)
             reached = of_base.probes[number + 1]
             drift = _relative(of_quantized.probes[number + 1] - reached, reached)

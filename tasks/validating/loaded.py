@@ -53,6 +53,10 @@ class LoadedModel(Skeleton):
         """Return a decoder block, which is there already."""
         yield self.blocks[number]
 
+    def in_turn(self, *, stay: bool = False) -> Iterator[nn.Module]:
+        """Return the decoder blocks, which are there already."""
+        yield from self.blocks
+
     def load_ends(self) -> None:
         """Do nothing: everything is loaded."""
 

@@ -78,8 +78,7 @@ def measure(
 def _measure(skeleton: Skeleton, cut: Windows) -> Measurement:
     ids = torch.from_numpy(cut.tokens).long().to(skeleton.device)
     longest_text = _long_text(ids, longest(skeleton))
-    if skeleton.absent_bytes + SPARE_BYTES < room(skeleton.device) // 2:  # The long text takes the other half.
-        skeleton.hold()
+    stay = skeleton.absent_bytes + SPARE_BYTES < room(skeleton.device) // 2  # The long text takes the other half.
     groups = rows_of(skeleton, cut)
     groups.append(Rows.of(skeleton, longest_text))
     probes = [groups[0].hidden[0][0, :PROBE].cpu()]
@@ -89,7 +88,7 @@ def _measure(skeleton: Skeleton, cut: Windows) -> Measurement:
             probes.append(groups[0].hidden[0][0, :PROBE].cpu())
             bar.advance()
 
-        *by_group, long_hidden = run_blocks(skeleton, groups, after)
+        *by_group, long_hidden = run_blocks(skeleton, groups, after, stay=stay)
     groups.clear()
     hidden = torch.cat([states.reshape(-1, ids.shape[1], states.shape[-1]) for states in by_group])
     nll, top1 = _next_tokens(skeleton, ids, hidden)

@@ -11,6 +11,7 @@ import copy
 import math
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,14 +141,32 @@ class Skeleton:
     def loaded(self, number: int) -> Iterator[nn.Module]:
         """Load a decoder block for as long as the context lasts."""
         block = self.blocks[number]
-        if number in self._resident:
-            yield block
-            return
-        self._load(number, [block])
+        if number not in self._resident:
+            self._load(number, [block])
         try:
             yield block
         finally:
-            _empty(block)
+            if number not in self._resident:
+                _empty(block)
+
+    def in_turn(self, *, stay: bool = False) -> Iterator[nn.Module]:
+        """Load the decoder blocks one after the other, each until the next one is asked for, or to `stay`.
+
+        On a GPU with room for it, the weights of the next block are read while this one computes.
+        """
+        ahead: Future[dict[str, torch.Tensor]] | None = None
+        with ThreadPoolExecutor(1) as reader:
+            for number, block in enumerate(self.blocks):
+                if number not in self._resident:
+                    self._load(number, [block], ahead)
+                ahead = reader.submit(self._read, number + 1) if self._can_be_read_ahead(number + 1) else None
+                if stay:
+                    self._resident.add(number)
+                try:
+                    yield block
+                finally:
+                    if number not in self._resident:
+                        _empty(block)
 
     def load_ends(self) -> None:
         """Load embeddings, final norm and output layer, which stay."""
@@ -162,8 +181,8 @@ class Skeleton:
         """Load all weights, which stay."""
         self.load_ends()
         self.load_rest()
-        for number, block in enumerate(self.blocks):
-            self._load_to_stay(number, [block])
+        for _ in self.in_turn(stay=True):
+            pass
 
     def drop(self) -> None:
         """Drop all weights, and return their GPU memory to the device. The model cannot run any more."""
@@ -232,10 +251,24 @@ class Skeleton:
             self._load(part, modules)
             self._resident.add(part)
 
-    def _load(self, part: int | str, modules: Iterable[nn.Module | None]) -> None:
-        """Load a part. Raises CheckpointError if one of these modules then lacks a weight."""
+    def _can_be_read_ahead(self, number: int) -> bool:
+        if self.device.type != "cuda" or number in self._resident or number == len(self.blocks):
+            return False
+        nbytes = sum(p.numel() for p in self.blocks[number].parameters()) * self.dtype.itemsize
+        return nbytes < room(self.device) // 8
+
+    def _read(self, part: int | str) -> dict[str, torch.Tensor]:
+        return state_dict(self._parts[part], self.checkpoint, self.settings)
+
+    def _load(
+        self,
+        part: int | str,
+        modules: Iterable[nn.Module | None],
+        ahead: Future[dict[str, torch.Tensor]] | None = None,
+    ) -> None:
+        """Load a part, of which `ahead` may be read. Raises CheckpointError if one of these modules lacks a weight."""
         folder = self.checkpoint.folder
-        state = state_dict(self._parts[part], self.checkpoint, self.settings)
+        state = self._read(part) if ahead is None else ahead.result()
         fill(self.model, state, self._load_config, str(folder))
         self.model.tie_weights()
         missing = [

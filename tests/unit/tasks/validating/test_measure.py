@@ -118,13 +118,14 @@ def test_weights_that_fit_just_so_are_held_and_otherwise_come_block_by_block(
     skeleton.load_ends()
     decoded_tokens = measuring.PROMPTS * (measuring.PROMPT + measuring.GENERATED + measuring.DRAFTS)
     needed = skeleton.absent_bytes + decoded_tokens * measuring._token_bytes(skeleton) + measuring.SPARE_BYTES
-    held = []
-    monkeypatch.setattr(measuring.Skeleton, "hold", lambda self, hold=Skeleton.hold: held.append(1) or hold(self))
-    for room, times, generated in ((2 * needed, 2, 4), (needed, 1, 4), (needed - 1, 0, 8)):
-        held.clear()
+    read: list[int | str] = []
+    to_state = Skeleton._read
+    monkeypatch.setattr(Skeleton, "_read", lambda self, part: read.append(part) or to_state(self, part))
+    for room, times, generated in ((2 * needed, 1, 4), (needed, 2, 4), (needed - 1, 1 + 8, 8)):
+        read.clear()
         monkeypatch.setattr(measuring, "room", lambda device, room=room: room)
         found = measure(base, EVALUATION)
-        assert len(held) == times and found.generated.shape == (2, generated)
+        assert read.count(0) == read.count(1) == times and found.generated.shape == (2, generated)
         assert found.nll.tobytes() == of_base.nll.tobytes() and found.hidden.equal(of_base.hidden)
         np.testing.assert_array_equal(found.generated[:, :4], of_base.generated)
         assert bool(found.speculation.size) == (generated == 4)

@@ -169,3 +169,26 @@ def test_rows_that_blocks_treat_differently_are_refused(bases: dict[str, Path]) 
             Rows.of(skeleton, torch.tensor([[1, 2], [3, 4]]))
     finally:
         skeleton.text.forward = forward
+
+
+def test_the_next_block_is_read_while_one_computes_where_there_is_room(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that is none: what is read ahead is what would have been read."""
+    skeleton = Skeleton(Checkpoint.open(bases["qwen3_5"]), ON_CPU)
+    expected = [{name: p.clone() for name, p in block.named_parameters()} for block in skeleton.in_turn()]
+    read: list[int | str] = []
+    to_state = skeleton._read
+    monkeypatch.setattr(skeleton, "_read", lambda part: read.append(part) or to_state(part))
+    monkeypatch.setattr(skeleton, "_can_be_read_ahead", lambda number: number < len(skeleton.blocks))
+    for number, block in enumerate(skeleton.in_turn()):
+        assert all(torch.equal(p, expected[number][name]) for name, p in block.named_parameters())
+    assert read == list(range(len(skeleton.blocks)))
+    assert all(p.is_meta for block in skeleton.blocks for p in block.parameters())
+
+
+def test_blocks_that_were_begun_and_not_finished_leave_nothing(bases: dict[str, Path]) -> None:
+    skeleton = Skeleton(Checkpoint.open(bases["qwen3_5"]), ON_CPU)
+    for _ in skeleton.in_turn():
+        break
+    assert all(p.is_meta for block in skeleton.blocks for p in block.parameters())
