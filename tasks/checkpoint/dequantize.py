@@ -107,8 +107,9 @@ def unpack(words: torch.Tensor, bits: int, *, dense: bool = True, order: tuple[i
     """
     mask, words = (1 << bits) - 1, words.contiguous()
     if 32 % bits == 0 or not dense:
-        places = [order.index(place) for place in range(len(order))] or range(32 // bits)
-        shifts = torch.tensor([bits * place for place in places], dtype=torch.int32, device=words.device)
+        shifts = bits * torch.arange(32 // bits, dtype=torch.int32, device=words.device)
+        if order:
+            shifts = shifts[[order.index(place) for place in range(len(order))]]
         return ((words[..., None] >> shifts) & mask).flatten(1)
     begins = torch.arange(words.shape[1] * 32 // bits, device=words.device) * bits
     low, high = begins // 32, (begins // 32 + 1).clamp(max=words.shape[1] - 1)

@@ -23,13 +23,12 @@ from requant.tasks.validating import LENGTH, PROBE
 from requant.tasks.validating.blocks import Rows, run_blocks
 from requant.tasks.validating.decode import agreement, decode, decode_in_blocks, speculate
 from requant.tasks.validating.head import MtpHead
-from requant.tasks.validating.loaded import skeleton_of
+from requant.tasks.validating.loaded import model_of
 from requant.tasks.validating.measurement import UNDRAFTED, Floats, Ints, Measurement
 from requant.tasks.validating.model import (
     RunSettings,
     Skeleton,
     few_threads,
-    free,
     pick_device,
     pick_dtype,
     room,
@@ -62,17 +61,13 @@ def measure(
     checkpoint = Checkpoint.open(folder).loadable()
     tokenizer = settings.tokens_of or folder
     cut = windows(tokenizer, text, checkpoint, tokens=tokens, remote_code=settings.remote_code)
-    skeleton = skeleton_of(checkpoint, settings)
-    skeleton.load_ends()
-    cut = cut.up_to(_fitting(skeleton))
-    dtype = str(settings.dtype).removeprefix("torch.")
-    domains = f" in {len(set(cut.domains))} domains" if len(set(cut.domains)) > 1 else ""
-    log.info(f"measuring {folder.name} on {cut.tokens.size:,} tokens{domains} ({dtype}, {settings.device})")
-    with few_threads(skeleton.nbytes):
-        result = _measure(skeleton, cut)
-    del skeleton
-    free(settings.device)
-    return result
+    with model_of(checkpoint, settings) as skeleton, few_threads(skeleton.nbytes):
+        skeleton.load_ends()
+        cut = cut.up_to(_fitting(skeleton))
+        dtype = str(settings.dtype).removeprefix("torch.")
+        domains = f" in {len(set(cut.domains))} domains" if len(set(cut.domains)) > 1 else ""
+        log.info(f"measuring {folder.name} on {cut.tokens.size:,} tokens{domains} ({dtype}, {settings.device})")
+        return _measure(skeleton, cut)
 
 
 def _measure(skeleton: Skeleton, cut: Windows) -> Measurement:

@@ -45,6 +45,7 @@ from requant.tasks.errors import CheckpointError, TokenizerError
 from requant.tasks.settings import read_settings
 
 CORRECTION_BIAS = "e_score_correction_bias"
+READERS = 4  # threads that read tensors for a GPU: one alone is slower than the memory that the files are in
 FEW_THREADS_BYTES = 128 << 20  # weights below this size are computed with by one thread
 transformers.logging.set_verbosity_error()  # otherwise it warns of every kernel that is not installed
 transformers.logging.disable_progress_bar()
@@ -370,24 +371,34 @@ def state_dict(tensors: Iterable[Tensor], checkpoint: Checkpoint, settings: RunS
     Quantized modules are weights `[out, in]`, and floating-point tensors have the dtype of the settings. Raises
     CheckpointError for a quantized module that cannot be read.
 
-    Packed integers are dequantized with the scales as an engine keeps them: see `checkpoint/served_dtype.py`. Vectors
-    keep a higher precision that they have, since transformers keeps some of them in it, such as the correction bias of
-    a router, whose values differ by less than bfloat16 can tell.
+    Packed integers are dequantized with the scales as an engine keeps them: see `checkpoint/served_dtype.py`. FP8 is
+    rounded to BF16 first, which is what quantize reads of it. Vectors keep a higher precision that they have, since
+    transformers keeps some of them in it, such as the correction bias of a router, whose values differ by less than
+    bfloat16 can tell.
     """
     dtype, scale_dtype = settings.dtype, STORED.get(settings.served_dtype(checkpoint.config) or "")
     tensors = list(tensors)
     stored = {name: m for name, m in modules_of(tensors, checkpoint.method).items() if m.quantized}
-    stored = {name: m for name, m in stored.items() if not is_plain_fp8(checkpoint, m)}
+    plain_fp8 = {name for name, module in stored.items() if is_plain_fp8(checkpoint, module)}
+    fused = {name for name in plain_fp8 if len(stored[name].parts["weight"].shape) != 2}
+    stored = {name: module for name, module in stored.items() if name not in fused}
     part_names = {t.name for module in stored.values() for t in module.quantized_parts.values()}
     plain = dequantized_tensors([t for t in tensors if t.name not in part_names], checkpoint.config)
-    state = {t.name: to_torch(t, settings.device) for t in plain}
-    for name, value in state.items():
-        if value.is_floating_point():
-            state[name] = value.to(torch.promote_types(value.dtype, dtype) if value.dim() == 1 else dtype)
-    for name, module in stored.items():
-        matrix = stored_matrix(checkpoint, module, scale_dtype)
-        state[f"{name}.weight"] = weight_of(matrix, settings.device, dtype)
-    return state
+
+    def read(tensor: Tensor) -> torch.Tensor:
+        value = to_torch(tensor, settings.device)
+        if not value.is_floating_point():
+            return value
+        return value.to(torch.promote_types(value.dtype, dtype) if value.dim() == 1 else dtype)
+
+    def dequantize(name: str) -> torch.Tensor:
+        matrix = stored_matrix(checkpoint, stored[name], scale_dtype)
+        return weight_of(matrix, settings.device, torch.bfloat16 if name in plain_fp8 else dtype).to(dtype)
+
+    names = [*(tensor.name for tensor in plain), *(f"{name}.weight" for name in stored)]
+    with ThreadPoolExecutor(READERS) as pool:
+        each = pool.map if settings.device.type == "cuda" else map
+        return dict(zip(names, [*each(read, plain), *each(dequantize, stored)], strict=True))
 
 
 def text_model(model: Any) -> Any:

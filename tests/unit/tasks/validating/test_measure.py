@@ -395,6 +395,29 @@ def test_two_folders_are_measured_and_compared(base: Path, made: Path) -> None:
     assert gates["perplexity_increase"].value is not None and gates["top1_agreement"].value is not None
 
 
+def test_quantized_weights_are_loaded_once_for_all_that_is_measured_and_then_dropped(
+    base: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measuring, decoding and the comparison of blocks share them; the base is read again for its noise floor."""
+    read: list[tuple[Path, int | str]] = []
+    used: list[Skeleton] = []
+    to_state = Skeleton._read
+
+    def _read(self: Skeleton, part: int | str) -> dict[str, torch.Tensor]:
+        read.append((self.checkpoint.folder, part))
+        used.append(self)
+        return to_state(self, part)
+
+    monkeypatch.setattr(Skeleton, "_read", _read)
+    values = validate_folders(made, base)
+    assert values.divergence.blocks and values.divergence.kl_noise_floor is not None
+    assert [read.count((made, part)) for part in ("ends", 0, 1)] == [1, 1, 1]
+    assert [read.count((base, part)) for part in (0, 1)] == [2, 2]
+    assert all(
+        p.is_meta for skeleton in used if skeleton.checkpoint.folder == made for p in skeleton.model.parameters()
+    )
+
+
 def test_device_and_precision_are_chosen_once_for_all_that_is_compared(
     base: Path, made: Path, of_base: Measurement, of_made: Measurement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
