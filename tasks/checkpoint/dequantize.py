@@ -11,14 +11,24 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from requant.tasks.checkpoint.fp8 import Dequantized
+from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.packing import AWQ_ORDER
-from requant.tasks.checkpoint.stored_matrix import Codes, StoredMatrix
+from requant.tasks.checkpoint.stored_matrix import Codes, StoredMatrix, matrices_of_fp8
 from requant.tasks.checkpoint.torch_tensor import to_torch
 
 # Weights that are computed at a time. On a CPU they stay in its cache; on a GPU one more launch of a kernel costs more.
 STRIPE_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 ROWS_OF_WORDS = 32  # Stripes are multiples of it, so that no word belongs to two of them.
 POSITIVE_E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)  # The highest of the 4 bits is the sign.
+
+
+def plain_tensor(tensor: Tensor, device: torch.device) -> torch.Tensor:
+    """Read a tensor that is not packed on a device, as `to_torch`. An FP8 weight is computed there, as BF16."""
+    if not isinstance(tensor, Dequantized):
+        return to_torch(tensor, device)
+    matrices = [weight_of(matrix, device, torch.bfloat16) for matrix in matrices_of_fp8(tensor)]
+    return (matrices[0] if len(matrices) == 1 else torch.stack(matrices)).reshape(tensor.shape)
 
 
 def weight_of(matrix: StoredMatrix, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

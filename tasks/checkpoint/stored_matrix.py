@@ -23,7 +23,7 @@ Sources: compressed-tensors 0.19.0 and 0.20.1, compressors/ (pack_quantized, nai
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -32,7 +32,7 @@ import numpy as np
 from requant.tasks.checkpoint import packing
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.config import JsonObject, QuantizationConfig
-from requant.tasks.checkpoint.fp8 import FP8, block_of, scale_grid
+from requant.tasks.checkpoint.fp8 import FP8, Dequantized, block_of, scale_grid
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.methods import full_name
 from requant.tasks.checkpoint.modules import Module
@@ -246,6 +246,17 @@ def _of_floats(module: Module, weight: Tensor, kind: str, block: tuple[int, int]
     codes = Codes(replace(weight, dtype="U8") if in_pairs else weight, "e2m1" if in_pairs else "float8", bits, inputs)
     step = LARGEST[kind] / ((1 << (bits - 1)) - 1)
     return StoredMatrix(bits, (rows, inputs), codes, scales, group, None, step)
+
+
+def matrices_of_fp8(tensor: Dequantized) -> Iterator[StoredMatrix]:
+    """Yield the matrices of an FP8 weight, of which fused experts have many."""
+    weight, (high, wide) = tensor.weight, tensor.block
+    *_, rows, inputs = weight.shape
+    for number in range(math.prod(weight.shape[:-2])):
+        first = weight.begin + number * rows * inputs
+        part = replace(weight, shape=(rows, inputs), begin=first, end=first + rows * inputs)
+        scales = np.repeat(scale_grid(tensor.scale, weight.shape, number), high, axis=0)[:rows].T
+        yield StoredMatrix(8, (rows, inputs), Codes(part, "float8", 8, inputs), scales, np.arange(inputs) // wide, None)
 
 
 def _scales(

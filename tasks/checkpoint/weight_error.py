@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
-from requant.tasks.checkpoint.dequantize import group_of_inputs, stripe_rows, stripes, zero_points
+from requant.tasks.checkpoint.dequantize import group_of_inputs, plain_tensor, stripe_rows, stripes, zero_points
 from requant.tasks.checkpoint.experts import split_fused_experts
-from requant.tasks.checkpoint.fp8 import FP8
+from requant.tasks.checkpoint.fp8 import Dequantized, dequantize_fp8
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import Module
 from requant.tasks.checkpoint.rounding import SAMPLED_WEIGHTS, Rounding
-from requant.tasks.checkpoint.stored_matrix import StoredMatrix, matrix_of, quantized_module, stored_matrix
+from requant.tasks.checkpoint.stored_matrix import StoredMatrix, matrix_of, quantized_module
 from requant.tasks.checkpoint.torch_tensor import to_torch
 from requant.tasks.errors import CheckpointError
 
@@ -55,7 +55,7 @@ def fidelity(quantized: Checkpoint, base: Checkpoint, device: torch.device = CPU
     Both checkpoints are read once, some rows at a time, and by all cores. Matrices that cannot be read are left out;
     `account` of audit.py names them.
     """
-    base = split_fused_experts(base)
+    base = dequantize_fp8(split_fused_experts(base))
     pairs = [
         (module, source)
         for name, source in base.tensors.items()
@@ -65,25 +65,24 @@ def fidelity(quantized: Checkpoint, base: Checkpoint, device: torch.device = CPU
     torch.set_num_threads(1)  # of each thread of the pool
     try:
         with ThreadPoolExecutor(cores if device.type == "cpu" else min(cores, MATRICES_ON_GPU)) as pool:
-            compared = pool.map(lambda pair: _compare(quantized, pair[0], _Source(base, pair[1], device)), pairs)
+            compared = pool.map(lambda pair: _compare(quantized, pair[0], pair[1], device), pairs)
             return [fidelity for fidelity in compared if fidelity is not None]
     finally:
         torch.set_num_threads(cores)
 
 
-def _compare(quantized: Checkpoint, module: Module, source: _Source) -> Fidelity | None:
+def _compare(quantized: Checkpoint, module: Module, source: Tensor, device: torch.device) -> Fidelity | None:
     """Compare the matrix of a module with the base's; None if it cannot be read."""
     try:
-        matrix = matrix_of(quantized, module, source.tensor.shape)
+        matrix = matrix_of(quantized, module, source.shape)
     except CheckpointError:
         return None
-    device = source.device
     groups = group_of_inputs(matrix, device)
     present, counts = np.unique(matrix.group, return_counts=True)
     steps = torch.from_numpy(matrix.scales[present].astype(np.float64) * matrix.step).to(device).T
     sampled = _Sample(matrix, zero_points(matrix, CPU))
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    by_rows = zip(stripe_rows(matrix.shape, device), stripes(matrix, device), source.stripes(), strict=True)
+    by_rows = zip(stripe_rows(matrix.shape, device), stripes(matrix, device), _stripes_of(source, device), strict=True)
     for rows, ours, theirs in by_rows:
         difference = ours - theirs
         if groups is None:
@@ -97,7 +96,7 @@ def _compare(quantized: Checkpoint, module: Module, source: _Source) -> Fidelity
         sampled.add(rows, ours, theirs)
     ww, qw, dd, offset = sums.tolist()
     cells = matrix.shape[0] * len(present)
-    name, bits = source.tensor.name, matrix.bits
+    name, bits = source.name, matrix.bits
     if not ww or not cells:  # a base of zeros has no slope, and its only rounding is zeros
         return Fidelity(name, bits, float(dd == 0), 0.0, float(dd > 0), rounding_noise=float(dd > 0))
     figures = (name, bits, qw / ww, offset / cells, (dd / ww) ** 0.5)
@@ -127,23 +126,15 @@ class _Sample:
         self.rounding.add(*pair, *by_weight)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A weight matrix of the base, which is read on a device."""
-
-    base: Checkpoint
-    tensor: Tensor
-    device: torch.device
-
-    def stripes(self) -> Iterator[torch.Tensor]:
-        """Yield the matrix in float32 stripes. Of FP8, these are the BF16 values that quantize reads."""
-        if self.tensor.dtype in FP8:
-            matrix = stored_matrix(self.base, self.base.modules[self.tensor.name.removesuffix(".weight")])
-            yield from (rows.bfloat16().float() for rows in stripes(matrix, self.device))
-            return
-        height, width = self.tensor.shape
-        row_bytes = self.tensor.nbytes // max(height, 1)
-        for rows in stripe_rows((height, width), self.device):
-            begin, end = (self.tensor.begin + row * row_bytes for row in (rows.start, rows.stop))
-            part = replace(self.tensor, shape=(rows.stop - rows.start, width), begin=begin, end=end)
-            yield to_torch(part, self.device).float()
+def _stripes_of(source: Tensor, device: torch.device) -> Iterator[torch.Tensor]:
+    """Read a matrix of the base in float32 stripes, on a device; one of FP8 is dequantized as a whole."""
+    height, width = source.shape
+    whole = plain_tensor(source, device) if isinstance(source, Dequantized) else None
+    row_bytes = source.nbytes // max(height, 1)
+    for rows in stripe_rows((height, width), device):
+        if whole is not None:
+            yield whole[rows].float()
+            continue
+        begin, end = (source.begin + row * row_bytes for row in (rows.start, rows.stop))
+        part = replace(source, shape=(rows.stop - rows.start, width), begin=begin, end=end)
+        yield to_torch(part, device).float()

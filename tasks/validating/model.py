@@ -34,13 +34,12 @@ from transformers.modeling_utils import LoadStateDictConfig
 from requant.startup import collect_garbage_often
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.config import ModelConfig
-from requant.tasks.checkpoint.dequantize import weight_of
+from requant.tasks.checkpoint.dequantize import plain_tensor, weight_of
 from requant.tasks.checkpoint.fp8 import dequantized_tensors
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import PLAIN_PARTS, modules_of
 from requant.tasks.checkpoint.served_dtype import STORED, Dtype, dtype_of_config
 from requant.tasks.checkpoint.stored_matrix import is_plain_fp8, stored_matrix
-from requant.tasks.checkpoint.torch_tensor import to_torch
 from requant.tasks.errors import CheckpointError, TokenizerError
 from requant.tasks.settings import read_settings
 
@@ -371,29 +370,27 @@ def state_dict(tensors: Iterable[Tensor], checkpoint: Checkpoint, settings: RunS
     Quantized modules are weights `[out, in]`, and floating-point tensors have the dtype of the settings. Raises
     CheckpointError for a quantized module that cannot be read.
 
-    Packed integers are dequantized with the scales as an engine keeps them: see `checkpoint/served_dtype.py`. FP8 is
-    rounded to BF16 first, which is what quantize reads of it. Vectors keep a higher precision that they have, since
+    Packed integers are dequantized with the scales as an engine keeps them: see `checkpoint/served_dtype.py`. FP8
+    is rounded to BF16 first, which is what quantize reads of it. Vectors keep a higher precision that they have, since
     transformers keeps some of them in it, such as the correction bias of a router, whose values differ by less than
     bfloat16 can tell.
     """
     dtype, scale_dtype = settings.dtype, STORED.get(settings.served_dtype(checkpoint.config) or "")
     tensors = list(tensors)
     stored = {name: m for name, m in modules_of(tensors, checkpoint.method).items() if m.quantized}
-    plain_fp8 = {name for name, module in stored.items() if is_plain_fp8(checkpoint, module)}
-    fused = {name for name in plain_fp8 if len(stored[name].parts["weight"].shape) != 2}
-    stored = {name: module for name, module in stored.items() if name not in fused}
+    stored = {name: m for name, m in stored.items() if not is_plain_fp8(checkpoint, m)}
     part_names = {t.name for module in stored.values() for t in module.quantized_parts.values()}
     plain = dequantized_tensors([t for t in tensors if t.name not in part_names], checkpoint.config)
 
     def read(tensor: Tensor) -> torch.Tensor:
-        value = to_torch(tensor, settings.device)
+        value = plain_tensor(tensor, settings.device)
         if not value.is_floating_point():
             return value
         return value.to(torch.promote_types(value.dtype, dtype) if value.dim() == 1 else dtype)
 
     def dequantize(name: str) -> torch.Tensor:
         matrix = stored_matrix(checkpoint, stored[name], scale_dtype)
-        return weight_of(matrix, settings.device, torch.bfloat16 if name in plain_fp8 else dtype).to(dtype)
+        return weight_of(matrix, settings.device, dtype)
 
     names = [*(tensor.name for tensor in plain), *(f"{name}.weight" for name in stored)]
     with ThreadPoolExecutor(READERS) as pool:
