@@ -312,11 +312,12 @@ def measured_values(
     are chosen once for all that is compared, since how much memory of a GPU is free changes.
     """
     from requant.tasks.checkpoint.weight_error import fidelity
-    from requant.tasks.validating.model import completed_config
+    from requant.tasks.validating.model import completed_config, room
 
     log.info("comparing every tensor and file with the base's")
     audit = account(checkpoint, base, with_head=keep_head, pack_head=pack_head, completed=completed_config)
-    matrices = tuple(MatrixError(**vars(matrix)) for matrix in fidelity(checkpoint, base, settings.device))
+    compared = fidelity(checkpoint, base, settings.device, room(settings.device))
+    matrices = tuple(MatrixError(**vars(matrix)) for matrix in compared)
     not_compared = "none of its quantized matrices can be dequantized" if audit.packed and not matrices else None
     behaviour, divergence, not_measured = _run_both(
         checkpoint.folder, base.folder, measure_one, settings, sound=not audit.unaccounted

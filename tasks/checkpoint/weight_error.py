@@ -29,7 +29,7 @@ from requant.tasks.checkpoint.torch_tensor import to_torch
 from requant.tasks.errors import CheckpointError
 
 CPU = torch.device("cpu")
-MATRICES_ON_GPU = 16  # that are compared at a time: each has some hundred megabytes there
+COMPARING_BYTES = 1 << 30  # that one matrix takes at most: its codes, stripes of both, differences and products
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,13 @@ class Fidelity:
     rounding_noise: float | None = 0.0
 
 
-def fidelity(quantized: Checkpoint, base: Checkpoint, device: torch.device = CPU) -> list[Fidelity]:
+def fidelity(
+    quantized: Checkpoint, base: Checkpoint, device: torch.device = CPU, free_bytes: int = COMPARING_BYTES
+) -> list[Fidelity]:
     """Compare every quantized matrix with the base's on a device, in the order of the base's tensors.
 
-    Both checkpoints are read once, some rows at a time, and by all cores. Matrices that cannot be read are left out;
-    `account` of audit.py names them.
+    Both checkpoints are read once, by all cores, or by as many as the free memory of the device allows. Matrices that
+    cannot be read are left out; `account` of audit.py names them.
     """
     base = dequantize_fp8(split_fused_experts(base))
     pairs = [
@@ -62,9 +64,10 @@ def fidelity(quantized: Checkpoint, base: Checkpoint, device: torch.device = CPU
         if (module := quantized_module(quantized, name)) is not None
     ]
     cores = torch.get_num_threads()
+    at_once = max(1, min(cores, free_bytes // COMPARING_BYTES))
     torch.set_num_threads(1)  # of each thread of the pool
     try:
-        with ThreadPoolExecutor(cores if device.type == "cpu" else min(cores, MATRICES_ON_GPU)) as pool:
+        with ThreadPoolExecutor(at_once) as pool:
             compared = pool.map(lambda pair: _compare(quantized, pair[0], pair[1], device), pairs)
             return [fidelity for fidelity in compared if fidelity is not None]
     finally:
