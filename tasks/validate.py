@@ -21,7 +21,6 @@ from requant.tasks.checkpoint.audit import account
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.rounded_inputs import rounded_inputs
 from requant.tasks.checkpoint.served_dtype import Dtype, dtype_of_flags, rounded_scales
-from requant.tasks.checkpoint.weight_error import fidelity
 from requant.tasks.checkpoint.writer import write_file, write_json
 from requant.tasks.documents import first_problem, read_stored
 from requant.tasks.errors import CheckpointError, RecipeError, RequantError, StoreError, TokenizerError, TooFewTokens
@@ -312,11 +311,13 @@ def measured_values(
     `measure_one` runs a checkpoint on the text; `evaluate_both` runs the lm-eval tasks of both, or is None. `settings`
     are chosen once for all that is compared, since how much memory of a GPU is free changes.
     """
-    from requant.tasks.validating.model import completed_config
+    from requant.tasks.checkpoint.weight_error import fidelity
+    from requant.tasks.validating.model import completed_config, room
 
     log.info("comparing every tensor and file with the base's")
     audit = account(checkpoint, base, with_head=keep_head, pack_head=pack_head, completed=completed_config)
-    matrices = tuple(MatrixError(**vars(matrix)) for matrix in fidelity(checkpoint, base))
+    compared = fidelity(checkpoint, base, settings.device, room(settings.device))
+    matrices = tuple(MatrixError(**vars(matrix)) for matrix in compared)
     not_compared = "none of its quantized matrices can be dequantized" if audit.packed and not matrices else None
     behaviour, divergence, not_measured = _run_both(
         checkpoint.folder, base.folder, measure_one, settings, sound=not audit.unaccounted
@@ -350,21 +351,23 @@ def _run_both(
     `sound`: all tensors and settings of the quantized checkpoint are accounted for.
     """
     from requant.tasks.validating.compare import compare, side_by_side
+    from requant.tasks.validating.loaded import last_model_stays
 
     behaviour, same_tokens, why_not = NOT_RUN, None, None
     try:
-        try:
-            of_base, of_quantized = _pair(base_folder, quantized_folder, measure_one, settings)
-            behaviour = side_by_side(of_base, of_quantized)
-            same_tokens = behaviour.same_tokens
-        except TokenizerError as error:
-            why_not = str(error)
-        if same_tokens != 1.0:
-            log.warning(f"{why_not or 'its tokenizer makes other tokens'}: it is measured on the base's tokens")
-            on_base = replace(settings, tokens_of=base_folder)
-            of_base, of_quantized = _pair(base_folder, quantized_folder, measure_one, settings, on_base)
-            behaviour = side_by_side(of_base, of_quantized).model_copy(update={"same_tokens": same_tokens})
-        return behaviour, compare(quantized_folder, base_folder, of_quantized, of_base, settings), why_not
+        with last_model_stays():  # The quantized one is measured last, and its weights are compared then.
+            try:
+                of_base, of_quantized = _pair(base_folder, quantized_folder, measure_one, settings)
+                behaviour = side_by_side(of_base, of_quantized)
+                same_tokens = behaviour.same_tokens
+            except TokenizerError as error:
+                why_not = str(error)
+            if same_tokens != 1.0:
+                log.warning(f"{why_not or 'its tokenizer makes other tokens'}: it is measured on the base's tokens")
+                on_base = replace(settings, tokens_of=base_folder)
+                of_base, of_quantized = _pair(base_folder, quantized_folder, measure_one, settings, on_base)
+                behaviour = side_by_side(of_base, of_quantized).model_copy(update={"same_tokens": same_tokens})
+            return behaviour, compare(quantized_folder, base_folder, of_quantized, of_base, settings), why_not
     except Exception as error:
         if not _is_caused_by_checkpoint(error, sound=sound):
             raise
@@ -378,11 +381,11 @@ def _pair(
     settings: RunSettings,
     of_quantized: RunSettings | None = None,
 ) -> tuple[Measurement, Measurement]:
-    """Measure the quantized checkpoint, with settings of its own if there are any, and then the base."""
+    """Measure the base, and then the quantized checkpoint, with settings of its own if there are any."""
     from requant.tasks.validating.measurement import aligned
 
-    measured = measure_one(quantized_folder, of_quantized or settings)
-    return aligned(measure_one(base_folder, settings), measured)
+    of_base = measure_one(base_folder, settings)
+    return aligned(of_base, measure_one(quantized_folder, of_quantized or settings))
 
 
 def _is_caused_by_checkpoint(error: Exception, *, sound: bool) -> bool:

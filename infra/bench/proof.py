@@ -51,7 +51,7 @@ SIZES = {
 # The functions that are timed, and the gates that they measure for.
 PARTS = {
     "requant.tasks.validate.account": "structure, lossless, finite, files, context",
-    "requant.tasks.validate.fidelity": "weight_slope, weight_offset",
+    "requant.tasks.checkpoint.weight_error.fidelity": "weight_slope, weight_offset",
     "requant.tasks.validating.measure.run_blocks": "all that needs hidden states, long_context",
     "requant.tasks.validating.measure._next_tokens": "perplexity_increase, top1_agreement",
     "requant.tasks.validating.head.MtpHead.drafts": "mtp_acceptance_ratio",

@@ -1,4 +1,6 @@
-"""Dequantizes FP8 checkpoints, such as Qwen's and DeepSeek's `-FP8`, to BF16, with numpy alone.
+"""Dequantizes FP8 checkpoints, such as Qwen's and DeepSeek's `-FP8`, to BF16.
+
+The bytes of a tensor are computed with numpy alone; `dequantize.py` computes the same with torch.
 
 Each block of an FP8 weight has a scale. The tensor `weight_scale_inv`, or `gate_up_proj_scale_inv` for fused experts,
 has the shape `[rows / block rows, columns / block columns]`. A single scale, and one scale for each row, are handled as
@@ -14,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,15 @@ WEIGHT_SCALE_SUFFIXES = ("_scale_inv", "_scale")
 ACTIVATION_SCALES = ("activation_scale", "input_scale")
 
 Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Dequantized(Computed):
+    """An FP8 weight as BF16. `block`: the rows and columns that share one value of `scale`."""
+
+    weight: Tensor
+    scale: Tensor
+    block: tuple[int, int]
 
 
 def is_fp8(tensors: Iterable[Tensor]) -> bool:
@@ -72,7 +83,8 @@ def dequantized_tensors(tensors: Iterable[Tensor], config: ModelConfig) -> list[
             )
         block = _block(tensor, scale, stated_block)
         compute = functools.partial(_pieces, tensor, scale, block)
-        dequantized[name] = Computed.of(name, "BF16", tensor.shape, compute)
+        nbytes = 2 * math.prod(tensor.shape)
+        dequantized[name] = Dequantized(name, "BF16", tensor.shape, Path(), 0, nbytes, compute, tensor, scale, block)
         module = name.rpartition(".")[0]
         left_out |= {scale.name, *(f"{module}.{part}" for part in ACTIVATION_SCALES)}
     return [dequantized.get(name, tensor) for name, tensor in by_name.items() if name not in left_out]

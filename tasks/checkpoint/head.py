@@ -23,12 +23,12 @@ from requant.tasks.checkpoint.packing import (
     Array,
     PackingScheme,
     check_parts,
-    dequantized_rows,
     float_rows,
     pack,
     to_bytes,
 )
 from requant.tasks.checkpoint.reading import general_scheme
+from requant.tasks.checkpoint.stored_matrix import packed_matrix
 from requant.tasks.checkpoint.writer import Computed, Layout, index_document
 from requant.tasks.errors import CheckpointError
 
@@ -162,7 +162,12 @@ def dequantized_head(checkpoint: Checkpoint) -> Tensors:
 
 
 def _dequantized(module: Module, scheme: PackingScheme, dtype: str) -> Iterator[bytes]:
-    return (to_bytes(rows, dtype) for rows in dequantized_rows(module.packed_parts, scheme))
+    import torch  # Only a head that is packed needs it.
+
+    from requant.tasks.checkpoint.dequantize import stripes
+
+    matrix = packed_matrix(module.packed_parts, scheme, module.name)
+    return (to_bytes(rows.numpy(), dtype) for rows in stripes(matrix, torch.device("cpu")))
 
 
 def keep_head(files: HeadFiles, base: Checkpoint, out: Path, precision: str = "keep") -> list[File]:

@@ -58,13 +58,26 @@ class Tensor:
             while left:
                 chunk = stream.read(min(left, CHUNK_BYTES))
                 if not chunk:
-                    raise CheckpointError(
-                        f"{shown(self.path.name)} ends inside {shown(self.name)}: download the file again",
-                        path=self.path,
-                        tensor=self.name,
-                    )
+                    raise self._ends_early()
                 left -= len(chunk)
                 yield chunk
+
+    def read_into(self, buffer: memoryview, offset: int = 0) -> None:
+        """Fill a buffer with the bytes from an offset on. Raises CheckpointError if the file ends too early."""
+        with self.path.open("rb", buffering=0) as stream:
+            stream.seek(self.begin + offset)
+            while buffer:
+                count = stream.readinto(buffer)
+                if not count:
+                    raise self._ends_early()
+                buffer = buffer[count:]
+
+    def _ends_early(self) -> CheckpointError:
+        return CheckpointError(
+            f"{shown(self.path.name)} ends inside {shown(self.name)}: download the file again",
+            path=self.path,
+            tensor=self.name,
+        )
 
 
 def size_of(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""Packs integer weights into int32 words, and dequantizes them, with numpy alone.
+"""Packs integer weights into int32 words with numpy alone. `dequantize.py` unpacks them, with torch.
 
 GPTQ (auto-round's `auto_round:auto_gptq`, AutoGPTQ), with b bits and `32 / b` values in a word:
 
@@ -204,59 +204,6 @@ def to_bytes(values: Array, dtype: str) -> bytes:
     return np.where(np.isnan(values), 0x7FC0, rounded).astype("<u2").tobytes()
 
 
-def unpack(words: Array, bits: int, axis: int) -> Array:
-    """Unpack int32 words to uint8 along `axis` (0 or 1), lowest bits first. Values of 3 bits may be in two words."""
-    words = words.view(np.uint32)
-    if 32 % bits == 0:
-        per_word, shape = 32 // bits, list(words.shape)
-        shape[axis] *= per_word
-        values = np.empty(shape, np.uint8)
-        for number in range(per_word):
-            part = values[number::per_word] if axis == 0 else values[:, number::per_word]
-            part[...] = (words >> np.uint32(bits * number)) & np.uint32((1 << bits) - 1)
-        return values
-    words = np.moveaxis(words, axis, -1)
-    as_bits = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")
-    grouped = as_bits.reshape(*words.shape[:-1], -1, bits)
-    flat: Array = (grouped << np.arange(bits, dtype=np.uint8)).sum(-1).astype(np.uint8)
-    return np.moveaxis(flat, -1, axis)
-
-
-def dequantize(parts: Mapping[str, Tensor], scheme: PackingScheme, scale_dtype: str | None = None) -> Floats:
-    """Dequantize packed parts to a float32 weight `[out, in]`. With `scale_dtype`, the scales are rounded to it."""
-    stripes = list(dequantized_rows(parts, scheme, scale_dtype))
-    weight: Floats = np.concatenate(stripes) if stripes else np.empty((0, 0), np.float32)
-    return weight
-
-
-def dequantized_rows(
-    parts: Mapping[str, Tensor], scheme: PackingScheme, scale_dtype: str | None = None
-) -> Iterator[Floats]:
-    """Yield the dequantized weight as float32 stripes of STRIPE_ROWS rows, from the top."""
-    qweight, qzeros = to_numpy(parts["qweight"]), to_numpy(parts["qzeros"])
-    scales = scales_of(parts, scale_dtype)
-    inputs = qweight.shape[0] if scheme.packing == "awq" else qweight.shape[0] * 32 // scheme.bits
-    group = _groups(parts, scheme, inputs, len(scales))
-    for begin in range(0, scales.shape[1], STRIPE_ROWS):
-        end = min(begin + STRIPE_ROWS, scales.shape[1])
-        words = slice(begin * scheme.bits // 32, end * scheme.bits // 32)
-        if scheme.packing == "awq":
-            values = _undo_awq_order(unpack(qweight[:, words], scheme.bits, 1))
-        else:
-            values = unpack(qweight[:, begin:end], scheme.bits, 0)
-        zeros = _zero_points(qzeros[:, words], scheme)
-        scale = scales[:, begin:end]
-        weight: Floats = values.astype(np.float32)
-        if group is None:
-            by_group = weight.reshape(len(scale), -1, weight.shape[1])
-            by_group -= zeros[:, None].astype(np.float32)
-            by_group *= scale[:, None]
-        else:
-            weight -= zeros[group].astype(np.float32)
-            weight *= scale[group]
-        yield np.ascontiguousarray(weight.T)
-
-
 def scales_of(parts: Mapping[str, Tensor], scale_dtype: str | None = None) -> Floats:
     """Return the scales of packed parts, float32 `[groups, out]`; with `scale_dtype`, rounded to it."""
     scales: Floats = to_numpy(parts["scales"]).astype(np.float32)
@@ -267,32 +214,3 @@ def rounded_to(values: Floats, dtype: str) -> Floats:
     """Round float32 values to a floating-point dtype of safetensors."""
     rounded: Floats = _values(to_bytes(values, dtype), dtype).reshape(values.shape).astype(np.float32)
     return rounded
-
-
-def zero_points(parts: Mapping[str, Tensor], scheme: PackingScheme) -> Array:
-    """Return the zero points of packed parts, uint8 `[groups, out]`, whatever the format stores for them."""
-    return _zero_points(to_numpy(parts["qzeros"]), scheme)
-
-
-def _zero_points(words: Array, scheme: PackingScheme) -> Array:
-    zeros = unpack(words, scheme.bits, 1)
-    if scheme.packing == "awq":
-        return _undo_awq_order(zeros)
-    return (zeros + 1) & ((1 << scheme.bits) - 1) if scheme.packing == "gptq" else zeros
-
-
-def _groups(parts: Mapping[str, Tensor], scheme: PackingScheme, inputs: int, count: int) -> Array | None:
-    """Return the group of each input, of `count` groups; None if the groups are of equal size and in order."""
-    if "g_idx" not in parts and inputs == count * (inputs if scheme.group_size == -1 else scheme.group_size):
-        return None
-    if "g_idx" not in parts:
-        return np.arange(inputs) // (inputs if scheme.group_size == -1 else scheme.group_size)
-    group = to_numpy(parts["g_idx"])
-    if len(group) != inputs or group.min() < 0 or group.max() >= count:
-        raise CheckpointError(f"{parts['g_idx'].name} names groups that there are not")
-    return group
-
-
-def _undo_awq_order(values: Array) -> Array:
-    """Undo AWQ's order of the outputs."""
-    return values.reshape(len(values), -1, len(AWQ_ORDER))[..., np.argsort(AWQ_ORDER)].reshape(len(values), -1)

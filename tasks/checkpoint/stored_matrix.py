@@ -1,4 +1,6 @@
-"""Reads quantized weight matrices, whatever method stored them: `(code - zero point) * scale`, in float32.
+"""Finds quantized weight matrices, whatever method stored them: `(code - zero point) * scale`, in float32.
+
+Here is what a matrix is made of, without torch. `dequantize.py` computes its weights.
 
 The names and dtypes of the tensors say which format a matrix has:
 
@@ -21,28 +23,53 @@ Sources: compressed-tensors 0.19.0 and 0.20.1, compressors/ (pack_quantized, nai
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Literal
 
 import numpy as np
 
 from requant.tasks.checkpoint import packing
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.config import JsonObject, QuantizationConfig
-from requant.tasks.checkpoint.fp8 import FP8, block_of, scale_grid, values_of
+from requant.tasks.checkpoint.fp8 import FP8, Dequantized, block_of, scale_grid
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.methods import full_name
 from requant.tasks.checkpoint.modules import Module
-from requant.tasks.checkpoint.packing import STRIPE_ROWS, Array, Floats, to_numpy
+from requant.tasks.checkpoint.packing import Array, Floats, PackingScheme, to_numpy
 from requant.tasks.checkpoint.untrusted import shown
 from requant.tasks.errors import CheckpointError
 
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-E2M1 = np.concatenate([E2M1, -E2M1])  # the values of 4 bits, the highest of which is the sign
 LARGEST = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0, "E2M1": 6.0}
 SCALES = ("weight_scale", "weight_scale_inv")
 OVERALL_SCALES = {"weight_global_scale", "weight_scale_2"}  # compressed-tensors divides by its own, ModelOpt multiplies
+
+
+Layout = Literal["dense", "columns", "loose", "loose_columns", "awq", "awq_columns", "int8", "float8", "e2m1"]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The codes of a matrix `[rows, count]`, as they lie in a tensor.
+
+    layout: how they lie in int32 words, from the lowest bits of a word on:
+
+        dense          `[rows, words]`; words have no unused bits, so that a code may lie in two of them
+        columns        `[words, rows]`, otherwise as dense
+        loose          `[rows, words]`, `32 // bits` codes in a word
+        loose_columns  `[words, rows]`, otherwise as loose
+        awq            `[rows, words]`, 8 codes in a word, in the order of AWQ
+        awq_columns    `[count, words]`, 8 codes of one column in a word, in the order of AWQ
+
+    or in bytes: int8 `[rows, count]`, whose codes are 128 larger; float8, an FP8 dtype; e2m1 `[rows, count / 2]`.
+    offset: what is added to unsigned codes, modulo `2 ** bits`.
+    """
+
+    tensor: Tensor
+    layout: Layout
+    bits: int
+    count: int
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,17 +77,16 @@ class StoredMatrix:
     """A quantized weight matrix `[out, in]`.
 
     scales: float32 `[groups, out]`; group: the group of each input, integers `[in]`.
-    zeros: the zero points of unsigned codes, uint8 `[groups, out]`; None for floating-point codes.
+    zeros: the zero points of unsigned codes, uint8 `[groups, out]`, or their codes; None for floating-point codes.
     step: the mean distance of two codes from zero to the largest one, in scales; 1 for integers.
-    rows: yields the weight as float32 stripes of at most STRIPE_ROWS rows, from the top.
     """
 
     bits: int
     shape: tuple[int, int]
+    codes: Codes
     scales: Floats
     group: Array
-    zeros: Array | None
-    rows: Callable[[], Iterator[Floats]]
+    zeros: Array | Codes | None
     step: float = 1.0
 
 
@@ -150,24 +176,27 @@ def unknown_format(checkpoint: Checkpoint, module: Module) -> str | None:
 
 def _of_packing(checkpoint: Checkpoint, module: Module, scale_dtype: str | None) -> StoredMatrix:
     """Read a matrix that GPTQ or AWQ packed."""
-    parts, scheme = module.packed_parts, checkpoint.reading.scheme(module)
+    return packed_matrix(module.packed_parts, checkpoint.reading.scheme(module), module.name, scale_dtype)
+
+
+def packed_matrix(
+    parts: Mapping[str, Tensor], scheme: PackingScheme, name: str, scale_dtype: str | None = None
+) -> StoredMatrix:
+    """Read a matrix that GPTQ or AWQ packed, of the module `name`. Raises as `stored_matrix` does."""
     shape = scheme.weight_shape(parts) if {"qweight", "scales"} <= parts.keys() else ()
-    if wrong := packing.check_parts(module.name, parts, scheme, shape or (1, 1)):
+    if wrong := packing.check_parts(name, parts, scheme, shape or (1, 1)):
         raise CheckpointError(wrong)
     out_features, inputs = shape
     scales = packing.scales_of(parts, scale_dtype)
+    group: Array = np.arange(inputs) // (inputs if scheme.group_size == -1 else scheme.group_size)
     if "g_idx" in parts:
         group = to_numpy(parts["g_idx"])
-    else:
-        group = np.arange(inputs) // (inputs if scheme.group_size == -1 else scheme.group_size)
-    return StoredMatrix(
-        bits=scheme.bits,
-        shape=(out_features, inputs),
-        scales=scales,
-        group=group,
-        zeros=packing.zero_points(parts, scheme),
-        rows=partial(packing.dequantized_rows, parts, scheme, scale_dtype),
-    )
+        if group.min(initial=0) < 0 or group.max(initial=0) >= len(scales):
+            raise CheckpointError(f"{parts['g_idx'].name} names groups that there are not: make it again")
+    awq = scheme.packing == "awq"
+    zeros = Codes(parts["qzeros"], "awq" if awq else "dense", scheme.bits, out_features, int(scheme.packing == "gptq"))
+    codes = Codes(parts["qweight"], "awq_columns" if awq else "columns", scheme.bits, inputs)
+    return StoredMatrix(scheme.bits, (out_features, inputs), codes, scales, group, zeros)
 
 
 def _of_words(checkpoint: Checkpoint, module: Module, weight: Tensor, scale_dtype: str | None) -> StoredMatrix:
@@ -183,17 +212,14 @@ def _of_words(checkpoint: Checkpoint, module: Module, weight: Tensor, scale_dtyp
             f"{weight.name} has shape {weight.shape}, which cannot hold a matrix of {out_features} x {inputs}"
         )
     scales, group = _scales(module, (rows, inputs), scale_dtype)
-    zeros = np.full(scales.shape, 1 << (bits - 1), np.uint8)
+    layout: Layout = "dense" if dense else "loose"
+    zeros: Array | Codes = np.full(scales.shape, 1 << (bits - 1), np.uint8)
     if (packed := module.parts.get("weight_zero_point")) is not None:
-        columns = to_numpy(packed).reshape(packed.shape[0], -1).T if packed.dtype == "I32" else None
-        if columns is None or columns.shape != (len(scales), _words_for(rows, bits, dense)):
+        stated_words = (packed.shape[0], math.prod(packed.shape[1:])) if packed.shape else ()
+        if packed.dtype != "I32" or stated_words != (_words_for(rows, bits, dense), len(scales)):
             raise CheckpointError(f"{packed.name} ({packed.dtype} {list(packed.shape)}) does not fit {weight.name}")
-        zeros = _unpack(columns, bits, rows, dense)
-
-    def codes(stripe: Tensor) -> Floats:
-        return _unpack(to_numpy(stripe), bits, inputs, dense).astype(np.float32)
-
-    return _matrix(bits, (rows, inputs), (scales, group), zeros, partial(_stripes, weight, codes))
+        zeros = Codes(replace(packed, shape=stated_words), "columns" if dense else "loose_columns", bits, rows)
+    return StoredMatrix(bits, (rows, inputs), Codes(weight, layout, bits, inputs), scales, group, zeros)
 
 
 def _of_bytes(module: Module, weight: Tensor) -> StoredMatrix:
@@ -207,11 +233,7 @@ def _of_bytes(module: Module, weight: Tensor) -> StoredMatrix:
         signed = to_numpy(stated).astype(np.int16)
         zeros = np.broadcast_to((signed.reshape(-1, len(scales)).T if signed.size > 1 else signed) + 128, scales.shape)
         zeros = zeros.astype(np.uint8)
-
-    def codes(stripe: Tensor) -> Floats:
-        return to_numpy(stripe).astype(np.float32) + 128
-
-    return _matrix(8, (rows, inputs), (scales, group), zeros, partial(_stripes, weight, codes))
+    return StoredMatrix(8, (rows, inputs), Codes(weight, "int8", 8, inputs), scales, group, zeros)
 
 
 def _of_floats(module: Module, weight: Tensor, kind: str, block: tuple[int, int] | None) -> StoredMatrix:
@@ -219,52 +241,22 @@ def _of_floats(module: Module, weight: Tensor, kind: str, block: tuple[int, int]
     rows, width = weight.shape
     inputs = 2 * width if kind == "E2M1" else width
     scales, group = _scales(module, (rows, inputs), block=block)
-    table = E2M1 if kind == "E2M1" else values_of(kind)
-
-    def codes(stripe: Tensor) -> Floats:
-        raw = to_numpy(replace(stripe, dtype="U8"))
-        if kind == "E2M1":
-            raw = np.stack([raw & 15, raw >> 4], axis=-1).reshape(len(raw), -1)
-        values: Floats = table[raw]
-        return values
-
     bits = 4 if kind == "E2M1" else 8
+    in_pairs = kind == "E2M1"
+    codes = Codes(replace(weight, dtype="U8") if in_pairs else weight, "e2m1" if in_pairs else "float8", bits, inputs)
     step = LARGEST[kind] / ((1 << (bits - 1)) - 1)
-    return _matrix(bits, (rows, inputs), (scales, group), None, partial(_stripes, weight, codes), step)
+    return StoredMatrix(bits, (rows, inputs), codes, scales, group, None, step)
 
 
-def _matrix(
-    bits: int,
-    shape: tuple[int, int],
-    scaling: tuple[Floats, Array],
-    zeros: Array | None,
-    stripes: Callable[[], Iterator[Floats]],
-    step: float = 1.0,
-) -> StoredMatrix:
-    """Make a matrix of stripes of codes. `scaling`: the scales, and the group of each input."""
-    scales, group = scaling
-
-    def rows() -> Iterator[Floats]:
-        begin = 0
-        for codes in stripes():
-            end = begin + len(codes)
-            if zeros is not None:
-                codes = codes - zeros[:, begin:end].T[:, group]
-            weight: Floats = codes * scales[:, begin:end].T[:, group]
-            yield weight
-            begin = end
-
-    return StoredMatrix(bits, shape, scales, group, zeros, rows, step)
-
-
-def _stripes(weight: Tensor, codes: Callable[[Tensor], Floats]) -> Iterator[Floats]:
-    """Yield the codes of a matrix `[out, ...]`, as float32 `[at most STRIPE_ROWS, in]`."""
-    count, width = weight.shape
-    row_bytes = weight.nbytes // max(count, 1)
-    for begin in range(0, count, STRIPE_ROWS):
-        end = min(begin + STRIPE_ROWS, count)
-        first, last = (weight.begin + row * row_bytes for row in (begin, end))
-        yield codes(replace(weight, shape=(end - begin, width), begin=first, end=last))
+def matrices_of_fp8(tensor: Dequantized) -> Iterator[StoredMatrix]:
+    """Yield the matrices of an FP8 weight, of which fused experts have many."""
+    weight, (high, wide) = tensor.weight, tensor.block
+    *_, rows, inputs = weight.shape
+    for number in range(math.prod(weight.shape[:-2])):
+        first = weight.begin + number * rows * inputs
+        part = replace(weight, shape=(rows, inputs), begin=first, end=first + rows * inputs)
+        scales = np.repeat(scale_grid(tensor.scale, weight.shape, number), high, axis=0)[:rows].T
+        yield StoredMatrix(8, (rows, inputs), Codes(part, "float8", 8, inputs), scales, np.arange(inputs) // wide, None)
 
 
 def _scales(
@@ -337,16 +329,3 @@ def _width(stated: int | None, inputs: int, words: int) -> tuple[int, bool]:
 
 def _words_for(count: int, bits: int, dense: bool) -> int:
     return -(-count * bits // 32) if dense else -(-count // (32 // bits))
-
-
-def _unpack(words: Array, bits: int, count: int, dense: bool) -> Array:
-    """Unpack int32 words `[rows, words]` to uint8 `[rows, count]`, the lowest bits first."""
-    raw = np.ascontiguousarray(words).view(np.uint32).astype("<u4").view(np.uint8)
-    as_bits = np.unpackbits(raw, axis=-1, bitorder="little")
-    if dense:
-        as_bits = as_bits[:, : count * bits]
-    else:
-        by_word = as_bits.reshape(len(words), -1, 32)[..., : 32 // bits * bits]
-        as_bits = by_word.reshape(len(words), -1)[:, : count * bits]
-    flat: Array = (as_bits.reshape(len(words), count, bits) << np.arange(bits, dtype=np.uint8)).sum(-1, dtype=np.uint8)
-    return flat

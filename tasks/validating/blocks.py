@@ -81,16 +81,19 @@ class Rows:
 
 
 def run_blocks(
-    skeleton: Skeleton, groups: list[Rows], after: Callable[[int], None] = lambda number: None
+    skeleton: Skeleton,
+    groups: list[Rows],
+    after: Callable[[int], None] = lambda number: None,
+    *,
+    stay: bool = False,
 ) -> list[torch.Tensor]:
     """Run groups of rows through all blocks and the final norm, and return `[rows, length, hidden]` for each group.
 
-    `after` is called behind each block, with its index.
+    `after` is called behind each block, with its index. `stay`: whether the weights stay in memory.
     """
-    for number in range(len(skeleton.blocks)):
-        with skeleton.loaded(number) as block:
-            for rows in groups:
-                rows.through(number, block)
+    for number, block in enumerate(skeleton.in_turn(stay=stay)):
+        for rows in groups:
+            rows.through(number, block)
         after(number)
     norm = getattr(skeleton.text, "norm", None) or nn.Identity()
     return [torch.cat([norm(state) for state in rows.hidden]) for rows in groups]

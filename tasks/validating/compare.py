@@ -15,10 +15,10 @@ from requant.tasks.progress import progress
 from requant.tasks.validating.blocks import Rows
 from requant.tasks.validating.domains import compare_domains
 from requant.tasks.validating.gates import most_repeated
-from requant.tasks.validating.loaded import skeleton_of
+from requant.tasks.validating.loaded import model_of
 from requant.tasks.validating.measured import Behaviour, BlockError, Divergence, Side
 from requant.tasks.validating.measurement import Floats, Measurement, perplexity_increase
-from requant.tasks.validating.model import RunSettings, Skeleton, few_threads, free
+from requant.tasks.validating.model import RunSettings, Skeleton, few_threads
 
 
 def side_by_side(of_base: Measurement, of_quantized: Measurement) -> Behaviour:
@@ -121,17 +121,18 @@ def _loaded_ends(
     quantized_folder: Path, base_folder: Path, settings: RunSettings
 ) -> Iterator[tuple[Skeleton, Skeleton]]:
     """Load embeddings and output layers of both; the same ones twice if they are equal."""
-    skeleton = skeleton_of(Checkpoint.open(quantized_folder), settings)
-    skeleton.load_ends()
-    base_checkpoint = Checkpoint.open(base_folder)
-    base = skeleton
-    if not _same_output_layer(skeleton.checkpoint, base_checkpoint):
-        base = Skeleton(base_checkpoint, settings)
-        base.load_ends()
-    with few_threads(skeleton.nbytes):
-        yield skeleton, base
-    del skeleton, base
-    free(settings.device)
+    with model_of(Checkpoint.open(quantized_folder), settings) as skeleton, few_threads(skeleton.nbytes):
+        skeleton.load_ends()
+        base_checkpoint = Checkpoint.open(base_folder)
+        base = skeleton
+        if not _same_output_layer(skeleton.checkpoint, base_checkpoint):
+            base = Skeleton(base_checkpoint, settings)
+            base.load_ends()
+        try:
+            yield skeleton, base
+        finally:
+            if base is not skeleton:
+                base.drop()
 
 
 def _block_errors(skeleton: Skeleton, of_quantized: Measurement, of_base: Measurement) -> list[BlockError]:
@@ -140,11 +141,10 @@ def _block_errors(skeleton: Skeleton, of_quantized: Measurement, of_base: Measur
     kinds = getattr(skeleton.text.config, "layer_types", None) or ["decoder"] * len(skeleton.blocks)
     errors = []
     with progress("compare", len(skeleton.blocks), "blocks") as bar:
-        for number in range(len(skeleton.blocks)):
+        for number, block in enumerate(skeleton.in_turn()):
             base_input, base_output = (of_base.probes[number + k].to(skeleton.device) for k in (0, 1))
             rows.hidden = [base_input[None]]
-            with skeleton.loaded(number) as block:
-                rows.through(number, block)
+            rows.through(number, block)
             error = _relative(rows.hidden[0][0] - base_output, base_output - base_input)
             reached = of_base.probes[number + 1]
             drift = _relative(of_quantized.probes[number + 1] - reached, reached)

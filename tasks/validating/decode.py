@@ -1,14 +1,13 @@
-"""Greedy decoding in torch: plain, and speculative with the MTP head as an engine does it.
+"""Greedy decoding in torch, and speculative decoding with the MTP head of the same text.
 
-The speculative decoder verifies all drafts of a step in one pass of the main model. A recurrent state cannot be
-cropped. So after a draft is refused, the cache (keys and values, convolution and delta rule states) is set back to what
-it was before the pass, and only the accepted tokens are read again.
+A speculative decoder keeps a draft only where the main model, which reads all drafts of a step in one pass, chooses the
+same token. So it writes what plain decoding writes. Once that text is there, one pass over it says what the main model
+chooses in passes of several tokens, and which drafts an engine would keep at each of its steps.
 """
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache
@@ -21,94 +20,68 @@ from requant.tasks.validating.model import Skeleton
 TIE = 1e-3  # logits closer than this are a tie, which passes of one token and of several may break differently
 
 
-@dataclass
+@dataclass(frozen=True)
 class Speculation:
     """The tokens, and the fate of the drafts: `accepted[k]` of `steps` steps accepted draft k and all before it."""
 
     tokens: list[int]
-    steps: int = 0
-    accepted: list[int] = field(default_factory=list)
+    steps: int
+    accepted: list[int]
 
 
-def decode(skeleton: Skeleton, prompt: torch.Tensor, new: int) -> tuple[list[int], list[float]]:
-    """Decode `new` tokens after a prompt, int64 `[n]`. All weights must be loaded.
+def decode(skeleton: Skeleton, prompts: torch.Tensor, new: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode `new` tokens after each of several prompts, int64 `[rows, n]` -> `[rows, new]`. All weights must be there.
 
-    The second list has the difference of the best two logits at each token.
+    Also returns the difference of the best two logits at each token, float32 `[rows, new]`.
     """
     cache = DynamicCache(config=skeleton.text.config)
-    fed = prompt
-    tokens: list[int] = []
-    leads: list[float] = []
-    while len(tokens) < new:
-        logits = skeleton.logits(_read(skeleton, fed, cache)[-1])
-        best = logits.topk(2)
-        tokens.append(int(best.indices[0]))
-        leads.append(float(best.values[0] - best.values[1]))
-        fed = best.indices[:1]
-    return tokens, leads
+    fed, tokens, leads = prompts, [], []
+    with progress("continuations", len(prompts) * new, "tokens") as bar:
+        for _ in range(new):
+            output = skeleton.text(input_ids=fed, past_key_values=cache, use_cache=True)
+            best = skeleton.logits(output.last_hidden_state[:, -1]).topk(2)
+            fed = best.indices[:, :1]
+            tokens.append(fed[:, 0])
+            leads.append(best.values[:, 0] - best.values[:, 1])
+            bar.advance(len(prompts))
+    return torch.stack(tokens, dim=1), torch.stack(leads, dim=1)
 
 
 def decode_in_blocks(skeleton: Skeleton, prompts: torch.Tensor, new: int) -> torch.Tensor:
-    """Decode `new` tokens after each of several prompts, int64 `[rows, n]` -> `[rows, new]`.
-
-    One block is in memory at a time, so that each token costs a pass over all weights.
-    """
+    """Decode as `decode`, with one block in memory at a time, so that each token costs a pass over all weights."""
     tokens = prompts
     with progress("continuations", new * len(skeleton.blocks), "blocks") as bar:
         for _ in range(new):
-            (hidden,) = run_blocks(skeleton, [Rows.of(skeleton, tokens)], lambda number: bar.advance())
+            (hidden,) = run_blocks(skeleton, [Rows.of(skeleton, tokens[None])], lambda number: bar.advance())
             tokens = torch.cat([tokens, skeleton.logits(hidden[:, -1]).argmax(-1, keepdim=True)], dim=1)
     return tokens[:, prompts.shape[1] :]
 
 
-def speculate(skeleton: Skeleton, head: MtpHead, prompt: torch.Tensor, new: int, drafts: int) -> Speculation:
-    """Decode `new` tokens after a prompt, int64 `[n]`, with `drafts` drafts per step. All weights must be loaded."""
-    cache, head_cache = DynamicCache(config=skeleton.text.config), head.cache()
-    hidden = _read(skeleton, prompt, cache)
-    result = Speculation([], accepted=[0] * drafts)
-    # The head reads each hidden state together with the token that follows it. `unread`: states that it has not read.
-    unread, tokens = hidden, torch.cat([prompt[1:], skeleton.logits(hidden[-1:]).argmax(-1)])
-    result.tokens.append(int(tokens[-1]))
-    while len(result.tokens) < new:
-        guesses = _draft(skeleton, head, head_cache, unread, tokens, drafts)
-        cache_before = copy.deepcopy(cache)
-        fed = torch.cat([tokens[-1:], guesses])
-        hidden = _read(skeleton, fed, cache)
-        choices = skeleton.logits(hidden).argmax(-1)
-        accepted = int((guesses == choices[:-1]).long().cumprod(0).sum())
-        if accepted < drafts:
-            cache = cache_before
-            hidden = _read(skeleton, fed[: accepted + 1], cache)
-        unread, tokens = hidden, choices[: accepted + 1]
-        result.tokens += tokens.tolist()
-        result.steps += 1
-        for position in range(accepted):
-            result.accepted[position] += 1
-    del result.tokens[new:]
-    return result
+def speculate(
+    skeleton: Skeleton, head: MtpHead, prompts: torch.Tensor, greedy: torch.Tensor, drafts: int
+) -> list[Speculation]:
+    """Decode speculatively after each of several prompts, int64 `[rows, n]`, with `drafts` drafts per step.
 
-
-def _read(skeleton: Skeleton, tokens: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-    """Run tokens, int64 `[n]`, after those in the cache. Returns hidden states after the final norm, `[n, hidden]`."""
-    output = skeleton.text(input_ids=tokens[None], past_key_values=cache, use_cache=True)
-    hidden: torch.Tensor = output.last_hidden_state[0]
-    return hidden
-
-
-def _draft(
-    skeleton: Skeleton, head: MtpHead, cache: DynamicCache, unread: torch.Tensor, tokens: torch.Tensor, drafts: int
-) -> torch.Tensor:
-    """Draft tokens after `tokens`: int64 `[drafts]`. Afterwards the cache holds true tokens and none of the drafts."""
-    begin = cache.get_seq_length()
-    positions = torch.arange(begin, begin + len(tokens), device=tokens.device)
-    state = head(tokens[None], unread[None], positions[None], cache=cache)[0, -1:]
-    guesses = [skeleton.logits(state).argmax(-1)]
-    for step in range(1, drafts):
-        state = head(guesses[-1][None], state[None], positions[None, -1:] + step, cache=cache)[0]
-        guesses.append(skeleton.logits(state).argmax(-1))
-    if drafts > 1:
-        cache.crop(1 - drafts)
-    return torch.cat(guesses)
+    `greedy`: the tokens of plain decoding, int64 `[rows, new + drafts]`, with as many at the end as the last step may
+    look ahead. All weights must be loaded.
+    """
+    begin, new = prompts.shape[1] - 1, greedy.shape[1] - drafts
+    text = torch.cat([prompts, greedy], dim=1)
+    hidden = skeleton.text(input_ids=text, use_cache=False).last_hidden_state
+    choices = skeleton.logits(hidden[:, begin:-1]).argmax(-1)
+    speculations = []
+    for row, states, chosen in zip(text, hidden, choices, strict=True):
+        guesses = head.drafts(row, states, drafts)[:, begin:]
+        # After `have` tokens, the drafts are guesses[:, have - 1], and the model chooses chosen[have:] in their place.
+        ahead = chosen.unfold(0, drafts, 1)[1 : new + 1].T
+        kept = (guesses[:, : ahead.shape[1]] == ahead).long().cumprod(0).sum(0).tolist()
+        have, kept_by_step = 1, []
+        while have < new:
+            kept_by_step.append(kept[have - 1])
+            have += kept[have - 1] + 1
+        accepted = [sum(count > position for count in kept_by_step) for position in range(drafts)]
+        speculations.append(Speculation(chosen[:new].tolist(), len(kept_by_step), accepted))
+    return speculations
 
 
 def agreement(plain: list[int], leads: list[float], speculative: list[int]) -> float:

@@ -1,9 +1,14 @@
-"""Models of formats for which Requant has no formula: transformers loads them, with the library of the format."""
+"""The models that run, one of which may stay in memory from one use to the next.
+
+Those of formats for which Requant has no formula are loaded by transformers, with the library of the format.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +17,50 @@ from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.stored_matrix import unknown_format
 from requant.tasks.errors import CheckpointError
 from requant.tasks.validating.model import RunSettings, Skeleton, family_of, free, text_model
+
+
+@dataclass
+class _Slot:
+    skeleton: Skeleton | None = None
+
+    def drop(self) -> None:
+        if self.skeleton is not None:
+            self.skeleton.drop()
+            self.skeleton = None
+
+
+_STAYING: ContextVar[_Slot | None] = ContextVar("the model that stays", default=None)
+
+
+@contextlib.contextmanager
+def last_model_stays() -> Iterator[None]:
+    """Within the context, keep the model of the last `model_of` with its weights, until another one is asked for."""
+    slot = _Slot()
+    token = _STAYING.set(slot)
+    try:
+        yield
+    finally:
+        _STAYING.reset(token)
+        slot.drop()
+
+
+@contextlib.contextmanager
+def model_of(checkpoint: Checkpoint, settings: RunSettings) -> Iterator[Skeleton]:
+    """Return a checkpoint's model, as `skeleton_of`, and drop its weights on exit, unless `last_model_stays`."""
+    slot, stays = _STAYING.get() or _Slot(), _STAYING.get() is not None
+    settings = replace(settings, tokens_of=None)
+    last = slot.skeleton
+    if last is None or last.checkpoint.folder != checkpoint.folder or last.settings != settings:
+        slot.drop()
+        slot.skeleton = skeleton_of(checkpoint, settings)
+    assert slot.skeleton is not None
+    try:
+        yield slot.skeleton
+    except BaseException:
+        slot.drop()
+        raise
+    if not stays:
+        slot.drop()
 
 
 def skeleton_of(checkpoint: Checkpoint, settings: RunSettings) -> Skeleton:
@@ -52,6 +101,10 @@ class LoadedModel(Skeleton):
     def loaded(self, number: int) -> Iterator[nn.Module]:
         """Return a decoder block, which is there already."""
         yield self.blocks[number]
+
+    def in_turn(self, *, stay: bool = False) -> Iterator[nn.Module]:
+        """Return the decoder blocks, which are there already."""
+        yield from self.blocks
 
     def load_ends(self) -> None:
         """Do nothing: everything is loaded."""

@@ -23,13 +23,12 @@ from requant.tasks.validating import LENGTH, PROBE
 from requant.tasks.validating.blocks import Rows, run_blocks
 from requant.tasks.validating.decode import agreement, decode, decode_in_blocks, speculate
 from requant.tasks.validating.head import MtpHead
-from requant.tasks.validating.loaded import skeleton_of
+from requant.tasks.validating.loaded import model_of
 from requant.tasks.validating.measurement import UNDRAFTED, Floats, Ints, Measurement
 from requant.tasks.validating.model import (
     RunSettings,
     Skeleton,
     few_threads,
-    free,
     pick_device,
     pick_dtype,
     room,
@@ -37,10 +36,13 @@ from requant.tasks.validating.model import (
 from requant.tasks.validating.vision import features
 from requant.tasks.validating.windows import Windows, windows
 
-VERSION = 3  # must be raised when the same checkpoint and text give other values
+VERSION = 4  # must be raised when the same checkpoint and text give other values
 DRAFTS = 3  # draft tokens per step: engines use no more
 PROMPTS, PROMPT, GENERATED = 4, 32, 48  # greedy continuations: their number, tokens of each prompt, tokens after it
 GENERATED_IN_BLOCKS = 8  # tokens after a prompt where each token costs a pass over all weights
+# Windows that are computed at a time on a GPU, in tokens: a few thousand keep it busy. On a CPU it is one window.
+BATCH_TOKENS = {"cuda": 8192}
+SPARE_BYTES = 1 << 30  # that are left free beside all weights, for a block that is read and for gaps in the memory
 MAX_TEXT_TOKENS = {"cpu": 4096, "cuda": 131_072}  # a longer text takes longer than everything else together
 log = logging.getLogger(__name__)
 
@@ -59,23 +61,21 @@ def measure(
     checkpoint = Checkpoint.open(folder).loadable()
     tokenizer = settings.tokens_of or folder
     cut = windows(tokenizer, text, checkpoint, tokens=tokens, remote_code=settings.remote_code)
-    skeleton = skeleton_of(checkpoint, settings)
-    skeleton.load_ends()
-    cut = cut.up_to(_fitting(skeleton))
-    dtype = str(settings.dtype).removeprefix("torch.")
-    domains = f" in {len(set(cut.domains))} domains" if len(set(cut.domains)) > 1 else ""
-    log.info(f"measuring {folder.name} on {cut.tokens.size:,} tokens{domains} ({dtype}, {settings.device})")
-    with few_threads(skeleton.nbytes):
-        result = _measure(skeleton, cut)
-    del skeleton
-    free(settings.device)
-    return result
+    with model_of(checkpoint, settings) as skeleton, few_threads(skeleton.nbytes):
+        skeleton.load_ends()
+        cut = cut.up_to(_fitting(skeleton))
+        dtype = str(settings.dtype).removeprefix("torch.")
+        domains = f" in {len(set(cut.domains))} domains" if len(set(cut.domains)) > 1 else ""
+        log.info(f"measuring {folder.name} on {cut.tokens.size:,} tokens{domains} ({dtype}, {settings.device})")
+        return _measure(skeleton, cut)
 
 
 def _measure(skeleton: Skeleton, cut: Windows) -> Measurement:
     ids = torch.from_numpy(cut.tokens).long().to(skeleton.device)
+    longest_text = _long_text(ids, longest(skeleton))
+    stay = skeleton.absent_bytes + SPARE_BYTES < room(skeleton.device) // 2  # The long text takes the other half.
     groups = rows_of(skeleton, cut)
-    groups.append(Rows.of(skeleton, _long_text(ids, longest(skeleton))))
+    groups.append(Rows.of(skeleton, longest_text))
     probes = [groups[0].hidden[0][0, :PROBE].cpu()]
     with progress("measure", len(skeleton.blocks), "blocks") as bar:
 
@@ -83,7 +83,7 @@ def _measure(skeleton: Skeleton, cut: Windows) -> Measurement:
             probes.append(groups[0].hidden[0][0, :PROBE].cpu())
             bar.advance()
 
-        *by_group, long_hidden = run_blocks(skeleton, groups, after)
+        *by_group, long_hidden = run_blocks(skeleton, groups, after, stay=stay)
     groups.clear()
     hidden = torch.cat([states.reshape(-1, ids.shape[1], states.shape[-1]) for states in by_group])
     nll, top1 = _next_tokens(skeleton, ids, hidden)
@@ -115,10 +115,17 @@ def _measure(skeleton: Skeleton, cut: Windows) -> Measurement:
 
 
 def rows_of(skeleton: Skeleton, cut: Windows) -> list[Rows]:
-    """Embed the windows: those that are computed each by itself, and those of the long text as one row."""
+    """Embed the windows: those that are computed each by itself, in batches, and those of the long text as one row."""
     ids = torch.from_numpy(cut.tokens).long()
-    separate, long = ids[: cut.separate], ids[cut.separate :].reshape(1, -1)
-    return [Rows.of(skeleton, tokens) for tokens in (separate, long) if tokens.numel()]
+    length = ids.shape[1]
+    batch = max(1, min(BATCH_TOKENS.get(skeleton.device.type, 0), _fitting(skeleton)) // length)
+    whole = cut.separate // batch * batch
+    groups = (
+        ids[:whole].reshape(whole // batch, batch, length),
+        ids[None, whole : cut.separate],
+        ids[cut.separate :].reshape(1, 1, -1),
+    )
+    return [Rows.of(skeleton, tokens) for tokens in groups if tokens.numel()]
 
 
 def run_settings(base: Path, remote_code: bool = False, served: Dtype | None = None) -> RunSettings:
@@ -139,14 +146,19 @@ def longest(skeleton: Skeleton) -> int:
 def _fitting(skeleton: Skeleton) -> int:
     """Return the tokens of the longest text within the model's limit and half of the free memory."""
     config = skeleton.text.config
-    width = 16 * config.hidden_size + 6 * int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-    delta = getattr(config, "linear_num_value_heads", 0) * getattr(config, "linear_value_head_dim", 0)
-    token_bytes = width * skeleton.dtype.itemsize + 16 * 4 * delta  # the delta rule's reference code works in float32
     limit = int(getattr(config, "max_position_embeddings", None) or LENGTH)
-    fits = room(skeleton.device) // 2 // token_bytes
+    fits = room(skeleton.device) // 2 // _token_bytes(skeleton)
     if indexers := getattr(config, "index_n_heads", 0):  # transformers computes each head's scores of all pairs at once
         fits = min(fits, math.isqrt(room(skeleton.device) // 2 // (12 * indexers)))
     return int(max(1, min(limit, fits)))
+
+
+def _token_bytes(skeleton: Skeleton) -> int:
+    """Return the bytes that a block takes at most for each token that it computes."""
+    config = skeleton.text.config
+    width = 16 * config.hidden_size + 6 * int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    delta = getattr(config, "linear_num_value_heads", 0) * getattr(config, "linear_value_head_dim", 0)
+    return int(width * skeleton.dtype.itemsize + 16 * 4 * delta)  # The delta rule's reference code works in float32.
 
 
 def _load_head(skeleton: Skeleton) -> MtpHead | None:
@@ -204,27 +216,21 @@ def _continuations(skeleton: Skeleton, head: MtpHead | None, prompts: torch.Tens
     Returns the arrays `generated`, `speculation` and `speculative` of Measurement.
     """
     no_steps, no_shares = np.zeros((0, 0), np.int32), np.zeros(0, np.float32)
-    if 1.5 * skeleton.nbytes > room(skeleton.device):
+    drafts = 0 if head is None else DRAFTS if head.recycles else 1
+    computed = prompts.shape[0] * (prompts.shape[1] + GENERATED + drafts)
+    if skeleton.absent_bytes + computed * _token_bytes(skeleton) + SPARE_BYTES > room(skeleton.device):
         if head is not None:
             head.to("meta")  # The blocks come and go once more, and need its memory.
         return decode_in_blocks(skeleton, prompts, GENERATED_IN_BLOCKS).int().cpu().numpy(), no_steps, no_shares
     skeleton.hold()
-    plain = []
-    with progress("continuations", len(prompts) * GENERATED, "tokens") as bar:
-        for prompt in prompts:
-            plain.append(decode(skeleton, prompt, GENERATED))
-            bar.advance(GENERATED)
-    generated = np.array([tokens for tokens, _ in plain], np.int32)
+    tokens, leads = decode(skeleton, prompts, GENERATED + drafts)
+    generated = tokens[:, :GENERATED]
+    as_array = generated.int().cpu().numpy()
     if head is None:
-        return generated, no_steps, no_shares
-    depth = DRAFTS if head.recycles else 1
-    speculations = []
-    with progress("speculation", len(prompts) * GENERATED, "tokens") as bar:
-        for prompt in prompts:
-            speculations.append(speculate(skeleton, head, prompt, GENERATED, depth))
-            bar.advance(GENERATED)
+        return as_array, no_steps, no_shares
+    speculations = speculate(skeleton, head, prompts, tokens, drafts)
     steps = np.array([[one.steps, *one.accepted] for one in speculations], np.int32)
     if skeleton.dtype != torch.float32:  # in half precision, passes of one token and of several may choose differently
-        return generated, steps, no_shares
-    pairs = zip(plain, speculations, strict=True)
-    return generated, steps, np.array([agreement(*one, other.tokens) for one, other in pairs], np.float32)
+        return as_array, steps, no_shares
+    written = zip(generated.tolist(), leads.tolist(), (one.tokens for one in speculations), strict=True)
+    return as_array, steps, np.array([agreement(*one) for one in written], np.float32)

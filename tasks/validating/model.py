@@ -11,6 +11,7 @@ import copy
 import math
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,17 @@ from transformers.modeling_utils import LoadStateDictConfig
 from requant.startup import collect_garbage_often
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.config import ModelConfig
+from requant.tasks.checkpoint.dequantize import plain_tensor, weight_of
 from requant.tasks.checkpoint.fp8 import dequantized_tensors
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.modules import PLAIN_PARTS, modules_of
 from requant.tasks.checkpoint.served_dtype import STORED, Dtype, dtype_of_config
 from requant.tasks.checkpoint.stored_matrix import is_plain_fp8, stored_matrix
-from requant.tasks.checkpoint.torch_tensor import to_torch
 from requant.tasks.errors import CheckpointError, TokenizerError
 from requant.tasks.settings import read_settings
 
 CORRECTION_BIAS = "e_score_correction_bias"
+READERS = 4  # threads that read tensors for a GPU: one alone is slower than the memory that the files are in
 FEW_THREADS_BYTES = 128 << 20  # weights below this size are computed with by one thread
 transformers.logging.set_verbosity_error()  # otherwise it warns of every kernel that is not installed
 transformers.logging.disable_progress_bar()
@@ -139,14 +141,32 @@ class Skeleton:
     def loaded(self, number: int) -> Iterator[nn.Module]:
         """Load a decoder block for as long as the context lasts."""
         block = self.blocks[number]
-        if number in self._resident:
-            yield block
-            return
-        self._load(number, [block])
+        if number not in self._resident:
+            self._load(number, [block])
         try:
             yield block
         finally:
-            _empty(block)
+            if number not in self._resident:
+                _empty(block)
+
+    def in_turn(self, *, stay: bool = False) -> Iterator[nn.Module]:
+        """Load the decoder blocks one after the other, each until the next one is asked for, or to `stay`.
+
+        On a GPU with room for it, the weights of the next block are read while this one computes.
+        """
+        ahead: Future[dict[str, torch.Tensor]] | None = None
+        with ThreadPoolExecutor(1) as reader:
+            for number, block in enumerate(self.blocks):
+                if number not in self._resident:
+                    self._load(number, [block], ahead)
+                ahead = reader.submit(self._read, number + 1) if self._can_be_read_ahead(number + 1) else None
+                if stay:
+                    self._resident.add(number)
+                try:
+                    yield block
+                finally:
+                    if number not in self._resident:
+                        _empty(block)
 
     def load_ends(self) -> None:
         """Load embeddings, final norm and output layer, which stay."""
@@ -161,8 +181,8 @@ class Skeleton:
         """Load all weights, which stay."""
         self.load_ends()
         self.load_rest()
-        for number, block in enumerate(self.blocks):
-            self._load_to_stay(number, [block])
+        for _ in self.in_turn(stay=True):
+            pass
 
     def drop(self) -> None:
         """Drop all weights, and return their GPU memory to the device. The model cannot run any more."""
@@ -185,6 +205,11 @@ class Skeleton:
     def nbytes(self) -> int:
         """The bytes of all weights in this precision."""
         return int(sum(p.numel() for p in self.model.parameters())) * self.dtype.itemsize
+
+    @property
+    def absent_bytes(self) -> int:
+        """The bytes of the weights that are not loaded, in this precision."""
+        return int(sum(p.numel() for p in self.model.parameters() if p.is_meta)) * self.dtype.itemsize
 
     def _other_modules(self) -> list[tuple[str, nn.Module]]:
         """Return paths and modules of a multimodal model other than the text model."""
@@ -226,10 +251,24 @@ class Skeleton:
             self._load(part, modules)
             self._resident.add(part)
 
-    def _load(self, part: int | str, modules: Iterable[nn.Module | None]) -> None:
-        """Load a part. Raises CheckpointError if one of these modules then lacks a weight."""
+    def _can_be_read_ahead(self, number: int) -> bool:
+        if self.device.type != "cuda" or number in self._resident or number == len(self.blocks):
+            return False
+        nbytes = sum(p.numel() for p in self.blocks[number].parameters()) * self.dtype.itemsize
+        return nbytes < room(self.device) // 8
+
+    def _read(self, part: int | str) -> dict[str, torch.Tensor]:
+        return state_dict(self._parts[part], self.checkpoint, self.settings)
+
+    def _load(
+        self,
+        part: int | str,
+        modules: Iterable[nn.Module | None],
+        ahead: Future[dict[str, torch.Tensor]] | None = None,
+    ) -> None:
+        """Load a part, of which `ahead` may be read. Raises CheckpointError if one of these modules lacks a weight."""
         folder = self.checkpoint.folder
-        state = state_dict(self._parts[part], self.checkpoint, self.settings)
+        state = self._read(part) if ahead is None else ahead.result()
         fill(self.model, state, self._load_config, str(folder))
         self.model.tie_weights()
         missing = [
@@ -326,13 +365,15 @@ def _empty(module: nn.Module) -> None:
 
 
 def state_dict(tensors: Iterable[Tensor], checkpoint: Checkpoint, settings: RunSettings) -> dict[str, torch.Tensor]:
-    """Return tensors of a checkpoint by name. Raises CheckpointError for a quantized module that cannot be read.
+    """Return tensors of a checkpoint by name, on the device of the settings.
 
-    Quantized modules are weights `[out, in]`, and floating-point tensors have the dtype of the settings.
+    Quantized modules are weights `[out, in]`, and floating-point tensors have the dtype of the settings. Raises
+    CheckpointError for a quantized module that cannot be read.
 
-    Packed integers are dequantized with the scales as an engine keeps them: see `checkpoint/served_dtype.py`. Vectors
-    keep a higher precision that they have, since transformers keeps some of them in it, such as the correction bias of
-    a router, whose values differ by less than bfloat16 can tell.
+    Packed integers are dequantized with the scales as an engine keeps them: see `checkpoint/served_dtype.py`. FP8
+    is rounded to BF16 first, which is what quantize reads of it. Vectors keep a higher precision that they have, since
+    transformers keeps some of them in it, such as the correction bias of a router, whose values differ by less than
+    bfloat16 can tell.
     """
     dtype, scale_dtype = settings.dtype, STORED.get(settings.served_dtype(checkpoint.config) or "")
     tensors = list(tensors)
@@ -340,19 +381,21 @@ def state_dict(tensors: Iterable[Tensor], checkpoint: Checkpoint, settings: RunS
     stored = {name: m for name, m in stored.items() if not is_plain_fp8(checkpoint, m)}
     part_names = {t.name for module in stored.values() for t in module.quantized_parts.values()}
     plain = dequantized_tensors([t for t in tensors if t.name not in part_names], checkpoint.config)
-    state = {t.name: to_torch(t) for t in plain}
-    for name, value in state.items():
-        if value.is_floating_point():
-            state[name] = value.to(torch.promote_types(value.dtype, dtype) if value.dim() == 1 else dtype)
-    for name, module in stored.items():
-        matrix = stored_matrix(checkpoint, module, scale_dtype)
-        weight = torch.empty(matrix.shape, dtype=dtype)
-        row = 0
-        for rows in matrix.rows():
-            weight[row : row + len(rows)] = torch.from_numpy(rows)
-            row += len(rows)
-        state[f"{name}.weight"] = weight
-    return state
+
+    def read(tensor: Tensor) -> torch.Tensor:
+        value = plain_tensor(tensor, settings.device)
+        if not value.is_floating_point():
+            return value
+        return value.to(torch.promote_types(value.dtype, dtype) if value.dim() == 1 else dtype)
+
+    def dequantize(name: str) -> torch.Tensor:
+        matrix = stored_matrix(checkpoint, stored[name], scale_dtype)
+        return weight_of(matrix, settings.device, dtype)
+
+    names = [*(tensor.name for tensor in plain), *(f"{name}.weight" for name in stored)]
+    with ThreadPoolExecutor(READERS) as pool:
+        each = pool.map if settings.device.type == "cuda" else map
+        return dict(zip(names, [*each(read, plain), *each(dequantize, stored)], strict=True))
 
 
 def text_model(model: Any) -> Any:

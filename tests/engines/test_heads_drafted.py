@@ -17,7 +17,7 @@ import torch
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.compat import Judgement
 from requant.tasks.serving.prompts import python_prompts
-from requant.tasks.validating.decode import speculate
+from requant.tasks.validating.decode import decode, speculate
 from requant.tasks.validating.head import MtpHead
 from requant.tasks.validating.model import RunSettings, Skeleton, load_tokenizer
 from tests.factories.inlined import inlined_base
@@ -63,7 +63,9 @@ def test_torch_writes_and_accepts_what_vllm_does(
     skeleton.hold()
     head = MtpHead(skeleton.checkpoint, skeleton)
     prompts = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in python_prompts(PROMPTS)]
-    ours = [speculate(skeleton, head, prompt, TOKENS, DRAFTS[kind]) for prompt in prompts]
+    plain = [decode(skeleton, prompt[None], TOKENS + DRAFTS[kind])[0] for prompt in prompts]
+    pairs = zip(prompts, plain, strict=True)
+    ours = [speculate(skeleton, head, prompt[None], greedy, DRAFTS[kind])[0] for prompt, greedy in pairs]
     steps, accepted = sum(one.steps for one in ours), sum(sum(one.accepted) for one in ours)
     print(
         f"{kind}: {steps} steps, {accepted} accepted; vLLM: {theirs['drafted']} drafted, {theirs['accepted']} accepted"

@@ -22,7 +22,8 @@ from infra.bench.shapes import (
     write_quantized,
 )
 from requant.tasks.checkpoint.checkpoint import INDEX, WRONG_TOTAL, Checkpoint
-from requant.tasks.checkpoint.packing import PackingScheme, check_parts, dequantize, to_numpy
+from requant.tasks.checkpoint.packing import PackingScheme, check_parts, to_numpy
+from tests.factories.dequantized import dequantize
 
 TINY_DIMENSIONS = Dimensions(
     layers=4,

@@ -12,10 +12,13 @@ from auto_round.export.export_to_awq.utils import WQLinear_GEMM, dequantize_gemm
 from auto_round_extension.torch import qlinear_torch, qlinear_torch_zp
 from safetensors.torch import save_file
 
+from requant.tasks.checkpoint.dequantize import unpack
 from requant.tasks.checkpoint.header import Tensor, read_header
-from requant.tasks.checkpoint.packing import PackingScheme, dequantize, to_numpy, unpack
+from requant.tasks.checkpoint.packing import PackingScheme, to_numpy
+from requant.tasks.checkpoint.torch_tensor import to_torch
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import from_bf16, rounded, safetensors_bytes
+from tests.factories.dequantized import dequantize
 
 OUT, IN = 64, 192
 
@@ -103,7 +106,7 @@ def test_the_zero_point_trap_version_1_stores_the_zero_point_minus_one(
     scales, zeros, integers, meant = levels(bits, 32, True)
     layer = packed_by(qlinear_torch_zp, bits, 32, scales, zeros, meant, True)
     parts = parts_of(layer, tmp_path)
-    assert set(unpack(to_numpy(parts["qzeros"]), bits, 1).ravel().tolist()) == {stored}
+    assert set(unpack(to_torch(parts["qzeros"]), bits).flatten().tolist()) == {stored}
     right = dequantize(parts, PackingScheme(bits, 32, "gptq"))
     wrong = dequantize(parts, PackingScheme(bits, 32, "gptq_v2"))
     one_scale = scales.repeat_interleave(32, 1).numpy()
@@ -148,7 +151,7 @@ def test_an_index_of_groups_decides_which_scale_a_row_has(tmp_path: Path) -> Non
     np.testing.assert_array_equal(dequantize(read_header(tmp_path / "same.safetensors"), PackingScheme(4, 32)), plain)
     save_file({**layer.state_dict(), "g_idx": group.flip(0).contiguous()}, tmp_path / "turned.safetensors")
     turned = dequantize(read_header(tmp_path / "turned.safetensors"), PackingScheme(4, 32))
-    words = unpack(layer.qweight.numpy(), 4, 0).T
+    words = unpack(layer.qweight.T, 4).numpy()
     at, zero = scales[:, -1:].numpy(), zeros[:, -1:].numpy()
     np.testing.assert_allclose(turned[:, :32], (words[:, :32] - zero) * at, rtol=1e-6)
 
@@ -158,15 +161,15 @@ def test_unpacked_integers_are_those_that_were_packed(bits: int) -> None:
     _, _, integers, meant = levels(bits, 32, False, seed=3)
     scales, zeros, *_ = levels(bits, 32, False, seed=3)
     layer = packed_by(qlinear_torch, bits, 32, scales, zeros, meant, False)
-    np.testing.assert_array_equal(unpack(layer.qweight.numpy(), bits, 0).T, integers.numpy())
-    np.testing.assert_array_equal(unpack(layer.qzeros.numpy(), bits, 1).T, zeros.numpy())
+    np.testing.assert_array_equal(unpack(layer.qweight.T, bits), integers)
+    np.testing.assert_array_equal(unpack(layer.qzeros, bits).T, zeros)
 
 
-def test_the_words_with_the_highest_bit_set_are_not_taken_for_negative(tmp_path: Path) -> None:
-    words = np.full((1, 8), -1, np.int32)
-    np.testing.assert_array_equal(unpack(words, 4, 0), np.full((8, 8), 15))
-    np.testing.assert_array_equal(unpack(words, 8, 1), np.full((1, 32), 255))
-    np.testing.assert_array_equal(unpack(np.full((3, 1), -1, np.int32), 3, 0), np.full((32, 1), 7))
+def test_the_words_with_the_highest_bit_set_are_not_taken_for_negative() -> None:
+    words = torch.full((8, 1), -1, dtype=torch.int32)
+    np.testing.assert_array_equal(unpack(words, 4), np.full((8, 8), 15))
+    np.testing.assert_array_equal(unpack(words.T, 8), np.full((1, 32), 255))
+    np.testing.assert_array_equal(unpack(torch.full((1, 3), -1, dtype=torch.int32), 3), np.full((1, 32), 7))
 
 
 def test_what_the_other_tests_pack_by_hand_is_read_as_it_was_meant(tmp_path: Path) -> None:

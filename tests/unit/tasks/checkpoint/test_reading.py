@@ -18,12 +18,13 @@ from requant.tasks.checkpoint.config import ModelConfig, QuantizationConfig
 from requant.tasks.checkpoint.header import Tensor
 from requant.tasks.checkpoint.inventory import storage_of
 from requant.tasks.checkpoint.modules import Module, modules_of
-from requant.tasks.checkpoint.packing import PackingScheme, dequantize
+from requant.tasks.checkpoint.packing import PackingScheme
 from requant.tasks.checkpoint.problems import problems_of
 from requant.tasks.checkpoint.reading import Reading
 from requant.tasks.checkpoint.weight_error import fidelity
 from requant.tasks.errors import CheckpointError
 from tests.factories.checkpoints import FULL
+from tests.factories.dequantized import dequantize
 from tests.factories.mixed_bits import Mixed, checkpoint_of, mixed, tensors_of
 from tests.factories.quantization_configs import Changes, auto_round, awq, compressed, gptq
 

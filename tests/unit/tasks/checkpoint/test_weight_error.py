@@ -6,13 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from requant.tasks.checkpoint import dequantize, weight_error
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.fp8 import write_dequantized
 from requant.tasks.checkpoint.weight_error import Fidelity, fidelity
 from requant.tasks.validating.gates import slope_error
 from requant.tasks.validating.measured import MatrixError
 from tests.factories.checkpoints import all_tensors, from_bf16, rounded, write_quantized
 from tests.factories.damage import Edit
+from tests.factories.fp8_bases import as_fp8
 from tests.factories.pico import pico_base
 
 MODULE = "model.language_model.layers.1.mlp.up_proj"
@@ -34,7 +38,7 @@ def of(made: Path, base: Path, module: str = MODULE) -> Fidelity:
 
 
 def test_every_packed_matrix_is_compared(base: Path, made: Path) -> None:
-    found = fidelity(Checkpoint.open(made), Checkpoint.open(base))
+    found = fidelity(Checkpoint.open(made), Checkpoint.open(base), free_bytes=1 << 40)
     packed = [name.removesuffix(".qweight") for name in all_tensors(made) if name.endswith(".qweight")]
     assert sorted(matrix.name for matrix in found) == sorted(f"{module}.weight" for module in packed)
     assert {matrix.bits for matrix in found} == {4}
@@ -71,6 +75,28 @@ def test_zero_points_that_are_off_by_one_show_as_a_whole_step(base: Path, made: 
     edit.change(f"{MODULE}.qzeros", "<u4", lambda words: (words.astype(np.int64) + change).astype(np.uint32))
     edit.write()
     assert of(made, base).offset == pytest.approx(offset, abs=0.05)
+
+
+def test_a_base_in_fp8_counts_as_the_bf16_that_quantize_reads_of_it(base: Path, tmp_path: Path) -> None:
+    fp8 = Checkpoint.open(as_fp8(base, tmp_path / "fp8"))
+    plain = write_dequantized(fp8, tmp_path / "plain")
+    made = Checkpoint.open(write_quantized(plain, tmp_path / "of fp8"))
+    found = fidelity(made, fp8)
+    assert found == fidelity(made, Checkpoint.open(plain)) and len(found) == 13
+    assert found != fidelity(made, Checkpoint.open(base))
+
+
+def test_the_height_of_stripes_and_the_order_of_groups_change_no_figure(
+    base: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups in another order are looked up, which says the same of those that are in order."""
+    before = of(made, base)
+    monkeypatch.setitem(dequantize.STRIPE_WEIGHTS, "cpu", 1)
+    monkeypatch.setattr(weight_error, "group_of_inputs", lambda matrix, device: torch.from_numpy(matrix.group))
+    after = of(made, base)
+    assert (after.name, after.bits) == (before.name, before.bits)
+    for figure in ("slope", "offset", "error", "slope_excess", "scale_factor", "rounding_noise"):
+        assert getattr(after, figure) == pytest.approx(getattr(before, figure), rel=1e-5, abs=1e-7)
 
 
 def test_another_matrix_has_no_slope(base: Path, made: Path) -> None:

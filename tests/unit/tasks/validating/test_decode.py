@@ -11,13 +11,13 @@ import torch
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.errors import CheckpointError
 from requant.tasks.texts.text import EVALUATION
-from requant.tasks.validating import decode as decoding
 from requant.tasks.validating.decode import agreement, decode, decode_in_blocks, speculate
 from requant.tasks.validating.head import MtpHead
 from requant.tasks.validating.model import RunSettings, Skeleton, load_model, load_tokenizer
 from tests.factories.bases import other_base
 from tests.factories.paths import TINY
 from tests.factories.pico import pico_base
+from tests.factories.stepwise import speculate_by_steps
 
 CPU = torch.device("cpu")
 ON_CPU = RunSettings(CPU, torch.float32)
@@ -50,14 +50,14 @@ def text() -> torch.Tensor:
     return torch.tensor(load_tokenizer(TINY)(EVALUATION.read_text()[:4000])["input_ids"])
 
 
-def prompts(text: torch.Tensor, count: int = 3, length: int = 24) -> list[torch.Tensor]:
-    return [text[100 * n : 100 * n + length] for n in range(count)]
+def prompts(text: torch.Tensor, count: int = 3, length: int = 24) -> torch.Tensor:
+    return torch.stack([text[100 * n : 100 * n + length] for n in range(count)])
 
 
 @pytest.fixture(scope="module")
-def plain(skeleton: Skeleton, text: torch.Tensor) -> list[tuple[list[int], list[float]]]:
-    """What each prompt is continued with, a token at a time."""
-    return [decode(skeleton, prompt, TOKENS) for prompt in prompts(text)]
+def plain(skeleton: Skeleton, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the prompts are continued with, a token at a time; three more than are asked for."""
+    return decode(skeleton, prompts(text), TOKENS + 3)
 
 
 def test_drafts_at_all_places_at_once_are_those_made_one_after_the_other(
@@ -78,21 +78,44 @@ def test_drafts_at_all_places_at_once_are_those_made_one_after_the_other(
 
 
 @pytest.mark.parametrize("drafts", [1, pytest.param(2, marks=pytest.mark.slow), 3])
-def test_speculative_decoding_gives_the_tokens_of_plain_decoding(
-    skeleton: Skeleton, head: MtpHead, text: torch.Tensor, plain: list[tuple[list[int], list[float]]], drafts: int
+def test_speculative_decoding_is_that_of_an_engine_and_gives_the_tokens_of_plain_decoding(
+    skeleton: Skeleton, head: MtpHead, text: torch.Tensor, plain: tuple[torch.Tensor, torch.Tensor], drafts: int
 ) -> None:
-    """Token for token, with drafts taken and refused on the way."""
-    taken = refused = 0
-    for prompt, (tokens, leads) in zip(prompts(text), plain, strict=True):
-        found = speculate(skeleton, head, prompt, TOKENS, drafts)
-        assert found.tokens == tokens and agreement(tokens, leads, found.tokens) == 1.0
-        assert found.accepted == sorted(found.accepted, reverse=True) and found.steps >= found.accepted[0]
-        taken, refused = taken + found.accepted[-1], refused + found.steps - found.accepted[-1]
-    assert taken > 5 and refused > 5
+    """Token for token and step for step, with drafts taken and refused on the way."""
+    greedy = plain[0][:, : TOKENS + drafts]
+    found = speculate(skeleton, head, prompts(text), greedy, drafts)
+    assert [one.tokens for one in found] == greedy[:, :TOKENS].tolist()
+    by_steps = [speculate_by_steps(skeleton, head, prompt, TOKENS, drafts) for prompt in prompts(text)]
+    for one, other in zip(found, by_steps, strict=True):
+        assert (one.tokens, one.steps, one.accepted) == (other.tokens, other.steps, other.accepted)
+        assert one.accepted == sorted(one.accepted, reverse=True) and one.steps >= one.accepted[0]
+    taken, steps = sum(one.accepted[-1] for one in found), sum(one.steps for one in found)
+    assert taken > 5 and steps - taken > 5
+
+
+def test_passes_of_several_tokens_that_choose_otherwise_show_in_the_tokens(
+    skeleton: Skeleton, head: MtpHead, text: torch.Tensor, plain: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """A text that the model would not write: from its first token on, the model's own choice is another one."""
+    changed = plain[0].clone()
+    changed[1, 5] = (changed[1, 5] + 1) % 2000
+    first, second, third = speculate(skeleton, head, prompts(text), changed, 3)
+    assert first.tokens == changed[0, :TOKENS].tolist() and third.tokens == changed[2, :TOKENS].tolist()
+    assert second.tokens[:6] == plain[0][1, :6].tolist()
+    assert agreement(changed[1, :TOKENS].tolist(), [1.0] * TOKENS, second.tokens) == 5 / TOKENS
+
+
+def test_several_prompts_are_continued_as_each_by_itself(
+    skeleton: Skeleton, text: torch.Tensor, plain: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    for prompt, tokens, leads in zip(prompts(text), *plain, strict=True):
+        alone, own_leads = decode(skeleton, prompt[None], TOKENS)
+        assert torch.equal(alone[0], tokens[:TOKENS])
+        torch.testing.assert_close(own_leads[0], leads[:TOKENS], rtol=1e-3, atol=1e-3)
 
 
 def test_plain_decoding_is_transformers_own(
-    skeleton: Skeleton, text: torch.Tensor, plain: list[tuple[list[int], list[float]]]
+    skeleton: Skeleton, text: torch.Tensor, plain: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     model = load_model(skeleton.checkpoint, ON_CPU)
     prompt = prompts(text)[1]
@@ -100,30 +123,15 @@ def test_plain_decoding_is_transformers_own(
         input_ids=prompt[None], attention_mask=torch.ones_like(prompt[None]), do_sample=False, min_new_tokens=TOKENS,
         max_new_tokens=TOKENS, pad_token_id=0,
     )  # fmt: skip
-    assert plain[1][0] == output[0, len(prompt) :].tolist()
+    assert plain[0][1, :TOKENS].tolist() == output[0, len(prompt) :].tolist()
 
 
-def test_without_the_state_from_before_a_refused_draft_the_text_goes_wrong(
-    skeleton: Skeleton,
-    head: MtpHead,
-    text: torch.Tensor,
-    plain: list[tuple[list[int], list[float]]],
-    monkeypatch: pytest.MonkeyPatch,
+def test_decoding_block_by_block_gives_the_same_tokens(
+    skeleton: Skeleton, text: torch.Tensor, plain: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    """What the restored state is for: a copy that is none leaves the refused drafts in the recurrent state."""
-    monkeypatch.setattr(decoding.copy, "deepcopy", lambda cache: cache)
-    assert any(
-        speculate(skeleton, head, prompt, TOKENS, 3).tokens != tokens
-        for prompt, (tokens, _) in zip(prompts(text), plain, strict=True)
-    )
-
-
-def test_decoding_block_by_block_gives_the_same_tokens(skeleton: Skeleton, text: torch.Tensor) -> None:
     streamed = Skeleton(skeleton.checkpoint, ON_CPU)
     streamed.load_ends()
-    rows = prompts(text, 2)
-    expected = [decode(skeleton, prompt, 5)[0] for prompt in rows]
-    assert decode_in_blocks(streamed, torch.stack(rows), 5).tolist() == expected
+    assert torch.equal(decode_in_blocks(streamed, prompts(text), 5), plain[0][:, :5])
 
 
 def test_tokens_that_differ_at_a_tie_agree_and_others_do_not() -> None:

@@ -32,6 +32,7 @@ from tests.factories.checkpoints import all_tensors, edited, from_bf16, to_bf16
 from tests.factories.heads import make_base, quantized
 from tests.factories.inlined import HEAD, KINDS, SHARD, inlined_base
 from tests.factories.measured import measuring_little
+from tests.factories.stepwise import speculate_by_steps
 
 ON_CPU = RunSettings(torch.device("cpu"), torch.float32)
 DRAFTS, LENGTH = 3, 40
@@ -105,8 +106,11 @@ def test_it_drafts_at_all_places_at_once_what_it_drafts_one_after_the_other(base
 def test_speculative_decoding_gives_the_tokens_of_plain_decoding(bases: dict[str, Path], kind: str) -> None:
     skeleton, head = loaded(bases[kind])
     tokens, _ = read(skeleton)
-    found = speculate(skeleton, head, tokens[:20], 24, 2)
-    assert found.tokens == decode(skeleton, tokens[:20], 24)[0]
+    plain, _ = decode(skeleton, tokens[None, :20], 24 + 2)
+    (found,) = speculate(skeleton, head, tokens[None, :20], plain, 2)
+    by_steps = speculate_by_steps(skeleton, head, tokens[:20], 24, 2)
+    assert found.tokens == by_steps.tokens == plain[0, :24].tolist()
+    assert (found.steps, found.accepted) == (by_steps.steps, by_steps.accepted)
     assert 0 < found.accepted[0] < found.steps  # some are taken and some refused on the way
 
 

@@ -29,7 +29,7 @@ from requant.tasks.validating.measure import measure as measure_as
 from requant.tasks.validating.measure import run_settings
 from requant.tasks.validating.measured import Measured
 from requant.tasks.validating.measurement import Measurement
-from requant.tasks.validating.model import RunSettings, load_model, state_dict
+from requant.tasks.validating.model import RunSettings, Skeleton, load_model, state_dict
 from tests.factories.checkpoints import (
     all_tensors,
     from_bf16,
@@ -96,6 +96,39 @@ def test_a_checkpoint_is_measured_the_same_every_time(base: Path, of_base: Measu
     assert (one.tokens.dtype, one.nll.dtype) == (np.int32, np.float32)
     assert one.hidden.shape == (4, 48, 64) and one.probes.shape == (3, 16, 64) and one.features.shape[1] == 64
     assert one.context.tolist() == [96, 96]
+
+
+def test_windows_that_are_computed_at_once_are_measured_as_each_by_itself(
+    base: Path, of_base: Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three at a time, so that the last one is left over."""
+    monkeypatch.setitem(measuring.BATCH_TOKENS, "cpu", 3 * 48 + 1)
+    batched = measure(base, EVALUATION)
+    torch.testing.assert_close(batched.hidden, of_base.hidden, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(batched.nll, of_base.nll, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(batched.drafts, of_base.drafts)
+    torch.testing.assert_close(batched.probes, of_base.probes, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_fit_just_so_are_held_and_otherwise_come_block_by_block(
+    base: Path, of_base: Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What decoding needs is its weights and what it computes, and no half of them again."""
+    skeleton = Skeleton(Checkpoint.open(base).loadable(), run_settings(base))
+    skeleton.load_ends()
+    decoded_tokens = measuring.PROMPTS * (measuring.PROMPT + measuring.GENERATED + measuring.DRAFTS)
+    needed = skeleton.absent_bytes + decoded_tokens * measuring._token_bytes(skeleton) + measuring.SPARE_BYTES
+    read: list[int | str] = []
+    to_state = Skeleton._read
+    monkeypatch.setattr(Skeleton, "_read", lambda self, part: read.append(part) or to_state(self, part))
+    for room, times, generated in ((2 * needed, 1, 4), (needed, 2, 4), (needed - 1, 1 + 8, 8)):
+        read.clear()
+        monkeypatch.setattr(measuring, "room", lambda device, room=room: room)
+        found = measure(base, EVALUATION)
+        assert read.count(0) == read.count(1) == times and found.generated.shape == (2, generated)
+        assert found.nll.tobytes() == of_base.nll.tobytes() and found.hidden.equal(of_base.hidden)
+        np.testing.assert_array_equal(found.generated[:, :4], of_base.generated)
+        assert bool(found.speculation.size) == (generated == 4)
 
 
 def test_a_model_of_random_weights_knows_as_little_as_it_can(of_base: Measurement) -> None:
@@ -360,6 +393,29 @@ def test_two_folders_are_measured_and_compared(base: Path, made: Path) -> None:
     gates = {g.name: g for g in judge(values, Gates())}
     assert all(gates[name].passed for name in ("structure", "lossless", "finite", "files", "same_tokens"))
     assert gates["perplexity_increase"].value is not None and gates["top1_agreement"].value is not None
+
+
+def test_quantized_weights_are_loaded_once_for_all_that_is_measured_and_then_dropped(
+    base: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measuring, decoding and the comparison of blocks share them; the base is read again for its noise floor."""
+    read: list[tuple[Path, int | str]] = []
+    used: list[Skeleton] = []
+    to_state = Skeleton._read
+
+    def _read(self: Skeleton, part: int | str) -> dict[str, torch.Tensor]:
+        read.append((self.checkpoint.folder, part))
+        used.append(self)
+        return to_state(self, part)
+
+    monkeypatch.setattr(Skeleton, "_read", _read)
+    values = validate_folders(made, base)
+    assert values.divergence.blocks and values.divergence.kl_noise_floor is not None
+    assert [read.count((made, part)) for part in ("ends", 0, 1)] == [1, 1, 1]
+    assert [read.count((base, part)) for part in (0, 1)] == [2, 2]
+    assert all(
+        p.is_meta for skeleton in used if skeleton.checkpoint.folder == made for p in skeleton.model.parameters()
+    )
 
 
 def test_device_and_precision_are_chosen_once_for_all_that_is_compared(

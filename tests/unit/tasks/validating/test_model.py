@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.fp8 import dequantize_fp8
 from requant.tasks.checkpoint.served_dtype import Dtype
 from requant.tasks.checkpoint.torch_tensor import to_torch
 from requant.tasks.errors import CheckpointError
@@ -16,6 +17,7 @@ from requant.tasks.validating.blocks import Rows, run_blocks
 from requant.tasks.validating.model import RunSettings, Skeleton, load_model, state_dict
 from tests.factories.bases import other_base
 from tests.factories.checkpoints import write_quantized
+from tests.factories.fp8_bases import as_fp8
 from tests.factories.inlined import KINDS as INLINED
 from tests.factories.inlined import inlined_base
 from tests.factories.pico import pico_base
@@ -64,6 +66,20 @@ def test_packed_weights_have_the_scales_that_an_engine_keeps(
     assert scales.dtype == torch.float16 and torch.equal(kept, scales.float()) == (dtype == torch.float16)
     integers = weight / kept.T.repeat_interleave(weight.shape[1] // len(kept), dim=1)
     assert torch.allclose(integers, integers.round(), atol=1e-4) and integers.abs().max() > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "scales"), [("qwen3", "blocks"), ("qwen3", "tensor"), ("qwen3_5_moe_text", "blocks")])
+def test_fp8_weights_are_those_that_quantize_reads(
+    bases: dict[str, Path], kind: str, scales: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint.open(as_fp8(bases[kind], tmp_path / "fp8", scales=scales))
+    found = state_dict(checkpoint.tensors.values(), checkpoint, RunSettings(CPU, dtype))
+    expected = dequantize_fp8(checkpoint).tensors
+    assert found.keys() == expected.keys()
+    fp8 = [name for name in found if checkpoint.tensors[name].dtype == "F8_E4M3"]
+    assert len(fp8) > 10
+    assert all(torch.equal(found[name], to_torch(expected[name]).to(dtype)) for name in fp8)
 
 
 def on_meta(skeleton: Skeleton) -> int:
@@ -169,3 +185,26 @@ def test_rows_that_blocks_treat_differently_are_refused(bases: dict[str, Path]) 
             Rows.of(skeleton, torch.tensor([[1, 2], [3, 4]]))
     finally:
         skeleton.text.forward = forward
+
+
+def test_the_next_block_is_read_while_one_computes_where_there_is_room(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that is none: what is read ahead is what would have been read."""
+    skeleton = Skeleton(Checkpoint.open(bases["qwen3_5"]), ON_CPU)
+    expected = [{name: p.clone() for name, p in block.named_parameters()} for block in skeleton.in_turn()]
+    read: list[int | str] = []
+    to_state = skeleton._read
+    monkeypatch.setattr(skeleton, "_read", lambda part: read.append(part) or to_state(part))
+    monkeypatch.setattr(skeleton, "_can_be_read_ahead", lambda number: number < len(skeleton.blocks))
+    for number, block in enumerate(skeleton.in_turn()):
+        assert all(torch.equal(p, expected[number][name]) for name, p in block.named_parameters())
+    assert read == list(range(len(skeleton.blocks)))
+    assert all(p.is_meta for block in skeleton.blocks for p in block.parameters())
+
+
+def test_blocks_that_were_begun_and_not_finished_leave_nothing(bases: dict[str, Path]) -> None:
+    skeleton = Skeleton(Checkpoint.open(bases["qwen3_5"]), ON_CPU)
+    for _ in skeleton.in_turn():
+        break
+    assert all(p.is_meta for block in skeleton.blocks for p in block.parameters())
