@@ -120,14 +120,14 @@ def _quantize(output: CheckpointPlan, recipe: Recipe) -> StageNeeds:
 
 
 def _quantize_disk(output: CheckpointPlan) -> int:
-    """Add up the packed layers, the resume state, the assembled files, and a BF16 copy of an FP8 base.
+    """Add up the packed layers with a head, the resume state, the assembled files, and a BF16 copy of an FP8 base.
 
     The resume state has one byte per quantized weight.
     """
     assembled = sum(output.before_head.values())
     packed = sum(t.nbytes for name, t in output.checkpoint.tensors.items() if name not in output.base.tensors)
     dequantized = output.base.nbytes if is_fp8(output.source.tensors.values()) else 0
-    return packed + output.quantized_parameters + assembled + dequantized
+    return packed + output.head_bytes + output.quantized_parameters + assembled + dequantized
 
 
 def _states_bytes(output: CheckpointPlan, tokens: int) -> int:

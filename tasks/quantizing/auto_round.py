@@ -284,7 +284,7 @@ def writing_patches(behind: bool) -> list[Patch]:
     """List the patches that pack and write a block in a thread, with `behind` while the next one is tuned."""
     from auto_round.compressors import orchestrator, utils
     from auto_round.compressors.shard_writer import ShardWriter
-    from auto_round.export import utils as export_utils
+    from auto_round.utils import missing_tensors
     from auto_round.utils.resume import ResumeState
 
     from requant.tasks.quantizing.finished_blocks import FinishedBlocks, flush_shard
@@ -327,10 +327,10 @@ def writing_patches(behind: bool) -> list[Patch]:
             upstream=NOT_REPORTED,
         ),
         Patch(
-            export_utils,
-            "apply_post_save_source_fixes",
-            lambda original: lambda model, save_dir: None,
-            why="It copies the base's tensors that were not written.",
+            missing_tensors,
+            "_resolve_tensor_shard_maps",
+            finished.hiding_what_was_left_out,
+            why="It finds the base's tensors that are missing from what was written, to copy or pack them.",
             upstream=NO_UPSTREAM_ISSUE,
         ),
         Patch(

@@ -37,6 +37,7 @@ class FinishedBlocks:
         self._tuning_thread: int | None = None  # while the blocks of a model are tuned
         self._thread: ThreadPoolExecutor | None = None
         self._written: Future[None] | None = None
+        self._left_out = set[str]()  # the base's names of tensors that are not written
         self._packing: list[Callable[[], None]] = []  # what is left to do with the block that was tuned last
 
     def writing(self, quantize_blocks: Callable[..., None]) -> Callable[..., None]:
@@ -92,13 +93,38 @@ class FinishedBlocks:
 
     def adding_packed_parts(self, add: Callable[..., None]) -> Callable[..., None]:
         """Wrap `ShardWriter._add_tensor` to add only the packed parts of quantized layers."""
+        from auto_round.utils import revert_checkpoint_conversion_mapping, revert_name_with_weight_transforms
 
         @functools.wraps(add)
         def add_tensor(writer: Any, name: str, tensor: torch.Tensor) -> None:
             if name.rpartition(".")[2] in INTEGER_PARTS:
                 add(writer, name, tensor)
+            elif writer.reverse_weight_transforms is not None:
+                self._left_out.add(revert_name_with_weight_transforms(name, writer.reverse_weight_transforms))
+            else:
+                mapping = writer.reverse_checkpoint_conversion_mapping
+                self._left_out.add(revert_checkpoint_conversion_mapping(name, mapping))
 
         return add_tensor
+
+    def hiding_what_was_left_out(self, find_tensors: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap `_resolve_tensor_shard_maps` to leave out of the base's tensors what `adding_packed_parts` left out.
+
+        auto-round compares the base's tensors with those that it wrote, as it does here: by module or by block. It
+        copies what the model did not have, such as an MTP head, and its config says what it packed of that.
+        """
+
+        @functools.wraps(find_tensors)
+        def resolve_tensor_shard_maps(source_dir: str, target_dir: str) -> Any:
+            maps = find_tensors(source_dir, target_dir)
+            if maps is None:
+                return None
+            source, saved = maps
+            there = {_module_or_block(name) for name in self._left_out}
+            there |= {name.partition(".")[2] for name in there}
+            return {name: file for name, file in source.items() if _module_or_block(name) not in there}, saved
+
+        return resolve_tensor_shard_maps
 
     def mark_block_done(self, state: Any, block_name: str, q_input: Any, input_ids: Any) -> None:
         """Replace `ResumeState.mark_block_done`: start to pack the block and to write its files, the manifest last.
@@ -133,6 +159,13 @@ class FinishedBlocks:
     def _wait(self) -> None:
         if self._written is not None:
             self._written.result()
+
+
+def _module_or_block(name: str) -> str:
+    """Return the name of a tensor up to its first number, or else that of its module."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return ".".join(parts[:-1] if number is None else parts[: number + 1])
 
 
 def flush_shard(writer: Any) -> None:

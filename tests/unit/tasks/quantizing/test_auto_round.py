@@ -102,7 +102,7 @@ def test_what_is_replaced_and_in_which_order(tmp_path: Path) -> None:
         "compute_run_signature", "load_q_input", "load_input_ids", "_quantize_blocks",
         "_quantize_blocks", "dispatch_block", "clear_memory", "clear_memory",
         "forward",
-        "mv_module_from_gpu", "immediate_pack", "write", "_add_tensor", "_flush_shard", "apply_post_save_source_fixes",
+        "mv_module_from_gpu", "immediate_pack", "write", "_add_tensor", "_flush_shard", "_resolve_tensor_shard_maps",
         "mark_block_done", "_quantize_blocks",
         "tqdm", "compress_block", "forward",
         "dispatch_block", "clear_memory", "clear_memory", "forward", "quantize_block", "mark_block_done", "_step",

@@ -143,12 +143,20 @@ def test_a_shard_is_written_at_once_when_no_blocks_are_tuned(tmp_path: Path) -> 
     assert written.writer.shard_counter == 1  # nothing to write
 
 
-def test_only_packed_parts_are_added_to_a_shard() -> None:
+def test_only_packed_parts_are_added_to_a_shard_and_the_rest_does_not_count_as_missing() -> None:
     added: list[str] = []
-    add = FinishedBlocks().adding_packed_parts(lambda writer, name, tensor: added.append(name))
-    for part in ("qweight", "weight", "scales", "bias", "qzeros", "g_idx"):
-        add(None, f"layers.0.mlp.{part}", torch.ones(1))
+    finished = FinishedBlocks()
+    add = finished.adding_packed_parts(lambda writer, name, tensor: added.append(name))
+    writer = SimpleNamespace(reverse_weight_transforms=None, reverse_checkpoint_conversion_mapping={})
+    for part in ("qweight", "scales", "qzeros", "g_idx", "bias"):
+        add(writer, f"model.layers.0.mlp.{part}", torch.ones(1))
+    for name in ("model.embed.weight", "model.visual.blocks.3.norm.weight"):
+        add(writer, name, torch.ones(1))
     assert [name.rpartition(".")[2] for name in added] == ["qweight", "scales", "qzeros", "g_idx"]
+    source = dict.fromkeys(["embed.weight", "model.visual.blocks.3.mlp.weight", "mtp.layers.0.norm.weight"], "file")
+    find = finished.hiding_what_was_left_out(lambda source_dir, target_dir: (source, {"a": "b"}))
+    assert find("base", "out") == ({"mtp.layers.0.norm.weight": "file"}, {"a": "b"})
+    assert finished.hiding_what_was_left_out(lambda source_dir, target_dir: None)("base", "out") is None
 
 
 def test_tensors_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:
