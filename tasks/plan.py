@@ -195,7 +195,7 @@ def _found_outside(recipe: Recipe, base: BaseHeaders, document: PlanDocument, sc
         fails = recipe.gates.max_probe_loss is not None  # A gate with a limit that is not measured is a failed one.
         found += Findings.of(PROBE.name, [why] if fails else [], [] if fails else [why])
     stopped = document.problems or found.problems  # Then no repo is created just to see whether it may be.
-    found += license_findings(recipe, base.revision, base.source.folder)
+    found += license_findings(recipe, base.revision)
     return found + target_findings(recipe, base.revision, starts=scope.starts and not stopped)
 
 

@@ -37,7 +37,6 @@ def init(model: str, path: Path | None, force: bool) -> CommandResult:
     """
     from requant.flows.cli.documents import InitDocument, InitialBase
     from requant.flows.cli.schema import recipe_schema
-    from requant.tasks.card.base_card import inherited
     from requant.tasks.checkpoint.base_check import check_kind
     from requant.tasks.checkpoint.checkpoint import Checkpoint
     from requant.tasks.checkpoint.untrusted import without_folder
@@ -45,7 +44,8 @@ def init(model: str, path: Path | None, force: bool) -> CommandResult:
     from requant.tasks.errors import CheckpointError
     from requant.tasks.hub.publish_target import account_name
     from requant.tasks.hub.revision import check_repo_id, find_revision, split_name
-    from requant.tasks.hub.sparse_checkout import create_checkout, read_card
+    from requant.tasks.hub.sparse_checkout import create_checkout
+    from requant.tasks.license import names_license
     from requant.tasks.local_base import find_folder
     from requant.tasks.recipe.base_section import FOLDER_BEGINS
     from requant.tasks.recipe.starter import SCHEMA_FILE, Target, path_from, starter_recipe
@@ -76,7 +76,7 @@ def init(model: str, path: Path | None, force: bool) -> CommandResult:
         except CheckpointError as error:
             raise CheckpointError(without_folder(str(error), folder, resolved.repo_id)) from error
         name = path_from(path.parent, Path(model)) if is_folder else model
-        has_license = "license" in inherited(read_card(resolved, folder))
+        has_license = names_license(resolved) is not False
         text = starter_recipe(name, resolved.sha or None, base, target, has_license=has_license)
     write_file(path.parent, SCHEMA_FILE, [json.dumps(recipe_schema(), indent=1).encode()])
     write_file(path.parent, path.name, [text.encode()])

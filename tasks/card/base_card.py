@@ -35,6 +35,11 @@ def inherited(base_card: str) -> dict[str, Any]:
     return {key: document[key] for key in INHERITED if _is_allowed(key, document.get(key))}
 
 
+def is_license(value: object) -> bool:
+    """Check whether a card's value of `license` has the form that is taken over."""
+    return _is_allowed("license", value)
+
+
 def stated_bases(base_card: str) -> list[str]:
     """Read the repos that the front matter names as `base_model`. Whatever cannot be a repo's name is left out."""
     stated = _front_matter(base_card).get("base_model")

@@ -53,6 +53,7 @@ class Revision:
     folder: Path | None = None  # where its files lie on this machine; None: on the Hub
     is_local: bool = False  # a base in a folder of the user, not in huggingface_hub's cache
     adapter: Revision | None = None  # the LoRA adapter that is merged into it
+    license: object = None  # what the Hub says that the card names as license; of files in `folder` it is not asked
 
     @property
     def name(self) -> str:
@@ -164,7 +165,9 @@ def resolve(repo_id: str, revision: str = "main", repo_type: Literal["model", "d
         files.append(HubFile(sibling.rfilename, sibling.size or 0, sibling.blob_id or "", sha256))
     ordered = tuple(sorted(files, key=lambda f: f.path))
     gated = info.gated or None  # the Hub answers False for a repo that is not gated
-    return Revision(repo_id, sha, ordered, repo_type, bool(info.private), gated, tuple(sorted(left_out)))
+    named = getattr(info.card_data, "license", None) or ""
+    skipped = tuple(sorted(left_out))
+    return Revision(repo_id, sha, ordered, repo_type, bool(info.private), gated, skipped, license=named)
 
 
 def _resolve_in_cache(repo_id: str, revision: str, repo_type: Literal["model", "dataset"]) -> Revision:

@@ -16,7 +16,6 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import hf_hub_url
 
-from requant.tasks.artifact import CARD, MAX_CARD_BYTES
 from requant.tasks.checkpoint.checkpoint import INDEX, QUANTIZATION_FILES
 from requant.tasks.checkpoint.companions import may_be_pointer
 from requant.tasks.checkpoint.compat import PROCESSOR
@@ -132,19 +131,6 @@ def _read(path: Path, begin: int, end: int) -> Iterator[bytes]:
         while chunk := file.read(min(CHUNK_BYTES, end - begin)):
             begin += len(chunk)
             yield chunk
-
-
-def read_card(revision: Revision, folder: Path) -> str:
-    """Return the text of a base's card, with which a sparse checkout is completed unless it has a link to it.
-
-    Empty if there is no card of a sensible size. Raises HubError, HubUnavailable.
-    """
-    card = next((file for file in revision.wanted if file.path == CARD), None)
-    if card is None or not 0 < card.size <= MAX_CARD_BYTES:
-        return ""
-    if not (folder / CARD).is_symlink():
-        fetch_files(revision, folder, {CARD})
-    return (folder / CARD).read_text(encoding="utf-8", errors="replace")
 
 
 def stream(revision: Revision, path: str, begin: int, end: int) -> Iterator[bytes]:
