@@ -69,7 +69,7 @@ def quantize_key(recipe: Recipe, base: Manifest, calibration: Calibration) -> St
     return STAGE.key(
         reads=reads,
         settings={
-            **settings.model_dump(exclude={"calibration"}),
+            **settings.model_dump(exclude={"calibration", "gpus"}),
             "format": settings.key_format,
             "allow_remote_code": recipe.allow_remote_code,
         },

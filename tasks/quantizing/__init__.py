@@ -7,6 +7,7 @@ job.py              what the child is asked to do, and its result
 memory_fallback.py  starts and watches the child, and restarts it with lower memory use
 failures.py         how quantizing can fail, classified by what helps
 child.py            the process itself
+peers.py            starts and watches the other processes of a run on several GPUs
 auto_settings.py    settings chosen from the GPU and the model, with reasons
 samples.py          the calibration samples
 auto_round.py       all names of auto-round that are replaced at run time, in one table

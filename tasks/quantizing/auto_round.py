@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from requant.tasks.quantizing import reporting, resume, samples
 from requant.tasks.quantizing.auto_settings import LoopSettings
 from requant.tasks.quantizing.events import EventSink, JobRefused
+from requant.tasks.quantizing.loop.ranks import ALONE, Ranks
 from requant.tasks.versions import version_problem
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class TuningRun:
     loop          the settings of our tuning loop; None for auto-round's loop
     delta_rule    the modules whose gated delta rule is replaced (`modules_with_reference`)
     clock         measures the phases of each block if REQUANT_PROFILE is set
+    ranks         this process among those that tune together
     load_ahead    the device onto which the next block is loaded while a block is tuned; None to load none ahead
     write_behind  whether a block is written while the next one is tuned
     """
@@ -73,8 +75,13 @@ class TuningRun:
     loop: LoopSettings | None
     delta_rule: Sequence[ModuleType] = ()
     clock: Profile | None = None
+    ranks: Ranks = ALONE
     load_ahead: torch.device | None = None
     write_behind: bool = True
+
+
+class PeerDone(Exception):
+    """A peer has tuned all blocks, and leaves the rest to the first process."""
 
 
 def refuse_other_versions() -> None:
@@ -109,8 +116,9 @@ def patches(run: TuningRun) -> list[Patch]:
         *calibration_patches(),
         *resume_patches(run.report),
         *loading_patches(run.load_ahead),
-        *passing_patches(),
-        *writing_patches(run.write_behind),
+        *passing_patches(run.ranks),
+        *writing_patches(run.write_behind, is_peer=run.ranks.rank > 0),
+        *(peer_patches() if run.ranks.rank else ()),
         *progress_patches(run),
     ]
     return [*rows, *profile_patches(run.clock)] if run.clock else rows
@@ -158,7 +166,7 @@ def tuning_patches(run: TuningRun) -> list[Patch]:
         Patch(
             SignRoundQuantizer,
             "quantize_block",
-            lambda original: tune.fast_quantize_block(original, loop, run.report, after_step),
+            lambda original: tune.fast_quantize_block(original, loop, run.report, after_step, run.ranks),
             why="Without auto-round's waits and copies, and with each kind of block compiled once, the same steps on "
             "the same samples take less than a third of the time on an H100 (loop/tune.py lists the differences).",
             upstream="https://github.com/intel/auto-round/issues/1679 reports the repeated compiling; the rest is "
@@ -263,7 +271,7 @@ def loading_patches(device: torch.device | None) -> list[Patch]:
     ]
 
 
-def passing_patches() -> list[Patch]:
+def passing_patches(ranks: Ranks) -> list[Patch]:
     """List the patches that make the forward passes over all samples faster."""
     from auto_round.algorithms.block_runner import BlockForwardRunner
 
@@ -273,23 +281,27 @@ def passing_patches() -> list[Patch]:
         Patch(
             BlockForwardRunner,
             "forward",
-            passes.without_waits,
-            why="It waits for the GPU several times per batch, to read indices that it has made itself.",
+            lambda original: passes.without_waits(original, ranks),
+            why="It waits for the GPU several times per batch, to read indices that it has made itself. Where several "
+            "processes tune a block, each computes its share of the batches.",
             upstream=NOT_REPORTED,
         )
     ]
 
 
-def writing_patches(behind: bool) -> list[Patch]:
-    """List the patches that pack and write a block in a thread, with `behind` while the next one is tuned."""
+def writing_patches(behind: bool, *, is_peer: bool) -> list[Patch]:
+    """List the patches that pack and write a block in a thread, with `behind` while the next one is tuned.
+
+    A peer drops the block instead.
+    """
     from auto_round.compressors import orchestrator, utils
     from auto_round.compressors.shard_writer import ShardWriter
     from auto_round.utils import missing_tensors
     from auto_round.utils.resume import ResumeState
 
-    from requant.tasks.quantizing.finished_blocks import FinishedBlocks, flush_shard
+    from requant.tasks.quantizing.finished_blocks import DroppedBlocks, FinishedBlocks, flush_shard
 
-    finished = FinishedBlocks(wait=not behind)
+    finished = DroppedBlocks() if is_peer else FinishedBlocks(wait=not behind)
     return [
         Patch(
             orchestrator,
@@ -351,6 +363,17 @@ def writing_patches(behind: bool) -> list[Patch]:
     ]
 
 
+def peer_patches() -> list[Patch]:
+    """List the patches by which a peer ends after the last block."""
+    from auto_round.algorithms.composer import AlgorithmComposer
+
+    def done(*args: Any, **kwargs: Any) -> None:
+        raise PeerDone
+
+    why = "The first process writes the rest."
+    return [Patch(AlgorithmComposer, "finalize_run", lambda original: done, why, NO_UPSTREAM_ISSUE)]
+
+
 def progress_patches(run: TuningRun) -> list[Patch]:
     """List the patches that report auto-round's progress as events."""
     from auto_round.algorithms.block_runner import BlockForwardRunner
@@ -378,7 +401,7 @@ def progress_patches(run: TuningRun) -> list[Patch]:
         Patch(
             BlockForwardRunner,
             "forward",
-            lambda original: reporting.reporting_experts(original, run.report),
+            lambda original: reporting.reporting_experts(original, run.report, run.ranks),
             why="An expert that gets no token of the samples is rounded and not tuned, and nothing says so.",
             upstream=NOT_REPORTED,
         ),

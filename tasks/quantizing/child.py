@@ -30,25 +30,29 @@ from requant.tasks.checkpoint.config import ModelConfig
 from requant.tasks.checkpoint.exclusions import FULL_PRECISION
 from requant.tasks.checkpoint.experts import split_fused_experts
 from requant.tasks.quantizing import resume
-from requant.tasks.quantizing.auto_round import TuningRun, patched, patches, refuse_other_versions
+from requant.tasks.quantizing.auto_round import PeerDone, TuningRun, patched, patches, refuse_other_versions
 from requant.tasks.quantizing.auto_settings import choose, unknown_layer
 from requant.tasks.quantizing.events import EventSink, EventWriter, Failed, JobRefused, SettingsChosen
 from requant.tasks.quantizing.failures import FailureKind, classify
 from requant.tasks.quantizing.job import Job, JobResult
+from requant.tasks.quantizing.peers import Team, count_gpus, start_peers
 from requant.tasks.quantizing.samples import calibration_samples
 from requant.tasks.settings import read_settings
 
 
-def main(job_path: str, folder_path: str) -> int:
-    """Do the job. Returns exit status 0 with result.json written, or 1 with the error as the last event."""
+def main(job_path: str, folder_path: str, rank: str = "0", count: str = "1", rendezvous: str = "") -> int:
+    """Do the job. Returns exit status 0 with result.json written, or 1 with the error as the last event.
+
+    A process with another rank than 0 is a peer (peers.py), and writes no result.
+    """
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    folder = Path(folder_path)
-    report = EventWriter(folder / "events.jsonl").write
+    folder, team = Path(folder_path), Team(int(rank), int(count), rendezvous)
+    report = EventWriter(team.folder(folder) / "events.jsonl").write
     os.environ["AR_RESUME_DIR"] = str(folder / "resume")
-    os.environ["AR_WORK_SPACE"] = str(folder / "offload")
+    os.environ["AR_WORK_SPACE"] = str(team.folder(folder) / "offload")
     os.environ["AR_MALLOC_TRIM_EVERY"] = "1"  # `NextBlock` lets memory be cleared once a block.
     try:
-        result = quantize(Path(job_path), folder, report)
+        result = quantize(Path(job_path), folder, report, team)
     except JobRefused as error:
         report(Failed(kind=FailureKind.REFUSED, text=str(error)))
         return 1
@@ -60,14 +64,16 @@ def main(job_path: str, folder_path: str) -> int:
         first_line = next(iter(str(error).splitlines()), "")
         report(Failed(kind=classify(error), text=f"{type(error).__name__}: {first_line[:300]}"))
         return 1
+    if result is None:
+        return 0
     temporary = folder / "result.json.part"
     temporary.write_text(result.model_dump_json(exclude_unset=True, indent=1))
     os.replace(temporary, folder / "result.json")
     return 0
 
 
-def quantize(job_path: Path, folder: Path, report: EventSink) -> JobResult:
-    """Load the model, calibrate, tune, and write the checkpoint below `folder`.
+def quantize(job_path: Path, folder: Path, report: EventSink, team: Team) -> JobResult | None:
+    """Load the model, calibrate, tune, and write the checkpoint below `folder`. A peer returns None.
 
     Raises JobRefused for a job that cannot work as it is.
     """
@@ -93,6 +99,8 @@ def quantize(job_path: Path, folder: Path, report: EventSink) -> JobResult:
         _use_deterministic_kernels()
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = device.startswith("cuda")
+    if not team.is_peer and (gpus := count_gpus(settings, device)) > 1:
+        team = start_peers(job_path, folder, gpus, report)
     config = _load_config(job.model, job.allow_remote_code)
     sees_images = hasattr(config, "vision_config")
     loader = transformers.AutoModelForImageTextToText if sees_images else transformers.AutoModelForCausalLM
@@ -113,6 +121,7 @@ def quantize(job_path: Path, folder: Path, report: EventSink) -> JobResult:
         torch=torch.__version__,
         transformers=transformers.__version__,
         **({"delta_rule": [module.__name__ for module in delta_rule]} if chosen.fast else {}),
+        **({"gpus": team.count} if team.count > 1 else {}),
     )
     report(reported)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(job.model), **remote_code)
@@ -125,12 +134,14 @@ def quantize(job_path: Path, folder: Path, report: EventSink) -> JobResult:
     # all blocks: a linear-attention block's padding mask, which a full-attention block refuses.
     unmasked = [{"input_ids": sample, "attention_mask": None} for sample in samples]
 
-    (folder / "resume").mkdir(exist_ok=True)
-    resume.drop_unusable_blocks(folder / "resume")
-    resume.clean_unfinished(folder / "out")
+    if not team.is_peer:
+        (folder / "resume").mkdir(exist_ok=True)
+        resume.drop_unusable_blocks(folder / "resume")
+        resume.clean_unfinished(folder / "out")
     run = TuningRun(
         report=report,
         seed=settings.seed,
+        ranks=team.join(torch.device(device)),
         loop=chosen if chosen.fast else None,
         delta_rule=delta_rule,
         clock=Profile(machine.profile) if machine.profile else None,
@@ -159,7 +170,13 @@ def quantize(job_path: Path, folder: Path, report: EventSink) -> JobResult:
             seed=settings.seed,
             layer_config={**{prefix: dict(FULL_PRECISION) for prefix in job.head}, **settings.layers} or None,
         )
-        _, written = rounder.quantize_and_save(str(folder / "out"), format=settings.format)
+        try:
+            _, written = rounder.quantize_and_save(str(team.folder(folder) / "out"), format=settings.format)
+        except PeerDone:
+            return None
+        except Exception:
+            team.wait_for_watch()
+            raise
     bits = {name: int(layer.get("bits", 16)) for name, layer in (rounder.layer_config or {}).items()}
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
     return JobResult(checkpoint=Path(written), settings=reported, bits=bits, peak_gpu_bytes=peak, calibration=uses)

@@ -51,6 +51,7 @@ class SettingsChosen(Event):
     reasons: dict[str, str] = Field(default_factory=dict)
     torch: str | None = Field(None, description="the version of torch")
     transformers: str | None = Field(None, description="the version of transformers")
+    gpus: int | None = Field(None, description="how many GPUs tune each block, or processes on a CPU, if not one")
     delta_rule: list[str] = Field(default_factory=list, description="modules whose gated delta rule is replaced")
 
 

@@ -16,6 +16,9 @@ class FailureKind(StrEnum):
     FAILED = "failed"  # No other settings help.
 
 
+OUT_OF_MEMORY = frozenset({FailureKind.GPU_MEMORY, FailureKind.HOST_MEMORY})
+
+
 def classify(error: Exception) -> FailureKind:
     """Classify an exception of auto-round, torch or Python by its class and its message."""
     text = f"{type(error).__module__}.{type(error).__name__}: {error}"

@@ -168,6 +168,16 @@ def _module_or_block(name: str) -> str:
     return ".".join(parts[:-1] if number is None else parts[: number + 1])
 
 
+class DroppedBlocks(FinishedBlocks):
+    """The tuned block of a peer (peers.py), which the first process packs and writes."""
+
+    def mark_block_done(self, state: Any, block_name: str, q_input: Any, input_ids: Any) -> None:
+        """Replace `ResumeState.mark_block_done`: drop the block."""
+        state.completed_blocks.append(block_name)
+        self._packing = []
+        self._model.get_submodule(block_name).to("meta")
+
+
 def flush_shard(writer: Any) -> None:
     """Write what a `ShardWriter` holds. Replaces its `_flush_shard`: here, a file is complete once it has its name."""
     tensors = dict(writer.current_shard_tensors)

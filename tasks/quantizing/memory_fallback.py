@@ -24,7 +24,7 @@ from pathlib import Path
 from requant.tasks.environment import with_package
 from requant.tasks.errors import SECRET_VARIABLES, OutOfMemory, QuantizeDied, QuantizeFailed, StageTimeout
 from requant.tasks.quantizing.events import BlockStarted, Event, EventSink, Failed, SettingsChosen, read_events
-from requant.tasks.quantizing.failures import FailureKind
+from requant.tasks.quantizing.failures import OUT_OF_MEMORY, FailureKind
 from requant.tasks.quantizing.job import Job, JobResult, Rung
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,6 @@ POLL_INTERVAL_S = 0.3
 # Treat this many consecutive deaths in one block as out of memory if the last was a SIGKILL. Each earlier death raises
 # QuantizeDied, and the retry resumes the count from ladder.json.
 MAX_DEATHS = 3
-OUT_OF_MEMORY = frozenset({FailureKind.GPU_MEMORY, FailureKind.HOST_MEMORY})
 
 
 def ladder(asked: Rung) -> Iterator[Rung]:

@@ -22,6 +22,7 @@ from requant.tasks.quantizing.events import (
     ExpertsCounted,
     Warned,
 )
+from requant.tasks.quantizing.loop.ranks import Ranks
 
 LOSS = re.compile(r"loss iter 0: ([\d.e+-]+|nan|inf) -> iter (\d+): ([\d.e+-]+|nan|inf)")
 WARNING_CHARACTERS = 500
@@ -88,7 +89,7 @@ def reporting_output(compress_block: Callable[..., Any], report: EventSink) -> C
     return compress_and_report
 
 
-def reporting_experts(forward: Callable[..., Any], report: EventSink) -> Callable[..., Any]:
+def reporting_experts(forward: Callable[..., Any], report: EventSink, ranks: Ranks) -> Callable[..., Any]:
     """Wrap `BlockForwardRunner.forward` to report how many tokens of the samples each expert of a block gets.
 
     The first pass of all samples through a block is that of the base's own states through its own weights.
@@ -106,7 +107,8 @@ def reporting_experts(forward: Callable[..., Any], report: EventSink) -> Callabl
         with counting_experts(block) as counted:
             output = forward(self, block, inputs, input_others, indices, *args, **kw)
         if counted:
-            report(ExpertsCounted(block=name, tokens={module: tokens.tolist() for module, tokens in counted.items()}))
+            totals = {module: ranks.sum(tokens).tolist() for module, tokens in counted.items()}
+            report(ExpertsCounted(block=name, tokens=totals))
         return output
 
     return count

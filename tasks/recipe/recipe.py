@@ -52,7 +52,7 @@ ENGINE_URL = re.compile(r"url:https?://[A-Za-z0-9.-]{1,253}(:\d{1,5})?(/[A-Za-z0
 # Keys that were added to these sections, and left out of a recipe's digest while they have their defaults.
 LATER_KEYS = {
     "base": ("folder",),
-    "quantize": ("compare_last",),
+    "quantize": ("compare_last", "gpus"),
     "validation": ("tokens",),
     "gates": ("mtp_acceptance", "max_probe_loss", "max_experts_without_tokens"),
     "eval": ("engine", "margin", "stop_early", "allow_code"),

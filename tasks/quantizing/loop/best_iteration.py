@@ -23,7 +23,7 @@ import torch
 
 from requant.tasks.quantizing.events import EventSink, RoundingKept
 from requant.tasks.quantizing.loop import sign_sgd
-from requant.tasks.quantizing.loop.batches import Loss
+from requant.tasks.quantizing.loop.ranks import ALONE, Ranks
 
 COMPARED_SAMPLES = 32  # With 2048 tokens each, they give 65,536 tokens to compare and cost two or three steps.
 MIN_PIECES = 4  # The standard error of fewer differences says little.
@@ -39,13 +39,27 @@ def spread_indices(samples: int, step_samples: int, batch_size: int) -> list[int
     return [i * samples // count for i in range(count)]
 
 
-def losses_of(forward: Callable[[list[int], list[int]], torch.Tensor], pieces: list[list[int]]) -> list[float]:
-    """Return the mean loss of each piece of samples. `forward` gets a piece and the piece after it.
+def losses_of(
+    forward: Callable[[list[int], list[int]], torch.Tensor],
+    pieces: list[list[int]],
+    dequantize: Callable[[], None],
+    device: torch.device,
+    ranks: Ranks = ALONE,
+) -> list[float]:
+    """Return the mean loss of each piece of samples, of which each process computes its share.
 
-    The forward passes prepare gradients that nobody asks for. That is cheaper than to compile a graph without them.
+    `forward` gets the share of a piece and that of the piece after it. `dequantize` computes the weights from the
+    current parameters. The forward passes prepare gradients that nobody asks for. That is cheaper than to compile a
+    graph without them.
     """
-    losses = [Loss(forward(piece, after)) for piece, after in zip(pieces, [*pieces[1:], []], strict=True)]
-    return [loss.read() for loss in losses]
+    dequantize()
+    shares = [ranks.share(piece) for piece in pieces]
+    losses: list[torch.Tensor | float] = [
+        forward(share, after).detach() * (len(share) / len(piece)) if share else 0.0
+        for piece, share, after in zip(pieces, shares, [*shares[1:], []], strict=True)
+    ]
+    values = ranks.sum(torch.stack([torch.as_tensor(loss, dtype=torch.float64, device=device) for loss in losses]))
+    return [float(value) for value in values]
 
 
 def better_parameters(

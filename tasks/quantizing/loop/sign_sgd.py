@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -15,15 +15,21 @@ class ParameterGroup(NamedTuple):
     parameters: list[torch.Tensor]
 
 
-def group_parameters(quantizer: Any, wrappers: Iterable[Any]) -> list[ParameterGroup]:
-    """Group the parameters of auto-round's layer wrappers by their learning rate."""
+class Tuned(Protocol):
+    """Parameters by name, and the bits on which their learning rate depends."""
+
+    bits: int
+    params: dict[str, torch.nn.Parameter]
+
+
+def group_parameters(quantizer: Any, tuned: Iterable[Tuned]) -> list[ParameterGroup]:
+    """Group parameters by their learning rate."""
     groups: dict[float, list[torch.Tensor]] = {}
-    for wrapper in wrappers:
-        bits = getattr(wrapper.orig_layer, "bits", None)
-        lr, minmax_lr = quantizer._config.compute_lr(bits), quantizer._config.compute_minmax_lr(bits)
+    for one in tuned:
+        lr, minmax_lr = quantizer._config.compute_lr(one.bits), quantizer._config.compute_minmax_lr(one.bits)
         lr = quantizer.lr if lr is None else lr
         minmax_lr = quantizer.minmax_lr if minmax_lr is None else minmax_lr
-        for key, parameter in wrapper.params.items():
+        for key, parameter in one.params.items():
             is_scale = "min" in key or "max" in key
             groups.setdefault(float(minmax_lr if is_scale else lr), []).append(parameter)
     return [ParameterGroup(*group) for group in groups.items()]

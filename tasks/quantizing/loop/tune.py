@@ -43,63 +43,13 @@ from requant.tasks.quantizing.events import BlockLoss, CompileFailed, EventSink,
 from requant.tasks.quantizing.failures import FailureKind, classify
 from requant.tasks.quantizing.loop import sign_sgd
 from requant.tasks.quantizing.loop.batches import BlockInputs, Loss, split
-from requant.tasks.quantizing.loop.best_iteration import (
-    better_parameters,
-    groups_without_scale,
-    losses_of,
-    spread_indices,
-)
+from requant.tasks.quantizing.loop.best_iteration import better_parameters, losses_of, spread_indices
+from requant.tasks.quantizing.loop.flat_weights import SCALES, FakeQuantize, fake_quantize, flat_weights, parameters_of
+from requant.tasks.quantizing.loop.ranks import ALONE, Ranks
 
 SUPPORTED = (nn.Linear, Conv1D)
 OTHER_FORMATS = ("super_bits", "imatrix", "init_scale", "awq_clip_max")
 BestParameters = dict[str, dict[str, torch.Tensor]]  # by the layer's name in the block, then the parameter's
-
-
-class FakeQuantized(nn.Module):
-    """A linear layer that quantizes and dequantizes its weight in the forward pass, with auto-round's function.
-
-    Unlike auto-round's wrapper, it holds only tensors and constants. So layers of one shape share a compiled graph.
-    """
-
-    def __init__(self, wrapper: Any) -> None:
-        super().__init__()
-        layer = wrapper.orig_layer
-        self.quantizer = wrapper.weight_quant_func
-        self.data_type, self.threshold = wrapper.data_type, wrapper.q_scale_thresh
-        self.bits, self.group_size, self.scale_dtype = layer.bits, layer.group_size, layer.scale_dtype
-        self.weight: torch.Tensor
-        self.bias: torch.Tensor | None
-        self.register_buffer("weight", layer.weight.detach())
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
-        self.register_buffer("low", wrapper.weight_min)
-        self.register_buffer("high", wrapper.weight_max)
-        self.value, self.min_scale, self.max_scale = wrapper.value, wrapper.min_scale, wrapper.max_scale
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, _ = self._quantized()
-        return functional.linear(x, weight.to(self.weight.dtype), self.bias)
-
-    @torch.no_grad()
-    def lost_groups(self) -> torch.Tensor:
-        """Return a mask of the groups that have no scale with the current parameters (`groups_without_scale`)."""
-        return groups_without_scale(self._quantized()[1], self.threshold)
-
-    def _quantized(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the fake-quantized weight `[out, in]` and its scales from the current parameters."""
-        weight, scale, _ = self.quantizer(
-            self.weight,
-            bits=self.bits,
-            group_size=self.group_size,
-            v=self.value,
-            min_scale=self.min_scale,
-            max_scale=self.max_scale,
-            scale_dtype=self.scale_dtype,
-            tensor_min=self.low,
-            tensor_max=self.high,
-            data_type=self.data_type,
-            q_scale_thresh=self.threshold,
-        )
-        return weight, scale
 
 
 @dataclass(frozen=True)
@@ -169,18 +119,15 @@ def fast_quantize_block(
     settings: LoopSettings,
     report: EventSink,
     after_step: Callable[[], None],
+    ranks: Ranks = ALONE,
 ) -> Callable[..., Any]:
     """Wrap `SignRoundQuantizer.quantize_block` to tune blocks with `tune`, unless only auto-round's loop supports them.
 
     `report` gets `BlockLoss`, `StepsTimed`, `LoopChosen`, `CompileFailed` and `RoundingKept`. `after_step` is called
     after each step.
     """
-    compiled_loss: Callable[..., torch.Tensor] | None = None
-    if settings.torch_compile:
-        # By default, inductor keeps the float16 scale in float32 inside a fused kernel, so that the tuned weight would
-        # differ from the stored one. With torch 2.13 on a CPU, 0.04 % of the weights were on another level; with this
-        # option none, bit for bit.
-        compiled_loss = torch.compile(masked_loss, dynamic=False, options={"emulate_precision_casts": True})
+    eager = StepFunctions(masked_loss, fake_quantize)
+    compiled = eager.compiled() if settings.torch_compile else None
     kinds_that_failed: set[tuple[str, ...]] = set()
     signature = inspect.signature(quantize_block)
 
@@ -192,15 +139,15 @@ def fast_quantize_block(
             report(LoopChosen(loop="auto-round", reason=f"the block has {reason}"))
             return quantize_block(*args, **kwargs)
 
-        def tune_with(loss: Callable[..., torch.Tensor]) -> BestParameters:
-            return tune(task, loss, settings, report, after_step)
+        def tune_with(functions: StepFunctions) -> BestParameters:
+            return tune(task, functions, settings, report, after_step, ranks)
 
         kind = tuple(sorted({type(module).__name__ for module in task.block.modules()}))
-        if compiled_loss is None or kind in kinds_that_failed:
-            return tune_with(masked_loss)
+        if compiled is None or kind in kinds_that_failed:
+            return tune_with(eager)
         random_state = random.getstate()
         try:
-            return tune_with(compiled_loss)
+            return tune_with(compiled)
         except Exception as error:
             if classify(error) is not FailureKind.COMPILE:
                 raise
@@ -212,9 +159,27 @@ def fast_quantize_block(
             if hasattr(module, "orig_layer"):
                 _replace_module(task.block, name, module.orig_layer)
         random.setstate(random_state)
-        return tune_with(masked_loss)
+        return tune_with(eager)
 
     return tune_block
+
+
+@dataclass(frozen=True)
+class StepFunctions:
+    """What a step computes, compiled or not: `masked_loss`, and `fake_quantize` for the weights."""
+
+    loss: Callable[..., torch.Tensor]
+    quantize: FakeQuantize
+
+    def compiled(self) -> StepFunctions:
+        """Compile both, for each shape anew.
+
+        By default, inductor keeps the float16 scale in float32 inside a fused kernel, so that the tuned weight would
+        differ from the stored one. With torch 2.13 on a CPU, 0.04 % of the weights were on another level; with this
+        option none, bit for bit.
+        """
+        compile_function = functools.partial(torch.compile, dynamic=False, options={"emulate_precision_casts": True})
+        return StepFunctions(compile_function(self.loss), compile_function(self.quantize))
 
 
 def masked_loss(
@@ -230,15 +195,15 @@ def masked_loss(
 
 def tune(
     task: BlockTask,
-    loss_of: Callable[..., torch.Tensor],
+    functions: StepFunctions,
     settings: LoopSettings,
     report: EventSink,
     after_step: Callable[[], None],
+    ranks: Ranks = ALONE,
 ) -> BestParameters:
     """Quantize a block in place as `SignRoundQuantizer.quantize_block` (0.16.1) does, and return its best parameters.
 
-    `loss_of` is `masked_loss`, compiled or not. `report` gets `BlockLoss`, `StepsTimed`, and with `compare_last`
-    `RoundingKept`.
+    `report` gets `BlockLoss`, `StepsTimed`, and with `compare_last` `RoundingKept`.
     """
     from auto_round.compressors.utils import IndexSampler
     from auto_round.utils.device_manager import device_manager
@@ -250,13 +215,14 @@ def tune(
         block, quantizer.enable_minmax_tuning, False, enable_torch_compile=False, device=device, enable_neuqi=False
     )
     wrappers = {name: module for name, module in block.named_modules() if hasattr(module, "orig_layer")}
-    groups = sign_sgd.group_parameters(quantizer, wrappers.values())
-    if not groups:
+    flats = flat_weights(wrappers, ranks)
+    if not flats:
         unwrapper_block(block, {})
         return {}
+    groups = sign_sgd.group_parameters(quantizer, flats)
     step_sizes = [sign_sgd.step_sizes(group.learning_rate, quantizer.iters) for group in groups]
-    parameters = [p for group in groups for p in group.parameters]
-    bounded = [p for w in wrappers.values() for key, p in w.params.items() if key in {"min_scale", "max_scale"}]
+    parameters = parameters_of(flats)
+    bounded = parameters_of(flats, SCALES)
 
     batch_size = quantizer.calibration_context.batch_size
     step_samples = min(len(inputs), batch_size * quantizer.gradient_accumulate_steps)
@@ -271,15 +237,19 @@ def tune(
         batch = samples.get(piece)
         samples.fetch(next_piece)
         with autocast, saved_tensors(offload, device):
-            return loss_of(block, batch.arguments, batch.target, batch.mask)
+            return functions.loss(block, batch.arguments, batch.target, batch.mask)
+
+    def dequantize() -> None:
+        for flat in flats:
+            flat.dequantize(functions.quantize, saved_tensors(offload, device))
 
     best: list[torch.Tensor] = []
     ends_s = [time.monotonic()]
     first_loss = lowest_loss = float("inf")
     best_iteration = 0
-    fakes = {name: FakeQuantized(wrapper) for name, wrapper in wrappers.items()}
-    for name, fake in fakes.items():
-        _replace_module(block, name, fake)
+    for flat in flats:
+        for name, module in flat.modules.items():
+            _replace_module(block, name, module)
     # Calibration leaves a `forward` on the first block alone. Without it, all blocks of a kind share a compiled graph.
     own_forward = block.__dict__.get("forward")
     if getattr(own_forward, "__func__", None) is type(block).forward:
@@ -287,17 +257,26 @@ def tune(
     try:
         indices = sampler.next_batch()
         for iteration in range(quantizer.iters):
-            losses = []
+            dequantize()
             # auto-round too divides a masked loss by the number of tokens that count, and an unmasked one by nothing.
             divisor = int(sum(masks[i].count_nonzero() for i in indices)) if masks else 1
             next_indices = sampler.next_batch() if iteration + 1 < quantizer.iters else []
-            pieces = split(indices, batch_size)
-            for piece, next_piece in zip(pieces, [*pieces[1:], next_indices[:batch_size]], strict=True):
-                loss = forward(piece, next_piece) * (len(piece) / len(indices))
-                losses.append(Loss(loss))
-                torch.autograd.backward(loss * 1000)  # auto-round scales the loss so.
-                del loss
-            step_loss = sum(loss.read() for loss in losses) / max(divisor, 1)
+            pieces, following = (split(ranks.share(of), batch_size) for of in (indices, next_indices))
+            total = torch.zeros((), dtype=torch.float64, device=device)
+            for number in range(rounds := ranks.rounds(indices, batch_size)):
+                is_last, loss = number == rounds - 1, None
+                if number < len(pieces):
+                    next_piece = next(iter([*pieces[number + 1 :], *following]), [])
+                    loss = forward(pieces[number], next_piece) * (len(pieces[number]) / len(indices))
+                    total += loss.detach()
+                if is_last:
+                    reading = Loss(ranks.sum(total))
+                if loss is not None:
+                    torch.autograd.backward(loss * 1000)  # auto-round scales the loss so.
+                    del loss
+                for flat in flats:
+                    flat.backward(more=not is_last)
+            step_loss = reading.read() / max(divisor, 1)
             first_loss = step_loss if iteration == 0 else first_loss
             if step_loss < lowest_loss or (iteration == 0 and math.isnan(step_loss)):
                 lowest_loss, best_iteration = step_loss, iteration
@@ -312,9 +291,9 @@ def tune(
                 parameters,
                 best,
                 offload,
-                lambda: losses_of(forward, pieces),
+                lambda: losses_of(forward, pieces, dequantize, device, ranks),
                 [len(piece) for piece in pieces],
-                lambda: [fake.lost_groups() for fake in fakes.values()],
+                lambda: [flat.lost_groups() for flat in flats],
                 report,
             )
     finally:
@@ -323,7 +302,9 @@ def tune(
         for name, wrapper in wrappers.items():
             _replace_module(block, name, wrapper)
     best_of = {id(p): value for p, value in zip(parameters, best, strict=True)}
-    chosen = {name: {key: best_of[id(p)] for key, p in w.params.items()} for name, w in wrappers.items()}
+    chosen: BestParameters = {}
+    for flat in flats:
+        chosen |= flat.by_layer({key: best_of[id(p)] for key, p in flat.params.items()})
     with torch.no_grad():
         unwrapper_block(block, chosen)
     report(BlockLoss(before=_rounded(first_loss), after=_rounded(lowest_loss), iteration=best_iteration))

@@ -19,7 +19,8 @@ from requant.tasks.quantizing.loop.best_iteration import (
     groups_without_scale,
     spread_indices,
 )
-from requant.tasks.quantizing.loop.tune import FakeQuantized
+from requant.tasks.quantizing.loop.flat_weights import FlatWeights, flat_weights
+from requant.tasks.quantizing.loop.ranks import ALONE
 
 # Losses of a model with the parameter p in each piece of samples: p = 1 is the last step, p = 0 the lowest batch.
 CLEAR = [0.90, 0.91, 0.89, 0.90], [1.00, 1.00, 1.00, 1.00]
@@ -95,27 +96,29 @@ def test_enough_pieces_of_one_shape_are_compared_where_there_are_samples(samples
     assert len(order) >= min(samples, COMPARED_SAMPLES, MIN_PIECES * batch)
 
 
-def fake(quantizer: Any, weight: torch.Tensor, coefficient: float) -> FakeQuantized:
-    """A layer whose first group has this coefficient of its range, and all others 1."""
+def layer_with(quantizer: Any, weight: torch.Tensor, coefficient: float) -> FlatWeights:
+    """The weights of a layer whose first group has this coefficient of its range, and all others 1."""
     groups = weight.reshape(-1, 32)
     scale = torch.ones(len(groups))
     scale[0] = coefficient
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight.data = weight
     layer.bits, layer.group_size, layer.scale_dtype = 4, 32, torch.float16  # type: ignore[assignment]
+    params = {"value": torch.zeros_like(groups), "min_scale": scale, "max_scale": scale.clone()}
     wrapper = SimpleNamespace(
-        orig_layer=layer, weight_quant_func=quantizer, data_type="int", q_scale_thresh=1e-5, value=torch.zeros(1),
-        weight_min=groups.amin(-1).clamp(max=0), weight_max=groups.amax(-1).clamp(min=0), min_scale=scale,
-        max_scale=scale,
+        orig_layer=layer, weight_quant_func=quantizer, data_type="int", q_scale_thresh=1e-5,
+        weight_min=groups.amin(-1).clamp(max=0), weight_max=groups.amax(-1).clamp(min=0),
+        params={name: nn.Parameter(values) for name, values in params.items()},
     )  # fmt: skip
-    return FakeQuantized(wrapper)
+    (flat,) = flat_weights({"layer": wrapper}, ALONE)
+    return flat
 
 
 @pytest.mark.parametrize("quantizer", [quant_tensor_sym, quant_tensor_asym])
 def test_a_group_whose_range_a_step_took_has_lost_its_scale(quantizer: Any) -> None:
     weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * 0.02
-    assert fake(quantizer, weight, 0.9).lost_groups().sum() == 0
-    assert fake(quantizer, weight, 0.0).lost_groups().flatten().tolist() == [True] + [False] * 7
+    assert layer_with(quantizer, weight, 0.9).lost_groups().sum() == 0
+    assert layer_with(quantizer, weight, 0.0).lost_groups().flatten().tolist() == [True] + [False] * 7
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-5, -1e-5, 5e-5, math.inf, math.nan])
