@@ -25,6 +25,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 RELEASE_FILES = CARD, RELEASE, RECIPE, REPORT = "README.md", "requant.json", "recipe.yaml", "report.md"
 MAX_CARD_BYTES = 1 << 20  # A base's card that is larger is ignored.
 GITATTRIBUTES = ".gitattributes"
+GENERATION_CONFIG = "generation_config.json"  # how answers are sampled by default
 REWRITTEN = (*RELEASE_FILES, GITATTRIBUTES)
 PICTURES = "pictures"  # the folder with the pictures of a release
 

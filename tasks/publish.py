@@ -18,6 +18,7 @@ from huggingface_hub import constants
 
 from requant.tasks.artifact import (
     CARD,
+    GENERATION_CONFIG,
     MAX_CARD_BYTES,
     PICTURES,
     RECIPE,
@@ -51,7 +52,6 @@ from requant.tasks.serving.flags import drafts_by_mtp
 from requant.tasks.serving.prompts import has_chat_template
 from requant.tasks.store import Store
 
-GENERATION_CONFIG = "generation_config.json"
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
 
 

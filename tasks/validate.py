@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from requant.tasks.artifact import REWRITTEN, Manifest, StageKey
+from requant.tasks.artifact import GENERATION_CONFIG, REWRITTEN, Manifest, StageKey
 from requant.tasks.checkpoint.audit import account
 from requant.tasks.checkpoint.checkpoint import Checkpoint
 from requant.tasks.checkpoint.rounded_inputs import rounded_inputs
@@ -62,6 +62,11 @@ def compared_part(base: Manifest) -> Manifest:
     return Manifest.of(f for f in base.files if f.path not in REWRITTEN)
 
 
+def measured_part(checkpoint: Manifest) -> Manifest:
+    """Return the files of a checkpoint on which a measurement of it depends: all but how answers are sampled."""
+    return Manifest.of(f for f in checkpoint.files if f.path != GENERATION_CONFIG)
+
+
 def validate_key(recipe: Recipe, base: Manifest, artifact: Manifest, text: Text) -> StageKey:
     return STAGE.key(
         reads={"base": compared_part(base).digest, "artifact": artifact.digest, "text": text.digest},
@@ -104,8 +109,9 @@ def validate(
         @functools.cache
         def measure_one(path: Path, settings: RunSettings) -> Measurement:
             rounded = scales_rounded_to(Checkpoint.open(path), settings)
-            tokenizer = manifests[settings.tokens_of].digest if settings.tokens_of else None
-            asked = MeasurementKey(manifests[path].digest, text.digest, tokens, settings, rounded, tokenizer)
+            tokenizer = measured_part(manifests[settings.tokens_of]).digest if settings.tokens_of else None
+            checkpoint = measured_part(manifests[path]).digest
+            asked = MeasurementKey(checkpoint, text.digest, tokens, settings, rounded, tokenizer)
             return measure_or_reuse(store, asked, path, text_file, folder / "measured" / path.name)
 
         def evaluate_both() -> Evaluation:
@@ -127,7 +133,7 @@ def validate(
             raise CheckpointError(measured.not_measured)
 
         def noise_of(of_base: Measurement, settings: RunSettings) -> NoiseFloor:
-            asked = MeasurementKey(compared_part(base).digest, text.digest, tokens, settings)
+            asked = MeasurementKey(measured_part(compared_part(base)).digest, text.digest, tokens, settings)
             return noise_or_reuse(store, asked, base_folder, of_base)
 
         measured = with_noise_floor(measured, base_folder, measure_one, noise_of, run_with)

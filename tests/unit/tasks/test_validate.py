@@ -55,6 +55,12 @@ def test_a_changed_card_of_the_base_measures_nothing_again() -> None:
     assert {f.path for f in compared_part(BASE).files} == {"config.json", "model.safetensors"}
 
 
+def test_how_answers_are_sampled_is_compared_and_measures_nothing_again() -> None:
+    sampled = Manifest.of([*BASE.files, File("generation_config.json", 1, A)])
+    assert validate_key(recipe(), sampled, MADE, TEXT) != validate_key(recipe(), BASE, MADE, TEXT)
+    assert stage.measured_part(sampled).digest == BASE.digest
+
+
 def test_a_measurement_with_the_code_of_a_checkpoint_has_a_key_of_its_own() -> None:
     plain = RunSettings(torch.device("cpu"), torch.float32)
     for kind in (stage.MEASURE, stage.NOISE):
