@@ -76,6 +76,12 @@ def test_what_was_measured_is_within_a_fifth_of_the_plan(run: dict[str, Any], st
     assert needs.vram_bytes == pytest.approx(run["gpu_bytes"], rel=0.2)
 
 
+def test_validate_at_27_b_takes_what_was_measured(store: Store) -> None:
+    """164 s for both models, and 22 s for imports and the text (docs/explanation/gates.md)."""
+    both_bytes = 55_562_855_904 + 19_550_000_000
+    assert estimate_stage(store, "validate", recipe("H200"), both_bytes).seconds == pytest.approx(186, rel=0.2)
+
+
 @pytest.mark.parametrize("iters", [20, 50, 400])
 def test_a_run_foretells_one_with_other_iterations_from_its_steps_and_the_rest(iters: int, store: Store) -> None:
     """A step takes 0.5 s, everything else of a block 3 s, compiling 20 s, and what is around the blocks 30 s."""
