@@ -37,12 +37,12 @@ def plan(recipe: Recipe | str | Path, *, overrides: Sequence[str] = (), elsewher
 
     `recipe` is a Recipe or the path of a YAML file. Paths in a Recipe are relative to the current folder, those in a
     file to the file's folder. `overrides` change keys of a file, as in `quantize.iters=50`. `elsewhere`: plan for
-    another machine, and check neither what this one has and lacks nor the account to publish with. Only headers of the
-    base's files are fetched.
+    another machine, and check neither what this one has and lacks nor the account to publish with: `notes` name the
+    folders and files of the recipe that are not here. Only headers of the base's files are fetched.
 
     Raises RecipeError, HubError, HubUnavailable or StoreError.
     """
-    loaded = read_recipe(recipe, overrides)  # before the imports that only a plan needs
+    loaded = read_recipe(recipe, overrides, elsewhere=elsewhere)  # before the imports that only a plan needs
     from requant.tasks.plan import plan as make_plan
     from requant.tasks.store import open_store
 
@@ -234,18 +234,21 @@ def verify(release: str | Path, *, deep: bool = False) -> ReleaseCheck:
     return verify_release(repo_id, revision, deep=deep)
 
 
-def read_recipe(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Return a recipe, read from a YAML file unless it is one already. Its paths are absolute. Raises RecipeError."""
+def read_recipe(recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, elsewhere: bool = False) -> Recipe:
+    """Return a recipe, read from a YAML file unless it is one already. Its paths are absolute. Raises RecipeError.
+
+    With `elsewhere`, it is for another machine, and this one need not have its folders and files.
+    """
     from requant.tasks.recipe.loader import load_recipe, with_absolute_paths
 
     if isinstance(recipe, str | Path):
-        return load_recipe(recipe, overrides)
+        return load_recipe(recipe, overrides, elsewhere=elsewhere)
     if overrides:
         raise RecipeError(
             "overrides change a recipe's file, and this is a Recipe: make a changed one, with "
             "Recipe.model_validate({**recipe.model_dump(exclude_unset=True), ...})"
         )
-    return with_absolute_paths(recipe, Path.cwd())
+    return with_absolute_paths(recipe, Path.cwd(), elsewhere=elsewhere)
 
 
 def local_checkpoint(name: str | Path) -> Path:

@@ -22,7 +22,7 @@ def recipe_files(folder: Path) -> list[Path]:
     Raises RecipeError if there is no such folder.
     """
     if not folder.is_dir():
-        raise RecipeError(f"the folder of recipes {folder} does not exist: name one with --recipes")
+        raise RecipeError(f"the folder {folder} does not exist: name a folder of recipes with --recipes")
     files = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
     if not files:
         log.warning(f"the folder {folder} has no recipes: these are .yaml and .yml files that lie directly in it")

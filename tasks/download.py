@@ -16,6 +16,7 @@ from pathlib import Path
 from huggingface_hub import is_offline_mode
 
 from requant.tasks.artifact import File, Manifest, StageKey, git_blob_id
+from requant.tasks.checkpoint.other_kinds import explain_folder
 from requant.tasks.errors import HubUnavailable
 from requant.tasks.hub.cached import known_commit
 from requant.tasks.hub.client import hub_errors, offline_variable
@@ -49,10 +50,11 @@ def download_key(base: Revision) -> StageKey:
 def find_base(store: Store, base: Base, hash_limit_bytes: int | None = None) -> Revision:
     """Resolve a recipe's base to its commit and files, on the Hub or in a folder.
 
-    `hash_limit_bytes` is for a base in a folder. Raises what `find_repo` or `find_local_base` raises.
+    `hash_limit_bytes` is for a base in a folder. Raises what `find_repo` or `find_local_base` raises, and
+    CheckpointError if the folder is known to be something else than a checkpoint.
     """
     if base.folder is not None:
-        return find_local_base(store, base, hash_limit_bytes)
+        return find_local_base(store, base, hash_limit_bytes, check=explain_folder)
     return find_repo(store, base.name, base.revision)
 
 

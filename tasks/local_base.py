@@ -16,7 +16,7 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,16 +93,24 @@ class Listing:
     unprintable: tuple[str, ...]
 
 
-def find_local_base(store: Store, base: Base, hash_limit_bytes: int | None = None) -> Revision:
+def find_local_base(
+    store: Store,
+    base: Base,
+    hash_limit_bytes: int | None = None,
+    check: Callable[[Path, str, Sequence[str]], str | None] | None = None,
+) -> Revision:
     """List and hash a base in a folder. Its commit is 40 digits of the digest of its files.
 
     With `hash_limit_bytes`, nothing is hashed if more bytes than these have no known sha256. Then the commit is empty,
-    and so are the hashes of these files. Raises what `find_folder` raises, and CheckpointError if a file changes while
-    it is read.
+    and so are the hashes of these files. `check` gets the folder, its name and the paths of its files before any is
+    hashed, and says why it is no base; None if it may be one. Raises what `find_folder` raises, and CheckpointError
+    with what `check` says, or if a file changes while it is read.
     """
     assert base.folder is not None, "a base of the Hub is found there"
     folder = _existing(Path(base.folder))
     listing = list_folder(folder)
+    if check is not None and (why_not := check(folder, base.name, [file.path for file in listing.files])):
+        raise CheckpointError(why_not, path=folder)
     revision = _unhashed(folder, base.name, listing)
     wanted = {file.path for file in revision.wanted}
     files = {file.path: file for file in listing.files if file.path in wanted}

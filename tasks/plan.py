@@ -40,6 +40,7 @@ from requant.tasks.planning.groups import resolve_group_size
 from requant.tasks.planning.inputs import Inputs
 from requant.tasks.planning.machine import Here, as_estimated, machine_findings
 from requant.tasks.planning.no_result import (
+    not_looked_at,
     notes_of,
     planned_base,
     with_problem,
@@ -58,6 +59,7 @@ from requant.tasks.probe import STAGE as PROBE
 from requant.tasks.probe import no_engine, probe_key
 from requant.tasks.quantize import STAGE as QUANTIZE
 from requant.tasks.quantize import quantize_key
+from requant.tasks.recipe.loader import missing_paths
 from requant.tasks.recipe.recipe import Recipe
 from requant.tasks.self_calibration import self_calibration_key
 from requant.tasks.store import Store
@@ -79,8 +81,12 @@ WORTH_TELLING_S = 60  # how long a run must take to say so before it begins
 def plan(store: Store, recipe: Recipe, *, elsewhere: bool = False) -> PlanDocument:
     """Plan a run of a recipe. With `elsewhere`, nothing of this machine is checked, nor the account of its token.
 
+    Where it then lacks a folder or file that the recipe names, the plan has notes of these alone.
+
     Raises HubUnavailable, StoreUnreachable, or RecipeError if a text does not exist.
     """
+    if elsewhere and (missing := tuple(missing_paths(recipe))):
+        return not_looked_at(recipe, missing)
     try:
         inputs = Inputs(
             base=find_merged_base(store, recipe, MAX_HASHED_BYTES),

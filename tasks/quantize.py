@@ -124,6 +124,7 @@ def quantize(
         )
         if download_resume(store, STAGE.name, key, folder, resume.worth_fetching):
             log.info(f"going on from {resume.count_finished(folder)} blocks that another machine finished")
+        log.info("loading the model into auto-round")
         with resume_uploads(store, STAGE.name, key, folder, resume.portable_files):
             result, attempts = quantize_with_fallback(job, folder, report, deadline_s)
         files = assemble(checkpoint, Checkpoint.open(result.checkpoint), result.bits, folder / "assembled")

@@ -18,6 +18,7 @@ class PublishDocument(Document):
     would_change: list[str] | None = Field(
         None, description="With --dry-run, paths of the files that main would get, lose or have changed; otherwise null"
     )
+    releases: list[str] = Field([], description="Tags of the releases that main can be moved to, newest first")
 
 
 class InitialBase(Document):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import tempfile
@@ -14,6 +15,7 @@ import click
 from requant.flows.cli.command import NEW_FILE, CommandResult, command
 
 MAX_NAME_CHARACTERS = 60  # of a name on the Hub, which has 96 at most, before what says how it was quantized
+log = logging.getLogger(__name__)
 
 
 @command("init")
@@ -42,11 +44,12 @@ def init(model: str, path: Path | None, force: bool) -> CommandResult:
     from requant.tasks.checkpoint.untrusted import without_folder
     from requant.tasks.checkpoint.writer import write_file
     from requant.tasks.errors import CheckpointError
-    from requant.tasks.hub.publish_target import account_name
+    from requant.tasks.hub.publish_target import PLACEHOLDER, Login
     from requant.tasks.hub.revision import check_repo_id, find_revision, split_name
     from requant.tasks.hub.sparse_checkout import create_checkout
     from requant.tasks.license import names_license
     from requant.tasks.local_base import find_folder
+    from requant.tasks.planning.tokenizer import missing_tokenizer
     from requant.tasks.recipe.base_section import FOLDER_BEGINS
     from requant.tasks.recipe.starter import SCHEMA_FILE, Target, path_from, starter_recipe
 
@@ -66,13 +69,17 @@ def init(model: str, path: Path | None, force: bool) -> CommandResult:
         raise click.UsageError(f"{path} exists: name another file with --recipe, or replace it with --force")
     if not is_folder:
         resolved = find_revision(repo_id, revision)
-    account = account_name()
-    target = Target(f"{account or 'YOU'}/{short_name}-W4A16-AutoRound", account is not None)
+    login = Login.find()
+    if login.is_refused:
+        log.warning(login.unknown)
+    target = Target(f"{login.name or PLACEHOLDER}/{short_name}-W4A16-AutoRound", login.unknown)
     with tempfile.TemporaryDirectory(prefix="requant-") as temporary:
         folder = Path(temporary)
         try:
             base = Checkpoint.open(create_checkout(resolved, folder)).sound()
             check_kind(base, resolved.repo_id)
+            if problem := missing_tokenizer(folder, resolved.repo_id, remote_code=True):
+                log.warning(problem)
         except CheckpointError as error:
             raise CheckpointError(without_folder(str(error), folder, resolved.repo_id)) from error
         name = path_from(path.parent, Path(model)) if is_folder else model
@@ -85,4 +92,7 @@ def init(model: str, path: Path | None, force: bool) -> CommandResult:
         schema_file=str(path.parent / SCHEMA_FILE),
         base=InitialBase(repo_id=resolved.repo_id, sha=resolved.sha or None),
     )
-    return CommandResult(document.to_json(), f"wrote {path}: look at it, then run `requant plan {path}`")
+    return CommandResult(
+        document.to_json(),
+        f"wrote {path}, and {document.schema_file} for editors: look at it, then run `requant plan {path}`",
+    )

@@ -18,7 +18,8 @@ from requant.flows.cli.command import NEW_FILE, PUBLISH, SCHEME, SET, CommandRes
 @click.option(
     "--elsewhere",
     is_flag=True,
-    help="Plan for another machine: check neither what this one lacks, nor the account to publish with.",
+    help="Plan for another machine: check neither what this one lacks, nor the account to publish with. Of a base or "
+    "a text that is not here, only the recipe's keys are checked.",
 )
 @click.option(
     "--markdown", "markdown_path", type=NEW_FILE, metavar="FILE", help="Write the plan to this file too, as Markdown."

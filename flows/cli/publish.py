@@ -23,7 +23,7 @@ def rollback(recipe_or_repo: str, tag: str | None, overwrite: bool, dry_run: boo
     """Move main of a published repo back to an earlier release.
 
     RECIPE_OR_REPO is a repo_id, or a recipe's YAML file, which stands for the repo that it publishes to. No weights
-    are sent. A second rollback moves nothing: to go back further, give --to.
+    are sent. A second rollback moves nothing: to go back further, give --to. The releases are listed, newest first.
 
     \b
     Examples:
@@ -57,7 +57,7 @@ def publish(recipe_or_repo: str, rollback: bool, tag: str | None, overwrite: boo
 def _roll_back(recipe_or_repo: str, tag: str | None, *, overwrite: bool, dry_run: bool) -> CommandResult:
     from requant.flows.cli.documents import PublishDocument
     from requant.tasks.hub.release import Release
-    from requant.tasks.hub.rollback import find_rollback
+    from requant.tasks.hub.rollback import find_rollback, release_tags
     from requant.tasks.hub.rollback import rollback as roll_back
 
     repo_id = target_of(recipe_or_repo)
@@ -66,12 +66,19 @@ def _roll_back(recipe_or_repo: str, tag: str | None, *, overwrite: bool, dry_run
         released = Release(repo_id=repo_id, commit=found.main.sha, tag=found.tag, changed=False)
         done = "would move back" if found.paths else "nothing to do"
         files = "".join(f"\n- {path}" for path in found.paths)
+        tags = release_tags(repo_id)
         text = f"{released.url} to release {released.tag} ({done}); files that differ: {len(found.paths)}{files}"
-        return CommandResult(PublishDocument(published=released, would_change=found.paths).to_json(), text)
+        document = PublishDocument(published=released, would_change=found.paths, releases=tags)
+        return CommandResult(document.to_json(), f"{text}\n{_releases_text(tags)}")
     released = roll_back(repo_id, tag, overwrite=overwrite)
     done = "moved back" if released.changed else "nothing to do"
-    text = f"{released.url} holds release {released.tag} ({done})"
-    return CommandResult(PublishDocument(published=released).to_json(), text)
+    tags = release_tags(repo_id)
+    text = f"{released.url} holds release {released.tag} ({done})\n{_releases_text(tags)}"
+    return CommandResult(PublishDocument(published=released, releases=tags).to_json(), text)
+
+
+def _releases_text(tags: list[str]) -> str:
+    return f"releases, newest first, for --to: {', '.join(tags)}"
 
 
 def target_of(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from requant.tasks.errors import RequantError
 from requant.tasks.plots import NAMES
 from requant.tasks.store import open_store
 
+log = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from requant.flows.report.report import RunReport
 
@@ -85,6 +87,7 @@ def run(
     from requant.tasks.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, all_overrides(overrides, scheme, publish))
+    log.info(f"starting the run of {recipe}: loading its libraries")
     store = open_store()  # Raises RecipeError for a wrong REQUANT_STORE, before anything starts.
     if has_lm_eval():  # A task that does not exist is a wrong recipe. What else stops the run, it says all at once.
         check_tasks(loaded.eval)

@@ -48,7 +48,7 @@ def webhook(recipes: Path, host: str, port: int) -> None:
     if not os.environ.get("PREFECT_API_URL"):
         raise RecipeError("PREFECT_API_URL must name the Prefect server on which runs are to be started")
     if not recipes.is_dir():
-        raise RecipeError(f"the folder of recipes {recipes} does not exist: name one with --recipes")
+        raise RecipeError(f"the folder {recipes} does not exist: name a folder of recipes with --recipes")
     open_store()  # Raises RecipeError for a wrong REQUANT_STORE, before the server listens.
     from requant.flows.webhook.serve import serve
 

@@ -33,7 +33,8 @@ def subject(document: PlanDocument, *, whole_path: bool = True) -> str:
     merged = f" with the adapter {adapter}{f'@{commit[:7]}' if commit else ''}" if adapter else ""
     if base.folder is not None:
         folder = base.folder if whole_path else base.repo_id
-        return f"{folder} ({base.sha[:7] if base.sha else 'not hashed yet'}){merged}"
+        state = base.sha[:7] if base.sha else "not hashed yet" if base.bytes is not None else "not read"
+        return f"{folder} ({state}){merged}"
     return f"{base.repo_id}@{base.sha[:7] if base.sha else base.revision}{merged}"
 
 
@@ -41,7 +42,7 @@ def plan_headline(document: PlanDocument) -> str:
     """Say in one line what would be made of the base."""
     base, output = document.base, document.output
     if base.bytes is None or output.bytes is None:
-        return "nothing can be made of it"
+        return "nothing can be made of it" if document.problems else "not looked at here"
     sizes = f"{gigabytes(base.bytes)} become {gigabytes(output.bytes)}"
     if not isinstance(output, OutputLayout):
         return f"{sizes} in {len(document.outputs or ())} outputs"
@@ -77,7 +78,7 @@ def plan_text(document: PlanDocument) -> str:
 
 def plan_markdown(document: PlanDocument, title: str) -> str:
     """Format the plan as Markdown, and escape names and sentences, which are untrusted."""
-    verdict = "would be stopped" if document.problems else "would run"
+    verdict = "would be stopped" if document.problems else "would run" if document.stages else "has sound keys"
     parts = [
         f"### {escape(title)}: {verdict}",
         f"{_verbatim(subject(document, whole_path=False))}: {escape(plan_headline(document))}",

@@ -60,6 +60,7 @@ Engines load these beside their base. `requant inspect` names them, judges nothi
 broken. They are no bases: `requant plan` refuses them.
 
 """
+PRESET_MEANING = "Stands for several keys of this section: see [Presets](#presets)"
 PRESET_TEXT = """
 `quantize.preset` and `outputs[].preset` stand for these keys. Keys that are given beside a preset win.
 
@@ -96,7 +97,9 @@ def recipe_page() -> str:
     for name, field in schema["properties"].items():
         section = _section(field, schema["$defs"])
         if section is not None:
-            groups[f"{name}[]" if field.get("type") == "array" else name] = section
+            # What two keys have in common says nothing of the second one, which has a description of its own.
+            described = {**section, "description": field["description"]} if section in groups.values() else section
+            groups[f"{name}[]" if field.get("type") == "array" else name] = described
     parts = [RECIPE, GENERATED_NOTE]
     for name, group in groups.items():
         title = name or "Top level"
@@ -104,6 +107,8 @@ def recipe_page() -> str:
         parts.append(f"\n## {title}\n{text}\n| Key | Type | Default | Meaning |\n|---|---|---|---|\n")
         required = group.get("required", [])
         parts += [_row(key, field, key in required, schema["$defs"]) for key, field in group["properties"].items()]
+        for pattern, field in group.get("patternProperties", {}).items():  # a key that is no field: `preset`
+            parts.append(f"| `{pattern.strip('^$')}` | {_type(field)} | absent | {PRESET_MEANING} |\n")
     keys = list(dict.fromkeys(key for preset in PRESETS.values() for key in preset))
     heads = ["", *(f"`{key}`" for key in keys)]
     parts.append(f"\n## Presets\n{PRESET_TEXT}| {' | '.join(heads)} |\n|{'---|' * len(heads)}\n")

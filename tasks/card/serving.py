@@ -36,6 +36,7 @@ class Serving:
     vllm: Sequence[VllmCommand]
     sglang: str  # the command
     sglang_drafts: bool
+    transformers_install: str  # the command
 
     @property
     def ran(self) -> bool:
@@ -58,7 +59,20 @@ def serving_of(facts: CardFacts) -> Serving:
     drafts = facts.head and not facts.packed_head and (sglang is None or sglang.mtp is True)
     asked = any(map(speculates, facts.recipe.benchmark.flags))
     modes = (True, False) if facts.head and (facts.files.by_mtp or asked) else (False,)
-    return Serving(refused, judged, [_vllm(facts, mtp=mtp) for mtp in modes], _sglang(facts, drafts=drafts), drafts)
+    return Serving(
+        refused,
+        judged,
+        [_vllm(facts, mtp=mtp) for mtp in modes],
+        _sglang(facts, drafts=drafts),
+        drafts,
+        _install(facts, "transformers", "auto-round"),
+    )
+
+
+def _install(facts: CardFacts, *packages: str) -> str:
+    """Return the command that installs packages, in the versions with which the files were made."""
+    versions = facts.tools
+    return " ".join(["pip install", *(f"{one}=={versions[one]}" if one in versions else one for one in packages)])
 
 
 def _reason(engine: str, verdict: EngineVerdict) -> str:

@@ -97,6 +97,9 @@ class InspectDocument(Document):
     drafter: str | None = Field(
         None, description="The kind of draft model that the repo is, as EAGLE-3 or DFlash; null for a model itself"
     )
+    tokenizer: bool | None = Field(
+        None, description="Whether it has a tokenizer, by the names of its files, without which it is no base"
+    )
     engines: dict[str, EngineVerdict] = Field(description="For vllm, sglang and transformers: will it load")
     problems: list[str] = Field(description="What is wrong, in sentences")
 

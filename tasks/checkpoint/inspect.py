@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from requant.tasks.checkpoint.checkpoint import Checkpoint
+from requant.tasks.checkpoint.companions import has_vocabulary
 from requant.tasks.checkpoint.compat import Judgement
 from requant.tasks.checkpoint.config import Scalar
 from requant.tasks.checkpoint.data_checks import deep_problems
@@ -59,6 +60,7 @@ def inspect_checkpoint(folder: Path, *, deep: bool = False) -> InspectDocument:
         complete=None if checkpoint.fatal else checkpoint.completeness.complete,
         mtp=head_document(checkpoint),
         drafter=drafter_kind(checkpoint.config),
+        tokenizer=has_vocabulary(path.name for path in folder.iterdir()),
         engines=judgement.verdicts,
         problems=problems,
     )
@@ -85,6 +87,8 @@ def as_text(name: str, document: InspectDocument) -> str:
         lines.append(f"quantized     nothing{named}")
     lines.append(f"complete      {COMPLETE[document.complete]}")
     lines.append(f"MTP head      {_head_text(document.mtp)}")
+    if document.tokenizer is False:
+        lines.append("tokenizer     none: engines and plan refuse it; add that of the model that it was made of")
     if document.drafter:
         lines.append(f"draft model   {document.drafter}: a drafter for its base, not a base model")
     lines += [f"{engine:13} {verdict.text(engine)}" for engine, verdict in document.engines.items()]

@@ -22,6 +22,7 @@ ADAPTER, PIPELINE, CARD = "adapter_config.json", "model_index.json", "README.md"
 MAX_FILES = 10_000  # of a folder; a repo's list is taken whole
 MAX_DEPTH = 2  # folders below the folder that are looked into
 MAX_READ_BYTES = 1 << 16
+MAX_NAMED_FOLDERS = 4
 REPO_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 # The front matter of a card names one model or several: https://huggingface.co/docs/hub/model-cards#specifying-a-base-model
 STATED_BASE = re.compile(r"""^base_model:[ \t]*(?:\n[ \t]*-[ \t]*)?["']?(?P<name>[^\s"']+)""", re.MULTILINE)
@@ -73,11 +74,11 @@ FORMATS = (
 )
 
 
-def explain_other_kind(name: str, paths: Sequence[str], read: ReadBeginning) -> str | None:
+def explain_other_kind(name: str, paths: Sequence[str], read: ReadBeginning, *, is_repo: bool = True) -> str | None:
     """Say what a folder or repo is, if it is recognized as something else than a checkpoint; otherwise return None.
 
     `name` is what the sentence calls it. `paths` are the paths of its files with slashes. `read` returns at most
-    MAX_READ_BYTES of a file, nothing if it cannot be read.
+    MAX_READ_BYTES of a file, nothing if it cannot be read. Of what is no repo, it names no remedy that takes one.
     """
     top = {path for path in paths if "/" not in path}
     if top & {*CHECKPOINT_FILES}:
@@ -88,11 +89,17 @@ def explain_other_kind(name: str, paths: Sequence[str], read: ReadBeginning) -> 
         return f"{name} is a pipeline of diffusers{of}, not a language model: name the repo of a language model"
     if ADAPTER in top or "adapter_model.safetensors" in top:
         return _explain_adapter(name, _object(read(ADAPTER)) if ADAPTER in top else JsonObject())
-    below = next((path.rpartition("/")[0] for path in paths if PurePosixPath(path).name in CHECKPOINT_FILES), None)
-    if below is not None:
+    holders = (path.rpartition("/")[0] for path in paths if PurePosixPath(path).name in CHECKPOINT_FILES)
+    if below := list(dict.fromkeys(holders)):
+        remedy = ", or put it into a repo of its own" if is_repo else ""
+        if len(below) == 1:
+            return (
+                f"{name} has its checkpoint in the folder {shown(below[0])}, not at its top: name that folder{remedy}"
+            )
+        more = f" and {len(below) - MAX_NAMED_FOLDERS} more" if len(below) > MAX_NAMED_FOLDERS else ""
         return (
-            f"{name} has its checkpoint in the folder {shown(below)}, not at its top: name that folder, or put it into "
-            "a repo of its own"
+            f"{name} has checkpoints in {len(below)} folders, and none at its top: name one of "
+            f"{', '.join(map(shown, below[:MAX_NAMED_FOLDERS]))}{more}{remedy}"
         )
     if any(path.endswith(".safetensors") and not VENDOR.has(path) for path in paths):
         return None
@@ -119,8 +126,11 @@ def stated_base(card: bytes) -> str | None:
     return match["name"] if match and REPO_ID.fullmatch(match["name"]) else None
 
 
-def explain_folder(folder: Path) -> str | None:
-    """Say what a folder is, as `explain_other_kind`, which goes by at most MAX_FILES of its files."""
+def explain_folder(folder: Path, name: str | None = None, paths: Sequence[str] | None = None) -> str | None:
+    """Say what a folder is, as `explain_other_kind`, which goes by `paths`, or by at most MAX_FILES of its files.
+
+    The sentence calls it `name`, or by its path.
+    """
 
     def read(name: str) -> bytes:
         try:
@@ -131,7 +141,8 @@ def explain_folder(folder: Path) -> str | None:
         except OSError:
             return b""
 
-    return explain_other_kind(shown(str(folder)), [*islice(_files(folder), MAX_FILES)], read)
+    listed = [*islice(_files(folder), MAX_FILES)] if paths is None else paths
+    return explain_other_kind(shown(name or str(folder)), listed, read, is_repo=False)
 
 
 def _files(folder: Path) -> Iterator[str]:

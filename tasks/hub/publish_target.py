@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from huggingface_hub import is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalTokenNotFoundError
 
 from requant.tasks.errors import HubError, HubUnavailable
-from requant.tasks.hub.client import hub_api, hub_errors
+from requant.tasks.hub.client import hub_api, hub_errors, offline_variable
 from requant.tasks.hub.manifest import read_release
 from requant.tasks.hub.revision import Revision, resolve
 from requant.tasks.recipe.quantize_section import NAME_PATTERN
 from requant.tasks.recipe.recipe import Publish
+
+PLACEHOLDER = (
+    "YOU"  # the owner of a repo in the examples of the documentation, and in a recipe of `init` without a token
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Account:
 
     namespaces: frozenset[str]
     lists_all: bool
+    name: str = ""  # of the account itself
 
     @classmethod
     def of_token(cls, repo_id: str) -> Account:
@@ -44,7 +50,13 @@ class Account:
         if role == "read":
             raise HubError(f"HF_TOKEN may only read: set it to a token that may write to {repo_id}", repo_id=repo_id)
         owners = [account, *(org for org in account.get("orgs") or [] if org.get("roleInOrg") != "read")]
-        return cls(frozenset(str(owner.get("name")) for owner in owners), role in {"write", "admin"})
+        namespaces = frozenset(str(owner.get("name")) for owner in owners)
+        return cls(namespaces, role in {"write", "admin"}, str(account.get("name") or ""))
+
+    @property
+    def token(self) -> str:
+        """What a sentence calls the token."""
+        return f"the token of {self.name}" if self.name else "this token"
 
 
 @dataclass(frozen=True)
@@ -80,25 +92,54 @@ def _check_repo(publish: Publish, base: Revision, account: Account, *, bits: int
     """Raise HubError for what is wrong with the repo. Return what could not be checked."""
     api, repo_id = hub_api(), publish.repo_id
     owner = repo_id.split("/")[0]
+    if owner == PLACEHOLDER and owner not in account.namespaces:
+        raise HubError(
+            f"{repo_id} has the placeholder {owner} in place of an owner: write the name of your account"
+            f"{f', as {account.name}{repo_id.removeprefix(owner)}' if account.name else ''}",
+            repo_id=repo_id,
+        )
     with hub_errors(repo_id):
         exists = api.repo_exists(repo_id)
-        if exists and not publish.pull_request:  # anyone may open a pull request
+    if exists and not publish.pull_request:  # anyone may open a pull request
+        with _named_refusal(account, repo_id, "write to"), hub_errors(repo_id):
             api.auth_check(repo_id, write=True)
     sure = owner in account.namespaces and account.lists_all
     if exists:
         warning = refuse_changed(resolve(repo_id), base, bits, overwrite=publish.overwrite, before_work=True)
         return [warning] if warning else []
     if not sure and create:
-        open_target(publish, base)
+        with _named_refusal(account, repo_id, "create"):
+            open_target(publish, base)
     elif owner not in account.namespaces and account.lists_all:
         raise HubError(
-            f"this account may not create {repo_id}: it may create repos under "
+            f"{account.token} may not create {repo_id}: it may create repos under "
             f"{', '.join(sorted(account.namespaces))}; correct the name, or set HF_TOKEN to a token of {owner}",
             repo_id=repo_id,
         )
     elif not sure:
         return [f"not checked: whether this token may create {repo_id}, which a run tries before it does anything else"]
     return []
+
+
+@contextlib.contextmanager
+def _named_refusal(account: Account, repo_id: str, deed: str) -> Iterator[None]:
+    """Say of a refusal in this block whose token it is, which may surprise a user with several accounts."""
+    try:
+        yield
+    except HubError as error:
+        cause = error.__cause__
+        if (
+            isinstance(cause, HfHubHTTPError)
+            and cause.response.status_code == 403
+            and not isinstance(cause, GatedRepoError)
+        ):
+            owner = repo_id.split("/")[0]
+            raise HubError(
+                f"{account.token} may not {deed} {repo_id} (403): correct the name, or set HF_TOKEN to a token "
+                f"that may write to repos of {owner}",
+                repo_id=repo_id,
+            ) from error
+        raise
 
 
 def _check_collection(publish: Publish) -> Sequence[str]:
@@ -109,19 +150,38 @@ def _check_collection(publish: Publish) -> Sequence[str]:
     return []
 
 
-def account_name() -> str | None:
-    """Return the name of the account whose token is at hand, or None without a token that the Hub accepts.
+@dataclass(frozen=True)
+class Login:
+    """Who publishes: the name of the account whose token is at hand, or None, and why it is not known.
 
-    It is None too while the Hub is switched off. Raises HubUnavailable.
+    `is_refused`: there is a token, and the Hub does not accept it.
     """
-    if is_offline_mode():
-        return None
-    with hub_errors("the account of HF_TOKEN"):
-        try:
-            name = hub_api().whoami().get("name")
-        except (LocalTokenNotFoundError, HfHubHTTPError):
-            return None
-    return name if isinstance(name, str) and re.fullmatch(NAME_PATTERN, name) else None
+
+    name: str | None
+    unknown: str = ""
+    is_refused: bool = False
+
+    @classmethod
+    def find(cls) -> Login:
+        """Ask the Hub. Raises HubUnavailable."""
+        if is_offline_mode():
+            return cls(None, f"the Hub is switched off by {offline_variable()}, so that your account is not known")
+        with hub_errors("the account of HF_TOKEN"):
+            try:
+                name = hub_api().whoami().get("name")
+            except LocalTokenNotFoundError:
+                return cls(None, "there is no token: log in with `hf auth login`, or set HF_TOKEN")
+            except HfHubHTTPError as error:
+                if error.response.status_code not in {401, 403}:
+                    raise
+                return cls(
+                    None,
+                    "the Hub refuses your token: log in again with `hf auth login`, or set another HF_TOKEN",
+                    True,
+                )
+        if isinstance(name, str) and re.fullmatch(NAME_PATTERN, name):
+            return cls(name)
+        return cls(None, "the Hub does not say whose token it is")
 
 
 def open_target(publish: Publish, base: Revision) -> Revision:

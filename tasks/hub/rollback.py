@@ -58,7 +58,7 @@ def find_rollback(repo_id: str, to: str | None = None, *, overwrite: bool = Fals
     except HubError as error:
         if error.retryable:
             raise
-        releases = ", ".join(dict.fromkeys(name for name, _ in _list_releases(repo_id))) or "none"
+        releases = ", ".join(release_tags(repo_id)) or "none"
         raise HubError(f"{repo_id} has no release {tag}: its releases are {releases}", repo_id=repo_id) from error
     _check_goal(goal, tag)
     return Rollback(main, goal, tag, claimed)
@@ -80,6 +80,11 @@ def rollback(repo_id: str, to: str | None = None, *, overwrite: bool = False) ->
             hub_api().create_tag(repo_id, tag=found.claimed.tag, revision=main.sha, exist_ok=True)
     moved = commit_to_main(main, _operations(main, goal), f"{ROLLBACK_TITLE}{tag}", lambda moved: _same(moved, goal))
     return Release(repo_id=repo_id, commit=moved.sha, tag=tag, changed=True)
+
+
+def release_tags(repo_id: str) -> list[str]:
+    """Return the tags of the releases that `main` had, newest first. Raises HubError or HubUnavailable."""
+    return list(dict.fromkeys(tag for tag, _ in _list_releases(repo_id)))
 
 
 def _find_previous(main: Revision, claimed: ReleaseManifest | None) -> str:

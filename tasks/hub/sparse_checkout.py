@@ -48,7 +48,7 @@ def create_checkout(
     def read(path: str) -> bytes:
         return b"".join(stream(revision, path, 0, min(listed[path], MAX_READ_BYTES))) if listed[path] else b""
 
-    if other := explain_other_kind(revision.repo_id, list(listed), read):
+    if other := explain_other_kind(revision.repo_id, list(listed), read, is_repo=revision.folder is None):
         raise CheckpointError(other)
     return create_placeholders(revision, folder, find_local)
 

@@ -20,6 +20,7 @@ from requant.tasks.planning.document import (
     UnknownNeeds,
 )
 from requant.tasks.planning.stages import total_hardware
+from requant.tasks.recipe.loader import MissingPath
 from requant.tasks.recipe.recipe import Recipe
 
 
@@ -38,6 +39,18 @@ def without_result(recipe: Recipe, base: Revision | None, problems: Iterable[str
         problems=tuple(problems),
         outputs=() if recipe.outputs else None,
     )
+
+
+def not_looked_at(recipe: Recipe, missing: Iterable[MissingPath]) -> PlanDocument:
+    """Return the plan of a recipe whose base or texts are on another machine: what it publishes to, and notes."""
+    notes = tuple(
+        f"not looked at: {one.key}, since the {one.kind} {one.path} is not on this machine; here the recipe's keys "
+        "alone are checked"
+        for one in missing
+    )
+    plan = without_result(recipe, None, ())
+    target = None if recipe.publish is None or recipe.outputs else recipe.publish.repo_id
+    return plan.model_copy(update={"notes": (*plan.notes, *notes), "repo_id": target})
 
 
 def planned_base(recipe: Recipe, base: Revision | None, source: Checkpoint | None) -> PlannedBase:

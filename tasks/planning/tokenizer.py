@@ -20,7 +20,7 @@ def missing_tokenizer(folder: Path, repo_id: str, *, remote_code: bool) -> str |
         return None
     return (
         f"the base {repo_id} has no tokenizer ({TOKENIZER_FILE} or a vocabulary): name a base with one, or add that "
-        "of the model that it was made of to the repo"
+        "of the model that it was made of"
     )
 
 

@@ -21,10 +21,10 @@ PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@-]*")  # a name that YAML takes as
 
 @dataclass(frozen=True)
 class Target:
-    """The repo that the recipe publishes to. `known` says whether the owner is the account of HF_TOKEN."""
+    """The repo that the recipe publishes to. `unknown` says why its owner is not known; empty if it is."""
 
     repo_id: str
-    known: bool
+    unknown: str = ""
 
 
 def starter_recipe(name: str, sha: str | None, base: Checkpoint, target: Target, *, has_license: bool) -> str:
@@ -90,9 +90,10 @@ def path_from(recipes: Path, folder: Path) -> str:
 def _publish_lines(target: Target) -> list[str]:
     """Return the section `publish`, as a comment if the owner of the repo is not known."""
     lines = [f"publish: {{repo_id: {target.repo_id}, private: true}}"]
-    if target.known:
+    if not target.unknown:
         return lines
-    return ["# Log in with `hf auth login`, or set HF_TOKEN, and take the # away to publish:", f"# {lines[0]}"]
+    because = target.unknown[0].upper() + target.unknown[1:]
+    return [f"# {because}.", "# To publish, write your account's name and take the # away:", f"# {lines[0]}"]
 
 
 def _description(base: Checkpoint) -> str:

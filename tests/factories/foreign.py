@@ -86,7 +86,7 @@ KINDS = {
     ),
     "below": OtherKind(
         {"README.md": b"# two", "v2/model.safetensors": b"1"},
-        "has its checkpoint in the folder v2, not at its top: name that folder, or put it into a repo of its own",
+        "has its checkpoint in the folder v2, not at its top: name that folder",
     ),
     "tokenizer alone": OtherKind(
         {**CONFIG, "tokenizer.json": b"{}"}, "has no weights: name a checkpoint in safetensors"

@@ -128,7 +128,7 @@ def test_a_wrong_recipe_is_one_sentence_and_status_2(requant: Requant, changes: 
 
 def test_a_missing_recipe_file_is_status_2(requant: Requant) -> None:
     outcome = requant("run", str(requant.folder / "none.yaml"), "--json")
-    assert_one_sentence(outcome, "none.yaml cannot be read", status=2)
+    assert_one_sentence(outcome, "none.yaml does not exist", status=2)
 
 
 def test_requant_installed_elsewhere_works_outside_the_checkout(requant: Requant, tmp_path: Path) -> None:

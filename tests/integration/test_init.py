@@ -42,6 +42,18 @@ def test_a_recipe_is_written_for_a_model_without_its_weights_and_can_be_planned(
     assert here("init", "demo/pico", "--recipe", str(path), "--force").status == 0 and "publish" in path.read_text()
 
 
+@pytest.mark.parametrize(
+    ("token", "why"), [("hf_wrong", "# The Hub refuses your token: "), ("", "# There is no token: ")]
+)
+def test_a_recipe_says_why_its_owner_is_not_known(here: Requant, tmp_path: Path, token: str, why: str) -> None:
+    path = here.folder / "nobody.yaml"
+    asked = here.variant(HF_TOKEN=token, HF_HOME=str(tmp_path))
+    outcome = asked("init", "demo/pico", "--recipe", str(path), new_process=True)
+    assert outcome.status == 0, outcome.stderr
+    assert why in path.read_text() and load_recipe(path).publish is None
+    assert ("refuses your token" in outcome.stderr) is bool(token) and "recipe.schema.json" in outcome.stdout
+
+
 def test_a_model_that_is_not_there_leaves_no_file(here: Requant) -> None:
     outcome = here("init", "demo/nothing", "--recipe", str(here.folder / "nothing.yaml"))
     assert outcome.status == 1 and "demo/nothing does not exist" in outcome.stderr

@@ -119,6 +119,11 @@ def test_publish_rolls_back_by_recipe_or_repo(
     assert published["commit"] == api.model_info(TARGET).sha
     again = finished[0]("publish", TARGET, "--rollback", "--json").document["published"]
     assert not again["changed"] and again["commit"] == published["commit"]
+    for arguments in ([], ["--dry-run"]):
+        told = finished[0]("rollback", TARGET, *arguments)
+        assert "nothing to do" in told.stdout
+        assert f"releases, newest first, for --to: {three[0].tag}, {three[1].tag}" in told.stdout
+    assert planned["releases"] == [three[1].tag, three[0].tag]
     assert finished[0]("publish", TARGET, "--rollback", "--to", three[1].tag, "--json").document["published"]["changed"]
     assert "moved back" in finished[0]("rollback", TARGET, "--to", three[0].tag).stdout
 
@@ -127,7 +132,7 @@ def test_publish_rolls_back_by_recipe_or_repo(
     ("arguments", "status", "words"),
     [
         (["publish", "me/pico"], 2, "--rollback"),
-        (["publish", "nothing.yaml", "--rollback"], 2, "nothing.yaml cannot be read"),
+        (["publish", "nothing.yaml", "--rollback"], 2, "nothing.yaml does not exist"),
         (["publish", "pico", "--rollback"], 1, "name it as owner/name"),
         (["verify", "./folder"], 1, "is not a folder: name a checkpoint's folder, or repo_id[@revision]"),
         (["verify", "me/nowhere"], 1, "me/nowhere does not exist"),

@@ -145,7 +145,7 @@ def test_who_may_not_write_there_is_told_before_any_work_unless_a_pull_request_i
     hub.add_token("hf_stranger", "stranger")
     monkeypatch.setenv("HF_TOKEN", "hf_stranger")
     (problem,) = problems(three[0].base)
-    assert f"may not do that with {TARGET} (403)" in problem
+    assert f"the token of stranger may not write to {TARGET} (403): correct the name, or set HF_TOKEN" in problem
     assert problems(three[0].base, pull_request=True) == ()
     assert len(titles(api)) == 2
 
@@ -162,6 +162,24 @@ def test_a_plan_says_as_a_run_does_whether_a_repo_may_be_created_and_creates_non
     assert [bool(planned), bool(problems(base, repo_id=repo_id, create=True))] == [not may, not may]
     if not may:
         assert f"may not create {repo_id}: it may create repos under me, team; correct the name" in planned[0]
+
+
+def test_the_placeholder_of_the_documentation_is_no_owner(three: list[Made]) -> None:
+    (told,) = problems(three[0].base, repo_id="YOU/tuned-W4A16")
+    assert told.startswith(
+        "YOU/tuned-W4A16 has the placeholder YOU in place of an owner: write the name of your account"
+    )
+    assert told.endswith(", as me/tuned-W4A16")
+
+
+def test_a_token_whose_owners_are_not_all_known_is_named_when_it_may_not_create_a_repo(
+    api: HfApi, three: list[Made], hub: HubStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add_token("hf_member", "member")
+    monkeypatch.setenv("HF_TOKEN", "hf_member")
+    account, target = Account(frozenset({"member"}), lists_all=False, name="member"), Publish(repo_id="others/new")
+    (told,) = check_target(target, three[0].base, account, bits=4, create=True).problems
+    assert told.startswith("the token of member may not create others/new (403): correct the name")
 
 
 def test_a_token_that_does_not_list_all_its_owners_leaves_that_unchecked_in_a_plan(three: list[Made]) -> None:

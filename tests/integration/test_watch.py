@@ -216,7 +216,7 @@ def test_the_flow_ends_in_a_state_that_says_so_and_has_a_table_of_what_it_did(
 def test_a_pass_that_cannot_be_made_ends_the_flow_with_a_sentence(deployment: Requant) -> None:
     code = "from requant.flows.watch import watch; print(watch('/nowhere', return_state=True).message)"
     done = finish(forked(["-c", code], deployment.environment))
-    assert done.stdout.strip() == "the folder of recipes /nowhere does not exist: name one with --recipes"
+    assert done.stdout.strip() == "the folder /nowhere does not exist: name a folder of recipes with --recipes"
     assert "Traceback" not in done.stderr
 
 

@@ -23,7 +23,7 @@ def test_a_folder_without_recipes_is_told(tmp_path: Path, caplog: pytest.LogCapt
     with caplog.at_level(logging.WARNING):
         assert recipe_files(tmp_path) == []
     assert f"the folder {tmp_path} has no recipes" in caplog.text
-    with pytest.raises(RecipeError, match="none does not exist: name one with --recipes"):
+    with pytest.raises(RecipeError, match="none does not exist: name a folder of recipes with --recipes"):
         recipe_files(tmp_path / "none")
 
 

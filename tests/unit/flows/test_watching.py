@@ -120,7 +120,7 @@ def test_only_the_recipes_of_a_repo_are_looked_at_however_it_is_spelt(tmp_path: 
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"folder of recipes .*nowhere does not exist"):
+    with pytest.raises(RecipeError, match=r"the folder .*nowhere does not exist: name a folder of recipes"):
         load_tracked(tmp_path / "nowhere")
 
 

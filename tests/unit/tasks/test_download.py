@@ -9,10 +9,12 @@ import pytest
 
 from requant.tasks import download as downloading
 from requant.tasks.artifact import git_blob_id
-from requant.tasks.download import download, download_key
+from requant.tasks.download import download, download_key, find_base
 from requant.tasks.errors import CheckpointError, HubUnavailable
 from requant.tasks.hub.revision import HubFile, Revision
+from requant.tasks.recipe.base_section import Base
 from requant.tasks.store import Store
+from tests.factories.pico import pico_base
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -59,3 +61,15 @@ def test_what_arrives_altered_is_thrown_away_and_what_arrives_whole_is_kept(
     assert not arrived[0].exists()
     (kept,) = download(store, base).manifest.files
     assert (kept.path, kept.sha256) == ("file", sha256)
+
+
+def test_a_folder_of_something_else_is_refused_before_it_is_hashed(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    pico_base(tmp_path / "all" / "tuned")
+    with pytest.raises(
+        CheckpointError, match=r"has its checkpoint in the folder tuned, not at its top: name that folder$"
+    ):
+        find_base(store, Base(folder=str(tmp_path / "all")))
+    assert "hashing" not in caplog.text

@@ -159,10 +159,11 @@ def test_a_file_that_is_gone_before_it_is_hashed_or_copied_is_told(
 ) -> None:
     base, listing = found(store, folder), local_base.list_folder(folder)
     gone = replace(next(file for file in listing.files if file.path == "tokenizer.json"), modified_ns=1)
+    files = [file for file in listing.files if file.path != gone.path]
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer.json changed while it was read"):
         download(store, base)
-    monkeypatch.setattr(local_base, "list_folder", lambda of: replace(listing, files=(gone,)))
+    monkeypatch.setattr(local_base, "list_folder", lambda of: replace(listing, files=(gone, *files)))
     with pytest.raises(CheckpointError, match=r"tokenizer.json cannot be read \(No such file"):
         found(store, folder)
 

@@ -316,7 +316,7 @@ def test_an_adapter_is_named_and_pinned_and_its_folder_is_not_told(
     data = yaml.safe_load(card.split("---")[1])
     assert (data["base_model"], data["base_model_relation"]) == front
     assert sentence in card and "f" * 40 in card and "/home/me" not in card
-    assert ("The recipe reads the adapter of its author's own" in card) == local
+    assert ("The recipe reads the adapter from a folder of its author that is not published" in card) == local
     assert yaml.safe_load(recipe_text(facts))["adapter"].items() >= pinned.items()
     assert facts.base.is_restricted == local, "nobody says who may read a folder"
 

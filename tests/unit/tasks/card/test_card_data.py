@@ -124,7 +124,7 @@ def test_a_card_names_the_folder_of_a_local_base_and_nothing_above_it() -> None:
         assert "secret" not in f"{data}{text}" and "/home" not in f"{data}{text}"
         published = load_recipe_text(text)
         assert published.base.folder == "./my tuné" and published.base.revision == "main"
-        assert "The recipe reads the base of its author's own, which is not published" in text
+        assert "The recipe reads the base from a folder of its author that is not published" in text
 
 
 def load_recipe_text(card: str) -> Recipe:

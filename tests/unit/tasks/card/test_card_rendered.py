@@ -181,4 +181,4 @@ def test_the_published_recipe_is_the_one_that_ran_pinned_and_without_folders() -
     again = parse_recipe(yaml.safe_load(text))
     assert again.quantize.iters == 7 and again.validation.text == "other.txt"
     _, body = card_of(recipe=asked)
-    assert "which is not published" in body and "customer" not in body
+    assert "is not published" in body and "customer" not in body

@@ -86,3 +86,14 @@ def test_a_folder_of_many_files_is_not_walked_to_its_end(tmp_path: Path) -> None
     (deep / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="has no weights"):
         Checkpoint.open(tmp_path)
+
+
+def test_of_several_checkpoints_below_each_is_named_and_a_folder_is_no_repo(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        pico_base(tmp_path / name)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(tmp_path)
+    assert str(caught.value).endswith("has checkpoints in 3 folders, and none at its top: name one of a, b, c")
+    paths = [f"{n}/model.safetensors" for n in range(9)]
+    told = explain_other_kind("x/y", paths, lambda path: b"") or ""
+    assert "name one of 0, 1, 2, 3 and 5 more, or put it into a repo of its own" in told

@@ -407,7 +407,7 @@ def test_every_problem_of_a_recipe_is_told_at_once_and_each_key_once(tmp_path: P
     assert [line.split(" ")[0].rstrip(":") for line in told] == [
         "base", "quantize.bits", "quantize.torch_compile", "quantize.grop_size", "outputs.1.scheme", "model"
     ]  # fmt: skip
-    many = problems(tmp_path, SMALL + "".join(f"k{number}: 1\n" for number in range(1000)))
+    many = problems(tmp_path, SMALL + "".join(f"gates{number}: 1\n" for number in range(1000)))
     assert len(many) == 21 and many[-1] == "and 980 more"
 
 
@@ -465,3 +465,32 @@ def test_a_builtin_text_that_does_not_exist_is_refused_before_any_work() -> None
 def test_an_impossible_comparison_of_drafts_is_refused_by_name(benchmark: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(words)):
         parse_recipe({"base": {"repo_id": "a/b"}, "benchmark": benchmark})
+
+
+def test_unknown_keys_that_are_like_no_other_are_told_in_one_sentence(tmp_path: Path) -> None:
+    (told,) = [*{sentence(tmp_path, f"{SMALL}zzz: 1\nyyy: 2\nxxx: 3\n")}]
+    assert told.startswith("zzz is not a key of a recipe, nor are yyy, xxx: allowed are base, ")
+    first, second = problems(tmp_path, f"{SMALL}zzz: 1\nquantise: 2\nyyy: 3\n")
+    assert first.startswith("zzz is not a key of a recipe, nor is yyy: ") and "did you mean quantize?" in second
+
+
+def test_a_mapping_with_nothing_like_a_key_is_no_recipe(tmp_path: Path) -> None:
+    config = {"architectures": ["A"], "hidden_size": 8, "model_type": "qwen3", "head_dim": 4, "torch_dtype": "bfloat16"}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value) == f"{path} is no recipe: it has none of its keys, as base: owner/name"
+    assert "did you mean quantize.iters" in "".join(problems(tmp_path, "iters: 5\n"))
+
+
+def test_a_folder_of_recipes_in_place_of_one_is_named_as_that(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("lr: 3\n")
+    (tmp_path / "b.yaml").write_text(SMALL)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path)
+    assert (
+        str(caught.value) == f"{tmp_path} is a folder of recipes, and no model: name one of them, as {tmp_path}/b.yaml"
+    )
+    (tmp_path / "config.json").write_text("{}")
+    assert load_recipe(tmp_path).base.folder == str(tmp_path), "a recipe may lie beside its model"

@@ -18,7 +18,7 @@ from tests.factories.paths import ROOT
 from tests.factories.pico import pico_base
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
-MINE, NOBODYS = Target("me/pico-W4A16-AutoRound", known=True), Target("YOU/pico-W4A16-AutoRound", known=False)
+MINE, NOBODYS = Target("me/pico-W4A16-AutoRound"), Target("YOU/pico-W4A16-AutoRound", "there is no token: set one")
 
 
 def starter(folder: Path, name: str = "owner/pico", target: Target = MINE) -> str:
