@@ -45,10 +45,12 @@ def test_a_recipe_is_written_for_a_model_without_its_weights_and_can_be_planned(
 @pytest.mark.parametrize(
     ("token", "why"), [("hf_wrong", "# The Hub refuses your token: "), ("", "# There is no token: ")]
 )
-def test_a_recipe_says_why_its_owner_is_not_known(here: Requant, tmp_path: Path, token: str, why: str) -> None:
+def test_a_recipe_says_why_its_owner_is_not_known(
+    here: Requant, base: Path, tmp_path: Path, token: str, why: str
+) -> None:
     path = here.folder / "nobody.yaml"
     asked = here.variant(HF_TOKEN=token, HF_HOME=str(tmp_path))
-    outcome = asked("init", "demo/pico", "--recipe", str(path), new_process=True)
+    outcome = asked("init", str(base), "--recipe", str(path), new_process=True)
     assert outcome.status == 0, outcome.stderr
     assert why in path.read_text() and load_recipe(path).publish is None
     assert ("refuses your token" in outcome.stderr) is bool(token) and "recipe.schema.json" in outcome.stdout
