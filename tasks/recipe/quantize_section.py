@@ -234,7 +234,7 @@ class Quantize(Section):
     torch_compile: AutoOrBool = Field("auto", description="Compile each kind of block once")
     low_gpu_mem: AutoOrBool = Field("auto", description="Samples in the CPU's memory")
     gpus: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = Field(
-        "auto", description="GPUs of one host that tune each block together; auto: all that there are"
+        1, description="GPUs of one host that tune each block together; auto: all that there are"
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
 
@@ -260,7 +260,7 @@ class Quantize(Section):
         if bits == 8 and not sym:
             raise ValueError("8 bits with sym false: no format that engines serve holds that: leave sym out")
         self._check_sources()
-        if self.gpus not in {"auto", 1} and self.device.startswith("cuda:"):
+        if self.gpus != 1 and self.device.startswith("cuda:"):
             raise ValueError(f"device {self.device} is one GPU, and gpus is {self.gpus}: write device cuda")
         if self.batch_size > self.nsamples:
             raise ValueError(f"batch_size {self.batch_size} is larger than nsamples {self.nsamples}")

@@ -9,7 +9,7 @@ What auto-round 0.16.1 does around the arithmetic, and what this loop does inste
 - It waits for the loss of each step before it starts the backward pass. Here, the loss is read while that runs.
 - It compiles a block with wrappers that hold their own functions, so that it compiles each block of a model anew. Here,
   each kind of block is compiled once.
-- It updates the parameters one by one. Here, all are updated at once.
+- It quantizes the weights of each layer, and updates its parameters, one by one. Here, all are one matrix of groups.
 - With accumulation, it adds up the squared errors instead of taking their mean, and the gradients of the scales, which
   pass through float16, overflow. Here, a batch in pieces has the same gradients as the batch at once.
 
@@ -243,6 +243,29 @@ def tune(
         for flat in flats:
             flat.dequantize(functions.quantize, saved_tensors(offload, device))
 
+    def compute_gradients(indices: list[int], next_indices: list[int]) -> float:
+        """Compute the gradients of the parameters over these samples, and return the loss."""
+        dequantize()
+        # auto-round too divides a masked loss by the number of tokens that count, and an unmasked one by nothing.
+        divisor = int(sum(masks[i].count_nonzero() for i in indices)) if masks else 1
+        pieces, following = (split(ranks.share(of), batch_size) for of in (indices, next_indices))
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        rounds = ranks.rounds(indices, batch_size)
+        for number in range(rounds):
+            is_last, loss = number == rounds - 1, None
+            if number < len(pieces):
+                next_piece = next(iter([*pieces[number + 1 :], *following]), [])
+                loss = forward(pieces[number], next_piece) * (len(pieces[number]) / len(indices))
+                total += loss.detach()
+            if is_last:
+                read_later = Loss(ranks.sum(total))
+            if loss is not None:
+                torch.autograd.backward(loss * 1000)  # auto-round scales the loss so.
+                del loss
+            for flat in flats:
+                flat.backward(more=not is_last)
+        return read_later.read() / max(divisor, 1)
+
     best: list[torch.Tensor] = []
     ends_s = [time.monotonic()]
     first_loss = lowest_loss = float("inf")
@@ -257,26 +280,8 @@ def tune(
     try:
         indices = sampler.next_batch()
         for iteration in range(quantizer.iters):
-            dequantize()
-            # auto-round too divides a masked loss by the number of tokens that count, and an unmasked one by nothing.
-            divisor = int(sum(masks[i].count_nonzero() for i in indices)) if masks else 1
             next_indices = sampler.next_batch() if iteration + 1 < quantizer.iters else []
-            pieces, following = (split(ranks.share(of), batch_size) for of in (indices, next_indices))
-            total = torch.zeros((), dtype=torch.float64, device=device)
-            for number in range(rounds := ranks.rounds(indices, batch_size)):
-                is_last, loss = number == rounds - 1, None
-                if number < len(pieces):
-                    next_piece = next(iter([*pieces[number + 1 :], *following]), [])
-                    loss = forward(pieces[number], next_piece) * (len(pieces[number]) / len(indices))
-                    total += loss.detach()
-                if is_last:
-                    reading = Loss(ranks.sum(total))
-                if loss is not None:
-                    torch.autograd.backward(loss * 1000)  # auto-round scales the loss so.
-                    del loss
-                for flat in flats:
-                    flat.backward(more=not is_last)
-            step_loss = reading.read() / max(divisor, 1)
+            step_loss = compute_gradients(indices, next_indices)
             first_loss = step_loss if iteration == 0 else first_loss
             if step_loss < lowest_loss or (iteration == 0 and math.isnan(step_loss)):
                 lowest_loss, best_iteration = step_loss, iteration
