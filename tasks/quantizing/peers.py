@@ -80,13 +80,15 @@ def count_gpus(settings: Quantize, device: str) -> int:
 
     Raises JobRefused if there are fewer GPUs.
     """
+    if settings.fast is False or not settings.iters:  # There is nothing that our loop could share.
+        return 1
     if device != "cuda":
         return 1 if settings.gpus == "auto" else settings.gpus
     import torch
 
     there = torch.cuda.device_count()
     if settings.gpus == "auto":
-        return there if settings.fast is not False and settings.iters else 1
+        return there
     if settings.gpus > there:
         raise JobRefused(f"quantize.gpus is {settings.gpus}, and this machine has {there}: lower it, or write auto")
     return settings.gpus

@@ -135,6 +135,7 @@ WRONG = {
     "quantize.seed": ["-1", "4294967296", "'x'"],
     "quantize.layers": ["[]", "lm_head"],
     "quantize.torch_compile": ["1", "maybe", "null"],
+    "quantize.gpus": ["0", "many", "1.5", "true", "null"],
     "quantize.device": ["gpu", "'cuda:'", "cuda:x", "0"],
     "mtp": ["KEEP", "true", "int3", "null"],
     "allow_remote_code": ["1", "'true'"],
