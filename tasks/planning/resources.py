@@ -56,7 +56,7 @@ def estimate_needs(
     if "mtp_fix" in to_run and output.head_bytes:
         stages["mtp_fix"] = StageNeeds(disk_bytes=output.head_bytes)
     if "validate" in to_run:
-        stages["validate"] = _validate(output, measured_tokens(recipe))
+        stages["validate"] = _validate(output, measured_tokens(recipe), on_cpu=recipe.quantize.device == "cpu")
     if "benchmark" in to_run and recipe.benchmark.engine != "none":
         weights = sum(output.weights.values())
         stages["benchmark"] = _same_in_low_memory(RUNTIME_BYTES + weights, weights)
@@ -141,14 +141,18 @@ def _measurement_bytes(output: CheckpointPlan, tokens: int) -> int:
     return 2 * (_states_bytes(output, tokens + probes) + 32 * tokens)
 
 
-def _validate(output: CheckpointPlan, tokens: int) -> StageNeeds:
+def _validate(output: CheckpointPlan, tokens: int, *, on_cpu: bool) -> StageNeeds:
     """Estimate validate, which computes one block at a time: in BF16 on a GPU, in float32 on a CPU.
 
-    While one block is computed, there are the hidden states of all tokens before and after it.
+    While one block is computed, there are the hidden states of all tokens before and after it. A GPU gets the weights
+    of a block and of the next one by way of the memory.
     """
     parameters, states = streaming_parameters(output.base), _states_bytes(output, tokens)
-    ram_bytes, vram_bytes = RUNTIME_BYTES + 4 * parameters + 2 * states, 2 * parameters + states
-    return _same_in_low_memory(ram_bytes, vram_bytes, _measurement_bytes(output, tokens))
+    disk_bytes, ram_bytes = _measurement_bytes(output, tokens), RUNTIME_BYTES + 2 * states
+    if on_cpu:
+        return _same_in_low_memory(ram_bytes + 4 * parameters, 0, disk_bytes)
+    read_bytes = 2 * 2 * max(block_sizes(output.base).values(), default=0)
+    return _same_in_low_memory(ram_bytes + read_bytes, 2 * parameters + states, disk_bytes)
 
 
 def _same_in_low_memory(ram_bytes: int, vram_bytes: int, disk_bytes: int | None = None) -> StageNeeds:
