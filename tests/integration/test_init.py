@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,18 @@ def test_a_folder_that_is_not_there_and_a_quantized_model_get_no_recipe(here: Re
     quantized = here("init", str(made), "--recipe", str(here.folder / "again.yaml"))
     assert quantized.status == 1 and "it is already quantized" in quantized.stderr
     assert not list(here.folder.glob("*.yaml"))
+
+
+def test_a_base_without_a_tokenizer_is_told_by_inspect_and_init(here: Requant, base: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(base, bare)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).unlink()
+    assert here("inspect", str(base), "--json").document["tokenizer"] is True
+    assert here("inspect", str(bare), "--json").document["tokenizer"] is False
+    assert "tokenizer     none" in here("inspect", str(bare)).stdout
+    begun = here("init", str(bare), "--recipe", str(here.folder / "bare.yaml"))
+    assert begun.status == 0 and "has no tokenizer" in begun.stderr
 
 
 def test_a_model_can_be_planned_by_its_name(here: Requant) -> None:

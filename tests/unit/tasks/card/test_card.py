@@ -332,3 +332,8 @@ def test_limits_that_are_weaker_than_the_defaults_are_told() -> None:
         "max_kl_divergence 0.5 (by default 0.25); min_top1_agreement 0.4 (by default 0.85); "
         "max_block_error none (by default 0.5)"
     )
+
+
+def test_what_transformers_needs_is_named_in_the_versions_that_made_the_files() -> None:
+    made = {"quantize": StageRecord({"tools": {"auto-round": "0.16.1", "transformers": "5.23.0"}})}
+    assert "pip install transformers==5.23.0 auto-round==0.16.1\n" in make_card(replace(facts_of(), provenance=made))
